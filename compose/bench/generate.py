@@ -1,0 +1,97 @@
+"""One prompt -> one answer from a model folder, with what decoding it took."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from compose.artifact import is_gated, require_model
+from compose.cache import read_json
+from compose.errors import ArtifactError
+
+Mode = Literal["plain", "skip", "speculate"]
+
+
+def decode_settings(
+    folder: Path, *, budget: float | None = None, speculate: bool | None = None
+) -> dict[str, Any]:
+    """How a folder is decoded: as it says itself, unless the caller says otherwise.
+
+    `budget` is the share of branches computed: of the answer, or of drafts when speculating.
+
+    Raises:
+        ArtifactError: the folder is no model, or skipping is asked of one that has no gates.
+    """
+    require_model(folder)
+    if not is_gated(folder):
+        if budget is not None or speculate:
+            raise ArtifactError(
+                f"{folder} has no gates, so it can neither skip nor speculate",
+                fix="leave --budget and --speculate out, or name a folder made with a gate stage",
+            )
+        return {"mode": "plain"}
+    stored = (read_json(folder / "gateskip.json") or {}).get("decode") or {"mode": "plain"}
+    mode: Mode = stored["mode"]
+    if speculate is not None:
+        mode = "speculate" if speculate else "skip" if budget is not None else "plain"
+    elif budget is not None and mode == "plain":
+        mode = "skip"
+    own = {key: value for key, value in stored.items() if stored["mode"] == mode}
+    settings: dict[str, Any] = {**own, "mode": mode}
+    if budget is not None:
+        settings["draft_budget" if mode == "speculate" else "budget"] = budget
+    return settings
+
+
+def answer(
+    folder: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    budget: float | None = None,
+    speculate: bool | None = None,
+) -> dict[str, Any]:
+    """Answer a prompt, greedily: {"text", "tokens", "seconds", "settings", "stats"}.
+
+    A folder with a chat template is asked as a chat. Raises ArtifactError as `decode_settings`.
+    """
+    import gateskip
+
+    settings = decode_settings(folder, budget=budget, speculate=speculate)
+    decoder = gateskip.load(folder)
+    asked = settings.get("draft_budget", settings.get("budget"))
+    if settings["mode"] != "plain" and asked is not None:
+        try:
+            decoder.thresholds(asked)
+        except ValueError as error:
+            raise ArtifactError(f"{folder} cannot be decoded at budget {asked}: {error}") from error
+    ids = prompt_ids(decoder.tokenizer, prompt)
+    started = time.perf_counter()
+    generation = decoder.generate([ids], max_new_tokens, eos=end_tokens(decoder), **settings)
+    seconds = time.perf_counter() - started
+    tokens = generation.tokens[0]
+    return {
+        "text": decoder.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        "tokens": len(tokens),
+        "seconds": seconds,
+        "settings": settings,
+        "stats": generation.stats.to_dict(),
+    }
+
+
+def end_tokens(decoder: Any) -> list[int]:
+    """Ids that end an answer: the tokenizer's, and those of the generation config."""
+    stated = decoder.skipping.model.generation_config.eos_token_id
+    listed = stated if isinstance(stated, list) else [stated]
+    return sorted({each for each in (*listed, decoder.tokenizer.eos_token_id) if each is not None})
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of the prompt, as a user's message where the tokenizer has a chat template."""
+    if getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": prompt}]
+        chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        ids: list[int] = tokenizer(chat, add_special_tokens=False).input_ids
+        return ids
+    return list(tokenizer(prompt).input_ids)

@@ -1,0 +1,277 @@
+"""The command `gateskip`: it reads arguments, calls one function, shows what came back."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from compose.errors import ComposeError
+
+INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """Turns our errors into one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; 1 for what failed, 2 for the user's mistakes, 130 for Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except ComposeError as error:
+            typer.secho(f"error: {error}", err=True, fg=None)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.secho("interrupted: the same command goes on from here", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="gateskip",
+    help="Compress a language model in every combination that a file names, and measure them all.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+PipelineFile = Annotated[Path, typer.Argument(help="The pipeline file (YAML).", metavar="FILE")]
+RunDir = Annotated[Path, typer.Argument(help="A run's folder: runs/NAME.", metavar="RUN_DIR")]
+Out = Annotated[Path, typer.Option(help="Where runs and model folders are kept.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+MinRetained = Annotated[
+    float | None, typer.Option(help="Least share of the baseline's quality, 0 to 1.")
+]
+MaxRatio = Annotated[float | None, typer.Option(help="Most perplexity, over the baseline's.")]
+MaxBytes = Annotated[str | None, typer.Option(help="Most size on disk, as 90MB.")]
+MaxResident = Annotated[str | None, typer.Option(help="Most size in memory, as 200MB.")]
+Lossless = Annotated[
+    bool, typer.Option(help="Refuse speculation that was not seen to be lossless.")
+]
+Maximize = Annotated[
+    str, typer.Option(help="What to aim for: decode, prefill, size, accuracy, ...")
+]
+
+
+def console(*, err: bool = False) -> Console:
+    """A console on the stream as it is now."""
+    return Console(stderr=err)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            known = metadata.version("gateskip-compose")
+        except metadata.PackageNotFoundError:
+            known = "from a source tree that is not installed"
+        typer.echo(f"gateskip-compose {known}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Take the options before the command."""
+
+
+@app.command()
+def validate(file: PipelineFile) -> None:
+    """Check a pipeline file; say the first mistake with its line."""
+    from compose.assets import default_cache
+    from compose.prepare import load_plan
+    from compose.show import plan_counts
+
+    typer.echo(f"{file}: valid: {plan_counts(load_plan(file, default_cache()))}")
+
+
+@app.command()
+def plan(file: PipelineFile, out: Out = Path("runs"), as_json: AsJson = False) -> None:
+    """Show steps and cells, what is cached, and what is left out by which rule."""
+    from compose.assets import default_cache
+    from compose.prepare import load_plan
+    from compose.records import RunFolder
+    from compose.show import plan_state, plan_tables
+
+    made = load_plan(file, default_cache())
+    folder = RunFolder.of(made, out)
+    if as_json:
+        typer.echo(json.dumps(plan_state(made, folder), indent=1))
+    else:
+        console().print(plan_tables(made, folder))
+
+
+@app.command()
+def run(
+    file: PipelineFile,
+    out: Out = Path("runs"),
+    executor: Annotated[str, typer.Option(help="Where work runs: local or ray.")] = "local",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CELL", help="Measure this cell and what it is compared with."),
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure every cell again; model folders stay.")
+    ] = False,
+) -> None:
+    """Make and measure every cell; what was finished before stays."""
+    from compose.assets import default_cache
+    from compose.executors import make_executor
+    from compose.prepare import load_plan
+    from compose.runner import Settings
+    from compose.runner import run as run_plan
+    from compose.show import say_result
+
+    made = load_plan(file, default_cache())
+    command = shlex.join(["gateskip", *sys.argv[1:]])
+    settings = Settings(out, default_cache(), command, tuple(only or ()), again)
+    workers = make_executor(executor, made.pipeline.benchmark.threads)
+    result = run_plan(made, settings, workers, console())
+    say_result(console(), result)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def report(run_dir: RunDir) -> None:
+    """Draw report.html and report.md anew from results.json."""
+    from compose.records import RunFolder
+    from reports.render import render
+
+    folder = RunFolder.existing(run_dir)
+    render(folder.results_file, folder.root)
+    typer.echo(f"{run_dir / 'report.html'}\n{run_dir / 'report.md'}")
+
+
+def _pick(run_dir: Path, **wanted: Any) -> tuple[Any, Any]:
+    from compose.pick import pick as pick_cell
+    from compose.records import RunFolder
+    from compose.result import load_results
+    from compose.show import parse_bytes
+
+    results = load_results(RunFolder.existing(run_dir).results_file)
+    for name in ("max_bytes", "max_resident"):
+        wanted[name] = None if wanted[name] is None else parse_bytes(wanted[name])
+    return results, pick_cell(results, **wanted)
+
+
+@app.command()
+def pick(
+    run_dir: RunDir,
+    min_retained: MinRetained = None,
+    max_perplexity_ratio: MaxRatio = None,
+    max_bytes: MaxBytes = None,
+    max_resident: MaxResident = None,
+    require_lossless: Lossless = True,
+    maximize: Maximize = "decode",
+    as_json: AsJson = False,
+) -> None:
+    """Find the best cell under constraints."""
+    from compose.show import cell_json, cell_text
+
+    results, cell = _pick(
+        run_dir,
+        min_retained=min_retained,
+        max_perplexity_ratio=max_perplexity_ratio,
+        max_bytes=max_bytes,
+        max_resident=max_resident,
+        require_lossless=require_lossless,
+        maximize=maximize,
+    )
+    if as_json:
+        typer.echo(json.dumps(cell_json(results, cell), indent=1))
+    else:
+        console().print(cell_text(results, cell))
+
+
+@app.command()
+def export(
+    run_dir: RunDir,
+    to: Annotated[Path, typer.Option(help="The folder to fill.")],
+    cell: Annotated[str | None, typer.Option(help="The cell; without it, one is picked.")] = None,
+    min_retained: MinRetained = None,
+    max_perplexity_ratio: MaxRatio = None,
+    max_bytes: MaxBytes = None,
+    max_resident: MaxResident = None,
+    require_lossless: Lossless = True,
+    maximize: Maximize = "decode",
+) -> None:
+    """Export a cell as a checkpoint with its lineage, numbers and model card."""
+    from compose.executors import make_executor
+    from compose.export import export_cell
+    from compose.records import RunFolder
+
+    name = (
+        cell
+        or _pick(
+            run_dir,
+            min_retained=min_retained,
+            max_perplexity_ratio=max_perplexity_ratio,
+            max_bytes=max_bytes,
+            max_resident=max_resident,
+            require_lossless=require_lossless,
+            maximize=maximize,
+        )[1].name
+    )
+    export_cell(RunFolder.existing(run_dir), name, to, make_executor("local", None))
+    typer.echo(f"{name} exported to {to}")
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="A model folder, such as an export.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
+    budget: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of branches computed.")
+    ] = None,
+    speculate: Annotated[
+        bool | None, typer.Option(help="Draft and verify, whatever the folder says.")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Say what it took.")] = False,
+) -> None:
+    """Ask a model folder."""
+    from compose.executors import ask_once
+    from compose.show import stats_text
+
+    asked = {"max_new_tokens": max_new_tokens, "budget": budget, "speculate": speculate}
+    answer = ask_once("answer", {"folder": str(folder), "prompt": prompt, **asked})
+    typer.echo(answer["text"])
+    if stats:
+        typer.echo(stats_text(answer), err=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what can run here, what is missing, and how to put it right."""
+    from compose.doctor import examine
+    from compose.show import say_findings
+
+    findings = examine()
+    say_findings(console(), findings)
+    raise typer.Exit(any(finding.status == "missing" for finding in findings))
+
+
+@app.command()
+def schema() -> None:
+    """Print the language as JSON Schema, for editors."""
+    from compose.parse import to_json_schema
+
+    typer.echo(json.dumps(to_json_schema(), indent=2))
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

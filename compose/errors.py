@@ -1,0 +1,153 @@
+"""Every exception of this package, and the context that is added to one on its way out.
+
+ComposeError            something went wrong, and the message says what to do about it
+├── UserError           the user can put it right (exit code 2); also a ValueError
+│   ├── PipelineError   the YAML file does not say something valid
+│   ├── PlanError       the file is valid, but its chains do not make a plan
+│   │   └── RuleBroken  one stage may not stand where it stands; carries the rule's name
+│   ├── AssetError      a model or data set cannot be had
+│   └── ArtifactError   a folder is not the artifact it should be
+└── StepError           a step or cell failed while it ran (exit code 1)
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+
+class ComposeError(Exception):
+    """Root of the tree: one message, what puts it right, and where it happened.
+
+    `fix` is a sentence on what to do. `file`, `line` and `column` (from 1), `stage` and `cell` say
+    where; whoever knows one of them passes it, and `context` adds the others on the way out.
+    """
+
+    exit_code: ClassVar[int] = 1
+    """What the command line returns when this error ends it."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        fix: str | None = None,
+        file: str | Path | None = None,
+        line: int | None = None,
+        column: int | None = None,
+        stage: str | None = None,
+        cell: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+        self.file = None if file is None else str(file)
+        self.line = line
+        self.column = column
+        self.stage = stage
+        self.cell = cell
+
+    def headline(self) -> str:
+        """The message without place and fix."""
+        return self.message
+
+    def place(self) -> str:
+        """`file:line:column`, as much of it as is known; empty when the file is not."""
+        if self.file is None:
+            return ""
+        numbers = [] if self.line is None else [self.line]
+        if numbers and self.column is not None:
+            numbers.append(self.column)
+        return ":".join([self.file, *map(str, numbers)])
+
+    def __str__(self) -> str:
+        roles = [("cell", self.cell), ("stage", self.stage)]
+        who = ", ".join(f"{role} {name!r}" for role, name in roles if name is not None)
+        text = ": ".join(part for part in (self.place(), who, self.headline()) if part)
+        return text if self.fix is None else f"{text}\n  fix: {self.fix}"
+
+
+class UserError(ComposeError, ValueError):
+    """A mistake that the user can put right."""
+
+    exit_code = 2
+
+
+class PipelineError(UserError):
+    """The pipeline file says something that the language does not know."""
+
+
+class PlanError(UserError):
+    """The pipeline file is valid, but no plan can be made of it."""
+
+
+class RuleBroken(PlanError):
+    """A stage may not stand where it stands; `rule` is the name in `compose.stages.base.RULES`."""
+
+    def __init__(self, rule: str, message: str, *, fix: str | None = None) -> None:
+        super().__init__(message, fix=fix)
+        self.args = (rule, message)  # what pickle rebuilds the error from
+        self.rule = rule
+
+    def headline(self) -> str:
+        """The message with the rule's name."""
+        return f"{self.message} [rule {self.rule}]"
+
+
+class AssetError(UserError):
+    """A model or data set cannot be had; the message says what was tried."""
+
+
+class ArtifactError(UserError):
+    """A folder is not the artifact that it should be."""
+
+
+class StepError(ComposeError):
+    """A step or a cell failed while it ran."""
+
+
+@contextmanager
+def context(
+    *,
+    file: str | Path | None = None,
+    line: int | None = None,
+    column: int | None = None,
+    stage: str | None = None,
+    cell: str | None = None,
+) -> Iterator[None]:
+    """Add what a passing `ComposeError` does not yet know; what it knows stays.
+
+    A line belongs to a file: `line` and `column` are added only to an error whose file was unknown.
+
+    >>> with context(file="a.yaml", line=3):
+    ...     raise PlanError("no chain")
+    Traceback (most recent call last):
+    compose.errors.PlanError: a.yaml:3: no chain
+    """
+    try:
+        yield
+    except ComposeError as error:
+        if error.file is None and error.line is None:
+            error.line, error.column = line, column
+        if error.file is None and file is not None:
+            error.file = str(file)
+        error.stage = stage if error.stage is None else error.stage
+        error.cell = cell if error.cell is None else error.cell
+        raise
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown `name`: the nearest known one, if any is near, then all of them.
+
+    >>> suggest("gatess", ["gates", "heal"])
+    "did you mean 'gates'? known: gates, heal"
+    """
+    names = list(known)
+    if not names:
+        return "none are known here"
+    lowered = {each.lower(): each for each in names}
+    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
+    listing = f"known: {', '.join(names)}"
+    return f"did you mean {lowered[near[0]]!r}? {listing}" if near else listing

@@ -1,0 +1,150 @@
+"""Plans, picks and findings as text and tables for the terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from compose.doctor import Finding
+from compose.errors import UserError
+from compose.plan import Plan
+from compose.records import RunFolder, phases_of, read_phase
+from compose.result import METRICS, CellResult, Results, metrics
+from compose.runner import RunResult
+
+UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[red]✗[/]"}
+
+
+def parse_bytes(text: str) -> float:
+    """A size such as 90MB, 1.5 GiB or 120000000, in bytes.
+
+    Raises:
+        UserError: it is none.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmg]?i?)b?\s*", text.lower())
+    if match is None or match[2] not in UNITS:
+        raise UserError(f"{text!r} is no size", fix="write it as 120000000, 90MB or 1.5GiB")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def plan_counts(plan: Plan) -> str:
+    """The plan in one line."""
+    return (
+        f"{len(plan.steps)} steps, {len(plan.cells)} cells, {len(plan.left_out)} left out by a rule"
+    )
+
+
+def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
+    """The plan as JSON; each step and cell says whether it is `cached`."""
+    shown = plan.to_json()
+    for step in shown["steps"]:
+        step["cached"] = run.store.has(step["key"])
+    for row, cell in zip(shown["cells"], plan.cells, strict=True):
+        records = (read_phase(run, plan, cell, phase) for phase in phases_of(cell))
+        row["cached"] = all(record is not None for record in records)
+    return shown
+
+
+def plan_tables(plan: Plan, run: RunFolder) -> Group:
+    """Steps, cells, and what is left out by which rule."""
+    state = plan_state(plan, run)
+    steps = _table("Steps", "step", "stage", "after", "key", "state")
+    names = {step["key"]: "+".join(step["chain"]) or step["name"] for step in state["steps"]}
+    for step in state["steps"]:
+        use = step["stage"]["use"] if step["stage"] else plan.pipeline.model.source
+        after = names.get(step["parent"], "")
+        steps.add_row(names[step["key"]], use, after, step["key"], _state(step["cached"]))
+    cells = _table("Cells", "cell", "weights", "decode", "also called", "state")
+    for cell in state["cells"]:
+        decode = cell["decode"]["use"] if cell["decode"] else "plain"
+        also = ", ".join(cell["aliases"])
+        cells.add_row(cell["name"], names[cell["weights"]], decode, also, _state(cell["cached"]))
+    parts: list[Any] = [steps, "", cells]
+    if plan.left_out:
+        left_out = _table("Left out", "chain", "rule", "why")
+        for left in plan.left_out:
+            left_out.add_row(left.name, left.rule, left.message)
+        parts += ["", left_out]
+    return Group(*parts, "", Text(plan_counts(plan)))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold", header_style="dim")
+    return table
+
+
+def _state(cached: bool) -> str:
+    return "[green]cached[/]" if cached else "to run"
+
+
+def say_result(console: Console, result: RunResult) -> None:
+    """How a run ended, and where its report is."""
+    cells = [cell for cell in result.results.cells if cell.status != "left-out"]
+    failed = [cell for cell in cells if cell.status == "failed"]
+    if not result.worked:
+        console.print(f"Nothing to do: all {len(cells)} cells are measured.", highlight=False)
+    for cell in failed:
+        where = f" in {cell.failed_in}" if cell.failed_in else ""
+        console.print(
+            f"[red]✗[/] {escape(cell.name)} failed{where}: {escape(cell.reason or '')}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    done = len(cells) - len(failed)
+    console.print(f"{done} of {len(cells)} cells measured.", highlight=False)
+    for name in ("report.html", "report.md", "results.json"):
+        console.print(f"  {result.folder.root / name}", highlight=False, soft_wrap=True)
+
+
+def cell_text(results: Results, cell: CellResult) -> Group:
+    """A picked cell with its numbers."""
+    table = _table(cell.name, "", "this cell", results.baseline)
+    baseline = metrics(results, results.cell(results.baseline))
+    for name, value in metrics(results, cell).items():
+        other = baseline.get(name)
+        table.add_row(
+            METRICS[name].title, f"{value:,.4g}", "" if other is None else f"{other:,.4g}"
+        )
+    return Group(table)
+
+
+def cell_json(results: Results, cell: CellResult) -> dict[str, Any]:
+    """A picked cell for scripts: its result and its metrics."""
+    return {
+        "run": results.run,
+        "cell": cell.model_dump(mode="json"),
+        "metrics": metrics(results, cell),
+    }
+
+
+def say_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """What doctor found, a line each, with what puts it right below."""
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        name = finding.name.ljust(width)
+        line = f"{SIGNS[finding.status]} {name}  {escape(finding.found)}"
+        console.print(line, highlight=False, soft_wrap=True)
+        if finding.fix is not None:
+            console.print(
+                f"  {' ' * width}  fix: {escape(finding.fix)}", highlight=False, soft_wrap=True
+            )
+
+
+def stats_text(answer: dict[str, Any]) -> str:
+    """What an answer took, in lines."""
+    speed = answer["tokens"] / answer["seconds"] if answer["seconds"] else 0.0
+    settings = ", ".join(f"{key} {value}" for key, value in answer["settings"].items())
+    lines = [f"{answer['tokens']} tokens, {speed:.1f} tokens/s, {settings}"]
+    for key, value in answer["stats"].items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        lines.append(f"  {key}: {shown}")
+    return "\n".join(lines)

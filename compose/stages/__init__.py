@@ -1,0 +1,50 @@
+"""The registry of stages: one literal. A new stage is a class in a file here and a row below."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from compose.stages.base import RULES, DataSpec, ModelShape, Stage, StageJob
+from compose.stages.decode import Skip, Speculate
+from compose.stages.gate import Gate
+from compose.stages.heal import Heal
+from compose.stages.prune import DropLayers, PruneWidth
+from compose.stages.quantize import Bnb, Gptq
+
+STAGES: dict[str, type[Stage]] = {
+    "gate": Gate,
+    "drop-layers": DropLayers,
+    "prune-width": PruneWidth,
+    "heal": Heal,
+    "bnb": Bnb,
+    "gptq": Gptq,
+    "skip": Skip,
+    "speculate": Speculate,
+}
+"""What a YAML file's `use` may name."""
+
+AnyStage = Annotated[
+    Gate | DropLayers | PruneWidth | Heal | Bnb | Gptq | Skip | Speculate,
+    Field(discriminator="use"),
+]
+"""The same classes as a type that pydantic reads, told apart by `use`."""
+
+__all__ = [
+    "RULES",
+    "STAGES",
+    "AnyStage",
+    "Bnb",
+    "DataSpec",
+    "DropLayers",
+    "Gate",
+    "Gptq",
+    "Heal",
+    "ModelShape",
+    "PruneWidth",
+    "Skip",
+    "Speculate",
+    "Stage",
+    "StageJob",
+]

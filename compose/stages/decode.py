@@ -1,0 +1,46 @@
+"""Decode stages: how a gated model is run. They make no new weights."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from compose.errors import RuleBroken
+from compose.stages.base import ModelShape, Role, Stage
+
+
+class DecodeStage(Stage):
+    """A setting of the decoder; it needs gates to decide by."""
+
+    acts: ClassVar[Literal["weights", "decode"]] = "decode"
+    role: ClassVar[Role] = "decode"
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """Order rules, and `decode-needs-gates`: a gate stage came before."""
+        super().check(shape, before)
+        if not any(stage.role == "gate" for stage in before):
+            raise RuleBroken("decode-needs-gates", f"no gate stage comes before {self.use}")
+
+
+class Skip(DecodeStage):
+    """Skip branches where the gates stay under the thresholds of a budget."""
+
+    use: Literal["skip"] = "skip"
+    """The stage's name."""
+
+    budget: float = Field(default=0.8, gt=0, le=1)
+    """The share of branches that is computed."""
+
+
+class Speculate(DecodeStage):
+    """Draft tokens with skipping, verify them with the whole model: the same text, sooner."""
+
+    use: Literal["speculate"] = "speculate"
+    """The stage's name."""
+
+    draft_budget: float = Field(default=0.5, gt=0, le=1)
+    """The share of branches that a draft computes."""
+
+    draft_length: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = "auto"
+    """Tokens drafted before each verification; `auto` sets it from measured cost and acceptance."""

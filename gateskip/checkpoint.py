@@ -1,0 +1,152 @@
+"""Gates and thresholds to and from a model folder, and `load` for users.
+
+Beside a Hugging Face folder's own files stand `gates.safetensors` and `gateskip.json` (gate kind,
+KV rule, thresholds a budget, training record, how to decode by default).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from gateskip.budget import Calibration
+from gateskip.gates import GATE_KINDS, ScalarGates
+
+GATES_FILE = "gates.safetensors"
+META_FILE = "gateskip.json"
+FORMAT = 1
+
+
+@dataclass
+class GateFile:
+    """Everything a folder says about its gates."""
+
+    gates: ScalarGates
+    kv_rule: str
+    grid: dict[float, list[float]]
+    """Thresholds, one a branch, for each calibrated budget."""
+    kept: dict[float, float] = field(default_factory=dict)
+    """Share of multiply-adds that each budget really kept on the calibration text."""
+    sensitivity: list[float] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    decode: dict[str, Any] = field(default_factory=dict)
+    """How the folder is decoded when nobody says otherwise: mode and its settings."""
+
+
+def grid_of(
+    calibrations: Sequence[Calibration],
+) -> tuple[dict[float, list[float]], dict[float, float]]:
+    """A calibration's thresholds and really kept shares, by budget."""
+    return (
+        {c.budget: list(c.thresholds) for c in calibrations},
+        {c.budget: c.kept for c in calibrations},
+    )
+
+
+def save_gates(folder: Path, file: GateFile) -> None:
+    """Write gates and their description into a model folder."""
+    state = {name: value.contiguous() for name, value in file.gates.state_dict().items()}
+    save_file(state, str(folder / GATES_FILE), metadata={"format": "pt", "kind": file.gates.kind})
+    described = {
+        "format": FORMAT,
+        "kind": file.gates.kind,
+        "branches": file.gates.branches,
+        "kv_rule": file.kv_rule,
+        "thresholds": {str(budget): row for budget, row in sorted(file.grid.items())},
+        "kept": {str(budget): share for budget, share in sorted(file.kept.items())},
+        "sensitivity": file.sensitivity,
+        "training": file.training,
+        "decode": file.decode,
+    }
+    (folder / META_FILE).write_text(json.dumps(_finite(described), indent=1) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities: a threshold that never or always skips is written as a word."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if value == float("-inf"):
+        return "never"
+    return "always" if value == float("inf") else value
+
+
+def _number(value: float | str) -> float:
+    return (
+        {"never": float("-inf"), "always": float("inf")}[value] if isinstance(value, str) else value
+    )
+
+
+def read_gates(path: Path) -> ScalarGates:
+    """Gates from a gates.safetensors file. Raises ValueError when it holds something else."""
+    state = load_file(str(path))
+    if set(state) != {"weight", "bias"} or state["weight"].ndim != 2:
+        raise ValueError(
+            f"{path} holds no scalar gates: found {', '.join(sorted(state)) or 'nothing'}"
+        )
+    gates = ScalarGates(*state["weight"].shape)
+    gates.load_state_dict(state)
+    return gates
+
+
+def load_gates(folder: Path) -> GateFile | None:
+    """What a folder says of its gates; None where it has none."""
+    if not (folder / META_FILE).exists() or not (folder / GATES_FILE).exists():
+        return None
+    meta = json.loads((folder / META_FILE).read_text())
+    if meta["kind"] not in GATE_KINDS or meta["format"] != FORMAT:
+        raise ValueError(f"{folder}: gates of kind {meta['kind']!r}, format {meta['format']}")
+    return GateFile(
+        gates=read_gates(folder / GATES_FILE).requires_grad_(False),
+        kv_rule=meta["kv_rule"],
+        grid={float(b): [_number(v) for v in row] for b, row in meta["thresholds"].items()},
+        kept={float(b): share for b, share in meta["kept"].items()},
+        sensitivity=meta["sensitivity"],
+        training=meta["training"],
+        decode=meta["decode"],
+    )
+
+
+def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
+    """A transformers causal LM from a folder, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
+
+
+def load(folder: str | Path, dtype: str | torch.dtype = "auto", native: bool = True) -> Any:
+    """A folder as a `Decoder`: model, gates if there are any, thresholds and tokenizer.
+
+    Args:
+        folder: a Hugging Face folder, with or without gates.
+        dtype: as in `from_pretrained`; "auto" takes what the config says.
+        native: use the compiled kernels where they apply.
+    """
+    from transformers import AutoTokenizer
+
+    from gateskip.decode import Decoder
+    from gateskip.linears import accelerate_linears
+    from gateskip.skip import SkippingModel
+
+    folder = Path(folder)
+    model = load_model(folder, dtype)
+    file = load_gates(folder)
+    kernels = accelerate_linears(model) if native else {}
+    skipping = SkippingModel(
+        model, file.gates if file else None, file.kv_rule if file else "project"
+    )
+    return Decoder(
+        skipping,
+        AutoTokenizer.from_pretrained(folder),
+        file.grid if file else {},
+        defaults=file.decode if file else {},
+        kernels=kernels,
+    )

@@ -1,0 +1,86 @@
+"""Multiply-adds: what a token costs at each branch, and what skipping saved, gross and net."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gateskip.branches import attention_shape, find_branches
+from gateskip.gates import ScalarGates
+from gateskip.skip import Usage
+
+
+@dataclass(frozen=True)
+class BranchCost:
+    """Multiply-adds of one token at one branch."""
+
+    linear: int
+    kv: int  # the part of `linear` that makes keys and values; 0 for an MLP
+    per_slot: int  # per attended slot; 0 for an MLP
+
+    def at(self, context: float) -> float:
+        """Cost with `context` slots attended to."""
+        return self.linear + self.per_slot * context
+
+
+def branch_costs(model: Any) -> list[BranchCost]:
+    """One cost a branch, in execution order."""
+    hidden = model.config.hidden_size
+    costs = []
+    for branch in find_branches(model):
+        module: Any = branch.module
+        if branch.kind == "mlp":
+            projections = (module.gate_proj, module.up_proj, module.down_proj)
+            costs.append(BranchCost(sum(_linear_macs(x) for x in projections), 0, 0))
+            continue
+        shape = attention_shape(model, module)
+        width = shape.heads * shape.head_dim
+        kv = 2 * hidden * shape.kv_heads * shape.head_dim
+        costs.append(BranchCost(2 * hidden * width + kv, kv, 2 * width))
+    return costs
+
+
+def _linear_macs(linear: Any) -> int:
+    return int(linear.in_features * linear.out_features)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Shares of multiply-adds that were not spent, 0 when nothing was skipped.
+
+    `gross` and `net` are shares of the branches' cost; net pays for the gates and for keys and
+    values still computed of skipped tokens. `model` is the net saving over the whole model, its LM
+    head included, which no skipping touches.
+    """
+
+    gross: float
+    net: float
+    model: float
+
+
+def saving(
+    model: Any, usage: Usage, gates: ScalarGates | None, kv_rule: str, gated: Sequence[bool]
+) -> Saving:
+    """What was saved over the tokens that `usage` counted.
+
+    `gated[i]` says whether branch i's gate was evaluated (it has a finite threshold).
+    """
+    if not usage.seen:
+        raise ValueError("no token was counted")
+    costs = branch_costs(model)
+    context = usage.context / usage.seen
+    dense = sum(cost.at(context) for cost in costs) * usage.seen
+    skipped = [usage.seen - kept for kept in usage.kept]
+    gross = sum(n * cost.at(context) for n, cost in zip(skipped, costs, strict=True))
+    extra = sum(gates.macs() * usage.seen for on in gated if on and gates is not None) + sum(
+        n * cost.kv
+        for i, (n, cost) in enumerate(zip(skipped, costs, strict=True))
+        if kv_rule == "project" or i == 0
+    )
+    lm_head = model.config.hidden_size * model.config.vocab_size * usage.seen
+    return Saving(
+        gross=gross / dense,
+        net=(gross - extra) / dense,
+        model=(gross - extra) / (dense + lm_head),
+    )

@@ -1,0 +1,151 @@
+"""Linear layers for decoding: the model's own weights behind kernels that suit a few rows.
+
+`accelerate_linears` replaces what it knows a faster kernel for and leaves the rest alone. Few rows
+go through native.py, which streams the weights once; many rows through torch's GEMM, for which
+4-bit weights are unpacked on the way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gateskip import native
+
+FEW_ROWS = 16  # up to here streaming the weights beats a GEMM
+PACK = 32  # weights in one packed block of native.cpp
+
+
+class DenseLinear(nn.Module):
+    """A float32 linear layer that shares the weights of the one it replaces."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        rows = x.numel() // self.in_features
+        if rows > FEW_ROWS or torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        flat = x.reshape(rows, self.in_features).contiguous()
+        out = native.dense(self.weight, flat).view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+
+class PackedLinear(nn.Module):
+    """A 4-bit linear layer: codes uint8 [out, in / 2], scale and offset [out, in / group].
+
+    A weight is scale * value(code) + offset, with value the codebook's entry (NF4), or code - 8.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    book: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        book: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        self.register_buffer("codes", pack(codes))
+        self.register_buffer("scale", scale.float().contiguous())
+        self.register_buffer("offset", None if offset is None else offset.float().contiguous())
+        self.register_buffer("book", None if book is None else book.float().contiguous())
+        self.register_buffer("bias", None if bias is None else bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        rows = x.numel() // self.in_features
+        if rows > FEW_ROWS:
+            weight = native.unpack(self.codes, self.scale, self.offset, self.book)
+            return F.linear(x, weight, self.bias)
+        flat = x.reshape(rows, self.in_features).contiguous()
+        out = native.packed(self.codes, self.scale, self.offset, self.book, flat)
+        out = out.view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes 0..15 [n, k] -> uint8 [n, k / 2] in the block layout of native.cpp."""
+    blocks = codes.to(torch.uint8).unflatten(1, (-1, 2, PACK // 2))  # [n, blocks, half, 16]
+    return (blocks[:, :, 0] | (blocks[:, :, 1] << 4)).flatten(1).contiguous()
+
+
+def accelerate_linears(model: Any) -> dict[str, int]:
+    """Replace linear layers in place; returns how many of each kind now run on native kernels."""
+    counts: dict[str, int] = {}
+    weight = model.model.norm.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or native.library() is None:
+        return counts
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            faster = _faster(child)
+            if faster is not None:
+                setattr(parent, name, faster)
+                kind = type(faster).__name__
+                counts[kind] = counts.get(kind, 0) + 1
+    return counts
+
+
+def _faster(module: nn.Module) -> nn.Module | None:
+    kind = type(module)
+    if kind is nn.Linear and module.weight.dtype == torch.float32:
+        return DenseLinear(module)  # type: ignore[arg-type]
+    if kind.__name__ == "Linear4bit":
+        return _from_bitsandbytes(module)
+    if hasattr(module, "qweight") and hasattr(module, "g_idx"):
+        return _from_gptq(module)
+    return None
+
+
+def _from_bitsandbytes(module: Any) -> PackedLinear | None:
+    """NF4 or FP4 weights: two codes a byte, high nibble first, blocks along a row."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state = module.weight.quant_state
+    rows, k = state.shape
+    if k % state.blocksize or state.blocksize % PACK:
+        return None
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+    data = module.weight.data.view(-1)
+    codes = torch.stack((data >> 4, data & 15), dim=1).view(rows, k)
+    scale = absmax.float().view(rows, k // state.blocksize)
+    return PackedLinear(codes, scale, None, state.code, module.bias)
+
+
+def _from_gptq(module: Any) -> PackedLinear | None:
+    """4-bit GPTQ weights in group order: eight codes an int32, lowest bits first."""
+    if module.bits != 4 or module.group_size <= 0 or module.group_size % PACK:
+        return None
+    k, rows = module.in_features, module.out_features
+    groups = torch.arange(k) // module.group_size
+    if not torch.equal(module.g_idx[:k].long().cpu(), groups):
+        return None  # act-order: groups are scattered over the row
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    codes = (module.qweight.unsqueeze(1) >> shifts.view(1, -1, 1)) & 15  # [k / 8, 8, n]
+    zeros = (module.qzeros.unsqueeze(2) >> shifts.view(1, 1, -1)) & 15  # [groups, n / 8, 8]
+    stored_less_one = module.qzero_format() == 1
+    zeros = zeros.flatten(1)[:, :rows] + int(stored_less_one)
+    scale = module.scales.float()  # [groups, n]
+    offset = (8 - zeros) * scale
+    return PackedLinear(
+        codes.reshape(-1, rows)[:k].T,
+        scale.T,
+        offset.T if offset.any() else None,
+        None,
+        module.bias,
+    )

@@ -1,0 +1,142 @@
+"""The compiled matrix-vector kernels of native.cpp: built once a machine, called through ctypes.
+
+They serve float32 activations on a CPU. Where no C++ compiler is at hand everything runs on torch's
+own kernels instead: slower, with the same results up to rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
+
+
+def compiler() -> str | None:
+    """The C++ compiler to build with: $CXX, else g++, else c++; None when there is none."""
+    return next((c for c in (os.environ.get("CXX"), "g++", "c++") if c and shutil.which(c)), None)
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    named = os.environ.get("GATESKIP_CACHE")
+    return (Path(named) if named else Path.home() / ".cache" / "gateskip-compose") / "native"
+
+
+@lru_cache(maxsize=1)
+def library() -> Any | None:
+    """The loaded kernels, built first where needed; None when they cannot be had.
+
+    GATESKIP_NATIVE=0 turns them off.
+    """
+    if os.environ.get("GATESKIP_NATIVE") == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(build()))
+    except (OSError, RuntimeError, subprocess.CalledProcessError):
+        return None
+
+
+def build() -> Path:
+    """Compile native.cpp unless a build for this source, compiler and processor is cached.
+
+    Raises RuntimeError without a compiler, CalledProcessError when compiling fails.
+    """
+    tool = compiler()
+    if tool is None:
+        raise RuntimeError("no C++ compiler found: install g++, or name one in CXX")
+    stamp = hashlib.sha256(SOURCE.read_bytes() + _processor() + " ".join((tool, *FLAGS)).encode())
+    target = cache_folder() / f"kernels-{stamp.hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / "kernels.so"
+        command = [tool, *FLAGS, str(SOURCE), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True)
+        made.replace(target)  # atomic: processes that build side by side end with one whole file
+    return target
+
+
+def _processor() -> bytes:
+    """What -march=native depends on, so that a cache on a shared home fits each machine."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        import platform
+
+        return platform.processor().encode()
+    lines = [line for line in text.splitlines() if line.startswith(("model name", "flags"))]
+    return "\n".join(lines[:2]).encode()
+
+
+def dense(weight: Tensor, x: Tensor) -> Tensor:
+    """x [m, k] @ weight [n, k].T, both float32 and contiguous."""
+    out = torch.empty(x.shape[0], weight.shape[0])
+    library().gateskip_dense(  # type: ignore[union-attr]
+        _at(weight),
+        weight.shape[0],
+        weight.shape[1],
+        _at(x),
+        x.shape[0],
+        _at(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def packed(
+    codes: Tensor, scale: Tensor, offset: Tensor | None, book: Tensor | None, x: Tensor
+) -> Tensor:
+    """x [m, k] @ w.T for packed 4-bit w [n, k]; codes uint8 [n, k / 2], scale [n, k / group]."""
+    groups = scale.shape[1]
+    out = torch.empty(x.shape[0], codes.shape[0])
+    scratch = torch.empty(x.shape[0], groups)
+    library().gateskip_packed(  # type: ignore[union-attr]
+        _at(codes),
+        _at(scale),
+        _at(offset),
+        _at(book),
+        codes.shape[0],
+        x.shape[1],
+        x.shape[1] // groups,
+        _at(x),
+        x.shape[0],
+        _at(out),
+        _at(scratch),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def unpack(codes: Tensor, scale: Tensor, offset: Tensor | None, book: Tensor | None) -> Tensor:
+    """The float32 weights [n, k] that packed 4-bit weights stand for."""
+    rows, k = codes.shape[0], codes.shape[1] * 2
+    out = torch.empty(rows, k)
+    library().gateskip_unpack(  # type: ignore[union-attr]
+        _at(codes),
+        _at(scale),
+        _at(offset),
+        _at(book),
+        rows,
+        k,
+        k // scale.shape[1],
+        _at(out),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

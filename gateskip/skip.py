@@ -1,0 +1,365 @@
+"""Physical skipping: a branch a token does not enter is not computed for it.
+
+With many tokens the kept ones are gathered, run, and added back; with one token a skipped branch is
+not entered at all. Both write one cache, in which the slot number is the token's position. So rows
+of different lengths share a batch without a padding mask, a prefill may come in chunks, and cutting
+rejected drafts is forgetting a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gateskip.branches import (
+    AttentionShape,
+    Branch,
+    attention_shape,
+    find_branches,
+    head,
+    project_keys_values,
+    project_queries,
+    rope_at,
+)
+from gateskip.gates import ScalarGates
+from gateskip.masked import attend, causal
+
+KV_RULES = ("project", "copy")
+NEVER_SKIP = -math.inf
+VERIFY_ROWS = 17  # longest verify pass: sixteen drafted tokens and the one before them
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every layer, [B, kv_heads, capacity, D] each, and the rope table."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    rope: tuple[Tensor, Tensor]  # two of [capacity, D]
+
+    @property
+    def capacity(self) -> int:
+        """Slots a row has."""
+        return self.keys[0].shape[2]
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values [B, S, kv_heads, D] at slots [B, S]."""
+        if slots.shape[0] == 1:
+            self.keys[layer][0].index_copy_(1, slots[0], keys[0].transpose(0, 1))
+            self.values[layer][0].index_copy_(1, slots[0], values[0].transpose(0, 1))
+            return
+        rows = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
+        self.keys[layer][rows, :, slots] = keys
+        self.values[layer][rows, :, slots] = values
+
+    def copy_below(self, layer: int, rows: Tensor, slots: Tensor) -> None:
+        """KV rule `copy`: the layer shows its predecessor's entries. rows and slots [N]."""
+        for store in (self.keys, self.values):
+            store[layer][rows, :, slots] = store[layer - 1][rows, :, slots]
+
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
+
+
+@dataclass
+class Usage:
+    """How many tokens entered each branch, out of how many that came by."""
+
+    kept: list[int]
+    seen: int = 0
+    context: int = field(default=0)  # sum over tokens of the slots each could attend to
+
+    @classmethod
+    def empty(cls, branches: int) -> Usage:
+        """A count from zero."""
+        return cls([0] * branches)
+
+    def clear(self) -> None:
+        """Count from zero again."""
+        self.kept = [0] * len(self.kept)
+        self.seen = self.context = 0
+
+    def shares(self) -> list[float]:
+        """Kept share of each branch, 1.0 where nothing was counted."""
+        return [kept / self.seen if self.seen else 1.0 for kept in self.kept]
+
+
+class SkippingModel:
+    """A causal LM whose branches can be skipped, with a KV cache.
+
+    `model` is a transformers causal LM of a supported architecture, `gates` its gates or None.
+    Thresholds are one number a branch: a token enters where its gate logit reaches it. Without
+    thresholds every token enters every branch, unscaled, so the result is the model's own.
+    """
+
+    def __init__(self, model: Any, gates: ScalarGates | None = None, kv_rule: str = "project"):
+        if kv_rule not in KV_RULES:
+            raise ValueError(f"kv_rule {kv_rule!r}: one of {', '.join(KV_RULES)}")
+        self.model = model
+        self.gates = gates
+        self.kv_rule = kv_rule
+        self.branches = find_branches(model)
+        self.shapes = {
+            b.index: attention_shape(model, b.module)
+            for b in self.branches
+            if b.kind == "attention"
+        }
+        self.usage = Usage.empty(len(self.branches))
+        self.dtype: torch.dtype = model.model.norm.weight.dtype
+        self.device: torch.device = model.model.norm.weight.device
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` rows of at most `capacity` tokens."""
+        limit = self.model.config.max_position_embeddings
+        if capacity > limit:
+            raise ValueError(f"{capacity} tokens do not fit: the model has {limit} positions")
+        shapes = list(self.shapes.values())
+
+        def empty() -> list[Tensor]:
+            return [
+                torch.zeros(
+                    batch, s.kv_heads, capacity, s.head_dim, dtype=self.dtype, device=self.device
+                )
+                for s in shapes
+            ]
+
+        positions = torch.arange(capacity, device=self.device).unsqueeze(0)
+        cos, sin = rope_at(self.model, positions, self.dtype)
+        return KVCache(empty(), empty(), (cos[0], sin[0]))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [..., H] -> logits [..., V]."""
+        return head(self.model, hidden)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        input_ids: Tensor,
+        cache: KVCache,
+        starts: Sequence[int],
+        thresholds: Sequence[float] | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Run input_ids [B, S] whose rows begin at positions `starts` -> final hidden [B, S, H].
+
+        `lengths` gives the real tokens of right-padded rows; outputs at pads are undefined.
+        """
+        hidden = self.model.model.embed_tokens(input_ids)
+        if input_ids.numel() == 1:
+            hidden = self._one_token(hidden, cache, starts[0], thresholds)
+        else:
+            batch = _Batch.of(input_ids, starts, lengths)
+            hidden = self._many_tokens(hidden, cache, batch, thresholds)
+        return self.model.model.norm(hidden)  # type: ignore[no-any-return]
+
+    # -- one token: enter the branch or do not ------------------------------------------------
+
+    def _one_token(
+        self, hidden: Tensor, cache: KVCache, slot: int, thresholds: Sequence[float] | None
+    ) -> Tensor:
+        rope = (cache.rope[0][slot : slot + 1], cache.rope[1][slot : slot + 1])  # [1, D]
+        self.usage.seen += 1
+        self.usage.context += slot + 1
+        for branch in self.branches:
+            x = branch.enter(hidden)  # [1, 1, H]
+            if not self._enters(branch, x, thresholds):
+                if branch.kind == "attention":
+                    self._skip_attention_once(branch, x, rope, cache, slot)
+                continue
+            self.usage.kept[branch.index] += 1
+            if branch.kind == "mlp":
+                hidden = hidden + branch.leave(branch.module(x))
+                continue
+            self._store_once(branch, x, rope, cache, slot)
+            queries = project_queries(branch.module, x, rope)[0, 0]
+            mixed = self._attend_one(branch, queries, cache, slot).view(1, 1, -1)
+            attention: Any = branch.module
+            hidden = hidden + branch.leave(attention.o_proj(mixed))
+        return hidden
+
+    def _enters(self, branch: Branch, x: Tensor, thresholds: Sequence[float] | None) -> bool:
+        if thresholds is None or thresholds[branch.index] == NEVER_SKIP:
+            return True
+        assert self.gates is not None, "thresholds without gates"
+        return self.gates.logit(branch.index, x).item() >= thresholds[branch.index]
+
+    def _skip_attention_once(
+        self, branch: Branch, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, slot: int
+    ) -> None:
+        if self.kv_rule == "project" or branch.layer == 0:
+            self._store_once(branch, x, rope, cache, slot)
+            return
+        for store in (cache.keys, cache.values):
+            store[branch.layer][0, :, slot] = store[branch.layer - 1][0, :, slot]
+
+    def _store_once(
+        self, branch: Branch, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, slot: int
+    ) -> None:
+        keys, values = project_keys_values(branch.module, x, rope)  # [1, 1, kv_heads, D]
+        cache.keys[branch.layer][0, :, slot] = keys[0, 0]
+        cache.values[branch.layer][0, :, slot] = values[0, 0]
+
+    def _attend_one(self, branch: Branch, queries: Tensor, cache: KVCache, slot: int) -> Tensor:
+        """Attention of one token, queries [heads, D], over the slots up to its own -> [heads * D]."""
+        shape = self.shapes[branch.index]
+        first = 0 if shape.window is None else max(0, slot + 1 - shape.window)
+        keys = cache.keys[branch.layer][0, :, first : slot + 1]  # [kv_heads, T, D]
+        values = cache.values[branch.layer][0, :, first : slot + 1]
+        grouped = queries.view(shape.kv_heads, -1, shape.head_dim) * shape.scaling
+        scores = torch.bmm(grouped, keys.transpose(1, 2))  # [kv_heads, group, T]
+        if shape.softcap is not None:
+            scores = torch.tanh(scores / shape.softcap) * shape.softcap
+        weights = scores.float().softmax(-1).to(values.dtype)
+        return torch.bmm(weights, values).flatten()
+
+    # -- many tokens: gather, run, add back ---------------------------------------------------
+
+    def _many_tokens(
+        self, hidden: Tensor, cache: KVCache, batch: _Batch, thresholds: Sequence[float] | None
+    ) -> Tensor:
+        rope = (cache.rope[0][batch.slots], cache.rope[1][batch.slots])  # two of [B, S, D]
+        self.usage.seen += batch.tokens
+        self.usage.context += batch.context
+        hidden = hidden.clone()  # rows are added in place below
+        for branch in self.branches:
+            x = branch.enter(hidden)  # [B, S, H]
+            keep = self._kept(branch, x, batch, thresholds)  # [B, S] or None for all
+            self.usage.kept[branch.index] += batch.tokens if keep is None else int(keep.sum())
+            if branch.kind == "mlp":
+                _add_mlp(branch, hidden, x, keep)
+            else:
+                self._add_attention(branch, hidden, x, rope, cache, batch, keep)
+        return hidden
+
+    def _kept(
+        self, branch: Branch, x: Tensor, batch: _Batch, thresholds: Sequence[float] | None
+    ) -> Tensor | None:
+        if thresholds is None or thresholds[branch.index] == NEVER_SKIP:
+            return batch.real
+        assert self.gates is not None, "thresholds without gates"
+        keep = self.gates.logit(branch.index, x) >= thresholds[branch.index]
+        return keep if batch.real is None else keep & batch.real
+
+    def _add_attention(
+        self,
+        branch: Branch,
+        hidden: Tensor,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache,
+        batch: _Batch,
+        keep: Tensor | None,
+    ) -> None:
+        self._store(branch, x, rope, cache, batch, keep)
+        shape: AttentionShape = self.shapes[branch.index]
+        attention: Any = branch.module
+        if keep is None and batch.few:
+            queries = project_queries(attention, x, rope)[0]  # [S, heads, D]
+            first = batch.last_slot + 1 - len(queries)
+            mixed = torch.stack(
+                [self._attend_one(branch, q, cache, first + i) for i, q in enumerate(queries)]
+            )
+            hidden += branch.leave(attention.o_proj(mixed.unsqueeze(0)))
+            return
+        used = batch.last_slot + 1
+        keys = cache.keys[branch.layer][:, :, :used]
+        values = cache.values[branch.layer][:, :, :used]
+        if keep is None:
+            queries = project_queries(attention, x, rope).transpose(1, 2)
+            visible = None if batch.from_zero else batch.visible(batch.slots, shape.window)
+            mixed = attend(queries, keys, values, shape, visible).transpose(1, 2).flatten(-2)
+            hidden += branch.leave(attention.o_proj(mixed))
+            return
+        chosen, count = _gather_index(keep)  # [B, most kept], kept a row [B]
+        if chosen.shape[1] == 0:
+            return
+        rows = torch.arange(chosen.shape[0], device=chosen.device).unsqueeze(1)
+        queries = project_queries(
+            attention, x[rows, chosen], (rope[0][rows, chosen], rope[1][rows, chosen])
+        )
+        visible = batch.visible(batch.slots[rows, chosen], shape.window)
+        mixed = attend(queries.transpose(1, 2), keys, values, shape, visible)
+        real = torch.arange(chosen.shape[1], device=chosen.device) < count.unsqueeze(1)
+        output = branch.leave(attention.o_proj(mixed.transpose(1, 2).flatten(-2)[real]))
+        hidden[keep] += output
+
+    def _store(
+        self,
+        branch: Branch,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache,
+        batch: _Batch,
+        keep: Tensor | None,
+    ) -> None:
+        if keep is None or self.kv_rule == "project" or branch.layer == 0:
+            keys, values = project_keys_values(branch.module, x, rope)
+            cache.write(branch.layer, batch.slots, keys, values)
+            return
+        rows, columns = keep.nonzero(as_tuple=True)
+        slots = batch.slots[rows, columns]
+        keys, values = project_keys_values(
+            branch.module, x[rows, columns], (rope[0][rows, columns], rope[1][rows, columns])
+        )
+        cache.keys[branch.layer][rows, :, slots] = keys
+        cache.values[branch.layer][rows, :, slots] = values
+        rows, columns = (~keep).nonzero(as_tuple=True)
+        cache.copy_below(branch.layer, rows, batch.slots[rows, columns])
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Where the tokens of one forward call stand."""
+
+    slots: Tensor  # [B, S]
+    real: Tensor | None  # [B, S], None when nothing is padding
+    tokens: int
+    context: int
+    last_slot: int
+    from_zero: bool
+    few: bool  # a verify pass: its tokens attend one by one, as they would when decoded so
+
+    @classmethod
+    def of(cls, input_ids: Tensor, starts: Sequence[int], lengths: Sequence[int] | None) -> _Batch:
+        rows, columns = input_ids.shape
+        lengths = [columns] * rows if lengths is None else lengths
+        steps = torch.arange(columns, device=input_ids.device)
+        first = torch.tensor(starts, device=input_ids.device).unsqueeze(1)
+        padded = min(lengths) < columns
+        count = torch.tensor(lengths, device=input_ids.device).unsqueeze(1)
+        return cls(
+            slots=first + steps,
+            real=steps < count if padded else None,
+            tokens=sum(lengths),
+            context=sum(n * s + n * (n + 1) // 2 for s, n in zip(starts, lengths, strict=True)),
+            last_slot=max(starts) + columns - 1,
+            from_zero=not any(starts) and not padded,
+            few=rows == 1 and columns <= VERIFY_ROWS and starts[0] > 0,
+        )
+
+    def visible(self, queries: Tensor, window: int | None) -> Tensor:
+        """Mask [B, 1, Q, T] of query positions [B, Q] over all slots in use."""
+        return causal(queries, torch.arange(self.last_slot + 1, device=queries.device), window)
+
+
+def _add_mlp(branch: Branch, hidden: Tensor, x: Tensor, keep: Tensor | None) -> None:
+    if keep is None:
+        hidden += branch.leave(branch.module(x))
+        return
+    kept = keep.flatten().nonzero().squeeze(1)  # [N]
+    if kept.numel():
+        output = branch.leave(branch.module(x.flatten(0, 1)[kept]))
+        hidden.view(-1, hidden.shape[-1]).index_add_(0, kept, output)
+
+
+def _gather_index(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of the kept tokens, row by row, padded to the row that keeps most. keep [B, S]."""
+    count = keep.sum(1)
+    order = torch.argsort(~keep, dim=1, stable=True)  # kept first, in their order
+    return order[:, : int(count.max())], count

@@ -1,0 +1,128 @@
+"""Gates without training: a linear read-out of what each branch measurably does for the loss.
+
+Dropping branch l for token t is moving its mask m from 1 to 0. To second order the model's own
+predictions then change by KL = E[(d log p(y) / dm)^2] / 2, with y drawn from the model: the Fisher
+information of the mask. One backward pass gives that score for every token and branch at once, its
+effect on later tokens through keys and values included. The gate is the ridge regression of the
+score's logarithm on what the branch reads, so all branches share one unit and one threshold can
+serve them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gateskip.branches import Branch, find_branches, head
+from gateskip.compute import branch_costs
+from gateskip.gates import ScalarGates
+from gateskip.masked import masked_forward
+
+Progress = Callable[[int, int], None]
+
+
+def warm_start(
+    model: Any,
+    blocks: Tensor,
+    ridge: float = 0.03,
+    seed: int = 0,
+    kv_rule: str = "project",
+    progress: Progress | None = None,
+) -> tuple[ScalarGates, list[float]]:
+    """Gates, and each branch's sensitivity, from blocks [N, S] of token ids.
+
+    The sensitivity is the branch's mean score: the KL that dropping it whole would cost, to second
+    order. `ridge` is relative to the mean variance of the gate's input.
+    """
+    branches = find_branches(model)
+    width = model.config.hidden_size
+    solver = _Ridge(len(branches), width)
+    total = torch.zeros(len(branches))
+    generator = torch.Generator().manual_seed(seed)
+    for done, block in enumerate(blocks.split(1)):
+        inputs, scores = mask_scores(model, block, generator, kv_rule)
+        total += scores.mean(1)
+        solver.add(inputs, scores.clamp_min(1e-12).log())
+        if progress is not None:
+            progress(done + 1, len(blocks))
+    weight, bias = solver.solve(ridge)
+    gates = ScalarGates(len(branches), width)
+    costs = torch.tensor([float(cost.linear) for cost in branch_costs(model)])
+    with torch.no_grad():  # loss per multiply-add, so that one threshold ranks dear against cheap
+        gates.weight.copy_(weight)
+        gates.bias.copy_(bias - (costs / costs.mean()).log())
+    return gates, (total / len(blocks)).tolist()
+
+
+def mask_scores(
+    model: Any, block: Tensor, generator: torch.Generator, kv_rule: str = "project"
+) -> tuple[list[Tensor], Tensor]:
+    """Gate inputs, [S, H] a branch, and Fisher scores [branches, S] of one block [1, S]."""
+    masks: list[Tensor] = []
+    inputs: list[Tensor] = []
+    every = ScalarGates(len(find_branches(model)), model.config.hidden_size)
+
+    def rule(branch: Branch, z: Tensor) -> Tensor:
+        masks.append(torch.ones_like(z, requires_grad=True))
+        return masks[-1]
+
+    def observe(branch: Branch, x: Tensor, output: Tensor) -> None:
+        inputs.append(x.detach()[0].float())
+
+    with torch.enable_grad(), frozen(model):
+        hidden = masked_forward(model, block, every, rule, kv_rule, observe)
+        log_p = F.log_softmax(head(model, hidden)[0].float(), dim=-1)  # [S, V]
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        likelihood = log_p.gather(1, drawn).sum()
+        slopes = torch.autograd.grad(likelihood, masks)
+    return inputs, torch.cat(slopes).detach().float().square() / 2
+
+
+class frozen:
+    """Within this context the model's parameters ask for no gradient."""
+
+    def __init__(self, model: Any) -> None:
+        self.asked = [p for p in model.parameters() if p.requires_grad]
+
+    def __enter__(self) -> None:
+        for parameter in self.asked:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *_: object) -> None:
+        for parameter in self.asked:
+            parameter.requires_grad_(True)
+
+
+class _Ridge:
+    """Normal equations of one regression a branch, gathered block by block."""
+
+    def __init__(self, branches: int, width: int) -> None:
+        self.count = 0
+        self.gram = torch.zeros(branches, width, width)
+        self.cross = torch.zeros(branches, width)
+        self.sum_x = torch.zeros(branches, width)
+        self.sum_y = torch.zeros(branches)
+
+    def add(self, inputs: list[Tensor], targets: Tensor) -> None:
+        """inputs: [S, H] a branch; targets [branches, S]."""
+        self.count += targets.shape[1]
+        for i, x in enumerate(inputs):
+            self.gram[i] += x.T @ x
+            self.cross[i] += x.T @ targets[i]
+            self.sum_x[i] += x.sum(0)
+        self.sum_y += targets.sum(1)
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Weights [branches, H] and biases [branches]."""
+        mean_x, mean_y = self.sum_x / self.count, self.sum_y / self.count
+        gram = self.gram / self.count - mean_x.unsqueeze(2) * mean_x.unsqueeze(1)
+        cross = self.cross / self.count - mean_x * mean_y.unsqueeze(1)
+        scale = gram.diagonal(dim1=1, dim2=2).mean(1)
+        eye = torch.eye(gram.shape[1])
+        gram = gram + ridge * scale[:, None, None] * eye
+        weight = torch.linalg.solve(gram, cross.unsqueeze(2)).squeeze(2)
+        return weight, mean_y - (weight * mean_x).sum(1)

@@ -1,0 +1,228 @@
+"""From results to what a report shows: numbered rows, families, fronts, the best by each aim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from compose.result import METRICS, CellResult, Results, StepInfo, load_results, metrics
+
+KEEPS = 0.95
+"""The share of the dense model's quality that the summary asks of a cell."""
+
+_KEEPS = f"{100 * KEEPS:.0f}\u202f%"
+
+Decode = Literal["plain", "skip", "speculate"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured cell with its number in the report and its metrics (`compose.result.METRICS`)."""
+
+    number: int
+    cell: CellResult
+    values: dict[str, float]
+    weights: str
+    decode: Decode
+    is_baseline: bool
+
+    def get(self, metric: str) -> float | None:
+        """The metric, or None where it was not measured."""
+        return self.values.get(metric)
+
+
+@dataclass(frozen=True)
+class LeftOutGroup:
+    """Cells that one rule left out, and the sentences that say so."""
+
+    rule: str
+    reasons: tuple[str, ...]
+    cells: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The winner by one aim, and a remark. Without a winner the remark says why."""
+
+    aim: str
+    row: Row | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Results with everything derived that tables and pictures share."""
+
+    results: Results
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """Measured cells, numbered from 1: the baseline first, the others as the plan has them."""
+        results = self.results
+        cells = sorted(results.measured, key=lambda cell: cell.name != results.baseline)
+        return tuple(
+            Row(
+                number=number,
+                cell=cell,
+                values=metrics(results, cell),
+                weights=weights_of(cell.steps),
+                decode=decode_of(cell),
+                is_baseline=cell.name == results.baseline,
+            )
+            for number, cell in enumerate(cells, 1)
+        )
+
+    @cached_property
+    def baseline(self) -> Row | None:
+        """The row of the baseline, when it was measured."""
+        return next((row for row in self.rows if row.is_baseline), None)
+
+    @cached_property
+    def failed(self) -> tuple[CellResult, ...]:
+        """Cells that failed."""
+        return tuple(cell for cell in self.results.cells if cell.status == "failed")
+
+    @cached_property
+    def left_out(self) -> tuple[LeftOutGroup, ...]:
+        """Cells that the planner left out, by rule."""
+        cells = [cell for cell in self.results.cells if cell.status == "left-out"]
+        rules = dict.fromkeys(cell.rule or "unnamed rule" for cell in cells)
+        groups = []
+        for rule in rules:
+            members = [cell for cell in cells if (cell.rule or "unnamed rule") == rule]
+            reasons = dict.fromkeys(cell.reason for cell in members if cell.reason)
+            groups.append(LeftOutGroup(rule, tuple(reasons), tuple(c.name for c in members)))
+        return tuple(groups)
+
+    @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        """Every task that some cell was asked, in the order met."""
+        qualities = [self.results.quality(row.cell) for row in self.rows]
+        return tuple(dict.fromkeys(t for q in qualities if q is not None for t in q.tasks or ()))
+
+    @cached_property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes beside 1 that some cell ran."""
+        speeds = [row.cell.speed for row in self.rows]
+        return tuple(sorted({b for s in speeds if s is not None for b in s.by_batch or ()}))
+
+    @cached_property
+    def quality_axis(self) -> str | None:
+        """The metric that stands for quality in the fronts: the finest that was measured."""
+        for metric in ("perplexity-ratio", "retained", "agreement"):
+            if sum(row.get(metric) is not None for row in self.rows) > 1:
+                return metric
+        return None
+
+    def front(self, metric: str) -> tuple[Row, ...]:
+        """Rows that no other row beats in both `metric` and the quality axis."""
+        quality = self.quality_axis
+        if quality is None:
+            return ()
+        known = [row for row in self.rows if {metric, quality} <= row.values.keys()]
+        points = [
+            (METRICS[metric].rank(row.values[metric]), METRICS[quality].rank(row.values[quality]))
+            for row in known
+        ]
+        return tuple(known[index] for index in pareto(points))
+
+    @cached_property
+    def on_a_front(self) -> frozenset[int]:
+        """Numbers of the rows on the front of decode speed or of size."""
+        return frozenset(row.number for m in ("decode", "size") for row in self.front(m))
+
+    @cached_property
+    def best(self) -> tuple[Best, ...]:
+        """The winners that the summary shows."""
+        keeps = [row for row in self.rows if (row.get("retained") or 0.0) >= KEEPS]
+        lossless = [
+            row for row in self.rows if row.cell.speculation and row.cell.speculation.lossless
+        ]
+        return (
+            _best(f"Fastest that keeps {_KEEPS}", keeps, "decode", "No cell keeps so much."),
+            self._smallest(keeps),
+            _best(
+                "Fastest lossless speculation",
+                lossless,
+                "decode",
+                "No speculative cell was found lossless.",
+            ),
+        )
+
+    def _smallest(self, keeps: Sequence[Row]) -> Best:
+        smallest, careful = _top(self.rows, "size"), _top(keeps, "size")
+        if smallest is None:
+            return Best("Smallest", None, "No size was measured.")
+        if smallest in keeps or careful is None:
+            return Best("Smallest", smallest)
+        size = careful.values["size"] / 1e6
+        note = f"Smallest that keeps {_KEEPS}: {careful.cell.name}, {size:.0f}\u202fMB"
+        return Best("Smallest", smallest, note)
+
+
+def read(path: str | Path) -> Report:
+    """The report of a results.json or of a run's folder.
+
+    Raises:
+        UserError: the results cannot be read.
+    """
+    return Report(load_results(path))
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that none beats, both coordinates better when higher, left to right.
+
+    Equal points stand or fall together.
+
+    >>> pareto([(1, 3), (2, 2), (3, 1), (1, 1), (2, 2)])
+    [0, 1, 4, 2]
+    """
+    order = sorted(range(len(points)), key=lambda i: (-points[i][0], -points[i][1]))
+    front: list[int] = []
+    highest, holder = -math.inf, (math.nan, math.nan)
+    for index in order:
+        x, y = points[index]
+        if y > highest or (x, y) == holder:
+            highest, holder = y, (x, y)
+            front.append(index)
+    return sorted(front, key=lambda i: points[i])
+
+
+def weights_of(steps: Sequence[StepInfo] | None) -> str:
+    """How the weights are stored, in words, as far as the chain's stages tell."""
+    for step in steps or ():
+        extra = step.model_extra or {}
+        if step.use == "bnb":
+            return str(extra.get("format", "bnb"))
+        if step.use == "gptq":
+            return f"gptq {extra['bits']}-bit" if "bits" in extra else "gptq"
+    return "not quantized"
+
+
+def decode_of(cell: CellResult) -> Decode:
+    """How the cell decodes: by its stages, or else by what was measured of it."""
+    uses = [step.use for step in cell.steps or ()]
+    if "speculate" in uses or cell.speculation is not None:
+        return "speculate"
+    if cell.steps is not None:
+        return "skip" if "skip" in uses else "plain"
+    return "skip" if cell.plain not in (None, cell.name) else "plain"
+
+
+def _best(aim: str, rows: Sequence[Row], metric: str, otherwise: str) -> Best:
+    row = _top(rows, metric)
+    return Best(aim, row, "" if row is not None else otherwise)
+
+
+def _top(rows: Sequence[Row], metric: str) -> Row | None:
+    """The best row by `metric`; equal ones are told apart by what they keep, then by speed."""
+
+    def rank(row: Row) -> tuple[float, float, float]:
+        first = METRICS[metric].rank(row.values[metric])
+        return first, row.get("retained") or 0.0, row.get("decode") or 0.0
+
+    return max((row for row in rows if metric in row.values), key=rank, default=None)

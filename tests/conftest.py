@@ -1,0 +1,171 @@
+"""What all tests share: few threads, folders of their own, tiny models, and the one real model.
+
+Tiny models are saved Hugging Face folders with random weights and a tokenizer trained on the spot;
+they need no network. The real model is downloaded once into the cache that a user would have; a
+test that asks for it is marked `real` by itself, and such tests run last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Before anything imports torch or the hub's client: both read these once.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+TINY_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    # Wide enough for branches to outweigh the embedding: else tied models repeat their input.
+    "initializer_range": 0.15,
+}
+
+TINY_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 16, "tie_word_embeddings": True},
+    "qwen2": {"tie_word_embeddings": False},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32},
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what uses the real model as `real`, and run it after everything that is quick."""
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker("real")
+    items.sort(key=lambda item: item.get_closest_marker("real") is not None)
+
+
+@pytest.fixture(autouse=True)
+def _folders_of_its_own(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Keep a test out of the user's caches and away from local data, unless it is `real`."""
+    if request.node.get_closest_marker("real") is not None:
+        return
+    monkeypatch.setenv("GATESKIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.delenv("GATESKIP_DATA", raising=False)
+
+
+def _tiny_tokenizer(vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer trained on this project's licence text, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([(ROOT / "LICENSE").read_text("utf-8")], trainer)
+    assert tokenizer.get_vocab_size() == vocab_size, "the licence is too short for this vocabulary"
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=TINY_SIZES["max_position_embeddings"],
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def save_tiny(folder: Path, family: str, seed: int = 0, **overrides: Any) -> Path:
+    """Save a random float32 model of `family` (llama, qwen2, gemma2) with its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {**TINY_SIZES, **TINY_FAMILIES[family], **overrides}
+    tokenizer = _tiny_tokenizer(sizes["vocab_size"])
+    config = AutoConfig.for_model(
+        family,
+        **sizes,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if family == "gemma2":
+        # Gemma scales its embedding by sqrt(hidden), and a tied model would repeat its last token:
+        # take the scale back here, and give it to the last norm, whose weight w counts as 1 + w.
+        scale = sizes["hidden_size"] ** 0.5
+        with torch.no_grad():
+            model.model.embed_tokens.weight.div_(scale)
+            model.model.norm.weight.fill_(scale - 1)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_tiny("llama", num_hidden_layers=6)`: the folder of such a model, made once a session.
+
+    Folders are shared by all tests, so a test that changes one copies it first.
+    """
+    made: dict[str, Path] = {}
+
+    def make(family: str, seed: int = 0, **overrides: Any) -> Path:
+        key = json.dumps([family, seed, overrides], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"tiny-{family}")
+            made[key] = save_tiny(folder, family, seed, **overrides)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(make_tiny: Callable[..., Path]) -> Path:
+    """Four Llama layers, hidden 64, grouped-query attention, tied embeddings as in SmolLM2."""
+    return make_tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(make_tiny: Callable[..., Path]) -> Path:
+    """Four Qwen2 layers: biases on q, k and v, untied embeddings."""
+    return make_tiny("qwen2")
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma2(make_tiny: Callable[..., Path]) -> Path:
+    """Four Gemma2 layers: norms after the branches, alternating windows, softcapped logits."""
+    return make_tiny("gemma2")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, fetched once into the user's own cache."""
+    from compose.assets import default_cache, resolve_model
+
+    return resolve_model("smollm2-135m-instruct", default_cache()).path

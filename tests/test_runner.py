@@ -1,0 +1,776 @@
+"""The runner: order, resume, failures as data, speed sessions; then the real thing, killed.
+
+Most tests replace workers by scripted ones, so that orchestration is tested in milliseconds. The
+tests at the end start real workers on a tiny model, kill them, and compare what comes out.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from filelock import FileLock
+from rich.console import Console
+
+from compose import runner as runner_module
+from compose.artifact import hash_folder, lineage, write_lineage
+from compose.cache import Store, read_json
+from compose.errors import AssetError, PlanError, StepError, UserError
+from compose.plan import Plan, make_plan
+from compose.records import (
+    RunFolder,
+    Session,
+    file_name,
+    find_session,
+    new_session,
+    phase_key,
+    read_phase,
+)
+from compose.result import Results, load_results
+from compose.runner import RunResult, Settings, Task, run, run_graph
+from compose.schema import Pipeline
+
+ROOT = Path(__file__).resolve().parents[1]
+Answer = dict[str, Any]
+
+
+def pipeline(**changes: Any) -> Pipeline:
+    """Dense, dropped, gated: five cells."""
+    return Pipeline.model_validate(
+        {
+            "schema": 1,
+            "name": "small",
+            "model": {"source": "smollm2-135m-instruct"},
+            "stages": {
+                "drop": {"use": "drop-layers", "count": 1},
+                "gates": {"use": "gate", "steps": 0},
+                "skip": {"use": "skip"},
+                "spec": {"use": "speculate"},
+            },
+            "pipelines": {"cut": ("drop",)},
+            "matrix": {"gate": ("none", "gates"), "decode": ("none", "skip", "spec")},
+            "benchmark": {"threads": 1, "speed": {"repeats": 3, "batch_sizes": (1, 4)}},
+            **changes,
+        }
+    )
+
+
+def fill_model(job: Answer) -> Answer:
+    """What a step's worker leaves behind."""
+    target = Path(job["target"])
+    target.mkdir(parents=True)
+    (target / "config.json").write_text('{"model_type": "llama"}')
+    (target / "model.safetensors").write_text(job["key"])
+    record = {"training": [{"step": 1, "loss": 2.0}]} if job["name"] == "gates" else {}
+    write_lineage(target, {"name": job["name"], "record": record})
+    Path(job["check"]).write_text("logits")
+    return {"wall_s": 1.0, "record": record}
+
+
+def speed_numbers(number: int) -> Answer:
+    return {
+        "prefill_tokens_per_s": 100.0 + number,
+        "decode_tokens_per_s": 10.0 + number,
+        "ttft_s": 0.5,
+        "peak_bytes": 1000 + number,
+    }
+
+
+class Script:
+    """A scripted executor: what workers answer, and a log of everything that was asked of them."""
+
+    slots = 1
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, ...]] = []
+        self.live = 0
+        self.most_live = 0
+        self.closed = 0
+        self.break_at: dict[tuple[str, ...], Exception] = {}
+        self.decode_rate = {"gates+spec": 3.0}
+        self.interrupt_at: tuple[str, ...] | None = None
+
+    def start(self, role: str, job: Path, log: Path, *, here: bool = False) -> ScriptedWorker:
+        self.live += 1
+        self.most_live = max(self.most_live, self.live)
+        return ScriptedWorker(self, role, json.loads(job.read_text()))
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def note(self, *event: str) -> None:
+        self.log.append(event)
+        if event == self.interrupt_at:
+            raise KeyboardInterrupt
+        if event in self.break_at:
+            raise self.break_at[event]
+
+    def done(self, *start: str) -> list[tuple[str, ...]]:
+        return [event for event in self.log if event[: len(start)] == start]
+
+
+class ScriptedWorker:
+    def __init__(self, script: Script, role: str, job: Answer) -> None:
+        self.script, self.role, self.job = script, role, job
+        self.commands: list[Answer] = []
+        self.stopped = False
+
+    def send(self, message: Answer) -> None:
+        self.commands.append(message)
+
+    def receive(self) -> Answer:
+        assert not self.stopped
+        if self.role == "step":
+            self.script.note("step", self.job["name"])
+            return {"ok": True, "result": fill_model(self.job)}
+        if self.role == "check":
+            self.script.note("check")
+            return {"ok": True, "result": {"max_abs_diff": 0.0}}
+        return {"ok": True, "result": self.measure(self.commands.pop(0))}
+
+    def measure(self, command: Answer) -> Answer:
+        name, do = self.job["name"], command["do"]
+        place = (str(command["batch"]), str(command["round"])) if do == "speed" else ()
+        self.script.note(do, name, *place)
+        if do == "load":
+            return {"disk_bytes": 100, "resident_bytes": 200}
+        if do == "lossless":
+            return {"lossless": True, "acceptance_rate": 0.6, "mean_accepted_tokens": 2.2}
+        if do == "speed":
+            numbers = speed_numbers(command["round"])
+            numbers["decode_tokens_per_s"] *= self.script.decode_rate.get(name, 1.0)
+            return numbers
+        if name == "dense":
+            Path(command["reference"]).write_text("hidden")
+        assert Path(command["reference"]).is_file(), "the baseline comes first"
+        value = 10.0 if name == "dense" else 12.0
+        perplexity = {"dataset": "wikitext2", "value": value, "tokens": 64}
+        tasks = {"arc_easy": {"metric": "acc", "value": 5 / value, "n": 9, "ci95": [0.1, 0.9]}}
+        compute = {"saved_net": 0.2} if name == "gates+skip" else {}
+        return {"perplexity": perplexity, "tasks": tasks, "compute": compute}
+
+    def stop(self) -> None:
+        if not self.stopped:
+            self.stopped = True
+            self.script.live -= 1
+
+
+@pytest.fixture(autouse=True)
+def quick_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripted runs draw an empty report: the real one is drawn in the tests with real workers."""
+    if request.node.get_closest_marker("slow") is None:
+
+        def draw(self: runner_module.Runner) -> None:
+            (self.folder.root / "report.html").write_text("report")
+
+        monkeypatch.setattr(runner_module.Runner, "render", draw)
+
+
+def go(out: Path, script: Script, plan: Plan | None = None, **settings: Any) -> RunResult:
+    console = Console(file=io.StringIO(), width=200)
+    plan = plan or make_plan(pipeline())
+    result = run(plan, Settings(out, out / "cache", "gateskip run", **settings), script, console)
+    assert script.live == 0, "no worker may be left"
+    result_text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Traceback" not in result_text
+    return result
+
+
+def results_of(out: Path) -> Results:
+    return load_results(out / "small" / "results.json")
+
+
+# --- The whole way ------------------------------------------------------------------------------
+
+
+def test_steps_then_quality_then_interleaved_rounds(tmp_path: Path) -> None:
+    script = Script()
+    result = go(tmp_path, script)
+    assert result.exit_code == 0
+    assert result.worked
+    assert script.closed == 1
+    assert [event[1] for event in script.done("step")] == ["source", "drop", "gates"]
+    assert len(script.done("check")) == 3, "every folder is loaded again by another process"
+    kinds = [event[0] for event in script.log]
+    assert kinds.index("quality") > max(i for i, kind in enumerate(kinds) if kind == "step")
+    assert [event[1] for event in script.done("quality")] == ["dense", "cut", "gates", "gates+skip"]
+    assert script.done("lossless") == [("lossless", "gates+spec")]
+    cells = ["dense", "cut", "gates", "gates+skip", "gates+spec"]
+    rounds = script.done("speed")
+    for number, start in enumerate(range(0, len(rounds), len(cells))):
+        names = [event[1] for event in rounds[start : start + len(cells)]]
+        turn = number % 3  # three rounds a batch size, each begins with another cell
+        assert names == [*cells[turn:], *cells[:turn]]
+        assert len({event[2:] for event in rounds[start : start + len(cells)]}) == 1
+    assert len(rounds) == len(cells) * 3 * 2
+    assert script.most_live == len(cells), "the cells of a group are alive together"
+
+
+def test_the_result_is_typed_and_compared_with_the_baseline(tmp_path: Path) -> None:
+    go(tmp_path, Script())
+    results = results_of(tmp_path)
+    assert results.baseline == "dense"
+    assert [cell.name for cell in results.cells] == [
+        *("dense", "cut", "gates", "gates+skip", "gates+spec"),
+        *("skip", "spec"),
+    ]
+    dense, gates = results.cell("dense"), results.cell("gates")
+    assert dense.speed is not None
+    assert dense.speed.decode_tokens_per_s is not None
+    assert dense.speed.decode_tokens_per_s.repeats == (10.0, 11.0, 12.0)
+    assert dense.speed.decode_tokens_per_s.median == 11.0
+    assert dense.speed.by_batch is not None
+    assert set(dense.speed.by_batch) == {4}
+    assert dense.size is not None
+    assert (dense.size.resident_bytes, dense.size.peak_bytes) == (200, 1002)
+    assert gates.quality is not None
+    assert gates.quality.perplexity is not None
+    assert gates.quality.perplexity.ratio_to_baseline == pytest.approx(1.2)
+    assert gates.quality.tasks is not None
+    assert gates.quality.tasks["arc_easy"].retained == pytest.approx(1 / 1.2)
+    assert gates.training is not None
+    assert gates.training["gates"][0].loss == 2.0
+    skip = results.cell("gates+skip")
+    assert skip.compute is not None
+    assert skip.compute.saved_net == 0.2
+    assert skip.plain == "gates"
+    assert skip.steps is not None
+    assert skip.steps[-1].use == "skip"
+    spec = results.cell("gates+spec")
+    assert spec.quality is None
+    assert spec.quality_of == "gates"
+    assert results.quality(spec) == gates.quality
+    assert spec.speculation is not None
+    assert spec.speculation.lossless is True
+    assert spec.speculation.speedup == pytest.approx(3.0)
+    assert results.cell("skip").status == "left-out"
+    assert results.cell("skip").rule == "decode-needs-gates"
+
+
+def test_a_second_run_does_nothing(tmp_path: Path) -> None:
+    go(tmp_path, Script())
+    written = (tmp_path / "small" / "results.json").read_bytes()
+    stamp = (tmp_path / "small" / "results.json").stat().st_mtime_ns
+    again = Script()
+    result = go(tmp_path, again)
+    assert again.log == []
+    assert not result.worked
+    assert result.exit_code == 0
+    assert (tmp_path / "small" / "results.json").read_bytes() == written
+    assert (tmp_path / "small" / "results.json").stat().st_mtime_ns == stamp
+
+
+def test_equal_steps_of_another_run_are_shared(tmp_path: Path) -> None:
+    go(tmp_path, Script())
+    other = Script()
+    go(tmp_path, other, make_plan(pipeline(name="other")))
+    assert other.done("step") == []
+    assert other.done("quality") != []
+
+
+def test_again_measures_anew_and_keeps_folders(tmp_path: Path) -> None:
+    go(tmp_path, Script())
+    again = Script()
+    go(tmp_path, again, again=True)
+    assert again.done("step") == []
+    assert len(again.done("quality")) == 4
+    assert len(again.done("speed")) == 30
+
+
+# --- Changes ------------------------------------------------------------------------------------
+
+
+def test_a_new_cell_repeats_speed_for_all_and_quality_for_itself(tmp_path: Path) -> None:
+    go(tmp_path, Script(), make_plan(pipeline(pipelines={})))
+    script = Script()
+    go(tmp_path, script)
+    assert [event[1] for event in script.done("step")] == ["drop"]
+    assert script.done("quality") == [("quality", "cut")]
+    assert len(script.done("speed")) == 30
+    assert len(list((tmp_path / "small" / "speed").iterdir())) == 1
+
+
+def test_changed_settings_repeat_what_reads_them(tmp_path: Path) -> None:
+    go(tmp_path, Script())
+    benchmark: Answer = {"threads": 1, "speed": {"repeats": 3, "batch_sizes": (1, 4)}}
+    script = Script()
+    changed = {**benchmark, "lossless": {"prompts": 2}}
+    go(tmp_path, script, make_plan(pipeline(benchmark=changed)))
+    assert {event[0] for event in script.log} == {"load", "lossless"}
+    script = Script()
+    changed |= {"quality": {"limit": 7}}
+    go(tmp_path, script, make_plan(pipeline(benchmark=changed)))
+    assert {event[0] for event in script.log} == {"load", "quality"}
+    script = Script()
+    changed |= {"speed": {"repeats": 1}}
+    go(tmp_path, script, make_plan(pipeline(benchmark=changed)))
+    assert {event[0] for event in script.log} == {"load", "speed"}
+
+
+def test_only_measures_what_is_asked_and_what_it_is_compared_with(tmp_path: Path) -> None:
+    script = Script()
+    go(tmp_path, script, only=("gates+spec",))
+    assert {event[1] for event in script.done("speed")} == {"dense", "gates", "gates+spec"}
+    assert [event[1] for event in script.done("step")] == ["source", "gates"]
+    results = results_of(tmp_path)
+    assert [cell.name for cell in results.measured] == ["dense", "gates", "gates+spec"]
+    assert results.notes is not None
+    assert "cut" in results.notes[0]
+    with pytest.raises(PlanError, match="did you mean 'gates'"):
+        go(tmp_path, Script(), only=("gatez",))
+
+
+def test_only_after_a_whole_run_does_nothing_and_loses_nothing(tmp_path: Path) -> None:
+    go(tmp_path, Script())
+    script = Script()
+    result = go(tmp_path, script, only=("cut",))
+    assert script.log == []
+    assert not result.worked
+    assert len(results_of(tmp_path).measured) == 5
+
+
+# --- Failures -----------------------------------------------------------------------------------
+
+
+def failing(reason: str = "it broke") -> StepError:
+    error = StepError(f"{reason}\nmore")
+    error.add_note("Traceback of the worker")
+    return error
+
+
+def test_a_failed_step_fails_its_cells_and_the_others_go_on(tmp_path: Path) -> None:
+    script = Script()
+    script.break_at[("step", "gates")] = failing()
+    result = go(tmp_path, script)
+    assert result.exit_code == 1
+    results = results_of(tmp_path)
+    status = {cell.name: cell.status for cell in results.cells if cell.status != "left-out"}
+    assert status == {
+        "dense": "ok",
+        "cut": "ok",
+        **dict.fromkeys(["gates", "gates+skip", "gates+spec"], "failed"),
+    }
+    failed = results.cell("gates+skip")
+    assert failed.reason == "it broke"
+    assert failed.failed_in == "gates"
+    assert failed.traceback == "Traceback of the worker"
+    assert failed.speed is None
+    assert not Store(tmp_path / "store").has(script.done("step")[-1][1])
+    again = Script()
+    assert go(tmp_path, again).exit_code == 0
+    assert [event[1] for event in again.done("step")] == ["gates"], "only what failed is tried"
+    assert [event[1] for event in again.done("quality")] == ["gates", "gates+skip"]
+
+
+def test_a_folder_that_does_not_load_again_fails_its_step(tmp_path: Path) -> None:
+    script = Script()
+    script.break_at[("check",)] = failing("other logits")
+    result = go(tmp_path, script)
+    assert result.exit_code == 1
+    assert {cell.status for cell in results_of(tmp_path).cells} == {"failed", "left-out"}
+    assert list((tmp_path / "store").glob("*/manifest.json")) == []
+
+
+def test_a_failed_measurement_fails_its_cell_alone(tmp_path: Path) -> None:
+    script = Script()
+    script.break_at[("quality", "gates+skip")] = failing()
+    assert go(tmp_path, script).exit_code == 1
+    results = results_of(tmp_path)
+    failed = results.cell("gates+skip")
+    assert (failed.status, failed.failed_in) == ("failed", "quality")
+    assert failed.size is not None
+    assert failed.size.resident_bytes == 200
+    assert len(results.measured) == 4
+    assert "gates+skip" not in {event[1] for event in script.done("speed")}
+
+
+def test_a_cell_that_fails_in_a_round_drops_out_and_the_others_finish(tmp_path: Path) -> None:
+    script = Script()
+    script.break_at[("speed", "cut", "1", "1")] = failing()
+    assert go(tmp_path, script).exit_code == 1
+    results = results_of(tmp_path)
+    assert results.cell("cut").failed_in == "speed"
+    assert results.cell("cut").quality is not None
+    assert len(script.done("speed", "cut")) == 2
+    assert len(script.done("speed", "dense")) == 6
+    again = Script()
+    assert go(tmp_path, again).exit_code == 0
+    assert len(again.done("speed", "dense")) == 5, "all rounds but the one that was complete"
+
+
+def test_a_source_that_cannot_be_had_is_the_users_to_put_right(tmp_path: Path) -> None:
+    script = Script()
+    script.break_at[("step", "source")] = AssetError("no such model", fix="name another")
+    with pytest.raises(AssetError, match="no such model"):
+        go(tmp_path, script)
+    assert script.live == 0
+    assert script.done("quality") == []
+
+
+def test_data_that_the_baseline_cannot_have_is_the_users_to_put_right(tmp_path: Path) -> None:
+    script = Script()
+    script.break_at[("quality", "dense")] = AssetError("no such data")
+    with pytest.raises(AssetError, match="no such data"):
+        go(tmp_path, script)
+    assert script.done("quality") == [("quality", "dense")]
+
+
+def test_data_that_a_step_cannot_have_fails_its_cells(tmp_path: Path) -> None:
+    script = Script()
+    script.break_at[("step", "gates")] = AssetError("no such data")
+    assert go(tmp_path, script).exit_code == 1
+    assert results_of(tmp_path).cell("gates").reason == "no such data"
+
+
+def numbers_of(results: Results) -> list[Answer]:
+    """All cells as plain data, without how long measuring took."""
+    cells = [cell.model_dump(mode="json") for cell in results.cells]
+    return [{key: value for key, value in cell.items() if key != "seconds"} for cell in cells]
+
+
+# --- Going on after an end ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        ("step", "gates"),
+        ("quality", "gates"),
+        ("lossless", "gates+spec"),
+        ("speed", "gates", "1", "1"),
+        ("speed", "dense", "4", "2"),
+    ],
+)
+def test_what_was_finished_before_an_interrupt_is_not_repeated(
+    tmp_path: Path, moment: tuple[str, ...]
+) -> None:
+    first, whole = Script(), Script()
+    go(tmp_path / "whole", whole)
+    first.interrupt_at = moment
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "broken", first)
+    assert first.live == 0
+    second = Script()
+    assert go(tmp_path / "broken", second).exit_code == 0
+    wanted, found = results_of(tmp_path / "whole"), results_of(tmp_path / "broken")
+    assert numbers_of(wanted) == numbers_of(found)
+    repeated = Counter(
+        event
+        for event in first.log + second.log
+        if event[0] in ("step", "quality", "lossless") and event != moment
+    )
+    assert set(repeated.values()) == {1}
+    if moment[0] == "speed":
+        rounds = len({event[2:] for event in second.done("speed")})
+        assert rounds == 6 - (int(moment[2] == "4") * 3 + int(moment[3]))
+
+
+def test_a_round_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
+    plan = make_plan(pipeline())
+    run_folder = RunFolder.of(plan, tmp_path)
+    settings = {"speed": {"batch_sizes": [1], "repeats": 2}}
+    cells = plan.cells[:2]
+    session = new_session(run_folder, settings, cells, [["dense", "cut"]], {"cores": 2}, "run")
+    numbers = {"dense": speed_numbers(0), "cut": speed_numbers(1)}
+    session.add((0, 1, 0), numbers, 2.0)
+    with session.file.open("ab") as file:
+        file.write(b'{"group": 0, "batch": 1, "round": 1, "cel')
+    found = find_session(run_folder, settings, cells)
+    assert found is not None
+    assert found.rounds == {(0, 1, 0): numbers}
+    assert not found.finished()
+    found.add((0, 1, 1), numbers, 2.0)
+    again = Session.load(session.file)
+    assert again is not None
+    assert again.finished()
+    assert again.seconds == 4.0
+    assert again.environment == {"cores": 2}
+    assert find_session(run_folder, {**settings, "seed": 1}, cells) is None
+    assert find_session(run_folder, settings, plan.cells) is None
+
+
+def test_records_of_another_cell_or_setting_are_out_of_date(tmp_path: Path) -> None:
+    go(tmp_path, Script())
+    plan = make_plan(pipeline())
+    folder = RunFolder.of(plan, tmp_path)
+    cell = plan.cell("gates")
+    assert read_phase(folder, plan, cell, "quality") is not None
+    other = make_plan(pipeline(seed=1))
+    assert phase_key(other, other.cell("gates"), "quality") != phase_key(plan, cell, "quality")
+    assert read_phase(folder, other, other.cell("gates"), "quality") is None
+    folder.record("gates", "quality").write_text("{")
+    assert read_phase(folder, plan, cell, "quality") is None
+
+
+def test_two_runs_of_one_name_do_not_mix(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    with FileLock(tmp_path / "small" / ".lock"), pytest.raises(UserError, match="at work"):
+        go(tmp_path, Script())
+
+
+# --- Memory -------------------------------------------------------------------------------------
+
+
+def test_cells_that_do_not_fit_together_are_measured_in_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 2.5 * runner_module.PROCESS_BYTES / runner_module.MEMORY_SHARE
+
+    class Memory:
+        total = available = room
+
+    monkeypatch.setattr(runner_module.psutil, "virtual_memory", lambda: Memory)
+    script = Script()
+    assert go(tmp_path, script).exit_code == 0
+    assert script.most_live == 2
+    assert len(script.done("speed", "dense")) == 4 * 6, "the baseline is in every group"
+    assert len(script.done("speed", "cut")) == 6
+    results = results_of(tmp_path)
+    assert results.notes is not None
+    assert "4 groups" in results.notes[0]
+    dense = results.cell("dense").speed
+    assert dense is not None
+    assert dense.decode_tokens_per_s is not None
+    assert len(dense.decode_tokens_per_s.repeats) == 12
+
+
+# --- The graph ----------------------------------------------------------------------------------
+
+
+def test_the_graph_keeps_order_and_uses_its_slots() -> None:
+    done: list[str] = []
+    running, most = 0, 0
+
+    def work(name: str) -> Callable[[], None]:
+        def body() -> None:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            time.sleep(0.02)
+            done.append(name)
+            running -= 1
+
+        return body
+
+    tasks = [Task(n, work(n), needs) for n, needs in [("a", ()), ("b", ("a",)), ("c", ("a",))]]
+    run_graph(tasks, 1, lambda: None)
+    assert done == ["a", "b", "c"]
+    assert most == 1
+    done.clear()
+    run_graph(tasks, 3, lambda: None)
+    assert done[0] == "a"
+    assert most == 2
+
+
+def test_what_a_task_raises_ends_the_graph() -> None:
+    done: list[str] = []
+    aborted: list[bool] = []
+
+    def fail() -> None:
+        raise AssetError("gone")
+
+    tasks = [Task("a", fail), Task("b", lambda: done.append("b"), ("a",))]
+    with pytest.raises(AssetError):
+        run_graph(tasks, 2, lambda: aborted.append(True))
+    assert done == []
+    assert aborted == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [("gates+nf4", True), ("a" * 130, False), ("a/b", False), (".hidden", False)],
+)
+def test_cell_names_as_file_names(name: str, same: bool) -> None:
+    file = file_name(name)
+    assert (file == name) == same
+    assert "/" not in file
+    assert not file.startswith(".")
+    assert len(file) <= 120
+    assert file_name(name + "x") != file
+
+
+# --- Real processes, ended at the worst moments -------------------------------------------------
+
+# A worker as it is, but for a stage and a measurement that take their time and leave marks.
+SLOW_WORKER = """
+import json, os, shutil, sys, time, types
+from pathlib import Path
+from dataclasses import make_dataclass
+from compose.stages import DropLayers
+from compose.worker import main
+
+marks = Path(os.environ["TEST_MARKS"])
+pause = float(os.environ["TEST_PAUSE"])
+
+def mark(name):
+    with (marks / name).open("a") as file:
+        file.write("x")
+    print("library noise", flush=True)
+
+def slow_run(self, job):
+    import torch
+    from safetensors.torch import load_file, save_file
+    checkpoint = job.work / "checkpoint.json"
+    drawn = json.loads(checkpoint.read_text()) if checkpoint.is_file() else []
+    generator = torch.Generator().manual_seed(job.seed)
+    for step in range(6):
+        number = float(torch.rand((), generator=generator))
+        if step < len(drawn):
+            continue
+        drawn.append(number)
+        (job.work / "new").write_text(json.dumps(drawn))
+        (job.work / "new").replace(checkpoint)
+        mark(f"train-{step}")
+        job.progress(step + 1, 6, "")
+        time.sleep(pause)
+    tensors = load_file(job.source / "model.safetensors")
+    tensors["model.norm.weight"] *= 1 + sum(drawn)
+    shutil.copyfile(job.source / "config.json", job.target / "config.json")
+    save_file(tensors, job.target / "model.safetensors", metadata={"format": "pt"})
+    return {"training": [{"step": i + 1, "loss": n} for i, n in enumerate(drawn)]}
+
+class SlowBench:
+    def __init__(self, job):
+        self.job = job
+    def load(self):
+        mark(f"load-{self.job.name}")
+        return {"disk_bytes": (self.job.folder / "model.safetensors").stat().st_size}
+    def quality(self, reference):
+        mark(f"quality-{self.job.name}")
+        time.sleep(pause)
+        if self.job.name == "dense":
+            reference.write_text("hidden")
+        return {"perplexity": {"dataset": "wikitext2", "value": 10.0, "tokens": 4}}
+    def speed(self, number, batch):
+        mark(f"speed-{self.job.name}-{number}")
+        time.sleep(pause)
+        return {"decode_tokens_per_s": 10.0 + number}
+
+DropLayers.run = slow_run
+bench = types.ModuleType("compose.bench.cell")
+bench.CellBench = SlowBench
+bench.CellJob = lambda **values: types.SimpleNamespace(**values)
+sys.modules["compose.bench.cell"] = bench
+sys.exit(main(sys.argv[1:]))
+"""
+
+RUNNER = """
+import sys
+from compose import executors
+from compose.cli import app
+executors.worker_command = lambda role, job: [sys.executable, {worker!r}, role, str(job)]
+app(sys.argv[1:])
+"""
+
+SLOW_PIPELINE = """\
+schema: 1
+name: slow
+model: {{source: {model}}}
+stages: {{drop: {{use: drop-layers, count: 1}}}}
+pipelines: {{dropped: [drop]}}
+benchmark: {{threads: 1, speed: {{repeats: 4}}}}
+export: {{dropped: {{to: {export}}}}}
+"""
+
+
+class SlowRun:
+    """`gateskip run` as a process of its own, in a folder, with marks that tell how far it is."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.marks, self.out = folder, folder / "marks", folder / "runs"
+        self.marks.mkdir(parents=True)
+        self.file = folder / "slow.yaml"
+        self.file.write_text(SLOW_PIPELINE.format(model=model, export=folder / "export"))
+        (folder / "worker.py").write_text(SLOW_WORKER)
+        (folder / "run.py").write_text(RUNNER.format(worker=str(folder / "worker.py")))
+
+    def start(self, pause: float) -> subprocess.Popen[str]:
+        environment = {"PYTHONPATH": str(ROOT), "TEST_MARKS": str(self.marks)}
+        return subprocess.Popen(
+            [sys.executable, self.folder / "run.py", "run", self.file, "--out", self.out],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment, "TEST_PAUSE": str(pause)},
+        )
+
+    def finish(self) -> str:
+        """Run to the end; what it printed."""
+        out, err = (process := self.start(0.0)).communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert "noise" not in out + err, "what libraries print belongs into the log"
+        return out
+
+    def end_at(self, mark: str, number: signal.Signals) -> tuple[int, str]:
+        """Run until `mark` is left, end it by the signal; exit code and stderr."""
+        process = self.start(1.0)
+        end = time.monotonic() + 120
+        while not (self.marks / mark).is_file():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end, f"never came to {mark}"
+            time.sleep(0.02)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert family, "it works in processes of their own"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        _, alive = psutil.wait_procs(family, timeout=15)
+        assert alive == [], "no worker outlives the run"
+        return process.returncode, err
+
+    def count(self, mark: str) -> int:
+        path = self.marks / mark
+        return len(path.read_text()) if path.is_file() else 0
+
+    def results(self) -> Results:
+        return load_results(self.out / "slow" / "results.json")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_ended_again_and_again_ends_like_an_unbroken_one(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    whole, broken = SlowRun(tmp_path / "whole", tiny_llama), SlowRun(tmp_path / "b", tiny_llama)
+    whole.finish()
+
+    code, _ = broken.end_at("train-2", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    code, err = broken.end_at("train-4", signal.SIGINT)
+    assert code == 130
+    assert "goes on from here" in err
+    assert "Traceback" not in err
+    broken.end_at("quality-dropped", signal.SIGKILL)
+    broken.end_at("speed-dropped-2", signal.SIGKILL)
+    broken.finish()
+
+    assert [broken.count(f"train-{step}") for step in range(6)] == [1] * 6, "checkpoints are used"
+    assert broken.count("quality-dense") == 1
+    assert broken.count("quality-dropped") == 2, "the phase that was under way is repeated"
+    assert [broken.count(f"speed-dropped-{number}") for number in range(4)] == [1, 1, 2, 1]
+    assert numbers_of(broken.results()) == numbers_of(whole.results())
+    plan = read_json(broken.out / "slow" / "plan.json")
+    keys = [step["key"] for step in plan["steps"]]
+    stores = [Store(each.out / "store") for each in (whole, broken)]
+    for key in keys:
+        first, second = (hash_folder(store.model(key)) for store in stores)
+        assert first == second
+    assert sorted(path.name for path in (broken.out / "store").iterdir()) == sorted(
+        [".locks", ".temp", ".work", *keys]
+    )
+    assert list((broken.out / "store" / ".temp").iterdir()) == []
+    assert list((broken.out / "store" / ".work").iterdir()) == []
+    assert lineage(broken.folder / "export")[-1]["use"] == "export"
+
+    said = broken.finish()
+    assert "Nothing to do" in said
+    assert broken.count("load-dense") == 4  # killed quality, its repeat does not load dense again

@@ -1,0 +1,287 @@
+"""Stage parameters: defaults, refusals, the order rules, and what a stage makes of a shape."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from compose.errors import PlanError, RuleBroken
+from compose.stages import (
+    RULES,
+    STAGES,
+    AnyStage,
+    Bnb,
+    DropLayers,
+    Gate,
+    Gptq,
+    Heal,
+    ModelShape,
+    PruneWidth,
+    Skip,
+    Speculate,
+    Stage,
+    StageJob,
+)
+from compose.stages.base import FORBIDDEN
+
+SHAPE = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, True)
+EXAMPLES: tuple[Stage, ...] = (
+    Gate(),
+    DropLayers(count=3),
+    PruneWidth(ratio=0.2),
+    Heal(),
+    Bnb(format="nf4"),
+    Gptq(),
+    Skip(),
+    Speculate(),
+)
+
+
+def rule_of(*chain: Stage, shape: ModelShape | None = SHAPE) -> str | None:
+    """The first rule that a chain breaks."""
+    for index, stage in enumerate(chain):
+        try:
+            stage.check(shape, chain[:index])
+        except RuleBroken as error:
+            assert error.rule in RULES
+            return error.rule
+        shape = None if shape is None else stage.reshape(shape)
+    return None
+
+
+def test_registry_holds_every_stage_under_its_own_name() -> None:
+    assert [stage.use for stage in EXAMPLES] == list(STAGES)
+    for stage in EXAMPLES:
+        assert STAGES[stage.use] is type(stage)
+
+
+def test_union_reads_every_stage_back_from_json() -> None:
+    adapter: TypeAdapter[Stage] = TypeAdapter(AnyStage)
+    for stage in EXAMPLES:
+        assert adapter.validate_json(stage.model_dump_json()) == stage
+        assert STAGES[stage.use].model_validate(stage.model_dump(mode="json")) == stage
+
+
+def test_every_field_has_a_docstring() -> None:
+    for kind in STAGES.values():
+        for name, info in kind.model_fields.items():
+            assert info.description, f"{kind.__name__}.{name}"
+
+
+def test_stages_are_frozen_values() -> None:
+    assert Gate() == Gate(kind="scalar") and hash(Gate()) == hash(Gate())
+    with pytest.raises(ValidationError):
+        Gate().steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (Gate, {"kind": "vector"}),
+        (Gate, {"kind": "mlp"}),
+        (Gate, {"budget": 0}),
+        (Gate, {"budgets": ()}),
+        (Gate, {"budgets": (0.5, 0.5)}),
+        (Gate, {"budgets": (1.5,)}),
+        (Gate, {"lr": float("nan")}),
+        (DropLayers, {}),
+        (DropLayers, {"count": 1, "layers": (1,)}),
+        (DropLayers, {"layers": ()}),
+        (DropLayers, {"layers": (1, 1)}),
+        (DropLayers, {"layers": (-1,)}),
+        (PruneWidth, {}),
+        (PruneWidth, {"ratio": 1.0}),
+        (Heal, {"steps": 0}),
+        (Bnb, {}),
+        (Bnb, {"format": "fp4"}),
+        (Gptq, {"bits": 5}),
+        (Gptq, {"group_size": 48}),
+        (Skip, {"budget": 1.1}),
+        (Speculate, {"draft_length": 17}),
+        (Speculate, {"draft_length": "fast"}),
+        (Speculate, {"draft_lenght": 4}),
+    ],
+)
+def test_impossible_parameters_are_refused(kind: type[Stage], values: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        kind(**values)
+
+
+def test_gate_kind_that_cannot_be_trained_says_what_can() -> None:
+    with pytest.raises(ValidationError, match="'vector' cannot be trained yet: take 'scalar'"):
+        Gate(kind="vector")
+
+
+@pytest.mark.parametrize(
+    ("chain", "rule"),
+    [
+        ((Skip(),), "decode-needs-gates"),
+        ((Bnb(format="nf4"), Speculate()), "decode-needs-gates"),
+        ((Gate(), Skip(), Bnb(format="int8")), "decode-last"),
+        ((Gate(), Skip(), Speculate()), "two-decoders"),
+        ((Gate(), Gate(steps=1)), "two-gates"),
+        ((Bnb(format="nf4"), Gptq()), "two-quantizers"),
+        ((Gptq(), DropLayers(count=1)), "prune-after-quantize"),
+        ((Gptq(), Heal()), "heal-after-quantize"),
+        ((Gptq(), Gate()), "gate-after-quantize"),
+        ((Gate(), PruneWidth(ratio=0.2)), "prune-after-gate"),
+        ((Gate(), Heal()), "heal-after-gate"),
+        ((Gptq(group_size=128),), "group-divides"),
+        ((PruneWidth(ratio=0.99),), "width-fits"),
+        ((DropLayers(count=30),), "layers-fit"),
+        ((DropLayers(layers=(30,)),), "layers-fit"),
+        ((DropLayers(count=15), DropLayers(count=15)), "layers-fit"),
+    ],
+)
+def test_rule_that_a_chain_breaks(chain: tuple[Stage, ...], rule: str) -> None:
+    assert rule_of(*chain) == rule
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        (PruneWidth(ratio=0.2), Heal(), Gate(), Gptq(), Speculate()),
+        (DropLayers(count=3), PruneWidth(ratio=0.2), Bnb(format="nf4")),
+        (Gptq(), Gate(train_backbone=False), Skip()),
+        (Gptq(group_size=-1),),
+        (Heal(),),
+        (DropLayers(layers=(0, 29)),),
+    ],
+)
+def test_chain_that_breaks_no_rule(chain: tuple[Stage, ...]) -> None:
+    assert rule_of(*chain) is None
+
+
+def test_every_order_rule_has_its_sentence() -> None:
+    assert set(FORBIDDEN.values()) <= set(RULES)
+
+
+def test_rules_on_sizes_wait_for_a_shape() -> None:
+    assert rule_of(Gptq(group_size=128), shape=None) is None
+    assert rule_of(DropLayers(count=99), shape=None) is None
+    assert rule_of(Gptq(), Gptq(), shape=None) == "two-quantizers"
+
+
+def test_source_model_that_is_quantized_counts_as_quantized() -> None:
+    packed = replace(SHAPE, quantized="gptq")
+    assert rule_of(Bnb(format="nf4"), shape=packed) == "two-quantizers"
+    assert rule_of(DropLayers(count=1), shape=packed) == "prune-after-quantize"
+    assert rule_of(Gate(train_backbone=False), Skip(), shape=packed) is None
+
+
+def test_group_rule_names_layer_width_and_nearest_size() -> None:
+    with pytest.raises(RuleBroken) as caught:
+        Gptq(group_size=128).check(SHAPE, ())
+    assert "128 does not divide the 576 inputs of q_proj" in str(caught.value)
+    assert "set group_size: 64" in str(caught.value)
+
+
+def test_group_rule_sees_the_pruned_width() -> None:
+    fitting, cut = PruneWidth(ratio=0.2), PruneWidth(ratio=0.22)
+    assert fitting.kept_width(1536) == 19 * 64
+    assert rule_of(fitting, Gptq()) is None
+    assert cut.kept_width(1536) == 18 * 64 + 32
+    assert rule_of(cut, Gptq()) == "group-divides"
+
+
+def test_group_rule_falls_back_to_a_whole_row() -> None:
+    with pytest.raises(RuleBroken, match="set group_size: -1"):
+        Gptq(group_size=32).check(replace(SHAPE, intermediate_size=1001), ())
+
+
+@given(
+    ratio=st.floats(0.01, 0.99),
+    round_to=st.sampled_from([1, 8, 32, 64]),
+    width=st.integers(64, 20000),
+)
+def test_kept_width_is_a_narrower_multiple(ratio: float, round_to: int, width: int) -> None:
+    stage = PruneWidth(ratio=ratio, round_to=round_to)
+    kept = stage.kept_width(width)
+    assert kept % round_to == 0
+    assert 0 <= kept < width
+    assert width * (1 - ratio) - kept < round_to + 1
+
+
+@given(st.lists(st.sampled_from(EXAMPLES), max_size=5))
+def test_chain_that_passes_has_one_of_each_kind_that_allows_one(chain: list[Stage]) -> None:
+    if rule_of(*chain) is not None:
+        return
+    roles = [stage.role for stage in chain]
+    for role in ("gate", "quantize", "decode"):
+        assert roles.count(role) <= 1
+    order = {"prune": 0, "heal": 0, "gate": 1, "quantize": 2, "decode": 3}
+    for before, after in itertools.pairwise(roles):
+        assert order[before] <= order[after]
+
+
+def test_reshape_follows_the_chain() -> None:
+    shape = SHAPE
+    for stage in (DropLayers(count=3), PruneWidth(ratio=0.2), Heal(), Gate(), Gptq(), Skip()):
+        shape = stage.reshape(shape)
+    assert (shape.num_layers, shape.intermediate_size, shape.quantized) == (27, 1216, "gptq")
+
+
+def test_shape_from_a_config_with_defaults_left_out() -> None:
+    config = {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+    }
+    assert ModelShape.from_config(config) == ModelShape("qwen2", 64, 128, 2, 4, 4, 16, 100, False)
+
+
+def test_shape_from_a_nested_config_with_wide_heads_and_packed_weights() -> None:
+    text = {
+        "model_type": "gemma2_text",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 100,
+        "tie_word_embeddings": True,
+    }
+    shape = ModelShape.from_config(
+        {"text_config": text, "quantization_config": {"quant_method": "gptq"}}
+    )
+    assert shape.linear_in_features()["o_proj"] == 128
+    assert shape.tie_embeddings and shape.quantized == "gptq" and shape.num_kv_heads == 2
+
+
+def test_config_of_another_kind_of_model_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"type 'gpt2'.*hidden_size"):
+        ModelShape.from_config({"model_type": "gpt2", "n_embd": 768})
+
+
+def test_recipe_puts_a_hash_in_place_of_a_path() -> None:
+    one, other = Gate(init="/a/gates.safetensors"), Gate(init="/b/gates.safetensors")
+    assert one.recipe({"init": "ff"}) == other.recipe({"init": "ff"})
+    assert one.recipe({"init": "ff"}) != one.recipe({"init": "00"})
+    assert Gate().files() == {} and Gate().recipe({})["params"]["init"] == "warm"
+
+
+def test_decode_stage_has_nothing_to_run(tmp_path: Any) -> None:
+    job = StageJob(
+        source=tmp_path,
+        target=tmp_path,
+        seed=0,
+        dtype="float32",
+        train=None,
+        calibration=None,
+        dense=tmp_path,
+        progress=lambda done, total, note: None,
+        work=tmp_path,
+        asset_cache=tmp_path,
+    )
+    with pytest.raises(TypeError, match="skip makes no model folder"):
+        Skip().run(job)
