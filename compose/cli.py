@@ -152,10 +152,10 @@ def report(run_dir: RunDir) -> None:
 
 
 def _pick(run_dir: Path, **wanted: Any) -> tuple[Any, Any]:
+    from compose.numerals import parse_bytes
     from compose.pick import pick as pick_cell
     from compose.records import RunFolder
     from compose.result import load_results
-    from compose.show import parse_bytes
 
     results = load_results(RunFolder.existing(run_dir).results_file)
     for name in ("max_bytes", "max_resident"):

@@ -6,7 +6,6 @@ the step predicted when it was made, and only then renamed into place.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -25,11 +24,16 @@ from compose.artifact import (
 from compose.cache import read_json, write_json
 from compose.errors import ArtifactError, ComposeError, StepError, UserError, suggest
 from compose.executors import Executor, await_answer
+from compose.numerals import metric_text
 from compose.records import RunFolder
-from compose.result import CellResult, Results, load_results
+from compose.result import METRICS, CellResult, Results, TaskScore, load_results, metrics
 
 MEASUREMENTS = "measurements.json"
 CARD = "README.md"
+CARD_METRICS = (
+    *("size", "resident", "decode", "prefill", "ttft"),
+    *("perplexity", "kl", "agreement", "retained", "saved", "acceptance", "accepted"),
+)
 GATE_SETTINGS = "gateskip.json"
 
 
@@ -198,67 +202,24 @@ def base_model(source: dict[str, Any]) -> str | None:
 def card_rows(results: Results, cell: CellResult) -> list[tuple[str, str, str]]:
     """(what, this cell, baseline) for every number that this cell has."""
     baseline = results.cell(results.baseline)
+    own, base = metrics(results, cell), metrics(results, baseline)
     rows = [
-        (label, _shown(reader(cell, results), style), _shown(reader(baseline, results), style))
-        for label, reader, style in CARD_NUMBERS
-        if reader(cell, results) is not None
+        (METRICS[name].title, metric_text(name, own[name]), metric_text(name, base.get(name)))
+        for name in CARD_METRICS
+        if name in own
     ]
-    quality, base = results.quality(cell), results.quality(baseline)
-    for task, score in ((quality.tasks if quality else None) or {}).items():
-        other = ((base.tasks if base else None) or {}).get(task)
-        shown = f"{_shown(score.value, '%')} (n={score.n})"
-        rows.append((f"{task}, {score.metric}", shown, _shown(other.value if other else None, "%")))
+    before = _tasks(results, baseline)
+    for task, score in _tasks(results, cell).items():
+        shown = f"{metric_text('accuracy', score.value)} (n={score.n})"
+        other = before[task].value if task in before else None
+        rows.append((f"{task}, {score.metric}", shown, metric_text("accuracy", other)))
     return rows
 
 
-def _median(cell: CellResult, name: str) -> float | None:
-    measured = getattr(cell.speed, name) if cell.speed else None
-    return measured.median if measured else None
-
-
-def _perplexity(cell: CellResult, results: Results) -> float | None:
+def _tasks(results: Results, cell: CellResult) -> dict[str, TaskScore]:
     quality = results.quality(cell)
-    return quality.perplexity.value if quality and quality.perplexity else None
-
-
-def _of(part: str, name: str) -> Any:
-    return lambda cell, results: getattr(getattr(cell, part), name) if getattr(cell, part) else None
-
-
-def _of_quality(name: str) -> Any:
-    def read(cell: CellResult, results: Results) -> float | None:
-        quality = results.quality(cell)
-        value: float | None = getattr(quality, name) if quality else None
-        return value
-
-    return read
-
-
-CARD_NUMBERS: tuple[tuple[str, Any, str], ...] = (
-    ("size on disk", _of("size", "disk_bytes"), "bytes"),
-    ("size in memory", _of("size", "resident_bytes"), "bytes"),
-    ("decode, tokens/s", lambda c, r: _median(c, "decode_tokens_per_s"), "number"),
-    ("prefill, tokens/s", lambda c, r: _median(c, "prefill_tokens_per_s"), "number"),
-    ("perplexity", _perplexity, "number"),
-    ("KL to the baseline, nats a token", _of_quality("kl_to_baseline"), "small"),
-    ("greedy agreement with the baseline", _of_quality("greedy_agreement"), "%"),
-    ("compute saved, net", _of("compute", "saved_net"), "%"),
-    ("accepted draft tokens", _of("speculation", "acceptance_rate"), "%"),
-    ("tokens a pass of the whole model", _of("speculation", "mean_accepted_tokens"), "number"),
-)
-
-
-def _shown(value: float | None, style: str) -> str:
-    if value is None:
-        return "–"
-    if style == "bytes":
-        return f"{value / 1e6:.1f} MB"
-    if style == "%":
-        return f"{100 * value:.1f} %"
-    return f"{value:.4f}" if style == "small" else f"{value:.2f}"
+    return (quality.tasks if quality else None) or {}
 
 
 def _parameters(values: dict[str, Any]) -> str:
-    with contextlib.suppress(AttributeError):
-        return ", ".join(f"{key} {value}" for key, value in values.items()) or "none"
-    return str(values)
+    return ", ".join(f"{key} {value}" for key, value in values.items()) or "none"

@@ -11,12 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from compose.numerals import count, span
+
 PLAIN_EVERY_S = 20.0
 """How often a job that goes on says so where there is no terminal."""
-
-
-BYTES_FROM = 1_000_000
-"""No job has so many parts: from here on, they are bytes."""
 
 
 class Line:
@@ -107,26 +105,3 @@ class Board:
         """Take a live line away."""
         if self._live is not None:
             self._live.remove_task(task)
-
-
-def count(done: int, total: int) -> str:
-    """How far a job is: nothing for a job of one part, megabytes for what counts bytes."""
-    if total >= BYTES_FROM:
-        return f"{done / 1e6:.0f}/{total / 1e6:.0f} MB"
-    return f"{done}/{total}" if total > 1 else ""
-
-
-def span(seconds: float) -> str:
-    """A duration for people: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min.
-
-    >>> span(185)
-    '3 min 05 s'
-    """
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

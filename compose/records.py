@@ -394,7 +394,10 @@ def _merge_phase(part: dict[str, Any], phase: Phase, record: dict[str, Any]) -> 
             part[section] = {**part.get(section, {}), **record.pop(section)}
     if "notes" in record:
         part["notes"] = (*part.get("notes", ()), *record.pop("notes"))
-    own = {"load": "size", "quality": "quality", "lossless": "speculation"}[phase]
+    if phase == "load":
+        part |= record  # what is left describes the whole cell, such as its kernels
+        return
+    own = "quality" if phase == "quality" else "speculation"
     part[own] = {**part.get(own, {}), **record}
 
 

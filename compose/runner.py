@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ PROCESS_BYTES = 600_000_000
 
 MEMORY_SHARE = 0.8
 """How much of the free memory the cells of a group may take together."""
+
+
+LOADED_AT_ONCE = 2
+"""Cells that load side by side before speed is measured: loading hardly uses a second core."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ class Runner:
         """Make every model folder that the cells need. The source is needed as the teacher, too."""
         needed = {step.key for cell in cells for step in self.plan.lineage(cell.weights)}
         return [
-            Task(step.key, lambda s=step: self.make_step(s), _needs(step))  # type: ignore[misc]
+            Task(step.key, partial(self.make_step, step), _needs(step))
             for step in self.plan.steps
             if step.key in needed
         ]
@@ -205,7 +210,7 @@ class Runner:
         return [
             Task(
                 cell.name,
-                lambda c=cell: self.measure_quality(c),  # type: ignore[misc]
+                partial(self.measure_quality, cell),
                 (cell.weights, self.baseline.weights, *(() if cell is self.baseline else after)),
             )
             for cell in cells
@@ -275,7 +280,7 @@ class Runner:
             "target": str(target),
             "check": str(check),
             "work": str(self.store.work(step.key)),
-            "asset_cache": str(self.settings.asset_cache),
+            "asset_cache": str(self.settings.asset_cache.absolute()),
         }
 
     # --- Cells ----------------------------------------------------------------------------------
@@ -285,12 +290,9 @@ class Runner:
         if cell.weights in self.failed_steps:
             self.failed_cells[cell.name] = self.failed_steps[cell.weights]
             return
-        reference = self.folder.reference(self.baseline.key)
-        missing = [
-            p for p in phases_of(cell) if read_phase(self.folder, self.plan, cell, p) is None
-        ]
-        if not missing and (cell is not self.baseline or reference.is_file()):
+        if self.is_measured(cell) and not (cell is self.baseline and self.lacks_reference()):
             return
+        reference = self.folder.reference(self.baseline.key)
         self.worked = True
         line = self.board.line(f"measure {cell.name}")
         remote: Remote | None = None
@@ -316,6 +318,19 @@ class Runner:
             if remote is not None:
                 self.end(remote)
 
+    def is_measured(self, cell: Cell) -> bool:
+        """Whether every phase of a cell, beside speed, has its record."""
+        records = (read_phase(self.folder, self.plan, cell, phase) for phase in phases_of(cell))
+        return all(record is not None for record in records)
+
+    def lacks_reference(self) -> bool:
+        """Whether a cell still has to be compared with baseline predictions that are not there."""
+        if not self.plan.pipeline.benchmark.quality.perplexity:
+            return False
+        if self.folder.reference(self.baseline.key).is_file():
+            return False
+        return not all(map(self.is_measured, self.wanted_cells()))
+
     def open_cell(self, cell: Cell, name: str, *, here: bool = False) -> Remote:
         """Start a cell's process; it loads nothing yet."""
         pipeline = self.plan.pipeline
@@ -327,7 +342,7 @@ class Runner:
             "benchmark": pipeline.benchmark.model_dump(mode="json"),
             "seed": pipeline.seed,
             "dtype": pipeline.model.dtype,
-            "asset_cache": str(self.settings.asset_cache),
+            "asset_cache": str(self.settings.asset_cache.absolute()),
             "reference": str(self.folder.reference(self.baseline.key)),
             "threads": pipeline.benchmark.threads,
         }
@@ -379,8 +394,7 @@ class Runner:
 
     def memory_of(self, cell: Cell) -> int:
         """Bytes that a cell's process is expected to hold."""
-        found = read_phase(self.folder, self.plan, cell, "load") or {}
-        size = found.get("size", found)
+        size = (read_phase(self.folder, self.plan, cell, "load") or {}).get("size", {})
         return PROCESS_BYTES + int(size.get("resident_bytes") or size.get("disk_bytes") or 0)
 
     def measure_group(self, session: Session, group: int, cells: list[Cell], line: Line) -> None:
@@ -390,19 +404,23 @@ class Runner:
             return
         remotes: dict[str, Remote] = {}
         try:
-            for number, cell in enumerate(cells):
-                line.update(number, len(cells), f"loading {cell.name}")
-                self.guard_cell(cell, lambda c=cell: self.load_for_speed(c, remotes, line))  # type: ignore[misc]
+            for first in range(0, len(cells), LOADED_AT_ONCE):
+                some = cells[first : first + LOADED_AT_ONCE]
+                line.update(first, len(cells), f"loading {', '.join(cell.name for cell in some)}")
+                self.load_for_speed(some, remotes, line)
             for place in open_places:
                 self.measure_round(session, place, cells, remotes, line)
         finally:
             for remote in remotes.values():
                 self.end(remote)
 
-    def load_for_speed(self, cell: Cell, remotes: dict[str, Remote], line: Line) -> None:
-        """Start a cell's process and load its model."""
-        remotes[cell.name] = self.open_cell(cell, f"speed-{cell.name}", here=True)
-        self.ask(remotes[cell.name], {"do": "load"}, line)
+    def load_for_speed(self, cells: list[Cell], remotes: dict[str, Remote], line: Line) -> None:
+        """Start the processes of some cells and let them load side by side."""
+        for cell in cells:
+            remotes[cell.name] = self.open_cell(cell, f"speed-{cell.name}", here=True)
+            remotes[cell.name].send({"do": "load"})
+        for cell in cells:
+            self.guard_cell(cell, partial(self.answer, remotes[cell.name], line))
 
     def measure_round(
         self,
@@ -425,19 +443,19 @@ class Runner:
             line.update(places.index(place), len(places), note)
             command = {"do": "speed", "round": number, "batch": batch}
 
-            def measure(cell: Cell = cell, command: dict[str, Any] = command) -> None:
-                numbers[cell.name] = self.ask(remotes[cell.name], command, line)
-
-            self.guard_cell(cell, measure)
+            answer = self.guard_cell(cell, partial(self.ask, remotes[cell.name], command, line))
+            if answer is not None:
+                numbers[cell.name] = answer
         session.add(place, numbers, time.monotonic() - started)
 
-    def guard_cell(self, cell: Cell, work: Callable[[], None]) -> None:
-        """A failure of the speed phase becomes the cell's."""
+    def guard_cell(self, cell: Cell, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+        """What `work` answers; a failure of the speed phase becomes the cell's, and None."""
         try:
-            work()
+            return work()
         except ComposeError as error:
             self.failed_cells[cell.name] = _failure(error, "speed")
             self.board.say(f"✗ speed of {cell.name}: {_first_line(error)}")
+            return None
 
     # --- Workers --------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,26 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from compose.doctor import Finding
-from compose.errors import UserError
+from compose.numerals import metric_text
 from compose.plan import Plan
 from compose.records import RunFolder, phases_of, read_phase
 from compose.result import METRICS, CellResult, Results, metrics
 from compose.runner import RunResult
 
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[red]✗[/]"}
-
-
-def parse_bytes(text: str) -> float:
-    """A size such as 90MB, 1.5 GiB or 120000000, in bytes.
-
-    Raises:
-        UserError: it is none.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmg]?i?)b?\s*", text.lower())
-    if match is None or match[2] not in UNITS:
-        raise UserError(f"{text!r} is no size", fix="write it as 120000000, 90MB or 1.5GiB")
-    return float(match[1]) * UNITS[match[2]]
 
 
 def plan_counts(plan: Plan) -> str:
@@ -110,10 +96,8 @@ def cell_text(results: Results, cell: CellResult) -> Group:
     table = _table(cell.name, "", "this cell", results.baseline)
     baseline = metrics(results, results.cell(results.baseline))
     for name, value in metrics(results, cell).items():
-        other = baseline.get(name)
-        table.add_row(
-            METRICS[name].title, f"{value:,.4g}", "" if other is None else f"{other:,.4g}"
-        )
+        other = metric_text(name, baseline.get(name))
+        table.add_row(METRICS[name].title, metric_text(name, value), other)
     return Group(table)
 
 
@@ -144,7 +128,8 @@ def stats_text(answer: dict[str, Any]) -> str:
     speed = answer["tokens"] / answer["seconds"] if answer["seconds"] else 0.0
     settings = ", ".join(f"{key} {value}" for key, value in answer["settings"].items())
     lines = [f"{answer['tokens']} tokens, {speed:.1f} tokens/s, {settings}"]
-    for key, value in answer["stats"].items():
+    told = {key: value for key, value in answer["stats"].items() if value not in (None, {})}
+    for key, value in told.items():
         shown = f"{value:.4g}" if isinstance(value, float) else value
         lines.append(f"  {key}: {shown}")
     return "\n".join(lines)

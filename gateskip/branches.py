@@ -1,7 +1,7 @@
 """Where the attention and MLP branches of each architecture are.
 
-One table row an architecture. Everything else in the package speaks of a `Branch`: a residual update
-`h' = h + norm_out(module(norm_in(h)))` that can be entered or skipped, token by token.
+One table row an architecture. Everything else in the package speaks of a `Branch`: a residual
+update `h' = h + norm_out(module(norm_in(h)))` that can be entered or skipped, token by token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BranchKind = Literal["attention", "mlp"]
 
 
 class UnsupportedModel(ValueError):
-    """The model's architecture has no row in `FAMILIES`, or uses a feature that no row describes."""
+    """The model's architecture has no row in `FAMILIES`."""
 
 
 @dataclass(frozen=True)

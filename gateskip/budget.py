@@ -144,8 +144,8 @@ def allocate_shares(
 ) -> Tensor:
     """Kept share of each branch that costs the least loss at a budget.
 
-    Dropping a share d of a branch's tokens is taken to cost sensitivity * d^2 / 2; the optimum under
-    sum(costs * d) = (1 - budget) * sum(costs) is d = multiplier * cost / sensitivity, cut to
+    Dropping a share d of a branch's tokens is taken to cost sensitivity * d^2 / 2; the optimum
+    under sum(costs * d) = (1 - budget) * sum(costs) is d = multiplier * cost / sensitivity, cut to
     [0, 1 - least]; the multiplier is found by bisection.
     """
     slope = costs / sensitivity.clamp_min(1e-6)

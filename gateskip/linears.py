@@ -33,7 +33,7 @@ class DenseLinear(nn.Module):
         if rows > FEW_ROWS or torch.is_grad_enabled():
             return F.linear(x, self.weight, self.bias)
         flat = x.reshape(rows, self.in_features).contiguous()
-        out = native.dense(self.weight, flat).view(*x.shape[:-1], self.out_features)
+        out: Tensor = native.dense(self.weight, flat).view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
 
@@ -68,7 +68,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         rows = x.numel() // self.in_features
-        if rows > FEW_ROWS:
+        if rows > FEW_ROWS or torch.is_grad_enabled():
             weight = native.unpack(self.codes, self.scale, self.offset, self.book)
             return F.linear(x, weight, self.bias)
         flat = x.reshape(rows, self.in_features).contiguous()

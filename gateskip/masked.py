@@ -92,7 +92,7 @@ def _attention(
 def attend(
     queries: Tensor, keys: Tensor, values: Tensor, shape: AttentionShape, visible: Tensor | None
 ) -> Tensor:
-    """Softmax attention. queries [B, heads, Q, D], keys and values [B, kv_heads, T, D] -> as queries.
+    """Softmax attention. queries [B, heads, Q, D], keys, values [B, kv_heads, T, D] -> as queries.
 
     `visible` [B or 1, 1, Q, T] is True where a query may look; None means causal from the first
     slot, which asks for Q = T.
@@ -118,6 +118,7 @@ def _softcapped(
 ) -> Tensor:
     groups = shape.heads // shape.kv_heads
     keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+    assert shape.softcap is not None
     scores = queries @ keys.transpose(-1, -2) * shape.scaling
     scores = torch.tanh(scores / shape.softcap) * shape.softcap
     if visible is not None:

@@ -206,7 +206,7 @@ class SkippingModel:
         cache.values[branch.layer][0, :, slot] = values[0, 0]
 
     def _attend_one(self, branch: Branch, queries: Tensor, cache: KVCache, slot: int) -> Tensor:
-        """Attention of one token, queries [heads, D], over the slots up to its own -> [heads * D]."""
+        """Attention of one token, queries [heads, D], over slots up to its own -> [heads * D]."""
         shape = self.shapes[branch.index]
         first = 0 if shape.window is None else max(0, slot + 1 - shape.window)
         keys = cache.keys[branch.layer][0, :, first : slot + 1]  # [kv_heads, T, D]
@@ -303,12 +303,13 @@ class SkippingModel:
             cache.write(branch.layer, batch.slots, keys, values)
             return
         rows, columns = keep.nonzero(as_tuple=True)
-        slots = batch.slots[rows, columns]
-        keys, values = project_keys_values(
-            branch.module, x[rows, columns], (rope[0][rows, columns], rope[1][rows, columns])
-        )
-        cache.keys[branch.layer][rows, :, slots] = keys
-        cache.values[branch.layer][rows, :, slots] = values
+        if rows.numel():
+            slots = batch.slots[rows, columns]
+            keys, values = project_keys_values(
+                branch.module, x[rows, columns], (rope[0][rows, columns], rope[1][rows, columns])
+            )
+            cache.keys[branch.layer][rows, :, slots] = keys
+            cache.values[branch.layer][rows, :, slots] = values
         rows, columns = (~keep).nonzero(as_tuple=True)
         cache.copy_below(branch.layer, rows, batch.slots[rows, columns])
 

@@ -1,8 +1,8 @@
 """Gate fine-tuning by distillation from the dense model, with masks that are hard in both passes.
 
-The paper trains with cross-entropy and an L2 pull on the gates (arXiv 2510.13876, equation 3). Here
-the dense model's own distribution is the target: a denser signal, it needs no labels, and it is what
-raises draft acceptance. The mask is 0 or 1 as at inference, and a straight-through estimator lets
+The paper trains with cross-entropy and an L2 pull on the gates (arXiv 2510.13876, equation 3).
+Here the dense model's own distribution is the target: a denser signal, it needs no labels, and it
+is what raises draft acceptance. The mask is 0 or 1 as at inference, and a straight-through estimator lets
 the gradient of the entered share reach the gate's ranking. The budget of each step is drawn between
 1 and a bound that falls linearly from 1 to `budget`, so the ranking is learned before it is used.
 """
@@ -33,7 +33,9 @@ class TrainConfig:
     """How gates (and, if asked, the backbone) are fine-tuned."""
 
     steps: int = 300
-    """Optimizer steps; one block a process each."""
+    """Optimizer steps."""
+    batch: int = 1
+    """Blocks in one step, a process."""
     budget: float = 0.7
     """Lowest share of multiply-adds that training visits."""
     lr: float = 3e-3
@@ -57,12 +59,7 @@ class TrainConfig:
 
 
 class StraightThrough:
-    """Mask rule of one training step: enter the cost-weighted best share of all token-branches.
-
-    The first pass over the model only ranks; here the ranking threshold of the last step with a
-    similar budget would lag, so each branch compares with one threshold that a running estimate of
-    the logits' distribution gives.
-    """
+    """Mask rule of one training step: enter where the gate logit reaches one common threshold."""
 
     def __init__(self, costs: Tensor, threshold: float, temperature: float, first_free: int):
         self.costs = costs
@@ -163,7 +160,7 @@ class _Session:
         """One optimizer step on one block a process."""
         config, accelerator = self.config, self.accelerator
         draw = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-        block = self._block(draw, accelerator.process_index, accelerator.num_processes)
+        block = self._block(accelerator.process_index, accelerator.num_processes)
         budget = self._budget(draw)
         with torch.no_grad():
             target = head(self.teacher, masked_forward(self.teacher, block))
@@ -193,10 +190,15 @@ class _Session:
         self.curve.append(row)
         return row
 
-    def _block(self, draw: torch.Generator, rank: int, world: int) -> Tensor:
-        order = torch.randperm(len(self.blocks), generator=_epoch(self, world))
-        at = (self.step * world + rank) % len(self.blocks)
-        return self.blocks[order[at]].unsqueeze(0).to(self.accelerator.device)
+    def _block(self, rank: int, world: int) -> Tensor:
+        """This step's blocks [batch, S] of this process; each pass over the text is reordered."""
+        size, count = self.config.batch * world, len(self.blocks)
+        first = self.step * size + rank * self.config.batch
+        rows = []
+        for number in range(first, first + self.config.batch):
+            order = torch.Generator().manual_seed(self.config.seed * 7_919 + number // count)
+            rows.append(torch.randperm(count, generator=order)[number % count])
+        return self.blocks[torch.stack(rows)].to(self.accelerator.device)
 
     def _budget(self, draw: torch.Generator) -> float:
         fallen = min(1.0, 0.3 + 1.4 * self.step / self.config.steps)
@@ -223,7 +225,7 @@ class _Session:
         self.window = [torch.stack(logits)]
 
     def save(self, work: Path) -> None:
-        """Write everything the next step depends on; the old checkpoint goes when the new is whole."""
+        """Write all that the next step depends on; the old checkpoint stays until it is whole."""
         if not self.accelerator.is_main_process:
             return
         state = {
@@ -250,12 +252,6 @@ class _Session:
             self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
-
-
-def _epoch(session: _Session, world: int) -> torch.Generator:
-    """A generator that gives the same order of blocks throughout one pass over them."""
-    epoch = session.step * world // len(session.blocks)
-    return torch.Generator().manual_seed(session.config.seed * 7_919 + epoch)
 
 
 class _Student(nn.Module):

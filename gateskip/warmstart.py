@@ -1,16 +1,18 @@
-"""Gates without training: a linear read-out of what each branch measurably does for the loss.
+"""Gates without training: a linear read-out of what each branch measurably does.
 
-Dropping branch l for token t is moving its mask m from 1 to 0. To second order the model's own
-predictions then change by KL = E[(d log p(y) / dm)^2] / 2, with y drawn from the model: the Fisher
-information of the mask. One backward pass gives that score for every token and branch at once, its
-effect on later tokens through keys and values included. The gate is the ridge regression of the
-score's logarithm on what the branch reads, so all branches share one unit and one threshold can
-serve them all.
+Two measurements make a gate. Within a branch, tokens are ranked by the size of what the branch adds
+to them, predicted from what it reads: the ridge regression of log ||o|| on x. Between branches the
+offset is what dropping one costs: with a mask m on the branch, moving m from 1 to 0 changes the
+model's own predictions by KL = E[(d log p(y) / dm)^2] / 2 to second order, y drawn from the model
+(the Fisher information of the mask). One backward pass gives that for every branch at once, effects
+on later tokens through keys and values included. So all branches share one unit, loss per
+multiply-add, and one threshold can serve them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,35 +37,55 @@ def warm_start(
 ) -> tuple[ScalarGates, list[float]]:
     """Gates, and each branch's sensitivity, from blocks [N, S] of token ids.
 
-    The sensitivity is the branch's mean score: the KL that dropping it whole would cost, to second
-    order. `ridge` is relative to the mean variance of the gate's input.
+    The sensitivity is the KL that dropping the branch whole would cost, to second order. `ridge` is
+    relative to the mean variance of the gate's input.
     """
     branches = find_branches(model)
     width = model.config.hidden_size
     solver = _Ridge(len(branches), width)
-    total = torch.zeros(len(branches))
+    fisher, square = torch.zeros(len(branches)), torch.zeros(len(branches))
     generator = torch.Generator().manual_seed(seed)
     for done, block in enumerate(blocks.split(1)):
-        inputs, scores = mask_scores(model, block, generator, kv_rule)
-        total += scores.mean(1)
-        solver.add(inputs, scores.clamp_min(1e-12).log())
+        found = measure(model, block, generator, kv_rule)
+        fisher += found.scores.mean(1)
+        square += found.norms.square().mean(1)
+        solver.add(found.inputs, found.norms.clamp_min(1e-12).log())
         if progress is not None:
             progress(done + 1, len(blocks))
     weight, bias = solver.solve(ridge)
-    gates = ScalarGates(len(branches), width)
+    fisher, square = fisher / len(blocks), square / len(blocks)
     costs = torch.tensor([float(cost.linear) for cost in branch_costs(model)])
-    with torch.no_grad():  # loss per multiply-add, so that one threshold ranks dear against cheap
+    gates = ScalarGates(len(branches), width)
+    with torch.no_grad():
         gates.weight.copy_(weight)
-        gates.bias.copy_(bias - (costs / costs.mean()).log())
-    return gates, (total / len(blocks)).tolist()
+        gates.bias.copy_(bias - square.sqrt().log() + (fisher / costs * costs.mean()).log())
+    return gates, fisher.tolist()
 
 
-def mask_scores(
+def sensitivities(model: Any, blocks: Tensor, seed: int = 0) -> list[float]:
+    """Each branch's mean score on blocks [N, S]: the KL of dropping it whole, to second order."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = [measure(model, block, generator).scores.mean(1) for block in blocks.split(1)]
+    total: list[float] = torch.stack(scores).mean(0).tolist()
+    return total
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What every branch did to the tokens of one block."""
+
+    inputs: list[Tensor]  # [S, H] a branch: what its gate reads
+    norms: Tensor  # [branches, S]: ||o||, what it added
+    scores: Tensor  # [branches, S]: half the squared slope of log p(y) in the branch's mask
+
+
+def measure(
     model: Any, block: Tensor, generator: torch.Generator, kv_rule: str = "project"
-) -> tuple[list[Tensor], Tensor]:
-    """Gate inputs, [S, H] a branch, and Fisher scores [branches, S] of one block [1, S]."""
+) -> Measured:
+    """Run one block [1, S] forward and backward."""
     masks: list[Tensor] = []
     inputs: list[Tensor] = []
+    norms: list[Tensor] = []
     every = ScalarGates(len(find_branches(model)), model.config.hidden_size)
 
     def rule(branch: Branch, z: Tensor) -> Tensor:
@@ -72,6 +94,7 @@ def mask_scores(
 
     def observe(branch: Branch, x: Tensor, output: Tensor) -> None:
         inputs.append(x.detach()[0].float())
+        norms.append(output.detach()[0].float().norm(dim=-1))
 
     with torch.enable_grad(), frozen(model):
         hidden = masked_forward(model, block, every, rule, kv_rule, observe)
@@ -79,7 +102,8 @@ def mask_scores(
         drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
         likelihood = log_p.gather(1, drawn).sum()
         slopes = torch.autograd.grad(likelihood, masks)
-    return inputs, torch.cat(slopes).detach().float().square() / 2
+    scores = torch.cat(slopes).detach().float().square() / 2
+    return Measured(inputs, torch.stack(norms), scores)
 
 
 class frozen:

@@ -17,11 +17,11 @@ from compose.cache import write_json
 from compose.cli import app
 from compose.doctor import Finding
 from compose.errors import StepError, UserError
+from compose.numerals import bytes_text, count, metric_text, parse_bytes, span
 from compose.plan import make_plan
 from compose.prepare import load_plan
 from compose.result import CellResult, Results, save_results
 from compose.schema import Pipeline
-from compose.show import parse_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = """\
@@ -271,6 +271,15 @@ def test_sizes(text: str, size: float) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(UserError):
         parse_bytes(text)
+
+
+def test_numbers_for_people() -> None:
+    assert [span(s) for s in (0.4, 12, 185, 7800)] == ["0.4 s", "12 s", "3 min 05 s", "2 h 10 min"]
+    assert [count(*c) for c in ((1, 1), (3, 9), (5e6, 90e6))] == ["", "3/9", "5/90 MB"]
+    assert [bytes_text(size) for size in (5e5, 1.5e9)] == ["0.5 MB", "1.50 GB"]
+    shown = [metric_text(*m) for m in (("agreement", 0.5), ("size", 1e6), ("perplexity", 12.3456))]
+    assert shown == ["50.0 %", "1.0 MB", "12.35"]
+    assert metric_text("kl", None) == "–"
 
 
 def test_doctor_says_what_is_missing_and_how_to_mend_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -375,7 +376,8 @@ def run_tasks(
     from compose.bench.lm import Scorer
 
     with tempfile.TemporaryDirectory(prefix="gateskip-tasks-") as scratch:
-        origins = {name: _define(name, Path(scratch), cache) for name in tasks if name in TASKS}
+        ours = [name for name in tasks if name in TASKS]
+        origins = {name: _define(name, Path(scratch), cache, limit) for name in ours}
         manager = _manager(Path(scratch), tasks)
         try:
             found = lm_eval.simple_evaluate(
@@ -396,14 +398,20 @@ def run_tasks(
     return {name: _score(name, found, origins.get(name, "hub:lm-eval")) for name in tasks}
 
 
-def _define(name: str, folder: Path, cache: Path | None) -> str:
-    """Write lm-eval's own definition of the task with our file as its data; the data's origin."""
+def _define(name: str, folder: Path, cache: Path | None, limit: int | None = None) -> str:
+    """Write lm-eval's own definition of the task with our rows as its data; the data's origin.
+
+    Only the first `limit` rows are passed on: lm-eval would prepare all before it takes as many.
+    """
     import lm_eval.tasks
 
     data = load_task(name, cache)
     theirs = Path(lm_eval.tasks.__file__).parent / data.definition
     if not theirs.is_file():
         raise UserError(f"this version of lm-eval has no task {name!r} at {data.definition}")
+    rows = folder / f"{name}.jsonl"
+    with data.path.open(encoding="utf-8") as lines:
+        rows.write_text("".join(islice(lines, limit)), encoding="utf-8")
     splits = {f"{split}_split": None for split in ("training", "validation", "test", "fewshot")}
     text = {
         "include": str(theirs),
@@ -411,7 +419,7 @@ def _define(name: str, folder: Path, cache: Path | None) -> str:
         "dataset_path": "json",
         "dataset_name": None,
         "dataset_kwargs": {
-            "data_files": {data.split: str(data.path.resolve())},
+            "data_files": {data.split: str(rows)},
             "cache_dir": str(folder / "datasets"),
         },
         **splits,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Role, Split, Stage
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PRUNE_BLOCKS = 16  # calibration blocks that rank layers and neurons
 
 
 class DropLayers(Stage):
@@ -65,6 +70,19 @@ class DropLayers(Stage):
         """Fewer layers."""
         return replace(shape, num_layers=shape.num_layers - self.dropped)
 
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Rank, cut, renumber, save."""
+        model, blocks = _model_and_blocks(job)
+        scores = None if self.layers is not None else block_influence(model, blocks, job)
+        if scores is None:
+            gone = set(self.layers or ())
+        else:
+            order = sorted(range(len(scores)), key=lambda layer: scores[layer])
+            gone = set(order[: self.dropped])
+        keep_layers(model, [i for i in range(len(model.model.layers)) if i not in gone])
+        _save(model, job)
+        return {"dropped": sorted(gone), "block_influence": scores}
+
 
 class PruneWidth(Stage):
     """Remove the least important neurons from every MLP; all MLPs keep the same width."""
@@ -104,3 +122,116 @@ class PruneWidth(Stage):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Narrower MLPs."""
         return replace(shape, intermediate_size=self.kept_width(shape.intermediate_size))
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Rank each MLP's neurons on the calibration text and cut the least important ones."""
+        model, blocks = _model_and_blocks(job)
+        width = self.kept_width(model.config.intermediate_size)
+        scores = neuron_importance(model, blocks, job)
+        lost = []
+        for layer, importance in zip(model.model.layers, scores, strict=True):
+            gone = importance.argsort()[: len(importance) - width]
+            lost.append(round(float(importance[gone].sum() / importance.sum()), 4))
+            cut_neurons(layer.mlp, sorted(gone.tolist()))
+        model.config.intermediate_size = width
+        _save(model, job)
+        return {"width": width, "importance_lost": lost}
+
+
+def _model_and_blocks(job: StageJob) -> tuple[Any, Tensor]:
+    """The source model in float32, and calibration blocks [N, length]."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from compose.assets import load_texts, token_blocks
+
+    assert job.calibration is not None, "pruning reads the calibration split"
+    model = AutoModelForCausalLM.from_pretrained(job.source, dtype="float32").eval()
+    texts = load_texts(job.calibration.source, job.calibration.limit, job.asset_cache)
+    tokenizer = AutoTokenizer.from_pretrained(job.source)
+    length, limit = job.calibration.length, job.calibration.limit
+    return model, token_blocks(texts, tokenizer, length, min(limit, PRUNE_BLOCKS))
+
+
+def _save(model: Any, job: StageJob) -> None:
+    import torch
+
+    model.to(getattr(torch, job.dtype)).save_pretrained(job.target)
+
+
+def block_influence(model: Any, blocks: Tensor, job: StageJob) -> list[float]:
+    """Each layer's 1 - cos(input, output), mean over tokens (ShortGPT, arXiv 2403.03853, eq. 1)."""
+    import torch
+    from torch.nn import functional as F
+
+    total = [0.0] * len(model.model.layers)
+
+    def watch(number: int) -> Any:
+        def hook(module: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
+            after = output[0] if isinstance(output, tuple) else output
+            total[number] += float((1 - F.cosine_similarity(inputs[0], after, dim=-1)).mean())
+
+        return hook
+
+    hooks = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(model.model.layers)]
+    with torch.inference_mode():
+        for done, block in enumerate(blocks.split(1)):
+            model.model(block, use_cache=False)
+            job.progress(done + 1, len(blocks), "ranking layers")
+    for hook in hooks:
+        hook.remove()
+    return [value / len(blocks) for value in total]
+
+
+def keep_layers(model: Any, kept: list[int]) -> None:
+    """Leave only these decoder layers, renumbered, and say so in the config."""
+    from torch import nn
+
+    config = model.config
+    model.model.layers = nn.ModuleList(model.model.layers[i] for i in kept)
+    for number, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = number  # the cache files its entries under this number
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+
+
+def neuron_importance(model: Any, blocks: Tensor, job: StageJob) -> list[Tensor]:
+    """Root mean square of each MLP neuron's contribution on the text, [width] a layer.
+
+    A neuron adds its activation times its column of the down projection, so its contribution has
+    the size of activation times column norm (Wanda's score, arXiv 2306.11695, summed over a
+    column).
+    """
+    import torch
+
+    layers = model.model.layers
+    squares = [torch.zeros(layer.mlp.down_proj.in_features) for layer in layers]
+
+    def watch(number: int) -> Any:
+        def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            squares[number] += inputs[0].flatten(0, -2).float().square().sum(0)
+
+        return hook
+
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(watch(i)) for i, layer in enumerate(layers)
+    ]
+    with torch.inference_mode():
+        for done, block in enumerate(blocks.split(1)):
+            model.model(block, use_cache=False)
+            job.progress(done + 1, len(blocks), "ranking neurons")
+    for hook in hooks:
+        hook.remove()
+    return [
+        (square / blocks.numel()).sqrt() * layer.mlp.down_proj.weight.float().norm(dim=0)
+        for square, layer in zip(squares, layers, strict=True)
+    ]
+
+
+def cut_neurons(mlp: Any, gone: list[int]) -> None:
+    """Remove neurons from a gated MLP with torch-pruning's channel cutters."""
+    import torch_pruning
+
+    torch_pruning.prune_linear_out_channels(mlp.gate_proj, gone)
+    torch_pruning.prune_linear_out_channels(mlp.up_proj, gone)
+    torch_pruning.prune_linear_in_channels(mlp.down_proj, gone)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import shutil
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Role, Split, Stage
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # the ones that GPTQ kernels are written for
 WHOLE_ROW = -1
@@ -29,6 +31,28 @@ class Bnb(Stage):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
         return replace(shape, quantized="bitsandbytes")
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Load through bitsandbytes and save what it made."""
+        import torch
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        dtype = getattr(torch, job.dtype)
+        config = (
+            BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+            if self.format == "nf4"
+            else BitsAndBytesConfig(load_in_8bit=True)
+        )
+        job.progress(0, 1, f"packing to {self.format}")
+        model = AutoModelForCausalLM.from_pretrained(
+            job.source, dtype=dtype, quantization_config=config
+        )
+        model.save_pretrained(job.target)
+        carry_gates(job)
+        return {"format": self.format}
 
 
 class Gptq(Stage):
@@ -73,6 +97,67 @@ class Gptq(Stage):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
         return replace(shape, quantized="gptq")
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Quantize through optimum, whose GPTQ is gptqmodel's; saved in the AutoGPTQ format."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
+
+        tokenizer = AutoTokenizer.from_pretrained(job.source)
+        texts = self._texts(job, tokenizer)
+        job.progress(0, 1, f"GPTQ, {self.bits} bits on {len(texts)} texts")
+        assert job.calibration is not None
+        config = GPTQConfig(
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            desc_act=self.act_order,
+            damp_percent=self.damp,
+            dataset=texts,
+            tokenizer=tokenizer,
+            model_seqlen=job.calibration.length,
+            batch_size=1,
+            format="gptq",
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            job.source, dtype=getattr(torch, job.dtype), quantization_config=config
+        )
+        model.save_pretrained(job.target)
+        forget_texts(job)
+        carry_gates(job)
+        return {"bits": self.bits, "group_size": self.group_size, "texts": len(texts)}
+
+    def _texts(self, job: StageJob, tokenizer: Any) -> list[str]:
+        """Calibration blocks as text: optimum tokenizes again, so blocks are decoded."""
+        from compose.assets import load_texts, token_blocks
+
+        assert job.calibration is not None, "gptq reads the calibration split"
+        spec = job.calibration
+        texts = load_texts(spec.source, spec.limit, job.asset_cache)
+        blocks = token_blocks(texts, tokenizer, spec.length, spec.limit)
+        return [tokenizer.decode(block, skip_special_tokens=True) for block in blocks]
+
+
+def carry_gates(job: StageJob) -> None:
+    """Gates stay in full precision: their files go along unchanged."""
+    for name in ("gates.safetensors", "gateskip.json"):
+        if (job.source / name).is_file():
+            shutil.copyfile(job.source / name, job.target / name)
+
+
+def forget_texts(job: StageJob) -> None:
+    """Take the calibration texts, and what is no business of a checkpoint, out of the configs."""
+    import json
+
+    for name in ("config.json", "quantize_config.json"):
+        path = job.target / name
+        if not path.is_file():
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        section = content.get("quantization_config", content)
+        for private in ("dataset", "tokenizer"):
+            section.pop(private, None)
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _nearest_group(wanted: int, widths: dict[str, int]) -> int:

@@ -1,0 +1,318 @@
+"""One cell under measurement: a model folder, decoded in one way, in one process.
+
+The runner asks for `load`, then `quality` or `lossless`, and `speed` once a round. Each answer is a
+part of the cell's result as the design's skeleton names it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+import gateskip
+from compose.assets import first_available, load_texts, token_blocks
+from compose.bench.quality import (
+    ScoredModel,
+    load_head,
+    load_reference,
+    run_tasks,
+    save_reference,
+    score_blocks,
+)
+from compose.errors import AssetError, StepError
+from gateskip.decode import Decoder, Generation, Mode
+from gateskip.skip import Usage
+
+BLOCK = 512  # tokens of a block on which perplexity is measured
+FORCED_DRAFT = 4
+"""Draft length of the lossless check where the cell says `auto`: it must draft to count."""
+
+
+@dataclass(frozen=True)
+class CellJob:
+    """All that a cell's process is told."""
+
+    name: str
+    folder: Path
+    baseline_folder: Path
+    decode: Mapping[str, Any] | None
+    """Parameters of the decode stage, None for plain decoding."""
+    benchmark: Mapping[str, Any]
+    """The pipeline's benchmark section."""
+    seed: int
+    dtype: str
+    asset_cache: Path
+    reference: Path
+    """Where the baseline's hidden states are, or are to be put."""
+    threads: int | None
+
+
+class CellBench:
+    """Measures the cell that `job` describes."""
+
+    def __init__(self, job: CellJob) -> None:
+        self.job = job
+        self.settings = dict(job.decode or {"use": "plain"})
+        self.mode: Mode = self.settings.pop("use")
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The cell's model, ready to decode."""
+        decoder: Decoder = gateskip.load(self.job.folder, self.job.dtype)
+        budget = self.settings.get("budget", self.settings.get("draft_budget"))
+        if budget is not None:
+            try:
+                decoder.thresholds(budget)
+            except ValueError as error:
+                raise StepError(f"{self.mode}: {error}") from error
+        return decoder
+
+    def load(self) -> dict[str, Any]:
+        """Sizes in bytes: the folder on disk, and the weights in memory."""
+        decoder = self.decoder
+        sizes = {
+            "disk_bytes": disk_bytes(self.job.folder),
+            "resident_bytes": resident_bytes(decoder.skipping.model, decoder.skipping.gates),
+        }
+        return {"size": sizes, "kernels": decoder.kernels}
+
+    # -- quality -------------------------------------------------------------------------------
+
+    def quality(self, reference: Path) -> dict[str, Any]:
+        """Perplexity, distance to the baseline, tasks, and compute saved on the same text."""
+        wanted, model = self.job.benchmark["quality"], Scored(self.decoder, self._levels())
+        found: dict[str, Any] = {}
+        if wanted["perplexity"]:
+            found |= self._on_text(model, wanted, reference)
+        scores = run_tasks(
+            model,
+            wanted["tasks"],
+            limit=wanted["limit"],
+            batch_size=wanted["batch_size"],
+            cache=self.job.asset_cache,
+        )
+        if scores:
+            found["tasks"] = {name: asdict(score) for name, score in scores.items()}
+        return found
+
+    def _levels(self) -> Sequence[float] | None:
+        return self.decoder.thresholds(self.settings["budget"]) if self.mode == "skip" else None
+
+    def _on_text(self, model: Scored, wanted: Mapping[str, Any], reference: Path) -> dict[str, Any]:
+        texts = first_available(wanted["perplexity"], None, self.job.asset_cache)
+        count = max(1, wanted["perplexity_tokens"] // BLOCK)
+        blocks = token_blocks(texts, self.decoder.tokenizer, BLOCK, count)
+        usage = self.decoder.skipping.usage
+        usage.clear()
+        if self.job.folder == self.job.baseline_folder and self.mode == "plain":
+            scores, near = save_reference(model, blocks, reference), {}
+        else:
+            dense = load_reference(reference, blocks), load_head(self.job.baseline_folder)
+            scores = score_blocks(model, blocks, dense)
+            near = {"kl_to_baseline": scores.kl, "greedy_agreement": scores.agreement}
+        perplexity = {
+            "dataset": texts.name,
+            "value": scores.perplexity,
+            "tokens": scores.tokens,
+            "origin": texts.origin,
+        }
+        found: dict[str, Any] = {"perplexity": perplexity, **near}
+        if texts.name != wanted["perplexity"][0]:
+            found["notes"] = [
+                f"perplexity: {wanted['perplexity'][0]} could not be had here, "
+                f"so {texts.name} stands in"
+            ]
+        if self.mode == "skip":
+            found["compute"] = self._saved(usage)
+        return found
+
+    def _saved(self, usage: Usage) -> dict[str, Any]:
+        saved = self.decoder.saved(usage, self.settings["budget"])
+        return {
+            "saved_gross": saved.gross,
+            "saved_net": saved.net,
+            "saved_model": saved.model,
+            "kept_shares": [round(share, 4) for share in usage.shares()],
+        }
+
+    # -- losslessness --------------------------------------------------------------------------
+
+    def lossless(self) -> dict[str, Any]:
+        """Speculation against plain decoding, token for token, one prompt at a time.
+
+        Drafting is forced here where the cell would set its draft length itself: a decoder that
+        falls back to plain steps would pass without having shown anything.
+        """
+        wanted = self.job.benchmark["lossless"]
+        prompts = self._prompts(wanted["source"], wanted["prompts"])
+        length = self.settings["draft_length"]
+        settings = self.settings | {"draft_length": FORCED_DRAFT if length == "auto" else length}
+        drafted = accepted = passes = compared = 0
+        histogram: dict[int, int] = {}
+        divergence: dict[str, Any] | None = None
+        for number, prompt in enumerate(prompts):
+            plain = self.decoder.generate([prompt], wanted["new_tokens"])
+            own = self.decoder.generate([prompt], wanted["new_tokens"], self.mode, **settings)
+            stats = own.stats
+            drafted, accepted = drafted + stats.drafted, accepted + stats.accepted
+            passes += stats.passes
+            compared += len(plain.tokens[0])
+            for tried, times in stats.draft_lengths.items():
+                histogram[tried] = histogram.get(tried, 0) + times
+            if divergence is None:
+                divergence = self._divergence(number, prompt, plain.tokens[0], own.tokens[0])
+        return {
+            "lossless": divergence is None,
+            "first_divergence": divergence,
+            "prompts": len(prompts),
+            "tokens": compared,
+            "acceptance_rate": accepted / drafted if drafted else None,
+            "mean_accepted_tokens": (accepted + passes) / passes if passes else None,
+            "draft_length_histogram": histogram,
+            "checked_draft_length": settings["draft_length"],
+        }
+
+    def _divergence(
+        self, number: int, prompt: list[int], plain: list[int], own: list[int]
+    ) -> dict[str, Any] | None:
+        """Where two continuations first differ, and plain decoding's top-2 logit margin there."""
+        if plain == own:
+            return None
+        pairs = zip(plain, own, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(plain), len(own)))
+        ids = torch.tensor([prompt + plain[:same]])
+        skipping = self.decoder.skipping
+        hidden = skipping.forward(ids, skipping.new_cache(1, ids.shape[1]), [0])
+        with torch.inference_mode():
+            best = skipping.head(hidden[0, -1]).float().topk(2).values
+        return {
+            "prompt": number,
+            "position": same,
+            "plain_token": plain[same] if same < len(plain) else None,
+            "speculative_token": own[same] if same < len(own) else None,
+            "margin": float(best[0] - best[1]),
+        }
+
+    def _prompts(self, source: str, count: int) -> list[list[int]]:
+        """Prompts as token ids, through the chat template where there is one."""
+        from compose.bench.generate import prompt_ids
+
+        data = load_texts(source, count, self.job.asset_cache)
+        texts = data.prompts or data.rows
+        if len(texts) < count:
+            raise AssetError(f"{source} has {len(texts)} prompts, but {count} are asked for")
+        return [prompt_ids(self.decoder.tokenizer, text) for text in texts[:count]]
+
+    # -- speed ---------------------------------------------------------------------------------
+
+    def speed(self, round: int, batch: int) -> dict[str, Any]:
+        """One repeat at a batch size; the first at each batch size warms up before it measures."""
+        wanted = self.job.benchmark["speed"]
+        prompts = self._text_prompts(batch, wanted["prompt_tokens"])
+        if batch not in self._warm:
+            self._warm.add(batch)
+            self._generate(prompts, WARM_TOKENS)
+        usage = self.decoder.skipping.usage
+        usage.clear()
+        stats = self._generate(prompts, wanted["new_tokens"]).stats
+        decoded = stats.new_tokens - batch  # the first token of each row comes out of prefill
+        numbers: dict[str, Any] = {
+            "prefill_tokens_per_s": stats.prompt_tokens / stats.prefill_s,
+            "decode_tokens_per_s": decoded / stats.decode_s if decoded else None,
+            "ttft_s": stats.ttft_s,
+            "peak_bytes": peak_bytes(),
+        }
+        if self.mode == "skip":
+            saved = self.decoder.saved(usage, self.settings["budget"])
+            numbers["compute"] = {"saved_net_while_timed": saved.net}
+        if self.mode == "speculate":
+            numbers["speculation"] = {
+                "draft_s": stats.draft_s,
+                "verify_s": stats.verify_s,
+                "timed_draft_lengths": stats.draft_lengths,
+            }
+        return numbers
+
+    @cached_property
+    def _warm(self) -> set[int]:
+        return set()
+
+    def _generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
+        return self.decoder.generate(prompts, new_tokens, self.mode, **self.settings)
+
+    def _text_prompts(self, batch: int, length: int) -> list[list[int]]:
+        """Running text of an exact length: what is timed does not hang on how prompts end."""
+        texts = load_texts("heldout-text", None, self.job.asset_cache)
+        blocks: Tensor = token_blocks(texts, self.decoder.tokenizer, length, batch)
+        return [row.tolist() for row in blocks]
+
+
+WARM_TOKENS = 4
+
+
+class Scored(ScoredModel):
+    """The cell as quality.py sees it: hidden states that were made while skipping."""
+
+    def __init__(self, decoder: Decoder, levels: Sequence[float] | None) -> None:
+        self.decoder, self.levels = decoder, levels
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must lie."""
+        return self.decoder.skipping.device
+
+    @property
+    def tokenizer(self) -> Any:
+        """The folder's tokenizer."""
+        return self.decoder.tokenizer
+
+    def hidden(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
+        """Token ids [B, S] -> final hidden states [B, S, H]."""
+        skipping = self.decoder.skipping
+        cache = skipping.new_cache(*input_ids.shape)
+        counts = None if lengths is None else lengths.tolist()
+        return skipping.forward(input_ids, cache, [0] * len(input_ids), self.levels, counts)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [..., H] -> logits [..., V]."""
+        return self.decoder.skipping.head(hidden)
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of a folder's weight files, gates included."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def resident_bytes(*modules: Any) -> int:
+    """Bytes of parameters and buffers, each storage counted once."""
+    sizes: dict[int, int] = {}
+    for module in modules:
+        if module is None:
+            continue
+        for tensor in (*module.parameters(), *module.buffers()):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held so far, in bytes."""
+    info = psutil.Process(os.getpid()).memory_info()
+    peak = getattr(info, "peak_wset", None)  # Windows
+    if peak is not None:
+        return int(peak)
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,193 @@
+"""Every weight stage on a tiny model: run, reload, and what must survive it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gateskip
+from compose.artifact import copy_companions, probe_logits
+from compose.errors import UserError
+from compose.stages import STAGES, DataSpec, StageJob
+from compose.stages.base import ModelShape, Stage
+
+GATES = {"use": "gate", "steps": 4, "length": 32, "budgets": (0.8, 0.5), "calibration_blocks": 4}
+RUNS: dict[str, dict[str, Any]] = {
+    "gate-trained": GATES,
+    "gate-frozen": GATES | {"train_backbone": False},
+    "gate-copy": GATES | {"train_backbone": False, "kv": "copy", "allocation": "uniform"},
+    "gate-sensitivity": GATES | {"train_backbone": False, "allocation": "sensitivity"},
+    "drop-layers": {"use": "drop-layers", "count": 1},
+    "prune-width": {"use": "prune-width", "ratio": 0.4, "round_to": 64},
+    "heal": {"use": "heal", "steps": 3, "length": 32},
+    "nf4": {"use": "bnb", "format": "nf4"},
+    "int8": {"use": "bnb", "format": "int8"},
+    "gptq4": {"use": "gptq", "bits": 4, "group_size": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
+    file.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
+    return file
+
+
+@pytest.fixture
+def run(text: Path, tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
+    """`run(stage, source)` makes a folder as the worker does."""
+
+    def go(parameters: dict[str, Any], source: Path = tiny_llama, dense: Path = tiny_llama) -> Path:
+        stage: Stage = STAGES[parameters["use"]].model_validate(parameters)
+        target = tmp_path / f"made-{len(list(tmp_path.iterdir()))}"
+        target.mkdir()
+        spec = DataSpec(source=str(text), limit=200, length=32)
+        stage.run(
+            StageJob(
+                source=source,
+                target=target,
+                seed=0,
+                dtype="float32",
+                train=spec,
+                calibration=spec,
+                dense=dense,
+                progress=lambda done, total, note: None,
+                work=tmp_path / "work" / target.name,
+                asset_cache=tmp_path / "cache",
+            )
+        )
+        copy_companions(source, target)
+        return target
+
+    return go
+
+
+def config(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return content
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_weight_stage_makes_a_model(
+    name: str, run: Callable[..., Path], tiny_llama: Path
+) -> None:
+    stage = STAGES[RUNS[name]["use"]].model_validate(RUNS[name])
+    folder = run(RUNS[name])
+    shape = ModelShape.from_config(config(folder))
+    promised = stage.reshape(ModelShape.from_config(config(tiny_llama)))
+    assert (shape.num_layers, shape.intermediate_size) == (
+        promised.num_layers,
+        promised.intermediate_size,
+    )
+    assert "LICENSE" not in (folder / "config.json").read_text()
+    assert "Apache" not in (folder / "config.json").read_text(), "calibration text was kept"
+    own = probe_logits(folder)
+    assert bool(own.isfinite().all())
+    decoder = gateskip.load(folder)
+    ids = decoder.tokenizer("Grant of Copyright License").input_ids
+    cache = decoder.skipping.new_cache(1, len(ids))
+    with torch.inference_mode():
+        hidden = decoder.skipping.forward(torch.tensor([ids]), cache, [0])
+        engine = decoder.skipping.head(hidden)
+        from transformers import AutoModelForCausalLM
+
+        theirs = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([ids])).logits
+    torch.testing.assert_close(
+        engine, theirs.float(), atol=2e-2 if name == "int8" else 2e-3, rtol=0
+    )
+    if RUNS[name]["use"] == "gate":
+        assert set(decoder.grid) == {0.8, 0.5}
+        plain = decoder.generate([ids], 16).tokens
+        own_tokens = decoder.generate([ids], 16, "speculate", draft_budget=0.5, draft_length=3)
+        assert own_tokens.tokens == plain
+
+
+def test_every_weight_stage_has_a_run() -> None:
+    for stage in STAGES.values():
+        assert (stage.acts == "weights") == (stage.run is not Stage.run), stage.__name__
+
+
+def test_frozen_gates_leave_the_weights_alone(run: Callable[..., Path], tiny_llama: Path) -> None:
+    folder = run(RUNS["gate-frozen"])
+    assert (folder / "model.safetensors").read_bytes() == (
+        tiny_llama / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("quantizer", ["nf4", "gptq4"])
+def test_gates_on_packed_weights_and_packed_after_gates(
+    quantizer: str, run: Callable[..., Path]
+) -> None:
+    after = run(RUNS["gate-frozen"], run(RUNS[quantizer]))
+    before = run(RUNS[quantizer], run(RUNS["gate-frozen"]))
+    for folder in (after, before):
+        decoder = gateskip.load(folder)
+        assert decoder.kernels.get("PackedLinear", 0) in (0, 28)
+        ids = decoder.tokenizer("Subject to the terms").input_ids
+        plain = decoder.generate([ids], 24).tokens
+        speculated = decoder.generate([ids], 24, "speculate", draft_budget=0.5, draft_length=4)
+        assert speculated.tokens == plain
+        decoder.skipping.usage.clear()
+        decoder.generate([ids], 24, "skip", budget=0.5)
+        assert decoder.saved(decoder.skipping.usage, 0.5).net > 0.1
+
+
+def test_gates_go_on_from_a_file(run: Callable[..., Path]) -> None:
+    made = run(RUNS["gate-frozen"])
+    again = run(
+        GATES | {"train_backbone": False, "steps": 0, "init": str(made / "gates.safetensors")}
+    )
+    assert (again / "gates.safetensors").read_bytes() == (made / "gates.safetensors").read_bytes()
+    with pytest.raises(UserError, match="8 branches"):
+        run(
+            GATES | {"init": str(made / "gates.safetensors"), "train_backbone": False},
+            run(RUNS["drop-layers"]),
+        )
+
+
+def test_equal_seeds_make_equal_gates(run: Callable[..., Path]) -> None:
+    first, second = run(RUNS["gate-trained"]), run(RUNS["gate-trained"])
+    for name in ("gates.safetensors", "model.safetensors", "gateskip.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_dropped_layer_is_the_one_that_does_least(
+    run: Callable[..., Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    lazy = tmp_path / "lazy"
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.model.layers[2].self_attn.o_proj.weight.mul_(1e-3)
+        model.model.layers[2].mlp.down_proj.weight.mul_(1e-3)
+    model.save_pretrained(lazy)
+    copy_companions(tiny_llama, lazy)
+    folder = run(RUNS["drop-layers"], lazy)
+    kept = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(
+        kept.model.layers[2].mlp.up_proj.weight, model.model.layers[3].mlp.up_proj.weight
+    )
+
+
+def test_pruned_neurons_are_the_idle_ones(
+    run: Callable[..., Path], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """A model half of whose neurons do nothing loses nothing."""
+    from transformers import AutoModelForCausalLM
+
+    idle = tmp_path / "idle"
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, ::2] = 0
+    model.save_pretrained(idle)
+    copy_companions(tiny_llama, idle)
+    folder = run({"use": "prune-width", "ratio": 0.5, "round_to": 64}, idle)
+    torch.testing.assert_close(probe_logits(folder), probe_logits(idle), atol=1e-4, rtol=0)
