@@ -52,7 +52,7 @@ def grid_of(
 def save_gates(folder: Path, file: GateFile) -> None:
     """Write gates and their description into a model folder."""
     state = {name: value.contiguous() for name, value in file.gates.state_dict().items()}
-    save_file(state, str(folder / GATES_FILE), metadata={"format": "pt", "kind": file.gates.kind})
+    save_file(state, str(folder / GATES_FILE), metadata={"format": "pt"})  # one key: equal bytes
     described = {
         "format": FORMAT,
         "kind": file.gates.kind,

@@ -137,13 +137,16 @@ def _from_gptq(module: Any) -> PackedLinear | None:
         return None  # act-order: groups are scattered over the row
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     codes = (module.qweight.unsqueeze(1) >> shifts.view(1, -1, 1)) & 15  # [k / 8, 8, n]
-    zeros = (module.qzeros.unsqueeze(2) >> shifts.view(1, 1, -1)) & 15  # [groups, n / 8, 8]
-    stored_less_one = module.qzero_format() == 1
-    zeros = zeros.flatten(1)[:, :rows] + int(stored_less_one)
+    codes = codes.reshape(-1, rows)[:k]
     scale = module.scales.float()  # [groups, n]
+    # Two stored formats of zero points differ by one, and a module does not say which it holds by
+    # now: its own dequantized weights tell, at the first row of each group.
+    first = torch.arange(0, k, module.group_size)
+    weights = module.dequantize_weight().float()[first]  # [groups, n]
+    zeros = (codes[first] - weights / scale.clamp_min(1e-12)).round()
     offset = (8 - zeros) * scale
     return PackedLinear(
-        codes.reshape(-1, rows)[:k].T,
+        codes.T,
         scale.T,
         offset.T if offset.any() else None,
         None,

@@ -2,9 +2,9 @@
 
 The paper trains with cross-entropy and an L2 pull on the gates (arXiv 2510.13876, equation 3).
 Here the dense model's own distribution is the target: a denser signal, it needs no labels, and it
-is what raises draft acceptance. The mask is 0 or 1 as at inference, and a straight-through estimator lets
-the gradient of the entered share reach the gate's ranking. The budget of each step is drawn between
-1 and a bound that falls linearly from 1 to `budget`, so the ranking is learned before it is used.
+is what raises draft acceptance. The mask is 0 or 1 as at inference, and a straight-through
+estimator lets gradients reach the gates. The budget of each step is drawn between 1 and a bound
+that falls linearly from 1 to `budget`, so the ranking is learned before it is used.
 """
 
 from __future__ import annotations
@@ -211,7 +211,8 @@ class _Session:
         order = torch.argsort(logits.flatten())
         spent = torch.cumsum(self.costs.unsqueeze(1).expand_as(logits).flatten()[order], 0)
         cut = int(torch.searchsorted(spent, (1 - budget) * float(spent[-1])))
-        return float(logits.flatten()[order[min(cut, len(order) - 1)]])
+        found: float = logits.flatten()[order[min(cut, len(order) - 1)]].item()
+        return found
 
     def _rank(self, block: Tensor) -> None:
         logits: list[Tensor] = []

@@ -95,7 +95,7 @@ class Gate(Stage):
         return {} if self.init == WARM else {"init": Path(self.init)}
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Gates beside the model: attach, fine-tune, calibrate; the backbone moves only if asked."""
+        """Gates beside the model: attach, fine-tune, calibrate; the backbone moves if asked."""
         from gateskip.checkpoint import GateFile, grid_of, load_model, save_gates
         from gateskip.linears import accelerate_linears
 

@@ -131,7 +131,7 @@ class PruneWidth(Stage):
         lost = []
         for layer, importance in zip(model.model.layers, scores, strict=True):
             gone = importance.argsort()[: len(importance) - width]
-            lost.append(round(float(importance[gone].sum() / importance.sum()), 4))
+            lost.append(round(float((importance[gone].sum() / importance.sum()).detach()), 4))
             cut_neurons(layer.mlp, sorted(gone.tolist()))
         model.config.intermediate_size = width
         _save(model, job)
