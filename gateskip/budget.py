@@ -17,11 +17,12 @@ from torch import Tensor
 
 from gateskip.branches import Branch
 from gateskip.compute import branch_costs
-from gateskip.gates import ScalarGates
+from gateskip.gates import ANCHORS, ScalarGates
 from gateskip.masked import masked_forward
 from gateskip.skip import NEVER_SKIP
 
 ALLOCATIONS = ("global", "uniform", "sensitivity")
+CLOSE = 0.004  # a kept share this near to its budget is good enough
 DEFAULT_BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
 
 
@@ -48,15 +49,15 @@ def calibrate(
     allocation: str = "global",
     kv_rule: str = "project",
     sensitivity: Sequence[float] | None = None,
-    rounds: int = 3,
+    rounds: int = 6,
     batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Calibration]:
     """Thresholds for each budget on blocks [N, S] of token ids.
 
-    Skipping changes what later gates see, so the thresholds are found in a closed loop: `rounds`
-    times, the gate logits are collected while skipping with the last thresholds. Budgets go from
-    high to low and each starts from its neighbour.
+    Skipping changes what later gates see, so the thresholds are found in a closed loop: up to
+    `rounds` times, the gate logits are collected while skipping with the last thresholds; the
+    round that came closest counts. Budgets go from high to low and each starts from its neighbour.
     """
     costs = torch.tensor([c.at(blocks.shape[1] / 2) for c in branch_costs(model)])
     allocate = _allocator(allocation, costs, kv_rule, sensitivity)
@@ -65,13 +66,25 @@ def calibrate(
     found = []
     wanted = sorted(set(budgets), reverse=True)
     for done, budget in enumerate(wanted):
+        tried = []
         for _ in range(rounds):
-            thresholds = allocate(logits, budget)
+            thresholds = _midway(thresholds, allocate(logits, budget))
             logits = _collect(model, gates, blocks, thresholds, kv_rule, batch)
-        found.append(_record(budget, thresholds, logits, costs))
+            tried.append(_record(budget, thresholds, logits, costs))
+            if abs(tried[-1].kept - budget) < CLOSE:
+                break
+        best = min(tried, key=lambda each: abs(each.kept - budget))
+        found.append(best)
         if progress is not None:
             progress(done + 1, len(wanted))
     return found
+
+
+def _midway(old: Tensor, new: Tensor) -> Tensor:
+    """Half the way from one threshold to the next: full steps overshoot, since skipping more makes
+    the gates' inputs smaller, and so their logits."""
+    both = old.isfinite() & new.isfinite()
+    return torch.where(both, (old + new) / 2, new)
 
 
 def _record(budget: float, thresholds: Tensor, logits: Tensor, costs: Tensor) -> Calibration:
@@ -87,7 +100,7 @@ def _collect(
     logits: list[list[Tensor]] = [[] for _ in range(gates.branches)]
 
     def rule(branch: Branch, z: Tensor) -> Tensor:
-        logits[branch.index].append(z.flatten())
+        logits[branch.index].append(z[:, ANCHORS:].flatten())
         return (z >= thresholds[branch.index]).to(z.dtype)
 
     for part in blocks.split(batch):

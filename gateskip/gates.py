@@ -12,6 +12,13 @@ from torch import Tensor, nn
 
 GATE_KINDS = ("scalar",)
 
+ANCHORS = 1
+"""Tokens at the start of a sequence that enter every branch, whatever their gates say.
+
+Models park surplus attention on the first token, through activations that a few branches build up
+there (arXiv 2309.17453). Skip one of these and every later token collapses, so it is never done.
+"""
+
 
 class ScalarGates(nn.Module):
     """One linear read-out a branch, H -> 1. All branches live in one matrix.

@@ -22,7 +22,7 @@ from gateskip.branches import (
     project_queries,
     rope_at,
 )
-from gateskip.gates import ScalarGates
+from gateskip.gates import ANCHORS, ScalarGates
 
 # (branch, gate logits [B, S]) -> mask [B, S], 1 where the branch is entered
 MaskRule = Callable[[Branch, Tensor], Tensor]
@@ -51,7 +51,7 @@ def masked_forward(
         x = branch.enter(hidden)
         keep = None
         if gates is not None and mask is not None:
-            keep = mask(branch, gates.logit(branch.index, x))  # [B, S]
+            keep = anchored(mask(branch, gates.logit(branch.index, x)))  # [B, S]
         if branch.kind == "attention":
             output, below = _attention(model, branch, x, rope, keep, kv_rule, below)
         else:
@@ -61,6 +61,11 @@ def masked_forward(
             observe(branch, x, output)
         hidden = hidden + (output if keep is None else output * keep.unsqueeze(-1).to(output))
     return model.model.norm(hidden)  # type: ignore[no-any-return]
+
+
+def anchored(keep: Tensor) -> Tensor:
+    """A mask [B, S] under which the first tokens enter."""
+    return torch.cat((torch.ones_like(keep[:, :ANCHORS]), keep[:, ANCHORS:]), dim=1)
 
 
 def _attention(

@@ -26,7 +26,7 @@ from gateskip.branches import (
     project_queries,
     rope_at,
 )
-from gateskip.gates import ScalarGates
+from gateskip.gates import ANCHORS, ScalarGates
 from gateskip.masked import attend, causal
 
 KV_RULES = ("project", "copy")
@@ -168,7 +168,7 @@ class SkippingModel:
         self.usage.context += slot + 1
         for branch in self.branches:
             x = branch.enter(hidden)  # [1, 1, H]
-            if not self._enters(branch, x, thresholds):
+            if slot >= ANCHORS and not self._enters(branch, x, thresholds):
                 if branch.kind == "attention":
                     self._skip_attention_once(branch, x, rope, cache, slot)
                 continue
@@ -244,6 +244,7 @@ class SkippingModel:
             return batch.real
         assert self.gates is not None, "thresholds without gates"
         keep = self.gates.logit(branch.index, x) >= thresholds[branch.index]
+        keep |= batch.slots < ANCHORS
         return keep if batch.real is None else keep & batch.real
 
     def _add_attention(

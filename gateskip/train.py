@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from gateskip.branches import Branch, head
 from gateskip.compute import branch_costs
-from gateskip.gates import ScalarGates
+from gateskip.gates import ANCHORS, ScalarGates
 from gateskip.masked import masked_forward
 
 Progress = Callable[[int, int, str], None]
@@ -71,7 +71,7 @@ class StraightThrough:
 
     def __call__(self, branch: Branch, z: Tensor) -> Tensor:
         """Gate logits [B, S] -> mask [B, S] of 0 and 1, differentiable through its sigmoid."""
-        self.logits.append(z.detach().flatten())
+        self.logits.append(z.detach()[:, ANCHORS:].flatten())
         if branch.index < self.first_free:
             return torch.ones_like(z)
         soft = torch.sigmoid((z - self.threshold) / self.temperature)
@@ -218,7 +218,7 @@ class _Session:
         logits: list[Tensor] = []
 
         def rule(branch: Branch, z: Tensor) -> Tensor:
-            logits.append(z.flatten())
+            logits.append(z[:, ANCHORS:].flatten())
             return torch.ones_like(z)
 
         with torch.no_grad():
