@@ -72,14 +72,14 @@ class PackedLinear(nn.Module):
             weight = native.unpack(self.codes, self.scale, self.offset, self.book)
             return F.linear(x, weight, self.bias)
         flat = x.reshape(rows, self.in_features).contiguous()
-        out = native.packed(self.codes, self.scale, self.offset, self.book, flat)
+        out: Tensor = native.packed(self.codes, self.scale, self.offset, self.book, flat)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
 
 def pack(codes: Tensor) -> Tensor:
     """Codes 0..15 [n, k] -> uint8 [n, k / 2] in the block layout of native.cpp."""
-    blocks = codes.to(torch.uint8).unflatten(1, (-1, 2, PACK // 2))  # [n, blocks, half, 16]
+    blocks = codes.to(torch.uint8).reshape(len(codes), -1, 2, PACK // 2)  # [n, blocks, half, 16]
     return (blocks[:, :, 0] | (blocks[:, :, 1] << 4)).flatten(1).contiguous()
 
 

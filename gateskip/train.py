@@ -203,7 +203,8 @@ class _Session:
     def _budget(self, draw: torch.Generator) -> float:
         fallen = min(1.0, 0.3 + 1.4 * self.step / self.config.steps)
         lowest = 1.0 - (1.0 - self.config.budget) * fallen
-        return lowest + (1.0 - lowest) * float(torch.rand((), generator=draw)) ** 1.5
+        drawn = torch.rand((), generator=draw).item()
+        return float(lowest + (1.0 - lowest) * drawn**1.5)
 
     def _threshold(self, budget: float) -> float:
         """The logit that keeps `budget` of the cost over the last steps' tokens."""
