@@ -93,6 +93,7 @@ class Decoder:
         self.skipping, self.tokenizer = skipping, tokenizer
         self.grid, self.defaults = dict(grid), dict(defaults or {})
         self.kernels = dict(kernels or {})
+        self.paces: dict[float, Pace] = {}  # by draft budget: what drafting costs and brings here
 
     def thresholds(self, budget: float) -> Thresholds:
         """Thresholds of a budget in (0, 1]. Raises ValueError when it cannot be had."""
@@ -132,8 +133,10 @@ class Decoder:
         with torch.inference_mode():
             if mode == "speculate":
                 draft = self.thresholds(draft_budget)
+                pace = self.paces.setdefault(draft_budget, Pace())
+                length = pace if draft_length == "auto" else draft_length
                 rows = [
-                    self._speculate(p, i, max_new_tokens, draft, draft_length, ends, stats, emit)
+                    self._speculate(p, i, max_new_tokens, draft, length, ends, stats, emit)
                     for i, p in enumerate(prompts)
                 ]
             elif mode in ("plain", "skip"):
@@ -210,7 +213,7 @@ class Decoder:
         number: int,
         limit: int,
         draft_levels: Thresholds,
-        draft_length: int | Literal["auto"],
+        draft_length: int | Pace,
         ends: frozenset[int],
         stats: Stats,
         emit: Callable[[int, int], None],
@@ -224,11 +227,11 @@ class Decoder:
         stats.prefill_s += spent
         stats.ttft_s = stats.ttft_s or spent
         stats.prompt_tokens += len(prompt)
-        pace = Pace() if draft_length == "auto" else None
+        pace = draft_length if isinstance(draft_length, Pace) else None
         started = time.perf_counter()
         while len(row) < limit and row[-1] not in ends:
-            wanted = draft_length if pace is None else pace.draft_length()
-            count = min(int(wanted), limit - len(row) - 1)
+            wanted = draft_length.draft_length() if isinstance(draft_length, Pace) else draft_length
+            count = min(wanted, limit - len(row) - 1)
             slot = len(prompt) + len(row) - 1  # of the last committed token
             begun = time.perf_counter()
             draft = self._draft(row[-1], slot, count, cache, draft_levels)
@@ -289,7 +292,8 @@ class Pace:
 
     With acceptance a, k drafted tokens yield (1 - a^(k + 1)) / (1 - a) tokens a pass (arXiv
     2211.17192, equation 1) for the time of k draft steps and one verify pass. Length 0 is plain
-    decoding; while it is best, drafting is tried again after ever longer pauses.
+    decoding; while it is best, drafting is tried again after ever longer pauses. A decoder keeps
+    its pace from one call to the next: what speculation costs does not change with the prompt.
     """
 
     LONGEST = 8
@@ -301,7 +305,7 @@ class Pace:
         self.draft_step: float | None = None  # seconds
         self.plain: float | None = None
         self.per_row: float | None = None  # what one more row adds to a verify pass, seconds
-        self.pause, self.wait, self.tries = 8, 0, 0
+        self.pause, self.wait = 32, 0
 
     def draft_length(self) -> int:
         """Tokens to draft next."""
@@ -311,12 +315,12 @@ class Pace:
             return self.TRIAL
         best = max(range(self.LONGEST + 1), key=self._tokens_per_s)
         if best and self._tokens_per_s(best) > self.MARGIN * self._tokens_per_s(0):
-            self.pause = 8
+            self.pause = 32
             return best
         self.wait += 1
         if self.wait < self.pause:
             return 0
-        self.wait, self.pause = 0, min(2 * self.pause, 256)
+        self.wait, self.pause = 0, min(2 * self.pause, 512)
         return self.TRIAL
 
     def _tokens_per_s(self, k: int) -> float:

@@ -260,7 +260,7 @@ class CellBench:
         return [row.tolist() for row in blocks]
 
 
-WARM_TOKENS = 4
+WARM_TOKENS = 16
 
 
 class Scored(ScoredModel):
