@@ -91,7 +91,7 @@ def test_speculation_is_lossless(cells: dict[str, Any]) -> None:
 @pytest.mark.real
 def test_skipping_saves_and_keeps_sense(cells: dict[str, Any]) -> None:
     cell = cells["skipping"]
-    assert 0.17 < cell["compute"]["saved_gross"] < 0.23
+    assert 0.15 < cell["compute"]["saved_gross"] < 0.28  # 1000 tokens of another text
     assert cell["compute"]["saved_net"] > 0.13
     assert 1 < cell["quality"]["perplexity"]["ratio_to_baseline"] < 3
     assert cells["gates"]["quality"]["kl_to_baseline"] < 1e-6
@@ -133,4 +133,4 @@ def test_report_and_pick(done: Path) -> None:
     assert "shipped" in html and "<script src" not in html
     picked = gateskip("pick", "runs/small", "--maximize", "size", "--json", folder=done)
     assert picked.returncode == 0, picked.stderr
-    assert json.loads(picked.stdout)["name"] in ("nf4", "nf4+gates", "shipped")
+    assert json.loads(picked.stdout)["cell"]["name"] in ("nf4", "nf4+gates", "shipped")

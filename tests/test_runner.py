@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -619,6 +620,7 @@ def test_cell_names_as_file_names(name: str, same: bool) -> None:
 # A worker as it is, but for a stage and a measurement that take their time and leave marks.
 SLOW_WORKER = """
 import json, os, shutil, sys, time, types
+from functools import partial
 from pathlib import Path
 from dataclasses import make_dataclass
 from compose import worker
@@ -718,6 +720,8 @@ class SlowRun:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, **environment, "TEST_PAUSE": str(pause)},
+            # Ctrl-C is ignored in what a shell starts in its background, the tests included.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
     def finish(self) -> str:
