@@ -32,6 +32,7 @@ from gateskip.decode import Decoder, Generation, Mode
 from gateskip.skip import Usage
 
 BLOCK = 512  # tokens of a block on which perplexity is measured
+WARM_TOKENS = 16  # decoded once at each batch size before anything is timed
 FORCED_DRAFT = 3
 """Draft length of the lossless check where the cell says `auto`: it must draft to count."""
 
@@ -62,6 +63,7 @@ class CellBench:
         self.job = job
         self.settings = dict(job.decode or {"use": "plain"})
         self.mode: Mode = self.settings.pop("use")
+        self._warm: set[int] = set()  # batch sizes that were run before
         if job.threads is not None:
             torch.set_num_threads(job.threads)
 
@@ -246,10 +248,6 @@ class CellBench:
             }
         return numbers
 
-    @cached_property
-    def _warm(self) -> set[int]:
-        return set()
-
     def _generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
         return self.decoder.generate(prompts, new_tokens, self.mode, **self.settings)
 
@@ -258,9 +256,6 @@ class CellBench:
         texts = load_texts("heldout-text", None, self.job.asset_cache)
         blocks: Tensor = token_blocks(texts, self.decoder.tokenizer, length, batch)
         return [row.tolist() for row in blocks]
-
-
-WARM_TOKENS = 16
 
 
 class Scored(ScoredModel):

@@ -160,7 +160,6 @@ def _save(model: Any, job: StageJob) -> None:
 
 def block_influence(model: Any, blocks: Tensor, job: StageJob) -> list[float]:
     """Each layer's 1 - cos(input, output), mean over tokens (ShortGPT, arXiv 2403.03853, eq. 1)."""
-    import torch
     from torch.nn import functional as F
 
     total = [0.0] * len(model.model.layers)
@@ -173,13 +172,20 @@ def block_influence(model: Any, blocks: Tensor, job: StageJob) -> list[float]:
         return hook
 
     hooks = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(model.model.layers)]
+    _run_watched(model, blocks, hooks, job, "ranking layers")
+    return [value / len(blocks) for value in total]
+
+
+def _run_watched(model: Any, blocks: Tensor, hooks: list[Any], job: StageJob, note: str) -> None:
+    """Show the model every block while the hooks look on, then take them off."""
+    import torch
+
     with torch.inference_mode():
         for done, block in enumerate(blocks.split(1)):
             model.model(block, use_cache=False)
-            job.progress(done + 1, len(blocks), "ranking layers")
+            job.progress(done + 1, len(blocks), note)
     for hook in hooks:
         hook.remove()
-    return [value / len(blocks) for value in total]
 
 
 def keep_layers(model: Any, kept: list[int]) -> None:
@@ -216,12 +222,7 @@ def neuron_importance(model: Any, blocks: Tensor, job: StageJob) -> list[Tensor]
     hooks = [
         layer.mlp.down_proj.register_forward_pre_hook(watch(i)) for i, layer in enumerate(layers)
     ]
-    with torch.inference_mode():
-        for done, block in enumerate(blocks.split(1)):
-            model.model(block, use_cache=False)
-            job.progress(done + 1, len(blocks), "ranking neurons")
-    for hook in hooks:
-        hook.remove()
+    _run_watched(model, blocks, hooks, job, "ranking neurons")
     return [
         (square / blocks.numel()).sqrt() * layer.mlp.down_proj.weight.float().norm(dim=0)
         for square, layer in zip(squares, layers, strict=True)
