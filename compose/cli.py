@@ -122,6 +122,10 @@ def run(
     again: Annotated[
         bool, typer.Option("--again", help="Measure every cell again; model folders stay.")
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps and cells side by side; 1 gives each all cores."),
+    ] = None,
 ) -> None:
     """Make and measure every cell; what was finished before stays."""
     from compose.assets import default_cache
@@ -134,8 +138,8 @@ def run(
     made = load_plan(file, default_cache())
     command = shlex.join(["gateskip", *sys.argv[1:]])
     settings = Settings(out, default_cache(), command, tuple(only or ()), again)
-    workers = make_executor(executor, made.pipeline.benchmark.threads)
-    result = run_plan(made, settings, workers, console())
+    runs_in = make_executor(executor, made.pipeline.benchmark.threads, workers)
+    result = run_plan(made, settings, runs_in, console())
     say_result(console(), result)
     raise typer.Exit(result.exit_code)
 
@@ -247,6 +251,31 @@ def generate(
     typer.echo(answer["text"])
     if stats:
         typer.echo(stats_text(answer), err=True)
+
+
+@app.command()
+def insight(
+    folder: Annotated[Path, typer.Argument(help="A model folder with gates.")],
+    text: Annotated[str, typer.Option(help="The text to look at; @FILE reads it from a file.")],
+    budget: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of compute kept; 0.8 if not said.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the colours as a page.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Colour a text's tokens by how much compute each of them gets."""
+    from compose.executors import ask_once
+    from compose.show import read_text, say_insight
+    from reports.insight import to_html
+
+    asked = {"folder": str(folder), "text": read_text(text), "budget": budget}
+    found = ask_once("insight", asked)
+    if html is not None:
+        html.write_text(to_html(found, folder.name), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        say_insight(console(), found)
 
 
 @app.command()

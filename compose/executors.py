@@ -32,7 +32,7 @@ from compose.errors import (
     suggest,
 )
 
-Role = Literal["step", "check", "cell", "answer", "probe"]
+Role = Literal["step", "check", "cell", "answer", "insight", "probe"]
 Message = dict[str, Any]
 LOG_TAIL_LINES = 25
 GRACE_S = 5.0
@@ -77,6 +77,10 @@ class Executor(Protocol):
 
     slots: int
     """How many workers may compute at the same time."""
+    parks: bool
+    """Whether every worker is on this machine, so that one may be timed later on."""
+    timed_threads: int
+    """Threads of a worker while it is timed."""
 
     def start(self, role: Role, job: Path, log: Path, *, here: bool = False) -> Remote:
         """Start a worker on a job file; `here` asks for the machine that this process is on."""
@@ -221,11 +225,13 @@ class LocalExecutor:
     and has all threads.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    parks = True
+
+    def __init__(self, threads: int | None = None, workers: int | None = None) -> None:
         self.threads = threads
-        cores = threads or os.cpu_count() or 1
+        self.timed_threads = cores = threads or os.cpu_count() or 1
         room = psutil.virtual_memory().available // WORKER_ROOM
-        self.slots = max(1, min(cores, room, MOST_WORKERS))
+        self.slots = workers or max(1, min(cores, room, MOST_WORKERS))
         self.share = max(1, cores // self.slots)
 
     def start(self, role: Role, job: Path, log: Path, *, here: bool = False) -> Remote:
@@ -280,15 +286,19 @@ class RayExecutor:
     measured on the node where `gateskip run` stands, so that cells stay comparable.
     """
 
-    def __init__(self, threads: int | None = None, address: str | None = None) -> None:
+    parks = False
+
+    def __init__(
+        self, threads: int | None = None, workers: int | None = None, address: str | None = None
+    ) -> None:
         self.ray = _import_ray()
-        self.threads = threads or 1
+        self.threads = self.timed_threads = threads or 1
         self.started = not self.ray.is_initialized()
         if self.started:
             address = address or os.environ.get("RAY_ADDRESS")
             self.ray.init(address=address, log_to_driver=False, include_dashboard=False)
         cores = int(self.ray.cluster_resources().get("CPU", 1))
-        self.slots = max(1, cores // self.threads)
+        self.slots = workers or max(1, cores // self.threads)
 
     def start(self, role: Role, job: Path, log: Path, *, here: bool = False) -> Remote:
         """Start an actor that starts the worker. One that is `here` only holds a place to wait."""
@@ -318,21 +328,21 @@ def _import_ray() -> Any:
     return ray
 
 
-EXECUTORS: Mapping[str, Callable[[int | None], Executor]] = {
+EXECUTORS: Mapping[str, Callable[[int | None, int | None], Executor]] = {
     "local": LocalExecutor,
     "ray": RayExecutor,
 }
 
 
-def make_executor(name: str, threads: int | None) -> Executor:
-    """The executor of that name.
+def make_executor(name: str, threads: int | None, workers: int | None = None) -> Executor:
+    """The executor of that name, with at most `workers` workers side by side.
 
     Raises:
         UserError: there is none of that name, or its package is not installed.
     """
     if name not in EXECUTORS:
         raise UserError(f"there is no executor {name!r}: {suggest(name, EXECUTORS)}")
-    return EXECUTORS[name](threads)
+    return EXECUTORS[name](threads, workers)
 
 
 def await_answer(remote: Remote, listen: Callable[[Message], None] | None = None) -> Any:

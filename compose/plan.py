@@ -337,7 +337,7 @@ class _Keys:
         }
         return digest(
             {
-                **stage.recipe(hashes),
+                **stage.identity(hashes),
                 "parent": parent,
                 "seed": self._pipeline.seed,
                 "dtype": self._pipeline.model.dtype,
@@ -380,7 +380,7 @@ def _listing(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def _cell_key(weights: str, decode: Stage | None) -> str:
-    return digest({"weights": weights, "decode": None if decode is None else decode.recipe({})})
+    return digest({"weights": weights, "decode": None if decode is None else decode.identity({})})
 
 
 def _stage_json(stage: Stage | None) -> dict[str, Any] | None:

@@ -392,6 +392,8 @@ def _merge_phase(part: dict[str, Any], phase: Phase, record: dict[str, Any]) -> 
     for section in ("size", "compute", "speculation"):
         if section in record:
             part[section] = {**part.get(section, {}), **record.pop(section)}
+    if "insight" in record:
+        part["insight"] = record.pop("insight")
     if "notes" in record:
         part["notes"] = (*part.get("notes", ()), *record.pop("notes"))
     if phase == "load":

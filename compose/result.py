@@ -245,6 +245,42 @@ class Speculation(Record):
     """Where they first differ; null when they do not."""
 
 
+class BranchUse(Record):
+    """What one branch's gate did, averaged over tokens."""
+
+    gate: float
+    """Mean gate, 0 to 1."""
+
+    kept: float
+    """Share of tokens that entered."""
+
+
+class GroupUse(Record):
+    """What a group of tokens got."""
+
+    tokens: int
+    """How many were seen."""
+
+    compute: float
+    """Mean share of the branches' multiply-adds, 0 to 1."""
+
+    kept: tuple[float, ...]
+    """Share of the group that entered each branch, in the order branches run."""
+
+
+class Insight(Record):
+    """Which tokens got how much compute, on the text of the perplexity."""
+
+    branches: tuple[BranchUse, ...]
+    """Attention 0, MLP 0, attention 1, ..."""
+
+    kinds: dict[str, GroupUse]
+    """Kind of token (first, punctuation, content, ...) -> its use."""
+
+    positions: tuple[GroupUse, ...]
+    """Stretches of equal length, from the beginning of a text to its end."""
+
+
 class TrainingPoint(Record):
     """A point of a training curve."""
 
@@ -317,6 +353,9 @@ class CellResult(Record):
 
     compute: Compute | None = None
     """Shares of compute that were saved."""
+
+    insight: Insight | None = None
+    """What the gates let in, for cells that skip."""
 
     quality: Quality | None = None
     """How good the answers are, measured on this cell itself."""

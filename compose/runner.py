@@ -54,6 +54,9 @@ MEMORY_SHARE = 0.8
 """How much of the free memory the cells of a group may take together."""
 
 
+PARKING_ROOM = 8_000_000_000
+"""Free memory, in bytes, below which no further process is kept between quality and speed."""
+
 LOADED_AT_ONCE = 2
 """Cells that load side by side before speed is measured: loading hardly uses a second core."""
 
@@ -154,6 +157,8 @@ class Runner:
     failed_cells: dict[str, Failure] = field(default_factory=dict)
     """Cell name -> why it could not be measured."""
     worked: bool = False
+    parked: dict[str, Remote] = field(default_factory=dict)
+    """Cell name -> its process after the quality phases: loaded, and idle until the speed phase."""
     _live: set[Any] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _ending: bool = False
@@ -314,9 +319,24 @@ class Runner:
             self.failed_cells[cell.name] = _failure(error, phase)
         else:
             line.done(_quality_note(result))
+            remote = self.park(cell, remote)
         finally:
             if remote is not None:
                 self.end(remote)
+
+    def park(self, cell: Cell, remote: Remote | None) -> Remote | None:
+        """Keep a cell's process for the speed phase, where it runs here and memory allows.
+
+        Returns what is not kept. Importing and loading again would take longer than measuring.
+        """
+        free = psutil.virtual_memory().available
+        if remote is None or not self.executor.parks or free < PARKING_ROOM:
+            return remote
+        with self._lock:
+            if not self._ending:
+                self.parked[cell.name] = remote
+                return None
+        return remote
 
     def is_measured(self, cell: Cell) -> bool:
         """Whether every phase of a cell, beside speed, has its record."""
@@ -380,7 +400,8 @@ class Runner:
     def memory_groups(self, cells: list[Cell]) -> list[list[str]]:
         """Cells that fit into free memory together, in order, the baseline in every group."""
         sizes = {cell.name: self.memory_of(cell) for cell in cells}
-        limit = MEMORY_SHARE * psutil.virtual_memory().available
+        held = sum(sizes[name] for name in self.parked if name in sizes)
+        limit = MEMORY_SHARE * (psutil.virtual_memory().available + held)
         first = [cell.name for cell in cells if cell is self.baseline]
         groups: list[list[str]] = [list(first)]
         for cell in cells:
@@ -415,11 +436,15 @@ class Runner:
                 self.end(remote)
 
     def load_for_speed(self, cells: list[Cell], remotes: dict[str, Remote], line: Line) -> None:
-        """Start the processes of some cells and let them load side by side."""
+        """Take the processes of some cells that stand ready; let the others load side by side."""
+        cold = [cell for cell in cells if cell.name not in self.parked]
         for cell in cells:
+            if cell.name in self.parked:
+                remotes[cell.name] = self.parked.pop(cell.name)
+        for cell in cold:
             remotes[cell.name] = self.open_cell(cell, f"speed-{cell.name}", here=True)
             remotes[cell.name].send({"do": "load"})
-        for cell in cells:
+        for cell in cold:
             self.guard_cell(cell, partial(self.answer, remotes[cell.name], line))
 
     def measure_round(
@@ -441,8 +466,12 @@ class Runner:
                 continue
             note = f"batch {batch}, round {number + 1}: {cell.name}"
             line.update(places.index(place), len(places), note)
-            command = {"do": "speed", "round": number, "batch": batch}
-
+            command = {
+                "do": "speed",
+                "round": number,
+                "batch": batch,
+                "threads": self.executor.timed_threads,
+            }
             answer = self.guard_cell(cell, partial(self.ask, remotes[cell.name], command, line))
             if answer is not None:
                 numbers[cell.name] = answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compose.doctor import Finding
+from compose.errors import UserError
 from compose.numerals import metric_text
 from compose.plan import Plan
 from compose.records import RunFolder, phases_of, read_phase
@@ -133,3 +135,45 @@ def stats_text(answer: dict[str, Any]) -> str:
         shown = f"{value:.4g}" if isinstance(value, float) else value
         lines.append(f"  {key}: {shown}")
     return "\n".join(lines)
+
+
+def read_text(text: str) -> str:
+    """The text itself, or what stands in the file that `@FILE` names.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {text[1:]}: {error}") from error
+
+
+def say_insight(console: Console, found: dict[str, Any]) -> None:
+    """A text's tokens on ever darker ground, the more of the compute each got; and the means."""
+    shares = [token["compute"] for token in found["tokens"]]
+    line = Text()
+    for token in found["tokens"]:
+        line.append(token["text"], style=_ground(heat(token["compute"], shares)))
+    console.print(line)
+    kinds = _table("Compute by kind of token", "kind", "tokens", "share of compute")
+    for kind, use in found["summary"]["kinds"].items():
+        kinds.add_row(kind, str(use["tokens"]), f"{use['compute']:.0%}")
+    console.print(kinds)
+    mean = sum(shares) / len(shares)
+    console.print(f"budget {found['budget']:g}: {mean:.0%} of the branches' compute was spent")
+
+
+def heat(share: float, shares: Sequence[float]) -> float:
+    """Where a share lies between the least and the most of its text, 0 to 1."""
+    low, high = min(shares), max(shares)
+    return (share - low) / (high - low) if high > low else 1.0
+
+
+def _ground(level: float) -> str:
+    """White to blue behind black or white letters."""
+    red, green, blue = (round(255 + level * (end - 255)) for end in (0, 90, 170))
+    ink = "white" if level > 0.6 else "black"
+    return f"{ink} on rgb({red},{green},{blue})"

@@ -4,6 +4,7 @@
     check   load the folder again and compare                   one answer
     cell    measure: load, quality, lossless, speed, quit       one answer a command
     answer  generate an answer to a prompt                      one answer
+    insight look at a text under a folder's gates               one answer
     probe   try the libraries, for `gateskip doctor`            one message a library, one answer
 
 Commands come as JSON lines on stdin; messages go out as JSON lines on what was stdout when the
@@ -246,6 +247,13 @@ def run_answer(job: Job, channel: Channel) -> dict[str, Any]:
     return generate(folder, prompt, **job)
 
 
+def run_insight(job: Job, channel: Channel) -> dict[str, Any]:
+    """Look at a text under a folder's gates."""
+    from compose.bench.insight import insight
+
+    return insight(Path(job["folder"]), job["text"], job["budget"])
+
+
 def run_probe(job: Job, channel: Channel) -> None:
     """Try the libraries, one message each."""
     from compose.doctor import probe_libraries
@@ -272,7 +280,7 @@ def serve_cell(job: Job, channel: Channel) -> None:
             return bench.quality(Path(command["reference"]))
         if command["do"] == "lossless":
             return bench.lossless()
-        return bench.speed(command["round"], command["batch"])
+        return bench.speed(command["round"], command["batch"], command["threads"])
 
     for command in channel.receive():
         if command["do"] == "quit":
@@ -347,6 +355,7 @@ ROLES: dict[str, Callable[[Job, Channel], Any]] = {
     "step": run_step,
     "check": run_check,
     "answer": run_answer,
+    "insight": run_insight,
     "probe": run_probe,
 }
 """What a worker does that gives one answer; a cell gives many."""

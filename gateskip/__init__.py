@@ -5,7 +5,25 @@
 >>> decoder.generate([ids], 16, mode="skip", budget=0.8).tokens         # doctest: +SKIP
 """
 
-from gateskip.checkpoint import load
-from gateskip.decode import Decoder, Generation
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gateskip.checkpoint import load
+    from gateskip.decode import Decoder, Generation
 
 __all__ = ["Decoder", "Generation", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when something here is used: planning reads gateskip.recipe alone."""
+    if name == "load":
+        from gateskip.checkpoint import load
+
+        return load
+    if name in ("Decoder", "Generation"):
+        from gateskip import decode
+
+        return getattr(decode, name)
+    raise AttributeError(f"module 'gateskip' has no attribute {name!r}")

@@ -12,37 +12,55 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 BranchKind = Literal["attention", "mlp"]
+Rope = dict[str, tuple[Tensor, Tensor]]
+"""cos and sin by the key a branch asks for: "" where all layers rotate alike."""
 
 
 class UnsupportedModel(ValueError):
     """The model's architecture has no row in `FAMILIES`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """Attribute names, inside one decoder layer, of what a branch is made of."""
 
+    attention: str = "self_attn"
     attention_in: str | None = "input_layernorm"
     attention_out: str | None = None
     mlp_in: str | None = "post_attention_layernorm"
     mlp_out: str | None = None
+    rope_by_layer_type: bool = False
+    """Whether layers of different types (sliding, full) rotate differently."""
+    may_be_parallel: bool = False
+    """Whether `config.use_parallel_residual` decides that the MLP reads what attention read."""
 
 
 PRE_NORM = Family()
-SANDWICH = Family(
-    attention_out="post_attention_layernorm",
-    mlp_in="pre_feedforward_layernorm",
-    mlp_out="post_feedforward_layernorm",
-)
+SANDWICH: dict[str, Any] = {
+    "attention_out": "post_attention_layernorm",
+    "mlp_in": "pre_feedforward_layernorm",
+    "mlp_out": "post_feedforward_layernorm",
+}
 
 FAMILIES: dict[str, Family] = {
     "llama": PRE_NORM,
     "mistral": PRE_NORM,
     "qwen2": PRE_NORM,
     "qwen3": PRE_NORM,
-    "gemma2": SANDWICH,
+    "phi3": PRE_NORM,
+    "smollm3": PRE_NORM,
+    "gemma2": Family(**SANDWICH),
+    "gemma3_text": Family(**SANDWICH, rope_by_layer_type=True),
+    "olmo2": Family(
+        attention_in=None,
+        attention_out="post_attention_layernorm",
+        mlp_in=None,
+        mlp_out="post_feedforward_layernorm",
+    ),
+    "gpt_neox": Family(attention="attention", may_be_parallel=True),
 }
 
 
@@ -56,6 +74,10 @@ class Branch:
     module: nn.Module
     norm_in: nn.Module | None
     norm_out: nn.Module | None
+    rope: str = ""
+    """Which entry of a `Rope` its attention rotates by."""
+    parallel: bool = False
+    """Whether it reads what its layer's attention read, not what that attention made of it."""
 
     def enter(self, hidden: Tensor) -> Tensor:
         """The branch's own view of the residual stream, which is also what its gate sees."""
@@ -77,18 +99,21 @@ def find_branches(model: Any) -> list[Branch]:
         raise UnsupportedModel(
             f"model type {model.config.model_type!r} is not supported; supported: {known}"
         )
-    return list(_walk(model.model.layers, family))
+    return list(_walk(model, family))
 
 
-def _walk(layers: Any, family: Family) -> Iterator[Branch]:
-    for number, layer in enumerate(layers):
+def _walk(model: Any, family: Family) -> Iterator[Branch]:
+    config = model.config
+    parallel = family.may_be_parallel and config.use_parallel_residual
+    for number, layer in enumerate(backbone(model).layers):
         yield Branch(
             2 * number,
             number,
             "attention",
-            layer.self_attn,
+            getattr(layer, family.attention),
             _named(layer, family.attention_in),
             _named(layer, family.attention_out),
+            config.layer_types[number] if family.rope_by_layer_type else "",
         )
         yield Branch(
             2 * number + 1,
@@ -97,11 +122,59 @@ def _walk(layers: Any, family: Family) -> Iterator[Branch]:
             layer.mlp,
             _named(layer, family.mlp_in),
             _named(layer, family.mlp_out),
+            parallel=parallel,
         )
 
 
 def _named(layer: nn.Module, name: str | None) -> nn.Module | None:
     return None if name is None else getattr(layer, name)
+
+
+# -- what stands around the branches ----------------------------------------------------------
+
+
+def backbone(model: Any) -> Any:
+    """The decoder below the LM head: its layers, embedding, final norm and rotary table."""
+    return getattr(model, model.base_model_prefix)
+
+
+def final_norm(model: Any) -> Any:
+    """The norm between the last layer and the LM head."""
+    body = backbone(model)
+    return body.final_layer_norm if hasattr(body, "final_layer_norm") else body.norm
+
+
+def embed(model: Any, input_ids: Tensor) -> Tensor:
+    """Token ids [...] -> the residual stream [..., H] before the first layer."""
+    embedded: Tensor = model.get_input_embeddings()(input_ids)
+    return embedded
+
+
+def head(model: Any, hidden: Tensor) -> Tensor:
+    """Final hidden states [..., H] (already normed) -> logits [..., V]."""
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def rope_at(model: Any, positions: Tensor, dtype: torch.dtype) -> Rope:
+    """cos and sin for integer positions [B, S], two of [B, S, D] a kind of layer, in `dtype`.
+
+    D is smaller than a head where only a part of it is rotated.
+    """
+    like = torch.empty(0, dtype=dtype, device=positions.device)
+    rotary = backbone(model).rotary_emb
+    if FAMILIES[model.config.model_type].rope_by_layer_type:
+        kinds = sorted(set(model.config.layer_types))
+        return {kind: _cast(rotary(like, positions, kind), dtype) for kind in kinds}
+    return {"": _cast(rotary(like, positions), dtype)}
+
+
+def _cast(rope: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return rope[0].to(dtype), rope[1].to(dtype)
+
+
+# -- attention, in parts ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -121,57 +194,110 @@ def attention_shape(model: Any, attention: Any) -> AttentionShape:
     config = model.config
     return AttentionShape(
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=attention.head_dim,
+        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        head_dim=_head_dim(attention),
         scaling=attention.scaling,
         softcap=getattr(attention, "attn_logit_softcapping", None),
         window=_window(config, attention),
     )
 
 
+def _head_dim(attention: Any) -> int:
+    found: int = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+    return found
+
+
 def _window(config: Any, attention: Any) -> int | None:
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window  # type: ignore[no-any-return]
-    if config.model_type == "mistral":  # one window for all layers, kept in the config alone
+    if config.model_type in ("mistral", "phi3"):  # one window for all layers, in the config alone
         return config.sliding_window  # type: ignore[no-any-return]
     return None
 
 
 def project_queries(attention: Any, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotated queries. x [..., H], rope two of [..., D] -> [..., heads, D]."""
-    queries = attention.q_proj(x).unflatten(-1, (-1, attention.head_dim))
-    if hasattr(attention, "q_norm"):
-        queries = attention.q_norm(queries)
-    return rotate(queries, rope)
+    """Rotated queries. x [..., H], rope two of [..., D] -> [..., heads, head_dim]."""
+    queries = _heads(attention, _project(attention, x, 0), getattr(attention, "q_norm", None))
+    return _rotated(attention, queries, rope)
 
 
 def project_keys_values(
     attention: Any, x: Tensor, rope: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Rotated keys, and values. x [..., H], rope two of [..., D] -> two of [..., kv_heads, D]."""
-    keys = attention.k_proj(x).unflatten(-1, (-1, attention.head_dim))
-    if hasattr(attention, "k_norm"):
-        keys = attention.k_norm(keys)
-    values = attention.v_proj(x).unflatten(-1, (-1, attention.head_dim))
-    return rotate(keys, rope), values
+    keys = _heads(attention, _project(attention, x, 1), getattr(attention, "k_norm", None))
+    values = _heads(attention, _project(attention, x, 2), None)
+    return _rotated(attention, keys, rope), values
+
+
+def project_out(attention: Any, mixed: Tensor) -> Tensor:
+    """What the heads found [..., heads * head_dim] -> [..., H]."""
+    module = attention.o_proj if hasattr(attention, "o_proj") else attention.dense
+    output: Tensor = module(mixed)
+    return output
+
+
+def _project(attention: Any, x: Tensor, part: int) -> Tensor:
+    """Queries (0), keys (1) or values (2) of x [..., H], not yet cut into heads."""
+    if hasattr(attention, "q_proj"):
+        module = (attention.q_proj, attention.k_proj, attention.v_proj)[part]
+        return module(x)  # type: ignore[no-any-return]
+    if hasattr(attention, "qkv_proj"):  # Phi3: queries, keys, values, one below the other
+        fused, head_dim = attention.qkv_proj, attention.head_dim
+        width = attention.num_key_value_heads * head_dim
+        ends = (fused.out_features - 2 * width, fused.out_features - width, fused.out_features)
+        rows = slice(ends[part - 1] if part else 0, ends[part])
+        if _is_plain(fused):
+            return F.linear(x, fused.weight[rows], _rows(fused.bias, rows))
+        return fused(x)[..., rows]  # type: ignore[no-any-return]
+    return _interleaved(attention, x, part)
+
+
+def _interleaved(attention: Any, x: Tensor, part: int) -> Tensor:
+    """GPT-NeoX: each head has its queries, keys and values side by side in one matrix."""
+    fused, head_dim = attention.query_key_value, attention.head_size
+    cut = slice(part * head_dim, (part + 1) * head_dim)
+    if not _is_plain(fused):
+        part_of_all: Tensor = fused(x).unflatten(-1, (-1, 3 * head_dim))[..., cut].flatten(-2)
+        return part_of_all
+    weight = fused.weight.view(-1, 3 * head_dim, x.shape[-1])[:, cut]  # [heads, D, H]
+    flat = x.reshape(-1, x.shape[-1])
+    found: Tensor = (flat @ weight.transpose(1, 2)).transpose(0, 1)  # [N, heads, D]
+    if fused.bias is not None:
+        found = found + fused.bias.view(-1, 3 * head_dim)[:, cut]
+    return found.reshape(*x.shape[:-1], -1)
+
+
+def _is_plain(linear: Any) -> bool:
+    weight = getattr(linear, "weight", None)
+    return isinstance(weight, Tensor) and weight.is_floating_point() and weight.ndim == 2
+
+
+def _rows(bias: Tensor | None, rows: slice) -> Tensor | None:
+    return None if bias is None else bias[rows]
+
+
+def _heads(attention: Any, x: Tensor, norm: Any | None) -> Tensor:
+    """[..., heads * D] -> [..., heads, D], normed by head (Qwen3) or before the cut (OLMo2)."""
+    head_dim = _head_dim(attention)
+    if norm is not None and norm.weight.shape[-1] != head_dim:
+        x, norm = norm(x), None
+    cut: Tensor = x.unflatten(-1, (-1, head_dim))
+    return cut if norm is None else norm(cut)
+
+
+def _rotated(attention: Any, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    return rotate(x, rope) if getattr(attention, "use_rope", True) else x
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864), halves layout. x [..., heads, D]."""
+    """Rotary position embedding (arXiv 2104.09864), halves layout, of the first D channels.
+
+    x [..., heads, head_dim], rope two of [..., D]; channels beyond D stay as they are.
+    """
     cos, sin = rope[0].unsqueeze(-2), rope[1].unsqueeze(-2)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def rope_at(model: Any, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for integer positions [B, S] -> two of [B, S, D], in `dtype`."""
-    like = torch.empty(0, dtype=dtype, device=positions.device)
-    cos, sin = model.model.rotary_emb(like, positions)
-    return cos, sin
-
-
-def head(model: Any, hidden: Tensor) -> Tensor:
-    """Final hidden states [..., H] (already normed) -> logits [..., V]."""
-    logits: Tensor = model.lm_head(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    width = cos.shape[-1]
+    turned, still = (x, None) if width == x.shape[-1] else (x[..., :width], x[..., width:])
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return turned if still is None else torch.cat((turned, still), dim=-1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gateskip.branches import Branch
 from gateskip.compute import branch_costs
-from gateskip.gates import ANCHORS, ScalarGates
+from gateskip.gates import ANCHORS, Gates
 from gateskip.masked import masked_forward
 from gateskip.skip import NEVER_SKIP
 
@@ -43,24 +43,33 @@ Allocate = Callable[[Tensor, float], Tensor]
 @torch.no_grad()
 def calibrate(
     model: Any,
-    gates: ScalarGates,
+    gates: Gates,
     blocks: Tensor,
     budgets: Sequence[float] = DEFAULT_BUDGETS,
     allocation: str = "global",
     kv_rule: str = "project",
     sensitivity: Sequence[float] | None = None,
+    least: float = 0.0,
+    most: float = 1.0,
+    closed: frozenset[int] = frozenset(),
     rounds: int = 6,
     batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Calibration]:
     """Thresholds for each budget on blocks [N, S] of token ids.
 
+    Every branch keeps at least a share `least` of its tokens and at most `most`; `closed` branches
+    never skip.
+
     Skipping changes what later gates see, so the thresholds are found in a closed loop: up to
     `rounds` times, the gate logits are collected while skipping with the last thresholds; the
     round that came closest counts. Budgets go from high to low and each starts from its neighbour.
     """
     costs = torch.tensor([c.at(blocks.shape[1] / 2) for c in branch_costs(model)])
-    allocate = _allocator(allocation, costs, kv_rule, sensitivity)
+    free = torch.ones(len(costs), dtype=torch.bool)
+    free[sorted(closed)] = False
+    free[0] &= kv_rule != "copy"  # the first attention has nothing below it to copy from
+    allocate = _allocator(allocation, costs, free, sensitivity, least, most)
     thresholds = torch.full((gates.branches,), NEVER_SKIP)
     logits = _collect(model, gates, blocks, thresholds, kv_rule, batch)
     found = []
@@ -94,7 +103,7 @@ def _record(budget: float, thresholds: Tensor, logits: Tensor, costs: Tensor) ->
 
 
 def _collect(
-    model: Any, gates: ScalarGates, blocks: Tensor, thresholds: Tensor, kv_rule: str, batch: int
+    model: Any, gates: Gates, blocks: Tensor, thresholds: Tensor, kv_rule: str, batch: int
 ) -> Tensor:
     """Gate logits [branches, tokens] while skipping by `thresholds`."""
     logits: list[list[Tensor]] = [[] for _ in range(gates.branches)]
@@ -109,35 +118,68 @@ def _collect(
 
 
 def _allocator(
-    name: str, costs: Tensor, kv_rule: str, sensitivity: Sequence[float] | None
+    name: str,
+    costs: Tensor,
+    free: Tensor,
+    sensitivity: Sequence[float] | None,
+    least: float,
+    most: float,
 ) -> Allocate:
+    def by_shares(shares: Callable[[float], Tensor]) -> Allocate:
+        def allocate(logits: Tensor, budget: float) -> Tensor:
+            found = quantiles(logits, shares(budget).clamp(least, most))
+            return found.where(free, torch.tensor(NEVER_SKIP))
+
+        return allocate
+
     if name == "global":
-        return lambda logits, budget: global_thresholds(logits, budget, costs, kv_rule)
+        return lambda logits, budget: global_thresholds(logits, budget, costs, free, least, most)
     if name == "uniform":
-        return lambda logits, budget: quantiles(logits, torch.full((len(costs),), budget))
+        ratio = float(costs.sum() / costs[free].sum())
+        return by_shares(lambda budget: (1 - (1 - budget) * ratio) * torch.ones(len(costs)))
     if name == "sensitivity":
         if sensitivity is None:
             raise ValueError("allocation 'sensitivity' needs the branches' measured sensitivities")
-        rises = torch.tensor(sensitivity)
-        return lambda logits, budget: quantiles(logits, allocate_shares(rises, costs, budget))
+        rises = torch.tensor(sensitivity).where(free, torch.tensor(1e9))
+        return by_shares(lambda budget: allocate_shares(rises, costs, budget, least))
     raise ValueError(f"allocation {name!r}: one of {', '.join(ALLOCATIONS)}")
 
 
-def global_thresholds(logits: Tensor, budget: float, costs: Tensor, kv_rule: str) -> Tensor:
-    """One threshold for all branches: the cost-weighted quantile of all gate logits.
+def global_thresholds(
+    logits: Tensor,
+    budget: float,
+    costs: Tensor,
+    free: Tensor,
+    least: float = 0.0,
+    most: float = 1.0,
+) -> Tensor:
+    """One threshold for all free branches: the cost-weighted quantile of all gate logits.
 
-    Under KV rule `copy` the first attention has nothing below it and is never skipped.
+    With bounds on a branch's kept share its threshold is moved where they ask for it, and the
+    common one is searched again until the whole keeps the budget. logits [branches, tokens] ->
+    [branches]; branches that are not `free` [branches] never skip.
     """
-    free = torch.ones(len(costs), dtype=torch.bool)
-    free[0] = kv_rule != "copy"
     z = logits[free].flatten()
     weight = costs[free].unsqueeze(1).expand_as(logits[free]).flatten()
     order = torch.argsort(z)
     spent = torch.cumsum(weight[order].double(), 0)
     skip = (1 - budget) * float(costs.sum()) * logits.shape[1]
     cut = int(torch.searchsorted(spent, torch.tensor(skip, dtype=torch.double)))
-    thresholds = torch.full((len(costs),), NEVER_SKIP)
+    thresholds = torch.full((len(costs),), NEVER_SKIP, dtype=logits.dtype)
     thresholds[free] = z[order[min(cut, len(order) - 1)]]
+    if least <= 0.0 and most >= 1.0:
+        return thresholds
+    highest = quantiles(logits, torch.full((len(costs),), least))
+    lowest = quantiles(logits, torch.full((len(costs),), most))
+    low, high = 0, len(order) - 1
+    while low < high:  # the kept cost falls as the common threshold rises
+        middle = (low + high) // 2
+        level = z[order[middle]].clamp(lowest, highest)
+        kept = (logits >= level.unsqueeze(1)).double().mean(1)
+        dropped = float(((1 - kept) * costs)[free].sum())
+        low, high = (middle + 1, high) if dropped < (1 - budget) * costs.sum() else (low, middle)
+    level = z[order[low]].clamp(lowest, highest)
+    thresholds[free] = level[free]
     return thresholds
 
 

@@ -13,21 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gateskip.budget import Calibration
-from gateskip.gates import GATE_KINDS, ScalarGates
+from gateskip.gates import Gates
+from gateskip.kinds import GATE_KINDS, make_gates
 
 GATES_FILE = "gates.safetensors"
 META_FILE = "gateskip.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
 class GateFile:
     """Everything a folder says about its gates."""
 
-    gates: ScalarGates
+    gates: Gates
     kv_rule: str
     grid: dict[float, list[float]]
     """Thresholds, one a branch, for each calibrated budget."""
@@ -52,11 +54,15 @@ def grid_of(
 def save_gates(folder: Path, file: GateFile) -> None:
     """Write gates and their description into a model folder."""
     state = {name: value.contiguous() for name, value in file.gates.state_dict().items()}
-    save_file(state, str(folder / GATES_FILE), metadata={"format": "pt"})  # one key: equal bytes
+    shape = f"{file.gates.kind} {file.gates.branches} {file.gates.hidden_size}"
+    save_file(state, str(folder / GATES_FILE), metadata={"gates": shape})  # one key: equal bytes
     described = {
         "format": FORMAT,
         "kind": file.gates.kind,
         "branches": file.gates.branches,
+        "sizes": file.gates.sizes(),
+        "scales": file.gates.scales,
+        "place": file.gates.place,
         "kv_rule": file.kv_rule,
         "thresholds": {str(budget): row for budget, row in sorted(file.grid.items())},
         "kept": {str(budget): share for budget, share in sorted(file.kept.items())},
@@ -84,15 +90,20 @@ def _number(value: float | str) -> float:
     )
 
 
-def read_gates(path: Path) -> ScalarGates:
-    """Gates from a gates.safetensors file. Raises ValueError when it holds something else."""
-    state = load_file(str(path))
-    if set(state) != {"weight", "bias"} or state["weight"].ndim != 2:
-        raise ValueError(
-            f"{path} holds no scalar gates: found {', '.join(sorted(state)) or 'nothing'}"
-        )
-    gates = ScalarGates(*state["weight"].shape)
-    gates.load_state_dict(state)
+def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
+    """Gates of a kind from a gates.safetensors file; `settings` as for `make_gates`.
+
+    Raises ValueError when the file holds something else.
+    """
+    with safe_open(str(path), "pt") as file:
+        found = (file.metadata() or {}).get("gates", "nothing").split()
+    if found[0] != kind:
+        raise ValueError(f"{path} holds no {kind} gates: found {found[0]}")
+    gates = make_gates(kind, int(found[1]), int(found[2]), **settings)
+    try:
+        gates.load_state_dict(load_file(str(path)))
+    except RuntimeError as error:
+        raise ValueError(f"{path} holds {kind} gates of other sizes: {error}") from error
     return gates
 
 
@@ -104,7 +115,13 @@ def load_gates(folder: Path) -> GateFile | None:
     if meta["kind"] not in GATE_KINDS or meta["format"] != FORMAT:
         raise ValueError(f"{folder}: gates of kind {meta['kind']!r}, format {meta['format']}")
     return GateFile(
-        gates=read_gates(folder / GATES_FILE).requires_grad_(False),
+        gates=read_gates(
+            folder / GATES_FILE,
+            meta["kind"],
+            sizes=meta["sizes"],
+            scales=meta["scales"],
+            place=meta["place"],
+        ).requires_grad_(False),
         kv_rule=meta["kv_rule"],
         grid={float(b): [_number(v) for v in row] for b, row in meta["thresholds"].items()},
         kept={float(b): share for b, share in meta["kept"].items()},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateskip.branches import attention_shape, find_branches
-from gateskip.gates import ScalarGates
+from gateskip.gates import Gates
 from gateskip.skip import Usage
 
 
@@ -31,8 +31,8 @@ def branch_costs(model: Any) -> list[BranchCost]:
     for branch in find_branches(model):
         module: Any = branch.module
         if branch.kind == "mlp":
-            projections = (module.gate_proj, module.up_proj, module.down_proj)
-            costs.append(BranchCost(sum(_linear_macs(x) for x in projections), 0, 0))
+            linears = (x for x in module.children() if hasattr(x, "in_features"))
+            costs.append(BranchCost(sum(_linear_macs(x) for x in linears), 0, 0))
             continue
         shape = attention_shape(model, module)
         width = shape.heads * shape.head_dim
@@ -60,7 +60,7 @@ class Saving:
 
 
 def saving(
-    model: Any, usage: Usage, gates: ScalarGates | None, kv_rule: str, gated: Sequence[bool]
+    model: Any, usage: Usage, gates: Gates | None, kv_rule: str, gated: Sequence[bool]
 ) -> Saving:
     """What was saved over the tokens that `usage` counted.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gateskip import native
+from gateskip.branches import final_norm
 
 FEW_ROWS = 16  # up to here streaming the weights beats a GEMM
 PACK = 32  # weights in one packed block of native.cpp
@@ -86,7 +87,7 @@ def pack(codes: Tensor) -> Tensor:
 def accelerate_linears(model: Any) -> dict[str, int]:
     """Replace linear layers in place; returns how many of each kind now run on native kernels."""
     counts: dict[str, int] = {}
-    weight = model.model.norm.weight
+    weight = final_norm(model).weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or native.library() is None:
         return counts
     for parent in list(model.modules()):

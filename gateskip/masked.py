@@ -12,17 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gateskip.branches import (
     AttentionShape,
     Branch,
     attention_shape,
+    embed,
+    final_norm,
     find_branches,
     project_keys_values,
+    project_out,
     project_queries,
     rope_at,
 )
-from gateskip.gates import ANCHORS, ScalarGates
+from gateskip.gates import ANCHORS, Gates
 
 # (branch, gate logits [B, S]) -> mask [B, S], 1 where the branch is entered
 MaskRule = Callable[[Branch, Tensor], Tensor]
@@ -33,34 +37,60 @@ Observer = Callable[[Branch, Tensor, Tensor], None]
 def masked_forward(
     model: Any,
     input_ids: Tensor,
-    gates: ScalarGates | None = None,
+    gates: Gates | None = None,
     mask: MaskRule | None = None,
     kv_rule: str = "project",
     observe: Observer | None = None,
+    watch: Callable[[Tensor], None] | None = None,
+    checkpointing: bool = False,
 ) -> Tensor:
     """Final normed hidden states [B, S, H] of unpadded rows input_ids [B, S].
 
     Without gates and mask this is the dense model. `kv_rule` says whose keys and values a skipped
     token shows to later ones: its own projections (`project`) or those of the layer below (`copy`).
+    Gates read the branch's input without passing gradients into it, as published. `watch` is called
+    with every branch's gate [B, S, 1 or H]. `checkpointing` trades a second run of each branch in
+    the backward pass for its activations' memory.
     """
-    hidden = model.model.embed_tokens(input_ids)
+    run = _recomputed if checkpointing and torch.is_grad_enabled() else _at_once
+    hidden = embed(model, input_ids)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     rope = rope_at(model, positions, hidden.dtype)
     below: tuple[Tensor, Tensor] | None = None
+    source = hidden
     for branch in find_branches(model):
-        x = branch.enter(hidden)
-        keep = None
-        if gates is not None and mask is not None:
-            keep = anchored(mask(branch, gates.logit(branch.index, x)))  # [B, S]
+        source = source if branch.parallel else hidden
+        x = branch.enter(source)
+        keep, scale = None, None
+        if gates is not None:
+            keep = mask and anchored(mask(branch, gates.logit(branch.index, x.detach())))  # [B, S]
+            if gates.scales or watch is not None:
+                scale = gates.gate(branch.index, x.detach()).to(x.dtype)
+            if watch is not None and scale is not None:
+                watch(scale)
+            scale = scale if gates.scales else None
+        before = gates is not None and gates.place == "before"
+        entered = x * scale if before and scale is not None else x
         if branch.kind == "attention":
-            output, below = _attention(model, branch, x, rope, keep, kv_rule, below)
+            at = rope[branch.rope]
+            output, below = run(_attention, model, branch, entered, at, keep, kv_rule, below)
         else:
-            output = branch.module(x)
+            output = run(branch.module, entered)
         output = branch.leave(output)
+        if scale is not None and not before:
+            output = output * scale
         if observe is not None:
             observe(branch, x, output)
         hidden = hidden + (output if keep is None else output * keep.unsqueeze(-1).to(output))
-    return model.model.norm(hidden)  # type: ignore[no-any-return]
+    return final_norm(model)(hidden)  # type: ignore[no-any-return]
+
+
+def _at_once(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False)
 
 
 def anchored(keep: Tensor) -> Tensor:
@@ -91,7 +121,7 @@ def _attention(
         attention_shape(model, attention),
         None,
     )
-    return attention.o_proj(mixed.transpose(1, 2).flatten(-2)), (keys, values)
+    return project_out(attention, mixed.transpose(1, 2).flatten(-2)), (keys, values)
 
 
 def attend(

@@ -19,14 +19,18 @@ from torch import Tensor
 from gateskip.branches import (
     AttentionShape,
     Branch,
+    Rope,
     attention_shape,
+    embed,
+    final_norm,
     find_branches,
     head,
     project_keys_values,
+    project_out,
     project_queries,
     rope_at,
 )
-from gateskip.gates import ANCHORS, ScalarGates
+from gateskip.gates import ANCHORS, Gates
 from gateskip.masked import attend, causal
 
 KV_RULES = ("project", "copy")
@@ -40,7 +44,7 @@ class KVCache:
 
     keys: list[Tensor]
     values: list[Tensor]
-    rope: tuple[Tensor, Tensor]  # two of [capacity, D]
+    rope: Rope  # two of [capacity, D] a kind of layer
 
     @property
     def capacity(self) -> int:
@@ -98,12 +102,14 @@ class SkippingModel:
     thresholds every token enters every branch, unscaled, so the result is the model's own.
     """
 
-    def __init__(self, model: Any, gates: ScalarGates | None = None, kv_rule: str = "project"):
+    def __init__(self, model: Any, gates: Gates | None = None, kv_rule: str = "project"):
         if kv_rule not in KV_RULES:
             raise ValueError(f"kv_rule {kv_rule!r}: one of {', '.join(KV_RULES)}")
         self.model = model
         self.gates = gates
         self.kv_rule = kv_rule
+        if gates is not None:
+            gates.attach(model)
         self.branches = find_branches(model)
         self.shapes = {
             b.index: attention_shape(model, b.module)
@@ -111,8 +117,9 @@ class SkippingModel:
             if b.kind == "attention"
         }
         self.usage = Usage.empty(len(self.branches))
-        self.dtype: torch.dtype = model.model.norm.weight.dtype
-        self.device: torch.device = model.model.norm.weight.device
+        self.norm = final_norm(model)
+        self.dtype: torch.dtype = self.norm.weight.dtype
+        self.device: torch.device = self.norm.weight.device
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of at most `capacity` tokens."""
@@ -130,8 +137,8 @@ class SkippingModel:
             ]
 
         positions = torch.arange(capacity, device=self.device).unsqueeze(0)
-        cos, sin = rope_at(self.model, positions, self.dtype)
-        return KVCache(empty(), empty(), (cos[0], sin[0]))
+        rope = rope_at(self.model, positions, self.dtype)
+        return KVCache(empty(), empty(), {key: (c[0], s[0]) for key, (c, s) in rope.items()})
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., H] -> logits [..., V]."""
@@ -150,38 +157,58 @@ class SkippingModel:
 
         `lengths` gives the real tokens of right-padded rows; outputs at pads are undefined.
         """
-        hidden = self.model.model.embed_tokens(input_ids)
+        hidden = embed(self.model, input_ids)
         if input_ids.numel() == 1:
             hidden = self._one_token(hidden, cache, starts[0], thresholds)
         else:
             batch = _Batch.of(input_ids, starts, lengths)
             hidden = self._many_tokens(hidden, cache, batch, thresholds)
-        return self.model.model.norm(hidden)  # type: ignore[no-any-return]
+        return self.norm(hidden)  # type: ignore[no-any-return]
 
     # -- one token: enter the branch or do not ------------------------------------------------
 
     def _one_token(
         self, hidden: Tensor, cache: KVCache, slot: int, thresholds: Sequence[float] | None
     ) -> Tensor:
-        rope = (cache.rope[0][slot : slot + 1], cache.rope[1][slot : slot + 1])  # [1, D]
+        ropes = {
+            key: (cos[slot : slot + 1], sin[slot : slot + 1])  # [1, D]
+            for key, (cos, sin) in cache.rope.items()
+        }
         self.usage.seen += 1
         self.usage.context += slot + 1
+        source = hidden
         for branch in self.branches:
-            x = branch.enter(hidden)  # [1, 1, H]
+            source = source if branch.parallel else hidden
+            x = branch.enter(source)  # [1, 1, H]
+            entered, scale = self._scaled(branch, x)
             if slot >= ANCHORS and not self._enters(branch, x, thresholds):
                 if branch.kind == "attention":
-                    self._skip_attention_once(branch, x, rope, cache, slot)
+                    self._skip_attention_once(branch, entered, ropes[branch.rope], cache, slot)
                 continue
             self.usage.kept[branch.index] += 1
             if branch.kind == "mlp":
-                hidden = hidden + branch.leave(branch.module(x))
-                continue
-            self._store_once(branch, x, rope, cache, slot)
-            queries = project_queries(branch.module, x, rope)[0, 0]
-            mixed = self._attend_one(branch, queries, cache, slot).view(1, 1, -1)
-            attention: Any = branch.module
-            hidden = hidden + branch.leave(attention.o_proj(mixed))
+                output = branch.leave(branch.module(entered))
+            else:
+                output = self._enter_attention_once(
+                    branch, entered, ropes[branch.rope], cache, slot
+                )
+            hidden = hidden + (output if scale is None else output * scale)
         return hidden
+
+    def _scaled(self, branch: Branch, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the branch reads, and what multiplies its output: gates that scale do either."""
+        if self.gates is None or not self.gates.scales:
+            return x, None
+        scale = self.gates.gate(branch.index, x).to(x.dtype)
+        return (x * scale, None) if self.gates.place == "before" else (x, scale)
+
+    def _enter_attention_once(
+        self, branch: Branch, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, slot: int
+    ) -> Tensor:
+        self._store_once(branch, x, rope, cache, slot)
+        queries = project_queries(branch.module, x, rope)[0, 0]
+        mixed = self._attend_one(branch, queries, cache, slot).view(1, 1, -1)
+        return branch.leave(project_out(branch.module, mixed))
 
     def _enters(self, branch: Branch, x: Tensor, thresholds: Sequence[float] | None) -> bool:
         if thresholds is None or thresholds[branch.index] == NEVER_SKIP:
@@ -223,18 +250,26 @@ class SkippingModel:
     def _many_tokens(
         self, hidden: Tensor, cache: KVCache, batch: _Batch, thresholds: Sequence[float] | None
     ) -> Tensor:
-        rope = (cache.rope[0][batch.slots], cache.rope[1][batch.slots])  # two of [B, S, D]
+        ropes = {  # two of [B, S, D] a kind of layer
+            key: (cos[batch.slots], sin[batch.slots]) for key, (cos, sin) in cache.rope.items()
+        }
         self.usage.seen += batch.tokens
         self.usage.context += batch.context
         hidden = hidden.clone()  # rows are added in place below
+        parallel = any(branch.parallel for branch in self.branches)
+        source = hidden
         for branch in self.branches:
-            x = branch.enter(hidden)  # [B, S, H]
+            if not branch.parallel:
+                source = hidden.clone() if parallel else hidden
+            x = branch.enter(source)  # [B, S, H]
             keep = self._kept(branch, x, batch, thresholds)  # [B, S] or None for all
             self.usage.kept[branch.index] += batch.tokens if keep is None else int(keep.sum())
+            entered, scale = self._scaled(branch, x)
             if branch.kind == "mlp":
-                _add_mlp(branch, hidden, x, keep)
+                _add_mlp(branch, hidden, entered, keep, scale)
             else:
-                self._add_attention(branch, hidden, x, rope, cache, batch, keep)
+                rope = ropes[branch.rope]
+                self._add_attention(branch, hidden, entered, rope, cache, batch, keep, scale)
         return hidden
 
     def _kept(
@@ -256,6 +291,7 @@ class SkippingModel:
         cache: KVCache,
         batch: _Batch,
         keep: Tensor | None,
+        scale: Tensor | None,
     ) -> None:
         self._store(branch, x, rope, cache, batch, keep)
         shape: AttentionShape = self.shapes[branch.index]
@@ -266,7 +302,8 @@ class SkippingModel:
             mixed = torch.stack(
                 [self._attend_one(branch, q, cache, first + i) for i, q in enumerate(queries)]
             )
-            hidden += branch.leave(attention.o_proj(mixed.unsqueeze(0)))
+            output = branch.leave(project_out(attention, mixed.unsqueeze(0)))
+            hidden += output if scale is None else output * scale
             return
         used = batch.last_slot + 1
         keys = cache.keys[branch.layer][:, :, :used]
@@ -275,7 +312,8 @@ class SkippingModel:
             queries = project_queries(attention, x, rope).transpose(1, 2)
             visible = None if batch.from_zero else batch.visible(batch.slots, shape.window)
             mixed = attend(queries, keys, values, shape, visible).transpose(1, 2).flatten(-2)
-            hidden += branch.leave(attention.o_proj(mixed))
+            output = branch.leave(project_out(attention, mixed))
+            hidden += output if scale is None else output * scale
             return
         chosen, count = _gather_index(keep)  # [B, most kept], kept a row [B]
         if chosen.shape[1] == 0:
@@ -287,8 +325,8 @@ class SkippingModel:
         visible = batch.visible(batch.slots[rows, chosen], shape.window)
         mixed = attend(queries.transpose(1, 2), keys, values, shape, visible)
         real = torch.arange(chosen.shape[1], device=chosen.device) < count.unsqueeze(1)
-        output = branch.leave(attention.o_proj(mixed.transpose(1, 2).flatten(-2)[real]))
-        hidden[keep] += output
+        output = branch.leave(project_out(attention, mixed.transpose(1, 2).flatten(-2)[real]))
+        hidden[keep] += output if scale is None else output * scale[keep]
 
     def _store(
         self,
@@ -350,13 +388,17 @@ class _Batch:
         return causal(queries, torch.arange(self.last_slot + 1, device=queries.device), window)
 
 
-def _add_mlp(branch: Branch, hidden: Tensor, x: Tensor, keep: Tensor | None) -> None:
+def _add_mlp(
+    branch: Branch, hidden: Tensor, x: Tensor, keep: Tensor | None, scale: Tensor | None
+) -> None:
     if keep is None:
-        hidden += branch.leave(branch.module(x))
+        output = branch.leave(branch.module(x))
+        hidden += output if scale is None else output * scale
         return
     kept = keep.flatten().nonzero().squeeze(1)  # [N]
     if kept.numel():
         output = branch.leave(branch.module(x.flatten(0, 1)[kept]))
+        output = output if scale is None else output * scale.flatten(0, 1)[kept]
         hidden.view(-1, hidden.shape[-1]).index_add_(0, kept, output)
 
 

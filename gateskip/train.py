@@ -1,123 +1,101 @@
-"""Gate fine-tuning by distillation from the dense model, with masks that are hard in both passes.
+"""Gate fine-tuning: gates, and if asked the backbone, learn under masks as they are at inference.
 
-The paper trains with cross-entropy and an L2 pull on the gates (arXiv 2510.13876, equation 3).
-Here the dense model's own distribution is the target: a denser signal, it needs no labels, and it
-is what raises draft acceptance. The mask is 0 or 1 as at inference, and a straight-through
-estimator lets gradients reach the gates. The budget of each step is drawn between 1 and a bound
-that falls linearly from 1 to `budget`, so the ranking is learned before it is used.
+The paper trains with cross-entropy and an L2 pull on gates that scale (arXiv 2510.13876, equation
+3). Here the dense model's own distribution is the target by default: a denser signal, it needs no
+labels, and it is what raises draft acceptance. The mask is 0 or 1 as at inference, a
+straight-through estimator lets gradients reach the gates, and the budget of each step is drawn
+between 1 and a falling bound, so the ranking is learned before it is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from gateskip.branches import Branch, head
+from gateskip.branches import backbone, find_branches, head
+from gateskip.budget import global_thresholds, quantiles
 from gateskip.compute import branch_costs
-from gateskip.gates import ANCHORS, ScalarGates
+from gateskip.gates import ANCHORS, Gates
 from gateskip.masked import masked_forward
+from gateskip.objectives import (
+    SPARSITY,
+    TrainMask,
+    distill_loss,
+    hidden_loss,
+    next_token_loss,
+    scheduled_budget,
+)
+from gateskip.recipe import TrainConfig
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How gates (and, if asked, the backbone) are fine-tuned."""
-
-    steps: int = 300
-    """Optimizer steps."""
-    batch: int = 1
-    """Blocks in one step, a process."""
-    budget: float = 0.7
-    """Lowest share of multiply-adds that training visits."""
-    lr: float = 3e-3
-    """Learning rate of the gates."""
-    backbone_lr: float = 3e-5
-    """Learning rate of the backbone, when it trains."""
-    train_backbone: bool = True
-    """Whether the backbone's weights train along."""
-    kv_rule: str = "project"
-    """Whose keys and values a skipped token shows; the same as at inference."""
-    temperature: float = 1.0
-    """Temperature of the softened mask's slope."""
-    warmup: float = 0.1
-    """Share of the steps over which the learning rates rise."""
-    clip: float = 1.0
-    """Gradient norm bound."""
-    seed: int = 0
-    """Order of the blocks and the drawn budgets."""
-    checkpoint_every: int = 50
-    """Steps between resumable checkpoints, when a folder for them is given."""
-
-
-class StraightThrough:
-    """Mask rule of one training step: enter where the gate logit reaches one common threshold."""
-
-    def __init__(self, costs: Tensor, threshold: float, temperature: float, first_free: int):
-        self.costs = costs
-        self.threshold = threshold
-        self.temperature = temperature
-        self.first_free = first_free
-        self.logits: list[Tensor] = []
-        self.share = torch.zeros(())
-
-    def __call__(self, branch: Branch, z: Tensor) -> Tensor:
-        """Gate logits [B, S] -> mask [B, S] of 0 and 1, differentiable through its sigmoid."""
-        self.logits.append(z.detach()[:, ANCHORS:].flatten())
-        if branch.index < self.first_free:
-            return torch.ones_like(z)
-        soft = torch.sigmoid((z - self.threshold) / self.temperature)
-        hard = (z >= self.threshold).to(z.dtype)
-        mask = hard + soft - soft.detach()
-        self.share = self.share + self.costs[branch.index] * mask.mean()
-        return mask
-
-
-def distill_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean KL(teacher || student) over tokens. Logits [B, S, V] -> scalar."""
-    log_p = F.log_softmax(student.float(), dim=-1)
-    target = F.log_softmax(teacher.float(), dim=-1)
-    return F.kl_div(log_p, target, reduction="sum", log_target=True) / log_p[..., 0].numel()
+WINDOW = 4  # steps whose gate logits set the thresholds
 
 
 def train_gates(
     model: Any,
-    gates: ScalarGates,
+    gates: Gates,
     blocks: Tensor,
     config: TrainConfig,
     teacher: Any | None = None,
     work: Path | None = None,
     progress: Progress | None = None,
+    validation: Tensor | None = None,
 ) -> list[dict[str, float]]:
     """Fine-tune in place on blocks [N, S] of token ids; returns the curve, one row a step.
 
     `teacher` is the dense model whose logits are matched; without one the model itself at full
     compute is the teacher, which asks for a frozen backbone. With `work`, a killed run goes on from
-    its last checkpoint there and ends with the same gates as an unbroken one.
+    its last checkpoint there and ends with the same gates as an unbroken one. `validation` [M, S]
+    is scored every `validate_every` steps; those rows of the curve carry `kl@BUDGET` for each of
+    `validate_budgets`, and their mean `valid`.
     """
-    if teacher is None and config.train_backbone:
+    if teacher is None and config.backbone != "frozen" and config.loss != "cross-entropy":
         raise ValueError("a trained backbone needs the dense model as a teacher of its own")
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config.precision,
+        gradient_accumulation_steps=config.accumulate,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
     set_seed(config.seed)
-    session = _Session(model, gates, blocks, config, teacher or model, accelerator)
+    adapted = _adapt(model, config)
+    session = _Session(model, gates, blocks, config, teacher or model, accelerator, validation)
     session.resume(work)
     while session.step < config.steps:
         row = session.advance()
         if progress is not None:
-            progress(session.step, config.steps, f"KL {row['loss']:.3f} at {row['kept']:.2f}")
+            progress(session.step, config.steps, f"loss {row['loss']:.3f} at {row['kept']:.2f}")
         if work is not None and session.step % config.checkpoint_every == 0:
             session.save(work)
+    if adapted is not None:
+        adapted.merge_and_unload()
     model.requires_grad_(True)
     model.eval()
     return session.curve
+
+
+def _adapt(model: Any, config: TrainConfig) -> Any | None:
+    """Ask for the gradients that the config wants; returns peft's wrapper under `lora`."""
+    model.requires_grad_(config.backbone == "full")
+    if config.backbone == "full":
+        model.get_input_embeddings().requires_grad_(False)  # often tied to the LM head
+    if config.backbone != "lora":
+        return None
+    from peft import LoraConfig, get_peft_model
+
+    named = backbone(model).layers.named_modules()
+    linears = [name for name, part in named if isinstance(part, nn.Linear)]
+    rank = config.lora_rank
+    return get_peft_model(
+        model,
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears, init_lora_weights=True),
+    )
 
 
 class _Session:
@@ -126,105 +104,173 @@ class _Session:
     def __init__(
         self,
         model: Any,
-        gates: ScalarGates,
+        gates: Gates,
         blocks: Tensor,
         config: TrainConfig,
         teacher: Any,
         accelerator: Accelerator,
+        validation: Tensor | None,
     ) -> None:
         self.config, self.accelerator, self.blocks = config, accelerator, blocks
+        self.validation = validation
         self.step, self.curve = 0, list[dict[str, float]]()
-        model.requires_grad_(config.train_backbone)
-        teacher.requires_grad_(config.train_backbone and teacher is model)
-        self.backbone = [p for p in model.parameters() if p.requires_grad]
-        groups = [{"params": list(gates.parameters()), "lr": config.lr}]
+        if teacher is not model:
+            teacher.requires_grad_(False)
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.backbone = list(self.trained.values())
+        groups = [{"params": list(gates.parameters()), "lr": config.lr, "weight_decay": 0.0}]
         if self.backbone:
             groups.append({"params": self.backbone, "lr": config.backbone_lr})
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            groups, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+        )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        self.student = _Student(model, gates)
+        self.student = _Student(model, gates, config)
         self.student, self.optimizer, self.schedule = accelerator.prepare(
             self.student, optimizer, schedule
         )
         self.gates, self.model, self.teacher = gates, model, teacher
         costs = torch.tensor([c.at(blocks.shape[1] / 2) for c in branch_costs(model)])
-        self.costs = costs / costs.sum()
+        self.costs = (costs / costs.sum()).to(accelerator.device)
+        kinds = [branch.kind for branch in find_branches(model)]
+        wanted = ("attention", "mlp") if config.branches == "both" else (config.branches,)
+        self.free = torch.tensor([kind in wanted for kind in kinds])  # [branches]
+        self.free[0] &= config.kv_rule != "copy"
         self.window: list[Tensor] = []  # gate logits [branches, tokens] of the last steps
 
     def _rate(self, step: int) -> float:
+        """Factor of the learning rates: rise, then fall to a tenth."""
         rise = max(1, round(self.config.warmup * self.config.steps))
+        if step < rise:
+            return (step + 1) / rise
         left = max(0.0, (self.config.steps - step) / max(1, self.config.steps - rise))
-        return min(1.0, (step + 1) / rise) * min(1.0, left * 0.9 + 0.1)
+        if self.config.decay == "cosine":
+            left = (1 - torch.cos(torch.tensor(left * torch.pi)).item()) / 2
+        return 0.1 + 0.9 * left
 
     def advance(self) -> dict[str, float]:
-        """One optimizer step on one block a process."""
+        """One optimizer step: `accumulate` passes over a batch a process."""
         config, accelerator = self.config, self.accelerator
-        draw = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-        block = self._block(accelerator.process_index, accelerator.num_processes)
-        budget = self._budget(draw)
-        with torch.no_grad():
-            target = head(self.teacher, masked_forward(self.teacher, block))
+        budget = self._budget()
         if not self.window:
-            self._rank(block)
-        rule = StraightThrough(
-            self.costs, self._threshold(budget), config.temperature, int(config.kv_rule == "copy")
-        )
-        logits = self.student(block, rule, config.kv_rule)
-        loss = distill_loss(logits, target)
-        accelerator.backward(loss)
-        if accelerator.sync_gradients:
-            accelerator.clip_grad_norm_(self.gates.parameters(), config.clip)
-            if self.backbone:
-                accelerator.clip_grad_norm_(self.backbone, config.clip)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        self.window = [*self.window[-3:], torch.stack(rule.logits)]
+            self._rank(self._block(0))
+        thresholds = self._thresholds(budget)
+        losses, shares, logits = [], [], []
+        for part in range(config.accumulate):
+            with accelerator.accumulate(self.student):
+                block = self._block(part)
+                rule = self._mask(thresholds)
+                loss = self._loss(block, rule, budget)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(self.gates.parameters(), config.clip)
+                    if self.backbone:
+                        accelerator.clip_grad_norm_(self.backbone, config.clip)
+                self.optimizer.step()
+                if accelerator.sync_gradients:
+                    self.schedule.step()
+                self.optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+            shares.append(float(rule.share))
+            logits.append(torch.stack(rule.logits))
+        self._remember(torch.cat(logits, 1))
         self.step += 1
         row = {
             "step": float(self.step),
-            "loss": float(loss.detach()),
+            "loss": sum(losses) / len(losses),
             "budget": budget,
-            "kept": float(rule.share.detach()),
+            "kept": sum(shares) / len(shares),
         }
+        due = config.validate_every and self.step % config.validate_every == 0
+        if self.validation is not None and (due or self.step == config.steps):
+            row |= self._validate(self.validation)
         self.curve.append(row)
         return row
 
-    def _block(self, rank: int, world: int) -> Tensor:
-        """This step's blocks [batch, S] of this process; each pass over the text is reordered."""
-        size, count = self.config.batch * world, len(self.blocks)
-        first = self.step * size + rank * self.config.batch
+    def _mask(self, thresholds: Tensor) -> TrainMask:
+        config = self.config
+        return TrainMask(
+            self.costs,
+            thresholds,
+            config.masks,
+            config.mask_temperature,
+            self.free.tolist(),
+        )
+
+    def _loss(self, block: Tensor, rule: TrainMask, budget: float) -> Tensor:
+        """The step's loss on one block [B, S]."""
+        config = self.config
+        hidden, logits, gates = self.student(block, rule)
+        loss = torch.zeros((), device=block.device)
+        if config.loss != "distill":
+            loss = loss + next_token_loss(logits, block)
+        if config.loss != "cross-entropy" or config.hidden_weight:
+            with torch.no_grad():
+                dense = masked_forward(self.teacher, block)
+                target = head(self.teacher, dense)
+            if config.loss != "cross-entropy":
+                loss = loss + distill_loss(logits, target, config.loss_temperature)
+            if config.hidden_weight:
+                loss = loss + config.hidden_weight * hidden_loss(hidden, dense)
+        if config.sparsity != "none":
+            pull = SPARSITY[config.sparsity](gates, budget)
+            loss = loss + config.sparsity_weight * pull
+        return loss
+
+    def _block(self, part: int) -> Tensor:
+        """Blocks [batch, S] of one pass of this step; each walk over the text is reordered."""
+        config, count = self.config, len(self.blocks)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        done = (self.step * config.accumulate + part) * world + rank
         rows = []
-        for number in range(first, first + self.config.batch):
-            order = torch.Generator().manual_seed(self.config.seed * 7_919 + number // count)
+        for number in range(done * config.batch, (done + 1) * config.batch):
+            order = torch.Generator().manual_seed(config.seed * 7_919 + number // count)
             rows.append(torch.randperm(count, generator=order)[number % count])
         return self.blocks[torch.stack(rows)].to(self.accelerator.device)
 
-    def _budget(self, draw: torch.Generator) -> float:
-        fallen = min(1.0, 0.3 + 1.4 * self.step / self.config.steps)
-        lowest = 1.0 - (1.0 - self.config.budget) * fallen
-        drawn = torch.rand((), generator=draw).item()
-        return float(lowest + (1.0 - lowest) * drawn**1.5)
+    def _budget(self) -> float:
+        config = self.config
+        seeded = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        draw = torch.rand((), generator=seeded).item()
+        return scheduled_budget(config.schedule, config.budget, self.step, config.steps, draw)
 
-    def _threshold(self, budget: float) -> float:
-        """The logit that keeps `budget` of the cost over the last steps' tokens."""
-        logits = torch.cat(self.window, 1)
-        order = torch.argsort(logits.flatten())
-        spent = torch.cumsum(self.costs.unsqueeze(1).expand_as(logits).flatten()[order], 0)
-        cut = int(torch.searchsorted(spent, (1 - budget) * float(spent[-1])))
-        found: float = logits.flatten()[order[min(cut, len(order) - 1)]].item()
-        return found
+    def _thresholds(self, budget: float) -> Tensor:
+        """Thresholds [branches] that keep `budget` of the cost over the last steps' tokens."""
+        logits, costs = torch.cat(self.window, 1).cpu(), self.costs.cpu()
+        if self.config.ranking == "uniform":
+            share = 1 - (1 - budget) * float(costs.sum() / costs[self.free].sum())
+            found = quantiles(logits, torch.full((len(logits),), share))
+        else:
+            found = global_thresholds(logits, budget, costs, self.free)
+        return found.to(self.costs.device)
+
+    def _remember(self, logits: Tensor) -> None:
+        """Keep the gate logits [branches, tokens] of a step, those of all processes."""
+        gathered: Tensor = self.accelerator.gather(logits.unsqueeze(0)) if _many(self) else logits
+        flat = gathered.transpose(0, 1).flatten(1) if gathered.ndim == 3 else gathered
+        self.window = [*self.window[1 - WINDOW :], flat]
 
     def _rank(self, block: Tensor) -> None:
-        logits: list[Tensor] = []
-
-        def rule(branch: Branch, z: Tensor) -> Tensor:
-            logits.append(z[:, ANCHORS:].flatten())
-            return torch.ones_like(z)
-
+        """Fill the window by a pass that skips nothing."""
+        rule = self._mask(torch.full((self.gates.branches,), -torch.inf))
         with torch.no_grad():
             masked_forward(self.model, block, self.gates, rule, self.config.kv_rule)
-        self.window = [torch.stack(logits)]
+        self._remember(torch.stack(rule.logits))
+
+    def _validate(self, blocks: Tensor) -> dict[str, float]:
+        """KL to the teacher on held-out blocks, at each of `validate_budgets`."""
+        found = {}
+        with torch.no_grad():
+            for budget in self.config.validate_budgets:
+                thresholds, total = self._thresholds(budget), 0.0
+                for part in blocks.to(self.accelerator.device).split(1):
+                    target = head(self.teacher, masked_forward(self.teacher, part))
+                    rule = self._mask(thresholds)
+                    rule.form = "hard"
+                    hidden = masked_forward(self.model, part, self.gates, rule, self.config.kv_rule)
+                    total += float(distill_loss(head(self.model, hidden), target))
+                found[f"kl@{budget}"] = total / len(blocks)
+        return found | {"valid": sum(found.values()) / len(found)}
 
     def save(self, work: Path) -> None:
         """Write all that the next step depends on; the old checkpoint stays until it is whole."""
@@ -235,7 +281,7 @@ class _Session:
             "curve": self.curve,
             "window": self.window,
             "gates": self.gates.state_dict(),
-            "model": self.model.state_dict() if self.backbone else None,
+            "trained": {name: p.detach() for name, p in self.trained.items()},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
@@ -250,20 +296,36 @@ class _Session:
         state = torch.load(work / "training.pt", weights_only=True)
         self.step, self.curve, self.window = state["step"], state["curve"], state["window"]
         self.gates.load_state_dict(state["gates"])
-        if state["model"] is not None:
-            self.model.load_state_dict(state["model"])
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(state["trained"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+
+
+def _many(session: _Session) -> bool:
+    return bool(session.accelerator.num_processes > 1)
 
 
 class _Student(nn.Module):
     """Model and gates as one module, so that one wrapper (DDP, FSDP) holds both."""
 
-    def __init__(self, model: Any, gates: ScalarGates) -> None:
+    def __init__(self, model: Any, gates: Gates, config: TrainConfig) -> None:
         super().__init__()
-        self.model = model
-        self.gates = gates
+        self.model, self.gates, self.config = model, gates, config
 
-    def forward(self, block: Tensor, rule: StraightThrough, kv_rule: str) -> Tensor:
-        """Logits [B, S, V] of block [B, S] under the masks of `rule`."""
-        return head(self.model, masked_forward(self.model, block, self.gates, rule, kv_rule))
+    def forward(self, block: Tensor, rule: TrainMask) -> tuple[Tensor, Tensor, Tensor]:
+        """Final hidden states [B, S, H], logits [B, S, V] and gate values of block [B, S]."""
+        values: list[Tensor] = []
+        watch = values.append if self.config.sparsity != "none" else None
+        hidden = masked_forward(
+            self.model,
+            block,
+            self.gates,
+            rule,
+            self.config.kv_rule,
+            watch=watch,
+            checkpointing=self.config.checkpointing,
+        )
+        seen = [value[:, ANCHORS:] for value in values]
+        return hidden, head(self.model, hidden), torch.stack(seen) if seen else block.new_zeros(1)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from gateskip.branches import Branch, find_branches, head
 from gateskip.compute import branch_costs
-from gateskip.gates import ScalarGates
+from gateskip.gates import Gates, ScalarGates
 from gateskip.masked import masked_forward
 
 Progress = Callable[[int, int], None]
@@ -34,8 +34,11 @@ def warm_start(
     seed: int = 0,
     kv_rule: str = "project",
     progress: Progress | None = None,
-) -> tuple[ScalarGates, list[float]]:
+    gates: Gates | None = None,
+) -> tuple[Gates, list[float]]:
     """Gates, and each branch's sensitivity, from blocks [N, S] of token ids.
+
+    `gates` are set in place, whatever their kind; without them new scalar gates are made.
 
     The sensitivity is the KL that dropping the branch whole would cost, to second order. `ridge` is
     relative to the mean variance of the gate's input.
@@ -52,13 +55,12 @@ def warm_start(
         solver.add(found.inputs, found.norms.clamp_min(1e-12).log())
         if progress is not None:
             progress(done + 1, len(blocks))
-    weight, bias = solver.solve(ridge)
+    weight, bias, mean = solver.solve(ridge)
     fisher, square = fisher / len(blocks), square / len(blocks)
     costs = torch.tensor([float(cost.linear) for cost in branch_costs(model)])
-    gates = ScalarGates(len(branches), width)
-    with torch.no_grad():
-        gates.weight.copy_(weight)
-        gates.bias.copy_(bias - square.sqrt().log() + (fisher / costs * costs.mean()).log())
+    gates = ScalarGates(len(branches), width) if gates is None else gates
+    offset = (fisher / costs * costs.mean()).log() - square.sqrt().log()
+    gates.start(weight, bias + offset, mean)
     return gates, fisher.tolist()
 
 
@@ -140,8 +142,8 @@ class _Ridge:
             self.sum_x[i] += x.sum(0)
         self.sum_y += targets.sum(1)
 
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Weights [branches, H] and biases [branches]."""
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights [branches, H], biases [branches], and the inputs' mean [branches, H]."""
         mean_x, mean_y = self.sum_x / self.count, self.sum_y / self.count
         gram = self.gram / self.count - mean_x.unsqueeze(2) * mean_x.unsqueeze(1)
         cross = self.cross / self.count - mean_x * mean_y.unsqueeze(1)
@@ -149,4 +151,4 @@ class _Ridge:
         eye = torch.eye(gram.shape[1])
         gram = gram + ridge * scale[:, None, None] * eye
         weight = torch.linalg.solve(gram, cross.unsqueeze(2)).squeeze(2)
-        return weight, mean_y - (weight * mean_x).sum(1)
+        return weight, mean_y - (weight * mean_x).sum(1), mean_x

@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
@@ -118,6 +119,7 @@ def pictures(report: Report) -> dict[str, Picture]:
         _accuracy(report),
         _repeats(report),
         _training(report),
+        _gates(report),
     )
     return {sketch.key: _render(sketch) for sketch in sketches if sketch is not None}
 
@@ -634,6 +636,44 @@ def _curves(report: Report) -> Iterator[tuple[str, tuple[TrainingPoint, ...]]]:
             known = chain[: chain.index(stage) + 1] if stage in chain else (stage,)
             if curve:
                 yield "+".join(known), curve
+
+
+# --- gates ---------------------------------------------------------------------------------------
+
+
+def _gates(report: Report) -> Sketch | None:
+    """Kinds of tokens down, branches across: who enters, in the first cell that skips."""
+    row = next((row for row in report.rows if row.cell.insight is not None), None)
+    if row is None or row.cell.insight is None:
+        return None
+    insight = row.cell.insight
+    layers = len(insight.branches) // 2
+    names = ["all", *insight.kinds]
+    shares = [[use.kept for use in insight.branches]]
+    shares += [list(group.kept) for group in insight.kinds.values()]
+    caption = (
+        f"Share of tokens of each kind that enter a branch, in cell {row.number} "
+        f"({row.cell.name}): dark is all of them, empty is none."
+    )
+
+    def draw(figure: Figure, frame: Frame) -> None:
+        axes = figure.subplots(2, 1, sharex=True)
+        shade = LinearSegmentedColormap.from_list(
+            "kept", [frame.theme.ground, frame.theme.series[1]]
+        )
+        for place, kind in enumerate(("attention", "MLP")):
+            values = [share[place::2] for share in shares]
+            axes[place].imshow(values, aspect="auto", cmap=shade, vmin=0, vmax=1)
+            axes[place].set_yticks(range(len(names)), names, color=frame.theme.ink)
+            axes[place].set_title(kind, loc="left", fontsize=frame.text, color=frame.theme.ink)
+            axes[place].tick_params(length=0)
+            axes[place].spines[:].set_visible(False)
+        axes[1].set_xlabel("layer")
+        axes[1].xaxis.set_major_locator(MaxNLocator(min(layers, 8), integer=True))
+
+    title = "What the gates let in"
+    alt = f"{title}: kept shares of {len(names)} kinds of tokens at {layers} layers."
+    return Sketch("gates", title, alt, caption, 120 + 34 * len(names), draw)
 
 
 def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:

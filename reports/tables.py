@@ -129,6 +129,15 @@ def speed(report: Report) -> Table:
     )
 
 
+def insight(report: Report) -> list[tuple[Row, list[tuple[str, int, float]]]]:
+    """For every cell that skips: kinds of tokens, how many were seen, their share of compute."""
+    return [
+        (row, [(kind, use.tokens, use.compute) for kind, use in row.cell.insight.kinds.items()])
+        for row in report.rows
+        if row.cell.insight is not None
+    ]
+
+
 def speculation(report: Report) -> Table:
     """What each speculative cell did."""
     rows = tuple(row for row in report.rows if row.cell.speculation is not None)

@@ -45,8 +45,20 @@ TINY_SIZES: dict[str, Any] = {
 
 TINY_FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 16, "tie_word_embeddings": True},
+    "mistral": {"head_dim": 16, "sliding_window": 32},
     "qwen2": {"tie_word_embeddings": False},
+    "qwen3": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 32},
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "phi3": {"sliding_window": 32, "tie_word_embeddings": True},
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1], "tie_word_embeddings": True},
+    "olmo2": {},
+    "gpt_neox": {"num_key_value_heads": None, "rotary_pct": 0.25},
 }
 
 
@@ -99,7 +111,7 @@ def _tiny_tokenizer(vocab_size: int) -> Any:
 
 
 def save_tiny(folder: Path, family: str, seed: int = 0, **overrides: Any) -> Path:
-    """Save a random float32 model of `family` (llama, qwen2, gemma2) with its tokenizer."""
+    """Save a random float32 model of `family`, a key of TINY_FAMILIES, with its tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -115,7 +127,7 @@ def save_tiny(folder: Path, family: str, seed: int = 0, **overrides: Any) -> Pat
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if family == "gemma2":
+    if family.startswith("gemma"):
         # Gemma scales its embedding by sqrt(hidden), and a tied model would repeat its last token:
         # take the scale back here, and give it to the last norm, whose weight w counts as 1 + w.
         scale = sizes["hidden_size"] ** 0.5

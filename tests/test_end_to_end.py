@@ -24,7 +24,7 @@ stages:
   gates:
     use: gate
     init: %s
-    train_backbone: false
+    backbone: frozen
     steps: 1
     budgets: [0.8, 0.6]
     calibration_blocks: 4

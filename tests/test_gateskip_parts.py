@@ -26,7 +26,8 @@ from gateskip.compute import branch_costs
 from gateskip.gates import ScalarGates
 from gateskip.linears import DenseLinear, PackedLinear, accelerate_linears
 from gateskip.masked import masked_forward
-from gateskip.train import TrainConfig, train_gates
+from gateskip.recipe import TrainConfig
+from gateskip.train import train_gates
 from gateskip.warmstart import measure, sensitivities, warm_start
 
 needs_native = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
@@ -58,14 +59,15 @@ class TestBudget:
     def test_global_keeps_the_dearest_tokens(self, model: Any) -> None:
         costs = torch.tensor([c.at(32) for c in branch_costs(model)])
         logits = torch.randn(8, 100, generator=torch.Generator().manual_seed(0))
-        cut = global_thresholds(logits, 0.7, costs, "project")
+        cut = global_thresholds(logits, 0.7, costs, torch.ones(len(costs), dtype=torch.bool))
         assert len(set(cut.tolist())) == 1
         kept = (logits >= cut[:, None]).float().mean(1)
         assert float((kept * costs).sum() / costs.sum()) == pytest.approx(0.7, abs=0.01)
 
     def test_copy_never_skips_the_first_attention(self, model: Any) -> None:
         costs = torch.tensor([c.at(32) for c in branch_costs(model)])
-        assert global_thresholds(torch.randn(8, 50), 0.5, costs, "copy")[0] == -math.inf
+        free = torch.arange(8) > 0
+        assert global_thresholds(torch.randn(8, 50), 0.5, costs, free)[0] == -math.inf
 
     @given(
         st.lists(st.floats(0.01, 10), min_size=4, max_size=4),
@@ -157,7 +159,7 @@ class TestWarmStart:
 
 
 class TestTrain:
-    CONFIG = TrainConfig(steps=12, budget=0.6, train_backbone=False, checkpoint_every=4)
+    CONFIG = TrainConfig(steps=12, budget=0.6, backbone="frozen", checkpoint_every=4)
 
     def fresh(self, folder: Path) -> tuple[Any, ScalarGates]:
         model = load_model(folder, "float32")
@@ -168,7 +170,7 @@ class TestTrain:
         self, tiny_llama: Path, blocks: torch.Tensor
     ) -> None:
         model, gates = self.fresh(tiny_llama)
-        config = TrainConfig(steps=60, budget=0.6, train_backbone=False, lr=1e-2)
+        config = TrainConfig(steps=60, budget=0.6, backbone="frozen", lr=1e-2)
         before = [p.clone() for p in model.parameters()]
 
         def distance() -> float:
@@ -189,7 +191,7 @@ class TestTrain:
     def test_the_backbone_trains_when_asked(self, tiny_llama: Path, blocks: torch.Tensor) -> None:
         model, gates = self.fresh(tiny_llama)
         teacher = load_model(tiny_llama, "float32")
-        config = TrainConfig(steps=3, train_backbone=True, backbone_lr=1e-3)
+        config = TrainConfig(steps=3, backbone="full", backbone_lr=1e-3)
         before = model.model.layers[0].mlp.up_proj.weight.clone()
         train_gates(model, gates, blocks, config, teacher)
         assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)

@@ -92,6 +92,8 @@ class Script:
     """A scripted executor: what workers answer, and a log of everything that was asked of them."""
 
     slots = 1
+    parks = False
+    timed_threads = 2
 
     def __init__(self) -> None:
         self.log: list[tuple[str, ...]] = []
@@ -668,7 +670,7 @@ class SlowBench:
         if self.job.name == "dense":
             reference.write_text("hidden")
         return {"perplexity": {"dataset": "wikitext2", "value": 10.0, "tokens": 4}}
-    def speed(self, number, batch):
+    def speed(self, number, batch, threads):
         mark(f"speed-{self.job.name}-{number}")
         time.sleep(pause)
         return {"decode_tokens_per_s": 10.0 + number}

@@ -83,8 +83,7 @@ def test_stages_are_frozen_values() -> None:
 @pytest.mark.parametrize(
     ("kind", "values"),
     [
-        (Gate, {"kind": "vector"}),
-        (Gate, {"kind": "mlp"}),
+        (Gate, {"kind": "matrix"}),
         (Gate, {"budget": 0}),
         (Gate, {"budgets": ()}),
         (Gate, {"budgets": (0.5, 0.5)}),
@@ -113,9 +112,25 @@ def test_impossible_parameters_are_refused(kind: type[Stage], values: dict[str, 
         kind(**values)
 
 
-def test_gate_kind_that_cannot_be_trained_says_what_can() -> None:
-    with pytest.raises(ValidationError, match="'vector' cannot be trained yet: take 'scalar'"):
-        Gate(kind="vector")
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"place": "before"}, "needs scales: true"),
+        ({"masks": "hard"}, "set scales: true"),
+        ({"scales": True}, "set init: open"),
+        ({"least": 0.5, "most": 0.4}, "above most"),
+        ({"recipe": "published"}, "'ours' or 'paper'"),
+    ],
+)
+def test_gate_settings_that_do_not_fit_together_say_why(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        Gate(**values)
+
+
+def test_a_recipe_fills_what_is_not_said() -> None:
+    paper = Gate(recipe="paper", steps=7, lr=1e-4)
+    assert (paper.kind, paper.scales, paper.kv, paper.sparsity) == ("vector", True, "copy", "l2")
+    assert (paper.steps, paper.lr, paper.backbone_lr) == (7, 1e-4, 3e-6)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +163,7 @@ def test_rule_that_a_chain_breaks(chain: tuple[Stage, ...], rule: str) -> None:
     [
         (PruneWidth(ratio=0.2), Heal(), Gate(), Gptq(), Speculate()),
         (DropLayers(count=3), PruneWidth(ratio=0.2), Bnb(format="nf4")),
-        (Gptq(), Gate(train_backbone=False), Skip()),
+        (Gptq(), Gate(backbone="frozen"), Skip()),
         (Gptq(group_size=-1),),
         (Heal(),),
         (DropLayers(layers=(0, 29)),),
@@ -172,7 +187,7 @@ def test_source_model_that_is_quantized_counts_as_quantized() -> None:
     packed = replace(SHAPE, quantized="gptq")
     assert rule_of(Bnb(format="nf4"), shape=packed) == "two-quantizers"
     assert rule_of(DropLayers(count=1), shape=packed) == "prune-after-quantize"
-    assert rule_of(Gate(train_backbone=False), Skip(), shape=packed) is None
+    assert rule_of(Gate(backbone="frozen"), Skip(), shape=packed) is None
 
 
 def test_group_rule_names_layer_width_and_nearest_size() -> None:
@@ -265,9 +280,9 @@ def test_config_of_another_kind_of_model_is_refused() -> None:
 
 def test_recipe_puts_a_hash_in_place_of_a_path() -> None:
     one, other = Gate(init="/a/gates.safetensors"), Gate(init="/b/gates.safetensors")
-    assert one.recipe({"init": "ff"}) == other.recipe({"init": "ff"})
-    assert one.recipe({"init": "ff"}) != one.recipe({"init": "00"})
-    assert Gate().files() == {} and Gate().recipe({})["params"]["init"] == "warm"
+    assert one.identity({"init": "ff"}) == other.identity({"init": "ff"})
+    assert one.identity({"init": "ff"}) != one.identity({"init": "00"})
+    assert Gate().files() == {} and Gate().identity({})["params"]["init"] == "warm"
 
 
 def test_decode_stage_has_nothing_to_run(tmp_path: Any) -> None:

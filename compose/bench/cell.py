@@ -6,6 +6,8 @@ part of the cell's result as the design's skeleton names it.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,10 +31,12 @@ from compose.bench.quality import (
 )
 from compose.errors import AssetError, StepError
 from gateskip.decode import Decoder, Generation, Mode
-from gateskip.skip import Usage
+from gateskip.insight import look, summarize
+from gateskip.skip import KVCache, Usage
 
 BLOCK = 512  # tokens of a block on which perplexity is measured
 WARM_TOKENS = 16  # decoded once at each batch size before anything is timed
+INSIGHT_BLOCKS = 2  # of the perplexity's text, on which the gates are looked at
 FORCED_DRAFT = 3
 """Draft length of the lossless check where the cell says `auto`: it must draft to count."""
 
@@ -64,6 +68,7 @@ class CellBench:
         self.settings = dict(job.decode or {"use": "plain"})
         self.mode: Mode = self.settings.pop("use")
         self._warm: set[int] = set()  # batch sizes that were run before
+        self._timed = False
         if job.threads is not None:
             torch.set_num_threads(job.threads)
 
@@ -92,7 +97,8 @@ class CellBench:
 
     def quality(self, reference: Path) -> dict[str, Any]:
         """Perplexity, distance to the baseline, tasks, and compute saved on the same text."""
-        wanted, model = self.job.benchmark["quality"], Scored(self.decoder, self._levels())
+        wanted = self.job.benchmark["quality"]
+        model = Scored(self.decoder, self.settings["budget"] if self.mode == "skip" else None)
         found: dict[str, Any] = {}
         if wanted["perplexity"]:
             found |= self._on_text(model, wanted, reference)
@@ -106,9 +112,6 @@ class CellBench:
         if scores:
             found["tasks"] = {name: asdict(score) for name, score in scores.items()}
         return found
-
-    def _levels(self) -> Sequence[float] | None:
-        return self.decoder.thresholds(self.settings["budget"]) if self.mode == "skip" else None
 
     def _on_text(self, model: Scored, wanted: Mapping[str, Any], reference: Path) -> dict[str, Any]:
         texts = first_available(wanted["perplexity"], None, self.job.asset_cache)
@@ -136,7 +139,21 @@ class CellBench:
             ]
         if self.mode == "skip":
             found["compute"] = self._saved(usage)
+        if model.levels is not None:
+            found["insight"] = self._insight(blocks[:INSIGHT_BLOCKS], model.levels)
         return found
+
+    def _insight(self, blocks: Tensor, levels: Sequence[float]) -> dict[str, Any]:
+        """Who gets how much compute, on a few blocks [N, S] of the same text."""
+        skipping, tokenizer = self.decoder.skipping, self.decoder.tokenizer
+        assert skipping.gates is not None, "thresholds come with gates"
+        rows = [row.tolist() for row in blocks]
+        return summarize(
+            [
+                look(skipping.model, skipping.gates, tokenizer, row, levels, skipping.kv_rule)
+                for row in rows
+            ]
+        )
 
     def _saved(self, usage: Usage) -> dict[str, Any]:
         saved = self.decoder.saved(usage, self.settings["budget"])
@@ -220,9 +237,14 @@ class CellBench:
 
     # -- speed ---------------------------------------------------------------------------------
 
-    def speed(self, round: int, batch: int) -> dict[str, Any]:
+    def speed(self, round: int, batch: int, threads: int) -> dict[str, Any]:
         """One repeat at a batch size; the first at each batch size warms up before it measures."""
         wanted = self.job.benchmark["speed"]
+        if not self._timed:
+            self._timed = True
+            torch.set_num_threads(self.job.threads or threads)
+            self.decoder.paces.clear()  # learned with other threads
+            reset_peak()
         prompts = self._text_prompts(batch, wanted["prompt_tokens"])
         if batch not in self._warm:
             self._warm.add(batch)
@@ -261,8 +283,9 @@ class CellBench:
 class Scored(ScoredModel):
     """The cell as quality.py sees it: hidden states that were made while skipping."""
 
-    def __init__(self, decoder: Decoder, levels: Sequence[float] | None) -> None:
-        self.decoder, self.levels = decoder, levels
+    def __init__(self, decoder: Decoder, budget: float | None) -> None:
+        self.decoder, self.budget = decoder, budget
+        self.levels = None if budget is None else decoder.thresholds(budget)
 
     @property
     def device(self) -> torch.device:
@@ -281,9 +304,44 @@ class Scored(ScoredModel):
         counts = None if lengths is None else lengths.tolist()
         return skipping.forward(input_ids, cache, [0] * len(input_ids), self.levels, counts)
 
+    def write(
+        self, prompts: Sequence[list[int]], new_tokens: int, ends: Sequence[int]
+    ) -> list[list[int]]:
+        """Greedy continuations, made as the cell decodes."""
+        mode: Mode = "plain" if self.levels is None else "skip"
+        budget = 1.0 if self.budget is None else self.budget
+        return self.decoder.generate(prompts, new_tokens, mode, budget, eos=ends).tokens
+
+    def branch(
+        self, contexts: Sequence[list[int]], endings: Sequence[list[int]], owner: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states after each context [G, H], and of each ending's tokens [R, E, H]."""
+        skipping, lengths = self.decoder.skipping, [len(context) for context in contexts]
+        room = max(lengths) + max(map(len, endings))
+        cache = skipping.new_cache(len(contexts), room)
+        zeros = [0] * len(contexts)
+        read = skipping.forward(
+            _padded(contexts).to(self.device), cache, zeros, self.levels, lengths
+        )
+        after = read[torch.arange(len(contexts)), torch.tensor(lengths) - 1]
+        rows = list(owner)
+        copies = KVCache([k[rows] for k in cache.keys], [v[rows] for v in cache.values], cache.rope)
+        starts = [lengths[number] for number in rows]
+        ids = _padded(endings).to(self.device)
+        if ids.shape[1] == 0:
+            return after, read.new_zeros(len(rows), 0, read.shape[-1])
+        counts = [len(ending) for ending in endings]
+        return after, skipping.forward(ids, copies, starts, self.levels, counts)
+
     def head(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., H] -> logits [..., V]."""
         return self.decoder.skipping.head(hidden)
+
+
+def _padded(rows: Sequence[list[int]]) -> Tensor:
+    """Token ids [N, S], padded on the right by zeros."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
 
 
 def disk_bytes(folder: Path) -> int:
@@ -303,8 +361,19 @@ def resident_bytes(*modules: Any) -> int:
     return sum(sizes.values())
 
 
+def reset_peak() -> None:
+    """Forget how much memory earlier phases took, where the system can (Linux)."""
+    gc.collect()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_bytes() -> int:
-    """The most memory this process has held so far, in bytes."""
+    """The most memory this process has held since `reset_peak`, in bytes."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     info = psutil.Process(os.getpid()).memory_info()
     peak = getattr(info, "peak_wset", None)  # Windows
     if peak is not None:

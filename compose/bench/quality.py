@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from compose.assets import TASKS, load_task
 from compose.assets.fetch import Progress
+from compose.assets.table import OURS
 from compose.errors import AssetError, StepError, UserError, suggest
 
 if TYPE_CHECKING:
@@ -53,6 +54,27 @@ class ScoredModel(Protocol):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., H] -> logits [..., V]."""
+
+
+class WritingModel(ScoredModel, Protocol):
+    """A model that can also continue a prompt."""
+
+    def write(
+        self, prompts: Sequence[list[int]], new_tokens: int, ends: Sequence[int]
+    ) -> list[list[int]]:
+        """Greedy continuations of prompts, each up to `new_tokens` or a token of `ends`."""
+
+
+class BranchingModel(ScoredModel, Protocol):
+    """A model that can read a context once for all that may follow it."""
+
+    def branch(
+        self, contexts: Sequence[list[int]], endings: Sequence[list[int]], owner: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states after each context [G, H], and of each ending's tokens [R, E, H].
+
+        Ending r follows the context `owner[r]`; endings are padded on the right, and may be empty.
+        """
 
 
 # ---------------------------------------------------------------- on text
@@ -262,38 +284,93 @@ def score_continuations(
 
     Inputs longer than `max_length` lose their beginning. An input that another one begins with is
     not run by itself: its positions are read off the longer one, since later tokens cannot change
-    them. Batches are of like lengths, and logits are made only for the continuations' tokens.
+    them. Batches are of like lengths, and logits are made only for the continuations' tokens. A
+    model with a `branch` reads a context that several continuations share once.
     """
     import torch
 
-    inputs = [(context + ending)[:-1][-max_length:] for context, ending in pairs]
-    rows, row_of = fold_prefixes(inputs)
-    asks: list[list[int]] = [[] for _ in rows]  # row -> the pairs that are read off it
-    for pair, row in enumerate(row_of):
-        asks[row].append(pair)
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
+    families = share_contexts(pairs, max_length) if hasattr(model, "branch") else []
     results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+    done = 0
     with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            hidden = model.hidden(*_pad([rows[row] for row in batch], model.device))  # [B, S, H]
-            places: list[tuple[int, int]] = []  # (row in the batch, position) of each asked token
-            targets: list[int] = []
-            asked = [(index, pair) for index, row in enumerate(batch) for pair in asks[row]]
-            for index, pair in asked:
-                ending, end = pairs[pair][1], len(inputs[pair])
-                kept = ending[-end:]  # all of it, unless it is longer than the model allows
-                places += [(index, end - len(kept) + offset) for offset in range(len(kept))]
-                targets += kept
-            values, greedy = _score_places(model, hidden, places, targets)
-            done = 0
-            for _, pair in asked:
-                part = slice(done, done + min(len(pairs[pair][1]), len(inputs[pair])))
-                results[pair] = (sum(values[part]), all(greedy[part]))
-                done = part.stop
+        for start in range(0, len(families), batch_size):
+            batch = families[start : start + batch_size]
+            for pair, score in _score_families(cast(BranchingModel, model), pairs, batch):
+                results[pair] = score
+            done += sum(map(len, batch))
             if progress is not None:
-                progress(min(start + batch_size, len(order)), len(order), "scoring answers")
+                progress(done, len(pairs), "scoring answers")
+        alone = sorted(set(range(len(pairs))).difference(*families))
+        for pair, score in _score_rows(model, pairs, alone, batch_size, max_length):
+            results[pair] = score
+            done += 1
+            if progress is not None:
+                progress(done, len(pairs), "scoring answers")
     return results
+
+
+def share_contexts(pairs: Sequence[Pair], max_length: int) -> list[list[int]]:
+    """Pairs that have a context in common and fit whole: groups of two and more, longest first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, (context, ending) in enumerate(pairs):
+        if context and len(context) + len(ending) <= max_length:
+            groups.setdefault(tuple(context), []).append(index)
+    shared = [(len(key), group) for key, group in groups.items() if len(group) > 1]
+    return [group for _, group in sorted(shared, key=lambda each: -each[0])]
+
+
+def _score_families(
+    model: BranchingModel, pairs: Sequence[Pair], families: Sequence[list[int]]
+) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """Scores of pairs that share contexts, family by family: each context is run once."""
+    import torch
+
+    order = [pair for family in families for pair in family]
+    owner = [number for number, family in enumerate(families) for _ in family]
+    contexts = [pairs[family[0]][0] for family in families]
+    after, within = model.branch(contexts, [pairs[pair][1][:-1] for pair in order], owner)
+    for row, pair in enumerate(order):
+        ending = pairs[pair][1]
+        hidden = torch.cat((after[owner[row]].unsqueeze(0), within[row, : len(ending) - 1]))
+        values, greedy = _score_places(
+            model, hidden.unsqueeze(0), [(0, place) for place in range(len(ending))], ending
+        )
+        yield pair, (sum(values), all(greedy))
+
+
+def _score_rows(
+    model: ScoredModel,
+    pairs: Sequence[Pair],
+    chosen: Sequence[int],
+    batch_size: int,
+    max_length: int,
+) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """Scores of the `chosen` pairs, each run as a row of its own or read off a longer one."""
+    inputs = [(pairs[pair][0] + pairs[pair][1])[:-1][-max_length:] for pair in chosen]
+    rows, row_of = fold_prefixes(inputs)
+    asks: list[list[int]] = [[] for _ in rows]  # row -> the inputs that are read off it
+    for index, row in enumerate(row_of):
+        asks[row].append(index)
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        hidden = model.hidden(*_pad([rows[row] for row in batch], model.device))  # [B, S, H]
+        places: list[tuple[int, int]] = []  # (row in the batch, position) of each asked token
+        targets: list[int] = []
+        asked = [(place, index) for place, row in enumerate(batch) for index in asks[row]]
+        counts = []
+        for place, index in asked:
+            ending, end = pairs[chosen[index]][1], len(inputs[index])
+            kept = ending[-end:]  # all of it, unless it is longer than the model allows
+            places += [(place, end - len(kept) + offset) for offset in range(len(kept))]
+            targets += kept
+            counts.append(len(kept))
+        values, greedy = _score_places(model, hidden, places, targets)
+        first = 0
+        for (_, index), count in zip(asked, counts, strict=True):
+            part = slice(first, first + count)
+            yield chosen[index], (sum(values[part]), all(greedy[part]))
+            first += count
 
 
 def fold_prefixes(inputs: Sequence[list[int]]) -> tuple[list[list[int]], list[int]]:
@@ -366,7 +443,7 @@ def run_tasks(
     The tasks in `compose.assets.TASKS` are read from files here; others go through the hub.
 
     Raises:
-        UserError: a task is unknown, or asks for free text instead of scoring given answers.
+        UserError: a task is unknown, or asks for free text of a model that has no `write`.
         AssetError: a task's questions cannot be had.
     """
     if not tasks:
@@ -403,18 +480,14 @@ def _define(name: str, folder: Path, cache: Path | None, limit: int | None = Non
 
     Only the first `limit` rows are passed on: lm-eval would prepare all before it takes as many.
     """
-    import lm_eval.tasks
-
     data = load_task(name, cache)
-    theirs = Path(lm_eval.tasks.__file__).parent / data.definition
-    if not theirs.is_file():
-        raise UserError(f"this version of lm-eval has no task {name!r} at {data.definition}")
+    definition = _definition(name, data.definition)
     rows = folder / f"{name}.jsonl"
     with data.path.open(encoding="utf-8") as lines:
         rows.write_text("".join(islice(lines, limit)), encoding="utf-8")
     splits = {f"{split}_split": None for split in ("training", "validation", "test", "fewshot")}
     text = {
-        "include": str(theirs),
+        "include": str(definition),
         "task": name,
         "dataset_path": "json",
         "dataset_name": None,
@@ -427,6 +500,18 @@ def _define(name: str, folder: Path, cache: Path | None, limit: int | None = Non
     }
     (folder / f"{name}.yaml").write_text(json.dumps(text), encoding="utf-8")  # JSON is YAML
     return data.origin
+
+
+def _definition(name: str, place: str) -> Path:
+    """The task's YAML file: ours, or the one that this version of lm-eval has."""
+    import lm_eval.tasks
+
+    if place.startswith(OURS):
+        return Path(__file__).parents[1] / "data" / "tasks" / place.removeprefix(OURS)
+    theirs = Path(lm_eval.tasks.__file__).parent / place
+    if not theirs.is_file():
+        raise UserError(f"this version of lm-eval has no task {name!r} at {place}")
+    return theirs
 
 
 def _manager(folder: Path, tasks: Sequence[str]) -> Any:

@@ -207,7 +207,7 @@ class Stage(BaseModel):
         """Files that the parameters name: parameter -> path. Their content is part of the key."""
         return {}
 
-    def recipe(self, file_sha256: Mapping[str, str]) -> dict[str, Any]:
+    def identity(self, file_sha256: Mapping[str, str]) -> dict[str, Any]:
         """What decides the stage's result, as plain JSON: the hash of a file stands for its path.
 
         `file_sha256` maps each parameter in `files()` to the hash of that file's content.

@@ -3,66 +3,152 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from compose.errors import UserError
 from compose.stages.base import Role, Split, Stage, StageJob
+from gateskip.recipe import RECIPES, TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gateskip.gates import ScalarGates
+    from gateskip.gates import Gates
 
-GateKind = Literal["scalar", "vector", "low-rank", "shared", "mlp"]
+GateKind = Literal[
+    "scalar", "vector", "low-rank", "shared", "mlp", "random", "static", "router", "exit"
+]
 Budget = Annotated[float, Field(gt=0, le=1)]
-WARM = "warm"
+Share = Annotated[float, Field(ge=0, le=1)]
+WARM, OPEN = "warm", "open"
 WARM_BLOCKS = 24  # of the training text: about ten tokens for each weight of a gate of 576
 SENSITIVITY_BLOCKS = 4
+VALIDATION_BLOCKS = 2
+TRAIN = TrainConfig()  # each default stands there, once
 
 
 class Gate(Stage):
     """Attach gates to every attention and MLP branch, fine-tune them, calibrate thresholds."""
 
     role: ClassVar[Role] = "gate"
+    version: ClassVar[int] = 2
     reads_data: ClassVar[tuple[Split, ...]] = ("train", "calibration")
 
     use: Literal["gate"] = "gate"
     """The stage's name."""
 
-    kind: GateKind = "scalar"
-    """What a gate computes from a branch's input; `scalar` is one number a token and branch."""
+    recipe: Literal["ours", "paper"] = "ours"
+    """Defaults of everything below: ours, or the published ones (gateskip/recipe.py lists them)."""
 
-    steps: int = Field(default=300, ge=0)
+    # -- what a gate is
+
+    kind: GateKind = "scalar"
+    """What a gate computes from a branch's input; `scalar` is one number a token and branch. The
+    last four are rivals to compare with: a coin, a constant a branch, Mixture-of-Depths, CALM."""
+
+    rank: int = Field(default=8, ge=2)
+    """Width of the bottleneck of `low-rank` and `mlp` gates."""
+
+    scales: bool = False
+    """Whether gates also multiply what an entered branch adds; then the full model is a gated one.
+    """
+
+    place: Literal["after", "before"] = "after"
+    """Whether gates that scale multiply a branch's output, or its input (an ablation)."""
+
+    init: str = Field(default=WARM, min_length=1)
+    """`warm` (from measured contributions), `open` (random, almost 1, as published), or the path of
+    a gates.safetensors to go on from."""
+
+    # -- how they are trained
+
+    steps: int = Field(default=TRAIN.steps, ge=0)
     """Optimizer steps of the fine-tune; 0 leaves the gates as `init` made them."""
 
     budget: Budget = 0.8
     """Share of the branches' multiply-adds that the fine-tune ends at: its lowest."""
 
-    init: str = Field(default=WARM, min_length=1)
-    """`warm` (from measured contributions), or the path of a gates.safetensors to go on from."""
+    schedule: Literal["sampled", "linear", "cosine"] = TRAIN.schedule
+    """How the budget runs from 1 to `budget`: drawn above a falling bound, or falling itself."""
 
-    train_backbone: bool = True
-    """Whether the model's own weights learn beside the gates."""
+    loss: Literal["distill", "cross-entropy", "both"] = TRAIN.loss
+    """Match the dense model's logits, predict the text, or the sum of both."""
 
-    lr: float = Field(default=3e-3, gt=0)
+    loss_temperature: float = Field(default=TRAIN.loss_temperature, gt=0)
+    """Temperature of the distillation."""
+
+    hidden_weight: float = Field(default=TRAIN.hidden_weight, ge=0)
+    """Weight of the distance between final hidden states of the model and the dense one."""
+
+    sparsity: Literal["none", "l1", "l2", "kl"] = TRAIN.sparsity
+    """A pull on the gates themselves; with `none` the budgets alone make them rank."""
+
+    sparsity_weight: float = Field(default=TRAIN.sparsity_weight, ge=0)
+    """Weight of that pull."""
+
+    masks: Literal["straight-through", "soft", "hard"] = TRAIN.masks
+    """How thresholds mask while training; `hard` passes no gradient, so gates must scale."""
+
+    ranking: Literal["global", "uniform"] = TRAIN.ranking
+    """One threshold for all branches while training, or the same kept share for each."""
+
+    branches: Literal["both", "attention", "mlp"] = TRAIN.branches
+    """Which branches may be skipped."""
+
+    backbone: Literal["frozen", "lora", "full"] = TRAIN.backbone
+    """What of the model's own weights learns along: nothing, low-rank updates (merged at the end),
+    or all but the embeddings."""
+
+    lora_rank: int = Field(default=TRAIN.lora_rank, ge=1)
+    """Rank of those updates."""
+
+    lr: float = Field(default=TRAIN.lr, gt=0)
     """Learning rate of the gates."""
 
-    backbone_lr: float = Field(default=3e-5, gt=0)
-    """Learning rate of the model's own weights; unused when `train_backbone` is false."""
+    backbone_lr: float = Field(default=TRAIN.backbone_lr, gt=0)
+    """Learning rate of the model's own weights; unused when they are frozen."""
+
+    weight_decay: float = Field(default=TRAIN.weight_decay, ge=0)
+    """Weight decay of the model's own weights."""
+
+    warmup: Share = TRAIN.warmup
+    """Share of the steps over which the learning rates rise."""
+
+    decay: Literal["linear", "cosine"] = TRAIN.decay
+    """How they fall afterwards, to a tenth."""
 
     length: int = Field(default=256, ge=8)
     """Tokens in one training sequence."""
 
-    batch: int = Field(default=1, ge=1)
-    """Sequences in one optimizer step."""
+    batch: int = Field(default=TRAIN.batch, ge=1)
+    """Sequences in one pass."""
+
+    accumulate: int = Field(default=TRAIN.accumulate, ge=1)
+    """Passes in one optimizer step."""
+
+    checkpointing: bool = TRAIN.checkpointing
+    """Recompute branches in the backward pass: less memory, more time."""
+
+    precision: Literal["no", "bf16", "fp16"] = TRAIN.precision
+    """Mixed precision of the training, as accelerate names it."""
+
+    validate_every: int = Field(default=100, ge=0)
+    """Steps between validations on two blocks of the calibration text; 0 validates at the end."""
 
     kv: Literal["project", "copy"] = "project"
     """Keys and values of a skipped token: projected by its own layer, or the layer below's."""
 
+    # -- how thresholds are found
+
     allocation: Literal["global", "uniform", "sensitivity"] = "global"
     """How a budget is shared out: one threshold for all, the same for each, or by measured harm."""
+
+    least: Share = 0.0
+    """Share of tokens that every branch keeps at any budget."""
+
+    most: Share = 1.0
+    """Share of tokens that a branch keeps at most."""
 
     budgets: tuple[Budget, ...] = Field(
         default=(0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4), min_length=1
@@ -72,12 +158,23 @@ class Gate(Stage):
     calibration_blocks: int = Field(default=16, ge=1)
     """Sequences of `length` tokens on which thresholds are calibrated."""
 
-    @field_validator("kind")
+    @model_validator(mode="before")
     @classmethod
-    def _implemented(cls, kind: GateKind) -> GateKind:
-        if kind != "scalar":
-            raise ValueError(f"gate kind {kind!r} cannot be trained yet: take 'scalar'")
-        return kind
+    def _fill_from_recipe(cls, values: Any) -> Any:
+        preset = RECIPES.get(values.get("recipe", "ours")) if isinstance(values, dict) else None
+        return {**preset, **values} if preset else values
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.place == "before" and not self.scales:
+            raise ValueError("place: before multiplies a branch's input, so it needs scales: true")
+        if self.masks == "hard" and not self.scales and self.steps:
+            raise ValueError("masks: hard teach gates nothing unless they scale: set scales: true")
+        if self.scales and self.init == WARM:
+            raise ValueError("gates that scale must start open: set init: open")
+        if self.least > self.most:
+            raise ValueError(f"least: {self.least} is above most: {self.most}")
+        return self
 
     @field_validator("budgets")
     @classmethod
@@ -88,11 +185,11 @@ class Gate(Stage):
 
     def tolerates(self, rule: str) -> bool:
         """Gates alone can learn on packed weights: their gradients do not pass into them."""
-        return rule == "gate-after-quantize" and not self.train_backbone
+        return rule == "gate-after-quantize" and self.backbone == "frozen"
 
     def files(self) -> dict[str, Path]:
-        """The gates file to start from, unless the start is warm."""
-        return {} if self.init == WARM else {"init": Path(self.init)}
+        """The gates file to start from, where one is named."""
+        return {} if self.init in (WARM, OPEN) else {"init": Path(self.init)}
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Gates beside the model: attach, fine-tune, calibrate; the backbone moves if asked."""
@@ -101,18 +198,18 @@ class Gate(Stage):
 
         model = load_model(job.source, "float32")
         train, calibration = self._blocks(job)
-        if not self.train_backbone:
+        if self.backbone == "frozen":
             model.requires_grad_(False)
             accelerate_linears(model)  # unpacks 4-bit weights faster than their own modules do
         gates, sensitivity = self._start(job, model, train)
-        curve = self._train(job, model, gates, train)
+        curve = self._train(job, model, gates, train, calibration)
         found = self._calibrate(job, model, gates, calibration, sensitivity)
         grid, kept = grid_of(found)
         self._save_backbone(job, model)
         record: dict[str, Any] = {
             "training": curve,
             "kept": {str(budget): round(share, 4) for budget, share in kept.items()},
-            "train_tokens": self.steps * self.batch * self.length,
+            "train_tokens": self.steps * self.accumulate * self.batch * self.length,
         }
         training = {"parameters": self.model_dump(mode="json") | {"init": Path(self.init).name}}
         save_gates(job.target, GateFile(gates, self.kv, grid, kept, sensitivity, training))
@@ -126,7 +223,7 @@ class Gate(Stage):
 
         assert job.train is not None and job.calibration is not None, "gate reads both splits"
         tokenizer = AutoTokenizer.from_pretrained(job.source)
-        wanted = max(self.steps * self.batch, WARM_BLOCKS)
+        wanted = max(self.steps * self.accumulate * self.batch, WARM_BLOCKS)
         train = load_texts(job.train.source, job.train.limit, job.asset_cache)
         calibration = load_texts(job.calibration.source, job.calibration.limit, job.asset_cache)
         return (
@@ -134,64 +231,82 @@ class Gate(Stage):
             token_blocks(calibration, tokenizer, self.length, self.calibration_blocks),
         )
 
-    def _start(
-        self, job: StageJob, model: Any, train: Tensor
-    ) -> tuple[ScalarGates, list[float] | None]:
+    def _start(self, job: StageJob, model: Any, train: Tensor) -> tuple[Gates, list[float] | None]:
         """Gates to begin with, and the branches' sensitivities where they are needed."""
-        from gateskip.checkpoint import read_gates
+        from gateskip.branches import find_branches
+        from gateskip.kinds import make_gates
         from gateskip.warmstart import sensitivities, warm_start
 
+        count, width = len(find_branches(model)), model.config.hidden_size
+        sizes = {"rank": self.rank} if self.kind in ("low-rank", "mlp") else {}
+        if self.init in (WARM, OPEN):
+            _seed(job.seed)
+            gates = make_gates(self.kind, count, width, sizes, self.scales, self.place)
+        else:
+            gates = self._read(sizes, count, width)
+        gates.attach(model)
         if self.init == WARM:
-            blocks = train[:WARM_BLOCKS]
             return warm_start(
                 model,
-                blocks,
+                train[:WARM_BLOCKS],
                 kv_rule=self.kv,
                 progress=lambda done, total: job.progress(done, total, "warm start"),
-            )
-        gates = read_gates(Path(self.init))
-        wanted = (2 * model.config.num_hidden_layers, model.config.hidden_size)
-        if tuple(gates.weight.shape) != wanted:
-            raise UserError(
-                f"the gates in {Path(self.init).name} are for {gates.weight.shape[0]} branches of"
-                f" {gates.weight.shape[1]} inputs, but the model has {wanted[0]} of {wanted[1]}",
-                fix="set init: warm, or name gates that were made for this model",
+                gates=gates,
             )
         if self.allocation != "sensitivity":
             return gates, None
         return gates, sensitivities(model, train[:SENSITIVITY_BLOCKS])
 
+    def _read(self, sizes: dict[str, int], count: int, width: int) -> Gates:
+        """The gates of the file that `init` names."""
+        from gateskip.checkpoint import read_gates
+
+        path = Path(self.init)
+        try:
+            gates = read_gates(path, self.kind, sizes=sizes, scales=self.scales, place=self.place)
+        except ValueError as error:
+            raise UserError(
+                str(error), fix=f"name a file of {self.kind} gates, or set init: warm"
+            ) from error
+        if (gates.branches, gates.hidden_size) != (count, width):
+            raise UserError(
+                f"the gates in {path.name} are for {gates.branches} branches of"
+                f" {gates.hidden_size} inputs, but the model has {count} of {width}",
+                fix="set init: warm, or name gates that were made for this model",
+            )
+        return gates
+
     def _train(
-        self, job: StageJob, model: Any, gates: ScalarGates, train: Tensor
+        self, job: StageJob, model: Any, gates: Gates, train: Tensor, calibration: Tensor
     ) -> list[dict[str, float]]:
+        from dataclasses import fields
+
         from gateskip.checkpoint import load_model
-        from gateskip.train import TrainConfig, train_gates
+        from gateskip.train import train_gates
 
         if self.steps == 0:
             return []
+        shared = {field.name for field in fields(TrainConfig)} & set(type(self).model_fields)
         config = TrainConfig(
-            steps=self.steps,
-            batch=self.batch,
-            budget=self.budget,
-            lr=self.lr,
-            backbone_lr=self.backbone_lr,
-            train_backbone=self.train_backbone,
-            kv_rule=self.kv,
-            seed=job.seed,
+            **{name: getattr(self, name) for name in shared}, kv_rule=self.kv, seed=job.seed
         )
-        teacher = load_model(job.dense, "float32") if self.train_backbone else None
-        return train_gates(model, gates, train, config, teacher, job.work, job.progress)
+        teacher = None if self.backbone == "frozen" else load_model(job.dense, "float32")
+        validation = calibration[:VALIDATION_BLOCKS]
+        return train_gates(model, gates, train, config, teacher, job.work, job.progress, validation)
 
     def _calibrate(
         self,
         job: StageJob,
         model: Any,
-        gates: ScalarGates,
+        gates: Gates,
         blocks: Tensor,
         sensitivity: list[float] | None,
     ) -> Any:
+        from gateskip.branches import find_branches
         from gateskip.budget import calibrate
 
+        kinds = [branch.kind for branch in find_branches(model)]
+        skippable = kinds if self.branches == "both" else [self.branches]
         return calibrate(
             model,
             gates.requires_grad_(False),
@@ -200,6 +315,9 @@ class Gate(Stage):
             self.allocation,
             self.kv,
             sensitivity,
+            self.least,
+            self.most,
+            frozenset(i for i, kind in enumerate(kinds) if kind not in skippable),
             progress=lambda done, total: job.progress(done, total, "calibrating budgets"),
         )
 
@@ -209,7 +327,14 @@ class Gate(Stage):
 
         from compose.artifact import copy_source
 
-        if self.train_backbone:
-            model.to(getattr(torch, job.dtype)).save_pretrained(job.target)
-        else:
+        if self.backbone == "frozen":
             copy_source(job.source, job.target, job.dtype, link=True)
+        else:
+            model.to(getattr(torch, job.dtype)).save_pretrained(job.target)
+
+
+def _seed(seed: int) -> None:
+    """New gates are random: the same seed makes the same."""
+    import torch
+
+    torch.manual_seed(seed)

@@ -1,0 +1,125 @@
+"""What a gate fine-tune optimizes: losses, sparsity terms, masks and budget schedules.
+
+All are plain functions of tensors or numbers; train.py puts them together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gateskip.branches import Branch
+from gateskip.gates import ANCHORS
+
+# -- losses -----------------------------------------------------------------------------------
+
+
+def distill_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean KL(teacher || student) over tokens. Logits [B, S, V] -> scalar.
+
+    Both are softened by `temperature`, whose square keeps the gradient's size (arXiv 1503.02531).
+    """
+    log_p = F.log_softmax(student.float() / temperature, dim=-1)
+    target = F.log_softmax(teacher.float() / temperature, dim=-1)
+    total = F.kl_div(log_p, target, reduction="sum", log_target=True)
+    return total * temperature**2 / log_p[..., 0].numel()
+
+
+def next_token_loss(logits: Tensor, block: Tensor) -> Tensor:
+    """Mean cross-entropy of the tokens that follow. Logits [B, S, V], ids [B, S] -> scalar."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), block[:, 1:].flatten())
+
+
+def hidden_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared distance of final hidden states [B, S, H], relative to the teacher's size."""
+    distance = (student.float() - teacher.float()).square().mean()
+    return distance / teacher.float().square().mean()
+
+
+# -- sparsity ---------------------------------------------------------------------------------
+
+
+def l1(gates: Tensor, budget: float) -> Tensor:
+    """Mean gate."""
+    return gates.mean()
+
+
+def l2(gates: Tensor, budget: float) -> Tensor:
+    """Mean squared gate: the published term (arXiv 2510.13876, equation 3)."""
+    return gates.square().mean()
+
+
+def bernoulli_kl(gates: Tensor, budget: float) -> Tensor:
+    """KL of a coin that falls open with the budget from one that does with the mean gate."""
+    share = torch.tensor(budget).clamp(1e-4, 1 - 1e-4).to(gates.device)
+    mean = gates.mean().clamp(1e-6, 1 - 1e-6)
+    return share * (share / mean).log() + (1 - share) * ((1 - share) / (1 - mean)).log()
+
+
+SPARSITY: dict[str, Callable[[Tensor, float], Tensor]] = {"l1": l1, "l2": l2, "kl": bernoulli_kl}
+"""(gates of all branches and tokens [...], this step's budget) -> scalar."""
+
+
+# -- masks ------------------------------------------------------------------------------------
+
+
+class TrainMask:
+    """Mask rule of one training step, by one threshold a branch.
+
+    `straight-through`: 0 or 1 as at inference, with the slope of a sigmoid in the backward pass.
+    `soft`: that sigmoid itself, so the model sees fractions. `hard`: 0 or 1 and no slope, as
+    published; gates then learn through what they scale.
+    """
+
+    def __init__(
+        self,
+        costs: Tensor,
+        thresholds: Tensor,
+        form: str = "straight-through",
+        temperature: float = 1.0,
+        free: Sequence[bool] | None = None,
+    ) -> None:
+        self.costs, self.thresholds = costs, thresholds
+        self.form, self.temperature = form, temperature
+        self.free = free or [True] * len(costs)
+        self.logits: list[Tensor] = []
+        self.share = torch.zeros((), device=costs.device)
+
+    def __call__(self, branch: Branch, z: Tensor) -> Tensor:
+        """Gate logits [B, S] -> mask [B, S]; branches that are not `free` never skip."""
+        self.logits.append(z.detach()[:, ANCHORS:].flatten())
+        free = self.free[branch.index]
+        mask = self._mask(z, self.thresholds[branch.index]) if free else torch.ones_like(z)
+        self.share = self.share + self.costs[branch.index] * mask.detach().mean()
+        return mask
+
+    def _mask(self, z: Tensor, threshold: Tensor) -> Tensor:
+        hard = (z >= threshold).to(z.dtype)
+        if self.form == "hard":
+            return hard
+        soft = torch.sigmoid((z - threshold) / self.temperature)
+        return soft if self.form == "soft" else hard + soft - soft.detach()
+
+
+# -- budgets ----------------------------------------------------------------------------------
+
+
+def scheduled_budget(schedule: str, lowest: float, step: int, steps: int, draw: float) -> float:
+    """The budget of one step of `steps`; `draw` is uniform in [0, 1).
+
+    `linear` and `cosine` fall from 1 to `lowest` over the run. `sampled` draws between 1 and a
+    bound that reaches `lowest` halfway, so that one set of gates serves every budget.
+    """
+    part = step / max(1, steps - 1)
+    if schedule == "linear":
+        return 1.0 - (1.0 - lowest) * part
+    if schedule == "cosine":
+        return 1.0 - (1.0 - lowest) * (1 - math.cos(math.pi * part)) / 2
+    if schedule == "sampled":
+        bound = 1.0 - (1.0 - lowest) * min(1.0, 0.3 + 1.4 * step / steps)
+        return float(bound + (1.0 - bound) * draw**1.5)
+    raise ValueError(f"budget schedule {schedule!r}: one of linear, cosine, sampled")
