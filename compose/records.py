@@ -30,7 +30,7 @@ from compose.plan import Cell, Plan, digest
 from compose.result import CellResult, Results
 
 Phase = Literal["load", "quality", "lossless"]
-MEASURE_VERSION = 1  # raised when the same cell begins to be measured in another way
+MEASURE_VERSION = 2  # raised when the same cell begins to be measured in another way
 SPEED_NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s")
 SPECULATE = "speculate"
 
@@ -121,10 +121,20 @@ def phase_key(plan: Plan, cell: Cell, phase: Phase) -> str:
     reads: dict[str, Any] = {"threads": benchmark["threads"], "seed": plan.pipeline.seed}
     if phase == "quality":
         reads |= {"quality": benchmark["quality"], "baseline": plan.cells[0].key}
+        if cell is plan.cells[0]:
+            reads |= {"learns_from": learns_from(plan)}
     elif phase == "lossless":
         reads |= {"lossless": benchmark["lossless"]}
     recipe = {"cell": cell.key, "phase": phase, "reads": reads, "version": MEASURE_VERSION}
     return digest(recipe)
+
+
+def learns_from(plan: Plan) -> list[tuple[str, int | None]]:
+    """Source and row limit of every text that a stage of the plan reads."""
+    stages = [step.stage for step in plan.steps if step.stage is not None]
+    splits = sorted({split for stage in stages for split in stage.reads_data})
+    specs = [getattr(plan.pipeline.data, split) for split in splits]
+    return [(spec.source, spec.limit) for spec in specs if spec is not None]
 
 
 def phases_of(cell: Cell) -> tuple[Phase, ...]:

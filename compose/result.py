@@ -177,6 +177,16 @@ class TaskScore(Record):
     """`value` over the baseline's value."""
 
 
+class Overlap(Record):
+    """Whether what is scored stands in a text that stages learn from."""
+
+    rows: int
+    """Rows or questions that are scored."""
+
+    tainted: int
+    """How many share a run of thirteen words with such a text."""
+
+
 class Quality(Record):
     """How good the answers still are."""
 
@@ -191,6 +201,9 @@ class Quality(Record):
 
     tasks: dict[str, TaskScore] | None = None
     """Task name -> its score."""
+
+    overlap: dict[str, Overlap] | None = None
+    """Of the baseline only: text or task -> whether stages learn from what is scored."""
 
 
 class Divergence(Record):

@@ -39,6 +39,7 @@ from compose.records import (
     Session,
     find_session,
     gather,
+    learns_from,
     new_session,
     phases_of,
     read_phase,
@@ -365,6 +366,7 @@ class Runner:
             "asset_cache": str(self.settings.asset_cache.absolute()),
             "reference": str(self.folder.reference(self.baseline.key)),
             "threads": pipeline.benchmark.threads,
+            "learns_from": learns_from(self.plan) if cell is self.baseline else [],
         }
         return self.start("cell", name, job, here=here)
 

@@ -304,6 +304,7 @@ def open_bench(job: Job) -> Any:
             asset_cache=Path(job["asset_cache"]),
             reference=Path(job["reference"]),
             threads=job["threads"],
+            learns_from=[(source, limit) for source, limit in job["learns_from"]],
         )
     )
 

@@ -1,4 +1,4 @@
-"""Budgets, warm start, training, native kernels and packed linear layers, on tiny models."""
+"""Budgets, warm start, native kernels and packed linear layers, on tiny models."""
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ from gateskip.compute import branch_costs
 from gateskip.gates import ScalarGates
 from gateskip.linears import DenseLinear, PackedLinear, accelerate_linears
 from gateskip.masked import masked_forward
-from gateskip.recipe import TrainConfig
-from gateskip.train import train_gates
 from gateskip.warmstart import measure, sensitivities, warm_start
 
 needs_native = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
@@ -156,77 +154,6 @@ class TestWarmStart:
             model.model.layers[1].mlp.down_proj.weight.mul_(1e-3)
         values = sensitivities(model, blocks[:3])
         assert min(range(8), key=values.__getitem__) == 3
-
-
-class TestTrain:
-    CONFIG = TrainConfig(steps=12, budget=0.6, backbone="frozen", checkpoint_every=4)
-
-    def fresh(self, folder: Path) -> tuple[Any, ScalarGates]:
-        model = load_model(folder, "float32")
-        torch.manual_seed(0)
-        return model, ScalarGates(8, model.config.hidden_size)
-
-    def test_training_brings_the_skipping_model_nearer(
-        self, tiny_llama: Path, blocks: torch.Tensor
-    ) -> None:
-        model, gates = self.fresh(tiny_llama)
-        config = TrainConfig(steps=60, budget=0.6, backbone="frozen", lr=1e-2)
-        before = [p.clone() for p in model.parameters()]
-
-        def distance() -> float:
-            level = calibrate(model, gates.requires_grad_(False), blocks, (0.7,))[0].thresholds
-            with torch.inference_mode():
-                dense = model.lm_head(masked_forward(model, blocks)).log_softmax(-1)
-                skipping = model.lm_head(
-                    masked_forward(model, blocks, gates, lambda b, z: (z >= level[b.index]).float())
-                ).log_softmax(-1)
-            return float((dense.exp() * (dense - skipping)).sum(-1).mean())
-
-        untrained = distance()
-        curve = train_gates(model, gates.requires_grad_(True), blocks, config)
-        assert distance() < 0.9 * untrained
-        assert [row["step"] for row in curve] == list(range(1, 61))
-        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-    def test_the_backbone_trains_when_asked(self, tiny_llama: Path, blocks: torch.Tensor) -> None:
-        model, gates = self.fresh(tiny_llama)
-        teacher = load_model(tiny_llama, "float32")
-        config = TrainConfig(steps=3, backbone="full", backbone_lr=1e-3)
-        before = model.model.layers[0].mlp.up_proj.weight.clone()
-        train_gates(model, gates, blocks, config, teacher)
-        assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
-        with pytest.raises(ValueError, match="teacher"):
-            train_gates(model, gates, blocks, config)
-
-    def test_a_broken_run_ends_as_an_unbroken_one(
-        self, tiny_llama: Path, blocks: torch.Tensor, tmp_path: Path
-    ) -> None:
-        model, whole = self.fresh(tiny_llama)
-        curve = train_gates(model, whole, blocks, self.CONFIG)
-
-        class Killed(Exception):
-            pass
-
-        def kill(done: int, total: int, note: str) -> None:
-            if done == 7:
-                raise Killed
-
-        model, broken = self.fresh(tiny_llama)
-        with pytest.raises(Killed):
-            train_gates(model, broken, blocks, self.CONFIG, work=tmp_path, progress=kill)
-        model, again = self.fresh(tiny_llama)
-        rest: list[int] = []
-        resumed = train_gates(
-            model,
-            again,
-            blocks,
-            self.CONFIG,
-            work=tmp_path,
-            progress=lambda done, total, note: rest.append(done),
-        )
-        assert rest[0] == 5, "goes on after the checkpoint at step 4"
-        assert torch.equal(whole.weight, again.weight) and torch.equal(whole.bias, again.bias)
-        assert resumed == curve
 
 
 def packed_layer(kind: str, n: int = 24, k: int = 128) -> tuple[PackedLinear, torch.Tensor]:

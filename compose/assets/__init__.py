@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from compose.assets.fetch import default_cache, hub_reachable
 from compose.assets.models import ModelAsset, model_config, model_pin, resolve_model
+from compose.assets.overlap import overlaps
 from compose.assets.rows import TextData
 from compose.assets.table import MODELS, TASKS, TEXTS
 from compose.assets.tasks import TaskData, load_task
@@ -29,6 +30,7 @@ __all__ = [
     "load_texts",
     "model_config",
     "model_pin",
+    "overlaps",
     "resolve_model",
     "token_blocks",
 ]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import gateskip
-from compose.assets import first_available, load_texts, token_blocks
+from compose.assets import TASKS, first_available, load_texts, overlaps, token_blocks
 from compose.bench.quality import (
     ScoredModel,
     load_head,
@@ -58,6 +58,8 @@ class CellJob:
     reference: Path
     """Where the baseline's hidden states are, or are to be put."""
     threads: int | None
+    learns_from: Sequence[tuple[str, int | None]] = ()
+    """Of the baseline only: source and row limit of each text that a stage of the plan reads."""
 
 
 class CellBench:
@@ -111,7 +113,24 @@ class CellBench:
         )
         if scores:
             found["tasks"] = {name: asdict(score) for name, score in scores.items()}
+        if self.job.learns_from:
+            found |= self._overlap(found, wanted)
         return found
+
+    def _overlap(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """Whether training texts hold what is scored, and a note for each that does."""
+        texts = [found["perplexity"]["dataset"]] if "perplexity" in found else []
+        tasks = [name for name in wanted["tasks"] if name in TASKS]
+        cache = self.job.asset_cache
+        shared = overlaps(self.job.learns_from, texts, tasks, wanted["limit"], cache)
+        notes = [
+            f"{each['tainted']} of {each['rows']} rows of {name} share thirteen words in a row"
+            " with a text that stages learn from"
+            for name, each in shared.items()
+            if each["tainted"]
+        ]
+        notes = [*found.get("notes", ()), *notes]
+        return {"overlap": shared} | ({"notes": notes} if notes else {})
 
     def _on_text(self, model: Scored, wanted: Mapping[str, Any], reference: Path) -> dict[str, Any]:
         texts = first_available(wanted["perplexity"], None, self.job.asset_cache)

@@ -1,0 +1,76 @@
+"""Whether a training text holds what a model is later scored on: runs of thirteen words in common.
+
+The test is the one of GPT-3 (arXiv 2005.14165, appendix C): texts are lower-cased and cut into
+words, and a scored text is tainted when any run of thirteen of its words stands in a training text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from compose.assets.tasks import load_task
+from compose.assets.texts import load_texts
+
+RUN = 13
+_WORD = re.compile(r"\w+")
+
+
+def overlaps(
+    training: Iterable[tuple[str, int | None]],
+    texts: Iterable[str],
+    tasks: Iterable[str],
+    limit: int | None,
+    cache: Path,
+) -> dict[str, dict[str, int]]:
+    """For every scored text and task: its `rows`, and how many are `tainted`.
+
+    Args:
+        training: source and row limit of every training text.
+        texts: names of the texts on which perplexity is measured.
+        tasks: names of tasks, of which the first `limit` questions are scored.
+
+    Raises:
+        AssetError: a text or task cannot be had.
+    """
+    known: set[int] = set()
+    for source, rows in training:
+        for row in load_texts(source, rows, cache).rows:
+            known.update(runs(row))
+    scored = {name: load_texts(name, None, cache).rows for name in texts}
+    scored |= {name: list(_questions(load_task(name, cache).path, limit)) for name in tasks}
+    return {
+        name: {"rows": len(rows), "tainted": sum(_tainted(row, known) for row in rows)}
+        for name, rows in scored.items()
+    }
+
+
+def runs(text: str, length: int = RUN) -> Iterator[int]:
+    """A hash of each run of `length` words."""
+    words = _WORD.findall(text.lower())
+    for start in range(len(words) - length + 1):
+        yield hash(tuple(words[start : start + length]))
+
+
+def _tainted(text: str, known: set[int]) -> bool:
+    return any(run in known for run in runs(text))
+
+
+def _questions(path: Path, limit: int | None) -> Iterator[str]:
+    """Everything that is text in each row, question and answers."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            if limit is not None and number >= limit:
+                return
+            yield " ".join(_leaves(json.loads(line)))
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(part)

@@ -1,0 +1,235 @@
+"""Gate fine-tuning: it learns, it resumes, and every option of it trains."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from gateskip.budget import calibrate
+from gateskip.checkpoint import load_model
+from gateskip.gates import ScalarGates
+from gateskip.kinds import make_gates
+from gateskip.masked import masked_forward
+from gateskip.recipe import TrainConfig
+from gateskip.train import train_gates
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def blocks() -> torch.Tensor:
+    return torch.randint(3, 512, (8, 64), generator=torch.Generator().manual_seed(4))
+
+
+class TestTrain:
+    CONFIG = TrainConfig(steps=12, budget=0.6, backbone="frozen", checkpoint_every=4)
+
+    def fresh(self, folder: Path) -> tuple[Any, ScalarGates]:
+        model = load_model(folder, "float32")
+        torch.manual_seed(0)
+        return model, ScalarGates(8, model.config.hidden_size)
+
+    def test_training_brings_the_skipping_model_nearer(
+        self, tiny_llama: Path, blocks: torch.Tensor
+    ) -> None:
+        model, gates = self.fresh(tiny_llama)
+        config = TrainConfig(steps=60, budget=0.6, backbone="frozen", lr=1e-2)
+        before = [p.clone() for p in model.parameters()]
+
+        def distance() -> float:
+            level = calibrate(model, gates.requires_grad_(False), blocks, (0.7,))[0].thresholds
+            with torch.inference_mode():
+                dense = model.lm_head(masked_forward(model, blocks)).log_softmax(-1)
+                skipping = model.lm_head(
+                    masked_forward(model, blocks, gates, lambda b, z: (z >= level[b.index]).float())
+                ).log_softmax(-1)
+            return float((dense.exp() * (dense - skipping)).sum(-1).mean())
+
+        untrained = distance()
+        curve = train_gates(model, gates.requires_grad_(True), blocks, config)
+        assert distance() < 0.9 * untrained
+        assert [row["step"] for row in curve] == list(range(1, 61))
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    def test_the_backbone_trains_when_asked(self, tiny_llama: Path, blocks: torch.Tensor) -> None:
+        model, gates = self.fresh(tiny_llama)
+        teacher = load_model(tiny_llama, "float32")
+        config = TrainConfig(steps=3, backbone="full", backbone_lr=1e-3)
+        before = model.model.layers[0].mlp.up_proj.weight.clone()
+        train_gates(model, gates, blocks, config, teacher)
+        assert not torch.equal(before, model.model.layers[0].mlp.up_proj.weight)
+        with pytest.raises(ValueError, match="teacher"):
+            train_gates(model, gates, blocks, config)
+
+    def test_a_broken_run_ends_as_an_unbroken_one(
+        self, tiny_llama: Path, blocks: torch.Tensor, tmp_path: Path
+    ) -> None:
+        model, whole = self.fresh(tiny_llama)
+        curve = train_gates(model, whole, blocks, self.CONFIG)
+
+        class Killed(Exception):
+            pass
+
+        def kill(done: int, total: int, note: str) -> None:
+            if done == 7:
+                raise Killed
+
+        model, broken = self.fresh(tiny_llama)
+        with pytest.raises(Killed):
+            train_gates(model, broken, blocks, self.CONFIG, work=tmp_path, progress=kill)
+        model, again = self.fresh(tiny_llama)
+        rest: list[int] = []
+        resumed = train_gates(
+            model,
+            again,
+            blocks,
+            self.CONFIG,
+            work=tmp_path,
+            progress=lambda done, total, note: rest.append(done),
+        )
+        assert rest[0] == 5, "goes on after the checkpoint at step 4"
+        assert torch.equal(whole.weight, again.weight) and torch.equal(whole.bias, again.bias)
+        assert resumed == curve
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cross-entropy": {"loss": "cross-entropy"},
+    "both losses": {"loss": "both", "loss_temperature": 2.0, "hidden_weight": 0.5},
+    "l1": {"sparsity": "l1"},
+    "l2": {"sparsity": "l2"},
+    "kl": {"sparsity": "kl"},
+    "soft": {"masks": "soft", "schedule": "cosine"},
+    "uniform": {"ranking": "uniform", "schedule": "linear"},
+    "attention": {"branches": "attention"},
+    "mlp": {"branches": "mlp"},
+    "full": {"backbone": "full", "backbone_lr": 1e-3, "weight_decay": 0.1, "decay": "cosine"},
+    "lora": {"backbone": "lora", "backbone_lr": 1e-2, "lora_rank": 4},
+    "accumulate": {"accumulate": 2, "batch": 2},
+    "bf16": {"precision": "bf16"},
+    "copy": {"kv_rule": "copy"},
+}
+
+
+class TestTrainOptions:
+    """Every option trains: numbers stay finite, and what should learn has moved."""
+
+    @pytest.fixture(autouse=True)
+    def _one_accelerator_a_test(self) -> None:
+        AcceleratorState._reset_state()  # one process trains with one precision
+
+    def run(
+        self, folder: Path, blocks: torch.Tensor, gates: Any, **options: Any
+    ) -> tuple[Any, list[dict[str, float]]]:
+        model, teacher = load_model(folder, "float32"), load_model(folder, "float32")
+        config = TrainConfig(**{"steps": 3, "budget": 0.6, "backbone": "frozen", **options})
+        return model, train_gates(model, gates, blocks, config, teacher, validation=blocks[:1])
+
+    @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+    def test_it_trains(
+        self, tiny_llama: Path, blocks: torch.Tensor, options: dict[str, Any]
+    ) -> None:
+        torch.manual_seed(0)
+        gates = make_gates("scalar", 8, 64)
+        before = gates.weight.detach().clone()  # type: ignore[operator]
+        model, curve = self.run(tiny_llama, blocks, gates, **options)
+        assert len(curve) == 3 and all(math.isfinite(row["loss"]) for row in curve)
+        assert not torch.equal(before, gates.weight)
+        dense = load_model(tiny_llama, "float32")
+        pairs = zip(model.parameters(), dense.parameters(), strict=True)
+        still = all(torch.equal(a, b) for a, b in pairs)
+        assert still == (options.get("backbone", "frozen") == "frozen")
+        assert math.isfinite(curve[-1]["valid"]) and curve[-1]["kl@0.75"] >= 0
+        assert not any("lora" in name for name, _ in model.named_parameters()), "merged"
+
+    def test_gates_of_one_kind_of_branch_alone_learn(
+        self, tiny_llama: Path, blocks: torch.Tensor
+    ) -> None:
+        torch.manual_seed(0)
+        gates = make_gates("scalar", 8, 64)
+        before = gates.weight.detach().clone()  # type: ignore[operator]
+        self.run(tiny_llama, blocks, gates, branches="mlp")
+        moved = [not torch.equal(a, b) for a, b in zip(before, gates.weight, strict=True)]
+        assert moved == [False, True] * 4
+
+    def test_the_published_recipe_trains_gates_that_scale(
+        self, tiny_llama: Path, blocks: torch.Tensor
+    ) -> None:
+        torch.manual_seed(0)
+        gates = make_gates("vector", 8, 64, scales=True)
+        before = gates.weight.detach().clone()  # type: ignore[operator]
+        _, curve = self.run(
+            tiny_llama,
+            blocks,
+            gates,
+            loss="cross-entropy",
+            sparsity="l2",
+            masks="hard",
+            ranking="uniform",
+            schedule="linear",
+            backbone="full",
+            kv_rule="copy",
+        )
+        assert not torch.equal(before, gates.weight)
+        assert curve[0]["kept"] > curve[-1]["kept"], "the budget falls"
+
+    def test_checkpointing_changes_no_gradient(
+        self, tiny_llama: Path, blocks: torch.Tensor
+    ) -> None:
+        found = []
+        for checkpointing in (False, True):
+            torch.manual_seed(0)
+            gates = make_gates("scalar", 8, 64)
+            self.run(tiny_llama, blocks, gates, backbone="full", checkpointing=checkpointing)
+            found.append(gates.weight.detach().clone())  # type: ignore[operator]
+        torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+
+    def test_two_processes_train_one_set_of_gates(self, tiny_llama: Path, tmp_path: Path) -> None:
+        script = tmp_path / "two.py"
+        script.write_text(TWO_PROCESSES)
+        run = [sys.executable, "-m", "torch.distributed.run"]
+        command = [*run, "--standalone", "--nproc_per_node", "2"]
+        done = subprocess.run(
+            [*command, str(script), str(tiny_llama), str(tmp_path)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+        assert first["processes"] == 2 and torch.equal(first["weight"], second["weight"])
+        assert first["seen"] != second["seen"], "each process has blocks of its own"
+
+
+TWO_PROCESSES = """
+import sys, torch
+from gateskip.checkpoint import load_model
+from gateskip.kinds import make_gates
+from gateskip.recipe import TrainConfig
+import gateskip.train as train
+
+folder, out = sys.argv[1:]
+seen = []
+taken = train._Session._block
+def block(self, part):
+    found = taken(self, part)
+    seen.append(found.tolist())
+    return found
+train._Session._block = block
+torch.manual_seed(0)
+model, gates = load_model(folder, "float32"), make_gates("scalar", 8, 64)
+blocks = torch.randint(3, 500, (8, 32), generator=torch.Generator().manual_seed(1))
+train.train_gates(model, gates, blocks, TrainConfig(steps=3, backbone="frozen"))
+rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+torch.save({"processes": size, "weight": gates.weight.detach(), "seen": seen}, f"{out}/{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
