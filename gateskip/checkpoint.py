@@ -6,6 +6,7 @@ KV rule, thresholds a budget, training record, how to decode by default).
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -139,17 +140,25 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
 
 
-def load(folder: str | Path, dtype: str | torch.dtype = "auto", native: bool = True) -> Any:
+def load(
+    folder: str | Path,
+    dtype: str | torch.dtype = "auto",
+    native: bool = True,
+    rounded: bool = True,
+) -> Any:
     """A folder as a `Decoder`: model, gates if there are any, thresholds and tokenizer.
 
     Args:
         folder: a Hugging Face folder, with or without gates.
         dtype: as in `from_pretrained`; "auto" takes what the config says.
-        native: use the compiled kernels where they apply.
+        native: use the compiled kernels and the native engine where they apply; without them
+            torch does everything, which is the reference.
+        rounded: let the engine round activations to 8 bits where weights have 4, as llama.cpp does.
     """
     from transformers import AutoTokenizer
 
     from gateskip.decode import Decoder
+    from gateskip.engine import Engine, Unsuited
     from gateskip.linears import accelerate_linears
     from gateskip.skip import SkippingModel
 
@@ -157,9 +166,11 @@ def load(folder: str | Path, dtype: str | torch.dtype = "auto", native: bool = T
     model = load_model(folder, dtype)
     file = load_gates(folder)
     kernels = accelerate_linears(model) if native else {}
-    skipping = SkippingModel(
-        model, file.gates if file else None, file.kv_rule if file else "project"
-    )
+    gates, kv_rule = (file.gates, file.kv_rule) if file else (None, "project")
+    skipping = SkippingModel(model, gates, kv_rule)
+    if native:
+        with contextlib.suppress(Unsuited):
+            skipping.engine = Engine(model, gates, kv_rule, rounded)
     return Decoder(
         skipping,
         AutoTokenizer.from_pretrained(folder),

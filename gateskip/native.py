@@ -1,4 +1,4 @@
-"""The compiled matrix-vector kernels of native.cpp: built once a machine, called through ctypes.
+"""The compiled kernels of native.cpp and engine.cpp: built once a machine, called through ctypes.
 
 They serve float32 activations on a CPU. Where no C++ compiler is at hand everything runs on torch's
 own kernels instead: slower, with the same results up to rounding.
@@ -19,8 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "native.cpp", FOLDER / "engine.cpp")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+    "-std=c++17",
+    "-Wl,-z,now",
+)
 
 
 def compiler() -> str | None:
@@ -49,21 +59,22 @@ def library() -> Any | None:
 
 
 def build() -> Path:
-    """Compile native.cpp unless a build for this source, compiler and processor is cached.
+    """Compile the sources unless a build for them, this compiler and processor is cached.
 
     Raises RuntimeError without a compiler, CalledProcessError when compiling fails.
     """
     tool = compiler()
     if tool is None:
         raise RuntimeError("no C++ compiler found: install g++, or name one in CXX")
-    stamp = hashlib.sha256(SOURCE.read_bytes() + _processor() + " ".join((tool, *FLAGS)).encode())
+    code = b"".join(path.read_bytes() for path in (*SOURCES, FOLDER / "kernels.h"))
+    stamp = hashlib.sha256(code + _processor() + " ".join((tool, *FLAGS)).encode())
     target = cache_folder() / f"kernels-{stamp.hexdigest()[:16]}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / "kernels.so"
-        command = [tool, *FLAGS, str(SOURCE), "-o", str(made)]
+        command = [tool, *FLAGS, *map(str, SOURCES), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True)
         made.replace(target)  # atomic: processes that build side by side end with one whole file
     return target

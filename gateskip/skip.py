@@ -30,6 +30,7 @@ from gateskip.branches import (
     project_queries,
     rope_at,
 )
+from gateskip.engine import MOST_ROWS, Engine
 from gateskip.gates import ANCHORS, Gates
 from gateskip.masked import attend, causal
 
@@ -117,6 +118,7 @@ class SkippingModel:
             if b.kind == "attention"
         }
         self.usage = Usage.empty(len(self.branches))
+        self.engine: Engine | None = None
         self.norm = final_norm(model)
         self.dtype: torch.dtype = self.norm.weight.dtype
         self.device: torch.device = self.norm.weight.device
@@ -142,6 +144,9 @@ class SkippingModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., H] -> logits [..., V]."""
+        flat = hidden.flatten(0, -2)
+        if self.engine is not None and len(flat) <= MOST_ROWS:
+            return self.engine.logits(flat).view(*hidden.shape[:-1], -1)
         return head(self.model, hidden)
 
     @torch.inference_mode()
@@ -158,12 +163,35 @@ class SkippingModel:
         `lengths` gives the real tokens of right-padded rows; outputs at pads are undefined.
         """
         hidden = embed(self.model, input_ids)
+        rows, columns = input_ids.shape
+        few = rows * columns <= MOST_ROWS and 1 in (rows, columns)
+        if self.engine is not None and few and min(starts) > 0 and lengths is None:
+            return self._natively(hidden, cache, starts, thresholds)
         if input_ids.numel() == 1:
             hidden = self._one_token(hidden, cache, starts[0], thresholds)
         else:
             batch = _Batch.of(input_ids, starts, lengths)
             hidden = self._many_tokens(hidden, cache, batch, thresholds)
         return self.norm(hidden)  # type: ignore[no-any-return]
+
+    def _natively(
+        self,
+        hidden: Tensor,
+        cache: KVCache,
+        starts: Sequence[int],
+        thresholds: Sequence[float] | None,
+    ) -> Tensor:
+        """Embeddings [B, S, H] with B or S 1, in one call of the engine."""
+        assert self.engine is not None
+        rows, columns = hidden.shape[:2]
+        cache_rows = [row for row in range(rows) for _ in range(columns)]
+        slots = [start + step for start in starts for step in range(columns)]
+        out = self.engine.step(hidden.flatten(0, 1), cache, cache_rows, slots, thresholds)
+        self.usage.seen += len(slots)
+        self.usage.context += sum(slots) + len(slots)
+        counts = self.engine.kept.tolist()
+        self.usage.kept = [a + b for a, b in zip(self.usage.kept, counts, strict=True)]
+        return out.view_as(hidden)
 
     # -- one token: enter the branch or do not ------------------------------------------------
 

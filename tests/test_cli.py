@@ -320,11 +320,12 @@ def test_the_options_of_every_command_are_frozen() -> None:
     assert options == {
         "validate": ["file"],
         "plan": ["--json", "--out", "file"],
-        "run": ["--again", "--executor", "--only", "--out", "file"],
+        "run": ["--again", "--executor", "--only", "--out", "--workers", "file"],
         "report": ["run_dir"],
         "pick": sorted([*wanted, "--json", "run_dir"]),
         "export": sorted([*wanted, "--cell", "--to", "run_dir"]),
         "generate": ["--budget", "--max-new-tokens", "--speculate", "--stats", "folder", "prompt"],
+        "insight": ["--budget", "--html", "--json", "--text", "folder"],
         "doctor": [],
         "schema": [],
     }

@@ -15,7 +15,7 @@ HEAVY = (
     "accelerate",
     "bitsandbytes",
     "datasets",
-    "gateskip",
+    "gateskip.gates",  # gateskip.recipe is light: its defaults are the gate stage's
     "gptqmodel",
     "lm_eval",
     "optimum",

@@ -1,0 +1,388 @@
+// A decoder's forward pass over a few tokens in one call: every branch of every layer, with a KV
+// cache, entering only the branches that a token's gates ask for.
+//
+// One parallel region spans the whole pass; threads share out rows of weights, heads, and nothing
+// else. What is small (norms, gates, rounding) every thread computes for itself, which is cheaper
+// than waiting for it. Every row's arithmetic is the same whatever rows are beside it.
+#include "kernels.h"
+
+#ifdef __AVX2__
+#include <omp.h>
+
+#include <vector>
+
+extern "C" {
+
+enum Kind { DENSE, FOUR_BIT, FOUR_BIT_BOOK, ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES };
+
+struct Matrix {
+  int32_t kind, n, k, group;
+  const void* weights;
+  const float* scale;  // [n, k / group]
+  const float* shift;  // [n, k / group] or null
+  const void* book;    // 16 floats (FOUR_BIT_BOOK) or 16 bytes (ROUNDED_BOOK)
+  const float* bias;   // [n] or null
+};
+
+struct Layer {
+  Matrix q, k, v, o, gate, up, down;
+  const float *norm_attention, *norm_mlp;  // [H]
+  const float *norm_q, *norm_k;            // [D] or null
+  const float *weight_attention, *weight_mlp;  // gates [H] or null
+  float bias_attention, bias_mlp;
+  int32_t rotates, window;  // whether queries and keys are rotated; 0 is no window
+};
+
+struct Model {
+  int32_t layers, hidden, heads, kv_heads, head_dim, inner, rotary_dim, anchors;
+  float epsilon, scaling;
+  const float *norm_final;  // [H]
+  const Layer* layer;
+};
+
+struct Cache {
+  float* const* keys;  // a layer: [B, kv_heads, capacity, D]
+  float* const* values;
+  const float *cos, *sin;  // [capacity, rotary_dim]
+  int32_t capacity;
+};
+
+struct Step {
+  int32_t rows, copies;     // copies: KV rule `copy`
+  const int32_t *cache_row, *slot;  // [rows]
+  float* hidden;            // [rows, H]: embeddings in, final normed states out
+  const float* thresholds;  // [2 * layers] or null: every branch is entered
+  int64_t* kept;            // [2 * layers]: counts of rows that entered
+  float* scratch;
+};
+
+}  // extern "C"
+
+namespace {
+
+constexpr int MOST = 32;  // rows of a pass
+
+f8 exp8(f8 x) {
+  x = (f8)_mm256_max_ps((__m256)x, _mm256_set1_ps(-87.0f));
+  const f8 scaled = x * all(1.44269504f);
+  const f8 whole = (f8)_mm256_round_ps((__m256)scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  f8 t = fma(whole, all(-0.693359375f), x);
+  t = fma(whole, all(2.12194440e-4f), t);
+  f8 p = all(1.9875691500e-4f);
+  p = fma(p, t, all(1.3981999507e-3f));
+  p = fma(p, t, all(8.3334519073e-3f));
+  p = fma(p, t, all(4.1665795894e-2f));
+  p = fma(p, t, all(1.6666665459e-1f));
+  p = fma(p, t, all(5.0000001201e-1f));
+  p = fma(p, t * t, t + all(1.0f));
+  const __m256i power = _mm256_slli_epi32(
+      _mm256_add_epi32(_mm256_cvtps_epi32((__m256)whole), _mm256_set1_epi32(127)), 23);
+  return p * (f8)_mm256_castsi256_ps(power);
+}
+
+float dot(const float* a, const float* b, int n) {  // n a multiple of 8
+  f8 total = {};
+  for (int i = 0; i < n; i += 8) total = fma(load(a + i), load(b + i), total);
+  return sum(total);
+}
+
+void store(float* p, f8 v) { *reinterpret_cast<f8*>(p) = v; }
+
+// Which rows of a phase, and their activations in the form that its weights multiply
+struct Input {
+  int rows = 0;
+  const float* x = nullptr;  // [rows, k]
+  Rounded rounded{};
+};
+
+// One thread's share of matrix products: some of the weights' rows, all of the activations'
+class Share {
+ public:
+  Share(int id, int threads, int rows, int widest)
+      : id(id), threads(threads), values_(size_t(rows) * widest),
+        scales_(size_t(rows) * (widest / BLOCK + 1)), sums_(scales_.size()) {}
+
+  Input prepare(const Matrix& w, const float* x, int rows) {
+    Input in{rows, x, {values_.data(), scales_.data(), sums_.data()}};
+    const int groups = w.kind == DENSE ? 1 : w.k / w.group;
+    for (int r = 0; r < rows; r++) {
+      const float* row = x + int64_t(r) * w.k;
+      if (w.kind >= ROUNDED_CODES)
+        round_row(row, w.k, w.group, values_.data() + int64_t(r) * w.k,
+                  scales_.data() + int64_t(r) * (w.k / BLOCK), sums_.data() + int64_t(r) * groups);
+      else if (w.kind != DENSE && w.shift)
+        for (int g = 0; g < groups; g++) {
+          float total = 0;
+          for (int i = 0; i < w.group; i++) total += row[g * w.group + i];
+          sums_[size_t(r) * groups + g] = total;
+        }
+    }
+    return in;
+  }
+
+  template <int rows>
+  void one(const Matrix& w, int n, const Input& in, int r, float* y) const {
+    const float* x = in.x + int64_t(r) * w.k;
+    const int groups = w.kind == DENSE ? 1 : w.k / w.group;
+    if (w.kind == DENSE) {
+      dense_row<rows>(static_cast<const float*>(w.weights) + int64_t(n) * w.k, x, w.k, y, 1);
+    } else if (w.kind <= FOUR_BIT_BOOK) {
+      const Packed packed{static_cast<const uint8_t*>(w.weights), w.scale, w.shift, w.n, w.k, w.group};
+      const float* sums = sums_.data() + size_t(r) * groups;
+      if (w.kind == FOUR_BIT) {
+        packed_row<rows, true>(packed, n, Codebook{}, x, sums, y, 1);
+      } else {
+        const float* book = static_cast<const float*>(w.book);
+        packed_row<rows, false>(packed, n, Codebook{load(book), load(book + 8)}, x, sums, y, 1);
+      }
+    } else {
+      const Bytes bytes{w.weights, w.scale, w.shift, static_cast<const int8_t*>(w.book), w.n, w.k, w.group};
+      const Rounded x8{values_.data() + int64_t(r) * w.k, scales_.data() + int64_t(r) * (w.k / BLOCK),
+                       sums_.data() + size_t(r) * groups};
+      if (w.kind == ROUNDED_CODES) bytes_row<rows, CODES>(bytes, n, x8, y, 1);
+      else if (w.kind == ROUNDED_BOOK) bytes_row<rows, BOOK>(bytes, n, x8, y, 1);
+      else bytes_row<rows, BYTES>(bytes, n, x8, y, 1);
+    }
+    if (w.bias)
+      for (int i = 0; i < rows; i++) y[i] += w.bias[n];
+  }
+
+  // Call `use(n, r, value)` for this thread's rows of weights and every row of the input.
+  template <class Use>
+  void multiply(const Matrix& w, const Input& in, Use use) const {
+    const int first = int(int64_t(w.n) * id / threads), last = int(int64_t(w.n) * (id + 1) / threads);
+    float y[TILE];
+    for (int n = first; n < last; n++) {
+      int r = 0;
+      for (; r + TILE <= in.rows; r += TILE) {
+        one<TILE>(w, n, in, r, y);
+        for (int i = 0; i < TILE; i++) use(n, r + i, y[i]);
+      }
+      for (; r < in.rows; r++) {
+        one<1>(w, n, in, r, y);
+        use(n, r, y[0]);
+      }
+    }
+  }
+
+ protected:
+  const int id, threads;
+
+ private:
+  std::vector<int8_t> values_;
+  std::vector<float> scales_, sums_;
+};
+
+class Thread : Share {
+ public:
+  Thread(const Model& model, const Cache& cache, const Step& step, int id, int threads)
+      : Share(id, threads, step.rows, std::max({model.hidden, model.inner, model.heads * model.head_dim})),
+        m(model), c(cache), s(step) {
+    x_.resize(size_t(s.rows) * m.hidden);
+    scores_.resize(c.capacity + 8);
+    head_.resize(m.head_dim);
+    float* free = s.scratch;
+    auto take = [&](int width) {
+      float* taken = free;
+      free += int64_t(s.rows) * width;
+      return taken;
+    };
+    q = take(m.heads * m.head_dim);
+    k = take(m.kv_heads * m.head_dim);
+    v = take(m.kv_heads * m.head_dim);
+    mixed = take(m.heads * m.head_dim);
+    inner = take(m.inner);
+  }
+
+  void run() {
+    for (int l = 0; l < m.layers; l++) {
+      attention(l);
+      mlp(l);
+    }
+#pragma omp barrier  // nobody may still be deciding by the states that are overwritten here
+    for (int r = id; r < s.rows; r += threads) norm(s.hidden + int64_t(r) * m.hidden, m.norm_final, s.hidden + int64_t(r) * m.hidden);
+  }
+
+ private:
+  const Model& m;
+  const Cache& c;
+  const Step& s;
+  std::vector<float> x_, scores_, head_;
+  float *q, *k, *v, *mixed, *inner;  // shared: [rows, ...]
+  int kept_[MOST], count_ = 0;       // rows that enter the branch at hand
+  bool enters_[MOST];
+
+  void norm(const float* h, const float* weight, float* out) const {
+    const float scale = 1.0f / std::sqrt(dot(h, h, m.hidden) / float(m.hidden) + m.epsilon);
+    for (int i = 0; i < m.hidden; i += 8) store(out + i, load(h + i) * all(scale) * load(weight + i));
+  }
+
+  void norm_head(float* h, const float* weight) const {
+    if (!weight) return;
+    const float scale = 1.0f / std::sqrt(dot(h, h, m.head_dim) / float(m.head_dim) + m.epsilon);
+    for (int i = 0; i < m.head_dim; i++) h[i] = h[i] * scale * weight[i];
+  }
+
+  void rotate(float* h, int slot) const {
+    const int half = m.rotary_dim / 2;
+    const float* cos = c.cos + int64_t(slot) * m.rotary_dim;
+    const float* sin = c.sin + int64_t(slot) * m.rotary_dim;
+    for (int i = 0; i < half; i++) {
+      const float a = h[i], b = h[i + half];
+      h[i] = a * cos[i] - b * sin[i];
+      h[i + half] = b * cos[i + half] + a * sin[i + half];
+    }
+  }
+
+  // Norm all rows into x_ and decide who enters; every thread comes to the same answer.
+  void open(int branch, const float* weight, const float* gate, float bias) {
+    count_ = 0;
+    for (int r = 0; r < s.rows; r++) {
+      float* x = x_.data() + int64_t(r) * m.hidden;
+      norm(s.hidden + int64_t(r) * m.hidden, weight, x);
+      const bool asked = s.thresholds && gate && s.slot[r] >= m.anchors && s.thresholds[branch] > -INFINITY;
+      enters_[r] = !asked || dot(x, gate, m.hidden) + bias >= s.thresholds[branch];
+      if (enters_[r]) kept_[count_++] = r;
+    }
+    if (id == 0) s.kept[branch] += count_;
+  }
+
+  // Move the rows that enter to the front of x_.
+  void gather() {
+    for (int i = 0; i < count_; i++)
+      if (kept_[i] != i)
+        std::memcpy(x_.data() + int64_t(i) * m.hidden, x_.data() + int64_t(kept_[i]) * m.hidden,
+                    sizeof(float) * m.hidden);
+  }
+
+  void into(const Matrix& w, const Input& in, const int* row, float* out) const {
+    multiply(w, in, [&](int n, int r, float y) { out[int64_t(row ? row[r] : r) * w.n + n] = y; });
+  }
+
+  void add(const Matrix& w, const Input& in) const {
+    multiply(w, in, [&](int n, int r, float y) { s.hidden[int64_t(kept_[r]) * m.hidden + n] += y; });
+  }
+
+  float* entry(float* const* store, int l, int row, int head, int slot) const {
+    const int64_t line = (int64_t(s.cache_row[row]) * m.kv_heads + head) * c.capacity + slot;
+    return store[l] + line * m.head_dim;
+  }
+
+  void attention(int l) {
+    const Layer& a = m.layer[l];
+    open(2 * l, a.norm_attention, a.weight_attention, a.bias_attention);
+    const bool copies = s.copies && l > 0;
+    if (!copies) {
+      const Input every = prepare(a.k, x_.data(), s.rows);
+      into(a.k, every, nullptr, k);
+      into(a.v, every, nullptr, v);
+    }
+    if (count_) {
+      gather();
+      const Input entering = prepare(a.q, x_.data(), count_);
+      into(a.q, entering, kept_, q);
+      if (copies) {
+        into(a.k, entering, kept_, k);
+        into(a.v, entering, kept_, v);
+      }
+    }
+#pragma omp barrier
+    for (int task = id; task < s.rows * m.kv_heads; task += threads) {
+      const int r = task / m.kv_heads, head = task % m.kv_heads, d = m.head_dim;
+      float* key = entry(c.keys, l, r, head, s.slot[r]);
+      float* value = entry(c.values, l, r, head, s.slot[r]);
+      if (copies && !enters_[r]) {
+        std::memcpy(key, entry(c.keys, l - 1, r, head, s.slot[r]), sizeof(float) * d);
+        std::memcpy(value, entry(c.values, l - 1, r, head, s.slot[r]), sizeof(float) * d);
+        continue;
+      }
+      std::memcpy(key, k + (int64_t(r) * m.kv_heads + head) * d, sizeof(float) * d);
+      std::memcpy(value, v + (int64_t(r) * m.kv_heads + head) * d, sizeof(float) * d);
+      norm_head(key, a.norm_k);
+      if (a.rotates) rotate(key, s.slot[r]);
+    }
+#pragma omp barrier
+    if (!count_) return;
+    for (int task = id; task < count_ * m.heads; task += threads)
+      attend(l, kept_[task / m.heads], task % m.heads, task / m.heads);
+#pragma omp barrier
+    add(a.o, prepare(a.o, mixed, count_));
+#pragma omp barrier
+  }
+
+  // One query head over all slots up to its own; the result goes to place `to` of `mixed`.
+  void attend(int l, int row, int head, int to) {
+    const int d = m.head_dim, slot = s.slot[row], kv = head / (m.heads / m.kv_heads);
+    const Layer& a = m.layer[l];
+    float* query = head_.data();
+    std::memcpy(query, q + (int64_t(row) * m.heads + head) * d, sizeof(float) * d);
+    norm_head(query, a.norm_q);
+    if (a.rotates) rotate(query, slot);
+    const int first = a.window ? std::max(0, slot + 1 - a.window) : 0, seen = slot + 1 - first;
+    const float* keys = entry(c.keys, l, row, kv, first);
+    const float* values = entry(c.values, l, row, kv, first);
+    float most = -INFINITY;
+    for (int t = 0; t < seen; t++) {
+      scores_[t] = dot(query, keys + int64_t(t) * d, d) * m.scaling;
+      most = std::max(most, scores_[t]);
+    }
+    for (int t = seen; t % 8; t++) scores_[t] = -INFINITY;
+    f8 mass = {};
+    for (int t = 0; t < seen; t += 8) {
+      const f8 e = exp8(load(scores_.data() + t) - all(most));
+      store(scores_.data() + t, e);
+    }
+    for (int t = seen; t % 8; t++) scores_[t] = 0;
+    for (int t = 0; t < seen; t += 8) mass += load(scores_.data() + t);
+    const float inverse = 1.0f / sum(mass);
+    float* out = mixed + (int64_t(to) * m.heads + head) * d;
+    for (int i = 0; i < d; i += 8) {
+      f8 total = {};
+      for (int t = 0; t < seen; t++) total = fma(all(scores_[t]), load(values + int64_t(t) * d + i), total);
+      store(out + i, total * all(inverse));
+    }
+  }
+
+  void mlp(int l) {
+    const Layer& a = m.layer[l];
+    open(2 * l + 1, a.norm_mlp, a.weight_mlp, a.bias_mlp);
+    if (!count_) return;
+    gather();
+    const Input in = prepare(a.gate, x_.data(), count_);
+    into(a.gate, in, nullptr, inner);
+    multiply(a.up, in, [&](int n, int r, float y) {  // the thread that made this gate value
+      float* g = inner + int64_t(r) * a.up.n + n;
+      *g = *g / (1.0f + std::exp(-*g)) * y;
+    });
+#pragma omp barrier
+    add(a.down, prepare(a.down, inner, count_));
+#pragma omp barrier
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Floats of scratch that a pass of `rows` rows asks for
+int64_t gateskip_scratch(const Model* m, int32_t rows) {
+  return int64_t(rows) * (2 * m->heads * m->head_dim + 2 * m->kv_heads * m->head_dim + m->inner);
+}
+
+void gateskip_step(const Model* m, const Cache* c, const Step* s, int32_t threads) {
+#pragma omp parallel num_threads(threads)
+  Thread(*m, *c, *s, omp_get_thread_num(), omp_get_num_threads()).run();
+}
+
+// y [rows, n] of one matrix, such as the LM head
+void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, int32_t threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    Share share(omp_get_thread_num(), omp_get_num_threads(), rows, w->k);
+    share.multiply(*w, share.prepare(*w, x, rows),
+                   [&](int n, int r, float value) { y[int64_t(r) * w->n + n] = value; });
+  }
+}
+
+}  // extern "C"
+#endif

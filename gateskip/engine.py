@@ -1,0 +1,291 @@
+"""The native engine: a whole pass over a few tokens in one call of engine.cpp.
+
+It takes over decoding and verifying on a CPU, where a step in torch spends most of its time between
+operators. What it does not know (other devices, formats or architectures) stays with torch; prefill
+always does. Its weights are the torch modules' own, except that 4-bit ones are multiplied with
+activations rounded to 8 bits when `rounded` asks for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gateskip import native
+from gateskip.branches import FAMILIES, PRE_NORM, attention_shape, backbone, final_norm
+from gateskip.gates import ANCHORS, Gates, ScalarGates
+from gateskip.linears import DenseLinear, PackedLinear
+
+MOST_ROWS = 32  # of one pass; engine.cpp has the same number
+BLOCK = 32  # weights that share a scale where they are rounded to 8 bits, as in kernels.h
+DENSE, FOUR_BIT, FOUR_BIT_BOOK, ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES = range(6)
+Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
+
+
+class Unsuited(ValueError):
+    """The engine does not know this model; the message says what it lacks."""
+
+
+class Matrix(ctypes.Structure):
+    """As in engine.cpp."""
+
+    _fields_ = (
+        *((name, Int) for name in ("kind", "n", "k", "group")),
+        *((name, Pointer) for name in ("weights", "scale", "shift", "book", "bias")),
+    )
+
+
+class Layer(ctypes.Structure):
+    """As in engine.cpp."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, Pointer) for name in ("norm_attention", "norm_mlp", "norm_q", "norm_k")),
+        *((name, Pointer) for name in ("weight_attention", "weight_mlp")),
+        *((name, Float) for name in ("bias_attention", "bias_mlp")),
+        *((name, Int) for name in ("rotates", "window")),
+    )
+
+
+class Model(ctypes.Structure):
+    """As in engine.cpp."""
+
+    _fields_ = (
+        *((name, Int) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")),
+        *((name, Int) for name in ("inner", "rotary_dim", "anchors")),
+        *((name, Float) for name in ("epsilon", "scaling")),
+        ("norm_final", Pointer),
+        ("layer", ctypes.POINTER(Layer)),
+    )
+
+
+class CacheView(ctypes.Structure):
+    """As in engine.cpp."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("keys", "values", "cos", "sin")),
+        ("capacity", Int),
+    )
+
+
+class Step(ctypes.Structure):
+    """As in engine.cpp."""
+
+    _fields_ = (
+        *((name, Int) for name in ("rows", "copies")),
+        *((name, Pointer) for name in ("cache_row", "slot", "hidden", "thresholds", "kept")),
+        ("scratch", Pointer),
+    )
+
+
+class Engine:
+    """A model of a supported architecture, ready for `step`."""
+
+    def __init__(
+        self, model: Any, gates: Gates | None, kv_rule: str = "project", rounded: bool = False
+    ) -> None:
+        """Raises Unsuited when engine.cpp cannot run this model here."""
+        library = native.library()
+        if library is None or not hasattr(library, "gateskip_step"):
+            raise Unsuited("the kernels could not be built, or the processor has no AVX2")
+        self.library: Any = library
+        if FAMILIES.get(model.config.model_type) is not PRE_NORM:
+            raise Unsuited(f"architecture {model.config.model_type} runs in torch")
+        if gates is not None and (type(gates) is not ScalarGates or gates.scales):
+            raise Unsuited("only scalar gates that do not scale run natively")
+        self.held: list[Any] = []  # tensors that the structures point into
+        self.rounded = rounded
+        self.model = self._model(model, gates)
+        self.head = self._head(model)
+        self.copies = int(kv_rule == "copy")
+        self.kept = torch.zeros(2 * self.model.layers, dtype=torch.int64)
+        size = self.library.gateskip_scratch
+        size.restype = ctypes.c_int64
+        self.scratch = torch.empty(size(ctypes.byref(self.model), MOST_ROWS))
+        self._levels: tuple[Any, Tensor] | None = None
+        self._cache: tuple[Any, CacheView] | None = None
+
+    def step(
+        self,
+        hidden: Tensor,
+        cache: Any,
+        cache_rows: Sequence[int],
+        slots: Sequence[int],
+        thresholds: Sequence[float] | None,
+    ) -> Tensor:
+        """Embeddings [rows, H] at `slots` of `cache_rows` -> final normed hidden states [rows, H].
+
+        At most MOST_ROWS rows. `kept` then counts, branch by branch, how many rows entered.
+        """
+        out = hidden.clone(memory_format=torch.contiguous_format)
+        where = torch.tensor([[*cache_rows], [*slots]], dtype=torch.int32)
+        self.kept.zero_()
+        step = Step(
+            len(out),
+            self.copies,
+            where[0].data_ptr(),
+            where[1].data_ptr(),
+            out.data_ptr(),
+            None if thresholds is None else self._thresholds(thresholds).data_ptr(),
+            self.kept.data_ptr(),
+            self.scratch.data_ptr(),
+        )
+        self.library.gateskip_step(
+            ctypes.byref(self.model),
+            ctypes.byref(self._view(cache)),
+            ctypes.byref(step),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [rows, H] -> logits [rows, V]."""
+        flat = hidden.contiguous()
+        out = torch.empty(len(flat), self.head.n)
+        self.library.gateskip_multiply(
+            ctypes.byref(self.head),
+            ctypes.c_void_p(flat.data_ptr()),
+            len(flat),
+            ctypes.c_void_p(out.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return out
+
+    # -- what a call points to ------------------------------------------------------------------
+
+    def _thresholds(self, levels: Sequence[float]) -> Tensor:
+        if self._levels is None or self._levels[0] is not levels:
+            self._levels = (levels, torch.tensor(list(levels), dtype=torch.float32))
+        return self._levels[1]
+
+    def _view(self, cache: Any) -> CacheView:
+        if self._cache is None or self._cache[0] is not cache:
+            (rope,) = cache.rope.values()
+            stores = [
+                (Pointer * len(part))(*(x.data_ptr() for x in part))
+                for part in (cache.keys, cache.values)
+            ]
+            tables = [x.contiguous() for x in rope]
+            addresses = [ctypes.addressof(x) for x in stores] + [x.data_ptr() for x in tables]
+            view = CacheView(*addresses, cache.capacity)
+            view.held = (stores, tables)
+            self._cache = (cache, view)
+        return self._cache[1]
+
+    # -- the model as structures ----------------------------------------------------------------
+
+    def _model(self, model: Any, gates: Gates | None) -> Model:
+        config, body = model.config, backbone(model)
+        shape = attention_shape(model, body.layers[0].self_attn)
+        norm = final_norm(model)
+        if config.hidden_act not in ("silu", "swish"):
+            raise Unsuited(f"activation {config.hidden_act} runs in torch")
+        if shape.softcap is not None or shape.head_dim % 8 or config.hidden_size % 8:
+            raise Unsuited("odd sizes and softcapped attention run in torch")
+        rotary = int(body.rotary_emb.inv_freq.shape[0]) * 2
+        layers = (Layer * len(body.layers))(
+            *(self._layer(model, layer, number, gates) for number, layer in enumerate(body.layers))
+        )
+        return Model(
+            len(body.layers),
+            config.hidden_size,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            layers[0].gate.n,
+            rotary,
+            ANCHORS,
+            _epsilon(norm),
+            shape.scaling,
+            self._at(norm.weight),
+            layers,
+        )
+
+    def _layer(self, model: Any, layer: Any, number: int, gates: Gates | None) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        if not hasattr(attention, "q_proj") or not hasattr(mlp, "up_proj"):
+            raise Unsuited("fused projections run in torch")
+        shape = attention_shape(model, attention)
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        matrices = [self._matrix(x) for x in (*parts, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+        q, k, v, _, gate, up, _ = matrices
+        if len({(x.kind, x.group) for x in (q, k, v)} | {(gate.kind, gate.group)}) > 1 or (
+            (gate.kind, gate.group) != (up.kind, up.group)
+        ):
+            raise Unsuited("layers of several formats run in torch")
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        weights: list[Any] = [None, None]
+        biases = [0.0, 0.0]
+        if gates is not None:
+            rows = [gates.weight[2 * number + i] for i in range(2)]  # type: ignore[index]
+            weights = [self._at(row) for row in rows]
+            biases = [float(gates.bias[2 * number + i]) for i in range(2)]  # type: ignore[index]
+        return Layer(
+            *matrices,
+            *(self._at(x.weight) for x in norms),
+            *(None if x is None else self._at(x.weight) for x in heads),
+            *weights,
+            *biases,
+            int(bool(getattr(attention, "use_rope", True))),
+            shape.window or 0,
+        )
+
+    def _matrix(self, module: Any) -> Matrix:
+        if isinstance(module, PackedLinear):
+            return self._packed(module)
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear | DenseLinear) or not isinstance(weight, Tensor):
+            raise Unsuited(f"{type(module).__name__} layers run in torch")
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            raise Unsuited(f"{weight.dtype} weights on {weight.device.type} run in torch")
+        n, k = weight.shape
+        return Matrix(DENSE, n, k, k, self._at(weight), None, None, None, self._maybe(module.bias))
+
+    def _head(self, model: Any) -> Matrix:
+        """The LM head: in 8 bits where the layers have 4, else it would cost more than they do."""
+        module = model.get_output_embeddings()
+        packed = any(isinstance(part, PackedLinear) for part in model.modules())
+        if not self.rounded or not packed or module.weight.shape[1] % BLOCK:
+            return self._matrix(module)
+        weight = module.weight.detach().unflatten(1, (-1, BLOCK))  # [V, H / 32, 32]
+        scale = weight.abs().amax(2) / 127
+        codes = (weight / scale.clamp_min(1e-12).unsqueeze(2)).round().to(torch.int8)
+        n, k = module.weight.shape
+        parts = (codes.flatten(1), scale, None, None, module.bias)
+        return Matrix(ROUNDED_BYTES, n, k, BLOCK, *(self._maybe(x) for x in parts))
+
+    def _packed(self, module: PackedLinear) -> Matrix:
+        n, k = module.out_features, module.in_features
+        scale, offset, book = module.scale, module.offset, module.book
+        group = k // scale.shape[1]
+        if not self.rounded:
+            kind = FOUR_BIT if book is None else FOUR_BIT_BOOK
+            table = book
+        elif book is None:  # codes 0..15 stand for code - 8: the shift takes the 8 away
+            kind, table = ROUNDED_CODES, None
+            offset = -8 * scale if offset is None else offset - 8 * scale
+        else:
+            kind, largest = ROUNDED_BOOK, book.abs().max()
+            table = (book / largest * 127).round().to(torch.int8)
+            scale = scale * (largest / 127)
+        parts = (module.codes, scale, offset, table, module.bias)
+        return Matrix(kind, n, k, group, *(self._maybe(x) for x in parts))
+
+    def _maybe(self, tensor: Tensor | None) -> int | None:
+        return None if tensor is None else self._at(tensor)
+
+    def _at(self, tensor: Tensor) -> int:
+        """The address of a tensor, which is held from now on."""
+        whole = tensor.detach().contiguous()
+        self.held.append(whole)
+        return whole.data_ptr()
+
+
+def _epsilon(norm: Any) -> float:
+    found = getattr(norm, "variance_epsilon", None)
+    return float(norm.eps if found is None else found)

@@ -1,0 +1,139 @@
+"""The native engine gives what torch gives, skips what torch skips, and each row stands alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gateskip
+from gateskip import native
+from gateskip.branches import find_branches
+from gateskip.checkpoint import load_model
+from gateskip.engine import Engine, Unsuited
+from gateskip.kinds import make_gates
+from gateskip.linears import PackedLinear
+from gateskip.skip import NEVER_SKIP, SkippingModel
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+pytestmark = pytest.mark.skipif(
+    native.library() is None or not hasattr(native.library(), "gateskip_step"),
+    reason="no native engine here",
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 512, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def pair(model: Any, rule: str) -> tuple[SkippingModel, SkippingModel, list[float]]:
+    """The same gated model in torch and in the engine, with thresholds that skip about half."""
+    branches = len(find_branches(model))
+    torch.manual_seed(1)
+    gates = make_gates("scalar", branches, model.config.hidden_size).requires_grad_(False)
+    gates.weight.mul_(10)  # type: ignore[operator]
+    plain, fast = SkippingModel(model, gates, rule), SkippingModel(model, gates, rule)
+    fast.engine = Engine(model, gates, rule)
+    return plain, fast, [NEVER_SKIP] + [5.0] * (branches - 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rule", ["project", "copy"])
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_batch_decodes_as_in_torch(
+    make_tiny: Callable[..., Path], family: str, rule: str, skips: bool
+) -> None:
+    plain, fast, some = pair(load_model(make_tiny(family), "float32"), rule)
+    levels = some if skips else None
+    lengths, ids = [40, 7, 23], tokens(3, 40)
+    caches = plain.new_cache(3, 64), fast.new_cache(3, 64)
+    for model, cache in zip((plain, fast), caches, strict=True):
+        model.forward(ids, cache, [0] * 3, levels, lengths)
+    for step in range(15):
+        starts, following = [length + step for length in lengths], tokens(3, 1, step)
+        wanted = plain.forward(following, caches[0], starts, levels)
+        found = fast.forward(following, caches[1], starts, levels)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+        torch.testing.assert_close(fast.head(found), plain.head(wanted), atol=1e-4, rtol=0)
+    assert fast.usage == plain.usage
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_are_the_same_bits_together_and_alone(
+    make_tiny: Callable[..., Path], family: str, threads: int
+) -> None:
+    """A verify pass, and a batch, give what decoding one by one gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        _, fast, levels = pair(load_model(make_tiny(family), "float32"), "project")
+        ids = tokens(1, 30)
+        together, alone = fast.new_cache(1, 64), fast.new_cache(1, 64)
+        for cache in (together, alone):
+            fast.forward(ids[:, :20], cache, [0], levels)
+        verified = fast.forward(ids[:, 20:], together, [20])
+        steps = [fast.forward(ids[:, i : i + 1], alone, [i]) for i in range(20, 30)]
+        assert torch.equal(verified, torch.cat(steps, 1))
+        assert torch.equal(fast.head(verified)[:, 3:4], fast.head(steps[3]))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("form", ["codes", "shifted", "book"])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_four_bit_weights(tiny_llama: Path, form: str, rounded: bool) -> None:
+    """Exact without rounding, and within the error of 8 bits with it."""
+    model = load_model(tiny_llama, "float32")
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    setattr(part, name, packed(linear, form, generator))
+    plain, fast = SkippingModel(model), SkippingModel(model)
+    fast.engine = Engine(model, None, rounded=rounded)
+    caches = plain.new_cache(1, 40), fast.new_cache(1, 40)
+    for each, cache in zip((plain, fast), caches, strict=True):
+        each.forward(tokens(1, 20), cache, [0])
+    wanted = plain.forward(tokens(1, 12, 5), caches[0], [20])
+    found = fast.forward(tokens(1, 12, 5), caches[1], [20])
+    error = float((found - wanted).norm() / wanted.norm())
+    assert error < (0.06 if rounded else 1e-5)
+    logits = fast.head(found), plain.head(found)
+    assert float((logits[0] - logits[1]).norm() / logits[1].norm()) < (0.06 if rounded else 1e-5)
+    assert torch.equal(fast.forward(tokens(1, 12, 5)[:, :1], caches[1], [20]), found[:, :1])
+
+
+def packed(linear: torch.nn.Linear, form: str, generator: torch.Generator) -> PackedLinear:
+    """Random 4-bit weights of a layer's shape and about its size."""
+    n, k = linear.weight.shape
+    codes = torch.randint(0, 16, (n, k), generator=generator)
+    scale = (torch.rand(n, k // 32, generator=generator) + 0.5) * linear.weight.std() / 5
+    offset = torch.randn(n, k // 32, generator=generator) * scale if form == "shifted" else None
+    book = torch.linspace(-5, 5, 16) if form == "book" else None
+    return PackedLinear(codes, scale, offset, book, None)
+
+
+def test_what_it_cannot_run_stays_in_torch(make_tiny: Callable[..., Path]) -> None:
+    gemma = load_model(make_tiny("gemma2"), "float32")
+    with pytest.raises(Unsuited, match="gemma2"):
+        Engine(gemma, None)
+    llama = load_model(make_tiny("llama"), "float32")
+    gates = make_gates("vector", len(find_branches(llama)), 64)
+    with pytest.raises(Unsuited, match="scalar gates"):
+        Engine(llama, gates)
+    with pytest.raises(Unsuited, match="bfloat16"):
+        Engine(load_model(make_tiny("llama"), "bfloat16"), None)
+    assert gateskip.load(make_tiny("gemma2")).skipping.engine is None
+    assert gateskip.load(make_tiny("llama")).skipping.engine is not None
+    assert gateskip.load(make_tiny("llama"), native=False).skipping.engine is None
