@@ -119,7 +119,16 @@ class Task:
     needs: tuple[str, ...] = ()
 
 
-def run_graph(tasks: Iterable[Task], slots: int, abort: Callable[[], None]) -> None:
+def thread_pool(slots: int) -> ThreadPoolExecutor:
+    """Threads for `run_graph`. It must outlive every worker that its threads start and leave alive:
+    the kernel ends a worker with the thread that started it (PR_SET_PDEATHSIG).
+    """
+    return ThreadPoolExecutor(max_workers=slots, thread_name_prefix="worker")
+
+
+def run_graph(
+    tasks: Iterable[Task], slots: int, abort: Callable[[], None], pool: ThreadPoolExecutor
+) -> None:
     """Do all tasks, each after those it needs, at most `slots` at a time, in order where it can.
 
     What a task raises, or Ctrl-C, ends the graph: `abort` has to end the tasks that are running.
@@ -127,21 +136,21 @@ def run_graph(tasks: Iterable[Task], slots: int, abort: Callable[[], None]) -> N
     waiting = list(tasks)
     done: set[str] = set()
     running: dict[Future[None], str] = {}
-    with ThreadPoolExecutor(max_workers=slots, thread_name_prefix="worker") as pool:
-        try:
-            while waiting or running:
-                ready = [task for task in waiting if done.issuperset(task.needs)]
-                for task in ready[: slots - len(running)]:
-                    waiting.remove(task)
-                    running[pool.submit(task.work)] = task.name
-                assert running, f"tasks that can never begin: {[task.name for task in waiting]}"
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    done.add(running.pop(future))
-                    future.result()
-        except BaseException:
-            abort()
-            raise
+    try:
+        while waiting or running:
+            ready = [task for task in waiting if done.issuperset(task.needs)]
+            for task in ready[: slots - len(running)]:
+                waiting.remove(task)
+                running[pool.submit(task.work)] = task.name
+            assert running, f"tasks that can never begin: {[task.name for task in waiting]}"
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                done.add(running.pop(future))
+                future.result()
+    except BaseException:
+        abort()
+        wait(running)
+        raise
 
 
 @dataclass
@@ -172,12 +181,13 @@ class Runner:
             shutil.rmtree(self.folder.root / "cells", ignore_errors=True)
             shutil.rmtree(self.folder.speed, ignore_errors=True)
         environment = capture_environment(self.plan.pipeline.benchmark.threads)
-        try:
-            tasks = [*self.step_tasks(cells), *self.quality_tasks(cells)]
-            run_graph(tasks, self.executor.slots, self.end_workers)
-            session = self.measure_speed(cells, environment)
-        finally:
-            self.end_workers()
+        with thread_pool(self.executor.slots) as pool:
+            try:
+                tasks = [*self.step_tasks(cells), *self.quality_tasks(cells)]
+                run_graph(tasks, self.executor.slots, self.end_workers, pool)
+                session = self.measure_speed(cells, environment)
+            finally:
+                self.end_workers()
         return self.conclude(session, environment)
 
     # --- What is to be done ---------------------------------------------------------------------

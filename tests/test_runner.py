@@ -39,7 +39,7 @@ from compose.records import (
     read_phase,
 )
 from compose.result import Results, load_results
-from compose.runner import RunResult, Settings, Task, run, run_graph
+from compose.runner import RunResult, Settings, Task, run, run_graph, thread_pool
 from compose.schema import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,6 +195,19 @@ def results_of(out: Path) -> Results:
 
 
 # --- The whole way ------------------------------------------------------------------------------
+
+
+def test_a_cell_stays_loaded_between_quality_and_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "PARKING_ROOM", 0)
+    script = Script()
+    script.parks = True
+    result = go(tmp_path, script)
+    assert result.exit_code == 0
+    cells = [cell.name for cell in results_of(tmp_path).measured]
+    assert sorted(event[1] for event in script.done("load")) == sorted(cells), "loaded once"
+    assert len(script.done("speed")) > len(cells)
 
 
 def test_steps_then_quality_then_interleaved_rounds(tmp_path: Path) -> None:
@@ -581,11 +594,11 @@ def test_the_graph_keeps_order_and_uses_its_slots() -> None:
         return body
 
     tasks = [Task(n, work(n), needs) for n, needs in [("a", ()), ("b", ("a",)), ("c", ("a",))]]
-    run_graph(tasks, 1, lambda: None)
+    run_graph(tasks, 1, lambda: None, thread_pool(1))
     assert done == ["a", "b", "c"]
     assert most == 1
     done.clear()
-    run_graph(tasks, 3, lambda: None)
+    run_graph(tasks, 3, lambda: None, thread_pool(3))
     assert done[0] == "a"
     assert most == 2
 
@@ -599,7 +612,7 @@ def test_what_a_task_raises_ends_the_graph() -> None:
 
     tasks = [Task("a", fail), Task("b", lambda: done.append("b"), ("a",))]
     with pytest.raises(AssetError):
-        run_graph(tasks, 2, lambda: aborted.append(True))
+        run_graph(tasks, 2, lambda: aborted.append(True), thread_pool(2))
     assert done == []
     assert aborted == [True]
 
