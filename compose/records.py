@@ -30,7 +30,7 @@ from compose.plan import Cell, Plan, digest
 from compose.result import CellResult, Results
 
 Phase = Literal["load", "quality", "lossless"]
-MEASURE_VERSION = 2  # raised when the same cell begins to be measured in another way
+MEASURE_VERSION = 3  # raised when the same cell begins to be measured in another way
 SPEED_NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s")
 SPECULATE = "speculate"
 

@@ -202,6 +202,10 @@ class Quality(Record):
     tasks: dict[str, TaskScore] | None = None
     """Task name -> its score."""
 
+    kl_of_rounding: float | None = None
+    """Mean KL, nats a token, from these weights as they were scored to the same weights as they are
+    decoded, with activations rounded to 8 bits; absent where decoding does not round."""
+
     overlap: dict[str, Overlap] | None = None
     """Of the baseline only: text or task -> whether stages learn from what is scored."""
 

@@ -83,7 +83,10 @@ class Step(ctypes.Structure):
 
 
 class Engine:
-    """A model of a supported architecture, ready for `step`."""
+    """A model of a supported architecture, ready for `step`.
+
+    `rounded` tells whether any of its products are of activations rounded to 8 bits.
+    """
 
     def __init__(
         self, model: Any, gates: Gates | None, kv_rule: str = "project", rounded: bool = False
@@ -98,7 +101,7 @@ class Engine:
         if gates is not None and (type(gates) is not ScalarGates or gates.scales):
             raise Unsuited("only scalar gates that do not scale run natively")
         self.held: list[Any] = []  # tensors that the structures point into
-        self.rounded = rounded
+        self.rounded = rounded and any(isinstance(part, PackedLinear) for part in model.modules())
         self.model = self._model(model, gates)
         self.head = self._head(model)
         self.copies = int(kv_rule == "copy")
@@ -249,8 +252,7 @@ class Engine:
     def _head(self, model: Any) -> Matrix:
         """The LM head: in 8 bits where the layers have 4, else it would cost more than they do."""
         module = model.get_output_embeddings()
-        packed = any(isinstance(part, PackedLinear) for part in model.modules())
-        if not self.rounded or not packed or module.weight.shape[1] % BLOCK:
+        if not self.rounded or module.weight.shape[1] % BLOCK:
             return self._matrix(module)
         weight = module.weight.detach().unflatten(1, (-1, BLOCK))  # [V, H / 32, 32]
         scale = weight.abs().amax(2) / 127

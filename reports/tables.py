@@ -103,6 +103,7 @@ def quality(report: Report) -> Table:
             _metric("perplexity-ratio", "Perplexity", TIMES + " dense", _RATIO, ratio),
             _metric("kl", "KL", "nats", _KL, number),
             _metric("agreement", "Agree", "%", _AGREE, share),
+            Column("Rounding", "KL", _ROUNDING, _rounding),
             *(column for pair in tasks for column in pair),
             _metric("accuracy", "Tasks", "mean, %", "Unweighted mean of the scores.", share),
             _metric("retained", "Keeps", "%", retained_help(report), share),
@@ -272,6 +273,7 @@ _SAVED = "Multiply-adds of the decoder layers not computed, gates and kept keys/
 _RATIO = "Perplexity over the dense model's; 1 is no loss."
 _KL = "Mean KL divergence from the dense model, a token."
 _AGREE = "Positions where the dense model puts the same token first."
+_ROUNDING = "Mean KL, a token, of decoding with activations rounded to 8 bits to scoring without."
 _ACCEPTED = "Drafted tokens that the whole model confirmed."
 _MEAN = "Tokens gained by one pass of the whole model; plain decoding has 1."
 _LOSSLESS = "Whether speculative greedy decoding gave plain decoding's tokens, every one."
@@ -387,6 +389,12 @@ def _perplexity(report: Report, row: Row) -> Entry:
         return Entry()
     note = "" if _dataset(report) else found.dataset
     return Entry(number(found.value), note, found.value)
+
+
+def _rounding(report: Report, row: Row) -> Entry:
+    found = report.results.quality(row.cell)
+    value = None if found is None else found.kl_of_rounding
+    return Entry() if value is None else Entry(number(value), sort=value)
 
 
 def _accepted(report: Report, row: Row) -> Entry:

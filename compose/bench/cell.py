@@ -31,11 +31,13 @@ from compose.bench.quality import (
 )
 from compose.errors import AssetError, StepError
 from gateskip.decode import Decoder, Generation, Mode
+from gateskip.engine import MOST_ROWS
 from gateskip.insight import look, summarize
 from gateskip.skip import KVCache, Usage
 
 BLOCK = 512  # tokens of a block on which perplexity is measured
 WARM_TOKENS = 16  # decoded once at each batch size before anything is timed
+ROUNDING_TOKENS = 129  # on which the engine's rounding is compared
 INSIGHT_BLOCKS = 2  # of the perplexity's text, on which the gates are looked at
 FORCED_DRAFT = 3
 """Draft length of the lossless check where the cell says `auto`: it must draft to count."""
@@ -93,7 +95,9 @@ class CellBench:
             "disk_bytes": disk_bytes(self.job.folder),
             "resident_bytes": resident_bytes(decoder.skipping.model, decoder.skipping.gates),
         }
-        return {"size": sizes, "kernels": decoder.kernels}
+        engine = decoder.skipping.engine
+        name = "torch" if engine is None else "native, rounded" if engine.rounded else "native"
+        return {"size": sizes, "kernels": decoder.kernels, "engine": name}
 
     # -- quality -------------------------------------------------------------------------------
 
@@ -158,9 +162,32 @@ class CellBench:
             ]
         if self.mode == "skip":
             found["compute"] = self._saved(usage)
+        if (distance := self._rounding(blocks[:1, :ROUNDING_TOKENS])) is not None:
+            found["kl_of_rounding"] = distance
         if model.levels is not None:
             found["insight"] = self._insight(blocks[:INSIGHT_BLOCKS], model.levels)
         return found
+
+    def _rounding(self, ids: Tensor) -> float | None:
+        """KL from these weights as they are scored to the same as they are decoded, on ids [1, S].
+
+        Text is scored in torch; the engine decodes with rounded activations, or this is None.
+        """
+        skipping, engine = self.decoder.skipping, self.decoder.skipping.engine
+        if engine is None or not engine.rounded:
+            return None
+        with torch.inference_mode():
+            cache = skipping.new_cache(1, ids.shape[1])
+            found = [skipping.forward(ids[:, :1], cache, [0])]
+            for start in range(1, ids.shape[1], MOST_ROWS):
+                found.append(skipping.forward(ids[:, start : start + MOST_ROWS], cache, [start]))
+            decoded = torch.cat([skipping.head(part[0]) for part in found]).log_softmax(-1)
+            skipping.engine = None
+            try:
+                scored = skipping.head(skipping.forward(ids, cache, [0])[0]).log_softmax(-1)
+            finally:
+                skipping.engine = engine
+        return float((scored.exp() * (scored - decoded)).sum(-1).mean())
 
     def _insight(self, blocks: Tensor, levels: Sequence[float]) -> dict[str, Any]:
         """Who gets how much compute, on a few blocks [N, S] of the same text."""
