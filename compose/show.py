@@ -153,6 +153,8 @@ def read_text(text: str) -> str:
 
 def say_insight(console: Console, found: dict[str, Any]) -> None:
     """A text's tokens on ever darker ground, the more of the compute each got; and the means."""
+    from reports.insight import heat
+
     shares = [token["compute"] for token in found["tokens"]]
     line = Text()
     for token in found["tokens"]:
@@ -164,12 +166,6 @@ def say_insight(console: Console, found: dict[str, Any]) -> None:
     console.print(kinds)
     mean = sum(shares) / len(shares)
     console.print(f"budget {found['budget']:g}: {mean:.0%} of the branches' compute was spent")
-
-
-def heat(share: float, shares: Sequence[float]) -> float:
-    """Where a share lies between the least and the most of its text, 0 to 1."""
-    low, high = min(shares), max(shares)
-    return (share - low) / (high - low) if high > low else 1.0
 
 
 def _ground(level: float) -> str:

@@ -88,11 +88,10 @@ float dot(const float* a, const float* b, int n) {  // n a multiple of 8
 
 void store(float* p, f8 v) { *reinterpret_cast<f8*>(p) = v; }
 
-// Which rows of a phase, and their activations in the form that its weights multiply
+// The rows of a phase; what their rounding gave stays with the thread that asked for it
 struct Input {
   int rows = 0;
   const float* x = nullptr;  // [rows, k]
-  Rounded rounded{};
 };
 
 // One thread's share of matrix products: some of the weights' rows, all of the activations'
@@ -103,7 +102,6 @@ class Share {
         scales_(size_t(rows) * (widest / BLOCK + 1)), sums_(scales_.size()) {}
 
   Input prepare(const Matrix& w, const float* x, int rows) {
-    Input in{rows, x, {values_.data(), scales_.data(), sums_.data()}};
     const int groups = w.kind == DENSE ? 1 : w.k / w.group;
     for (int r = 0; r < rows; r++) {
       const float* row = x + int64_t(r) * w.k;
@@ -117,7 +115,7 @@ class Share {
           sums_[size_t(r) * groups + g] = total;
         }
     }
-    return in;
+    return {rows, x};
   }
 
   template <int rows>
