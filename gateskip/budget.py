@@ -23,6 +23,7 @@ from gateskip.skip import NEVER_SKIP
 
 ALLOCATIONS = ("global", "uniform", "sensitivity")
 CLOSE = 0.004  # a kept share this near to its budget is good enough
+DAMPING = 0.8  # skipping more lowers later logits, so that full corrections overshoot
 DEFAULT_BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
 
 
@@ -62,8 +63,9 @@ def calibrate(
     never skip.
 
     Skipping changes what later gates see, so the thresholds are found in a closed loop: up to
-    `rounds` times, the gate logits are collected while skipping with the last thresholds; the
-    round that came closest counts. Budgets go from high to low and each starts from its neighbour.
+    `rounds` times, thresholds are read off the logits that the neighbouring budget left, the share
+    that they really keep is measured, and more or less is asked for; the closest round counts.
+    Budgets go from high to low.
     """
     costs = torch.tensor([c.at(blocks.shape[1] / 2) for c in branch_costs(model)])
     free = torch.ones(len(costs), dtype=torch.bool)
@@ -75,25 +77,21 @@ def calibrate(
     found = []
     wanted = sorted(set(budgets), reverse=True)
     for done, budget in enumerate(wanted):
-        tried = []
+        tried: list[tuple[Calibration, Tensor]] = []
+        skip = 1 - budget  # what is asked for
         for _ in range(rounds):
-            thresholds = _midway(thresholds, allocate(logits, budget))
-            logits = _collect(model, gates, blocks, thresholds, kv_rule, batch)
-            tried.append(_record(budget, thresholds, logits, costs))
-            if abs(tried[-1].kept - budget) < CLOSE:
+            thresholds = allocate(logits, 1 - skip)
+            left = _collect(model, gates, blocks, thresholds, kv_rule, batch)
+            tried.append((_record(budget, thresholds, left, costs), left))
+            kept = tried[-1][0].kept
+            if abs(kept - budget) < CLOSE:
                 break
-        best = min(tried, key=lambda each: abs(each.kept - budget))
+            skip = min(1.0, skip * ((1 - budget) / max(1e-6, 1 - kept)) ** DAMPING)
+        best, logits = min(tried, key=lambda each: abs(each[0].kept - budget))
         found.append(best)
         if progress is not None:
             progress(done + 1, len(wanted))
     return found
-
-
-def _midway(old: Tensor, new: Tensor) -> Tensor:
-    """Half the way from one threshold to the next: full steps overshoot, since skipping more makes
-    the gates' inputs smaller, and so their logits."""
-    both = old.isfinite() & new.isfinite()
-    return torch.where(both, (old + new) / 2, new)
 
 
 def _record(budget: float, thresholds: Tensor, logits: Tensor, costs: Tensor) -> Calibration:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from gateskip.budget import Calibration
 from gateskip.gates import Gates
 from gateskip.kinds import GATE_KINDS, make_gates
+from gateskip.shortcuts import Shortcuts
 
 GATES_FILE = "gates.safetensors"
 META_FILE = "gateskip.json"
@@ -64,6 +65,7 @@ def save_gates(folder: Path, file: GateFile) -> None:
         "sizes": file.gates.sizes(),
         "scales": file.gates.scales,
         "place": file.gates.place,
+        "shortcut": 0 if file.gates.shortcuts is None else file.gates.shortcuts.rank,
         "kv_rule": file.kv_rule,
         "thresholds": {str(budget): row for budget, row in sorted(file.grid.items())},
         "kept": {str(budget): share for budget, share in sorted(file.kept.items())},
@@ -101,8 +103,11 @@ def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
     if found[0] != kind:
         raise ValueError(f"{path} holds no {kind} gates: found {found[0]}")
     gates = make_gates(kind, int(found[1]), int(found[2]), **settings)
+    state = load_file(str(path))
+    if "shortcuts.down" in state:
+        gates.shortcuts = Shortcuts(int(found[1]), int(found[2]), state["shortcuts.down"].shape[1])
     try:
-        gates.load_state_dict(load_file(str(path)))
+        gates.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} holds {kind} gates of other sizes: {error}") from error
     return gates

@@ -23,6 +23,10 @@ class BranchCost:
         """Cost with `context` slots attended to."""
         return self.linear + self.per_slot * context
 
+    def saved(self, kv_rule: str) -> int:
+        """What skipping saves of `linear` under a KV rule."""
+        return self.linear - (self.kv if kv_rule == "project" else 0)
+
 
 def branch_costs(model: Any) -> list[BranchCost]:
     """One cost a branch, in execution order."""
@@ -49,9 +53,9 @@ def _linear_macs(linear: Any) -> int:
 class Saving:
     """Shares of multiply-adds that were not spent, 0 when nothing was skipped.
 
-    `gross` and `net` are shares of the branches' cost; net pays for the gates and for keys and
-    values still computed of skipped tokens. `model` is the net saving over the whole model, its LM
-    head included, which no skipping touches.
+    `gross` and `net` are shares of the branches' cost; net pays for the gates, for shortcuts, and
+    for keys and values still computed of skipped tokens. `model` is the net saving over the whole
+    model, its LM head included, which no skipping touches.
     """
 
     gross: float
@@ -78,6 +82,8 @@ def saving(
         for i, (n, cost) in enumerate(zip(skipped, costs, strict=True))
         if kv_rule == "project" or i == 0
     )
+    if gates is not None and gates.shortcuts is not None:
+        extra += gates.shortcuts.macs() * sum(skipped)
     lm_head = model.config.hidden_size * model.config.vocab_size * usage.seen
     return Saving(
         gross=gross / dense,

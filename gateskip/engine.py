@@ -100,6 +100,8 @@ class Engine:
             raise Unsuited(f"architecture {model.config.model_type} runs in torch")
         if gates is not None and (type(gates) is not ScalarGates or gates.scales):
             raise Unsuited("only scalar gates that do not scale run natively")
+        if gates is not None and gates.shortcuts is not None:
+            raise Unsuited("shortcuts run in torch")
         self.held: list[Any] = []  # tensors that the structures point into
         self.rounded = rounded and any(isinstance(part, PackedLinear) for part in model.modules())
         self.model = self._model(model, gates)

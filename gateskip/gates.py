@@ -10,11 +10,14 @@ at full compute exactly what it was.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from gateskip.shortcuts import Shortcuts
 
 ANCHORS = 1
 """Tokens at the start of a sequence that enter every branch, whatever their gates say.
@@ -42,9 +45,12 @@ class Gates(nn.Module):
 
     scales: bool = False
     place: Place = "after"
+    shortcuts: Shortcuts | None
+    """What skipped branches add; None is nothing, as published."""
 
     def __init__(self, branches: int, hidden_size: int) -> None:
         super().__init__()
+        self.register_module("shortcuts", None)
         self.branches, self.hidden_size = branches, hidden_size
 
     @abstractmethod
@@ -80,6 +86,7 @@ class Gates(nn.Module):
         with torch.no_grad():
             for name, parameter in chosen.named_parameters():
                 parameter.copy_(own[name][kept] if name in self.per_branch else own[name])
+        chosen.shortcuts = None if self.shortcuts is None else self.shortcuts.rows(kept)
         chosen.scales, chosen.place = self.scales, self.place
         return chosen
 

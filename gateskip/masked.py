@@ -63,9 +63,10 @@ def masked_forward(
         x = branch.enter(source)
         keep, scale = None, None
         if gates is not None:
-            keep = mask and anchored(mask(branch, gates.logit(branch.index, x.detach())))  # [B, S]
-            if gates.scales or watch is not None:
-                scale = gates.gate(branch.index, x.detach()).to(x.dtype)
+            with torch.autocast(x.device.type, enabled=False):  # ranking asks for all its digits
+                keep = mask and anchored(mask(branch, gates.logit(branch.index, x.detach())))
+                if gates.scales or watch is not None:
+                    scale = gates.gate(branch.index, x.detach()).to(x.dtype)
             if watch is not None and scale is not None:
                 watch(scale)
             scale = scale if gates.scales else None
@@ -81,8 +82,17 @@ def masked_forward(
             output = output * scale
         if observe is not None:
             observe(branch, x, output)
-        hidden = hidden + (output if keep is None else output * keep.unsqueeze(-1).to(output))
+        hidden = hidden + (output if keep is None else _mixed(gates, branch, x, output, keep))
     return final_norm(model)(hidden)  # type: ignore[no-any-return]
+
+
+def _mixed(gates: Gates | None, branch: Branch, x: Tensor, output: Tensor, keep: Tensor) -> Tensor:
+    """The branch's output [B, S, H] where `keep` [B, S] is 1, and where it is 0 the shortcut's."""
+    entered = keep.unsqueeze(-1).to(output)
+    if gates is None or gates.shortcuts is None:
+        return output * entered
+    instead: Tensor = gates.shortcuts(branch.index, x)
+    return instead + (output - instead) * entered
 
 
 def _at_once(function: Callable[..., Any], *arguments: Any) -> Any:

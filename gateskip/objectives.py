@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,44 @@ from torch.nn import functional as F
 from gateskip.branches import Branch
 from gateskip.gates import ANCHORS
 
+ChunkLoss = Callable[[Tensor, slice], Tensor]
+CHUNK = 128  # tokens whose logits exist at once
+
 # -- losses -----------------------------------------------------------------------------------
+
+
+class _InChunks(torch.autograd.Function):
+    """Sum of a loss over chunks of rows; each chunk's gradient is made while it is at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss_of: ChunkLoss) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        slopes = []
+        for start in range(0, len(hidden), CHUNK):
+            rows = slice(start, min(start + CHUNK, len(hidden)))
+            part = hidden[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = loss_of(part, rows)
+            slopes.append(torch.autograd.grad(loss, part)[0])
+            total += loss.detach().float()
+        ctx.save_for_backward(torch.cat(slopes))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+        (slope,) = slopes
+        return ctx.saved_tensors[0] * slope, None
+
+
+def in_chunks(hidden: Tensor, loss_of: ChunkLoss) -> Tensor:
+    """`loss_of` summed over hidden states [N, H], a few rows at a time.
+
+    `loss_of(part [C, H], rows)` gives the loss of those rows. A vocabulary's logits are by far the
+    largest tensor of a small model's training step; a chunk of them stays in the processor's cache.
+    Gradients reach `hidden` only: what makes logits of it does not learn.
+    """
+    loss: Tensor = _InChunks.apply(hidden, loss_of)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def distill_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -29,9 +67,9 @@ def distill_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
     return total * temperature**2 / log_p[..., 0].numel()
 
 
-def next_token_loss(logits: Tensor, block: Tensor) -> Tensor:
-    """Mean cross-entropy of the tokens that follow. Logits [B, S, V], ids [B, S] -> scalar."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), block[:, 1:].flatten())
+def next_token_loss(logits: Tensor, following: Tensor) -> Tensor:
+    """Mean cross-entropy of logits [N, V] at the tokens that follow [N]; -100 is no token."""
+    return F.cross_entropy(logits.float(), following)
 
 
 def hidden_loss(student: Tensor, teacher: Tensor) -> Tensor:

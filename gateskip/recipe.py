@@ -38,12 +38,12 @@ class TrainConfig:
     """How the budget runs from 1 to `budget`."""
     budget: float = 0.7
     """Lowest share of multiply-adds that training visits."""
-    lr: float = 3e-3
-    """Learning rate of the gates."""
+    lr: float = 1e-3
+    """Learning rate of the gates and their shortcuts."""
     backbone: Literal["frozen", "lora", "full"] = "full"
-    """What of the model's own weights trains along: nothing, low-rank updates, all but embeddings.
-    """
-    backbone_lr: float = 3e-5
+    """What of the model's own weights trains along: nothing, low-rank updates, all but the
+    embeddings and the LM head."""
+    backbone_lr: float = 1e-4
     """Learning rate of the backbone or its updates, when it trains."""
     lora_rank: int = 16
     """Rank of the low-rank updates."""
@@ -59,8 +59,8 @@ class TrainConfig:
     """Whose keys and values a skipped token shows; the same as at inference."""
     checkpointing: bool = False
     """Recompute branches in the backward pass instead of keeping their activations."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Mixed precision, as accelerate names it."""
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Mixed precision, as accelerate names it; `auto` is bf16 where the device is fast at it."""
     validate_every: int = 0
     """Steps between validations on the blocks given for that; 0 is never."""
     validate_budgets: tuple[float, ...] = (0.85, 0.75)
@@ -91,6 +91,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "decay": "cosine",
         "warmup": 0.15,
         "kv": "copy",
+        "shortcut": 0,
     },
 }
 """Presets of the gate stage. `paper` is arXiv 2510.13876, section 4 and the official code: vector

@@ -1,9 +1,10 @@
 """Physical skipping: a branch a token does not enter is not computed for it.
 
-With many tokens the kept ones are gathered, run, and added back; with one token a skipped branch is
-not entered at all. Both write one cache, in which the slot number is the token's position. So rows
-of different lengths share a batch without a padding mask, a prefill may come in chunks, and cutting
-rejected drafts is forgetting a number.
+What it gets instead is nothing, or a shortcut where the gates have them. With many tokens the kept
+ones are gathered, run, and added back; with one token a skipped branch is not entered at all. Both
+write one cache, in which the slot number is the token's position. So rows of different lengths
+share a batch without a padding mask, a prefill may come in chunks, and cutting rejected drafts is
+forgetting a number.
 """
 
 from __future__ import annotations
@@ -108,6 +109,7 @@ class SkippingModel:
             raise ValueError(f"kv_rule {kv_rule!r}: one of {', '.join(KV_RULES)}")
         self.model = model
         self.gates = gates
+        self.shortcuts = None if gates is None else gates.shortcuts
         self.kv_rule = kv_rule
         if gates is not None:
             gates.attach(model)
@@ -212,6 +214,8 @@ class SkippingModel:
             if slot >= ANCHORS and not self._enters(branch, x, thresholds):
                 if branch.kind == "attention":
                     self._skip_attention_once(branch, entered, ropes[branch.rope], cache, slot)
+                if self.shortcuts is not None:
+                    hidden = hidden + self.shortcuts(branch.index, x)
                 continue
             self.usage.kept[branch.index] += 1
             if branch.kind == "mlp":
@@ -298,6 +302,10 @@ class SkippingModel:
             else:
                 rope = ropes[branch.rope]
                 self._add_attention(branch, hidden, entered, rope, cache, batch, keep, scale)
+            if self.shortcuts is not None and keep is not None:
+                skipped = (~keep).flatten().nonzero().squeeze(1)  # [N], padding among them
+                instead = self.shortcuts(branch.index, x.flatten(0, 1)[skipped])
+                hidden.view(-1, hidden.shape[-1]).index_add_(0, skipped, instead)
         return hidden
 
     def _kept(

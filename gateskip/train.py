@@ -9,6 +9,7 @@ between 1 and a falling bound, so the ranking is learned before it is used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from gateskip.objectives import (
     TrainMask,
     distill_loss,
     hidden_loss,
+    in_chunks,
     next_token_loss,
     scheduled_budget,
 )
@@ -35,6 +37,10 @@ from gateskip.recipe import TrainConfig
 
 Progress = Callable[[int, int, str], None]
 WINDOW = 4  # steps whose gate logits set the thresholds
+GAIN = (
+    0.2  # part of a step's error in the skipped share, as a logarithm, that the next ones correct
+)
+MOST_DRIFT = 1.5
 
 
 def train_gates(
@@ -59,7 +65,7 @@ def train_gates(
         raise ValueError("a trained backbone needs the dense model as a teacher of its own")
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision=config.precision,
+        mixed_precision=precision(config.precision),
         gradient_accumulation_steps=config.accumulate,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
@@ -80,11 +86,22 @@ def train_gates(
     return session.curve
 
 
+def precision(asked: str) -> str:
+    """`auto` is bf16 where the device multiplies it fast, else float32."""
+    if asked != "auto":
+        return asked
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_tile") or able.get("bf16") else "no"
+
+
 def _adapt(model: Any, config: TrainConfig) -> Any | None:
     """Ask for the gradients that the config wants; returns peft's wrapper under `lora`."""
     model.requires_grad_(config.backbone == "full")
-    if config.backbone == "full":
-        model.get_input_embeddings().requires_grad_(False)  # often tied to the LM head
+    if config.backbone == "full":  # the loss passes no gradient into the LM head
+        model.get_input_embeddings().requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
     if config.backbone != "lora":
         return None
     from peft import LoraConfig, get_peft_model
@@ -137,6 +154,7 @@ class _Session:
         self.free = torch.tensor([kind in wanted for kind in kinds])  # [branches]
         self.free[0] &= config.kv_rule != "copy"
         self.window: list[Tensor] = []  # gate logits [branches, tokens] of the last steps
+        self.drift = 0.0  # what the skipped share is asked for beyond what is wanted, a logarithm
 
     def _rate(self, step: int) -> float:
         """Factor of the learning rates: rise, then fall to a tenth."""
@@ -175,11 +193,13 @@ class _Session:
             logits.append(torch.stack(rule.logits))
         self._remember(torch.cat(logits, 1))
         self.step += 1
+        kept = sum(shares) / len(shares)
+        self._correct(budget, kept)
         row = {
             "step": float(self.step),
             "loss": sum(losses) / len(losses),
             "budget": budget,
-            "kept": sum(shares) / len(shares),
+            "kept": kept,
         }
         due = config.validate_every and self.step % config.validate_every == 0
         if self.validation is not None and (due or self.step == config.steps):
@@ -200,22 +220,44 @@ class _Session:
     def _loss(self, block: Tensor, rule: TrainMask, budget: float) -> Tensor:
         """The step's loss on one block [B, S]."""
         config = self.config
-        hidden, logits, gates = self.student(block, rule)
-        loss = torch.zeros((), device=block.device)
-        if config.loss != "distill":
-            loss = loss + next_token_loss(logits, block)
+        hidden, gates = self.student(block, rule)
+        dense = None
         if config.loss != "cross-entropy" or config.hidden_weight:
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 dense = masked_forward(self.teacher, block)
-                target = head(self.teacher, dense)
-            if config.loss != "cross-entropy":
-                loss = loss + distill_loss(logits, target, config.loss_temperature)
-            if config.hidden_weight:
-                loss = loss + config.hidden_weight * hidden_loss(hidden, dense)
+        with self.accelerator.autocast():
+            loss = self._head_loss(hidden, dense, block)
+        if config.hidden_weight and dense is not None:
+            loss = loss + config.hidden_weight * hidden_loss(hidden, dense)
         if config.sparsity != "none":
             pull = SPARSITY[config.sparsity](gates, budget)
             loss = loss + config.sparsity_weight * pull
         return loss
+
+    def _head_loss(self, hidden: Tensor, dense: Tensor | None, block: Tensor) -> Tensor:
+        """What the LM head makes of hidden [B, S, H], against the teacher's and the text's tokens.
+
+        `dense` [B, S, H] is the teacher's, needed to distil; block [B, S].
+        """
+        config, count = self.config, block.numel()
+        following = torch.cat((block[:, 1:], torch.full_like(block[:, :1], -100)), 1).flatten()
+
+        def loss_of(part: Tensor, rows: slice) -> Tensor:
+            logits = head(self.model, part)
+            loss = torch.zeros((), device=part.device)
+            if config.loss != "distill":
+                told = int((following[rows] >= 0).sum())
+                share = told / (count - len(block))
+                loss = loss + share * next_token_loss(logits, following[rows])
+            if config.loss != "cross-entropy":
+                assert dense is not None, "distillation has a teacher"
+                with torch.no_grad():
+                    target = head(self.teacher, dense.flatten(0, 1)[rows])
+                near = distill_loss(logits, target, config.loss_temperature)
+                loss = loss + near * (len(part) / count)
+            return loss
+
+        return in_chunks(hidden.flatten(0, 1), loss_of)
 
     def _block(self, part: int) -> Tensor:
         """Blocks [batch, S] of one pass of this step; each walk over the text is reordered."""
@@ -237,12 +279,20 @@ class _Session:
     def _thresholds(self, budget: float) -> Tensor:
         """Thresholds [branches] that keep `budget` of the cost over the last steps' tokens."""
         logits, costs = torch.cat(self.window, 1).cpu(), self.costs.cpu()
+        budget = 1 - min(1.0, (1 - budget) * math.exp(self.drift))
         if self.config.ranking == "uniform":
             share = 1 - (1 - budget) * float(costs.sum() / costs[self.free].sum())
             found = quantiles(logits, torch.full((len(logits),), share))
         else:
             found = global_thresholds(logits, budget, costs, self.free)
         return found.to(self.costs.device)
+
+    def _correct(self, budget: float, kept: float) -> None:
+        """Ask for more or less of the next steps: the window's logits were seen at other budgets,
+        and gates move, so a threshold read off them keeps another share than it was meant to."""
+        if budget < 0.97 and kept < 1.0:
+            self.drift += GAIN * (math.log(1 - budget) - math.log(1 - kept))
+            self.drift = min(MOST_DRIFT, max(-MOST_DRIFT, self.drift))
 
     def _remember(self, logits: Tensor) -> None:
         """Keep the gate logits [branches, tokens] of a step, those of all processes."""
@@ -253,24 +303,27 @@ class _Session:
     def _rank(self, block: Tensor) -> None:
         """Fill the window by a pass that skips nothing."""
         rule = self._mask(torch.full((self.gates.branches,), -torch.inf))
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             masked_forward(self.model, block, self.gates, rule, self.config.kv_rule)
         self._remember(torch.stack(rule.logits))
 
     def _validate(self, blocks: Tensor) -> dict[str, float]:
         """KL to the teacher on held-out blocks, at each of `validate_budgets`."""
         found = {}
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             for budget in self.config.validate_budgets:
-                thresholds, total = self._thresholds(budget), 0.0
+                thresholds, total, kept = self._thresholds(budget), 0.0, 0.0
                 for part in blocks.to(self.accelerator.device).split(1):
                     target = head(self.teacher, masked_forward(self.teacher, part))
                     rule = self._mask(thresholds)
                     rule.form = "hard"
                     hidden = masked_forward(self.model, part, self.gates, rule, self.config.kv_rule)
                     total += float(distill_loss(head(self.model, hidden), target))
+                    kept += float(rule.share)
                 found[f"kl@{budget}"] = total / len(blocks)
-        return found | {"valid": sum(found.values()) / len(found)}
+                found[f"kept@{budget}"] = kept / len(blocks)
+        distances = [value for name, value in found.items() if name.startswith("kl@")]
+        return found | {"valid": sum(distances) / len(distances)}
 
     def save(self, work: Path) -> None:
         """Write all that the next step depends on; the old checkpoint stays until it is whole."""
@@ -280,6 +333,7 @@ class _Session:
             "step": self.step,
             "curve": self.curve,
             "window": self.window,
+            "drift": self.drift,
             "gates": self.gates.state_dict(),
             "trained": {name: p.detach() for name, p in self.trained.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -295,6 +349,7 @@ class _Session:
             return
         state = torch.load(work / "training.pt", weights_only=True)
         self.step, self.curve, self.window = state["step"], state["curve"], state["window"]
+        self.drift = state["drift"]
         self.gates.load_state_dict(state["gates"])
         with torch.no_grad():
             for name, parameter in self.trained.items():
@@ -314,8 +369,8 @@ class _Student(nn.Module):
         super().__init__()
         self.model, self.gates, self.config = model, gates, config
 
-    def forward(self, block: Tensor, rule: TrainMask) -> tuple[Tensor, Tensor, Tensor]:
-        """Final hidden states [B, S, H], logits [B, S, V] and gate values of block [B, S]."""
+    def forward(self, block: Tensor, rule: TrainMask) -> tuple[Tensor, Tensor]:
+        """Final hidden states [B, S, H] and gate values of block [B, S]."""
         values: list[Tensor] = []
         watch = values.append if self.config.sparsity != "none" else None
         hidden = masked_forward(
@@ -328,4 +383,4 @@ class _Student(nn.Module):
             checkpointing=self.config.checkpointing,
         )
         seen = [value[:, ANCHORS:] for value in values]
-        return hidden, head(self.model, hidden), torch.stack(seen) if seen else block.new_zeros(1)
+        return hidden, torch.stack(seen) if seen else block.new_zeros(1)

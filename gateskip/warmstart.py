@@ -23,6 +23,7 @@ from gateskip.branches import Branch, find_branches, head
 from gateskip.compute import branch_costs
 from gateskip.gates import Gates, ScalarGates
 from gateskip.masked import masked_forward
+from gateskip.shortcuts import Shortcuts
 
 Progress = Callable[[int, int], None]
 
@@ -41,15 +42,17 @@ def warm_start(
     `gates` are set in place, whatever their kind; without them new scalar gates are made.
 
     The sensitivity is the KL that dropping the branch whole would cost, to second order. `ridge` is
-    relative to the mean variance of the gate's input.
+    relative to the mean variance of the gate's input. Where the gates have shortcuts, a branch is
+    worth what it adds beyond its shortcut.
     """
     branches = find_branches(model)
     width = model.config.hidden_size
     solver = _Ridge(len(branches), width)
     fisher, square = torch.zeros(len(branches)), torch.zeros(len(branches))
     generator = torch.Generator().manual_seed(seed)
+    shortcuts = None if gates is None else gates.shortcuts
     for done, block in enumerate(blocks.split(1)):
-        found = measure(model, block, generator, kv_rule)
+        found = measure(model, block, generator, kv_rule, shortcuts)
         fisher += found.scores.mean(1)
         square += found.norms.square().mean(1)
         solver.add(found.inputs, found.norms.clamp_min(1e-12).log())
@@ -57,7 +60,7 @@ def warm_start(
             progress(done + 1, len(blocks))
     weight, bias, mean = solver.solve(ridge)
     fisher, square = fisher / len(blocks), square / len(blocks)
-    costs = torch.tensor([float(cost.linear) for cost in branch_costs(model)])
+    costs = torch.tensor([float(cost.saved(kv_rule)) for cost in branch_costs(model)])
     gates = ScalarGates(len(branches), width) if gates is None else gates
     offset = (fisher / costs * costs.mean()).log() - square.sqrt().log()
     gates.start(weight, bias + offset, mean)
@@ -77,26 +80,33 @@ class Measured:
     """What every branch did to the tokens of one block."""
 
     inputs: list[Tensor]  # [S, H] a branch: what its gate reads
-    norms: Tensor  # [branches, S]: ||o||, what it added
+    norms: Tensor  # [branches, S]: ||o||, what it added (beyond the shortcut, where there is one)
     scores: Tensor  # [branches, S]: half the squared slope of log p(y) in the branch's mask
 
 
 def measure(
-    model: Any, block: Tensor, generator: torch.Generator, kv_rule: str = "project"
+    model: Any,
+    block: Tensor,
+    generator: torch.Generator,
+    kv_rule: str = "project",
+    shortcuts: Shortcuts | None = None,
 ) -> Measured:
     """Run one block [1, S] forward and backward."""
     masks: list[Tensor] = []
     inputs: list[Tensor] = []
     norms: list[Tensor] = []
     every = ScalarGates(len(find_branches(model)), model.config.hidden_size)
+    every.shortcuts = shortcuts
 
     def rule(branch: Branch, z: Tensor) -> Tensor:
         masks.append(torch.ones_like(z, requires_grad=True))
         return masks[-1]
 
     def observe(branch: Branch, x: Tensor, output: Tensor) -> None:
-        inputs.append(x.detach()[0].float())
-        norms.append(output.detach()[0].float().norm(dim=-1))
+        x, output = x.detach(), output.detach()
+        instead = 0 if shortcuts is None else shortcuts(branch.index, x)
+        inputs.append(x[0].float())
+        norms.append((output - instead)[0].float().norm(dim=-1))
 
     with torch.enable_grad(), frozen(model):
         hidden = masked_forward(model, block, every, rule, kv_rule, observe)
@@ -150,5 +160,6 @@ class _Ridge:
         scale = gram.diagonal(dim1=1, dim2=2).mean(1)
         eye = torch.eye(gram.shape[1])
         gram = gram + ridge * scale[:, None, None] * eye
-        weight = torch.linalg.solve(gram, cross.unsqueeze(2)).squeeze(2)
+        # by Cholesky: the batched LU of torch 2.13's MKL fails on AVX-512 with several threads
+        weight = torch.cholesky_solve(cross.unsqueeze(2), torch.linalg.cholesky(gram)).squeeze(2)
         return weight, mean_y - (weight * mean_x).sum(1), mean_x

@@ -23,6 +23,7 @@ Budget = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 WARM, OPEN = "warm", "open"
 WARM_BLOCKS = 24  # of the training text: about ten tokens for each weight of a gate of 576
+SHORTCUT_BLOCKS = 64
 SENSITIVITY_BLOCKS = 4
 VALIDATION_BLOCKS = 2
 TRAIN = TrainConfig()  # each default stands there, once
@@ -32,7 +33,7 @@ class Gate(Stage):
     """Attach gates to every attention and MLP branch, fine-tune them, calibrate thresholds."""
 
     role: ClassVar[Role] = "gate"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     reads_data: ClassVar[tuple[Split, ...]] = ("train", "calibration")
 
     use: Literal["gate"] = "gate"
@@ -49,6 +50,10 @@ class Gate(Stage):
 
     rank: int = Field(default=8, ge=2)
     """Width of the bottleneck of `low-rank` and `mlp` gates."""
+
+    shortcut: int = Field(default=32, ge=0)
+    """Rank of the linear map that stands in for a branch where it is skipped; 0 is nothing, as
+    published. Fitted to what the branch does, then trained along."""
 
     scales: bool = False
     """Whether gates also multiply what an entered branch adds; then the full model is a gated one.
@@ -130,8 +135,9 @@ class Gate(Stage):
     checkpointing: bool = TRAIN.checkpointing
     """Recompute branches in the backward pass: less memory, more time."""
 
-    precision: Literal["no", "bf16", "fp16"] = TRAIN.precision
-    """Mixed precision of the training, as accelerate names it."""
+    precision: Literal["auto", "no", "bf16", "fp16"] = TRAIN.precision
+    """Mixed precision of the training, as accelerate names it; `auto` is bf16 where the device is
+    fast at it."""
 
     validate_every: int = Field(default=100, ge=0)
     """Steps between validations on two blocks of the calibration text; 0 validates at the end."""
@@ -223,7 +229,7 @@ class Gate(Stage):
 
         assert job.train is not None and job.calibration is not None, "gate reads both splits"
         tokenizer = AutoTokenizer.from_pretrained(job.source)
-        wanted = max(self.steps * self.accumulate * self.batch, WARM_BLOCKS)
+        wanted = max(self.steps * self.accumulate * self.batch, SHORTCUT_BLOCKS)
         train = load_texts(job.train.source, job.train.limit, job.asset_cache)
         calibration = load_texts(job.calibration.source, job.calibration.limit, job.asset_cache)
         return (
@@ -235,9 +241,15 @@ class Gate(Stage):
         """Gates to begin with, and the branches' sensitivities where they are needed."""
         from gateskip.branches import find_branches
         from gateskip.kinds import make_gates
+        from gateskip.shortcuts import fit_shortcuts
         from gateskip.warmstart import sensitivities, warm_start
 
         count, width = len(find_branches(model)), model.config.hidden_size
+        if self.shortcut >= width:
+            raise UserError(
+                f"shortcut: {self.shortcut} is no low rank for a model {width} wide",
+                fix="set shortcut: 32, or 0 for none",
+            )
         sizes = {"rank": self.rank} if self.kind in ("low-rank", "mlp") else {}
         if self.init in (WARM, OPEN):
             _seed(job.seed)
@@ -245,6 +257,9 @@ class Gate(Stage):
         else:
             gates = self._read(sizes, count, width)
         gates.attach(model)
+        if self.shortcut and gates.shortcuts is None:
+            job.progress(0, 1, "fitting shortcuts")
+            gates.shortcuts = fit_shortcuts(model, train[:SHORTCUT_BLOCKS], self.shortcut)
         if self.init == WARM:
             return warm_start(
                 model,
