@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from gateskip.budget import Calibration
 from gateskip.gates import Gates
 from gateskip.kinds import GATE_KINDS, make_gates
-from gateskip.shortcuts import Shortcuts
+from gateskip.shortcuts import STORED, Shortcuts
 
 GATES_FILE = "gates.safetensors"
 META_FILE = "gateskip.json"
@@ -55,7 +55,10 @@ def grid_of(
 
 def save_gates(folder: Path, file: GateFile) -> None:
     """Write gates and their description into a model folder."""
-    state = {name: value.contiguous() for name, value in file.gates.state_dict().items()}
+    state = {
+        name: (value.to(STORED) if name.startswith("shortcuts.") else value).contiguous()
+        for name, value in file.gates.state_dict().items()
+    }
     shape = f"{file.gates.kind} {file.gates.branches} {file.gates.hidden_size}"
     save_file(state, str(folder / GATES_FILE), metadata={"gates": shape})  # one key: equal bytes
     described = {

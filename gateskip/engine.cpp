@@ -24,17 +24,23 @@ struct Matrix {
   const float* bias;   // [n] or null
 };
 
+struct Shortcut {  // what a row that skips gets instead: up (down x) + bias
+  const float *down, *up, *bias;  // [rank, H], [H, rank], [H]; all null where there is none
+  int32_t rank;
+};
+
 struct Layer {
   Matrix q, k, v, o, gate, up, down;
   const float *norm_attention, *norm_mlp;  // [H]
   const float *norm_q, *norm_k;            // [D] or null
   const float *weight_attention, *weight_mlp;  // gates [H] or null
+  Shortcut short_attention, short_mlp;
   float bias_attention, bias_mlp;
   int32_t rotates, window;  // whether queries and keys are rotated; 0 is no window
 };
 
 struct Model {
-  int32_t layers, hidden, heads, kv_heads, head_dim, inner, rotary_dim, anchors;
+  int32_t layers, hidden, heads, kv_heads, head_dim, inner, rotary_dim, anchors, widest_shortcut;
   float epsilon, scaling;
   const float *norm_final;  // [H]
   const Layer* layer;
@@ -179,6 +185,7 @@ class Thread : Share {
     x_.resize(size_t(s.rows) * m.hidden);
     scores_.resize(c.capacity + 8);
     head_.resize(m.head_dim);
+    low_.resize(size_t(s.rows) * m.widest_shortcut);
     float* free = s.scratch;
     auto take = [&](int width) {
       float* taken = free;
@@ -205,9 +212,10 @@ class Thread : Share {
   const Model& m;
   const Cache& c;
   const Step& s;
-  std::vector<float> x_, scores_, head_;
+  std::vector<float> x_, scores_, head_, low_;
   float *q, *k, *v, *mixed, *inner;  // shared: [rows, ...]
   int kept_[MOST], count_ = 0;       // rows that enter the branch at hand
+  int skipped_[MOST], skips_ = 0;    // rows that take its shortcut
   bool enters_[MOST];
 
   void norm(const float* h, const float* weight, float* out) const {
@@ -233,16 +241,35 @@ class Thread : Share {
   }
 
   // Norm all rows into x_ and decide who enters; every thread comes to the same answer.
-  void open(int branch, const float* weight, const float* gate, float bias) {
-    count_ = 0;
+  void open(int branch, const float* weight, const float* gate, float bias, const Shortcut& around) {
+    count_ = skips_ = 0;
     for (int r = 0; r < s.rows; r++) {
       float* x = x_.data() + int64_t(r) * m.hidden;
       norm(s.hidden + int64_t(r) * m.hidden, weight, x);
       const bool asked = s.thresholds && gate && s.slot[r] >= m.anchors && s.thresholds[branch] > -INFINITY;
       enters_[r] = !asked || dot(x, gate, m.hidden) + bias >= s.thresholds[branch];
       if (enters_[r]) kept_[count_++] = r;
+      else if (around.down) descend(x, r, around);
     }
     if (id == 0) s.kept[branch] += count_;
+  }
+
+  // The narrow half of a row's shortcut, while its normed state is at hand.
+  void descend(const float* x, int row, const Shortcut& around) {
+    float* low = low_.data() + int64_t(skips_) * around.rank;
+    for (int i = 0; i < around.rank; i++) low[i] = dot(x, around.down + int64_t(i) * m.hidden, m.hidden);
+    skipped_[skips_++] = row;
+  }
+
+  // The wide half, this thread's share of channels; nobody may be reading the states by now.
+  void ascend(const Shortcut& around) const {
+    const int first = m.hidden * id / threads, last = m.hidden * (id + 1) / threads;
+    for (int i = 0; i < skips_; i++) {
+      const float* low = low_.data() + int64_t(i) * around.rank;
+      float* h = s.hidden + int64_t(skipped_[i]) * m.hidden;
+      for (int n = first; n < last; n++)
+        h[n] += dot(low, around.up + int64_t(n) * around.rank, around.rank) + around.bias[n];
+    }
   }
 
   // Move the rows that enter to the front of x_.
@@ -268,7 +295,7 @@ class Thread : Share {
 
   void attention(int l) {
     const Layer& a = m.layer[l];
-    open(2 * l, a.norm_attention, a.weight_attention, a.bias_attention);
+    open(2 * l, a.norm_attention, a.weight_attention, a.bias_attention, a.short_attention);
     const bool copies = s.copies && l > 0;
     if (!copies) {
       const Input every = prepare(a.k, x_.data(), s.rows);
@@ -285,6 +312,7 @@ class Thread : Share {
       }
     }
 #pragma omp barrier
+    ascend(a.short_attention);
     for (int task = id; task < s.rows * m.kv_heads; task += threads) {
       const int r = task / m.kv_heads, head = task % m.kv_heads, d = m.head_dim;
       float* key = entry(c.keys, l, r, head, s.slot[r]);
@@ -343,8 +371,14 @@ class Thread : Share {
 
   void mlp(int l) {
     const Layer& a = m.layer[l];
-    open(2 * l + 1, a.norm_mlp, a.weight_mlp, a.bias_mlp);
-    if (!count_) return;
+    open(2 * l + 1, a.norm_mlp, a.weight_mlp, a.bias_mlp, a.short_mlp);
+    if (!count_) {
+      if (!skips_) return;
+#pragma omp barrier
+      ascend(a.short_mlp);
+#pragma omp barrier
+      return;
+    }
     gather();
     const Input in = prepare(a.gate, x_.data(), count_);
     into(a.gate, in, nullptr, inner);
@@ -353,6 +387,7 @@ class Thread : Share {
       *g = *g / (1.0f + std::exp(-*g)) * y;
     });
 #pragma omp barrier
+    ascend(a.short_mlp);
     add(a.down, prepare(a.down, inner, count_));
 #pragma omp barrier
   }

@@ -39,6 +39,12 @@ class Matrix(ctypes.Structure):
     )
 
 
+class Shortcut(ctypes.Structure):
+    """As in engine.cpp."""
+
+    _fields_ = (*((name, Pointer) for name in ("down", "up", "bias")), ("rank", Int))
+
+
 class Layer(ctypes.Structure):
     """As in engine.cpp."""
 
@@ -46,6 +52,7 @@ class Layer(ctypes.Structure):
         *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         *((name, Pointer) for name in ("norm_attention", "norm_mlp", "norm_q", "norm_k")),
         *((name, Pointer) for name in ("weight_attention", "weight_mlp")),
+        *((name, Shortcut) for name in ("short_attention", "short_mlp")),
         *((name, Float) for name in ("bias_attention", "bias_mlp")),
         *((name, Int) for name in ("rotates", "window")),
     )
@@ -56,7 +63,7 @@ class Model(ctypes.Structure):
 
     _fields_ = (
         *((name, Int) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")),
-        *((name, Int) for name in ("inner", "rotary_dim", "anchors")),
+        *((name, Int) for name in ("inner", "rotary_dim", "anchors", "widest_shortcut")),
         *((name, Float) for name in ("epsilon", "scaling")),
         ("norm_final", Pointer),
         ("layer", ctypes.POINTER(Layer)),
@@ -100,8 +107,6 @@ class Engine:
             raise Unsuited(f"architecture {model.config.model_type} runs in torch")
         if gates is not None and (type(gates) is not ScalarGates or gates.scales):
             raise Unsuited("only scalar gates that do not scale run natively")
-        if gates is not None and gates.shortcuts is not None:
-            raise Unsuited("shortcuts run in torch")
         self.held: list[Any] = []  # tensors that the structures point into
         self.rounded = rounded and any(isinstance(part, PackedLinear) for part in model.modules())
         self.model = self._model(model, gates)
@@ -204,6 +209,7 @@ class Engine:
             layers[0].gate.n,
             rotary,
             ANCHORS,
+            max(max(x.short_attention.rank, x.short_mlp.rank) for x in layers),
             _epsilon(norm),
             shape.scaling,
             self._at(norm.weight),
@@ -226,6 +232,7 @@ class Engine:
         heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         weights: list[Any] = [None, None]
         biases = [0.0, 0.0]
+        around = [self._shortcut(gates, 2 * number + i) for i in range(2)]
         if gates is not None:
             rows = [gates.weight[2 * number + i] for i in range(2)]  # type: ignore[index]
             weights = [self._at(row) for row in rows]
@@ -235,10 +242,22 @@ class Engine:
             *(self._at(x.weight) for x in norms),
             *(None if x is None else self._at(x.weight) for x in heads),
             *weights,
+            *around,
             *biases,
             int(bool(getattr(attention, "use_rope", True))),
             shape.window or 0,
         )
+
+    def _shortcut(self, gates: Gates | None, branch: int) -> Shortcut:
+        """A branch's shortcut, its rank filled up with zeros to a multiple of 8."""
+        if gates is None or gates.shortcuts is None:
+            return Shortcut()
+        own = gates.shortcuts
+        room = -own.rank % 8
+        down = nn.functional.pad(own.down[branch].float(), (0, 0, 0, room))
+        up = nn.functional.pad(own.up[branch].float(), (0, room))
+        parts = (down, up, own.bias[branch].float())
+        return Shortcut(*(self._at(part) for part in parts), own.rank + room)
 
     def _matrix(self, module: Any) -> Matrix:
         if isinstance(module, PackedLinear):

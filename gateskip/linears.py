@@ -117,6 +117,8 @@ def _from_bitsandbytes(module: Any) -> PackedLinear | None:
 
     state = module.weight.quant_state
     rows, k = state.shape
+    if getattr(state, "packing_format_for_cpu", False):
+        return None  # it has run before, and its codes now lie as bitsandbytes' own kernel wants
     if k % state.blocksize or state.blocksize % PACK:
         return None
     absmax = state.absmax

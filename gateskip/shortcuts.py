@@ -22,6 +22,7 @@ from gateskip.gates import ANCHORS
 from gateskip.masked import masked_forward
 
 RIDGE = 0.03  # relative to the mean variance of a branch's input
+STORED = torch.float16
 LARGEST_WEIGHT = 4.0  # of a token in the fit, in medians
 
 
@@ -44,6 +45,12 @@ class Shortcuts(nn.Module):
         parts = (self.down[branch], self.up[branch], self.bias[branch])
         down, up, bias = (part.to(x.dtype) for part in parts)
         return F.linear(F.linear(x, down), up, bias)
+
+    def settle(self) -> None:
+        """Round to what a file keeps (float16), so that loading changes nothing."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(parameter.to(STORED))
 
     def macs(self) -> int:
         """Multiply-adds of one skipping token at one branch: 2 r H."""

@@ -16,6 +16,7 @@ from gateskip.checkpoint import load_model
 from gateskip.engine import Engine, Unsuited
 from gateskip.kinds import make_gates
 from gateskip.linears import PackedLinear
+from gateskip.shortcuts import Shortcuts
 from gateskip.skip import NEVER_SKIP, SkippingModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -35,12 +36,16 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 512, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def pair(model: Any, rule: str) -> tuple[SkippingModel, SkippingModel, list[float]]:
+def pair(model: Any, rule: str, rank: int = 6) -> tuple[SkippingModel, SkippingModel, list[float]]:
     """The same gated model in torch and in the engine, with thresholds that skip about half."""
     branches = len(find_branches(model))
     torch.manual_seed(1)
     gates = make_gates("scalar", branches, model.config.hidden_size).requires_grad_(False)
     gates.weight.mul_(10)  # type: ignore[operator]
+    if rank:
+        gates.shortcuts = Shortcuts(branches, model.config.hidden_size, rank)
+        for part in gates.shortcuts.requires_grad_(False).parameters():
+            part.normal_(std=0.05)
     plain, fast = SkippingModel(model, gates, rule), SkippingModel(model, gates, rule)
     fast.engine = Engine(model, gates, rule)
     return plain, fast, [NEVER_SKIP] + [5.0] * (branches - 1)
@@ -48,11 +53,11 @@ def pair(model: Any, rule: str) -> tuple[SkippingModel, SkippingModel, list[floa
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rule", ["project", "copy"])
-@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize(("skips", "rank"), [(False, 0), (True, 0), (True, 6)])
 def test_a_batch_decodes_as_in_torch(
-    make_tiny: Callable[..., Path], family: str, rule: str, skips: bool
+    make_tiny: Callable[..., Path], family: str, rule: str, skips: bool, rank: int
 ) -> None:
-    plain, fast, some = pair(load_model(make_tiny(family), "float32"), rule)
+    plain, fast, some = pair(load_model(make_tiny(family), "float32"), rule, rank)
     levels = some if skips else None
     lengths, ids = [40, 7, 23], tokens(3, 40)
     caches = plain.new_cache(3, 64), fast.new_cache(3, 64)

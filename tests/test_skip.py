@@ -13,6 +13,7 @@ from gateskip.branches import FAMILIES, UnsupportedModel, embed, final_norm, fin
 from gateskip.checkpoint import load_model
 from gateskip.gates import ScalarGates
 from gateskip.masked import masked_forward
+from gateskip.shortcuts import Shortcuts
 from gateskip.skip import NEVER_SKIP, SkippingModel
 
 TOLERANCE = 1e-4
@@ -27,17 +28,21 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 512, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def half_open(model: Any) -> tuple[ScalarGates, list[float]]:
-    """Gates and thresholds that skip about half of all token-branches."""
+def half_open(model: Any, rank: int = 6) -> tuple[ScalarGates, list[float]]:
+    """Gates, with shortcuts of a rank, and thresholds that skip about half of everything."""
     torch.manual_seed(1)
     branches = len(find_branches(model))
     gates = ScalarGates(branches, model.config.hidden_size).requires_grad_(False)
     gates.weight.mul_(10)
+    if rank:
+        gates.shortcuts = Shortcuts(branches, model.config.hidden_size, rank)
+        for part in gates.shortcuts.requires_grad_(False).parameters():
+            part.normal_(std=0.05)
     return gates, [NEVER_SKIP] + [5.0] * (branches - 1)
 
 
-def reference(model: Any, ids: torch.Tensor, rule: str) -> torch.Tensor:
-    gates, levels = half_open(model)
+def reference(model: Any, ids: torch.Tensor, rule: str, rank: int = 6) -> torch.Tensor:
+    gates, levels = half_open(model, rank)
     with torch.inference_mode():
         return masked_forward(
             model, ids, gates, lambda b, z: (z >= levels[b.index]).float(), kv_rule=rule
@@ -57,11 +62,12 @@ def test_dense_pass_is_the_models_own(model: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", ["project", "copy"])
-def test_prefill_equals_masked(model: Any, rule: str) -> None:
-    ids, (gates, levels) = tokens(2, 50), half_open(model)
+@pytest.mark.parametrize("rank", [0, 6])
+def test_prefill_equals_masked(model: Any, rule: str, rank: int) -> None:
+    ids, (gates, levels) = tokens(2, 50), half_open(model, rank)
     physical = SkippingModel(model, gates, rule)
     hidden = physical.forward(ids, physical.new_cache(2, 50), [0, 0], levels)
-    torch.testing.assert_close(hidden, reference(model, ids, rule), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(hidden, reference(model, ids, rule, rank), atol=TOLERANCE, rtol=0)
     shares = physical.usage.shares()
     assert shares[0] == 1.0 and any(0.1 < share < 0.9 for share in shares[1:])
 
@@ -105,7 +111,7 @@ def test_a_padded_batch_changes_no_row(model: Any, rule: str) -> None:
 
 
 def test_skipping_everything_leaves_the_embedding(model: Any) -> None:
-    gates, _ = half_open(model)
+    gates, _ = half_open(model, 0)
     physical = SkippingModel(model, gates)
     ids = tokens(1, 9)
     closed = [float("inf")] * len(physical.branches)

@@ -209,6 +209,8 @@ class Gate(Stage):
             accelerate_linears(model)  # unpacks 4-bit weights faster than their own modules do
         gates, sensitivity = self._start(job, model, train)
         curve = self._train(job, model, gates, train, calibration)
+        if gates.shortcuts is not None:
+            gates.shortcuts.settle()
         found = self._calibrate(job, model, gates, calibration, sensitivity)
         grid, kept = grid_of(found)
         self._save_backbone(job, model)

@@ -1,0 +1,87 @@
+"""Shortcuts find what is linear in a branch, act on skipped tokens only, travel with the gates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gateskip.branches import Branch, find_branches
+from gateskip.checkpoint import GateFile, load_gates, load_model, save_gates
+from gateskip.compute import saving
+from gateskip.gates import ScalarGates
+from gateskip.masked import masked_forward
+from gateskip.shortcuts import Shortcuts, _Sums, fit_shortcuts
+from gateskip.skip import Usage
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 512, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def mlp_skips(branch: Branch, z: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(z, float(branch.kind == "attention"))
+
+
+def test_a_linear_map_of_low_rank_is_found() -> None:
+    torch.manual_seed(0)
+    x, truth = torch.randn(4000, 24), torch.randn(24, 3) @ torch.randn(3, 24) / 24
+    sums = _Sums(24)
+    for part in x.split(1000):
+        sums.add(part, part @ truth + 0.5)
+    down, up, bias = sums.solve(3)
+    assert down.shape == (3, 24) and up.shape == (24, 3)
+    found = x @ down.T @ up.T + bias
+    error = (found - x @ truth - 0.5).norm() / (x @ truth).norm()
+    assert float(error) < 0.05, "the ridge shrinks a little, and that is all"
+
+
+def test_a_token_with_huge_activations_does_not_own_the_fit() -> None:
+    torch.manual_seed(0)
+    x, truth = torch.randn(2000, 16), torch.randn(16, 2) @ torch.randn(2, 16) / 16
+    output = x @ truth
+    output[0] = 1e4
+    sums = _Sums(16)
+    sums.add(x, output)
+    down, up, bias = sums.solve(2)
+    error = (x[1:] @ down.T @ up.T + bias - output[1:]).norm() / output[1:].norm()
+    assert float(error) < 0.2
+
+
+def test_skipping_with_shortcuts_is_nearer_to_the_dense_model(tiny_llama: Path) -> None:
+    model = load_model(tiny_llama, "float32")
+    branches = len(find_branches(model))
+    gates, ids = ScalarGates(branches, 64), tokens(4, 64, 9)
+    with torch.no_grad():
+        dense = masked_forward(model, ids)
+        bare = masked_forward(model, ids, gates, mlp_skips)
+        gates.shortcuts = fit_shortcuts(model, tokens(40, 64), 16)
+        helped = masked_forward(model, ids, gates, mlp_skips)
+        full = masked_forward(model, ids, gates, lambda branch, z: torch.ones_like(z))
+    assert float((helped - dense).norm()) < 0.95 * float((bare - dense).norm()), "random weights"
+    torch.testing.assert_close(full, dense, atol=1e-4, rtol=0)
+
+
+def test_they_travel_with_the_gates(tmp_path: Path) -> None:
+    gates = ScalarGates(8, 16)
+    gates.shortcuts = Shortcuts(8, 16, 4)
+    with torch.no_grad():
+        gates.shortcuts.up.normal_()
+    gates.shortcuts.settle()
+    save_gates(tmp_path, GateFile(gates, "project", {0.5: [0.0] * 8}))
+    found = load_gates(tmp_path)
+    assert found is not None and found.gates.shortcuts is not None
+    assert torch.equal(found.gates.shortcuts.up, gates.shortcuts.up)
+    fewer = gates.rows([5, 2]).shortcuts
+    assert fewer is not None and torch.equal(fewer.up, gates.shortcuts.up[[5, 2]])
+
+
+def test_what_was_saved_pays_for_them(tiny_llama: Path) -> None:
+    model = load_model(tiny_llama, "float32")
+    branches = len(find_branches(model))
+    usage = Usage([10] * branches, seen=20, context=200)
+    gates = ScalarGates(branches, 64)
+    bare = saving(model, usage, gates, "project", [True] * branches)
+    gates.shortcuts = Shortcuts(branches, 64, 4)
+    paid = saving(model, usage, gates, "project", [True] * branches)
+    assert paid.gross == bare.gross and paid.net < bare.net
