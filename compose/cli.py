@@ -240,13 +240,20 @@ def generate(
     speculate: Annotated[
         bool | None, typer.Option(help="Draft and verify, whatever the folder says.")
     ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Likeliest tokens drawn from; 0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Probability drawn from.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="What is drawn.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer.")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Say what it took.")] = False,
 ) -> None:
     """Ask a model folder."""
     from compose.executors import ask_once
     from compose.show import stats_text
 
-    asked = {"max_new_tokens": max_new_tokens, "budget": budget, "speculate": speculate}
+    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "budget": budget}
+    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    asked |= {"speculate": speculate, "sampling": drawn, "seed": seed, "stop": stop or []}
     answer = ask_once("answer", {"folder": str(folder), "prompt": prompt, **asked})
     typer.echo(answer["text"])
     if stats:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gateskip.checkpoint import load
     from gateskip.decode import Decoder, Generation
+    from gateskip.hook import custom_generate
+    from gateskip.sampling import Sampler
 
-__all__ = ["Decoder", "Generation", "load"]
+__all__ = ["Decoder", "Generation", "Sampler", "custom_generate", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +28,12 @@ def __getattr__(name: str) -> Any:
         from gateskip import decode
 
         return getattr(decode, name)
+    if name == "Sampler":
+        from gateskip.sampling import Sampler
+
+        return Sampler
+    if name == "custom_generate":
+        from gateskip.hook import custom_generate
+
+        return custom_generate
     raise AttributeError(f"module 'gateskip' has no attribute {name!r}")

@@ -1,12 +1,14 @@
 """Decoding: plain, skipping and self-speculative, behind one `generate`.
 
-Speculation drafts with an aggressive skip budget and verifies at full compute. Both write the same
-cache: drafts attend to the committed, fully computed entries, a verify pass overwrites what the
-drafts left, and what it rejects lies beyond the row's length and is overwritten in turn.
+Speculation drafts cheaply (with an aggressive skip budget, with 4-bit copies of the same weights,
+by looking up what the text said before) and verifies at full compute. Both write the same cache:
+drafts attend to the committed, fully computed entries, a verify pass overwrites what the drafts
+left, and what it rejects lies beyond the row's length and is overwritten in turn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,10 +19,15 @@ from torch import Tensor
 
 from gateskip.budget import thresholds_at
 from gateskip.compute import Saving, saving
-from gateskip.sampling import accept_greedy
+from gateskip.drafts import Draft, Drafting, Ends, Row
+from gateskip.engine import Engine, Unsuited
+from gateskip.linears import four_bit_twin
+from gateskip.pace import Pace
+from gateskip.sampling import GREEDY, Sampler, accept_or_resample, draw
 from gateskip.skip import NEVER_SKIP, KVCache, SkippingModel, Usage
 
 Mode = Literal["plain", "skip", "speculate"]
+Weights = Literal["own", "nf4"]
 Tokens = list[int]
 Thresholds = Sequence[float] | None
 MAX_DRAFT = 16
@@ -44,6 +51,11 @@ class Stats:
     verify_s: float = 0.0
     draft_lengths: dict[int, int] = field(default_factory=dict)
     """How often each draft length was tried; 0 is a plain step."""
+    looked_up: int = 0
+    """Drafted tokens that came from the text itself."""
+    positions: list[list[int]] = field(default_factory=list)
+    """By position in a draft: how often it was reached with all before it accepted, and accepted.
+    """
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -93,13 +105,30 @@ class Decoder:
         self.skipping, self.tokenizer = skipping, tokenizer
         self.grid, self.defaults = dict(grid), dict(defaults or {})
         self.kernels = dict(kernels or {})
-        self.paces: dict[float, Pace] = {}  # by draft budget: what drafting costs and brings here
+        self.paces: dict[Any, Pace] = {}  # by kind of draft: what drafting costs and brings here
+        self._drafters: dict[str, SkippingModel] = {"own": skipping}
 
     def thresholds(self, budget: float) -> Thresholds:
         """Thresholds of a budget in (0, 1]. Raises ValueError when it cannot be had."""
         if budget < 1.0 and self.skipping.gates is None:
             raise ValueError("this model has no gates, so it cannot skip")
         return thresholds_at(self.grid, budget)
+
+    def drafter(self, weights: Weights) -> SkippingModel:
+        """What drafts: the model itself, or its 4-bit twin, which is made on first use.
+
+        Raises ValueError where there can be no twin.
+        """
+        if weights not in self._drafters:
+            if weights != "nf4":
+                raise ValueError(f"draft_weights {weights!r}: one of own, nf4")
+            own = self.skipping
+            twin = SkippingModel(four_bit_twin(own.model), own.gates, own.kv_rule)
+            if own.engine is not None:
+                with contextlib.suppress(Unsuited):
+                    twin.engine = Engine(twin.model, own.gates, own.kv_rule, rounded=True)
+            self._drafters[weights] = twin
+        return self._drafters[weights]
 
     def generate(
         self,
@@ -109,17 +138,29 @@ class Decoder:
         budget: float = 0.8,
         draft_budget: float = 0.5,
         draft_length: int | Literal["auto"] = "auto",
+        draft_weights: Weights = "own",
+        lookup: bool = False,
+        sampler: Sampler = GREEDY,
+        seed: int = 0,
         eos: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        criteria: Sequence[Any] = (),
         on_token: Callable[[int, int], None] | None = None,
     ) -> Generation:
-        """Greedy continuation of prompts (token ids, one list a row).
+        """Continue prompts (token ids, one list a row), greedily unless `sampler` says otherwise.
 
         Args:
-            mode: `plain` (full compute), `skip` (at `budget`), or `speculate` (drafts at
-                `draft_budget`, verified at full compute: the tokens of `plain`).
+            mode: `plain` (full compute), `skip` (at `budget`), or `speculate` (drafted, verified at
+                full compute: the tokens of `plain`, or when sampling its distribution).
+            draft_budget: how much of the branches a draft computes; 1 skips nothing.
             draft_length: drafted tokens a verify pass, 1 to 16, or `auto`: set by measured costs
                 and acceptance, 0 while speculation does not pay.
+            draft_weights: `own`, or `nf4`: a 4-bit copy of the same weights drafts.
+            lookup: before drafting, propose what followed the last tokens where they stood before.
+            sampler, seed: how tokens are drawn; each row has a random stream of its own.
             eos: token ids that end a row; the ending token is part of the result.
+            stop: strings that end a row as soon as its text holds one.
+            criteria: further StoppingCriteria of transformers.
             on_token: called with (row, token) as tokens are committed.
         """
         if not prompts or not all(prompts):
@@ -128,144 +169,101 @@ class Decoder:
             raise ValueError("max_new_tokens must be at least 1")
         if draft_length != "auto" and not 1 <= draft_length <= MAX_DRAFT:
             raise ValueError(f"draft_length must be 'auto' or 1 to {MAX_DRAFT}")
-        ends, stats = frozenset(eos), Stats()
-        emit = on_token or (lambda row, token: None)
-        with torch.inference_mode():
-            if mode == "speculate":
-                draft = self.thresholds(draft_budget)
-                pace = self.paces.setdefault(draft_budget, Pace())
-                length = pace if draft_length == "auto" else draft_length
-                rows = [
-                    self._speculate(p, i, max_new_tokens, draft, length, ends, stats, emit)
-                    for i, p in enumerate(prompts)
-                ]
-            elif mode in ("plain", "skip"):
-                levels = self.thresholds(budget) if mode == "skip" else None
-                rows = self._decode(prompts, max_new_tokens, levels, ends, stats, emit)
-            else:
-                raise ValueError(f"mode {mode!r}: one of plain, skip, speculate")
-        stats.new_tokens = sum(map(len, rows))
-        return Generation(rows, stats)
+        if mode not in ("plain", "skip", "speculate"):
+            raise ValueError(f"mode {mode!r}: one of plain, skip, speculate")
+        ends = Ends(frozenset(eos), tuple(stop), self.tokenizer, max_new_tokens, tuple(criteria))
+        rows = [Row(i, list(p), ends, seed, on_token) for i, p in enumerate(prompts)]
+        stats = Stats(prompt_tokens=sum(map(len, prompts)))
+        if mode == "speculate":
+            levels = self.thresholds(draft_budget)
+            drafting = Drafting(self.drafter(draft_weights), levels, draft_length, lookup)
+            if draft_length == "auto":
+                kind = (draft_weights, draft_budget, len(prompts))
+                drafting.pace = self.paces.setdefault(kind, Pace())
+                drafting.lookup_pace = self.paces.setdefault(("lookup", len(prompts)), Pace())
+            with torch.inference_mode():
+                self._speculate(rows, drafting, sampler, stats)
+        else:
+            levels = self.thresholds(budget) if mode == "skip" else None
+            with torch.inference_mode():
+                self._decode(rows, levels, sampler, stats)
+        stats.new_tokens = sum(len(row.tokens) for row in rows)
+        return Generation([row.tokens for row in rows], stats)
 
     # -- plain and skipping --------------------------------------------------------------------
 
-    def _decode(
-        self,
-        prompts: Sequence[Sequence[int]],
-        limit: int,
-        levels: Thresholds,
-        ends: frozenset[int],
-        stats: Stats,
-        emit: Callable[[int, int], None],
-    ) -> list[Tokens]:
-        lengths = [len(p) for p in prompts]
+    def _decode(self, rows: list[Row], levels: Thresholds, sampler: Sampler, stats: Stats) -> None:
+        cache = self._prefill(rows, levels, sampler, stats)
         started = time.perf_counter()
-        cache, logits = self._prefill(prompts, limit, levels)
-        last = logits.argmax(-1)  # [B]
-        stats.prefill_s = stats.ttft_s = time.perf_counter() - started
-        stats.prompt_tokens = sum(lengths)
-        rows: list[Tokens] = [[] for _ in prompts]
-        self._commit(rows, last.tolist(), ends, emit)
-        started = time.perf_counter()
-        for step in range(limit - 1):
-            if all(row[-1] in ends for row in rows):
-                break
-            starts = [n + step for n in lengths]
-            hidden = self.skipping.forward(last.unsqueeze(1), cache, starts, levels)
-            last = self.skipping.head(hidden[:, -1]).argmax(-1)
-            self._commit(rows, last.tolist(), ends, emit)
+        while not all(row.ended for row in rows):
+            last = torch.tensor([[row.last] for row in rows], device=self.skipping.device)
+            hidden = self.skipping.forward(last, cache, [row.slot for row in rows], levels)
+            self._choose(rows, self.skipping.head(hidden[:, -1]), sampler)
             stats.passes += 1
         stats.decode_s = time.perf_counter() - started
-        return rows
 
     def _prefill(
-        self, prompts: Sequence[Sequence[int]], limit: int, levels: Thresholds
-    ) -> tuple[KVCache, Tensor]:
-        """A filled cache and the logits [B, V] after each prompt's last token."""
-        lengths = [len(p) for p in prompts]
-        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(list(prompt))
+        self, rows: list[Row], levels: Thresholds, sampler: Sampler, stats: Stats
+    ) -> KVCache:
+        """A cache that holds the prompts; the first token of every row is committed."""
+        started = time.perf_counter()
+        lengths = [len(row.prompt) for row in rows]
+        ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+        for number, row in enumerate(rows):
+            ids[number, : len(row.prompt)] = torch.tensor(row.prompt)
         ids = ids.to(self.skipping.device)
-        cache = self.skipping.new_cache(len(prompts), max(lengths) + limit + MAX_DRAFT)
-        hidden = self.skipping.forward(ids, cache, [0] * len(prompts), levels, lengths)
-        final = hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1]
-        return cache, self.skipping.head(final)
+        cache = self.skipping.new_cache(len(rows), max(lengths) + rows[0].ends.limit + MAX_DRAFT)
+        hidden = self.skipping.forward(ids, cache, [0] * len(rows), levels, lengths)
+        final = hidden[torch.arange(len(rows)), torch.tensor(lengths) - 1]
+        self._choose(rows, self.skipping.head(final), sampler)
+        stats.prefill_s = stats.ttft_s = time.perf_counter() - started
+        return cache
 
     @staticmethod
-    def _commit(
-        rows: list[Tokens],
-        tokens: Tokens,
-        ends: frozenset[int],
-        emit: Callable[[int, int], None],
-    ) -> None:
-        """Append one token to every row that has not ended."""
-        for number, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            if not row or row[-1] not in ends:
-                row.append(token)
-                emit(number, token)
+    def _choose(rows: list[Row], logits: Tensor, sampler: Sampler) -> None:
+        """Commit one token to every row that has not ended. logits [B, V]."""
+        for row, own in zip(rows, logits, strict=True):
+            if not row.ended:
+                row.commit([draw(sampler.law(own, row.text), row.generator)])
 
     # -- self-speculation ----------------------------------------------------------------------
 
     def _speculate(
-        self,
-        prompt: Sequence[int],
-        number: int,
-        limit: int,
-        draft_levels: Thresholds,
-        draft_length: int | Pace,
-        ends: frozenset[int],
-        stats: Stats,
-        emit: Callable[[int, int], None],
-    ) -> Tokens:
-        """One row: draft, verify, commit, until `limit` tokens or an ending one."""
+        self, rows: list[Row], drafting: Drafting, sampler: Sampler, stats: Stats
+    ) -> None:
+        """Draft, verify, commit, each row by its own number of tokens, until all have ended."""
+        cache = self._prefill(rows, None, sampler, stats)
         started = time.perf_counter()
-        cache, logits = self._prefill([prompt], limit, None)
-        row = [int(logits.argmax(-1))]
-        emit(number, row[0])
-        spent = time.perf_counter() - started
-        stats.prefill_s += spent
-        stats.ttft_s = stats.ttft_s or spent
-        stats.prompt_tokens += len(prompt)
-        pace = draft_length if isinstance(draft_length, Pace) else None
-        started = time.perf_counter()
-        while len(row) < limit and row[-1] not in ends:
-            wanted = draft_length.draft_length() if isinstance(draft_length, Pace) else draft_length
-            count = min(wanted, limit - len(row) - 1)
-            slot = len(prompt) + len(row) - 1  # of the last committed token
+        while live := [row for row in rows if not row.ended]:
             begun = time.perf_counter()
-            draft = self._draft(row[-1], slot, count, cache, draft_levels)
+            drafts = drafting.make(live, sampler, cache)
             drafted = time.perf_counter()
-            accepted, following = self._verify(row[-1], draft, slot, cache)
+            accepted = self._verify(live, drafts, sampler, cache)
             verified = time.perf_counter()
-            if pace is not None:
-                pace.observe(count, accepted, drafted - begun, verified - drafted)
-            _account(stats, count, accepted, drafted - begun, verified - drafted)
-            for token in (*draft[:accepted], following):
-                row.append(token)
-                emit(number, token)
-                if token in ends:
-                    break
-        stats.decode_s += time.perf_counter() - started
-        return row
+            drafting.observe(drafts, accepted, drafted - begun, verified - drafted)
+            _account(stats, drafts, accepted, drafted - begun, verified - drafted)
+        stats.decode_s = time.perf_counter() - started
 
-    def _draft(
-        self, last: int, slot: int, count: int, cache: KVCache, levels: Thresholds
-    ) -> Tokens:
-        """`count` tokens decoded greedily with skipping, after `last` at `slot`."""
-        draft: Tokens = []
-        for step in range(count):
-            ids = torch.tensor([[last]], device=self.skipping.device)
-            hidden = self.skipping.forward(ids, cache, [slot + step], levels)
-            last = int(self.skipping.head(hidden[0, -1:]).argmax(-1))
-            draft.append(last)
-        return draft
-
-    def _verify(self, last: int, draft: Tokens, slot: int, cache: KVCache) -> tuple[int, int]:
-        """One full pass over the last committed token and the draft."""
-        ids = torch.tensor([[last, *draft]], device=self.skipping.device)
-        hidden = self.skipping.forward(ids, cache, [slot], None)
-        return accept_greedy(draft, self.skipping.head(hidden[0]))
+    def _verify(
+        self, rows: list[Row], drafts: list[Draft], sampler: Sampler, cache: KVCache
+    ) -> list[int]:
+        """One full pass over each row's last token and draft; commits, and counts what stood."""
+        found = self.skipping.ragged(
+            [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)],
+            cache,
+            [row.number for row in rows],
+            [row.slot for row in rows],
+        )
+        logits = self.skipping.head(torch.cat(found)).split([len(part) for part in found])
+        counts = []
+        for row, draft, own in zip(rows, drafts, logits, strict=True):
+            wanted = sampler.laws(own, row.text, draft.tokens)
+            accepted, following = accept_or_resample(
+                draft.tokens, draft.laws, wanted, row.generator
+            )
+            row.commit([*draft.tokens[:accepted], following])
+            counts.append(accepted)
+        return counts
 
     # -- accounting ----------------------------------------------------------------------------
 
@@ -278,73 +276,20 @@ class Decoder:
         return saving(skipping.model, usage, skipping.gates, skipping.kv_rule, gated)
 
 
-def _account(stats: Stats, count: int, accepted: int, draft_s: float, verify_s: float) -> None:
-    stats.drafted += count
-    stats.accepted += accepted
-    stats.passes += 1
+def _account(
+    stats: Stats, drafts: list[Draft], accepted: list[int], draft_s: float, verify_s: float
+) -> None:
     stats.draft_s += draft_s
     stats.verify_s += verify_s
-    stats.draft_lengths[count] = stats.draft_lengths.get(count, 0) + 1
-
-
-class Pace:
-    """Sets the draft length that measured costs and acceptance promise most tokens a second from.
-
-    With acceptance a, k drafted tokens yield (1 - a^(k + 1)) / (1 - a) tokens a pass (arXiv
-    2211.17192, equation 1) for the time of k draft steps and one verify pass. Length 0 is plain
-    decoding; while it is best, drafting is tried again after ever longer pauses. A decoder keeps
-    its pace from one call to the next: what speculation costs does not change with the prompt.
-    """
-
-    LONGEST = 8
-    TRIAL = 3
-    MARGIN = 1.02  # speculation must promise this much more than plain decoding
-
-    def __init__(self) -> None:
-        self.acceptance = 0.6
-        self.draft_step: float | None = None  # seconds
-        self.plain: float | None = None
-        self.per_row: float | None = None  # what one more row adds to a verify pass, seconds
-        self.pause, self.wait = 32, 0
-
-    def draft_length(self) -> int:
-        """Tokens to draft next."""
-        if self.plain is None:
-            return 0
-        if self.draft_step is None or self.per_row is None:
-            return self.TRIAL
-        best = max(range(self.LONGEST + 1), key=self._tokens_per_s)
-        if best and self._tokens_per_s(best) > self.MARGIN * self._tokens_per_s(0):
-            self.pause = 32
-            return best
-        self.wait += 1
-        if self.wait < self.pause:
-            return 0
-        self.wait, self.pause = 0, min(2 * self.pause, 512)
-        return self.TRIAL
-
-    def _tokens_per_s(self, k: int) -> float:
-        assert self.plain is not None
-        if k == 0:
-            return 1 / self.plain
-        assert self.draft_step is not None and self.per_row is not None
-        a = min(self.acceptance, 0.99)
-        tokens = (1 - a ** (k + 1)) / (1 - a)
-        return tokens / (k * self.draft_step + self.plain + k * self.per_row)
-
-    def observe(self, count: int, accepted: int, draft_s: float, verify_s: float) -> None:
-        """Take in what one round took: `count` drafted, `accepted` of them."""
-        if count == 0:
-            self.plain = _blend(self.plain, verify_s, 0.3)
-            return
-        self.draft_step = _blend(self.draft_step, draft_s / count, 0.3)
-        self.per_row = _blend(
-            self.per_row, max(0.0, verify_s - (self.plain or verify_s)) / count, 0.3
-        )
-        tried = min(accepted + 1, count)  # drafts after the first refusal tell nothing
-        for outcome in (1.0,) * accepted + (0.0,) * (tried - accepted):
-            self.acceptance += 0.1 * (outcome - self.acceptance)
-
-
-def _blend(old: float | None, new: float, share: float) -> float:
-    return new if old is None else old + share * (new - old)
+    for draft, stood in zip(drafts, accepted, strict=True):
+        count = len(draft.tokens)
+        stats.drafted += count
+        stats.accepted += stood
+        stats.passes += 1
+        stats.looked_up += count if draft.looked_up else 0
+        stats.draft_lengths[count] = stats.draft_lengths.get(count, 0) + 1
+        for position in range(min(stood + 1, count)):
+            while len(stats.positions) <= position:
+                stats.positions.append([0, 0])
+            stats.positions[position][0] += 1
+            stats.positions[position][1] += position < stood

@@ -7,6 +7,7 @@ go through native.py, which streams the weights once; many rows through torch's 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gateskip import native
-from gateskip.branches import final_norm
+from gateskip.branches import backbone, final_norm
 
 FEW_ROWS = 16  # up to here streaming the weights beats a GEMM
+NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
 PACK = 32  # weights in one packed block of native.cpp
 
 
@@ -113,21 +115,55 @@ def _faster(module: nn.Module) -> nn.Module | None:
 
 def _from_bitsandbytes(module: Any) -> PackedLinear | None:
     """NF4 or FP4 weights: two codes a byte, high nibble first, blocks along a row."""
-    from bitsandbytes.functional import dequantize_blockwise
-
     state = module.weight.quant_state
-    rows, k = state.shape
     if getattr(state, "packing_format_for_cpu", False):
         return None  # it has run before, and its codes now lie as bitsandbytes' own kernel wants
+    return _from_blocks(module.weight.data, state, module.bias)
+
+
+def _from_blocks(data: Tensor, state: Any, bias: Tensor | None) -> PackedLinear | None:
+    """bitsandbytes' codes and what its quantization state says of them."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    rows, k = state.shape
     if k % state.blocksize or state.blocksize % PACK:
         return None
     absmax = state.absmax
     if state.nested:
         absmax = dequantize_blockwise(absmax, state.state2) + state.offset
-    data = module.weight.data.view(-1)
+    data = data.view(-1)
     codes = torch.stack((data >> 4, data & 15), dim=1).view(rows, k)
     scale = absmax.float().view(rows, k // state.blocksize)
-    return PackedLinear(codes, scale, None, state.code, module.bias)
+    return PackedLinear(codes, scale, None, state.code, bias)
+
+
+def four_bit_twin(model: Any) -> Any:
+    """The model once more with its layers' linear weights in NF4; all other tensors are shared.
+
+    Raises ValueError where no weight can be packed, as when they have 4 bits already.
+    """
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = final_norm(model).weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or native.library() is None:
+        raise ValueError("4-bit drafts run on the native kernels: a float32 model on a CPU")
+    tensors = (*model.parameters(), *model.buffers())
+    twin = copy.deepcopy(model, {id(each): each for each in tensors})
+    packed = 0
+    for parent in list(backbone(twin).layers.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, nn.Linear | DenseLinear) or child.in_features % NF4_BLOCK:
+                continue
+            codes, state = quantize_4bit(
+                child.weight.detach(), blocksize=NF4_BLOCK, quant_type="nf4"
+            )
+            linear = _from_blocks(codes, state, child.bias)
+            if linear is not None:
+                setattr(parent, name, linear)
+                packed += 1
+    if not packed:
+        raise ValueError("no weight of this model can be drafted with in 4 bits")
+    return twin
 
 
 def _from_gptq(module: Any) -> PackedLinear | None:

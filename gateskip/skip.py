@@ -68,6 +68,11 @@ class KVCache:
         for store in (self.keys, self.values):
             store[layer][rows, :, slots] = store[layer - 1][rows, :, slots]
 
+    def row(self, number: int) -> KVCache:
+        """One row as a cache of its own, in the same memory."""
+        one = slice(number, number + 1)
+        return KVCache([k[one] for k in self.keys], [v[one] for v in self.values], self.rope)
+
     def nbytes(self) -> int:
         """Memory held, in bytes."""
         return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
@@ -184,16 +189,65 @@ class SkippingModel:
         thresholds: Sequence[float] | None,
     ) -> Tensor:
         """Embeddings [B, S, H] with B or S 1, in one call of the engine."""
-        assert self.engine is not None
         rows, columns = hidden.shape[:2]
         cache_rows = [row for row in range(rows) for _ in range(columns)]
         slots = [start + step for start in starts for step in range(columns)]
-        out = self.engine.step(hidden.flatten(0, 1), cache, cache_rows, slots, thresholds)
+        out = self._engine_step(hidden.flatten(0, 1), cache, cache_rows, slots, thresholds)
+        return out.view_as(hidden)
+
+    def _engine_step(
+        self,
+        hidden: Tensor,
+        cache: KVCache,
+        cache_rows: Sequence[int],
+        slots: Sequence[int],
+        thresholds: Sequence[float] | None,
+    ) -> Tensor:
+        """Embeddings [N, H] of tokens at `slots` of `cache_rows` -> final states [N, H]."""
+        assert self.engine is not None
+        out = self.engine.step(hidden, cache, cache_rows, slots, thresholds)
         self.usage.seen += len(slots)
         self.usage.context += sum(slots) + len(slots)
         counts = self.engine.kept.tolist()
         self.usage.kept = [a + b for a, b in zip(self.usage.kept, counts, strict=True)]
-        return out.view_as(hidden)
+        return out
+
+    @torch.inference_mode()
+    def ragged(
+        self,
+        tokens: Sequence[Sequence[int]],
+        cache: KVCache,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        thresholds: Sequence[float] | None = None,
+    ) -> list[Tensor]:
+        """Continue some `rows` of a cache, each by tokens of its own -> final hidden [n, H] each.
+
+        Row i's tokens stand at positions `starts[i]` and on; every row has begun before.
+        """
+        if self.engine is None or min(starts) == 0:
+            parts = zip(tokens, rows, starts, strict=True)
+            return [
+                self.forward(
+                    torch.tensor([list(ids)], device=self.device),
+                    cache.row(row),
+                    [start],
+                    thresholds,
+                )[0]
+                for ids, row, start in parts
+            ]
+        counts = [len(ids) for ids in tokens]
+        flat = torch.tensor([token for ids in tokens for token in ids])
+        cache_rows = [row for row, n in zip(rows, counts, strict=True) for _ in range(n)]
+        slots = [start + i for start, n in zip(starts, counts, strict=True) for i in range(n)]
+        hidden = embed(self.model, flat)
+        done = []
+        for first in range(0, len(flat), MOST_ROWS):
+            part = slice(first, first + MOST_ROWS)
+            done.append(
+                self._engine_step(hidden[part], cache, cache_rows[part], slots[part], thresholds)
+            )
+        return list(torch.cat(done).split(counts))
 
     # -- one token: enter the branch or do not ------------------------------------------------
 

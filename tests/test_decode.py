@@ -12,8 +12,10 @@ import torch
 import gateskip
 from gateskip.budget import calibrate
 from gateskip.checkpoint import GateFile, grid_of, load_gates, load_model, save_gates
-from gateskip.decode import Decoder, Pace
-from gateskip.sampling import accept_greedy
+from gateskip.decode import Decoder
+from gateskip.drafts import look_up
+from gateskip.pace import Pace
+from gateskip.sampling import Sampler
 from gateskip.warmstart import warm_start
 
 BUDGETS = (0.8, 0.5)
@@ -77,6 +79,89 @@ def test_speculation_is_lossless(decoder: Decoder, length: Any, budget: float) -
             assert own.stats.drafted > 0
 
 
+@pytest.mark.parametrize("weights", ["own", "nf4"])
+@pytest.mark.parametrize("lookup", [False, True])
+@pytest.mark.parametrize("length", [4, "auto"])
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+def test_every_kind_of_draft_is_lossless(
+    decoder: Decoder, weights: Any, lookup: bool, length: Any, budget: float
+) -> None:
+    settings: dict[str, Any] = {"draft_weights": weights, "lookup": lookup, "draft_length": length}
+    rows = [*prompts(2), [5, 6, 7, 8, 9] * 5]
+    plain = decoder.generate(rows, 32)
+    own = decoder.generate(rows, 32, "speculate", draft_budget=budget, **settings)
+    assert own.tokens == plain.tokens
+    if length == 4 and budget == 1.0 and weights == "own":
+        assert own.stats.accepted > 0
+    reached, stood = zip(*own.stats.positions, strict=True) if own.stats.positions else ((), ())
+    assert sum(stood) == own.stats.accepted and list(reached) == sorted(reached, reverse=True)
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_what_is_looked_up_is_verified(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, honest: bool
+) -> None:
+    (prompt,) = prompts(1)
+    plain = decoder.generate([prompt], 25).tokens[0]
+
+    def proposed(text: list[int], count: int) -> list[int]:
+        following = plain[len(text) - len(prompt) :][:count]
+        return following if honest else [7 for _ in following]
+
+    monkeypatch.setattr("gateskip.drafts.look_up", proposed)
+    own = decoder.generate([prompt], 25, "speculate", draft_budget=1.0, draft_length=4, lookup=True)
+    assert own.tokens == [plain]
+    assert own.stats.looked_up == own.stats.drafted > 0
+    assert (own.stats.accepted == own.stats.drafted) == honest
+
+
+def test_rows_speculate_side_by_side(decoder: Decoder) -> None:
+    rows = prompts(8)
+    settings: dict[str, Any] = {"draft_budget": 0.5, "draft_length": 3}
+    together = decoder.generate(rows, 24, "speculate", **settings)
+    alone = [decoder.generate([row], 24, "speculate", **settings).tokens[0] for row in rows]
+    assert together.tokens == alone
+
+
+SAMPLER = Sampler(temperature=0.8, top_k=20, top_p=0.95)
+
+
+@pytest.mark.parametrize("mode", ["plain", "skip", "speculate"])
+def test_a_seed_gives_the_same_text(decoder: Decoder, mode: Any) -> None:
+    def text(seed: int) -> list[list[int]]:
+        return decoder.generate(
+            prompts(2), 24, mode, draft_length=3, sampler=SAMPLER, seed=seed
+        ).tokens
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_penalties_hold_in_speculation_too(decoder: Decoder) -> None:
+    penalty = Sampler(repetition_penalty=1.8)
+    for prompt in prompts(3):
+        plain = decoder.generate([prompt], 32, sampler=penalty)
+        assert plain.tokens != decoder.generate([prompt], 32).tokens
+        own = decoder.generate([prompt], 32, "speculate", draft_length=4, sampler=penalty)
+        assert own.tokens == plain.tokens
+
+
+@pytest.mark.parametrize("mode", ["plain", "speculate"])
+def test_a_stop_string_ends_the_row(decoder: Decoder, mode: Any) -> None:
+    (prompt,) = prompts(1)
+    whole = decoder.generate([prompt], 24).tokens[0]
+    stop = decoder.tokenizer.decode(whole[6:8])
+    found = decoder.generate([prompt], 24, mode, stop=[stop]).tokens[0]
+    assert found == whole[: len(found)] and len(found) <= 8
+    assert stop in decoder.tokenizer.decode(found)
+
+
+def test_what_was_said_before_is_looked_up() -> None:
+    assert look_up([1, 2, 3, 4, 5, 1, 2, 3], 2) == [4, 5]
+    assert look_up([7, 2, 3, 9, 8, 1, 2, 3], 3) == [9, 8, 1], "two tokens are enough"
+    assert look_up([1, 2, 3, 4], 2) == [] == look_up([1, 1, 1, 1], 0)
+
+
 def test_a_useless_draft_is_lossless_too(decoder: Decoder) -> None:
     shut = {0.5: [float("inf")] * len(decoder.skipping.branches)}
     useless = Decoder(decoder.skipping, decoder.tokenizer, shut)
@@ -89,8 +174,8 @@ def test_a_useless_draft_is_lossless_too(decoder: Decoder) -> None:
 def test_a_wrong_verifier_is_noticed(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The losslessness tests can fail: accepting every draft changes the text."""
     monkeypatch.setattr(
-        "gateskip.decode.accept_greedy",
-        lambda draft, logits: (len(draft), int(logits[-1].argmax())),
+        "gateskip.decode.accept_or_resample",
+        lambda draft, drawn, wanted, generator: (len(draft), list(wanted)[-1]),
     )
     shut = {0.5: [float("inf")] * len(decoder.skipping.branches)}
     careless = Decoder(decoder.skipping, decoder.tokenizer, shut)
@@ -162,13 +247,6 @@ def test_gates_survive_the_disk(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(second.gates.weight, first.gates.weight)
 
 
-def test_accept_greedy_counts_the_agreeing_prefix() -> None:
-    logits = torch.eye(5)[[1, 2, 3, 4]]  # the target wants 1, 2, 3, then 4
-    assert accept_greedy([1, 2, 3], logits) == (3, 4)
-    assert accept_greedy([1, 0, 3], logits) == (1, 2)
-    assert accept_greedy([], logits[:1]) == (0, 1)
-
-
 class TestPace:
     """The draft length follows what drafting is measured to cost and to bring."""
 
@@ -179,7 +257,7 @@ class TestPace:
             tried.append(k)
             hits = torch.rand(k, generator=generator) < accepts
             accepted = int(hits.long().cumprod(0).sum())
-            pace.observe(k, accepted, k * draft_s, 1.0 + k * row_s)
+            pace.observe(k, [accepted] if k else [], k * draft_s, 1.0 + k * row_s)
         return tried
 
     def test_cheap_good_drafts_are_long(self) -> None:

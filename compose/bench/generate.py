@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,10 +52,14 @@ def answer(
     max_new_tokens: int = 128,
     budget: float | None = None,
     speculate: bool | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Answer a prompt, greedily: {"text", "tokens", "seconds", "settings", "stats"}.
+    """Answer a prompt: {"text", "tokens", "seconds", "settings", "stats"}.
 
-    A folder with a chat template is asked as a chat. Raises ArtifactError as `decode_settings`.
+    `sampling` are fields of gateskip.Sampler; without them the likeliest token is taken. A folder
+    with a chat template is asked as a chat. Raises ArtifactError as `decode_settings`.
     """
     import gateskip
 
@@ -68,7 +73,15 @@ def answer(
             raise ArtifactError(f"{folder} cannot be decoded at budget {asked}: {error}") from error
     ids = prompt_ids(decoder.tokenizer, prompt)
     started = time.perf_counter()
-    generation = decoder.generate([ids], max_new_tokens, eos=end_tokens(decoder), **settings)
+    generation = decoder.generate(
+        [ids],
+        max_new_tokens,
+        sampler=gateskip.Sampler(**(sampling or {})),
+        seed=seed,
+        eos=end_tokens(decoder),
+        stop=stop,
+        **settings,
+    )
     seconds = time.perf_counter() - started
     tokens = generation.tokens[0]
     return {

@@ -30,7 +30,7 @@ class Skip(DecodeStage):
     """The stage's name."""
 
     budget: float = Field(default=0.8, gt=0, le=1)
-    """The share of branches that is computed."""
+    """The share of the branches' multiply-adds that is computed."""
 
 
 class Speculate(DecodeStage):
@@ -40,7 +40,13 @@ class Speculate(DecodeStage):
     """The stage's name."""
 
     draft_budget: float = Field(default=0.5, gt=0, le=1)
-    """The share of branches that a draft computes."""
+    """The share of multiply-adds that a draft computes; 1 skips nothing."""
+
+    draft_weights: Literal["own", "nf4"] = "own"
+    """What drafts: the model's own weights, or a 4-bit copy of them that is made while loading."""
+
+    lookup: bool = False
+    """Whether what followed the last tokens earlier in the text is proposed ahead of a draft."""
 
     draft_length: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = "auto"
     """Tokens drafted before each verification; `auto` sets it from measured cost and acceptance."""

@@ -1,0 +1,77 @@
+"""How many tokens to draft: from what drafting costs here, and from how much of it is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class Pace:
+    """Sets the draft length that measured costs and acceptance promise most tokens a second from.
+
+    With acceptance a, k drafted tokens yield (1 - a^(k + 1)) / (1 - a) tokens a pass (arXiv
+    2211.17192, equation 1) for the time of k draft steps and one verify pass. Length 0 is plain
+    decoding; while it is best, drafting is tried again after ever longer pauses. A decoder keeps
+    its pace from one call to the next: what speculation costs does not change with the prompt.
+    """
+
+    LONGEST = 8
+    TRIAL = 3
+    MARGIN = 1.02  # speculation must promise this much more than plain decoding
+    PAUSE, LONGEST_PAUSE = 32, 512  # rounds
+
+    def __init__(self) -> None:
+        self.acceptance = 0.6
+        self.draft_step: float | None = None  # seconds
+        self.plain: float | None = None
+        self.per_row: float | None = None  # what one more row adds to a verify pass, seconds
+        self.pause, self.wait = self.PAUSE, 0
+
+    def draft_length(self) -> int:
+        """Tokens to draft next."""
+        if self.plain is None:
+            return 0
+        if self.draft_step is None or self.per_row is None:
+            return self.TRIAL
+        best = max(range(self.LONGEST + 1), key=self._tokens_per_s)
+        if best and self._tokens_per_s(best) > self.MARGIN * self._tokens_per_s(0):
+            self.pause = self.PAUSE
+            return best
+        self.wait += 1
+        if self.wait < self.pause:
+            return 0
+        self.wait, self.pause = 0, min(2 * self.pause, self.LONGEST_PAUSE)
+        return self.TRIAL
+
+    def goes_on(self, chance: float) -> bool:
+        """Whether one more drafted token is worth its cost when the draft so far stands with
+        `chance`: the plain step that it may save, against drafting and verifying it."""
+        if self.plain is None or self.draft_step is None or self.per_row is None:
+            return True
+        return chance * self.plain > self.draft_step + self.per_row
+
+    def _tokens_per_s(self, k: int) -> float:
+        assert self.plain is not None
+        if k == 0:
+            return 1 / self.plain
+        assert self.draft_step is not None and self.per_row is not None
+        a = min(self.acceptance, 0.99)
+        tokens = (1 - a ** (k + 1)) / (1 - a)
+        return tokens / (k * self.draft_step + self.plain + k * self.per_row)
+
+    def observe(self, count: int, accepted: Sequence[int], draft_s: float, verify_s: float) -> None:
+        """Take in a round: `count` tokens drafted a row, and how many each row accepted."""
+        if count == 0:
+            self.plain = _blend(self.plain, verify_s, 0.3)
+            return
+        self.draft_step = _blend(self.draft_step, draft_s / count, 0.3)
+        self.per_row = _blend(
+            self.per_row, max(0.0, verify_s - (self.plain or verify_s)) / count, 0.3
+        )
+        for each in accepted:
+            tried = min(each + 1, count)  # drafts after the first refusal tell nothing
+            for outcome in (1.0,) * each + (0.0,) * (tried - each):
+                self.acceptance += 0.1 * (outcome - self.acceptance)
+
+
+def _blend(old: float | None, new: float, share: float) -> float:
+    return new if old is None else old + share * (new - old)
