@@ -286,6 +286,40 @@ def insight(
 
 
 @app.command()
+def bench(
+    folder: Annotated[Path, typer.Argument(help="A model folder, such as an export.")],
+    contenders: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contender",
+            help="plain, transformers, skip:BUDGET, draft:BUDGET with +nf4, +lookup, +LENGTH;"
+            " speeds are compared with the first. plain alone if not said.",
+        ),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; 1 if not said.")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="Prompt tokens; 128 if not said.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts to use, by category: an alias or a file.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each category.")] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, interleaved.")] = 3,
+) -> None:
+    """Time ways of decoding a folder against each other; the last line is all of it as JSON."""
+    from compose.executors import ask_once
+    from compose.show import say_race
+
+    asked: dict[str, Any] = {"folder": str(folder), "contenders": contenders or ["plain"]}
+    asked |= {"batches": batch or [1], "contexts": context or [128], "prompts": prompts}
+    asked |= {"limit": limit, "new_tokens": new_tokens, "repeats": repeats}
+    found = ask_once("race", asked)
+    say_race(console(), found)
+    typer.echo(json.dumps(found))
+
+
+@app.command()
 def doctor() -> None:
     """Say what can run here, what is missing, and how to put it right."""
     from compose.doctor import examine

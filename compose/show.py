@@ -173,3 +173,42 @@ def _ground(level: float) -> str:
     red, green, blue = (round(255 + level * (end - 255)) for end in (0, 90, 170))
     ink = "white" if level > 0.6 else "black"
     return f"{ink} on rgb({red},{green},{blue})"
+
+
+def say_race(out: Console, found: dict[str, Any]) -> None:
+    """Laps of `gateskip bench` as a table, speeds beside those of the first contender."""
+    laps = found["laps"]
+    base = {lap["course"]: lap for lap in laps if lap["contender"] == laps[0]["contender"]}
+    columns = (
+        "contender",
+        "on",
+        "prefill tok/s",
+        "decode tok/s",
+        "spread",
+        "x",
+        "accepted",
+        "same",
+    )
+    table = _table("Bench", *columns)
+    for lap in laps:
+        decode, prefill = lap["decode_tokens_per_s"], lap["prefill_tokens_per_s"]
+        rate = lap["acceptance_rate"]
+        table.add_row(
+            lap["contender"],
+            lap["course"],
+            f"{prefill['median']:.0f}",
+            f"{decode['median']:.1f}",
+            f"{decode['least']:.1f} to {decode['most']:.1f}",
+            f"{decode['median'] / base[lap['course']]['decode_tokens_per_s']['median']:.2f}",
+            "" if rate is None else f"{rate:.2f}",
+            "yes" if lap["equal_to_first"] else "no",
+        )
+    out.print(table)
+    roof, size = found["roofline"], found["weights"]
+    read = roof["memory_gb_per_s"]
+    out.print(
+        f"{found['threads']} threads read {read:.1f} GB/s: {read * 1e9 / size:.0f} times a second"
+        f" the folder's {size / 1e6:.0f} MB of weights; they multiply"
+        f" {roof['gemm_float32_gflop_per_s']:.0f} GFLOP/s in float32 and"
+        f" {roof['gemm_bfloat16_gflop_per_s']:.0f} in bfloat16"
+    )

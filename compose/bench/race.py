@@ -1,0 +1,274 @@
+"""`gateskip bench`: ways of decoding one folder, timed against each other in one process.
+
+All contenders get the same prompts, and each repeat runs every contender once, so that a machine's
+moods hit all alike. Beside tokens a second stands what the machine could do: how fast it reads
+memory, which bounds decoding, and how fast it multiplies, which bounds prefill.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gateskip
+from compose.assets import load_texts, token_blocks
+from compose.bench.cell import resident_bytes
+from compose.bench.generate import end_tokens, prompt_ids
+from compose.errors import UserError, suggest
+from gateskip.decode import Decoder
+
+KINDS = ("plain", "skip", "draft", "transformers")
+WARM_TOKENS = 8
+READ_BYTES, GEMM_SIZE = 1 << 28, 1024  # of the machine's own measure
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of decoding, by the words that name it."""
+
+    name: str
+    settings: dict[str, Any]
+    """Arguments of Decoder.generate; `theirs` is transformers' own generate."""
+
+
+def contender(text: str) -> Contender:
+    """`plain`, `transformers`, `skip:BUDGET`, or `draft:BUDGET` with `+nf4`, `+lookup`, `+LENGTH`.
+
+    Raises UserError for anything else.
+    """
+    kind, _, rest = text.partition(":")
+    if kind not in KINDS:
+        raise UserError(f"contender {text!r}: {suggest(kind, KINDS)}", fix=contender.__doc__)
+    if kind in ("plain", "transformers"):
+        return Contender(text, {"mode": "plain" if kind == "plain" else "theirs"})
+    words = rest.split("+")
+    try:
+        budget = float(words[0])
+        if kind == "skip":
+            return Contender(text, {"mode": "skip", "budget": budget})
+        settings: dict[str, Any] = {"mode": "speculate", "draft_budget": budget}
+        for word in words[1:]:
+            if word == "nf4":
+                settings["draft_weights"] = word
+            elif word == "lookup":
+                settings["lookup"] = True
+            else:
+                settings["draft_length"] = int(word)
+    except ValueError as error:
+        raise UserError(f"contender {text!r}: {error}", fix="as in draft:0.8+nf4+4") from error
+    return Contender(text, settings)
+
+
+@dataclass
+class Lap:
+    """Repeats of one contender on one set of prompts."""
+
+    contender: str
+    course: str
+    """What the prompts are: batch and context, or a category."""
+    prefill: list[float] = field(default_factory=list)
+    """Prompt tokens a second, a repeat each."""
+    decode: list[float] = field(default_factory=list)
+    """New tokens a second after the first of each row."""
+    acceptance: float | None = None
+    equal: bool = True
+    """Whether its tokens were the first contender's."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Medians and extremes, and the repeats themselves."""
+        return {
+            "contender": self.contender,
+            "course": self.course,
+            "prefill_tokens_per_s": _summary(self.prefill),
+            "decode_tokens_per_s": _summary(self.decode),
+            "acceptance_rate": self.acceptance,
+            "equal_to_first": self.equal,
+        }
+
+
+def _summary(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "median": statistics.median(values),
+        "least": min(values),
+        "most": max(values),
+        "repeats": list(values),
+    }
+
+
+def race(
+    folder: Path,
+    contenders: Sequence[str],
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    new_tokens: int,
+    repeats: int,
+    prompts: str | None = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Time the contenders on running text of each batch and context, or on `prompts` by category.
+
+    Returns `laps`, the machine's `roofline`, and the folder's `weights` in bytes.
+
+    Raises:
+        UserError: a contender is not known, or the folder cannot decode so.
+    """
+    decoder: Decoder = gateskip.load(folder)
+    ways = [contender(text) for text in contenders]
+    for way in ways:
+        _check(decoder, way)
+    courses = (
+        _courses_of(decoder, prompts, limit, cache)
+        if prompts
+        else _running_text(decoder, batches, contexts, cache)
+    )
+    laps = {(way.name, name): Lap(way.name, name) for way in ways for name in courses}
+    done, total = 0, repeats * len(laps)
+    for way in ways:  # what is built on first use is built before anything is timed
+        _run(decoder, way, next(iter(courses.values()))[0], WARM_TOKENS)
+    for _ in range(repeats):
+        for name, groups in courses.items():
+            first: list[list[list[int]]] | None = None
+            for way in ways:
+                lap = laps[way.name, name]
+                runs = [_run(decoder, way, rows, new_tokens) for rows in groups]
+                first = first or [run.tokens for run in runs]
+                lap.equal &= first == [run.tokens for run in runs]
+                lap.prefill.append(_rate(runs, "prompt_tokens", "prefill_s"))
+                lap.decode.append(_rate(runs, "decoded", "decode_s"))
+                drafted = sum(run.drafted for run in runs)
+                lap.acceptance = sum(run.accepted for run in runs) / drafted if drafted else None
+                done += 1
+                if progress is not None:
+                    progress(done, total, f"{way.name} {name}")
+    return {
+        "laps": [lap.to_json() for lap in laps.values()],
+        "roofline": roofline(),
+        "weights": resident_bytes(decoder.skipping.model),
+        "threads": torch.get_num_threads(),
+        "new_tokens": new_tokens,
+    }
+
+
+@dataclass(frozen=True)
+class _Run:
+    tokens: list[list[int]]
+    prompt_tokens: int
+    prefill_s: float
+    decoded: int
+    decode_s: float
+    drafted: int = 0
+    accepted: int = 0
+
+
+def _rate(runs: Sequence[_Run], tokens: str, seconds: str) -> float:
+    spent: float = sum(getattr(run, seconds) for run in runs)
+    return float(sum(getattr(run, tokens) for run in runs) / max(spent, 1e-9))
+
+
+def _check(decoder: Decoder, way: Contender) -> None:
+    budget = way.settings.get("budget", way.settings.get("draft_budget", 1.0))
+    try:
+        decoder.thresholds(budget)
+        decoder.drafter(way.settings.get("draft_weights", "own"))
+    except ValueError as error:
+        raise UserError(f"contender {way.name}: {error}", fix="choose another contender") from error
+
+
+def _run(decoder: Decoder, way: Contender, rows: list[list[int]], new_tokens: int) -> _Run:
+    if way.settings["mode"] == "theirs":
+        return _theirs(decoder, rows, new_tokens)
+    found = decoder.generate(rows, new_tokens, eos=end_tokens(decoder), **way.settings)
+    stats = found.stats
+    decoded = stats.new_tokens - len(rows)  # the first token of a row comes out of prefill
+    return _Run(
+        found.tokens,
+        stats.prompt_tokens,
+        stats.prefill_s,
+        decoded,
+        stats.decode_s,
+        stats.drafted,
+        stats.accepted,
+    )
+
+
+def _theirs(decoder: Decoder, rows: list[list[int]], new_tokens: int) -> _Run:
+    """transformers' greedy `generate`; what one new token takes is called prefill."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    ends = end_tokens(decoder)
+    took = []
+    for count in (1, new_tokens):
+        started = time.perf_counter()
+        text = decoder.skipping.model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
+        )
+        took.append(time.perf_counter() - started)
+    tokens = [_cut(row[longest:].tolist(), ends) for row in text]
+    decoded = sum(map(len, tokens)) - len(rows)
+    return _Run(tokens, sum(map(len, rows)), took[0], decoded, took[1] - took[0])
+
+
+def _cut(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: stop + 1]
+
+
+def _running_text(
+    decoder: Decoder, batches: Sequence[int], contexts: Sequence[int], cache: Path | None
+) -> dict[str, list[list[list[int]]]]:
+    """Course -> its one batch of prompts, cut from heldout-text."""
+    text = load_texts("heldout-text", None, cache)
+    return {
+        f"{batch} x {context}": [token_blocks(text, decoder.tokenizer, context, batch).tolist()]
+        for batch in batches
+        for context in contexts
+    }
+
+
+def _courses_of(
+    decoder: Decoder, source: str, limit: int | None, cache: Path | None
+) -> dict[str, list[list[list[int]]]]:
+    """Category -> its prompts, each a batch of one; `limit` of each category."""
+    data = load_texts(source, None, cache)
+    texts = data.prompts or data.rows
+    names = data.categories or ["prompts"] * len(texts)
+    courses: dict[str, list[list[list[int]]]] = {}
+    for name, text in zip(names, texts, strict=True):
+        group = courses.setdefault(name, [])
+        if limit is None or len(group) < limit:
+            group.append([prompt_ids(decoder.tokenizer, text)])
+    return courses
+
+
+def roofline() -> dict[str, float]:
+    """What the machine reads from memory (GB/s) and multiplies (GFLOP/s), best of a few tries."""
+    data = torch.ones(READ_BYTES // 4)
+    read = min(_seconds(data.sum) for _ in range(5))
+    found = {"memory_gb_per_s": READ_BYTES / read / 1e9}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=dtype)
+        spent = min(_seconds(partial(torch.matmul, a, a)) for _ in range(3))
+        found[f"gemm_{name}_gflop_per_s"] = 2 * GEMM_SIZE**3 / spent / 1e9
+    return found
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

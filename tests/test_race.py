@@ -1,0 +1,61 @@
+"""`gateskip bench` times every contender on the same prompts, and says whose tokens differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compose.bench.race import contender, race, roofline
+from compose.errors import UserError
+
+
+def test_contenders_are_named_in_words() -> None:
+    assert contender("skip:0.8").settings == {"mode": "skip", "budget": 0.8}
+    assert contender("draft:1.0+nf4+lookup+4").settings == {
+        "mode": "speculate",
+        "draft_budget": 1.0,
+        "draft_weights": "nf4",
+        "lookup": True,
+        "draft_length": 4,
+    }
+    for wrong in ("dense", "skip:much", "draft:0.5+fast"):
+        with pytest.raises(UserError, match="contender"):
+            contender(wrong)
+
+
+def test_laps_are_counted_alike(tiny_llama: Path, tmp_path: Path) -> None:
+    asked = [
+        {"category": "one", "prompt": "Redistribution and use"},
+        {"category": "two", "prompt": "Subject to the terms"},
+        {"category": "two", "prompt": "Licensed under"},
+        {"category": "two", "prompt": "left out"},
+    ]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in asked))
+    ways = ["plain", "transformers", "draft:1.0+4"]
+    found = race(tiny_llama, ways, [1], [8], 12, 2, prompts=str(file), limit=2)
+    assert [(lap["contender"], lap["course"]) for lap in found["laps"]] == [
+        (way, course) for way in ways for course in ("one", "two")
+    ]
+    for lap in found["laps"]:
+        assert lap["equal_to_first"], "greedy text is greedy text"
+        assert len(lap["decode_tokens_per_s"]["repeats"]) == 2
+        assert lap["decode_tokens_per_s"]["least"] > 0
+    assert found["laps"][-1]["acceptance_rate"] == 1.0, "a draft at full compute is the model"
+
+
+def test_what_a_folder_cannot_do_is_named(tiny_llama: Path) -> None:
+    with pytest.raises(UserError, match="no gates"):
+        race(tiny_llama, ["skip:0.8"], [1], [8], 4, 1)
+
+
+def test_the_machine_is_measured() -> None:
+    found = roofline()
+    assert set(found) == {
+        "memory_gb_per_s",
+        "gemm_float32_gflop_per_s",
+        "gemm_bfloat16_gflop_per_s",
+    }
+    assert all(value > 0 for value in found.values())
