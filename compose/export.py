@@ -21,6 +21,7 @@ from compose.artifact import (
     require_model,
     write_lineage,
 )
+from compose.bundle import write_bundle
 from compose.cache import read_json, write_json
 from compose.errors import ArtifactError, ComposeError, StepError, UserError, suggest
 from compose.executors import Executor, await_answer
@@ -113,6 +114,7 @@ def assemble(
     if is_gated(source):
         settings = read_json(folder / GATE_SETTINGS) or {}
         write_json(folder / GATE_SETTINGS, {**settings, "decode": decode})
+        write_bundle(folder)
     write_json(folder / MEASUREMENTS, measurements(results, cell, planned))
     before = lineage(source)
     (folder / CARD).write_text(model_card(folder, results, cell, before), encoding="utf-8")

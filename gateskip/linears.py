@@ -8,6 +8,7 @@ go through native.py, which streams the weights once; many rows through torch's 
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import torch
@@ -123,18 +124,21 @@ def _from_bitsandbytes(module: Any) -> PackedLinear | None:
 
 def _from_blocks(data: Tensor, state: Any, bias: Tensor | None) -> PackedLinear | None:
     """bitsandbytes' codes and what its quantization state says of them."""
-    from bitsandbytes.functional import dequantize_blockwise
-
     rows, k = state.shape
     if k % state.blocksize or state.blocksize % PACK:
         return None
     absmax = state.absmax
     if state.nested:
-        absmax = dequantize_blockwise(absmax, state.state2) + state.offset
+        absmax = _bitsandbytes().dequantize_blockwise(absmax, state.state2) + state.offset
     data = data.view(-1)
     codes = torch.stack((data >> 4, data & 15), dim=1).view(rows, k)
     scale = absmax.float().view(rows, k // state.blocksize)
     return PackedLinear(codes, scale, None, state.code, bias)
+
+
+def _bitsandbytes() -> Any:
+    """Its functions. An import statement would make an exported folder ask for the library."""
+    return importlib.import_module("bitsandbytes.functional")
 
 
 def four_bit_twin(model: Any) -> Any:
@@ -142,8 +146,6 @@ def four_bit_twin(model: Any) -> Any:
 
     Raises ValueError where no weight can be packed, as when they have 4 bits already.
     """
-    from bitsandbytes.functional import quantize_4bit
-
     weight = final_norm(model).weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or native.library() is None:
         raise ValueError("4-bit drafts run on the native kernels: a float32 model on a CPU")
@@ -154,7 +156,7 @@ def four_bit_twin(model: Any) -> Any:
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear | DenseLinear) or child.in_features % NF4_BLOCK:
                 continue
-            codes, state = quantize_4bit(
+            codes, state = _bitsandbytes().quantize_4bit(
                 child.weight.detach(), blocksize=NF4_BLOCK, quant_type="nf4"
             )
             linear = _from_blocks(codes, state, child.bias)

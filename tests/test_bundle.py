@@ -1,0 +1,91 @@
+"""What an export carries decodes as we do, in a process where we cannot be imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gateskip
+from compose.bundle import ROOTS, sources, write_bundle
+from gateskip.budget import calibrate
+from gateskip.checkpoint import GateFile, grid_of, load_model, save_gates
+from gateskip.shortcuts import fit_shortcuts
+from gateskip.warmstart import warm_start
+
+SCRIPT = """
+import json, sys
+for name in ("gateskip", "compose", "reports", "bitsandbytes", "peft", "lm_eval"):
+    sys.modules[name] = None  # importing it fails
+import torch
+from transformers import AutoModelForCausalLM
+folder, prompts, asked = json.loads(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+for settings in asked:
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=16,
+                              do_sample=False, eos_token_id=None, pad_token_id=0, **settings)
+        found.append(text[0, len(prompt):].tolist())
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export, as far as decoding looks at it."""
+    target = tmp_path_factory.mktemp("bundle") / "shipped"
+    model = load_model(tiny_llama, "float32")
+    blocks = torch.randint(3, 512, (6, 48), generator=torch.Generator().manual_seed(2))
+    gates, sensitivity = warm_start(model, blocks)
+    gates.shortcuts = fit_shortcuts(model, blocks, 8)
+    gates.shortcuts.settle()
+    grid, kept = grid_of(calibrate(model, gates.requires_grad_(False), blocks, (0.8, 0.5)))
+    model.save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (target / name).write_bytes((tiny_llama / name).read_bytes())
+    decode = {"mode": "skip", "budget": 0.8}
+    save_gates(target, GateFile(gates, "project", grid, kept, sensitivity, decode=decode))
+    write_bundle(target)
+    return target
+
+
+def test_it_decodes_as_we_do(folder: Path, tmp_path: Path) -> None:
+    prompts = [[5, 9, 200, 31], [17, 4, 66]]
+    asked: list[dict[str, Any]] = [
+        {},
+        {"mode": "plain"},
+        {"mode": "skip", "budget": 0.5},
+        {"mode": "speculate", "draft_budget": 0.5, "draft_length": 3},
+    ]
+    arguments = json.dumps([str(folder), prompts, asked])
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SCRIPT, arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    decoder = gateskip.load(folder, native=False)
+    theirs = [json.loads(line) for line in done.stdout.splitlines()]
+    for settings, found in zip(asked, theirs, strict=True):
+        own: dict[str, Any] = settings or decoder.defaults
+        assert found == [decoder.generate([p], 16, **own).tokens[0] for p in prompts]
+    assert theirs[0] != theirs[1], "skipping at 0.8 changes the text of this model"
+    assert theirs[1] == theirs[3]
+
+
+def test_training_and_kernels_do_not_travel() -> None:
+    carried = sources()
+    assert set(ROOTS) <= set(carried)
+    assert not {"train", "insight", "objectives", "recipe"} & set(carried)
+    assert not any("import bitsandbytes" in text for text in carried.values())
