@@ -1,6 +1,6 @@
 """The code that an export carries: our own sources of decoding, rewritten to stand in one folder.
 
-With `trust_remote_code=True` transformers loads `custom_generate/generate.py` of a model folder, and
+With `trust_remote_code=True` transformers loads `custom_generate/generate.py` of a folder, and
 what that imports beside itself. So the modules that decoding needs are copied there with their
 imports made relative: the same implementation, not a second one.
 """

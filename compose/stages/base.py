@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from compose.errors import PlanError, RuleBroken
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Role = Literal["prune", "heal", "gate", "quantize", "decode"]
 Split = Literal["train", "calibration"]
@@ -158,6 +161,17 @@ class StageJob:
     """Scratch that survives a kill, for checkpoints in the middle of a stage."""
     asset_cache: Path
     """Where downloaded models and data are kept."""
+
+    def blocks(
+        self, split: Split, tokenizer: Any, length: int | None = None, limit: int | None = None
+    ) -> Tensor:
+        """Token blocks [N, length] of a split; its own length and row limit where none is given."""
+        from compose.assets import load_texts, token_blocks
+
+        spec = self.train if split == "train" else self.calibration
+        assert spec is not None, f"a stage names {split} in reads_data to be given it"
+        texts = load_texts(spec.source, spec.limit, self.asset_cache)
+        return token_blocks(texts, tokenizer, length or spec.length, limit or spec.limit)
 
 
 class Stage(BaseModel):

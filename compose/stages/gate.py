@@ -227,16 +227,11 @@ class Gate(Stage):
         """Token blocks [N, length] to train on, and to calibrate on."""
         from transformers import AutoTokenizer
 
-        from compose.assets import load_texts, token_blocks
-
-        assert job.train is not None and job.calibration is not None, "gate reads both splits"
         tokenizer = AutoTokenizer.from_pretrained(job.source)
         wanted = max(self.steps * self.accumulate * self.batch, SHORTCUT_BLOCKS)
-        train = load_texts(job.train.source, job.train.limit, job.asset_cache)
-        calibration = load_texts(job.calibration.source, job.calibration.limit, job.asset_cache)
         return (
-            token_blocks(train, tokenizer, self.length, wanted),
-            token_blocks(calibration, tokenizer, self.length, self.calibration_blocks),
+            job.blocks("train", tokenizer, self.length, wanted),
+            job.blocks("calibration", tokenizer, self.length, self.calibration_blocks),
         )
 
     def _start(self, job: StageJob, model: Any, train: Tensor) -> tuple[Gates, list[float] | None]:

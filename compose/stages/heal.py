@@ -41,15 +41,12 @@ class Heal(Stage):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from compose.assets import load_texts, token_blocks
-
         assert job.train is not None, "heal reads the training split"
         model = AutoModelForCausalLM.from_pretrained(job.source, dtype="float32")
         teacher = AutoModelForCausalLM.from_pretrained(job.dense, dtype="float32").eval()
         tokenizer = AutoTokenizer.from_pretrained(job.source)
-        texts = load_texts(job.train.source, job.train.limit, job.asset_cache)
         length = self.length or job.train.length
-        blocks = token_blocks(texts, tokenizer, length, self.steps * self.batch)
+        blocks = job.blocks("train", tokenizer, length, self.steps * self.batch)
         curve = self._distil(job, model, teacher, blocks)
         model.to(getattr(torch, job.dtype)).save_pretrained(job.target)
         return {"training": curve, "train_tokens": self.steps * self.batch * length}

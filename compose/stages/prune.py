@@ -142,14 +142,11 @@ def _model_and_blocks(job: StageJob) -> tuple[Any, Tensor]:
     """The source model in float32, and calibration blocks [N, length]."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from compose.assets import load_texts, token_blocks
-
     assert job.calibration is not None, "pruning reads the calibration split"
     model = AutoModelForCausalLM.from_pretrained(job.source, dtype="float32").eval()
-    texts = load_texts(job.calibration.source, job.calibration.limit, job.asset_cache)
     tokenizer = AutoTokenizer.from_pretrained(job.source)
-    length, limit = job.calibration.length, job.calibration.limit
-    return model, token_blocks(texts, tokenizer, length, min(limit, PRUNE_BLOCKS))
+    limit = min(job.calibration.limit, PRUNE_BLOCKS)
+    return model, job.blocks("calibration", tokenizer, limit=limit)
 
 
 def _save(model: Any, job: StageJob) -> None:

@@ -129,12 +129,7 @@ class Gptq(Stage):
 
     def _texts(self, job: StageJob, tokenizer: Any) -> list[str]:
         """Calibration blocks as text: optimum tokenizes again, so blocks are decoded."""
-        from compose.assets import load_texts, token_blocks
-
-        assert job.calibration is not None, "gptq reads the calibration split"
-        spec = job.calibration
-        texts = load_texts(spec.source, spec.limit, job.asset_cache)
-        blocks = token_blocks(texts, tokenizer, spec.length, spec.limit)
+        blocks = job.blocks("calibration", tokenizer)
         return [tokenizer.decode(block, skip_special_tokens=True) for block in blocks]
 
 
