@@ -114,6 +114,9 @@ def assemble(
     if is_gated(source):
         settings = read_json(folder / GATE_SETTINGS) or {}
         write_json(folder / GATE_SETTINGS, {**settings, "decode": decode})
+    elif decode["mode"] != "plain":  # it drafts without skipping
+        write_json(folder / GATE_SETTINGS, {"decode": decode})
+    if (folder / GATE_SETTINGS).exists():
         write_bundle(folder)
     write_json(folder / MEASUREMENTS, measurements(results, cell, planned))
     before = lineage(source)
@@ -185,7 +188,7 @@ def model_card(
         source=stages[0],
         stages=stages[1:],
         licence=stages[0].get("licence"),
-        gated=is_gated(folder),
+        gated=(folder / GATE_SETTINGS).is_file(),
         quantized="quantization_config" in require_model(folder),
         dtype=dtype_of(folder),
         decode=[step for step in cell.steps or () if step.use in ("skip", "speculate")],

@@ -140,6 +140,14 @@ def load_gates(folder: Path) -> GateFile | None:
     )
 
 
+def stored_decode(folder: Path) -> dict[str, Any]:
+    """How a folder is decoded when nobody says otherwise; it may draft without having gates."""
+    if not (folder / META_FILE).exists():
+        return {}
+    decode: dict[str, Any] = json.loads((folder / META_FILE).read_text()).get("decode") or {}
+    return decode
+
+
 def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
     """A transformers causal LM from a folder, in evaluation mode."""
     from transformers import AutoModelForCausalLM
@@ -183,6 +191,6 @@ def load(
         skipping,
         AutoTokenizer.from_pretrained(folder),
         file.grid if file else {},
-        defaults=file.decode if file else {},
+        defaults=stored_decode(folder),
         kernels=kernels,
     )

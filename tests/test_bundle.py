@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,20 @@ def test_training_and_kernels_do_not_travel() -> None:
     assert set(ROOTS) <= set(carried)
     assert not {"train", "insight", "objectives", "recipe"} & set(carried)
     assert not any("import bitsandbytes" in text for text in carried.values())
+
+
+def test_a_folder_without_gates_speculates(tiny_llama: Path, tmp_path: Path) -> None:
+    """What an export of an ungated, drafting cell holds, as `generate` and `load` read it."""
+    from compose.bench.generate import answer, decode_settings
+
+    folder = tmp_path / "drafting"
+    shutil.copytree(tiny_llama, folder)
+    decode = {"mode": "speculate", "draft_budget": 1.0, "draft_weights": "nf4", "draft_length": 4}
+    (folder / "gateskip.json").write_text(json.dumps({"decode": decode}))
+    assert decode_settings(folder) == decode == gateskip.load(folder).defaults
+    spoken = answer(folder, "Licensed under", max_new_tokens=12)
+    assert spoken["stats"]["drafted"] > 0
+    assert (
+        spoken["text"]
+        == answer(folder, "Licensed under", max_new_tokens=12, speculate=False)["text"]
+    )

@@ -317,6 +317,8 @@ def test_the_options_of_every_command_are_frozen() -> None:
         *("--max-bytes", "--max-perplexity-ratio", "--max-resident"),
         *("--maximize", "--min-retained", "--require-lossless"),
     ]
+    drawn = ["--temperature", "--top-k", "--top-p", "--seed", "--stop"]
+    asked = ["--stats", "folder", "prompt"]
     assert options == {
         "validate": ["file"],
         "plan": ["--json", "--out", "file"],
@@ -324,7 +326,11 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "report": ["run_dir"],
         "pick": sorted([*wanted, "--json", "run_dir"]),
         "export": sorted([*wanted, "--cell", "--to", "run_dir"]),
-        "generate": ["--budget", "--max-new-tokens", "--speculate", "--stats", "folder", "prompt"],
+        "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
+        "bench": [
+            *("--batch", "--contender", "--context", "--limit", "--new-tokens", "--prompts"),
+            *("--repeats", "folder"),
+        ],
         "insight": ["--budget", "--html", "--json", "--text", "folder"],
         "doctor": [],
         "schema": [],

@@ -66,6 +66,19 @@ def export(tmp_path: Path, source: Path, results: Results) -> Path:
     return target
 
 
+def test_a_model_without_gates_drafts_too(tmp_path: Path, source: Path, results: Results) -> None:
+    for name in ("gates.safetensors", "gateskip.json"):
+        (source / name).unlink()
+    target = tmp_path / "drafting"
+    target.mkdir()
+    spec = {"use": "speculate", "draft_budget": 1.0, "draft_weights": "nf4"}
+    planned = {"weights": "k", "decode": spec}
+    assemble(target, source, results, results.cell("gates+spec"), planned)
+    decode = {"mode": "speculate", "draft_budget": 1.0, "draft_weights": "nf4"}
+    assert json.loads((target / "gateskip.json").read_text()) == {"decode": decode}
+    assert (target / "custom_generate/generate.py").is_file()
+
+
 def test_the_folder_says_how_it_is_decoded(export: Path, source: Path) -> None:
     settings = json.loads((export / "gateskip.json").read_text())
     assert settings["decode"] == {"mode": "speculate", "draft_budget": 0.5, "draft_length": "auto"}

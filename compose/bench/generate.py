@@ -25,14 +25,17 @@ def decode_settings(
         ArtifactError: the folder is no model, or skipping is asked of one that has no gates.
     """
     require_model(folder)
+    stored = (read_json(folder / "gateskip.json") or {}).get("decode") or {"mode": "plain"}
+    drafts_whole = stored["mode"] == "speculate" and stored.get("draft_budget") == 1
     if not is_gated(folder):
+        if budget is None and speculate is not False and drafts_whole:
+            return dict(stored)
         if budget is not None or speculate:
             raise ArtifactError(
                 f"{folder} has no gates, so it can neither skip nor speculate",
                 fix="leave --budget and --speculate out, or name a folder made with a gate stage",
             )
         return {"mode": "plain"}
-    stored = (read_json(folder / "gateskip.json") or {}).get("decode") or {"mode": "plain"}
     mode: Mode = stored["mode"]
     if speculate is not None:
         mode = "speculate" if speculate else "skip" if budget is not None else "plain"

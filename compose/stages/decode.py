@@ -11,7 +11,7 @@ from compose.stages.base import ModelShape, Role, Stage
 
 
 class DecodeStage(Stage):
-    """A setting of the decoder; it needs gates to decide by."""
+    """A setting of the decoder; where it skips, it needs gates to decide by."""
 
     acts: ClassVar[Literal["weights", "decode"]] = "decode"
     role: ClassVar[Role] = "decode"
@@ -19,8 +19,12 @@ class DecodeStage(Stage):
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, and `decode-needs-gates`: a gate stage came before."""
         super().check(shape, before)
-        if not any(stage.role == "gate" for stage in before):
+        if self.skips() and not any(stage.role == "gate" for stage in before):
             raise RuleBroken("decode-needs-gates", f"no gate stage comes before {self.use}")
+
+    def skips(self) -> bool:
+        """Whether any branch is skipped."""
+        return True
 
 
 class Skip(DecodeStage):
@@ -34,7 +38,7 @@ class Skip(DecodeStage):
 
 
 class Speculate(DecodeStage):
-    """Draft tokens with skipping, verify them with the whole model: the same text, sooner."""
+    """Draft tokens cheaply, verify them with the whole model: the same text, sooner."""
 
     use: Literal["speculate"] = "speculate"
     """The stage's name."""
@@ -50,3 +54,13 @@ class Speculate(DecodeStage):
 
     draft_length: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = "auto"
     """Tokens drafted before each verification; `auto` sets it from measured cost and acceptance."""
+
+    def skips(self) -> bool:
+        """Only drafts below a budget of 1 do."""
+        return self.draft_budget < 1
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """As for all decoders, and `draft-of-packed`."""
+        super().check(shape, before)
+        if self.draft_weights == "nf4" and any(stage.role == "quantize" for stage in before):
+            raise RuleBroken("draft-of-packed", "after a quantizer, draft_weights must be own")
