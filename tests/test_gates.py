@@ -219,3 +219,11 @@ class TestInsight:
             "kept": [1.0] * gates.branches,
         }
         assert sum(each["tokens"] for each in found["kinds"].values()) == 80
+
+
+def test_what_calibrates_does_not_train() -> None:
+    from compose.stages.gate import unseen
+
+    train = torch.arange(40).view(10, 4)
+    assert torch.equal(unseen(train, train[:3]), train[3:])
+    assert torch.equal(unseen(train, train[:8]), train), "a text too short to be parted"
