@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,22 +19,17 @@ if TYPE_CHECKING:
 __all__ = ["Decoder", "Generation", "Sampler", "custom_generate", "load"]
 
 
+_HOMES = {
+    "Decoder": "decode",
+    "Generation": "decode",
+    "Sampler": "sampling",
+    "custom_generate": "hook",
+    "load": "checkpoint",
+}
+
+
 def __getattr__(name: str) -> Any:
     """Import torch only when something here is used: planning reads gateskip.recipe alone."""
-    if name == "load":
-        from gateskip.checkpoint import load
-
-        return load
-    if name in ("Decoder", "Generation"):
-        from gateskip import decode
-
-        return getattr(decode, name)
-    if name == "Sampler":
-        from gateskip.sampling import Sampler
-
-        return Sampler
-    if name == "custom_generate":
-        from gateskip.hook import custom_generate
-
-        return custom_generate
-    raise AttributeError(f"module 'gateskip' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gateskip' has no attribute {name!r}")
+    return getattr(import_module(f"gateskip.{_HOMES[name]}"), name)
