@@ -89,6 +89,17 @@ def fit_shortcuts(model: Any, blocks: Tensor, rank: int) -> Shortcuts:
     return shortcuts
 
 
+def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Weights [..., H, K] of ridge regressions from centred gram [..., H, H], cross [..., H, K].
+
+    `ridge` is relative to the inputs' mean variance. By Cholesky: the batched LU of torch 2.13's
+    MKL fails on AVX-512 with several threads.
+    """
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
+    damped = gram + ridge * scale[..., None, None] * torch.eye(gram.shape[-1])
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
+
+
 class _Sums:
     """Weighted normal equations of one branch."""
 
@@ -113,8 +124,7 @@ class _Sums:
         x, output = self.x / self.weight, self.output / self.weight
         gram = self.gram / self.weight - torch.outer(x, x)
         cross = self.cross / self.weight - torch.outer(x, output)
-        gram += RIDGE * gram.diagonal().mean().clamp_min(1e-12) * torch.eye(len(gram))
-        whole = torch.cholesky_solve(cross, torch.linalg.cholesky(gram))  # [H, H]
+        whole = ridge_solution(gram, cross, RIDGE)  # [H, H]
         _, directions = torch.linalg.eigh(whole.T @ cross)  # of the predictions' covariance
         up = directions[:, -rank:]  # [H, r]
         down = whole @ up

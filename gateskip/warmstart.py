@@ -23,7 +23,7 @@ from gateskip.branches import Branch, find_branches, head
 from gateskip.compute import branch_costs
 from gateskip.gates import Gates, ScalarGates
 from gateskip.masked import masked_forward
-from gateskip.shortcuts import Shortcuts
+from gateskip.shortcuts import Shortcuts, ridge_solution
 
 Progress = Callable[[int, int], None]
 
@@ -157,9 +157,5 @@ class _Ridge:
         mean_x, mean_y = self.sum_x / self.count, self.sum_y / self.count
         gram = self.gram / self.count - mean_x.unsqueeze(2) * mean_x.unsqueeze(1)
         cross = self.cross / self.count - mean_x * mean_y.unsqueeze(1)
-        scale = gram.diagonal(dim1=1, dim2=2).mean(1)
-        eye = torch.eye(gram.shape[1])
-        gram = gram + ridge * scale[:, None, None] * eye
-        # by Cholesky: the batched LU of torch 2.13's MKL fails on AVX-512 with several threads
-        weight = torch.cholesky_solve(cross.unsqueeze(2), torch.linalg.cholesky(gram)).squeeze(2)
+        weight = ridge_solution(gram, cross.unsqueeze(2), ridge).squeeze(2)
         return weight, mean_y - (weight * mean_x).sum(1), mean_x
