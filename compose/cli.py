@@ -292,8 +292,9 @@ def bench(
         list[str] | None,
         typer.Option(
             "--contender",
-            help="plain, transformers, skip:BUDGET, draft:BUDGET with +nf4, +lookup, +LENGTH;"
-            " speeds are compared with the first. plain alone if not said.",
+            help="plain, skip:BUDGET, draft:BUDGET with +nf4, +lookup, +LENGTH, transformers (also"
+            " :compiled, :lookup, :early-exit-LAYERS), llama.cpp:FILE.gguf; speeds are compared"
+            " with the first. plain alone if not said.",
         ),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; 1 if not said.")] = None,

@@ -9,18 +9,19 @@
 #ifdef __AVX2__
 #include <omp.h>
 
+#include <utility>
 #include <vector>
 
 extern "C" {
 
-enum Kind { DENSE, FOUR_BIT, FOUR_BIT_BOOK, ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES };
+enum Kind { DENSE, HALF, FOUR_BIT, FOUR_BIT_BOOK, ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES };
 
 struct Matrix {
   int32_t kind, n, k, group;
   const void* weights;
   const float* scale;  // [n, k / group]
   const float* shift;  // [n, k / group] or null
-  const void* book;    // 16 floats (FOUR_BIT_BOOK) or 16 bytes (ROUNDED_BOOK)
+  const void* book;    // 16 floats (FOUR_BIT_BOOK), or 16 bytes, each 128 too large (ROUNDED_BOOK)
   const float* bias;   // [n] or null
 };
 
@@ -47,10 +48,10 @@ struct Model {
 };
 
 struct Cache {
-  float* const* keys;  // a layer: [B, kv_heads, capacity, D]
-  float* const* values;
+  void* const* keys;  // a layer: [B, kv_heads, capacity, D], float32 or, if `half`, bfloat16
+  void* const* values;
   const float *cos, *sin;  // [capacity, rotary_dim]
-  int32_t capacity;
+  int32_t capacity, half;
 };
 
 struct Step {
@@ -94,6 +95,19 @@ float dot(const float* a, const float* b, int n) {  // n a multiple of 8
 
 void store(float* p, f8 v) { *reinterpret_cast<f8*>(p) = v; }
 
+float dot(const float* a, const uint16_t* b, int n) {
+  f8 total = {};
+  for (int i = 0; i < n; i += 8) total = fma(load(a + i), load(b + i), total);
+  return sum(total);
+}
+
+void put(const float* from, float* to, int n) { std::memcpy(to, from, sizeof(float) * n); }
+void put(const float* from, uint16_t* to, int n) {
+  for (int i = 0; i < n; i++) to[i] = narrow(from[i]);
+}
+
+f8 silu(f8 x) { return x / (all(1.0f) + exp8(-x)); }
+
 // The rows of a phase; what their rounding gave stays with the thread that asked for it
 struct Input {
   int rows = 0;
@@ -104,21 +118,23 @@ struct Input {
 class Share {
  public:
   Share(int id, int threads, int rows, int widest)
-      : id(id), threads(threads), values_(size_t(rows) * widest),
-        scales_(size_t(rows) * (widest / BLOCK + 1)), sums_(scales_.size()) {}
+      : id(id), threads(threads), values_(size_t(rows) * widest), halves_(size_t(rows) * widest),
+        scales_(size_t(rows) * (widest / BLOCK + 1) * WIDE), sums_(size_t(rows) * (widest / BLOCK + 8)) {}
 
   Input prepare(const Matrix& w, const float* x, int rows) {
-    const int groups = w.kind == DENSE ? 1 : w.k / w.group;
     for (int r = 0; r < rows; r++) {
       const float* row = x + int64_t(r) * w.k;
+      float* sums = sums_.data() + int64_t(r) * stride(w);
       if (w.kind >= ROUNDED_CODES)
         round_row(row, w.k, w.group, values_.data() + int64_t(r) * w.k,
-                  scales_.data() + int64_t(r) * (w.k / BLOCK), sums_.data() + int64_t(r) * groups);
+                  scales_.data() + int64_t(r) * (w.k / BLOCK) * WIDE, sums);
+      else if (w.kind == HALF)
+        for (int i = 0; i < w.k; i++) halves_[size_t(r) * w.k + i] = activation(row[i]);
       else if (w.kind != DENSE && w.shift)
-        for (int g = 0; g < groups; g++) {
+        for (int g = 0; g < w.k / w.group; g++) {
           float total = 0;
           for (int i = 0; i < w.group; i++) total += row[g * w.group + i];
-          sums_[size_t(r) * groups + g] = total;
+          sums[g] = total;
         }
     }
     return {rows, x};
@@ -127,22 +143,24 @@ class Share {
   template <int rows>
   void one(const Matrix& w, int n, const Input& in, int r, float* y) const {
     const float* x = in.x + int64_t(r) * w.k;
-    const int groups = w.kind == DENSE ? 1 : w.k / w.group;
     if (w.kind == DENSE) {
       dense_row<rows>(static_cast<const float*>(w.weights) + int64_t(n) * w.k, x, w.k, y, 1);
+    } else if (w.kind == HALF) {
+      half_row<rows>(static_cast<const uint16_t*>(w.weights) + int64_t(n) * w.k,
+                     halves_.data() + int64_t(r) * w.k, w.k, y);
     } else if (w.kind <= FOUR_BIT_BOOK) {
       const Packed packed{static_cast<const uint8_t*>(w.weights), w.scale, w.shift, w.n, w.k, w.group};
-      const float* sums = sums_.data() + size_t(r) * groups;
+      const float* sums = sums_.data() + int64_t(r) * stride(w);
       if (w.kind == FOUR_BIT) {
-        packed_row<rows, true>(packed, n, Codebook{}, x, sums, y, 1);
+        packed_row<rows, true>(packed, n, Codebook{}, x, sums, stride(w), y, 1);
       } else {
         const float* book = static_cast<const float*>(w.book);
-        packed_row<rows, false>(packed, n, Codebook{load(book), load(book + 8)}, x, sums, y, 1);
+        packed_row<rows, false>(packed, n, Codebook{load(book), load(book + 8)}, x, sums, stride(w), y, 1);
       }
     } else {
-      const Bytes bytes{w.weights, w.scale, w.shift, static_cast<const int8_t*>(w.book), w.n, w.k, w.group};
-      const Rounded x8{values_.data() + int64_t(r) * w.k, scales_.data() + int64_t(r) * (w.k / BLOCK),
-                       sums_.data() + size_t(r) * groups};
+      const Bytes bytes{w.weights, w.scale, w.shift, static_cast<const uint8_t*>(w.book), w.n, w.k, w.group};
+      const Rounded x8{values_.data() + int64_t(r) * w.k, scales_.data() + int64_t(r) * (w.k / BLOCK) * WIDE,
+                       sums_.data() + int64_t(r) * stride(w), stride(w)};
       if (w.kind == ROUNDED_CODES) bytes_row<rows, CODES>(bytes, n, x8, y, 1);
       else if (w.kind == ROUNDED_BOOK) bytes_row<rows, BOOK>(bytes, n, x8, y, 1);
       else bytes_row<rows, BYTES>(bytes, n, x8, y, 1);
@@ -154,7 +172,7 @@ class Share {
   // Call `use(n, r, value)` for this thread's rows of weights and every row of the input.
   template <class Use>
   void multiply(const Matrix& w, const Input& in, Use use) const {
-    const int first = int(int64_t(w.n) * id / threads), last = int(int64_t(w.n) * (id + 1) / threads);
+    const auto [first, last] = own(w.n);
     float y[TILE];
     for (int n = first; n < last; n++) {
       int r = 0;
@@ -172,8 +190,24 @@ class Share {
  protected:
   const int id, threads;
 
+  std::pair<int, int> own(int n) const {  // this thread's part of n
+    return {int(int64_t(n) * id / threads), int(int64_t(n) * (id + 1) / threads)};
+  }
+
  private:
+  // From one row's sums of groups to the next, with room for whole vectors
+  static int stride(const Matrix& w) { return (w.k / std::max(1, w.group) + 7) / 8 * 8; }
+
+  static Activation activation(float value) {
+#ifdef GATESKIP_BF16
+    return narrow(value);
+#else
+    return value;
+#endif
+  }
+
   std::vector<int8_t> values_;
+  std::vector<Activation> halves_;
   std::vector<float> scales_, sums_;
 };
 
@@ -197,6 +231,7 @@ class Thread : Share {
     v = take(m.kv_heads * m.head_dim);
     mixed = take(m.heads * m.head_dim);
     inner = take(m.inner);
+    up = take(m.inner);
   }
 
   void run() {
@@ -213,7 +248,7 @@ class Thread : Share {
   const Cache& c;
   const Step& s;
   std::vector<float> x_, scores_, head_, low_;
-  float *q, *k, *v, *mixed, *inner;  // shared: [rows, ...]
+  float *q, *k, *v, *mixed, *inner, *up;  // shared: [rows, ...]
   int kept_[MOST], count_ = 0;       // rows that enter the branch at hand
   int skipped_[MOST], skips_ = 0;    // rows that take its shortcut
   bool enters_[MOST];
@@ -288,9 +323,28 @@ class Thread : Share {
     multiply(w, in, [&](int n, int r, float y) { s.hidden[int64_t(kept_[r]) * m.hidden + n] += y; });
   }
 
-  float* entry(float* const* store, int l, int row, int head, int slot) const {
+  template <class Stored>
+  Stored* entry(void* const* store, int l, int row, int head, int slot) const {
     const int64_t line = (int64_t(s.cache_row[row]) * m.kv_heads + head) * c.capacity + slot;
-    return store[l] + line * m.head_dim;
+    return static_cast<Stored*>(store[l]) + line * m.head_dim;
+  }
+
+  // Write a row's key and value of one head, its own or, where it skips, those of the layer below.
+  template <class Stored>
+  void remember(int l, int r, int head) {
+    const int slot = s.slot[r], d = m.head_dim;
+    Stored* key = entry<Stored>(c.keys, l, r, head, slot);
+    Stored* value = entry<Stored>(c.values, l, r, head, slot);
+    if (s.copies && l > 0 && !enters_[r]) {
+      std::memcpy(key, entry<Stored>(c.keys, l - 1, r, head, slot), sizeof(Stored) * d);
+      std::memcpy(value, entry<Stored>(c.values, l - 1, r, head, slot), sizeof(Stored) * d);
+      return;
+    }
+    float* turned = k + (int64_t(r) * m.kv_heads + head) * d;  // nobody else reads it
+    norm_head(turned, m.layer[l].norm_k);
+    if (m.layer[l].rotates) rotate(turned, slot);
+    put(turned, key, d);
+    put(v + (int64_t(r) * m.kv_heads + head) * d, value, d);
   }
 
   void attention(int l) {
@@ -314,29 +368,22 @@ class Thread : Share {
 #pragma omp barrier
     ascend(a.short_attention);
     for (int task = id; task < s.rows * m.kv_heads; task += threads) {
-      const int r = task / m.kv_heads, head = task % m.kv_heads, d = m.head_dim;
-      float* key = entry(c.keys, l, r, head, s.slot[r]);
-      float* value = entry(c.values, l, r, head, s.slot[r]);
-      if (copies && !enters_[r]) {
-        std::memcpy(key, entry(c.keys, l - 1, r, head, s.slot[r]), sizeof(float) * d);
-        std::memcpy(value, entry(c.values, l - 1, r, head, s.slot[r]), sizeof(float) * d);
-        continue;
-      }
-      std::memcpy(key, k + (int64_t(r) * m.kv_heads + head) * d, sizeof(float) * d);
-      std::memcpy(value, v + (int64_t(r) * m.kv_heads + head) * d, sizeof(float) * d);
-      norm_head(key, a.norm_k);
-      if (a.rotates) rotate(key, s.slot[r]);
+      if (c.half) remember<uint16_t>(l, task / m.kv_heads, task % m.kv_heads);
+      else remember<float>(l, task / m.kv_heads, task % m.kv_heads);
     }
 #pragma omp barrier
     if (!count_) return;
-    for (int task = id; task < count_ * m.heads; task += threads)
-      attend(l, kept_[task / m.heads], task % m.heads, task / m.heads);
+    for (int task = id; task < count_ * m.heads; task += threads) {
+      if (c.half) attend<uint16_t>(l, kept_[task / m.heads], task % m.heads, task / m.heads);
+      else attend<float>(l, kept_[task / m.heads], task % m.heads, task / m.heads);
+    }
 #pragma omp barrier
     add(a.o, prepare(a.o, mixed, count_));
 #pragma omp barrier
   }
 
   // One query head over all slots up to its own; the result goes to place `to` of `mixed`.
+  template <class Stored>
   void attend(int l, int row, int head, int to) {
     const int d = m.head_dim, slot = s.slot[row], kv = head / (m.heads / m.kv_heads);
     const Layer& a = m.layer[l];
@@ -345,8 +392,8 @@ class Thread : Share {
     norm_head(query, a.norm_q);
     if (a.rotates) rotate(query, slot);
     const int first = a.window ? std::max(0, slot + 1 - a.window) : 0, seen = slot + 1 - first;
-    const float* keys = entry(c.keys, l, row, kv, first);
-    const float* values = entry(c.values, l, row, kv, first);
+    const Stored* keys = entry<Stored>(c.keys, l, row, kv, first);
+    const Stored* values = entry<Stored>(c.values, l, row, kv, first);
     float most = -INFINITY;
     for (int t = 0; t < seen; t++) {
       scores_[t] = dot(query, keys + int64_t(t) * d, d) * m.scaling;
@@ -382,14 +429,25 @@ class Thread : Share {
     gather();
     const Input in = prepare(a.gate, x_.data(), count_);
     into(a.gate, in, nullptr, inner);
-    multiply(a.up, in, [&](int n, int r, float y) {  // the thread that made this gate value
-      float* g = inner + int64_t(r) * a.up.n + n;
-      *g = *g / (1.0f + std::exp(-*g)) * y;
-    });
+    into(a.up, in, nullptr, up);
+    for (int r = 0; r < count_; r++) activate(int64_t(r) * a.up.n, a.up.n);
 #pragma omp barrier
     ascend(a.short_mlp);
     add(a.down, prepare(a.down, inner, count_));
 #pragma omp barrier
+  }
+
+  // SiLU of the gate's values times the up projection's, this thread's own part of a row at `row`
+  void activate(int64_t row, int n) const {
+    const auto [first, last] = own(n);
+    for (int i = first; i < last; i += 8) {
+      float g[8] = {}, u[8] = {};
+      const int count = std::min(8, last - i);
+      std::memcpy(g, inner + row + i, sizeof(float) * count);
+      std::memcpy(u, up + row + i, sizeof(float) * count);
+      store(g, silu(load(g)) * load(u));
+      std::memcpy(inner + row + i, g, sizeof(float) * count);
+    }
   }
 };
 
@@ -399,7 +457,7 @@ extern "C" {
 
 // Floats of scratch that a pass of `rows` rows asks for
 int64_t gateskip_scratch(const Model* m, int32_t rows) {
-  return int64_t(rows) * (2 * m->heads * m->head_dim + 2 * m->kv_heads * m->head_dim + m->inner);
+  return int64_t(rows) * (2 * m->heads * m->head_dim + 2 * m->kv_heads * m->head_dim + 2 * m->inner);
 }
 
 void gateskip_step(const Model* m, const Cache* c, const Step* s, int32_t threads) {

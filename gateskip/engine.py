@@ -2,8 +2,9 @@
 
 It takes over decoding and verifying on a CPU, where a step in torch spends most of its time between
 operators. What it does not know (other devices, formats or architectures) stays with torch; prefill
-always does. Its weights are the torch modules' own, except that 4-bit ones are multiplied with
-activations rounded to 8 bits when `rounded` asks for it.
+always does. Its weights are the torch modules' own, float32, bfloat16 or packed; 4-bit ones are
+multiplied with activations rounded to 8 bits when `rounded` asks for it. Between branches all is
+float32, so that bfloat16 models lose less here than in torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from gateskip.linears import DenseLinear, PackedLinear
 
 MOST_ROWS = 32  # of one pass; engine.cpp has the same number
 BLOCK = 32  # weights that share a scale where they are rounded to 8 bits, as in kernels.h
-DENSE, FOUR_BIT, FOUR_BIT_BOOK, ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES = range(6)
+DENSE, HALF, FOUR_BIT, FOUR_BIT_BOOK, ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES = range(7)
+DENSE_KINDS = {torch.float32: DENSE, torch.bfloat16: HALF}
+LIFT = 128  # what makes signed bytes unsigned; kernels.h takes it off again
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
 
@@ -75,7 +78,7 @@ class CacheView(ctypes.Structure):
 
     _fields_ = (
         *((name, Pointer) for name in ("keys", "values", "cos", "sin")),
-        ("capacity", Int),
+        *((name, Int) for name in ("capacity", "half")),
     )
 
 
@@ -127,11 +130,12 @@ class Engine:
         slots: Sequence[int],
         thresholds: Sequence[float] | None,
     ) -> Tensor:
-        """Embeddings [rows, H] at `slots` of `cache_rows` -> final normed hidden states [rows, H].
+        """Embeddings [rows, H] at `slots` of `cache_rows` -> final normed hidden states [rows, H],
+        float32 whatever the weights are.
 
         At most MOST_ROWS rows. `kept` then counts, branch by branch, how many rows entered.
         """
-        out = hidden.clone(memory_format=torch.contiguous_format)
+        out = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         where = torch.tensor([[*cache_rows], [*slots]], dtype=torch.int32)
         self.kept.zero_()
         step = Step(
@@ -154,7 +158,7 @@ class Engine:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [rows, H] -> logits [rows, V]."""
-        flat = hidden.contiguous()
+        flat = hidden.float().contiguous()
         out = torch.empty(len(flat), self.head.n)
         self.library.gateskip_multiply(
             ctypes.byref(self.head),
@@ -179,9 +183,10 @@ class Engine:
                 (Pointer * len(part))(*(x.data_ptr() for x in part))
                 for part in (cache.keys, cache.values)
             ]
-            tables = [x.contiguous() for x in rope]
+            tables = [x.float().contiguous() for x in rope]
             addresses = [ctypes.addressof(x) for x in stores] + [x.data_ptr() for x in tables]
-            view = CacheView(*addresses, cache.capacity)
+            half = int(cache.keys[0].dtype == torch.bfloat16)
+            view = CacheView(*addresses, cache.capacity, half)
             view.held = (stores, tables)
             self._cache = (cache, view)
         return self._cache[1]
@@ -212,7 +217,7 @@ class Engine:
             max(max(x.short_attention.rank, x.short_mlp.rank) for x in layers),
             _epsilon(norm),
             shape.scaling,
-            self._at(norm.weight),
+            self._floats(norm.weight),
             layers,
         )
 
@@ -235,12 +240,12 @@ class Engine:
         around = [self._shortcut(gates, 2 * number + i) for i in range(2)]
         if gates is not None:
             rows = [gates.weight[2 * number + i] for i in range(2)]  # type: ignore[index]
-            weights = [self._at(row) for row in rows]
+            weights = [self._floats(row) for row in rows]
             biases = [float(gates.bias[2 * number + i]) for i in range(2)]  # type: ignore[index]
         return Layer(
             *matrices,
-            *(self._at(x.weight) for x in norms),
-            *(None if x is None else self._at(x.weight) for x in heads),
+            *(self._floats(x.weight) for x in norms),
+            *(None if x is None else self._floats(x.weight) for x in heads),
             *weights,
             *around,
             *biases,
@@ -254,10 +259,10 @@ class Engine:
             return Shortcut()
         own = gates.shortcuts
         room = -own.rank % 8
-        down = nn.functional.pad(own.down[branch].float(), (0, 0, 0, room))
-        up = nn.functional.pad(own.up[branch].float(), (0, room))
-        parts = (down, up, own.bias[branch].float())
-        return Shortcut(*(self._at(part) for part in parts), own.rank + room)
+        down = nn.functional.pad(own.down[branch], (0, 0, 0, room))
+        up = nn.functional.pad(own.up[branch], (0, room))
+        parts = (down, up, own.bias[branch])
+        return Shortcut(*(self._floats(part) for part in parts), own.rank + room)
 
     def _matrix(self, module: Any) -> Matrix:
         if isinstance(module, PackedLinear):
@@ -265,21 +270,23 @@ class Engine:
         weight = getattr(module, "weight", None)
         if not isinstance(module, nn.Linear | DenseLinear) or not isinstance(weight, Tensor):
             raise Unsuited(f"{type(module).__name__} layers run in torch")
-        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        if weight.dtype not in DENSE_KINDS or weight.device.type != "cpu":
             raise Unsuited(f"{weight.dtype} weights on {weight.device.type} run in torch")
         n, k = weight.shape
-        return Matrix(DENSE, n, k, k, self._at(weight), None, None, None, self._maybe(module.bias))
+        kind, bias = DENSE_KINDS[weight.dtype], module.bias
+        parts = (self._at(weight), None, None, None, None if bias is None else self._floats(bias))
+        return Matrix(kind, n, k, k, *parts)
 
     def _head(self, model: Any) -> Matrix:
         """The LM head: in 8 bits where the layers have 4, else it would cost more than they do."""
         module = model.get_output_embeddings()
         if not self.rounded or module.weight.shape[1] % BLOCK:
             return self._matrix(module)
-        weight = module.weight.detach().unflatten(1, (-1, BLOCK))  # [V, H / 32, 32]
+        weight = module.weight.detach().float().unflatten(1, (-1, BLOCK))  # [V, H / 32, 32]
         scale = weight.abs().amax(2) / 127
-        codes = (weight / scale.clamp_min(1e-12).unsqueeze(2)).round().to(torch.int8)
+        codes = (weight / scale.clamp_min(1e-12).unsqueeze(2)).round() + LIFT
         n, k = module.weight.shape
-        parts = (codes.flatten(1), scale, None, None, module.bias)
+        parts = (codes.to(torch.uint8).flatten(1), scale, None, None, module.bias)
         return Matrix(ROUNDED_BYTES, n, k, BLOCK, *(self._maybe(x) for x in parts))
 
     def _packed(self, module: PackedLinear) -> Matrix:
@@ -289,15 +296,18 @@ class Engine:
         if not self.rounded:
             kind = FOUR_BIT if book is None else FOUR_BIT_BOOK
             table = book
-        elif book is None:  # codes 0..15 stand for code - 8: the shift takes the 8 away
+        elif book is None:  # codes 0..15 stand for code - 8: a shift takes the 8 away as well
             kind, table = ROUNDED_CODES, None
-            offset = -8 * scale if offset is None else offset - 8 * scale
+            offset = None if offset is None else offset - 8 * scale
         else:
             kind, largest = ROUNDED_BOOK, book.abs().max()
-            table = (book / largest * 127).round().to(torch.int8)
+            table = ((book / largest * 127).round() + LIFT).to(torch.uint8)
             scale = scale * (largest / 127)
         parts = (module.codes, scale, offset, table, module.bias)
         return Matrix(kind, n, k, group, *(self._maybe(x) for x in parts))
+
+    def _floats(self, tensor: Tensor) -> int:
+        return self._at(tensor.float())
 
     def _maybe(self, tensor: Tensor | None) -> int | None:
         return None if tensor is None else self._at(tensor)

@@ -89,7 +89,7 @@ struct Packed {
 // weight = scale * value(code) + offset, group by group
 template <int rows, bool affine>
 static void packed_row(const Packed& w, int n, const Codebook& book, const float* x,
-                       const float* group_sums, float* y, int64_t stride_y) {
+                       const float* group_sums, int sums_stride, float* y, int64_t stride_y) {
   const int groups = w.k / w.group;
   const uint8_t* q = w.codes + int64_t(n) * (w.k / 2);
   f8 total[rows] = {};
@@ -107,7 +107,7 @@ static void packed_row(const Packed& w, int n, const Codebook& book, const float
     for (int r = 0; r < rows; r++) total[r] = fma(all(scale), part[r], total[r]);
     if (w.offset)
       for (int r = 0; r < rows; r++)
-        shift[r] += w.offset[int64_t(n) * groups + g] * group_sums[r * groups + g];
+        shift[r] += w.offset[int64_t(n) * groups + g] * group_sums[int64_t(r) * sums_stride + g];
   }
   for (int r = 0; r < rows; r++) y[r * stride_y] = sum(total[r]) + shift[r];
 }
@@ -135,43 +135,82 @@ static void unpack_row(const Packed& w, int n, const Codebook& book, float* out)
 
 constexpr int BLOCK = 32;
 
+constexpr int WIDE = 8;  // times a block's scale is repeated, so that one load serves a vector
+
 struct Rounded {
   const int8_t* values;  // [rows, k]
-  const float* scale;    // [rows, k / BLOCK]
-  const float* sums;     // [rows, k / group]: what the rounded activations of a group add up to
+  const float* scale;    // [rows, k / BLOCK, WIDE]
+  const float* sums;     // [rows, sums_stride]: what the rounded activations of a group add up to
+  int sums_stride;
 };
 
+// `sums` has room for the number of groups, rounded up to 8, and is 0 beyond them
 static void round_row(const float* x, int k, int group, int8_t* values, float* scale, float* sums) {
-  for (int g = 0; g < k / group; g++) sums[g] = 0;
-  for (int b = 0; b < k / BLOCK; b++) {
-    float most = 0;
-    for (int i = 0; i < BLOCK; i++) most = std::max(most, std::fabs(x[b * BLOCK + i]));
-    const float inverse = most > 0 ? 127.0f / most : 0.0f;
+  for (int g = 0; g < (k / group + 7) / 8 * 8; g++) sums[g] = 0;
+  for (int b = 0; b < k / BLOCK; b++, x += BLOCK, values += BLOCK) {
+    float largest;
     int total = 0;
-    for (int i = 0; i < BLOCK; i++) {
-      const int rounded = int(std::lrintf(x[b * BLOCK + i] * inverse));
-      values[b * BLOCK + i] = int8_t(rounded);
-      total += rounded;
+#ifdef __AVX2__
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 most = _mm256_setzero_ps();
+    for (int i = 0; i < BLOCK; i += 8)
+      most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    largest = _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+    const __m256 inverse = _mm256_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+    __m256i part[4], added = _mm256_setzero_si256();
+    for (int i = 0; i < 4; i++) {
+      part[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse));
+      added = _mm256_add_epi32(added, part[i]);
     }
-    scale[b] = most / 127.0f;
-    sums[b * BLOCK / group] += scale[b] * float(total);
+    const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(part[0], part[1]),
+                                             _mm256_packs_epi32(part[2], part[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works by half
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), _mm256_permutevar8x32_epi32(words, order));
+    const i8 lanes = (i8)added;
+    for (int i = 0; i < 8; i++) total += lanes[i];
+#else
+    largest = 0;
+    for (int i = 0; i < BLOCK; i++) largest = std::max(largest, std::fabs(x[i]));
+    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    for (int i = 0; i < BLOCK; i++) {
+      values[i] = int8_t(std::lrintf(x[i] * inverse));
+      total += values[i];
+    }
+#endif
+    const float step = largest / 127.0f;
+    for (int i = 0; i < WIDE; i++) scale[b * WIDE + i] = step;
+    sums[b * BLOCK / group] += step * float(total);
   }
 }
 
-// The kinds of weights whose products are summed in integers
-enum Form { CODES, BOOK, BYTES };  // code - 8 with a shift, an int8 table of 16 codes, int8 itself
+// The kinds of weights whose products are summed in integers. Each is stored 0 or more, since the
+// instructions multiply unsigned with signed bytes; what that adds to a weight is in the shift.
+enum Form { CODES, BOOK, BYTES };  // code, a table of 16 codes, the byte itself
 
 struct Bytes {
-  const void* weights;  // [n, k / 2] codes, or [n, k] int8
-  const float* scale;   // [n, k / group]
-  const float* shift;   // [n, k / group], or null: what a group adds for each unit of activation
-  const int8_t* table;  // [16] for BOOK
+  const void* weights;   // [n, k / 2] codes, or [n, k] bytes
+  const float* scale;    // [n, k / group]
+  const float* shift;    // [n, k / group]: what a group adds for each unit of activation; or null:
+                         // a code stands for code - 8, a byte or a table's entry for itself - 128
+  const uint8_t* table;  // [16] for BOOK
   int n, k, group;
 };
 
+// What a row's groups add through their shift. Both [groups], `sums` filled up with zeros.
+static inline float shifted(const float* shift, const float* sums, int groups) {
+  f8 total = {};
+  int g = 0;
+  for (; g + 8 <= groups; g += 8) total = fma(load(shift + g), load(sums + g), total);
+  float rest = 0;
+  for (; g < groups; g++) rest += shift[g] * sums[g];
+  return sum(total) + rest;
+}
+
 #ifdef __AVX2__
 template <Form form>
-static inline __m256i block_of(const Bytes& w, const uint8_t* q, __m256i table) {
+static inline __m256i block_of(const uint8_t* q, __m256i table) {
   if (form == BYTES) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
   const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
   const __m256i pair = _mm256_set_m128i(_mm_srli_epi16(raw, 4), raw);
@@ -179,55 +218,175 @@ static inline __m256i block_of(const Bytes& w, const uint8_t* q, __m256i table) 
   return form == BOOK ? _mm256_shuffle_epi8(table, codes) : codes;
 }
 
-// Eight partial sums of 32 products. maddubs wants one unsigned side: codes are, else signs move.
+// Eight partial sums of 32 products. Without VNNI, pairs are summed in 16 bits, which two products
+// of whole bytes would overflow: a byte's high bit is taken off and its products are added again.
 template <Form form>
 static inline f8 products(__m256i w, const int8_t* x) {
   const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  const __m256i pairs = form == CODES
-                            ? _mm256_maddubs_epi16(w, y)
-                            : _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(y, w));
-  return (f8)_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  return (f8)_mm256_cvtepi32_ps(_mm256_dpbusd_epi32(_mm256_setzero_si256(), w, y));
+#else
+  const __m256i ones = _mm256_set1_epi16(1);
+  if (form == CODES) return (f8)_mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(w, y), ones));
+  const __m256i signs = _mm256_set1_epi8(-128), low = _mm256_xor_si256(w, signs);  // w - 128
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(low), _mm256_sign_epi8(y, low));
+  const __m256i lifted = _mm256_maddubs_epi16(_mm256_set1_epi8(1), y);  // sums of pairs of x
+  const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones),
+                                        _mm256_slli_epi32(_mm256_madd_epi16(lifted, ones), 7));
+  return (f8)_mm256_cvtepi32_ps(both);
+#endif
+}
+#endif
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define GATESKIP_PAIRS  // two blocks an instruction
+
+// Two blocks of 32 weights as bytes
+template <Form form>
+static inline __m512i pair_of(const uint8_t* q, __m512i table) {
+  if (form == BYTES) return _mm512_loadu_si512(q);
+  const __m512i raw = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
+  const __m512i twice = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), raw);
+  const __m512i moved = _mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4));
+  const __m512i codes = _mm512_and_si512(moved, _mm512_set1_epi8(15));
+  return form == BOOK ? _mm512_shuffle_epi8(table, codes) : codes;
+}
+
+// The scales of two blocks that follow each other, eight times each
+static inline __m512 scales_of(const float* scale, int block, int blocks_in_group) {
+  const __m512 one = _mm512_set1_ps(scale[block / blocks_in_group]);
+  if (blocks_in_group > 1) return one;
+  return _mm512_mask_mov_ps(one, 0xff00, _mm512_set1_ps(scale[block + 1]));
 }
 #endif
 
 template <int rows, Form form>
 static void bytes_row(const Bytes& w, int n, const Rounded& x, float* y, int64_t stride_y) {
-  const int groups = w.k / w.group, blocks = w.k / BLOCK;
+  const int groups = w.k / w.group, blocks = w.k / BLOCK, in_group = w.group / BLOCK;
   const int step = form == BYTES ? BLOCK : BLOCK / 2;
   const uint8_t* q = static_cast<const uint8_t*>(w.weights) + int64_t(n) * blocks * step;
   const float* scale = w.scale + int64_t(n) * groups;
   float result[rows];
+  int b = 0;
 #ifdef __AVX2__
   f8 total[rows] = {};
   const __m256i table =
       form == BOOK ? _mm256_broadcastsi128_si256(
                          _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.table)))
                    : _mm256_setzero_si256();
-  for (int g = 0, b = 0; g < groups; g++)
-    for (int i = 0; i < w.group / BLOCK; i++, b++, q += step) {
-      const __m256i block = block_of<form>(w, q, table);
-      for (int r = 0; r < rows; r++)
-        total[r] = fma(products<form>(block, x.values + int64_t(r) * w.k + b * BLOCK),
-                       all(scale[g] * x.scale[r * blocks + b]), total[r]);
+#ifdef GATESKIP_PAIRS
+  if (in_group == 1 || in_group % 2 == 0) {
+    constexpr int CHAINS = 2;  // sums that do not wait for each other
+    const __m512i wide_table = _mm512_broadcast_i64x4(table);
+    __m512 wide[CHAINS][rows];
+    for (auto& chain : wide)
+      for (auto& each : chain) each = _mm512_setzero_ps();
+    auto take = [&](int at, __m512* into) {
+      const __m512i block = pair_of<form>(q + at * step, wide_table);
+      const __m512 s = scales_of(scale, at, in_group);
+      for (int r = 0; r < rows; r++) {
+        const __m512i y = _mm512_loadu_si512(x.values + int64_t(r) * w.k + at * BLOCK);
+        const __m512 dots = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), block, y));
+        const __m512 sx = _mm512_loadu_ps(x.scale + (int64_t(r) * blocks + at) * WIDE);
+        into[r] = _mm512_fmadd_ps(dots, _mm512_mul_ps(s, sx), into[r]);
+      }
+    };
+    for (; b + 4 <= blocks; b += 4)
+      for (int c = 0; c < CHAINS; c++) take(b + 2 * c, wide[c]);
+    for (; b + 2 <= blocks; b += 2) take(b, wide[0]);
+    for (int r = 0; r < rows; r++) {
+      const __m512 both = _mm512_add_ps(wide[0][r], wide[1][r]);
+      total[r] = (f8)_mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
     }
+  }
+#endif
+  for (; b < blocks; b++) {
+    const __m256i block = block_of<form>(q + b * step, table);
+    for (int r = 0; r < rows; r++)
+      total[r] = fma(products<form>(block, x.values + int64_t(r) * w.k + b * BLOCK),
+                     all(scale[b / in_group]) * load(x.scale + (int64_t(r) * blocks + b) * WIDE), total[r]);
+  }
   for (int r = 0; r < rows; r++) result[r] = sum(total[r]);
 #else
   for (int r = 0; r < rows; r++) result[r] = 0;
-  for (int b = 0; b < blocks; b++, q += step)
+  for (; b < blocks; b++)
     for (int r = 0; r < rows; r++) {
       const int8_t* v = x.values + int64_t(r) * w.k + b * BLOCK;
+      const uint8_t* at = q + b * step;
       int dot = 0;
       for (int i = 0; i < BLOCK; i++) {
-        const int code = form == BYTES ? 0 : i < 16 ? q[i] & 15 : q[i - 16] >> 4;
-        dot += v[i] * (form == BYTES ? int(int8_t(q[i])) : form == BOOK ? w.table[code] : code);
+        const int code = form == BYTES ? 0 : i < 16 ? at[i] & 15 : at[i - 16] >> 4;
+        dot += v[i] * (form == BYTES ? int(at[i]) : form == BOOK ? w.table[code] : code);
       }
-      result[r] += float(dot) * scale[b * BLOCK / w.group] * x.scale[r * blocks + b];
+      result[r] += float(dot) * scale[b / in_group] * x.scale[(int64_t(r) * blocks + b) * WIDE];
     }
 #endif
   for (int r = 0; r < rows; r++) {
-    float shift = 0;
-    if (w.shift)
-      for (int g = 0; g < groups; g++) shift += w.shift[int64_t(n) * groups + g] * x.sums[r * groups + g];
-    y[r * stride_y] = result[r] + shift;
+    const float* sums = x.sums + int64_t(r) * x.sums_stride;
+    y[r * stride_y] = w.shift ? result[r] + shifted(w.shift + int64_t(n) * groups, sums, groups)
+                              : fmaf(form == CODES ? -8.0f : -128.0f, shifted(scale, sums, groups), result[r]);
   }
 }
+
+// -- bfloat16 weights ----------------------------------------------------------------------------
+//
+// Where the processor multiplies pairs of bfloat16, activations are rounded to it too, as in a
+// bfloat16 model; elsewhere weights are widened and activations stay float32.
+
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#define GATESKIP_BF16
+typedef uint16_t Activation;
+#else
+typedef float Activation;
+#endif
+
+static inline float widen(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static inline uint16_t narrow(float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#ifdef __AVX2__
+static inline f8 load(const uint16_t* p) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+}
+
+// y[r] = w . x[r]; w [k] bfloat16, x [rows, k]; k a multiple of 8
+template <int rows>
+static void half_row(const uint16_t* w, const Activation* x, int k, float* y) {
+  int i = 0;
+  f8 total[rows] = {};
+#ifdef GATESKIP_BF16
+  __m512 wide[2][rows];
+  for (auto& chain : wide)
+    for (auto& each : chain) each = _mm512_setzero_ps();
+  auto take = [&](int at, __m512* into) {
+    const __m512bh a = (__m512bh)_mm512_loadu_si512(w + at);
+    for (int r = 0; r < rows; r++)
+      into[r] = _mm512_dpbf16_ps(into[r], a, (__m512bh)_mm512_loadu_si512(x + int64_t(r) * k + at));
+  };
+  for (; i + 64 <= k; i += 64) {
+    take(i, wide[0]);
+    take(i + 32, wide[1]);
+  }
+  for (; i + 32 <= k; i += 32) take(i, wide[0]);
+  for (int r = 0; r < rows; r++) {
+    const __m512 both = _mm512_add_ps(wide[0][r], wide[1][r]);
+    total[r] = (f8)_mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
+  }
+#endif
+  for (; i < k; i += 8) {
+    const f8 a = load(w + i);
+    for (int r = 0; r < rows; r++) total[r] = fma(a, load(x + int64_t(r) * k + i), total[r]);
+  }
+  for (int r = 0; r < rows; r++) y[r] = sum(total[r]);
+}
+#endif

@@ -73,12 +73,12 @@ class PackedLinear(nn.Module):
         """x [..., in] -> [..., out]."""
         rows = x.numel() // self.in_features
         if rows > FEW_ROWS or torch.is_grad_enabled():
-            weight = native.unpack(self.codes, self.scale, self.offset, self.book)
-            return F.linear(x, weight, self.bias)
-        flat = x.reshape(rows, self.in_features).contiguous()
+            weight = native.unpack(self.codes, self.scale, self.offset, self.book).to(x.dtype)
+            return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        flat = x.reshape(rows, self.in_features).float().contiguous()
         out: Tensor = native.packed(self.codes, self.scale, self.offset, self.book, flat)
         out = out.view(*x.shape[:-1], self.out_features)
-        return out if self.bias is None else out + self.bias
+        return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def accelerate_linears(model: Any) -> dict[str, int]:
     """Replace linear layers in place; returns how many of each kind now run on native kernels."""
     counts: dict[str, int] = {}
     weight = final_norm(model).weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or native.library() is None:
+    if not _has_kernels(weight):
         return counts
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -101,6 +101,11 @@ def accelerate_linears(model: Any) -> dict[str, int]:
                 kind = type(faster).__name__
                 counts[kind] = counts.get(kind, 0) + 1
     return counts
+
+
+def _has_kernels(weight: Tensor) -> bool:
+    known = weight.dtype in (torch.float32, torch.bfloat16)
+    return known and weight.device.type == "cpu" and native.library() is not None
 
 
 def _faster(module: nn.Module) -> nn.Module | None:
@@ -147,8 +152,8 @@ def four_bit_twin(model: Any) -> Any:
     Raises ValueError where no weight can be packed, as when they have 4 bits already.
     """
     weight = final_norm(model).weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or native.library() is None:
-        raise ValueError("4-bit drafts run on the native kernels: a float32 model on a CPU")
+    if not _has_kernels(weight):
+        raise ValueError("4-bit drafts run on the native kernels: float32 or bfloat16 on a CPU")
     tensors = (*model.parameters(), *model.buffers())
     twin = copy.deepcopy(model, {id(each): each for each in tensors})
     packed = 0

@@ -10,10 +10,10 @@ static void packed_rows(const Packed& w, const Codebook& book, const float* x, c
     int r = 0;
     for (; r + TILE <= m; r += TILE)
       packed_row<TILE, affine>(w, n, book, x + int64_t(r) * w.k, sums + r * groups,
-                               y + int64_t(r) * w.n + n, w.n);
+                               groups, y + int64_t(r) * w.n + n, w.n);
     for (; r < m; r++)
       packed_row<1, affine>(w, n, book, x + int64_t(r) * w.k, sums + r * groups,
-                            y + int64_t(r) * w.n + n, w.n);
+                            groups, y + int64_t(r) * w.n + n, w.n);
   }
 }
 

@@ -111,6 +111,10 @@ class TrainMask:
     `straight-through`: 0 or 1 as at inference, with the slope of a sigmoid in the backward pass.
     `soft`: that sigmoid itself, so the model sees fractions. `hard`: 0 or 1 and no slope, as
     published; gates then learn through what they scale.
+
+    `costs` [branches] count towards the kept `share`; `prices` [branches] are what skipping really
+    saves, of which `paid` is the differentiable sum over entered branches. Every gate logit moves
+    with `shift`, a zero that shows by its gradient what the loss gains when all of them rise.
     """
 
     def __init__(
@@ -120,18 +124,26 @@ class TrainMask:
         form: str = "straight-through",
         temperature: float = 1.0,
         free: Sequence[bool] | None = None,
+        prices: Tensor | None = None,
     ) -> None:
         self.costs, self.thresholds = costs, thresholds
+        self.prices = costs if prices is None else prices
         self.form, self.temperature = form, temperature
         self.free = free or [True] * len(costs)
         self.logits: list[Tensor] = []
         self.share = torch.zeros((), device=costs.device)
+        self.shift = torch.zeros((), device=costs.device, requires_grad=True)
+        self.paid = torch.zeros((), device=costs.device)
 
     def __call__(self, branch: Branch, z: Tensor) -> Tensor:
         """Gate logits [B, S] -> mask [B, S]; branches that are not `free` never skip."""
         self.logits.append(z.detach()[:, ANCHORS:].flatten())
         free = self.free[branch.index]
+        if free and self.form != "hard":
+            z = z + self.shift
         mask = self._mask(z, self.thresholds[branch.index]) if free else torch.ones_like(z)
+        if free:
+            self.paid = self.paid + self.prices[branch.index] * mask.mean()
         self.share = self.share + self.costs[branch.index] * mask.detach().mean()
         return mask
 
@@ -161,3 +173,52 @@ def scheduled_budget(schedule: str, lowest: float, step: int, steps: int, draw: 
         bound = 1.0 - (1.0 - lowest) * min(1.0, 0.3 + 1.4 * step / steps)
         return float(bound + (1.0 - bound) * draw**1.5)
     raise ValueError(f"budget schedule {schedule!r}: one of linear, cosine, sampled")
+
+
+# -- the price of compute ---------------------------------------------------------------------
+
+
+class Level:
+    """Takes out of the gates' gradients what would only move them all.
+
+    Under a budget one threshold follows the logits, so raising all of them changes nothing; and
+    since almost every token gains by entering almost every branch, that common rise is most of what
+    the loss asks of a gate, and all that Adam sees of it. What is left to learn is which branch and
+    token gains more than compute costs elsewhere. So every entered branch pays its multiply-adds,
+    at the one price that makes the whole indifferent to a common shift of the logits: the Lagrange
+    multiplier of the budget, measured in each step.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], parts: int = 1) -> None:
+        """`parts` backward passes make one step's gradients."""
+        self.parameters, self.parts = parameters, parts
+        self.costs: list[Tensor] = []  # slopes of what is paid, a parameter each
+        self.cost_slope, self.loss_slope = torch.zeros(()), torch.zeros(())  # under a common shift
+
+    def price(self, rule: TrainMask) -> None:
+        """Slopes of what a pass pays; before its backward pass."""
+        if rule.form == "hard" or not rule.paid.requires_grad:
+            return
+        asked = [rule.shift, *self.parameters]
+        shift, *slopes = torch.autograd.grad(
+            rule.paid, asked, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        self.cost_slope = self.cost_slope.to(shift) + shift / self.parts
+        before = self.costs or [torch.zeros_like(slope) for slope in slopes]
+        self.costs = [a + b / self.parts for a, b in zip(before, slopes, strict=True)]
+
+    def benefit(self, rule: TrainMask) -> None:
+        """Slope of the loss under a common shift; after the backward pass."""
+        if rule.shift.grad is not None:
+            self.loss_slope = self.loss_slope.to(rule.shift.grad) + rule.shift.grad
+
+    def apply(self, accelerator: Any) -> None:
+        """Charge the price; the gradients of all processes are in place."""
+        if not self.costs:
+            return
+        slopes = torch.stack([self.loss_slope, self.cost_slope])
+        loss, cost = accelerator.reduce(slopes, "mean")
+        price = float(-loss / cost.clamp_min(1e-12))
+        for parameter, slope in zip(self.parameters, self.costs, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(accelerator.reduce(slope, "mean"), alpha=price)

@@ -154,7 +154,7 @@ class SkippingModel:
         flat = hidden.flatten(0, -2)
         if self.engine is not None and len(flat) <= MOST_ROWS:
             return self.engine.logits(flat).view(*hidden.shape[:-1], -1)
-        return head(self.model, hidden)
+        return head(self.model, hidden.to(self.dtype))
 
     @torch.inference_mode()
     def forward(

@@ -26,6 +26,7 @@ from gateskip.gates import ANCHORS, Gates
 from gateskip.masked import masked_forward
 from gateskip.objectives import (
     SPARSITY,
+    Level,
     TrainMask,
     distill_loss,
     hidden_loss,
@@ -149,12 +150,21 @@ class _Session:
         self.gates, self.model, self.teacher = gates, model, teacher
         costs = torch.tensor([c.at(blocks.shape[1] / 2) for c in branch_costs(model)])
         self.costs = (costs / costs.sum()).to(accelerator.device)
+        self.prices = self._prices().to(accelerator.device)
         kinds = [branch.kind for branch in find_branches(model)]
         wanted = ("attention", "mlp") if config.branches == "both" else (config.branches,)
         self.free = torch.tensor([kind in wanted for kind in kinds])  # [branches]
         self.free[0] &= config.kv_rule != "copy"
         self.window: list[Tensor] = []  # gate logits [branches, tokens] of the last steps
         self.drift = 0.0  # what the skipped share is asked for beyond what is wanted, a logarithm
+
+    def _prices(self) -> Tensor:
+        """What skipping a token saves at each branch [branches], net, as a share of all branches."""
+        context, shortcuts = self.blocks.shape[1] / 2, self.gates.shortcuts
+        costs = branch_costs(self.model)
+        instead = 0 if shortcuts is None else shortcuts.macs()
+        saved = [c.saved(self.config.kv_rule) + c.per_slot * context - instead for c in costs]
+        return torch.tensor(saved) / sum(c.at(context) for c in costs)
 
     def _rate(self, step: int) -> float:
         """Factor of the learning rates: rise, then fall to a tenth."""
@@ -174,13 +184,17 @@ class _Session:
             self._rank(self._block(0))
         thresholds = self._thresholds(budget)
         losses, shares, logits = [], [], []
+        level = Level(list(self.gates.parameters()), config.accumulate)
         for part in range(config.accumulate):
             with accelerator.accumulate(self.student):
                 block = self._block(part)
                 rule = self._mask(thresholds)
                 loss = self._loss(block, rule, budget)
+                level.price(rule)
                 accelerator.backward(loss)
+                level.benefit(rule)
                 if accelerator.sync_gradients:
+                    level.apply(accelerator)
                     accelerator.clip_grad_norm_(self.gates.parameters(), config.clip)
                     if self.backbone:
                         accelerator.clip_grad_norm_(self.backbone, config.clip)
@@ -215,6 +229,7 @@ class _Session:
             config.masks,
             config.mask_temperature,
             self.free.tolist(),
+            self.prices,
         )
 
     def _loss(self, block: Tensor, rule: TrainMask, budget: float) -> Tensor:

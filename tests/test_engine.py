@@ -137,8 +137,33 @@ def test_what_it_cannot_run_stays_in_torch(make_tiny: Callable[..., Path]) -> No
     gates = make_gates("vector", len(find_branches(llama)), 64)
     with pytest.raises(Unsuited, match="scalar gates"):
         Engine(llama, gates)
-    with pytest.raises(Unsuited, match="bfloat16"):
-        Engine(load_model(make_tiny("llama"), "bfloat16"), None)
+    with pytest.raises(Unsuited, match="float16"):
+        Engine(load_model(make_tiny("llama"), "float16"), None)
     assert gateskip.load(make_tiny("gemma2")).skipping.engine is None
     assert gateskip.load(make_tiny("llama")).skipping.engine is not None
     assert gateskip.load(make_tiny("llama"), native=False).skipping.engine is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("skips", [False, True])
+def test_bfloat16_weights_and_cache(
+    make_tiny: Callable[..., Path], family: str, skips: bool
+) -> None:
+    """Nearer to float32 than torch's own bfloat16 is, and each row the same bits beside others."""
+    exact, _, some = pair(load_model(make_tiny(family), "float32"), "project")
+    rough, fast, _ = pair(load_model(make_tiny(family), "bfloat16"), "project")
+    levels, ids, following = some if skips else None, tokens(1, 30), tokens(1, 12, 1)
+    found = []
+    for each in (exact, rough, fast):
+        cache = each.new_cache(1, 64)
+        each.forward(ids, cache, [0])
+        found.append(each.forward(following, cache, [30], levels).float())
+    size = found[0].norm()
+    assert float((found[2] - found[0]).norm() / size) < 0.05
+    if not skips:  # at a threshold, rounding decides who enters
+        assert (found[2] - found[0]).norm() <= 1.1 * (found[1] - found[0]).norm()
+    alone = fast.new_cache(1, 64)
+    fast.forward(ids, alone, [0])
+    steps = [fast.forward(following[:, i : i + 1], alone, [30 + i], levels) for i in range(12)]
+    assert torch.equal(found[2], torch.cat(steps, 1))
+    assert torch.equal(fast.head(found[2])[:, 3:4], fast.head(steps[3]))

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from gateskip.budget import calibrate
@@ -18,6 +20,7 @@ from gateskip.checkpoint import load_model
 from gateskip.gates import ScalarGates
 from gateskip.kinds import make_gates
 from gateskip.masked import masked_forward
+from gateskip.objectives import Level, TrainMask
 from gateskip.recipe import TrainConfig
 from gateskip.train import train_gates
 
@@ -233,3 +236,32 @@ rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 torch.save({"processes": size, "weight": gates.weight.detach(), "seen": seen}, f"{out}/{rank}.pt")
 torch.distributed.destroy_process_group()
 """
+
+
+class TestPrice:
+    """What a branch pays for the compute it takes."""
+
+    def learned(self, gains: list[float], costs: list[float]) -> torch.Tensor:
+        """Slopes of gate biases when entering branch i lowers the loss by `gains[i]`."""
+        bias = torch.nn.Parameter(torch.zeros(3))
+        prices = torch.tensor(costs)
+        rule = TrainMask(prices, torch.zeros(3), prices=prices)
+        gained = torch.zeros(())
+        for index, gain in enumerate(gains):
+            mask = rule(SimpleNamespace(index=index), bias[index].expand(1, 20))  # type: ignore[arg-type]
+            gained = gained + gain * mask.mean()
+        level = Level([bias])
+        level.price(rule)
+        (-gained).backward()
+        level.benefit(rule)
+        level.apply(Accelerator(cpu=True))
+        assert bias.grad is not None
+        return bias.grad
+
+    def test_what_would_move_all_gates_is_taken_out(self) -> None:
+        slopes = self.learned([3.0, 2.0, 1.0], [0.5, 0.25, 0.25])
+        assert abs(float(slopes.sum())) < 1e-6
+        assert slopes[1] < 0 < slopes[2], "dearer by the multiply-add rises, cheaper falls"
+
+    def test_level_branches_rest(self) -> None:
+        torch.testing.assert_close(self.learned([2.0, 1.0, 1.0], [0.5, 0.25, 0.25]), torch.zeros(3))

@@ -7,6 +7,7 @@ memory, which bounds decoding, and how fast it multiplies, which bounds prefill.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -21,10 +22,11 @@ import gateskip
 from compose.assets import load_texts, token_blocks
 from compose.bench.cell import resident_bytes
 from compose.bench.generate import end_tokens, prompt_ids
+from compose.bench.rivals import LlamaCpp, Rival, Run, Transformers
 from compose.errors import UserError, suggest
 from gateskip.decode import Decoder
 
-KINDS = ("plain", "skip", "draft", "transformers")
+KINDS = ("plain", "skip", "draft", "transformers", "llama.cpp")
 WARM_TOKENS = 8
 READ_BYTES, GEMM_SIZE = 1 << 28, 1024  # of the machine's own measure
 Progress = Callable[[int, int, str], None]
@@ -36,19 +38,24 @@ class Contender:
 
     name: str
     settings: dict[str, Any]
-    """Arguments of Decoder.generate; `theirs` is transformers' own generate."""
+    """Arguments of Decoder.generate; empty for a rival."""
+    rival: str = ""
+    """What follows the colon of a rival's name."""
 
 
 def contender(text: str) -> Contender:
-    """`plain`, `transformers`, `skip:BUDGET`, or `draft:BUDGET` with `+nf4`, `+lookup`, `+LENGTH`.
+    """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+nf4`, `+lookup`, `+LENGTH`; rivals are
+    `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and `llama.cpp:FILE`.
 
     Raises UserError for anything else.
     """
     kind, _, rest = text.partition(":")
     if kind not in KINDS:
         raise UserError(f"contender {text!r}: {suggest(kind, KINDS)}", fix=contender.__doc__)
-    if kind in ("plain", "transformers"):
-        return Contender(text, {"mode": "plain" if kind == "plain" else "theirs"})
+    if kind in ("transformers", "llama.cpp"):
+        return Contender(text, {}, rest)
+    if kind == "plain":
+        return Contender(text, {"mode": "plain"})
     words = rest.split("+")
     try:
         budget = float(words[0])
@@ -124,23 +131,23 @@ def race(
     """
     decoder: Decoder = gateskip.load(folder)
     ways = [contender(text) for text in contenders]
-    for way in ways:
-        _check(decoder, way)
     courses = (
         _courses_of(decoder, prompts, limit, cache)
         if prompts
         else _running_text(decoder, batches, contexts, cache)
     )
+    longest = max(len(row) for groups in courses.values() for rows in groups for row in rows)
+    runners = {way.name: _runner(decoder, folder, way, longest + new_tokens) for way in ways}
     laps = {(way.name, name): Lap(way.name, name) for way in ways for name in courses}
     done, total = 0, repeats * len(laps)
     for way in ways:  # what is built on first use is built before anything is timed
-        _run(decoder, way, next(iter(courses.values()))[0], WARM_TOKENS)
+        runners[way.name](next(iter(courses.values()))[0], WARM_TOKENS)
     for _ in range(repeats):
         for name, groups in courses.items():
             first: list[list[list[int]]] | None = None
             for way in ways:
                 lap = laps[way.name, name]
-                runs = [_run(decoder, way, rows, new_tokens) for rows in groups]
+                runs = [runners[way.name](rows, new_tokens) for rows in groups]
                 first = first or [run.tokens for run in runs]
                 lap.equal &= first == [run.tokens for run in runs]
                 lap.prefill.append(_rate(runs, "prompt_tokens", "prefill_s"))
@@ -159,18 +166,18 @@ def race(
     }
 
 
-@dataclass(frozen=True)
-class _Run:
-    tokens: list[list[int]]
-    prompt_tokens: int
-    prefill_s: float
-    decoded: int
-    decode_s: float
-    drafted: int = 0
-    accepted: int = 0
+def _runner(decoder: Decoder, folder: Path, way: Contender, context: int) -> Rival:
+    """What runs a contender, for texts of at most `context` tokens."""
+    ends = end_tokens(decoder)
+    if way.name.startswith("transformers"):
+        return Transformers(folder, decoder.skipping.dtype, way.rival, ends)
+    if way.name.startswith("llama.cpp"):
+        return LlamaCpp(Path(os.path.expanduser(way.rival)), context, ends)
+    _check(decoder, way)
+    return partial(_run, decoder, way)
 
 
-def _rate(runs: Sequence[_Run], tokens: str, seconds: str) -> float:
+def _rate(runs: Sequence[Run], tokens: str, seconds: str) -> float:
     spent: float = sum(getattr(run, seconds) for run in runs)
     return float(sum(getattr(run, tokens) for run in runs) / max(spent, 1e-9))
 
@@ -184,13 +191,11 @@ def _check(decoder: Decoder, way: Contender) -> None:
         raise UserError(f"contender {way.name}: {error}", fix="choose another contender") from error
 
 
-def _run(decoder: Decoder, way: Contender, rows: list[list[int]], new_tokens: int) -> _Run:
-    if way.settings["mode"] == "theirs":
-        return _theirs(decoder, rows, new_tokens)
+def _run(decoder: Decoder, way: Contender, rows: list[list[int]], new_tokens: int) -> Run:
     found = decoder.generate(rows, new_tokens, eos=end_tokens(decoder), **way.settings)
     stats = found.stats
     decoded = stats.new_tokens - len(rows)  # the first token of a row comes out of prefill
-    return _Run(
+    return Run(
         found.tokens,
         stats.prompt_tokens,
         stats.prefill_s,
@@ -199,34 +204,6 @@ def _run(decoder: Decoder, way: Contender, rows: list[list[int]], new_tokens: in
         stats.drafted,
         stats.accepted,
     )
-
-
-def _theirs(decoder: Decoder, rows: list[list[int]], new_tokens: int) -> _Run:
-    """transformers' greedy `generate`; what one new token takes is called prefill."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    ends = end_tokens(decoder)
-    took = []
-    for count in (1, new_tokens):
-        started = time.perf_counter()
-        text = decoder.skipping.model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=ends,
-            pad_token_id=ends[0],
-        )
-        took.append(time.perf_counter() - started)
-    tokens = [_cut(row[longest:].tolist(), ends) for row in text]
-    decoded = sum(map(len, tokens)) - len(rows)
-    return _Run(tokens, sum(map(len, rows)), took[0], decoded, took[1] - took[0])
-
-
-def _cut(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    stop = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[: stop + 1]
 
 
 def _running_text(
