@@ -159,7 +159,7 @@ class _Session:
         self.drift = 0.0  # what the skipped share is asked for beyond what is wanted, a logarithm
 
     def _prices(self) -> Tensor:
-        """What skipping a token saves at each branch [branches], net, as a share of all branches."""
+        """Net saving of a skipping token at each branch [branches], a share of all branches."""
         context, shortcuts = self.blocks.shape[1] / 2, self.gates.shortcuts
         costs = branch_costs(self.model)
         instead = 0 if shortcuts is None else shortcuts.macs()
