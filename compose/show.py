@@ -188,6 +188,7 @@ def say_race(out: Console, found: dict[str, Any]) -> None:
         "x",
         "accepted",
         "same",
+        "time in",
     )
     table = _table("Bench", *columns)
     for lap in laps:
@@ -202,6 +203,7 @@ def say_race(out: Console, found: dict[str, Any]) -> None:
             f"{decode['median'] / base[lap['course']]['decode_tokens_per_s']['median']:.2f}",
             "" if rate is None else f"{rate:.2f}",
             "yes" if lap["equal_to_first"] else "no",
+            ", ".join(f"{name} {part:.0%}" for name, part in lap["time_split"].items()),
         )
     out.print(table)
     roof, size = found["roofline"], found["weights"]

@@ -114,6 +114,10 @@ class Decoder:
             raise ValueError("this model has no gates, so it cannot skip")
         return thresholds_at(self.grid, budget)
 
+    def models(self) -> list[SkippingModel]:
+        """The model, and its twin if there is one by now."""
+        return list(self._drafters.values())
+
     def drafter(self, weights: Weights) -> SkippingModel:
         """What drafts: the model itself, or its 4-bit twin, which is made on first use.
 

@@ -60,8 +60,11 @@ struct Step {
   float* hidden;            // [rows, H]: embeddings in, final normed states out
   const float* thresholds;  // [2 * layers] or null: every branch is entered
   int64_t* kept;            // [2 * layers]: counts of rows that entered
+  double* spent;            // [PARTS]: seconds, added up
   float* scratch;
 };
+
+enum Part { LINEAR, ATTENTION, GATES, PARTS };  // norms, gates and shortcuts are one part
 
 }  // extern "C"
 
@@ -232,6 +235,7 @@ class Thread : Share {
     mixed = take(m.heads * m.head_dim);
     inner = take(m.inner);
     up = take(m.inner);
+    last_ = omp_get_wtime();
   }
 
   void run() {
@@ -252,6 +256,14 @@ class Thread : Share {
   int kept_[MOST], count_ = 0;       // rows that enter the branch at hand
   int skipped_[MOST], skips_ = 0;    // rows that take its shortcut
   bool enters_[MOST];
+  double last_;
+
+  void lap(Part part) {  // the first thread's clock, which waits for the others at every barrier
+    if (id) return;
+    const double now = omp_get_wtime();
+    s.spent[part] += now - last_;
+    last_ = now;
+  }
 
   void norm(const float* h, const float* weight, float* out) const {
     const float scale = 1.0f / std::sqrt(dot(h, h, m.hidden) / float(m.hidden) + m.epsilon);
@@ -350,6 +362,7 @@ class Thread : Share {
   void attention(int l) {
     const Layer& a = m.layer[l];
     open(2 * l, a.norm_attention, a.weight_attention, a.bias_attention, a.short_attention);
+    lap(GATES);
     const bool copies = s.copies && l > 0;
     if (!copies) {
       const Input every = prepare(a.k, x_.data(), s.rows);
@@ -366,20 +379,25 @@ class Thread : Share {
       }
     }
 #pragma omp barrier
+    lap(LINEAR);
     ascend(a.short_attention);
+    lap(GATES);
     for (int task = id; task < s.rows * m.kv_heads; task += threads) {
       if (c.half) remember<uint16_t>(l, task / m.kv_heads, task % m.kv_heads);
       else remember<float>(l, task / m.kv_heads, task % m.kv_heads);
     }
 #pragma omp barrier
+    lap(ATTENTION);
     if (!count_) return;
     for (int task = id; task < count_ * m.heads; task += threads) {
       if (c.half) attend<uint16_t>(l, kept_[task / m.heads], task % m.heads, task / m.heads);
       else attend<float>(l, kept_[task / m.heads], task % m.heads, task / m.heads);
     }
 #pragma omp barrier
+    lap(ATTENTION);
     add(a.o, prepare(a.o, mixed, count_));
 #pragma omp barrier
+    lap(LINEAR);
   }
 
   // One query head over all slots up to its own; the result goes to place `to` of `mixed`.
@@ -424,8 +442,10 @@ class Thread : Share {
 #pragma omp barrier
       ascend(a.short_mlp);
 #pragma omp barrier
+      lap(GATES);
       return;
     }
+    lap(GATES);
     gather();
     const Input in = prepare(a.gate, x_.data(), count_);
     into(a.gate, in, nullptr, inner);
@@ -435,6 +455,7 @@ class Thread : Share {
     ascend(a.short_mlp);
     add(a.down, prepare(a.down, inner, count_));
 #pragma omp barrier
+    lap(LINEAR);
   }
 
   // SiLU of the gate's values times the up projection's, this thread's own part of a row at `row`

@@ -10,6 +10,7 @@ float32, so that bfloat16 models lose less here than in torch.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from gateskip.linears import DenseLinear, PackedLinear
 MOST_ROWS = 32  # of one pass; engine.cpp has the same number
 BLOCK = 32  # weights that share a scale where they are rounded to 8 bits, as in kernels.h
 DENSE, HALF, FOUR_BIT, FOUR_BIT_BOOK, ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES = range(7)
+PARTS = ("linear", "attention", "gates", "lm head")  # the first three as in engine.cpp
 DENSE_KINDS = {torch.float32: DENSE, torch.bfloat16: HALF}
 LIFT = 128  # what makes signed bytes unsigned; kernels.h takes it off again
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
@@ -88,7 +90,7 @@ class Step(ctypes.Structure):
     _fields_ = (
         *((name, Int) for name in ("rows", "copies")),
         *((name, Pointer) for name in ("cache_row", "slot", "hidden", "thresholds", "kept")),
-        ("scratch", Pointer),
+        *((name, Pointer) for name in ("spent", "scratch")),
     )
 
 
@@ -116,6 +118,7 @@ class Engine:
         self.head = self._head(model)
         self.copies = int(kv_rule == "copy")
         self.kept = torch.zeros(2 * self.model.layers, dtype=torch.int64)
+        self._spent = torch.zeros(len(PARTS), dtype=torch.float64)
         size = self.library.gateskip_scratch
         size.restype = ctypes.c_int64
         self.scratch = torch.empty(size(ctypes.byref(self.model), MOST_ROWS))
@@ -146,6 +149,7 @@ class Engine:
             out.data_ptr(),
             None if thresholds is None else self._thresholds(thresholds).data_ptr(),
             self.kept.data_ptr(),
+            self._spent.data_ptr(),
             self.scratch.data_ptr(),
         )
         self.library.gateskip_step(
@@ -159,6 +163,7 @@ class Engine:
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [rows, H] -> logits [rows, V]."""
         flat = hidden.float().contiguous()
+        started = time.perf_counter()
         out = torch.empty(len(flat), self.head.n)
         self.library.gateskip_multiply(
             ctypes.byref(self.head),
@@ -167,7 +172,12 @@ class Engine:
             ctypes.c_void_p(out.data_ptr()),
             torch.get_num_threads(),
         )
+        self._spent[PARTS.index("lm head")] += time.perf_counter() - started
         return out
+
+    def spent(self) -> dict[str, float]:
+        """Seconds in each part of the native work since the engine was made."""
+        return dict(zip(PARTS, self._spent.tolist(), strict=True))
 
     # -- what a call points to ------------------------------------------------------------------
 

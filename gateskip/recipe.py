@@ -38,12 +38,12 @@ class TrainConfig:
     """How the budget runs from 1 to `budget`."""
     budget: float = 0.7
     """Lowest share of multiply-adds that training visits."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Learning rate of the gates and their shortcuts."""
     backbone: Literal["frozen", "lora", "full"] = "full"
     """What of the model's own weights trains along: nothing, low-rank updates, all but the
     embeddings and the LM head."""
-    backbone_lr: float = 1e-4
+    backbone_lr: float = 3e-5
     """Learning rate of the backbone or its updates, when it trains."""
     lora_rank: int = 16
     """Rank of the low-rank updates."""

@@ -86,6 +86,8 @@ class Lap:
     decode: list[float] = field(default_factory=list)
     """New tokens a second after the first of each row."""
     acceptance: float | None = None
+    split: dict[str, float] = field(default_factory=dict)
+    """Shares of the decoding time in parts of the native work, and in Python around it."""
     equal: bool = True
     """Whether its tokens were the first contender's."""
 
@@ -97,8 +99,16 @@ class Lap:
             "prefill_tokens_per_s": _summary(self.prefill),
             "decode_tokens_per_s": _summary(self.decode),
             "acceptance_rate": self.acceptance,
+            "time_split": self.split,
             "equal_to_first": self.equal,
         }
+
+
+def _split(runs: Sequence[Run]) -> dict[str, float]:
+    whole = sum(run.decode_s for run in runs)
+    names = runs[0].spent
+    shares = {name: sum(run.spent[name] for run in runs) / whole for name in names}
+    return shares | {"python": 1 - sum(shares.values())} if shares else {}
 
 
 def _summary(values: Sequence[float]) -> dict[str, Any]:
@@ -154,6 +164,7 @@ def race(
                 lap.decode.append(_rate(runs, "decoded", "decode_s"))
                 drafted = sum(run.drafted for run in runs)
                 lap.acceptance = sum(run.accepted for run in runs) / drafted if drafted else None
+                lap.split = _split(runs)
                 done += 1
                 if progress is not None:
                     progress(done, total, f"{way.name} {name}")
@@ -192,8 +203,14 @@ def _check(decoder: Decoder, way: Contender) -> None:
 
 
 def _run(decoder: Decoder, way: Contender, rows: list[list[int]], new_tokens: int) -> Run:
+    engines = [each.engine for each in decoder.models() if each.engine is not None]
+    before = [engine.spent() for engine in engines]
     found = decoder.generate(rows, new_tokens, eos=end_tokens(decoder), **way.settings)
     stats = found.stats
+    spent: dict[str, float] = {}
+    for engine, was in zip(engines, before, strict=True):
+        for name, seconds in engine.spent().items():
+            spent[name] = spent.get(name, 0.0) + seconds - was[name]
     decoded = stats.new_tokens - len(rows)  # the first token of a row comes out of prefill
     return Run(
         found.tokens,
@@ -203,6 +220,7 @@ def _run(decoder: Decoder, way: Contender, rows: list[list[int]], new_tokens: in
         stats.decode_s,
         stats.drafted,
         stats.accepted,
+        spent,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,8 @@ class Run:
     decode_s: float
     drafted: int = 0
     accepted: int = 0
+    spent: dict[str, float] = field(default_factory=dict)
+    """Seconds in parts of the native work, where it tells."""
 
 
 class Rival(Protocol):

@@ -33,7 +33,7 @@ class Gate(Stage):
     """Attach gates to every attention and MLP branch, fine-tune them, calibrate thresholds."""
 
     role: ClassVar[Role] = "gate"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     reads_data: ClassVar[tuple[Split, ...]] = ("train", "calibration")
 
     use: Literal["gate"] = "gate"
