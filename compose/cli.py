@@ -320,6 +320,28 @@ def bench(
     typer.echo(json.dumps(found))
 
 
+@app.command("tune-draft")
+def tune_draft(
+    folder: Annotated[Path, typer.Argument(help="A model folder, such as an export.")],
+    prompts: Annotated[
+        str, typer.Option(help="Prompts like yours: an alias, or a file of JSON lines.")
+    ] = "prompts",
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each category.")] = 1,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded a prompt.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of the final, interleaved.")] = 3,
+    write: Annotated[bool, typer.Option(help="Make the best the folder's own way.")] = True,
+) -> None:
+    """Find the draft that decodes a folder fastest, and make it the folder's way."""
+    from compose.executors import ask_once
+    from compose.show import say_tuned
+
+    asked: dict[str, Any] = {"folder": str(folder), "prompts": prompts, "limit": limit}
+    asked |= {"new_tokens": new_tokens, "repeats": repeats, "write": write}
+    found = ask_once("tune", asked)
+    say_tuned(console(), found)
+    typer.echo(json.dumps(found))
+
+
 @app.command()
 def doctor() -> None:
     """Say what can run here, what is missing, and how to put it right."""

@@ -177,7 +177,29 @@ def _ground(level: float) -> str:
 
 def say_race(out: Console, found: dict[str, Any]) -> None:
     """Laps of `gateskip bench` as a table, speeds beside those of the first contender."""
-    laps = found["laps"]
+    out.print(_laps(found["laps"]))
+    roof, size = found["roofline"], found["weights"]
+    read = roof["memory_gb_per_s"]
+    out.print(
+        f"{found['threads']} threads read {read:.1f} GB/s: {read * 1e9 / size:.0f} times a second"
+        f" the folder's {size / 1e6:.0f} MB of weights; they multiply"
+        f" {roof['gemm_float32_gflop_per_s']:.0f} GFLOP/s in float32 and"
+        f" {roof['gemm_bfloat16_gflop_per_s']:.0f} in bfloat16"
+    )
+
+
+def say_tuned(out: Console, found: dict[str, Any]) -> None:
+    """What `gateskip tune-draft` found."""
+    out.print(_laps(found["second"]))
+    tried = {lap["contender"] for lap in found["first"]} - {"plain"}
+    done = "now the folder's own way" if found["written"] else "nothing was written"
+    out.print(
+        f"{found['best']} decodes {found['speedup']:.2f} times as fast as plain decoding, the best"
+        f" of {len(tried)} drafts: {done}"
+    )
+
+
+def _laps(laps: list[dict[str, Any]]) -> Table:
     base = {lap["course"]: lap for lap in laps if lap["contender"] == laps[0]["contender"]}
     columns = (
         "contender",
@@ -205,12 +227,4 @@ def say_race(out: Console, found: dict[str, Any]) -> None:
             "yes" if lap["equal_to_first"] else "no",
             ", ".join(f"{name} {part:.0%}" for name, part in lap["time_split"].items()),
         )
-    out.print(table)
-    roof, size = found["roofline"], found["weights"]
-    read = roof["memory_gb_per_s"]
-    out.print(
-        f"{found['threads']} threads read {read:.1f} GB/s: {read * 1e9 / size:.0f} times a second"
-        f" the folder's {size / 1e6:.0f} MB of weights; they multiply"
-        f" {roof['gemm_float32_gflop_per_s']:.0f} GFLOP/s in float32 and"
-        f" {roof['gemm_bfloat16_gflop_per_s']:.0f} in bfloat16"
-    )
+    return table

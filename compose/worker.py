@@ -261,6 +261,13 @@ def run_race(job: Job, channel: Channel) -> dict[str, Any]:
     return race(Path(job.pop("folder")), progress=channel.progress, **job)
 
 
+def run_tune(job: Job, channel: Channel) -> dict[str, Any]:
+    """Find the draft that decodes a folder fastest."""
+    from compose.bench.tune import tune
+
+    return tune(Path(job.pop("folder")), progress=channel.progress, **job)
+
+
 def run_probe(job: Job, channel: Channel) -> None:
     """Try the libraries, one message each."""
     from compose.doctor import probe_libraries
@@ -365,6 +372,7 @@ ROLES: dict[str, Callable[[Job, Channel], Any]] = {
     "answer": run_answer,
     "insight": run_insight,
     "race": run_race,
+    "tune": run_tune,
     "probe": run_probe,
 }
 """What a worker does that gives one answer; a cell gives many."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+import gateskip
 from compose.bench.race import contender, race, roofline
+from compose.bench.tune import tune
 from compose.errors import UserError
 
 
@@ -59,3 +62,20 @@ def test_the_machine_is_measured() -> None:
         "gemm_bfloat16_gflop_per_s",
     }
     assert all(value > 0 for value in found.values())
+
+
+def test_tuning_makes_the_fastest_draft_the_folders_way(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    file = tmp_path / "asked.jsonl"
+    rows = [{"category": str(i % 2), "prompt": f"Licence {i}"} for i in range(4)]
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    found = tune(folder, str(file), None, 8, 1)
+    tried = {lap["contender"] for lap in found["first"]}
+    assert tried == {"plain", "draft:1+lookup", "draft:1+nf4", "draft:1+nf4+lookup"}
+    assert all(lap["equal_to_first"] for lap in found["second"]), "drafts change no token"
+    assert found["best"] in {lap["contender"] for lap in found["second"]}
+    assert gateskip.load(folder).defaults == found["decode"]
+    before = (folder / "gateskip.json").read_bytes()
+    tune(folder, str(file), 1, 8, 1, write=False)
+    assert (folder / "gateskip.json").read_bytes() == before

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ import gateskip
 from compose.assets import load_texts, token_blocks
 from compose.bench.cell import resident_bytes
 from compose.bench.generate import end_tokens, prompt_ids
-from compose.bench.rivals import LlamaCpp, Rival, Run, Transformers
+from compose.bench.rivals import LlamaCpp, Rival, Rows, Run, Transformers
 from compose.errors import UserError, suggest
 from gateskip.decode import Decoder
 
@@ -30,6 +30,8 @@ KINDS = ("plain", "skip", "draft", "transformers", "llama.cpp")
 WARM_TOKENS = 8
 READ_BYTES, GEMM_SIZE = 1 << 28, 1024  # of the machine's own measure
 Progress = Callable[[int, int, str], None]
+Courses = dict[str, list[Rows]]
+"""Name -> batches of prompts, as token ids."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,15 @@ class Lap:
     equal: bool = True
     """Whether its tokens were the first contender's."""
 
+    def add(self, runs: Sequence[Run], equal: bool) -> None:
+        """One repeat: the runs of the course's batches."""
+        self.equal &= equal
+        self.prefill.append(_rate(runs, "prompt_tokens", "prefill_s"))
+        self.decode.append(_rate(runs, "decoded", "decode_s"))
+        drafted = sum(run.drafted for run in runs)
+        self.acceptance = sum(run.accepted for run in runs) / drafted if drafted else None
+        self.split = _split(runs)
+
     def to_json(self) -> dict[str, Any]:
         """Medians and extremes, and the repeats themselves."""
         return {
@@ -140,41 +151,57 @@ def race(
         UserError: a contender is not known, or the folder cannot decode so.
     """
     decoder: Decoder = gateskip.load(folder)
-    ways = [contender(text) for text in contenders]
     courses = (
-        _courses_of(decoder, prompts, limit, cache)
+        courses_of(decoder, prompts, limit, cache)
         if prompts
         else _running_text(decoder, batches, contexts, cache)
     )
-    longest = max(len(row) for groups in courses.values() for rows in groups for row in rows)
-    runners = {way.name: _runner(decoder, folder, way, longest + new_tokens) for way in ways}
-    laps = {(way.name, name): Lap(way.name, name) for way in ways for name in courses}
-    done, total = 0, repeats * len(laps)
-    for way in ways:  # what is built on first use is built before anything is timed
-        runners[way.name](next(iter(courses.values()))[0], WARM_TOKENS)
-    for _ in range(repeats):
-        for name, groups in courses.items():
-            first: list[list[list[int]]] | None = None
-            for way in ways:
-                lap = laps[way.name, name]
-                runs = [runners[way.name](rows, new_tokens) for rows in groups]
-                first = first or [run.tokens for run in runs]
-                lap.equal &= first == [run.tokens for run in runs]
-                lap.prefill.append(_rate(runs, "prompt_tokens", "prefill_s"))
-                lap.decode.append(_rate(runs, "decoded", "decode_s"))
-                drafted = sum(run.drafted for run in runs)
-                lap.acceptance = sum(run.accepted for run in runs) / drafted if drafted else None
-                lap.split = _split(runs)
-                done += 1
-                if progress is not None:
-                    progress(done, total, f"{way.name} {name}")
+    runners = runners_of(decoder, folder, contenders, courses, new_tokens)
+    laps = run_laps(runners, courses, new_tokens, repeats, progress)
     return {
-        "laps": [lap.to_json() for lap in laps.values()],
+        "laps": [lap.to_json() for lap in laps],
         "roofline": roofline(),
         "weights": resident_bytes(decoder.skipping.model),
         "threads": torch.get_num_threads(),
         "new_tokens": new_tokens,
     }
+
+
+def runners_of(
+    decoder: Decoder, folder: Path, contenders: Sequence[str], courses: Courses, new_tokens: int
+) -> dict[str, Rival]:
+    """What runs each contender on texts as long as those of the courses.
+
+    Raises UserError for a contender that is not known, or that the folder cannot run.
+    """
+    longest = max(len(row) for groups in courses.values() for rows in groups for row in rows)
+    ways = [contender(text) for text in contenders]
+    return {way.name: _runner(decoder, folder, way, longest + new_tokens) for way in ways}
+
+
+def run_laps(
+    runners: Mapping[str, Rival],
+    courses: Courses,
+    new_tokens: int,
+    repeats: int,
+    progress: Progress | None = None,
+) -> list[Lap]:
+    """Each repeat runs every contender on every course once; the first's tokens are the model."""
+    laps = {(way, name): Lap(way, name) for way in runners for name in courses}
+    done, total = 0, repeats * len(laps)
+    for run in runners.values():  # what is built on first use is built before anything is timed
+        run(next(iter(courses.values()))[0], WARM_TOKENS)
+    for _ in range(repeats):
+        for name, groups in courses.items():
+            first: list[Rows] | None = None
+            for way, run in runners.items():
+                runs = [run(rows, new_tokens) for rows in groups]
+                first = first or [each.tokens for each in runs]
+                laps[way, name].add(runs, first == [each.tokens for each in runs])
+                done += 1
+                if progress is not None:
+                    progress(done, total, f"{way} {name}")
+    return list(laps.values())
 
 
 def _runner(decoder: Decoder, folder: Path, way: Contender, context: int) -> Rival:
@@ -202,7 +229,7 @@ def _check(decoder: Decoder, way: Contender) -> None:
         raise UserError(f"contender {way.name}: {error}", fix="choose another contender") from error
 
 
-def _run(decoder: Decoder, way: Contender, rows: list[list[int]], new_tokens: int) -> Run:
+def _run(decoder: Decoder, way: Contender, rows: Rows, new_tokens: int) -> Run:
     engines = [each.engine for each in decoder.models() if each.engine is not None]
     before = [engine.spent() for engine in engines]
     found = decoder.generate(rows, new_tokens, eos=end_tokens(decoder), **way.settings)
@@ -226,7 +253,7 @@ def _run(decoder: Decoder, way: Contender, rows: list[list[int]], new_tokens: in
 
 def _running_text(
     decoder: Decoder, batches: Sequence[int], contexts: Sequence[int], cache: Path | None
-) -> dict[str, list[list[list[int]]]]:
+) -> Courses:
     """Course -> its one batch of prompts, cut from heldout-text."""
     text = load_texts("heldout-text", None, cache)
     return {
@@ -236,14 +263,15 @@ def _running_text(
     }
 
 
-def _courses_of(
-    decoder: Decoder, source: str, limit: int | None, cache: Path | None
-) -> dict[str, list[list[list[int]]]]:
-    """Category -> its prompts, each a batch of one; `limit` of each category."""
+def courses_of(decoder: Decoder, source: str, limit: int | None, cache: Path | None) -> Courses:
+    """Category -> its prompts, each a batch of one; `limit` of each category.
+
+    Raises AssetError where `source` cannot be had.
+    """
     data = load_texts(source, None, cache)
     texts = data.prompts or data.rows
     names = data.categories or ["prompts"] * len(texts)
-    courses: dict[str, list[list[list[int]]]] = {}
+    courses: Courses = {}
     for name, text in zip(names, texts, strict=True):
         group = courses.setdefault(name, [])
         if limit is None or len(group) < limit:

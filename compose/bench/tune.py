@@ -1,0 +1,125 @@
+"""`gateskip tune-draft`: which draft decodes a folder fastest on the user's own prompts.
+
+The candidates are every kind of draft at every calibrated budget. A first round on a few prompts
+leaves the better part of them, a second on all prompts decides; plain decoding runs in both, and
+wins where no draft pays. Verification makes every candidate give the same text, so only speed is
+compared.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import gateskip
+from compose.artifact import LINEAGE, lineage, write_lineage
+from compose.bench.race import Courses, Lap, Progress, contender, courses_of, run_laps, runners_of
+from compose.cache import read_json, write_json
+from gateskip.checkpoint import META_FILE
+from gateskip.decode import Decoder
+
+PLAIN = "plain"
+FIRST_PROMPTS, LEFT = 4, 3  # prompts of the first round, and candidates that it leaves
+
+
+def tune(
+    folder: Path,
+    prompts: str,
+    limit: int | None = None,
+    new_tokens: int = 64,
+    repeats: int = 3,
+    write: bool = True,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Time the candidates on `prompts`, and unless told not to, make the best the folder's way.
+
+    Returns `best`, its `speedup` over plain decoding (median over repeats), both rounds' `laps`.
+
+    Raises:
+        AssetError: the prompts cannot be had.
+    """
+    decoder: Decoder = gateskip.load(folder)
+    courses = courses_of(decoder, prompts, limit, cache)
+    names = candidates(decoder)
+    few = _first(courses, FIRST_PROMPTS)
+    runners = runners_of(decoder, folder, [PLAIN, *names], courses, new_tokens)
+    first = run_laps(runners, few, new_tokens, 1, progress)
+    left = sorted(names, key=lambda name: -speedup(first, name))[:LEFT]
+    finalists = {name: runners[name] for name in (PLAIN, *left)}
+    second = run_laps(finalists, courses, new_tokens, repeats, progress)
+    best = max(finalists, key=lambda name: speedup(second, name))
+    if write:
+        settle(folder, decode_of(best), speedup(second, best), prompts)
+    return {
+        "best": best,
+        "decode": decode_of(best),
+        "speedup": speedup(second, best),
+        "first": [lap.to_json() for lap in first],
+        "second": [lap.to_json() for lap in second],
+        "written": write,
+    }
+
+
+def candidates(decoder: Decoder) -> list[str]:
+    """Every draft that this folder can make, as contenders of `gateskip bench`."""
+    budgets = [1.0, *sorted((b for b in decoder.grid if b < 1.0), reverse=True)]
+    kinds = ["", "+nf4"] if _has_twin(decoder) else [""]
+    names = []
+    for kind in kinds:
+        for budget in budgets:
+            for extra in ("", "+lookup"):
+                if budget < 1.0 or kind or extra:  # a draft that is the model itself is none
+                    names.append(f"draft:{budget:g}{kind}{extra}")
+    return names
+
+
+def _has_twin(decoder: Decoder) -> bool:
+    try:
+        decoder.drafter("nf4")
+    except ValueError:
+        return False
+    return True
+
+
+def _first(courses: Courses, count: int) -> Courses:
+    """The first prompt of up to `count` courses, spread over all of them."""
+    step = max(1, math.ceil(len(courses) / count))
+    return {name: courses[name][:1] for name in islice(courses, 0, None, step)}
+
+
+def speedup(laps: Sequence[Lap], name: str) -> float:
+    """Tokens a second of a contender over plain decoding's, geometric mean over the courses."""
+    plain = {lap.course: lap for lap in laps if lap.contender == PLAIN}
+    ratios = [
+        statistics.median(lap.decode) / statistics.median(plain[lap.course].decode)
+        for lap in laps
+        if lap.contender == name
+    ]
+    return statistics.geometric_mean(ratios)
+
+
+def decode_of(name: str) -> dict[str, Any]:
+    """A contender as the folder's own way of decoding."""
+    if name == PLAIN:
+        return {"mode": "plain"}
+    return contender(name).settings | {"draft_length": "auto"}
+
+
+def settle(folder: Path, decode: dict[str, Any], gained: float, prompts: str) -> None:
+    """Write `decode` into the folder's settings, and into its lineage where it has one."""
+    settings = read_json(folder / META_FILE) or {}
+    write_json(folder / META_FILE, {**settings, "decode": decode})
+    if (folder / LINEAGE).is_file():
+        before = lineage(folder)
+        entry = {
+            "name": "tune-draft",
+            "use": "tune-draft",
+            "parameters": {"decode": decode, "speedup": round(gained, 3), "prompts": prompts},
+            "input_sha256": before[-1]["output_sha256"],
+        }
+        write_lineage(folder, entry, before)
