@@ -228,6 +228,9 @@ class Divergence(Record):
     margin: float | None = None
     """Distance of the two highest logits there, plain decoding; near 0 is a near-tie."""
 
+    margin_share: float | None = None
+    """The same as a share of the distance between the highest and the lowest logit."""
+
 
 class Speculation(Record):
     """What self-speculative decoding did. The cell named by `plain` is what it is compared with."""
@@ -260,6 +263,15 @@ class Speculation(Record):
 
     first_divergence: Divergence | None = None
     """Where they first differ; null when they do not."""
+
+    divergences: tuple[Divergence, ...] | None = None
+    """The same for each prompt whose texts differ."""
+
+    acceptance_by_position: tuple[float, ...] | None = None
+    """Share accepted of the drafts at each position, where all before them had been accepted."""
+
+    looked_up_share: float | None = None
+    """Share of the drafted tokens that the text itself proposed."""
 
 
 class BranchUse(Record):

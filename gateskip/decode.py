@@ -33,6 +33,13 @@ Thresholds = Sequence[float] | None
 MAX_DRAFT = 16
 
 
+ADDED = (
+    *("prompt_tokens", "new_tokens", "prefill_s", "decode_s", "drafted", "accepted"),
+    *("passes", "draft_s", "verify_s", "looked_up"),
+)
+"""Fields of Stats that are sums."""
+
+
 @dataclass
 class Stats:
     """What one `generate` call did and how long it took, in seconds and tokens."""
@@ -66,6 +73,22 @@ class Stats:
     def mean_accepted_tokens(self) -> float | None:
         """Tokens a full pass yields; plain decoding has 1. None without a pass."""
         return (self.accepted + self.passes) / self.passes if self.passes else None
+
+    def add(self, other: Stats) -> None:
+        """Count another call's work with this one's; `ttft_s` stays the first call's."""
+        for name in ADDED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for length, times in other.draft_lengths.items():
+            self.draft_lengths[length] = self.draft_lengths.get(length, 0) + times
+        for position, (tried, stood) in enumerate(other.positions):
+            self.count(position, tried, stood)
+
+    def count(self, position: int, tried: int, stood: int) -> None:
+        """Drafts at a position that were reached with all before them accepted, and accepted."""
+        while len(self.positions) <= position:
+            self.positions.append([0, 0])
+        self.positions[position][0] += tried
+        self.positions[position][1] += stood
 
     def to_dict(self) -> dict[str, Any]:
         """Counts, times and the two rates, as plain data."""
@@ -293,7 +316,4 @@ def _account(
         stats.looked_up += count if draft.looked_up else 0
         stats.draft_lengths[count] = stats.draft_lengths.get(count, 0) + 1
         for position in range(min(stood + 1, count)):
-            while len(stats.positions) <= position:
-                stats.positions.append([0, 0])
-            stats.positions[position][0] += 1
-            stats.positions[position][1] += position < stood
+            stats.count(position, 1, position < stood)

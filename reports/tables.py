@@ -157,9 +157,31 @@ def speculation(report: Report) -> Table:
             _metric("accepted", "Mean", "tokens/pass", _MEAN, number),
             Column("Speed-up", "over plain", "Over the same weights, decoded plainly.", _speedup),
             Column("Draft length", "most often", "Tokens drafted before a check.", _usual_draft),
+            *_positions(rows),
             Column("Lossless", "", _LOSSLESS, _diverged),
         ],
     )
+
+
+def _positions(rows: tuple[Row, ...]) -> list[Column]:
+    """Acceptance at the first places of a draft, where any cell recorded it."""
+
+    def rates(row: Row) -> tuple[float, ...]:
+        found = row.cell.speculation
+        return (found.acceptance_by_position or ()) if found is not None else ()
+
+    def at(place: int) -> Callable[[Report, Row], Entry]:
+        def make(report: Report, row: Row) -> Entry:
+            own = rates(row)
+            return Entry(share(own[place]), sort=own[place]) if place < len(own) else Entry()
+
+        return make
+
+    longest = max((len(rates(row)) for row in rows), default=0)
+    return [
+        Column(f"{place + 1}.", "%", _AT_POSITION, at(place))
+        for place in range(min(longest, SHOWN_POSITIONS))
+    ]
 
 
 def histogram(row: Row) -> Histogram:
@@ -261,12 +283,15 @@ def divergence(found: Divergence) -> str:
         None if found.prompt is None else f"prompt {found.prompt}",
         None if found.position is None else f"token {found.position}",
         None if found.margin is None else f"margin {found.margin:.2g}",
+        None if found.margin_share is None else f"{found.margin_share:.1e} of the range",
     ]
     return ", ".join(part for part in parts if part) or "place not recorded"
 
 
 # --- columns -------------------------------------------------------------------------------------
 
+_AT_POSITION = "Accepted at this place of a draft, where all before it was."
+SHOWN_POSITIONS = 4
 _DECODE = "New tokens a second at batch 1, median of the repeats; beside it, over the dense model."
 _PREFILL = "Prompt tokens read a second at batch 1; beside it, over the dense model."
 _SAVED = "Multiply-adds of the decoder layers not computed, gates and kept keys/values paid for."

@@ -30,7 +30,7 @@ from compose.bench.quality import (
     score_blocks,
 )
 from compose.errors import AssetError, StepError
-from gateskip.decode import Decoder, Generation, Mode
+from gateskip.decode import Decoder, Generation, Mode, Stats
 from gateskip.engine import MOST_ROWS
 from gateskip.insight import look, summarize
 from gateskip.skip import KVCache, Usage
@@ -222,31 +222,29 @@ class CellBench:
         prompts = self._prompts(wanted["source"], wanted["prompts"])
         length = self.settings["draft_length"]
         settings = self.settings | {"draft_length": FORCED_DRAFT if length == "auto" else length}
-        drafted = accepted = passes = compared = 0
-        histogram: dict[int, int] = {}
-        divergence: dict[str, Any] | None = None
+        compared, total = 0, Stats()
+        divergences: list[dict[str, Any]] = []
         batched = self.decoder.generate(prompts, wanted["new_tokens"]).tokens
         for number, prompt in enumerate(prompts):
             plain = batched[number]
             own = self.decoder.generate([prompt], wanted["new_tokens"], self.mode, **settings)
-            stats = own.stats
-            drafted, accepted = drafted + stats.drafted, accepted + stats.accepted
-            passes += stats.passes
+            total.add(own.stats)
             compared += len(plain)
             if own.tokens[0] != plain:  # a batch rounds in another order: ask the row by itself
                 plain = self.decoder.generate([prompt], wanted["new_tokens"]).tokens[0]
-            for tried, times in stats.draft_lengths.items():
-                histogram[tried] = histogram.get(tried, 0) + times
-            if divergence is None:
-                divergence = self._divergence(number, prompt, plain, own.tokens[0])
+            divergence = self._divergence(number, prompt, plain, own.tokens[0])
+            divergences += [divergence] if divergence else []
         return {
-            "lossless": divergence is None,
-            "first_divergence": divergence,
+            "lossless": not divergences,
+            "first_divergence": divergences[0] if divergences else None,
+            "divergences": divergences,
             "prompts": len(prompts),
             "tokens": compared,
-            "acceptance_rate": accepted / drafted if drafted else None,
-            "mean_accepted_tokens": (accepted + passes) / passes if passes else None,
-            "draft_length_histogram": histogram,
+            "acceptance_rate": total.acceptance_rate,
+            "mean_accepted_tokens": total.mean_accepted_tokens,
+            "acceptance_by_position": [stood / tried for tried, stood in total.positions],
+            "looked_up_share": total.looked_up / total.drafted if total.drafted else None,
+            "draft_length_histogram": total.draft_lengths,
             "checked_draft_length": settings["draft_length"],
         }
 
@@ -262,13 +260,15 @@ class CellBench:
         skipping = self.decoder.skipping
         hidden = skipping.forward(ids, skipping.new_cache(1, ids.shape[1]), [0])
         with torch.inference_mode():
-            best = skipping.head(hidden[0, -1]).float().topk(2).values
+            logits = skipping.head(hidden[0, -1]).float()
+        best, second = logits.topk(2).values.tolist()
         return {
             "prompt": number,
             "position": same,
             "plain_token": plain[same] if same < len(plain) else None,
             "speculative_token": own[same] if same < len(own) else None,
-            "margin": float(best[0] - best[1]),
+            "margin": best - second,
+            "margin_share": (best - second) / (best - float(logits.min())),
         }
 
     def _prompts(self, source: str, count: int) -> list[list[int]]:

@@ -145,7 +145,7 @@ def _everywhere() -> Any:
     """transformers' own settings to compile decoding, which it leaves off where there is no GPU."""
     from transformers.generation import CompileConfig
 
-    config = CompileConfig(mode=None)
+    config: Any = CompileConfig()
     config._compile_all_devices = True
     return config
 
