@@ -143,7 +143,7 @@ class LlamaCpp:
 
 def _everywhere() -> Any:
     """transformers' own settings to compile decoding, which it leaves off where there is no GPU."""
-    from transformers.generation import CompileConfig
+    from transformers.generation.configuration_utils import CompileConfig
 
     config: Any = CompileConfig()
     config._compile_all_devices = True
