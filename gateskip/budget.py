@@ -53,6 +53,7 @@ def calibrate(
     least: float = 0.0,
     most: float = 1.0,
     closed: frozenset[int] = frozenset(),
+    gone: frozenset[int] = frozenset(),
     rounds: int = 6,
     batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
@@ -60,7 +61,8 @@ def calibrate(
     """Thresholds for each budget on blocks [N, S] of token ids.
 
     Every branch keeps at least a share `least` of its tokens and at most `most`; `closed` branches
-    never skip.
+    never skip. `gone` branches always do: where they alone save more than a budget asks for, less
+    than the budget is kept.
 
     Skipping changes what later gates see, so the thresholds are found in a closed loop: up to
     `rounds` times, thresholds are read off the logits that the neighbouring budget left, the share
@@ -69,18 +71,21 @@ def calibrate(
     """
     costs = torch.tensor([c.at(blocks.shape[1] / 2) for c in branch_costs(model)])
     free = torch.ones(len(costs), dtype=torch.bool)
-    free[sorted(closed)] = False
+    free[sorted(closed | gone)] = False
     free[0] &= kv_rule != "copy"  # the first attention has nothing below it to copy from
     allocate = _allocator(allocation, costs, free, sensitivity, least, most)
     thresholds = torch.full((gates.branches,), NEVER_SKIP)
+    thresholds[sorted(gone)] = torch.inf
+    spared = float(costs[sorted(gone)].sum() / costs.sum())
     logits = _collect(model, gates, blocks, thresholds, kv_rule, batch)
     found = []
     wanted = sorted(set(budgets), reverse=True)
     for done, budget in enumerate(wanted):
         tried: list[tuple[Calibration, Tensor]] = []
-        skip = 1 - budget  # what is asked for
+        skip = max(0.0, 1 - budget - spared)  # what is asked for
         for _ in range(rounds):
             thresholds = allocate(logits, 1 - skip)
+            thresholds[sorted(gone)] = torch.inf
             left = _collect(model, gates, blocks, thresholds, kv_rule, batch)
             tried.append((_record(budget, thresholds, left, costs), left))
             kept = tried[-1][0].kept

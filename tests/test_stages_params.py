@@ -22,6 +22,8 @@ from compose.stages import (
     Gptq,
     Heal,
     ModelShape,
+    PruneBranches,
+    PruneHeads,
     PruneWidth,
     Skip,
     Speculate,
@@ -35,6 +37,8 @@ EXAMPLES: tuple[Stage, ...] = (
     Gate(),
     DropLayers(count=3),
     PruneWidth(ratio=0.2),
+    PruneHeads(count=3),
+    PruneBranches(),
     Heal(),
     Bnb(format="nf4"),
     Gptq(),
@@ -96,6 +100,12 @@ def test_stages_are_frozen_values() -> None:
         (DropLayers, {"layers": (-1,)}),
         (PruneWidth, {}),
         (PruneWidth, {"ratio": 1.0}),
+        (PruneWidth, {"ratio": 0.2, "importance": "wanda"}),
+        (PruneHeads, {}),
+        (PruneHeads, {"count": 0}),
+        (PruneHeads, {"count": 3, "take": "heads"}),
+        (PruneBranches, {"budget": 1.0}),
+        (PruneBranches, {"share": 1.0}),
         (Heal, {"steps": 0}),
         (Bnb, {}),
         (Bnb, {"format": "fp4"}),
@@ -148,6 +158,17 @@ def test_a_recipe_fills_what_is_not_said() -> None:
         ((Gptq(), Gate()), "gate-after-quantize"),
         ((Gate(), PruneWidth(ratio=0.2)), "prune-after-gate"),
         ((Gate(), Heal()), "heal-after-gate"),
+        ((Gate(), PruneHeads(count=3)), "prune-after-gate"),
+        ((Gate(kind="router"), DropLayers(count=1)), "prune-after-gate"),
+        ((Gptq(), PruneHeads(count=3)), "prune-after-quantize"),
+        ((PruneBranches(),), "branches-need-gates"),
+        ((PruneBranches(), Gate()), "branches-need-gates"),
+        ((Gate(kind="router"), PruneBranches()), "prune-after-gate"),
+        ((Gate(), PruneBranches(budget=0.3)), "budget-calibrated"),
+        ((Gate(branches="mlp"), PruneBranches(single="keep")), "layers-fit"),
+        ((PruneHeads(count=4),), "heads-fit"),
+        ((PruneHeads(count=9),), "heads-fit"),
+        ((PruneHeads(count=6), PruneHeads(count=3)), "heads-fit"),
         ((Gptq(group_size=128),), "group-divides"),
         ((PruneWidth(ratio=0.99),), "width-fits"),
         ((DropLayers(count=30),), "layers-fit"),
@@ -168,6 +189,11 @@ def test_rule_that_a_chain_breaks(chain: tuple[Stage, ...], rule: str) -> None:
         (Gptq(group_size=-1),),
         (Heal(),),
         (DropLayers(layers=(0, 29)),),
+        (PruneHeads(count=3), PruneHeads(count=3), Gptq()),
+        (PruneHeads(count=6, take="queries"), Heal()),
+        (Gate(), DropLayers(count=3), Gptq(), Skip()),
+        (Gate(), PruneBranches(), DropLayers(count=1), Bnb(format="nf4"), Speculate()),
+        (Gate(branches="mlp"), PruneBranches()),
     ],
 )
 def test_chain_that_breaks_no_rule(chain: tuple[Stage, ...]) -> None:
@@ -232,6 +258,7 @@ def test_chain_that_passes_has_one_of_each_kind_that_allows_one(chain: list[Stag
     for role in ("gate", "quantize", "decode"):
         assert roles.count(role) <= 1
     order = {"prune": 0, "heal": 0, "gate": 1, "quantize": 2, "decode": 3}
+    roles = [stage.role for stage in chain if not stage.tolerates("prune-after-gate")]
     for before, after in itertools.pairwise(roles):
         assert order[before] <= order[after]
 

@@ -10,13 +10,18 @@ from compose.stages.base import RULES, DataSpec, ModelShape, Stage, StageJob
 from compose.stages.decode import Skip, Speculate
 from compose.stages.gate import Gate
 from compose.stages.heal import Heal
-from compose.stages.prune import DropLayers, PruneWidth
+from compose.stages.prune_branches import PruneBranches
+from compose.stages.prune_heads import PruneHeads
+from compose.stages.prune_layers import DropLayers
+from compose.stages.prune_width import PruneWidth
 from compose.stages.quantize import Bnb, Gptq
 
 STAGES: dict[str, type[Stage]] = {
     "gate": Gate,
     "drop-layers": DropLayers,
     "prune-width": PruneWidth,
+    "prune-heads": PruneHeads,
+    "prune-branches": PruneBranches,
     "heal": Heal,
     "bnb": Bnb,
     "gptq": Gptq,
@@ -26,7 +31,16 @@ STAGES: dict[str, type[Stage]] = {
 """What a YAML file's `use` may name."""
 
 AnyStage = Annotated[
-    Gate | DropLayers | PruneWidth | Heal | Bnb | Gptq | Skip | Speculate,
+    Gate
+    | DropLayers
+    | PruneWidth
+    | PruneHeads
+    | PruneBranches
+    | Heal
+    | Bnb
+    | Gptq
+    | Skip
+    | Speculate,
     Field(discriminator="use"),
 ]
 """The same classes as a type that pydantic reads, told apart by `use`."""
@@ -42,6 +56,8 @@ __all__ = [
     "Gptq",
     "Heal",
     "ModelShape",
+    "PruneBranches",
+    "PruneHeads",
     "PruneWidth",
     "Skip",
     "Speculate",

@@ -35,6 +35,10 @@ RULES: dict[str, str] = {
     "prune-after-gate": "thresholds hold for the branches they were calibrated on: prune first.",
     "heal-after-gate": "thresholds hold for the weights they were calibrated on: heal first.",
     "group-divides": "a quantization group must divide the inputs of every linear layer.",
+    "branches-need-gates": "which branches tokens do without is what gates learn: gate first.",
+    "budget-calibrated": "gates can be asked only at budgets that they are calibrated for.",
+    "layout-known": "weights are cut by their names, which differ from family to family.",
+    "heads-fit": "every KV group must keep as many heads, in a number that the config takes.",
     "width-fits": "a pruned width must be a multiple of round_to, above zero, and narrower.",
     "layers-fit": "dropped layers must exist, and at least one layer must stay.",
     "exclude": "the pipeline file excludes this combination.",
@@ -88,6 +92,8 @@ class ModelShape:
     tie_embeddings: bool
     quantized: str | None = None
     """The quantizer that made the weights (`bitsandbytes`, `gptq`, ...), or None."""
+    long_rope: bool = False
+    """Whether each rotary frequency has a factor of its own, as in the long-context Phi3."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -112,6 +118,7 @@ class ModelShape:
                 fix="take a decoder-only model of the Llama family",
             )
         hidden, heads = text["hidden_size"], text["num_attention_heads"]
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         quantization = config.get("quantization_config") or text.get("quantization_config")
         return cls(
             model_type=str(text.get("model_type", "unknown")),
@@ -126,6 +133,7 @@ class ModelShape:
                 config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
             ),
             quantized=quantization.get("quant_method", "unknown") if quantization else None,
+            long_rope="short_factor" in rope,
         )
 
     def linear_in_features(self) -> dict[str, int]:

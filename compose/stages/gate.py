@@ -211,7 +211,7 @@ class Gate(Stage):
         curve = self._train(job, model, gates, train, calibration)
         if gates.shortcuts is not None:
             gates.shortcuts.settle()
-        found = self._calibrate(job, model, gates, calibration, sensitivity)
+        found = self.calibrate(job, model, gates, calibration, sensitivity)
         grid, kept = grid_of(found)
         self._save_backbone(job, model)
         record: dict[str, Any] = {
@@ -305,14 +305,16 @@ class Gate(Stage):
         validation = calibration[:VALIDATION_BLOCKS]
         return train_gates(model, gates, train, config, teacher, job.work, job.progress, validation)
 
-    def _calibrate(
+    def calibrate(
         self,
         job: StageJob,
         model: Any,
         gates: Gates,
         blocks: Tensor,
         sensitivity: list[float] | None,
+        gone: frozenset[int] = frozenset(),
     ) -> Any:
+        """Thresholds for every budget on blocks [N, S]; no token enters the branches `gone`."""
         from gateskip.branches import find_branches
         from gateskip.budget import calibrate
 
@@ -329,6 +331,7 @@ class Gate(Stage):
             self.least,
             self.most,
             frozenset(i for i, kind in enumerate(kinds) if kind not in skippable),
+            gone,
             progress=lambda done, total: job.progress(done, total, "calibrating budgets"),
         )
 

@@ -41,8 +41,14 @@ RULES = (
     Rule(
         "compose/*",
         "gateskip",
-        unless=("compose/stages/gate.py", "compose/stages/decode.py", "compose/bench/*"),
-        why="only the gate and decode stages and the benchmark drive the engine",
+        unless=(
+            "compose/stages/gate.py",
+            "compose/stages/kept_gates.py",
+            "compose/stages/prune_branches.py",
+            "compose/stages/decode.py",
+            "compose/bench/*",
+        ),
+        why="only the stages that make, keep or ask gates and the benchmark drive the engine",
     ),
     Rule("reports/*", "gateskip", why="a report is drawn from results alone"),
     Rule(
