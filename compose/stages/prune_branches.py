@@ -194,7 +194,7 @@ def entered_shares(job: StageJob, model: Any, blocks: Tensor, budget: float) -> 
     entered = torch.zeros(file.gates.branches)
 
     def rule(branch: Any, logits: Tensor) -> Tensor:
-        kept = (logits >= levels[branch.index]).to(logits.dtype)
+        kept: Tensor = (logits >= levels[branch.index]).to(logits.dtype)
         entered[branch.index] += kept[:, ANCHORS:].mean()
         return kept
 
