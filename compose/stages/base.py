@@ -30,7 +30,7 @@ RULES: dict[str, str] = {
     "two-gates": "a model carries one set of gates: one gate stage a chain.",
     "two-quantizers": "a model carries one quantization config: one quantizer a chain.",
     "prune-after-quantize": "packed weights cannot be cut: prune before quantizing.",
-    "heal-after-quantize": "packed weights cannot be trained: heal before quantizing.",
+    "heal-after-quantize": "packed weights can neither be trained nor take updates in: heal first.",
     "gate-after-quantize": "packed weights cannot be trained beside the gates: gate first.",
     "prune-after-gate": "thresholds hold for the branches they were calibrated on: prune first.",
     "heal-after-gate": "thresholds hold for the weights they were calibrated on: heal first.",

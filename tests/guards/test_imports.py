@@ -41,8 +41,8 @@ RULES = (
     Rule(
         "compose/*",
         "gateskip",
-        unless=("compose/stages/gate.py", "compose/stages/decode.py", "compose/bench/*"),
-        why="only the gate and decode stages and the benchmark drive the engine",
+        unless=("compose/stages/gate.py", "compose/stages/heal.py", "compose/bench/*"),
+        why="only the gate and heal stages and the benchmark drive the engine",
     ),
     Rule("reports/*", "gateskip", why="a report is drawn from results alone"),
     Rule(
