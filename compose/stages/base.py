@@ -35,6 +35,7 @@ RULES: dict[str, str] = {
     "prune-after-gate": "thresholds hold for the branches they were calibrated on: prune first.",
     "heal-after-gate": "thresholds hold for the weights they were calibrated on: heal first.",
     "group-divides": "a quantization group must divide the inputs of every linear layer.",
+    "head-is-tied": "an LM head that shares the embedding's weights cannot be packed.",
     "width-fits": "a pruned width must be a multiple of round_to, above zero, and narrower.",
     "layers-fit": "dropped layers must exist, and at least one layer must stay.",
     "exclude": "the pipeline file excludes this combination.",
