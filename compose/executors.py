@@ -32,7 +32,7 @@ from compose.errors import (
     suggest,
 )
 
-Role = Literal["step", "check", "cell", "answer", "insight", "race", "probe"]
+Role = Literal["step", "check", "speak", "cell", "answer", "insight", "race", "gguf", "probe"]
 Message = dict[str, Any]
 LOG_TAIL_LINES = 25
 GRACE_S = 5.0
