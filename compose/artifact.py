@@ -208,16 +208,28 @@ def clean_config(folder: Path) -> None:
         write_json(folder / "config.json", config)
 
 
+def probe_ids(folder: Path) -> Tensor:
+    """Token ids [1, S] of the probe text, by the folder's tokenizer.
+
+    Raises:
+        ArtifactError: the tokenizer makes nothing of English text.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids: Tensor = tokenizer(PROBE_TEXT, return_tensors="pt").input_ids[:, :PROBE_TOKENS]
+    if ids.shape[1] == 0:
+        raise ArtifactError(f"the tokenizer in {folder} makes no tokens of English text")
+    return ids
+
+
 def probe_logits(folder: Path) -> Tensor:
     """Logits [1, S, V] in float32 of the probe text, from the folder as transformers loads it."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = probe_ids(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    ids = tokenizer(PROBE_TEXT, return_tensors="pt").input_ids[:, :PROBE_TOKENS]  # [1, S]
-    if ids.shape[1] == 0:
-        raise ArtifactError(f"the tokenizer in {folder} makes no tokens of English text")
     with torch.inference_mode():
         logits: Tensor = model(ids.to(model.device)).logits.float().cpu()
     return logits

@@ -201,6 +201,9 @@ def export(
     run_dir: RunDir,
     to: Annotated[Path, typer.Option(help="The folder to fill.")],
     cell: Annotated[str | None, typer.Option(help="The cell; without it, one is picked.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also compare 32 tokens with those of the source.")
+    ] = False,
     min_retained: MinRetained = None,
     max_perplexity_ratio: MaxRatio = None,
     max_bytes: MaxBytes = None,
@@ -225,8 +228,27 @@ def export(
             maximize=maximize,
         )[1].name
     )
-    export_cell(RunFolder.existing(run_dir), name, to, make_executor("local", None))
-    typer.echo(f"{name} exported to {to}")
+    runs_in = make_executor("local", None)
+    export_cell(RunFolder.existing(run_dir), name, to, runs_in, spoken=verify)
+    same = ": the same logits and tokens as its source" if verify else ""
+    typer.echo(f"{name} exported to {to}{same}")
+
+
+@app.command()
+def gguf(
+    folder: Annotated[Path, typer.Argument(help="A model folder without gates, not quantized.")],
+    to: Annotated[Path, typer.Option(help="The file to write.", metavar="FILE.gguf")],
+    kind: Annotated[
+        str, typer.Option("--type", help="f32, f16, bf16, q8_0, q4_1 or q4_0.")
+    ] = "f16",
+) -> None:
+    """Write a model folder as a GGUF file for llama.cpp; it is loaded back before it stays."""
+    from compose.executors import ask_once
+
+    asked = {"folder": str(folder.absolute()), "file": str(to.absolute()), "kind": kind}
+    found = ask_once("gguf", asked)
+    size, kl = f"{found['bytes'] / 1e6:.1f} MB", f"{found['kl']:.2g}"
+    typer.echo(f"{to}: {size}, loads back; KL of its predictions to the folder's: {kl}")
 
 
 @app.command()

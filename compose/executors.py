@@ -32,7 +32,20 @@ from compose.errors import (
     suggest,
 )
 
-Role = Literal["step", "check", "cell", "answer", "insight", "race", "tune", "probe"]
+Role = Literal[
+    # fmt: off
+    "step",
+    "check",
+    "speak",
+    "cell",
+    "answer",
+    "insight",
+    "race",
+    "tune",
+    "gguf",
+    "probe",
+    # fmt: on
+]
 Message = dict[str, Any]
 LOG_TAIL_LINES = 25
 GRACE_S = 5.0

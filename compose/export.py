@@ -24,7 +24,7 @@ from compose.artifact import (
 from compose.bundle import write_bundle
 from compose.cache import read_json, write_json
 from compose.errors import ArtifactError, ComposeError, StepError, UserError, suggest
-from compose.executors import Executor, await_answer
+from compose.executors import Executor, Role, await_answer
 from compose.numerals import metric_text
 from compose.records import RunFolder
 from compose.result import METRICS, CellResult, Results, TaskScore, load_results, metrics
@@ -36,12 +36,16 @@ CARD_METRICS = (
     *("perplexity", "kl", "agreement", "retained", "saved", "acceptance", "accepted"),
 )
 GATE_SETTINGS = "gateskip.json"
+SPOKEN_TOKENS = 32
 
 
-def export_cell(run: RunFolder, name: str, target: Path, executor: Executor) -> Path:
+def export_cell(
+    run: RunFolder, name: str, target: Path, executor: Executor, *, spoken: bool = False
+) -> Path:
     """Export a cell of a finished run to the folder `target`, and return it.
 
-    An earlier export at `target` is replaced; any other folder with files in it is not.
+    An earlier export at `target` is replaced; any other folder with files in it is not. With
+    `spoken`, what the export says is compared with what its source says, too.
 
     Raises:
         UserError: the run has no such cell, it was not measured, or the target is in use.
@@ -65,6 +69,8 @@ def export_cell(run: RunFolder, name: str, target: Path, executor: Executor) -> 
     try:
         assemble(folder, source, results, cell, planned)
         verify(folder, run, planned["weights"], executor)
+        if spoken:
+            verify_spoken(folder, run, planned, executor)
         folder.chmod(0o755)  # mkdtemp makes it private
         shutil.rmtree(target, ignore_errors=True)
         os.replace(folder, target)
@@ -155,13 +161,44 @@ def verify(folder: Path, run: RunFolder, weights: str, executor: Executor) -> No
         StepError: it does not load, or predicts something else.
     """
     reference = run.store.path(weights) / "check.safetensors"
-    job = run.job(f"export-{weights}.check")
-    write_json(job, {"folder": str(folder), "reference": str(reference)})
-    remote = executor.start("check", job, run.log(f"export-{weights}"))
+    job = {"folder": str(folder), "reference": str(reference)}
     try:
-        await_answer(remote)
+        _ask("check", job, run, weights, executor)
     except ComposeError as error:
         raise StepError(f"the export does not load as it should: {error}") from error
+
+
+def verify_spoken(
+    folder: Path, run: RunFolder, planned: dict[str, Any], executor: Executor
+) -> None:
+    """Let the folder, and the step's folder that it was made from, continue the same text.
+
+    Each speaks in a process of its own, greedily: the source decoded as the cell was, the export as
+    it says itself.
+
+    Raises:
+        StepError: they say different things.
+    """
+    weights = planned["weights"]
+    decode = decode_default(planned["decode"])
+    asked = {"source": (run.store.model(weights), decode), "export": (folder, None)}
+    said = {}
+    for which, (place, settings) in asked.items():
+        job = {"folder": str(place), "tokens": SPOKEN_TOKENS, "settings": settings}
+        said[which] = _ask("speak", job, run, weights, executor)
+    if said["source"] != said["export"]:
+        pairs = zip(said["source"], said["export"], strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), SPOKEN_TOKENS)
+        raise StepError(f"the export says something else than its source from token {first} on")
+
+
+def _ask(role: Role, job: dict[str, Any], run: RunFolder, weights: str, executor: Executor) -> Any:
+    """The answer of one worker."""
+    file = run.job(f"export-{weights}.{role}")
+    write_json(file, job)
+    remote = executor.start(role, file, run.log(f"export-{weights}"))
+    try:
+        return await_answer(remote)
     finally:
         remote.stop()
 

@@ -377,7 +377,7 @@ def _cell_parts(run: RunFolder, plan: Plan, cell: Cell, told: Gathered) -> dict[
         "aliases": cell.aliases or None,
         "plain": cell.plain,
         "steps": _step_infos(plan, cell),
-        "training": _training(run, plan, cell),
+        **_made(run, cell),
     }
     if failure is not None:
         part |= {
@@ -475,14 +475,16 @@ def _step_infos(plan: Plan, cell: Cell) -> tuple[dict[str, Any], ...] | None:
     return tuple(infos) or None
 
 
-def _training(run: RunFolder, plan: Plan, cell: Cell) -> dict[str, Any] | None:
-    """Training curves from the folder's lineage: the stages' records hold them as `training`."""
+def _made(run: RunFolder, cell: Cell) -> dict[str, Any]:
+    """What the stages recorded as they made the folder: curves and errors, by the stage's name."""
     try:
         entries = lineage(run.store.model(cell.weights))
     except ComposeError:
-        return None
-    curves = {entry["name"]: _curve(entry.get("record") or {}) for entry in entries}
-    return {name: curve for name, curve in curves.items() if curve} or None
+        return {}
+    records = {entry["name"]: entry.get("record") or {} for entry in entries}
+    curves = {name: curve for name, record in records.items() if (curve := _curve(record))}
+    errors = {name: found for name, record in records.items() if (found := _errors(record))}
+    return {"training": curves or None, "layer_errors": errors or None}
 
 
 def _curve(record: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -492,6 +494,11 @@ def _curve(record: dict[str, Any]) -> list[dict[str, Any]] | None:
     ):
         return curve
     return None
+
+
+def _errors(record: dict[str, Any]) -> dict[str, float] | None:
+    errors = record.get("layer_errors")
+    return errors if isinstance(errors, dict) else None
 
 
 def _seconds(

@@ -395,6 +395,9 @@ class CellResult(Record):
     training: dict[str, tuple[TrainingPoint, ...]] | None = None
     """Stage name -> its training curve."""
 
+    layer_errors: dict[str, dict[str, float]] | None = None
+    """Stage name -> relative error of each layer's output that quantization made."""
+
     seconds: float | None = None
     """Wall time of the cell's measurements."""
 

@@ -2,9 +2,11 @@
 
     step    make a model folder and store what it predicts     progress lines, then one answer
     check   load the folder again and compare                   one answer
+    speak   continue the probe text greedily                    one answer
     cell    measure: load, quality, lossless, speed, quit       one answer a command
     answer  generate an answer to a prompt                      one answer
     insight look at a text under a folder's gates               one answer
+    gguf    write a folder as a GGUF file and load it back      one answer
     probe   try the libraries, for `gateskip doctor`            one message a library, one answer
 
 Commands come as JSON lines on stdin; messages go out as JSON lines on what was stdout when the
@@ -18,6 +20,7 @@ import atexit
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import select
 import signal
@@ -239,6 +242,13 @@ def run_check(job: Job, channel: Channel) -> dict[str, float]:
     return reload_check(Path(job["folder"]), Path(job["reference"]))
 
 
+def run_speak(job: Job, channel: Channel) -> list[int]:
+    """The tokens with which the folder continues the probe text."""
+    from compose.bench.generate import speak
+
+    return speak(Path(job["folder"]), job["tokens"], job["settings"])
+
+
 def run_answer(job: Job, channel: Channel) -> dict[str, Any]:
     """Answer a prompt."""
     from compose.bench.generate import answer as generate
@@ -266,6 +276,13 @@ def run_tune(job: Job, channel: Channel) -> dict[str, Any]:
     from compose.bench.tune import tune
 
     return tune(Path(job.pop("folder")), progress=channel.progress, **job)
+
+
+def run_gguf(job: Job, channel: Channel) -> dict[str, float]:
+    """Write a model folder as a GGUF file and load it back."""
+    from compose.llamacpp import write_gguf
+
+    return write_gguf(Path(job["folder"]), Path(job["file"]), job["kind"])
 
 
 def run_probe(job: Job, channel: Channel) -> None:
@@ -366,13 +383,20 @@ def _dismiss(guard: int) -> None:
         os.waitpid(guard, 0)
 
 
+def quieten() -> None:
+    """int8 layers warn at every multiplication that they cast its input: floods, for one fact."""
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
 ROLES: dict[str, Callable[[Job, Channel], Any]] = {
     "step": run_step,
     "check": run_check,
+    "speak": run_speak,
     "answer": run_answer,
     "insight": run_insight,
     "race": run_race,
     "tune": run_tune,
+    "gguf": run_gguf,
     "probe": run_probe,
 }
 """What a worker does that gives one answer; a cell gives many."""
@@ -384,6 +408,7 @@ def main(arguments: list[str]) -> int:
     parent = os.environ.pop("GATESKIP_PARENT", None)
     die_with_parent(None if parent is None else int(parent))
     channel = Channel()
+    quieten()
     job = read_json(Path(job_file))
     print(f"--- {role} {job_file} {datetime.now(UTC).isoformat(timespec='seconds')}", flush=True)
     if role == "cell":

@@ -269,8 +269,10 @@ def _interleaved(attention: Any, x: Tensor, part: int) -> Tensor:
 
 
 def _is_plain(linear: Any) -> bool:
-    weight = getattr(linear, "weight", None)
-    return isinstance(weight, Tensor) and weight.is_floating_point() and weight.ndim == 2
+    """Whether rows of its weight are all there is to it; peft's wrappers have a weight and more."""
+    if not isinstance(linear, nn.Linear):
+        return False
+    return linear.weight.is_floating_point() and linear.weight.ndim == 2
 
 
 def _rows(bias: Tensor | None, rows: slice) -> Tensor | None:

@@ -1,14 +1,18 @@
-"""How a gate fine-tune runs: its settings, and the published recipe. Imports no torch."""
+"""How fine-tunes run: their settings, and the published recipe. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Backbone = Literal["frozen", "lora", "full"]
+"""What of the model's own weights learns: nothing, low-rank updates that are merged at the end, or
+all but the embeddings and the LM head."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How gates (and, if asked, the backbone) are fine-tuned."""
+class LoopConfig:
+    """How long, in which steps and how exactly a fine-tune goes on, whatever it trains."""
 
     steps: int = 300
     """Optimizer steps."""
@@ -16,6 +20,34 @@ class TrainConfig:
     """Blocks in one pass, a process."""
     accumulate: int = 1
     """Passes in one step."""
+    backbone: Backbone = "full"
+    """What of the model's own weights trains along."""
+    lora_rank: int = 16
+    """Rank of the low-rank updates."""
+    decay: Literal["linear", "cosine"] = "linear"
+    """How the learning rates fall, to a tenth."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rates rise."""
+    weight_decay: float = 0.0
+    """Of AdamW, on the backbone; gates have none."""
+    clip: float = 1.0
+    """Gradient norm bound."""
+    checkpointing: bool = False
+    """Recompute branches in the backward pass instead of keeping their activations."""
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Mixed precision, as accelerate names it; `auto` is bf16 where the device is fast at it."""
+    validate_every: int = 0
+    """Steps between validations on the blocks given for that; 0 is never."""
+    seed: int = 0
+    """Order of the blocks, and what is drawn."""
+    checkpoint_every: int = 50
+    """Steps between resumable checkpoints, when a folder for them is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig):
+    """How gates (and, if asked, the backbone) are fine-tuned."""
+
     loss: Literal["distill", "cross-entropy", "both"] = "distill"
     """Match the dense model's logits, predict the text, or the sum of both."""
     loss_temperature: float = 1.0
@@ -40,35 +72,28 @@ class TrainConfig:
     """Lowest share of multiply-adds that training visits."""
     lr: float = 2e-3
     """Learning rate of the gates and their shortcuts."""
-    backbone: Literal["frozen", "lora", "full"] = "full"
-    """What of the model's own weights trains along: nothing, low-rank updates, all but the
-    embeddings and the LM head."""
     backbone_lr: float = 3e-5
     """Learning rate of the backbone or its updates, when it trains."""
-    lora_rank: int = 16
-    """Rank of the low-rank updates."""
-    decay: Literal["linear", "cosine"] = "linear"
-    """How the learning rates fall, to a tenth."""
-    warmup: float = 0.1
-    """Share of the steps over which the learning rates rise."""
-    weight_decay: float = 0.0
-    """Of AdamW, on the backbone; gates have none."""
-    clip: float = 1.0
-    """Gradient norm bound."""
     kv_rule: str = "project"
     """Whose keys and values a skipped token shows; the same as at inference."""
-    checkpointing: bool = False
-    """Recompute branches in the backward pass instead of keeping their activations."""
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Mixed precision, as accelerate names it; `auto` is bf16 where the device is fast at it."""
-    validate_every: int = 0
-    """Steps between validations on the blocks given for that; 0 is never."""
     validate_budgets: tuple[float, ...] = (0.85, 0.75)
     """Budgets at which validation skips."""
-    seed: int = 0
-    """Order of the blocks and the drawn budgets."""
-    checkpoint_every: int = 50
-    """Steps between resumable checkpoints, when a folder for them is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealConfig(LoopConfig):
+    """How a model that lost parts is distilled back from the dense one."""
+
+    steps: int = 200
+    lr: float = 1e-4
+    """Learning rate of the weights, or of their low-rank updates, at its peak."""
+    temperature: float = 1.0
+    """Softens both distributions before they are compared."""
+    decay: Literal["linear", "cosine"] = "cosine"
+    warmup: float = 0.05
+    validate_every: int = 50
+    patience: int = 3
+    """Validations in a row that may bring nothing before the loop stops; 0 never stops it."""
 
 
 RECIPES: dict[str, dict[str, Any]] = {

@@ -10,7 +10,6 @@ between 1 and a falling bound, so the ranking is learned before it is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from gateskip.branches import backbone, find_branches, head
+from gateskip.branches import find_branches, head
 from gateskip.budget import global_thresholds, quantiles
 from gateskip.compute import branch_costs
 from gateskip.gates import ANCHORS, Gates
+from gateskip.loop import Loop, Progress, adapt, precision
 from gateskip.masked import masked_forward
 from gateskip.objectives import (
     SPARSITY,
@@ -36,7 +36,6 @@ from gateskip.objectives import (
 )
 from gateskip.recipe import TrainConfig
 
-Progress = Callable[[int, int, str], None]
 WINDOW = 4  # steps whose gate logits set the thresholds
 GAIN = (
     0.2  # part of a step's error in the skipped share, as a logarithm, that the next ones correct
@@ -71,53 +70,20 @@ def train_gates(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     set_seed(config.seed)
-    adapted = _adapt(model, config)
+    adapted = adapt(model, config)
     session = _Session(model, gates, blocks, config, teacher or model, accelerator, validation)
-    session.resume(work)
-    while session.step < config.steps:
-        row = session.advance()
-        if progress is not None:
-            progress(session.step, config.steps, f"loss {row['loss']:.3f} at {row['kept']:.2f}")
-        if work is not None and session.step % config.checkpoint_every == 0:
-            session.save(work)
+    curve = session.run(work, progress)
     if adapted is not None:
         adapted.merge_and_unload()
     model.requires_grad_(True)
     model.eval()
-    return session.curve
+    return curve
 
 
-def precision(asked: str) -> str:
-    """`auto` is bf16 where the device multiplies it fast, else float32."""
-    if asked != "auto":
-        return asked
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_tile") or able.get("bf16") else "no"
+class _Session(Loop):
+    """A fine-tune of gates: what it remembers, and what one step does."""
 
-
-def _adapt(model: Any, config: TrainConfig) -> Any | None:
-    """Ask for the gradients that the config wants; returns peft's wrapper under `lora`."""
-    model.requires_grad_(config.backbone == "full")
-    if config.backbone == "full":  # the loss passes no gradient into the LM head
-        model.get_input_embeddings().requires_grad_(False)
-        model.get_output_embeddings().requires_grad_(False)
-    if config.backbone != "lora":
-        return None
-    from peft import LoraConfig, get_peft_model
-
-    named = backbone(model).layers.named_modules()
-    linears = [name for name, part in named if isinstance(part, nn.Linear)]
-    rank = config.lora_rank
-    return get_peft_model(
-        model,
-        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears, init_lora_weights=True),
-    )
-
-
-class _Session:
-    """The state of one fine-tune: what a checkpoint holds, and what one step does."""
+    config: TrainConfig
 
     def __init__(
         self,
@@ -129,25 +95,18 @@ class _Session:
         accelerator: Accelerator,
         validation: Tensor | None,
     ) -> None:
-        self.config, self.accelerator, self.blocks = config, accelerator, blocks
+        super().__init__(model, blocks, config, accelerator)
         self.validation = validation
-        self.step, self.curve = 0, list[dict[str, float]]()
         if teacher is not model:
-            teacher.requires_grad_(False)
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+            teacher.requires_grad_(False).to(accelerator.device)
         self.backbone = list(self.trained.values())
         groups = [{"params": list(gates.parameters()), "lr": config.lr, "weight_decay": 0.0}]
         if self.backbone:
             groups.append({"params": self.backbone, "lr": config.backbone_lr})
-        optimizer = torch.optim.AdamW(
-            groups, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        self.student = _Student(model, gates, config)
         self.student, self.optimizer, self.schedule = accelerator.prepare(
-            self.student, optimizer, schedule
+            _Student(model, gates, config), *self.optimizer_of(groups)
         )
-        self.gates, self.model, self.teacher = gates, model, teacher
+        self.gates, self.teacher = gates, teacher
         costs = torch.tensor([c.at(blocks.shape[1] / 2) for c in branch_costs(model)])
         self.costs = (costs / costs.sum()).to(accelerator.device)
         self.prices = self._prices().to(accelerator.device)
@@ -166,16 +125,6 @@ class _Session:
         saved = [c.saved(self.config.kv_rule) + c.per_slot * context - instead for c in costs]
         return torch.tensor(saved) / sum(c.at(context) for c in costs)
 
-    def _rate(self, step: int) -> float:
-        """Factor of the learning rates: rise, then fall to a tenth."""
-        rise = max(1, round(self.config.warmup * self.config.steps))
-        if step < rise:
-            return (step + 1) / rise
-        left = max(0.0, (self.config.steps - step) / max(1, self.config.steps - rise))
-        if self.config.decay == "cosine":
-            left = (1 - torch.cos(torch.tensor(left * torch.pi)).item()) / 2
-        return 0.1 + 0.9 * left
-
     def advance(self) -> dict[str, float]:
         """One optimizer step: `accumulate` passes over a batch a process."""
         config, accelerator = self.config, self.accelerator
@@ -184,7 +133,7 @@ class _Session:
             self._rank(self._block(0))
         thresholds = self._thresholds(budget)
         losses, shares, logits = [], [], []
-        level = Level(list(self.gates.parameters()), config.accumulate)
+        level = Level([p for p in self.gates.parameters() if p.requires_grad], config.accumulate)
         for part in range(config.accumulate):
             with accelerator.accumulate(self.student):
                 block = self._block(part)
@@ -218,8 +167,11 @@ class _Session:
         due = config.validate_every and self.step % config.validate_every == 0
         if self.validation is not None and (due or self.step == config.steps):
             row |= self._validate(self.validation)
-        self.curve.append(row)
         return row
+
+    def note(self, row: dict[str, float]) -> str:
+        """The loss, and the share of compute at which it was found."""
+        return f"{super().note(row)} at {row['kept']:.2f}"
 
     def _mask(self, thresholds: Tensor) -> TrainMask:
         config = self.config
@@ -273,17 +225,6 @@ class _Session:
             return loss
 
         return in_chunks(hidden.flatten(0, 1), loss_of)
-
-    def _block(self, part: int) -> Tensor:
-        """Blocks [batch, S] of one pass of this step; each walk over the text is reordered."""
-        config, count = self.config, len(self.blocks)
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        done = (self.step * config.accumulate + part) * world + rank
-        rows = []
-        for number in range(done * config.batch, (done + 1) * config.batch):
-            order = torch.Generator().manual_seed(config.seed * 7_919 + number // count)
-            rows.append(torch.randperm(count, generator=order)[number % count])
-        return self.blocks[torch.stack(rows)].to(self.accelerator.device)
 
     def _budget(self) -> float:
         config = self.config
@@ -340,37 +281,16 @@ class _Session:
         distances = [value for name, value in found.items() if name.startswith("kl@")]
         return found | {"valid": sum(distances) / len(distances)}
 
-    def save(self, work: Path) -> None:
-        """Write all that the next step depends on; the old checkpoint stays until it is whole."""
-        if not self.accelerator.is_main_process:
-            return
-        state = {
-            "step": self.step,
-            "curve": self.curve,
-            "window": self.window,
-            "drift": self.drift,
-            "gates": self.gates.state_dict(),
-            "trained": {name: p.detach() for name, p in self.trained.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
-        work.mkdir(parents=True, exist_ok=True)
-        torch.save(state, work / "training.tmp")
-        (work / "training.tmp").replace(work / "training.pt")
+    def state(self) -> dict[str, Any]:
+        """Beside a loop's own: the gates, and what finds the next step's thresholds."""
+        own = {"window": self.window, "drift": self.drift, "gates": self.gates.state_dict()}
+        return super().state() | own
 
-    def resume(self, work: Path | None) -> None:
-        """Go on from a checkpoint in `work`, if there is one."""
-        if work is None or not (work / "training.pt").exists():
-            return
-        state = torch.load(work / "training.pt", weights_only=True)
-        self.step, self.curve, self.window = state["step"], state["curve"], state["window"]
-        self.drift = state["drift"]
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what `state` says."""
+        super().restore(state)
+        self.window, self.drift = state["window"], state["drift"]
         self.gates.load_state_dict(state["gates"])
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(state["trained"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
 
 
 def _many(session: _Session) -> bool:

@@ -325,7 +325,8 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "run": ["--again", "--executor", "--only", "--out", "--workers", "file"],
         "report": ["run_dir"],
         "pick": sorted([*wanted, "--json", "run_dir"]),
-        "export": sorted([*wanted, "--cell", "--to", "run_dir"]),
+        "export": sorted([*wanted, "--cell", "--to", "--verify", "run_dir"]),
+        "gguf": ["--to", "--type", "folder"],
         "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
         "bench": [
             *("--batch", "--contender", "--context", "--limit", "--new-tokens", "--prompts"),
@@ -342,6 +343,23 @@ def test_generate_refuses_what_is_no_model(tmp_path: Path) -> None:
     assert code == 2
     assert "no folder" in err
     assert "Traceback" not in err
+
+
+def test_gguf_refuses_what_it_cannot_write(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    code, _, err = call("gguf", make_tiny("qwen2"), "--to", tmp_path / "a.gguf")
+    assert code == 2
+    assert "only 'llama' is supported" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.slow
+def test_gguf_writes_a_file(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    code, out, _ = call("gguf", make_tiny("llama"), "--to", file, "--type", "q8_0")
+    assert code == 0
+    assert file.is_file()
+    assert "loads back" in out
 
 
 @pytest.mark.slow

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compose.artifact import lineage, write_lineage
-from compose.errors import UserError
-from compose.export import assemble, decode_default, refuse_foreign
+from compose.errors import StepError, UserError
+from compose.executors import make_executor
+from compose.export import assemble, decode_default, refuse_foreign, verify_spoken
+from compose.records import RunFolder
 from compose.result import CellResult, Results
 
 
@@ -140,3 +144,48 @@ def test_only_an_earlier_export_is_replaced(export: Path, tmp_path: Path) -> Non
         with pytest.raises(UserError, match="not an earlier export"):
             refuse_foreign(taken)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+@pytest.mark.slow
+def test_the_export_says_what_its_source_says(
+    make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Each in a process of its own; another model is another text, from its first token on."""
+    run = RunFolder(tmp_path / "runs" / "small")
+    shutil.copytree(make_tiny("llama"), run.store.model("key"))
+    planned = {"weights": "key", "decode": None}
+    for folder, same in ((make_tiny("llama"), True), (make_tiny("llama", seed=1), False)):
+        if same:
+            verify_spoken(folder, run, planned, make_executor("local", 1))
+        else:
+            with pytest.raises(StepError, match="something else than its source from token 0 on"):
+                verify_spoken(folder, run, planned, make_executor("local", 1))
+
+
+@pytest.mark.slow
+def test_an_export_that_decodes_otherwise_says_something_else(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Gates that skip at half the compute: the settings that the export states are what it runs."""
+    import torch
+
+    from compose.bench.generate import speak
+    from gateskip.budget import calibrate
+    from gateskip.checkpoint import GateFile, grid_of, load_model, save_gates
+    from gateskip.warmstart import warm_start
+
+    folder = tmp_path / "gated"
+    shutil.copytree(tiny_llama, folder)
+    model = load_model(tiny_llama, "float32")
+    blocks = torch.randint(3, 512, (6, 48), generator=torch.Generator().manual_seed(2))
+    gates, sensitivity = warm_start(model, blocks)
+    grid, kept = grid_of(calibrate(model, gates.requires_grad_(False), blocks, (0.5,)))
+    decode = {"mode": "skip", "budget": 0.5}
+    save_gates(folder, GateFile(gates, "project", grid, kept, sensitivity, decode=decode))
+    said = speak(folder, 32)
+    assert len(said) == 32
+    assert said == speak(folder, 32, decode)
+    plain = speak(folder, 32, {"mode": "plain"})
+    assert said != plain
+    auto = {"mode": "speculate", "draft_budget": 0.5, "draft_length": "auto"}
+    assert speak(folder, 32, auto) == plain

@@ -73,7 +73,8 @@ def fill_model(job: Answer) -> Answer:
     target.mkdir(parents=True)
     (target / "config.json").write_text('{"model_type": "llama"}')
     (target / "model.safetensors").write_text(job["key"])
-    record = {"training": [{"step": 1, "loss": 2.0}]} if job["name"] == "gates" else {}
+    told = {"training": [{"step": 1, "loss": 2.0}], "layer_errors": {"up_proj": 0.25}}
+    record = told if job["name"] == "gates" else {}
     write_lineage(target, {"name": job["name"], "record": record})
     Path(job["check"]).write_text("logits")
     return {"wall_s": 1.0, "record": record}
@@ -258,6 +259,8 @@ def test_the_result_is_typed_and_compared_with_the_baseline(tmp_path: Path) -> N
     assert gates.quality.tasks["arc_easy"].retained == pytest.approx(1 / 1.2)
     assert gates.training is not None
     assert gates.training["gates"][0].loss == 2.0
+    assert gates.layer_errors == {"gates": {"up_proj": 0.25}}
+    assert dense.training is None and dense.layer_errors is None
     skip = results.cell("gates+skip")
     assert skip.compute is not None
     assert skip.compute.saved_net == 0.2

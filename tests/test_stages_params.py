@@ -108,7 +108,13 @@ def test_stages_are_frozen_values() -> None:
         (PruneBranches, {"share": 1.0}),
         (Heal, {"steps": 0}),
         (Bnb, {}),
-        (Bnb, {"format": "fp4"}),
+        (Bnb, {"format": "nf3"}),
+        (Bnb, {"format": "int8", "double_quant": True}),
+        (Bnb, {"format": "int8", "compute_dtype": "bfloat16"}),
+        (Bnb, {"format": "fp4", "threshold": 3.0}),
+        (Gptq, {"dynamic": {}}),
+        (Gptq, {"lm_head": True}),
+        (Heal, {"backbone": "frozen"}),
         (Gptq, {"bits": 5}),
         (Gptq, {"group_size": 48}),
         (Skip, {"budget": 1.1}),
@@ -170,6 +176,7 @@ def test_a_recipe_fills_what_is_not_said() -> None:
         ((PruneHeads(count=9),), "heads-fit"),
         ((PruneHeads(count=6), PruneHeads(count=3)), "heads-fit"),
         ((Gptq(group_size=128),), "group-divides"),
+        ((Bnb(format="nf4", lm_head=True),), "head-is-tied"),
         ((PruneWidth(ratio=0.99),), "width-fits"),
         ((DropLayers(count=30),), "layers-fit"),
         ((DropLayers(layers=(30,)),), "layers-fit"),
@@ -222,6 +229,18 @@ def test_group_rule_names_layer_width_and_nearest_size() -> None:
         Gptq(group_size=128).check(SHAPE, ())
     assert "128 does not divide the 576 inputs of q_proj" in str(caught.value)
     assert "set group_size: 64" in str(caught.value)
+
+
+def test_group_rule_passes_over_what_is_skipped() -> None:
+    odd = replace(SHAPE, intermediate_size=1001)
+    assert rule_of(Gptq(), shape=odd) == "group-divides"
+    assert rule_of(Gptq(skip=("mlp.down_proj",)), shape=odd) is None
+
+
+def test_untied_head_is_packed() -> None:
+    assert (
+        rule_of(Bnb(format="nf4", lm_head=True), shape=replace(SHAPE, tie_embeddings=False)) is None
+    )
 
 
 def test_group_rule_sees_the_pruned_width() -> None:

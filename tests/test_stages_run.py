@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import gateskip
 from compose.artifact import copy_companions, probe_logits
@@ -25,6 +26,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "drop-layers": {"use": "drop-layers", "count": 1},
     "prune-width": {"use": "prune-width", "ratio": 0.4, "round_to": 64},
     "heal": {"use": "heal", "steps": 3, "length": 32},
+    "heal-lora": {"use": "heal", "steps": 3, "length": 32, "backbone": "lora", "lora_rank": 2},
     "nf4": {"use": "bnb", "format": "nf4"},
     "int8": {"use": "bnb", "format": "int8"},
     "gptq4": {"use": "gptq", "bits": 4, "group_size": 64},
@@ -33,6 +35,11 @@ RUNS: dict[str, dict[str, Any]] = {
 
 # int8 rounds activations, gptqmodel's CPU kernel computes in bfloat16; our engine does neither.
 ROUNDING = {"int8": 2e-2, "gptq4": 0.15}
+
+
+@pytest.fixture(autouse=True)
+def _one_accelerator_a_test() -> None:
+    AcceleratorState._reset_state()  # one process trains with one precision
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +59,7 @@ def run(text: Path, tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
         target = tmp_path / f"made-{len(list(tmp_path.iterdir()))}"
         target.mkdir()
         spec = DataSpec(source=str(text), limit=200, length=32)
-        stage.run(
+        go.records[target.name] = stage.run(
             StageJob(
                 source=source,
                 target=target,
@@ -69,6 +76,7 @@ def run(text: Path, tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
         copy_companions(source, target)
         return target
 
+    go.records = {}
     return go
 
 
@@ -111,6 +119,19 @@ def test_every_weight_stage_makes_a_model(
         plain = decoder.generate([ids], 16).tokens
         own_tokens = decoder.generate([ids], 16, "speculate", draft_budget=0.5, draft_length=3)
         assert own_tokens.tokens == plain
+
+
+def test_healing_says_how_far_it_came(run: Callable[..., Path], tiny_llama: Path) -> None:
+    """The stage's record, of a model that a prune stage has damaged."""
+    heal = {"use": "heal", "steps": 40, "length": 32, "lr": 3e-4, "precision": "no"}
+    narrow = run({"use": "prune-width", "ratio": 0.5, "round_to": 64})
+    healed = run(heal | {"validate_every": 10}, narrow)
+    record = run.records[healed.name]
+    assert record["held_out"]["after"] < record["held_out"]["before"]
+    assert [row["step"] for row in record["training"]] == list(range(41))
+    assert record["train_tokens"] == 40 * 32
+    dense, before, after = (probe_logits(folder) for folder in (tiny_llama, narrow, healed))
+    assert (after - dense).square().mean() < (before - dense).square().mean()
 
 
 def test_every_weight_stage_has_a_run() -> None:

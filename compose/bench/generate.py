@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from compose.artifact import is_gated, require_model
+from compose.artifact import is_gated, probe_ids, require_model
 from compose.cache import read_json
 from compose.errors import ArtifactError
 
@@ -94,6 +94,22 @@ def answer(
         "settings": settings,
         "stats": generation.stats.to_dict(),
     }
+
+
+def speak(folder: Path, tokens: int, settings: Mapping[str, Any] | None = None) -> list[int]:
+    """The `tokens` likeliest ids after the probe text, decoded by `settings` or as the folder says.
+
+    Nothing here depends on the clock: a draft length that is measured is taken as 4.
+    """
+    import gateskip
+
+    decoder = gateskip.load(folder)
+    asked = dict(decoder.defaults if settings is None else settings)
+    if asked.get("draft_length", "auto") == "auto" and asked.get("mode") == "speculate":
+        asked["draft_length"] = 4
+    ids: list[int] = probe_ids(folder)[0].tolist()
+    found: list[int] = decoder.generate([ids], tokens, **asked).tokens[0]
+    return found
 
 
 def end_tokens(decoder: Any) -> list[int]:

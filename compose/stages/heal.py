@@ -2,112 +2,123 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from compose.errors import UserError
 from compose.stages.base import Role, Split, Stage, StageJob
+from gateskip.recipe import HealConfig
 
-CHECKPOINT_EVERY = 50
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HEAL = HealConfig()  # each default stands there, once
+HELD_OUT = 4  # blocks that healing is stopped by
 
 
 class Heal(Stage):
-    """Train all weights on the dense model's own predictions."""
+    """Train the weights on the dense model's own predictions."""
 
     role: ClassVar[Role] = "heal"
+    version: ClassVar[int] = 2
     reads_data: ClassVar[tuple[Split, ...]] = ("train",)
 
     use: Literal["heal"] = "heal"
     """The stage's name."""
 
-    steps: int = Field(default=200, ge=1)
-    """Optimizer steps."""
+    steps: int = Field(default=HEAL.steps, ge=1)
+    """Optimizer steps, at most."""
 
-    lr: float = Field(default=1e-4, gt=0)
-    """Learning rate at its peak."""
+    backbone: Literal["full", "lora"] = "full"
+    """What learns: all weights but the embeddings, or low-rank updates of the linear layers, which
+    are merged into them at the end."""
 
-    batch: int = Field(default=1, ge=1)
-    """Sequences in one optimizer step."""
+    lora_rank: int = Field(default=HEAL.lora_rank, ge=1)
+    """Rank of those updates."""
+
+    lr: float = Field(default=HEAL.lr, gt=0)
+    """Learning rate at its peak; low-rank updates bear about ten times that of all weights."""
+
+    weight_decay: float = Field(default=HEAL.weight_decay, ge=0)
+    """Weight decay of AdamW."""
+
+    warmup: float = Field(default=HEAL.warmup, ge=0, le=1)
+    """Share of the steps over which the learning rate rises."""
+
+    decay: Literal["linear", "cosine"] = HEAL.decay
+    """How it falls afterwards, to a tenth."""
+
+    batch: int = Field(default=HEAL.batch, ge=1)
+    """Sequences in one pass."""
+
+    accumulate: int = Field(default=HEAL.accumulate, ge=1)
+    """Passes in one optimizer step."""
 
     length: int | None = Field(default=None, ge=8)
     """Tokens in one sequence; when left out, `data.train.length`."""
 
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=HEAL.temperature, gt=0)
     """Softens the teacher's and the student's distributions before they are compared."""
 
+    checkpointing: bool = HEAL.checkpointing
+    """Recompute layers in the backward pass: less memory, more time."""
+
+    precision: Literal["auto", "no", "bf16", "fp16"] = HEAL.precision
+    """Mixed precision of the training, as accelerate names it; `auto` is bf16 where the device is
+    fast at it."""
+
+    validate_every: int = Field(default=HEAL.validate_every, ge=0)
+    """Steps between validations on four blocks that are held out of the training text; the best
+    weights stay. 0 holds nothing out and keeps the last weights."""
+
+    patience: int = Field(default=HEAL.patience, ge=0)
+    """Validations in a row that may bring nothing before training stops; 0 goes on to the end."""
+
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Distil all weights on the training text; resumes from its own checkpoint after a kill."""
+        """Distil on the training text; resumes from its own checkpoint after a kill."""
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
+
+        from gateskip.checkpoint import load_model
+        from gateskip.heal import best_row, heal
 
         assert job.train is not None, "heal reads the training split"
-        model = AutoModelForCausalLM.from_pretrained(job.source, dtype="float32")
-        teacher = AutoModelForCausalLM.from_pretrained(job.dense, dtype="float32").eval()
-        tokenizer = AutoTokenizer.from_pretrained(job.source)
         length = self.length or job.train.length
-        blocks = job.blocks("train", tokenizer, length, self.steps * self.batch)
-        curve = self._distil(job, model, teacher, blocks)
+        sequences = self.steps * self.accumulate * self.batch
+        held = HELD_OUT if self.validate_every else 0
+        tokenizer = AutoTokenizer.from_pretrained(job.source)
+        blocks = job.blocks("train", tokenizer, length, sequences + held)
+        train, held_out = hold_out(blocks, held)
+        model = load_model(job.source, "float32")
+        shared = {field.name for field in fields(HealConfig)} & set(type(self).model_fields)
+        config = HealConfig(**{name: getattr(self, name) for name in shared}, seed=job.seed)
+        teacher = load_model(job.dense, "float32")
+        curve = heal(model, teacher, train, config, held_out, job.work, job.progress)
         model.to(getattr(torch, job.dtype)).save_pretrained(job.target)
-        return {"training": curve, "train_tokens": self.steps * self.batch * length}
-
-    def _distil(self, job: StageJob, model: Any, teacher: Any, blocks: Any) -> list[dict[str, Any]]:
-        """AdamW with a cosine schedule on KL(teacher || model), one row of the curve a step."""
-        import torch
-        from accelerate import Accelerator
-        from torch.nn import functional as F
-        from transformers import get_cosine_schedule_with_warmup
-
-        accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.0)
-        schedule = get_cosine_schedule_with_warmup(optimizer, max(1, self.steps // 20), self.steps)
-        model, optimizer, schedule = accelerator.prepare(model.train(), optimizer, schedule)
-        teacher = teacher.to(accelerator.device)
-        saved = job.work / "healing.pt"
-        curve: list[dict[str, Any]] = []
-        if saved.exists():
-            curve = _restore(saved, model, optimizer, schedule)
-        for step in range(len(curve), self.steps):
-            rows = torch.arange(step * self.batch, (step + 1) * self.batch) % len(blocks)
-            block = blocks[rows].to(accelerator.device)  # [batch, length]
-            with torch.no_grad():
-                target = F.log_softmax(teacher(block).logits.float() / self.temperature, -1)
-            found = F.log_softmax(model(block).logits.float() / self.temperature, -1)
-            loss = F.kl_div(found, target, reduction="sum", log_target=True) / block.numel()
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            curve.append({"step": step + 1, "loss": float(loss.detach())})
-            job.progress(step + 1, self.steps, f"KL {curve[-1]['loss']:.3f}")
-            if (step + 1) % CHECKPOINT_EVERY == 0:
-                _store(saved, model, optimizer, schedule, curve)
-        model.eval()
-        return curve
+        done = int(curve[-1]["step"])
+        record: dict[str, Any] = {"training": curve, "steps_done": done}
+        record["train_tokens"] = done * self.accumulate * self.batch * length
+        best = best_row(curve)
+        if best is not None:
+            record["held_out"] = {"before": curve[0]["valid"], "after": best["valid"]}
+            record["held_out"]["best_step"] = int(best["step"])
+        return record
 
 
-def _store(path: Path, model: Any, optimizer: Any, schedule: Any, curve: list[Any]) -> None:
-    """Everything the next step depends on; it replaces the last checkpoint when it is whole."""
-    import torch
+def hold_out(blocks: Tensor, count: int) -> tuple[Tensor, Tensor | None]:
+    """Blocks [N, S] to train on, and the last `count` of them, at most a quarter, to validate on.
 
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
-        "curve": curve,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
-
-
-def _restore(path: Path, model: Any, optimizer: Any, schedule: Any) -> list[dict[str, Any]]:
-    import torch
-
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    curve: list[dict[str, Any]] = state["curve"]
-    return curve
+    Raises:
+        UserError: there are too few blocks to part with one.
+    """
+    if count == 0:
+        return blocks, None
+    count = min(count, len(blocks) // 4)
+    if count == 0:
+        raise UserError(
+            f"the training text makes {len(blocks)} blocks, too few to hold one out",
+            fix="give more text or a shorter length, or set validate_every: 0",
+        )
+    return blocks[:-count], blocks[-count:]

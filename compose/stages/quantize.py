@@ -2,63 +2,120 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from compose.errors import RuleBroken
+from compose.errors import RuleBroken, UserError, suggest
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # the ones that GPTQ kernels are written for
 WHOLE_ROW = -1
+ERROR_BLOCKS = 4  # calibration blocks on which GPTQ's rounding is measured
 
 
 class Bnb(Stage):
     """Round the weights of the linear layers with bitsandbytes; needs no calibration."""
 
     role: ClassVar[Role] = "quantize"
+    version: ClassVar[int] = 2
 
     use: Literal["bnb"] = "bnb"
     """The stage's name."""
 
-    format: Literal["nf4", "int8"]
-    """`nf4`: 4 bits in blocks of 64; `int8`: 8 bits with outlier columns kept apart."""
+    format: Literal["nf4", "fp4", "int8"]
+    """`nf4`, `fp4`: 4 bits in blocks of 64, on a grid for normally distributed weights or of small
+    floats; `int8`: 8 bits with outlier columns kept apart."""
+
+    double_quant: bool = False
+    """Whether the scales of 4-bit blocks are quantized, too: 0.4 bits less a weight."""
+
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What 4-bit weights are multiplied in; when left out, the model's own type."""
+
+    threshold: float | None = Field(default=None, ge=0)
+    """Size from which on an activation counts as an outlier to `int8`; when left out, 6."""
+
+    lm_head: bool = False
+    """Whether the LM head is packed, too; one that shares the embedding's weights cannot be."""
+
+    skip: tuple[str, ...] = ()
+    """Linear layers that stay as they are, by the end of their name: `down_proj`, `0.mlp.up_proj`.
+    """
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.format == "int8" and (self.double_quant or self.compute_dtype):
+            raise ValueError("double_quant and compute_dtype are settings of nf4 and fp4 alone")
+        if self.format != "int8" and self.threshold is not None:
+            raise ValueError("threshold is a setting of int8 alone")
+        return self
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """Order rules, and `head-is-tied`."""
+        super().check(shape, before)
+        if self.lm_head and shape is not None and shape.tie_embeddings:
+            raise RuleBroken(
+                "head-is-tied",
+                "the LM head of this model is its embedding, which is not packed",
+                fix="leave lm_head out",
+            )
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
         return replace(shape, quantized="bitsandbytes")
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Load through bitsandbytes and save what it made."""
+        """Load through bitsandbytes, save what it made, and measure what the rounding did."""
         import torch
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        from transformers import AutoModelForCausalLM
 
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        dtype = getattr(torch, job.dtype)
-        config = (
-            BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            )
-            if self.format == "nf4"
-            else BitsAndBytesConfig(load_in_8bit=True)
-        )
+        from compose.artifact import probe_ids
+        from compose.stages.rounding import layer_errors
+
         job.progress(0, 1, f"packing to {self.format}")
         model = AutoModelForCausalLM.from_pretrained(
-            job.source, dtype=dtype, quantization_config=config
+            job.source, dtype=getattr(torch, job.dtype), quantization_config=self._config(job)
         )
         model.save_pretrained(job.target)
         carry_gates(job)
-        return {"format": self.format}
+        return {"format": self.format, "layer_errors": layer_errors(job, probe_ids(job.source))}
+
+    def _config(self, job: StageJob) -> Any:
+        """The settings as transformers takes them."""
+        from transformers import BitsAndBytesConfig
+
+        linears, head = linear_names(job)
+        kept = _matching(self.skip, linears)
+        settings: dict[str, Any] = {}
+        if self.skip or self.lm_head:  # else transformers leaves out the head by itself
+            settings["llm_int8_skip_modules"] = kept + ([] if self.lm_head else head)
+        if self.format == "int8":
+            outliers = {} if self.threshold is None else {"llm_int8_threshold": self.threshold}
+            return BitsAndBytesConfig(load_in_8bit=True, **outliers, **settings)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.format,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=self.compute_dtype or job.dtype,
+            **settings,
+        )
 
 
 class Gptq(Stage):
-    """Quantize the linear layers one by one, making up for each rounding in the next weights."""
+    """Quantize the linear layers one by one, making up for each rounding in the next weights.
+
+    optimum gives all layers the same bits and never packs the LM head: neither can be set here.
+    """
 
     role: ClassVar[Role] = "quantize"
+    version: ClassVar[int] = 2
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
     use: Literal["gptq"] = "gptq"
@@ -79,12 +136,23 @@ class Gptq(Stage):
     damp: float = Field(default=0.01, gt=0, lt=1)
     """Share of the Hessian's mean diagonal that is added to its diagonal."""
 
+    skip: tuple[str, ...] = ()
+    """Linear layers that stay as they are, in every decoder layer, by the end of their name:
+    `down_proj`, `self_attn.v_proj`."""
+
+    batch: int = Field(default=1, ge=1)
+    """Calibration sequences that pass the model at once."""
+
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, and `group-divides`: whole groups in every linear layer."""
         super().check(shape, before)
         if shape is None or self.group_size == WHOLE_ROW:
             return
-        widths = shape.linear_in_features()
+        widths = {
+            name: width
+            for name, width in shape.linear_in_features().items()
+            if not any(skipped.endswith(name) for skipped in self.skip)
+        }
         cut = {name: width for name, width in widths.items() if width % self.group_size}
         if cut:
             name, width = next(iter(cut.items()))
@@ -101,36 +169,53 @@ class Gptq(Stage):
     def run(self, job: StageJob) -> dict[str, Any]:
         """Quantize through optimum, whose GPTQ is gptqmodel's; saved in the AutoGPTQ format."""
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(job.source)
-        texts = self._texts(job, tokenizer)
-        job.progress(0, 1, f"GPTQ, {self.bits} bits on {len(texts)} texts")
-        assert job.calibration is not None
-        config = GPTQConfig(
+        from compose.stages.rounding import layer_errors
+
+        blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
+        job.progress(0, 1, f"GPTQ, {self.bits} bits on {len(blocks)} blocks of text")
+        model = AutoModelForCausalLM.from_pretrained(
+            job.source,
+            dtype=getattr(torch, job.dtype),
+            quantization_config=self._config(job, blocks),
+        )
+        as_autogptq(model)
+        model.save_pretrained(job.target)
+        carry_gates(job)
+        errors = layer_errors(job, blocks[:ERROR_BLOCKS])
+        return {"bits": self.bits, "blocks": len(blocks), "layer_errors": errors}
+
+    def _config(self, job: StageJob, blocks: Tensor) -> Any:
+        """The settings as transformers takes them; calibration blocks [N, S] go in as tokens."""
+        import torch
+        from transformers import GPTQConfig
+
+        rows = blocks.unsqueeze(1)  # [N, 1, S]
+        texts: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+        return GPTQConfig(
             bits=self.bits,
             group_size=self.group_size,
             sym=self.sym,
             desc_act=self.act_order,
+            act_group_aware=not self.act_order,
             damp_percent=self.damp,
             dataset=texts,
-            tokenizer=tokenizer,
-            model_seqlen=job.calibration.length,
-            batch_size=1,
+            model_seqlen=blocks.shape[1],
+            batch_size=self.batch,
+            pad_token_id=0,  # asked for with batches; blocks have one length, so nothing is padded
             format="gptq",
+            modules_in_block_to_quantize=self._modules(job),
         )
-        model = AutoModelForCausalLM.from_pretrained(
-            job.source, dtype=getattr(torch, job.dtype), quantization_config=config
-        )
-        model.save_pretrained(job.target)
-        forget_texts(job)
-        carry_gates(job)
-        return {"bits": self.bits, "group_size": self.group_size, "texts": len(texts)}
 
-    def _texts(self, job: StageJob, tokenizer: Any) -> list[str]:
-        """Calibration blocks as text: optimum tokenizes again, so blocks are decoded."""
-        blocks = job.blocks("calibration", tokenizer)
-        return [tokenizer.decode(block, skip_special_tokens=True) for block in blocks]
+    def _modules(self, job: StageJob) -> list[list[str]] | None:
+        """What of a decoder layer is quantized, one after another; None is all of it."""
+        if not self.skip:
+            return None
+        linears, _ = linear_names(job)
+        inside = [name.partition(".0.")[2] for name in linears if ".0." in name]
+        kept = _matching(self.skip, inside)
+        return [[name] for name in inside if name not in kept]
 
 
 def carry_gates(job: StageJob) -> None:
@@ -140,19 +225,48 @@ def carry_gates(job: StageJob) -> None:
             shutil.copyfile(job.source / name, job.target / name)
 
 
-def forget_texts(job: StageJob) -> None:
-    """Take the calibration texts, and what is no business of a checkpoint, out of the configs."""
-    import json
+def as_autogptq(model: Any) -> None:
+    """Leave a quantized model with zero points, and a config, that AutoGPTQ and its kin read.
 
-    for name in ("config.json", "quantize_config.json"):
-        path = job.target / name
-        if not path.is_file():
-            continue
-        content = json.loads(path.read_text(encoding="utf-8"))
-        section = content.get("quantization_config", content)
-        for private in ("dataset", "tokenizer"):
-            section.pop(private, None)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    optimum packs for gptqmodel's own format, whose zero points are one higher. On a symmetric grid
+    they can be stored the old way; on another a zero point of 0 has no old form, and the config
+    goes on saying `gptq_v2`. The calibration text is no business of a checkpoint.
+    """
+    from gptqmodel.utils.model import hf_convert_gptq_v2_to_v1_format
+
+    made, config = model.hf_quantizer.optimum_quantizer, model.config.quantization_config
+    _, converted = hf_convert_gptq_v2_to_v1_format(
+        model, made.sym, made.bits, made.quant_linear, made.format, made.meta
+    )
+    if converted:
+        config.format = "gptq"
+    config.dataset, config.tokenizer = None, None
+
+
+def linear_names(job: StageJob) -> tuple[list[str], list[str]]:
+    """Names of the source model's linear layers, and that of its LM head, without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.source))
+    head = model.get_output_embeddings()
+    linears = {n: part for n, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    return list(linears), [name for name, part in linears.items() if part is head]
+
+
+def _matching(ends: tuple[str, ...], names: list[str]) -> list[str]:
+    """The names that end as one of `ends` does.
+
+    Raises:
+        UserError: an end fits no name.
+    """
+    found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
+    for end, fitting in found.items():
+        if not fitting:
+            known = sorted({name.rpartition(".")[2] for name in names})
+            raise UserError(f"skip: no linear layer is called {end!r}: {suggest(end, known)}")
+    return [name for fitting in found.values() for name in fitting]
 
 
 def _nearest_group(wanted: int, widths: dict[str, int]) -> int:

@@ -1,0 +1,159 @@
+"""GGUF files: what is in them, that they load back, and what cannot be told in one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compose import llamacpp
+from compose.errors import ArtifactError, StepError
+from compose.llamacpp import KINDS, pre_tokenizer_name, refuse, write_gguf
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+LLAMA3 = {
+    "type": "Split",
+    "pattern": {"Regex": llamacpp.LLAMA3},
+    "behavior": "Isolated",
+    "invert": False,
+}
+
+
+def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A file's metadata and tensors, by name."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    return fields, {tensor.name: tensor for tensor in reader.tensors}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_every_type_loads_back(kind: str, tiny_llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out" / "model.gguf"
+    found = write_gguf(tiny_llama, file, kind)
+    bound = {"f32": 1e-6, "f16": 1e-4, "bf16": 1e-2, "q8_0": 1e-2}.get(kind, 1.0)
+    assert -1e-6 <= found["kl"] < bound
+    assert [path.name for path in file.parent.iterdir()] == ["model.gguf"]
+    _, tensors = read(file)
+    types = {name: tensors[name].tensor_type.name.lower() for name in tensors}
+    assert types["blk.0.ffn_up.weight"] == types["blk.3.attn_q.weight"] == kind
+    assert types["blk.0.attn_norm.weight"] == types["output_norm.weight"] == "f32"
+    assert types["token_embd.weight"] == ("q8_0" if kind.startswith("q4") else kind)
+    assert "output.weight" not in tensors, "the head is the embedding"
+
+
+def test_the_file_says_what_the_folder_says(tiny_llama: Path, tmp_path: Path) -> None:
+    write_gguf(tiny_llama, tmp_path / "a.gguf", "f32")
+    fields, tensors = read(tmp_path / "a.gguf")
+    wanted = {
+        "general.architecture": "llama",
+        "llama.block_count": 4,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 128,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 16,
+        "llama.rope.dimension_count": 16,
+        "llama.context_length": 512,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+    }
+    assert {name: fields[name] for name in wanted} == wanted
+    stored = json.loads((tiny_llama / "tokenizer.json").read_text())
+    texts = fields["tokenizer.ggml.tokens"]
+    assert all(texts[number] == text for text, number in stored["model"]["vocab"].items())
+    assert len(fields["tokenizer.ggml.merges"]) == len(stored["model"]["merges"])
+    assert texts[fields["tokenizer.ggml.eos_token_id"]] == "<|im_end|>"
+    assert fields["tokenizer.ggml.token_type"][texts.index("<|im_end|>")] == 3, "a control token"
+    assert "<|im_start|>" in fields["tokenizer.chat_template"]
+    assert len(tensors) == 2 + 4 * 9
+
+
+def test_a_pair_that_rotates_together_lies_together() -> None:
+    """Of a head of 4: channels 0 and 2, 1 and 3."""
+    config = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    rows = torch.arange(8).view(8, 1).numpy()
+    queries = llamacpp._permuted("layers.0.self_attn.q_proj.weight", rows, config)
+    assert queries[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    keys = llamacpp._permuted("layers.0.self_attn.k_proj.weight", rows[:4], config)
+    assert keys[:, 0].tolist() == [0, 2, 1, 3]
+    assert llamacpp._permuted("layers.0.self_attn.v_proj.weight", rows, config) is rows
+
+
+def test_rows_that_are_no_whole_blocks_stay_in_half_precision(
+    make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_tiny("llama", intermediate_size=100, tie_word_embeddings=False)
+    write_gguf(folder, tmp_path / "a.gguf", "q8_0")
+    _, tensors = read(tmp_path / "a.gguf")
+    assert tensors["blk.0.ffn_down.weight"].tensor_type.name == "F16"
+    assert tensors["blk.0.ffn_up.weight"].tensor_type.name == "Q8_0"
+    assert "output.weight" in tensors
+
+
+def test_a_file_that_does_not_load_to_the_same_model_is_not_left(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What forgetting to reorder the heads would do."""
+    monkeypatch.setattr(llamacpp, "_permuted", lambda name, data, config: data)
+    with pytest.raises(StepError, match="does not load to the model"):
+        write_gguf(tiny_llama, tmp_path / "out" / "a.gguf", "q8_0")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantized"),
+        ({"model_type": "qwen2"}, "'qwen2', and only 'llama'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "positions are scaled"),
+        ({"hidden_act": "gelu"}, "not SiLU"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(
+    change: dict[str, Any], says: str, tiny_llama: Path
+) -> None:
+    config = json.loads((tiny_llama / "config.json").read_text())
+    refuse(tiny_llama, config)
+    with pytest.raises(ArtifactError, match=says):
+        refuse(tiny_llama, config | change)
+
+
+def test_gates_and_unknown_types_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gated"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "gates.safetensors").write_bytes(b"")
+    with pytest.raises(ArtifactError, match="it has gates"):
+        write_gguf(folder, tmp_path / "a.gguf", "f16")
+    with pytest.raises(ArtifactError, match=r"'q8'.*did you mean 'q8_0'"):
+        write_gguf(tiny_llama, tmp_path / "a.gguf", "q8")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("parts", "name"),
+    [
+        ([BYTES], "gpt-2"),
+        ([DIGITS, BYTES], "smollm"),
+        ([LLAMA3, BYTES | {"use_regex": False}], "llama-bpe"),
+    ],
+)
+def test_pre_tokenizers_that_have_a_name(parts: list[dict[str, Any]], name: str) -> None:
+    cut = parts[0] if len(parts) == 1 else {"type": "Sequence", "pretokenizers": parts}
+    stored = {"model": {"type": "BPE"}, "normalizer": None, "pre_tokenizer": cut}
+    assert pre_tokenizer_name(stored) == name
+    for other in (
+        stored | {"model": {"type": "Unigram"}},
+        stored | {"normalizer": {"type": "NFC"}},
+        stored | {"pre_tokenizer": BYTES | {"add_prefix_space": True}},
+        stored | {"pre_tokenizer": None},
+    ):
+        with pytest.raises(ArtifactError, match="cuts text in another way"):
+            pre_tokenizer_name(other)

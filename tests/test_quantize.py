@@ -1,0 +1,207 @@
+"""Quantizers: every setting reaches the library, and the folder is what others read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import gateskip
+from compose.artifact import copy_companions, probe_ids
+from compose.errors import UserError
+from compose.stages import STAGES, DataSpec, StageJob
+from compose.stages.rounding import layer_errors
+from gateskip.checkpoint import load_model
+
+SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
+Made = tuple[Path, dict[str, Any]]
+
+
+@pytest.fixture
+def quantize(tmp_path: Path, tiny_llama: Path) -> Callable[..., Made]:
+    """`quantize(use=..., ...)` makes a folder; returns it and the stage's record."""
+    text = tmp_path / "text.txt"
+    lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
+    text.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
+
+    def go(source: Path = tiny_llama, dtype: str = "float32", **parameters: Any) -> Made:
+        job = job_of(source, tmp_path / f"made-{len(list(tmp_path.iterdir()))}", text, dtype)
+        job.target.mkdir()
+        record = STAGES[parameters["use"]].model_validate(parameters).run(job)
+        copy_companions(source, job.target)
+        return job.target, record
+
+    return go
+
+
+def job_of(source: Path, target: Path, text: Path, dtype: str) -> StageJob:
+    return StageJob(
+        source=source,
+        target=target,
+        seed=0,
+        dtype=dtype,
+        train=None,
+        calibration=DataSpec(source=str(text), limit=8, length=64),
+        dense=source,
+        progress=lambda done, total, note: None,
+        work=target / "work",
+        asset_cache=target / "cache",
+    )
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return found
+
+
+def mean(record: dict[str, Any]) -> float:
+    errors = record["layer_errors"]
+    return float(sum(errors.values()) / len(errors))
+
+
+def autogptq_weight(tensors: dict[str, Tensor], layer: str) -> Tensor:
+    """What AutoGPTQ's own kernels multiply by, from its format's description: [out, in]."""
+    packed, zeros = tensors[f"{layer}.qweight"], tensors[f"{layer}.qzeros"]
+    codes = (packed.unsqueeze(1) >> SHIFTS.view(1, -1, 1) & 15).reshape(-1, packed.shape[1])
+    zeros = (zeros.unsqueeze(2) >> SHIFTS & 15).flatten(1) + 1  # [groups, out]
+    groups = tensors[f"{layer}.g_idx"].long()
+    scales = tensors[f"{layer}.scales"].float()
+    return (scales[groups] * (codes - zeros[groups])).T
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_is_in_the_format_that_autogptq_reads(
+    act_order: bool, quantize: Callable[..., Made]
+) -> None:
+    folder, _ = quantize(use="gptq", group_size=32, act_order=act_order)
+    stated = settings(folder)
+    wanted = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
+    assert wanted.items() <= stated.items()
+    assert (stated["desc_act"], stated["checkpoint_format"]) == (act_order, "gptq")
+    tensors, model = load_file(folder / "model.safetensors"), load_model(folder, "float32")
+    for name in ("self_attn.k_proj", "mlp.down_proj"):
+        ours = model.get_submodule(f"model.layers.1.{name}").dequantize_weight().T.float()
+        theirs = autogptq_weight(tensors, f"model.layers.1.{name}")
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+
+
+def test_a_grid_that_is_not_symmetric_says_that_it_has_the_newer_format(
+    quantize: Callable[..., Made],
+) -> None:
+    folder, record = quantize(use="gptq", sym=False)
+    assert settings(folder)["checkpoint_format"] == "gptq_v2"
+    assert mean(record) < mean(quantize(use="gptq", sym=True)[1])
+
+
+@pytest.mark.parametrize("use", ["gptq", "bnb"])
+def test_no_text_and_no_path_stays_in_the_config(use: str, quantize: Callable[..., Made]) -> None:
+    folder, _ = quantize(use=use, **({"format": "nf4"} if use == "bnb" else {}))
+    written = (folder / "config.json").read_text()
+    stated = json.loads(written)["quantization_config"]
+    assert not stated.get("dataset") and not stated.get("tokenizer")
+    assert "input_ids" not in written and "tensor(" not in written and "License" not in written
+
+
+def test_more_bits_err_less(quantize: Callable[..., Made]) -> None:
+    errors = [mean(quantize(use="gptq", bits=bits)[1]) for bits in (2, 3, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.02 < errors[0]
+
+
+def test_calibration_in_batches_gives_the_same_weights(quantize: Callable[..., Made]) -> None:
+    one, many = (quantize(use="gptq", batch=batch)[0] for batch in (1, 4))
+    first, second = (load_model(folder, "float32") for folder in (one, many))
+    for a, b in zip(first.model.layers, second.model.layers, strict=True):
+        torch.testing.assert_close(
+            a.mlp.up_proj.dequantize_weight(), b.mlp.up_proj.dequantize_weight(), atol=0.05, rtol=0
+        )
+
+
+def test_skipped_layers_stay_as_they_are(quantize: Callable[..., Made], tiny_llama: Path) -> None:
+    dense = load_model(tiny_llama, "float32")
+    for use, skip in (
+        ({"use": "gptq"}, ("down_proj", "self_attn.v_proj")),
+        ({"use": "bnb", "format": "nf4"}, ("down_proj", "self_attn.v_proj")),
+    ):
+        folder, record = quantize(**use, skip=skip)
+        layers = load_model(folder, "float32").model.layers
+        for before, after in zip(dense.model.layers, layers, strict=True):
+            assert torch.equal(before.mlp.down_proj.weight, after.mlp.down_proj.weight)
+            assert torch.equal(before.self_attn.v_proj.weight, after.self_attn.v_proj.weight)
+            assert type(after.mlp.up_proj) is not torch.nn.Linear
+        assert len(record["layer_errors"]) == 5 * 4
+        decoder = gateskip.load(folder)
+        ids = decoder.tokenizer("Grant of Copyright License").input_ids
+        assert len(decoder.generate([ids], 8).tokens[0]) == 8
+
+
+def test_a_layer_that_is_not_there_is_named(quantize: Callable[..., Made]) -> None:
+    for use in ({"use": "gptq"}, {"use": "bnb", "format": "int8"}):
+        with pytest.raises(UserError, match=r"'down_prj'.*did you mean 'down_proj'"):
+            quantize(**use, skip=("down_prj",))
+
+
+def test_four_bit_settings_reach_bitsandbytes(quantize: Callable[..., Made]) -> None:
+    nf4 = quantize(use="bnb", format="nf4")
+    fp4 = quantize(use="bnb", format="fp4", double_quant=True, compute_dtype="bfloat16")
+    assert mean(nf4[1]) < mean(fp4[1])
+    stated = settings(fp4[0])
+    assert stated["bnb_4bit_quant_type"] == "fp4" and stated["bnb_4bit_use_double_quant"]
+    assert stated["bnb_4bit_compute_dtype"] == "bfloat16"
+    state = load_model(fp4[0], "float32").model.layers[0].mlp.up_proj.weight.quant_state
+    assert state.nested and state.quant_type == "fp4"
+    assert settings(nf4[0])["bnb_4bit_compute_dtype"] == "float32"
+
+
+def test_int8_threshold_reaches_bitsandbytes(quantize: Callable[..., Made]) -> None:
+    folder, record = quantize(use="bnb", format="int8", threshold=2.5)
+    assert settings(folder)["llm_int8_threshold"] == 2.5
+    assert 0 < mean(record) < 0.02
+
+
+def test_an_untied_head_is_packed_when_asked(
+    quantize: Callable[..., Made], tiny_qwen2: Path
+) -> None:
+    for head in (False, True):
+        folder, record = quantize(
+            tiny_qwen2, use="bnb", format="nf4", lm_head=head, skip=("q_proj",)
+        )
+        assert ("lm_head" in record["layer_errors"]) is head
+        assert "model.layers.0.self_attn.q_proj" not in record["layer_errors"]
+        model = load_model(folder, "float32")
+        assert (type(model.lm_head) is torch.nn.Linear) is not head
+        decoder = gateskip.load(folder, rounded=False)
+        ids = torch.tensor([decoder.tokenizer("Grant of Copyright License").input_ids])
+        cache = decoder.skipping.new_cache(1, ids.shape[1])
+        with torch.inference_mode():
+            ours = decoder.skipping.head(decoder.skipping.forward(ids, cache, [0]))
+            theirs = model.train()(ids).logits  # evaluating, it multiplies in bfloat16
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+
+
+def test_errors_are_those_of_each_layer_on_what_it_is_given(
+    quantize: Callable[..., Made], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The first layer's, from the weights alone, by hand."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    folder, record = quantize(use="bnb", format="nf4")
+    dense, packed = load_model(tiny_llama, "float32"), load_model(folder, "float32")
+    layer, twin = dense.model.layers[0], packed.model.layers[0].self_attn.q_proj
+    with torch.inference_mode():
+        x = layer.input_layernorm(dense.model.embed_tokens(probe_ids(tiny_llama)))
+        weight = dequantize_4bit(twin.weight.data, twin.weight.quant_state).float()
+        y = x @ layer.self_attn.q_proj.weight.T
+        error = float((x @ weight.T - y).norm() / y.norm())
+    assert record["layer_errors"]["model.layers.0.self_attn.q_proj"] == pytest.approx(
+        error, rel=0.02
+    )
+    assert list(record["layer_errors"])[-1] == "model.layers.3.mlp.down_proj"
+    same = job_of(tiny_llama, tiny_llama, tmp_path, "float32")
+    assert layer_errors(same, probe_ids(tiny_llama)) == {}, "nothing is packed"
