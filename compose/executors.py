@@ -33,7 +33,6 @@ from compose.errors import (
 )
 
 Role = Literal[
-    # fmt: off
     "step",
     "check",
     "speak",
@@ -44,7 +43,6 @@ Role = Literal[
     "tune",
     "gguf",
     "probe",
-    # fmt: on
 ]
 Message = dict[str, Any]
 LOG_TAIL_LINES = 25
