@@ -315,9 +315,12 @@ def bench(
         typer.Option(
             "--contender",
             help="plain, skip:BUDGET, draft:BUDGET with +nf4, +lookup, +LENGTH, transformers (also"
-            " :compiled, :lookup, :early-exit-LAYERS), llama.cpp:FILE.gguf; speeds are compared"
-            " with the first. plain alone if not said.",
+            " :compiled, :lookup, :early-exit-LAYERS), llama.cpp:FILE.gguf or llama.cpp:q4_1;"
+            " speeds are compared with the first. plain alone if not said.",
         ),
+    ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(help="A rival beside them: transformers, llama.cpp:TYPE.")
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; 1 if not said.")] = None,
     context: Annotated[
@@ -334,7 +337,8 @@ def bench(
     from compose.executors import ask_once
     from compose.show import say_race
 
-    asked: dict[str, Any] = {"folder": str(folder), "contenders": contenders or ["plain"]}
+    asked: dict[str, Any] = {"folder": str(folder)}
+    asked["contenders"] = [*(contenders or ["plain"]), *(against or [])]
     asked |= {"batches": batch or [1], "contexts": context or [128], "prompts": prompts}
     asked |= {"limit": limit, "new_tokens": new_tokens, "repeats": repeats}
     found = ask_once("race", asked)

@@ -7,8 +7,8 @@ memory, which bounds decoding, and how fast it multiplies, which bounds prefill.
 
 from __future__ import annotations
 
-import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +24,8 @@ from compose.bench.cell import resident_bytes
 from compose.bench.generate import end_tokens, prompt_ids
 from compose.bench.rivals import LlamaCpp, Rival, Rows, Run, Transformers
 from compose.errors import UserError, suggest
+from compose.llamacpp import KINDS as GGUF_KINDS
+from compose.llamacpp import write_gguf
 from gateskip.decode import Decoder
 
 KINDS = ("plain", "skip", "draft", "transformers", "llama.cpp")
@@ -47,7 +49,8 @@ class Contender:
 
 def contender(text: str) -> Contender:
     """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+nf4`, `+lookup`, `+LENGTH`; rivals are
-    `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and `llama.cpp:FILE`.
+    `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and `llama.cpp:FILE`
+    or `llama.cpp:TYPE`, which writes the folder as a GGUF file of that type.
 
     Raises UserError for anything else.
     """
@@ -210,9 +213,19 @@ def _runner(decoder: Decoder, folder: Path, way: Contender, context: int) -> Riv
     if way.name.startswith("transformers"):
         return Transformers(folder, decoder.skipping.dtype, way.rival, ends)
     if way.name.startswith("llama.cpp"):
-        return LlamaCpp(Path(os.path.expanduser(way.rival)), context, ends)
+        return _llama_cpp(folder, way.rival, context, ends)
     _check(decoder, way)
     return partial(_run, decoder, way)
+
+
+def _llama_cpp(folder: Path, told: str, context: int, ends: Sequence[int]) -> LlamaCpp:
+    """llama.cpp on a file, or on the folder itself where `told` is a GGUF type."""
+    if told not in GGUF_KINDS:
+        return LlamaCpp(Path(told).expanduser(), context, ends)
+    with tempfile.TemporaryDirectory(prefix="gateskip-") as made:  # mapped, it outlives its name
+        file = Path(made) / f"{told}.gguf"
+        write_gguf(folder, file, told)
+        return LlamaCpp(file, context, ends)
 
 
 def _rate(runs: Sequence[Run], tokens: str, seconds: str) -> float:
