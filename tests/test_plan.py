@@ -328,7 +328,8 @@ def test_plan_as_json(tmp_path: Path) -> None:
     assert data["baseline"] == "dense" and data["run"] == "t"
     assert set(data["steps"][0]) == set(Step.__dataclass_fields__)
     assert set(data["cells"][0]) == set(Cell.__dataclass_fields__)
-    assert data["steps"][1]["stage"] == {"use": "bnb", "format": "nf4"}
+    stage = data["steps"][1]["stage"]
+    assert (stage["use"], stage["format"], stage["skip"]) == ("bnb", "nf4", [])
     assert data["left_out"][0] == {
         "name": "spec",
         "chain": ["spec"],

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # the ones that GPTQ kernels are written for
 WHOLE_ROW = -1
-ERROR_BLOCKS = 4  # calibration blocks on which GPTQ's rounding is measured
+ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
 
 
 class Bnb(Stage):
