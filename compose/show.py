@@ -178,6 +178,10 @@ def _ground(level: float) -> str:
 def say_race(out: Console, found: dict[str, Any]) -> None:
     """Laps of `gateskip bench` as a table, speeds beside those of the first contender."""
     out.print(_laps(found["laps"]))
+    for lap in found["laps"]:
+        if lap["time_split"]:
+            parts = (f"{name} {part:.0%}" for name, part in lap["time_split"].items())
+            out.print(f"{lap['contender']} on {lap['course']}: {', '.join(parts)}")
     roof, size = found["roofline"], found["weights"]
     read = roof["memory_gb_per_s"]
     out.print(
@@ -199,6 +203,12 @@ def say_tuned(out: Console, found: dict[str, Any]) -> None:
     )
 
 
+def _short(contender: str) -> str:
+    """A contender without the folders of the file that it names."""
+    kind, colon, told = contender.partition(":")
+    return f"{kind}{colon}{told.rpartition('/')[2]}"
+
+
 def _laps(laps: list[dict[str, Any]]) -> Table:
     base = {lap["course"]: lap for lap in laps if lap["contender"] == laps[0]["contender"]}
     columns = (
@@ -210,14 +220,13 @@ def _laps(laps: list[dict[str, Any]]) -> Table:
         "x",
         "accepted",
         "same",
-        "time in",
     )
     table = _table("Bench", *columns)
     for lap in laps:
         decode, prefill = lap["decode_tokens_per_s"], lap["prefill_tokens_per_s"]
         rate = lap["acceptance_rate"]
         table.add_row(
-            lap["contender"],
+            _short(lap["contender"]),
             lap["course"],
             f"{prefill['median']:.0f}",
             f"{decode['median']:.1f}",
@@ -225,6 +234,5 @@ def _laps(laps: list[dict[str, Any]]) -> Table:
             f"{decode['median'] / base[lap['course']]['decode_tokens_per_s']['median']:.2f}",
             "" if rate is None else f"{rate:.2f}",
             "yes" if lap["equal_to_first"] else "no",
-            ", ".join(f"{name} {part:.0%}" for name, part in lap["time_split"].items()),
         )
     return table

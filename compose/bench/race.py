@@ -29,7 +29,6 @@ from compose.llamacpp import write_gguf
 from gateskip.decode import Decoder
 
 KINDS = ("plain", "skip", "draft", "transformers", "llama.cpp")
-WARM_TOKENS = 8
 READ_BYTES, GEMM_SIZE = 1 << 28, 1024  # of the machine's own measure
 Progress = Callable[[int, int, str], None]
 Courses = dict[str, list[Rows]]
@@ -193,7 +192,7 @@ def run_laps(
     laps = {(way, name): Lap(way, name) for way in runners for name in courses}
     done, total = 0, repeats * len(laps)
     for run in runners.values():  # what is built on first use is built before anything is timed
-        run(next(iter(courses.values()))[0], WARM_TOKENS)
+        run(next(iter(courses.values()))[0], new_tokens)
     for _ in range(repeats):
         for name, groups in courses.items():
             first: list[Rows] | None = None
