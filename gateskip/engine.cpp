@@ -122,6 +122,7 @@ class Share {
  public:
   Share(int id, int threads, int rows, int widest)
       : id(id), threads(threads), values_(size_t(rows) * widest), halves_(size_t(rows) * widest),
+        lifts_(size_t(rows) * widest / 4 + BLOCK),
         scales_(size_t(rows) * (widest / BLOCK + 1) * WIDE), sums_(size_t(rows) * (widest / BLOCK + 8)) {}
 
   Input prepare(const Matrix& w, const float* x, int rows) {
@@ -129,8 +130,9 @@ class Share {
       const float* row = x + int64_t(r) * w.k;
       float* sums = sums_.data() + int64_t(r) * stride(w);
       if (w.kind >= ROUNDED_CODES)
-        round_row(row, w.k, w.group, values_.data() + int64_t(r) * w.k,
-                  scales_.data() + int64_t(r) * (w.k / BLOCK) * WIDE, sums);
+        round_row(row, w.k, w.group, zero(w), values_.data() + int64_t(r) * w.k,
+                  scales_.data() + int64_t(r) * (w.k / BLOCK) * WIDE,
+                  lifts_.data() + int64_t(r) * (w.k / 4), sums);
       else if (w.kind == HALF)
         for (int i = 0; i < w.k; i++) halves_[size_t(r) * w.k + i] = activation(row[i]);
       else if (w.kind != DENSE && w.shift)
@@ -143,50 +145,67 @@ class Share {
     return {rows, x};
   }
 
+  // y [ns, rows]: rows n to n + ns of the weights times rows r to r + rows of the input
+  template <int ns, int rows>
+  void some(const Matrix& w, int n, const Input& in, int r, float* y) const {
+    if (w.kind >= ROUNDED_CODES) {
+      const Bytes bytes{w.weights, w.scale, w.shift, static_cast<const uint8_t*>(w.book), w.n, w.k, w.group};
+      const int64_t place = int64_t(r) * (w.k / BLOCK);
+      const Rounded x8{values_.data() + place * BLOCK, scales_.data() + place * WIDE,
+                       lifts_.data() + place * (BLOCK / 4), sums_.data() + int64_t(r) * stride(w), stride(w)};
+      if (w.kind == ROUNDED_CODES) bytes_rows<ns, rows, CODES>(bytes, n, x8, y);
+      else if (w.kind == ROUNDED_BOOK) bytes_rows<ns, rows, BOOK>(bytes, n, x8, y);
+      else bytes_rows<ns, rows, BYTES>(bytes, n, x8, y);
+    } else if (w.kind == HALF) {
+      half_rows<ns, rows>(static_cast<const uint16_t*>(w.weights) + int64_t(n) * w.k,
+                          halves_.data() + int64_t(r) * w.k, w.k, y);
+    } else {
+      for (int i = 0; i < ns; i++) exact<rows>(w, n + i, in, r, y + i * rows);
+    }
+    if (w.bias)
+      for (int i = 0; i < ns * rows; i++) y[i] += w.bias[n + i / rows];
+  }
+
+  // The same for one row of float32 or 4-bit weights times float32 activations
   template <int rows>
-  void one(const Matrix& w, int n, const Input& in, int r, float* y) const {
+  void exact(const Matrix& w, int n, const Input& in, int r, float* y) const {
     const float* x = in.x + int64_t(r) * w.k;
     if (w.kind == DENSE) {
       dense_row<rows>(static_cast<const float*>(w.weights) + int64_t(n) * w.k, x, w.k, y, 1);
-    } else if (w.kind == HALF) {
-      half_row<rows>(static_cast<const uint16_t*>(w.weights) + int64_t(n) * w.k,
-                     halves_.data() + int64_t(r) * w.k, w.k, y);
-    } else if (w.kind <= FOUR_BIT_BOOK) {
-      const Packed packed{static_cast<const uint8_t*>(w.weights), w.scale, w.shift, w.n, w.k, w.group};
-      const float* sums = sums_.data() + int64_t(r) * stride(w);
-      if (w.kind == FOUR_BIT) {
-        packed_row<rows, true>(packed, n, Codebook{}, x, sums, stride(w), y, 1);
-      } else {
-        const float* book = static_cast<const float*>(w.book);
-        packed_row<rows, false>(packed, n, Codebook{load(book), load(book + 8)}, x, sums, stride(w), y, 1);
-      }
-    } else {
-      const Bytes bytes{w.weights, w.scale, w.shift, static_cast<const uint8_t*>(w.book), w.n, w.k, w.group};
-      const Rounded x8{values_.data() + int64_t(r) * w.k, scales_.data() + int64_t(r) * (w.k / BLOCK) * WIDE,
-                       sums_.data() + int64_t(r) * stride(w), stride(w)};
-      if (w.kind == ROUNDED_CODES) bytes_row<rows, CODES>(bytes, n, x8, y, 1);
-      else if (w.kind == ROUNDED_BOOK) bytes_row<rows, BOOK>(bytes, n, x8, y, 1);
-      else bytes_row<rows, BYTES>(bytes, n, x8, y, 1);
+      return;
     }
-    if (w.bias)
-      for (int i = 0; i < rows; i++) y[i] += w.bias[n];
+    const Packed packed{static_cast<const uint8_t*>(w.weights), w.scale, w.shift, w.n, w.k, w.group};
+    const float* sums = sums_.data() + int64_t(r) * stride(w);
+    if (w.kind == FOUR_BIT) {
+      packed_row<rows, true>(packed, n, Codebook{}, x, sums, stride(w), y, 1);
+    } else {
+      const float* book = static_cast<const float*>(w.book);
+      packed_row<rows, false>(packed, n, Codebook{load(book), load(book + 8)}, x, sums, stride(w), y, 1);
+    }
   }
 
-  // Call `use(n, r, value)` for this thread's rows of weights and every row of the input.
+  // Call `use(n, r, value)` for this thread's rows of weights and every row of the input. Several
+  // rows of either meet at a time, so that what is loaded of the other serves them all.
   template <class Use>
   void multiply(const Matrix& w, const Input& in, Use use) const {
     const auto [first, last] = own(w.n);
+    int n = first;
+    for (; n + TILE <= last; n += TILE) meet<TILE>(w, n, in, use);
+    for (; n < last; n++) meet<1>(w, n, in, use);
+  }
+
+  template <int ns, class Use>
+  void meet(const Matrix& w, int n, const Input& in, Use use) const {
     float y[TILE];
-    for (int n = first; n < last; n++) {
-      int r = 0;
-      for (; r + TILE <= in.rows; r += TILE) {
-        one<TILE>(w, n, in, r, y);
-        for (int i = 0; i < TILE; i++) use(n, r + i, y[i]);
+    int r = 0;
+    for (; r + TILE <= in.rows; r += TILE)
+      for (int i = 0; i < ns; i++) {
+        some<1, TILE>(w, n + i, in, r, y);
+        for (int j = 0; j < TILE; j++) use(n + i, r + j, y[j]);
       }
-      for (; r < in.rows; r++) {
-        one<1>(w, n, in, r, y);
-        use(n, r, y[0]);
-      }
+    for (; r < in.rows; r++) {
+      some<ns, 1>(w, n, in, r, y);
+      for (int i = 0; i < ns; i++) use(n + i, r, y[i]);
     }
   }
 
@@ -201,6 +220,11 @@ class Share {
   // From one row's sums of groups to the next, with room for whole vectors
   static int stride(const Matrix& w) { return (w.k / std::max(1, w.group) + 7) / 8 * 8; }
 
+  static int zero(const Matrix& w) {
+    const Form form = w.kind == ROUNDED_CODES ? CODES : w.kind == ROUNDED_BOOK ? BOOK : BYTES;
+    return zero_of(form, w.shift != nullptr);
+  }
+
   static Activation activation(float value) {
 #ifdef GATESKIP_BF16
     return narrow(value);
@@ -211,6 +235,7 @@ class Share {
 
   std::vector<int8_t> values_;
   std::vector<Activation> halves_;
+  std::vector<int32_t> lifts_;
   std::vector<float> scales_, sums_;
 };
 

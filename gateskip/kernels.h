@@ -140,14 +140,17 @@ constexpr int WIDE = 8;  // times a block's scale is repeated, so that one load 
 struct Rounded {
   const int8_t* values;  // [rows, k]
   const float* scale;    // [rows, k / BLOCK, WIDE]
+  const int32_t* lift;   // [rows, k / 4]: what sums of four products start from, see Form
   const float* sums;     // [rows, sums_stride]: what the rounded activations of a group add up to
   int sums_stride;
 };
 
-// `sums` has room for the number of groups, rounded up to 8, and is 0 beyond them
-static void round_row(const float* x, int k, int group, int8_t* values, float* scale, float* sums) {
+// `sums` has room for the number of groups, rounded up to 8, and is 0 beyond them. Weights are stored
+// `zero` too large: `lift` takes it off their products.
+static void round_row(const float* x, int k, int group, int zero, int8_t* values, float* scale,
+                      int32_t* lift, float* sums) {
   for (int g = 0; g < (k / group + 7) / 8 * 8; g++) sums[g] = 0;
-  for (int b = 0; b < k / BLOCK; b++, x += BLOCK, values += BLOCK) {
+  for (int b = 0; b < k / BLOCK; b++, x += BLOCK, values += BLOCK, lift += BLOCK / 4) {
     float largest;
     int total = 0;
 #ifdef __AVX2__
@@ -159,16 +162,19 @@ static void round_row(const float* x, int k, int group, int8_t* values, float* s
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     largest = _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
     const __m256 inverse = _mm256_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
-    __m256i part[4], added = _mm256_setzero_si256();
-    for (int i = 0; i < 4; i++) {
+    __m256i part[4];
+    for (int i = 0; i < 4; i++)
       part[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse));
-      added = _mm256_add_epi32(added, part[i]);
-    }
     const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(part[0], part[1]),
                                              _mm256_packs_epi32(part[2], part[3]));
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works by half
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), _mm256_permutevar8x32_epi32(words, order));
-    const i8 lanes = (i8)added;
+    const __m256i bytes = _mm256_permutevar8x32_epi32(words, order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), bytes);
+    const __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes),
+                                            _mm256_set1_epi16(1));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lift),
+                        _mm256_mullo_epi32(fours, _mm256_set1_epi32(-zero)));
+    const i8 lanes = (i8)fours;
     for (int i = 0; i < 8; i++) total += lanes[i];
 #else
     largest = 0;
@@ -178,6 +184,8 @@ static void round_row(const float* x, int k, int group, int8_t* values, float* s
       values[i] = int8_t(std::lrintf(x[i] * inverse));
       total += values[i];
     }
+    for (int i = 0; i < BLOCK / 4; i++)
+      lift[i] = -zero * (values[4 * i] + values[4 * i + 1] + values[4 * i + 2] + values[4 * i + 3]);
 #endif
     const float step = largest / 127.0f;
     for (int i = 0; i < WIDE; i++) scale[b * WIDE + i] = step;
@@ -186,14 +194,17 @@ static void round_row(const float* x, int k, int group, int8_t* values, float* s
 }
 
 // The kinds of weights whose products are summed in integers. Each is stored 0 or more, since the
-// instructions multiply unsigned with signed bytes; what that adds to a weight is in the shift.
+// instructions multiply unsigned with signed bytes, and stands for a value that is smaller by `zero`.
 enum Form { CODES, BOOK, BYTES };  // code, a table of 16 codes, the byte itself
+
+static inline int zero_of(Form form, bool shifted) {
+  return form != CODES ? 128 : shifted ? 0 : 8;  // a shift takes a code's zero off, group by group
+}
 
 struct Bytes {
   const void* weights;   // [n, k / 2] codes, or [n, k] bytes
   const float* scale;    // [n, k / group]
-  const float* shift;    // [n, k / group]: what a group adds for each unit of activation; or null:
-                         // a code stands for code - 8, a byte or a table's entry for itself - 128
+  const float* shift;    // [n, k / group], or null: what a group adds for each unit of activation
   const uint8_t* table;  // [16] for BOOK
   int n, k, group;
 };
@@ -219,22 +230,39 @@ static inline __m256i block_of(const uint8_t* q, __m256i table) {
 }
 
 // Eight partial sums of 32 products. Without VNNI, pairs are summed in 16 bits, which two products
-// of whole bytes would overflow: a byte's high bit is taken off and its products are added again.
+// of whole bytes would overflow: there bytes are made signed again, and signs move to x.
 template <Form form>
-static inline f8 products(__m256i w, const int8_t* x) {
+static inline f8 products(__m256i w, const int8_t* x, const int32_t* lift) {
   const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  const __m256i start = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lift));
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  return (f8)_mm256_cvtepi32_ps(_mm256_dpbusd_epi32(_mm256_setzero_si256(), w, y));
+  return (f8)_mm256_cvtepi32_ps(_mm256_dpbusd_epi32(start, w, y));
 #else
   const __m256i ones = _mm256_set1_epi16(1);
-  if (form == CODES) return (f8)_mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(w, y), ones));
-  const __m256i signs = _mm256_set1_epi8(-128), low = _mm256_xor_si256(w, signs);  // w - 128
+  if (form == CODES) {
+    const __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(w, y), ones);
+    return (f8)_mm256_cvtepi32_ps(_mm256_add_epi32(fours, start));
+  }
+  const __m256i low = _mm256_xor_si256(w, _mm256_set1_epi8(-128));  // w - 128
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(low), _mm256_sign_epi8(y, low));
-  const __m256i lifted = _mm256_maddubs_epi16(_mm256_set1_epi8(1), y);  // sums of pairs of x
-  const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(pairs, ones),
-                                        _mm256_slli_epi32(_mm256_madd_epi16(lifted, ones), 7));
-  return (f8)_mm256_cvtepi32_ps(both);
+  return (f8)_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, ones));
 #endif
+}
+
+// y[i] = sum(v[i]) for four vectors, in the same order and so to the same bits
+static inline void sum_four(const f8* v, float* y) {
+  __m128 part[4];
+  for (int i = 0; i < 4; i++)
+    part[i] = _mm_add_ps(_mm256_castps256_ps128((__m256)v[i]), _mm256_extractf128_ps((__m256)v[i], 1));
+  _MM_TRANSPOSE4_PS(part[0], part[1], part[2], part[3]);
+  _mm_storeu_ps(y, _mm_add_ps(_mm_add_ps(part[0], part[2]), _mm_add_ps(part[1], part[3])));
+}
+
+template <int count>
+static inline void sum_all(const f8* v, float* y) {
+  int i = 0;
+  for (; i + 4 <= count; i += 4) sum_four(v + i, y + i);
+  for (; i < count; i++) y[i] = sum(v[i]);
 }
 #endif
 
@@ -253,79 +281,91 @@ static inline __m512i pair_of(const uint8_t* q, __m512i table) {
 }
 
 // The scales of two blocks that follow each other, eight times each
-static inline __m512 scales_of(const float* scale, int block, int blocks_in_group) {
-  const __m512 one = _mm512_set1_ps(scale[block / blocks_in_group]);
-  if (blocks_in_group > 1) return one;
-  return _mm512_mask_mov_ps(one, 0xff00, _mm512_set1_ps(scale[block + 1]));
+static inline __m512 scales_of(const float* scale, bool own) {
+  const __m512 one = _mm512_set1_ps(scale[0]);
+  return own ? _mm512_mask_mov_ps(one, 0xff00, _mm512_set1_ps(scale[1])) : one;
 }
 #endif
 
-template <int rows, Form form>
-static void bytes_row(const Bytes& w, int n, const Rounded& x, float* y, int64_t stride_y) {
+// y [ns, rows]: rows n to n + ns of the weights times `rows` rows of activations. What is added in
+// which order does not depend on either number.
+template <int ns, int rows, Form form>
+static void bytes_rows(const Bytes& w, int n, const Rounded& x, float* y) {
   const int groups = w.k / w.group, blocks = w.k / BLOCK, in_group = w.group / BLOCK;
   const int step = form == BYTES ? BLOCK : BLOCK / 2;
   const uint8_t* q = static_cast<const uint8_t*>(w.weights) + int64_t(n) * blocks * step;
   const float* scale = w.scale + int64_t(n) * groups;
-  float result[rows];
   int b = 0;
 #ifdef __AVX2__
-  f8 total[rows] = {};
+  f8 total[ns * rows] = {};
   const __m256i table =
       form == BOOK ? _mm256_broadcastsi128_si256(
                          _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.table)))
                    : _mm256_setzero_si256();
 #ifdef GATESKIP_PAIRS
   if (in_group == 1 || in_group % 2 == 0) {
-    constexpr int CHAINS = 2;  // sums that do not wait for each other
     const __m512i wide_table = _mm512_broadcast_i64x4(table);
-    __m512 wide[CHAINS][rows];
-    for (auto& chain : wide)
-      for (auto& each : chain) each = _mm512_setzero_ps();
+    __m512 even[ns * rows], odd[ns * rows];  // sums that do not wait for each other
+    for (int i = 0; i < ns * rows; i++) even[i] = odd[i] = _mm512_setzero_ps();
     auto take = [&](int at, __m512* into) {
-      const __m512i block = pair_of<form>(q + at * step, wide_table);
-      const __m512 s = scales_of(scale, at, in_group);
-      for (int r = 0; r < rows; r++) {
-        const __m512i y = _mm512_loadu_si512(x.values + int64_t(r) * w.k + at * BLOCK);
-        const __m512 dots = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), block, y));
-        const __m512 sx = _mm512_loadu_ps(x.scale + (int64_t(r) * blocks + at) * WIDE);
-        into[r] = _mm512_fmadd_ps(dots, _mm512_mul_ps(s, sx), into[r]);
+      const int group = at / in_group;
+      for (int i = 0; i < ns; i++) {
+        const __m512i block = pair_of<form>(q + (int64_t(i) * blocks + at) * step, wide_table);
+        const __m512 s = scales_of(scale + i * groups + group, in_group == 1);
+        for (int r = 0; r < rows; r++) {
+          const int64_t place = int64_t(r) * blocks + at;
+          const __m512i start = _mm512_loadu_si512(x.lift + place * (BLOCK / 4));
+          const __m512i values = _mm512_loadu_si512(x.values + place * BLOCK);
+          const __m512 dots = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, block, values));
+          const __m512 both = _mm512_mul_ps(s, _mm512_loadu_ps(x.scale + place * WIDE));
+          into[i * rows + r] = _mm512_fmadd_ps(dots, both, into[i * rows + r]);
+        }
       }
     };
-    for (; b + 4 <= blocks; b += 4)
-      for (int c = 0; c < CHAINS; c++) take(b + 2 * c, wide[c]);
-    for (; b + 2 <= blocks; b += 2) take(b, wide[0]);
-    for (int r = 0; r < rows; r++) {
-      const __m512 both = _mm512_add_ps(wide[0][r], wide[1][r]);
-      total[r] = (f8)_mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
+    for (; b + 4 <= blocks; b += 4) {
+      take(b, even);
+      take(b + 2, odd);
+    }
+    for (; b + 2 <= blocks; b += 2) take(b, even);
+    for (int i = 0; i < ns * rows; i++) {
+      const __m512 both = _mm512_add_ps(even[i], odd[i]);
+      total[i] = (f8)_mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
     }
   }
 #endif
-  for (; b < blocks; b++) {
-    const __m256i block = block_of<form>(q + b * step, table);
-    for (int r = 0; r < rows; r++)
-      total[r] = fma(products<form>(block, x.values + int64_t(r) * w.k + b * BLOCK),
-                     all(scale[b / in_group]) * load(x.scale + (int64_t(r) * blocks + b) * WIDE), total[r]);
-  }
-  for (int r = 0; r < rows; r++) result[r] = sum(total[r]);
-#else
-  for (int r = 0; r < rows; r++) result[r] = 0;
   for (; b < blocks; b++)
-    for (int r = 0; r < rows; r++) {
-      const int8_t* v = x.values + int64_t(r) * w.k + b * BLOCK;
-      const uint8_t* at = q + b * step;
-      int dot = 0;
-      for (int i = 0; i < BLOCK; i++) {
-        const int code = form == BYTES ? 0 : i < 16 ? at[i] & 15 : at[i - 16] >> 4;
-        dot += v[i] * (form == BYTES ? int(at[i]) : form == BOOK ? w.table[code] : code);
+    for (int i = 0; i < ns; i++) {
+      const __m256i block = block_of<form>(q + (int64_t(i) * blocks + b) * step, table);
+      for (int r = 0; r < rows; r++) {
+        const int64_t place = int64_t(r) * blocks + b;
+        const f8 dots = products<form>(block, x.values + place * BLOCK, x.lift + place * (BLOCK / 4));
+        const f8 both = all(scale[i * groups + b / in_group]) * load(x.scale + place * WIDE);
+        total[i * rows + r] = fma(dots, both, total[i * rows + r]);
       }
-      result[r] += float(dot) * scale[b / in_group] * x.scale[(int64_t(r) * blocks + b) * WIDE];
     }
+  sum_all<ns * rows>(total, y);
+#else
+  for (int i = 0; i < ns * rows; i++) y[i] = 0;
+  for (; b < blocks; b++)
+    for (int i = 0; i < ns; i++)
+      for (int r = 0; r < rows; r++) {
+        const int64_t place = int64_t(r) * blocks + b;
+        const uint8_t* at = q + (int64_t(i) * blocks + b) * step;
+        int dot = 0;
+        for (int j = 0; j < BLOCK; j++) {
+          const int code = form == BYTES ? 0 : j < 16 ? at[j] & 15 : at[j - 16] >> 4;
+          dot += x.values[place * BLOCK + j] *
+                 (form == BYTES ? int(at[j]) : form == BOOK ? w.table[code] : code);
+        }
+        for (int j = 0; j < BLOCK / 4; j++) dot += x.lift[place * (BLOCK / 4) + j];
+        y[i * rows + r] += float(dot) * scale[i * groups + b / in_group] * x.scale[place * WIDE];
+      }
 #endif
-  for (int r = 0; r < rows; r++) {
-    const float* sums = x.sums + int64_t(r) * x.sums_stride;
-    y[r * stride_y] = w.shift ? result[r] + shifted(w.shift + int64_t(n) * groups, sums, groups)
-                              : fmaf(form == CODES ? -8.0f : -128.0f, shifted(scale, sums, groups), result[r]);
-  }
+  if (w.shift)
+    for (int i = 0; i < ns; i++)
+      for (int r = 0; r < rows; r++)
+        y[i * rows + r] += shifted(w.shift + int64_t(n + i) * groups,
+                                   x.sums + int64_t(r) * x.sums_stride, groups);
 }
 
 // -- bfloat16 weights ----------------------------------------------------------------------------
@@ -359,34 +399,39 @@ static inline f8 load(const uint16_t* p) {
   return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
 }
 
-// y[r] = w . x[r]; w [k] bfloat16, x [rows, k]; k a multiple of 8
-template <int rows>
-static void half_row(const uint16_t* w, const Activation* x, int k, float* y) {
-  int i = 0;
-  f8 total[rows] = {};
+// y [ns, rows]: ns rows of bfloat16 weights w [ns, k] times x [rows, k]; k a multiple of 8
+template <int ns, int rows>
+static void half_rows(const uint16_t* w, const Activation* x, int k, float* y) {
+  int b = 0;
+  f8 total[ns * rows] = {};
 #ifdef GATESKIP_BF16
-  __m512 wide[2][rows];
-  for (auto& chain : wide)
-    for (auto& each : chain) each = _mm512_setzero_ps();
+  __m512 even[ns * rows], odd[ns * rows];
+  for (int i = 0; i < ns * rows; i++) even[i] = odd[i] = _mm512_setzero_ps();
   auto take = [&](int at, __m512* into) {
-    const __m512bh a = (__m512bh)_mm512_loadu_si512(w + at);
-    for (int r = 0; r < rows; r++)
-      into[r] = _mm512_dpbf16_ps(into[r], a, (__m512bh)_mm512_loadu_si512(x + int64_t(r) * k + at));
+    for (int i = 0; i < ns; i++) {
+      const __m512bh a = (__m512bh)_mm512_loadu_si512(w + int64_t(i) * k + at);
+      for (int r = 0; r < rows; r++) {
+        const __m512bh c = (__m512bh)_mm512_loadu_si512(x + int64_t(r) * k + at);
+        into[i * rows + r] = _mm512_dpbf16_ps(into[i * rows + r], a, c);
+      }
+    }
   };
-  for (; i + 64 <= k; i += 64) {
-    take(i, wide[0]);
-    take(i + 32, wide[1]);
+  for (; b + 64 <= k; b += 64) {
+    take(b, even);
+    take(b + 32, odd);
   }
-  for (; i + 32 <= k; i += 32) take(i, wide[0]);
-  for (int r = 0; r < rows; r++) {
-    const __m512 both = _mm512_add_ps(wide[0][r], wide[1][r]);
-    total[r] = (f8)_mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
+  for (; b + 32 <= k; b += 32) take(b, even);
+  for (int i = 0; i < ns * rows; i++) {
+    const __m512 both = _mm512_add_ps(even[i], odd[i]);
+    total[i] = (f8)_mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
   }
 #endif
-  for (; i < k; i += 8) {
-    const f8 a = load(w + i);
-    for (int r = 0; r < rows; r++) total[r] = fma(a, load(x + int64_t(r) * k + i), total[r]);
-  }
-  for (int r = 0; r < rows; r++) y[r] = sum(total[r]);
+  for (; b < k; b += 8)
+    for (int i = 0; i < ns; i++) {
+      const f8 a = load(w + int64_t(i) * k + b);
+      for (int r = 0; r < rows; r++)
+        total[i * rows + r] = fma(a, load(x + int64_t(r) * k + b), total[i * rows + r]);
+    }
+  sum_all<ns * rows>(total, y);
 }
 #endif
