@@ -196,16 +196,34 @@ class Share {
 
   template <int ns, class Use>
   void meet(const Matrix& w, int n, const Input& in, Use use) const {
-    float y[TILE];
-    int r = 0;
-    for (; r + TILE <= in.rows; r += TILE)
-      for (int i = 0; i < ns; i++) {
-        some<1, TILE>(w, n + i, in, r, y);
-        for (int j = 0; j < TILE; j++) use(n + i, r + j, y[j]);
+    const int most = w.kind == HALF ? 2 * TILE : TILE;  // integer products need more registers
+    for (int r = 0; r < in.rows; r += most) {
+      switch (std::min(most, in.rows - r)) {
+        case 1: cross<ns, 1>(w, n, in, r, use); break;
+        case 2: cross<ns, 2>(w, n, in, r, use); break;
+        case 3: cross<ns, 3>(w, n, in, r, use); break;
+        case 4: cross<ns, 4>(w, n, in, r, use); break;
+        case 5: cross<ns, 5>(w, n, in, r, use); break;
+        case 6: cross<ns, 6>(w, n, in, r, use); break;
+        case 7: cross<ns, 7>(w, n, in, r, use); break;
+        default: cross<ns, 8>(w, n, in, r, use);
       }
-    for (; r < in.rows; r++) {
-      some<ns, 1>(w, n, in, r, y);
-      for (int i = 0; i < ns; i++) use(n + i, r, y[i]);
+    }
+  }
+
+  // Packed weights are worth unpacking several at a time; bfloat16 ones arrive faster as one stream
+  template <int ns, int rows, class Use>
+  void cross(const Matrix& w, int n, const Input& in, int r, Use use) const {
+    if (w.kind == HALF || rows > TILE) each<ns, 1, rows>(w, n, in, r, use);
+    else each<ns, std::min(ns, rows <= 2 ? 1 : 2), rows>(w, n, in, r, use);
+  }
+
+  template <int ns, int at_once, int rows, class Use>
+  void each(const Matrix& w, int n, const Input& in, int r, Use use) const {
+    float y[at_once * rows];
+    for (int i = 0; i < ns; i += at_once) {
+      some<at_once, rows>(w, n + i, in, r, y);
+      for (int j = 0; j < at_once * rows; j++) use(n + i + j / rows, r + j % rows, y[j]);
     }
   }
 
@@ -245,8 +263,9 @@ class Thread : Share {
       : Share(id, threads, step.rows, std::max({model.hidden, model.inner, model.heads * model.head_dim})),
         m(model), c(cache), s(step) {
     x_.resize(size_t(s.rows) * m.hidden);
-    scores_.resize(c.capacity + 8);
-    head_.resize(m.head_dim);
+    stride_ = (c.capacity + 15) / 8 * 8;
+    scores_.resize(TILE * stride_);
+    head_.resize(TILE * m.head_dim);
     low_.resize(size_t(s.rows) * m.widest_shortcut);
     float* free = s.scratch;
     auto take = [&](int width) {
@@ -281,6 +300,7 @@ class Thread : Share {
   int kept_[MOST], count_ = 0;       // rows that enter the branch at hand
   int skipped_[MOST], skips_ = 0;    // rows that take its shortcut
   bool enters_[MOST];
+  int64_t stride_;  // from one head's scores to the next one's
   double last_;
 
   void lap(Part part) {  // the first thread's clock, which waits for the others at every barrier
@@ -414,10 +434,9 @@ class Thread : Share {
 #pragma omp barrier
     lap(ATTENTION);
     if (!count_) return;
-    for (int task = id; task < count_ * m.heads; task += threads) {
-      if (c.half) attend<uint16_t>(l, kept_[task / m.heads], task % m.heads, task / m.heads);
-      else attend<float>(l, kept_[task / m.heads], task % m.heads, task / m.heads);
-    }
+    const auto [first, last] = own(count_ * m.heads);
+    for (int task = first; task < last;)
+      task += c.half ? attend<uint16_t>(l, task, last) : attend<float>(l, task, last);
 #pragma omp barrier
     lap(ATTENTION);
     add(a.o, prepare(a.o, mixed, count_));
@@ -425,37 +444,106 @@ class Thread : Share {
     lap(LINEAR);
   }
 
-  // One query head over all slots up to its own; the result goes to place `to` of `mixed`.
+  // From head `task % heads` of the row at place `task / heads` on, as many heads as share keys and
+  // values; returns how many.
   template <class Stored>
-  void attend(int l, int row, int head, int to) {
-    const int d = m.head_dim, slot = s.slot[row], kv = head / (m.heads / m.kv_heads);
+  int attend(int l, int task, int last) {
+    const int group = m.heads / m.kv_heads, head = task % m.heads;
+    const int together = std::min({group - head % group, last - task, TILE});
+    switch (together) {
+      case 1: attend<Stored, 1>(l, task / m.heads, head); break;
+      case 2: attend<Stored, 2>(l, task / m.heads, head); break;
+      case 3: attend<Stored, 3>(l, task / m.heads, head); break;
+      default: attend<Stored, TILE>(l, task / m.heads, head);
+    }
+    return together;
+  }
+
+  // Heads `head` to `head + n` over all slots up to the row's own; the result goes to `mixed`.
+  template <class Stored, int n>
+  void attend(int l, int place, int head) {
+    const int row = kept_[place], d = m.head_dim, slot = s.slot[row], kv = head / (m.heads / m.kv_heads);
     const Layer& a = m.layer[l];
     float* query = head_.data();
-    std::memcpy(query, q + (int64_t(row) * m.heads + head) * d, sizeof(float) * d);
-    norm_head(query, a.norm_q);
-    if (a.rotates) rotate(query, slot);
+    std::memcpy(query, q + (int64_t(row) * m.heads + head) * d, sizeof(float) * d * n);
+    for (int i = 0; i < n; i++) {
+      norm_head(query + i * d, a.norm_q);
+      if (a.rotates) rotate(query + i * d, slot);
+    }
     const int first = a.window ? std::max(0, slot + 1 - a.window) : 0, seen = slot + 1 - first;
     const Stored* keys = entry<Stored>(c.keys, l, row, kv, first);
     const Stored* values = entry<Stored>(c.values, l, row, kv, first);
-    float most = -INFINITY;
-    for (int t = 0; t < seen; t++) {
-      scores_[t] = dot(query, keys + int64_t(t) * d, d) * m.scaling;
-      most = std::max(most, scores_[t]);
+    score<Stored, n>(query, keys, seen);
+    float* out = mixed + (int64_t(place) * m.heads + head) * d;
+    float inverse[n];
+    for (int i = 0; i < n; i++) inverse[i] = 1.0f / soften(scores_.data() + i * stride_, seen);
+    mix<Stored, n>(values, seen, inverse, out);
+  }
+
+  // scores_ [n, stride_]: queries [n, d] times keys [seen, d], four slots at a time
+  template <class Stored, int n>
+  void score(const float* query, const Stored* keys, int seen) {
+    const int d = m.head_dim;
+    int t = 0;
+    for (; t + 4 <= seen; t += 4) {
+      f8 total[n][4] = {};
+      for (int i = 0; i < d; i += 8) {
+        f8 each[n];
+#pragma GCC unroll 4
+        for (int h = 0; h < n; h++) each[h] = load(query + h * d + i);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+          const f8 key = load(keys + int64_t(t + j) * d + i);
+#pragma GCC unroll 4
+          for (int h = 0; h < n; h++) total[h][j] = fma(each[h], key, total[h][j]);
+        }
+      }
+      for (int h = 0; h < n; h++) sum_four(total[h], scores_.data() + h * stride_ + t);
     }
-    for (int t = seen; t % 8; t++) scores_[t] = -INFINITY;
+    for (; t < seen; t++)
+      for (int h = 0; h < n; h++) scores_[h * stride_ + t] = dot(query + h * d, keys + int64_t(t) * d, d);
+  }
+
+  // Scores [seen] become shares before they are divided by what is returned: their sum.
+  float soften(float* scores, int seen) const {
+    float most = -INFINITY;
+    for (int t = 0; t < seen; t++) most = std::max(most, scores[t] *= m.scaling);
+    for (int t = seen; t % 8; t++) scores[t] = -INFINITY;
     f8 mass = {};
     for (int t = 0; t < seen; t += 8) {
-      const f8 e = exp8(load(scores_.data() + t) - all(most));
-      store(scores_.data() + t, e);
+      const f8 share = exp8(load(scores + t) - all(most));
+      store(scores + t, share);
+      mass += share;
     }
-    for (int t = seen; t % 8; t++) scores_[t] = 0;
-    for (int t = 0; t < seen; t += 8) mass += load(scores_.data() + t);
-    const float inverse = 1.0f / sum(mass);
-    float* out = mixed + (int64_t(to) * m.heads + head) * d;
-    for (int i = 0; i < d; i += 8) {
-      f8 total = {};
-      for (int t = 0; t < seen; t++) total = fma(all(scores_[t]), load(values + int64_t(t) * d + i), total);
-      store(out + i, total * all(inverse));
+    return sum(mass);
+  }
+
+  // out [n, d]: values [seen, d] weighted by scores_ and `inverse` [n]
+  template <class Stored, int n>
+  void mix(const Stored* values, int seen, const float* inverse, float* out) const {
+    const int d = m.head_dim;
+    for (int i = 0; i < d; i += 32) {
+      const int wide = std::min(4, (d - i) / 8);
+      f8 total[n][4] = {};
+      for (int t = 0; t < seen; t++) {
+        const Stored* value = values + int64_t(t) * d + i;
+        f8 share[n];
+#pragma GCC unroll 4
+        for (int h = 0; h < n; h++) share[h] = all(scores_[h * stride_ + t]);
+        if (wide == 4) {
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; j++) {
+            const f8 v = load(value + 8 * j);
+#pragma GCC unroll 4
+            for (int h = 0; h < n; h++) total[h][j] = fma(share[h], v, total[h][j]);
+          }
+        } else {
+          for (int j = 0; j < wide; j++)
+            for (int h = 0; h < n; h++) total[h][j] = fma(share[h], load(value + 8 * j), total[h][j]);
+        }
+      }
+      for (int h = 0; h < n; h++)
+        for (int j = 0; j < wide; j++) store(out + h * d + i + 8 * j, total[h][j] * all(inverse[h]));
     }
   }
 
