@@ -21,16 +21,17 @@ from gateskip.budget import thresholds_at
 from gateskip.compute import Saving, saving
 from gateskip.drafts import Draft, Drafting, Ends, Row
 from gateskip.engine import Engine, Unsuited
-from gateskip.linears import four_bit_twin
 from gateskip.pace import Pace
 from gateskip.sampling import GREEDY, Sampler, accept_or_resample, draw
 from gateskip.skip import NEVER_SKIP, KVCache, SkippingModel, Usage
+from gateskip.twin import int4_head, int4_twin, nf4_twin
 
 Mode = Literal["plain", "skip", "speculate"]
-Weights = Literal["own", "nf4"]
+Weights = Literal["own", "nf4", "int4"]
 Tokens = list[int]
 Thresholds = Sequence[float] | None
 MAX_DRAFT = 16
+SELF_WRITTEN = (8, 64)  # rows and tokens of the text to which an int4 draft is fitted
 
 
 ADDED = (
@@ -147,15 +148,32 @@ class Decoder:
         Raises ValueError where there can be no twin.
         """
         if weights not in self._drafters:
-            if weights != "nf4":
-                raise ValueError(f"draft_weights {weights!r}: one of own, nf4")
-            own = self.skipping
-            twin = SkippingModel(four_bit_twin(own.model), own.gates, own.kv_rule)
-            if own.engine is not None:
-                with contextlib.suppress(Unsuited):
-                    twin.engine = Engine(twin.model, own.gates, own.kv_rule, rounded=True)
-            self._drafters[weights] = twin
+            if weights not in ("nf4", "int4"):
+                raise ValueError(f"draft_weights {weights!r}: one of own, nf4, int4")
+            self._drafters[weights] = self._twin(weights)
         return self._drafters[weights]
+
+    def _twin(self, weights: Weights) -> SkippingModel:
+        own = self.skipping
+        blocks = self._self_written() if weights == "int4" else None
+        with torch.inference_mode():
+            copied = nf4_twin(own.model) if blocks is None else int4_twin(own.model, blocks)
+        twin = SkippingModel(copied, own.gates, own.kv_rule)
+        if own.engine is None:
+            return twin
+        with contextlib.suppress(Unsuited):
+            twin.engine = Engine(copied, own.gates, own.kv_rule, rounded=True)
+            if blocks is not None:
+                twin.engine.use_sketch(int4_head(own.model, blocks), own.engine.head)
+        return twin
+
+    def _self_written(self) -> Tensor:
+        """Token ids [rows, S] of text that the model writes, to fit an int4 draft to."""
+        first = self.tokenizer.bos_token_id
+        first = 0 if first is None else first
+        rows, length = SELF_WRITTEN
+        written = self.generate([[first]] * rows, length, sampler=Sampler(temperature=1.0))
+        return torch.tensor([[first, *row] for row in written.tokens])
 
     def generate(
         self,
@@ -182,7 +200,7 @@ class Decoder:
             draft_budget: how much of the branches a draft computes; 1 skips nothing.
             draft_length: drafted tokens a verify pass, 1 to 16, or `auto`: set by measured costs
                 and acceptance, 0 while speculation does not pay.
-            draft_weights: `own`, or `nf4`: a 4-bit copy of the same weights drafts.
+            draft_weights: `own`, or a 4-bit copy of the same weights: `int4` or `nf4` (twin.py).
             lookup: before drafting, propose what followed the last tokens where they stood before.
             sampler, seed: how tokens are drawn; each row has a random stream of its own.
             eos: token ids that end a row; the ending token is part of the result.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gateskip.pace import Pace
-from gateskip.sampling import Law, Sampler, draw
+from gateskip.sampling import GREEDY, Law, Sampler, draw
 from gateskip.skip import KVCache, SkippingModel
 
 Tokens = list[int]
@@ -90,16 +90,18 @@ class Draft:
         self.tokens: Tokens = list(looked_up)
         self.laws: list[Law] = list(looked_up)
         self.looked_up = bool(looked_up)
-        self.chance = 1.0  # that all of it stands, as the draft itself sees it
+        self.chances: list[float] = []  # of each token, as the draft itself sees it
+        self.stands = 1.0  # how likely all of it is accepted
 
     def extend(self, logits: Tensor, row: Row, sampler: Sampler, pace: Pace | None) -> None:
         """One more token, from the draft's logits [V]; a draft that has grown unsure ends here."""
         law = sampler.law(logits, [*row.text, *self.tokens])
         self.tokens.append(draw(law, row.generator))
         self.laws.append(law)
-        if pace is not None and len(self.tokens) < self.room:
-            self.chance *= float(torch.softmax(logits.float(), -1)[self.tokens[-1]])
-            if not pace.goes_on(self.chance):
+        if pace is not None:
+            self.chances.append(float(torch.softmax(logits.float(), -1)[self.tokens[-1]]))
+            self.stands *= pace.expected(self.chances[-1])
+            if self.stands <= pace.least():
                 self.room = len(self.tokens)
 
 
@@ -120,6 +122,9 @@ class Drafting:
     def make(self, rows: list[Row], sampler: Sampler, cache: KVCache) -> list[Draft]:
         """A draft for every row: looked up where the text repeats itself, else decoded."""
         drafts = self._begin(rows)
+        if len(rows) == 1 and sampler == GREEDY and self.model.engine is not None:
+            self._at_once(drafts[0], rows[0], cache)
+            return drafts
         growing = [(d, r) for d, r in zip(drafts, rows, strict=True) if len(d.tokens) < d.room]
         while growing:
             found = self.model.ragged(
@@ -135,6 +140,16 @@ class Drafting:
                 draft.extend(logits, row, sampler, self.pace)
             growing = [(draft, row) for draft, row in growing if len(draft.tokens) < draft.room]
         return drafts
+
+    def _at_once(self, draft: Draft, row: Row, cache: KVCache) -> None:
+        """A greedy draft of one row in a single call of the engine."""
+        if draft.looked_up or not draft.room:
+            return
+        place, wanted = (cache, row.number, row.slot), (0.0, [1.0])  # of what stands, to go on
+        if self.pace is not None:
+            wanted = (self.pace.least(), self.pace.stands)
+        found = self.model.draft(row.last, draft.room, wanted, place, self.levels)
+        draft.tokens, draft.laws, draft.chances = found[0], list(found[0]), found[1]
 
     def _begin(self, rows: list[Row]) -> list[Draft]:
         left = [row.ends.limit - len(row.tokens) - 1 for row in rows]  # verifying adds one more
@@ -162,6 +177,8 @@ class Drafting:
         if self.pace is None or self.lookup_pace is None:
             return
         longest = max(len(draft.tokens) for draft in drafts)
+        for draft, stood in zip(drafts, accepted, strict=True):
+            self.pace.learn(draft.chances, stood)
         looked_up = {draft.looked_up for draft in drafts if draft.tokens}
         if longest == 0:
             self.pace.observe(0, [], draft_s, verify_s)

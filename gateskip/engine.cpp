@@ -19,8 +19,8 @@ enum Kind { DENSE, HALF, FOUR_BIT, FOUR_BIT_BOOK, ROUNDED_CODES, ROUNDED_BOOK, R
 struct Matrix {
   int32_t kind, n, k, group;
   const void* weights;
-  const float* scale;  // [n, k / group]
-  const float* shift;  // [n, k / group] or null
+  const void* scale;  // [n, k / group] float32; bfloat16 where activations are rounded
+  const void* shift;  // as scale, or null
   const void* book;    // 16 floats (FOUR_BIT_BOOK), or 16 bytes, each 128 too large (ROUNDED_BOOK)
   const float* bias;   // [n] or null
 };
@@ -59,12 +59,24 @@ struct Step {
   const int32_t *cache_row, *slot;  // [rows]
   float* hidden;            // [rows, H]: embeddings in, final normed states out
   const float* thresholds;  // [2 * layers] or null: every branch is entered
-  int64_t* kept;            // [2 * layers]: counts of rows that entered
+  int64_t* kept;            // [2 * layers]: counts of rows that entered, added up
   double* spent;            // [PARTS]: seconds, added up
   float* scratch;
 };
 
-enum Part { LINEAR, ATTENTION, GATES, PARTS };  // norms, gates and shortcuts are one part
+struct Draft {  // tokens that one row drafts greedily, one after the other
+  int32_t token, count;    // the last committed one, and how many are wanted
+  float least;             // drafting ends when all that was drafted is less likely to stand
+  const float* stands;     // [levels]: how likely a token stands, by its chance from 0 to 1
+  int32_t levels;
+  const void* embedding;   // [V, H], bfloat16 if `half`
+  int32_t half;
+  const Matrix *head, *exact;  // what finds the best tokens, and what tells the best of them
+  int32_t* tokens;         // [count]: out
+  float* chances;          // [count]: out, of each as the draft itself sees it
+};
+
+enum Part { LINEAR, ATTENTION, GATES, HEAD, PARTS };  // norms, gates and shortcuts are one part
 
 }  // extern "C"
 
@@ -149,7 +161,11 @@ class Share {
   template <int ns, int rows>
   void some(const Matrix& w, int n, const Input& in, int r, float* y) const {
     if (w.kind >= ROUNDED_CODES) {
-      const Bytes bytes{w.weights, w.scale, w.shift, static_cast<const uint8_t*>(w.book), w.n, w.k, w.group};
+      const Bytes bytes{w.weights,
+                        static_cast<const uint16_t*>(w.scale),
+                        static_cast<const uint16_t*>(w.shift),
+                        static_cast<const uint8_t*>(w.book),
+                        w.n, w.k, w.group};
       const int64_t place = int64_t(r) * (w.k / BLOCK);
       const Rounded x8{values_.data() + place * BLOCK, scales_.data() + place * WIDE,
                        lifts_.data() + place * (BLOCK / 4), sums_.data() + int64_t(r) * stride(w), stride(w)};
@@ -174,7 +190,10 @@ class Share {
       dense_row<rows>(static_cast<const float*>(w.weights) + int64_t(n) * w.k, x, w.k, y, 1);
       return;
     }
-    const Packed packed{static_cast<const uint8_t*>(w.weights), w.scale, w.shift, w.n, w.k, w.group};
+    const Packed packed{static_cast<const uint8_t*>(w.weights),
+                        static_cast<const float*>(w.scale),
+                        static_cast<const float*>(w.shift),
+                        w.n, w.k, w.group};
     const float* sums = sums_.data() + int64_t(r) * stride(w);
     if (w.kind == FOUR_BIT) {
       packed_row<rows, true>(packed, n, Codebook{}, x, sums, stride(w), y, 1);
@@ -215,7 +234,7 @@ class Share {
   template <int ns, int rows, class Use>
   void cross(const Matrix& w, int n, const Input& in, int r, Use use) const {
     if (w.kind == HALF || rows > TILE) each<ns, 1, rows>(w, n, in, r, use);
-    else each<ns, std::min(ns, rows <= 2 ? 1 : 2), rows>(w, n, in, r, use);
+    else each<ns, std::min(ns, rows <= 2 ? 4 : 2), rows>(w, n, in, r, use);
   }
 
   template <int ns, int at_once, int rows, class Use>
@@ -227,12 +246,12 @@ class Share {
     }
   }
 
- protected:
-  const int id, threads;
-
   std::pair<int, int> own(int n) const {  // this thread's part of n
     return {int(int64_t(n) * id / threads), int(int64_t(n) * (id + 1) / threads)};
   }
+
+ protected:
+  const int id, threads;
 
  private:
   // From one row's sums of groups to the next, with room for whole vectors
@@ -255,6 +274,12 @@ class Share {
   std::vector<Activation> halves_;
   std::vector<int32_t> lifts_;
   std::vector<float> scales_, sums_;
+};
+
+struct Choice {  // a thread's best token
+  float most, mass;  // its largest logit, and the sum of all exp(logit - most)
+  int32_t token;
+  float ranked, exact;  // the token's logits: as ranked, and of the exact head
 };
 
 class Thread : Share {
@@ -282,6 +307,13 @@ class Thread : Share {
     last_ = omp_get_wtime();
   }
 
+  void lap(Part part) {  // the first thread's clock, which waits for the others at every barrier
+    if (id) return;
+    const double now = omp_get_wtime();
+    s.spent[part] += now - last_;
+    last_ = now;
+  }
+
   void run() {
     for (int l = 0; l < m.layers; l++) {
       attention(l);
@@ -302,13 +334,6 @@ class Thread : Share {
   bool enters_[MOST];
   int64_t stride_;  // from one head's scores to the next one's
   double last_;
-
-  void lap(Part part) {  // the first thread's clock, which waits for the others at every barrier
-    if (id) return;
-    const double now = omp_get_wtime();
-    s.spent[part] += now - last_;
-    last_ = now;
-  }
 
   void norm(const float* h, const float* weight, float* out) const {
     const float scale = 1.0f / std::sqrt(dot(h, h, m.hidden) / float(m.hidden) + m.epsilon);
@@ -585,6 +610,97 @@ class Thread : Share {
   }
 };
 
+// One thread of a pass that drafts: the steps, and after each the choice of its token. A cheap head
+// ranks the vocabulary, and of its best tokens the exact head chooses.
+class Drafter {
+ public:
+  Drafter(const Model& model, const Cache& cache, const Step& step, const Draft& draft, Choice* choices,
+          int id, int threads)
+      : pass_(model, cache, step, id, threads), rank_(id, threads, 1, model.hidden), m(model), s(step),
+        d(draft), choices_(choices), id(id), threads(threads), logits_(d.head->n / threads + 16) {}
+
+  void run() {
+    float likely = 1;
+    int32_t token = d.token, *slot = const_cast<int32_t*>(s.slot);
+    for (int i = 0; i < d.count; i++) {
+      const int first = m.hidden * id / threads, last = m.hidden * (id + 1) / threads;
+      for (int j = first; j < last; j++) s.hidden[j] = embedded(int64_t(token) * m.hidden + j);
+      if (id == 0 && i) ++*slot;
+#pragma omp barrier
+      pass_.run();
+#pragma omp barrier
+      choices_[id] = choose();
+#pragma omp barrier
+      token = settle(i);
+      likely *= d.stands[std::min(d.levels - 1, int(d.chances[i] * d.levels))];
+      pass_.lap(HEAD);
+      if (likely <= d.least) {
+        if (id == 0) const_cast<Draft&>(d).count = i + 1;
+        break;
+      }
+    }
+  }
+
+ private:
+  static constexpr int BEST = 8;  // tokens that a thread asks the exact head about
+
+  float embedded(int64_t at) const {
+    return d.half ? widen(static_cast<const uint16_t*>(d.embedding)[at]) : static_cast<const float*>(d.embedding)[at];
+  }
+
+  // The best token of this thread's part of the vocabulary, and the part's weight in the softmax.
+  Choice choose() {
+    float best[BEST];
+    int at[BEST];
+    std::fill(best, best + BEST, -INFINITY);
+    const int first = rank_.own(d.head->n).first;
+    rank_.multiply(*d.head, rank_.prepare(*d.head, s.hidden, 1), [&](int n, int, float value) {
+      logits_[n - first] = value;
+      if (value <= best[BEST - 1]) return;
+      int place = BEST - 1;
+      for (; place && best[place - 1] < value; place--) best[place] = best[place - 1], at[place] = at[place - 1];
+      best[place] = value, at[place] = n;
+    });
+    Choice found{best[0], 0, 0, 0, -INFINITY};
+    const int count = rank_.own(d.head->n).second - first;
+    for (int n = count; n % 8; n++) logits_[n] = -INFINITY;
+    f8 mass = {};
+    for (int n = 0; n < count; n += 8) mass += exp8(load(logits_.data() + n) - all(best[0]));
+    found.mass = sum(mass);
+    const Input in = rank_.prepare(*d.exact, s.hidden, 1);
+    for (int i = 0; i < BEST && best[i] > -INFINITY; i++) {
+      float exact;
+      rank_.some<1, 1>(*d.exact, at[i], in, 0, &exact);
+      if (exact > found.exact) found = {found.most, found.mass, at[i], best[i], exact};
+    }
+    return found;
+  }
+
+  // What all threads' choices come to; every thread finds the same, the first one writes it down.
+  int32_t settle(int i) const {
+    const Choice* chosen = choices_;
+    float most = -INFINITY, mass = 0;
+    for (int t = 0; t < threads; t++) {
+      if (choices_[t].exact > chosen->exact) chosen = choices_ + t;
+      most = std::max(most, choices_[t].most);
+    }
+    for (int t = 0; t < threads; t++) mass += choices_[t].mass * std::exp(choices_[t].most - most);
+    const float chance = std::exp(chosen->ranked - most) / mass;
+    d.tokens[i] = chosen->token;
+    d.chances[i] = chance;  // all write the same
+    return chosen->token;
+  }
+
+  Thread pass_;
+  Share rank_;
+  const Model& m;
+  const Step& s;
+  const Draft& d;
+  Choice* choices_;
+  const int id, threads;
+  std::vector<float> logits_;
+};
+
 }  // namespace
 
 extern "C" {
@@ -597,6 +713,13 @@ int64_t gateskip_scratch(const Model* m, int32_t rows) {
 void gateskip_step(const Model* m, const Cache* c, const Step* s, int32_t threads) {
 #pragma omp parallel num_threads(threads)
   Thread(*m, *c, *s, omp_get_thread_num(), omp_get_num_threads()).run();
+}
+
+// Draft tokens of the one row of `s`, whose slot goes up with them; draft->count becomes their number.
+void gateskip_draft(const Model* m, const Cache* c, const Step* s, Draft* draft, int32_t threads) {
+  std::vector<Choice> choices(threads);
+#pragma omp parallel num_threads(threads)
+  Drafter(*m, *c, *s, *draft, choices.data(), omp_get_thread_num(), omp_get_num_threads()).run();
 }
 
 // y [rows, n] of one matrix, such as the LM head

@@ -25,7 +25,7 @@ from gateskip.linears import DenseLinear, PackedLinear
 MOST_ROWS = 32  # of one pass; engine.cpp has the same number
 BLOCK = 32  # weights that share a scale where they are rounded to 8 bits, as in kernels.h
 DENSE, HALF, FOUR_BIT, FOUR_BIT_BOOK, ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES = range(7)
-PARTS = ("linear", "attention", "gates", "lm head")  # the first three as in engine.cpp
+PARTS = ("linear", "attention", "gates", "lm head")  # as in engine.cpp
 DENSE_KINDS = {torch.float32: DENSE, torch.bfloat16: HALF}
 LIFT = 128  # what makes signed bytes unsigned; kernels.h takes it off again
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
@@ -84,6 +84,21 @@ class CacheView(ctypes.Structure):
     )
 
 
+class DraftOrder(ctypes.Structure):
+    """Draft of engine.cpp."""
+
+    _fields_ = (
+        *((name, Int) for name in ("token", "count")),
+        ("least", Float),
+        ("stands", Pointer),
+        ("levels", Int),
+        ("embedding", Pointer),
+        ("half", Int),
+        *((name, ctypes.POINTER(Matrix)) for name in ("head", "exact")),
+        *((name, Pointer) for name in ("tokens", "chances")),
+    )
+
+
 class Step(ctypes.Structure):
     """As in engine.cpp."""
 
@@ -97,7 +112,8 @@ class Step(ctypes.Structure):
 class Engine:
     """A model of a supported architecture, ready for `step`.
 
-    `rounded` tells whether any of its products are of activations rounded to 8 bits.
+    `rounded` tells whether any of its products are of activations rounded to 8 bits. `sketch` is a
+    cheaper LM head that ranks the tokens of a draft, `exact` the one that chooses from the best.
     """
 
     def __init__(
@@ -115,7 +131,8 @@ class Engine:
         self.held: list[Any] = []  # tensors that the structures point into
         self.rounded = rounded and any(isinstance(part, PackedLinear) for part in model.modules())
         self.model = self._model(model, gates)
-        self.head = self._head(model)
+        self.head = self.sketch = self.exact = self._head(model)
+        self.embedding = model.get_input_embeddings().weight
         self.copies = int(kv_rule == "copy")
         self.kept = torch.zeros(2 * self.model.layers, dtype=torch.int64)
         self._spent = torch.zeros(len(PARTS), dtype=torch.float64)
@@ -140,18 +157,7 @@ class Engine:
         """
         out = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         where = torch.tensor([[*cache_rows], [*slots]], dtype=torch.int32)
-        self.kept.zero_()
-        step = Step(
-            len(out),
-            self.copies,
-            where[0].data_ptr(),
-            where[1].data_ptr(),
-            out.data_ptr(),
-            None if thresholds is None else self._thresholds(thresholds).data_ptr(),
-            self.kept.data_ptr(),
-            self._spent.data_ptr(),
-            self.scratch.data_ptr(),
-        )
+        step = self._step(out, where, thresholds)
         self.library.gateskip_step(
             ctypes.byref(self.model),
             ctypes.byref(self._view(cache)),
@@ -159,6 +165,53 @@ class Engine:
             torch.get_num_threads(),
         )
         return out
+
+    def draft(
+        self,
+        token: int,
+        count: int,
+        wanted: tuple[float, Sequence[float]],
+        place: tuple[Any, int, int],
+        thresholds: Sequence[float] | None,
+    ) -> tuple[list[int], list[float]]:
+        """Up to `count` tokens that greedily follow `token`; their chances, as the draft sees them.
+
+        `place` is token's: a cache, the row in it, and the slot. `wanted` ends a draft early: a
+        least likelihood that it stands as a whole, and how likely a token stands by its chance, in
+        equal levels from 0 to 1. `kept` then counts over all steps.
+        """
+        cache, cache_row, slot = place
+        least, stands = wanted[0], torch.tensor(list(wanted[1]))
+        hidden = torch.empty(1, self.model.hidden)
+        where = torch.tensor([[cache_row], [slot]], dtype=torch.int32)
+        tokens, chances = torch.empty(count, dtype=torch.int32), torch.empty(count)
+        step = self._step(hidden, where, thresholds)
+        order = DraftOrder(
+            token,
+            count,
+            least,
+            stands.data_ptr(),
+            len(stands),
+            self.embedding.data_ptr(),
+            int(self.embedding.dtype == torch.bfloat16),
+            ctypes.pointer(self.sketch),
+            ctypes.pointer(self.exact),
+            tokens.data_ptr(),
+            chances.data_ptr(),
+        )
+        self.library.gateskip_draft(
+            ctypes.byref(self.model),
+            ctypes.byref(self._view(cache)),
+            ctypes.byref(step),
+            ctypes.byref(order),
+            torch.get_num_threads(),
+        )
+        made = int(order.count)
+        return tokens[:made].tolist(), chances[:made].tolist()
+
+    def use_sketch(self, sketch: PackedLinear, exact: Matrix) -> None:
+        """Rank a draft's tokens by `sketch`, an LM head in 4 bits, and choose by `exact`."""
+        self.sketch, self.exact = self._packed(sketch), exact
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [rows, H] -> logits [rows, V]."""
@@ -174,6 +227,21 @@ class Engine:
         )
         self._spent[PARTS.index("lm head")] += time.perf_counter() - started
         return out
+
+    def _step(self, hidden: Tensor, where: Tensor, thresholds: Sequence[float] | None) -> Step:
+        """A pass over hidden [rows, H], cache rows and slots `where` [2, rows]."""
+        self.kept.zero_()
+        return Step(
+            len(hidden),
+            self.copies,
+            where[0].data_ptr(),
+            where[1].data_ptr(),
+            hidden.data_ptr(),
+            None if thresholds is None else self._thresholds(thresholds).data_ptr(),
+            self.kept.data_ptr(),
+            self._spent.data_ptr(),
+            self.scratch.data_ptr(),
+        )
 
     def spent(self) -> dict[str, float]:
         """Seconds in each part of the native work since the engine was made."""
@@ -296,7 +364,7 @@ class Engine:
         scale = weight.abs().amax(2) / 127
         codes = (weight / scale.clamp_min(1e-12).unsqueeze(2)).round() + LIFT
         n, k = module.weight.shape
-        parts = (codes.to(torch.uint8).flatten(1), scale, None, None, module.bias)
+        parts = (codes.to(torch.uint8).flatten(1), _halves(scale), None, None, module.bias)
         return Matrix(ROUNDED_BYTES, n, k, BLOCK, *(self._maybe(x) for x in parts))
 
     def _packed(self, module: PackedLinear) -> Matrix:
@@ -313,6 +381,8 @@ class Engine:
             kind, largest = ROUNDED_BOOK, book.abs().max()
             table = ((book / largest * 127).round() + LIFT).to(torch.uint8)
             scale = scale * (largest / 127)
+        if self.rounded:
+            scale, offset = _halves(scale), None if offset is None else _halves(offset)
         parts = (module.codes, scale, offset, table, module.bias)
         return Matrix(kind, n, k, group, *(self._maybe(x) for x in parts))
 
@@ -327,6 +397,11 @@ class Engine:
         whole = tensor.detach().contiguous()
         self.held.append(whole)
         return whole.data_ptr()
+
+
+def _halves(scales: Tensor) -> Tensor:
+    """Scales or shifts in bfloat16, with as many more behind them as a kernel may read along."""
+    return nn.functional.pad(scales.flatten().bfloat16(), (0, BLOCK))
 
 
 def _epsilon(norm: Any) -> float:

@@ -127,6 +127,27 @@ static void unpack_row(const Packed& w, int n, const Codebook& book, float* out)
   }
 }
 
+// -- bfloat16 ------------------------------------------------------------------------------------
+
+static inline float widen(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static inline uint16_t narrow(float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#ifdef __AVX2__
+static inline f8 load(const uint16_t* p) {  // bfloat16
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+}
+
 // -- 8-bit activations ---------------------------------------------------------------------------
 //
 // Activations are rounded to 8 bits in blocks of 32 with a scale each, so that a block's products
@@ -138,9 +159,7 @@ constexpr int BLOCK = 32;
 // Rows are short and several are read at a time, which hides from the processor that all of them
 // together are one stream: it is told what will be read 8 KB on.
 static inline void fetch(const void* here) {
-#ifdef __AVX2__
   _mm_prefetch(static_cast<const char*>(here) + 8192, _MM_HINT_T0);
-#endif
 }
 
 constexpr int WIDE = 8;  // times a block's scale is repeated, so that one load serves a vector
@@ -159,16 +178,13 @@ static void round_row(const float* x, int k, int group, int zero, int8_t* values
                       int32_t* lift, float* sums) {
   for (int g = 0; g < (k / group + 7) / 8 * 8; g++) sums[g] = 0;
   for (int b = 0; b < k / BLOCK; b++, x += BLOCK, values += BLOCK, lift += BLOCK / 4) {
-    float largest;
-    int total = 0;
-#ifdef __AVX2__
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 most = _mm256_setzero_ps();
     for (int i = 0; i < BLOCK; i += 8)
       most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    largest = _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+    const float largest = _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
     const __m256 inverse = _mm256_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
     __m256i part[4];
     for (int i = 0; i < 4; i++)
@@ -183,18 +199,8 @@ static void round_row(const float* x, int k, int group, int zero, int8_t* values
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(lift),
                         _mm256_mullo_epi32(fours, _mm256_set1_epi32(-zero)));
     const i8 lanes = (i8)fours;
+    int total = 0;
     for (int i = 0; i < 8; i++) total += lanes[i];
-#else
-    largest = 0;
-    for (int i = 0; i < BLOCK; i++) largest = std::max(largest, std::fabs(x[i]));
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    for (int i = 0; i < BLOCK; i++) {
-      values[i] = int8_t(std::lrintf(x[i] * inverse));
-      total += values[i];
-    }
-    for (int i = 0; i < BLOCK / 4; i++)
-      lift[i] = -zero * (values[4 * i] + values[4 * i + 1] + values[4 * i + 2] + values[4 * i + 3]);
-#endif
     const float step = largest / 127.0f;
     for (int i = 0; i < WIDE; i++) scale[b * WIDE + i] = step;
     sums[b * BLOCK / group] += step * float(total);
@@ -211,23 +217,20 @@ static inline int zero_of(Form form, bool shifted) {
 
 struct Bytes {
   const void* weights;   // [n, k / 2] codes, or [n, k] bytes
-  const float* scale;    // [n, k / group]
-  const float* shift;    // [n, k / group], or null: what a group adds for each unit of activation
-  const uint8_t* table;  // [16] for BOOK
+  const uint16_t* scale;  // [n, k / group] bfloat16, and 8 more that may be read
+  const uint16_t* shift;  // the same, or null: what a group adds for each unit of activation
+  const uint8_t* table;   // [16] for BOOK
   int n, k, group;
 };
 
-// What a row's groups add through their shift. Both [groups], `sums` filled up with zeros.
-static inline float shifted(const float* shift, const float* sums, int groups) {
+// Eight partial sums of what a row's groups add through their shift; `sums` [groups] are filled up with
+// zeros to a multiple of 8.
+static inline f8 shifted(const uint16_t* shift, const float* sums, int groups) {
   f8 total = {};
-  int g = 0;
-  for (; g + 8 <= groups; g += 8) total = fma(load(shift + g), load(sums + g), total);
-  float rest = 0;
-  for (; g < groups; g++) rest += shift[g] * sums[g];
-  return sum(total) + rest;
+  for (int g = 0; g < groups; g += 8) total = fma(load(shift + g), load(sums + g), total);
+  return total;
 }
 
-#ifdef __AVX2__
 template <Form form>
 static inline __m256i block_of(const uint8_t* q, __m256i table) {
   if (form == BYTES) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
@@ -272,7 +275,6 @@ static inline void sum_all(const f8* v, float* y) {
   for (; i + 4 <= count; i += 4) sum_four(v + i, y + i);
   for (; i < count; i++) y[i] = sum(v[i]);
 }
-#endif
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define GATESKIP_PAIRS  // two blocks an instruction
@@ -288,23 +290,26 @@ static inline __m512i pair_of(const uint8_t* q, __m512i table) {
   return form == BOOK ? _mm512_shuffle_epi8(table, codes) : codes;
 }
 
-// The scales of two blocks that follow each other, eight times each
-static inline __m512 scales_of(const float* scale, bool own) {
-  const __m512 one = _mm512_set1_ps(scale[0]);
-  return own ? _mm512_mask_mov_ps(one, 0xff00, _mm512_set1_ps(scale[1])) : one;
+// The scales of two blocks that follow each other, eight times each; or the one that they share
+static inline __m512 scales_of(const uint16_t* scale, bool own) {
+  const __m512i high = _mm512_set1_epi32(int(0xffff0000));
+  if (!own) return _mm512_castsi512_ps(_mm512_and_si512(_mm512_set1_epi16(int16_t(*scale)), high));
+  int32_t two;
+  std::memcpy(&two, scale, sizeof two);
+  const __m512i left = _mm512_setr_epi32(16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0);
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_sllv_epi32(_mm512_set1_epi32(two), left), high));
 }
 #endif
 
 // y [ns, rows]: rows n to n + ns of the weights times `rows` rows of activations. What is added in
 // which order does not depend on either number.
 template <int ns, int rows, Form form>
-static void bytes_rows(const Bytes& w, int n, const Rounded& x, float* y) {
+[[gnu::always_inline]] static inline void bytes_rows(const Bytes& w, int n, const Rounded& x, float* y) {
   const int groups = w.k / w.group, blocks = w.k / BLOCK, in_group = w.group / BLOCK;
   const int step = form == BYTES ? BLOCK : BLOCK / 2;
   const uint8_t* q = static_cast<const uint8_t*>(w.weights) + int64_t(n) * blocks * step;
-  const float* scale = w.scale + int64_t(n) * groups;
+  const uint16_t* scale = w.scale + int64_t(n) * groups;
   int b = 0;
-#ifdef __AVX2__
   f8 total[ns * rows] = {};
   const __m256i table =
       form == BOOK ? _mm256_broadcastsi128_si256(
@@ -355,34 +360,16 @@ static void bytes_rows(const Bytes& w, int n, const Rounded& x, float* y) {
       for (int r = 0; r < rows; r++) {
         const int64_t place = int64_t(r) * blocks + b;
         const f8 dots = products<form>(block, x.values + place * BLOCK, x.lift + place * (BLOCK / 4));
-        const f8 both = all(scale[i * groups + b / in_group]) * load(x.scale + place * WIDE);
+        const f8 both = all(widen(scale[i * groups + b / in_group])) * load(x.scale + place * WIDE);
         total[i * rows + r] = fma(dots, both, total[i * rows + r]);
       }
     }
-  sum_all<ns * rows>(total, y);
-#else
-  for (int i = 0; i < ns * rows; i++) y[i] = 0;
-  for (; b < blocks; b++)
-    for (int i = 0; i < ns; i++)
-#pragma GCC unroll 16
-      for (int r = 0; r < rows; r++) {
-        const int64_t place = int64_t(r) * blocks + b;
-        const uint8_t* at = q + (int64_t(i) * blocks + b) * step;
-        int dot = 0;
-        for (int j = 0; j < BLOCK; j++) {
-          const int code = form == BYTES ? 0 : j < 16 ? at[j] & 15 : at[j - 16] >> 4;
-          dot += x.values[place * BLOCK + j] *
-                 (form == BYTES ? int(at[j]) : form == BOOK ? w.table[code] : code);
-        }
-        for (int j = 0; j < BLOCK / 4; j++) dot += x.lift[place * (BLOCK / 4) + j];
-        y[i * rows + r] += float(dot) * scale[i * groups + b / in_group] * x.scale[place * WIDE];
-      }
-#endif
   if (w.shift)
     for (int i = 0; i < ns; i++)
       for (int r = 0; r < rows; r++)
-        y[i * rows + r] += shifted(w.shift + int64_t(n + i) * groups,
-                                   x.sums + int64_t(r) * x.sums_stride, groups);
+        total[i * rows + r] = total[i * rows + r] + shifted(w.shift + int64_t(n + i) * groups,
+                                                            x.sums + int64_t(r) * x.sums_stride, groups);
+  sum_all<ns * rows>(total, y);
 }
 
 // -- bfloat16 weights ----------------------------------------------------------------------------
@@ -396,25 +383,6 @@ typedef uint16_t Activation;
 #else
 typedef float Activation;
 #endif
-
-static inline float widen(uint16_t half) {
-  const uint32_t bits = uint32_t(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-static inline uint16_t narrow(float value) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-#ifdef __AVX2__
-static inline f8 load(const uint16_t* p) {
-  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return (f8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
-}
 
 // y [ns, rows]: ns rows of bfloat16 weights w [ns, k] times x [rows, k]; k a multiple of 8
 template <int ns, int rows>

@@ -7,7 +7,6 @@ go through native.py, which streams the weights once; many rows through torch's 
 
 from __future__ import annotations
 
-import copy
 import importlib
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gateskip import native
-from gateskip.branches import backbone, final_norm
+from gateskip.branches import final_norm
 
 FEW_ROWS = 16  # up to here streaming the weights beats a GEMM
 NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
@@ -91,7 +90,7 @@ def accelerate_linears(model: Any) -> dict[str, int]:
     """Replace linear layers in place; returns how many of each kind now run on native kernels."""
     counts: dict[str, int] = {}
     weight = final_norm(model).weight
-    if not _has_kernels(weight):
+    if not has_kernels(weight):
         return counts
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -103,7 +102,8 @@ def accelerate_linears(model: Any) -> dict[str, int]:
     return counts
 
 
-def _has_kernels(weight: Tensor) -> bool:
+def has_kernels(weight: Tensor) -> bool:
+    """Whether weights of this type and device have kernels of ours here."""
     known = weight.dtype in (torch.float32, torch.bfloat16)
     return known and weight.device.type == "cpu" and native.library() is not None
 
@@ -146,31 +146,14 @@ def _bitsandbytes() -> Any:
     return importlib.import_module("bitsandbytes.functional")
 
 
-def four_bit_twin(model: Any) -> Any:
-    """The model once more with its layers' linear weights in NF4; all other tensors are shared.
-
-    Raises ValueError where no weight can be packed, as when they have 4 bits already.
-    """
-    weight = final_norm(model).weight
-    if not _has_kernels(weight):
-        raise ValueError("4-bit drafts run on the native kernels: float32 or bfloat16 on a CPU")
-    tensors = (*model.parameters(), *model.buffers())
-    twin = copy.deepcopy(model, {id(each): each for each in tensors})
-    packed = 0
-    for parent in list(backbone(twin).layers.modules()):
-        for name, child in list(parent.named_children()):
-            if not isinstance(child, nn.Linear | DenseLinear) or child.in_features % NF4_BLOCK:
-                continue
-            codes, state = _bitsandbytes().quantize_4bit(
-                child.weight.detach(), blocksize=NF4_BLOCK, quant_type="nf4"
-            )
-            linear = _from_blocks(codes, state, child.bias)
-            if linear is not None:
-                setattr(parent, name, linear)
-                packed += 1
-    if not packed:
-        raise ValueError("no weight of this model can be drafted with in 4 bits")
-    return twin
+def quantize_nf4(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
+    """Weights [n, k] in bitsandbytes' NF4; None where k is no multiple of its block."""
+    if weight.shape[1] % NF4_BLOCK:
+        return None
+    codes, state = _bitsandbytes().quantize_4bit(
+        weight.detach(), blocksize=NF4_BLOCK, quant_type="nf4"
+    )
+    return _from_blocks(codes, state, bias)
 
 
 def _from_gptq(module: Any) -> PackedLinear | None:

@@ -18,9 +18,13 @@ class Pace:
     TRIAL = 3
     MARGIN = 1.02  # speculation must promise this much more than plain decoding
     PAUSE, LONGEST_PAUSE = 32, 512  # rounds
+    LEVELS = 10  # of a drafted token's chance, each with an acceptance of its own
 
     def __init__(self) -> None:
         self.acceptance = 0.6
+        # A draft's chances are no acceptances: greedy ones stand far more often. So what tokens of
+        # each level of chance are accepted is learned, from something in between.
+        self.stands = [0.5 + (level + 0.5) / 2 / self.LEVELS for level in range(self.LEVELS)]
         self.draft_step: float | None = None  # seconds
         self.plain: float | None = None
         self.per_row: float | None = None  # what one more row adds to a verify pass, seconds
@@ -42,12 +46,25 @@ class Pace:
         self.wait, self.pause = 0, min(2 * self.pause, self.LONGEST_PAUSE)
         return self.TRIAL
 
-    def goes_on(self, chance: float) -> bool:
-        """Whether one more drafted token is worth its cost when the draft so far stands with
-        `chance`: the plain step that it may save, against drafting and verifying it."""
+    def least(self) -> float:
+        """How likely a draft must stand as a whole for one more token to be worth its cost: the
+        plain step that it may save, against drafting and verifying it."""
         if self.plain is None or self.draft_step is None or self.per_row is None:
-            return True
-        return chance * self.plain > self.draft_step + self.per_row
+            return 0.0
+        return (self.draft_step + self.per_row) / self.plain
+
+    def expected(self, chance: float) -> float:
+        """How likely a drafted token stands that the draft itself gave this chance."""
+        return self.stands[self._level(chance)]
+
+    def learn(self, chances: Sequence[float], accepted: int) -> None:
+        """Take in what became of a draft's tokens; those after the first refusal tell nothing."""
+        for place, chance in enumerate(chances[: accepted + 1]):
+            level = self._level(chance)
+            self.stands[level] += 0.05 * ((place < accepted) - self.stands[level])
+
+    def _level(self, chance: float) -> int:
+        return min(int(chance * self.LEVELS), self.LEVELS - 1)
 
     def _tokens_per_s(self, k: int) -> float:
         assert self.plain is not None

@@ -206,11 +206,29 @@ class SkippingModel:
         """Embeddings [N, H] of tokens at `slots` of `cache_rows` -> final states [N, H]."""
         assert self.engine is not None
         out = self.engine.step(hidden, cache, cache_rows, slots, thresholds)
+        self._count(slots, self.engine.kept.tolist())
+        return out
+
+    def _count(self, slots: Sequence[int], kept: list[int]) -> None:
         self.usage.seen += len(slots)
         self.usage.context += sum(slots) + len(slots)
-        counts = self.engine.kept.tolist()
-        self.usage.kept = [a + b for a, b in zip(self.usage.kept, counts, strict=True)]
-        return out
+        self.usage.kept = [a + b for a, b in zip(self.usage.kept, kept, strict=True)]
+
+    @torch.inference_mode()
+    def draft(
+        self,
+        token: int,
+        count: int,
+        wanted: tuple[float, Sequence[float]],
+        place: tuple[KVCache, int, int],
+        thresholds: Sequence[float] | None,
+    ) -> tuple[list[int], list[float]]:
+        """Tokens that greedily follow `token`, in one call of the engine: see Engine.draft."""
+        assert self.engine is not None
+        found = self.engine.draft(token, count, wanted, place, thresholds)
+        slot = place[-1]
+        self._count(range(slot, slot + len(found[0])), self.engine.kept.tolist())
+        return found
 
     @torch.inference_mode()
     def ragged(

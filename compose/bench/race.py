@@ -47,7 +47,7 @@ class Contender:
 
 
 def contender(text: str) -> Contender:
-    """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+nf4`, `+lookup`, `+LENGTH`; rivals are
+    """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+int4` or `+nf4`, `+lookup`, `+LENGTH`; rivals are
     `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and `llama.cpp:FILE`
     or `llama.cpp:TYPE`, which writes the folder as a GGUF file of that type.
 
@@ -67,7 +67,7 @@ def contender(text: str) -> Contender:
             return Contender(text, {"mode": "skip", "budget": budget})
         settings: dict[str, Any] = {"mode": "speculate", "draft_budget": budget}
         for word in words[1:]:
-            if word == "nf4":
+            if word in ("nf4", "int4"):
                 settings["draft_weights"] = word
             elif word == "lookup":
                 settings["lookup"] = True

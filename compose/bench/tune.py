@@ -68,7 +68,7 @@ def tune(
 def candidates(decoder: Decoder) -> list[str]:
     """Every draft that this folder can make, as contenders of `gateskip bench`."""
     budgets = [1.0, *sorted((b for b in decoder.grid if b < 1.0), reverse=True)]
-    kinds = ["", "+nf4"] if _has_twin(decoder) else [""]
+    kinds = ["", "+int4", "+nf4"] if _has_twin(decoder) else [""]
     names = []
     for kind in kinds:
         for budget in budgets:

@@ -46,8 +46,9 @@ class Speculate(DecodeStage):
     draft_budget: float = Field(default=0.5, gt=0, le=1)
     """The share of multiply-adds that a draft computes; 1 skips nothing."""
 
-    draft_weights: Literal["own", "nf4"] = "own"
-    """What drafts: the model's own weights, or a 4-bit copy of them that is made while loading."""
+    draft_weights: Literal["own", "nf4", "int4"] = "own"
+    """What drafts: the model's own weights, or a 4-bit copy of them that is made while loading:
+    bitsandbytes' `nf4`, or `int4`, whose rounding is fitted to what the model reads."""
 
     lookup: bool = False
     """Whether what followed the last tokens earlier in the text is proposed ahead of a draft."""
@@ -62,5 +63,5 @@ class Speculate(DecodeStage):
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """As for all decoders, and `draft-of-packed`."""
         super().check(shape, before)
-        if self.draft_weights == "nf4" and any(stage.role == "quantize" for stage in before):
+        if self.draft_weights != "own" and any(stage.role == "quantize" for stage in before):
             raise RuleBroken("draft-of-packed", "after a quantizer, draft_weights must be own")
