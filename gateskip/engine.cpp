@@ -9,6 +9,7 @@
 #ifdef __AVX2__
 #include <omp.h>
 
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -122,6 +123,22 @@ void put(const float* from, uint16_t* to, int n) {
 }
 
 f8 silu(f8 x) { return x / (all(1.0f) + exp8(-x)); }
+
+// Memory that begins with a cache line, so that no vector of it lies across two
+template <class T>
+struct Lines {
+  using value_type = T;
+  Lines() = default;
+  template <class Other>
+  Lines(const Lines<Other>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Lines&) const { return true; }
+  bool operator!=(const Lines&) const { return false; }
+};
+
+template <class T>
+using Buffer = std::vector<T, Lines<T>>;
 
 // The rows of a phase; what their rounding gave stays with the thread that asked for it
 struct Input {
@@ -270,10 +287,10 @@ class Share {
 #endif
   }
 
-  std::vector<int8_t> values_;
-  std::vector<Activation> halves_;
-  std::vector<int32_t> lifts_;
-  std::vector<float> scales_, sums_;
+  Buffer<int8_t> values_;
+  Buffer<Activation> halves_;
+  Buffer<int32_t> lifts_;
+  Buffer<float> scales_, sums_;
 };
 
 struct Choice {  // a thread's best token
@@ -327,7 +344,7 @@ class Thread : Share {
   const Model& m;
   const Cache& c;
   const Step& s;
-  std::vector<float> x_, scores_, head_, low_;
+  Buffer<float> x_, scores_, head_, low_;
   float *q, *k, *v, *mixed, *inner, *up;  // shared: [rows, ...]
   int kept_[MOST], count_ = 0;       // rows that enter the branch at hand
   int skipped_[MOST], skips_ = 0;    // rows that take its shortcut
