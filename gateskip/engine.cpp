@@ -20,7 +20,7 @@ enum Kind { DENSE, HALF, FOUR_BIT, FOUR_BIT_BOOK, ROUNDED_CODES, ROUNDED_BOOK, R
 struct Matrix {
   int32_t kind, n, k, group;
   const void* weights;
-  const void* scale;  // [n, k / group] float32; bfloat16 where activations are rounded
+  const void* scale;  // [tiles, k / group, ROWS] float32; bfloat16 where activations are rounded
   const void* shift;  // as scale, or null
   const void* book;    // 16 floats (FOUR_BIT_BOOK), or 16 bytes, each 128 too large (ROUNDED_BOOK)
   const float* bias;   // [n] or null
@@ -72,7 +72,7 @@ struct Draft {  // tokens that one row drafts greedily, one after the other
   int32_t levels;
   const void* embedding;   // [V, H], bfloat16 if `half`
   int32_t half;
-  const Matrix *head, *exact;  // what finds the best tokens, and what tells the best of them
+  const Matrix *head, *exact;  // what finds the best tokens, and dense, or null: what chooses of them
   int32_t* tokens;         // [count]: out
   float* chances;          // [count]: out, of each as the draft itself sees it
 };
@@ -83,7 +83,8 @@ enum Part { LINEAR, ATTENTION, GATES, HEAD, PARTS };  // norms, gates and shortc
 
 namespace {
 
-constexpr int MOST = 32;  // rows of a pass
+constexpr int MOST = 32;      // rows of a pass
+constexpr int MOST_TILE = 8;  // of them, that meet a weight at a time
 
 f8 exp8(f8 x) {
   x = (f8)_mm256_max_ps((__m256)x, _mm256_set1_ps(-87.0f));
@@ -151,17 +152,17 @@ class Share {
  public:
   Share(int id, int threads, int rows, int widest)
       : id(id), threads(threads), values_(size_t(rows) * widest), halves_(size_t(rows) * widest),
-        lifts_(size_t(rows) * widest / 4 + BLOCK),
-        scales_(size_t(rows) * (widest / BLOCK + 1) * WIDE), sums_(size_t(rows) * (widest / BLOCK + 8)) {}
+        lifts_(size_t(rows) * (widest / BLOCK + 1)), scales_(size_t(rows) * (widest / BLOCK + 1)),
+        sums_(size_t(rows) * (widest / BLOCK + 1)) {}
 
   Input prepare(const Matrix& w, const float* x, int rows) {
+    const int blocks = w.k / BLOCK;
     for (int r = 0; r < rows; r++) {
       const float* row = x + int64_t(r) * w.k;
-      float* sums = sums_.data() + int64_t(r) * stride(w);
+      float* sums = sums_.data() + int64_t(r) * groups(w);
       if (w.kind >= ROUNDED_CODES)
         round_row(row, w.k, w.group, zero(w), values_.data() + int64_t(r) * w.k,
-                  scales_.data() + int64_t(r) * (w.k / BLOCK) * WIDE,
-                  lifts_.data() + int64_t(r) * (w.k / 4), sums);
+                  scales_.data() + r * blocks, lifts_.data() + r * blocks, sums);
       else if (w.kind == HALF)
         for (int i = 0; i < w.k; i++) halves_[size_t(r) * w.k + i] = activation(row[i]);
       else if (w.kind != DENSE && w.shift)
@@ -174,105 +175,104 @@ class Share {
     return {rows, x};
   }
 
-  // y [ns, rows]: rows n to n + ns of the weights times rows r to r + rows of the input
-  template <int ns, int rows>
-  void some(const Matrix& w, int n, const Input& in, int r, float* y) const {
-    if (w.kind >= ROUNDED_CODES) {
-      const Bytes bytes{w.weights,
-                        static_cast<const uint16_t*>(w.scale),
-                        static_cast<const uint16_t*>(w.shift),
-                        static_cast<const uint8_t*>(w.book),
-                        w.n, w.k, w.group};
-      const int64_t place = int64_t(r) * (w.k / BLOCK);
-      const Rounded x8{values_.data() + place * BLOCK, scales_.data() + place * WIDE,
-                       lifts_.data() + place * (BLOCK / 4), sums_.data() + int64_t(r) * stride(w), stride(w)};
-      if (w.kind == ROUNDED_CODES) bytes_rows<ns, rows, CODES>(bytes, n, x8, y);
-      else if (w.kind == ROUNDED_BOOK) bytes_rows<ns, rows, BOOK>(bytes, n, x8, y);
-      else bytes_rows<ns, rows, BYTES>(bytes, n, x8, y);
-    } else if (w.kind == HALF) {
-      half_rows<ns, rows>(static_cast<const uint16_t*>(w.weights) + int64_t(n) * w.k,
-                          halves_.data() + int64_t(r) * w.k, w.k, y);
-    } else {
-      for (int i = 0; i < ns; i++) exact<rows>(w, n + i, in, r, y + i * rows);
-    }
-    if (w.bias)
-      for (int i = 0; i < ns * rows; i++) y[i] += w.bias[n + i / rows];
-  }
-
-  // The same for one row of float32 or 4-bit weights times float32 activations
-  template <int rows>
-  void exact(const Matrix& w, int n, const Input& in, int r, float* y) const {
-    const float* x = in.x + int64_t(r) * w.k;
-    if (w.kind == DENSE) {
-      dense_row<rows>(static_cast<const float*>(w.weights) + int64_t(n) * w.k, x, w.k, y, 1);
-      return;
-    }
-    const Packed packed{static_cast<const uint8_t*>(w.weights),
-                        static_cast<const float*>(w.scale),
-                        static_cast<const float*>(w.shift),
-                        w.n, w.k, w.group};
-    const float* sums = sums_.data() + int64_t(r) * stride(w);
-    if (w.kind == FOUR_BIT) {
-      packed_row<rows, true>(packed, n, Codebook{}, x, sums, stride(w), y, 1);
-    } else {
-      const float* book = static_cast<const float*>(w.book);
-      packed_row<rows, false>(packed, n, Codebook{load(book), load(book + 8)}, x, sums, stride(w), y, 1);
-    }
-  }
-
   // Call `use(n, r, value)` for this thread's rows of weights and every row of the input. Several
-  // rows of either meet at a time, so that what is loaded of the other serves them all.
+  // of the latter meet a weight at a time.
   template <class Use>
   void multiply(const Matrix& w, const Input& in, Use use) const {
     const auto [first, last] = own(w.n);
-    int n = first;
-    for (; n + TILE <= last; n += TILE) meet<TILE>(w, n, in, use);
-    for (; n < last; n++) meet<1>(w, n, in, use);
-  }
-
-  template <int ns, class Use>
-  void meet(const Matrix& w, int n, const Input& in, Use use) const {
-    const int most = w.kind == HALF ? 2 * TILE : TILE;  // integer products need more registers
-    for (int r = 0; r < in.rows; r += most) {
-      switch (std::min(most, in.rows - r)) {
-        case 1: cross<ns, 1>(w, n, in, r, use); break;
-        case 2: cross<ns, 2>(w, n, in, r, use); break;
-        case 3: cross<ns, 3>(w, n, in, r, use); break;
-        case 4: cross<ns, 4>(w, n, in, r, use); break;
-        case 5: cross<ns, 5>(w, n, in, r, use); break;
-        case 6: cross<ns, 6>(w, n, in, r, use); break;
-        case 7: cross<ns, 7>(w, n, in, r, use); break;
-        default: cross<ns, 8>(w, n, in, r, use);
+    for (int n = first; n < last; n += ROWS)
+      for (int r = 0; r < in.rows; r += MOST_TILE) {
+        float y[MOST_TILE][ROWS];
+        const int count = std::min(MOST_TILE, in.rows - r), real = std::min(ROWS, last - n);
+        meet(w, n, count, in, r, y);
+        for (int i = 0; i < real; i++)
+          for (int j = 0; j < count; j++) use(n + i, r + j, y[j][i] + (w.bias ? w.bias[n + i] : 0));
       }
-    }
   }
 
-  // Packed weights are worth unpacking several at a time; bfloat16 ones arrive faster as one stream
-  template <int ns, int rows, class Use>
-  void cross(const Matrix& w, int n, const Input& in, int r, Use use) const {
-    if (w.kind == HALF || rows > TILE) each<ns, 1, rows>(w, n, in, r, use);
-    else each<ns, std::min(ns, rows <= 2 ? 4 : 2), rows>(w, n, in, r, use);
+  // One row of dense weights times one row of the input
+  float single(const Matrix& w, int n, const Input& in, int r) const {
+    float y[ROWS];
+    dense<1>(w, n, 1, in, r, &y);
+    return y[0] + (w.bias ? w.bias[n] : 0);
   }
 
-  template <int ns, int at_once, int rows, class Use>
-  void each(const Matrix& w, int n, const Input& in, int r, Use use) const {
-    float y[at_once * rows];
-    for (int i = 0; i < ns; i += at_once) {
-      some<at_once, rows>(w, n + i, in, r, y);
-      for (int j = 0; j < at_once * rows; j++) use(n + i + j / rows, r + j % rows, y[j]);
-    }
-  }
-
-  std::pair<int, int> own(int n) const {  // this thread's part of n
-    return {int(int64_t(n) * id / threads), int(int64_t(n) * (id + 1) / threads)};
+  // This thread's part of n rows of weights: whole tiles
+  std::pair<int, int> own(int n) const {
+    const int64_t tiles = (n + ROWS - 1) / ROWS;
+    return {int(tiles * id / threads) * ROWS, std::min(n, int(tiles * (id + 1) / threads) * ROWS)};
   }
 
  protected:
   const int id, threads;
 
  private:
-  // From one row's sums of groups to the next, with room for whole vectors
-  static int stride(const Matrix& w) { return (w.k / std::max(1, w.group) + 7) / 8 * 8; }
+  // y[j] [ROWS] for rows r to r + count of the input, times rows n to n + ROWS of the weights
+  void meet(const Matrix& w, int n, int count, const Input& in, int r, float (*y)[ROWS]) const {
+    switch (count) {
+      case 1: some<1>(w, n, in, r, y); break;
+      case 2: some<2>(w, n, in, r, y); break;
+      case 3: some<3>(w, n, in, r, y); break;
+      case 4: some<4>(w, n, in, r, y); break;
+      case 5: some<5>(w, n, in, r, y); break;
+      case 6: some<6>(w, n, in, r, y); break;
+      case 7: some<7>(w, n, in, r, y); break;
+      default: some<MOST_TILE>(w, n, in, r, y);
+    }
+  }
+
+  template <int rows>
+  void some(const Matrix& w, int n, const Input& in, int r, float (*y)[ROWS]) const {
+    if (w.kind >= ROUNDED_CODES) rounded<rows>(w, n / ROWS, r, y);
+    else if (w.kind >= FOUR_BIT) exact<rows>(w, n / ROWS, in, r, y);
+    else dense<rows>(w, n, std::min(ROWS, w.n - n), in, r, y);
+  }
+
+  template <int rows>
+  void rounded(const Matrix& w, int tile, int r, float (*y)[ROWS]) const {
+    const Bytes bytes{static_cast<const uint8_t*>(w.weights),
+                      static_cast<const uint16_t*>(w.scale),
+                      static_cast<const uint16_t*>(w.shift),
+                      static_cast<const uint8_t*>(w.book),
+                      w.n, w.k, w.group};
+    const int blocks = w.k / BLOCK;
+    const Rounded x{values_.data() + int64_t(r) * w.k, scales_.data() + r * blocks,
+                    lifts_.data() + r * blocks, sums_.data() + int64_t(r) * groups(w), groups(w)};
+    if (w.kind == ROUNDED_CODES) bytes_tile<rows, CODES>(bytes, tile, x, y);
+    else if (w.kind == ROUNDED_BOOK) bytes_tile<rows, BOOK>(bytes, tile, x, y);
+    else bytes_tile<rows, BYTES>(bytes, tile, x, y);
+  }
+
+  // 4-bit weights times float32 activations
+  template <int rows>
+  void exact(const Matrix& w, int tile, const Input& in, int r, float (*y)[ROWS]) const {
+    const Packed packed{static_cast<const uint8_t*>(w.weights),
+                        static_cast<const float*>(w.scale),
+                        static_cast<const float*>(w.shift),
+                        w.n, w.k, w.group};
+    const float *x = in.x + int64_t(r) * w.k, *sums = sums_.data() + int64_t(r) * groups(w);
+    if (w.kind == FOUR_BIT) {
+      packed_tile<rows, true>(packed, tile, Codebook{}, x, sums, groups(w), y);
+    } else {
+      const float* book = static_cast<const float*>(w.book);
+      packed_tile<rows, false>(packed, tile, Codebook{load(book), load(book + 8)}, x, sums, groups(w), y);
+    }
+  }
+
+  template <int rows>
+  void dense(const Matrix& w, int n, int count, const Input& in, int r, float (*y)[ROWS]) const {
+    for (int i = 0; i < count; i++) {
+      const int64_t row = int64_t(n + i) * w.k;
+      float out[rows];
+      if (w.kind == HALF)
+        half_row<rows>(static_cast<const uint16_t*>(w.weights) + row, halves_.data() + int64_t(r) * w.k, w.k, out);
+      else
+        dense_row<rows>(static_cast<const float*>(w.weights) + row, in.x + int64_t(r) * w.k, w.k, out, 1);
+      for (int j = 0; j < rows; j++) y[j][i] = out[j];
+    }
+  }
+
+  static int groups(const Matrix& w) { return w.k / std::max(1, w.group); }
 
   static int zero(const Matrix& w) {
     const Form form = w.kind == ROUNDED_CODES ? CODES : w.kind == ROUNDED_BOOK ? BOOK : BYTES;
@@ -476,7 +476,7 @@ class Thread : Share {
 #pragma omp barrier
     lap(ATTENTION);
     if (!count_) return;
-    const auto [first, last] = own(count_ * m.heads);
+    const int tasks = count_ * m.heads, first = tasks * id / threads, last = tasks * (id + 1) / threads;
     for (int task = first; task < last;)
       task += c.half ? attend<uint16_t>(l, task, last) : attend<float>(l, task, last);
 #pragma omp barrier
@@ -684,10 +684,10 @@ class Drafter {
     f8 mass = {};
     for (int n = 0; n < count; n += 8) mass += exp8(load(logits_.data() + n) - all(best[0]));
     found.mass = sum(mass);
+    if (!d.exact) return {best[0], found.mass, at[0], best[0], best[0]};
     const Input in = rank_.prepare(*d.exact, s.hidden, 1);
     for (int i = 0; i < BEST && best[i] > -INFINITY; i++) {
-      float exact;
-      rank_.some<1, 1>(*d.exact, at[i], in, 0, &exact);
+      const float exact = rank_.single(*d.exact, at[i], in, 0);
       if (exact > found.exact) found = {found.most, found.mass, at[i], best[i], exact};
     }
     return found;

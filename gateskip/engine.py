@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from gateskip import native
 from gateskip.branches import FAMILIES, PRE_NORM, attention_shape, backbone, final_norm
 from gateskip.gates import ANCHORS, Gates, ScalarGates
-from gateskip.linears import DenseLinear, PackedLinear
+from gateskip.linears import DenseLinear, PackedLinear, pack_bytes, tiles
 
 MOST_ROWS = 32  # of one pass; engine.cpp has the same number
-BLOCK = 32  # weights that share a scale where they are rounded to 8 bits, as in kernels.h
 DENSE, HALF, FOUR_BIT, FOUR_BIT_BOOK, ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES = range(7)
 PARTS = ("linear", "attention", "gates", "lm head")  # as in engine.cpp
 DENSE_KINDS = {torch.float32: DENSE, torch.bfloat16: HALF}
 LIFT = 128  # what makes signed bytes unsigned; kernels.h takes it off again
+BLOCK = native.BLOCK
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
 
@@ -113,7 +113,7 @@ class Engine:
     """A model of a supported architecture, ready for `step`.
 
     `rounded` tells whether any of its products are of activations rounded to 8 bits. `sketch` is a
-    cheaper LM head that ranks the tokens of a draft, `exact` the one that chooses from the best.
+    cheaper LM head that ranks the tokens of a draft, `exact`, if any, chooses from the best.
     """
 
     def __init__(
@@ -131,7 +131,8 @@ class Engine:
         self.held: list[Any] = []  # tensors that the structures point into
         self.rounded = rounded and any(isinstance(part, PackedLinear) for part in model.modules())
         self.model = self._model(model, gates)
-        self.head = self.sketch = self.exact = self._head(model)
+        self.head = self.sketch = self._head(model)
+        self.exact: Matrix | None = None
         self.embedding = model.get_input_embeddings().weight
         self.copies = int(kv_rule == "copy")
         self.kept = torch.zeros(2 * self.model.layers, dtype=torch.int64)
@@ -195,7 +196,7 @@ class Engine:
             self.embedding.data_ptr(),
             int(self.embedding.dtype == torch.bfloat16),
             ctypes.pointer(self.sketch),
-            ctypes.pointer(self.exact),
+            None if self.exact is None else ctypes.pointer(self.exact),
             tokens.data_ptr(),
             chances.data_ptr(),
         )
@@ -210,7 +211,7 @@ class Engine:
         return tokens[:made].tolist(), chances[:made].tolist()
 
     def use_sketch(self, sketch: PackedLinear, exact: Matrix) -> None:
-        """Rank a draft's tokens by `sketch`, an LM head in 4 bits, and choose by `exact`."""
+        """Rank a draft's tokens by `sketch`, an LM head in 4 bits; `exact`, a dense one, chooses."""
         self.sketch, self.exact = self._packed(sketch), exact
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -364,7 +365,8 @@ class Engine:
         scale = weight.abs().amax(2) / 127
         codes = (weight / scale.clamp_min(1e-12).unsqueeze(2)).round() + LIFT
         n, k = module.weight.shape
-        parts = (codes.to(torch.uint8).flatten(1), _halves(scale), None, None, module.bias)
+        packed = pack_bytes(codes.to(torch.uint8).flatten(1))
+        parts = (packed, tiles(scale).bfloat16(), None, None, module.bias)
         return Matrix(ROUNDED_BYTES, n, k, BLOCK, *(self._maybe(x) for x in parts))
 
     def _packed(self, module: PackedLinear) -> Matrix:
@@ -382,7 +384,7 @@ class Engine:
             table = ((book / largest * 127).round() + LIFT).to(torch.uint8)
             scale = scale * (largest / 127)
         if self.rounded:
-            scale, offset = _halves(scale), None if offset is None else _halves(offset)
+            scale, offset = scale.bfloat16(), None if offset is None else offset.bfloat16()
         parts = (module.codes, scale, offset, table, module.bias)
         return Matrix(kind, n, k, group, *(self._maybe(x) for x in parts))
 
@@ -397,11 +399,6 @@ class Engine:
         whole = tensor.detach().contiguous()
         self.held.append(whole)
         return whole.data_ptr()
-
-
-def _halves(scales: Tensor) -> Tensor:
-    """Scales or shifts in bfloat16, with as many more behind them as a kernel may read along."""
-    return nn.functional.pad(scales.flatten().bfloat16(), (0, BLOCK))
 
 
 def _epsilon(norm: Any) -> float:

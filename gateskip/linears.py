@@ -19,7 +19,6 @@ from gateskip.branches import final_norm
 
 FEW_ROWS = 16  # up to here streaming the weights beats a GEMM
 NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
-PACK = 32  # weights in one packed block of native.cpp
 
 
 class DenseLinear(nn.Module):
@@ -41,9 +40,10 @@ class DenseLinear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A 4-bit linear layer: codes uint8 [out, in / 2], scale and offset [out, in / group].
+    """A 4-bit linear layer, made of codes [out, in] and scale and offset [out, in / group].
 
     A weight is scale * value(code) + offset, with value the codebook's entry (NF4), or code - 8.
+    All are kept in tiles of 16 rows: see `tiles` and kernels.h.
     """
 
     codes: Tensor
@@ -63,8 +63,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = codes.shape
         self.register_buffer("codes", pack(codes))
-        self.register_buffer("scale", scale.float().contiguous())
-        self.register_buffer("offset", None if offset is None else offset.float().contiguous())
+        self.register_buffer("scale", tiles(scale.float()))
+        self.register_buffer("offset", None if offset is None else tiles(offset.float()))
         self.register_buffer("book", None if book is None else book.float().contiguous())
         self.register_buffer("bias", None if bias is None else bias.float())
 
@@ -72,18 +72,37 @@ class PackedLinear(nn.Module):
         """x [..., in] -> [..., out]."""
         rows = x.numel() // self.in_features
         if rows > FEW_ROWS or torch.is_grad_enabled():
-            weight = native.unpack(self.codes, self.scale, self.offset, self.book).to(x.dtype)
+            weight = self.unpacked().to(x.dtype)
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         flat = x.reshape(rows, self.in_features).float().contiguous()
-        out: Tensor = native.packed(self.codes, self.scale, self.offset, self.book, flat)
+        parts = (self.codes, self.scale, self.offset, self.book)
+        out = native.packed(*parts, self.out_features, flat)
         out = out.view(*x.shape[:-1], self.out_features)
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
 
+    def unpacked(self) -> Tensor:
+        """The weights [out, in] in float32."""
+        parts = (self.codes, self.scale, self.offset, self.book)
+        return native.unpack(*parts, self.out_features)
+
+
+def tiles(table: Tensor) -> Tensor:
+    """A table [n, m] as [tiles, m, 16]: sixteen rows side by side, the last ones filled with 0."""
+    rows = F.pad(table, (0, 0, 0, -len(table) % native.TILE))
+    return rows.unflatten(0, (-1, native.TILE)).transpose(1, 2).contiguous()
+
+
+def pack_bytes(values: Tensor) -> Tensor:
+    """Bytes [n, k] -> [tiles, k / 4, 16, 4]: of every row four columns after the other."""
+    return tiles(values).unflatten(1, (-1, 4)).transpose(2, 3).contiguous()
+
+
 def pack(codes: Tensor) -> Tensor:
-    """Codes 0..15 [n, k] -> uint8 [n, k / 2] in the block layout of native.cpp."""
-    blocks = codes.to(torch.uint8).reshape(len(codes), -1, 2, PACK // 2)  # [n, blocks, half, 16]
-    return (blocks[:, :, 0] | (blocks[:, :, 1] << 4)).flatten(1).contiguous()
+    """Codes 0..15 [n, k] -> uint8 [tiles, k / 8, 16, 4]: of eight columns the last four lie in the
+    higher bits of the first four."""
+    fours = pack_bytes(codes.to(torch.uint8))
+    return fours[:, 0::2] | (fours[:, 1::2] << 4)
 
 
 def accelerate_linears(model: Any) -> dict[str, int]:
@@ -130,7 +149,7 @@ def _from_bitsandbytes(module: Any) -> PackedLinear | None:
 def _from_blocks(data: Tensor, state: Any, bias: Tensor | None) -> PackedLinear | None:
     """bitsandbytes' codes and what its quantization state says of them."""
     rows, k = state.shape
-    if k % state.blocksize or state.blocksize % PACK:
+    if k % state.blocksize or state.blocksize % native.BLOCK:
         return None
     absmax = state.absmax
     if state.nested:
@@ -158,7 +177,7 @@ def quantize_nf4(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
 
 def _from_gptq(module: Any) -> PackedLinear | None:
     """4-bit GPTQ weights in group order: eight codes an int32, lowest bits first."""
-    if module.bits != 4 or module.group_size <= 0 or module.group_size % PACK:
+    if module.bits != 4 or module.group_size <= 0 or module.group_size % native.BLOCK:
         return None
     k, rows = module.in_features, module.out_features
     groups = torch.arange(k) // module.group_size

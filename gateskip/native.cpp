@@ -1,19 +1,23 @@
 // Linear layers one by one, for models that run in torch; engine.cpp runs whole tokens.
 #include "kernels.h"
 
+// y [m, n] for the rows of x [m, k], TILE at a time and then one by one
 template <bool affine>
 static void packed_rows(const Packed& w, const Codebook& book, const float* x, const float* sums,
                         int m, float* y, int threads) {
   const int groups = w.k / w.group;
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int n = 0; n < w.n; n++) {
-    int r = 0;
-    for (; r + TILE <= m; r += TILE)
-      packed_row<TILE, affine>(w, n, book, x + int64_t(r) * w.k, sums + r * groups,
-                               groups, y + int64_t(r) * w.n + n, w.n);
-    for (; r < m; r++)
-      packed_row<1, affine>(w, n, book, x + int64_t(r) * w.k, sums + r * groups,
-                            groups, y + int64_t(r) * w.n + n, w.n);
+  for (int tile = 0; tile < (w.n + ROWS - 1) / ROWS; tile++) {
+    float out[TILE][ROWS];
+    const int real = std::min(ROWS, w.n - tile * ROWS);
+    for (int r = 0; r < m;) {
+      const int count = m - r >= TILE ? TILE : 1;
+      const float *at = x + int64_t(r) * w.k, *own = sums + int64_t(r) * groups;
+      if (count == TILE) packed_tile<TILE, affine>(w, tile, book, at, own, groups, out);
+      else packed_tile<1, affine>(w, tile, book, at, own, groups, out);
+      for (int i = 0; i < count; i++, r++)
+        std::memcpy(y + int64_t(r) * w.n + tile * ROWS, out[i], sizeof(float) * real);
+    }
   }
 }
 
@@ -55,9 +59,10 @@ void gateskip_unpack(const uint8_t* codes, const float* scale, const float* offs
   Codebook values{};
   if (book) values = {load(book), load(book + 8)};
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int row = 0; row < n; row++) {
-    if (book) unpack_row<false>(w, row, values, out + int64_t(row) * k);
-    else unpack_row<true>(w, row, values, out + int64_t(row) * k);
+  for (int tile = 0; tile < (n + ROWS - 1) / ROWS; tile++) {
+    float* to = out + int64_t(tile) * ROWS * k;
+    if (book) unpack_tile<false>(w, tile, values, to);
+    else unpack_tile<true>(w, tile, values, to);
   }
 }
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "native.cpp", FOLDER / "engine.cpp")
+TILE, BLOCK = 16, 32  # rows and columns of packed weights that lie together, as in kernels.h
 FLAGS = (
     "-O3",
     "-march=native",
@@ -108,20 +109,14 @@ def dense(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def packed(
-    codes: Tensor, scale: Tensor, offset: Tensor | None, book: Tensor | None, x: Tensor
+    codes: Tensor, scale: Tensor, offset: Tensor | None, book: Tensor | None, n: int, x: Tensor
 ) -> Tensor:
-    """x [m, k] @ w.T for packed 4-bit w [n, k]; codes uint8 [n, k / 2], scale [n, k / group]."""
-    groups = scale.shape[1]
-    out = torch.empty(x.shape[0], codes.shape[0])
-    scratch = torch.empty(x.shape[0], groups)
+    """x [m, k] @ w.T for 4-bit w [n, k], which is laid out as PackedLinear has it."""
+    k, groups = x.shape[1], scale.shape[1]
+    out, scratch = torch.empty(x.shape[0], n), torch.empty(x.shape[0], groups)
     library().gateskip_packed(  # type: ignore[union-attr]
-        _at(codes),
-        _at(scale),
-        _at(offset),
-        _at(book),
-        codes.shape[0],
-        x.shape[1],
-        x.shape[1] // groups,
+        *map(_at, (codes, scale, offset, book)),
+        *(n, k, k // groups),
         _at(x),
         x.shape[0],
         _at(out),
@@ -131,18 +126,15 @@ def packed(
     return out
 
 
-def unpack(codes: Tensor, scale: Tensor, offset: Tensor | None, book: Tensor | None) -> Tensor:
+def unpack(
+    codes: Tensor, scale: Tensor, offset: Tensor | None, book: Tensor | None, n: int
+) -> Tensor:
     """The float32 weights [n, k] that packed 4-bit weights stand for."""
-    rows, k = codes.shape[0], codes.shape[1] * 2
-    out = torch.empty(rows, k)
+    k = 2 * codes[0].numel() // TILE
+    out = torch.empty(n, k)
     library().gateskip_unpack(  # type: ignore[union-attr]
-        _at(codes),
-        _at(scale),
-        _at(offset),
-        _at(book),
-        rows,
-        k,
-        k // scale.shape[1],
+        *map(_at, (codes, scale, offset, book)),
+        *(n, k, k // scale.shape[1]),
         _at(out),
         torch.get_num_threads(),
     )

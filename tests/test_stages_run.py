@@ -229,5 +229,5 @@ def test_packed_gptq_weights_are_the_modules_own(run: Callable[..., Path]) -> No
             theirs = layer.mlp.down_proj.dequantize_weight().T.float()
             packed = _from_gptq(layer.mlp.down_proj)
             assert packed is not None
-            ours = native.unpack(packed.codes, packed.scale, packed.offset, packed.book)
+            ours = packed.unpacked()
             torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
