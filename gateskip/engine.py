@@ -211,7 +211,7 @@ class Engine:
         return tokens[:made].tolist(), chances[:made].tolist()
 
     def use_sketch(self, sketch: PackedLinear, exact: Matrix) -> None:
-        """Rank a draft's tokens by `sketch`, an LM head in 4 bits; `exact`, a dense one, chooses."""
+        """Rank a draft's tokens by an LM head in 4 bits; the dense one `exact` chooses."""
         self.sketch, self.exact = self._packed(sketch), exact
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ struct Rounded {
 };
 
 // Weights are stored `zero` too large: `lift` takes it off the sum of a block's products.
-static void round_row(const float* x, int k, int group, int zero, int8_t* values, float* scale,
+static inline void round_row(const float* x, int k, int group, int zero, int8_t* values, float* scale,
                       int32_t* lift, float* sums) {
   for (int g = 0; g < k / group; g++) sums[g] = 0;
   for (int b = 0; b < k / BLOCK; b++, x += BLOCK, values += BLOCK) {

@@ -80,7 +80,6 @@ class PackedLinear(nn.Module):
         out = out.view(*x.shape[:-1], self.out_features)
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
-
     def unpacked(self) -> Tensor:
         """The weights [out, in] in float32."""
         parts = (self.codes, self.scale, self.offset, self.book)
@@ -89,13 +88,14 @@ class PackedLinear(nn.Module):
 
 def tiles(table: Tensor) -> Tensor:
     """A table [n, m] as [tiles, m, 16]: sixteen rows side by side, the last ones filled with 0."""
-    rows = F.pad(table, (0, 0, 0, -len(table) % native.TILE))
-    return rows.unflatten(0, (-1, native.TILE)).transpose(1, 2).contiguous()
+    filled = F.pad(table, (0, 0, 0, -len(table) % native.TILE))
+    return filled.view(-1, native.TILE, table.shape[1]).transpose(1, 2).contiguous()
 
 
 def pack_bytes(values: Tensor) -> Tensor:
     """Bytes [n, k] -> [tiles, k / 4, 16, 4]: of every row four columns after the other."""
-    return tiles(values).unflatten(1, (-1, 4)).transpose(2, 3).contiguous()
+    columns = tiles(values)  # [tiles, k, 16]
+    return columns.view(len(columns), -1, 4, native.TILE).transpose(2, 3).contiguous()
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ def round_to_grid(weight: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tens
 def _fit(
     groups: Tensor, weighs: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Error, codes, scale and lowest value of each group in a range; all [n, groups, 1 or GROUP]."""
+    """Error, codes, scale and lowest value of each group in a range; [n, groups, 1 or GROUP]."""
     codes = _codes(groups, (high - low) / LEVELS, low)
     total = weighs.sum(2, keepdim=True)
     mean_code = (weighs * codes).sum(2, keepdim=True) / total

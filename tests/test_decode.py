@@ -79,7 +79,7 @@ def test_speculation_is_lossless(decoder: Decoder, length: Any, budget: float) -
             assert own.stats.drafted > 0
 
 
-@pytest.mark.parametrize("weights", ["own", "nf4"])
+@pytest.mark.parametrize("weights", ["own", "nf4", "int4"])
 @pytest.mark.parametrize("lookup", [False, True])
 @pytest.mark.parametrize("length", [4, "auto"])
 @pytest.mark.parametrize("budget", [1.0, 0.5])

@@ -33,6 +33,7 @@ ROWS = [[5, 9, 200, 31], [17, 4], [88, 12, 90]]
 HOOKS: dict[str, dict[str, Any]] = {
     "plain": {"mode": "plain"},
     "nf4": {"draft_budget": 1.0, "draft_weights": "nf4", "draft_length": 4},
+    "int4": {"draft_budget": 1.0, "draft_weights": "int4"},
     "lookup": {"draft_budget": 1.0, "draft_length": 4, "lookup": True},
 }
 

@@ -155,6 +155,7 @@ def test_a_recipe_fills_what_is_not_said() -> None:
         ((Skip(),), "decode-needs-gates"),
         ((Bnb(format="nf4"), Speculate()), "decode-needs-gates"),
         ((Bnb(format="nf4"), Speculate(draft_budget=1, draft_weights="nf4")), "draft-of-packed"),
+        ((Bnb(format="nf4"), Speculate(draft_budget=1, draft_weights="int4")), "draft-of-packed"),
         ((Gate(), Skip(), Bnb(format="int8")), "decode-last"),
         ((Gate(), Skip(), Speculate()), "two-decoders"),
         ((Gate(), Gate(steps=1)), "two-gates"),

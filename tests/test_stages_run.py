@@ -219,7 +219,6 @@ def test_pruned_neurons_are_the_idle_ones(
 
 def test_packed_gptq_weights_are_the_modules_own(run: Callable[..., Path]) -> None:
     """Symmetric or not: what our kernels unpack is what gptqmodel dequantizes."""
-    from gateskip import native
     from gateskip.checkpoint import load_model
     from gateskip.linears import _from_gptq
 

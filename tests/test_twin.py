@@ -1,0 +1,121 @@
+"""4-bit copies that draft, and drafts made in one call of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import gateskip
+from gateskip.decode import Decoder
+from gateskip.linears import PackedLinear
+from gateskip.pace import Pace
+from gateskip.twin import GROUP, input_squares, int4_head, int4_twin, nf4_twin, round_to_grid
+
+
+@pytest.fixture(scope="module")
+def decoder(make_tiny: Callable[..., Path]) -> Decoder:
+    return gateskip.load(make_tiny("llama"))
+
+
+def weights(rows: int = 40, columns: int = 96) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def rounded(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    return PackedLinear(*round_to_grid(weight, squares), None, None).unpacked()
+
+
+def test_what_lies_on_a_grid_is_kept() -> None:
+    codes = torch.randint(0, 16, (40, 3, GROUP), generator=torch.Generator().manual_seed(1))
+    codes[..., 0], codes[..., 1] = 0, 15  # the whole range is used
+    weight = (codes * 0.125 - 1.0).flatten(1)
+    torch.testing.assert_close(rounded(weight, torch.ones(96)), weight, atol=1e-6, rtol=0)
+
+
+def test_a_constant_group_survives() -> None:
+    weight = torch.full((16, 32), 0.5)
+    torch.testing.assert_close(rounded(weight, torch.ones(32)), weight, atol=2e-3, rtol=0)
+
+
+def test_errors_go_where_inputs_are_small() -> None:
+    """With a few large inputs the layer's output is nearer than when all inputs count alike."""
+    weight, x = weights(), torch.randn(500, 96, generator=torch.Generator().manual_seed(2))
+    x[:, ::16] *= 50
+    wanted = F.linear(x, weight)
+    errors = [
+        float((F.linear(x, rounded(weight, squares)) - wanted).norm())
+        for squares in (x.square().mean(0), torch.ones(96))
+    ]
+    assert errors[0] < 0.6 * errors[1]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+@pytest.mark.parametrize("n", [16, 40, 7])
+def test_tiles_hold_any_number_of_rows(n: int, rows: int) -> None:
+    layer = PackedLinear(*round_to_grid(weights(n), torch.ones(96)), None, torch.arange(n).float())
+    x = torch.randn(rows, 96)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), F.linear(x, layer.unpacked(), layer.bias))
+
+
+def test_a_twin_shares_all_but_its_layers(decoder: Decoder) -> None:
+    model = decoder.skipping.model
+    blocks = torch.randint(3, 512, (2, 20))
+    for twin in (nf4_twin(model), int4_twin(model, blocks)):
+        assert twin.get_input_embeddings().weight is model.get_input_embeddings().weight
+        packed = [part for part in twin.modules() if isinstance(part, PackedLinear)]
+        assert len(packed) == 7 * len(model.model.layers)
+    assert not any(isinstance(part, PackedLinear) for part in model.modules())
+    with pytest.raises(ValueError, match="no weight of this model"):
+        int4_twin(twin, blocks)
+
+
+def test_inputs_are_those_of_the_layers(decoder: Decoder) -> None:
+    model, blocks = decoder.skipping.model, torch.randint(3, 512, (2, 20))
+    seen = []
+    down = model.model.layers[1].mlp.down_proj
+    hook = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(blocks)
+    hook.remove()
+    found = input_squares(model, blocks)
+    torch.testing.assert_close(found[down], seen[0].flatten(0, 1).square().mean(0))
+
+
+@pytest.mark.parametrize("weights", ["own", "int4", "nf4"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact: bool) -> None:
+    """The tokens and chances that single steps give, and no token after the draft grows unsure."""
+    drafter = decoder.drafter(weights)  # type: ignore[arg-type]
+    assert drafter.engine is not None
+    if exact:
+        head = int4_head(drafter.model, torch.randint(3, 512, (2, 20)))
+        drafter.engine.use_sketch(head, decoder.skipping.engine.head)  # type: ignore[union-attr]
+    else:
+        drafter.engine.sketch, drafter.engine.exact = drafter.engine.head, None
+    prompt, cache = torch.randint(3, 512, (1, 12)), decoder.skipping.new_cache(1, 40)
+    decoder.skipping.forward(prompt, cache, [0])
+    tokens, chances = drafter.draft(9, 6, (0.0, [1.0]), (cache, 0, 12), None)
+    last, stepped, seen = 9, [], []
+    for slot in range(12, 18):
+        (hidden,) = drafter.ragged([[last]], cache, [0], [slot])
+        logits = (decoder.skipping if exact else drafter).head(hidden)[0]
+        last = int(logits.argmax())
+        stepped.append(last)
+        seen.append(float(logits.softmax(-1)[last]))
+    assert tokens == stepped
+    assert chances == pytest.approx(seen, abs=0.05 if exact else 1e-4)
+    unsure, _ = drafter.draft(9, 6, (0.3, [0.6]), (cache, 0, 12), None)
+    assert unsure == stepped[:3]  # 0.6 to the third is less than 0.3
+
+
+def test_acceptance_is_learned_by_chance() -> None:
+    pace = Pace()
+    for _ in range(200):
+        pace.learn([0.95, 0.15, 0.95], 1)
+    assert pace.expected(0.99) > 0.95 and pace.expected(0.11) < 0.05
+    assert pace.expected(0.55) == Pace().expected(0.55), "nothing was seen there"
