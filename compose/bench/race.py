@@ -48,8 +48,8 @@ class Contender:
 
 def contender(text: str) -> Contender:
     """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+int4` or `+nf4`, `+lookup`, `+LENGTH`; rivals
-    are `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and `llama.cpp:FILE`
-    or `llama.cpp:TYPE`, which writes the folder as a GGUF file of that type.
+    are `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and
+    `llama.cpp:FILE` or `llama.cpp:TYPE`, which writes the folder as a GGUF file of that type.
 
     Raises UserError for anything else.
     """
