@@ -34,6 +34,7 @@ from gateskip.branches import (
 from gateskip.engine import MOST_ROWS, Engine
 from gateskip.gates import ANCHORS, Gates
 from gateskip.masked import attend, causal
+from gateskip.prefill import attend_rows, filled
 
 KV_RULES = ("project", "copy")
 NEVER_SKIP = -math.inf
@@ -376,8 +377,10 @@ class SkippingModel:
                 self._add_attention(branch, hidden, entered, rope, cache, batch, keep, scale)
             if self.shortcuts is not None and keep is not None:
                 skipped = (~keep).flatten().nonzero().squeeze(1)  # [N], padding among them
-                instead = self.shortcuts(branch.index, x.flatten(0, 1)[skipped])
-                hidden.view(-1, hidden.shape[-1]).index_add_(0, skipped, instead)
+                if len(skipped):
+                    chosen = x.flatten(0, 1)[filled(skipped)]
+                    instead = self.shortcuts(branch.index, chosen)[: len(skipped)]
+                    hidden.view(-1, hidden.shape[-1]).index_add_(0, skipped, instead)
         return hidden
 
     def _kept(
@@ -413,6 +416,9 @@ class SkippingModel:
             output = branch.leave(project_out(attention, mixed.unsqueeze(0)))
             hidden += output if scale is None else output * scale
             return
+        if self.device.type == "cpu":
+            self._attend_gathered(branch, hidden, x, rope, cache, batch, keep, scale)
+            return
         used = batch.last_slot + 1
         keys = cache.keys[branch.layer][:, :, :used]
         values = cache.values[branch.layer][:, :, :used]
@@ -435,6 +441,34 @@ class SkippingModel:
         real = torch.arange(chosen.shape[1], device=chosen.device) < count.unsqueeze(1)
         output = branch.leave(project_out(attention, mixed.transpose(1, 2).flatten(-2)[real]))
         hidden[keep] += output if scale is None else output * scale[keep]
+
+    def _attend_gathered(
+        self,
+        branch: Branch,
+        hidden: Tensor,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache,
+        batch: _Batch,
+        keep: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:
+        """The tokens that enter, all rows' one after the other, and no pair that is masked."""
+        keep = torch.ones_like(batch.slots, dtype=torch.bool) if keep is None else keep
+        kept = keep.flatten().nonzero().squeeze(1)  # [N]
+        count = len(kept)
+        if not count:
+            return
+        chosen = filled(kept)
+        cos, sin = (part.flatten(0, 1)[chosen].unsqueeze(0) for part in rope)
+        x = x.flatten(0, 1)[chosen].unsqueeze(0)
+        queries = project_queries(branch.module, x, (cos, sin))[0]  # [N and more, heads, D]
+        kv = (cache.keys[branch.layer], cache.values[branch.layer])
+        shape, slots = self.shapes[branch.index], batch.slots.flatten()[kept]
+        mixed = attend_rows(queries, keep.sum(1).tolist(), slots, kv, shape)
+        output = branch.leave(project_out(branch.module, mixed.unsqueeze(0)))[0, :count]
+        output = output if scale is None else output * scale.flatten(0, 1)[kept]
+        hidden.view(-1, hidden.shape[-1]).index_add_(0, kept, output)
 
     def _store(
         self,
@@ -505,7 +539,7 @@ def _add_mlp(
         return
     kept = keep.flatten().nonzero().squeeze(1)  # [N]
     if kept.numel():
-        output = branch.leave(branch.module(x.flatten(0, 1)[kept]))
+        output = branch.leave(branch.module(x.flatten(0, 1)[filled(kept)]))[: len(kept)]
         output = output if scale is None else output * scale.flatten(0, 1)[kept]
         hidden.view(-1, hidden.shape[-1]).index_add_(0, kept, output)
 
