@@ -118,6 +118,22 @@ float dot(const float* a, const uint16_t* b, int n) {
   return sum(total);
 }
 
+// Eight values as their place stores them
+void save(f8 v, float* to) { store(to, v); }
+void save(f8 v, uint16_t* to) {
+#ifdef GATESKIP_BF16
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), (__m128i)_mm256_cvtneps_pbh((__m256)v));
+#else
+  for (int i = 0; i < 8; i++) to[i] = narrow(v[i]);
+#endif
+}
+f8 rounded_as(const float*, f8 v) { return v; }
+f8 rounded_as(const uint16_t*, f8 v) {
+  uint16_t half[8];
+  save(v, half);
+  return load(half);
+}
+
 void put(const float* from, float* to, int n) { std::memcpy(to, from, sizeof(float) * n); }
 void put(const float* from, uint16_t* to, int n) {
   for (int i = 0; i < n; i++) to[i] = narrow(from[i]);
@@ -737,6 +753,33 @@ void gateskip_draft(const Model* m, const Cache* c, const Step* s, Draft* draft,
   std::vector<Choice> choices(threads);
 #pragma omp parallel num_threads(threads)
   Drafter(*m, *c, *s, *draft, choices.data(), omp_get_thread_num(), omp_get_num_threads()).run();
+}
+
+// RMSNorm of x [rows, width] into out. As in a bfloat16 model, what is normed is rounded before it meets
+// its weight.
+void gateskip_norm(const void* x, const float* weight, float epsilon, int64_t rows, int32_t width,
+                   int32_t half, void* out, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    auto each = [&](auto* from, auto* to) {
+      f8 squares = {};
+      for (int i = 0; i < width; i += 8) squares = fma(load(from + i), load(from + i), squares);
+      const f8 scale = all(1.0f / std::sqrt(sum(squares) / float(width) + epsilon));
+      for (int i = 0; i < width; i += 8) save(rounded_as(to, load(from + i) * scale) * load(weight + i), to + i);
+    };
+    if (half) each(static_cast<const uint16_t*>(x) + r * width, static_cast<uint16_t*>(out) + r * width);
+    else each(static_cast<const float*>(x) + r * width, static_cast<float*>(out) + r * width);
+  }
+}
+
+// gate [n] = silu(gate) * up, rounded as a bfloat16 model does; n a multiple of 8
+void gateskip_swiglu(void* gate, const void* up, int64_t n, int32_t half, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < n / 8; i++) {
+    auto each = [&](auto* g, const auto* u) { save(rounded_as(g, silu(load(g))) * load(u), g); };
+    if (half) each(static_cast<uint16_t*>(gate) + 8 * i, static_cast<const uint16_t*>(up) + 8 * i);
+    else each(static_cast<float*>(gate) + 8 * i, static_cast<const float*>(up) + 8 * i);
+  }
 }
 
 // y [rows, n] of one matrix, such as the LM head

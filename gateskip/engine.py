@@ -244,6 +244,36 @@ class Engine:
             self.scratch.data_ptr(),
         )
 
+    def normed(self, branch: int, x: Tensor) -> Tensor:
+        """What a branch reads: its norm of hidden states x [..., H], in their own type."""
+        layer = self.model.layer[branch // 2]
+        weight = layer.norm_mlp if branch % 2 else layer.norm_attention
+        x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        self.library.gateskip_norm(
+            Pointer(x.data_ptr()),
+            Pointer(weight),
+            Float(self.model.epsilon),
+            ctypes.c_int64(x.numel() // self.model.hidden),
+            self.model.hidden,
+            int(x.dtype == torch.bfloat16),
+            Pointer(out.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def mlp(self, module: Any, x: Tensor) -> Tensor:
+        """An MLP's output for x [..., H]; what lies between its products is one native pass."""
+        gate, up = module.gate_proj(x).contiguous(), module.up_proj(x).contiguous()
+        self.library.gateskip_swiglu(
+            Pointer(gate.data_ptr()),
+            Pointer(up.data_ptr()),
+            ctypes.c_int64(gate.numel()),
+            int(gate.dtype == torch.bfloat16),
+            torch.get_num_threads(),
+        )
+        found: Tensor = module.down_proj(gate)
+        return found
+
     def spent(self) -> dict[str, float]:
         """Seconds in each part of the native work since the engine was made."""
         return dict(zip(PARTS, self._spent.tolist(), strict=True))

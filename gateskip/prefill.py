@@ -30,7 +30,11 @@ def filled(kept: Tensor) -> Tensor:
 
 
 def attend_rows(
-    queries: Tensor, counts: list[int], slots: Tensor, kv: tuple[Tensor, Tensor], shape: AttentionShape
+    queries: Tensor,
+    counts: list[int],
+    slots: Tensor,
+    kv: tuple[Tensor, Tensor],
+    shape: AttentionShape,
 ) -> Tensor:
     """Softmax attention of queries [N, heads, D], `counts` of them a row -> [N, heads * D].
 

@@ -38,6 +38,7 @@ from gateskip.prefill import attend_rows, filled
 
 KV_RULES = ("project", "copy")
 NEVER_SKIP = -math.inf
+MLP_ROWS = 1024  # at once: what lies between an MLP's products stays in the cache
 VERIFY_ROWS = 17  # longest verify pass: sixteen drafted tokens and the one before them
 
 
@@ -366,12 +367,12 @@ class SkippingModel:
         for branch in self.branches:
             if not branch.parallel:
                 source = hidden.clone() if parallel else hidden
-            x = branch.enter(source)  # [B, S, H]
+            x = self._read(branch, source)  # [B, S, H]
             keep = self._kept(branch, x, batch, thresholds)  # [B, S] or None for all
             self.usage.kept[branch.index] += batch.tokens if keep is None else int(keep.sum())
             entered, scale = self._scaled(branch, x)
             if branch.kind == "mlp":
-                _add_mlp(branch, hidden, entered, keep, scale)
+                self._add_mlp(branch, hidden, entered, keep, scale)
             else:
                 rope = ropes[branch.rope]
                 self._add_attention(branch, hidden, entered, rope, cache, batch, keep, scale)
@@ -382,6 +383,30 @@ class SkippingModel:
                     instead = self.shortcuts(branch.index, chosen)[: len(skipped)]
                     hidden.view(-1, hidden.shape[-1]).index_add_(0, skipped, instead)
         return hidden
+
+    def _read(self, branch: Branch, hidden: Tensor) -> Tensor:
+        if self.engine is None or hidden.dtype != self.dtype:
+            return branch.enter(hidden)
+        return self.engine.normed(branch.index, hidden)
+
+    def _mlp(self, branch: Branch, x: Tensor) -> Tensor:
+        if self.engine is None:
+            return branch.leave(branch.module(x))
+        return self.engine.mlp(branch.module, x)
+
+    def _add_mlp(
+        self, branch: Branch, hidden: Tensor, x: Tensor, keep: Tensor | None, scale: Tensor | None
+    ) -> None:
+        if keep is None:
+            parts = x.flatten(0, -2).split(MLP_ROWS)
+            output = torch.cat([self._mlp(branch, part) for part in parts]).view_as(x)
+            hidden += output if scale is None else output * scale
+            return
+        kept = keep.flatten().nonzero().squeeze(1)  # [N]
+        if kept.numel():
+            output = self._mlp(branch, x.flatten(0, 1)[filled(kept)])[: len(kept)]
+            output = output if scale is None else output * scale.flatten(0, 1)[kept]
+            hidden.view(-1, hidden.shape[-1]).index_add_(0, kept, output)
 
     def _kept(
         self, branch: Branch, x: Tensor, batch: _Batch, thresholds: Sequence[float] | None
@@ -528,20 +553,6 @@ class _Batch:
     def visible(self, queries: Tensor, window: int | None) -> Tensor:
         """Mask [B, 1, Q, T] of query positions [B, Q] over all slots in use."""
         return causal(queries, torch.arange(self.last_slot + 1, device=queries.device), window)
-
-
-def _add_mlp(
-    branch: Branch, hidden: Tensor, x: Tensor, keep: Tensor | None, scale: Tensor | None
-) -> None:
-    if keep is None:
-        output = branch.leave(branch.module(x))
-        hidden += output if scale is None else output * scale
-        return
-    kept = keep.flatten().nonzero().squeeze(1)  # [N]
-    if kept.numel():
-        output = branch.leave(branch.module(x.flatten(0, 1)[filled(kept)]))[: len(kept)]
-        output = output if scale is None else output * scale.flatten(0, 1)[kept]
-        hidden.view(-1, hidden.shape[-1]).index_add_(0, kept, output)
 
 
 def _gather_index(keep: Tensor) -> tuple[Tensor, Tensor]:
