@@ -1,16 +1,15 @@
 """Attention of many gathered tokens on a CPU: only the pairs that may see each other are computed.
 
-torch's fused attention takes a mask, and computes under it too; a prompt's tokens, or those of them
-that entered a branch, see on average half of the cache. Here some queries at a time meet the keys up
-to the last one's own slot, as two matrix products with a softmax between them that stays in the
-processor's cache: in bfloat16 2.3 times as fast (docs/experiments.md).
+torch's fused attention takes a mask, and computes under it too; a prompt's tokens, or those of
+them that entered a branch, see on average half of the cache. Here some queries at a time meet the
+keys up to the last one's own slot, as two matrix products with a softmax between them that stays in
+the processor's cache: in bfloat16 2.3 times as fast (docs/experiments.md).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
 from torch.nn import functional as F
 
 from gateskip.branches import AttentionShape
@@ -22,8 +21,8 @@ EVEN = 64  # gathered rows, and keys, come in multiples of this
 def filled(kept: Tensor) -> Tensor:
     """Indices [N] of gathered rows, the last one repeated until their number is even enough.
 
-    Every new size of a matrix product costs oneDNN milliseconds of compiling, and gates leave another
-    number of tokens at every branch of every prompt.
+    Every new size of a matrix product costs oneDNN milliseconds of compiling, and gates leave
+    another number of tokens at every branch of every prompt.
     """
     room = -len(kept) % EVEN
     return torch.cat((kept, kept[-1:].expand(room))) if room else kept
