@@ -182,6 +182,8 @@ def say_race(out: Console, found: dict[str, Any]) -> None:
         if lap["time_split"]:
             parts = (f"{name} {part:.0%}" for name, part in lap["time_split"].items())
             out.print(f"{lap['contender']} on {lap['course']}: {', '.join(parts)}")
+        if (promised := lap["promised_by_multiply_adds"]) > 1:
+            out.print(f"its multiply-adds, the LM head's among them, promise {promised:.2f}x")
     roof, size = found["roofline"], found["weights"]
     read = roof["memory_gb_per_s"]
     out.print(

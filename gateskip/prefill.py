@@ -72,5 +72,5 @@ def _attend(
         hidden |= seen <= slots.unsqueeze(1) - shape.window
     scores[:, :, :count, later:].masked_fill_(hidden, -torch.inf)
     shares = scores.softmax(-1).to(values.dtype).flatten(1, 2)
-    mixed = torch.bmm(shares, values).unflatten(1, (group, -1))
+    mixed: Tensor = torch.bmm(shares, values).unflatten(1, (group, -1))
     return mixed[:, :, :count].permute(2, 0, 1, 3).flatten(1, 2)

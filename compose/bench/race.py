@@ -92,6 +92,8 @@ class Lap:
     acceptance: float | None = None
     split: dict[str, float] = field(default_factory=dict)
     """Shares of the decoding time in parts of the native work, and in Python around it."""
+    saved: float = 0.0
+    """Share of the model's multiply-adds that skipping saved, the LM head counted."""
     equal: bool = True
     """Whether its tokens were the first contender's."""
 
@@ -103,6 +105,7 @@ class Lap:
         drafted = sum(run.drafted for run in runs)
         self.acceptance = sum(run.accepted for run in runs) / drafted if drafted else None
         self.split = _split(runs)
+        self.saved = statistics.mean(run.saved for run in runs)
 
     def to_json(self) -> dict[str, Any]:
         """Medians and extremes, and the repeats themselves."""
@@ -113,6 +116,7 @@ class Lap:
             "decode_tokens_per_s": _summary(self.decode),
             "acceptance_rate": self.acceptance,
             "time_split": self.split,
+            "promised_by_multiply_adds": 1 / (1 - self.saved),
             "equal_to_first": self.equal,
         }
 
@@ -244,12 +248,16 @@ def _check(decoder: Decoder, way: Contender) -> None:
 def _run(decoder: Decoder, way: Contender, rows: Rows, new_tokens: int) -> Run:
     engines = [each.engine for each in decoder.models() if each.engine is not None]
     before = [engine.spent() for engine in engines]
+    usage, saved = decoder.skipping.usage, 0.0
+    usage.clear()
     found = decoder.generate(rows, new_tokens, eos=end_tokens(decoder), **way.settings)
     stats = found.stats
     spent: dict[str, float] = {}
     for engine, was in zip(engines, before, strict=True):
         for name, seconds in engine.spent().items():
             spent[name] = spent.get(name, 0.0) + seconds - was[name]
+    if way.settings.get("mode") == "skip":
+        saved = decoder.saved(usage, way.settings["budget"]).model
     decoded = stats.new_tokens - len(rows)  # the first token of a row comes out of prefill
     return Run(
         found.tokens,
@@ -260,6 +268,7 @@ def _run(decoder: Decoder, way: Contender, rows: Rows, new_tokens: int) -> Run:
         stats.drafted,
         stats.accepted,
         spent,
+        saved,
     )
 
 

@@ -37,6 +37,8 @@ class Run:
     accepted: int = 0
     spent: dict[str, float] = field(default_factory=dict)
     """Seconds in parts of the native work, where it tells."""
+    saved: float = 0.0
+    """Share of the model's multiply-adds that skipping saved, gates and shortcuts paid for."""
 
 
 class Rival(Protocol):
