@@ -18,6 +18,7 @@ class Pace:
     TRIAL = 3
     MARGIN = 1.02  # speculation must promise this much more than plain decoding
     PAUSE, LONGEST_PAUSE = 32, 512  # rounds
+    FRESH = 24  # rounds of drafting after which a plain step is timed anew: machines have moods
     LEVELS = 10  # of a drafted token's chance, each with an acceptance of its own
 
     def __init__(self) -> None:
@@ -29,10 +30,11 @@ class Pace:
         self.plain: float | None = None
         self.per_row: float | None = None  # what one more row adds to a verify pass, seconds
         self.pause, self.wait = self.PAUSE, 0
+        self.since_plain = 0  # rounds
 
     def draft_length(self) -> int:
         """Tokens to draft next."""
-        if self.plain is None:
+        if self.plain is None or self.since_plain >= self.FRESH:
             return 0
         if self.draft_step is None or self.per_row is None:
             return self.TRIAL
@@ -77,6 +79,7 @@ class Pace:
 
     def observe(self, count: int, accepted: Sequence[int], draft_s: float, verify_s: float) -> None:
         """Take in a round: `count` tokens drafted a row, and how many each row accepted."""
+        self.since_plain = 0 if count == 0 else self.since_plain + 1
         if count == 0:
             self.plain = _blend(self.plain, verify_s, 0.3)
             return

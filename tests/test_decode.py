@@ -268,5 +268,19 @@ class TestPace:
         assert tried[-50:].count(0) > 40
         assert any(tried[20:]), "speculation is tried again later"
 
+    def test_a_machine_that_changes_is_noticed(self) -> None:
+        """Drafts that paid while plain steps were slow stop when those are fast again."""
+        pace = Pace()
+        for _ in range(100):
+            k = pace.draft_length()
+            pace.observe(k, [k] if k else [], k * 0.3, 1.0)
+        assert k > 0
+        tried = []
+        for _ in range(200):
+            k = pace.draft_length()
+            tried.append(k)
+            pace.observe(k, [k // 2] if k else [], k * 0.3, 0.3)
+        assert tried[-50:].count(0) > 40
+
     def test_useless_drafts_are_given_up(self) -> None:
         assert self.run(0.3, 0.02, 0.0)[-50:].count(0) > 40

@@ -1,29 +1,36 @@
 """`gateskip tune-draft`: which draft decodes a folder fastest on the user's own prompts.
 
 The candidates are every kind of draft at every calibrated budget. A first round on a few prompts
-leaves the better part of them, a second on all prompts decides; plain decoding runs in both, and
-wins where no draft pays. Verification makes every candidate give the same text, so only speed is
-compared.
+leaves the better part of them. The best that skips is joined by others that share its budget out
+among branches in other ways, calibrated on the prompts and their answers; a second round on all
+prompts decides. Plain decoding runs in both, and wins where no draft pays. Verification makes every
+candidate give the same text, so only speed is compared.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import gateskip
 from compose.artifact import LINEAGE, lineage, write_lineage
 from compose.bench.race import Courses, Lap, Progress, contender, courses_of, run_laps, runners_of
 from compose.cache import read_json, write_json
-from gateskip.checkpoint import META_FILE
+from gateskip.budget import calibrate
+from gateskip.checkpoint import META_FILE, load_gates, save_gates
 from gateskip.decode import Decoder
 
 PLAIN = "plain"
 FIRST_PROMPTS, LEFT = 4, 3  # prompts of the first round, and candidates that it leaves
+ALLOCATIONS = ("global", "uniform", "sensitivity")
+BLOCK, MOST_BLOCKS = 128, 16  # tokens of the user's text that calibrate, and how often
 
 
 def tune(
@@ -49,12 +56,20 @@ def tune(
     few = _first(courses, FIRST_PROMPTS)
     runners = runners_of(decoder, folder, [PLAIN, *names], courses, new_tokens)
     first = run_laps(runners, few, new_tokens, 1, progress)
-    left = sorted(names, key=lambda name: -speedup(first, name))[:LEFT]
-    finalists = {name: runners[name] for name in (PLAIN, *left)}
+    ranked = sorted(names, key=lambda name: -speedup(first, name))
+    finalists = {name: runners[name] for name in (PLAIN, *ranked[:LEFT])}
+    shared: dict[str, list[float]] = {}  # finalist -> thresholds of its own
+    if skipping := [name for name in ranked if decode_of(name)["draft_budget"] < 1][:1]:
+        shared = allocated(decoder, folder, courses, skipping[0], new_tokens)
+    for name, row in shared.items():
+        other = with_thresholds(decoder, decode_of(name)["draft_budget"], row)
+        (finalists[name],) = runners_of(
+            other, folder, [name.split()[0]], courses, new_tokens
+        ).values()
     second = run_laps(finalists, courses, new_tokens, repeats, progress)
     best = max(finalists, key=lambda name: speedup(second, name))
     if write:
-        settle(folder, decode_of(best), speedup(second, best), prompts)
+        settle(folder, decode_of(best), speedup(second, best), prompts, shared.get(best))
     return {
         "best": best,
         "decode": decode_of(best),
@@ -76,6 +91,41 @@ def candidates(decoder: Decoder) -> list[str]:
                 if budget < 1.0 or kind or extra:  # a draft that is the model itself is none
                     names.append(f"draft:{budget:g}{kind}{extra}")
     return names
+
+
+def allocated(
+    decoder: Decoder, folder: Path, courses: Courses, name: str, new_tokens: int
+) -> dict[str, list[float]]:
+    """Name -> thresholds of a skipping draft's budget, shared out in every way that can be."""
+    file = load_gates(folder)
+    assert file is not None, "what skips has gates"
+    rows = [row for groups in courses.values() for rows in groups for row in rows]
+    answered = [[*row, *decoder.generate([row], new_tokens).tokens[0]] for row in rows]
+    text = torch.tensor([token for row in answered for token in row])
+    count = max(1, min(MOST_BLOCKS, len(text) // BLOCK))
+    blocks = text[: count * BLOCK].view(count, -1)
+    found = {}
+    for allocation in ALLOCATIONS:
+        if allocation == "sensitivity" and file.sensitivity is None:
+            continue
+        (row,) = calibrate(
+            decoder.skipping.model,
+            file.gates,
+            blocks,
+            [decode_of(name)["draft_budget"]],
+            allocation,
+            file.kv_rule,
+            file.sensitivity,
+        )
+        found[f"{name} {allocation}"] = list(row.thresholds)
+    return found
+
+
+def with_thresholds(decoder: Decoder, budget: float, row: Sequence[float]) -> Decoder:
+    """The same decoder, except that a budget means these thresholds."""
+    other = copy.copy(decoder)
+    other.grid, other.paces = {**decoder.grid, budget: list(row)}, {}
+    return other
 
 
 def _has_twin(decoder: Decoder) -> bool:
@@ -107,11 +157,23 @@ def decode_of(name: str) -> dict[str, Any]:
     """A contender as the folder's own way of decoding."""
     if name == PLAIN:
         return {"mode": "plain"}
-    return contender(name).settings | {"draft_length": "auto"}
+    return contender(name.split()[0]).settings | {"draft_length": "auto"}
 
 
-def settle(folder: Path, decode: dict[str, Any], gained: float, prompts: str) -> None:
-    """Write `decode` into the folder's settings, and into its lineage where it has one."""
+def settle(
+    folder: Path,
+    decode: Mapping[str, Any],
+    gained: float,
+    prompts: str,
+    thresholds: Sequence[float] | None = None,
+) -> None:
+    """Write `decode` into the folder's settings, and into its lineage where it has one; with them
+    the thresholds of its budget, where those were found anew."""
+    if thresholds is not None:
+        file = load_gates(folder)
+        assert file is not None, "what skips has gates"
+        file.grid[decode["draft_budget"]] = list(thresholds)
+        save_gates(folder, file)
     settings = read_json(folder / META_FILE) or {}
     write_json(folder / META_FILE, {**settings, "decode": decode})
     if (folder / LINEAGE).is_file():
