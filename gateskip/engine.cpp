@@ -118,9 +118,7 @@ float dot(const float* a, const uint16_t* b, int n) {
   return sum(total);
 }
 
-// Eight values as their place stores them
-void save(f8 v, float* to) { store(to, v); }
-void save(f8 v, uint16_t* to) {
+void store(uint16_t* to, f8 v) {  // as bfloat16
 #ifdef GATESKIP_BF16
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), (__m128i)_mm256_cvtneps_pbh((__m256)v));
 #else
@@ -130,7 +128,7 @@ void save(f8 v, uint16_t* to) {
 f8 rounded_as(const float*, f8 v) { return v; }
 f8 rounded_as(const uint16_t*, f8 v) {
   uint16_t half[8];
-  save(v, half);
+  store(half, v);
   return load(half);
 }
 
@@ -765,7 +763,7 @@ void gateskip_norm(const void* x, const float* weight, float epsilon, int64_t ro
       f8 squares = {};
       for (int i = 0; i < width; i += 8) squares = fma(load(from + i), load(from + i), squares);
       const f8 scale = all(1.0f / std::sqrt(sum(squares) / float(width) + epsilon));
-      for (int i = 0; i < width; i += 8) save(rounded_as(to, load(from + i) * scale) * load(weight + i), to + i);
+      for (int i = 0; i < width; i += 8) store(to + i, rounded_as(to, load(from + i) * scale) * load(weight + i));
     };
     if (half) each(static_cast<const uint16_t*>(x) + r * width, static_cast<uint16_t*>(out) + r * width);
     else each(static_cast<const float*>(x) + r * width, static_cast<float*>(out) + r * width);
@@ -776,7 +774,7 @@ void gateskip_norm(const void* x, const float* weight, float epsilon, int64_t ro
 void gateskip_swiglu(void* gate, const void* up, int64_t n, int32_t half, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < n / 8; i++) {
-    auto each = [&](auto* g, const auto* u) { save(rounded_as(g, silu(load(g))) * load(u), g); };
+    auto each = [&](auto* g, const auto* u) { store(g, rounded_as(g, silu(load(g))) * load(u)); };
     if (half) each(static_cast<uint16_t*>(gate) + 8 * i, static_cast<const uint16_t*>(up) + 8 * i);
     else each(static_cast<float*>(gate) + 8 * i, static_cast<const float*>(up) + 8 * i);
   }
