@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compose.artifact import lineage
+from compose.assets import SELF_WRITTEN
 from compose.cache import Store, read_json, write_json
 from compose.errors import ComposeError, UserError
 from compose.plan import Cell, Plan, digest
@@ -130,11 +131,13 @@ def phase_key(plan: Plan, cell: Cell, phase: Phase) -> str:
 
 
 def learns_from(plan: Plan) -> list[tuple[str, int | None]]:
-    """Source and row limit of every text that a stage of the plan reads."""
+    """Source and row limit of every text that a stage of the plan reads, the model's own left out:
+    what it knows of a scored text, it knew before."""
     stages = [step.stage for step in plan.steps if step.stage is not None]
     splits = sorted({split for stage in stages for split in stage.reads_data})
     specs = [getattr(plan.pipeline.data, split) for split in splits]
-    return [(spec.source, spec.limit) for spec in specs if spec is not None]
+    known = [spec for spec in specs if spec is not None and spec.source != SELF_WRITTEN]
+    return [(spec.source, spec.limit) for spec in known]
 
 
 def phases_of(cell: Cell) -> tuple[Phase, ...]:

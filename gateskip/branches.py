@@ -6,7 +6,7 @@ update `h' = h + norm_out(module(norm_in(h)))` that can be entered or skipped, t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from torch.nn import functional as F
 BranchKind = Literal["attention", "mlp"]
 Rope = dict[str, tuple[Tensor, Tensor]]
 """cos and sin by the key a branch asks for: "" where all layers rotate alike."""
+Turn = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
+"""What `rotate` does, done in another way."""
 
 
 class UnsupportedModel(ValueError):
@@ -215,19 +217,27 @@ def _window(config: Any, attention: Any) -> int | None:
     return None
 
 
-def project_queries(attention: Any, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotated queries. x [..., H], rope two of [..., D] -> [..., heads, head_dim]."""
+def project_queries(
+    attention: Any, x: Tensor, rope: tuple[Tensor, Tensor], turn: Turn | None = None
+) -> Tensor:
+    """Rotated queries. x [..., H], rope two of [..., D] -> [..., heads, head_dim].
+
+    `turn` may stand in for `rotate`.
+    """
     queries = _heads(attention, _project(attention, x, 0), getattr(attention, "q_norm", None))
-    return _rotated(attention, queries, rope)
+    return _rotated(attention, queries, rope, turn)
 
 
 def project_keys_values(
-    attention: Any, x: Tensor, rope: tuple[Tensor, Tensor]
+    attention: Any, x: Tensor, rope: tuple[Tensor, Tensor], turn: Turn | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rotated keys, and values. x [..., H], rope two of [..., D] -> two of [..., kv_heads, D]."""
+    """Rotated keys, and values. x [..., H], rope two of [..., D] -> two of [..., kv_heads, D].
+
+    `turn` may stand in for `rotate`.
+    """
     keys = _heads(attention, _project(attention, x, 1), getattr(attention, "k_norm", None))
     values = _heads(attention, _project(attention, x, 2), None)
-    return _rotated(attention, keys, rope), values
+    return _rotated(attention, keys, rope, turn), values
 
 
 def project_out(attention: Any, mixed: Tensor) -> Tensor:
@@ -288,8 +298,8 @@ def _heads(attention: Any, x: Tensor, norm: Any | None) -> Tensor:
     return cut if norm is None else norm(cut)
 
 
-def _rotated(attention: Any, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    return rotate(x, rope) if getattr(attention, "use_rope", True) else x
+def _rotated(attention: Any, x: Tensor, rope: tuple[Tensor, Tensor], turn: Turn | None) -> Tensor:
+    return (turn or rotate)(x, rope) if getattr(attention, "use_rope", True) else x
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

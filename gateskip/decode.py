@@ -25,13 +25,15 @@ from gateskip.pace import Pace
 from gateskip.sampling import GREEDY, Sampler, accept_or_resample, draw
 from gateskip.skip import NEVER_SKIP, KVCache, SkippingModel, Usage
 from gateskip.twin import int4_head, int4_twin, nf4_twin
+from gateskip.written import write
 
 Mode = Literal["plain", "skip", "speculate"]
 Weights = Literal["own", "nf4", "int4"]
 Tokens = list[int]
 Thresholds = Sequence[float] | None
 MAX_DRAFT = 16
-SELF_WRITTEN = (8, 64)  # rows and tokens of the text to which an int4 draft is fitted
+PREFILL = 2048  # tokens of all prompts together in one pass: bounds what lies beside the cache
+SELF_WRITTEN = (8, 96)  # rows and tokens of the text to which an int4 draft is fitted
 
 
 ADDED = (
@@ -155,7 +157,7 @@ class Decoder:
 
     def _twin(self, weights: Weights) -> SkippingModel:
         own = self.skipping
-        blocks = self._self_written() if weights == "int4" else None
+        blocks = write(self, *SELF_WRITTEN) if weights == "int4" else None
         with torch.inference_mode():
             copied = nf4_twin(own.model) if blocks is None else int4_twin(own.model, blocks)
         twin = SkippingModel(copied, own.gates, own.kv_rule)
@@ -166,14 +168,6 @@ class Decoder:
             if blocks is not None:
                 twin.engine.use_sketch(int4_head(own.model, blocks), own.engine.head)
         return twin
-
-    def _self_written(self) -> Tensor:
-        """Token ids [rows, S] of text that the model writes, to fit an int4 draft to."""
-        first = self.tokenizer.bos_token_id
-        first = 0 if first is None else first
-        rows, length = SELF_WRITTEN
-        written = self.generate([[first]] * rows, length, sampler=Sampler(temperature=1.0))
-        return torch.tensor([[first, *row] for row in written.tokens])
 
     def generate(
         self,
@@ -258,9 +252,16 @@ class Decoder:
             ids[number, : len(row.prompt)] = torch.tensor(row.prompt)
         ids = ids.to(self.skipping.device)
         cache = self.skipping.new_cache(len(rows), max(lengths) + rows[0].ends.limit + MAX_DRAFT)
-        hidden = self.skipping.forward(ids, cache, [0] * len(rows), levels, lengths)
-        final = hidden[torch.arange(len(rows)), torch.tensor(lengths) - 1]
-        self._choose(rows, self.skipping.head(final), sampler)
+        final: list[Tensor] = [torch.empty(0)] * len(rows)  # of each row's last token, [H]
+        columns = max(1, PREFILL // len(rows))
+        for first in range(0, max(lengths), columns):
+            part = ids[:, first : first + columns]
+            own = [min(max(n - first, 0), part.shape[1]) for n in lengths]
+            hidden = self.skipping.forward(part, cache, [first] * len(rows), levels, own)
+            for number, length in enumerate(lengths):
+                if first < length <= first + columns:
+                    final[number] = hidden[number, length - first - 1].clone()
+        self._choose(rows, self.skipping.head(torch.stack(final)), sampler)
         stats.prefill_s = stats.ttft_s = time.perf_counter() - started
         return cache
 

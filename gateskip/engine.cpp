@@ -4,6 +4,7 @@
 // One parallel region spans the whole pass; threads share out rows of weights, heads, and nothing
 // else. What is small (norms, gates, rounding) every thread computes for itself, which is cheaper
 // than waiting for it. Every row's arithmetic is the same whatever rows are beside it.
+#include <malloc.h>
 #include "kernels.h"
 
 #ifdef __AVX2__
@@ -736,6 +737,15 @@ class Drafter {
 
 extern "C" {
 
+// A prefill takes and gives back megabytes at every branch. glibc hands them to the system and asks anew,
+// which clears each page again: a quarter of the time. So up to 128 MB that are free stay with the process.
+void gateskip_keep_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_THRESHOLD, 64 << 20);
+  mallopt(M_TRIM_THRESHOLD, 128 << 20);
+#endif
+}
+
 // Floats of scratch that a pass of `rows` rows asks for
 int64_t gateskip_scratch(const Model* m, int32_t rows) {
   return int64_t(rows) * (2 * m->heads * m->head_dim + 2 * m->kv_heads * m->head_dim + 2 * m->inner);
@@ -754,19 +764,103 @@ void gateskip_draft(const Model* m, const Cache* c, const Step* s, Draft* draft,
 }
 
 // RMSNorm of x [rows, width] into out. As in a bfloat16 model, what is normed is rounded before it meets
-// its weight.
+// its weight. Where there is a `gate` [width], its logits [rows] of what comes out are found on the way.
 void gateskip_norm(const void* x, const float* weight, float epsilon, int64_t rows, int32_t width,
-                   int32_t half, void* out, int32_t threads) {
+                   int32_t half, void* out, const float* gate, float bias, float* logits, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
     auto each = [&](auto* from, auto* to) {
       f8 squares = {};
       for (int i = 0; i < width; i += 8) squares = fma(load(from + i), load(from + i), squares);
       const f8 scale = all(1.0f / std::sqrt(sum(squares) / float(width) + epsilon));
-      for (int i = 0; i < width; i += 8) store(to + i, rounded_as(to, load(from + i) * scale) * load(weight + i));
+      f8 read = {};
+      for (int i = 0; i < width; i += 8) {
+        const f8 normed = rounded_as(to, rounded_as(to, load(from + i) * scale) * load(weight + i));
+        store(to + i, normed);
+        if (gate) read = fma(normed, load(gate + i), read);
+      }
+      if (gate) logits[r] = sum(read) + bias;
     };
     if (half) each(static_cast<const uint16_t*>(x) + r * width, static_cast<uint16_t*>(out) + r * width);
     else each(static_cast<const float*>(x) + r * width, static_cast<float*>(out) + r * width);
+  }
+}
+
+// hidden [.., width] at `places` += added [count, width]; no place comes twice
+void gateskip_add_rows(void* hidden, const int64_t* places, int64_t count, int32_t width, int32_t half,
+                       const void* added, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < count; r++) {
+    auto each = [&](auto* to, const auto* from) {
+      for (int i = 0; i < width; i += 8) store(to + i, load(to + i) + load(from + i));
+    };
+    const int64_t to = places[r] * width, from = r * width;
+    if (half) each(static_cast<uint16_t*>(hidden) + to, static_cast<const uint16_t*>(added) + from);
+    else each(static_cast<float*>(hidden) + to, static_cast<const float*>(added) + from);
+  }
+}
+
+// Rotary positions in place: x [rows, heads, width] by cos and sin [rows, turned], the first `turned`
+// channels of each head, halves layout; turned a multiple of 16.
+void gateskip_rotate(void* x, int32_t half, int64_t rows, int32_t heads, int32_t width, int32_t turned,
+                     const void* cos, const void* sin, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    auto each = [&](auto* x, const auto* cos, const auto* sin) {
+      for (int h = 0; h < heads; h++) {
+        auto *low = x + (r * heads + h) * width, *high = low + turned / 2;
+        for (int i = 0; i < turned / 2; i += 8) {
+          const int64_t left = r * turned + i, right = left + turned / 2;
+          const f8 a = load(low + i), b = load(high + i);
+          store(low + i, a * load(cos + left) - b * load(sin + left));
+          store(high + i, b * load(cos + right) + a * load(sin + right));
+        }
+      }
+    };
+    if (half) each(static_cast<uint16_t*>(x), static_cast<const uint16_t*>(cos), static_cast<const uint16_t*>(sin));
+    else each(static_cast<float*>(x), static_cast<const float*>(cos), static_cast<const float*>(sin));
+  }
+}
+
+// Softmax in place of scores [blocks, rows, width] times `scaling`: row r of a block sees the columns that
+// stand for slots up to slots[r], the first column for slot `begin`; a window hides what lies further back.
+// Rows from `real` on only fill up.
+void gateskip_softmax(void* scores, int32_t half, int64_t blocks, int32_t rows, int32_t real, int32_t width,
+                      const int64_t* slots, int64_t begin, int32_t window, float scaling, int32_t threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    Buffer<float> seen(width);
+    auto each = [&](auto* row, int first, int last) {  // columns `first` to `last` are in sight
+      const int from = first / 8 * 8, to = last / 8 * 8 + 8;
+      f8 most = all(-INFINITY), mass = {};
+      for (int t = from; t < to; t += 8) {
+        f8 v = load(row + t) * all(scaling);
+        if (t < first || t + 7 > last)
+          for (int i = 0; i < 8; i++) v[i] = t + i < first || t + i > last ? -INFINITY : v[i];
+        store(seen.data() + t, v);
+        most = (f8)_mm256_max_ps((__m256)most, (__m256)v);
+      }
+      float top = most[0];
+      for (int i = 1; i < 8; i++) top = std::max(top, most[i]);
+      for (int t = from; t < to; t += 8) {
+        const f8 share = exp8(load(seen.data() + t) - all(top));
+        store(seen.data() + t, share);
+        mass += share;
+      }
+      const f8 inverse = all(1.0f / sum(mass));
+      for (int t = 0; t < from; t += 8) store(row + t, f8{});
+      for (int t = from; t < to; t += 8) store(row + t, load(seen.data() + t) * inverse);
+      for (int t = to; t < width; t += 8) store(row + t, f8{});
+    };
+#pragma omp for schedule(static)
+    for (int64_t place = 0; place < blocks * rows; place++) {
+      const int r = place % rows;
+      if (r >= real) continue;
+      const int last = std::min<int64_t>(slots[r] - begin, width - 1);
+      const int first = window ? std::max<int64_t>(slots[r] - window + 1 - begin, 0) : 0;
+      if (half) each(static_cast<uint16_t*>(scores) + place * width, first, last);
+      else each(static_cast<float*>(scores) + place * width, first, last);
+    }
   }
 }
 

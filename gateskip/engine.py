@@ -18,7 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from gateskip import native
-from gateskip.branches import FAMILIES, PRE_NORM, attention_shape, backbone, final_norm
+from gateskip.branches import (
+    FAMILIES,
+    PRE_NORM,
+    AttentionShape,
+    attention_shape,
+    backbone,
+    final_norm,
+    rotate,
+)
 from gateskip.gates import ANCHORS, Gates, ScalarGates
 from gateskip.linears import DenseLinear, PackedLinear, pack_bytes, tiles
 
@@ -124,6 +132,7 @@ class Engine:
         if library is None or not hasattr(library, "gateskip_step"):
             raise Unsuited("the kernels could not be built, or the processor has no AVX2")
         self.library: Any = library
+        library.gateskip_keep_memory()
         if FAMILIES.get(model.config.model_type) is not PRE_NORM:
             raise Unsuited(f"architecture {model.config.model_type} runs in torch")
         if gates is not None and (type(gates) is not ScalarGates or gates.scales):
@@ -244,11 +253,14 @@ class Engine:
             self.scratch.data_ptr(),
         )
 
-    def normed(self, branch: int, x: Tensor) -> Tensor:
-        """What a branch reads: its norm of hidden states x [..., H], in their own type."""
+    def normed(self, branch: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a branch reads, its norm of hidden states x [..., H] in their own type, and its
+        gate's logits [...], if it has a gate."""
         layer = self.model.layer[branch // 2]
         weight = layer.norm_mlp if branch % 2 else layer.norm_attention
+        gate = layer.weight_mlp if branch % 2 else layer.weight_attention
         x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        logits = torch.empty(x.shape[:-1]) if gate else None
         self.library.gateskip_norm(
             Pointer(x.data_ptr()),
             Pointer(weight),
@@ -257,9 +269,62 @@ class Engine:
             self.model.hidden,
             int(x.dtype == torch.bfloat16),
             Pointer(out.data_ptr()),
+            Pointer(gate),
+            Float(layer.bias_mlp if branch % 2 else layer.bias_attention),
+            Pointer(None if logits is None else logits.data_ptr()),
             torch.get_num_threads(),
         )
-        return out
+        return out, logits
+
+    def add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
+        """hidden [..., H] at flat places [N], none twice, += added [N, H], in place."""
+        added = added.contiguous()
+        self.library.gateskip_add_rows(
+            Pointer(hidden.data_ptr()),
+            Pointer(places.data_ptr()),
+            ctypes.c_int64(len(places)),
+            hidden.shape[-1],
+            int(hidden.dtype == torch.bfloat16),
+            Pointer(added.data_ptr()),
+            torch.get_num_threads(),
+        )
+
+    def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """branches.rotate of x [..., heads, head_dim], rope two of [..., D], in one native pass."""
+        turned = rope[0].shape[-1]
+        if turned % 16 or rope[0].dtype != x.dtype:
+            return rotate(x, rope)
+        x, (cos, sin) = x.contiguous(), (part.contiguous() for part in rope)
+        heads, width = x.shape[-2:]
+        self.library.gateskip_rotate(
+            Pointer(x.data_ptr()),
+            int(x.dtype == torch.bfloat16),
+            ctypes.c_int64(x.numel() // (heads * width)),
+            *(heads, width, turned),
+            Pointer(cos.data_ptr()),
+            Pointer(sin.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return x
+
+    def soften(self, scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> None:
+        """Scores [blocks, rows, T] become shares of attention, in place.
+
+        Row r of a block, a query at slots[r] [real rows], sees the keys up to there; the first key
+        stands at slot `begin`. T is a multiple of 8.
+        """
+        blocks, rows, width = scores.shape
+        self.library.gateskip_softmax(
+            Pointer(scores.data_ptr()),
+            int(scores.dtype == torch.bfloat16),
+            ctypes.c_int64(blocks),
+            *(rows, len(slots), width),
+            Pointer(slots.data_ptr()),
+            ctypes.c_int64(begin),
+            shape.window or 0,
+            Float(shape.scaling),
+            torch.get_num_threads(),
+        )
 
     def mlp(self, module: Any, x: Tensor) -> Tensor:
         """An MLP's output for x [..., H]; what lies between its products is one native pass."""

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gateskip.branches import AttentionShape
+from gateskip.engine import Engine
 
-QUERIES = 128  # that meet their keys at once
+QUERIES = 128  # that meet their keys at once; half as many where the keys are
+LONG = 4096
 EVEN = 64  # gathered rows, and keys, come in multiples of this
 
 
@@ -34,43 +36,89 @@ def attend_rows(
     slots: Tensor,
     kv: tuple[Tensor, Tensor],
     shape: AttentionShape,
+    engine: Engine | None = None,
 ) -> Tensor:
     """Softmax attention of queries [N, heads, D], `counts` of them a row -> [N, heads * D].
 
-    slots [N] ascend within a row; keys and values [B, kv_heads, T, D] hold slot t at place t.
+    slots [N] ascend within a row; keys and values [B, kv_heads, T, D] hold slot t at place t. With
+    an engine the softmax is one native pass.
     """
     out = torch.empty_like(queries)  # beyond the last real row undefined
+    room = queries.new_empty(_most_scores(slots, shape))
     done = 0
     for row, count in enumerate(counts):
         keys, values = (part[row] for part in kv)
-        for first in range(done, done + count, QUERIES):
-            part = slice(first, min(first + QUERIES, done + count))
-            out[part] = _attend(queries[part], slots[part], keys, values, shape)
-        done += count
+        end = done + count
+        while done < end:
+            furthest = int(slots[min(done + QUERIES, end) - 1])
+            part = slice(done, min(done + _together(furthest), end))
+            out[part] = _attend(queries[part], slots[part], (keys, values), shape, room, engine)
+            done = part.stop
     return out.flatten(1)
 
 
+def _together(furthest: int) -> int:
+    """Queries that meet their keys at once, the last one standing at slot `furthest`."""
+    return QUERIES if furthest < LONG else QUERIES // 2
+
+
+def _most_scores(slots: Tensor, shape: AttentionShape) -> int:
+    """Scores that the queries at `slots` have at once at most: memory to be taken once, since the
+    system clears every page that it gives anew."""
+    furthest = int(slots.max()) if len(slots) else 0
+    short = QUERIES * _evened(min(furthest, LONG - 1) + 1)
+    return shape.heads * max(short, _together(furthest) * _evened(furthest + 1))
+
+
 def _attend(
-    queries: Tensor, slots: Tensor, keys: Tensor, values: Tensor, shape: AttentionShape
+    queries: Tensor,
+    slots: Tensor,
+    kv: tuple[Tensor, Tensor],
+    shape: AttentionShape,
+    room: Tensor,
+    engine: Engine | None,
 ) -> Tensor:
     """queries [Q, heads, D] over keys, values [kv_heads, T, D] -> as queries."""
+    keys, values = kv
     count, earliest = len(slots), int(slots[0])
-    end = min(int(slots[-1]) // EVEN * EVEN + EVEN, keys.shape[1])
+    end = min(_evened(int(slots[-1]) + 1), keys.shape[1])
     begin = 0 if shape.window is None else max(0, earliest + 1 - shape.window) // EVEN * EVEN
     keys, values = keys[:, begin:end], values[:, begin:end]
     queries = F.pad(queries, (0, 0, 0, 0, 0, -count % EVEN))
     group = shape.heads // shape.kv_heads
     grouped = queries.unflatten(1, (shape.kv_heads, group)).permute(1, 2, 0, 3)
-    scores = torch.bmm(grouped.flatten(1, 2) * shape.scaling, keys.transpose(1, 2)).float()
+    flat = grouped.flatten(1, 2)  # [kv_heads, group * Q, D]
+    scores = room[: flat.shape[0] * flat.shape[1] * keys.shape[1]].view(*flat.shape[:2], -1)
+    torch.bmm(flat, keys.transpose(1, 2), out=scores)
+    if engine is not None and scores.shape[2] % 8 == 0:
+        engine.soften(scores.view(shape.heads, -1, scores.shape[2]), slots, begin, shape)
+    else:
+        scores = _soften(scores, slots, begin, shape)
+    mixed: Tensor = torch.bmm(scores, values).unflatten(1, (group, -1))
+    return mixed[:, :, :count].permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _evened(count: int) -> int:
+    """Keys to compute with for `count` in sight: a number out of few, at most an eighth more.
+
+    Each size that a product has is compiled once and kept, half a megabyte of code.
+    """
+    step = EVEN
+    while 8 * step < count:
+        step *= 2
+    return -(-count // step) * step
+
+
+def _soften(scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> Tensor:
+    """What Engine.soften does, and a soft cap, for scores [kv_heads, group * Q, T]."""
+    kind, scores = scores.dtype, scores.float() * shape.scaling
     if shape.softcap is not None:
         scores = torch.tanh(scores / shape.softcap) * shape.softcap
-    scores = scores.unflatten(1, (group, -1))  # [kv_heads, group, Q, T]
-    seen = torch.arange(begin, end, device=slots.device)
-    later = earliest + 1 - begin if shape.window is None else 0  # where a mask is needed at all
+    scores = scores.unflatten(1, (shape.heads // shape.kv_heads, -1))  # [kv_heads, group, Q, T]
+    seen = torch.arange(begin, begin + scores.shape[3], device=slots.device)
+    later = int(slots[0]) + 1 - begin if shape.window is None else 0  # where a mask is needed
     hidden = seen[later:] > slots.unsqueeze(1)
     if shape.window is not None:
         hidden |= seen <= slots.unsqueeze(1) - shape.window
-    scores[:, :, :count, later:].masked_fill_(hidden, -torch.inf)
-    shares = scores.softmax(-1).to(values.dtype).flatten(1, 2)
-    mixed: Tensor = torch.bmm(shares, values).unflatten(1, (group, -1))
-    return mixed[:, :, :count].permute(2, 0, 1, 3).flatten(1, 2)
+    scores[:, :, : len(slots), later:].masked_fill_(hidden, -torch.inf)
+    return scores.softmax(-1).to(kind).flatten(1, 2)

@@ -21,6 +21,7 @@ from gateskip.branches import (
     AttentionShape,
     Branch,
     Rope,
+    Turn,
     attention_shape,
     embed,
     final_norm,
@@ -34,7 +35,7 @@ from gateskip.branches import (
 from gateskip.engine import MOST_ROWS, Engine
 from gateskip.gates import ANCHORS, Gates
 from gateskip.masked import attend, causal
-from gateskip.prefill import attend_rows, filled
+from gateskip.prefill import EVEN, attend_rows, filled
 
 KV_RULES = ("project", "copy")
 NEVER_SKIP = -math.inf
@@ -55,11 +56,17 @@ class KVCache:
         """Slots a row has."""
         return self.keys[0].shape[2]
 
-    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [B, S, kv_heads, D] at slots [B, S]."""
-        if slots.shape[0] == 1:
-            self.keys[layer][0].index_copy_(1, slots[0], keys[0].transpose(0, 1))
-            self.values[layer][0].index_copy_(1, slots[0], values[0].transpose(0, 1))
+    def write(
+        self, layer: int, slots: Tensor, begin: int | None, keys: Tensor, values: Tensor
+    ) -> None:
+        """Store keys and values [B, S, kv_heads, D] at slots [B, S], which follow each other.
+
+        `begin` is the first slot where all rows have the same.
+        """
+        if begin is not None:
+            part = slice(begin, begin + slots.shape[1])
+            self.keys[layer][:, :, part] = keys.transpose(1, 2)
+            self.values[layer][:, :, part] = values.transpose(1, 2)
             return
         rows = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
         self.keys[layer][rows, :, slots] = keys
@@ -137,6 +144,7 @@ class SkippingModel:
         limit = self.model.config.max_position_embeddings
         if capacity > limit:
             raise ValueError(f"{capacity} tokens do not fit: the model has {limit} positions")
+        capacity = max(capacity, min(capacity + -capacity % EVEN, limit))  # for aligned rows
         shapes = list(self.shapes.values())
 
         def empty() -> list[Tensor]:
@@ -367,8 +375,8 @@ class SkippingModel:
         for branch in self.branches:
             if not branch.parallel:
                 source = hidden.clone() if parallel else hidden
-            x = self._read(branch, source)  # [B, S, H]
-            keep = self._kept(branch, x, batch, thresholds)  # [B, S] or None for all
+            x, logits = self._read(branch, source)  # [B, S, H], [B, S]
+            keep = self._kept(branch, x, logits, batch, thresholds)  # [B, S] or None for all
             self.usage.kept[branch.index] += batch.tokens if keep is None else int(keep.sum())
             entered, scale = self._scaled(branch, x)
             if branch.kind == "mlp":
@@ -381,13 +389,24 @@ class SkippingModel:
                 if len(skipped):
                     chosen = x.flatten(0, 1)[filled(skipped)]
                     instead = self.shortcuts(branch.index, chosen)[: len(skipped)]
-                    hidden.view(-1, hidden.shape[-1]).index_add_(0, skipped, instead)
+                    self._add_rows(hidden, skipped, instead)
         return hidden
 
-    def _read(self, branch: Branch, hidden: Tensor) -> Tensor:
+    def _read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a branch reads, and its gate's logits where they come for nothing with it."""
         if self.engine is None or hidden.dtype != self.dtype:
-            return branch.enter(hidden)
+            return branch.enter(hidden), None
         return self.engine.normed(branch.index, hidden)
+
+    def _add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
+        """hidden [B, S, H] at flat places [N] += added [N, H], in place."""
+        if self.engine is None or hidden.dtype != added.dtype:
+            hidden.view(-1, hidden.shape[-1]).index_add_(0, places, added)
+        else:
+            self.engine.add_rows(hidden, places, added)
+
+    def _turn(self) -> Turn | None:
+        return None if self.engine is None else self.engine.rotate
 
     def _mlp(self, branch: Branch, x: Tensor) -> Tensor:
         if self.engine is None:
@@ -402,19 +421,26 @@ class SkippingModel:
             output = torch.cat([self._mlp(branch, part) for part in parts]).view_as(x)
             hidden += output if scale is None else output * scale
             return
-        kept = keep.flatten().nonzero().squeeze(1)  # [N]
-        if kept.numel():
-            output = self._mlp(branch, x.flatten(0, 1)[filled(kept)])[: len(kept)]
-            output = output if scale is None else output * scale.flatten(0, 1)[kept]
-            hidden.view(-1, hidden.shape[-1]).index_add_(0, kept, output)
+        for kept in keep.flatten().nonzero().squeeze(1).split(MLP_ROWS):  # [N]
+            if kept.numel():
+                output = self._mlp(branch, x.flatten(0, 1)[filled(kept)])[: len(kept)]
+                output = output if scale is None else output * scale.flatten(0, 1)[kept]
+                self._add_rows(hidden, kept, output)
 
     def _kept(
-        self, branch: Branch, x: Tensor, batch: _Batch, thresholds: Sequence[float] | None
+        self,
+        branch: Branch,
+        x: Tensor,
+        logits: Tensor | None,
+        batch: _Batch,
+        thresholds: Sequence[float] | None,
     ) -> Tensor | None:
         if thresholds is None or thresholds[branch.index] == NEVER_SKIP:
             return batch.real
         assert self.gates is not None, "thresholds without gates"
-        keep = self.gates.logit(branch.index, x) >= thresholds[branch.index]
+        if logits is None:
+            logits = self.gates.logit(branch.index, x)
+        keep = logits >= thresholds[branch.index]
         keep |= batch.slots < ANCHORS
         return keep if batch.real is None else keep & batch.real
 
@@ -487,13 +513,14 @@ class SkippingModel:
         chosen = filled(kept)
         cos, sin = (part.flatten(0, 1)[chosen].unsqueeze(0) for part in rope)
         x = x.flatten(0, 1)[chosen].unsqueeze(0)
-        queries = project_queries(branch.module, x, (cos, sin))[0]  # [N and more, heads, D]
+        queries = project_queries(branch.module, x, (cos, sin), self._turn())[0]
         kv = (cache.keys[branch.layer], cache.values[branch.layer])
         shape, slots = self.shapes[branch.index], batch.slots.flatten()[kept]
-        mixed = attend_rows(queries, keep.sum(1).tolist(), slots, kv, shape)
+        counts = keep.sum(1).tolist()
+        mixed = attend_rows(queries, counts, slots, kv, shape, self.engine)
         output = branch.leave(project_out(branch.module, mixed.unsqueeze(0)))[0, :count]
         output = output if scale is None else output * scale.flatten(0, 1)[kept]
-        hidden.view(-1, hidden.shape[-1]).index_add_(0, kept, output)
+        self._add_rows(hidden, kept, output)
 
     def _store(
         self,
@@ -505,8 +532,8 @@ class SkippingModel:
         keep: Tensor | None,
     ) -> None:
         if keep is None or self.kv_rule == "project" or branch.layer == 0:
-            keys, values = project_keys_values(branch.module, x, rope)
-            cache.write(branch.layer, batch.slots, keys, values)
+            keys, values = project_keys_values(branch.module, x, rope, self._turn())
+            cache.write(branch.layer, batch.slots, batch.begin, keys, values)
             return
         rows, columns = keep.nonzero(as_tuple=True)
         if rows.numel():
@@ -528,6 +555,7 @@ class _Batch:
     real: Tensor | None  # [B, S], None when nothing is padding
     tokens: int
     context: int
+    begin: int | None  # where all rows begin, if they begin together
     last_slot: int
     from_zero: bool
     few: bool  # a verify pass: its tokens attend one by one, as they would when decoded so
@@ -545,6 +573,7 @@ class _Batch:
             real=steps < count if padded else None,
             tokens=sum(lengths),
             context=sum(n * s + n * (n + 1) // 2 for s, n in zip(starts, lengths, strict=True)),
+            begin=starts[0] if len(set(starts)) == 1 else None,
             last_slot=max(starts) + columns - 1,
             from_zero=not any(starts) and not padded,
             few=rows == 1 and columns <= VERIFY_ROWS and starts[0] > 0,

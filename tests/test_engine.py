@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def test_bfloat16_weights_and_cache(
     """Nearer to float32 than torch's own bfloat16 is, and each row the same bits beside others."""
     exact, _, some = pair(load_model(make_tiny(family), "float32"), "project")
     rough, fast, _ = pair(load_model(make_tiny(family), "bfloat16"), "project")
-    levels, ids, following = some if skips else None, tokens(1, 30), tokens(1, 12, 1)
+    whole = [NEVER_SKIP if i % 3 else math.inf for i in range(len(some))]  # without near ties
+    levels, ids, following = whole if skips else None, tokens(1, 30), tokens(1, 12, 1)
     found = []
     for each in (exact, rough, fast):
         cache = each.new_cache(1, 64)
@@ -160,8 +162,7 @@ def test_bfloat16_weights_and_cache(
         found.append(each.forward(following, cache, [30], levels).float())
     size = found[0].norm()
     assert float((found[2] - found[0]).norm() / size) < 0.05
-    if not skips:  # at a threshold, rounding decides who enters
-        assert (found[2] - found[0]).norm() <= 1.1 * (found[1] - found[0]).norm()
+    assert (found[2] - found[0]).norm() <= 1.1 * (found[1] - found[0]).norm()
     alone = fast.new_cache(1, 64)
     fast.forward(ids, alone, [0])
     steps = [fast.forward(following[:, i : i + 1], alone, [30 + i], levels) for i in range(12)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
-from gateskip.branches import AttentionShape
+import gateskip
+from gateskip import decode
+from gateskip.branches import AttentionShape, rotate
 from gateskip.masked import attend, causal
-from gateskip.prefill import EVEN, attend_rows, filled
+from gateskip.prefill import EVEN, _evened, attend_rows, filled
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 16
 
@@ -43,3 +48,50 @@ def test_rows_are_filled_up_with_the_last(count: int) -> None:
     found = filled(kept)
     assert len(found) % EVEN == 0 and len(found) - count < EVEN
     assert torch.equal(found[:count], kept) and (found[count:] == kept[-1]).all()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 50])
+def test_a_native_softmax_is_torchs(
+    make_tiny: Callable[..., Path], kind: torch.dtype, window: int | None
+) -> None:
+    torch.manual_seed(0)
+    engine = gateskip.load(make_tiny("llama")).skipping.engine
+    shape = AttentionShape(HEADS, KV_HEADS, WIDTH, WIDTH**-0.5, None, window)
+    slots = torch.tensor([70, 71, 90, 127, 300, 301, 302])
+    keys, values = (torch.randn(1, KV_HEADS, 320, WIDTH, dtype=kind) for _ in range(2))
+    queries = torch.randn(len(slots), HEADS, WIDTH, dtype=kind)
+    found = [attend_rows(queries, [7], slots, (keys, values), shape, e) for e in (None, engine)]
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_native_passes_over_rows(make_tiny: Callable[..., Path], kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    decoder = gateskip.load(make_tiny("llama"))
+    engine, x = decoder.skipping.engine, torch.randn(5, 3, 32, dtype=kind)
+    rope = (torch.randn(5, 16, dtype=kind), torch.randn(5, 16, dtype=kind))
+    near = {"rtol": 0.02, "atol": 0.02} if kind == torch.bfloat16 else {}
+    torch.testing.assert_close(engine.rotate(x.clone(), rope), rotate(x, rope), **near)
+    hidden, added = torch.randn(9, 64, dtype=kind), torch.randn(3, 64, dtype=kind)
+    places = torch.tensor([7, 0, 3])
+    wanted = hidden.index_add(0, places, added)
+    engine.add_rows(hidden, places, added)
+    torch.testing.assert_close(hidden, wanted)
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 513, 8000])
+def test_few_sizes_of_keys(count: int) -> None:
+    found = _evened(count)
+    assert found >= count and found % EVEN == 0 and found - count < max(EVEN, count / 4)
+    assert len({_evened(n) for n in range(1, 8193)}) < 50
+
+
+def test_prompts_in_pieces_are_prompts_in_one(
+    make_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = gateskip.load(make_tiny("llama"))
+    prompts = [list(range(3, 3 + n)) for n in (40, 1, 17)]
+    whole = decoder.generate(prompts, 8)
+    monkeypatch.setattr(decode, "PREFILL", 24)  # eight tokens of each at once
+    assert decoder.generate(prompts, 8).tokens == whole.tokens

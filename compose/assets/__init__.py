@@ -11,12 +11,13 @@ from compose.assets.fetch import default_cache, hub_reachable
 from compose.assets.models import ModelAsset, model_config, model_pin, resolve_model
 from compose.assets.overlap import overlaps
 from compose.assets.rows import TextData
-from compose.assets.table import MODELS, TASKS, TEXTS
+from compose.assets.table import MODELS, SELF_WRITTEN, TASKS, TEXTS
 from compose.assets.tasks import TaskData, load_task
 from compose.assets.texts import data_pin, first_available, load_texts, token_blocks
 
 __all__ = [
     "MODELS",
+    "SELF_WRITTEN",
     "TASKS",
     "TEXTS",
     "ModelAsset",

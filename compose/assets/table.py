@@ -215,7 +215,9 @@ MODELS: dict[str, ModelAlias] = {
     ),
 }
 
+SELF_WRITTEN = "self-written"
 TEXTS: dict[str, TextAlias] = {
+    SELF_WRITTEN: TextAlias(summary="what the dense model says when left to itself (stages only)"),
     "calibration-text": TextAlias(
         summary="encyclopedia, web, technical and children's English, mixed evenly",
         wheel=CALIBRATION,

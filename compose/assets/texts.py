@@ -22,7 +22,7 @@ from compose.assets.fetch import (
     require_hub,
 )
 from compose.assets.rows import TextData, cut_rows, pack_rows
-from compose.assets.table import TEXTS, HubData, TextAlias
+from compose.assets.table import SELF_WRITTEN, TEXTS, HubData, TextAlias
 from compose.errors import AssetError, suggest
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ def load_texts(
         AssetError: it cannot be had, or it holds no text; the message says what was tried.
     """
     cache = cache or default_cache()
+    if source == SELF_WRITTEN:
+        raise AssetError(
+            f"data {source!r} is written by the model that a stage works on",
+            fix="name it under data.train or data.calibration, or take another text here",
+        )
     if source in TEXTS:
         return cut_rows(_load_alias(source, TEXTS[source], cache, progress), limit)
     if (path := _as_file(source)) is not None:

@@ -176,12 +176,37 @@ class StageJob:
         self, split: Split, tokenizer: Any, length: int | None = None, limit: int | None = None
     ) -> Tensor:
         """Token blocks [N, length] of a split; its own length and row limit where none is given."""
-        from compose.assets import load_texts, token_blocks
+        from compose.assets import SELF_WRITTEN, load_texts, token_blocks
 
         spec = self.train if split == "train" else self.calibration
         assert spec is not None, f"a stage names {split} in reads_data to be given it"
+        if spec.source == SELF_WRITTEN:
+            return self._self_written(
+                split, min(limit or spec.limit, spec.limit), length or spec.length
+            )
         texts = load_texts(spec.source, spec.limit, self.asset_cache)
         return token_blocks(texts, tokenizer, length or spec.length, limit or spec.limit)
+
+    def _self_written(self, split: Split, count: int, length: int) -> Tensor:
+        """Blocks of the dense model's own text, kept in `work` for a run that goes on; the splits
+        are not alike."""
+        from safetensors.torch import load_file, save_file
+
+        import gateskip
+        from gateskip.written import write
+
+        kept = self.work / f"self-written-{split}-{count}-{length}.safetensors"
+        if not kept.is_file():
+            blocks = write(
+                gateskip.load(self.dense),
+                count,
+                length,
+                2 * self.seed + (split == "train"),
+                lambda done, total: self.progress(done, total, f"writing {split} text"),
+            )
+            save_file({"blocks": blocks}, kept.with_suffix(".part"))
+            kept.with_suffix(".part").replace(kept)
+        return load_file(kept)["blocks"]
 
 
 class Stage(BaseModel):
