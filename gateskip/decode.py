@@ -23,14 +23,14 @@ from gateskip.drafts import Draft, Drafting, Ends, Row
 from gateskip.engine import Engine, Unsuited
 from gateskip.pace import Pace
 from gateskip.sampling import GREEDY, Sampler, accept_or_resample, draw
-from gateskip.skip import NEVER_SKIP, KVCache, SkippingModel, Usage
+from gateskip.skip import NEVER_SKIP, KVCache, SkippingModel, Thresholds, Usage
 from gateskip.twin import int4_head, int4_twin, nf4_twin
 from gateskip.written import write
 
 Mode = Literal["plain", "skip", "speculate"]
 Weights = Literal["own", "nf4", "int4"]
 Tokens = list[int]
-Thresholds = Sequence[float] | None
+Target = Literal["gated", "original"]
 MAX_DRAFT = 16
 PREFILL = 2048  # tokens of all prompts together in one pass: bounds what lies beside the cache
 SELF_WRITTEN = (8, 96)  # rows and tokens of the text to which an int4 draft is fitted
@@ -179,6 +179,7 @@ class Decoder:
         draft_length: int | Literal["auto"] = "auto",
         draft_weights: Weights = "own",
         lookup: bool = False,
+        target: Target = "gated",
         sampler: Sampler = GREEDY,
         seed: int = 0,
         eos: Sequence[int] = (),
@@ -196,6 +197,8 @@ class Decoder:
                 and acceptance, 0 while speculation does not pay.
             draft_weights: `own`, or a 4-bit copy of the same weights: `int4` or `nf4` (twin.py).
             lookup: before drafting, propose what followed the last tokens where they stood before.
+            target: what full compute means where gates scale what branches add: the `gated` model,
+                or the `original`, without them. Other gates leave the model what it was.
             sampler, seed: how tokens are drawn; each row has a random stream of its own.
             eos: token ids that end a row; the ending token is part of the result.
             stop: strings that end a row as soon as its text holds one.
@@ -210,6 +213,9 @@ class Decoder:
             raise ValueError(f"draft_length must be 'auto' or 1 to {MAX_DRAFT}")
         if mode not in ("plain", "skip", "speculate"):
             raise ValueError(f"mode {mode!r}: one of plain, skip, speculate")
+        if target not in ("gated", "original"):
+            raise ValueError(f"target {target!r}: gated or original")
+        self.skipping.gated = target == "gated"
         ends = Ends(frozenset(eos), tuple(stop), self.tokenizer, max_new_tokens, tuple(criteria))
         rows = [Row(i, list(p), ends, seed, on_token) for i, p in enumerate(prompts)]
         stats = Stats(prompt_tokens=sum(map(len, prompts)))

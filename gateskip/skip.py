@@ -37,6 +37,7 @@ from gateskip.gates import ANCHORS, Gates
 from gateskip.masked import attend, causal
 from gateskip.prefill import EVEN, attend_rows, filled
 
+Thresholds = Sequence[float] | None
 KV_RULES = ("project", "copy")
 NEVER_SKIP = -math.inf
 MLP_ROWS = 1024  # at once: what lies between an MLP's products stays in the cache
@@ -135,6 +136,7 @@ class SkippingModel:
         }
         self.usage = Usage.empty(len(self.branches))
         self.engine: Engine | None = None
+        self.gated = True  # whether gates that scale do so at full compute, too
         self.norm = final_norm(model)
         self.dtype: torch.dtype = self.norm.weight.dtype
         self.device: torch.device = self.norm.weight.device
@@ -172,7 +174,7 @@ class SkippingModel:
         input_ids: Tensor,
         cache: KVCache,
         starts: Sequence[int],
-        thresholds: Sequence[float] | None = None,
+        thresholds: Thresholds = None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Run input_ids [B, S] whose rows begin at positions `starts` -> final hidden [B, S, H].
@@ -196,7 +198,7 @@ class SkippingModel:
         hidden: Tensor,
         cache: KVCache,
         starts: Sequence[int],
-        thresholds: Sequence[float] | None,
+        thresholds: Thresholds,
     ) -> Tensor:
         """Embeddings [B, S, H] with B or S 1, in one call of the engine."""
         rows, columns = hidden.shape[:2]
@@ -211,7 +213,7 @@ class SkippingModel:
         cache: KVCache,
         cache_rows: Sequence[int],
         slots: Sequence[int],
-        thresholds: Sequence[float] | None,
+        thresholds: Thresholds,
     ) -> Tensor:
         """Embeddings [N, H] of tokens at `slots` of `cache_rows` -> final states [N, H]."""
         assert self.engine is not None
@@ -231,7 +233,7 @@ class SkippingModel:
         count: int,
         wanted: tuple[float, Sequence[float]],
         place: tuple[KVCache, int, int],
-        thresholds: Sequence[float] | None,
+        thresholds: Thresholds,
     ) -> tuple[list[int], list[float]]:
         """Tokens that greedily follow `token`, in one call of the engine: see Engine.draft."""
         assert self.engine is not None
@@ -247,7 +249,7 @@ class SkippingModel:
         cache: KVCache,
         rows: Sequence[int],
         starts: Sequence[int],
-        thresholds: Sequence[float] | None = None,
+        thresholds: Thresholds = None,
     ) -> list[Tensor]:
         """Continue some `rows` of a cache, each by tokens of its own -> final hidden [n, H] each.
 
@@ -280,7 +282,7 @@ class SkippingModel:
     # -- one token: enter the branch or do not ------------------------------------------------
 
     def _one_token(
-        self, hidden: Tensor, cache: KVCache, slot: int, thresholds: Sequence[float] | None
+        self, hidden: Tensor, cache: KVCache, slot: int, thresholds: Thresholds
     ) -> Tensor:
         ropes = {
             key: (cos[slot : slot + 1], sin[slot : slot + 1])  # [1, D]
@@ -292,7 +294,7 @@ class SkippingModel:
         for branch in self.branches:
             source = source if branch.parallel else hidden
             x = branch.enter(source)  # [1, 1, H]
-            entered, scale = self._scaled(branch, x)
+            entered, scale = self._scaled(branch, x, thresholds)
             if slot >= ANCHORS and not self._enters(branch, x, thresholds):
                 if branch.kind == "attention":
                     self._skip_attention_once(branch, entered, ropes[branch.rope], cache, slot)
@@ -309,9 +311,13 @@ class SkippingModel:
             hidden = hidden + (output if scale is None else output * scale)
         return hidden
 
-    def _scaled(self, branch: Branch, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _scaled(
+        self, branch: Branch, x: Tensor, thresholds: Thresholds
+    ) -> tuple[Tensor, Tensor | None]:
         """What the branch reads, and what multiplies its output: gates that scale do either."""
         if self.gates is None or not self.gates.scales:
+            return x, None
+        if thresholds is None and not self.gated:
             return x, None
         scale = self.gates.gate(branch.index, x).to(x.dtype)
         return (x * scale, None) if self.gates.place == "before" else (x, scale)
@@ -324,7 +330,7 @@ class SkippingModel:
         mixed = self._attend_one(branch, queries, cache, slot).view(1, 1, -1)
         return branch.leave(project_out(branch.module, mixed))
 
-    def _enters(self, branch: Branch, x: Tensor, thresholds: Sequence[float] | None) -> bool:
+    def _enters(self, branch: Branch, x: Tensor, thresholds: Thresholds) -> bool:
         if thresholds is None or thresholds[branch.index] == NEVER_SKIP:
             return True
         assert self.gates is not None, "thresholds without gates"
@@ -362,7 +368,7 @@ class SkippingModel:
     # -- many tokens: gather, run, add back ---------------------------------------------------
 
     def _many_tokens(
-        self, hidden: Tensor, cache: KVCache, batch: _Batch, thresholds: Sequence[float] | None
+        self, hidden: Tensor, cache: KVCache, batch: _Batch, thresholds: Thresholds
     ) -> Tensor:
         ropes = {  # two of [B, S, D] a kind of layer
             key: (cos[batch.slots], sin[batch.slots]) for key, (cos, sin) in cache.rope.items()
@@ -378,7 +384,7 @@ class SkippingModel:
             x, logits = self._read(branch, source)  # [B, S, H], [B, S]
             keep = self._kept(branch, x, logits, batch, thresholds)  # [B, S] or None for all
             self.usage.kept[branch.index] += batch.tokens if keep is None else int(keep.sum())
-            entered, scale = self._scaled(branch, x)
+            entered, scale = self._scaled(branch, x, thresholds)
             if branch.kind == "mlp":
                 self._add_mlp(branch, hidden, entered, keep, scale)
             else:
@@ -433,7 +439,7 @@ class SkippingModel:
         x: Tensor,
         logits: Tensor | None,
         batch: _Batch,
-        thresholds: Sequence[float] | None,
+        thresholds: Thresholds,
     ) -> Tensor | None:
         if thresholds is None or thresholds[branch.index] == NEVER_SKIP:
             return batch.real

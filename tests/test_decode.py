@@ -14,8 +14,10 @@ from gateskip.budget import calibrate
 from gateskip.checkpoint import GateFile, grid_of, load_gates, load_model, save_gates
 from gateskip.decode import Decoder
 from gateskip.drafts import look_up
+from gateskip.kinds import make_gates
 from gateskip.pace import Pace
 from gateskip.sampling import Sampler
+from gateskip.skip import SkippingModel
 from gateskip.warmstart import warm_start
 
 BUDGETS = (0.8, 0.5)
@@ -77,6 +79,25 @@ def test_speculation_is_lossless(decoder: Decoder, length: Any, budget: float) -
         assert own.stats.passes + own.stats.accepted >= 39
         if length != "auto":
             assert own.stats.drafted > 0
+
+
+def test_two_meanings_of_full_compute(make_tiny: Callable[..., Path]) -> None:
+    """Gates that scale change the model; at full compute it can be asked for without them."""
+    folder = make_tiny("llama")
+    dense, model = gateskip.load(folder), load_model(folder, "float32")
+    gates = make_gates("vector", 8, 64, scales=True).requires_grad_(False)
+    for part in gates.parameters():
+        part.normal_(generator=torch.Generator().manual_seed(1))
+    decoder = Decoder(SkippingModel(model, gates), dense.tokenizer, {0.5: [0.5] * 8})
+    texts = {}
+    for target in ("gated", "original"):
+        plain = decoder.generate(prompts(3), 24, target=target).tokens
+        own = decoder.generate(prompts(3), 24, "speculate", draft_length=3, target=target)
+        assert own.tokens == plain and own.stats.drafted
+        texts[target] = plain
+    assert texts["original"] == dense.generate(prompts(3), 24).tokens != texts["gated"]
+    with pytest.raises(ValueError, match="gated or original"):
+        decoder.generate(prompts(1), target="both")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("weights", ["own", "nf4", "int4"])

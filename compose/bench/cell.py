@@ -224,14 +224,16 @@ class CellBench:
         settings = self.settings | {"draft_length": FORCED_DRAFT if length == "auto" else length}
         compared, total = 0, Stats()
         divergences: list[dict[str, Any]] = []
-        batched = self.decoder.generate(prompts, wanted["new_tokens"]).tokens
+        target = self.settings["target"]
+        batched = self.decoder.generate(prompts, wanted["new_tokens"], target=target).tokens
         for number, prompt in enumerate(prompts):
             plain = batched[number]
             own = self.decoder.generate([prompt], wanted["new_tokens"], self.mode, **settings)
             total.add(own.stats)
             compared += len(plain)
             if own.tokens[0] != plain:  # a batch rounds in another order: ask the row by itself
-                plain = self.decoder.generate([prompt], wanted["new_tokens"]).tokens[0]
+                alone = self.decoder.generate([prompt], wanted["new_tokens"], target=target)
+                plain = alone.tokens[0]
             divergence = self._divergence(number, prompt, plain, own.tokens[0])
             divergences += [divergence] if divergence else []
         return {

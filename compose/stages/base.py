@@ -25,6 +25,7 @@ Split = Literal["train", "calibration"]
 RULES: dict[str, str] = {
     "decode-needs-gates": "what is skipped is decided by gates, so a gate stage must come before.",
     "draft-of-packed": "a quantized model has no wide weights to draft a 4-bit copy of.",
+    "original-is-gone": "a backbone that learned beside the gates is the original no more.",
     "decode-last": "a decode stage only sets how the model is run; no weight stage may follow it.",
     "two-decoders": "a model is decoded in one way: one decode stage a chain.",
     "two-gates": "a model carries one set of gates: one gate stage a chain.",

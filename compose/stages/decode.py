@@ -56,12 +56,23 @@ class Speculate(DecodeStage):
     draft_length: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = "auto"
     """Tokens drafted before each verification; `auto` sets it from measured cost and acceptance."""
 
+    target: Literal["gated", "original"] = "gated"
+    """What verifies: the model with its gates at full compute, or the one that they were put on.
+    The two are one unless gates scale; a backbone that learned along cannot be undone."""
+
     def skips(self) -> bool:
         """Only drafts below a budget of 1 do."""
         return self.draft_budget < 1
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """As for all decoders, and `draft-of-packed`."""
+        """As for all decoders, and `draft-of-packed`, `original-is-gone`."""
         super().check(shape, before)
         if self.draft_weights != "own" and any(stage.role == "quantize" for stage in before):
             raise RuleBroken("draft-of-packed", "after a quantizer, draft_weights must be own")
+        trained = [stage for stage in before if getattr(stage, "backbone", "frozen") != "frozen"]
+        if self.target == "original" and any(stage.role == "gate" for stage in trained):
+            raise RuleBroken(
+                "original-is-gone",
+                "target: original after gates whose backbone learned along",
+                fix="set backbone: frozen in the gate stage, or leave target out",
+            )
