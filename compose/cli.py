@@ -314,8 +314,9 @@ def bench(
         list[str] | None,
         typer.Option(
             "--contender",
-            help="plain, skip:BUDGET, draft:BUDGET with +nf4, +lookup, +LENGTH, transformers (also"
-            " :compiled, :lookup, :early-exit-LAYERS), llama.cpp:FILE.gguf or llama.cpp:q4_1;"
+            help="plain, skip:BUDGET, draft:BUDGET with +int4, +nf4, +lookup, +LENGTH; one of these"
+            " after eager: (torch alone, the reference); transformers (also :compiled, :lookup,"
+            " :early-exit-LAYERS), llama.cpp:FILE.gguf or llama.cpp:q4_1;"
             " speeds are compared with the first. plain alone if not said.",
         ),
     ] = None,

@@ -23,7 +23,9 @@ def test_contenders_are_named_in_words() -> None:
         "lookup": True,
         "draft_length": 4,
     }
-    for wrong in ("dense", "skip:much", "draft:0.5+fast"):
+    assert contender("eager:skip:0.8").settings == {"mode": "skip", "budget": 0.8}
+    assert contender("eager").eager and not contender("plain").eager
+    for wrong in ("dense", "skip:much", "draft:0.5+fast", "eager:transformers", "eager:eager"):
         with pytest.raises(UserError, match="contender"):
             contender(wrong)
 
@@ -37,7 +39,7 @@ def test_laps_are_counted_alike(tiny_llama: Path, tmp_path: Path) -> None:
     ]
     file = tmp_path / "asked.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in asked))
-    ways = ["plain", "transformers", "draft:1.0+4"]
+    ways = ["plain", "eager", "transformers", "draft:1.0+4"]
     found = race(tiny_llama, ways, [1], [8], 12, 2, prompts=str(file), limit=2)
     assert [(lap["contender"], lap["course"]) for lap in found["laps"]] == [
         (way, course) for way in ways for course in ("one", "two")

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from compose.llamacpp import KINDS as GGUF_KINDS
 from compose.llamacpp import write_gguf
 from gateskip.decode import Decoder
 
-KINDS = ("plain", "skip", "draft", "transformers", "llama.cpp")
+KINDS = ("plain", "skip", "draft", "eager", "transformers", "llama.cpp")
 READ_BYTES, GEMM_SIZE = 1 << 28, 1024  # of the machine's own measure
 Progress = Callable[[int, int, str], None]
 Courses = dict[str, list[Rows]]
@@ -44,12 +44,15 @@ class Contender:
     """Arguments of Decoder.generate; empty for a rival."""
     rival: str = ""
     """What follows the colon of a rival's name."""
+    eager: bool = False
+    """Whether torch does everything: the reference for tokens."""
 
 
 def contender(text: str) -> Contender:
-    """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+int4` or `+nf4`, `+lookup`, `+LENGTH`; rivals
-    are `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and
-    `llama.cpp:FILE` or `llama.cpp:TYPE`, which writes the folder as a GGUF file of that type.
+    """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+int4` or `+nf4`, `+lookup`, `+LENGTH`; any of
+    these after `eager:`, which leaves all to torch, the reference for tokens; and the rivals
+    `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and `llama.cpp:FILE`
+    or `llama.cpp:TYPE`, which writes the folder as a GGUF file of that type.
 
     Raises UserError for anything else.
     """
@@ -58,6 +61,11 @@ def contender(text: str) -> Contender:
         raise UserError(f"contender {text!r}: {suggest(kind, KINDS)}", fix=contender.__doc__)
     if kind in ("transformers", "llama.cpp"):
         return Contender(text, {}, rest)
+    if kind == "eager":
+        way = contender(rest or "plain")
+        if way.name.startswith(("eager", "transformers", "llama.cpp")):
+            raise UserError(f"contender {text!r}: {rest} is no way of ours", fix=contender.__doc__)
+        return replace(way, name=text, eager=True)
     if kind == "plain":
         return Contender(text, {"mode": "plain"})
     words = rest.split("+")
@@ -182,7 +190,11 @@ def runners_of(
     """
     longest = max(len(row) for groups in courses.values() for rows in groups for row in rows)
     ways = [contender(text) for text in contenders]
-    return {way.name: _runner(decoder, folder, way, longest + new_tokens) for way in ways}
+    eager = gateskip.load(folder, native=False) if any(way.eager for way in ways) else decoder
+    return {
+        way.name: _runner(eager if way.eager else decoder, folder, way, longest + new_tokens)
+        for way in ways
+    }
 
 
 def run_laps(
