@@ -314,9 +314,9 @@ def bench(
         list[str] | None,
         typer.Option(
             "--contender",
-            help="plain, skip:BUDGET, draft:BUDGET with +int4, +nf4, +lookup, +LENGTH; one of these"
-            " after eager: (torch alone, the reference); transformers (also :compiled, :lookup,"
-            " :early-exit-LAYERS), llama.cpp:FILE.gguf or llama.cpp:q4_1;"
+            help="plain, skip:BUDGET, draft:BUDGET with +int4, +nf4, +int4-head, +lookup, +LENGTH;"
+            " one of these after eager: (torch alone, the reference); transformers (also :compiled,"
+            " :lookup, :early-exit-LAYERS), llama.cpp:FILE.gguf or llama.cpp:q4_1;"
             " speeds are compared with the first. plain alone if not said.",
         ),
     ] = None,
@@ -378,6 +378,14 @@ def doctor() -> None:
     findings = examine()
     say_findings(console(), findings)
     raise typer.Exit(any(finding.status == "missing" for finding in findings))
+
+
+@app.command()
+def stages() -> None:
+    """Print which stage may follow which, and the rule where it may not."""
+    from compose.stages.orders import as_markdown
+
+    typer.echo(as_markdown())
 
 
 @app.command()

@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from gateskip.twin import int4_head, int4_twin, nf4_twin
 from gateskip.written import write
 
 Mode = Literal["plain", "skip", "speculate"]
-Weights = Literal["own", "nf4", "int4"]
+Weights = Literal["own", "int4-head", "nf4", "int4"]
 Tokens = list[int]
 Target = Literal["gated", "original"]
 MAX_DRAFT = 16
@@ -150,16 +150,19 @@ class Decoder:
         Raises ValueError where there can be no twin.
         """
         if weights not in self._drafters:
-            if weights not in ("nf4", "int4"):
-                raise ValueError(f"draft_weights {weights!r}: one of own, nf4, int4")
+            if weights not in get_args(Weights):
+                known = ", ".join(get_args(Weights))
+                raise ValueError(f"draft_weights {weights!r}: one of {known}")
             self._drafters[weights] = self._twin(weights)
         return self._drafters[weights]
 
     def _twin(self, weights: Weights) -> SkippingModel:
         own = self.skipping
-        blocks = write(self, *SELF_WRITTEN) if weights == "int4" else None
+        blocks = None if weights == "nf4" else write(self, *SELF_WRITTEN)
         with torch.inference_mode():
-            copied = nf4_twin(own.model) if blocks is None else int4_twin(own.model, blocks)
+            copied = own.model
+            if weights != "int4-head":
+                copied = nf4_twin(own.model) if blocks is None else int4_twin(own.model, blocks)
         twin = SkippingModel(copied, own.gates, own.kv_rule)
         if own.engine is None:
             return twin
@@ -195,7 +198,8 @@ class Decoder:
             draft_budget: how much of the branches a draft computes; 1 skips nothing.
             draft_length: drafted tokens a verify pass, 1 to 16, or `auto`: set by measured costs
                 and acceptance, 0 while speculation does not pay.
-            draft_weights: `own`, or a 4-bit copy of the same weights: `int4` or `nf4` (twin.py).
+            draft_weights: `own`; `int4-head`, where a 4-bit copy of the LM head ranks tokens; or a
+                4-bit copy of all weights, `int4` (that head, too) or `nf4` (twin.py).
             lookup: before drafting, propose what followed the last tokens where they stood before.
             target: what full compute means where gates scale what branches add: the `gated` model,
                 or the `original`, without them. Other gates leave the model what it was.

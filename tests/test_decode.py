@@ -100,7 +100,7 @@ def test_two_meanings_of_full_compute(make_tiny: Callable[..., Path]) -> None:
         decoder.generate(prompts(1), target="both")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("weights", ["own", "nf4", "int4"])
+@pytest.mark.parametrize("weights", ["own", "int4-head", "nf4", "int4"])
 @pytest.mark.parametrize("lookup", [False, True])
 @pytest.mark.parametrize("length", [4, "auto"])
 @pytest.mark.parametrize("budget", [1.0, 0.5])

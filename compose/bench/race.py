@@ -49,10 +49,10 @@ class Contender:
 
 
 def contender(text: str) -> Contender:
-    """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+int4` or `+nf4`, `+lookup`, `+LENGTH`; any of
-    these after `eager:`, which leaves all to torch, the reference for tokens; and the rivals
-    `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and `llama.cpp:FILE`
-    or `llama.cpp:TYPE`, which writes the folder as a GGUF file of that type.
+    """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+int4`, `+nf4` or `+int4-head`, `+lookup`,
+    `+LENGTH`; any of these after `eager:`, which leaves all to torch, the reference for tokens; and
+    the rivals `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and
+    `llama.cpp:FILE` or `llama.cpp:TYPE`, which writes the folder as a GGUF file of that type.
 
     Raises UserError for anything else.
     """
@@ -75,7 +75,7 @@ def contender(text: str) -> Contender:
             return Contender(text, {"mode": "skip", "budget": budget})
         settings: dict[str, Any] = {"mode": "speculate", "draft_budget": budget}
         for word in words[1:]:
-            if word in ("nf4", "int4"):
+            if word in ("int4-head", "nf4", "int4"):
                 settings["draft_weights"] = word
             elif word == "lookup":
                 settings["lookup"] = True

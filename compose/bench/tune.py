@@ -83,12 +83,14 @@ def tune(
 def candidates(decoder: Decoder) -> list[str]:
     """Every draft that this folder can make, as contenders of `gateskip bench`."""
     budgets = [1.0, *sorted((b for b in decoder.grid if b < 1.0), reverse=True)]
-    kinds = ["", "+int4", "+nf4"] if _has_twin(decoder) else [""]
+    kinds = ["", *(["+int4-head"] if decoder.skipping.engine else [])]
+    kinds += ["+int4", "+nf4"] if _has_twin(decoder) else []
     names = []
     for kind in kinds:
         for budget in budgets:
             for extra in ("", "+lookup"):
-                if budget < 1.0 or kind or extra:  # a draft that is the model itself is none
+                itself = budget == 1.0 and kind in ("", "+int4-head")
+                if extra or not itself:  # a draft that is the model itself is none
                     names.append(f"draft:{budget:g}{kind}{extra}")
     return names
 

@@ -46,9 +46,10 @@ class Speculate(DecodeStage):
     draft_budget: float = Field(default=0.5, gt=0, le=1)
     """The share of multiply-adds that a draft computes; 1 skips nothing."""
 
-    draft_weights: Literal["own", "nf4", "int4"] = "own"
-    """What drafts: the model's own weights, or a 4-bit copy of them that is made while loading:
-    bitsandbytes' `nf4`, or `int4`, whose rounding is fitted to what the model reads."""
+    draft_weights: Literal["own", "int4-head", "nf4", "int4"] = "own"
+    """What drafts: the model's own weights; these but for a 4-bit copy of the LM head
+    (`int4-head`); or a 4-bit copy of all of them that is made while loading: bitsandbytes' `nf4`,
+    or `int4`, whose rounding is fitted to what the model reads."""
 
     lookup: bool = False
     """Whether what followed the last tokens earlier in the text is proposed ahead of a draft."""
@@ -67,8 +68,13 @@ class Speculate(DecodeStage):
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """As for all decoders, and `draft-of-packed`, `original-is-gone`."""
         super().check(shape, before)
-        if self.draft_weights != "own" and any(stage.role == "quantize" for stage in before):
-            raise RuleBroken("draft-of-packed", "after a quantizer, draft_weights must be own")
+        copied = self.draft_weights in ("nf4", "int4")
+        if copied and any(stage.role == "quantize" for stage in before):
+            raise RuleBroken(
+                "draft-of-packed",
+                "after a quantizer, no 4-bit copy can draft",
+                fix="set draft_weights: own or int4-head",
+            )
         trained = [stage for stage in before if getattr(stage, "backbone", "frozen") != "frozen"]
         if self.target == "original" and any(stage.role == "gate" for stage in trained):
             raise RuleBroken(

@@ -1,0 +1,181 @@
+"""Stages in every order: what the planner allows runs, loads again and makes sense; the rest names
+its rule. Chains that begin alike share what they begin with, as in a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import gateskip
+from compose.artifact import copy_companions, is_gated, probe_ids, probe_logits
+from compose.errors import RuleBroken
+from compose.stages import RULES, STAGES, DataSpec, ModelShape, Stage, StageJob
+from compose.stages.orders import YES, as_markdown, verdict
+
+ROOT = Path(__file__).resolve().parents[1]
+GATES = {"use": "gate", "steps": 1, "length": 24, "backbone": "frozen", "budgets": (0.8, 0.5)}
+STEPS: dict[str, dict[str, Any]] = {
+    "drop": {"use": "drop-layers", "count": 1},
+    "narrow": {"use": "prune-width", "ratio": 0.34, "round_to": 32},
+    "heads": {"use": "prune-heads", "count": 2},
+    "heal": {"use": "heal", "steps": 1, "length": 24, "backbone": "lora", "lora_rank": 2},
+    "gates": GATES | {"calibration_blocks": 2, "shortcut": 2},
+    "branches": {"use": "prune-branches", "budget": 0.5, "share": 0.95, "rise": 9.0},
+    "nf4": {"use": "bnb", "format": "nf4"},
+    "gptq4": {"use": "gptq", "bits": 4, "group_size": 16},
+}
+FAMILIES = ("qwen2", "qwen3", "mistral", "gemma2", "phi3")  # Llama takes the long walk
+LONGEST = 3
+WORSE = 3.0  # times the tiny model's perplexity, that of chance, is no sense any more
+RELOAD = """
+import sys
+from pathlib import Path
+from safetensors.torch import save_file
+from compose.artifact import probe_logits
+save_file({name: probe_logits(Path(name)).contiguous() for name in sys.argv[2:]}, sys.argv[1])
+"""
+
+
+class Walk:
+    """Runs chains from one model, each stage once for all chains that begin alike."""
+
+    def __init__(self, source: Path, folder: Path) -> None:
+        self.source, self.folder = source, folder
+        config = json.loads((source / "config.json").read_text())
+        self.shape = ModelShape.from_config(config)
+        self.made: dict[tuple[str, ...], Path] = {(): source}
+        text = folder / "text.txt"
+        text.write_text((ROOT / "LICENSE").read_text().replace("\n", " "))
+        self.spec = DataSpec(source=str(text), limit=16, length=24)
+
+    def rule(self, chain: tuple[str, ...]) -> str | None:
+        """The rule that a chain breaks, or None."""
+        shape, before = self.shape, ()
+        for name in chain:
+            stage: Stage = STAGES[STEPS[name]["use"]].model_validate(STEPS[name])
+            try:
+                stage.check(shape, before)
+            except RuleBroken as error:
+                return error.rule
+            shape, before = stage.reshape(shape), (*before, stage)
+        return None
+
+    def make(self, chain: tuple[str, ...]) -> Path:
+        """The folder of an allowed chain."""
+        if chain not in self.made:
+            AcceleratorState._reset_state()
+            source, name = self.make(chain[:-1]), chain[-1]
+            target = self.folder / "-".join(chain)
+            target.mkdir()
+            stage: Stage = STAGES[STEPS[name]["use"]].model_validate(STEPS[name])
+            stage.run(
+                StageJob(
+                    source=source,
+                    target=target,
+                    seed=0,
+                    dtype="float32",
+                    train=self.spec,
+                    calibration=self.spec,
+                    dense=self.source,
+                    progress=lambda done, total, note: None,
+                    work=self.folder / f"work-{len(self.made)}",
+                    asset_cache=self.folder / "cache",
+                )
+            )
+            copy_companions(source, target)
+            self.made[chain] = target
+        return self.made[chain]
+
+
+def chains(first: str) -> Iterator[tuple[str, ...]]:
+    """All chains of up to LONGEST stages that begin with one."""
+    ends: list[tuple[str, ...]] = [(first,)]
+    for chain in ends:
+        yield chain
+        if len(chain) < LONGEST:
+            ends += [(*chain, name) for name in STEPS]
+
+
+def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """Of ids [1, S] under logits [1, S, V]."""
+    return math.exp(torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).item())
+
+
+def check_sense(folder: Path, worst: float) -> None:
+    """Finite, better than `worst`, decoding as the full model does, and not one token for ever."""
+    ids = probe_ids(folder)
+    logits = probe_logits(folder)
+    assert bool(logits.isfinite().all())
+    assert perplexity(logits, ids) < worst
+    assert float(logits.std(1).mean()) > 0, "the same whatever was read"
+    decoder = gateskip.load(folder)
+    plain = decoder.generate([ids[0].tolist()], 12).tokens
+    if is_gated(folder):
+        drafted = decoder.generate(
+            [ids[0].tolist()], 12, "speculate", draft_budget=0.8, draft_length=3
+        )
+        assert drafted.tokens == plain
+
+
+def check_reload(folders: list[Path], file: Path) -> None:
+    """A process that made none of the folders finds the same logits in all of them."""
+    names = [str(folder) for folder in folders]
+    subprocess.run([sys.executable, "-c", RELOAD, str(file), *names], check=True)
+    fresh = load_file(file)
+    for folder in folders:
+        torch.testing.assert_close(fresh[str(folder)], probe_logits(folder), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("first", STEPS)
+def test_every_chain_runs_or_names_its_rule(
+    first: str, make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    walk = Walk(make_tiny("llama"), tmp_path)
+    worst = WORSE * perplexity(probe_logits(walk.source), probe_ids(walk.source))
+    allowed = []
+    for chain in chains(first):
+        rule = walk.rule(chain)
+        if rule is None:
+            allowed.append(walk.make(chain))
+            check_sense(allowed[-1], worst)
+        else:
+            assert rule in RULES
+    if allowed:
+        check_reload(allowed, tmp_path / "fresh.safetensors")
+    assert bool(allowed) == (first != "branches"), "only pruned branches need a stage before them"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_stage_takes_every_family(
+    family: str, make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    walk = Walk(make_tiny(family), tmp_path)
+    worst = WORSE * perplexity(probe_logits(walk.source), probe_ids(walk.source))
+    made = []
+    for name in STEPS:
+        chain = ("gates", name) if name == "branches" else (name,)
+        assert walk.rule(chain) is None, (family, chain)
+        made.append(walk.make(chain))
+        check_sense(made[-1], worst)
+    check_reload(made, tmp_path / "fresh.safetensors")
+
+
+def test_the_docs_have_the_planners_table() -> None:
+    assert as_markdown() in (ROOT / "docs" / "composition.md").read_text(encoding="utf-8")
+
+
+def test_the_table_says_what_planning_does() -> None:
+    assert verdict("prune-width", "gptq") == YES
+    assert verdict("gptq", "prune-width") == "prune-after-quantize"
+    assert verdict("gate", "gptq") == verdict("gptq", "gate") == YES
+    assert verdict("skip", "speculate") == "two-decoders"
