@@ -221,7 +221,7 @@ class Engine:
 
     def use_sketch(self, sketch: PackedLinear, exact: Matrix) -> None:
         """Rank a draft's tokens by an LM head in 4 bits; the dense one `exact` chooses."""
-        self.sketch, self.exact = self._packed(sketch), exact
+        self.sketch, self.exact = self._packed(sketch, rounded=True), exact
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [rows, H] -> logits [rows, V]."""
@@ -440,7 +440,7 @@ class Engine:
 
     def _matrix(self, module: Any) -> Matrix:
         if isinstance(module, PackedLinear):
-            return self._packed(module)
+            return self._packed(module, self.rounded)
         weight = getattr(module, "weight", None)
         if not isinstance(module, nn.Linear | DenseLinear) or not isinstance(weight, Tensor):
             raise Unsuited(f"{type(module).__name__} layers run in torch")
@@ -464,11 +464,11 @@ class Engine:
         parts = (packed, tiles(scale).bfloat16(), None, None, module.bias)
         return Matrix(ROUNDED_BYTES, n, k, BLOCK, *(self._maybe(x) for x in parts))
 
-    def _packed(self, module: PackedLinear) -> Matrix:
+    def _packed(self, module: PackedLinear, rounded: bool) -> Matrix:
         n, k = module.out_features, module.in_features
         scale, offset, book = module.scale, module.offset, module.book
         group = k // scale.shape[1]
-        if not self.rounded:
+        if not rounded:
             kind = FOUR_BIT if book is None else FOUR_BIT_BOOK
             table = book
         elif book is None:  # codes 0..15 stand for code - 8: a shift takes the 8 away as well
@@ -478,7 +478,7 @@ class Engine:
             kind, largest = ROUNDED_BOOK, book.abs().max()
             table = ((book / largest * 127).round() + LIFT).to(torch.uint8)
             scale = scale * (largest / 127)
-        if self.rounded:
+        if rounded:
             scale, offset = scale.bfloat16(), None if offset is None else offset.bfloat16()
         parts = (module.codes, scale, offset, table, module.bias)
         return Matrix(kind, n, k, group, *(self._maybe(x) for x in parts))

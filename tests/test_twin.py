@@ -56,10 +56,12 @@ def test_errors_go_where_inputs_are_small() -> None:
 @pytest.mark.parametrize("rows", [1, 3, 8, 9])
 @pytest.mark.parametrize("n", [16, 40, 7])
 def test_tiles_hold_any_number_of_rows(n: int, rows: int) -> None:
+    torch.manual_seed(0)
     layer = PackedLinear(*round_to_grid(weights(n), torch.ones(96)), None, torch.arange(n).float())
     x = torch.randn(rows, 96)
     with torch.inference_mode():
-        torch.testing.assert_close(layer(x), F.linear(x, layer.unpacked(), layer.bias))
+        wanted = F.linear(x, layer.unpacked(), layer.bias)
+        torch.testing.assert_close(layer(x), wanted, atol=1e-4, rtol=1e-5)
 
 
 def test_a_twin_shares_all_but_its_layers(decoder: Decoder) -> None:
