@@ -239,6 +239,21 @@ def test_group_rule_passes_over_what_is_skipped() -> None:
     assert rule_of(Gptq(skip=("mlp.down_proj",)), shape=odd) is None
 
 
+def test_packed_weights_come_in_tiles() -> None:
+    """bitsandbytes' CPU kernel takes no block that goes from one row into the next."""
+    odd = replace(SHAPE, intermediate_size=1376)  # 64 divides it 21.5 times
+    for stage, shape in (
+        (Bnb(format="nf4"), odd),
+        (Gptq(), replace(SHAPE, num_kv_heads=1, head_dim=16)),
+    ):
+        with pytest.raises(RuleBroken) as refused:
+            stage.check(shape, ())
+        assert refused.value.rule == "whole-tiles"
+    Bnb(format="nf4", skip=("down_proj",)).check(odd, ())
+    Bnb(format="int8").check(odd, ())
+    Gptq(group_size=32).check(odd, ())
+
+
 def test_untied_head_is_packed() -> None:
     assert (
         rule_of(Bnb(format="nf4", lm_head=True), shape=replace(SHAPE, tie_embeddings=False)) is None
@@ -246,7 +261,7 @@ def test_untied_head_is_packed() -> None:
 
 
 def test_group_rule_sees_the_pruned_width() -> None:
-    fitting, cut = PruneWidth(ratio=0.2), PruneWidth(ratio=0.22)
+    fitting, cut = PruneWidth(ratio=0.2), PruneWidth(ratio=0.22, round_to=32)
     assert fitting.kept_width(1536) == 19 * 64
     assert rule_of(fitting, Gptq()) is None
     assert cut.kept_width(1536) == 18 * 64 + 32

@@ -36,6 +36,7 @@ RULES: dict[str, str] = {
     "prune-after-gate": "thresholds hold for the branches they were calibrated on: prune first.",
     "heal-after-gate": "thresholds hold for the weights they were calibrated on: heal first.",
     "group-divides": "a quantization group must divide the inputs of every linear layer.",
+    "whole-tiles": "kernels for packed weights take them in tiles of one size.",
     "branches-need-gates": "which branches tokens do without is what gates learn: gate first.",
     "budget-calibrated": "gates can be asked only at budgets that they are calibrated for.",
     "layout-known": "weights are cut by their names, which differ from family to family.",

@@ -35,7 +35,7 @@ class PruneWidth(Stage):
     ratio: float = Field(gt=0, lt=1)
     """The share of each MLP's neurons to remove."""
 
-    round_to: int = Field(default=32, ge=1)
+    round_to: int = Field(default=64, ge=1)
     """The width that is kept is rounded down to a multiple of this."""
 
     importance: Importance = "activation"

@@ -15,7 +15,9 @@ from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 if TYPE_CHECKING:
     from torch import Tensor
 
-GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)  # the ones that GPTQ kernels are written for
+TILE_OUTPUTS = 32  # of a GPTQ layer, that a kernel takes at a time
+BLOCK_INPUTS = 64  # that share a scale in bitsandbytes' 4-bit formats
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024)  # the ones that GPTQ kernels are written for
 WHOLE_ROW = -1
 ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
 
@@ -58,9 +60,19 @@ class Bnb(Stage):
         return self
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """Order rules, and `head-is-tied`."""
+        """Order rules, `whole-tiles`, and `head-is-tied`."""
         super().check(shape, before)
-        if self.lm_head and shape is not None and shape.tie_embeddings:
+        if shape is None:
+            return
+        for name, width in shape.linear_in_features().items():
+            skipped = any(each.endswith(name) for each in self.skip)
+            if self.format != "int8" and width % BLOCK_INPUTS and not skipped:
+                raise RuleBroken(
+                    "whole-tiles",
+                    f"{name} has {width} inputs, no multiple of {BLOCK_INPUTS}",
+                    fix=f"set round_to: {BLOCK_INPUTS} where it was pruned, or use gptq or int8",
+                )
+        if self.lm_head and shape.tie_embeddings:
             raise RuleBroken(
                 "head-is-tied",
                 "the LM head of this model is its embedding, which is not packed",
@@ -124,7 +136,7 @@ class Gptq(Stage):
     bits: Literal[2, 3, 4, 8] = 4
     """Bits of one weight."""
 
-    group_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024] = 64
+    group_size: Literal[-1, 32, 64, 128, 256, 512, 1024] = 64
     """Weights that share a scale; it must divide every linear layer's inputs. -1: a whole row."""
 
     sym: bool = True
@@ -144,15 +156,23 @@ class Gptq(Stage):
     """Calibration sequences that pass the model at once."""
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """Order rules, and `group-divides`: whole groups in every linear layer."""
+        """Order rules, `group-divides` (whole groups in every layer), and `whole-tiles`."""
         super().check(shape, before)
-        if shape is None or self.group_size == WHOLE_ROW:
+        if shape is None:
             return
         widths = {
             name: width
             for name, width in shape.linear_in_features().items()
             if not any(skipped.endswith(name) for skipped in self.skip)
         }
+        if (width := shape.num_kv_heads * shape.head_dim) % TILE_OUTPUTS:
+            raise RuleBroken(
+                "whole-tiles",
+                f"keys and values are {width} wide, no multiple of {TILE_OUTPUTS}",
+                fix="keep more KV heads, or use bnb",
+            )
+        if self.group_size == WHOLE_ROW:
+            return
         cut = {name: width for name, width in widths.items() if width % self.group_size}
         if cut:
             name, width = next(iter(cut.items()))
