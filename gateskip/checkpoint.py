@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from gateskip.budget import Calibration
 from gateskip.gates import Gates
+from gateskip.heads import INT8, head_format, round_head
 from gateskip.kinds import GATE_KINDS, make_gates
 from gateskip.shortcuts import STORED, Shortcuts
 
@@ -182,6 +183,8 @@ def load(
     model = load_model(folder, dtype)
     file = load_gates(folder)
     kernels = accelerate_linears(model) if native else {}
+    if head_format(folder) == INT8:
+        round_head(model)
     gates, kv_rule = (file.gates, file.kv_rule) if file else (None, "project")
     skipping = SkippingModel(model, gates, kv_rule)
     if native:

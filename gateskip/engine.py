@@ -28,6 +28,7 @@ from gateskip.branches import (
     rotate,
 )
 from gateskip.gates import ANCHORS, Gates, ScalarGates
+from gateskip.heads import RoundedHead, to_bytes
 from gateskip.linears import DenseLinear, PackedLinear, pack_bytes, tiles
 
 MOST_ROWS = 32  # of one pass; engine.cpp has the same number
@@ -139,6 +140,7 @@ class Engine:
             raise Unsuited("only scalar gates that do not scale run natively")
         self.held: list[Any] = []  # tensors that the structures point into
         self.rounded = rounded and any(isinstance(part, PackedLinear) for part in model.modules())
+        self.rounded |= isinstance(model.get_output_embeddings(), RoundedHead)
         self.model = self._model(model, gates)
         self.head = self.sketch = self._head(model)
         self.exact: Matrix | None = None
@@ -456,11 +458,9 @@ class Engine:
         module = model.get_output_embeddings()
         if not self.rounded or module.weight.shape[1] % BLOCK:
             return self._matrix(module)
-        weight = module.weight.detach().float().unflatten(1, (-1, BLOCK))  # [V, H / 32, 32]
-        scale = weight.abs().amax(2) / 127
-        codes = (weight / scale.clamp_min(1e-12).unsqueeze(2)).round() + LIFT
+        codes, scale = to_bytes(module.weight)
         n, k = module.weight.shape
-        packed = pack_bytes(codes.to(torch.uint8).flatten(1))
+        packed = pack_bytes((codes + LIFT).to(torch.uint8))
         parts = (packed, tiles(scale).bfloat16(), None, None, module.bias)
         return Matrix(ROUNDED_BYTES, n, k, BLOCK, *(self._maybe(x) for x in parts))
 

@@ -43,7 +43,8 @@ def attend_rows(
     slots [N] ascend within a row; keys and values [B, kv_heads, T, D] hold slot t at place t. With
     an engine the softmax is one native pass.
     """
-    out = torch.empty_like(queries)  # beyond the last real row undefined
+    out = torch.empty_like(queries)
+    out[sum(counts) :] = 0  # rows that only fill up: LLM.int8 looks at all rows for outliers
     room = queries.new_empty(_most_scores(slots, shape))
     done = 0
     for row, count in enumerate(counts):

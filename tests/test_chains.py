@@ -33,6 +33,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "branches": {"use": "prune-branches", "budget": 0.5, "share": 0.95, "rise": 9.0},
     "nf4": {"use": "bnb", "format": "nf4"},
     "gptq4": {"use": "gptq", "bits": 4, "group_size": 32},
+    "head8": {"use": "pack-head"},
 }
 FAMILIES = ("qwen2", "qwen3", "mistral", "gemma2", "phi3")  # Llama takes the long walk
 LONGEST = 3

@@ -40,6 +40,7 @@ def test_rows_attend_as_under_a_mask(
         found = attend_rows(given, counts, slots[keep], (keys, values), shape)
         expected = wanted.transpose(1, 2).flatten(-2)[keep]
         torch.testing.assert_close(found[: len(gathered)], expected)
+        assert not found[len(gathered) :].any()
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65])

@@ -74,8 +74,8 @@ def test_tuning_makes_the_fastest_draft_the_folders_way(tiny_llama: Path, tmp_pa
     file.write_text("\n".join(json.dumps(row) for row in rows))
     found = tune(folder, str(file), None, 8, 1)
     tried = {lap["contender"] for lap in found["first"]}
-    kinds = ("", "+int4", "+nf4", "+int4+lookup", "+nf4+lookup", "+lookup")
-    assert tried == {"plain", *(f"draft:1{kind}" for kind in kinds if kind)}
+    kinds = ("+int4", "+nf4", "+int4+lookup", "+nf4+lookup", "+lookup", "+int4-head+lookup")
+    assert tried == {"plain", *(f"draft:1{kind}" for kind in kinds)}
     assert all(lap["equal_to_first"] for lap in found["second"]), "drafts change no token"
     assert found["best"] in {lap["contender"] for lap in found["second"]}
     assert gateskip.load(folder).defaults == found["decode"]

@@ -22,6 +22,7 @@ from compose.stages import (
     Gptq,
     Heal,
     ModelShape,
+    PackHead,
     PruneBranches,
     PruneHeads,
     PruneWidth,
@@ -42,6 +43,7 @@ EXAMPLES: tuple[Stage, ...] = (
     Heal(),
     Bnb(format="nf4"),
     Gptq(),
+    PackHead(),
     Skip(),
     Speculate(),
 )
@@ -291,9 +293,9 @@ def test_chain_that_passes_has_one_of_each_kind_that_allows_one(chain: list[Stag
     if rule_of(*chain) is not None:
         return
     roles = [stage.role for stage in chain]
-    for role in ("gate", "quantize", "decode"):
+    for role in ("gate", "quantize", "head", "decode"):
         assert roles.count(role) <= 1
-    order = {"prune": 0, "heal": 0, "gate": 1, "quantize": 2, "decode": 3}
+    order = {"prune": 0, "heal": 0, "gate": 1, "quantize": 2, "head": 3, "decode": 4}
     roles = [stage.role for stage in chain if not stage.tolerates("prune-after-gate")]
     for before, after in itertools.pairwise(roles):
         assert order[before] <= order[after]

@@ -9,6 +9,7 @@ from pydantic import Field
 from compose.stages.base import RULES, DataSpec, ModelShape, Stage, StageJob
 from compose.stages.decode import Skip, Speculate
 from compose.stages.gate import Gate
+from compose.stages.head import PackHead
 from compose.stages.heal import Heal
 from compose.stages.prune_branches import PruneBranches
 from compose.stages.prune_heads import PruneHeads
@@ -25,6 +26,7 @@ STAGES: dict[str, type[Stage]] = {
     "heal": Heal,
     "bnb": Bnb,
     "gptq": Gptq,
+    "pack-head": PackHead,
     "skip": Skip,
     "speculate": Speculate,
 }
@@ -39,6 +41,7 @@ AnyStage = Annotated[
     | Heal
     | Bnb
     | Gptq
+    | PackHead
     | Skip
     | Speculate,
     Field(discriminator="use"),
@@ -56,6 +59,7 @@ __all__ = [
     "Gptq",
     "Heal",
     "ModelShape",
+    "PackHead",
     "PruneBranches",
     "PruneHeads",
     "PruneWidth",

@@ -19,13 +19,14 @@ from compose.errors import PlanError, RuleBroken
 if TYPE_CHECKING:
     from torch import Tensor
 
-Role = Literal["prune", "heal", "gate", "quantize", "decode"]
+Role = Literal["prune", "heal", "gate", "quantize", "head", "decode"]
 Split = Literal["train", "calibration"]
 
 RULES: dict[str, str] = {
     "decode-needs-gates": "what is skipped is decided by gates, so a gate stage must come before.",
     "draft-of-packed": "a quantized model has no wide weights to draft a 4-bit copy of.",
     "original-is-gone": "a backbone that learned beside the gates is the original no more.",
+    "head-last": "the LM head is packed when all other weights are finished.",
     "decode-last": "a decode stage only sets how the model is run; no weight stage may follow it.",
     "two-decoders": "a model is decoded in one way: one decode stage a chain.",
     "two-gates": "a model carries one set of gates: one gate stage a chain.",
@@ -57,6 +58,12 @@ FORBIDDEN: dict[tuple[Role, Role], str] = {
     ("gate", "quantize"): "gate-after-quantize",
     ("prune", "gate"): "prune-after-gate",
     ("heal", "gate"): "heal-after-gate",
+    ("head", "head"): "head-last",
+    ("prune", "head"): "head-last",
+    ("heal", "head"): "head-last",
+    ("gate", "head"): "head-last",
+    ("quantize", "head"): "head-last",
+    ("head", "decode"): "decode-last",
     ("prune", "decode"): "decode-last",
     ("heal", "decode"): "decode-last",
     ("gate", "decode"): "decode-last",
@@ -183,32 +190,19 @@ class StageJob:
         spec = self.train if split == "train" else self.calibration
         assert spec is not None, f"a stage names {split} in reads_data to be given it"
         if spec.source == SELF_WRITTEN:
-            return self._self_written(
-                split, min(limit or spec.limit, spec.limit), length or spec.length
-            )
-        texts = load_texts(spec.source, spec.limit, self.asset_cache)
-        return token_blocks(texts, tokenizer, length or spec.length, limit or spec.limit)
+            from compose.stages.own_text import written_once
 
-    def _self_written(self, split: Split, count: int, length: int) -> Tensor:
-        """Blocks of the dense model's own text, kept in `work` for a run that goes on; the splits
-        are not alike."""
-        from safetensors.torch import load_file, save_file
-
-        import gateskip
-        from gateskip.written import write
-
-        kept = self.work / f"self-written-{split}-{count}-{length}.safetensors"
-        if not kept.is_file():
-            blocks = write(
-                gateskip.load(self.dense),
+            count, length = min(limit or spec.limit, spec.limit), length or spec.length
+            return written_once(
+                self.dense,
+                self.work / f"self-written-{split}-{count}-{length}.safetensors",
                 count,
                 length,
                 2 * self.seed + (split == "train"),
                 lambda done, total: self.progress(done, total, f"writing {split} text"),
             )
-            save_file({"blocks": blocks}, kept.with_suffix(".part"))
-            kept.with_suffix(".part").replace(kept)
-        return load_file(kept)["blocks"]
+        texts = load_texts(spec.source, spec.limit, self.asset_cache)
+        return token_blocks(texts, tokenizer, length or spec.length, limit or spec.limit)
 
 
 class Stage(BaseModel):

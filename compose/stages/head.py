@@ -1,0 +1,44 @@
+"""The LM head in 8 bits, whatever the other weights are in."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from compose.errors import RuleBroken
+from compose.stages.base import ModelShape, Role, Stage, StageJob
+
+
+class PackHead(Stage):
+    """Round the LM head to 8 bits, which decoding reads in half the time.
+
+    The stored weights stay, so the folder loads everywhere; gateskip rounds while loading, for
+    scores as well as for decoding. Vocabularies are large beside small models: this is often worth
+    more than it costs.
+    """
+
+    role: ClassVar[Role] = "head"
+
+    use: Literal["pack-head"] = "pack-head"
+    """The stage's name."""
+
+    format: Literal["int8"] = "int8"
+    """Signed bytes with a scale for every 32 weights."""
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """Order rules, and `whole-tiles`: a row of the head is whole groups."""
+        super().check(shape, before)
+        if shape is not None and shape.hidden_size % 32:
+            raise RuleBroken("whole-tiles", f"{shape.hidden_size} inputs are no multiple of 32")
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """The same files and a note; says how far the rounded head is from the full one."""
+        from compose.artifact import copy_source
+        from compose.cache import write_json
+        from gateskip.checkpoint import load_model
+        from gateskip.heads import HEAD_FILE, rounded
+
+        copy_source(job.source, job.target, job.dtype, link=True)
+        weight = load_model(job.source).get_output_embeddings().weight.detach().float()
+        error = (rounded(weight) - weight).norm() / weight.norm()
+        write_json(job.target / HEAD_FILE, {"format": self.format})
+        return {"format": self.format, "relative_error": round(float(error), 6)}
