@@ -34,8 +34,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-# int8 rounds activations, gptqmodel's CPU kernel computes in bfloat16; our engine does neither. Of a
-# head in 8 bits transformers knows nothing.
+# int8 rounds activations, gptqmodel's CPU kernel computes in bfloat16; our engine does neither.
+# transformers knows nothing of a head in 8 bits.
 ROUNDING = {"int8": 2e-2, "gptq4": 0.15, "head8": 0.15}
 
 
