@@ -6,8 +6,8 @@ KV rule, thresholds a budget, training record, how to decode by default).
 
 from __future__ import annotations
 
-import contextlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,14 +186,18 @@ def load(
     if head_format(folder) == INT8:
         round_head(model)
     gates, kv_rule = (file.gates, file.kv_rule) if file else (None, "project")
-    skipping = SkippingModel(model, gates, kv_rule)
+    skipping, unsuited = SkippingModel(model, gates, kv_rule), None
     if native:
-        with contextlib.suppress(Unsuited):
+        try:
             skipping.engine = Engine(model, gates, kv_rule, rounded)
+        except Unsuited as error:
+            unsuited = str(error)
+            warnings.warn(f"{folder.name} decodes in torch, slower: {error}", stacklevel=2)
     return Decoder(
         skipping,
         AutoTokenizer.from_pretrained(folder),
         file.grid if file else {},
         defaults=stored_decode(folder),
         kernels=kernels,
+        unsuited=unsuited,
     )

@@ -118,6 +118,7 @@ class Decoder:
         grid: thresholds, one a branch, for each calibrated budget.
         defaults: mode and settings that the folder asks for.
         kernels: how many linear layers run on which compiled kernel.
+        unsuited: why torch decodes this model, where the native engine was asked for.
     """
 
     def __init__(
@@ -127,10 +128,11 @@ class Decoder:
         grid: Mapping[float, Sequence[float]],
         defaults: Mapping[str, Any] | None = None,
         kernels: Mapping[str, int] | None = None,
+        unsuited: str | None = None,
     ) -> None:
         self.skipping, self.tokenizer = skipping, tokenizer
         self.grid, self.defaults = dict(grid), dict(defaults or {})
-        self.kernels = dict(kernels or {})
+        self.kernels, self.unsuited = dict(kernels or {}), unsuited
         self.paces: dict[Any, Pace] = {}  # by kind of draft: what drafting costs and brings here
         self._drafters: dict[str, SkippingModel] = {"own": skipping}
 

@@ -140,7 +140,9 @@ def test_what_it_cannot_run_stays_in_torch(make_tiny: Callable[..., Path]) -> No
         Engine(llama, gates)
     with pytest.raises(Unsuited, match="float16"):
         Engine(load_model(make_tiny("llama"), "float16"), None)
-    assert gateskip.load(make_tiny("gemma2")).skipping.engine is None
+    with pytest.warns(UserWarning, match="decodes in torch, slower: architecture gemma2"):
+        decoder = gateskip.load(make_tiny("gemma2"))
+    assert decoder.skipping.engine is None and "gemma2" in str(decoder.unsuited)
     assert gateskip.load(make_tiny("llama")).skipping.engine is not None
     assert gateskip.load(make_tiny("llama"), native=False).skipping.engine is None
 

@@ -96,7 +96,9 @@ class CellBench:
             "resident_bytes": resident_bytes(decoder.skipping.model, decoder.skipping.gates),
         }
         engine = decoder.skipping.engine
-        name = "torch" if engine is None else "native, rounded" if engine.rounded else "native"
+        name = "native, rounded" if engine and engine.rounded else "native"
+        if engine is None:
+            name = f"torch: {decoder.unsuited}" if decoder.unsuited else "torch"
         return {"size": sizes, "kernels": decoder.kernels, "engine": name}
 
     # -- quality -------------------------------------------------------------------------------
