@@ -49,6 +49,8 @@ class Step:
     """Key of the step whose folder this one starts from."""
     chain: Chain
     """Names of the stages up to and with this one."""
+    memory: int | None = None
+    """About what its process holds at its peak, in bytes; None where sizes are not known."""
 
 
 @dataclass(frozen=True)
@@ -268,13 +270,15 @@ class _Planner:
 
     def _weights(self, chain: Chain) -> tuple[str, Stage | None]:
         """Add the steps of a chain; the last one's key, and the decode stage, if there is one."""
-        step = self._add_step(Step(self._keys.source(), SOURCE, None, None, ()))
+        step, shape = self._add_step(Step(self._keys.source(), SOURCE, None, None, ())), self._shape
         for index, name in enumerate(chain):
             stage = self._stages[name]
             if stage.acts == "decode":
                 return step.key, stage  # the rules let nothing follow it
             key = self._keys.stage(name, stage, step.key)
-            step = self._add_step(Step(key, name, stage, step.key, chain[: index + 1]))
+            memory = None if shape is None else stage.memory(shape)
+            step = self._add_step(Step(key, name, stage, step.key, chain[: index + 1], memory))
+            shape = None if shape is None else stage.reshape(shape)
         return step.key, None
 
     def _add_step(self, step: Step) -> Step:

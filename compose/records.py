@@ -487,7 +487,12 @@ def _made(run: RunFolder, cell: Cell) -> dict[str, Any]:
     records = {entry["name"]: entry.get("record") or {} for entry in entries}
     curves = {name: curve for name, record in records.items() if (curve := _curve(record))}
     errors = {name: found for name, record in records.items() if (found := _errors(record))}
-    return {"training": curves or None, "layer_errors": errors or None}
+    peaks = {entry["name"]: entry["peak_bytes"] for entry in entries if "peak_bytes" in entry}
+    return {
+        "training": curves or None,
+        "layer_errors": errors or None,
+        "step_peak_bytes": peaks or None,
+    }
 
 
 def _curve(record: dict[str, Any]) -> list[dict[str, Any]] | None:

@@ -398,6 +398,9 @@ class CellResult(Record):
     layer_errors: dict[str, dict[str, float]] | None = None
     """Stage name -> relative error of each layer's output that quantization made."""
 
+    step_peak_bytes: dict[str, int] | None = None
+    """Stage name -> the most memory that the process held which ran it."""
+
     seconds: float | None = None
     """Wall time of the cell's measurements."""
 

@@ -33,22 +33,32 @@ def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
     """The plan as JSON; each step and cell says whether it is `cached`."""
     shown = plan.to_json()
     for step in shown["steps"]:
-        step["cached"] = run.store.has(step["key"])
+        manifest = run.store.manifest(step["key"])
+        step["cached"] = manifest is not None
+        step["peak_bytes"] = ((manifest or {}).get("record") or {}).get("peak_bytes")
     for row, cell in zip(shown["cells"], plan.cells, strict=True):
         records = (read_phase(run, plan, cell, phase) for phase in phases_of(cell))
         row["cached"] = all(record is not None for record in records)
     return shown
 
 
+def _memory(estimated: int | None, measured: int | None) -> str:
+    """A step's peak in GB: as it was, else about what it will be."""
+    if measured is not None:
+        return f"{measured / 1e9:.1f} GB"
+    return "" if estimated is None else f"~{estimated / 1e9:.1f} GB"
+
+
 def plan_tables(plan: Plan, run: RunFolder) -> Group:
     """Steps, cells, and what is left out by which rule."""
     state = plan_state(plan, run)
-    steps = _table("Steps", "step", "stage", "after", "key", "state")
+    steps = _table("Steps", "step", "stage", "after", "key", "memory", "state")
     names = {step["key"]: "+".join(step["chain"]) or step["name"] for step in state["steps"]}
     for step in state["steps"]:
         use = step["stage"]["use"] if step["stage"] else plan.pipeline.model.source
         after = names.get(step["parent"], "")
-        steps.add_row(names[step["key"]], use, after, step["key"], _state(step["cached"]))
+        memory = _memory(step["memory"], step["peak_bytes"])
+        steps.add_row(names[step["key"]], use, after, step["key"], memory, _state(step["cached"]))
     cells = _table("Cells", "cell", "weights", "decode", "also called", "state")
     for cell in state["cells"]:
         decode = cell["decode"]["use"] if cell["decode"] else "plain"

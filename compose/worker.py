@@ -36,6 +36,7 @@ from typing import IO, Any
 
 from compose.cache import read_json
 from compose.errors import ComposeError, StepError
+from compose.memory import peak_bytes
 
 Job = dict[str, Any]
 Message = dict[str, Any]
@@ -129,6 +130,7 @@ def run_step(job: Job, channel: Channel) -> dict[str, Any]:
     artifact.require_model(target)
     artifact.clean_config(target)
     seconds = time.perf_counter() - started
+    peak = peak_bytes()
     entry = {
         "name": job["name"],
         "key": job["key"],
@@ -136,13 +138,14 @@ def run_step(job: Job, channel: Channel) -> dict[str, Any]:
         "seed": job["seed"],
         "dtype": job["dtype"],
         "wall_s": round(seconds, 3),
+        "peak_bytes": peak,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": library_versions(),
     }
     artifact.write_lineage(target, entry, before)
     channel.progress(1, 1, "storing what the model predicts")
     artifact.save_probe(target, Path(job["check"]))
-    return {"wall_s": entry["wall_s"], "record": entry.get("record", {})}
+    return {"wall_s": entry["wall_s"], "peak_bytes": peak, "record": entry.get("record", {})}
 
 
 def make_source(job: Job, target: Path, channel: Channel) -> dict[str, Any]:

@@ -335,6 +335,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "tune-draft": ["--limit", "--new-tokens", "--prompts", "--repeats", "--write", "folder"],
         "insight": ["--budget", "--html", "--json", "--text", "folder"],
         "doctor": [],
+        "stages": [],
         "schema": [],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ name: t
 model: {source: smollm2-135m-instruct}
 stages:
   drop3:  {use: drop-layers, count: 3}
-  narrow: {use: prune-width, ratio: 0.2}
+  narrow: {use: prune-width, ratio: 0.2, round_to: 32}
   heal:   {use: heal}
   gates:  {use: gate}
   nf4:    {use: bnb, format: nf4}
@@ -347,3 +348,12 @@ def test_worked_example_plans() -> None:
     assert shipped.aliases == ("narrow+heal+gates+gptq4+spec",)
     assert shipped.plain == "narrow+heal+gates+gptq4"
     assert {left.rule for left in plan.left_out} == {"decode-needs-gates", "exclude"}
+
+
+def test_memory_is_estimated_where_sizes_are_known() -> None:
+    """Training everything takes five times what training gates beside the model does."""
+    shape = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, True)
+    assert shape.weights == pytest.approx(134.5e6, rel=0.01)
+    frozen, full = Gate(backbone="frozen").memory(shape), Gate(backbone="full").memory(shape)
+    assert full - frozen == 16 * shape.weights
+    assert replace(shape, num_layers=15).weights < shape.weights

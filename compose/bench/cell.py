@@ -6,16 +6,12 @@ part of the cell's result as the design's skeleton names it.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -30,6 +26,7 @@ from compose.bench.quality import (
     score_blocks,
 )
 from compose.errors import AssetError, StepError
+from compose.memory import peak_bytes, reset_peak
 from gateskip.decode import Decoder, Generation, Mode, Stats
 from gateskip.engine import MOST_ROWS
 from gateskip.insight import look, summarize
@@ -409,27 +406,3 @@ def resident_bytes(*modules: Any) -> int:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
-
-
-def reset_peak() -> None:
-    """Forget how much memory earlier phases took, where the system can (Linux)."""
-    gc.collect()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_bytes() -> int:
-    """The most memory this process has held since `reset_peak`, in bytes."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    info = psutil.Process(os.getpid()).memory_info()
-    peak = getattr(info, "peak_wset", None)  # Windows
-    if peak is not None:
-        return int(peak)
-    import resource
-    import sys
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

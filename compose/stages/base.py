@@ -72,6 +72,9 @@ FORBIDDEN: dict[tuple[Role, Role], str] = {
 """(a stage's role, the role of one before it) -> the rule that this breaks."""
 
 
+LIBRARIES = 0.8e9  # bytes of a process that has torch and transformers, and works on some text
+
+
 class DataSpec(BaseModel):
     """Which texts a stage learns from or is calibrated on."""
 
@@ -145,6 +148,14 @@ class ModelShape:
             quantized=quantization.get("quant_method", "unknown") if quantization else None,
             long_rope="short_factor" in rope,
         )
+
+    @property
+    def weights(self) -> int:
+        """How many weights the model has, norms and biases left out."""
+        heads = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        layer = heads + 3 * self.hidden_size * self.intermediate_size
+        outer = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return outer + self.num_layers * layer
 
     def linear_in_features(self) -> dict[str, int]:
         """Input width of each kind of linear layer in a decoder layer; the LM head is not one."""
@@ -247,6 +258,15 @@ class Stage(BaseModel):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The shape of the model that the stage makes of one of `shape`."""
         return shape
+
+    def held(self) -> float:
+        """Bytes that `run` holds at its peak for each weight of the model it starts from: by
+        default the model in float32 and as much again."""
+        return 8.0
+
+    def memory(self, shape: ModelShape) -> int:
+        """About how much memory the stage's process holds at its peak, in bytes."""
+        return round(LIBRARIES + self.held() * shape.weights)
 
     def files(self) -> dict[str, Path]:
         """Files that the parameters name: parameter -> path. Their content is part of the key."""

@@ -26,6 +26,8 @@ WARM_BLOCKS = 24  # of the training text: about ten tokens for each weight of a 
 SHORTCUT_BLOCKS = 64
 SENSITIVITY_BLOCKS = 4
 VALIDATION_BLOCKS = 2
+TRAINED = {"frozen": 4.0, "lora": 9.0, "full": 20.0}
+"""Bytes a weight of the model, float32: itself, a teacher, gradients and AdamW's two moments."""
 TRAIN = TrainConfig()  # each default stands there, once
 
 
@@ -192,6 +194,10 @@ class Gate(Stage):
     def tolerates(self, rule: str) -> bool:
         """Gates alone can learn on packed weights: their gradients do not pass into them."""
         return rule == "gate-after-quantize" and self.backbone == "frozen"
+
+    def held(self) -> float:
+        """The model, its teacher, and what trains of it."""
+        return TRAINED[self.backbone]
 
     def files(self) -> dict[str, Path]:
         """The gates file to start from, where one is named."""

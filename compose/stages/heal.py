@@ -76,6 +76,10 @@ class Heal(Stage):
     patience: int = Field(default=HEAL.patience, ge=0)
     """Validations in a row that may bring nothing before training stops; 0 goes on to the end."""
 
+    def held(self) -> float:
+        """The model, its teacher, and what trains of it."""
+        return {"lora": 9.0, "full": 20.0}[self.backbone]
+
     def run(self, job: StageJob) -> dict[str, Any]:
         """Distil on the training text; resumes from its own checkpoint after a kill."""
         import torch

@@ -1,0 +1,34 @@
+"""How much memory this process has held at most. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import sys
+from pathlib import Path
+
+import psutil
+
+
+def reset_peak() -> None:
+    """Forget how much memory earlier phases took, where the system can (Linux)."""
+    gc.collect()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held since `reset_peak`, in bytes."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    info = psutil.Process(os.getpid()).memory_info()
+    peak = getattr(info, "peak_wset", None)  # Windows
+    if peak is not None:
+        return int(peak)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
