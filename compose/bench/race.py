@@ -204,21 +204,24 @@ def run_laps(
     repeats: int,
     progress: Progress | None = None,
 ) -> list[Lap]:
-    """Each repeat runs every contender on every course once; the first's tokens are the model."""
+    """Each repeat runs every contender on every batch of every course once; the first's tokens are
+    the model. They take turns on each batch, since a machine's moods last for seconds."""
     laps = {(way, name): Lap(way, name) for way in runners for name in courses}
-    done, total = 0, repeats * len(laps)
+    done, total = 0, repeats * sum(map(len, courses.values()))
     for run in runners.values():  # what is built on first use is built before anything is timed
         run(next(iter(courses.values()))[0], new_tokens)
     for _ in range(repeats):
         for name, groups in courses.items():
-            first: list[Rows] | None = None
-            for way, run in runners.items():
-                runs = [run(rows, new_tokens) for rows in groups]
-                first = first or [each.tokens for each in runs]
-                laps[way, name].add(runs, first == [each.tokens for each in runs])
+            runs: dict[str, list[Run]] = {way: [] for way in runners}
+            for rows in groups:
+                for way, run in runners.items():
+                    runs[way].append(run(rows, new_tokens))
                 done += 1
                 if progress is not None:
-                    progress(done, total, f"{way} {name}")
+                    progress(done, total, name)
+            first = [each.tokens for each in next(iter(runs.values()))]
+            for way, own in runs.items():
+                laps[way, name].add(own, first == [each.tokens for each in own])
     return list(laps.values())
 
 
