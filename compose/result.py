@@ -273,6 +273,12 @@ class Speculation(Record):
     looked_up_share: float | None = None
     """Share of the drafted tokens that the text itself proposed."""
 
+    draft_s: float | None = None
+    """Seconds of the last timed repeat that went into drafting."""
+
+    verify_s: float | None = None
+    """Seconds of it that went into passes at full compute."""
+
 
 class BranchUse(Record):
     """What one branch's gate did, averaged over tokens."""

@@ -157,6 +157,9 @@ def speculation(report: Report) -> Table:
             _metric("accepted", "Mean", "tokens/pass", _MEAN, number),
             Column("Speed-up", "over plain", "Over the same weights, decoded plainly.", _speedup),
             Column("Draft length", "most often", "Tokens drafted before a check.", _usual_draft),
+            Column(
+                "Drafting", "% of time", "Where decoding's time goes; the rest verifies.", _drafting
+            ),
             *_positions(rows),
             Column("Lossless", "", _LOSSLESS, _diverged),
         ],
@@ -420,6 +423,14 @@ def _rounding(report: Report, row: Row) -> Entry:
     found = report.results.quality(row.cell)
     value = None if found is None else found.kl_of_rounding
     return Entry() if value is None else Entry(number(value), sort=value)
+
+
+def _drafting(report: Report, row: Row) -> Entry:
+    found = row.cell.speculation
+    if found is None or found.draft_s is None or not found.verify_s:
+        return Entry()
+    part = found.draft_s / (found.draft_s + found.verify_s)
+    return Entry(share(part), sort=part)
 
 
 def _accepted(report: Report, row: Row) -> Entry:

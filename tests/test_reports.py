@@ -586,3 +586,11 @@ def test_marks_that_coincide_stand_side_by_side_in_their_order() -> None:
     shifts = _side_by_side(spots, apart=14.0)
     moved = [x + shift for (x, _), shift in zip(spots, shifts, strict=True)]
     assert moved == [106.0, 92.0, 300.0]
+
+
+def test_the_report_says_where_speculation_spends_its_time() -> None:
+    data = made_up_results()
+    data["cells"][5]["speculation"] |= {"draft_s": 1.0, "verify_s": 3.0}
+    page = to_markdown(Report(Results.model_validate(data)), {})
+    table = page[page.index("Drafting") :]
+    assert "25" in table[: table.index("\n\n")]
