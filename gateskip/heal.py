@@ -50,7 +50,7 @@ def heal(
         model.gradient_checkpointing_disable()
     if adapted is not None:
         adapted.merge_and_unload()
-    model.requires_grad_(True)
+    model.requires_grad_(config.backbone != "scales")
     model.eval()
     return curve
 

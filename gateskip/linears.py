@@ -153,15 +153,15 @@ def _from_blocks(data: Tensor, state: Any, bias: Tensor | None) -> PackedLinear 
         return None
     absmax = state.absmax
     if state.nested:
-        absmax = _bitsandbytes().dequantize_blockwise(absmax, state.state2) + state.offset
+        absmax = bitsandbytes_functions().dequantize_blockwise(absmax, state.state2) + state.offset
     data = data.view(-1)
     codes = torch.stack((data >> 4, data & 15), dim=1).view(rows, k)
     scale = absmax.float().view(rows, k // state.blocksize)
     return PackedLinear(codes, scale, None, state.code, bias)
 
 
-def _bitsandbytes() -> Any:
-    """Its functions. An import statement would make an exported folder ask for the library."""
+def bitsandbytes_functions() -> Any:
+    """The library's functions. An import statement would make an exported folder ask for it."""
     return importlib.import_module("bitsandbytes.functional")
 
 
@@ -169,7 +169,7 @@ def quantize_nf4(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
     """Weights [n, k] in bitsandbytes' NF4; None where k is no multiple of its block."""
     if weight.shape[1] % NF4_BLOCK:
         return None
-    codes, state = _bitsandbytes().quantize_4bit(
+    codes, state = bitsandbytes_functions().quantize_4bit(
         weight.detach(), blocksize=NF4_BLOCK, quant_type="nf4"
     )
     return _from_blocks(codes, state, bias)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gateskip.branches import backbone
 from gateskip.recipe import LoopConfig
+from gateskip.scales import open_scales
 
 Progress = Callable[[int, int, str], None]
 Row = dict[str, float]
@@ -35,6 +36,9 @@ def precision(asked: str) -> str:
 
 def adapt(model: Any, config: LoopConfig) -> Any | None:
     """Ask for the gradients that the config wants; returns peft's wrapper under `lora`."""
+    if config.backbone == "scales":
+        open_scales(model)
+        return None
     model.requires_grad_(config.backbone == "full")
     if config.backbone == "full":  # the loss passes no gradient into the LM head
         model.get_input_embeddings().requires_grad_(False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Backbone = Literal["frozen", "lora", "full"]
-"""What of the model's own weights learns: nothing, low-rank updates that are merged at the end, or
-all but the embeddings and the LM head."""
+Backbone = Literal["frozen", "lora", "full", "scales"]
+"""What of the model's own weights learns: nothing, low-rank updates that are merged at the end, all
+but the embeddings and the LM head, or the scales and norms of a packed model."""
 
 
 @dataclass(frozen=True, kw_only=True)

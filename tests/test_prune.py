@@ -16,10 +16,20 @@ import torch
 import gateskip
 from compose.artifact import copy_companions, probe_logits
 from compose.errors import RuleBroken, UserError
-from compose.stages import STAGES, DataSpec, ModelShape, PruneHeads, PruneWidth, StageJob
+from compose.stages import (
+    STAGES,
+    DataSpec,
+    ModelShape,
+    PruneHeads,
+    PruneHidden,
+    PruneWidth,
+    StageJob,
+)
 from compose.stages.base import Stage
 from compose.stages.importance import slopes
-from compose.stages.prune import decoder_layers, next_token_loss, text_loss
+from compose.stages.prune import GATED_MLP, decoder_layers, next_token_loss, text_loss
+from compose.stages.prune_hidden import READERS
+from compose.stages.refit import made_up
 from gateskip.checkpoint import GateFile, load_gates, load_model, save_gates
 from gateskip.gates import ANCHORS
 
@@ -307,7 +317,7 @@ def test_gqa_shapes_prune_reload_and_generate(
 ) -> None:
     sizes = {"hidden_size": hidden, "head_dim": head_dim, "num_hidden_layers": 2}
     source = make_tiny(family, **sizes, num_attention_heads=heads[0], num_key_value_heads=heads[1])
-    made, record = run(source, use="prune-heads", count=count, take=take)
+    made, record = run(source, use="prune-heads", count=count, take=take, refit=False)
     folder = tmp_path / "elsewhere"
     made.rename(folder)
     stated = config(folder)
@@ -326,7 +336,8 @@ def test_heads_of_every_family_that_is_let_through(
     family: str, take: str, run: Run, make_tiny: Tiny
 ) -> None:
     source = make_tiny(family)
-    folder, record = run(source, use="prune-heads", count=2, take=take, importance="taylor")
+    settings = {"take": take, "importance": "taylor", "refit": False}
+    folder, record = run(source, use="prune-heads", count=2, **settings)
     assert (record["heads"], record["kv_heads"]) == ((2, 1) if take == "groups" else (2, 2))
     equals_zeroed_heads(source, folder, record)
     generates_as_without_cache(folder)
@@ -366,6 +377,99 @@ def test_idle_heads_go_first_each_layer_its_own(
     assert max(record["importance_lost"]) < 0.01
     assert record["loss"]["after"] == pytest.approx(record["loss"]["before"], abs=1e-3)
     torch.testing.assert_close(probe_logits(folder), probe_logits(source), atol=2e-2, rtol=0)
+
+
+# -- hidden size
+
+
+def idle_channels(model: Any) -> None:
+    """Every second channel of the residual stream carries nothing, however heavy what reads it."""
+    model.model.embed_tokens.weight[:, ::2] = 0
+    for layer in decoder_layers(model):
+        for name, part in layer.named_modules():
+            if name.endswith(("o_proj", "down_proj")):
+                part.weight[::2] = 0
+            elif name.endswith(READERS):
+                part.weight[:, ::2] *= 5
+
+
+@pytest.mark.parametrize("family", GATED_MLP)
+def test_idle_channels_go_first_and_norms_make_up_for_them(
+    family: str, run: Run, make_tiny: Tiny, edited: Callable[..., Path]
+) -> None:
+    """Exact in every family, or a norm, a scale of Gemma's or a reader of the stream was missed."""
+    source = edited(make_tiny(family, rms_norm_eps=1e-12), idle_channels)
+    folder, record = run(source, use="prune-hidden", ratio=0.5, round_to=8)
+    stated = shape(folder)
+    assert stated == PruneHidden(ratio=0.5, round_to=8).reshape(shape(source))
+    assert (stated.hidden_size, stated.head_dim) == (32, shape(source).head_dim)
+    assert record["importance_lost"] == 0
+    torch.testing.assert_close(probe_logits(folder), probe_logits(source), **EXACT)
+    assert record["loss"]["after"] == pytest.approx(record["loss"]["before"], abs=1e-4)
+    generates_as_without_cache(folder)
+
+
+@pytest.mark.parametrize("importance", ["activation", "taylor", "magnitude"])
+def test_channels_by_every_importance(importance: str, run: Run, make_tiny: Tiny) -> None:
+    source = make_tiny("qwen3")
+    settings = {"ratio": 0.25, "round_to": 8, "importance": importance}
+    folder, record = run(source, use="prune-hidden", **settings)
+    assert shape(folder).hidden_size == 48
+    assert 0 < record["importance_lost"] < 0.5
+    assert load_model(folder, "float32").get_output_embeddings().weight.shape == (512, 48)
+    generates_as_without_cache(folder)
+
+
+def test_a_hidden_size_that_the_config_refuses_is_named_with_one_that_fits() -> None:
+    shape = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, True)
+    with pytest.raises(RuleBroken, match="a multiple of 576") as caught:
+        PruneHidden(ratio=0.1).check(shape, ())
+    assert caught.value.rule == "hidden-fits"
+    assert caught.value.fix == "set round_to: 8, which keeps 504"
+    PruneHidden(ratio=0.1, round_to=8).check(shape, ())
+    PruneHidden(ratio=0.1).check(replace(shape, model_type="qwen2"), ())
+
+
+# -- what stays makes up for what goes
+
+
+def test_inputs_that_others_tell_can_go_without_a_trace() -> None:
+    generator = torch.Generator().manual_seed(1)
+    seen = torch.randn(400, 6, generator=generator)
+    told = torch.cat([seen, seen @ torch.randn(6, 4, generator=generator)], dim=1)  # [400, 10]
+    weight = torch.randn(5, 10, generator=generator)
+    kept = torch.arange(6)
+    fitted = made_up(weight, kept, told.T @ told / 400)
+    whole = told @ weight.T
+    off = float((told[:, kept] @ fitted.T - whole).norm() / whole.norm())
+    cut = float((told[:, kept] @ weight[:, kept].T - whole).norm() / whole.norm())
+    assert off < 0.1 * cut
+    every = torch.arange(10)
+    assert torch.equal(made_up(weight, every, told.T @ told), weight)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"use": "prune-width", "ratio": 0.5, "round_to": 8},
+        {"use": "prune-heads", "count": 2},
+        {"use": "prune-hidden", "ratio": 0.25, "round_to": 8},
+    ],
+    ids=lambda cut: cut["use"],
+)
+def test_refitting_keeps_a_model_nearer_to_what_it_was(
+    cut: dict[str, Any], run: Run, make_tiny: Tiny, spec: DataSpec
+) -> None:
+    source = make_tiny("llama")
+    text = blocks(source, spec)
+    with torch.inference_mode():
+        whole = load_model(source, "float32")(text).logits.log_softmax(-1)
+        away = []
+        for refit in (False, True):
+            folder, _ = run(source, refit=refit, **cut)
+            logits = load_model(folder, "float32")(text).logits.log_softmax(-1)
+            away.append(float((whole.exp() * (whole - logits)).sum(-1).mean()))
+    assert away[1] < 0.9 * away[0]
 
 
 LLAMA8B = ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False)

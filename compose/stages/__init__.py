@@ -13,6 +13,7 @@ from compose.stages.head import PackHead
 from compose.stages.heal import Heal
 from compose.stages.prune_branches import PruneBranches
 from compose.stages.prune_heads import PruneHeads
+from compose.stages.prune_hidden import PruneHidden
 from compose.stages.prune_layers import DropLayers
 from compose.stages.prune_width import PruneWidth
 from compose.stages.quantize import Bnb, Gptq
@@ -22,6 +23,7 @@ STAGES: dict[str, type[Stage]] = {
     "drop-layers": DropLayers,
     "prune-width": PruneWidth,
     "prune-heads": PruneHeads,
+    "prune-hidden": PruneHidden,
     "prune-branches": PruneBranches,
     "heal": Heal,
     "bnb": Bnb,
@@ -37,6 +39,7 @@ AnyStage = Annotated[
     | DropLayers
     | PruneWidth
     | PruneHeads
+    | PruneHidden
     | PruneBranches
     | Heal
     | Bnb
@@ -62,6 +65,7 @@ __all__ = [
     "PackHead",
     "PruneBranches",
     "PruneHeads",
+    "PruneHidden",
     "PruneWidth",
     "Skip",
     "Speculate",

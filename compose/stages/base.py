@@ -32,7 +32,8 @@ RULES: dict[str, str] = {
     "two-gates": "a model carries one set of gates: one gate stage a chain.",
     "two-quantizers": "a model carries one quantization config: one quantizer a chain.",
     "prune-after-quantize": "packed weights cannot be cut: prune before quantizing.",
-    "heal-after-quantize": "packed weights can neither be trained nor take updates in: heal first.",
+    "heal-after-quantize": "packed weights learn by `backbone: scales` alone: else heal first.",
+    "scales-are-packing": "scales belong to packed weights: quantize first, in another way.",
     "gate-after-quantize": "packed weights cannot be trained beside the gates: gate first.",
     "prune-after-gate": "thresholds hold for the branches they were calibrated on: prune first.",
     "heal-after-gate": "thresholds hold for the weights they were calibrated on: heal first.",
@@ -44,6 +45,7 @@ RULES: dict[str, str] = {
     "heads-fit": "every KV group must keep as many heads, in a number that the config takes.",
     "head-is-tied": "an LM head that shares the embedding's weights cannot be packed.",
     "width-fits": "a pruned width must be a multiple of round_to, above zero, and narrower.",
+    "hidden-fits": "what is left of the hidden size must fit its rounding and the number of heads.",
     "layers-fit": "dropped layers must exist, and at least one layer must stay.",
     "exclude": "the pipeline file excludes this combination.",
 }

@@ -103,7 +103,7 @@ class Gate(Stage):
     branches: Literal["both", "attention", "mlp"] = TRAIN.branches
     """Which branches may be skipped."""
 
-    backbone: Literal["frozen", "lora", "full"] = TRAIN.backbone
+    backbone: Literal["frozen", "lora", "full"] = "full"
     """What of the model's own weights learns along: nothing, low-rank updates (merged at the end),
     or all but the embeddings."""
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compose.errors import UserError
-from compose.stages.base import Role, Split, Stage, StageJob
+from compose.errors import RuleBroken, UserError
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.kept_gates import carry_gates
 from gateskip.recipe import HealConfig
 
 if TYPE_CHECKING:
@@ -31,15 +32,17 @@ class Heal(Stage):
     steps: int = Field(default=HEAL.steps, ge=1)
     """Optimizer steps, at most."""
 
-    backbone: Literal["full", "lora"] = "full"
+    backbone: Literal["full", "lora", "scales"] = "full"
     """What learns: all weights but the embeddings, or low-rank updates of the linear layers, which
-    are merged into them at the end."""
+    are merged into them at the end; of a quantized model `scales`, those that its weights share in
+    groups, and its norms. Format, size and speed stay as they are."""
 
     lora_rank: int = Field(default=HEAL.lora_rank, ge=1)
     """Rank of those updates."""
 
     lr: float = Field(default=HEAL.lr, gt=0)
-    """Learning rate at its peak; low-rank updates bear about ten times that of all weights."""
+    """Learning rate at its peak; low-rank updates and scales bear about ten times that of all
+    weights."""
 
     weight_decay: float = Field(default=HEAL.weight_decay, ge=0)
     """Weight decay of AdamW."""
@@ -76,13 +79,35 @@ class Heal(Stage):
     patience: int = Field(default=HEAL.patience, ge=0)
     """Validations in a row that may bring nothing before training stops; 0 goes on to the end."""
 
+    def tolerates(self, rule: str) -> bool:
+        """Scales are what packed weights learn by; gates bear that as they bear quantization."""
+        return self.backbone == "scales" and rule in ("heal-after-quantize", "heal-after-gate")
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """Order rules, and `scales-are-packing`: scales exist, and are not packed themselves."""
+        super().check(shape, before)
+        if self.backbone != "scales":
+            return
+        quantizer = next((stage for stage in before if stage.role == "quantize"), None)
+        if quantizer is None and not (shape and shape.quantized):
+            raise RuleBroken(
+                "scales-are-packing",
+                "heal with backbone: scales works on packed weights, and these are not",
+                fix="put a quantizer before, or set backbone: full or lora",
+            )
+        if getattr(quantizer, "double_quant", False):
+            raise RuleBroken(
+                "scales-are-packing",
+                "double_quant packs the scales, so that they cannot learn",
+                fix="set double_quant: false",
+            )
+
     def held(self) -> float:
         """The model, its teacher, and what trains of it."""
-        return {"lora": 9.0, "full": 20.0}[self.backbone]
+        return {"lora": 9.0, "scales": 9.0, "full": 20.0}[self.backbone]
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Distil on the training text; resumes from its own checkpoint after a kill."""
-        import torch
         from transformers import AutoTokenizer
 
         from gateskip.checkpoint import load_model
@@ -100,7 +125,7 @@ class Heal(Stage):
         config = HealConfig(**{name: getattr(self, name) for name in shared}, seed=job.seed)
         teacher = load_model(job.dense, "float32")
         curve = heal(model, teacher, train, config, held_out, job.work, job.progress)
-        model.to(getattr(torch, job.dtype)).save_pretrained(job.target)
+        self._save(job, model)
         done = int(curve[-1]["step"])
         record: dict[str, Any] = {"training": curve, "steps_done": done}
         record["train_tokens"] = done * self.accumulate * self.batch * length
@@ -109,6 +134,18 @@ class Heal(Stage):
             record["held_out"] = {"before": curve[0]["valid"], "after": best["valid"]}
             record["held_out"]["best_step"] = int(best["step"])
         return record
+
+    def _save(self, job: StageJob, model: Any) -> None:
+        """Write what was healed; packed weights stay packed, and gates go along."""
+        import torch
+
+        from gateskip.scales import save_scales
+
+        if self.backbone == "scales":
+            save_scales(model, job.source, job.target)
+            carry_gates(job)
+        else:
+            model.to(getattr(torch, job.dtype)).save_pretrained(job.target)
 
 
 def hold_out(blocks: Tensor, count: int) -> tuple[Tensor, Tensor | None]:

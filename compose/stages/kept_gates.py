@@ -1,7 +1,9 @@
-"""Gates of a model that lost some of its branches: the others keep theirs, calibrated again."""
+"""Gates of a model that changes under them: they go along, or what is left of them does, calibrated
+again."""
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 from compose.artifact import is_gated
@@ -22,6 +24,13 @@ def require_gates_that_move(stage: Stage, before: tuple[Stage, ...]) -> None:
             f"{stage.use} cannot come after router gates: they sit at every second layer",
             fix=f"put {stage.use} before the gates, or take another kind",
         )
+
+
+def carry_gates(job: StageJob) -> None:
+    """Give the target the source's gates as they are, where it has any."""
+    for name in ("gates.safetensors", "gateskip.json"):
+        if (job.source / name).is_file():
+            shutil.copyfile(job.source / name, job.target / name)
 
 
 def keep_gates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from compose.errors import RuleBroken
@@ -11,7 +12,7 @@ from compose.stages.base import RULES, ModelShape, Stage, StageJob
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-PRUNE_BLOCKS = 16  # calibration blocks that rank layers, neurons and heads
+RANK_BLOCKS = 16  # calibration blocks that rank layers: a few numbers, soon known
 LOSS_BLOCKS = 4  # calibration blocks on which a loss is measured, again and again
 PER_LAYER = ("layer_types", "no_rope_layers")  # lists in a config that count layers
 
@@ -43,15 +44,24 @@ def require_layout(stage: Stage, shape: ModelShape, known: tuple[str, ...]) -> N
         )
 
 
-def model_and_blocks(job: StageJob) -> tuple[Any, Tensor]:
-    """The source model in float32, and calibration blocks [N, length]."""
+def model_and_blocks(job: StageJob, limit: int | None = None) -> tuple[Any, Tensor]:
+    """The source model in float32, and calibration blocks [N, length]: all, or the first few."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert job.calibration is not None, "pruning reads the calibration split"
     model = AutoModelForCausalLM.from_pretrained(job.source, dtype="float32").eval()
     tokenizer = AutoTokenizer.from_pretrained(job.source)
-    limit = min(job.calibration.limit, PRUNE_BLOCKS)
+    limit = min(job.calibration.limit, limit or job.calibration.limit)
     return model, job.blocks("calibration", tokenizer, limit=limit)
+
+
+def fast_products() -> AbstractContextManager[Any]:
+    """Within this context a model multiplies in bfloat16 where the device is fast at it."""
+    import torch
+
+    from gateskip.loop import precision
+
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision("auto") == "bf16")
 
 
 def save_pruned(model: Any, job: StageJob) -> None:

@@ -19,6 +19,7 @@ from compose.stages.base import RULES, ModelShape, Role, Split, Stage, StageJob
 from compose.stages.gate import Gate
 from compose.stages.kept_gates import keep_gates, require_gates_that_move
 from compose.stages.prune import (
+    RANK_BLOCKS,
     decoder_layers,
     keep_layers,
     model_and_blocks,
@@ -93,7 +94,7 @@ class PruneBranches(Stage):
         """Ask the gates, silence what the loss can do without, drop whole layers, recalibrate."""
         from gateskip.branches import find_branches
 
-        model, blocks = model_and_blocks(job)
+        model, blocks = model_and_blocks(job, RANK_BLOCKS)
         shares = entered_shares(job, model, blocks, self.budget)
         before, whole_size = text_loss(model, blocks), model.num_parameters()
         gone, spared = self._silence(job, model, blocks, self._units(shares), before)

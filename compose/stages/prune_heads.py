@@ -9,7 +9,7 @@ from pydantic import Field
 
 from compose.errors import RuleBroken
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
-from compose.stages.importance import Importance, contributions, sizes, slopes
+from compose.stages.importance import Importance, ranked
 from compose.stages.prune import (
     GATED_MLP,
     decoder_layers,
@@ -20,6 +20,7 @@ from compose.stages.prune import (
     save_pruned,
     text_loss,
 )
+from compose.stages.refit import input_grams, made_up
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,7 @@ class PruneHeads(Stage):
     """Remove the least important attention heads, as many from every layer."""
 
     role: ClassVar[Role] = "prune"
+    version: ClassVar[int] = 2
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
     use: Literal["prune-heads"] = "prune-heads"
@@ -50,6 +52,10 @@ class PruneHeads(Stage):
     importance: Importance = "activation"
     """What ranks heads: what they add on text (`activation`), how the loss slopes in them there
     (`taylor`), or their weights alone (`magnitude`)."""
+
+    refit: bool = True
+    """Whether output projections are fitted anew, so that heads that stay make up for those that
+    go. Takes all of the calibration text."""
 
     def counts(self, shape: ModelShape) -> list[int]:
         """Every `count` that leaves a plain config of this shape.
@@ -106,6 +112,11 @@ class PruneHeads(Stage):
             return f"no count fits: set take: {other}"
         return f"set count: {min(fitting, key=lambda count: abs(count - self.count))}"
 
+    def memory(self, shape: ModelShape) -> int:
+        """Beside the model, products of the channels of all heads of a layer with each other."""
+        width = shape.num_heads * shape.head_dim
+        return super().memory(shape) + (4 * shape.num_layers * width**2 if self.refit else 0)
+
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Fewer heads, and fewer KV heads where whole groups go."""
         groups = self.count // self._step(shape) if self.take == "groups" else 0
@@ -120,12 +131,16 @@ class PruneHeads(Stage):
         model, blocks = model_and_blocks(job)
         shape = ModelShape.from_config(model.config.to_dict())
         before = text_loss(model, blocks)
-        attentions = [layer.self_attn for layer in decoder_layers(model)]
-        scores = self._rank(model, attentions, shape, blocks, job)
+        attentions: list[Any] = [layer.self_attn for layer in decoder_layers(model)]
+        readers = [attention.o_proj for attention in attentions]
+        grams = input_grams(model, readers, blocks, job) if self.refit else None
+        writers = [[_queries(each, shape)] for each in attentions]
+        ranks = (self.importance, model, readers, blocks, job, grams, shape.head_dim, writers)
+        scores = ranked(*ranks)
         gone, lost = [], []
-        for attention, squares in zip(attentions, scores, strict=True):
+        for number, (attention, squares) in enumerate(zip(attentions, scores, strict=True)):
             heads = self._kept(squares.view(shape.num_kv_heads, -1))  # [kept groups, kept of each]
-            cut_heads(attention, heads, shape)
+            cut_heads(attention, heads, shape, None if grams is None else grams[number])
             rest = sorted(set(range(shape.num_heads)) - set(heads.flatten().tolist()))
             gone.append(rest)
             lost.append(round(float(squares[rest].sqrt().sum() / squares.sqrt().sum()), 4))
@@ -141,16 +156,6 @@ class PruneHeads(Stage):
             "importance_lost": lost,
             "loss": loss,
         }
-
-    def _rank(
-        self, model: Any, attentions: list[Any], shape: ModelShape, blocks: Tensor, job: StageJob
-    ) -> list[Tensor]:
-        """Squared importance of each query head, [heads] a layer."""
-        width = shape.head_dim
-        if self.importance == "magnitude":
-            return [sizes(each.o_proj, [_queries(each, shape)], width) for each in attentions]
-        rank = slopes if self.importance == "taylor" else contributions
-        return rank(model, [each.o_proj for each in attentions], blocks, job, width)
 
     def _kept(self, squares: Tensor) -> Tensor:
         """Numbers of the heads that stay, [kept groups, kept of each]. squares [groups, of each].
@@ -177,8 +182,11 @@ def _queries(attention: Any, shape: ModelShape) -> Tensor:
     return weight
 
 
-def cut_heads(attention: Any, heads: Tensor, shape: ModelShape) -> None:
-    """Leave only these query heads [kept groups, kept of each] and the KV heads that they read."""
+def cut_heads(attention: Any, heads: Tensor, shape: ModelShape, gram: Tensor | None = None) -> None:
+    """Leave only these query heads [kept groups, kept of each] and the KV heads that they read.
+
+    With the mean products of all heads' outputs `gram`, those that stay make up for the rest.
+    """
     import torch
 
     each = shape.num_heads // shape.num_kv_heads
@@ -192,7 +200,10 @@ def cut_heads(attention: Any, heads: Tensor, shape: ModelShape) -> None:
         keep_rows(attention.q_proj, queries)
         keep_rows(attention.k_proj, groups)
         keep_rows(attention.v_proj, groups)
+    whole = attention.o_proj.weight.detach()
     keep_columns(attention.o_proj, queries)
+    if gram is not None:
+        attention.o_proj.weight.data = made_up(whole, queries, gram)
     attention.num_key_value_groups = heads.shape[1]
     if hasattr(attention, "num_key_value_heads"):
         attention.num_key_value_heads = heads.shape[0]

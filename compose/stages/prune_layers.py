@@ -13,6 +13,7 @@ from compose.errors import RuleBroken
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.kept_gates import keep_gates, require_gates_that_move
 from compose.stages.prune import (
+    RANK_BLOCKS,
     decoder_layers,
     keep_layers,
     look_on,
@@ -90,7 +91,7 @@ class DropLayers(Stage):
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Choose, cut, renumber, save; gates go along."""
-        model, blocks = model_and_blocks(job)
+        model, blocks = model_and_blocks(job, RANK_BLOCKS)
         count = len(decoder_layers(model))
         self._require_layers(count)  # prune-branches may have left fewer than were planned with
         before = text_loss(model, blocks)

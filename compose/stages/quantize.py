@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -11,6 +10,7 @@ from pydantic import Field, model_validator
 
 from compose.errors import RuleBroken, UserError, suggest
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.kept_gates import carry_gates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,6 +155,15 @@ class Gptq(Stage):
     batch: int = Field(default=1, ge=1)
     """Calibration sequences that pass the model at once."""
 
+    @model_validator(mode="after")
+    def _has_a_kernel(self) -> Self:
+        if self.group_size == WHOLE_ROW and not self.sym:
+            raise ValueError(
+                "a scale for a whole row (group_size: -1) needs a symmetric grid (sym: true):"
+                " gptqmodel's kernel for CPUs multiplies other ones wrongly"
+            )
+        return self
+
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, `group-divides` (whole groups in every layer), and `whole-tiles`."""
         super().check(shape, before)
@@ -218,7 +227,7 @@ class Gptq(Stage):
             group_size=self.group_size,
             sym=self.sym,
             desc_act=self.act_order,
-            act_group_aware=not self.act_order,
+            act_group_aware=not self.act_order and self.group_size != WHOLE_ROW,
             damp_percent=self.damp,
             dataset=texts,
             model_seqlen=blocks.shape[1],
@@ -236,13 +245,6 @@ class Gptq(Stage):
         inside = [name.partition(".0.")[2] for name in linears if ".0." in name]
         kept = _matching(self.skip, inside)
         return [[name] for name in inside if name not in kept]
-
-
-def carry_gates(job: StageJob) -> None:
-    """Gates stay in full precision: their files go along unchanged."""
-    for name in ("gates.safetensors", "gateskip.json"):
-        if (job.source / name).is_file():
-            shutil.copyfile(job.source / name, job.target / name)
 
 
 def as_autogptq(model: Any) -> None:
