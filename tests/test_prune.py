@@ -36,6 +36,7 @@ from gateskip.gates import ANCHORS
 BLOCK = 32
 EXACT = {"atol": 2e-4, "rtol": 0.0}
 CAN_CUT_HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3")
+GREEDY = {"use": "drop-layers", "metric": "perplexity-greedy"}
 Run = Callable[..., tuple[Path, dict[str, Any]]]
 Tiny = Callable[..., Path]
 
@@ -134,13 +135,18 @@ def test_greedy_search_drops_what_the_loss_misses_least_each_time(
 ) -> None:
     """Its first choice is the best of all single drops, its second the best after the first."""
     source = make_tiny("llama")
-    alone = [run(source, use="drop-layers", layers=[i])[1]["loss"]["after"] for i in range(4)]
-    both, record = run(source, use="drop-layers", count=2, metric="perplexity-greedy")
+    alone = [
+        run(source, use="drop-layers", layers=[i], refit=False)[1]["loss"]["after"]
+        for i in range(4)
+    ]
+    both, record = run(source, refit=False, **GREEDY, count=2)
     first, second = record["rounds"]
     assert first["layer"] == alone.index(min(alone))
     assert list(first["losses"].values()) == pytest.approx(alone, abs=1e-5)
-    rest, _ = run(source, use="drop-layers", layers=[first["layer"]])
-    again = [run(rest, use="drop-layers", layers=[i])[1]["loss"]["after"] for i in range(3)]
+    rest, _ = run(source, use="drop-layers", layers=[first["layer"]], refit=False)
+    again = [
+        run(rest, use="drop-layers", layers=[i], refit=False)[1]["loss"]["after"] for i in range(3)
+    ]
     assert list(second["losses"].values()) == pytest.approx(again, abs=1e-5)
     assert second["loss"] == pytest.approx(min(again), abs=1e-5)
     assert record["loss"]["after"] == pytest.approx(second["loss"], abs=1e-5)
@@ -163,8 +169,8 @@ def test_greedy_search_and_block_influence_can_disagree(
         decoder_layers(model)[3].mlp.down_proj.weight.mul_(8)
 
     source = edited(make_tiny("llama", tie_word_embeddings=False), harm)
-    _, by_loss = run(source, use="drop-layers", count=1, metric="perplexity-greedy")
-    _, by_angle = run(source, use="drop-layers", count=1)
+    _, by_loss = run(source, refit=False, **GREEDY, count=1)
+    _, by_angle = run(source, refit=False, use="drop-layers", count=1)
     assert by_loss["dropped"] == [3] != by_angle["dropped"]
     assert by_loss["loss"]["after"] == pytest.approx(math.log(512))
     assert by_loss["loss"]["after"] < by_loss["loss"]["before"]
@@ -454,8 +460,10 @@ def test_inputs_that_others_tell_can_go_without_a_trace() -> None:
         {"use": "prune-width", "ratio": 0.5, "round_to": 8},
         {"use": "prune-heads", "count": 2},
         {"use": "prune-hidden", "ratio": 0.25, "round_to": 8},
+        {"use": "drop-layers", "layers": [1]},
+        {"use": "drop-layers", "layers": [1, 2]},
     ],
-    ids=lambda cut: cut["use"],
+    ids=["prune-width", "prune-heads", "prune-hidden", "drop-layers", "two in a row"],
 )
 def test_refitting_keeps_a_model_nearer_to_what_it_was(
     cut: dict[str, Any], run: Run, make_tiny: Tiny, spec: DataSpec

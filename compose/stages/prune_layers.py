@@ -21,6 +21,7 @@ from compose.stages.prune import (
     save_pruned,
     text_loss,
 )
+from compose.stages.refit import close_gaps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,7 @@ class DropLayers(Stage):
     """Remove whole decoder layers: the ones named, or the `count` that are missed least."""
 
     role: ClassVar[Role] = "prune"
+    version: ClassVar[int] = 2
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
     use: Literal["drop-layers"] = "drop-layers"
@@ -45,6 +47,10 @@ class DropLayers(Stage):
     """How layers are chosen: by 1 - cosine between a layer's input and its output, or one after
     another by the loss without it, measured anew after each (a pass over the text for each layer).
     """
+
+    refit: bool = True
+    """Whether the MLP before a dropped layer is fitted anew, to add what that layer did as far as
+    it can tell. Takes all of the calibration text."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:
@@ -91,17 +97,19 @@ class DropLayers(Stage):
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Choose, cut, renumber, save; gates go along."""
-        model, blocks = model_and_blocks(job, RANK_BLOCKS)
+        model, every = model_and_blocks(job)
+        blocks = every[:RANK_BLOCKS]
         count = len(decoder_layers(model))
         self._require_layers(count)  # prune-branches may have left fewer than were planned with
         before = text_loss(model, blocks)
         gone, scores = self._choose(model, blocks, job)
         kept = [layer for layer in range(count) if layer not in gone]
+        closed = close_gaps(model, gone, every, job) if self.refit else 0
         keep_layers(model, kept)
         loss = {"before": before, "after": text_loss(model, blocks)}
         keep_gates(job, model, kept)
         save_pruned(model, job)
-        return {"dropped": sorted(gone), **scores, "loss": loss}
+        return {"dropped": sorted(gone), **scores, "gaps_closed": closed, "loss": loss}
 
     def _choose(
         self, model: Any, blocks: Tensor, job: StageJob

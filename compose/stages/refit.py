@@ -3,7 +3,8 @@
 A layer that loses input channels keeps the outputs it had, as far as the channels that stay can
 tell, when its weights are fitted anew by least squares on text (channel pruning: arXiv 1707.06168,
 eq. 4). The fit needs the products of its inputs with each other alone, so one pass over the text
-serves all layers, and no gradient is taken.
+serves all layers, and no gradient is taken. In the same way the MLP before a dropped layer learns
+what that layer used to add.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compose.stages.base import StageJob
-from compose.stages.prune import fast_products, look_on
+from compose.stages.prune import decoder_layers, fast_products, look_on
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RIDGE = 0.01  # relative to the mean square of the inputs
+LARGEST_WEIGHT = 4.0  # of a token in a fit, in medians
+MLP_ENDS = ("down_proj", "dense_4h_to_h")
 
 
 def input_grams(model: Any, readers: list[Any], blocks: Tensor, job: StageJob) -> list[Tensor]:
@@ -67,3 +70,81 @@ def made_up(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
         return weight[:, kept]
     ways = ridge_solution(gram[kept][:, kept], gram[kept][:, gone], RIDGE)  # [kept, gone]
     return weight[:, kept] + weight[:, gone] @ ways.T
+
+
+class Gap:
+    """Layers `first` to `last` that go, and what the MLP before them must add in their place."""
+
+    def __init__(self, model: Any, first: int, last: int) -> None:
+        import torch
+
+        from gateskip.branches import find_branches
+
+        layers = decoder_layers(model)
+        mlp = find_branches(model)[2 * first - 1].module
+        self.reader: Any = next(getattr(mlp, name) for name in MLP_ENDS if hasattr(mlp, name))
+        width = self.reader.in_features
+        self.gram = torch.zeros(width, width)
+        self.cross = torch.zeros(width, model.config.hidden_size)
+        self.hooks = [
+            self.reader.register_forward_pre_hook(self._read),
+            layers[first].register_forward_pre_hook(self._enter, with_kwargs=True),
+            layers[last].register_forward_hook(self._leave),
+        ]
+
+    def _read(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        self.seen = inputs[0].flatten(0, -2).float()
+
+    def _enter(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self.entered = (inputs[0] if inputs else named["hidden_states"]).flatten(0, -2).float()
+
+    def _leave(self, module: Any, inputs: Any, output: Any) -> None:
+        left = (output[0] if isinstance(output, tuple) else output).reshape(self.entered.shape)
+        scaled = self.seen * token_weights(left.float()).unsqueeze(1)
+        self.gram.addmm_(scaled.T, self.seen)
+        self.cross.addmm_(scaled.T, left.float() - self.entered)
+
+    def close(self) -> None:
+        """Let the MLP before the gap add what the layers in it did, as far as it can tell."""
+        from gateskip.shortcuts import ridge_solution
+
+        self.reader.weight.data += ridge_solution(self.gram, self.cross, RIDGE).T
+
+
+def close_gaps(model: Any, gone: set[int], blocks: Tensor, job: StageJob) -> int:
+    """Prepare a model for the loss of the layers `gone`; returns how many gaps were closed.
+
+    No MLP stands before layer 0. One whose output is normed (Gemma, OLMo2) is left alone, as are
+    families that are not known by name.
+    """
+    import torch
+
+    from gateskip.branches import FAMILIES
+
+    family = FAMILIES.get(model.config.model_type)
+    if family is None or family.mlp_out is not None:
+        return 0
+    gaps = [Gap(model, first, last) for first, last in _runs(gone) if first > 0]
+    hooks = [hook for gap in gaps for hook in gap.hooks]
+    with torch.inference_mode(), fast_products():
+        look_on(lambda block: model(block, use_cache=False), blocks, hooks, job, "refitting")
+    with torch.no_grad():
+        for gap in gaps:
+            gap.close()
+    return len(gaps)
+
+
+def token_weights(hidden: Tensor) -> Tensor:
+    """One over the square of each hidden state [tokens, H], in medians: what reads them norms them.
+
+    Bounded, since a few tokens have hidden states of almost nothing.
+    """
+    weight = 1 / hidden.square().sum(1).clamp_min(1e-12)
+    return (weight / weight.median()).clamp(max=LARGEST_WEIGHT)
+
+
+def _runs(numbers: set[int]) -> list[tuple[int, int]]:
+    """{2, 5, 6} -> [(2, 2), (5, 6)]."""
+    firsts = sorted(number for number in numbers if number - 1 not in numbers)
+    lasts = sorted(number for number in numbers if number + 1 not in numbers)
+    return list(zip(firsts, lasts, strict=True))
