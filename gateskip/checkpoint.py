@@ -176,13 +176,14 @@ def load(
 
     from gateskip.decode import Decoder
     from gateskip.engine import Engine, Unsuited
-    from gateskip.linears import accelerate_linears
+    from gateskip.linears import Times, accelerate_linears
     from gateskip.skip import SkippingModel
 
     folder = Path(folder)
     model = load_model(folder, dtype)
     file = load_gates(folder)
-    kernels = accelerate_linears(model) if native else {}
+    times: Times = {}
+    kernels = accelerate_linears(model, times) if native else {}
     if head_format(folder) == INT8:
         round_head(model)
     gates, kv_rule = (file.gates, file.kv_rule) if file else (None, "project")
@@ -199,5 +200,6 @@ def load(
         file.grid if file else {},
         defaults=stored_decode(folder),
         kernels=kernels,
+        kernel_times=times,
         unsuited=unsuited,
     )

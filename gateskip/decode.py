@@ -118,6 +118,7 @@ class Decoder:
         grid: thresholds, one a branch, for each calibrated budget.
         defaults: mode and settings that the folder asks for.
         kernels: how many linear layers run on which compiled kernel.
+        kernel_times: microseconds that chose them, by shape: `ours`, and the library's `own`.
         unsuited: why torch decodes this model, where the native engine was asked for.
     """
 
@@ -129,10 +130,12 @@ class Decoder:
         defaults: Mapping[str, Any] | None = None,
         kernels: Mapping[str, int] | None = None,
         unsuited: str | None = None,
+        kernel_times: Mapping[str, dict[str, float]] | None = None,
     ) -> None:
         self.skipping, self.tokenizer = skipping, tokenizer
         self.grid, self.defaults = dict(grid), dict(defaults or {})
         self.kernels, self.unsuited = dict(kernels or {}), unsuited
+        self.kernel_times = dict(kernel_times or {})
         self.paces: dict[Any, Pace] = {}  # by kind of draft: what drafting costs and brings here
         self._drafters: dict[str, SkippingModel] = {"own": skipping}
 

@@ -16,7 +16,7 @@
 
 extern "C" {
 
-enum Kind { DENSE, HALF, FOUR_BIT, FOUR_BIT_BOOK, ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES };
+enum Kind { DENSE, HALF, FOUR_BIT, FOUR_BIT_BOOK, EIGHT_BIT, ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES };
 
 struct Matrix {
   int32_t kind, n, k, group;
@@ -258,7 +258,7 @@ class Share {
     else bytes_tile<rows, BYTES>(bytes, tile, x, y);
   }
 
-  // 4-bit weights times float32 activations
+  // Packed weights times float32 activations
   template <int rows>
   void exact(const Matrix& w, int tile, const Input& in, int r, float (*y)[ROWS]) const {
     const Packed packed{static_cast<const uint8_t*>(w.weights),
@@ -267,10 +267,12 @@ class Share {
                         w.n, w.k, w.group};
     const float *x = in.x + int64_t(r) * w.k, *sums = sums_.data() + int64_t(r) * groups(w);
     if (w.kind == FOUR_BIT) {
-      packed_tile<rows, true>(packed, tile, Codebook{}, x, sums, groups(w), y);
+      packed_tile<rows, NUMBER>(packed, tile, Codebook{}, x, sums, groups(w), y);
+    } else if (w.kind == EIGHT_BIT) {
+      packed_tile<rows, BYTE>(packed, tile, Codebook{}, x, sums, groups(w), y);
     } else {
       const float* book = static_cast<const float*>(w.book);
-      packed_tile<rows, false>(packed, tile, Codebook{load(book), load(book + 8)}, x, sums, groups(w), y);
+      packed_tile<rows, TABLE>(packed, tile, Codebook{load(book), load(book + 8)}, x, sums, groups(w), y);
     }
   }
 

@@ -32,7 +32,8 @@ from gateskip.heads import RoundedHead, to_bytes
 from gateskip.linears import DenseLinear, PackedLinear, pack_bytes, tiles
 
 MOST_ROWS = 32  # of one pass; engine.cpp has the same number
-DENSE, HALF, FOUR_BIT, FOUR_BIT_BOOK, ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES = range(7)
+DENSE, HALF, FOUR_BIT, FOUR_BIT_BOOK, EIGHT_BIT = range(5)
+ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES = range(5, 8)
 PARTS = ("linear", "attention", "gates", "lm head")  # as in engine.cpp
 DENSE_KINDS = {torch.float32: DENSE, torch.bfloat16: HALF}
 LIFT = 128  # what makes signed bytes unsigned; kernels.h takes it off again
@@ -470,7 +471,10 @@ class Engine:
         group = k // scale.shape[1]
         if not rounded:
             kind = FOUR_BIT if book is None else FOUR_BIT_BOOK
+            kind = EIGHT_BIT if module.bits == 8 else kind
             table = book
+        elif module.bits == 8:
+            kind, table = ROUNDED_BYTES, None
         elif book is None:  # codes 0..15 stand for code - 8: a shift takes the 8 away as well
             kind, table = ROUNDED_CODES, None
             offset = None if offset is None else offset - 8 * scale

@@ -71,14 +71,17 @@ static inline i8 load_ints(const uint8_t* p) {
   return v;
 }
 
+// What a code stands for: code - 8 of 4 bits, one of 16 values in a table, code - 128 of 8 bits
+enum Coding { NUMBER, TABLE, BYTE };
+
 // The 16 values a code can stand for, as two vectors
 struct Codebook {
   f8 low, high;
 };
 
-template <bool affine>
+template <Coding coding>
 static inline f8 decode(i8 code, const Codebook& book) {
-  if (affine) return __builtin_convertvector(code - 8, f8);
+  if (coding != TABLE) return __builtin_convertvector(code - (coding == BYTE ? 128 : 8), f8);
 #ifdef __clang__
   f8 out;
   for (int i = 0; i < 8; i++) out[i] = code[i] < 8 ? book.low[code[i]] : book.high[code[i] - 8];
@@ -89,7 +92,7 @@ static inline f8 decode(i8 code, const Codebook& book) {
 }
 
 struct Packed {
-  const uint8_t* codes;  // [tiles, k / BLOCK, 4, ROWS, 4]
+  const uint8_t* codes;  // [tiles, k / BLOCK, 4, ROWS, 4], bytes [.., 8, ROWS, 4]
   const float* scale;    // [tiles, k / group, ROWS]
   const float* offset;   // the same, or null when every offset is 0
   int n, k, group;
@@ -97,20 +100,22 @@ struct Packed {
 
 // y[r] [ROWS] for the rows of a tile; weight = scale * value(code) + offset, group by group.
 // `sums` are x's over groups, [rows, groups] a `stride` apart.
-template <int rows, bool affine>
+template <int rows, Coding coding>
 static void packed_tile(const Packed& w, int tile, const Codebook& book, const float* x,
                         const float* sums, int stride, float (*y)[ROWS]) {
+  constexpr int columns = coding == BYTE ? 4 : 8;  // that four bytes of a row hold
   const int groups = w.k / w.group;
   for (int half = 0; half < ROWS; half += 8) {
-    const uint8_t* q = w.codes + int64_t(tile) * w.k * (ROWS / 2) + half * 4;
+    const uint8_t* q = w.codes + int64_t(tile) * w.k * (4 * ROWS / columns) + half * 4;
     f8 total[rows] = {};
     for (int g = 0; g < groups; g++) {
       f8 part[rows] = {};
-      for (int i = g * w.group; i < (g + 1) * w.group; i += 8, q += ROWS * 4) {
+      for (int i = g * w.group; i < (g + 1) * w.group; i += columns, q += ROWS * 4) {
         const i8 raw = load_ints(q);
 #pragma GCC unroll 8
-        for (int c = 0; c < 8; c++) {  // columns i to i + 8
-          const f8 value = decode<affine>((raw >> ((c & 3) * 8 + (c & 4))) & 15, book);
+        for (int c = 0; c < columns; c++) {  // from i on
+          const i8 code = (raw >> ((c & 3) * 8 + (c & 4))) & (coding == BYTE ? 255 : 15);
+          const f8 value = decode<coding>(code, book);
           for (int r = 0; r < rows; r++) part[r] = fma(value, all(x[int64_t(r) * w.k + i + c]), part[r]);
         }
       }
@@ -125,16 +130,19 @@ static void packed_tile(const Packed& w, int tile, const Codebook& book, const f
 }
 
 // The float32 weights [ROWS, k] of a tile; those beyond the last row are not written.
-template <bool affine>
+template <Coding coding>
 static void unpack_tile(const Packed& w, int tile, const Codebook& book, float* out) {
+  constexpr int fours = coding == BYTE ? 2 : 1;  // vectors that hold eight columns
   const int groups = w.k / w.group, real = std::min(ROWS, w.n - tile * ROWS);
-  const uint8_t* q = w.codes + int64_t(tile) * w.k * (ROWS / 2);
-  for (int i = 0; i < w.k; i += 8, q += ROWS * 4) {
+  const uint8_t* q = w.codes + int64_t(tile) * w.k * (fours * ROWS / 2);
+  for (int i = 0; i < w.k; i += 8, q += fours * ROWS * 4) {
     const int64_t place = (int64_t(tile) * groups + i / w.group) * ROWS;
     for (int row = 0; row < real; row++) {
       i8 codes;
-      for (int c = 0; c < 8; c++) codes[c] = (q[row * 4 + (c & 3)] >> (c & 4)) & 15;
-      f8 value = w.scale[place + row] * decode<affine>(codes, book);
+      for (int c = 0; c < 8; c++)
+        codes[c] = coding == BYTE ? q[(c / 4) * ROWS * 4 + row * 4 + (c & 3)]
+                                  : (q[row * 4 + (c & 3)] >> (c & 4)) & 15;
+      f8 value = w.scale[place + row] * decode<coding>(codes, book);
       if (w.offset) value = value + w.offset[place + row];
       std::memcpy(out + int64_t(row) * w.k + i, &value, sizeof value);
     }

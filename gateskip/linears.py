@@ -2,12 +2,14 @@
 
 `accelerate_linears` replaces what it knows a faster kernel for and leaves the rest alone. Few rows
 go through native.py, which streams the weights once; many rows through torch's GEMM, for which
-4-bit weights are unpacked on the way.
+packed weights are unpacked on the way. Which of two kernels for packed weights is faster here is
+measured, a few calls for each shape, when a model is loaded.
 """
 
 from __future__ import annotations
 
 import importlib
+import time
 from typing import Any
 
 import torch
@@ -19,6 +21,10 @@ from gateskip.branches import final_norm
 
 FEW_ROWS = 16  # up to here streaming the weights beats a GEMM
 NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
+CALLS = 5  # that time a kernel
+CLEARLY = 1.2  # times as fast another kernel must be to be taken: noise must not choose
+Times = dict[str, dict[str, float]]
+"""Microseconds for one row by `ours` and by the module's `own` kernel, for each shape."""
 
 
 class DenseLinear(nn.Module):
@@ -40,10 +46,10 @@ class DenseLinear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A 4-bit linear layer, made of codes [out, in] and scale and offset [out, in / group].
+    """A linear layer of 4 or 8 bits, made of codes [out, in], scale and offset [out, in / group].
 
-    A weight is scale * value(code) + offset, with value the codebook's entry (NF4), or code - 8.
-    All are kept in tiles of 16 rows: see `tiles` and kernels.h.
+    A weight is scale * value(code) + offset, with value the codebook's entry (NF4), or the code
+    less 8 or 128. All are kept in tiles of 16 rows: see `tiles` and kernels.h.
     """
 
     codes: Tensor
@@ -59,10 +65,12 @@ class PackedLinear(nn.Module):
         offset: Tensor | None,
         book: Tensor | None,
         bias: Tensor | None,
+        bits: int = 4,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = codes.shape
-        self.register_buffer("codes", pack(codes))
+        self.bits = bits
+        self.register_buffer("codes", pack(codes) if bits == 4 else pack_bytes(codes.byte()))
         self.register_buffer("scale", tiles(scale.float()))
         self.register_buffer("offset", None if offset is None else tiles(offset.float()))
         self.register_buffer("book", None if book is None else book.float().contiguous())
@@ -75,15 +83,16 @@ class PackedLinear(nn.Module):
             weight = self.unpacked().to(x.dtype)
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         flat = x.reshape(rows, self.in_features).float().contiguous()
-        parts = (self.codes, self.scale, self.offset, self.book)
-        out = native.packed(*parts, self.out_features, flat)
+        out = native.packed(*self._parts(), flat)
         out = out.view(*x.shape[:-1], self.out_features)
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
     def unpacked(self) -> Tensor:
         """The weights [out, in] in float32."""
-        parts = (self.codes, self.scale, self.offset, self.book)
-        return native.unpack(*parts, self.out_features)
+        return native.unpack(*self._parts())
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
+        return self.codes, self.scale, self.offset, self.book, self.bits, self.out_features
 
 
 def tiles(table: Tensor) -> Tensor:
@@ -105,8 +114,12 @@ def pack(codes: Tensor) -> Tensor:
     return fours[:, 0::2] | (fours[:, 1::2] << 4)
 
 
-def accelerate_linears(model: Any) -> dict[str, int]:
-    """Replace linear layers in place; returns how many of each kind now run on native kernels."""
+def accelerate_linears(model: Any, times: Times | None = None) -> dict[str, int]:
+    """Replace linear layers in place; returns how many of each kind now run on native kernels.
+
+    With `times`, packed layers that multiply one row faster by their own library's kernel stay as
+    they are, and `times` is filled with what was measured.
+    """
     counts: dict[str, int] = {}
     weight = final_norm(model).weight
     if not has_kernels(weight):
@@ -114,11 +127,33 @@ def accelerate_linears(model: Any) -> dict[str, int]:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             faster = _faster(child)
+            if times is not None and isinstance(faster, PackedLinear):
+                faster = faster if _wins(faster, child, times) else None
             if faster is not None:
                 setattr(parent, name, faster)
                 kind = type(faster).__name__
                 counts[kind] = counts.get(kind, 0) + 1
     return counts
+
+
+def _wins(ours: PackedLinear, own: nn.Module, times: Times) -> bool:
+    """Whether layers of this kind and shape are not clearly faster by their own kernel."""
+    shape = f"{type(own).__name__} {ours.bits} bits {ours.out_features} x {ours.in_features}"
+    if shape not in times:
+        x = torch.randn(1, ours.in_features)
+        times[shape] = {"ours": _microseconds(ours, x), "own": _microseconds(own, x)}
+    return times[shape]["ours"] < CLEARLY * times[shape]["own"]
+
+
+def _microseconds(layer: nn.Module, x: Tensor) -> float:
+    """Median time of a few calls, the first one left out."""
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(CALLS + 1):
+            begin = time.perf_counter()
+            layer(x)
+            seconds.append(time.perf_counter() - begin)
+    return round(1e6 * sorted(seconds[1:])[CALLS // 2], 1)
 
 
 def has_kernels(weight: Tensor) -> bool:
@@ -133,6 +168,8 @@ def _faster(module: nn.Module) -> nn.Module | None:
         return DenseLinear(module)  # type: ignore[arg-type]
     if kind.__name__ == "Linear4bit":
         return _from_bitsandbytes(module)
+    if kind.__name__ == "Linear8bitLt":
+        return _from_int8(module)
     if hasattr(module, "qweight") and hasattr(module, "g_idx"):
         return _from_gptq(module)
     return None
@@ -175,28 +212,46 @@ def quantize_nf4(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
     return _from_blocks(codes, state, bias)
 
 
+def int8_parts(module: Any) -> tuple[Tensor, Tensor]:
+    """Codes [n, k], -127 to 127, and scales [n, 1] of bitsandbytes' LLM.int8 layer."""
+    codes, scale = module.weight.CB, module.weight.SCB
+    if codes is None:  # it has run before
+        codes, scale = module.state.CB, module.state.SCB
+    return (module.weight.data if codes is None else codes), scale.float().view(-1, 1) / 127
+
+
+def _from_int8(module: Any) -> PackedLinear | None:
+    """A scale a row. Outliers among activations need no search: each block of 32 has its scale."""
+    if module.in_features % native.BLOCK:
+        return None
+    codes, scale = int8_parts(module)
+    return PackedLinear(codes.int() + 128, scale, None, None, module.bias, 8)
+
+
 def _from_gptq(module: Any) -> PackedLinear | None:
-    """4-bit GPTQ weights in group order: eight codes an int32, lowest bits first."""
-    if module.bits != 4 or module.group_size <= 0 or module.group_size % native.BLOCK:
+    """GPTQ weights of 4 or 8 bits in group order: codes in an int32, lowest bits first."""
+    bits, group = module.bits, module.group_size
+    if bits not in (4, 8) or group <= 0 or group % native.BLOCK:
         return None
     k, rows = module.in_features, module.out_features
-    groups = torch.arange(k) // module.group_size
+    groups = torch.arange(k) // group
     if not torch.equal(module.g_idx[:k].long().cpu(), groups):
         return None  # act-order: groups are scattered over the row
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-    codes = (module.qweight.unsqueeze(1) >> shifts.view(1, -1, 1)) & 15  # [k / 8, 8, n]
+    shifts, most = torch.arange(0, 32, bits, dtype=torch.int32), 2**bits - 1
+    codes = (module.qweight.unsqueeze(1) >> shifts.view(1, -1, 1)) & most  # [k / codes, codes, n]
     codes = codes.reshape(-1, rows)[:k]
     scale = module.scales.float()  # [groups, n]
     # Two stored formats of zero points differ by one, and a module does not say which it holds by
     # now: its own dequantized weights tell, at the first row of each group.
-    first = torch.arange(0, k, module.group_size)
+    first = torch.arange(0, k, group)
     weights = module.dequantize_weight().float()[first]  # [groups, n]
     zeros = (codes[first] - weights / scale.clamp_min(1e-12)).round()
-    offset = (8 - zeros) * scale
+    offset = (2 ** (bits - 1) - zeros) * scale
     return PackedLinear(
         codes.T,
         scale.T,
         offset.T if offset.any() else None,
         None,
         module.bias,
+        bits,
     )

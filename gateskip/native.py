@@ -109,14 +109,20 @@ def dense(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def packed(
-    codes: Tensor, scale: Tensor, offset: Tensor | None, book: Tensor | None, n: int, x: Tensor
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    book: Tensor | None,
+    bits: int,
+    n: int,
+    x: Tensor,
 ) -> Tensor:
-    """x [m, k] @ w.T for 4-bit w [n, k], which is laid out as PackedLinear has it."""
+    """x [m, k] @ w.T for w [n, k] of 4 or 8 bits, which is laid out as PackedLinear has it."""
     k, groups = x.shape[1], scale.shape[1]
     out, scratch = torch.empty(x.shape[0], n), torch.empty(x.shape[0], groups)
     library().gateskip_packed(  # type: ignore[union-attr]
         *map(_at, (codes, scale, offset, book)),
-        *(n, k, k // groups),
+        *(bits, n, k, k // groups),
         _at(x),
         x.shape[0],
         _at(out),
@@ -127,14 +133,14 @@ def packed(
 
 
 def unpack(
-    codes: Tensor, scale: Tensor, offset: Tensor | None, book: Tensor | None, n: int
+    codes: Tensor, scale: Tensor, offset: Tensor | None, book: Tensor | None, bits: int, n: int
 ) -> Tensor:
-    """The float32 weights [n, k] that packed 4-bit weights stand for."""
-    k = 2 * codes[0].numel() // TILE
+    """The float32 weights [n, k] that packed weights of 4 or 8 bits stand for."""
+    k = 8 // bits * codes[0].numel() // TILE
     out = torch.empty(n, k)
     library().gateskip_unpack(  # type: ignore[union-attr]
         *map(_at, (codes, scale, offset, book)),
-        *(n, k, k // scale.shape[1]),
+        *(bits, n, k, k // scale.shape[1]),
         _at(out),
         torch.get_num_threads(),
     )

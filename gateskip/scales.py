@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gateskip.branches import backbone
-from gateskip.linears import bitsandbytes_functions
+from gateskip.linears import bitsandbytes_functions, int8_parts
 
 
 class ScaledLinear(nn.Module):
@@ -161,8 +161,6 @@ def _from_four_bits(name: str, module: Any) -> ScaledLinear:
 
 def _from_int8(module: Any) -> ScaledLinear:
     """One absolute maximum a row; the whole row is a group."""
-    codes, scale = module.weight.CB, module.weight.SCB
-    codes = module.weight.data if codes is None else codes
-    weight = codes.float() * scale.view(-1, 1) / 127
-    groups = torch.zeros(weight.shape[1], dtype=torch.long)
-    return ScaledLinear(weight, scale.view(-1, 1), groups, "SCB", module.bias)
+    codes, scale = int8_parts(module)
+    groups = torch.zeros(codes.shape[1], dtype=torch.long)
+    return ScaledLinear(codes * scale, 127 * scale, groups, "SCB", module.bias)

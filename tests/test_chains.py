@@ -28,13 +28,17 @@ STEPS: dict[str, dict[str, Any]] = {
     "drop": {"use": "drop-layers", "count": 1},
     "narrow": {"use": "prune-width", "ratio": 0.4, "round_to": 64},
     "heads": {"use": "prune-heads", "count": 2},
+    "hidden": {"use": "prune-hidden", "ratio": 0.4, "round_to": 32},
     "heal": {"use": "heal", "steps": 1, "length": 24, "backbone": "lora", "lora_rank": 2},
     "gates": GATES | {"calibration_blocks": 2, "shortcut": 2},
     "branches": {"use": "prune-branches", "budget": 0.5, "share": 0.95, "rise": 9.0},
     "nf4": {"use": "bnb", "format": "nf4"},
     "gptq4": {"use": "gptq", "bits": 4, "group_size": 32},
+    "rescale": {"use": "heal", "steps": 1, "length": 24, "backbone": "scales"},
     "head8": {"use": "pack-head"},
 }
+AFTER = {"branches": "gates", "rescale": "nf4"}
+"""What stages need before them."""
 FAMILIES = ("qwen2", "qwen3", "mistral", "gemma2", "phi3")  # Llama takes the long walk
 LONGEST = 3
 WORSE = 3.0  # times the tiny model's perplexity, that of chance, is no sense any more
@@ -153,7 +157,7 @@ def test_every_chain_runs_or_names_its_rule(
             assert rule in RULES
     if allowed:
         check_reload(allowed, tmp_path / "fresh.safetensors")
-    assert bool(allowed) == (first != "branches"), "only pruned branches need a stage before them"
+    assert bool(allowed) == (first not in AFTER), "all others can stand first"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,7 +168,7 @@ def test_every_stage_takes_every_family(
     worst = WORSE * perplexity(probe_logits(walk.source), probe_ids(walk.source))
     made = []
     for name in STEPS:
-        chain = ("gates", name) if name == "branches" else (name,)
+        chain = (AFTER[name], name) if name in AFTER else (name,)
         assert walk.rule(chain) is None, (family, chain)
         made.append(walk.make(chain))
         check_sense(made[-1], worst)

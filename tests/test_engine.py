@@ -95,9 +95,9 @@ def test_rows_are_the_same_bits_together_and_alone(
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("form", ["codes", "shifted", "book"])
+@pytest.mark.parametrize("form", ["codes", "shifted", "book", "bytes", "shifted bytes"])
 @pytest.mark.parametrize("rounded", [False, True])
-def test_four_bit_weights(tiny_llama: Path, form: str, rounded: bool) -> None:
+def test_packed_weights(tiny_llama: Path, form: str, rounded: bool) -> None:
     """Exact without rounding, and within the error of 8 bits with it."""
     model = load_model(tiny_llama, "float32")
     generator = torch.Generator().manual_seed(0)
@@ -121,13 +121,15 @@ def test_four_bit_weights(tiny_llama: Path, form: str, rounded: bool) -> None:
 
 
 def packed(linear: torch.nn.Linear, form: str, generator: torch.Generator) -> PackedLinear:
-    """Random 4-bit weights of a layer's shape and about its size."""
+    """Random weights of 4 or 8 bits, of a layer's shape and about its size."""
     n, k = linear.weight.shape
-    codes = torch.randint(0, 16, (n, k), generator=generator)
-    scale = (torch.rand(n, k // 32, generator=generator) + 0.5) * linear.weight.std() / 5
-    offset = torch.randn(n, k // 32, generator=generator) * scale if form == "shifted" else None
+    bits = 8 if form.endswith("bytes") else 4
+    codes = torch.randint(1, 2**bits, (n, k), generator=generator)
+    scale = torch.rand(n, k // 32, generator=generator) + 0.5
+    scale = scale * linear.weight.std() / 5 / 2 ** (bits - 4)
+    shift = torch.randn(n, k // 32, generator=generator) * linear.weight.std() / 5
     book = torch.linspace(-5, 5, 16) if form == "book" else None
-    return PackedLinear(codes, scale, offset, book, None)
+    return PackedLinear(codes, scale, shift if "shifted" in form else None, book, None, bits)
 
 
 def test_what_it_cannot_run_stays_in_torch(make_tiny: Callable[..., Path]) -> None:

@@ -159,26 +159,30 @@ class TestWarmStart:
 def packed_layer(kind: str, n: int = 24, k: int = 128) -> tuple[PackedLinear, torch.Tensor]:
     """A packed layer and the float32 weights it stands for."""
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (n, k), generator=generator)
-    scale = torch.rand(n, k // 64, generator=generator) + 0.1
-    offset = torch.randn(n, k // 64, generator=generator) if kind == "asymmetric" else None
+    bits = 8 if "bytes" in kind else 4
+    codes = torch.randint(0, 2**bits, (n, k), generator=generator)
+    scale = (torch.rand(n, k // 64, generator=generator) + 0.1) / 2 ** (bits - 4)
+    offset = torch.randn(n, k // 64, generator=generator) if "asymmetric" in kind else None
     book = torch.randn(16, generator=generator) if kind == "codebook" else None
-    values = book[codes] if book is not None else (codes - 8).float()
+    values = book[codes] if book is not None else (codes - 2 ** (bits - 1)).float()
     weight = values.view(n, -1, 64) * scale[:, :, None]
     if offset is not None:
         weight = weight + offset[:, :, None]
-    return PackedLinear(codes, scale, offset, book, None), weight.view(n, k)
+    return PackedLinear(codes, scale, offset, book, None, bits), weight.view(n, k)
+
+
+PACKED = ("symmetric", "asymmetric", "codebook", "bytes", "asymmetric bytes")
 
 
 @needs_native
 class TestNative:
-    @pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "codebook"])
+    @pytest.mark.parametrize("kind", PACKED)
     @pytest.mark.parametrize("rows", [1, 3, 4, 9, 16, 40])
     def test_packed_equals_its_weights(self, kind: str, rows: int) -> None:
         layer, weight = packed_layer(kind)
         x = torch.randn(2, rows, 128, generator=torch.Generator().manual_seed(1))
         with torch.inference_mode():
-            torch.testing.assert_close(layer(x), x @ weight.T, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(layer(x), x @ weight.T, atol=3e-4, rtol=1e-4)
 
     @pytest.mark.parametrize("shape", [(24, 128), (7, 96), (5, 43)])
     def test_dense_equals_torch(self, shape: tuple[int, int]) -> None:
@@ -187,7 +191,7 @@ class TestNative:
         with torch.inference_mode():
             torch.testing.assert_close(DenseLinear(linear)(x), linear(x), atol=1e-5, rtol=1e-5)
 
-    @pytest.mark.parametrize("kind", ["dense", "symmetric", "asymmetric", "codebook"])
+    @pytest.mark.parametrize("kind", ["dense", *PACKED])
     def test_a_row_does_not_depend_on_its_neighbours(self, kind: str) -> None:
         layer = DenseLinear(nn.Linear(128, 24)) if kind == "dense" else packed_layer(kind)[0]
         x = torch.randn(16, 128)

@@ -96,7 +96,12 @@ class CellBench:
         name = "native, rounded" if engine and engine.rounded else "native"
         if engine is None:
             name = f"torch: {decoder.unsuited}" if decoder.unsuited else "torch"
-        return {"size": sizes, "kernels": decoder.kernels, "engine": name}
+        return {
+            "size": sizes,
+            "kernels": decoder.kernels,
+            "kernel_times_us": decoder.kernel_times,
+            "engine": name,
+        }
 
     # -- quality -------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "drop-layers": {"count": 1},
     "prune-width": {"ratio": 0.2},
     "prune-heads": {"count": 3},
+    "prune-hidden": {"ratio": 0.2},
     "prune-branches": {"budget": 0.8},
     "bnb": {"format": "nf4"},
     "speculate": {"target": "original"},
