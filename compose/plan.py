@@ -276,7 +276,9 @@ class _Planner:
             if stage.acts == "decode":
                 return step.key, stage  # the rules let nothing follow it
             key = self._keys.stage(name, stage, step.key)
-            memory = None if shape is None else stage.memory(shape)
+            memory = (
+                None if shape is None else stage.memory(shape, self._pipeline.data.train.length)
+            )
             step = self._add_step(Step(key, name, stage, step.key, chain[: index + 1], memory))
             shape = None if shape is None else stage.reshape(shape)
         return step.key, None

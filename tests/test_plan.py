@@ -12,7 +12,7 @@ from compose.errors import PlanError, RuleBroken
 from compose.parse import load_pipeline
 from compose.plan import SOURCE, Cell, Facts, Plan, Step, make_plan
 from compose.schema import Matrix, Model, Pipeline
-from compose.stages import RULES, Bnb, Gate, Gptq, ModelShape, Speculate
+from compose.stages import RULES, Bnb, Gate, Gptq, Heal, ModelShape, PruneWidth, Speculate
 
 SHAPE = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, True)
 STAGES = """\
@@ -357,3 +357,9 @@ def test_memory_is_estimated_where_sizes_are_known() -> None:
     frozen, full = Gate(backbone="frozen").memory(shape), Gate(backbone="full").memory(shape)
     assert full - frozen == 16 * shape.weights
     assert replace(shape, num_layers=15).weights < shape.weights
+    short, long = (Heal().memory(shape, length) for length in (256, 1024))
+    assert short < long < 2 * short, "what a step keeps counts"
+    thrifty = Heal(checkpointing=True).memory(shape, 1024)
+    assert thrifty < long
+    plain, fitted = (PruneWidth(ratio=0.2, refit=refit).memory(shape) for refit in (False, True))
+    assert fitted - plain == 4 * 30 * 1536**2

@@ -445,13 +445,13 @@ def test_inputs_that_others_tell_can_go_without_a_trace() -> None:
     told = torch.cat([seen, seen @ torch.randn(6, 4, generator=generator)], dim=1)  # [400, 10]
     weight = torch.randn(5, 10, generator=generator)
     kept = torch.arange(6)
-    fitted = made_up(weight, kept, told.T @ told / 400)
+    fitted = made_up(weight, kept, told.T @ told / 400, 400_000)
     whole = told @ weight.T
     off = float((told[:, kept] @ fitted.T - whole).norm() / whole.norm())
     cut = float((told[:, kept] @ weight[:, kept].T - whole).norm() / whole.norm())
     assert off < 0.1 * cut
     every = torch.arange(10)
-    assert torch.equal(made_up(weight, every, told.T @ told), weight)
+    assert torch.equal(made_up(weight, every, told.T @ told, 400), weight)
 
 
 @pytest.mark.parametrize(

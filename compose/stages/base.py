@@ -266,9 +266,16 @@ class Stage(BaseModel):
         default the model in float32 and as much again."""
         return 8.0
 
-    def memory(self, shape: ModelShape) -> int:
-        """About how much memory the stage's process holds at its peak, in bytes."""
-        return round(LIBRARIES + self.held() * shape.weights)
+    def worked_on(self, shape: ModelShape, length: int) -> float:
+        """Bytes that `run` holds beside the model's own, on text in blocks of `length` tokens."""
+        return 0.0
+
+    def memory(self, shape: ModelShape, length: int = 512) -> int:
+        """About how much memory the stage's process holds at its peak, in bytes.
+
+        `length` is that of the pipeline's training text, for stages that have none of their own.
+        """
+        return round(LIBRARIES + self.held() * shape.weights + self.worked_on(shape, length))
 
     def files(self) -> dict[str, Path]:
         """Files that the parameters name: parameter -> path. Their content is part of the key."""
@@ -290,6 +297,13 @@ class Stage(BaseModel):
         Only weight stages run; a decode stage leaves the folder as it is.
         """
         raise TypeError(f"{self.use} makes no model folder, so there is nothing to run")
+
+
+def training_bytes(shape: ModelShape, tokens: int, seen: int = 0) -> float:
+    """About what a step on `tokens` keeps for its backward pass, in bytes: the floats of each token
+    in each layer, and its shares of attention to `seen` tokens where these are laid out."""
+    inside = 16 * shape.hidden_size + 6 * shape.intermediate_size + 3 * shape.num_heads * seen
+    return 4.0 * tokens * shape.num_layers * inside
 
 
 def _standing(shape: ModelShape | None, before: tuple[Stage, ...]) -> list[tuple[Role, str]]:

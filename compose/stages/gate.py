@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from compose.errors import UserError
-from compose.stages.base import Role, Split, Stage, StageJob
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob, training_bytes
 from gateskip.recipe import RECIPES, TrainConfig
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ WARM_BLOCKS = 24  # of the training text: about ten tokens for each weight of a 
 SHORTCUT_BLOCKS = 64
 SENSITIVITY_BLOCKS = 4
 VALIDATION_BLOCKS = 2
+LOGITS = 5  # copies of a block's that exist at once
 TRAINED = {"frozen": 4.0, "lora": 9.0, "full": 20.0}
 """Bytes a weight of the model, float32: itself, a teacher, gradients and AdamW's two moments."""
 TRAIN = TrainConfig()  # each default stands there, once
@@ -198,6 +199,11 @@ class Gate(Stage):
     def held(self) -> float:
         """The model, its teacher, and what trains of it."""
         return TRAINED[self.backbone]
+
+    def worked_on(self, shape: ModelShape, length: int) -> float:
+        """A training step, and the logits of a block that the warm start differentiates."""
+        logits = 4.0 * LOGITS * self.length * shape.vocab_size
+        return training_bytes(shape, self.batch * self.length, self.length) + logits
 
     def files(self) -> dict[str, Path]:
         """The gates file to start from, where one is named."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from compose.errors import RuleBroken, UserError
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob, training_bytes
 from compose.stages.kept_gates import carry_gates
 from gateskip.recipe import HealConfig
 
@@ -105,6 +105,11 @@ class Heal(Stage):
     def held(self) -> float:
         """The model, its teacher, and what trains of it."""
         return {"lora": 9.0, "scales": 9.0, "full": 20.0}[self.backbone]
+
+    def worked_on(self, shape: ModelShape, length: int) -> float:
+        """A training step; logits exist a few at a time."""
+        kept = training_bytes(shape, self.batch * (self.length or length))
+        return kept / shape.num_layers if self.checkpointing else kept
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Distil on the training text; resumes from its own checkpoint after a kill."""

@@ -112,10 +112,10 @@ class PruneHeads(Stage):
             return f"no count fits: set take: {other}"
         return f"set count: {min(fitting, key=lambda count: abs(count - self.count))}"
 
-    def memory(self, shape: ModelShape) -> int:
-        """Beside the model, products of the channels of all heads of a layer with each other."""
+    def worked_on(self, shape: ModelShape, length: int) -> float:
+        """Products of the channels of all heads of a layer with each other."""
         width = shape.num_heads * shape.head_dim
-        return super().memory(shape) + (4 * shape.num_layers * width**2 if self.refit else 0)
+        return 4.0 * shape.num_layers * width**2 if self.refit else 0.0
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Fewer heads, and fewer KV heads where whole groups go."""
@@ -140,7 +140,11 @@ class PruneHeads(Stage):
         gone, lost = [], []
         for number, (attention, squares) in enumerate(zip(attentions, scores, strict=True)):
             heads = self._kept(squares.view(shape.num_kv_heads, -1))  # [kept groups, kept of each]
-            cut_heads(attention, heads, shape, None if grams is None else grams[number])
+            whole = attention.o_proj.weight.detach()
+            queries = cut_heads(attention, heads, shape)
+            if grams is not None:
+                fitted = made_up(whole, queries, grams[number], blocks.numel())
+                attention.o_proj.weight.data = fitted
             rest = sorted(set(range(shape.num_heads)) - set(heads.flatten().tolist()))
             gone.append(rest)
             lost.append(round(float(squares[rest].sqrt().sum() / squares.sqrt().sum()), 4))
@@ -182,10 +186,10 @@ def _queries(attention: Any, shape: ModelShape) -> Tensor:
     return weight
 
 
-def cut_heads(attention: Any, heads: Tensor, shape: ModelShape, gram: Tensor | None = None) -> None:
+def cut_heads(attention: Any, heads: Tensor, shape: ModelShape) -> Tensor:
     """Leave only these query heads [kept groups, kept of each] and the KV heads that they read.
 
-    With the mean products of all heads' outputs `gram`, those that stay make up for the rest.
+    Returns which channels of the heads' outputs stay.
     """
     import torch
 
@@ -200,13 +204,11 @@ def cut_heads(attention: Any, heads: Tensor, shape: ModelShape, gram: Tensor | N
         keep_rows(attention.q_proj, queries)
         keep_rows(attention.k_proj, groups)
         keep_rows(attention.v_proj, groups)
-    whole = attention.o_proj.weight.detach()
     keep_columns(attention.o_proj, queries)
-    if gram is not None:
-        attention.o_proj.weight.data = made_up(whole, queries, gram)
     attention.num_key_value_groups = heads.shape[1]
     if hasattr(attention, "num_key_value_heads"):
         attention.num_key_value_heads = heads.shape[0]
+    return queries
 
 
 def _channels(heads: Tensor, head_dim: int) -> Tensor:

@@ -103,10 +103,9 @@ class PruneHidden(Stage):
                 return f"set round_to: {size}, which keeps {kept}"
         return "take a smaller ratio, or prune-width"
 
-    def memory(self, shape: ModelShape) -> int:
-        """Beside the model, products of the channels with each other, two a layer."""
-        products = 8 * shape.num_layers * shape.hidden_size**2 if self.refit else 0
-        return super().memory(shape) + products
+    def worked_on(self, shape: ModelShape, length: int) -> float:
+        """Products of the channels with each other, two a layer."""
+        return 8.0 * shape.num_layers * shape.hidden_size**2 if self.refit else 0.0
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """A narrower residual stream; heads keep their width."""
@@ -127,7 +126,7 @@ class PruneHidden(Stage):
         scores = torch.stack([squares / squares.sum() for squares in found]).mean(0)
         kept = scores.argsort(descending=True)[:size].sort().values
         factors = norm_factors(model, kept, blocks, job)
-        fitted = [] if grams is None else _fitted(inside, kept, grams)
+        fitted = [] if grams is None else _fitted(inside, kept, grams, blocks.numel())
         cut_channels(model, kept, factors)
         for linear, weight in zip(inside, fitted, strict=False):
             linear.weight.data = weight
@@ -142,10 +141,10 @@ class PruneHidden(Stage):
         }
 
 
-def _fitted(linears: list[Any], kept: Tensor, grams: list[Tensor]) -> list[Tensor]:
+def _fitted(linears: list[Any], kept: Tensor, grams: list[Tensor], tokens: int) -> list[Tensor]:
     """Weights of all that reads the stream inside the layers, made up for what goes."""
     pairs = zip(linears, grams, strict=False)  # the last product is the LM head's
-    return [made_up(linear.weight.detach(), kept, gram) for linear, gram in pairs]
+    return [made_up(linear.weight.detach(), kept, gram, tokens) for linear, gram in pairs]
 
 
 def readers(model: Any) -> Iterator[Any]:

@@ -71,10 +71,9 @@ class PruneWidth(Stage):
                 fix="take a smaller ratio or a smaller round_to",
             )
 
-    def memory(self, shape: ModelShape) -> int:
-        """Beside the model, products of the neurons of every MLP with each other."""
-        products = 4 * shape.num_layers * shape.intermediate_size**2 if self.refit else 0
-        return super().memory(shape) + products
+    def worked_on(self, shape: ModelShape, length: int) -> float:
+        """Products of the neurons of every MLP with each other."""
+        return 4.0 * shape.num_layers * shape.intermediate_size**2 if self.refit else 0.0
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Narrower MLPs."""
@@ -97,7 +96,11 @@ class PruneWidth(Stage):
             gone, kept = order[: len(scores) - width], order[len(scores) - width :].sort().values
             lost.append(round(float(scores[gone].sum() / scores.sum()), 4))
             weight = mlp.down_proj.weight.detach()
-            fitted = weight[:, kept] if grams is None else made_up(weight, kept, grams[number])
+            fitted = (
+                weight[:, kept]
+                if grams is None
+                else made_up(weight, kept, grams[number], blocks.numel())
+            )
             cut_neurons(mlp, sorted(gone.tolist()))
             mlp.down_proj.weight.data = fitted
         model.config.intermediate_size = width

@@ -17,7 +17,7 @@ from compose.stages.prune import decoder_layers, fast_products, look_on
 if TYPE_CHECKING:
     from torch import Tensor
 
-RIDGE = 0.01  # relative to the mean square of the inputs
+DOUBT = 4.0  # what ridge a fit gets for each of its inputs, over the tokens it is made on
 LARGEST_WEIGHT = 4.0  # of a token in a fit, in medians
 MLP_ENDS = ("down_proj", "dense_4h_to_h")
 
@@ -54,10 +54,10 @@ def input_grams(model: Any, readers: list[Any], blocks: Tensor, job: StageJob) -
     return [means[first] for first in owner]
 
 
-def made_up(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
+def made_up(weight: Tensor, kept: Tensor, gram: Tensor, tokens: int) -> Tensor:
     """Weights [out, kept] that do best what `weight` [out, in] did, from the inputs `kept` alone.
 
-    `gram` [in, in] holds the inputs' mean products.
+    `gram` [in, in] holds the inputs' mean products over so many tokens.
     """
     import torch
 
@@ -68,8 +68,15 @@ def made_up(weight: Tensor, kept: Tensor, gram: Tensor) -> Tensor:
     gone = (~stays).nonzero().squeeze(1)
     if len(gone) == 0:
         return weight[:, kept]
-    ways = ridge_solution(gram[kept][:, kept], gram[kept][:, gone], RIDGE)  # [kept, gone]
+    ridge = ridge_for(len(gram), tokens)
+    ways = ridge_solution(gram[kept][:, kept], gram[kept][:, gone], ridge)  # [kept, gone]
     return weight[:, kept] + weight[:, gone] @ ways.T
+
+
+def ridge_for(inputs: int, tokens: int) -> float:
+    """How far a fit is held back, relative to its inputs' mean square: the fewer tokens it is made
+    on, the more (docs/experiments.md)."""
+    return DOUBT * inputs / tokens
 
 
 class Gap:
@@ -104,11 +111,12 @@ class Gap:
         self.gram.addmm_(scaled.T, self.seen)
         self.cross.addmm_(scaled.T, left.float() - self.entered)
 
-    def close(self) -> None:
-        """Let the MLP before the gap add what the layers in it did, as far as it can tell."""
+    def close(self, tokens: int) -> None:
+        """Let the MLP before the gap add what the layers in it did, as far as so many tell."""
         from gateskip.shortcuts import ridge_solution
 
-        self.reader.weight.data += ridge_solution(self.gram, self.cross, RIDGE).T
+        ridge = ridge_for(len(self.gram), tokens)
+        self.reader.weight.data += ridge_solution(self.gram, self.cross, ridge).T
 
 
 def close_gaps(model: Any, gone: set[int], blocks: Tensor, job: StageJob) -> int:
@@ -130,7 +138,7 @@ def close_gaps(model: Any, gone: set[int], blocks: Tensor, job: StageJob) -> int
         look_on(lambda block: model(block, use_cache=False), blocks, hooks, job, "refitting")
     with torch.no_grad():
         for gap in gaps:
-            gap.close()
+            gap.close(blocks.numel())
     return len(gaps)
 
 
