@@ -824,11 +824,12 @@ void gateskip_rotate(void* x, int32_t half, int64_t rows, int32_t heads, int32_t
   }
 }
 
-// Softmax in place of scores [blocks, rows, width] times `scaling`: row r of a block sees the columns that
-// stand for slots up to slots[r], the first column for slot `begin`; a window hides what lies further back.
-// Rows from `real` on only fill up.
-void gateskip_softmax(void* scores, int32_t half, int64_t blocks, int32_t rows, int32_t real, int32_t width,
-                      const int64_t* slots, int64_t begin, int32_t window, float scaling, int32_t threads) {
+// Softmax in place of scores [blocks, rows, width] times `scaling`: row r of a block, `group` to a query,
+// sees the columns that stand for slots up to slots[r / group], the first column for slot `begin`; a window
+// hides what lies further back. Rows beyond the `real` queries only fill up.
+void gateskip_softmax(void* scores, int32_t half, int64_t blocks, int32_t rows, int32_t real, int32_t group,
+                      int32_t width, const int64_t* slots, int64_t begin, int32_t window, float scaling,
+                      int32_t threads) {
 #pragma omp parallel num_threads(threads)
   {
     Buffer<float> seen(width);
@@ -856,10 +857,10 @@ void gateskip_softmax(void* scores, int32_t half, int64_t blocks, int32_t rows, 
     };
 #pragma omp for schedule(static)
     for (int64_t place = 0; place < blocks * rows; place++) {
-      const int r = place % rows;
-      if (r >= real) continue;
-      const int last = std::min<int64_t>(slots[r] - begin, width - 1);
-      const int first = window ? std::max<int64_t>(slots[r] - window + 1 - begin, 0) : 0;
+      const int q = place % rows / group;
+      if (q >= real) continue;
+      const int last = std::min<int64_t>(slots[q] - begin, width - 1);
+      const int first = window ? std::max<int64_t>(slots[q] - window + 1 - begin, 0) : 0;
       if (half) each(static_cast<uint16_t*>(scores) + place * width, first, last);
       else each(static_cast<float*>(scores) + place * width, first, last);
     }

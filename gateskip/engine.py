@@ -311,17 +311,19 @@ class Engine:
         return x
 
     def soften(self, scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> None:
-        """Scores [blocks, rows, T] become shares of attention, in place.
+        """Scores [kv_heads, Q * group, T] become shares of attention, in place.
 
-        Row r of a block, a query at slots[r] [real rows], sees the keys up to there; the first key
-        stands at slot `begin`. T is a multiple of 8.
+        All heads of a group follow each other at a query's place; the query at slots[q] sees the
+        keys up to there, the first key stands at slot `begin`. T is a multiple of 8. Rows without a
+        slot stay as they are.
         """
         blocks, rows, width = scores.shape
+        group = shape.heads // shape.kv_heads
         self.library.gateskip_softmax(
             Pointer(scores.data_ptr()),
             int(scores.dtype == torch.bfloat16),
             ctypes.c_int64(blocks),
-            *(rows, len(slots), width),
+            *(rows, len(slots), group, width),
             Pointer(slots.data_ptr()),
             ctypes.c_int64(begin),
             shape.window or 0,

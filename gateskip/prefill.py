@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gateskip.branches import AttentionShape
 from gateskip.engine import Engine
@@ -18,6 +17,7 @@ from gateskip.engine import Engine
 QUERIES = 128  # that meet their keys at once; half as many where the keys are
 LONG = 4096
 EVEN = 64  # gathered rows, and keys, come in multiples of this
+FILL = 32  # and queries that meet their keys at once, of this
 
 
 def filled(kept: Tensor) -> Tensor:
@@ -43,8 +43,10 @@ def attend_rows(
     slots [N] ascend within a row; keys and values [B, kv_heads, T, D] hold slot t at place t. With
     an engine the softmax is one native pass.
     """
-    out = torch.empty_like(queries)
-    out[sum(counts) :] = 0  # rows that only fill up: LLM.int8 looks at all rows for outliers
+    total, group = len(queries), shape.heads // shape.kv_heads
+    turned = queries.new_zeros(shape.kv_heads, total + FILL, group, shape.head_dim)
+    turned[:, :total] = queries.unflatten(1, (shape.kv_heads, group)).transpose(0, 1)
+    out = torch.empty_like(turned)
     room = queries.new_empty(_most_scores(slots, shape))
     done = 0
     for row, count in enumerate(counts):
@@ -52,10 +54,15 @@ def attend_rows(
         end = done + count
         while done < end:
             furthest = int(slots[min(done + QUERIES, end) - 1])
-            part = slice(done, min(done + _together(furthest), end))
-            out[part] = _attend(queries[part], slots[part], (keys, values), shape, room, engine)
-            done = part.stop
-    return out.flatten(1)
+            stop = min(done + _together(furthest), end)
+            # What fills up are the queries that follow; their own answers overwrite these.
+            part = slice(done, done - (done - stop) // FILL * FILL)
+            out[:, part] = _attend(
+                turned[:, part], slots[done:stop], (keys, values), shape, room, engine
+            )
+            done = stop
+    out[:, done:] = 0  # rows that only fill up: LLM.int8 looks at all rows for outliers
+    return out[:, :total].transpose(0, 1).flatten(1)
 
 
 def _together(furthest: int) -> int:
@@ -79,24 +86,20 @@ def _attend(
     room: Tensor,
     engine: Engine | None,
 ) -> Tensor:
-    """queries [Q, heads, D] over keys, values [kv_heads, T, D] -> as queries."""
+    """queries [kv_heads, Q, group, D], those at `slots` and what fills up, over keys and values
+    [kv_heads, T, D] -> as queries."""
     keys, values = kv
-    count, earliest = len(slots), int(slots[0])
     end = min(_evened(int(slots[-1]) + 1), keys.shape[1])
-    begin = 0 if shape.window is None else max(0, earliest + 1 - shape.window) // EVEN * EVEN
+    begin = 0 if shape.window is None else max(0, int(slots[0]) + 1 - shape.window) // EVEN * EVEN
     keys, values = keys[:, begin:end], values[:, begin:end]
-    queries = F.pad(queries, (0, 0, 0, 0, 0, -count % EVEN))
-    group = shape.heads // shape.kv_heads
-    grouped = queries.unflatten(1, (shape.kv_heads, group)).permute(1, 2, 0, 3)
-    flat = grouped.flatten(1, 2)  # [kv_heads, group * Q, D]
+    flat = queries.flatten(1, 2)  # [kv_heads, Q * group, D]
     scores = room[: flat.shape[0] * flat.shape[1] * keys.shape[1]].view(*flat.shape[:2], -1)
     torch.bmm(flat, keys.transpose(1, 2), out=scores)
     if engine is not None and scores.shape[2] % 8 == 0:
-        engine.soften(scores.view(shape.heads, -1, scores.shape[2]), slots, begin, shape)
+        engine.soften(scores, slots, begin, shape)
     else:
         scores = _soften(scores, slots, begin, shape)
-    mixed: Tensor = torch.bmm(scores, values).unflatten(1, (group, -1))
-    return mixed[:, :, :count].permute(2, 0, 1, 3).flatten(1, 2)
+    return torch.bmm(scores, values).view(queries.shape)
 
 
 def _evened(count: int) -> int:
@@ -111,15 +114,15 @@ def _evened(count: int) -> int:
 
 
 def _soften(scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> Tensor:
-    """What Engine.soften does, and a soft cap, for scores [kv_heads, group * Q, T]."""
+    """What Engine.soften does, and a soft cap, for scores [kv_heads, Q * group, T]."""
     kind, scores = scores.dtype, scores.float() * shape.scaling
     if shape.softcap is not None:
         scores = torch.tanh(scores / shape.softcap) * shape.softcap
-    scores = scores.unflatten(1, (shape.heads // shape.kv_heads, -1))  # [kv_heads, group, Q, T]
+    scores = scores.unflatten(1, (-1, shape.heads // shape.kv_heads))  # [kv_heads, Q, group, T]
     seen = torch.arange(begin, begin + scores.shape[3], device=slots.device)
     later = int(slots[0]) + 1 - begin if shape.window is None else 0  # where a mask is needed
     hidden = seen[later:] > slots.unsqueeze(1)
     if shape.window is not None:
         hidden |= seen <= slots.unsqueeze(1) - shape.window
-    scores[:, :, : len(slots), later:].masked_fill_(hidden, -torch.inf)
+    scores[:, : len(slots), :, later:].masked_fill_(hidden.unsqueeze(1), -torch.inf)
     return scores.softmax(-1).to(kind).flatten(1, 2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,10 +79,10 @@ class KVCache:
         for store in (self.keys, self.values):
             store[layer][rows, :, slots] = store[layer - 1][rows, :, slots]
 
-    def row(self, number: int) -> KVCache:
-        """One row as a cache of its own, in the same memory."""
-        one = slice(number, number + 1)
-        return KVCache([k[one] for k in self.keys], [v[one] for v in self.values], self.rope)
+    def part(self, first: int, count: int = 1) -> KVCache:
+        """Some rows as a cache of their own, in the same memory."""
+        some = slice(first, first + count)
+        return KVCache([k[some] for k in self.keys], [v[some] for v in self.values], self.rope)
 
     def nbytes(self) -> int:
         """Memory held, in bytes."""
@@ -125,6 +126,9 @@ class SkippingModel:
         self.model = model
         self.gates = gates
         self.shortcuts = None if gates is None else gates.shortcuts
+        if self.shortcuts is not None:  # in the model's type once, not at every branch
+            kind = final_norm(model).weight.dtype
+            self.shortcuts = deepcopy(self.shortcuts).to(kind)
         self.kv_rule = kv_rule
         if gates is not None:
             gates.attach(model)
@@ -260,7 +264,7 @@ class SkippingModel:
             return [
                 self.forward(
                     torch.tensor([list(ids)], device=self.device),
-                    cache.row(row),
+                    cache.part(row),
                     [start],
                     thresholds,
                 )[0]
@@ -392,10 +396,10 @@ class SkippingModel:
                 self._add_attention(branch, hidden, entered, rope, cache, batch, keep, scale)
             if self.shortcuts is not None and keep is not None:
                 skipped = (~keep).flatten().nonzero().squeeze(1)  # [N], padding among them
-                if len(skipped):
-                    chosen = x.flatten(0, 1)[filled(skipped)]
-                    instead = self.shortcuts(branch.index, chosen)[: len(skipped)]
-                    self._add_rows(hidden, skipped, instead)
+                if len(skipped):  # all tokens are narrowed: that is less than gathering wide ones
+                    narrow = self.shortcuts.narrowed(branch.index, x.flatten(0, 1))
+                    instead = self.shortcuts.widened(branch.index, narrow[filled(skipped)])
+                    self._add_rows(hidden, skipped, instead[: len(skipped)])
         return hidden
 
     def _read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
