@@ -21,6 +21,7 @@ from compose.artifact import copy_companions, is_gated, probe_ids, probe_logits
 from compose.errors import RuleBroken
 from compose.stages import RULES, STAGES, DataSpec, ModelShape, Stage, StageJob
 from compose.stages.orders import YES, as_markdown, verdict
+from gateskip.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 GATES = {"use": "gate", "steps": 1, "length": 24, "backbone": "frozen", "budgets": (0.8, 0.5)}
@@ -43,11 +44,21 @@ FAMILIES = ("qwen2", "qwen3", "mistral", "gemma2", "phi3")  # Llama takes the lo
 LONGEST = 3
 WORSE = 3.0  # times the tiny model's perplexity, that of chance, is no sense any more
 RELOAD = """
-import sys
-from pathlib import Path
+import json, sys
+sys.modules["gateskip"] = sys.modules["compose"] = None  # importing them fails
+import torch
 from safetensors.torch import save_file
-from compose.artifact import probe_logits
-save_file({name: probe_logits(Path(name)).contiguous() for name in sys.argv[2:]}, sys.argv[1])
+from transformers import AutoModelForCausalLM
+target, ids, *folders = json.loads(sys.stdin.read())
+found = {}
+for folder in folders:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    given = torch.tensor([ids])
+    with torch.inference_mode():
+        found[folder + " logits"] = model(given).logits.float()
+        settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        found[folder + " tokens"] = model.generate(given, max_new_tokens=8, **settings)
+save_file({name: value.contiguous() for name, value in found.items()}, target)
 """
 
 
@@ -133,12 +144,21 @@ def check_sense(folder: Path, worst: float) -> None:
 
 
 def check_reload(folders: list[Path], file: Path) -> None:
-    """A process that made none of the folders finds the same logits in all of them."""
-    names = [str(folder) for folder in folders]
-    subprocess.run([sys.executable, "-c", RELOAD, str(file), *names], check=True)
+    """A process that cannot import us finds the same logits and tokens in all folders."""
+    ids = probe_ids(folders[0])
+    order = json.dumps([str(file), ids[0].tolist(), *map(str, folders)])
+    subprocess.run([sys.executable, "-c", RELOAD], input=order, text=True, check=True)
     fresh = load_file(file)
     for folder in folders:
-        torch.testing.assert_close(fresh[str(folder)], probe_logits(folder), atol=1e-4, rtol=0)
+        logits, tokens = (fresh[f"{folder} {part}"] for part in ("logits", "tokens"))
+        torch.testing.assert_close(logits, probe_logits(folder), atol=1e-4, rtol=0)
+        model = load_model(folder)
+        for step in range(8):  # what it generated is what our process finds most likely
+            seen = tokens[:, : ids.shape[1] + step]
+            with torch.inference_mode():
+                last = model(seen).logits[0, -1].float()
+            chosen = int(tokens[0, ids.shape[1] + step])
+            assert float(last.max() - last[chosen]) < 1e-3
 
 
 @pytest.mark.parametrize("first", STEPS)

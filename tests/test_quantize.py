@@ -75,6 +75,42 @@ def autogptq_weight(tensors: dict[str, Tensor], layer: str) -> Tensor:
     return (scales[groups] * (codes - zeros[groups])).T
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptqmodels_own_loader_takes_our_folders(bits: int, quantize: Callable[..., Made]) -> None:
+    """And vLLM's finds what it reads: four tensors a layer, and these entries of the config."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    folder, _ = quantize(use="gptq", group_size=32, bits=bits)
+    theirs = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH)
+    ids = probe_ids(folder)
+    with torch.inference_mode():
+        found = theirs.model(ids).logits.float()
+        ours = load_model(folder, "float32")(ids).logits
+    assert (found - ours).abs().mean() < 0.05 * ours.std()
+    stated = settings(folder)
+    assert {"quant_method", "bits", "group_size", "desc_act"} <= stated.keys()
+    tensors = load_file(folder / "model.safetensors")
+    layer = {n.rpartition(".")[2] for n in tensors if n.startswith("model.layers.0.mlp.up_proj.")}
+    assert layer == {"qweight", "qzeros", "scales", "g_idx"}
+
+
+@pytest.mark.parametrize(
+    "stage", [{"use": "gptq", "group_size": 32}, {"use": "bnb", "format": "nf4"}]
+)
+def test_layers_may_be_placed_by_accelerate(
+    stage: dict[str, Any], quantize: Callable[..., Made]
+) -> None:
+    placed, whole = (quantize(**stage, **more)[0] for more in ({"device_map": "auto"}, {}))
+    first, second = (load_file(folder / "model.safetensors") for folder in (placed, whole))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_whole_rows_need_a_symmetric_grid() -> None:
+    with pytest.raises(ValueError, match="needs a symmetric grid"):
+        STAGES["gptq"].model_validate({"use": "gptq", "group_size": -1, "sym": False})
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_is_in_the_format_that_autogptq_reads(
     act_order: bool, quantize: Callable[..., Made]

@@ -19,6 +19,7 @@ TILE_OUTPUTS = 32  # of a GPTQ layer, that a kernel takes at a time
 BLOCK_INPUTS = 64  # that share a scale in bitsandbytes' 4-bit formats
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)  # the ones that GPTQ kernels are written for
 WHOLE_ROW = -1
+DeviceMap = Literal["auto", "balanced", "sequential", "cpu"]
 ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
 
 
@@ -50,6 +51,10 @@ class Bnb(Stage):
     skip: tuple[str, ...] = ()
     """Linear layers that stay as they are, by the end of their name: `down_proj`, `0.mlp.up_proj`.
     """
+
+    device_map: DeviceMap | None = None
+    """How accelerate places the layers while they are packed, as `from_pretrained` takes it: `auto`
+    fills GPUs first and goes on in memory."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -93,7 +98,10 @@ class Bnb(Stage):
 
         job.progress(0, 1, f"packing to {self.format}")
         model = AutoModelForCausalLM.from_pretrained(
-            job.source, dtype=getattr(torch, job.dtype), quantization_config=self._config(job)
+            job.source,
+            dtype=getattr(torch, job.dtype),
+            quantization_config=self._config(job),
+            device_map=self.device_map,
         )
         model.save_pretrained(job.target)
         carry_gates(job)
@@ -155,6 +163,10 @@ class Gptq(Stage):
     batch: int = Field(default=1, ge=1)
     """Calibration sequences that pass the model at once."""
 
+    device_map: DeviceMap | None = None
+    """How accelerate places the layers, as `from_pretrained` takes it: with `auto` those that fit
+    no GPU wait in memory, and GPTQ fetches them block by block."""
+
     @model_validator(mode="after")
     def _has_a_kernel(self) -> Self:
         if self.group_size == WHOLE_ROW and not self.sym:
@@ -208,6 +220,7 @@ class Gptq(Stage):
             job.source,
             dtype=getattr(torch, job.dtype),
             quantization_config=self._config(job, blocks),
+            device_map=self.device_map,
         )
         as_autogptq(model)
         model.save_pretrained(job.target)
