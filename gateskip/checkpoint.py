@@ -174,16 +174,17 @@ def load(
     """
     from transformers import AutoTokenizer
 
+    from gateskip import choice
     from gateskip.decode import Decoder
     from gateskip.engine import Engine, Unsuited
-    from gateskip.linears import Times, accelerate_linears
+    from gateskip.linears import Samples, accelerate_linears
     from gateskip.skip import SkippingModel
 
     folder = Path(folder)
     model = load_model(folder, dtype)
     file = load_gates(folder)
-    times: Times = {}
-    kernels = accelerate_linears(model, times) if native else {}
+    samples: Samples = {}
+    kernels = accelerate_linears(model, samples) if native else {}
     if head_format(folder) == INT8:
         round_head(model)
     gates, kv_rule = (file.gates, file.kv_rule) if file else (None, "project")
@@ -194,6 +195,11 @@ def load(
         except Unsuited as error:
             unsuited = str(error)
             warnings.warn(f"{folder.name} decodes in torch, slower: {error}", stacklevel=2)
+    times = choice.kernel_times(samples, skipping.engine) if native else {}
+    if choice.own_are_faster(times):
+        decoder = load(folder, dtype, native=False)
+        decoder.kernel_times, decoder.unsuited = times, "the weights' own kernels are faster here"
+        return decoder
     return Decoder(
         skipping,
         AutoTokenizer.from_pretrained(folder),

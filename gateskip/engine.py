@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -228,17 +228,27 @@ class Engine:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [rows, H] -> logits [rows, V]."""
-        flat = hidden.float().contiguous()
         started = time.perf_counter()
-        out = torch.empty(len(flat), self.head.n)
+        out = self._multiply(self.head, hidden)
+        self._spent[PARTS.index("lm head")] += time.perf_counter() - started
+        return out
+
+    def multiplier(self, layer: PackedLinear) -> Callable[[Tensor], Tensor]:
+        """What the engine does with rows x [rows, in] at such a layer: a call that can be timed."""
+        matrix = self._packed(layer, self.rounded)
+        return lambda x: self._multiply(matrix, x)
+
+    def _multiply(self, matrix: Matrix, x: Tensor) -> Tensor:
+        """Rows x [rows, k] -> [rows, n]."""
+        flat = x.float().contiguous()
+        out = torch.empty(len(flat), matrix.n)
         self.library.gateskip_multiply(
-            ctypes.byref(self.head),
+            ctypes.byref(matrix),
             ctypes.c_void_p(flat.data_ptr()),
             len(flat),
             ctypes.c_void_p(out.data_ptr()),
             torch.get_num_threads(),
         )
-        self._spent[PARTS.index("lm head")] += time.perf_counter() - started
         return out
 
     def _step(self, hidden: Tensor, where: Tensor, thresholds: Sequence[float] | None) -> Step:

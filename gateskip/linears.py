@@ -2,14 +2,12 @@
 
 `accelerate_linears` replaces what it knows a faster kernel for and leaves the rest alone. Few rows
 go through native.py, which streams the weights once; many rows through torch's GEMM, for which
-packed weights are unpacked on the way. Which of two kernels for packed weights is faster here is
-measured, a few calls for each shape, when a model is loaded.
+packed weights are unpacked on the way.
 """
 
 from __future__ import annotations
 
 import importlib
-import time
 from typing import Any
 
 import torch
@@ -21,10 +19,8 @@ from gateskip.branches import final_norm
 
 FEW_ROWS = 16  # up to here streaming the weights beats a GEMM
 NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
-CALLS = 5  # that time a kernel
-CLEARLY = 1.2  # times as fast another kernel must be to be taken: noise must not choose
-Times = dict[str, dict[str, float]]
-"""Microseconds for one row by `ours` and by the module's `own` kernel, for each shape."""
+Samples = dict[str, tuple["PackedLinear", nn.Module]]
+"""One packed layer of each kind and shape: as it is here, and as its library made it."""
 
 
 class DenseLinear(nn.Module):
@@ -114,11 +110,10 @@ def pack(codes: Tensor) -> Tensor:
     return fours[:, 0::2] | (fours[:, 1::2] << 4)
 
 
-def accelerate_linears(model: Any, times: Times | None = None) -> dict[str, int]:
+def accelerate_linears(model: Any, samples: Samples | None = None) -> dict[str, int]:
     """Replace linear layers in place; returns how many of each kind now run on native kernels.
 
-    With `times`, packed layers that multiply one row faster by their own library's kernel stay as
-    they are, and `times` is filled with what was measured.
+    `samples`, where given, is filled with what choice.py times.
     """
     counts: dict[str, int] = {}
     weight = final_norm(model).weight
@@ -127,8 +122,8 @@ def accelerate_linears(model: Any, times: Times | None = None) -> dict[str, int]
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             faster = _faster(child)
-            if times is not None and isinstance(faster, PackedLinear):
-                faster = faster if _wins(faster, child, times) else None
+            if samples is not None and isinstance(faster, PackedLinear):
+                samples.setdefault(_named(child, faster), (faster, child))
             if faster is not None:
                 setattr(parent, name, faster)
                 kind = type(faster).__name__
@@ -136,24 +131,9 @@ def accelerate_linears(model: Any, times: Times | None = None) -> dict[str, int]
     return counts
 
 
-def _wins(ours: PackedLinear, own: nn.Module, times: Times) -> bool:
-    """Whether layers of this kind and shape are not clearly faster by their own kernel."""
-    shape = f"{type(own).__name__} {ours.bits} bits {ours.out_features} x {ours.in_features}"
-    if shape not in times:
-        x = torch.randn(1, ours.in_features)
-        times[shape] = {"ours": _microseconds(ours, x), "own": _microseconds(own, x)}
-    return times[shape]["ours"] < CLEARLY * times[shape]["own"]
-
-
-def _microseconds(layer: nn.Module, x: Tensor) -> float:
-    """Median time of a few calls, the first one left out."""
-    seconds = []
-    with torch.inference_mode():
-        for _ in range(CALLS + 1):
-            begin = time.perf_counter()
-            layer(x)
-            seconds.append(time.perf_counter() - begin)
-    return round(1e6 * sorted(seconds[1:])[CALLS // 2], 1)
+def _named(own: nn.Module, ours: PackedLinear) -> str:
+    """`Linear4bit 4 bits 576 x 1536`: inputs last, as in a weight."""
+    return f"{type(own).__name__} {ours.bits} bits {ours.out_features} x {ours.in_features}"
 
 
 def has_kernels(weight: Tensor) -> bool:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gateskip import native
+import gateskip
+from gateskip import choice, native
 from gateskip.budget import (
     ALLOCATIONS,
     allocate_shares,
@@ -22,6 +23,7 @@ from gateskip.budget import (
     thresholds_at,
 )
 from gateskip.checkpoint import load_model
+from gateskip.choice import own_are_faster
 from gateskip.compute import branch_costs
 from gateskip.gates import ScalarGates
 from gateskip.linears import DenseLinear, PackedLinear, accelerate_linears
@@ -224,3 +226,22 @@ def test_without_native_kernels_nothing_is_replaced(
 ) -> None:
     monkeypatch.setattr(native, "library", lambda: None)
     assert accelerate_linears(load_model(tiny_llama, "float32")) == {}
+
+
+def test_kernels_are_chosen_for_the_whole_model_by_what_they_take() -> None:
+    assert not own_are_faster({})
+    even = {"a": {"ours": 10.0, "own": 9.0}, "b": {"ours": 20.0, "own": 14.0}}
+    assert not own_are_faster(even), "noise does not choose"
+    assert own_are_faster(even | {"c": {"ours": 50.0, "own": 10.0}})
+
+
+@needs_native
+def test_a_model_whose_own_kernels_are_faster_decodes_by_them(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {"Linear4bit": {"ours": 9.0, "own": 1.0}}
+    monkeypatch.setattr(choice, "kernel_times", lambda samples, engine: times)
+    decoder = gateskip.load(tiny_llama)
+    assert decoder.skipping.engine is None and decoder.kernels == {}
+    assert decoder.kernel_times == times and "own kernels" in str(decoder.unsuited)
+    assert len(decoder.generate([[5, 6, 7]], 4).tokens[0]) == 4

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from compose.stages.base import StageJob
-from compose.stages.prune import fast_products, look_on, next_token_loss
+from compose.stages.prune import look_on, next_token_loss
+from compose.stages.refit import fast_products
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from compose.errors import RuleBroken
@@ -53,15 +52,6 @@ def model_and_blocks(job: StageJob, limit: int | None = None) -> tuple[Any, Tens
     tokenizer = AutoTokenizer.from_pretrained(job.source)
     limit = min(job.calibration.limit, limit or job.calibration.limit)
     return model, job.blocks("calibration", tokenizer, limit=limit)
-
-
-def fast_products() -> AbstractContextManager[Any]:
-    """Within this context a model multiplies in bfloat16 where the device is fast at it."""
-    import torch
-
-    from gateskip.loop import precision
-
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision("auto") == "bf16")
 
 
 def save_pruned(model: Any, job: StageJob) -> None:

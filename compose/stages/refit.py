@@ -9,10 +9,11 @@ what that layer used to add.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from compose.stages.base import StageJob
-from compose.stages.prune import decoder_layers, fast_products, look_on
+from compose.stages.prune import decoder_layers, look_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 DOUBT = 4.0  # what ridge a fit gets for each of its inputs, over the tokens it is made on
 LARGEST_WEIGHT = 4.0  # of a token in a fit, in medians
 MLP_ENDS = ("down_proj", "dense_4h_to_h")
+
+
+def fast_products() -> AbstractContextManager[Any]:
+    """Within this context a model multiplies in bfloat16 where the device is fast at it."""
+    import torch
+
+    from gateskip.loop import precision
+
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision("auto") == "bf16")
 
 
 def input_grams(model: Any, readers: list[Any], blocks: Tensor, job: StageJob) -> list[Tensor]:

@@ -48,10 +48,11 @@ RULES = (
             "compose/stages/kept_gates.py",
             "compose/stages/own_text.py",
             "compose/stages/prune_branches.py",
+            "compose/stages/refit.py",
             "compose/stages/decode.py",
             "compose/bench/*",
         ),
-        why="only stages that train, ask or write and the benchmark drive the engine",
+        why="only stages that train, fit, ask or write and the benchmark drive the engine",
     ),
     Rule("reports/*", "gateskip", why="a report is drawn from results alone"),
     Rule(
