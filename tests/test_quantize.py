@@ -104,6 +104,8 @@ def test_layers_may_be_placed_by_accelerate(
     first, second = (load_file(folder / "model.safetensors") for folder in (placed, whole))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    plain = STAGES[stage["use"]].model_validate(stage)
+    assert plain.model_copy(update={"device_map": "auto"}).identity({}) == plain.identity({})
 
 
 def test_whole_rows_need_a_symmetric_grid() -> None:

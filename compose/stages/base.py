@@ -74,6 +74,9 @@ FORBIDDEN: dict[tuple[Role, Role], str] = {
 """(a stage's role, the role of one before it) -> the rule that this breaks."""
 
 
+PLACES = ("device_map",)
+"""Parameters that say where a stage works, not what it makes."""
+
 LIBRARIES = 0.8e9  # bytes of a process that has torch and transformers, and works on some text
 
 
@@ -288,6 +291,8 @@ class Stage(BaseModel):
         """
         values = self.model_dump(mode="json")
         use = values.pop("use")
+        for place in PLACES:
+            values.pop(place, None)
         named = {name: {"sha256": file_sha256[name]} for name in self.files()}
         return {"use": use, "version": self.version, "params": values | named}
 
