@@ -104,7 +104,10 @@ def measure(
 
     def observe(branch: Branch, x: Tensor, output: Tensor) -> None:
         x, output = x.detach(), output.detach()
-        instead = 0 if shortcuts is None else shortcuts(branch.index, x)
+        with (
+            torch.no_grad()
+        ):  # shortcuts learn later; a graph kept here would keep all text with it
+            instead = 0 if shortcuts is None else shortcuts(branch.index, x)
         inputs.append(x[0].float())
         norms.append((output - instead)[0].float().norm(dim=-1))
 

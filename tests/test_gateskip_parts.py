@@ -28,6 +28,7 @@ from gateskip.compute import branch_costs
 from gateskip.gates import ScalarGates
 from gateskip.linears import DenseLinear, PackedLinear, accelerate_linears
 from gateskip.masked import masked_forward
+from gateskip.shortcuts import fit_shortcuts
 from gateskip.warmstart import measure, sensitivities, warm_start
 
 needs_native = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
@@ -156,6 +157,16 @@ class TestWarmStart:
             model.model.layers[1].mlp.down_proj.weight.mul_(1e-3)
         values = sensitivities(model, blocks[:3])
         assert min(range(8), key=values.__getitem__) == 3
+
+
+def test_a_measured_block_keeps_no_graph(tiny_llama: Path, blocks: torch.Tensor) -> None:
+    """Or sums over blocks would hold all text that was ever seen."""
+    model = load_model(tiny_llama, "float32")
+    shortcuts = fit_shortcuts(model, blocks[:2], 4)
+    assert all(parameter.requires_grad for parameter in shortcuts.parameters())
+    found = measure(model, blocks[:1], torch.Generator().manual_seed(0), shortcuts=shortcuts)
+    held = [*found.inputs, found.norms, found.scores]
+    assert not any(tensor.requires_grad for tensor in held)
 
 
 def packed_layer(kind: str, n: int = 24, k: int = 128) -> tuple[PackedLinear, torch.Tensor]:
