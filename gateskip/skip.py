@@ -74,9 +74,14 @@ class KVCache:
         self.keys[layer][rows, :, slots] = keys
         self.values[layer][rows, :, slots] = values
 
-    def copy_below(self, layer: int, rows: Tensor, slots: Tensor) -> None:
-        """KV rule `copy`: the layer shows its predecessor's entries. rows and slots [N]."""
+    def copy_below(self, layer: int, slots: Tensor, begin: int | None) -> None:
+        """KV rule `copy`: a layer shows its predecessor's entries at slots [B, S]; see `write`."""
         for store in (self.keys, self.values):
+            if begin is not None:
+                part = slice(begin, begin + slots.shape[1])
+                store[layer][:, :, part] = store[layer - 1][:, :, part]
+                continue
+            rows = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
             store[layer][rows, :, slots] = store[layer - 1][rows, :, slots]
 
     def part(self, first: int, count: int = 1) -> KVCache:
@@ -545,16 +550,17 @@ class SkippingModel:
             keys, values = project_keys_values(branch.module, x, rope, self._turn())
             cache.write(branch.layer, batch.slots, batch.begin, keys, values)
             return
-        rows, columns = keep.nonzero(as_tuple=True)
-        if rows.numel():
-            slots = batch.slots[rows, columns]
-            keys, values = project_keys_values(
-                branch.module, x[rows, columns], (rope[0][rows, columns], rope[1][rows, columns])
-            )
-            cache.keys[branch.layer][rows, :, slots] = keys
-            cache.values[branch.layer][rows, :, slots] = values
-        rows, columns = (~keep).nonzero(as_tuple=True)
-        cache.copy_below(branch.layer, rows, batch.slots[rows, columns])
+        cache.copy_below(branch.layer, batch.slots, batch.begin)
+        kept = keep.flatten().nonzero().squeeze(1)  # [N]
+        if not len(kept):
+            return
+        chosen = filled(kept)
+        cos, sin = (part.flatten(0, 1)[chosen].unsqueeze(0) for part in rope)
+        own = x.flatten(0, 1)[chosen].unsqueeze(0)
+        keys, values = project_keys_values(branch.module, own, (cos, sin), self._turn())
+        rows, slots = kept // keep.shape[1], batch.slots.flatten()[kept]
+        cache.keys[branch.layer][rows, :, slots] = keys[0, : len(kept)]
+        cache.values[branch.layer][rows, :, slots] = values[0, : len(kept)]
 
 
 @dataclass(frozen=True)
