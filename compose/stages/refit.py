@@ -40,12 +40,13 @@ def input_grams(model: Any, readers: list[Any], blocks: Tensor, job: StageJob) -
     import torch
 
     sums: dict[int, Tensor] = {}
-    seen: dict[int, Tensor] = {}  # number of a reader -> its last input
+    seen: dict[int, Tensor] = {}  # number of the last reader -> its input
     owner = list(range(len(readers)))
 
     def watch(number: int) -> Any:
         def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
             before = seen.get(number - 1)
+            seen.clear()
             seen[number] = inputs[0]
             if before is not None and before is inputs[0]:
                 owner[number] = owner[number - 1]
