@@ -42,7 +42,7 @@ AFTER = {"branches": "gates", "rescale": "nf4"}
 """What stages need before them."""
 FAMILIES = ("qwen2", "qwen3", "mistral", "gemma2", "phi3")  # Llama takes the long walk
 LONGEST = 3
-NEARLY_ALIKE = {"hidden"}  # to the planner it is what narrow is
+NEARLY_ALIKE = {"hidden", "rescale"}  # to the planner one is narrow, the other what packed it
 WORSE = 3.0  # times the tiny model's perplexity, that of chance, is no sense any more
 RELOAD = """
 import json, sys
