@@ -189,13 +189,14 @@ def load(
         round_head(model)
     gates, kv_rule = (file.gates, file.kv_rule) if file else (None, "project")
     skipping, unsuited = SkippingModel(model, gates, kv_rule), None
+    times: choice.Times = {}
     if native:
         try:
             skipping.engine = Engine(model, gates, kv_rule, rounded)
         except Unsuited as error:
             unsuited = str(error)
             warnings.warn(f"{folder.name} decodes in torch, slower: {error}", stacklevel=2)
-    times = choice.kernel_times(samples, skipping.engine) if native else {}
+        times = choice.kernel_times(samples, skipping.engine)
     if choice.own_are_faster(times):
         decoder = load(folder, dtype, native=False)
         decoder.kernel_times, decoder.unsuited = times, "the weights' own kernels are faster here"

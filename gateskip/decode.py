@@ -267,30 +267,18 @@ class Decoder:
             ids[number, : len(row.prompt)] = torch.tensor(row.prompt)
         ids = ids.to(self.skipping.device)
         cache = self.skipping.new_cache(len(rows), max(lengths) + rows[0].ends.limit + MAX_DRAFT)
-        together = max(1, PREFILL // max(lengths))  # whole prompts, where some fit into one pass
-        final: list[Tensor] = []
-        for first in range(0, len(rows), together):
-            some = slice(first, first + together)
-            own = lengths[some]
-            final += self._read(ids[some, : max(own)], own, cache.part(first, together), levels)
-        self._choose(rows, self.skipping.head(torch.stack(final)), sampler)
-        stats.prefill_s = stats.ttft_s = time.perf_counter() - started
-        return cache
-
-    def _read(
-        self, ids: Tensor, lengths: list[int], cache: KVCache, levels: Thresholds
-    ) -> list[Tensor]:
-        """Fill a cache from right-padded prompts [B, S]; each one's last hidden state."""
-        final: list[Tensor] = [torch.empty(0)] * len(lengths)  # [H] each
-        columns = max(1, PREFILL // len(lengths))
+        final: list[Tensor] = [torch.empty(0)] * len(rows)  # of each row's last token, [H]
+        columns = max(1, PREFILL // len(rows))
         for first in range(0, max(lengths), columns):
             part = ids[:, first : first + columns]
             own = [min(max(n - first, 0), part.shape[1]) for n in lengths]
-            hidden = self.skipping.forward(part, cache, [first] * len(lengths), levels, own)
+            hidden = self.skipping.forward(part, cache, [first] * len(rows), levels, own)
             for number, length in enumerate(lengths):
                 if first < length <= first + columns:
                     final[number] = hidden[number, length - first - 1].clone()
-        return final
+        self._choose(rows, self.skipping.head(torch.stack(final)), sampler)
+        stats.prefill_s = stats.ttft_s = time.perf_counter() - started
+        return cache
 
     @staticmethod
     def _choose(rows: list[Row], logits: Tensor, sampler: Sampler) -> None:

@@ -482,9 +482,8 @@ class Engine:
         scale, offset, book = module.scale, module.offset, module.book
         group = k // scale.shape[1]
         if not rounded:
-            kind = FOUR_BIT if book is None else FOUR_BIT_BOOK
-            kind = EIGHT_BIT if module.bits == 8 else kind
-            table = book
+            four = FOUR_BIT if book is None else FOUR_BIT_BOOK
+            kind, table = EIGHT_BIT if module.bits == 8 else four, book
         elif module.bits == 8:
             kind, table = ROUNDED_BYTES, None
         elif book is None:  # codes 0..15 stand for code - 8: a shift takes the 8 away as well

@@ -95,6 +95,15 @@ def fit_shortcuts(model: Any, blocks: Tensor, rank: int) -> Shortcuts:
     return shortcuts
 
 
+def token_weights(states: Tensor) -> Tensor:
+    """One over the square of each of states [tokens, H], so that relative errors count: [tokens].
+
+    At most LARGEST_WEIGHT medians, since a few tokens' states are almost nothing.
+    """
+    weight = 1 / states.square().sum(1).clamp_min(1e-12)
+    return weight.clamp(max=LARGEST_WEIGHT * weight.median())
+
+
 def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """Weights [..., H, K] of ridge regressions from centred gram [..., H, H], cross [..., H, K].
 
@@ -116,8 +125,7 @@ class _Sums:
 
     def add(self, x: Tensor, output: Tensor) -> None:
         """x, output [tokens, H]."""
-        weight = 1 / output.square().sum(1).clamp_min(1e-12)
-        weight = weight.clamp(max=LARGEST_WEIGHT * weight.median()).unsqueeze(1)
+        weight = token_weights(output).unsqueeze(1)
         scaled = x * weight
         self.gram += x.T @ scaled
         self.cross += scaled.T @ output

@@ -84,10 +84,10 @@ class KVCache:
             rows = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
             store[layer][rows, :, slots] = store[layer - 1][rows, :, slots]
 
-    def part(self, first: int, count: int = 1) -> KVCache:
-        """Some rows as a cache of their own, in the same memory."""
-        some = slice(first, first + count)
-        return KVCache([k[some] for k in self.keys], [v[some] for v in self.values], self.rope)
+    def row(self, number: int) -> KVCache:
+        """One row as a cache of its own, in the same memory."""
+        one = slice(number, number + 1)
+        return KVCache([k[one] for k in self.keys], [v[one] for v in self.values], self.rope)
 
     def nbytes(self) -> int:
         """Memory held, in bytes."""
@@ -269,7 +269,7 @@ class SkippingModel:
             return [
                 self.forward(
                     torch.tensor([list(ids)], device=self.device),
-                    cache.part(row),
+                    cache.row(row),
                     [start],
                     thresholds,
                 )[0]

@@ -77,6 +77,10 @@ FORBIDDEN: dict[tuple[Role, Role], str] = {
 PLACES = ("device_map",)
 """Parameters that say where a stage works, not what it makes."""
 
+TRAINED = {"frozen": 4.0, "lora": 9.0, "scales": 9.0, "full": 20.0}
+"""Bytes a weight of the model in a fine-tune, by what learns, in float32: itself, and where
+anything of it learns a teacher, gradients and AdamW's two moments."""
+
 LIBRARIES = 0.8e9  # bytes of a process that has torch and transformers, and works on some text
 
 

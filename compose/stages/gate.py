@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from compose.errors import UserError
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob, training_bytes
+from compose.stages.base import TRAINED, ModelShape, Role, Split, Stage, StageJob, training_bytes
 from gateskip.recipe import RECIPES, TrainConfig
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ SHORTCUT_BLOCKS = 64
 SENSITIVITY_BLOCKS = 4
 VALIDATION_BLOCKS = 2
 LOGITS = 5  # copies of a block's that exist at once
-TRAINED = {"frozen": 4.0, "lora": 9.0, "full": 20.0}
-"""Bytes a weight of the model, float32: itself, a teacher, gradients and AdamW's two moments."""
 TRAIN = TrainConfig()  # each default stands there, once
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from compose.errors import RuleBroken, UserError
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob, training_bytes
+from compose.stages.base import TRAINED, ModelShape, Role, Split, Stage, StageJob, training_bytes
 from compose.stages.kept_gates import carry_gates
 from gateskip.recipe import HealConfig
 
@@ -104,7 +104,7 @@ class Heal(Stage):
 
     def held(self) -> float:
         """The model, its teacher, and what trains of it."""
-        return {"lora": 9.0, "scales": 9.0, "full": 20.0}[self.backbone]
+        return TRAINED[self.backbone]
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
         """A training step; logits exist a few at a time."""

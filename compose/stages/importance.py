@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compose.stages.base import StageJob
 from compose.stages.prune import look_on, next_token_loss
-from compose.stages.refit import fast_products
+from compose.stages.refit import read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +32,7 @@ def input_squares(model: Any, readers: list[Any], blocks: Tensor, job: StageJob)
         return hook
 
     hooks = [reader.register_forward_pre_hook(watch(i)) for i, reader in enumerate(readers)]
-    with torch.inference_mode(), fast_products():
-        look_on(lambda block: model(block, use_cache=False), blocks, hooks, job, "ranking")
+    read_text(model, blocks, hooks, job, "ranking")
     return [square / blocks.numel() for square in squares]
 
 

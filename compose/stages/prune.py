@@ -15,6 +15,8 @@ RANK_BLOCKS = 16  # calibration blocks that rank layers: a few numbers, soon kno
 LOSS_BLOCKS = 4  # calibration blocks on which a loss is measured, again and again
 PER_LAYER = ("layer_types", "no_rope_layers")  # lists in a config that count layers
 
+ENDS = ("o_proj", "dense", "down_proj", "dense_4h_to_h")  # what a branch's last layer is called
+
 GATED_MLP = (
     "llama",
     "mistral",
@@ -41,6 +43,26 @@ def require_layout(stage: Stage, shape: ModelShape, known: tuple[str, ...]) -> N
             f"{stage.use} cannot cut a {shape.model_type} model: {RULES['layout-known']}",
             fix=f"use drop-layers, or take one of {', '.join(known)}",
         )
+
+
+def refuse_long_rope(shape: ModelShape, rule: str, other: str) -> None:
+    """Refuse to change what a long-context Phi3 counts its rotary factors by.
+
+    Raises:
+        RuleBroken: `rule`; `other` says what the config would have to take.
+    """
+    if shape.model_type == "phi3" and shape.long_rope:
+        raise RuleBroken(
+            rule,
+            "a phi3 config with long-rope factors counts them by hidden size over heads, so it"
+            f" refuses any other {other}",
+            fix="use prune-width or drop-layers",
+        )
+
+
+def last_linear(branch: Any) -> Any:
+    """The linear layer that an attention or MLP module ends in."""
+    return next(getattr(branch, name) for name in ENDS if hasattr(branch, name))
 
 
 def model_and_blocks(job: StageJob, limit: int | None = None) -> tuple[Any, Tensor]:

@@ -22,6 +22,7 @@ from compose.stages.prune import (
     RANK_BLOCKS,
     decoder_layers,
     keep_layers,
+    last_linear,
     model_and_blocks,
     save_pruned,
     text_loss,
@@ -29,9 +30,6 @@ from compose.stages.prune import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-OUTPUTS = ("o_proj", "dense", "down_proj", "dense_4h_to_h")
-"""What the linear layer is called that a branch ends in."""
 
 Unit = tuple[int, ...]
 """Branches that go or stay together."""
@@ -211,8 +209,8 @@ def _outputs(model: Any, unit: Unit) -> list[Tensor]:
     """Weights and biases of the linear layers that these branches end in."""
     from gateskip.branches import find_branches
 
-    modules = [find_branches(model)[index].module for index in unit]
-    ends = [getattr(m, name) for m in modules for name in OUTPUTS if hasattr(m, name)]
+    branches = find_branches(model)
+    ends = [last_linear(branches[index].module) for index in unit]
     return [parameter for end in ends for parameter in end.parameters()]
 
 

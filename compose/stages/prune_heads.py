@@ -16,6 +16,7 @@ from compose.stages.prune import (
     keep_columns,
     keep_rows,
     model_and_blocks,
+    refuse_long_rope,
     require_layout,
     save_pruned,
     text_loss,
@@ -83,13 +84,7 @@ class PruneHeads(Stage):
         if shape is None:
             return
         require_layout(self, shape, LAYOUTS)
-        if shape.model_type == "phi3" and shape.long_rope:
-            raise RuleBroken(
-                "heads-fit",
-                "a phi3 config with long-rope factors counts them by hidden size over heads, so it"
-                " refuses any other number of heads",
-                fix="use prune-width or drop-layers",
-            )
+        refuse_long_rope(shape, "heads-fit", "number of heads")
         fitting = self.counts(shape)
         if self.count not in fitting:
             raise RuleBroken("heads-fit", self._why_not(shape), fix=self._nearest(fitting))
@@ -134,9 +129,16 @@ class PruneHeads(Stage):
         attentions: list[Any] = [layer.self_attn for layer in decoder_layers(model)]
         readers = [attention.o_proj for attention in attentions]
         grams = input_grams(model, readers, blocks, job) if self.refit else None
-        writers = [[_queries(each, shape)] for each in attentions]
-        ranks = (self.importance, model, readers, blocks, job, grams, shape.head_dim, writers)
-        scores = ranked(*ranks)
+        scores = ranked(
+            self.importance,
+            model,
+            readers,
+            blocks,
+            job,
+            grams,
+            group=shape.head_dim,
+            writers=[[_queries(each, shape)] for each in attentions],
+        )
         gone, lost = [], []
         for number, (attention, squares) in enumerate(zip(attentions, scores, strict=True)):
             heads = self._kept(squares.view(shape.num_kv_heads, -1))  # [kept groups, kept of each]

@@ -19,6 +19,7 @@ from compose.stages.prune import (
     keep_rows,
     look_on,
     model_and_blocks,
+    refuse_long_rope,
     require_layout,
     save_pruned,
     text_loss,
@@ -80,13 +81,7 @@ class PruneHidden(Stage):
         if shape is None:
             return
         require_layout(self, shape, GATED_MLP)
-        if shape.model_type == "phi3" and shape.long_rope:
-            raise RuleBroken(
-                "hidden-fits",
-                "a phi3 config with long-rope factors counts them by hidden size over heads, so it"
-                " refuses any other size",
-                fix="use prune-width or drop-layers",
-            )
+        refuse_long_rope(shape, "hidden-fits", "size")
         if self.kept_size(shape) == 0:
             raise RuleBroken(
                 "hidden-fits",

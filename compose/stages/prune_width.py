@@ -96,13 +96,10 @@ class PruneWidth(Stage):
             gone, kept = order[: len(scores) - width], order[len(scores) - width :].sort().values
             lost.append(round(float(scores[gone].sum() / scores.sum()), 4))
             weight = mlp.down_proj.weight.detach()
-            fitted = (
-                weight[:, kept]
-                if grams is None
-                else made_up(weight, kept, grams[number], blocks.numel())
-            )
             cut_neurons(mlp, sorted(gone.tolist()))
-            mlp.down_proj.weight.data = fitted
+            if grams is not None:
+                fitted = made_up(weight, kept, grams[number], blocks.numel())
+                mlp.down_proj.weight.data = fitted
         model.config.intermediate_size = width
         loss = {"before": before, "after": text_loss(model, blocks)}
         save_pruned(model, job)

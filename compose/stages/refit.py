@@ -13,23 +13,29 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from compose.stages.base import StageJob
-from compose.stages.prune import decoder_layers, look_on
+from compose.stages.prune import decoder_layers, last_linear, look_on
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DOUBT = 4.0  # what ridge a fit gets for each of its inputs, over the tokens it is made on
-LARGEST_WEIGHT = 4.0  # of a token in a fit, in medians
-MLP_ENDS = ("down_proj", "dense_4h_to_h")
 
 
-def fast_products() -> AbstractContextManager[Any]:
+def _fast_products() -> AbstractContextManager[Any]:
     """Within this context a model multiplies in bfloat16 where the device is fast at it."""
     import torch
 
     from gateskip.loop import precision
 
     return torch.autocast("cpu", torch.bfloat16, enabled=precision("auto") == "bf16")
+
+
+def read_text(model: Any, blocks: Tensor, hooks: list[Any], job: StageJob, note: str) -> None:
+    """Let a model read blocks [N, S] once, as fast as it can, while hooks look on."""
+    import torch
+
+    with torch.inference_mode(), _fast_products():
+        look_on(lambda block: model(block, use_cache=False), blocks, hooks, job, note)
 
 
 def input_grams(model: Any, readers: list[Any], blocks: Tensor, job: StageJob) -> list[Tensor]:
@@ -59,8 +65,7 @@ def input_grams(model: Any, readers: list[Any], blocks: Tensor, job: StageJob) -
         return hook
 
     hooks = [reader.register_forward_pre_hook(watch(i)) for i, reader in enumerate(readers)]
-    with torch.inference_mode(), fast_products():
-        look_on(lambda block: model(block, use_cache=False), blocks, hooks, job, "refitting")
+    read_text(model, blocks, hooks, job, "refitting")
     means = {number: total / blocks.numel() for number, total in sums.items()}
     return [means[first] for first in owner]
 
@@ -99,8 +104,7 @@ class Gap:
         from gateskip.branches import find_branches
 
         layers = decoder_layers(model)
-        mlp = find_branches(model)[2 * first - 1].module
-        self.reader: Any = next(getattr(mlp, name) for name in MLP_ENDS if hasattr(mlp, name))
+        self.reader = last_linear(find_branches(model)[2 * first - 1].module)
         width = self.reader.in_features
         self.gram = torch.zeros(width, width)
         self.cross = torch.zeros(width, model.config.hidden_size)
@@ -117,8 +121,11 @@ class Gap:
         self.entered = (inputs[0] if inputs else named["hidden_states"]).flatten(0, -2).float()
 
     def _leave(self, module: Any, inputs: Any, output: Any) -> None:
+        from gateskip.shortcuts import token_weights
+
         left = (output[0] if isinstance(output, tuple) else output).reshape(self.entered.shape)
-        scaled = self.seen * token_weights(left.float()).unsqueeze(1)
+        weight = token_weights(left.float())  # what reads hidden states norms them
+        scaled = self.seen * (weight / weight.median()).unsqueeze(1)  # blocks count alike
         self.gram.addmm_(scaled.T, self.seen)
         self.cross.addmm_(scaled.T, left.float() - self.entered)
 
@@ -145,21 +152,11 @@ def close_gaps(model: Any, gone: set[int], blocks: Tensor, job: StageJob) -> int
         return 0
     gaps = [Gap(model, first, last) for first, last in _runs(gone) if first > 0]
     hooks = [hook for gap in gaps for hook in gap.hooks]
-    with torch.inference_mode(), fast_products():
-        look_on(lambda block: model(block, use_cache=False), blocks, hooks, job, "refitting")
+    read_text(model, blocks, hooks, job, "refitting")
     with torch.no_grad():
         for gap in gaps:
             gap.close(blocks.numel())
     return len(gaps)
-
-
-def token_weights(hidden: Tensor) -> Tensor:
-    """One over the square of each hidden state [tokens, H], in medians: what reads them norms them.
-
-    Bounded, since a few tokens have hidden states of almost nothing.
-    """
-    weight = 1 / hidden.square().sum(1).clamp_min(1e-12)
-    return (weight / weight.median()).clamp(max=LARGEST_WEIGHT)
 
 
 def _runs(numbers: set[int]) -> list[tuple[int, int]]:
