@@ -158,6 +158,27 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def make_job() -> Callable[..., Any]:
+    """`make_job(source, target, train=spec)`: a stage's job, in float32, scratch beside it."""
+    from compose.stages import StageJob
+
+    def make(source: Path, target: Path, **given: Any) -> StageJob:
+        usual: dict[str, Any] = {
+            "seed": 0,
+            "dtype": "float32",
+            "train": None,
+            "calibration": None,
+            "dense": source,
+            "progress": lambda done, total, note: None,
+            "work": target.with_name(f"{target.name}-work"),
+            "asset_cache": target.with_name("cache"),
+        }
+        return StageJob(source=source, target=target, **usual | given)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(make_tiny: Callable[..., Path]) -> Path:
     """Four Llama layers, hidden 64, grouped-query attention, tied embeddings as in SmolLM2."""
     return make_tiny("llama")

@@ -66,8 +66,8 @@ save_file({name: value.contiguous() for name, value in found.items()}, target)
 class Walk:
     """Runs chains from one model, each stage once for all chains that begin alike."""
 
-    def __init__(self, source: Path, folder: Path) -> None:
-        self.source, self.folder = source, folder
+    def __init__(self, source: Path, folder: Path, make_job: Callable[..., StageJob]) -> None:
+        self.source, self.folder, self.job = source, folder, make_job
         config = json.loads((source / "config.json").read_text())
         self.shape = ModelShape.from_config(config)
         self.made: dict[tuple[str, ...], Path] = {(): source}
@@ -95,20 +95,8 @@ class Walk:
             target = self.folder / "-".join(chain)
             target.mkdir()
             stage: Stage = STAGES[STEPS[name]["use"]].model_validate(STEPS[name])
-            stage.run(
-                StageJob(
-                    source=source,
-                    target=target,
-                    seed=0,
-                    dtype="float32",
-                    train=self.spec,
-                    calibration=self.spec,
-                    dense=self.source,
-                    progress=lambda done, total, note: None,
-                    work=self.folder / f"work-{len(self.made)}",
-                    asset_cache=self.folder / "cache",
-                )
-            )
+            texts = {"train": self.spec, "calibration": self.spec}
+            stage.run(self.job(source, target, dense=self.source, **texts))
             copy_companions(source, target)
             self.made[chain] = target
         return self.made[chain]
@@ -164,9 +152,9 @@ def check_reload(folders: list[Path], file: Path) -> None:
 
 @pytest.mark.parametrize("first", STEPS)
 def test_every_chain_runs_or_names_its_rule(
-    first: str, make_tiny: Callable[..., Path], tmp_path: Path
+    first: str, make_tiny: Callable[..., Path], make_job: Callable[..., StageJob], tmp_path: Path
 ) -> None:
-    walk = Walk(make_tiny("llama", head_dim=32), tmp_path)  # kernels want 32 outputs
+    walk = Walk(make_tiny("llama", head_dim=32), tmp_path, make_job)  # kernels want 32 outputs
     worst = WORSE * perplexity(probe_logits(walk.source), probe_ids(walk.source))
     allowed = []
     for chain in chains(first):
@@ -183,9 +171,9 @@ def test_every_chain_runs_or_names_its_rule(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_stage_takes_every_family(
-    family: str, make_tiny: Callable[..., Path], tmp_path: Path
+    family: str, make_tiny: Callable[..., Path], make_job: Callable[..., StageJob], tmp_path: Path
 ) -> None:
-    walk = Walk(make_tiny(family), tmp_path)
+    walk = Walk(make_tiny(family), tmp_path, make_job)
     worst = WORSE * perplexity(probe_logits(walk.source), probe_ids(walk.source))
     made = []
     for name in STEPS:

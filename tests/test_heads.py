@@ -16,23 +16,12 @@ from gateskip.heads import head_format, rounded
 
 
 @pytest.fixture
-def packed(make_tiny: Callable[..., Path], tmp_path: Path) -> Path:
+def packed(
+    make_tiny: Callable[..., Path], make_job: Callable[..., StageJob], tmp_path: Path
+) -> Path:
     source, target = make_tiny("llama"), tmp_path / "packed"
     target.mkdir()
-    record = PackHead().run(
-        StageJob(
-            source=source,
-            target=target,
-            seed=0,
-            dtype="float32",
-            train=None,
-            calibration=None,
-            dense=source,
-            progress=lambda done, total, note: None,
-            work=tmp_path,
-            asset_cache=tmp_path,
-        )
-    )
+    record = PackHead().run(make_job(source, target))
     copy_companions(source, target)
     assert 0 < record["relative_error"] < 0.02
     return target

@@ -24,35 +24,24 @@ Made = tuple[Path, dict[str, Any]]
 
 
 @pytest.fixture
-def quantize(tmp_path: Path, tiny_llama: Path) -> Callable[..., Made]:
+def quantize(
+    tmp_path: Path, tiny_llama: Path, make_job: Callable[..., StageJob]
+) -> Callable[..., Made]:
     """`quantize(use=..., ...)` makes a folder; returns it and the stage's record."""
     text = tmp_path / "text.txt"
     lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
     text.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
 
     def go(source: Path = tiny_llama, dtype: str = "float32", **parameters: Any) -> Made:
-        job = job_of(source, tmp_path / f"made-{len(list(tmp_path.iterdir()))}", text, dtype)
-        job.target.mkdir()
+        target = tmp_path / f"made-{len(list(tmp_path.iterdir()))}"
+        target.mkdir()
+        spec = DataSpec(source=str(text), limit=8, length=64)
+        job = make_job(source, target, dtype=dtype, calibration=spec)
         record = STAGES[parameters["use"]].model_validate(parameters).run(job)
         copy_companions(source, job.target)
         return job.target, record
 
     return go
-
-
-def job_of(source: Path, target: Path, text: Path, dtype: str) -> StageJob:
-    return StageJob(
-        source=source,
-        target=target,
-        seed=0,
-        dtype=dtype,
-        train=None,
-        calibration=DataSpec(source=str(text), limit=8, length=64),
-        dense=source,
-        progress=lambda done, total, note: None,
-        work=target / "work",
-        asset_cache=target / "cache",
-    )
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -224,7 +213,7 @@ def test_an_untied_head_is_packed_when_asked(
 
 
 def test_errors_are_those_of_each_layer_on_what_it_is_given(
-    quantize: Callable[..., Made], tiny_llama: Path, tmp_path: Path
+    quantize: Callable[..., Made], tiny_llama: Path, make_job: Callable[..., StageJob]
 ) -> None:
     """The first layer's, from the weights alone, by hand."""
     from bitsandbytes.functional import dequantize_4bit
@@ -241,5 +230,5 @@ def test_errors_are_those_of_each_layer_on_what_it_is_given(
         error, rel=0.02
     )
     assert list(record["layer_errors"])[-1] == "model.layers.3.mlp.down_proj"
-    same = job_of(tiny_llama, tiny_llama, tmp_path, "float32")
+    same = make_job(tiny_llama, tiny_llama)
     assert layer_errors(same, probe_ids(tiny_llama)) == {}, "nothing is packed"

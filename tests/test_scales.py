@@ -39,7 +39,7 @@ def _one_accelerator_a_test() -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny_llama: Path) -> Run:
+def run(tmp_path: Path, tiny_llama: Path, make_job: Callable[..., StageJob]) -> Run:
     """`run(source, use=..., ...)` makes a folder; returns it and the stage's record."""
     text = tmp_path / "text.txt"
     lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
@@ -49,27 +49,13 @@ def run(tmp_path: Path, tiny_llama: Path) -> Run:
     def go(source: Path, **parameters: Any) -> tuple[Path, dict[str, Any]]:
         target = tmp_path / f"made-{len(list(tmp_path.iterdir()))}"
         target.mkdir()
-        job = StageJob(
-            source=source,
-            target=target,
-            seed=0,
-            dtype="float32",
-            train=replace_limit(spec, 40),
-            calibration=spec,
-            dense=tiny_llama,
-            progress=lambda done, total, note: None,
-            work=tmp_path / f"{target.name}-work",
-            asset_cache=tmp_path / "cache",
-        )
+        train = spec.model_copy(update={"limit": 40})
+        job = make_job(source, target, train=train, calibration=spec, dense=tiny_llama)
         record = STAGES[parameters["use"]].model_validate(parameters).run(job)
         copy_companions(source, target)
         return target, record
 
     return go
-
-
-def replace_limit(spec: DataSpec, limit: int) -> DataSpec:
-    return spec.model_copy(update={"limit": limit})
 
 
 WORTH_IT = {name: packing for name, packing in PACKINGS.items() if name != "int8"}

@@ -30,7 +30,6 @@ from compose.stages import (
     Skip,
     Speculate,
     Stage,
-    StageJob,
 )
 from compose.stages.base import FORBIDDEN
 
@@ -353,18 +352,6 @@ def test_recipe_puts_a_hash_in_place_of_a_path() -> None:
     assert Gate().files() == {} and Gate().identity({})["params"]["init"] == "warm"
 
 
-def test_decode_stage_has_nothing_to_run(tmp_path: Any) -> None:
-    job = StageJob(
-        source=tmp_path,
-        target=tmp_path,
-        seed=0,
-        dtype="float32",
-        train=None,
-        calibration=None,
-        dense=tmp_path,
-        progress=lambda done, total, note: None,
-        work=tmp_path,
-        asset_cache=tmp_path,
-    )
+def test_decode_stage_has_nothing_to_run(tmp_path: Any, make_job: Any) -> None:
     with pytest.raises(TypeError, match="skip makes no model folder"):
-        Skip().run(job)
+        Skip().run(make_job(tmp_path, tmp_path))

@@ -56,7 +56,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(text: Path, tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
+def run(
+    text: Path, tmp_path: Path, tiny_llama: Path, make_job: Callable[..., StageJob]
+) -> Callable[..., Path]:
     """`run(stage, source)` makes a folder as the worker does."""
 
     def go(parameters: dict[str, Any], source: Path = tiny_llama, dense: Path = tiny_llama) -> Path:
@@ -65,18 +67,7 @@ def run(text: Path, tmp_path: Path, tiny_llama: Path) -> Callable[..., Path]:
         target.mkdir()
         spec = DataSpec(source=str(text), limit=200, length=32)
         go.records[target.name] = stage.run(
-            StageJob(
-                source=source,
-                target=target,
-                seed=0,
-                dtype="float32",
-                train=spec,
-                calibration=spec,
-                dense=dense,
-                progress=lambda done, total, note: None,
-                work=tmp_path / "work" / target.name,
-                asset_cache=tmp_path / "cache",
-            )
+            make_job(source, target, train=spec, calibration=spec, dense=dense)
         )
         copy_companions(source, target)
         return target

@@ -36,21 +36,18 @@ def test_a_chat_model_begins_as_its_user(make_tiny: Callable[..., Path]) -> None
     assert opening(tokenizer) == [tokenizer.bos_token_id]
 
 
-def test_stages_read_it_like_any_text(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_stages_read_it_like_any_text(
+    make_tiny: Callable[..., Path], make_job: Callable[..., StageJob], tmp_path: Path
+) -> None:
     folder = make_tiny("llama")
     spec = DataSpec(source=SELF_WRITTEN, limit=6, length=40)
     notes: list[str] = []
-    job = StageJob(
-        source=folder,
-        target=tmp_path / "target",
-        seed=0,
-        dtype="float32",
+    job = make_job(
+        folder,
+        tmp_path / "target",
         train=spec,
         calibration=spec,
-        dense=folder,
         progress=lambda done, total, note: notes.append(note),
-        work=tmp_path,
-        asset_cache=tmp_path,
     )
     tokenizer = gateskip.load(folder).tokenizer
     train = job.blocks("train", tokenizer)

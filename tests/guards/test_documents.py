@@ -7,10 +7,11 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-from compose.stages import Stage, StageJob
+from compose.stages import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -71,29 +72,21 @@ def _example_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleTyp
 
 
 def test_the_stage_in_contributing(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_job: Any
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     stage = _example_stage(tmp_path, monkeypatch).ClipWeights(sigmas=2.0)
     assert isinstance(stage, Stage)
-    target, work = tmp_path / "target", tmp_path / "work"
+    target = tmp_path / "target"
     target.mkdir()
-    work.mkdir()
     steps: list[tuple[int, int, str]] = []
     record = stage.run(
-        StageJob(
-            source=tiny_llama,
-            target=target,
-            seed=0,
-            dtype="float32",
-            train=None,
-            calibration=None,
-            dense=tiny_llama,
+        make_job(
+            tiny_llama,
+            target,
             progress=lambda done, total, note: steps.append((done, total, note)),
-            work=work,
-            asset_cache=tmp_path / "assets",
         )
     )
 
