@@ -226,10 +226,10 @@ def probe_ids(folder: Path) -> Tensor:
 def probe_logits(folder: Path) -> Tensor:
     """Logits [1, S, V] in float32 of the probe text, from the folder as transformers loads it."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    ids = probe_ids(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    from gateskip.folders import load_model
+
+    ids, model = probe_ids(folder), load_model(folder)
     with torch.inference_mode():
         logits: Tensor = model(ids.to(model.device)).logits.float().cpu()
     return logits

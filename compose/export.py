@@ -212,6 +212,8 @@ def model_card(
     """README.md of the export, in the form that model hubs read."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    from gateskip.folders import is_mixed
+
     environment = Environment(
         loader=PackageLoader("compose"),
         undefined=StrictUndefined,
@@ -227,6 +229,7 @@ def model_card(
         licence=stages[0].get("licence"),
         gated=(folder / GATE_SETTINGS).is_file(),
         quantized="quantization_config" in require_model(folder),
+        mixed=is_mixed(folder),
         dtype=dtype_of(folder),
         decode=[step for step in cell.steps or () if step.use in ("skip", "speculate")],
         rows=card_rows(results, cell),

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gateskip.budget import Calibration
+from gateskip.folders import load_model
 from gateskip.gates import Gates
 from gateskip.heads import INT8, head_format, round_head
 from gateskip.kinds import GATE_KINDS, make_gates
@@ -147,14 +148,6 @@ def stored_decode(folder: Path) -> dict[str, Any]:
         return {}
     decode: dict[str, Any] = json.loads((folder / META_FILE).read_text()).get("decode") or {}
     return decode
-
-
-def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
-    """A transformers causal LM from a folder, in evaluation mode."""
-    from transformers import AutoModelForCausalLM
-
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
 
 
 def load(

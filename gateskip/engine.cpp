@@ -190,6 +190,12 @@ class Share {
     return {rows, x};
   }
 
+  // The same input for other weights, prepared anew where those are of another kind
+  Input again(const Matrix& w, const Matrix& before, const Input& in) {
+    const bool alike = w.kind == before.kind && w.group == before.group && !w.shift == !before.shift;
+    return alike ? in : prepare(w, in.x, in.rows);
+  }
+
   // Call `use(n, r, value)` for this thread's rows of weights and every row of the input. Several
   // of the latter meet a weight at a time.
   template <class Use>
@@ -471,15 +477,15 @@ class Thread : Share {
     if (!copies) {
       const Input every = prepare(a.k, x_.data(), s.rows);
       into(a.k, every, nullptr, k);
-      into(a.v, every, nullptr, v);
+      into(a.v, again(a.v, a.k, every), nullptr, v);
     }
     if (count_) {
       gather();
       const Input entering = prepare(a.q, x_.data(), count_);
       into(a.q, entering, kept_, q);
       if (copies) {
-        into(a.k, entering, kept_, k);
-        into(a.v, entering, kept_, v);
+        into(a.k, again(a.k, a.q, entering), kept_, k);
+        into(a.v, again(a.v, a.k, entering), kept_, v);
       }
     }
 #pragma omp barrier
@@ -621,7 +627,7 @@ class Thread : Share {
     gather();
     const Input in = prepare(a.gate, x_.data(), count_);
     into(a.gate, in, nullptr, inner);
-    into(a.up, in, nullptr, up);
+    into(a.up, again(a.up, a.gate, in), nullptr, up);
     for (int r = 0; r < count_; r++) activate(int64_t(r) * a.up.n, a.up.n);
 #pragma omp barrier
     ascend(a.short_mlp);

@@ -417,11 +417,6 @@ class Engine:
         shape = attention_shape(model, attention)
         parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
         matrices = [self._matrix(x) for x in (*parts, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-        q, k, v, _, gate, up, _ = matrices
-        if len({(x.kind, x.group) for x in (q, k, v)} | {(gate.kind, gate.group)}) > 1 or (
-            (gate.kind, gate.group) != (up.kind, up.group)
-        ):
-            raise Unsuited("layers of several formats run in torch")
         norms = (layer.input_layernorm, layer.post_attention_layernorm)
         heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         weights: list[Any] = [None, None]
@@ -469,12 +464,13 @@ class Engine:
     def _head(self, model: Any) -> Matrix:
         """The LM head: in 8 bits where the layers have 4, else it would cost more than they do."""
         module = model.get_output_embeddings()
-        if not self.rounded or module.weight.shape[1] % BLOCK:
+        packed = isinstance(module, PackedLinear)
+        if packed or not self.rounded or module.weight.shape[1] % BLOCK:
             return self._matrix(module)
         codes, scale = to_bytes(module.weight)
         n, k = module.weight.shape
-        packed = pack_bytes((codes + LIFT).to(torch.uint8))
-        parts = (packed, tiles(scale).bfloat16(), None, None, module.bias)
+        stored = pack_bytes((codes + LIFT).to(torch.uint8))
+        parts = (stored, tiles(scale).bfloat16(), None, None, module.bias)
         return Matrix(ROUNDED_BYTES, n, k, BLOCK, *(self._maybe(x) for x in parts))
 
     def _packed(self, module: PackedLinear, rounded: bool) -> Matrix:

@@ -16,7 +16,8 @@ import torch
 import gateskip
 from compose.bundle import ROOTS, sources, write_bundle
 from gateskip.budget import calibrate
-from gateskip.checkpoint import GateFile, grid_of, load_model, save_gates
+from gateskip.checkpoint import GateFile, grid_of, save_gates
+from gateskip.folders import load_model
 from gateskip.shortcuts import fit_shortcuts
 from gateskip.warmstart import warm_start
 

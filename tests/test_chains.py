@@ -21,7 +21,7 @@ from compose.artifact import copy_companions, is_gated, probe_ids, probe_logits
 from compose.errors import RuleBroken
 from compose.stages import RULES, STAGES, DataSpec, ModelShape, Stage, StageJob
 from compose.stages.orders import YES, as_markdown, verdict
-from gateskip.checkpoint import load_model
+from gateskip.folders import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 GATES = {"use": "gate", "steps": 1, "length": 24, "backbone": "frozen", "budgets": (0.8, 0.5)}

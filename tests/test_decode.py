@@ -11,9 +11,10 @@ import torch
 
 import gateskip
 from gateskip.budget import calibrate
-from gateskip.checkpoint import GateFile, grid_of, load_gates, load_model, save_gates
+from gateskip.checkpoint import GateFile, grid_of, load_gates, save_gates
 from gateskip.decode import Decoder
 from gateskip.drafts import look_up
+from gateskip.folders import load_model
 from gateskip.kinds import make_gates
 from gateskip.pace import Pace
 from gateskip.sampling import Sampler

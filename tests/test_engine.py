@@ -13,8 +13,8 @@ import torch
 import gateskip
 from gateskip import native
 from gateskip.branches import find_branches
-from gateskip.checkpoint import load_model
 from gateskip.engine import Engine, Unsuited
+from gateskip.folders import load_model
 from gateskip.kinds import make_gates
 from gateskip.linears import PackedLinear
 from gateskip.shortcuts import Shortcuts

@@ -122,6 +122,21 @@ def test_the_card_has_chain_numbers_licence_and_how_to_load(export: Path) -> Non
     assert "None" not in card
 
 
+def test_the_card_of_mixed_bits_names_what_reads_them(
+    tmp_path: Path, source: Path, results: Results
+) -> None:
+    packed = {"quant_method": "gptq", "bits": 4, "dynamic": {"^model.x$": {"bits": 8}}}
+    config = {"dtype": "bfloat16", "model_type": "llama", "quantization_config": packed}
+    (source / "config.json").write_text(json.dumps(config))
+    target = tmp_path / "mixed"
+    target.mkdir()
+    assemble(target, source, results, results.cell("gates+spec"), {"weights": "k", "decode": SPEC})
+    card = (target / "README.md").read_text()
+    assert "GPTQModel.load(" in card
+    assert "gateskip.load(" in card
+    assert "AutoModelForCausalLM" not in card
+
+
 @pytest.mark.parametrize(
     ("decode", "wanted"),
     [
@@ -171,7 +186,8 @@ def test_an_export_that_decodes_otherwise_says_something_else(
 
     from compose.bench.generate import speak
     from gateskip.budget import calibrate
-    from gateskip.checkpoint import GateFile, grid_of, load_model, save_gates
+    from gateskip.checkpoint import GateFile, grid_of, save_gates
+    from gateskip.folders import load_model
     from gateskip.warmstart import warm_start
 
     folder = tmp_path / "gated"

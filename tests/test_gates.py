@@ -12,7 +12,8 @@ import torch
 
 from gateskip.branches import find_branches
 from gateskip.budget import calibrate
-from gateskip.checkpoint import GateFile, load_gates, load_model, read_gates, save_gates
+from gateskip.checkpoint import GateFile, load_gates, read_gates, save_gates
+from gateskip.folders import load_model
 from gateskip.gates import Gates
 from gateskip.insight import look, summarize, token_kinds
 from gateskip.kinds import GATE_KINDS, make_gates

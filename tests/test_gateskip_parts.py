@@ -22,9 +22,9 @@ from gateskip.budget import (
     quantiles,
     thresholds_at,
 )
-from gateskip.checkpoint import load_model
 from gateskip.choice import own_are_faster
 from gateskip.compute import branch_costs
+from gateskip.folders import load_model
 from gateskip.gates import ScalarGates
 from gateskip.linears import DenseLinear, PackedLinear, accelerate_linears
 from gateskip.masked import masked_forward

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 
 from compose.errors import UserError
 from compose.stages.heal import hold_out
-from gateskip.checkpoint import load_model
+from gateskip.folders import load_model
 from gateskip.heal import best_row, heal, worn_out
 from gateskip.loop import adapt
 from gateskip.recipe import HealConfig

@@ -30,7 +30,8 @@ from compose.stages.importance import slopes
 from compose.stages.prune import GATED_MLP, decoder_layers, next_token_loss, text_loss
 from compose.stages.prune_hidden import READERS
 from compose.stages.refit import made_up
-from gateskip.checkpoint import GateFile, load_gates, load_model, save_gates
+from gateskip.checkpoint import GateFile, load_gates, save_gates
+from gateskip.folders import load_model
 from gateskip.gates import ANCHORS
 
 BLOCK = 32

@@ -17,7 +17,7 @@ from compose.artifact import copy_companions, probe_ids
 from compose.errors import UserError
 from compose.stages import STAGES, DataSpec, StageJob
 from compose.stages.rounding import layer_errors
-from gateskip.checkpoint import load_model
+from gateskip.folders import load_model
 
 SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
 Made = tuple[Path, dict[str, Any]]
@@ -81,6 +81,66 @@ def test_gptqmodels_own_loader_takes_our_folders(bits: int, quantize: Callable[.
     tensors = load_file(folder / "model.safetensors")
     layer = {n.rpartition(".")[2] for n in tensors if n.startswith("model.layers.0.mlp.up_proj.")}
     assert layer == {"qweight", "qzeros", "scales", "g_idx"}
+
+
+MIXED = {"use": "gptq", "group_size": 32, "mixed": {"down_proj": 8, "0.self_attn.v_proj": 8}}
+
+
+def test_layers_may_differ_in_bits(quantize: Callable[..., Made]) -> None:
+    """Errors fall where bits were added; the engine and gptqmodel's own loader see one model."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    _, before = quantize(use="gptq", group_size=32)
+    folder, record = quantize(**MIXED, skip=("1.mlp.up_proj",))
+    errors, wide = record["layer_errors"], 0.1
+    for name, error in errors.items():
+        eight = name.endswith("down_proj") or name == "model.layers.0.self_attn.v_proj"
+        assert (error < wide * before["layer_errors"][name]) == eight, name
+    assert "model.layers.1.mlp.up_proj" not in errors
+    assert len(errors) == len(before["layer_errors"]) - 1
+    assert settings(folder).keys() >= {"dynamic", "bits", "quant_method"}
+    assert "meta" not in settings(folder)
+    ids = probe_ids(folder)
+    theirs = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH).model
+    with torch.inference_mode():
+        ours = load_model(folder, "float32")(ids).logits
+        assert (theirs(ids).logits.float() - ours).abs().mean() < 0.05 * ours.std()
+    decoder = gateskip.load(folder, "float32", rounded=False)
+    assert decoder.unsuited is None
+    found = decoder.generate([ids[0].tolist()], max_new_tokens=8)
+    slow = gateskip.load(folder, "float32", native=False)
+    assert slow.generate([ids[0].tolist()], max_new_tokens=8).tokens == found.tokens
+
+
+def test_mixed_bits_are_the_same_twice(
+    quantize: Callable[..., Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leave nothing where they were made."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    first, second = (load_file(quantize(**MIXED)[0] / "model.safetensors") for _ in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not list(here.iterdir())
+
+
+def test_an_untied_lm_head_may_be_packed(tiny_qwen2: Path, quantize: Callable[..., Made]) -> None:
+    folder, record = quantize(tiny_qwen2, use="gptq", group_size=32, lm_head=8)
+    assert 0 < record["layer_errors"]["lm_head"] < 0.02
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors["lm_head.qweight"].shape[0] == 64 // 4  # four codes of 8 bits in an int32
+    assert "lm_head.weight" not in tensors
+    ids = probe_ids(folder)[0].tolist()
+    decoder = gateskip.load(folder, "float32", rounded=False)
+    slow = gateskip.load(folder, "float32", native=False)
+    made = decoder.generate([ids], max_new_tokens=8)
+    assert slow.generate([ids], max_new_tokens=8).tokens == made.tokens
+
+
+def test_a_layer_that_is_not_there_is_refused(quantize: Callable[..., Made]) -> None:
+    with pytest.raises(UserError, match="mixed: no linear layer is called 'downproj'"):
+        quantize(use="gptq", group_size=32, mixed={"downproj": 8})
 
 
 @pytest.mark.parametrize(

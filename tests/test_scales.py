@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from compose.artifact import copy_companions, probe_ids, probe_logits
 from compose.errors import RuleBroken
 from compose.stages import STAGES, Bnb, DataSpec, Gate, Gptq, Heal, ModelShape, StageJob
-from gateskip.checkpoint import load_model
+from gateskip.folders import load_model
 from gateskip.scales import ScaledLinear, norms, open_scales, save_scales
 
 PACKINGS: dict[str, dict[str, Any]] = {
@@ -28,6 +28,7 @@ PACKINGS: dict[str, dict[str, Any]] = {
     "act-order": {"use": "gptq", "group_size": 32, "act_order": True},
     "not symmetric": {"use": "gptq", "group_size": 32, "sym": False},
     "whole rows": {"use": "gptq", "group_size": -1},
+    "mixed": {"use": "gptq", "group_size": 32, "mixed": {"down_proj": 8}},
 }
 HEALED = {"use": "heal", "backbone": "scales", "steps": 12, "lr": 3e-3, "validate_every": 6}
 Run = Callable[..., tuple[Path, dict[str, Any]]]
@@ -114,7 +115,7 @@ def test_what_is_saved_is_what_was_learned(
     again = load_model(target, "float32")
     open_scales(again)
     found = again.model.layers[1].mlp.down_proj
-    torch.testing.assert_close(found.codes, layer.codes, atol=2e-2, rtol=0)
+    torch.testing.assert_close(found.codes, layer.codes, atol=2e-2, rtol=1e-3)
     torch.testing.assert_close(found.learned(), layer.learned(), atol=1e-3, rtol=2e-3)
 
 

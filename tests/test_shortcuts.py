@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from gateskip.branches import Branch, find_branches
-from gateskip.checkpoint import GateFile, load_gates, load_model, save_gates
+from gateskip.checkpoint import GateFile, load_gates, save_gates
 from gateskip.compute import saving
+from gateskip.folders import load_model
 from gateskip.gates import ScalarGates
 from gateskip.masked import masked_forward
 from gateskip.shortcuts import Shortcuts, _Sums, fit_shortcuts

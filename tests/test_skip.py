@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gateskip.branches import FAMILIES, UnsupportedModel, embed, final_norm, find_branches, head
-from gateskip.checkpoint import load_model
+from gateskip.folders import load_model
 from gateskip.gates import ScalarGates
 from gateskip.masked import masked_forward
 from gateskip.shortcuts import Shortcuts

@@ -182,6 +182,7 @@ def test_a_recipe_fills_what_is_not_said() -> None:
         ((PruneHeads(count=6), PruneHeads(count=3)), "heads-fit"),
         ((Gptq(group_size=128),), "group-divides"),
         ((Bnb(format="nf4", lm_head=True),), "head-is-tied"),
+        ((Gptq(lm_head=8),), "head-is-tied"),
         ((PruneWidth(ratio=0.99),), "width-fits"),
         ((DropLayers(count=30),), "layers-fit"),
         ((DropLayers(layers=(30,)),), "layers-fit"),

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from gateskip.budget import calibrate
-from gateskip.checkpoint import load_model
+from gateskip.folders import load_model
 from gateskip.gates import ScalarGates
 from gateskip.kinds import make_gates
 from gateskip.masked import masked_forward
@@ -215,7 +215,7 @@ class TestTrainOptions:
 
 TWO_PROCESSES = """
 import sys, torch
-from gateskip.checkpoint import load_model
+from gateskip.folders import load_model
 from gateskip.kinds import make_gates
 from gateskip.recipe import TrainConfig
 import gateskip.train as train

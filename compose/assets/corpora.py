@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 PIECE = 2400  # characters in a row of calibration-text: somewhat more than 512 tokens of English
 STUB = 50  # articles below so many characters say nothing
+CODE_SHARE = 6  # of so many rows of code one is among training-text
+SPACED_SHARE = 5  # of so many rows of other text one is written with spaces around all signs
 HELD_OUT = 10  # of so many articles in a row, all or none are held out: neighbours are alike
 
 
@@ -21,6 +24,33 @@ def calibration_rows(folder: Path) -> list[str]:
         list(pieces(_documents(folder / "tiny.utf8", "<|endoftext|>"))),
     ]
     return interleave(sources)
+
+
+def training_rows(folder: Path) -> list[str]:
+    """Rows of calibration_rows, with code among them, and some written as `spaced` writes.
+
+    Gates that have seen one way to write keep more, and lose more, where a text is written in
+    another.
+    """
+    code = list(pieces([(folder / "code.utf8").read_text(encoding="utf-8")]))[::CODE_SHARE]
+    last = SPACED_SHARE - 1
+    rows = enumerate(calibration_rows(folder))
+    return interleave([[spaced(row) if i % SPACED_SHARE == last else row for i, row in rows], code])
+
+
+def spaced(text: str) -> str:
+    """English as tokenizers of the 2010s left it in many corpora, all signs apart.
+
+    >>> spaced("The well-known (1,024-bit) key, he said, is the city's.")
+    "The well @-@ known ( 1 @,@ 024 @-@ bit ) key , he said , is the city 's ."
+    """
+    for sign, between in (("-", r"\w"), (",", r"\d"), (r"\.", r"\d")):
+        apart = f" @{sign[-1]}@ "
+        text = re.sub(rf"(?<={between}){sign}(?={between})", apart, text)
+    text = re.sub(r"(?<!@)([,;:!?()\"\[\]])(?!@)", r" \1 ", text)
+    text = re.sub(r"\.(?=\s|$)", " .", text)
+    text = re.sub(r"(?<=\w)'(?=s\b)", " '", text)
+    return re.sub(r"[ \t]+", " ", text).strip()
 
 
 def heldout_rows(folder: Path) -> list[str]:

@@ -222,6 +222,10 @@ TEXTS: dict[str, TextAlias] = {
         summary="encyclopedia, web, technical and children's English, mixed evenly",
         wheel=CALIBRATION,
     ),
+    "training-text": TextAlias(
+        summary="calibration-text and code, a fifth of it spaced as in older corpora",
+        wheel=CALIBRATION,
+    ),
     "heldout-text": TextAlias(
         summary="encyclopedia articles that calibration-text leaves out",
         wheel=CALIBRATION,

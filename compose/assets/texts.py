@@ -10,7 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compose.assets.corpora import calibration_rows, heldout_rows, join_wikitext
+from compose.assets.corpora import (
+    calibration_rows,
+    heldout_rows,
+    join_wikitext,
+    training_rows,
+)
 from compose.assets.fetch import (
     Progress,
     Unavailable,
@@ -30,6 +35,11 @@ if TYPE_CHECKING:
 
 _CALIBRATION_DATA = "exllamav3/conversion/standard_cal_data"
 _FILES = (".txt", ".jsonl", ".json")
+_ROWS = {
+    "calibration-text": calibration_rows,
+    "training-text": training_rows,
+    "heldout-text": heldout_rows,
+}
 
 
 def load_texts(
@@ -189,8 +199,7 @@ def _load_alias(source: str, alias: TextAlias, cache: Path, progress: Progress |
 
         def from_wheel() -> TextData:
             folder = fetch_wheel(wheel, cache, progress) / _CALIBRATION_DATA
-            make = heldout_rows if source == "heldout-text" else calibration_rows
-            return pack_rows(source, make(folder), wheel.origin)
+            return pack_rows(source, _ROWS[source](folder), wheel.origin)
 
         ways.append(from_wheel)
     data: TextData = first_way(f"data {source!r}", ways, fix=_how_to_get(alias))

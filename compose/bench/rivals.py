@@ -56,7 +56,7 @@ class Transformers:
 
         Raises UserError for another.
         """
-        from gateskip.checkpoint import load_model
+        from gateskip.folders import load_model
 
         name, layer = (way[:10], way[11:]) if way.startswith("early-exit") else (way, "")
         if name not in WAYS or bool(layer) != (name == "early-exit") or not f"{layer}0".isdigit():

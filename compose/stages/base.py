@@ -44,6 +44,7 @@ RULES: dict[str, str] = {
     "layout-known": "weights are cut by their names, which differ from family to family.",
     "heads-fit": "every KV group must keep as many heads, in a number that the config takes.",
     "head-is-tied": "an LM head that shares the embedding's weights cannot be packed.",
+    "head-packed-twice": "an LM head is packed once, by its quantizer or by pack-head.",
     "width-fits": "a pruned width must be a multiple of round_to, above zero, and narrower.",
     "hidden-fits": "what is left of the hidden size must fit its rounding and the number of heads.",
     "layers-fit": "dropped layers must exist, and at least one layer must stay.",

@@ -209,7 +209,8 @@ class Gate(Stage):
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Gates beside the model: attach, fine-tune, calibrate; the backbone moves if asked."""
-        from gateskip.checkpoint import GateFile, grid_of, load_model, save_gates
+        from gateskip.checkpoint import GateFile, grid_of, save_gates
+        from gateskip.folders import load_model
         from gateskip.linears import accelerate_linears
 
         model = load_model(job.source, "float32")
@@ -302,7 +303,7 @@ class Gate(Stage):
     ) -> list[dict[str, float]]:
         from dataclasses import fields
 
-        from gateskip.checkpoint import load_model
+        from gateskip.folders import load_model
         from gateskip.train import train_gates
 
         if self.steps == 0:

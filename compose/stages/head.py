@@ -25,8 +25,14 @@ class PackHead(Stage):
     """Signed bytes with a scale for every 32 weights."""
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """Order rules, and `whole-tiles`: a row of the head is whole groups."""
+        """Order rules, `head-packed-twice`, and `whole-tiles`: a head has whole groups."""
         super().check(shape, before)
+        if any(getattr(stage, "lm_head", None) for stage in before):
+            raise RuleBroken(
+                "head-packed-twice",
+                "a quantizer before has packed the LM head",
+                fix="leave pack-head out, or lm_head of the quantizer",
+            )
         if shape is not None and shape.hidden_size % 32:
             raise RuleBroken("whole-tiles", f"{shape.hidden_size} inputs are no multiple of 32")
 
@@ -34,7 +40,7 @@ class PackHead(Stage):
         """The same files and a note; says how far the rounded head is from the full one."""
         from compose.artifact import copy_source
         from compose.cache import write_json
-        from gateskip.checkpoint import load_model
+        from gateskip.folders import load_model
         from gateskip.heads import HEAD_FILE, rounded
 
         copy_source(job.source, job.target, job.dtype, link=True)

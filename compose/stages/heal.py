@@ -115,7 +115,7 @@ class Heal(Stage):
         """Distil on the training text; resumes from its own checkpoint after a kill."""
         from transformers import AutoTokenizer
 
-        from gateskip.checkpoint import load_model
+        from gateskip.folders import load_model
         from gateskip.heal import best_row, heal
 
         assert job.train is not None, "heal reads the training split"

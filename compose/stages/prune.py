@@ -67,10 +67,12 @@ def last_linear(branch: Any) -> Any:
 
 def model_and_blocks(job: StageJob, limit: int | None = None) -> tuple[Any, Tensor]:
     """The source model in float32, and calibration blocks [N, length]: all, or the first few."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from gateskip.folders import load_model
 
     assert job.calibration is not None, "pruning reads the calibration split"
-    model = AutoModelForCausalLM.from_pretrained(job.source, dtype="float32").eval()
+    model = load_model(job.source, "float32")
     tokenizer = AutoTokenizer.from_pretrained(job.source)
     limit = min(job.calibration.limit, limit or job.calibration.limit)
     return model, job.blocks("calibration", tokenizer, limit=limit)

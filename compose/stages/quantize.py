@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -20,6 +21,7 @@ BLOCK_INPUTS = 64  # that share a scale in bitsandbytes' 4-bit formats
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)  # the ones that GPTQ kernels are written for
 WHOLE_ROW = -1
 DeviceMap = Literal["auto", "balanced", "sequential", "cpu"]
+Bits = Literal[2, 3, 4, 8]
 ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
 
 
@@ -77,12 +79,8 @@ class Bnb(Stage):
                     f"{name} has {width} inputs, no multiple of {BLOCK_INPUTS}",
                     fix=f"set round_to: {BLOCK_INPUTS} where it was pruned, or use gptq or int8",
                 )
-        if self.lm_head and shape.tie_embeddings:
-            raise RuleBroken(
-                "head-is-tied",
-                "the LM head of this model is its embedding, which is not packed",
-                fix="leave lm_head out",
-            )
+        if self.lm_head:
+            refuse_tied_head(shape)
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
@@ -112,7 +110,7 @@ class Bnb(Stage):
         from transformers import BitsAndBytesConfig
 
         linears, head = linear_names(job)
-        kept = _matching(self.skip, linears)
+        kept = matching(self.skip, linears)
         settings: dict[str, Any] = {}
         if self.skip or self.lm_head:  # else transformers leaves out the head by itself
             settings["llm_int8_skip_modules"] = kept + ([] if self.lm_head else head)
@@ -129,10 +127,7 @@ class Bnb(Stage):
 
 
 class Gptq(Stage):
-    """Quantize the linear layers one by one, making up for each rounding in the next weights.
-
-    optimum gives all layers the same bits and never packs the LM head: neither can be set here.
-    """
+    """Quantize the linear layers one by one, making up for each rounding in the next weights."""
 
     role: ClassVar[Role] = "quantize"
     version: ClassVar[int] = 2
@@ -141,7 +136,7 @@ class Gptq(Stage):
     use: Literal["gptq"] = "gptq"
     """The stage's name."""
 
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: Bits = 4
     """Bits of one weight."""
 
     group_size: Literal[-1, 32, 64, 128, 256, 512, 1024] = 64
@@ -160,6 +155,15 @@ class Gptq(Stage):
     """Linear layers that stay as they are, in every decoder layer, by the end of their name:
     `down_proj`, `self_attn.v_proj`."""
 
+    mixed: dict[str, Bits] = Field(default_factory=dict)
+    """Linear layers with bits of their own, by the end of their name: `{down_proj: 8}`,
+    `{layers.0.self_attn.v_proj: 8}`. gptqmodel, vLLM and gateskip load such a folder, transformers
+    by itself does not."""
+
+    lm_head: Bits | None = None
+    """Bits of the LM head, which is left as it is without them; one that shares the embedding's
+    weights cannot be packed. What `mixed` says of loading holds here, too."""
+
     batch: int = Field(default=1, ge=1)
     """Calibration sequences that pass the model at once."""
 
@@ -174,7 +178,13 @@ class Gptq(Stage):
                 "a scale for a whole row (group_size: -1) needs a symmetric grid (sym: true):"
                 " gptqmodel's kernel for CPUs multiplies other ones wrongly"
             )
+        if self.device_map and self.is_mixed():
+            raise ValueError("device_map is optimum's, which gives all layers the same bits")
         return self
+
+    def is_mixed(self) -> bool:
+        """Whether layers differ in bits, or the LM head is one of them."""
+        return bool(self.mixed or self.lm_head)
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, `group-divides` (whole groups in every layer), and `whole-tiles`."""
@@ -192,6 +202,9 @@ class Gptq(Stage):
                 f"keys and values are {width} wide, no multiple of {TILE_OUTPUTS}",
                 fix="keep more KV heads, or use bnb",
             )
+        if self.lm_head:
+            widths["lm_head"] = shape.hidden_size
+            refuse_tied_head(shape)
         if self.group_size == WHOLE_ROW:
             return
         cut = {name: width for name, width in widths.items() if width % self.group_size}
@@ -208,14 +221,27 @@ class Gptq(Stage):
         return replace(shape, quantized="gptq")
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Quantize through optimum, whose GPTQ is gptqmodel's; saved in the AutoGPTQ format."""
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        """Quantize, and save in the AutoGPTQ format; measures what the rounding did."""
+        from transformers import AutoTokenizer
 
+        from compose.stages.mixed_bits import quantize_mixed
         from compose.stages.rounding import layer_errors
 
         blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
         job.progress(0, 1, f"GPTQ, {self.bits} bits on {len(blocks)} blocks of text")
+        if self.is_mixed():
+            quantize_mixed(self, job, blocks)
+        else:
+            self._through_optimum(job, blocks)
+        carry_gates(job)
+        errors = layer_errors(job, blocks[:ERROR_BLOCKS])
+        return {"bits": self.bits, "blocks": len(blocks), "layer_errors": errors}
+
+    def _through_optimum(self, job: StageJob, blocks: Tensor) -> None:
+        """All layers with the same bits; optimum's GPTQ is gptqmodel's."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
         model = AutoModelForCausalLM.from_pretrained(
             job.source,
             dtype=getattr(torch, job.dtype),
@@ -224,9 +250,6 @@ class Gptq(Stage):
         )
         as_autogptq(model)
         model.save_pretrained(job.target)
-        carry_gates(job)
-        errors = layer_errors(job, blocks[:ERROR_BLOCKS])
-        return {"bits": self.bits, "blocks": len(blocks), "layer_errors": errors}
 
     def _config(self, job: StageJob, blocks: Tensor) -> Any:
         """The settings as transformers takes them; calibration blocks [N, S] go in as tokens."""
@@ -256,7 +279,7 @@ class Gptq(Stage):
             return None
         linears, _ = linear_names(job)
         inside = [name.partition(".0.")[2] for name in linears if ".0." in name]
-        kept = _matching(self.skip, inside)
+        kept = matching(self.skip, inside)
         return [[name] for name in inside if name not in kept]
 
 
@@ -290,8 +313,18 @@ def linear_names(job: StageJob) -> tuple[list[str], list[str]]:
     return list(linears), [name for name, part in linears.items() if part is head]
 
 
-def _matching(ends: tuple[str, ...], names: list[str]) -> list[str]:
-    """The names that end as one of `ends` does.
+def refuse_tied_head(shape: ModelShape) -> None:
+    """Raises RuleBroken where the LM head shares the embedding's weights."""
+    if shape.tie_embeddings:
+        raise RuleBroken(
+            "head-is-tied",
+            "the LM head of this model is its embedding, which is not packed",
+            fix="leave lm_head out, or put pack-head behind, by which decoding reads 8 bits",
+        )
+
+
+def matching(ends: Iterable[str], names: list[str], key: str = "skip") -> list[str]:
+    """The names that end as one of `ends` does; `key` is what a stage calls those ends.
 
     Raises:
         UserError: an end fits no name.
@@ -300,7 +333,7 @@ def _matching(ends: tuple[str, ...], names: list[str]) -> list[str]:
     for end, fitting in found.items():
         if not fitting:
             known = sorted({name.rpartition(".")[2] for name in names})
-            raise UserError(f"skip: no linear layer is called {end!r}: {suggest(end, known)}")
+            raise UserError(f"{key}: no linear layer is called {end!r}: {suggest(end, known)}")
     return [name for fitting in found.values() for name in fitting]
 
 

@@ -17,10 +17,10 @@ def layer_errors(job: StageJob, blocks: Tensor) -> dict[str, float]:
     up from layer to layer; y' is computed by the layer as it loads from `job.target`.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    dense = AutoModelForCausalLM.from_pretrained(job.source, dtype="float32").eval()
-    packed = AutoModelForCausalLM.from_pretrained(job.target, dtype="auto").eval()
+    from gateskip.folders import load_model
+
+    dense, packed = load_model(job.source, "float32"), load_model(job.target)
     twins = dict(packed.named_modules())
     sums: dict[str, Tensor] = {}  # squared error and squared output
 

@@ -41,6 +41,7 @@ RULES = (
     Rule(
         "compose/*",
         "gateskip",
+        allowed=("gateskip.folders",),
         unless=(
             "compose/stages/gate.py",
             "compose/stages/heal.py",
