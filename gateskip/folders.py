@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 QUANTIZER = "gptq"
+END = ".qweight"  # of the tensor that has a layer's codes
 
 
 def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
@@ -77,23 +78,27 @@ def read_mixed_bits() -> None:
     AUTO_QUANTIZER_MAPPING[QUANTIZER] = MixedQuantizer
 
 
-def _place_packed_layers(model: Any, config: Any, quantizer: Any, kwargs: dict[str, Any]) -> None:
-    """Empty packed layers instead of linear ones, those of as many bits together."""
+def _place_packed_layers(model: Any, config: Any, quantizer: Any, given: dict[str, Any]) -> None:
+    """Empty packed layers where the checkpoint has such, those of as many bits together."""
     from gptqmodel.quantization.config import dynamic_get
 
-    from gateskip.branches import backbone
-
-    inside = {id(part) for part in backbone(model).layers.modules()}
-    head = model.get_output_embeddings() if config.lm_head else None
     usual = quantizer.bits
     layers = defaultdict(list)
-    for name, part in model.named_modules():
-        if isinstance(part, nn.Linear) and (id(part) in inside or part is head):
-            bits = dynamic_get(config.dynamic, name, "bits", usual)
-            if bits is not False:  # a pattern that begins with a minus: the layer stays
-                layers[bits].append(name)
+    for name in packed_layers(given["checkpoint_files"]):
+        layers[dynamic_get(config.dynamic, name, "bits", usual)].append(name)
     for bits, names in layers.items():
         quantizer.bits = bits
-        quantizer.select_quant_linear(device_map=kwargs.get("device_map"), pack=False)
+        quantizer.select_quant_linear(device_map=given.get("device_map"), pack=False)
         quantizer._replace_by_quant_layers(model, names)
     quantizer.bits = usual
+
+
+def packed_layers(files: Iterable[str | Path]) -> list[str]:
+    """Names of the GPTQ layers in safetensors files."""
+    from safetensors import safe_open
+
+    names: list[str] = []
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            names += tensors.keys()
+    return [name.removesuffix(END) for name in names if name.endswith(END)]

@@ -193,6 +193,20 @@ def test_rule_that_a_chain_breaks(chain: tuple[Stage, ...], rule: str) -> None:
     assert rule_of(*chain) == rule
 
 
+def test_a_head_is_packed_once() -> None:
+    untied = replace(SHAPE, tie_embeddings=False)
+    for quantizer in (Gptq(lm_head=4), Bnb(format="int8", lm_head=True)):
+        assert rule_of(quantizer, shape=untied) is None
+        assert rule_of(quantizer, PackHead(), shape=untied) == "head-packed-twice"
+
+
+@pytest.mark.parametrize("asked", [{"mixed": {"down_proj": 8}}, {"lm_head": 8}])
+def test_architectures_that_gptqmodel_does_not_know(asked: dict[str, Any]) -> None:
+    phi3 = replace(SHAPE, model_type="phi3", tie_embeddings=False)
+    assert rule_of(Gptq(**asked), shape=phi3) == "layout-known"
+    assert rule_of(Gptq(), shape=phi3) is None
+
+
 @pytest.mark.parametrize(
     "chain",
     [

@@ -11,6 +11,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+from compose.errors import UserError
 from compose.stages.base import StageJob
 from compose.stages.quantize import WHOLE_ROW, Gptq, linear_names, matching
 
@@ -54,6 +55,7 @@ def quantize_mixed(stage: Gptq, job: StageJob, blocks: Tensor) -> None:
         model.quantize(rows, batch_size=stage.batch)
     model.save(str(job.target))
     _tidy(job)
+    _refuse_forgotten(stage, job)
 
 
 def patterns(stage: Gptq, job: StageJob) -> dict[str, dict[str, Any]]:
@@ -71,6 +73,22 @@ def patterns(stage: Gptq, job: StageJob) -> dict[str, dict[str, Any]]:
     if stage.lm_head is not None:
         found |= {f"^{re.escape(name)}$": {"bits": stage.lm_head} for name in head}
     return found
+
+
+def _refuse_forgotten(stage: Gptq, job: StageJob) -> None:
+    """Raises UserError where gptqmodel passed layers over: it goes by tables of architectures."""
+    from gateskip.folders import packed_layers
+
+    linears, head = linear_names(job)
+    wanted = {name for name in linears if name not in head or stage.lm_head}
+    wanted -= set(matching(stage.skip, linears))
+    forgotten = sorted(wanted - set(packed_layers(job.target.glob("*.safetensors"))))
+    if forgotten:
+        raise UserError(
+            f"gptqmodel does not pack {len(forgotten)} layers of this architecture, such as"
+            f" {forgotten[0]}",
+            fix="give all layers the same bits, which go through optimum; or skip those layers",
+        )
 
 
 def _tidy(job: StageJob) -> None:

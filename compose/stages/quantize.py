@@ -22,6 +22,7 @@ GROUP_SIZES = (32, 64, 128, 256, 512, 1024)  # the ones that GPTQ kernels are wr
 WHOLE_ROW = -1
 DeviceMap = Literal["auto", "balanced", "sequential", "cpu"]
 Bits = Literal[2, 3, 4, 8]
+UNKNOWN = ("phi3",)  # architectures whose MLP gptqmodel's table does not have
 ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
 
 
@@ -201,6 +202,12 @@ class Gptq(Stage):
                 "whole-tiles",
                 f"keys and values are {width} wide, no multiple of {TILE_OUTPUTS}",
                 fix="keep more KV heads, or use bnb",
+            )
+        if self.is_mixed() and shape.model_type in UNKNOWN:
+            raise RuleBroken(
+                "layout-known",
+                f"gptqmodel, which mixes bits, does not know the layers of {shape.model_type}",
+                fix="leave mixed and lm_head out: the same bits go through optimum",
             )
         if self.lm_head:
             widths["lm_head"] = shape.hidden_size
