@@ -41,7 +41,8 @@ def quantize_mixed(stage: Gptq, job: StageJob, blocks: Tensor) -> None:
         damp_percent=stage.damp,
         dynamic=patterns(stage, job),
         lm_head=stage.lm_head is not None,
-        offload_to_disk=False,
+        offload_to_disk=True,  # layers come in for their turn alone
+        offload_to_disk_path=str(job.work / "layers"),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
     model: Any = GPTQModel.load(
