@@ -114,6 +114,19 @@ def test_layers_may_differ_in_bits(quantize: Callable[..., Made]) -> None:
     made = decoder.generate([ids[0].tolist()], max_new_tokens=8)
     slow = gateskip.load(folder, "float32", native=False)
     assert slow.generate([ids[0].tolist()], max_new_tokens=8).tokens == made.tokens
+    rounded = gateskip.load(folder, "float32")
+    assert rounded.skipping.engine.rounded
+    exact, near = (last_logits(each, ids) for each in (decoder, rounded))
+    assert 0 < (near - exact).norm() < 0.05 * exact.norm()
+
+
+def last_logits(decoder: Any, ids: Tensor) -> Tensor:
+    """Logits [1, 1, V] after ids [1, S], the last of which is a step by itself."""
+    skipping, last = decoder.skipping, ids.shape[1] - 1
+    cache = skipping.new_cache(1, last + 1)
+    skipping.forward(ids[:, :last], cache, [0])
+    logits: Tensor = skipping.head(skipping.forward(ids[:, last:], cache, [last]))
+    return logits
 
 
 def test_mixed_bits_are_the_same_twice(
