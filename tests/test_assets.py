@@ -436,9 +436,10 @@ def corpus(make_wheel: Names, monkeypatch: pytest.MonkeyPatch) -> None:
             f"{folder}/tiny.utf8": stories.encode(),
             f"{folder}/c4.utf8": lines.encode(),
             f"{folder}/technical.utf8": ("A machine has states. " * 300).encode(),
+            f"{folder}/code.utf8": ("print(1.5, end='-')\n" * 2000).encode(),
         }
     )
-    for name in ("calibration-text", "heldout-text"):
+    for name in ("calibration-text", "training-text", "heldout-text"):
         monkeypatch.setitem(texts.TEXTS, name, replace(texts.TEXTS[name], wheel=wheel))
 
 
@@ -453,6 +454,30 @@ def test_calibration_and_heldout_are_disjoint(tmp_path: Path) -> None:
         assert (f"Article {number} is" in learned) != held
     assert "on A & B." in learned and "<doc" not in learned and "endoftext" not in learned
     assert all(f"{kind} " in learned for kind in ("Page", "Story", "machine"))
+
+
+@pytest.mark.usefixtures("corpus")
+def test_training_text_is_calibration_text_some_of_it_spaced_and_code(tmp_path: Path) -> None:
+    plain = assets.load_texts("calibration-text", cache=tmp_path).rows
+    rows = assets.load_texts("training-text", cache=tmp_path).rows
+    code = [row for row in rows if "print(1.5, end='-')" in row]
+    assert len(code) == -(-len(list(corpora.pieces(["print(1.5, end='-')\n" * 2000]))) // 6)
+    wanted = [corpora.spaced(row) if i % 5 == 4 else row for i, row in enumerate(plain)]
+    assert [row for row in rows if row not in code] == wanted
+    assert any(" . " in row for row in wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("well-known, he said.", "well @-@ known , he said ."),
+        ("1,024.5 (or so)", "1 @,@ 024 @.@ 5 ( or so )"),
+        ('The city\'s "old" wall; e.g. this', 'The city \'s " old " wall ; e.g . this'),
+        ("one\n\ntwo - three", "one\n\ntwo - three"),
+    ],
+)
+def test_signs_stand_apart_in_spaced_text(text: str, wanted: str) -> None:
+    assert corpora.spaced(text) == wanted
 
 
 # ---------------------------------------------------------------- token blocks
