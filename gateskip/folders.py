@@ -20,7 +20,7 @@ QUANTIZER = "gptq"
 END = ".qweight"  # of the tensor that has a layer's codes
 
 
-def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
+def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
     """A transformers causal LM from a folder, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
@@ -30,9 +30,9 @@ def load_model(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
 
 
-def is_mixed(folder: Path) -> bool:
+def is_mixed(folder: str | Path) -> bool:
     """Whether the folder's weights need `read_mixed_bits`."""
-    path = folder / "config.json"
+    path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     stated = config.get("quantization_config") or {}
     mixed = stated.get("dynamic") or stated.get("lm_head")
