@@ -104,9 +104,7 @@ def measure(
 
     def observe(branch: Branch, x: Tensor, output: Tensor) -> None:
         x, output = x.detach(), output.detach()
-        with (
-            torch.no_grad()
-        ):  # shortcuts learn later; a graph kept here would keep all text with it
+        with torch.no_grad():  # shortcuts learn later: a graph would keep all text alive
             instead = 0 if shortcuts is None else shortcuts(branch.index, x)
         inputs.append(x[0].float())
         norms.append((output - instead)[0].float().norm(dim=-1))

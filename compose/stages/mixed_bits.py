@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from compose.errors import UserError
 from compose.stages.base import StageJob
-from compose.stages.quantize import WHOLE_ROW, Gptq, linear_names, matching
+from compose.stages.quantize import Gptq, linear_names, matching
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ def quantize_mixed(stage: Gptq, job: StageJob, blocks: Tensor) -> None:
         group_size=stage.group_size,
         sym=stage.sym,
         desc_act=stage.act_order,
-        act_group_aware=not stage.act_order and stage.group_size != WHOLE_ROW,
+        act_group_aware=stage.groups_know_activation(),
         damp_percent=stage.damp,
         dynamic=patterns(stage, job),
         lm_head=stage.lm_head is not None,

@@ -183,6 +183,10 @@ class Gptq(Stage):
             raise ValueError("device_map is optimum's, which gives all layers the same bits")
         return self
 
+    def groups_know_activation(self) -> bool:
+        """Whether groups are quantized by falling activation, where columns are not."""
+        return not self.act_order and self.group_size != WHOLE_ROW
+
     def is_mixed(self) -> bool:
         """Whether layers differ in bits, or the LM head is one of them."""
         return bool(self.mixed or self.lm_head)
@@ -270,7 +274,7 @@ class Gptq(Stage):
             group_size=self.group_size,
             sym=self.sym,
             desc_act=self.act_order,
-            act_group_aware=not self.act_order and self.group_size != WHOLE_ROW,
+            act_group_aware=self.groups_know_activation(),
             damp_percent=self.damp,
             dataset=texts,
             model_seqlen=blocks.shape[1],
