@@ -19,6 +19,7 @@ from compose.schema import DENSE, Chain, Loc, Pipeline, as_chain
 from compose.stages.base import RULES, DataSpec, ModelShape, Stage
 
 SOURCE = "source"
+SPECULATE = "speculate"
 SOURCE_VERSION = 1  # raised when the same source begins to be stored in another way
 Origin = Literal["baseline", "pipeline", "matrix", "plain"]
 
@@ -49,6 +50,8 @@ class Step:
     """Key of the step whose folder this one starts from."""
     chain: Chain
     """Names of the stages up to and with this one."""
+    seed: int
+    """Seed of what it draws."""
     memory: int | None = None
     """About what its process holds at its peak, in bytes; None where sizes are not known."""
 
@@ -71,6 +74,8 @@ class Cell:
     """Who asked for it; `plain` are added so that a decode stage has its like to compare with."""
     aliases: tuple[str, ...] = ()
     """Other names that mean this cell."""
+    repeats: str | None = None
+    """The cell of which this one is a repeat with another seed."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,11 @@ class Plan:
     def step(self, key: str) -> Step:
         """The step with this key; KeyError when the plan has none."""
         return {step.key: step for step in self.steps}[key]
+
+    def title(self, step: Step) -> str:
+        """The chain that a step ends, and its seed where that is not the first."""
+        seed = "" if step.seed == self.pipeline.seed else f"@{step.seed}"
+        return ("+".join(step.chain) or step.name) + seed
 
     def lineage(self, key: str) -> tuple[Step, ...]:
         """The steps from the source up to and with the one with this key."""
@@ -150,6 +160,7 @@ def make_plan(
     for chain, excluded in combinations(pipeline):
         planner.add_combination(chain, excluded)
     planner.add_plain_cells()
+    planner.add_repeats()
     return planner.plan()
 
 
@@ -172,6 +183,11 @@ def cell_name(chain: Chain) -> str:
     return "+".join(chain) or DENSE
 
 
+def speculates(decode: Stage | None) -> bool:
+    """Whether a cell with this decode stage speculates: it then gives the plain cell's tokens."""
+    return decode is not None and decode.use == SPECULATE
+
+
 def digest(recipe: Mapping[str, Any]) -> str:
     """16 hex digits of the sha256 of a recipe in canonical JSON."""
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -187,6 +203,7 @@ class _Draft:
     decode: Stage | None
     origin: Origin
     names: list[str]
+    repeats: str | None = None
 
 
 class _Planner:
@@ -203,7 +220,7 @@ class _Planner:
 
     def add(self, chain: Chain, names: tuple[str, ...], origin: Origin) -> None:
         """Plan a chain that breaks no rule; one that equals a planned cell only adds its names."""
-        weights, decode = self._weights(chain)
+        weights, decode = self._weights(chain, self._pipeline.seed)
         draft = _Draft(chain, weights, decode, origin, [])
         draft = self._drafts.setdefault(_cell_key(weights, decode), draft)
         draft.names += [name for name in names if name not in draft.names]
@@ -234,6 +251,22 @@ class _Planner:
             if draft.decode is not None and _cell_key(draft.weights, None) not in self._drafts:
                 chain = self._steps[draft.weights].chain
                 self.add(chain, (cell_name(chain),), "plain")
+
+    def add_repeats(self) -> None:
+        """Plan what has weights of its own again with every further seed, for its quality.
+
+        Speculation gives the plain cell's tokens, so its like with another seed says nothing new.
+        """
+        for draft in list(self._drafts.values()):
+            if self._steps[draft.weights].stage is None or speculates(draft.decode):
+                continue
+            for seed in self._pipeline.more_seeds:
+                weights, decode = self._weights(draft.chain, seed)
+                name = draft.names[0]
+                repeat = _Draft(
+                    draft.chain, weights, decode, draft.origin, [f"{name}@{seed}"], name
+                )
+                self._drafts[_cell_key(weights, decode)] = repeat
 
     def plan(self) -> Plan:
         """Everything gathered, after the last checks on names."""
@@ -268,18 +301,20 @@ class _Planner:
             shape = None if shape is None else stage.reshape(shape)
         return None
 
-    def _weights(self, chain: Chain) -> tuple[str, Stage | None]:
+    def _weights(self, chain: Chain, seed: int) -> tuple[str, Stage | None]:
         """Add the steps of a chain; the last one's key, and the decode stage, if there is one."""
-        step, shape = self._add_step(Step(self._keys.source(), SOURCE, None, None, ())), self._shape
+        source = Step(self._keys.source(), SOURCE, None, None, (), self._pipeline.seed)
+        step, shape = self._add_step(source), self._shape
         for index, name in enumerate(chain):
             stage = self._stages[name]
             if stage.acts == "decode":
                 return step.key, stage  # the rules let nothing follow it
-            key = self._keys.stage(name, stage, step.key)
+            key = self._keys.stage(name, stage, step.key, seed)
             memory = (
                 None if shape is None else stage.memory(shape, self._pipeline.data.train.length)
             )
-            step = self._add_step(Step(key, name, stage, step.key, chain[: index + 1], memory))
+            before, chain_so_far = step.key, chain[: index + 1]
+            step = self._add_step(Step(key, name, stage, before, chain_so_far, seed, memory))
             shape = None if shape is None else stage.reshape(shape)
         return step.key, None
 
@@ -313,6 +348,7 @@ class _Planner:
             plain=plain,
             origin=draft.origin,
             aliases=tuple(aliases),
+            repeats=draft.repeats,
         )
 
 
@@ -336,7 +372,7 @@ class _Keys:
             }
         )
 
-    def stage(self, name: str, stage: Stage, parent: str) -> str:
+    def stage(self, name: str, stage: Stage, parent: str, seed: int) -> str:
         hashes = {
             parameter: self._file_sha256(path, ("stages", name, parameter))
             for parameter, path in stage.files().items()
@@ -345,7 +381,7 @@ class _Keys:
             {
                 **stage.identity(hashes),
                 "parent": parent,
-                "seed": self._pipeline.seed,
+                "seed": seed,
                 "dtype": self._pipeline.model.dtype,
                 "data": {split: self._data_identity(split) for split in stage.reads_data},
             }

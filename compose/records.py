@@ -27,13 +27,12 @@ from compose.artifact import lineage
 from compose.assets import SELF_WRITTEN
 from compose.cache import Store, read_json, write_json
 from compose.errors import ComposeError, UserError
-from compose.plan import Cell, Plan, digest
+from compose.plan import Cell, Plan, digest, speculates
 from compose.result import CellResult, Results
 
 Phase = Literal["load", "quality", "lossless"]
 MEASURE_VERSION = 3  # raised when the same cell begins to be measured in another way
 SPEED_NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s")
-SPECULATE = "speculate"
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,7 @@ def learns_from(plan: Plan) -> list[tuple[str, int | None]]:
 
 def phases_of(cell: Cell) -> tuple[Phase, ...]:
     """What is measured of a cell beside speed: speculation gives the plain cell's own tokens."""
-    speculates = cell.decode is not None and cell.decode.use == SPECULATE
-    return ("load", "lossless") if speculates else ("load", "quality")
+    return ("load", "lossless") if speculates(cell.decode) else ("load", "quality")
 
 
 def read_phase(run: RunFolder, plan: Plan, cell: Cell, phase: Phase) -> dict[str, Any] | None:
@@ -334,6 +332,7 @@ def gather(run: RunFolder, plan: Plan, told: Gathered) -> Results:
     parts = {cell.name: _cell_parts(run, plan, cell, told) for cell in plan.cells}
     known = {name: part for name, part in parts.items() if part is not None}
     _compare(plan, known)
+    _fold_repeats(plan, known)
     left_out = [
         CellResult(
             name=left.name, chain=left.chain, status="left-out", reason=left.message, rule=left.rule
@@ -342,7 +341,7 @@ def gather(run: RunFolder, plan: Plan, told: Gathered) -> Results:
     ]
     source_map = plan.pipeline.source_map
     session = told.session
-    missing = [cell.name for cell in plan.cells if cell.name not in known]
+    missing = [cell.name for cell in plan.cells if parts[cell.name] is None]
     notes = [f"not measured in this run: {', '.join(missing)}"] if missing else []
     if session is not None and len(session.groups) > 1:
         notes.append(
@@ -370,7 +369,8 @@ def _cell_parts(run: RunFolder, plan: Plan, cell: Cell, told: Gathered) -> dict[
     found = {phase: read_phase(run, plan, cell, phase) for phase in phases_of(cell)}
     rounds = told.session.of_cell(cell.name) if told.session else {}
     measured = told.session is not None and told.session.members.get(cell.name) == cell.key
-    whole = all(record is not None for record in found.values()) and measured and bool(rounds)
+    timed = cell.repeats is not None or (measured and bool(rounds))
+    whole = all(record is not None for record in found.values()) and timed
     if failure is None and not whole:
         return None
     part: dict[str, Any] = {
@@ -453,6 +453,19 @@ def _compare(plan: Plan, parts: dict[str, dict[str, Any]]) -> None:
         fast, slow = _decode_median(part), _decode_median(plain)
         if part.get("speculation") is not None and fast and slow:
             part["speculation"]["speedup"] = fast / slow
+
+
+def _fold_repeats(plan: Plan, parts: dict[str, dict[str, Any]]) -> None:
+    """Move what other seeds gave into the cells that they repeat; failures stay on their own."""
+    for cell in plan.cells:
+        part = parts.get(cell.name)
+        if cell.repeats is None or part is None or part["status"] != "ok":
+            continue
+        if first := parts.get(cell.repeats):
+            found = {section: part.get(section) for section in ("quality", "compute")}
+            seed = plan.step(cell.weights).seed
+            first["seeds"] = (*first.get("seeds", ()), {"seed": seed} | found)
+            del parts[cell.name]
 
 
 def _relate(value: dict[str, Any] | None, base: dict[str, Any] | None, name: str) -> None:

@@ -339,6 +339,19 @@ class StepInfo(Record):
     """Which stage it is: `gate`, `bnb`, `skip`, ..."""
 
 
+class SeedRun(Record):
+    """The same chain, made and scored with another seed."""
+
+    seed: int
+    """The seed."""
+
+    quality: Quality | None = None
+    """How good the answers are with it."""
+
+    compute: Compute | None = None
+    """Shares of compute that were saved with it."""
+
+
 Status = Literal["ok", "failed", "left-out"]
 
 
@@ -406,6 +419,9 @@ class CellResult(Record):
 
     step_peak_bytes: dict[str, int] | None = None
     """Stage name -> the most memory that the process held which ran it."""
+
+    seeds: tuple[SeedRun, ...] | None = None
+    """What further seeds gave; everything else is the first seed's."""
 
     seconds: float | None = None
     """Wall time of the cell's measurements."""
@@ -526,6 +542,15 @@ class Results(Record):
         if name not in METRICS:
             raise UserError(f"there is no metric {name!r}", fix=suggest(name, METRICS))
         return METRICS[name].of(self, cell)
+
+    def over_seeds(self, name: str, cell: CellResult) -> tuple[float, ...]:
+        """A metric of quality or compute with every seed, the first seed's first."""
+        runs = [
+            cell.model_copy(update={"quality": run.quality, "compute": run.compute})
+            for run in cell.seeds or ()
+        ]
+        values = [self.metric(name, each) for each in (cell, *runs)]
+        return tuple(value for value in values if value is not None)
 
     def gain(self, name: str, cell: CellResult) -> float | None:
         """A metric of the cell over the baseline's, or None."""

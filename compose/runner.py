@@ -209,7 +209,7 @@ class Runner:
         asked = [self.plan.cell(name) for name in self.settings.only]
         names = {self.baseline.name}
         names |= {name for cell in asked for name in (cell.name, cell.plain) if name is not None}
-        return [cell for cell in self.plan.cells if cell.name in names]
+        return [cell for cell in self.plan.cells if {cell.name, cell.repeats} & names]
 
     def step_tasks(self, cells: list[Cell]) -> list[Task]:
         """Make every model folder that the cells need. The source is needed as the teacher, too."""
@@ -241,7 +241,7 @@ class Runner:
             return
         if self.store.has(step.key):
             return
-        line = self.board.line("+".join(step.chain) or f"source {self.plan.pipeline.model.source}")
+        line = self.board.line(self.title(step))
         try:
             with self.lock_step(step.key, line):
                 if self.store.has(step.key):  # another run made it while we waited
@@ -256,6 +256,11 @@ class Runner:
             self.failed_steps[step.key] = _failure(error, step.name)
         else:
             line.done()
+
+    def title(self, step: Step) -> str:
+        """What a step is called on the board."""
+        of = f" {self.plan.pipeline.model.source}" if step.stage is None else ""
+        return self.plan.title(step) + of
 
     @contextmanager
     def lock_step(self, key: str, line: Line) -> Iterator[None]:
@@ -289,7 +294,7 @@ class Runner:
             "stage": None if step.stage is None else step.stage.model_dump(mode="json"),
             "model": pipeline.model.source,
             "dtype": pipeline.model.dtype,
-            "seed": pipeline.seed,
+            "seed": step.seed,
             "data": pipeline.data.model_dump(mode="json"),
             "source": None if step.parent is None else str(self.store.model(step.parent)),
             "dense": str(self.store.model(self.plan.steps[0].key)),
@@ -341,7 +346,8 @@ class Runner:
         Returns what is not kept. Importing and loading again would take longer than measuring.
         """
         free = psutil.virtual_memory().available
-        if remote is None or not self.executor.parks or free < PARKING_ROOM:
+        timed = cell.repeats is None and self.executor.parks
+        if remote is None or not timed or free < PARKING_ROOM:
             return remote
         with self._lock:
             if not self._ending:
@@ -387,7 +393,8 @@ class Runner:
 
         Speeds are compared only within a session: a new or changed cell begins a new one.
         """
-        able = [cell for cell in cells if cell.name not in self.failed_cells]
+        timed = [cell for cell in cells if cell.repeats is None]
+        able = [cell for cell in timed if cell.name not in self.failed_cells]
         if not able:
             return None
         settings = speed_settings(self.plan, environment)

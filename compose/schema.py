@@ -274,6 +274,10 @@ class Pipeline(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of everything that draws numbers."""
 
+    more_seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = ()
+    """Further seeds: weights are made, and their quality is measured, again with each of them, and
+    the report has means with intervals."""
+
     model: Model
     """Which model is compressed."""
 
@@ -331,7 +335,10 @@ class Pipeline(_Section):
         return self._source_map.locate(error, loc, at_key=at_key)
 
     def problems(self) -> Iterator[Problem]:
-        """Names that point at nothing, in the order of the file's sections."""
+        """Seeds named twice, names that point at nothing, in the order of the file's sections."""
+        for index, seed in enumerate(self.more_seeds):
+            if seed in (self.seed, *self.more_seeds[:index]):
+                yield Problem(("more_seeds", index), f"seed {seed} is named twice")
         for name, chain in self.pipelines.items():
             yield from self._unknown_stages(chain, ("pipelines", name))
         if self.matrix is not None:

@@ -53,7 +53,7 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
     """Steps, cells, and what is left out by which rule."""
     state = plan_state(plan, run)
     steps = _table("Steps", "step", "stage", "after", "key", "memory", "state")
-    names = {step["key"]: "+".join(step["chain"]) or step["name"] for step in state["steps"]}
+    names = {step.key: plan.title(step) for step in plan.steps}
     for step in state["steps"]:
         use = step["stage"]["use"] if step["stage"] else plan.pipeline.model.source
         after = names.get(step["parent"], "")

@@ -114,6 +114,7 @@ def _facts(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
     shown = {
         "cells": tables.overview(report),
         "quality": tables.quality(report),
+        "seeds": tables.seeds(report),
         "speed": tables.speed(report),
         "speculation": tables.speculation(report),
     }

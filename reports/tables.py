@@ -5,7 +5,9 @@ A number that was not measured is an en dash. A column that no cell has is left 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -109,6 +111,48 @@ def quality(report: Report) -> Table:
             _metric("retained", "Keeps", "%", retained_help(report), share),
         ],
     )
+
+
+def seeds(report: Report) -> Table:
+    """Means over seeds of what was made with several, and the half width of their interval."""
+    rows = tuple(row for row in report.rows if row.cell.seeds)
+    shown = [
+        ("saved", "Saved", "net, %", _SAVED, share),
+        ("perplexity-ratio", "Perplexity", TIMES + " dense", _RATIO, ratio),
+        ("kl", "KL", "nats", _KL, number),
+        ("agreement", "Agree", "%", _AGREE, share),
+        ("accuracy", "Tasks", "mean, %", "Unweighted mean of the scores.", share),
+        ("retained", "Keeps", "%", retained_help(report), share),
+    ]
+    count = Column("Seeds", "", "How many made the cell.", _seed_count)
+    columns = [
+        Column(head, unit, help, _over_seeds(name, show)) for name, head, unit, help, show in shown
+    ]
+    return _table(report, rows, [count, *columns])
+
+
+def _seed_count(report: Report, row: Row) -> Entry:
+    number = 1 + len(row.cell.seeds or ())
+    return Entry(str(number), "", number)
+
+
+def _over_seeds(name: str, show: Callable[[float], str]) -> Callable[[Report, Row], Entry]:
+    def make(report: Report, row: Row) -> Entry:
+        values = report.results.over_seeds(name, row.cell)
+        if len(values) < 2:
+            return Entry()
+        mean = statistics.fmean(values)
+        return Entry(show(mean), f"± {show(half_width(values))}", mean, tone=tone(name, mean))
+
+    return make
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of the values' mean, by Student's t."""
+    from scipy.stats import t
+
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return float(t.ppf(0.975, len(values) - 1)) * error
 
 
 def speed(report: Report) -> Table:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compose.errors import PlanError, RuleBroken
+from compose.errors import PipelineError, PlanError, RuleBroken
 from compose.parse import load_pipeline
 from compose.plan import SOURCE, Cell, Facts, Plan, Step, make_plan
 from compose.schema import Matrix, Model, Pipeline
@@ -221,6 +221,26 @@ def test_export_of_a_cell_that_is_left_out_says_why(tmp_path: Path) -> None:
 def test_export_takes_aliases(tmp_path: Path) -> None:
     text = "pipelines: {a: [gates, nf4]}\nexport: {gates+nf4: {to: out}, dense: {to: o}}\n"
     assert plan_of(tmp_path, MATRIX + text).cell("gates+nf4").name == "a"
+
+
+def test_further_seeds_repeat_what_has_weights_of_its_own(tmp_path: Path) -> None:
+    plan = plan_of(
+        tmp_path, "more_seeds: [1, 2]\npipelines: {a: [gates, spec], b: [gates, skip80]}\n"
+    )
+    repeats = {cell.name: cell for cell in plan.cells if cell.repeats is not None}
+    assert list(repeats) == ["b@1", "b@2", "gates@1", "gates@2"]
+    assert repeats["b@2"].repeats == "b"
+    assert repeats["b@2"].plain == "gates@2"
+    seeds = {plan.title(step): step.seed for step in plan.steps}
+    assert seeds == {"source": 0, "gates": 0, "gates@1": 1, "gates@2": 2}
+    alone = plan_of(tmp_path, "seed: 2\npipelines: {b: [gates, skip80]}\n")
+    assert alone.cell("b").key == repeats["b@2"].key, "a seed means the same in both places"
+
+
+@pytest.mark.parametrize("seeds", ["[1, 1]", "[0]"])
+def test_a_seed_named_twice_is_refused_at_its_place(tmp_path: Path, seeds: str) -> None:
+    with pytest.raises(PipelineError, match=r"p\.yaml:13:\d+: seed \d is named twice"):
+        plan_of(tmp_path, f"more_seeds: {seeds}\npipelines: {{a: [gates]}}\n")
 
 
 def test_baseline_comes_first_and_must_exist(tmp_path: Path) -> None:

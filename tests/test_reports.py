@@ -369,6 +369,27 @@ def test_failures_and_left_out_cells_say_why(report: Report) -> None:
     assert "16 cells measured, 1 failed, 7 left out" in words
 
 
+def test_seeds_have_a_mean_and_student_s_interval() -> None:
+    cell = made_up_cell("gates", decode=30.0, disk=270.0, ratio=1.1, saved=0.2)
+    others = [made_up_cell("gates", decode=1.0, disk=1.0, ratio=r, saved=0.2) for r in (1.2, 1.3)]
+    cell["seeds"] = [
+        {"seed": n, "quality": other["quality"], "compute": other["compute"]}
+        for n, other in enumerate(others, 1)
+    ]
+    results = made_up_results() | {"cells": [made_up_results()["cells"][0], cell]}
+    report = Report(Results.model_validate(results))
+    table = tables.seeds(report)
+    ((row, entries),) = table.rows
+    assert row.cell.name == "gates"
+    shown = {column.head: entry for column, entry in zip(table.columns, entries, strict=True)}
+    assert shown["Seeds"].text == "3"
+    assert shown["Perplexity"].text == "1.200"
+    assert shown["Perplexity"].note == "± 0.248"  # 4.303 standard errors of 0.1 / sqrt(3)
+    assert shown["Saved"].note == "± 0.0"
+    assert "± 0.248" in to_html(report, {})
+    assert "± 0.248" in to_markdown(report, {})
+
+
 def test_a_speculative_cell_has_the_quality_of_its_plain_cell(report: Report) -> None:
     rows = {row.cell.name: row for row in report.rows}
     own, plain = rows["gates+gptq4+spec"], rows["gates+gptq4"]

@@ -373,6 +373,32 @@ def test_only_after_a_whole_run_does_nothing_and_loses_nothing(tmp_path: Path) -
     assert len(results_of(tmp_path).measured) == 5
 
 
+def test_further_seeds_are_scored_and_folded_into_the_cell(tmp_path: Path) -> None:
+    plan = make_plan(pipeline(more_seeds=[1]))
+    script = Script()
+    script.break_at[("quality", "cut@1")] = failing()
+    result = go(tmp_path, script, plan)
+    assert result.exit_code == 1
+    assert {event[1] for event in script.done("speed")} == {
+        "dense",
+        "cut",
+        "gates",
+        "gates+skip",
+        "gates+spec",
+    }
+    results = results_of(tmp_path)
+    assert [cell.name for cell in results.cells if cell.status == "failed"] == ["cut@1"]
+    assert results.cell("cut").seeds is None
+    folded = results.cell("gates+skip")
+    assert folded.seeds is not None
+    assert [run.seed for run in folded.seeds] == [1]
+    assert results.over_seeds("perplexity-ratio", folded) == (1.2, 1.2)
+    again = Script()
+    go(tmp_path, again, plan)
+    assert {event[1] for event in again.done("quality")} == {"cut@1"}
+    assert again.done("step") == again.done("speed") == []
+
+
 # --- Failures -----------------------------------------------------------------------------------
 
 
