@@ -23,6 +23,12 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # files run side by side: each has its share of the cores
+    import torch
+
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, share))
+
 ROOT = Path(__file__).resolve().parents[1]
 
 CHAT_TEMPLATE = (
