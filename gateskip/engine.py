@@ -1,8 +1,8 @@
 """The native engine: a whole pass over a few tokens in one call of engine.cpp.
 
 It takes over decoding and verifying on a CPU, where a step in torch spends most of its time between
-operators. What it does not know (other devices, formats or architectures) stays with torch; prefill
-always does. Its weights are the torch modules' own, float32, bfloat16 or packed; 4-bit ones are
+operators. What it does not know (other devices, formats or architectures) stays with torch. So do
+the matrix products of a prefill; what lies between those is native. Its weights are the torch modules' own, float32, bfloat16 or packed; 4-bit ones are
 multiplied with activations rounded to 8 bits when `rounded` asks for it. Between branches all is
 float32, so that bfloat16 models lose less here than in torch.
 """
@@ -319,6 +319,39 @@ class Engine:
             torch.get_num_threads(),
         )
         return x
+
+    def attends(self, queries: Tensor, shape: AttentionShape) -> bool:
+        """Whether `attend` can do it: in bfloat16, where the processor multiplies pairs of it."""
+        known = queries.dtype == torch.bfloat16 and bool(self.library.gateskip_attends())
+        return known and shape.head_dim % native.TILE == 0 and shape.softcap is None
+
+    def attend(
+        self,
+        queries: Tensor,
+        counts: Sequence[int],
+        slots: Tensor,
+        kv: tuple[Tensor, Tensor],
+        shape: AttentionShape,
+    ) -> Tensor:
+        """What prefill.attend_rows gives, in one call that computes scores in registers."""
+        keys, values = kv
+        used = int(slots.max()) + 1
+        used += -used % native.TILE
+        out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
+        room = torch.empty(len(keys) * shape.kv_heads, 2, used, shape.head_dim, dtype=keys.dtype)
+        given, rows = queries.contiguous(), torch.tensor(counts)
+        sizes = (len(keys), shape.heads, shape.kv_heads, shape.head_dim)
+        layout = (keys.stride(0), keys.stride(1), keys.shape[2], shape.window or 0)
+        self.library.gateskip_attend(
+            *(Pointer(part.data_ptr()) for part in (given, slots, rows, keys, values)),
+            *map(ctypes.c_int64, (*sizes, *layout)),
+            Float(shape.scaling),
+            ctypes.c_int64(used),
+            Pointer(room.data_ptr()),
+            Pointer(out.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return out.flatten(1)
 
     def soften(self, scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> None:
         """Scores [kv_heads, Q * group, T] become shares of attention, in place.

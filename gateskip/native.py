@@ -1,7 +1,7 @@
-"""The compiled kernels of native.cpp and engine.cpp: built once a machine, called through ctypes.
+"""The compiled kernels of native.cpp, attention.cpp and engine.cpp: built once a machine.
 
-They serve float32 activations on a CPU. Where no C++ compiler is at hand everything runs on torch's
-own kernels instead: slower, with the same results up to rounding.
+They are called through ctypes, on a CPU. Where no C++ compiler is at hand everything runs on
+torch's own kernels instead: slower, with the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "native.cpp", FOLDER / "engine.cpp")
+SOURCES = tuple(FOLDER / f"{name}.cpp" for name in ("native", "attention", "engine"))
 TILE, BLOCK = 16, 32  # rows and columns of packed weights that lie together, as in kernels.h
 FLAGS = (
     "-O3",

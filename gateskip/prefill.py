@@ -1,9 +1,10 @@
 """Attention of many gathered tokens on a CPU: only the pairs that may see each other are computed.
 
 torch's fused attention takes a mask, and computes under it too; a prompt's tokens, or those of
-them that entered a branch, see on average half of the cache. Here some queries at a time meet the
-keys up to the last one's own slot, as two matrix products with a softmax between them that stays in
-the processor's cache: in bfloat16 2.3 times as fast (docs/experiments.md).
+them that entered a branch, see on average half of the cache. In bfloat16, attention.cpp does it in
+one call where the processor has the instructions. Elsewhere some queries at a time meet the keys up
+to the last one's own slot, as two matrix products with a softmax between them that stays in the
+processor's cache: in bfloat16 2.3 times as fast (docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ def attend_rows(
 ) -> Tensor:
     """Softmax attention of queries [N, heads, D], `counts` of them a row -> [N, heads * D].
 
-    slots [N] ascend within a row; keys and values [B, kv_heads, T, D] hold slot t at place t. With
-    an engine the softmax is one native pass.
+    slots [N] ascend within a row; keys and values [B, kv_heads, T, D] hold slot t at place t. An
+    engine does all of it natively where it can, else the softmax.
     """
+    if engine is not None and len(slots) and engine.attends(queries, shape):
+        return engine.attend(queries, counts, slots, kv, shape)
     total, group = len(queries), shape.heads // shape.kv_heads
     turned = queries.new_zeros(shape.kv_heads, total + FILL, group, shape.head_dim)
     turned[:, :total] = queries.unflatten(1, (shape.kv_heads, group)).transpose(0, 1)

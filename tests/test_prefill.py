@@ -11,6 +11,7 @@ import torch
 import gateskip
 from gateskip import decode
 from gateskip.branches import AttentionShape, rotate
+from gateskip.engine import Engine
 from gateskip.masked import attend, causal
 from gateskip.prefill import EVEN, _evened, attend_rows, filled
 
@@ -51,19 +52,51 @@ def test_rows_are_filled_up_with_the_last(count: int) -> None:
     assert torch.equal(found[:count], kept) and (found[count:] == kept[-1]).all()
 
 
+@pytest.fixture
+def engine(make_tiny: Callable[..., Path]) -> Engine:
+    return gateskip.load(make_tiny("llama")).skipping.engine
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_native_softmax_is_torchs(
-    make_tiny: Callable[..., Path], kind: torch.dtype, window: int | None
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, kind: torch.dtype, window: int | None
 ) -> None:
     torch.manual_seed(0)
-    engine = gateskip.load(make_tiny("llama")).skipping.engine
+    monkeypatch.setattr(engine, "attends", lambda *_: False)
     shape = AttentionShape(HEADS, KV_HEADS, WIDTH, WIDTH**-0.5, None, window)
     slots = torch.tensor([70, 71, 90, 127, 300, 301, 302])
     keys, values = (torch.randn(1, KV_HEADS, 320, WIDTH, dtype=kind) for _ in range(2))
     queries = torch.randn(len(slots), HEADS, WIDTH, dtype=kind)
     found = [attend_rows(queries, [7], slots, (keys, values), shape, e) for e in (None, engine)]
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("sizes", [(9, 3, 64), (14, 2, 64), (8, 8, 128), (32, 1, 96), (6, 2, 16)])
+def test_native_attention_is_nearer_to_float32_than_torchs(
+    engine: Engine, sizes: tuple[int, int, int], window: int | None
+) -> None:
+    heads, kv_heads, width = sizes
+    torch.manual_seed(0)
+    shape = AttentionShape(heads, kv_heads, width, width**-0.5, None, window)
+    capacity, lengths = 301, torch.tensor([300, 7, 0, 261])  # the last block of keys is cut short
+    slots = torch.arange(300).expand(4, -1)
+    keep = (torch.rand(4, 300) < 0.5) & (slots < lengths.unsqueeze(1))
+    kv = [torch.randn(4, kv_heads, capacity, width).bfloat16() for _ in range(2)]
+    queries = torch.randn(int(keep.sum()) + 3, heads, width).bfloat16()  # three only fill up
+    if not engine.attends(queries, shape):
+        pytest.skip("this processor does not multiply pairs of bfloat16")
+    counts, places = keep.sum(1).tolist(), slots[keep]
+    exact = attend_rows(queries.float(), counts, places, (kv[0].float(), kv[1].float()), shape)
+    torchs = attend_rows(queries, counts, places, (kv[0], kv[1]), shape)
+    found = attend_rows(queries, counts, places, (kv[0], kv[1]), shape, engine)
+    assert (found - exact).abs().max() < (torchs - exact).abs().max()
+    assert not found[-3:].any()
+    alone = counts[0] - 5  # a row's last tokens by themselves: the same bits
+    some = slice(5, counts[0])
+    rest = attend_rows(queries[some], [alone], places[some], (kv[0][:1], kv[1][:1]), shape, engine)
+    assert torch.equal(rest, found[some])
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
