@@ -32,7 +32,7 @@ Weights = Literal["own", "int4-head", "nf4", "int4"]
 Tokens = list[int]
 Target = Literal["gated", "original"]
 MAX_DRAFT = 16
-PREFILL = 2048  # tokens of all prompts together in one pass: bounds what lies beside the cache
+PREFILL = 4096  # tokens of all prompts together in one pass: bounds what lies beside the cache
 SELF_WRITTEN = (8, 96)  # rows and tokens of the text to which an int4 draft is fitted
 
 
