@@ -42,7 +42,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/gateskip generate exports/quickstart "$$QUESTION" --stats
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

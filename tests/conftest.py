@@ -68,12 +68,20 @@ TINY_FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+LONGEST = ("test_chains.py", "test_end_to_end.py")  # minutes each, begun first side by side
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses the real model as `real`, and run it after everything that is quick."""
+    """Mark what uses the real model as `real`, and run it after everything that is quick.
+
+    Where files run side by side, those that take longest come first, so that none is left over.
+    """
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker("real")
     items.sort(key=lambda item: item.get_closest_marker("real") is not None)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
