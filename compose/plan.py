@@ -313,8 +313,8 @@ class _Planner:
             memory = (
                 None if shape is None else stage.memory(shape, self._pipeline.data.train.length)
             )
-            before, chain_so_far = step.key, chain[: index + 1]
-            step = self._add_step(Step(key, name, stage, before, chain_so_far, seed, memory))
+            made = Step(key, name, stage, step.key, chain[: index + 1], seed, memory)
+            step = self._add_step(made)
             shape = None if shape is None else stage.reshape(shape)
         return step.key, None
 

@@ -9,8 +9,7 @@
 #include "kernels.h"
 
 #ifdef GATESKIP_BF16
-#include <omp.h>
-
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -22,9 +21,8 @@ constexpr int TILE_ROWS = 24;   // of queries times heads
 constexpr int SPAN = 256;       // keys of a block
 
 struct Shape {
-  int64_t rows, heads, kv_heads, width;  // of the batch; heads a token; heads of keys; channels a head
-  int64_t row_stride, head_stride;       // of keys and values [rows, kv_heads, capacity, width]
-  int64_t capacity, window;              // slots; 0 is no window
+  int64_t heads, kv_heads, width;  // of a token's queries; of its keys; channels of one
+  int64_t capacity, window;        // slots of a row of the cache; 0 is no window
   float scaling;
   int64_t group() const { return heads / kv_heads; }
 };
@@ -102,7 +100,7 @@ void multiply(int64_t vectors, const uint32_t* left, int64_t left_stride, const 
   }
 }
 
-__m512 exp16(__m512 x) {
+__m512 exp16(__m512 x) {  // as exp8 of engine.cpp, twice as wide
   const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   __m512 t = _mm512_fmadd_ps(whole, _mm512_set1_ps(-0.693359375f), x);
   t = _mm512_fmadd_ps(whole, _mm512_set1_ps(2.12194440e-4f), t);
@@ -223,13 +221,13 @@ extern "C" {
 int32_t gateskip_attends() { return 1; }
 
 // queries [N, heads, width], counts[b] of them in row b at ascending slots [N], over keys and values
-// [rows, kv_heads, capacity, width] -> out [N, heads, width], all bfloat16. width is a multiple of 16. `room`
+// [rows, kv_heads, capacity, width], whose rows and heads lie `row_stride` and `head_stride` apart -> out [N, heads, width], all bfloat16. width is a multiple of 16. `room`
 // holds 2 * rows * kv_heads * width * slots / 2 numbers, slots those up to the last one, a multiple of 16.
 void gateskip_attend(const uint16_t* queries, const int64_t* slots, const int64_t* counts, const uint16_t* keys,
                      const uint16_t* values, int64_t rows, int64_t heads, int64_t kv_heads, int64_t width,
                      int64_t row_stride, int64_t head_stride, int64_t capacity, int64_t window, float scaling,
                      int64_t used, uint32_t* room, uint16_t* out, int32_t threads) {
-  const Shape s{rows, heads, kv_heads, width, row_stride, head_stride, capacity, window, scaling};
+  const Shape s{heads, kv_heads, width, capacity, window, scaling};
   const int64_t size = used * width / 2, pieces = (used + SPAN - 1) / SPAN;
   auto packed = [&](int64_t row, int64_t head) {
     uint32_t* at = room + 2 * size * (row * kv_heads + head);

@@ -37,6 +37,7 @@ DENSE, HALF, FOUR_BIT, FOUR_BIT_BOOK, EIGHT_BIT = range(5)
 ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES = range(5, 8)
 PARTS = ("linear", "attention", "gates", "lm head")  # as in engine.cpp
 DENSE_KINDS = {torch.float32: DENSE, torch.bfloat16: HALF}
+LANES = 16  # of attention.cpp: slots of its packed keys, channels of its values
 LIFT = 128  # what makes signed bytes unsigned; kernels.h takes it off again
 BLOCK = native.BLOCK
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
@@ -324,7 +325,7 @@ class Engine:
     def attends(self, queries: Tensor, shape: AttentionShape) -> bool:
         """Whether `attend` can do it: in bfloat16, where the processor multiplies pairs of it."""
         known = queries.dtype == torch.bfloat16 and bool(self.library.gateskip_attends())
-        return known and shape.head_dim % native.TILE == 0 and shape.softcap is None
+        return known and shape.head_dim % LANES == 0 and shape.softcap is None
 
     def attend(
         self,
@@ -337,7 +338,7 @@ class Engine:
         """What prefill.attend_rows gives, in one call that computes scores in registers."""
         keys, values = kv
         used = int(slots.max()) + 1
-        used += -used % native.TILE
+        used += -used % LANES
         out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
         room = torch.empty(len(keys) * shape.kv_heads, 2, used, shape.head_dim, dtype=keys.dtype)
         given, rows = queries.contiguous(), torch.tensor(counts)

@@ -42,15 +42,10 @@ class Shortcuts(nn.Module):
 
     def forward(self, branch: int, x: Tensor) -> Tensor:
         """What skipping tokens get at a branch that reads x [..., H] -> [..., H], as x's dtype."""
-        return self.widened(branch, self.narrowed(branch, x))
-
-    def narrowed(self, branch: int, x: Tensor) -> Tensor:
-        """V x [..., r] of x [..., H]."""
-        return F.linear(x, self.down[branch].to(x.dtype))
-
-    def widened(self, branch: int, z: Tensor) -> Tensor:
-        """U z + c [..., H] of z [..., r]."""
-        return F.linear(z, self.up[branch].to(z.dtype), self.bias[branch].to(z.dtype))
+        narrow = F.linear(x, self.down[branch].to(x.dtype))
+        return F.linear(
+            narrow, self.up[branch].to(narrow.dtype), self.bias[branch].to(narrow.dtype)
+        )
 
     def settle(self) -> None:
         """Round to what a file keeps (float16), so that loading changes nothing."""
