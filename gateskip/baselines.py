@@ -61,7 +61,7 @@ class StaticGates(Gates):
 
     def logit(self, branch: int, x: Tensor) -> Tensor:
         """b, whatever x is."""
-        return self.bias[branch].expand(x.shape[:-1])
+        return self.part("bias", branch).expand(x.shape[:-1])
 
     def macs(self) -> int:
         """Nothing."""
@@ -92,7 +92,7 @@ class RouterGates(Gates):
         if branch % 2 == 1:
             assert self._attention is not None, "branches are asked in the order they run"
             return self._attention
-        self._attention = x.float() @ self.weight[branch] + self.bias[branch]
+        self._attention = x.float() @ self.part("weight", branch) + self.part("bias", branch)
         return self._attention
 
     def macs(self) -> int:

@@ -274,6 +274,16 @@ class Engine:
         layer = self.model.layer[branch // 2]
         weight = layer.norm_mlp if branch % 2 else layer.norm_attention
         gate = layer.weight_mlp if branch % 2 else layer.weight_attention
+        return self._norm(x, weight, gate, layer.bias_mlp if branch % 2 else layer.bias_attention)
+
+    def final(self, x: Tensor) -> Tensor:
+        """The norm before the LM head, of hidden states x [..., H] in their own type."""
+        return self._norm(x, self.model.norm_final)[0]
+
+    def _norm(
+        self, x: Tensor, weight: Any, gate: Any = None, bias: float = 0.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """The norm of x [..., H], and a gate's logits of it [...]; both weights are addresses."""
         x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
         logits = torch.empty(x.shape[:-1]) if gate else None
         self.library.gateskip_norm(
@@ -285,7 +295,7 @@ class Engine:
             int(x.dtype == torch.bfloat16),
             Pointer(out.data_ptr()),
             Pointer(gate),
-            Float(layer.bias_mlp if branch % 2 else layer.bias_attention),
+            Float(bias),
             Pointer(None if logits is None else logits.data_ptr()),
             torch.get_num_threads(),
         )

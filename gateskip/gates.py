@@ -10,6 +10,8 @@ at full compute exactly what it was.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -31,7 +33,33 @@ SPREAD = 0.01  # standard deviation of a new gate's weights
 Place = Literal["after", "before"]
 
 
-class Gates(nn.Module):
+class Stacked(nn.Module):
+    """Parameters that hold all branches' parts, one after the other."""
+
+    _opened: dict[str, tuple[Tensor, ...]] | None = None
+
+    def part(self, name: str, index: int) -> Tensor:
+        """Part `index` of parameter `name`."""
+        if self._opened is not None:
+            return self._opened[name][index]
+        whole: Tensor = getattr(self, name)
+        return whole[index]
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Within this context all parts, those of modules inside too, come from one cut. The
+        gradient of a part that is cut on its own is as large as the whole, and zero elsewhere."""
+        inside = [module for module in self.modules() if isinstance(module, Stacked)]
+        for each in inside:
+            each._opened = {name: p.unbind(0) for name, p in each.named_parameters(recurse=False)}
+        try:
+            yield
+        finally:
+            for each in inside:
+                each._opened = None
+
+
+class Gates(Stacked):
     """The gates of all branches; subclasses say what one gate computes.
 
     `scales`: whether an entered branch's output [.., H] is multiplied by the gate. `place` says
@@ -104,7 +132,7 @@ class ScalarGates(Gates):
 
     def logit(self, branch: int, x: Tensor) -> Tensor:
         """w . x + b."""
-        return x.float() @ self.weight[branch] + self.bias[branch]
+        return x.float() @ self.part("weight", branch) + self.part("bias", branch)
 
     def macs(self) -> int:
         """H."""
@@ -130,7 +158,9 @@ class VectorGates(Gates):
 
     def gate(self, branch: int, x: Tensor) -> Tensor:
         """sigmoid(W x + b)."""
-        return torch.sigmoid(F.linear(x.float(), self.weight[branch], self.bias[branch]))
+        return torch.sigmoid(
+            F.linear(x.float(), self.part("weight", branch), self.part("bias", branch))
+        )
 
     def logit(self, branch: int, x: Tensor) -> Tensor:
         """Logit of the gate vector's mean."""
@@ -162,8 +192,8 @@ class LowRankGates(Gates):
 
     def gate(self, branch: int, x: Tensor) -> Tensor:
         """sigmoid(U (V x) + b)."""
-        low = F.linear(x.float(), self.down[branch])
-        return torch.sigmoid(F.linear(low, self.up[branch], self.bias[branch]))
+        low = F.linear(x.float(), self.part("down", branch))
+        return torch.sigmoid(F.linear(low, self.part("up", branch), self.part("bias", branch)))
 
     def logit(self, branch: int, x: Tensor) -> Tensor:
         """Logit of the gate vector's mean."""
@@ -198,7 +228,7 @@ class SharedGates(Gates):
 
     def logit(self, branch: int, x: Tensor) -> Tensor:
         """w . x + b, with w by the branch's kind: attention and MLP take turns."""
-        return x.float() @ self.weight[branch % 2] + self.bias[branch]
+        return x.float() @ self.part("weight", branch % 2) + self.part("bias", branch)
 
     def macs(self) -> int:
         """H."""
@@ -229,8 +259,10 @@ class MlpGates(Gates):
 
     def logit(self, branch: int, x: Tensor) -> Tensor:
         """u . silu(W x + c) + b."""
-        inner = F.silu(F.linear(x.float(), self.inner[branch], self.inner_bias[branch]))
-        return inner @ self.outer[branch] + self.bias[branch]
+        inner = F.silu(
+            F.linear(x.float(), self.part("inner", branch), self.part("inner_bias", branch))
+        )
+        return inner @ self.part("outer", branch) + self.part("bias", branch)
 
     def macs(self) -> int:
         """r * (H + 1)."""

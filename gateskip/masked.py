@@ -7,6 +7,7 @@ gradients, calibration for its gate logits, and the tests hold the physical path
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -58,31 +59,34 @@ def masked_forward(
     rope = rope_at(model, positions, hidden.dtype)
     below: tuple[Tensor, Tensor] | None = None
     source = hidden
-    for branch in find_branches(model):
-        source = source if branch.parallel else hidden
-        x = branch.enter(source)
-        keep, scale = None, None
-        if gates is not None:
-            with torch.autocast(x.device.type, enabled=False):  # ranking asks for all its digits
-                keep = mask and anchored(mask(branch, gates.logit(branch.index, x.detach())))
-                if gates.scales or watch is not None:
-                    scale = gates.gate(branch.index, x.detach()).to(x.dtype)
-            if watch is not None and scale is not None:
-                watch(scale)
-            scale = scale if gates.scales else None
-        before = gates is not None and gates.place == "before"
-        entered = x * scale if before and scale is not None else x
-        if branch.kind == "attention":
-            at = rope[branch.rope]
-            output, below = run(_attention, model, branch, entered, at, keep, kv_rule, below)
-        else:
-            output = run(branch.module, entered)
-        output = branch.leave(output)
-        if scale is not None and not before:
-            output = output * scale
-        if observe is not None:
-            observe(branch, x, output)
-        hidden = hidden + (output if keep is None else _mixed(gates, branch, x, output, keep))
+    with nullcontext() if gates is None else gates.opened():
+        for branch in find_branches(model):
+            source = source if branch.parallel else hidden
+            x = branch.enter(source)
+            keep, scale = None, None
+            if gates is not None:
+                with torch.autocast(
+                    x.device.type, enabled=False
+                ):  # ranking asks for all its digits
+                    keep = mask and anchored(mask(branch, gates.logit(branch.index, x.detach())))
+                    if gates.scales or watch is not None:
+                        scale = gates.gate(branch.index, x.detach()).to(x.dtype)
+                if watch is not None and scale is not None:
+                    watch(scale)
+                scale = scale if gates.scales else None
+            before = gates is not None and gates.place == "before"
+            entered = x * scale if before and scale is not None else x
+            if branch.kind == "attention":
+                at = rope[branch.rope]
+                output, below = run(_attention, model, branch, entered, at, keep, kv_rule, below)
+            else:
+                output = run(branch.module, entered)
+            output = branch.leave(output)
+            if scale is not None and not before:
+                output = output * scale
+            if observe is not None:
+                observe(branch, x, output)
+            hidden = hidden + (output if keep is None else _mixed(gates, branch, x, output, keep))
     return final_norm(model)(hidden)  # type: ignore[no-any-return]
 
 

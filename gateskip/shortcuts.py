@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gateskip.branches import Branch, find_branches
-from gateskip.gates import ANCHORS
+from gateskip.gates import ANCHORS, Stacked
 from gateskip.masked import masked_forward
 
 RIDGE = 0.03  # relative to the mean variance of a branch's input
@@ -26,7 +26,7 @@ STORED = torch.float16
 LARGEST_WEIGHT = 4.0  # of a token in the fit, in medians
 
 
-class Shortcuts(nn.Module):
+class Shortcuts(Stacked):
     """U (V x) + c a branch: down [branches, r, H], up [branches, H, r], bias [branches, H]."""
 
     def __init__(self, branches: int, hidden_size: int, rank: int) -> None:
@@ -42,10 +42,9 @@ class Shortcuts(nn.Module):
 
     def forward(self, branch: int, x: Tensor) -> Tensor:
         """What skipping tokens get at a branch that reads x [..., H] -> [..., H], as x's dtype."""
-        narrow = F.linear(x, self.down[branch].to(x.dtype))
-        return F.linear(
-            narrow, self.up[branch].to(narrow.dtype), self.bias[branch].to(narrow.dtype)
-        )
+        down, up, bias = (self.part(name, branch) for name in ("down", "up", "bias"))
+        narrow = F.linear(x, down.to(x.dtype))
+        return F.linear(narrow, up.to(narrow.dtype), bias.to(narrow.dtype))
 
     def settle(self) -> None:
         """Round to what a file keeps (float16), so that loading changes nothing."""

@@ -10,7 +10,7 @@ forgetting a number.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +41,7 @@ from gateskip.prefill import EVEN, attend_rows, filled
 Thresholds = Sequence[float] | None
 KV_RULES = ("project", "copy")
 NEVER_SKIP = -math.inf
-MLP_ROWS = 1024  # at once: what lies between an MLP's products stays in the cache
+TOGETHER = 1024  # tokens that enter a branch at once: few sizes of products, small ones in between
 VERIFY_ROWS = 17  # longest verify pass: sixteen drafted tokens and the one before them
 
 
@@ -200,7 +200,13 @@ class SkippingModel:
         else:
             batch = _Batch.of(input_ids, starts, lengths)
             hidden = self._many_tokens(hidden, cache, batch, thresholds)
-        return self.norm(hidden)  # type: ignore[no-any-return]
+        return self._final(hidden)
+
+    def _final(self, hidden: Tensor) -> Tensor:
+        """The norm before the LM head."""
+        if self.engine is None or hidden.dtype != self.dtype:
+            return self.norm(hidden)  # type: ignore[no-any-return]
+        return self.engine.final(hidden)
 
     def _natively(
         self,
@@ -400,8 +406,7 @@ class SkippingModel:
                 rope = ropes[branch.rope]
                 self._add_attention(branch, hidden, entered, rope, cache, batch, keep, scale)
             if self.shortcuts is not None and keep is not None:
-                skipped = (~keep).flatten().nonzero().squeeze(1)  # [N], padding among them
-                if len(skipped):
+                for skipped in _parts(~keep):  # padding among them
                     instead = self.shortcuts(branch.index, _rows(x, filled(skipped)))
                     self._add_rows(hidden, skipped, instead[: len(skipped)])
         return hidden
@@ -431,15 +436,14 @@ class SkippingModel:
         self, branch: Branch, hidden: Tensor, x: Tensor, keep: Tensor | None, scale: Tensor | None
     ) -> None:
         if keep is None:
-            parts = x.flatten(0, -2).split(MLP_ROWS)
+            parts = x.flatten(0, -2).split(TOGETHER)
             output = torch.cat([self._mlp(branch, part) for part in parts]).view_as(x)
             hidden += output if scale is None else output * scale
             return
-        for kept in keep.flatten().nonzero().squeeze(1).split(MLP_ROWS):  # [N]
-            if kept.numel():
-                output = self._mlp(branch, _rows(x, filled(kept)))[: len(kept)]
-                output = output if scale is None else output * _rows(scale, kept)
-                self._add_rows(hidden, kept, output)
+        for kept in _parts(keep):
+            output = self._mlp(branch, _rows(x, filled(kept)))[: len(kept)]
+            output = output if scale is None else output * _rows(scale, kept)
+            self._add_rows(hidden, kept, output)
 
     def _kept(
         self,
@@ -520,21 +524,18 @@ class SkippingModel:
     ) -> None:
         """The tokens that enter, all rows' one after the other, and no pair that is masked."""
         keep = torch.ones_like(batch.slots, dtype=torch.bool) if keep is None else keep
-        kept = keep.flatten().nonzero().squeeze(1)  # [N]
-        count = len(kept)
-        if not count:
-            return
-        chosen = filled(kept)
-        cos, sin = (_rows(part, chosen).unsqueeze(0) for part in rope)
-        own = _rows(x, chosen).unsqueeze(0)
-        queries = project_queries(branch.module, own, (cos, sin), self._turn())[0]
         kv = (cache.keys[branch.layer], cache.values[branch.layer])
-        shape, slots = self.shapes[branch.index], batch.slots.flatten()[kept]
-        counts = keep.sum(1).tolist()
-        mixed = attend_rows(queries, counts, slots, kv, shape, self.engine)
-        output = branch.leave(project_out(branch.module, mixed.unsqueeze(0)))[0, :count]
-        output = output if scale is None else output * _rows(scale, kept)
-        self._add_rows(hidden, kept, output)
+        shape, slots = self.shapes[branch.index], batch.slots.flatten()
+        for kept in _parts(keep):
+            chosen = filled(kept)
+            cos, sin = (_rows(part, chosen).unsqueeze(0) for part in rope)
+            own = _rows(x, chosen).unsqueeze(0)
+            queries = project_queries(branch.module, own, (cos, sin), self._turn())[0]
+            counts = torch.bincount(kept // keep.shape[1], minlength=len(keep)).tolist()
+            mixed = attend_rows(queries, counts, slots[kept], kv, shape, self.engine)
+            output = branch.leave(project_out(branch.module, mixed.unsqueeze(0)))[0, : len(kept)]
+            output = output if scale is None else output * _rows(scale, kept)
+            self._add_rows(hidden, kept, output)
 
     def _store(
         self,
@@ -602,6 +603,11 @@ class _Batch:
 def _rows(x: Tensor, places: Tensor) -> Tensor:
     """Rows of x [B, S, N] at flat places [K] -> [K, N]; ten times as fast as x[places]."""
     return x.flatten(0, 1).index_select(0, places)
+
+
+def _parts(keep: Tensor) -> Iterator[Tensor]:
+    """Flat places [N] of the tokens that keep [B, S] marks, at most TOGETHER at a time."""
+    return (part for part in keep.flatten().nonzero().squeeze(1).split(TOGETHER) if len(part))
 
 
 def _gather_index(keep: Tensor) -> tuple[Tensor, Tensor]:
