@@ -1,4 +1,4 @@
-"""How much memory this process has held at most. Imports no torch."""
+"""How much memory this process holds, and has held at most. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def reset_peak() -> None:
     gc.collect()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def resident_bytes() -> int:
+    """The memory that this process holds now, in bytes."""
+    return int(psutil.Process(os.getpid()).memory_info().rss)
 
 
 def peak_bytes() -> int:

@@ -202,6 +202,12 @@ def say_race(out: Console, found: dict[str, Any]) -> None:
         f" {roof['gemm_float32_gflop_per_s']:.0f} GFLOP/s in float32 and"
         f" {roof['gemm_bfloat16_gflop_per_s']:.0f} in bfloat16"
     )
+    if found["beside"] is not None:
+        cache, beside = found["cache"], found["beside"]
+        out.print(
+            f"memory: {cache / 1e6:.0f} MB of cache at most, and {beside / 1e6:.0f} MB beside"
+            f" weights and cache at its peak ({beside / (size + cache):.0%})"
+        )
 
 
 def say_tuned(out: Console, found: dict[str, Any]) -> None:

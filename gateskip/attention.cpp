@@ -22,7 +22,7 @@ constexpr int SPAN = 256;       // keys of a block
 
 struct Shape {
   int64_t heads, kv_heads, width;  // of a token's queries; of its keys; channels of one
-  int64_t capacity, window;        // slots of a row of the cache; 0 is no window
+  int64_t window;                  // 0 is none
   float scaling;
   int64_t group() const { return heads / kv_heads; }
 };
@@ -37,21 +37,33 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 uint32_t pair(uint16_t low, uint16_t high) { return uint32_t(low) | uint32_t(high) << 16; }
 
-// Slots `first` to `last` of one head, multiples of 16; what lies beyond the cache is zero
-void pack(const Shape& s, const uint16_t* keys, const uint16_t* values, int64_t first, int64_t last, Paired to) {
-  const std::vector<uint16_t> nothing(s.width);
-  auto at = [&](const uint16_t* from, int64_t t) { return t < s.capacity ? from + t * s.width : nothing.data(); };
+// All rows' and heads' keys and values, packed
+struct Cache {
+  uint32_t* start;
+  int64_t kv_heads, width, used;  // slots of each
+  Paired at(int64_t row, int64_t head) const {
+    const int64_t size = used * width / 2;
+    uint32_t* keys = start + 2 * size * (row * kv_heads + head);
+    return {keys, keys + size};
+  }
+};
+
+// Slots `first` to `last` of one head, multiples of 16; what lies beyond the cache's capacity is zero
+void pack(int64_t width, int64_t capacity, const uint16_t* keys, const uint16_t* values, int64_t first, int64_t last,
+          Paired to) {
+  const std::vector<uint16_t> nothing(width);
+  auto at = [&](const uint16_t* from, int64_t t) { return t < capacity ? from + t * width : nothing.data(); };
   for (int64_t t = first; t < last; t += LANES) {
-    uint32_t* block = to.keys + t * s.width / 2;
+    uint32_t* block = to.keys + t * width / 2;
     for (int lane = 0; lane < LANES; lane++) {
       const uint16_t* key = at(keys, t + lane);
-      for (int64_t i = 0; i < s.width / 2; i++) std::memcpy(block + i * LANES + lane, key + 2 * i, 4);
+      for (int64_t i = 0; i < width / 2; i++) std::memcpy(block + i * LANES + lane, key + 2 * i, 4);
     }
   }
   for (int64_t t = first; t < last; t += 2) {
     const uint16_t *even = at(values, t), *odd = at(values, t + 1);
-    uint32_t* block = to.values + t / 2 * s.width;
-    for (int64_t d = 0; d < s.width; d++) block[d] = pair(even[d], odd[d]);
+    uint32_t* block = to.values + t / 2 * width;
+    for (int64_t d = 0; d < width; d++) block[d] = pair(even[d], odd[d]);
   }
 }
 
@@ -220,19 +232,29 @@ extern "C" {
 
 int32_t gateskip_attends() { return 1; }
 
-// queries [N, heads, width], counts[b] of them in row b at ascending slots [N], over keys and values
-// [rows, kv_heads, capacity, width], whose rows and heads lie `row_stride` and `head_stride` apart -> out [N, heads, width], all bfloat16. width is a multiple of 16. `room`
-// holds 2 * rows * kv_heads * width * slots / 2 numbers, slots those up to the last one, a multiple of 16.
-void gateskip_attend(const uint16_t* queries, const int64_t* slots, const int64_t* counts, const uint16_t* keys,
-                     const uint16_t* values, int64_t rows, int64_t heads, int64_t kv_heads, int64_t width,
-                     int64_t row_stride, int64_t head_stride, int64_t capacity, int64_t window, float scaling,
-                     int64_t used, uint32_t* room, uint16_t* out, int32_t threads) {
-  const Shape s{heads, kv_heads, width, capacity, window, scaling};
-  const int64_t size = used * width / 2, pieces = (used + SPAN - 1) / SPAN;
-  auto packed = [&](int64_t row, int64_t head) {
-    uint32_t* at = room + 2 * size * (row * kv_heads + head);
-    return Paired{at, at + size};
-  };
+// Keys and values [rows, kv_heads, capacity, width], whose rows and heads lie `row_stride` and `head_stride`
+// apart, all bfloat16 -> what gateskip_attend reads: 2 * rows * kv_heads * width * used / 2 numbers, `used` slots
+// of each, a multiple of 16. width is a multiple of 16.
+void gateskip_pack(const uint16_t* keys, const uint16_t* values, int64_t rows, int64_t kv_heads, int64_t width,
+                   int64_t row_stride, int64_t head_stride, int64_t capacity, int64_t used, uint32_t* packed,
+                   int32_t threads) {
+  const Cache to{packed, kv_heads, width, used};
+  const int64_t pieces = (used + SPAN - 1) / SPAN;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows * kv_heads * pieces; i++) {
+    const int64_t row = i / pieces / kv_heads, head = i / pieces % kv_heads, first = i % pieces * SPAN;
+    const int64_t from = row * row_stride + head * head_stride;
+    pack(width, capacity, keys + from, values + from, first, std::min(first + SPAN, used), to.at(row, head));
+  }
+}
+
+// queries [N, heads, width], counts[b] of them in row b at ascending slots [N], over what gateskip_pack made
+// -> out [N, heads, width], both bfloat16
+void gateskip_attend(const uint16_t* queries, const int64_t* slots, const int64_t* counts, int64_t rows,
+                     int64_t heads, int64_t kv_heads, int64_t width, int64_t window, float scaling, int64_t used,
+                     uint32_t* packed, uint16_t* out, int32_t threads) {
+  const Shape s{heads, kv_heads, width, window, scaling};
+  const Cache cache{packed, kv_heads, width, used};
   std::vector<Tile> tiles;
   const int64_t together = Worker::queries_of(s);
   for (int64_t row = 0, done = 0; row < rows; done += counts[row++])
@@ -241,19 +263,12 @@ void gateskip_attend(const uint16_t* queries, const int64_t* slots, const int64_
         tiles.push_back({row, head, done + q, std::min(together, counts[row] - q)});
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < rows * kv_heads * pieces; i++) {
-      const int64_t row = i / pieces / kv_heads, head = i / pieces % kv_heads, first = i % pieces * SPAN;
-      const int64_t from = row * row_stride + head * head_stride;
-      if (counts[row])
-        pack(s, keys + from, values + from, first, std::min(first + SPAN, used), packed(row, head));
-    }
     Worker worker(s);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < int64_t(tiles.size()); i++) {
       const auto [row, head, query, count] = tiles[i];
       const int64_t at = query * heads * width;
-      worker.run(queries + at, slots + query, count, head, packed(row, head), out + at);
+      worker.run(queries + at, slots + query, count, head, cache.at(row, head), out + at);
     }
   }
 }

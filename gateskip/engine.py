@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -155,7 +156,7 @@ class Engine:
         size.restype = ctypes.c_int64
         self.scratch = torch.empty(size(ctypes.byref(self.model), MOST_ROWS))
         self._levels: tuple[Any, Tensor] | None = None
-        self._cache: tuple[Any, CacheView] | None = None
+        self._cache: tuple[weakref.ref[Any], CacheView] | None = None
 
     def step(
         self,
@@ -337,29 +338,43 @@ class Engine:
         known = queries.dtype == torch.bfloat16 and bool(self.library.gateskip_attends())
         return known and shape.head_dim % LANES == 0 and shape.softcap is None
 
+    def pack(self, kv: tuple[Tensor, Tensor], used: int) -> Tensor:
+        """Keys and values [B, kv_heads, T, D] of the first `used` slots as `attend` reads them."""
+        keys, values = kv
+        batch, kv_heads, capacity, width = keys.shape
+        used += -used % LANES
+        packed = torch.empty(batch * kv_heads, 2, used, width, dtype=keys.dtype)
+        sizes = (batch, kv_heads, width, keys.stride(0), keys.stride(1), capacity, used)
+        self.library.gateskip_pack(
+            Pointer(keys.data_ptr()),
+            Pointer(values.data_ptr()),
+            *map(ctypes.c_int64, sizes),
+            Pointer(packed.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return packed
+
     def attend(
         self,
         queries: Tensor,
         counts: Sequence[int],
         slots: Tensor,
-        kv: tuple[Tensor, Tensor],
+        packed: Tensor,
         shape: AttentionShape,
     ) -> Tensor:
-        """What prefill.attend_rows gives, in one call that computes scores in registers."""
-        keys, values = kv
-        used = int(slots.max()) + 1
-        used += -used % LANES
+        """What prefill.attend_rows gives, in one call that computes scores in registers.
+
+        `packed` is what `pack` made of keys and values, up to the last of the slots at least.
+        """
         out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
-        room = torch.empty(len(keys) * shape.kv_heads, 2, used, shape.head_dim, dtype=keys.dtype)
         given, rows = queries.contiguous(), torch.tensor(counts)
-        sizes = (len(keys), shape.heads, shape.kv_heads, shape.head_dim)
-        layout = (keys.stride(0), keys.stride(1), keys.shape[2], shape.window or 0)
+        sizes = (len(counts), shape.heads, shape.kv_heads, shape.head_dim, shape.window or 0)
         self.library.gateskip_attend(
-            *(Pointer(part.data_ptr()) for part in (given, slots, rows, keys, values)),
-            *map(ctypes.c_int64, (*sizes, *layout)),
+            *(Pointer(part.data_ptr()) for part in (given, slots, rows)),
+            *map(ctypes.c_int64, sizes),
             Float(shape.scaling),
-            ctypes.c_int64(used),
-            Pointer(room.data_ptr()),
+            ctypes.c_int64(packed.shape[2]),
+            Pointer(packed.data_ptr()),
             Pointer(out.data_ptr()),
             torch.get_num_threads(),
         )
@@ -411,7 +426,7 @@ class Engine:
         return self._levels[1]
 
     def _view(self, cache: Any) -> CacheView:
-        if self._cache is None or self._cache[0] is not cache:
+        if self._cache is None or self._cache[0]() is not cache:
             (rope,) = cache.rope.values()
             stores = [
                 (Pointer * len(part))(*(x.data_ptr() for x in part))
@@ -422,7 +437,7 @@ class Engine:
             half = int(cache.keys[0].dtype == torch.bfloat16)
             view = CacheView(*addresses, cache.capacity, half)
             view.held = (stores, tables)
-            self._cache = (cache, view)
+            self._cache = (weakref.ref(cache), view)  # its memory goes when its text is done
         return self._cache[1]
 
     # -- the model as structures ----------------------------------------------------------------

@@ -21,13 +21,13 @@ EVEN = 64  # gathered rows, and keys, come in multiples of this
 FILL = 32  # and queries that meet their keys at once, of this
 
 
-def filled(kept: Tensor) -> Tensor:
-    """Indices [N] of gathered rows, the last one repeated until their number is even enough.
+def filled(kept: Tensor, even: int = EVEN) -> Tensor:
+    """Indices [N] of gathered rows, the last one repeated until `even` divides their number.
 
-    Every new size of a matrix product costs oneDNN milliseconds of compiling, and gates leave
-    another number of tokens at every branch of every prompt.
+    Every new size of a matrix product costs oneDNN milliseconds of compiling and half a megabyte of
+    code that it keeps, and gates leave another number of tokens at every branch of every prompt.
     """
-    room = -len(kept) % EVEN
+    room = -len(kept) % even
     return torch.cat((kept, kept[-1:].expand(room))) if room else kept
 
 
@@ -38,14 +38,17 @@ def attend_rows(
     kv: tuple[Tensor, Tensor],
     shape: AttentionShape,
     engine: Engine | None = None,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of queries [N, heads, D], `counts` of them a row -> [N, heads * D].
 
     slots [N] ascend within a row; keys and values [B, kv_heads, T, D] hold slot t at place t. An
-    engine does all of it natively where it can, else the softmax.
+    engine does all of it natively where it can, else the softmax; `packed` is what it made of the
+    keys and values before, where queries come in parts.
     """
     if engine is not None and len(slots) and engine.attends(queries, shape):
-        return engine.attend(queries, counts, slots, kv, shape)
+        packed = engine.pack(kv, int(slots.max()) + 1) if packed is None else packed
+        return engine.attend(queries, counts, slots, packed, shape)
     total, group = len(queries), shape.heads // shape.kv_heads
     turned = queries.new_zeros(shape.kv_heads, total + FILL, group, shape.head_dim)
     turned[:, :total] = queries.unflatten(1, (shape.kv_heads, group)).transpose(0, 1)

@@ -41,7 +41,7 @@ from gateskip.prefill import EVEN, attend_rows, filled
 Thresholds = Sequence[float] | None
 KV_RULES = ("project", "copy")
 NEVER_SKIP = -math.inf
-TOGETHER = 1024  # tokens that enter a branch at once: few sizes of products, small ones in between
+TOGETHER = 1024  # tokens that enter a branch at once
 VERIFY_ROWS = 17  # longest verify pass: sixteen drafted tokens and the one before them
 
 
@@ -155,20 +155,30 @@ class SkippingModel:
         limit = self.model.config.max_position_embeddings
         if capacity > limit:
             raise ValueError(f"{capacity} tokens do not fit: the model has {limit} positions")
-        capacity = max(capacity, min(capacity + -capacity % EVEN, limit))  # for aligned rows
-        shapes = list(self.shapes.values())
-
-        def empty() -> list[Tensor]:
-            return [
-                torch.zeros(
-                    batch, s.kv_heads, capacity, s.head_dim, dtype=self.dtype, device=self.device
-                )
-                for s in shapes
-            ]
-
+        capacity = self._evened(capacity)
+        sizes = [
+            (batch, s.kv_heads, capacity, s.head_dim)
+            for s in self.shapes.values()
+            for _ in range(2)
+        ]
+        # In one piece, which goes back to the system whole
+        store = torch.zeros(sum(map(math.prod, sizes)), dtype=self.dtype, device=self.device)
+        cut = store.split([math.prod(size) for size in sizes])
+        parts = [part.view(size) for part, size in zip(cut, sizes, strict=True)]
         positions = torch.arange(capacity, device=self.device).unsqueeze(0)
         rope = rope_at(self.model, positions, self.dtype)
-        return KVCache(empty(), empty(), {key: (c[0], s[0]) for key, (c, s) in rope.items()})
+        tables = {key: (c[0], s[0]) for key, (c, s) in rope.items()}
+        return KVCache(parts[0::2], parts[1::2], tables)
+
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        """What `new_cache` takes, in bytes."""
+        channels = sum(s.kv_heads * s.head_dim for s in self.shapes.values())
+        return 2 * batch * self._evened(capacity) * channels * self.dtype.itemsize
+
+    def _evened(self, capacity: int) -> int:
+        """Slots of a cache for at least `capacity`: rows that are aligned."""
+        limit: int = self.model.config.max_position_embeddings
+        return max(capacity, min(capacity + -capacity % EVEN, limit))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., H] -> logits [..., V]."""
@@ -407,7 +417,8 @@ class SkippingModel:
                 self._add_attention(branch, hidden, entered, rope, cache, batch, keep, scale)
             if self.shortcuts is not None and keep is not None:
                 for skipped in _parts(~keep):  # padding among them
-                    instead = self.shortcuts(branch.index, _rows(x, filled(skipped)))
+                    read = _rows(x, filled(skipped, _doubled(len(skipped))))
+                    instead = self.shortcuts(branch.index, read)
                     self._add_rows(hidden, skipped, instead[: len(skipped)])
         return hidden
 
@@ -436,7 +447,8 @@ class SkippingModel:
         self, branch: Branch, hidden: Tensor, x: Tensor, keep: Tensor | None, scale: Tensor | None
     ) -> None:
         if keep is None:
-            parts = x.flatten(0, -2).split(TOGETHER)
+            flat = x.flatten(0, -2)
+            parts = flat.split(_cuts(len(flat)))
             output = torch.cat([self._mlp(branch, part) for part in parts]).view_as(x)
             hidden += output if scale is None else output * scale
             return
@@ -525,14 +537,16 @@ class SkippingModel:
         """The tokens that enter, all rows' one after the other, and no pair that is masked."""
         keep = torch.ones_like(batch.slots, dtype=torch.bool) if keep is None else keep
         kv = (cache.keys[branch.layer], cache.values[branch.layer])
-        shape, slots = self.shapes[branch.index], batch.slots.flatten()
+        shape, slots, packed = self.shapes[branch.index], batch.slots.flatten(), None
         for kept in _parts(keep):
             chosen = filled(kept)
             cos, sin = (_rows(part, chosen).unsqueeze(0) for part in rope)
             own = _rows(x, chosen).unsqueeze(0)
             queries = project_queries(branch.module, own, (cos, sin), self._turn())[0]
             counts = torch.bincount(kept // keep.shape[1], minlength=len(keep)).tolist()
-            mixed = attend_rows(queries, counts, slots[kept], kv, shape, self.engine)
+            if packed is None and self.engine is not None and self.engine.attends(queries, shape):
+                packed = self.engine.pack(kv, batch.last_slot + 1)
+            mixed = attend_rows(queries, counts, slots[kept], kv, shape, self.engine, packed)
             output = branch.leave(project_out(branch.module, mixed.unsqueeze(0)))[0, : len(kept)]
             output = output if scale is None else output * _rows(scale, kept)
             self._add_rows(hidden, kept, output)
@@ -606,8 +620,22 @@ def _rows(x: Tensor, places: Tensor) -> Tensor:
 
 
 def _parts(keep: Tensor) -> Iterator[Tensor]:
-    """Flat places [N] of the tokens that keep [B, S] marks, at most TOGETHER at a time."""
-    return (part for part in keep.flatten().nonzero().squeeze(1).split(TOGETHER) if len(part))
+    """Flat places [N] of the tokens that keep [B, S] marks, a part at a time."""
+    places = keep.flatten().nonzero().squeeze(1)
+    return (part for part in places.split(_cuts(len(places))) if len(part))
+
+
+def _cuts(count: int) -> list[int]:
+    """Sizes of the parts in which `count` tokens enter: TOGETHER or half of it but for the last,
+    which is no larger than that half. So products come in few sizes, of which each has its code."""
+    whole, rest = divmod(count, TOGETHER)
+    half = TOGETHER // 2
+    return [TOGETHER] * whole + ([half, rest - half] if rest > half else [rest])
+
+
+def _doubled(count: int) -> int:
+    """EVEN times a power of two, `count` at least: fewer sizes still, where rows cost little."""
+    return EVEN << max(0, -(-count // EVEN) - 1).bit_length()
 
 
 def _gather_index(keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import gateskip
 from compose.bench.race import contender, race, roofline
 from compose.bench.tune import tune
 from compose.errors import UserError
+from gateskip.decode import MAX_DRAFT
 
 
 def test_contenders_are_named_in_words() -> None:
@@ -54,6 +55,14 @@ def test_laps_are_counted_alike(tiny_llama: Path, tmp_path: Path) -> None:
 def test_what_a_folder_cannot_do_is_named(tiny_llama: Path) -> None:
     with pytest.raises(UserError, match="no gates"):
         race(tiny_llama, ["skip:0.8"], [1], [8], 4, 1)
+
+
+def test_memory_is_told_where_nothing_else_runs(tiny_llama: Path) -> None:
+    found = race(tiny_llama, ["plain"], [2], [8], 4, 1)
+    cache = gateskip.load(tiny_llama).skipping.new_cache(2, 8 + 4 + MAX_DRAFT)
+    assert found["cache"] == cache.nbytes()
+    assert isinstance(found["beside"], int)
+    assert race(tiny_llama, ["plain", "eager"], [2], [8], 4, 1)["beside"] is None
 
 
 def test_the_machine_is_measured() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import gateskip
+from compose import memory
 from compose.assets import load_texts, token_blocks
 from compose.bench.cell import resident_bytes
 from compose.bench.generate import end_tokens, prompt_ids
@@ -26,10 +27,11 @@ from compose.bench.rivals import LlamaCpp, Rival, Rows, Run, Transformers
 from compose.errors import UserError, suggest
 from compose.llamacpp import KINDS as GGUF_KINDS
 from compose.llamacpp import write_gguf
-from gateskip.decode import Decoder
+from gateskip.decode import MAX_DRAFT, Decoder
 
 KINDS = ("plain", "skip", "draft", "eager", "transformers", "llama.cpp")
 READ_BYTES, GEMM_SIZE = 1 << 28, 1024  # of the machine's own measure
+WARM = 16  # tokens that bring weights into memory
 Progress = Callable[[int, int, str], None]
 Courses = dict[str, list[Rows]]
 """Name -> batches of prompts, as token ids."""
@@ -159,7 +161,9 @@ def race(
 ) -> dict[str, Any]:
     """Time the contenders on running text of each batch and context, or on `prompts` by category.
 
-    Returns `laps`, the machine's `roofline`, and the folder's `weights` in bytes.
+    Returns `laps`, the machine's `roofline`, and in bytes the folder's `weights`, the largest
+    `cache`, and the memory `beside` both at its peak; without the latter where a rival or the
+    reference, which take memory of their own, run in the same process.
 
     Raises:
         UserError: a contender is not known, or the folder cannot decode so.
@@ -171,8 +175,21 @@ def race(
         else _running_text(decoder, batches, contexts, cache)
     )
     runners = runners_of(decoder, folder, contenders, courses, new_tokens)
+    alone = all(isinstance(run, partial) and run.args[0] is decoder for run in runners.values())
+    cache_bytes = max(
+        decoder.skipping.cache_bytes(len(rows), max(map(len, rows)) + new_tokens + MAX_DRAFT)
+        for groups in courses.values()
+        for rows in groups
+    )
+    for run in runners.values():
+        run([next(iter(courses.values()))[0][0][:WARM]], 2)
+    memory.reset_peak()
+    held = memory.resident_bytes()
     laps = run_laps(runners, courses, new_tokens, repeats, progress)
+    beside = memory.peak_bytes() - held - cache_bytes
     return {
+        "cache": cache_bytes,
+        "beside": beside if alone else None,
         "laps": [lap.to_json() for lap in laps],
         "roofline": roofline(),
         "weights": resident_bytes(decoder.skipping.model),
