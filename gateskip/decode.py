@@ -33,6 +33,7 @@ Tokens = list[int]
 Target = Literal["gated", "original"]
 MAX_DRAFT = 16
 PREFILL = 4096  # tokens of all prompts together in one pass: bounds what lies beside the cache
+PIECE = 2048  # and of one of them: longer pieces gain nothing more
 SELF_WRITTEN = (8, 96)  # rows and tokens of the text to which an int4 draft is fitted
 
 
@@ -268,7 +269,7 @@ class Decoder:
         ids = ids.to(self.skipping.device)
         cache = self.skipping.new_cache(len(rows), max(lengths) + rows[0].ends.limit + MAX_DRAFT)
         final: list[Tensor] = [torch.empty(0)] * len(rows)  # of each row's last token, [H]
-        columns = max(1, PREFILL // len(rows))
+        columns = max(1, min(PIECE, PREFILL // len(rows)))
         for first in range(0, max(lengths), columns):
             part = ids[:, first : first + columns]
             own = [min(max(n - first, 0), part.shape[1]) for n in lengths]

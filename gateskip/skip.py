@@ -395,12 +395,12 @@ class SkippingModel:
     def _many_tokens(
         self, hidden: Tensor, cache: KVCache, batch: _Batch, thresholds: Thresholds
     ) -> Tensor:
+        """Embeddings [B, S, H], to which branches add in place -> the last layer's states."""
         ropes = {  # two of [B, S, D] a kind of layer
             key: (cos[batch.slots], sin[batch.slots]) for key, (cos, sin) in cache.rope.items()
         }
         self.usage.seen += batch.tokens
         self.usage.context += batch.context
-        hidden = hidden.clone()  # rows are added in place below
         parallel = any(branch.parallel for branch in self.branches)
         source = hidden
         for branch in self.branches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from gateskip.branches import AttentionShape, rotate
 from gateskip.engine import Engine
 from gateskip.masked import attend, causal
 from gateskip.prefill import EVEN, _evened, attend_rows, filled
+from gateskip.skip import TOGETHER, _cuts
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 16
 
@@ -121,11 +123,37 @@ def test_few_sizes_of_keys(count: int) -> None:
     assert len({_evened(n) for n in range(1, 8193)}) < 50
 
 
+@pytest.mark.parametrize("limit", [("PREFILL", 24), ("PIECE", 8)])  # eight tokens of each at once
 def test_prompts_in_pieces_are_prompts_in_one(
-    make_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    make_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, limit: tuple[str, int]
 ) -> None:
     decoder = gateskip.load(make_tiny("llama"))
     prompts = [list(range(3, 3 + n)) for n in (40, 1, 17)]
     whole = decoder.generate(prompts, 8)
-    monkeypatch.setattr(decode, "PREFILL", 24)  # eight tokens of each at once
+    monkeypatch.setattr(decode, *limit)
     assert decoder.generate(prompts, 8).tokens == whole.tokens
+
+
+def test_tokens_enter_in_parts_of_few_sizes() -> None:
+    cuts = [_cuts(count) for count in range(9000)]
+    assert all(sum(found) == count for count, found in enumerate(cuts))
+    sizes = {-(-size // EVEN) * EVEN for found in cuts for size in found}
+    assert sizes == {0, *range(EVEN, TOGETHER // 2 + 1, EVEN), TOGETHER}
+
+
+def test_a_text_that_is_done_leaves_no_cache(make_tiny: Callable[..., Path]) -> None:
+    skipping = gateskip.load(make_tiny("llama")).skipping
+    cache = skipping.new_cache(1, 16)
+    for start, ids in ((0, [3, 4, 5]), (3, [6])):
+        skipping.forward(torch.tensor([ids]), cache, [start])
+    left = weakref.ref(cache)
+    del cache
+    assert left() is None
+
+
+def test_a_cache_takes_what_it_says(make_tiny: Callable[..., Path]) -> None:
+    skipping = gateskip.load(make_tiny("gemma3_text")).skipping
+    for batch, capacity in ((1, 7), (3, 64), (2, 65)):
+        cache = skipping.new_cache(batch, capacity)
+        assert cache.nbytes() == skipping.cache_bytes(batch, capacity)
+        assert cache.capacity >= capacity and not any(part.any() for part in cache.values)

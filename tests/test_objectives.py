@@ -1,0 +1,62 @@
+"""What fine-tunes minimize, and its slopes, held to what autograd makes of the formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gateskip import objectives
+from gateskip.kinds import make_gates
+from gateskip.loop import precision
+from gateskip.objectives import distill_loss
+from gateskip.shortcuts import Shortcuts
+
+H = 16
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_divergence_and_its_slope(temperature: float, kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    teacher = torch.randn(2, objectives.SLICE + 3, 50, dtype=kind)
+    student = torch.randn_like(teacher).requires_grad_()
+    found = distill_loss(student, teacher, temperature)
+    (slope,) = torch.autograd.grad(3 * found, student)
+    log_q = F.log_softmax(student.float() / temperature, -1)
+    log_p = F.log_softmax(teacher.float() / temperature, -1)
+    wanted = (log_p.exp() * (log_p - log_q)).sum(-1).mean() * temperature**2
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(slope, torch.autograd.grad(3 * wanted, student)[0])
+    assert float(distill_loss(teacher, teacher)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector", "low-rank", "shared", "mlp"])
+def test_parts_from_one_cut_have_the_same_slopes(kind: str) -> None:
+    torch.manual_seed(0)
+    gates, x = make_gates(kind, 6, H), torch.randn(5, H)
+    gates.shortcuts = Shortcuts(6, H, 4)
+    torch.nn.init.normal_(gates.shortcuts.down)
+
+    def slopes() -> list[torch.Tensor]:
+        total = torch.zeros(())
+        for branch in (0, 3, 5):
+            total = total + gates.logit(branch, x).sum() * (branch + 1)
+            total = total + gates.shortcuts(branch, x).square().sum()
+        return list(torch.autograd.grad(total, list(gates.parameters())))
+
+    apart = slopes()
+    with gates.opened():
+        together = slopes()
+    for one, other in zip(apart, together, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_half_precision_is_chosen_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert precision("bf16") == "bf16" and precision("no") == "no"
+    for able in (False, True):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        for faster in (False, True):
+            monkeypatch.setattr("gateskip.loop._gains_by_bfloat16", lambda faster=faster: faster)
+            assert precision("auto") == ("bf16" if able and faster else "no")
