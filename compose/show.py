@@ -193,7 +193,10 @@ def say_race(out: Console, found: dict[str, Any]) -> None:
             parts = (f"{name} {part:.0%}" for name, part in lap["time_split"].items())
             out.print(f"{lap['contender']} on {lap['course']}: {', '.join(parts)}")
         if (promised := lap["promised_by_multiply_adds"]) > 1:
-            out.print(f"its multiply-adds, the LM head's among them, promise {promised:.2f}x")
+            out.print(
+                f"it skips {lap['skipped_branch_tokens']:.1%} of branch-tokens; its multiply-adds,"
+                f" the LM head's among them, promise {promised:.2f}x"
+            )
     roof, size = found["roofline"], found["weights"]
     read = roof["memory_gb_per_s"]
     out.print(
@@ -233,6 +236,7 @@ def _laps(laps: list[dict[str, Any]]) -> Table:
         "contender",
         "on",
         "prefill tok/s",
+        "x",
         "decode tok/s",
         "spread",
         "x",
@@ -240,6 +244,10 @@ def _laps(laps: list[dict[str, Any]]) -> Table:
         "same",
     )
     table = _table("Bench", *columns)
+
+    def speedup(lap: dict[str, Any], part: str) -> str:
+        return f"{lap[part]['median'] / base[lap['course']][part]['median']:.2f}"
+
     for lap in laps:
         decode, prefill = lap["decode_tokens_per_s"], lap["prefill_tokens_per_s"]
         rate = lap["acceptance_rate"]
@@ -247,9 +255,10 @@ def _laps(laps: list[dict[str, Any]]) -> Table:
             _short(lap["contender"]),
             lap["course"],
             f"{prefill['median']:.0f}",
+            speedup(lap, "prefill_tokens_per_s"),
             f"{decode['median']:.1f}",
             f"{decode['least']:.1f} to {decode['most']:.1f}",
-            f"{decode['median'] / base[lap['course']]['decode_tokens_per_s']['median']:.2f}",
+            speedup(lap, "decode_tokens_per_s"),
             "" if rate is None else f"{rate:.2f}",
             "yes" if lap["equal_to_first"] else "no",
         )

@@ -49,6 +49,7 @@ def test_laps_are_counted_alike(tiny_llama: Path, tmp_path: Path) -> None:
         assert lap["equal_to_first"], "greedy text is greedy text"
         assert len(lap["decode_tokens_per_s"]["repeats"]) == 2
         assert lap["decode_tokens_per_s"]["least"] > 0
+        assert lap["skipped_branch_tokens"] == 0.0
     assert found["laps"][-1]["acceptance_rate"] == 1.0, "a draft at full compute is the model"
 
 

@@ -104,6 +104,8 @@ class Lap:
     """Shares of the decoding time in parts of the native work, and in Python around it."""
     saved: float = 0.0
     """Share of the model's multiply-adds that skipping saved, the LM head counted."""
+    skipped: float = 0.0
+    """Share of branch-tokens, the prompts' among them, that were skipped."""
     equal: bool = True
     """Whether its tokens were the first contender's."""
 
@@ -116,6 +118,7 @@ class Lap:
         self.acceptance = sum(run.accepted for run in runs) / drafted if drafted else None
         self.split = _split(runs)
         self.saved = statistics.mean(run.saved for run in runs)
+        self.skipped = statistics.mean(run.skipped for run in runs)
 
     def to_json(self) -> dict[str, Any]:
         """Medians and extremes, and the repeats themselves."""
@@ -127,6 +130,7 @@ class Lap:
             "acceptance_rate": self.acceptance,
             "time_split": self.split,
             "promised_by_multiply_adds": 1 / (1 - self.saved),
+            "skipped_branch_tokens": self.skipped,
             "equal_to_first": self.equal,
         }
 
@@ -280,7 +284,7 @@ def _check(decoder: Decoder, way: Contender) -> None:
 def _run(decoder: Decoder, way: Contender, rows: Rows, new_tokens: int) -> Run:
     engines = [each.engine for each in decoder.models() if each.engine is not None]
     before = [engine.spent() for engine in engines]
-    usage, saved = decoder.skipping.usage, 0.0
+    usage, saved, skipped = decoder.skipping.usage, 0.0, 0.0
     usage.clear()
     found = decoder.generate(rows, new_tokens, eos=end_tokens(decoder), **way.settings)
     stats = found.stats
@@ -290,6 +294,7 @@ def _run(decoder: Decoder, way: Contender, rows: Rows, new_tokens: int) -> Run:
             spent[name] = spent.get(name, 0.0) + seconds - was[name]
     if way.settings.get("mode") == "skip":
         saved = decoder.saved(usage, way.settings["budget"]).model
+        skipped = 1 - statistics.mean(usage.shares())
     decoded = stats.new_tokens - len(rows)  # the first token of a row comes out of prefill
     return Run(
         found.tokens,
@@ -301,6 +306,7 @@ def _run(decoder: Decoder, way: Contender, rows: Rows, new_tokens: int) -> Run:
         stats.accepted,
         spent,
         saved,
+        skipped,
     )
 
 

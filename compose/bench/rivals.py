@@ -39,6 +39,8 @@ class Run:
     """Seconds in parts of the native work, where it tells."""
     saved: float = 0.0
     """Share of the model's multiply-adds that skipping saved, gates and shortcuts paid for."""
+    skipped: float = 0.0
+    """Share of the branches that tokens passed by, all branches and tokens counted alike."""
 
 
 class Rival(Protocol):
