@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gateskip import native
 from gateskip.branches import final_norm
+from gateskip.halves import halves_pay, product
 
 FEW_ROWS = 16  # up to here streaming the weights beats a GEMM
 NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
@@ -24,7 +25,8 @@ Samples = dict[str, tuple["PackedLinear", nn.Module]]
 
 
 class DenseLinear(nn.Module):
-    """A float32 linear layer that shares the weights of the one it replaces."""
+    """A linear layer with the weights of the one it replaces: float32, or bfloat16 where that
+    multiplies slower."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -35,6 +37,8 @@ class DenseLinear(nn.Module):
         """x [..., in] -> [..., out]."""
         rows = x.numel() // self.in_features
         if rows > FEW_ROWS or torch.is_grad_enabled():
+            return product(x, self.weight, self.bias)
+        if self.weight.dtype != torch.float32:
             return F.linear(x, self.weight, self.bias)
         flat = x.reshape(rows, self.in_features).contiguous()
         out: Tensor = native.dense(self.weight, flat).view(*x.shape[:-1], self.out_features)
@@ -76,8 +80,7 @@ class PackedLinear(nn.Module):
         """x [..., in] -> [..., out]."""
         rows = x.numel() // self.in_features
         if rows > FEW_ROWS or torch.is_grad_enabled():
-            weight = self.unpacked().to(x.dtype)
-            return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+            return product(x, self.unpacked(), self.bias)
         flat = x.reshape(rows, self.in_features).float().contiguous()
         out = native.packed(*self._parts(), flat)
         out = out.view(*x.shape[:-1], self.out_features)
@@ -144,7 +147,7 @@ def has_kernels(weight: Tensor) -> bool:
 
 def _faster(module: nn.Module) -> nn.Module | None:
     kind = type(module)
-    if kind is nn.Linear and module.weight.dtype == torch.float32:
+    if kind is nn.Linear and (module.weight.dtype == torch.float32 or not halves_pay()):
         return DenseLinear(module)  # type: ignore[arg-type]
     if kind.__name__ == "Linear4bit":
         return _from_bitsandbytes(module)

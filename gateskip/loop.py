@@ -7,9 +7,7 @@ rate, and checkpoints that are whole or absent.
 
 from __future__ import annotations
 
-import timeit
 from collections.abc import Callable
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from gateskip.branches import backbone
+from gateskip.halves import halves_pay
 from gateskip.recipe import LoopConfig
 from gateskip.scales import open_scales
 
@@ -32,20 +31,7 @@ def precision(asked: str) -> str:
         return asked
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    known = able.get("avx512_bf16") or able.get("amx_tile") or able.get("bf16")
-    return "bf16" if known and _gains_by_bfloat16() else "no"
-
-
-@cache
-def _gains_by_bfloat16() -> bool:
-    """Whether a layer's product is faster in bfloat16: twice as fast on some processors that have
-    the instructions, half as fast on others, so it is measured, once a process."""
-    seconds = {}
-    for kind in (torch.float32, torch.bfloat16):
-        x, weight = (torch.ones(n, 1024, dtype=kind) for n in (256, 1024))
-        seconds[kind] = min(timeit.repeat(partial(nn.functional.linear, x, weight), number=1))
-    return seconds[torch.bfloat16] < seconds[torch.float32]
+    return "bf16" if halves_pay() else "no"
 
 
 def adapt(model: Any, config: LoopConfig) -> Any | None:

@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from gateskip import objectives
 from gateskip.kinds import make_gates
-from gateskip.loop import precision
 from gateskip.objectives import distill_loss
 from gateskip.shortcuts import Shortcuts
 
@@ -50,13 +49,3 @@ def test_parts_from_one_cut_have_the_same_slopes(kind: str) -> None:
         together = slopes()
     for one, other in zip(apart, together, strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_half_precision_is_chosen_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert precision("bf16") == "bf16" and precision("no") == "no"
-    for able in (False, True):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
-        for faster in (False, True):
-            monkeypatch.setattr("gateskip.loop._gains_by_bfloat16", lambda faster=faster: faster)
-            assert precision("auto") == ("bf16" if able and faster else "no")

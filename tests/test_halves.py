@@ -1,0 +1,72 @@
+"""bfloat16 is multiplied in whichever type is faster, and gives the same either way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import gateskip
+from gateskip import halves
+from gateskip.halves import halves_pay, product
+from gateskip.linears import DenseLinear
+from gateskip.loop import precision
+
+
+@pytest.fixture(autouse=True)
+def measured_anew() -> Iterator[None]:
+    halves_pay.cache_clear()
+    yield
+    halves_pay.cache_clear()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, able: bool, faster: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    seconds = {torch.bfloat16: 1.0 if faster else 3.0, torch.float32: 2.0}
+    monkeypatch.setattr(halves, "_seconds", seconds.__getitem__)
+
+
+@pytest.mark.parametrize("able", [False, True])
+@pytest.mark.parametrize("faster", [False, True])
+def test_half_precision_is_taken_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, able: bool, faster: bool
+) -> None:
+    pretend(monkeypatch, able, faster)
+    assert halves_pay() == (able and faster)
+    assert precision("auto") == ("bf16" if able and faster else "no")
+    assert precision("bf16") == "bf16" and precision("no") == "no"
+
+
+@pytest.mark.parametrize("faster", [False, True])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_is_float64s_but_for_rounding(
+    monkeypatch: pytest.MonkeyPatch, faster: bool, kind: torch.dtype, biased: bool
+) -> None:
+    pretend(monkeypatch, True, faster)
+    monkeypatch.setattr(halves, "AT_ONCE", 10)  # three parts, the last one smaller
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*size).to(kind) for size in ((40, 32), (24, 32), (24,)))
+    wanted = x.double() @ weight.double().T + (bias.double() if biased else 0)
+    found = product(x, weight, bias if biased else None)
+    assert found.dtype == kind
+    near = {"rtol": 0.01, "atol": 0.02} if kind == torch.bfloat16 else {}
+    torch.testing.assert_close(found, wanted.to(kind), **near)
+
+
+def test_a_model_in_bfloat16_prefills_either_way(
+    make_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, prompt, last = make_tiny("llama"), [list(range(3, 60))], {}
+    for faster in (True, False):
+        halves_pay.cache_clear()
+        pretend(monkeypatch, True, faster)
+        skipping = gateskip.load(folder, dtype="bfloat16").skipping
+        wide = any(isinstance(part, DenseLinear) for part in skipping.model.modules())
+        assert wide != faster
+        cache = skipping.new_cache(1, 80)
+        last[faster] = skipping.forward(torch.tensor(prompt), cache, [0])[0, -1].float()
+    torch.testing.assert_close(last[True], last[False], rtol=0.05, atol=0.05)
