@@ -33,7 +33,7 @@ Tokens = list[int]
 Target = Literal["gated", "original"]
 MAX_DRAFT = 16
 PREFILL = 4096  # tokens of all prompts together in one pass: bounds what lies beside the cache
-PIECE = 2048  # and of one of them: longer pieces gain nothing more
+PIECE = 1024  # and of one of them: what branches hold then is a tenth of a small model at most
 SELF_WRITTEN = (8, 96)  # rows and tokens of the text to which an int4 draft is fitted
 
 

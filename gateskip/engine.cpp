@@ -133,6 +133,37 @@ f8 rounded_as(const uint16_t*, f8 v) {
   return load(half);
 }
 
+// Columns `c` and on, `across` vectors of them: out [TILE, n] = start [n] (or nothing) + x [TILE, k] @ w [k, n]
+template <int across>
+void product_columns(const float* x, int k, const float* w, int n, const float* start, float* out, int c) {
+  f8 total[TILE][across];
+#pragma GCC unroll 4
+  for (int r = 0; r < TILE; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < across; v++) total[r][v] = start ? load(start + c + 8 * v) : f8{};
+  for (int i = 0; i < k; i++) {
+    f8 weights[across];
+#pragma GCC unroll 4
+    for (int v = 0; v < across; v++) weights[v] = load(w + int64_t(i) * n + c + 8 * v);
+#pragma GCC unroll 4
+    for (int r = 0; r < TILE; r++) {
+      const f8 given = all(x[int64_t(r) * k + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < across; v++) total[r][v] = fma(given, weights[v], total[r][v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < TILE; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < across; v++) store(out + int64_t(r) * n + c + 8 * v, total[r][v]);
+}
+
+void add_product(const float* x, int k, const float* w, int n, const float* start, float* out) {
+  int c = 0;
+  for (; c + 32 <= n; c += 32) product_columns<4>(x, k, w, n, start, out, c);
+  for (; c < n; c += 8) product_columns<1>(x, k, w, n, start, out, c);
+}
+
 void put(const float* from, float* to, int n) { std::memcpy(to, from, sizeof(float) * n); }
 void put(const float* from, uint16_t* to, int n) {
   for (int i = 0; i < n; i++) to[i] = narrow(from[i]);
@@ -806,6 +837,34 @@ void gateskip_add_rows(void* hidden, const int64_t* places, int64_t count, int32
     if (half) each(static_cast<uint16_t*>(hidden) + to, static_cast<const uint16_t*>(added) + from);
     else each(static_cast<float*>(hidden) + to, static_cast<const float*>(added) + from);
   }
+}
+
+// What rows at `places` get where they skip a branch that reads x: hidden += up (down x) + bias, hidden and x
+// [.., width]. down lies as [width, rank], up as [rank, width]; rank and width are multiples of 8.
+void gateskip_shortcut(void* hidden, const void* x, int32_t half, const int64_t* places, int64_t count,
+                       int32_t width, const float* down, const float* up, const float* bias, int32_t rank,
+                       int32_t threads) {
+  auto each = [&](auto* to, const auto* from) {
+#pragma omp parallel num_threads(threads)
+    {
+      std::vector<float> given(TILE * size_t(width)), low(TILE * size_t(rank)), sums(TILE * size_t(width));
+#pragma omp for schedule(static)
+      for (int64_t first = 0; first < count; first += TILE) {
+        const int real = int(std::min<int64_t>(TILE, count - first));  // rows beyond them are left over
+        for (int r = 0; r < real; r++)
+          for (int i = 0; i < width; i += 8)
+            store(given.data() + r * width + i, load(from + places[first + r] * width + i));
+        add_product(given.data(), width, down, rank, nullptr, low.data());
+        add_product(low.data(), rank, up, width, bias, sums.data());
+        for (int r = 0; r < real; r++) {
+          auto* row = to + places[first + r] * width;
+          for (int i = 0; i < width; i += 8) store(row + i, load(row + i) + load(sums.data() + r * width + i));
+        }
+      }
+    }
+  };
+  if (half) each(static_cast<uint16_t*>(hidden), static_cast<const uint16_t*>(x));
+  else each(static_cast<float*>(hidden), static_cast<const float*>(x));
 }
 
 // Rotary positions in place: x [rows, heads, width] by cos and sin [rows, turned], the first `turned`

@@ -143,6 +143,8 @@ class Engine:
         if gates is not None and (type(gates) is not ScalarGates or gates.scales):
             raise Unsuited("only scalar gates that do not scale run natively")
         self.held: list[Any] = []  # tensors that the structures point into
+        # A branch's shortcut for many rows: down [H, r], up [r, H], bias [H]
+        self.around: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.rounded = rounded and any(isinstance(part, PackedLinear) for part in model.modules())
         self.rounded |= isinstance(model.get_output_embeddings(), RoundedHead)
         self.model = self._model(model, gates)
@@ -312,6 +314,22 @@ class Engine:
             hidden.shape[-1],
             int(hidden.dtype == torch.bfloat16),
             Pointer(added.data_ptr()),
+            torch.get_num_threads(),
+        )
+
+    def add_shortcuts(self, branch: int, hidden: Tensor, x: Tensor, places: Tensor) -> None:
+        """hidden [..., H] at flat places [N] += what tokens get that skip a branch which reads x
+        [..., H], in place."""
+        down, up, bias = self.around[branch]
+        self.library.gateskip_shortcut(
+            Pointer(hidden.data_ptr()),
+            Pointer(x.data_ptr()),
+            int(hidden.dtype == torch.bfloat16),
+            Pointer(places.data_ptr()),
+            ctypes.c_int64(len(places)),
+            hidden.shape[-1],
+            *(Pointer(part.data_ptr()) for part in (down, up, bias)),
+            up.shape[0],
             torch.get_num_threads(),
         )
 
@@ -506,6 +524,11 @@ class Engine:
         down = nn.functional.pad(own.down[branch], (0, 0, 0, room))
         up = nn.functional.pad(own.up[branch], (0, room))
         parts = (down, up, own.bias[branch])
+        self.around[branch] = (
+            down.T.contiguous().float(),
+            up.T.contiguous().float(),
+            own.bias[branch].contiguous().float(),
+        )
         return Shortcut(*(self._floats(part) for part in parts), own.rank + room)
 
     def _matrix(self, module: Any) -> Matrix:

@@ -8,6 +8,8 @@ packed weights are unpacked on the way.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,11 +34,23 @@ class DenseLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
+        self._wide: Tensor | None = None
+
+    @contextmanager
+    def widened(self) -> Iterator[None]:
+        """Within this context the weights exist in float32, for products that come in parts."""
+        self._wide = self.weight.float()
+        try:
+            yield
+        finally:
+            self._wide = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         rows = x.numel() // self.in_features
-        if rows > FEW_ROWS or torch.is_grad_enabled():
+        if self._wide is not None:
+            return product(x, self._wide, self.bias)
+        if rows > FEW_ROWS or torch.is_grad_enabled() or x.dtype != self.weight.dtype:
             return product(x, self.weight, self.bias)
         if self.weight.dtype != torch.float32:
             return F.linear(x, self.weight, self.bias)

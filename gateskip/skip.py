@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gateskip.branches import (
     AttentionShape,
@@ -35,6 +37,8 @@ from gateskip.branches import (
 )
 from gateskip.engine import MOST_ROWS, Engine
 from gateskip.gates import ANCHORS, Gates
+from gateskip.halves import halves_pay
+from gateskip.linears import DenseLinear
 from gateskip.masked import attend, causal
 from gateskip.prefill import EVEN, attend_rows, filled
 
@@ -65,6 +69,7 @@ class KVCache:
 
         `begin` is the first slot where all rows have the same.
         """
+        keys, values = (part.to(self.keys[layer].dtype) for part in (keys, values))
         if begin is not None:
             part = slice(begin, begin + slots.shape[1])
             self.keys[layer][:, :, part] = keys.transpose(1, 2)
@@ -150,6 +155,27 @@ class SkippingModel:
         self.dtype: torch.dtype = self.norm.weight.dtype
         self.device: torch.device = self.norm.weight.device
 
+    @cached_property
+    def wide(self) -> bool:
+        """Whether prompts pass through in float32 though the weights are bfloat16: where that is
+        multiplied faster. Decoding by the engine does so anyway."""
+        if self.engine is None or self.dtype != torch.bfloat16 or halves_pay():
+            return False
+        return not any(
+            type(part) is nn.Linear for b in self.branches for part in b.module.modules()
+        )
+
+    @contextmanager
+    def _widened(self, branch: Branch, tokens: int) -> Iterator[None]:
+        """Within this context a branch that several parts of `tokens` enter has its weights in
+        float32, if the model is `wide`."""
+        with ExitStack() as stack:
+            again = self.wide and len(_even_cuts(tokens)) > 1
+            for part in branch.module.modules() if again else ():
+                if isinstance(part, DenseLinear):
+                    stack.enter_context(part.widened())
+            yield
+
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of at most `capacity` tokens."""
         limit = self.model.config.max_position_embeddings
@@ -214,7 +240,7 @@ class SkippingModel:
 
     def _final(self, hidden: Tensor) -> Tensor:
         """The norm before the LM head."""
-        if self.engine is None or hidden.dtype != self.dtype:
+        if self.engine is None or hidden.dtype not in (self.dtype, torch.float32):
             return self.norm(hidden)  # type: ignore[no-any-return]
         return self.engine.final(hidden)
 
@@ -396,8 +422,10 @@ class SkippingModel:
         self, hidden: Tensor, cache: KVCache, batch: _Batch, thresholds: Thresholds
     ) -> Tensor:
         """Embeddings [B, S, H], to which branches add in place -> the last layer's states."""
+        hidden = hidden.float() if self.wide else hidden
         ropes = {  # two of [B, S, D] a kind of layer
-            key: (cos[batch.slots], sin[batch.slots]) for key, (cos, sin) in cache.rope.items()
+            key: (cos[batch.slots].to(hidden.dtype), sin[batch.slots].to(hidden.dtype))
+            for key, (cos, sin) in cache.rope.items()
         }
         self.usage.seen += batch.tokens
         self.usage.context += batch.context
@@ -410,23 +438,47 @@ class SkippingModel:
             keep = self._kept(branch, x, logits, batch, thresholds)  # [B, S] or None for all
             self.usage.kept[branch.index] += batch.tokens if keep is None else int(keep.sum())
             entered, scale = self._scaled(branch, x, thresholds)
-            if branch.kind == "mlp":
-                self._add_mlp(branch, hidden, entered, keep, scale)
-            else:
-                rope = ropes[branch.rope]
-                self._add_attention(branch, hidden, entered, rope, cache, batch, keep, scale)
-            if self.shortcuts is not None and keep is not None:
-                for skipped in _parts(~keep):  # padding among them
-                    read = _rows(x, filled(skipped, _doubled(len(skipped))))
-                    instead = self.shortcuts(branch.index, read)
-                    self._add_rows(hidden, skipped, instead[: len(skipped)])
+            with self._widened(branch, batch.slots.numel()):
+                if branch.kind == "mlp":
+                    self._add_mlp(branch, hidden, entered, keep, scale)
+                else:
+                    rope = ropes[branch.rope]
+                    self._add_attention(branch, hidden, entered, rope, cache, batch, keep, scale)
+            if keep is not None:
+                self._add_shortcuts(branch, hidden, x, ~keep)
         return hidden
+
+    def _add_shortcuts(self, branch: Branch, hidden: Tensor, x: Tensor, skip: Tensor) -> None:
+        """hidden [B, S, H] where `skip` [B, S], padding among it, += what the branch's shortcut
+        makes of x [B, S, H], in place."""
+        if self.shortcuts is None:
+            return
+        if self.engine is not None and x.dtype == hidden.dtype:
+            places = skip.flatten().nonzero().squeeze(1)
+            self.engine.add_shortcuts(branch.index, hidden, x, places)
+            return
+        for places in self._parts(skip):
+            instead = self.shortcuts(branch.index, _rows(x, filled(places, self._even)))
+            self._add_rows(hidden, places, instead[: len(places)])
 
     def _read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a branch reads, and its gate's logits where they come for nothing with it."""
-        if self.engine is None or hidden.dtype != self.dtype:
+        if self.engine is None or hidden.dtype not in (self.dtype, torch.float32):
             return branch.enter(hidden), None
         return self.engine.normed(branch.index, hidden)
+
+    def _parts(self, keep: Tensor) -> Iterator[Tensor]:
+        """Flat places [N] of the tokens that keep [B, S] marks, a part at a time."""
+        places = keep.flatten().nonzero().squeeze(1)
+        return (part for part in places.split(self._cuts(len(places))) if len(part))
+
+    def _cuts(self, count: int) -> list[int]:
+        return _even_cuts(count) if self.wide else _cuts(count)
+
+    @property
+    def _even(self) -> int:
+        """What divides gathered rows: oneDNN compiles bfloat16's products for each size."""
+        return 1 if self.wide else EVEN
 
     def _add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
         """hidden [B, S, H] at flat places [N] += added [N, H], in place."""
@@ -448,12 +500,12 @@ class SkippingModel:
     ) -> None:
         if keep is None:
             flat = x.flatten(0, -2)
-            parts = flat.split(_cuts(len(flat)))
+            parts = flat.split(self._cuts(len(flat)))
             output = torch.cat([self._mlp(branch, part) for part in parts]).view_as(x)
             hidden += output if scale is None else output * scale
             return
-        for kept in _parts(keep):
-            output = self._mlp(branch, _rows(x, filled(kept)))[: len(kept)]
+        for kept in self._parts(keep):
+            output = self._mlp(branch, _rows(x, filled(kept, self._even)))[: len(kept)]
             output = output if scale is None else output * _rows(scale, kept)
             self._add_rows(hidden, kept, output)
 
@@ -489,12 +541,12 @@ class SkippingModel:
         shape: AttentionShape = self.shapes[branch.index]
         attention: Any = branch.module
         if keep is None and batch.few:
-            queries = project_queries(attention, x, rope)[0]  # [S, heads, D]
+            queries = project_queries(attention, x, rope)[0].to(self.dtype)  # [S, heads, D]
             first = batch.last_slot + 1 - len(queries)
             mixed = torch.stack(
                 [self._attend_one(branch, q, cache, first + i) for i, q in enumerate(queries)]
             )
-            output = branch.leave(project_out(attention, mixed.unsqueeze(0)))
+            output = branch.leave(project_out(attention, mixed.to(x.dtype).unsqueeze(0)))
             hidden += output if scale is None else output * scale
             return
         if self.device.type == "cpu":
@@ -538,16 +590,18 @@ class SkippingModel:
         keep = torch.ones_like(batch.slots, dtype=torch.bool) if keep is None else keep
         kv = (cache.keys[branch.layer], cache.values[branch.layer])
         shape, slots, packed = self.shapes[branch.index], batch.slots.flatten(), None
-        for kept in _parts(keep):
-            chosen = filled(kept)
+        for kept in self._parts(keep):
+            chosen = filled(kept, self._even)
             cos, sin = (_rows(part, chosen).unsqueeze(0) for part in rope)
             own = _rows(x, chosen).unsqueeze(0)
             queries = project_queries(branch.module, own, (cos, sin), self._turn())[0]
+            queries = queries.to(self.dtype)
             counts = torch.bincount(kept // keep.shape[1], minlength=len(keep)).tolist()
             if packed is None and self.engine is not None and self.engine.attends(queries, shape):
                 packed = self.engine.pack(kv, batch.last_slot + 1)
             mixed = attend_rows(queries, counts, slots[kept], kv, shape, self.engine, packed)
-            output = branch.leave(project_out(branch.module, mixed.unsqueeze(0)))[0, : len(kept)]
+            mixed = mixed.to(x.dtype).unsqueeze(0)
+            output = branch.leave(project_out(branch.module, mixed))[0, : len(kept)]
             output = output if scale is None else output * _rows(scale, kept)
             self._add_rows(hidden, kept, output)
 
@@ -568,13 +622,13 @@ class SkippingModel:
         kept = keep.flatten().nonzero().squeeze(1)  # [N]
         if not len(kept):
             return
-        chosen = filled(kept)
+        chosen = filled(kept, self._even)
         cos, sin = (_rows(part, chosen).unsqueeze(0) for part in rope)
         own = _rows(x, chosen).unsqueeze(0)
         keys, values = project_keys_values(branch.module, own, (cos, sin), self._turn())
         rows, slots = kept // keep.shape[1], batch.slots.flatten()[kept]
-        cache.keys[branch.layer][rows, :, slots] = keys[0, : len(kept)]
-        cache.values[branch.layer][rows, :, slots] = values[0, : len(kept)]
+        cache.keys[branch.layer][rows, :, slots] = keys[0, : len(kept)].to(self.dtype)
+        cache.values[branch.layer][rows, :, slots] = values[0, : len(kept)].to(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -619,12 +673,6 @@ def _rows(x: Tensor, places: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, places)
 
 
-def _parts(keep: Tensor) -> Iterator[Tensor]:
-    """Flat places [N] of the tokens that keep [B, S] marks, a part at a time."""
-    places = keep.flatten().nonzero().squeeze(1)
-    return (part for part in places.split(_cuts(len(places))) if len(part))
-
-
 def _cuts(count: int) -> list[int]:
     """Sizes of the parts in which `count` tokens enter: TOGETHER or half of it but for the last,
     which is no larger than that half. So products come in few sizes, of which each has its code."""
@@ -633,9 +681,10 @@ def _cuts(count: int) -> list[int]:
     return [TOGETHER] * whole + ([half, rest - half] if rest > half else [rest])
 
 
-def _doubled(count: int) -> int:
-    """EVEN times a power of two, `count` at least: fewer sizes still, where rows cost little."""
-    return EVEN << max(0, -(-count // EVEN) - 1).bit_length()
+def _even_cuts(count: int) -> list[int]:
+    """As many equal parts as keep what lies between an MLP's products small."""
+    parts = max(1, -(-count // (TOGETHER + TOGETHER // 2)))
+    return [count // parts + (i < count % parts) for i in range(parts)]
 
 
 def _gather_index(keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,24 @@ def test_a_product_is_float64s_but_for_rounding(
     torch.testing.assert_close(found, wanted.to(kind), **near)
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_layers_take_either_type(
+    monkeypatch: pytest.MonkeyPatch, rows: int, kind: torch.dtype
+) -> None:
+    pretend(monkeypatch, True, False)
+    layer = DenseLinear(torch.nn.Linear(32, 24, dtype=torch.bfloat16))
+    x = torch.randn(rows, 32).to(kind)
+    with torch.inference_mode():
+        found = layer(x)
+        with layer.widened():
+            again = layer(x)
+    wanted = x.double() @ layer.weight.double().T + layer.bias.double()
+    for each in (found, again):
+        assert each.dtype == kind
+        torch.testing.assert_close(each, wanted.to(kind), rtol=0.01, atol=0.01)
+
+
 def test_a_model_in_bfloat16_prefills_either_way(
     make_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

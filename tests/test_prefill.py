@@ -11,10 +11,13 @@ import torch
 
 import gateskip
 from gateskip import decode
-from gateskip.branches import AttentionShape, rotate
+from gateskip.branches import AttentionShape, find_branches, rotate
 from gateskip.engine import Engine
+from gateskip.folders import load_model
+from gateskip.kinds import make_gates
 from gateskip.masked import attend, causal
 from gateskip.prefill import EVEN, _evened, attend_rows, filled
+from gateskip.shortcuts import Shortcuts
 from gateskip.skip import TOGETHER, _cuts
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 16
@@ -114,6 +117,27 @@ def test_native_passes_over_rows(make_tiny: Callable[..., Path], kind: torch.dty
     wanted = hidden.index_add(0, places, added)
     engine.add_rows(hidden, places, added)
     torch.testing.assert_close(hidden, wanted)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [4, 40])
+def test_native_shortcuts_are_torchs(
+    make_tiny: Callable[..., Path], kind: torch.dtype, rank: int
+) -> None:
+    torch.manual_seed(0)
+    model = load_model(make_tiny("llama"), "float32")
+    gates = make_gates("scalar", len(find_branches(model)), model.config.hidden_size)
+    gates.shortcuts = Shortcuts(gates.branches, gates.hidden_size, rank)
+    for part in gates.shortcuts.parameters():
+        torch.nn.init.normal_(part, std=0.3)
+    engine = Engine(model, gates)
+    hidden, x = (torch.randn(2, 5, gates.hidden_size, dtype=kind) for _ in range(2))
+    places = torch.tensor([1, 2, 3, 6, 9])
+    wanted = hidden.clone().view(10, -1).float()
+    wanted[places] += gates.shortcuts(1, x.view(10, -1)[places].float()).detach()
+    engine.add_shortcuts(1, hidden, x, places)
+    near = {"rtol": 0.01, "atol": 0.02} if kind == torch.bfloat16 else {}
+    torch.testing.assert_close(hidden.view(10, -1), wanted.to(kind), **near)
 
 
 @pytest.mark.parametrize("count", [1, 64, 65, 513, 8000])
