@@ -37,6 +37,11 @@ PIECE = 1024  # and of one of them: what branches hold then is a tenth of a smal
 SELF_WRITTEN = (8, 96)  # rows and tokens of the text to which an int4 draft is fitted
 
 
+def slots(prompt: int, new_tokens: int) -> int:
+    """Slots that a row's cache has for a prompt and what follows, rejected drafts among it."""
+    return prompt + new_tokens + MAX_DRAFT
+
+
 ADDED = (
     *("prompt_tokens", "new_tokens", "prefill_s", "decode_s", "drafted", "accepted"),
     *("passes", "draft_s", "verify_s", "looked_up"),
@@ -267,7 +272,7 @@ class Decoder:
         for number, row in enumerate(rows):
             ids[number, : len(row.prompt)] = torch.tensor(row.prompt)
         ids = ids.to(self.skipping.device)
-        cache = self.skipping.new_cache(len(rows), max(lengths) + rows[0].ends.limit + MAX_DRAFT)
+        cache = self.skipping.new_cache(len(rows), slots(max(lengths), rows[0].ends.limit))
         final: list[Tensor] = [torch.empty(0)] * len(rows)  # of each row's last token, [H]
         columns = max(1, min(PIECE, PREFILL // len(rows)))
         for first in range(0, max(lengths), columns):

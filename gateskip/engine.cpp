@@ -133,7 +133,7 @@ f8 rounded_as(const uint16_t*, f8 v) {
   return load(half);
 }
 
-// Columns `c` and on, `across` vectors of them: out [TILE, n] = start [n] (or nothing) + x [TILE, k] @ w [k, n]
+// out [TILE, n] = start [n] (or nothing) + x [TILE, k] @ w [k, n]: `across` vectors of columns from `c` on
 template <int across>
 void product_columns(const float* x, int k, const float* w, int n, const float* start, float* out, int c) {
   f8 total[TILE][across];
@@ -158,7 +158,8 @@ void product_columns(const float* x, int k, const float* w, int n, const float* 
     for (int v = 0; v < across; v++) store(out + int64_t(r) * n + c + 8 * v, total[r][v]);
 }
 
-void add_product(const float* x, int k, const float* w, int n, const float* start, float* out) {
+// All columns of it
+void product(const float* x, int k, const float* w, int n, const float* start, float* out) {
   int c = 0;
   for (; c + 32 <= n; c += 32) product_columns<4>(x, k, w, n, start, out, c);
   for (; c < n; c += 8) product_columns<1>(x, k, w, n, start, out, c);
@@ -854,8 +855,8 @@ void gateskip_shortcut(void* hidden, const void* x, int32_t half, const int64_t*
         for (int r = 0; r < real; r++)
           for (int i = 0; i < width; i += 8)
             store(given.data() + r * width + i, load(from + places[first + r] * width + i));
-        add_product(given.data(), width, down, rank, nullptr, low.data());
-        add_product(low.data(), rank, up, width, bias, sums.data());
+        product(given.data(), width, down, rank, nullptr, low.data());
+        product(low.data(), rank, up, width, bias, sums.data());
         for (int r = 0; r < real; r++) {
           auto* row = to + places[first + r] * width;
           for (int i = 0; i < width; i += 8) store(row + i, load(row + i) + load(sums.data() + r * width + i));

@@ -523,13 +523,9 @@ class Engine:
         room = -own.rank % 8
         down = nn.functional.pad(own.down[branch], (0, 0, 0, room))
         up = nn.functional.pad(own.up[branch], (0, room))
-        parts = (down, up, own.bias[branch])
-        self.around[branch] = (
-            down.T.contiguous().float(),
-            up.T.contiguous().float(),
-            own.bias[branch].contiguous().float(),
-        )
-        return Shortcut(*(self._floats(part) for part in parts), own.rank + room)
+        bias = own.bias[branch].float()
+        self.around[branch] = (down.T.float().contiguous(), up.T.float().contiguous(), bias)
+        return Shortcut(*(self._floats(part) for part in (down, up, bias)), own.rank + room)
 
     def _matrix(self, module: Any) -> Matrix:
         if isinstance(module, PackedLinear):

@@ -65,9 +65,8 @@ def masked_forward(
             x = branch.enter(source)
             keep, scale = None, None
             if gates is not None:
-                with torch.autocast(
-                    x.device.type, enabled=False
-                ):  # ranking asks for all its digits
+                # Ranking asks for all its digits
+                with torch.autocast(x.device.type, enabled=False):
                     keep = mask and anchored(mask(branch, gates.logit(branch.index, x.detach())))
                     if gates.scales or watch is not None:
                         scale = gates.gate(branch.index, x.detach()).to(x.dtype)

@@ -19,6 +19,7 @@ QUERIES = 128  # that meet their keys at once; half as many where the keys are
 LONG = 4096
 EVEN = 64  # gathered rows, and keys, come in multiples of this
 FILL = 32  # and queries that meet their keys at once, of this
+TOGETHER = 1024  # tokens that enter a branch at once
 
 
 def filled(kept: Tensor, even: int = EVEN) -> Tensor:
@@ -29,6 +30,21 @@ def filled(kept: Tensor, even: int = EVEN) -> Tensor:
     """
     room = -len(kept) % even
     return torch.cat((kept, kept[-1:].expand(room))) if room else kept
+
+
+def few_sizes(count: int) -> list[int]:
+    """Sizes of the parts in which `count` tokens enter: TOGETHER or half of it but for the last,
+    which is no larger than that half. So products come in few sizes, of which each has its code."""
+    whole, rest = divmod(count, TOGETHER)
+    half = TOGETHER // 2
+    return [TOGETHER] * whole + ([half, rest - half] if rest > half else [rest])
+
+
+def equal_sizes(count: int) -> list[int]:
+    """The same where no size has code of its own: as many equal parts as keep what lies between an
+    MLP's products small."""
+    parts = max(1, -(-count // (TOGETHER + TOGETHER // 2)))
+    return [count // parts + (i < count % parts) for i in range(parts)]
 
 
 def attend_rows(

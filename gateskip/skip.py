@@ -40,12 +40,11 @@ from gateskip.gates import ANCHORS, Gates
 from gateskip.halves import halves_pay
 from gateskip.linears import DenseLinear
 from gateskip.masked import attend, causal
-from gateskip.prefill import EVEN, attend_rows, filled
+from gateskip.prefill import EVEN, attend_rows, equal_sizes, few_sizes, filled
 
 Thresholds = Sequence[float] | None
 KV_RULES = ("project", "copy")
 NEVER_SKIP = -math.inf
-TOGETHER = 1024  # tokens that enter a branch at once
 VERIFY_ROWS = 17  # longest verify pass: sixteen drafted tokens and the one before them
 
 
@@ -170,7 +169,7 @@ class SkippingModel:
         """Within this context a branch that several parts of `tokens` enter has its weights in
         float32, if the model is `wide`."""
         with ExitStack() as stack:
-            again = self.wide and len(_even_cuts(tokens)) > 1
+            again = self.wide and len(equal_sizes(tokens)) > 1
             for part in branch.module.modules() if again else ():
                 if isinstance(part, DenseLinear):
                     stack.enter_context(part.widened())
@@ -181,12 +180,8 @@ class SkippingModel:
         limit = self.model.config.max_position_embeddings
         if capacity > limit:
             raise ValueError(f"{capacity} tokens do not fit: the model has {limit} positions")
-        capacity = self._evened(capacity)
-        sizes = [
-            (batch, s.kv_heads, capacity, s.head_dim)
-            for s in self.shapes.values()
-            for _ in range(2)
-        ]
+        sizes = self._cache_sizes(batch, capacity)
+        capacity = sizes[0][2]
         # In one piece, which goes back to the system whole
         store = torch.zeros(sum(map(math.prod, sizes)), dtype=self.dtype, device=self.device)
         cut = store.split([math.prod(size) for size in sizes])
@@ -198,13 +193,14 @@ class SkippingModel:
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
         """What `new_cache` takes, in bytes."""
-        channels = sum(s.kv_heads * s.head_dim for s in self.shapes.values())
-        return 2 * batch * self._evened(capacity) * channels * self.dtype.itemsize
+        return sum(map(math.prod, self._cache_sizes(batch, capacity))) * self.dtype.itemsize
 
-    def _evened(self, capacity: int) -> int:
-        """Slots of a cache for at least `capacity`: rows that are aligned."""
+    def _cache_sizes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
+        """[B, kv_heads, slots, D] of every layer's keys, then of its values; aligned rows."""
         limit: int = self.model.config.max_position_embeddings
-        return max(capacity, min(capacity + -capacity % EVEN, limit))
+        slots = max(capacity, min(capacity + -capacity % EVEN, limit))
+        shapes = self.shapes.values()
+        return [(batch, s.kv_heads, slots, s.head_dim) for s in shapes for _ in range(2)]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., H] -> logits [..., V]."""
@@ -240,9 +236,12 @@ class SkippingModel:
 
     def _final(self, hidden: Tensor) -> Tensor:
         """The norm before the LM head."""
-        if self.engine is None or hidden.dtype not in (self.dtype, torch.float32):
-            return self.norm(hidden)  # type: ignore[no-any-return]
-        return self.engine.final(hidden)
+        engine = self._engine_for(hidden)
+        return self.norm(hidden) if engine is None else engine.final(hidden)
+
+    def _engine_for(self, hidden: Tensor) -> Engine | None:
+        """The engine, if there is one that knows states of this type."""
+        return self.engine if hidden.dtype in (self.dtype, torch.float32) else None
 
     def _natively(
         self,
@@ -453,27 +452,29 @@ class SkippingModel:
         makes of x [B, S, H], in place."""
         if self.shortcuts is None:
             return
-        if self.engine is not None and x.dtype == hidden.dtype:
+        engine = self._engine_for(hidden)
+        if engine is not None:
             places = skip.flatten().nonzero().squeeze(1)
-            self.engine.add_shortcuts(branch.index, hidden, x, places)
+            engine.add_shortcuts(branch.index, hidden, x, places)
             return
         for places in self._parts(skip):
-            instead = self.shortcuts(branch.index, _rows(x, filled(places, self._even)))
+            instead = self.shortcuts(branch.index, _rows(x, filled(places)))
             self._add_rows(hidden, places, instead[: len(places)])
 
     def _read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a branch reads, and its gate's logits where they come for nothing with it."""
-        if self.engine is None or hidden.dtype not in (self.dtype, torch.float32):
-            return branch.enter(hidden), None
-        return self.engine.normed(branch.index, hidden)
+        engine = self._engine_for(hidden)
+        return (
+            (branch.enter(hidden), None) if engine is None else engine.normed(branch.index, hidden)
+        )
 
     def _parts(self, keep: Tensor) -> Iterator[Tensor]:
         """Flat places [N] of the tokens that keep [B, S] marks, a part at a time."""
         places = keep.flatten().nonzero().squeeze(1)
-        return (part for part in places.split(self._cuts(len(places))) if len(part))
+        return (part for part in places.split(self._sizes(len(places))) if len(part))
 
-    def _cuts(self, count: int) -> list[int]:
-        return _even_cuts(count) if self.wide else _cuts(count)
+    def _sizes(self, count: int) -> list[int]:
+        return equal_sizes(count) if self.wide else few_sizes(count)
 
     @property
     def _even(self) -> int:
@@ -500,7 +501,7 @@ class SkippingModel:
     ) -> None:
         if keep is None:
             flat = x.flatten(0, -2)
-            parts = flat.split(self._cuts(len(flat)))
+            parts = flat.split(self._sizes(len(flat)))
             output = torch.cat([self._mlp(branch, part) for part in parts]).view_as(x)
             hidden += output if scale is None else output * scale
             return
@@ -671,20 +672,6 @@ class _Batch:
 def _rows(x: Tensor, places: Tensor) -> Tensor:
     """Rows of x [B, S, N] at flat places [K] -> [K, N]; ten times as fast as x[places]."""
     return x.flatten(0, 1).index_select(0, places)
-
-
-def _cuts(count: int) -> list[int]:
-    """Sizes of the parts in which `count` tokens enter: TOGETHER or half of it but for the last,
-    which is no larger than that half. So products come in few sizes, of which each has its code."""
-    whole, rest = divmod(count, TOGETHER)
-    half = TOGETHER // 2
-    return [TOGETHER] * whole + ([half, rest - half] if rest > half else [rest])
-
-
-def _even_cuts(count: int) -> list[int]:
-    """As many equal parts as keep what lies between an MLP's products small."""
-    parts = max(1, -(-count // (TOGETHER + TOGETHER // 2)))
-    return [count // parts + (i < count % parts) for i in range(parts)]
 
 
 def _gather_index(keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,8 @@ from gateskip.engine import Engine
 from gateskip.folders import load_model
 from gateskip.kinds import make_gates
 from gateskip.masked import attend, causal
-from gateskip.prefill import EVEN, _evened, attend_rows, filled
+from gateskip.prefill import EVEN, TOGETHER, _evened, attend_rows, few_sizes, filled
 from gateskip.shortcuts import Shortcuts
-from gateskip.skip import TOGETHER, _cuts
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 16
 
@@ -159,7 +158,7 @@ def test_prompts_in_pieces_are_prompts_in_one(
 
 
 def test_tokens_enter_in_parts_of_few_sizes() -> None:
-    cuts = [_cuts(count) for count in range(9000)]
+    cuts = [few_sizes(count) for count in range(9000)]
     assert all(sum(found) == count for count, found in enumerate(cuts))
     sizes = {-(-size // EVEN) * EVEN for found in cuts for size in found}
     assert sizes == {0, *range(EVEN, TOGETHER // 2 + 1, EVEN), TOGETHER}

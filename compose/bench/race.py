@@ -27,11 +27,11 @@ from compose.bench.rivals import LlamaCpp, Rival, Rows, Run, Transformers
 from compose.errors import UserError, suggest
 from compose.llamacpp import KINDS as GGUF_KINDS
 from compose.llamacpp import write_gguf
-from gateskip.decode import MAX_DRAFT, Decoder
+from gateskip.decode import Decoder, slots
 
 KINDS = ("plain", "skip", "draft", "eager", "transformers", "llama.cpp")
 READ_BYTES, GEMM_SIZE = 1 << 28, 1024  # of the machine's own measure
-WARM = 16  # tokens that bring weights into memory
+WARM = 16  # tokens that bring weights into memory before what a text adds is measured
 Progress = Callable[[int, int, str], None]
 Courses = dict[str, list[Rows]]
 """Name -> batches of prompts, as token ids."""
@@ -179,21 +179,21 @@ def race(
         else _running_text(decoder, batches, contexts, cache)
     )
     runners = runners_of(decoder, folder, contenders, courses, new_tokens)
-    alone = all(isinstance(run, partial) and run.args[0] is decoder for run in runners.values())
+    batches_of = [rows for groups in courses.values() for rows in groups]
     cache_bytes = max(
-        decoder.skipping.cache_bytes(len(rows), max(map(len, rows)) + new_tokens + MAX_DRAFT)
-        for groups in courses.values()
-        for rows in groups
+        decoder.skipping.cache_bytes(len(rows), slots(max(map(len, rows)), new_tokens))
+        for rows in batches_of
     )
-    for run in runners.values():
-        run([next(iter(courses.values()))[0][0][:WARM]], 2)
+    alone = all(way.settings and not way.eager for way in map(contender, contenders))
+    if alone:
+        for run in runners.values():
+            run([batches_of[0][0][:WARM]], 2)
     memory.reset_peak()
     held = memory.resident_bytes()
     laps = run_laps(runners, courses, new_tokens, repeats, progress)
-    beside = memory.peak_bytes() - held - cache_bytes
     return {
         "cache": cache_bytes,
-        "beside": beside if alone else None,
+        "beside": memory.peak_bytes() - held - cache_bytes if alone else None,
         "laps": [lap.to_json() for lap in laps],
         "roofline": roofline(),
         "weights": resident_bytes(decoder.skipping.model),
