@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gateskip.branches import attention_shape, find_branches
 from gateskip.gates import Gates
-from gateskip.skip import Usage
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,29 @@ def branch_costs(model: Any) -> list[BranchCost]:
 
 def _linear_macs(linear: Any) -> int:
     return int(linear.in_features * linear.out_features)
+
+
+@dataclass
+class Usage:
+    """How many tokens entered each branch, out of how many that came by."""
+
+    kept: list[int]
+    seen: int = 0
+    context: int = field(default=0)  # sum over tokens of the slots each could attend to
+
+    @classmethod
+    def empty(cls, branches: int) -> Usage:
+        """A count from zero."""
+        return cls([0] * branches)
+
+    def clear(self) -> None:
+        """Count from zero again."""
+        self.kept = [0] * len(self.kept)
+        self.seen = self.context = 0
+
+    def shares(self) -> list[float]:
+        """Kept share of each branch, 1.0 where nothing was counted."""
+        return [kept / self.seen if self.seen else 1.0 for kept in self.kept]
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from gateskip.budget import thresholds_at
-from gateskip.compute import Saving, saving
+from gateskip.compute import Saving, Usage, saving
 from gateskip.drafts import Draft, Drafting, Ends, Row
 from gateskip.engine import Engine, Unsuited
+from gateskip.kv_cache import KVCache
 from gateskip.pace import Pace
 from gateskip.sampling import GREEDY, Sampler, accept_or_resample, draw
-from gateskip.skip import NEVER_SKIP, KVCache, SkippingModel, Thresholds, Usage
+from gateskip.skip import NEVER_SKIP, SkippingModel, Thresholds
 from gateskip.twin import int4_head, int4_twin, nf4_twin
 from gateskip.written import write
 

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gateskip.kv_cache import KVCache
 from gateskip.pace import Pace
 from gateskip.sampling import GREEDY, Law, Sampler, draw
-from gateskip.skip import KVCache, SkippingModel
+from gateskip.skip import SkippingModel
 
 Tokens = list[int]
 LOOKUP = (3, 2)  # lengths of the n-grams that a look-up tries, the longer first

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from gateskip.branches import (
     AttentionShape,
     Branch,
-    Rope,
     Turn,
     attention_shape,
     embed,
@@ -33,11 +32,12 @@ from gateskip.branches import (
     project_keys_values,
     project_out,
     project_queries,
-    rope_at,
 )
+from gateskip.compute import Usage
 from gateskip.engine import MOST_ROWS, Engine
 from gateskip.gates import ANCHORS, Gates
 from gateskip.halves import halves_pay
+from gateskip.kv_cache import KVCache
 from gateskip.linears import DenseLinear
 from gateskip.masked import attend, causal
 from gateskip.prefill import EVEN, attend_rows, equal_sizes, few_sizes, filled
@@ -46,79 +46,6 @@ Thresholds = Sequence[float] | None
 KV_RULES = ("project", "copy")
 NEVER_SKIP = -math.inf
 VERIFY_ROWS = 17  # longest verify pass: sixteen drafted tokens and the one before them
-
-
-@dataclass
-class KVCache:
-    """Keys and values of every layer, [B, kv_heads, capacity, D] each, and the rope table."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    rope: Rope  # two of [capacity, D] a kind of layer
-
-    @property
-    def capacity(self) -> int:
-        """Slots a row has."""
-        return self.keys[0].shape[2]
-
-    def write(
-        self, layer: int, slots: Tensor, begin: int | None, keys: Tensor, values: Tensor
-    ) -> None:
-        """Store keys and values [B, S, kv_heads, D] at slots [B, S], which follow each other.
-
-        `begin` is the first slot where all rows have the same.
-        """
-        keys, values = (part.to(self.keys[layer].dtype) for part in (keys, values))
-        if begin is not None:
-            part = slice(begin, begin + slots.shape[1])
-            self.keys[layer][:, :, part] = keys.transpose(1, 2)
-            self.values[layer][:, :, part] = values.transpose(1, 2)
-            return
-        rows = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
-        self.keys[layer][rows, :, slots] = keys
-        self.values[layer][rows, :, slots] = values
-
-    def copy_below(self, layer: int, slots: Tensor, begin: int | None) -> None:
-        """KV rule `copy`: a layer shows its predecessor's entries at slots [B, S]; see `write`."""
-        for store in (self.keys, self.values):
-            if begin is not None:
-                part = slice(begin, begin + slots.shape[1])
-                store[layer][:, :, part] = store[layer - 1][:, :, part]
-                continue
-            rows = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
-            store[layer][rows, :, slots] = store[layer - 1][rows, :, slots]
-
-    def row(self, number: int) -> KVCache:
-        """One row as a cache of its own, in the same memory."""
-        one = slice(number, number + 1)
-        return KVCache([k[one] for k in self.keys], [v[one] for v in self.values], self.rope)
-
-    def nbytes(self) -> int:
-        """Memory held, in bytes."""
-        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
-
-
-@dataclass
-class Usage:
-    """How many tokens entered each branch, out of how many that came by."""
-
-    kept: list[int]
-    seen: int = 0
-    context: int = field(default=0)  # sum over tokens of the slots each could attend to
-
-    @classmethod
-    def empty(cls, branches: int) -> Usage:
-        """A count from zero."""
-        return cls([0] * branches)
-
-    def clear(self) -> None:
-        """Count from zero again."""
-        self.kept = [0] * len(self.kept)
-        self.seen = self.context = 0
-
-    def shares(self) -> list[float]:
-        """Kept share of each branch, 1.0 where nothing was counted."""
-        return [kept / self.seen if self.seen else 1.0 for kept in self.kept]
 
 
 class SkippingModel:
@@ -180,16 +107,7 @@ class SkippingModel:
         limit = self.model.config.max_position_embeddings
         if capacity > limit:
             raise ValueError(f"{capacity} tokens do not fit: the model has {limit} positions")
-        sizes = self._cache_sizes(batch, capacity)
-        capacity = sizes[0][2]
-        # In one piece, which goes back to the system whole
-        store = torch.zeros(sum(map(math.prod, sizes)), dtype=self.dtype, device=self.device)
-        cut = store.split([math.prod(size) for size in sizes])
-        parts = [part.view(size) for part, size in zip(cut, sizes, strict=True)]
-        positions = torch.arange(capacity, device=self.device).unsqueeze(0)
-        rope = rope_at(self.model, positions, self.dtype)
-        tables = {key: (c[0], s[0]) for key, (c, s) in rope.items()}
-        return KVCache(parts[0::2], parts[1::2], tables)
+        return KVCache.empty(self.model, self._cache_sizes(batch, capacity))
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
         """What `new_cache` takes, in bytes."""

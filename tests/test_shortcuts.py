@@ -8,12 +8,11 @@ import torch
 
 from gateskip.branches import Branch, find_branches
 from gateskip.checkpoint import GateFile, load_gates, save_gates
-from gateskip.compute import saving
+from gateskip.compute import Usage, saving
 from gateskip.folders import load_model
 from gateskip.gates import ScalarGates
 from gateskip.masked import masked_forward
 from gateskip.shortcuts import Shortcuts, _Sums, fit_shortcuts
-from gateskip.skip import Usage
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -27,10 +27,10 @@ from compose.bench.quality import (
 )
 from compose.errors import AssetError, StepError
 from compose.memory import peak_bytes, reset_peak
+from gateskip.compute import Usage
 from gateskip.decode import Decoder, Generation, Mode, Stats
 from gateskip.engine import MOST_ROWS
 from gateskip.insight import look, summarize
-from gateskip.skip import KVCache, Usage
 
 BLOCK = 512  # tokens of a block on which perplexity is measured
 WARM_TOKENS = 16  # decoded once at each batch size before anything is timed
@@ -376,12 +376,11 @@ class Scored(ScoredModel):
             _padded(contexts).to(self.device), cache, zeros, self.levels, lengths
         )
         after = read[torch.arange(len(contexts)), torch.tensor(lengths) - 1]
-        rows = list(owner)
-        copies = KVCache([k[rows] for k in cache.keys], [v[rows] for v in cache.values], cache.rope)
-        starts = [lengths[number] for number in rows]
+        copies = cache.rows(owner)
+        starts = [lengths[number] for number in owner]
         ids = _padded(endings).to(self.device)
         if ids.shape[1] == 0:
-            return after, read.new_zeros(len(rows), 0, read.shape[-1])
+            return after, read.new_zeros(len(owner), 0, read.shape[-1])
         counts = [len(ending) for ending in endings]
         return after, skipping.forward(ids, copies, starts, self.levels, counts)
 
