@@ -31,7 +31,7 @@ from compose.plan import Cell, Plan, digest, speculates
 from compose.result import CellResult, Results
 
 Phase = Literal["load", "quality", "lossless"]
-MEASURE_VERSION = 3  # raised when the same cell begins to be measured in another way
+MEASURE_VERSION = 4  # raised when the same cell begins to be measured in another way
 SPEED_NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s")
 
 

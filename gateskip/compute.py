@@ -72,8 +72,26 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Work:
+    """Multiply-adds of a token that enters everything: at each branch, and at the LM head."""
+
+    branches: tuple[BranchCost, ...]
+    head: int
+
+    @classmethod
+    def of(cls, model: Any) -> Work:
+        """That of a causal LM."""
+        return cls(tuple(branch_costs(model)), model.config.hidden_size * model.config.vocab_size)
+
+    def of_branches(self, usage: Usage) -> float:
+        """Multiply-adds at the branches, had every token that `usage` counted entered all."""
+        context = usage.context / usage.seen
+        return usage.seen * sum(cost.at(context) for cost in self.branches)
+
+
+@dataclass(frozen=True)
 class Saving:
-    """Shares of multiply-adds that were not spent, 0 when nothing was skipped.
+    """Shares of a dense model's multiply-adds that were not spent, 0 when nothing was left out.
 
     `gross` and `net` are shares of the branches' cost; net pays for the gates, for shortcuts, and
     for keys and values still computed of skipped tokens. `model` is the net saving over the whole
@@ -86,29 +104,37 @@ class Saving:
 
 
 def saving(
-    model: Any, usage: Usage, gates: Gates | None, kv_rule: str, gated: Sequence[bool]
+    model: Any,
+    usage: Usage,
+    gates: Gates | None,
+    kv_rule: str,
+    gated: Sequence[bool],
+    dense: Work | None = None,
 ) -> Saving:
     """What was saved over the tokens that `usage` counted.
 
-    `gated[i]` says whether branch i's gate was evaluated (it has a finite threshold).
+    `gated[i]` says whether branch i's gate was evaluated. `dense` is the work of the model that
+    this one was cut from: what is not there any more was saved, too. Without it the model's own.
+
+    Raises:
+        ValueError: no token was counted.
     """
     if not usage.seen:
         raise ValueError("no token was counted")
-    costs = branch_costs(model)
-    context = usage.context / usage.seen
-    dense = sum(cost.at(context) for cost in costs) * usage.seen
+    own = Work.of(model)
+    dense = own if dense is None else dense
+    context, before = usage.context / usage.seen, dense.of_branches(usage)
+    cut = before - own.of_branches(usage)
     skipped = [usage.seen - kept for kept in usage.kept]
-    gross = sum(n * cost.at(context) for n, cost in zip(skipped, costs, strict=True))
-    extra = sum(gates.macs() * usage.seen for on in gated if on and gates is not None) + sum(
-        n * cost.kv
-        for i, (n, cost) in enumerate(zip(skipped, costs, strict=True))
-        if kv_rule == "project" or i == 0
-    )
+    places = list(enumerate(zip(skipped, own.branches, strict=True)))
+    gross = cut + sum(n * cost.at(context) for _, (n, cost) in places)
+    kept_kv = sum(n * cost.kv for i, (n, cost) in places if kv_rule == "project" or i == 0)
+    extra = sum(gates.macs() * usage.seen for on in gated if on and gates is not None) + kept_kv
     if gates is not None and gates.shortcuts is not None:
         extra += gates.shortcuts.macs() * sum(skipped)
-    lm_head = model.config.hidden_size * model.config.vocab_size * usage.seen
+    net, narrower = gross - extra, usage.seen * (dense.head - own.head)
     return Saving(
-        gross=gross / dense,
-        net=(gross - extra) / dense,
-        model=(gross - extra) / (dense + lm_head),
+        gross=gross / before,
+        net=net / before,
+        model=(net + narrower) / (before + usage.seen * dense.head),
     )

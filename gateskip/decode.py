@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gateskip.budget import thresholds_at
-from gateskip.compute import Saving, Usage, saving
+from gateskip.compute import Saving, Usage, Work, saving
 from gateskip.drafts import Draft, Drafting, Ends, Row
 from gateskip.engine import Engine, Unsuited
 from gateskip.kv_cache import KVCache
@@ -335,13 +335,14 @@ class Decoder:
 
     # -- accounting ----------------------------------------------------------------------------
 
-    def saved(self, usage: Usage, budget: float) -> Saving:
-        """Multiply-adds saved over the tokens that `usage` counted at a budget."""
-        levels = self.thresholds(budget)
-        gated = [levels is not None and level != NEVER_SKIP for level in levels or ()]
-        gated = gated or [False] * len(usage.kept)
-        skipping = self.skipping
-        return saving(skipping.model, usage, skipping.gates, skipping.kv_rule, gated)
+    def saved(self, usage: Usage, budget: float, dense: Work | None = None) -> Saving:
+        """Multiply-adds saved over the tokens that `usage` counted at a budget: of this model's
+        own, or of those of the `dense` one that it was cut from."""
+        skipping, gates = self.skipping, self.skipping.gates
+        scaled = gates is not None and gates.scales and skipping.gated  # every gate is asked
+        levels = self.thresholds(budget) or [NEVER_SKIP] * len(usage.kept)
+        gated = [scaled or level != NEVER_SKIP for level in levels]
+        return saving(skipping.model, usage, gates, skipping.kv_rule, gated, dense)
 
 
 def _account(

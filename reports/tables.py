@@ -341,7 +341,10 @@ _AT_POSITION = "Accepted at this place of a draft, where all before it was."
 SHOWN_POSITIONS = 4
 _DECODE = "New tokens a second at batch 1, median of the repeats; beside it, over the dense model."
 _PREFILL = "Prompt tokens read a second at batch 1; beside it, over the dense model."
-_SAVED = "Multiply-adds of the decoder layers not computed, gates and kept keys/values paid for."
+_SAVED = (
+    "Multiply-adds of the dense model's layers not computed: cut off, or skipped with gates,"
+    " shortcuts and kept keys/values paid for."
+)
 _RATIO = "Perplexity over the dense model's; 1 is no loss."
 _KL = "Mean KL divergence from the dense model, a token."
 _AGREE = "Positions where the dense model puts the same token first."

@@ -93,6 +93,8 @@ def test_skipping_saves_and_keeps_sense(cells: dict[str, Any]) -> None:
     cell = cells["skipping"]
     assert 0.15 < cell["compute"]["saved_gross"] < 0.28  # 1000 tokens of another text
     assert cell["compute"]["saved_net"] > 0.13
+    for name in ("dense", "nf4+gates"):
+        assert cells[name]["compute"]["saved_net"] == 0, "smaller, and as many multiply-adds"
     # 3.8 with the short, frozen gates of today; without the anchor token it was above 9.
     assert 1 < cell["quality"]["perplexity"]["ratio_to_baseline"] < 6
     assert cells["gates"]["quality"]["kl_to_baseline"] < 1e-6

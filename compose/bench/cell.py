@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from compose.bench.quality import (
 )
 from compose.errors import AssetError, StepError
 from compose.memory import peak_bytes, reset_peak
-from gateskip.compute import Usage
+from gateskip.compute import Usage, Work
 from gateskip.decode import Decoder, Generation, Mode, Stats
 from gateskip.engine import MOST_ROWS
 from gateskip.insight import look, summarize
@@ -164,7 +164,7 @@ class CellBench:
                 f"perplexity: {wanted['perplexity'][0]} could not be had here, "
                 f"so {texts.name} stands in"
             ]
-        if self.mode == "skip":
+        if self.mode != "speculate":  # which saves time, not work
             found["compute"] = self._saved(usage)
         if (distance := self._rounding(blocks[:1, :ROUNDING_TOKENS])) is not None:
             found["kl_of_rounding"] = distance
@@ -206,13 +206,16 @@ class CellBench:
         )
 
     def _saved(self, usage: Usage) -> dict[str, Any]:
-        saved = self.decoder.saved(usage, self.settings["budget"])
-        return {
+        budget = self.settings["budget"] if self.mode == "skip" else 1.0
+        saved = self.decoder.saved(usage, budget, dense_work(self.job.baseline_folder))
+        found: dict[str, Any] = {
             "saved_gross": saved.gross,
             "saved_net": saved.net,
             "saved_model": saved.model,
-            "kept_shares": [round(share, 4) for share in usage.shares()],
         }
+        if self.mode == "skip":
+            found["kept_shares"] = [round(share, 4) for share in usage.shares()]
+        return found
 
     # -- losslessness --------------------------------------------------------------------------
 
@@ -312,7 +315,8 @@ class CellBench:
             "peak_bytes": peak_bytes(),
         }
         if self.mode == "skip":
-            saved = self.decoder.saved(usage, self.settings["budget"])
+            dense = dense_work(self.job.baseline_folder)
+            saved = self.decoder.saved(usage, self.settings["budget"], dense)
             numbers["compute"] = {"saved_net_while_timed": saved.net}
         if self.mode == "speculate":
             numbers["speculation"] = {
@@ -393,6 +397,16 @@ def _padded(rows: Sequence[list[int]]) -> Tensor:
     """Token ids [N, S], padded on the right by zeros."""
     longest = max(map(len, rows))
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
+
+
+@lru_cache
+def dense_work(folder: Path) -> Work:
+    """Multiply-adds of the model in a folder, whose weights are not read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return Work.of(AutoModelForCausalLM.from_config(config))
 
 
 def disk_bytes(folder: Path) -> int:
