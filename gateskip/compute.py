@@ -126,12 +126,13 @@ def saving(
     context, before = usage.context / usage.seen, dense.of_branches(usage)
     cut = before - own.of_branches(usage)
     skipped = [usage.seen - kept for kept in usage.kept]
-    places = list(enumerate(zip(skipped, own.branches, strict=True)))
-    gross = cut + sum(n * cost.at(context) for _, (n, cost) in places)
-    kept_kv = sum(n * cost.kv for i, (n, cost) in places if kv_rule == "project" or i == 0)
-    extra = sum(gates.macs() * usage.seen for on in gated if on and gates is not None) + kept_kv
-    if gates is not None and gates.shortcuts is not None:
-        extra += gates.shortcuts.macs() * sum(skipped)
+    gross = cut + sum(n * cost.at(context) for n, cost in zip(skipped, own.branches, strict=True))
+    projecting = len(skipped) if kv_rule == "project" else 1  # branches that go on making keys
+    extra = sum(n * c.kv for n, c in zip(skipped[:projecting], own.branches, strict=False))
+    if gates is not None:
+        extra += gates.macs() * usage.seen * sum(gated)
+        if gates.shortcuts is not None:
+            extra += gates.shortcuts.macs() * sum(skipped)
     net, narrower = gross - extra, usage.seen * (dense.head - own.head)
     return Saving(
         gross=gross / before,

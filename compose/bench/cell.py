@@ -27,7 +27,7 @@ from compose.bench.quality import (
 )
 from compose.errors import AssetError, StepError
 from compose.memory import peak_bytes, reset_peak
-from gateskip.compute import Usage, Work
+from gateskip.compute import Saving, Usage, Work
 from gateskip.decode import Decoder, Generation, Mode, Stats
 from gateskip.engine import MOST_ROWS
 from gateskip.insight import look, summarize
@@ -206,8 +206,7 @@ class CellBench:
         )
 
     def _saved(self, usage: Usage) -> dict[str, Any]:
-        budget = self.settings["budget"] if self.mode == "skip" else 1.0
-        saved = self.decoder.saved(usage, budget, dense_work(self.job.baseline_folder))
+        saved = self._saving(usage)
         found: dict[str, Any] = {
             "saved_gross": saved.gross,
             "saved_net": saved.net,
@@ -216,6 +215,11 @@ class CellBench:
         if self.mode == "skip":
             found["kept_shares"] = [round(share, 4) for share in usage.shares()]
         return found
+
+    def _saving(self, usage: Usage) -> Saving:
+        """Of the dense model's multiply-adds, those that the cell did not spend."""
+        budget = self.settings["budget"] if self.mode == "skip" else 1.0
+        return self.decoder.saved(usage, budget, dense_work(self.job.baseline_folder))
 
     # -- losslessness --------------------------------------------------------------------------
 
@@ -315,9 +319,7 @@ class CellBench:
             "peak_bytes": peak_bytes(),
         }
         if self.mode == "skip":
-            dense = dense_work(self.job.baseline_folder)
-            saved = self.decoder.saved(usage, self.settings["budget"], dense)
-            numbers["compute"] = {"saved_net_while_timed": saved.net}
+            numbers["compute"] = {"saved_net_while_timed": self._saving(usage).net}
         if self.mode == "speculate":
             numbers["speculation"] = {
                 "draft_s": stats.draft_s,
