@@ -14,8 +14,7 @@ from pathlib import Path
 
 ROOTS = ("checkpoint", "decode", "hook", "native", "skip")
 ENTRY = "custom_generate/generate.py"
-_MODULE = re.compile(r"^(\s*)from gateskip\.(\w+) import", re.MULTILINE)
-_NAMED = re.compile(r"^(\s*)from gateskip import (\w+)$", re.MULTILINE)
+_IMPORT = re.compile(r"^(\s*)from gateskip(?:\.([\w.]+))? import (\(|.+$)", re.MULTILINE)
 
 
 def write_bundle(folder: Path) -> list[Path]:
@@ -27,27 +26,57 @@ def write_bundle(folder: Path) -> list[Path]:
     target.write_text(text.replace("VERSION", metadata.version("gateskip-compose")), "utf-8")
     written = [target]
     for name, source in sorted(sources().items()):
-        path = target.parent / f"gateskip_{name}.py"
+        path = target.parent / f"{flat_name(name)}.py"
         path.write_text(_relative(source), encoding="utf-8")
         written.append(path)
     return written
 
 
 def sources() -> dict[str, str]:
-    """Module name -> source, of all that decoding imports from gateskip."""
-    found = util.find_spec("gateskip")
-    assert found is not None and found.submodule_search_locations, "we are installed"
-    package = Path(found.submodule_search_locations[0])
+    """Dotted module name below gateskip -> source, of all that decoding imports from it."""
     waiting, texts = list(ROOTS), dict[str, str]()
     while waiting:
         name = waiting.pop()
         if name not in texts:
-            texts[name] = (package / f"{name}.py").read_text(encoding="utf-8")
-            waiting += [each[1] for each in _MODULE.findall(texts[name])]
-            waiting += [each[1] for each in _NAMED.findall(texts[name])]
+            texts[name] = _file(name).read_text(encoding="utf-8")
+            waiting += [each for match in _IMPORT.finditer(texts[name]) for each in _modules(match)]
     return texts
 
 
+def flat_name(module: str) -> str:
+    """The file name, without its ending, of a module below gateskip in the one folder."""
+    return "gateskip_" + module.replace(".", "_")
+
+
+def _package() -> Path:
+    found = util.find_spec("gateskip")
+    assert found is not None and found.submodule_search_locations, "we are installed"
+    return Path(found.submodule_search_locations[0])
+
+
+def _file(module: str) -> Path:
+    return _package().joinpath(*module.split(".")).with_suffix(".py")
+
+
+def _modules(match: re.Match[str]) -> list[str]:
+    """The modules that an import statement names: the one it imports from, or what it imports."""
+    _, base, names = match.groups()
+    if base is not None and _file(base).is_file():
+        return [base]
+    return [f"{base}.{name}" if base else name for name in re.split(r",\s*", names)]
+
+
 def _relative(source: str) -> str:
-    source = _MODULE.sub(r"\1from .gateskip_\2 import", source)
-    return _NAMED.sub(r"\1from . import gateskip_\2 as \2", source)
+    """The source with its imports from gateskip made relative to the one folder."""
+
+    def rewrite(match: re.Match[str]) -> str:
+        space, base, names = match.groups()
+        modules = _modules(match)
+        if modules == [base]:
+            return f"{space}from .{flat_name(base)} import {names}"
+        lines = [
+            f"from . import {flat_name(each)} as {each.rpartition('.')[2]}" for each in modules
+        ]
+        return space + f"\n{space}".join(lines)
+
+    return _IMPORT.sub(rewrite, source)

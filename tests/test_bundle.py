@@ -86,6 +86,31 @@ def test_it_decodes_as_we_do(folder: Path, tmp_path: Path) -> None:
     assert theirs[1] == theirs[3]
 
 
+def test_dotted_names_become_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules of packages, imported from or imported themselves, stand side by side."""
+    from compose import bundle
+
+    package = tmp_path / "gateskip"
+    (package / "runtime" / "kernels").mkdir(parents=True)
+    (package / "runtime" / "cache.py").write_text(
+        "from gateskip.runtime.kernels import build\n"
+        "def f():\n    from gateskip.runtime.kernels.abi import (\n        Step,\n    )\n"
+    )
+    (package / "runtime" / "kernels" / "build.py").write_text("import os\n")
+    (package / "runtime" / "kernels" / "abi.py").write_text("Step = 1\n")
+    monkeypatch.setattr(bundle, "_package", lambda: package)
+    monkeypatch.setattr(bundle, "ROOTS", ("runtime.cache",))
+    carried = {bundle.flat_name(name): bundle._relative(text) for name, text in sources().items()}
+    assert carried == {
+        "gateskip_runtime_cache": (
+            "from . import gateskip_runtime_kernels_build as build\n"
+            "def f():\n    from .gateskip_runtime_kernels_abi import (\n        Step,\n    )\n"
+        ),
+        "gateskip_runtime_kernels_build": "import os\n",
+        "gateskip_runtime_kernels_abi": "Step = 1\n",
+    }
+
+
 def test_training_and_kernels_do_not_travel() -> None:
     carried = sources()
     assert set(ROOTS) <= set(carried)
