@@ -88,8 +88,8 @@ def main_options(
 def validate(file: PipelineFile) -> None:
     """Check a pipeline file; say the first mistake with its line."""
     from compose.assets import default_cache
-    from compose.prepare import load_plan
-    from compose.show import plan_counts
+    from compose.planning.prepare import load_plan
+    from compose.terminal.show import plan_counts
 
     typer.echo(f"{file}: valid: {plan_counts(load_plan(file, default_cache()))}")
 
@@ -98,9 +98,9 @@ def validate(file: PipelineFile) -> None:
 def plan(file: PipelineFile, out: Out = Path("runs"), as_json: AsJson = False) -> None:
     """Show steps and cells, what is cached, and what is left out by which rule."""
     from compose.assets import default_cache
-    from compose.prepare import load_plan
-    from compose.records import RunFolder
-    from compose.show import plan_state, plan_tables
+    from compose.execution.run_folder import RunFolder
+    from compose.planning.prepare import load_plan
+    from compose.terminal.show import plan_state, plan_tables
 
     made = load_plan(file, default_cache())
     folder = RunFolder.of(made, out)
@@ -129,11 +129,11 @@ def run(
 ) -> None:
     """Make and measure every cell; what was finished before stays."""
     from compose.assets import default_cache
-    from compose.executors import make_executor
-    from compose.prepare import load_plan
-    from compose.runner import Settings
-    from compose.runner import run as run_plan
-    from compose.show import say_result
+    from compose.execution.executors import make_executor
+    from compose.execution.runner import Settings
+    from compose.execution.runner import run as run_plan
+    from compose.planning.prepare import load_plan
+    from compose.terminal.show import say_result
 
     made = load_plan(file, default_cache())
     command = shlex.join(["gateskip", *sys.argv[1:]])
@@ -147,7 +147,7 @@ def run(
 @app.command()
 def report(run_dir: RunDir) -> None:
     """Draw report.html and report.md anew from results.json."""
-    from compose.records import RunFolder
+    from compose.execution.run_folder import RunFolder
     from reports.render import render
 
     folder = RunFolder.existing(run_dir)
@@ -156,10 +156,10 @@ def report(run_dir: RunDir) -> None:
 
 
 def _pick(run_dir: Path, **wanted: Any) -> tuple[Any, Any]:
-    from compose.numerals import parse_bytes
-    from compose.pick import pick as pick_cell
-    from compose.records import RunFolder
-    from compose.result import load_results
+    from compose.execution.run_folder import RunFolder
+    from compose.results.pick import pick as pick_cell
+    from compose.results.schema import load_results
+    from compose.units import parse_bytes
 
     results = load_results(RunFolder.existing(run_dir).results_file)
     for name in ("max_bytes", "max_resident"):
@@ -179,7 +179,7 @@ def pick(
     as_json: AsJson = False,
 ) -> None:
     """Find the best cell under constraints."""
-    from compose.show import cell_json, cell_text
+    from compose.terminal.show import cell_json, cell_text
 
     results, cell = _pick(
         run_dir,
@@ -212,9 +212,9 @@ def export(
     maximize: Maximize = "decode",
 ) -> None:
     """Export a cell as a checkpoint with its lineage, numbers and model card."""
-    from compose.executors import make_executor
-    from compose.export import export_cell
-    from compose.records import RunFolder
+    from compose.execution.executors import make_executor
+    from compose.execution.export import export_cell
+    from compose.execution.run_folder import RunFolder
 
     name = (
         cell
@@ -243,7 +243,7 @@ def gguf(
     ] = "f16",
 ) -> None:
     """Write a model folder as a GGUF file for llama.cpp; it is loaded back before it stays."""
-    from compose.executors import ask_once
+    from compose.execution.executors import ask_once
 
     asked = {"folder": str(folder.absolute()), "file": str(to.absolute()), "kind": kind}
     found = ask_once("gguf", asked)
@@ -270,8 +270,8 @@ def generate(
     stats: Annotated[bool, typer.Option("--stats", help="Say what it took.")] = False,
 ) -> None:
     """Ask a model folder."""
-    from compose.executors import ask_once
-    from compose.show import stats_text
+    from compose.execution.executors import ask_once
+    from compose.terminal.show import stats_text
 
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "budget": budget}
     drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -293,8 +293,8 @@ def insight(
     as_json: AsJson = False,
 ) -> None:
     """Colour a text's tokens by how much compute each of them gets."""
-    from compose.executors import ask_once
-    from compose.show import read_text, say_insight
+    from compose.execution.executors import ask_once
+    from compose.terminal.show import read_text, say_insight
     from reports.insight import to_html
 
     asked = {"folder": str(folder), "text": read_text(text), "budget": budget}
@@ -335,8 +335,8 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, interleaved.")] = 3,
 ) -> None:
     """Time ways of decoding a folder against each other; the last line is all of it as JSON."""
-    from compose.executors import ask_once
-    from compose.show import say_race
+    from compose.execution.executors import ask_once
+    from compose.terminal.show import say_race
 
     asked: dict[str, Any] = {"folder": str(folder)}
     asked["contenders"] = [*(contenders or ["plain"]), *(against or [])]
@@ -359,8 +359,8 @@ def tune_draft(
     write: Annotated[bool, typer.Option(help="Make the best the folder's own way.")] = True,
 ) -> None:
     """Find the draft that decodes a folder fastest, and make it the folder's way."""
-    from compose.executors import ask_once
-    from compose.show import say_tuned
+    from compose.execution.executors import ask_once
+    from compose.terminal.show import say_tuned
 
     asked: dict[str, Any] = {"folder": str(folder), "prompts": prompts, "limit": limit}
     asked |= {"new_tokens": new_tokens, "repeats": repeats, "write": write}
@@ -372,8 +372,8 @@ def tune_draft(
 @app.command()
 def doctor() -> None:
     """Say what can run here, what is missing, and how to put it right."""
-    from compose.doctor import examine
-    from compose.show import say_findings
+    from compose.terminal.doctor import examine
+    from compose.terminal.show import say_findings
 
     findings = examine()
     say_findings(console(), findings)
@@ -383,7 +383,7 @@ def doctor() -> None:
 @app.command()
 def stages() -> None:
     """Print which stage may follow which, and the rule where it may not."""
-    from compose.stages.orders import as_markdown
+    from compose.planning.composition import as_markdown
 
     typer.echo(as_markdown())
 
@@ -391,7 +391,7 @@ def stages() -> None:
 @app.command()
 def schema() -> None:
     """Print the language as JSON Schema, for editors."""
-    from compose.parse import to_json_schema
+    from compose.language.parse import to_json_schema
 
     typer.echo(json.dumps(to_json_schema(), indent=2))
 

@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gateskip.checkpoint import load
-    from gateskip.decode import Decoder, Generation
-    from gateskip.hook import custom_generate
-    from gateskip.sampling import Sampler
+    from gateskip.decoding.decoder import Decoder, Generation
+    from gateskip.decoding.hf_generate import custom_generate
+    from gateskip.decoding.sampling import Sampler
 
 __all__ = ["Decoder", "Generation", "Sampler", "custom_generate", "load"]
 
 
 _HOMES = {
-    "Decoder": "decode",
-    "Generation": "decode",
-    "Sampler": "sampling",
-    "custom_generate": "hook",
+    "Decoder": "decoding.decoder",
+    "Generation": "decoding.decoder",
+    "Sampler": "decoding.sampling",
+    "custom_generate": "decoding.hf_generate",
     "load": "checkpoint",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only when something here is used: planning reads gateskip.recipe alone."""
+    """Import torch only when something here is used: planning reads training.recipe alone."""
     if name not in _HOMES:
         raise AttributeError(f"module 'gateskip' has no attribute {name!r}")
     return getattr(import_module(f"gateskip.{_HOMES[name]}"), name)

@@ -17,12 +17,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gateskip.budget import Calibration
-from gateskip.folders import load_model
-from gateskip.gates import Gates
-from gateskip.heads import INT8, head_format, round_head
-from gateskip.kinds import GATE_KINDS, make_gates
-from gateskip.shortcuts import STORED, Shortcuts
+from gateskip.calibration.thresholds import Calibration
+from gateskip.gates.kinds import GATE_KINDS, make_gates
+from gateskip.gates.learned import Gates
+from gateskip.gates.shortcuts import STORED, Shortcuts
+from gateskip.model.folders import load_model
+from gateskip.quantization.head import INT8, head_format, round_head
 
 GATES_FILE = "gates.safetensors"
 META_FILE = "gateskip.json"
@@ -167,11 +167,11 @@ def load(
     """
     from transformers import AutoTokenizer
 
-    from gateskip import choice
-    from gateskip.decode import Decoder
-    from gateskip.engine import Engine, Unsuited
-    from gateskip.linears import Samples, accelerate_linears
-    from gateskip.skip import SkippingModel
+    from gateskip.decoding.decoder import Decoder
+    from gateskip.kernels import choice
+    from gateskip.quantization.packed_linear import Samples, accelerate_linears
+    from gateskip.runtime.native import Engine, Unsuited
+    from gateskip.runtime.skipping import SkippingModel
 
     folder = Path(folder)
     model = load_model(folder, dtype)

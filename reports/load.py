@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from compose.result import METRICS, CellResult, Results, StepInfo, load_results, metrics
+from compose.results.schema import METRICS, CellResult, Results, StepInfo, load_results, metrics
 
 KEEPS = 0.95
 """The share of the dense model's quality that the summary asks of a cell."""
@@ -21,7 +21,7 @@ Decode = Literal["plain", "skip", "speculate"]
 
 @dataclass(frozen=True)
 class Row:
-    """A measured cell with its number in the report and its metrics (`compose.result.METRICS`)."""
+    """A measured cell with its number in the report and its metrics (`METRICS`)."""
 
     number: int
     cell: CellResult

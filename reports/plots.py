@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox, ScaledTranslation
 
-from compose.result import TrainingPoint
+from compose.results.schema import TrainingPoint
 from reports.load import KEEPS, Report, Row
 from reports.tables import TIMES, number, percent
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from compose.result import METRICS, Divergence, SpeedNumbers, TaskScore, task_retained
+from compose.results.schema import METRICS, Divergence, SpeedNumbers, TaskScore, task_retained
 from reports.load import KEEPS, Report, Row
 
 DASH = "–"

@@ -174,7 +174,7 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def make_job() -> Callable[..., Any]:
     """`make_job(source, target, train=spec)`: a stage's job, in float32, scratch beside it."""
-    from compose.stages import StageJob
+    from compose.stages.registry import StageJob
 
     def make(source: Path, target: Path, **given: Any) -> StageJob:
         usual: dict[str, Any] = {

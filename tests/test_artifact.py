@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compose.artifact import (
+from compose.artifacts.folder import (
     LINEAGE,
     clean_config,
     copy_companions,

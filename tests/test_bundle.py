@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import gateskip
-from compose.bundle import ROOTS, sources, write_bundle
-from gateskip.budget import calibrate
+from compose.artifacts.bundle import ROOTS, sources, write_bundle
+from gateskip.calibration.thresholds import calibrate
+from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import GateFile, grid_of, save_gates
-from gateskip.folders import load_model
-from gateskip.shortcuts import fit_shortcuts
-from gateskip.warmstart import warm_start
+from gateskip.gates.shortcuts import fit_shortcuts
+from gateskip.model.folders import load_model
 
 SCRIPT = """
 import json, sys
@@ -88,7 +88,7 @@ def test_it_decodes_as_we_do(folder: Path, tmp_path: Path) -> None:
 
 def test_dotted_names_become_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules of packages, imported from or imported themselves, stand side by side."""
-    from compose import bundle
+    from compose.artifacts import bundle
 
     package = tmp_path / "gateskip"
     (package / "runtime" / "kernels").mkdir(parents=True)
@@ -114,7 +114,9 @@ def test_dotted_names_become_one_folder(tmp_path: Path, monkeypatch: pytest.Monk
 def test_training_and_kernels_do_not_travel() -> None:
     carried = sources()
     assert set(ROOTS) <= set(carried)
-    assert not {"train", "insight", "objectives", "recipe"} & set(carried)
+    assert not {"training.gate_finetune", "calibration.insight", "training.objectives"} & set(
+        carried
+    )
     assert not any("import bitsandbytes" in text for text in carried.values())
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from compose.cache import MANIFEST, Store, read_json, write_json
+from compose.store import MANIFEST, Store, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "0123456789abcdef"
@@ -99,7 +99,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from compose.cache import Store
+from compose.store import Store
 store = Store(Path(sys.argv[1]))
 with store.locked("0123456789abcdef"), store.write("0123456789abcdef") as folder:
     (folder / "half.bin").write_text("half")

@@ -17,11 +17,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import gateskip
-from compose.artifact import copy_companions, is_gated, probe_ids, probe_logits
+from compose.artifacts.folder import copy_companions, is_gated, probe_ids, probe_logits
 from compose.errors import RuleBroken
-from compose.stages import RULES, STAGES, DataSpec, ModelShape, Stage, StageJob
-from compose.stages.orders import YES, as_markdown, verdict
-from gateskip.folders import load_model
+from compose.planning.composition import YES, as_markdown, verdict
+from compose.stages.registry import RULES, STAGES, DataSpec, ModelShape, Stage, StageJob
+from gateskip.model.folders import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 GATES = {"use": "gate", "steps": 1, "length": 24, "backbone": "frozen", "budgets": (0.8, 0.5)}

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from compose.cache import write_json
 from compose.cli import app
-from compose.doctor import Finding
 from compose.errors import StepError, UserError
-from compose.numerals import bytes_text, count, metric_text, parse_bytes, span
-from compose.plan import make_plan
-from compose.prepare import load_plan
-from compose.result import CellResult, Results, save_results
-from compose.schema import Pipeline
+from compose.language.schema import Pipeline
+from compose.planning.plan import make_plan
+from compose.planning.prepare import load_plan
+from compose.results.schema import CellResult, Results, save_results
+from compose.store import write_json
+from compose.terminal.doctor import Finding
+from compose.units import bytes_text, count, metric_text, parse_bytes, span
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = """\
@@ -243,7 +243,7 @@ def test_errors_become_exit_codes(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("compose.runner.run", fail)
+    monkeypatch.setattr("compose.execution.runner.run", fail)
     found, out, err = call("run", file)
     assert found == code
     assert out == ""
@@ -284,12 +284,12 @@ def test_numbers_for_people() -> None:
 
 def test_doctor_says_what_is_missing_and_how_to_mend_it(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = [Finding("python", "ok", "3.12"), Finding("gptqmodel", "missing", "no", "pip it")]
-    monkeypatch.setattr("compose.doctor.examine", lambda: findings)
+    monkeypatch.setattr("compose.terminal.doctor.examine", lambda: findings)
     code, out, _ = call("doctor")
     assert code == 1
     assert "3.12" in out
     assert "fix: pip it" in out
-    monkeypatch.setattr("compose.doctor.examine", lambda: findings[:1])
+    monkeypatch.setattr("compose.terminal.doctor.examine", lambda: findings[:1])
     assert call("doctor")[0] == 0
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from compose.bench.cell import dense_work
-from compose.stages.prune import decoder_layers, keep_layers
-from gateskip.branches import find_branches
-from gateskip.compute import Usage, Work, saving
-from gateskip.decode import Decoder
-from gateskip.folders import load_model
-from gateskip.gates import ScalarGates
-from gateskip.kinds import make_gates
-from gateskip.skip import SkippingModel
+from compose.stages.prune.edit import decoder_layers, keep_layers
+from gateskip.decoding.decoder import Decoder
+from gateskip.gates.kinds import make_gates
+from gateskip.gates.learned import ScalarGates
+from gateskip.model.compute import Usage, Work, saving
+from gateskip.model.families import find_branches
+from gateskip.model.folders import load_model
+from gateskip.runtime.skipping import SkippingModel
 
 SEEN, CONTEXT = 20, 200
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import gateskip
-from gateskip.budget import calibrate
+from gateskip.calibration.thresholds import calibrate
+from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import GateFile, grid_of, load_gates, save_gates
-from gateskip.decode import Decoder
-from gateskip.drafts import look_up
-from gateskip.folders import load_model
-from gateskip.kinds import make_gates
-from gateskip.pace import Pace
-from gateskip.sampling import Sampler
-from gateskip.skip import SkippingModel
-from gateskip.warmstart import warm_start
+from gateskip.decoding.decoder import Decoder
+from gateskip.decoding.draft_length import Pace
+from gateskip.decoding.drafting import look_up
+from gateskip.decoding.sampling import Sampler
+from gateskip.gates.kinds import make_gates
+from gateskip.model.folders import load_model
+from gateskip.runtime.skipping import SkippingModel
 
 BUDGETS = (0.8, 0.5)
 
@@ -130,7 +130,7 @@ def test_what_is_looked_up_is_verified(
         following = plain[len(text) - len(prompt) :][:count]
         return following if honest else [7 for _ in following]
 
-    monkeypatch.setattr("gateskip.drafts.look_up", proposed)
+    monkeypatch.setattr("gateskip.decoding.drafting.look_up", proposed)
     own = decoder.generate([prompt], 25, "speculate", draft_budget=1.0, draft_length=4, lookup=True)
     assert own.tokens == [plain]
     assert own.stats.looked_up == own.stats.drafted > 0
@@ -196,7 +196,7 @@ def test_a_useless_draft_is_lossless_too(decoder: Decoder) -> None:
 def test_a_wrong_verifier_is_noticed(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The losslessness tests can fail: accepting every draft changes the text."""
     monkeypatch.setattr(
-        "gateskip.decode.accept_or_resample",
+        "gateskip.decoding.decoder.accept_or_resample",
         lambda draft, drawn, wanted, generator: (len(draft), list(wanted)[-1]),
     )
     shut = {0.5: [float("inf")] * len(decoder.skipping.branches)}

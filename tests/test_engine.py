@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import gateskip
-from gateskip import native
-from gateskip.branches import find_branches
-from gateskip.engine import Engine, Unsuited
-from gateskip.folders import load_model
-from gateskip.kinds import make_gates
-from gateskip.linears import PackedLinear
-from gateskip.shortcuts import Shortcuts
-from gateskip.skip import NEVER_SKIP, SkippingModel
+from gateskip.gates.kinds import make_gates
+from gateskip.gates.shortcuts import Shortcuts
+from gateskip.kernels import build as native
+from gateskip.model.families import find_branches
+from gateskip.model.folders import load_model
+from gateskip.quantization.packed_linear import PackedLinear
+from gateskip.runtime.native import Engine, Unsuited
+from gateskip.runtime.skipping import NEVER_SKIP, SkippingModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 pytestmark = pytest.mark.skipif(

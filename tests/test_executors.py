@@ -14,10 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from compose import executors
-from compose.cache import write_json
 from compose.errors import ArtifactError, StepError, UserError
-from compose.executors import (
+from compose.execution import executors
+from compose.execution.executors import (
     LocalExecutor,
     LocalRemote,
     Remote,
@@ -26,6 +25,7 @@ from compose.executors import (
     make_executor,
     worker_environment,
 )
+from compose.store import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -110,9 +110,9 @@ def test_a_killed_worker_is_told_with_its_signal_and_the_end_of_its_log(tmp_path
 PARENT = """
 import sys, time
 from pathlib import Path
-from compose import executors
-from compose.cache import write_json
-from compose.executors import LocalExecutor
+from compose.execution import executors
+from compose.store import write_json
+from compose.execution.executors import LocalExecutor
 folder = Path(sys.argv[1])
 write_json(folder / "job.json", {"name": "dense"})
 remote = LocalExecutor().start("cell", folder / "job.json", folder / "cell.log")
@@ -143,7 +143,7 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
 # What a stage may do: start a program, fork a child that keeps every pipe open, then block.
 FAMILY = """
 import os, subprocess, sys, time
-from compose.worker import Channel, die_with_parent
+from compose.workers.main import Channel, die_with_parent
 if sys.argv[1] == "without":
     import ctypes  # the guard alone, as where the kernel offers nothing
     ctypes.CDLL = lambda *a, **k: type("none", (), {"prctl": staticmethod(lambda *a: 0)})
@@ -193,7 +193,7 @@ def test_a_worker_that_died_beside_a_forked_child_does_not_keep_us_waiting(
 
 NOISY = """
 import os, sys
-from compose.worker import Channel
+from compose.workers.main import Channel
 channel = Channel()
 print("from Python")
 os.system("echo from a program")

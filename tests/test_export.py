@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from compose.artifact import lineage, write_lineage
+from compose.artifacts.folder import lineage, write_lineage
 from compose.errors import StepError, UserError
-from compose.executors import make_executor
-from compose.export import assemble, decode_default, refuse_foreign, verify_spoken
-from compose.records import RunFolder
-from compose.result import CellResult, Results
+from compose.execution.executors import make_executor
+from compose.execution.export import assemble, decode_default, refuse_foreign, verify_spoken
+from compose.execution.run_folder import RunFolder
+from compose.results.schema import CellResult, Results
 
 
 def cell(name: str, chain: tuple[str, ...], **more: Any) -> CellResult:
@@ -185,10 +185,10 @@ def test_an_export_that_decodes_otherwise_says_something_else(
     import torch
 
     from compose.bench.generate import speak
-    from gateskip.budget import calibrate
+    from gateskip.calibration.thresholds import calibrate
+    from gateskip.calibration.warm_start import warm_start
     from gateskip.checkpoint import GateFile, grid_of, save_gates
-    from gateskip.folders import load_model
-    from gateskip.warmstart import warm_start
+    from gateskip.model.folders import load_model
 
     folder = tmp_path / "gated"
     shutil.copytree(tiny_llama, folder)

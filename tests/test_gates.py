@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from gateskip.branches import find_branches
-from gateskip.budget import calibrate
+from gateskip.calibration.insight import look, summarize, token_kinds
+from gateskip.calibration.thresholds import calibrate
 from gateskip.checkpoint import GateFile, load_gates, read_gates, save_gates
-from gateskip.folders import load_model
-from gateskip.gates import Gates
-from gateskip.insight import look, summarize, token_kinds
-from gateskip.kinds import GATE_KINDS, make_gates
-from gateskip.masked import masked_forward
-from gateskip.skip import SkippingModel
+from gateskip.gates.kinds import GATE_KINDS, make_gates
+from gateskip.gates.learned import Gates
+from gateskip.model.families import find_branches
+from gateskip.model.folders import load_model
+from gateskip.model.reference import masked_forward
+from gateskip.runtime.skipping import SkippingModel
 
 KINDS = tuple(GATE_KINDS)
 LEARNED = ("scalar", "vector", "low-rank", "shared", "mlp")

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gateskip
-from gateskip import choice, native
-from gateskip.budget import (
+from gateskip.calibration.thresholds import (
     ALLOCATIONS,
     allocate_shares,
     calibrate,
@@ -22,14 +21,16 @@ from gateskip.budget import (
     quantiles,
     thresholds_at,
 )
-from gateskip.choice import own_are_faster
-from gateskip.compute import branch_costs
-from gateskip.folders import load_model
-from gateskip.gates import ScalarGates
-from gateskip.linears import DenseLinear, PackedLinear, accelerate_linears
-from gateskip.masked import masked_forward
-from gateskip.shortcuts import fit_shortcuts
-from gateskip.warmstart import measure, sensitivities, warm_start
+from gateskip.calibration.warm_start import measure, sensitivities, warm_start
+from gateskip.gates.learned import ScalarGates
+from gateskip.gates.shortcuts import fit_shortcuts
+from gateskip.kernels import build as native
+from gateskip.kernels import choice
+from gateskip.kernels.choice import own_are_faster
+from gateskip.model.compute import branch_costs
+from gateskip.model.folders import load_model
+from gateskip.model.reference import masked_forward
+from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, accelerate_linears
 
 needs_native = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import gateskip
-from gateskip import halves
-from gateskip.halves import halves_pay, product
-from gateskip.linears import DenseLinear
-from gateskip.loop import precision
+from gateskip.kernels import autotune as halves
+from gateskip.kernels.autotune import halves_pay, product
+from gateskip.quantization.packed_linear import DenseLinear
+from gateskip.training.loop import precision
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import gateskip
-from compose.artifact import copy_companions
+from compose.artifacts.folder import copy_companions
 from compose.errors import RuleBroken
-from compose.stages import Gate, Gptq, PackHead, PruneWidth, Speculate, StageJob
-from gateskip.heads import head_format, rounded
+from compose.stages.registry import Gate, Gptq, PackHead, PruneWidth, Speculate, StageJob
+from gateskip.quantization.head import head_format, rounded
 
 
 @pytest.fixture

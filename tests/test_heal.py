@@ -14,10 +14,10 @@ from accelerate.state import AcceleratorState
 
 from compose.errors import UserError
 from compose.stages.heal import hold_out
-from gateskip.folders import load_model
-from gateskip.heal import best_row, heal, worn_out
-from gateskip.loop import adapt
-from gateskip.recipe import HealConfig
+from gateskip.model.folders import load_model
+from gateskip.training.heal import best_row, heal, worn_out
+from gateskip.training.loop import adapt
+from gateskip.training.recipe import HealConfig
 
 CONFIG = HealConfig(steps=12, lr=1e-3, precision="no", validate_every=4, checkpoint_every=4)
 
@@ -165,7 +165,7 @@ def test_updates_of_fused_projections_learn(
 def test_gates_train_the_updates_of_fused_projections(
     make_tiny: Callable[..., Path], blocks: torch.Tensor
 ) -> None:
-    from gateskip.masked import masked_forward
+    from gateskip.model.reference import masked_forward
 
     model = load_model(make_tiny("phi3"), "float32")
     adapt(model, HealConfig(backbone="lora"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gateskip
-from gateskip.decode import Decoder
+from gateskip.decoding.decoder import Decoder
 
 
 @pytest.fixture(scope="module")

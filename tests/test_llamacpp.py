@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from compose import llamacpp
+from compose.artifacts import gguf as llamacpp
+from compose.artifacts.gguf import KINDS, pre_tokenizer_name, refuse, write_gguf
 from compose.errors import ArtifactError, StepError
-from compose.llamacpp import KINDS, pre_tokenizer_name, refuse, write_gguf
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
@@ -163,7 +163,7 @@ def test_llama_cpp_says_what_we_say(smollm2: Path, tmp_path: Path) -> None:
     """Where llama-cpp-python is installed: it is an extra, for comparisons only."""
     pytest.importorskip("llama_cpp")
     import gateskip
-    from compose.bench.rivals import LlamaCpp
+    from compose.bench.peers import LlamaCpp
 
     file = tmp_path / "model.gguf"
     write_gguf(smollm2, file, "f16")

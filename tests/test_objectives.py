@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gateskip import objectives
-from gateskip.kinds import make_gates
-from gateskip.objectives import distill_loss
-from gateskip.shortcuts import Shortcuts
+from gateskip.gates.kinds import make_gates
+from gateskip.gates.shortcuts import Shortcuts
+from gateskip.training import objectives
+from gateskip.training.objectives import distill_loss
 
 H = 16
 

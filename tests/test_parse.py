@@ -11,9 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from compose.errors import PipelineError
-from compose.parse import load_pipeline, to_json_schema
-from compose.schema import DEFAULT_STAGES, Matrix, Model, Pipeline
-from compose.stages import DropLayers, Gate, Speculate
+from compose.language.parse import load_pipeline, to_json_schema
+from compose.language.schema import DEFAULT_STAGES, Matrix, Model, Pipeline
+from compose.stages.registry import DropLayers, Gate, Speculate
 
 WORKED_EXAMPLE = """\
 schema: 1
@@ -316,8 +316,8 @@ def test_json_schema_describes_every_key() -> None:
 
 def test_language_and_planner_leave_torch_unloaded() -> None:
     code = (
-        "import sys, compose.parse, compose.plan, compose.schema\n"
-        "print(sorted({'torch', 'transformers', 'gateskip.gates'} & set(sys.modules)))"
+        "import sys, compose.language.parse, compose.planning.plan, compose.language.schema\n"
+        "print(sorted({'torch', 'transformers', 'gateskip.gates.learned'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compose.errors import UserError
-from compose.pick import AIMS, pick
-from compose.result import METRICS, Results
+from compose.results.pick import AIMS, pick
+from compose.results.schema import METRICS, Results
 
 
 def made_up_cell(

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from compose.errors import PipelineError, PlanError, RuleBroken
-from compose.parse import load_pipeline
-from compose.plan import SOURCE, Cell, Facts, Plan, Step, make_plan
-from compose.schema import Matrix, Model, Pipeline
-from compose.stages import RULES, Bnb, Gate, Gptq, Heal, ModelShape, PruneWidth, Speculate
+from compose.language.parse import load_pipeline
+from compose.language.schema import Matrix, Model, Pipeline
+from compose.planning.plan import SOURCE, Cell, Facts, Plan, Step, make_plan
+from compose.stages.registry import RULES, Bnb, Gate, Gptq, Heal, ModelShape, PruneWidth, Speculate
 
 SHAPE = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, True)
 STAGES = """\

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import gateskip
-from gateskip import decode
-from gateskip.branches import AttentionShape, find_branches, rotate
-from gateskip.engine import Engine
-from gateskip.folders import load_model
-from gateskip.kinds import make_gates
-from gateskip.masked import attend, causal
-from gateskip.prefill import EVEN, TOGETHER, _evened, attend_rows, few_sizes, filled
-from gateskip.shortcuts import Shortcuts
+from gateskip.decoding import decoder as decode
+from gateskip.gates.kinds import make_gates
+from gateskip.gates.shortcuts import Shortcuts
+from gateskip.model.families import AttentionShape, find_branches, rotate
+from gateskip.model.folders import load_model
+from gateskip.model.reference import attend, causal
+from gateskip.runtime.gathered import EVEN, TOGETHER, _evened, attend_rows, few_sizes, filled
+from gateskip.runtime.native import Engine
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 16
 

@@ -14,9 +14,14 @@ import pytest
 import torch
 
 import gateskip
-from compose.artifact import copy_companions, probe_logits
+from compose.artifacts.folder import copy_companions, probe_logits
 from compose.errors import RuleBroken, UserError
-from compose.stages import (
+from compose.stages.base import Stage
+from compose.stages.prune.edit import GATED_MLP, decoder_layers, next_token_loss, text_loss
+from compose.stages.prune.hidden import READERS
+from compose.stages.prune.importance import slopes
+from compose.stages.prune.refit import made_up
+from compose.stages.registry import (
     STAGES,
     DataSpec,
     ModelShape,
@@ -25,14 +30,9 @@ from compose.stages import (
     PruneWidth,
     StageJob,
 )
-from compose.stages.base import Stage
-from compose.stages.importance import slopes
-from compose.stages.prune import GATED_MLP, decoder_layers, next_token_loss, text_loss
-from compose.stages.prune_hidden import READERS
-from compose.stages.refit import made_up
 from gateskip.checkpoint import GateFile, load_gates, save_gates
-from gateskip.folders import load_model
-from gateskip.gates import ANCHORS
+from gateskip.gates.learned import ANCHORS
+from gateskip.model.folders import load_model
 
 BLOCK = 32
 EXACT = {"atol": 2e-4, "rtol": 0.0}

@@ -227,7 +227,7 @@ def test_tasks_score_as_lm_eval_does(model: Plain, questions: Path) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from compose.bench.lm import Scorer
+    from compose.bench.tasks import Scorer
 
     scores = quality.run_tasks(model, ["arc_easy", "lambada_openai"], limit=6, cache=questions)
     assert {name: (score.metric, score.n) for name, score in scores.items()} == {
@@ -263,7 +263,7 @@ def test_tasks_score_as_lm_eval_does(model: Plain, questions: Path) -> None:
 def test_rolling_is_the_sum_over_windows(model: Plain) -> None:
     from lm_eval.api.instance import Instance
 
-    from compose.bench.lm import Scorer
+    from compose.bench.tasks import Scorer
 
     scorer = Scorer(model, batch_size=2)
     text = "Each contributor grants you a licence. " * 3
@@ -279,7 +279,7 @@ def test_rolling_is_the_sum_over_windows(model: Plain) -> None:
 def test_tasks_that_are_not_offered(model: Plain, tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
 
-    from compose.bench.lm import Scorer
+    from compose.bench.tasks import Scorer
 
     assert quality.run_tasks(model, [], cache=tmp_path) == {}
     asked = Instance("generate_until", {}, ("q", {}), 0, metadata=("gsm8k", 0, 1))

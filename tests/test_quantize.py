@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import gateskip
-from compose.artifact import copy_companions, probe_ids
+from compose.artifacts.folder import copy_companions, probe_ids
 from compose.errors import UserError
-from compose.stages import STAGES, DataSpec, StageJob
-from compose.stages.rounding import layer_errors
-from gateskip.folders import load_model
+from compose.stages.quantize.errors import layer_errors
+from compose.stages.registry import STAGES, DataSpec, StageJob
+from gateskip.model.folders import load_model
 
 SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
 Made = tuple[Path, dict[str, Any]]

@@ -12,7 +12,7 @@ import gateskip
 from compose.bench.race import contender, race, roofline
 from compose.bench.tune import tune
 from compose.errors import UserError
-from gateskip.decode import MAX_DRAFT
+from gateskip.decoding.decoder import MAX_DRAFT
 
 
 def test_contenders_are_named_in_words() -> None:

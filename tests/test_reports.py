@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compose.errors import UserError
-from compose.result import Results, save_results
+from compose.results.schema import Results, save_results
 from reports import Report, pareto, render, tables
 from reports.plots import Picture, _side_by_side, pictures
 from reports.render import breakable, escape_markdown, fenced, to_html, to_markdown
@@ -202,7 +202,7 @@ def made_up_results() -> dict[str, Any]:
         "failed_in": "gates",
         "reason": "RuntimeError: the loss was not finite at step 40",
         "traceback": "Traceback (most recent call last):\n"
-        '  File "compose/worker.py", line 88, in step\n    record = stage.run(job)\n'
+        '  File "compose/workers/main.py", line 88, in step\n    record = stage.run(job)\n'
         "RuntimeError: the loss was not finite at step 40\n",
     }
     rules = {

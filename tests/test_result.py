@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from compose.errors import UserError
-from compose.result import (
+from compose.results.schema import (
     METRICS,
     CellResult,
     Measured,
@@ -262,7 +262,7 @@ def test_lossless_is_three_valued() -> None:
 
 def test_the_environment_tells_the_machine_without_torch() -> None:
     code = (
-        "import json, sys; from compose.result import capture_environment as e;"
+        "import json, sys; from compose.results.schema import capture_environment as e;"
         "found = e(threads=3); assert 'torch' not in sys.modules; print(json.dumps(found))"
     )
     root = Path(__file__).resolve().parents[1]

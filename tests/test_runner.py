@@ -24,12 +24,10 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from compose import runner as runner_module
-from compose.artifact import hash_folder, lineage, write_lineage
-from compose.cache import Store, read_json
+from compose.artifacts.folder import hash_folder, lineage, write_lineage
 from compose.errors import AssetError, PlanError, StepError, UserError
-from compose.plan import Plan, make_plan
-from compose.records import (
+from compose.execution import runner as runner_module
+from compose.execution.run_folder import (
     RunFolder,
     Session,
     file_name,
@@ -38,9 +36,11 @@ from compose.records import (
     phase_key,
     read_phase,
 )
-from compose.result import Results, load_results
-from compose.runner import RunResult, Settings, Task, run, run_graph, thread_pool
-from compose.schema import Pipeline
+from compose.execution.runner import RunResult, Settings, Task, run, run_graph, thread_pool
+from compose.language.schema import Pipeline
+from compose.planning.plan import Plan, make_plan
+from compose.results.schema import Results, load_results
+from compose.store import Store, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 Answer = dict[str, Any]
@@ -668,8 +668,8 @@ import json, os, shutil, sys, time, types
 from functools import partial
 from pathlib import Path
 from dataclasses import make_dataclass
-from compose import worker
-from compose.stages import DropLayers
+from compose.workers import main as worker
+from compose.stages.registry import DropLayers
 
 marks = Path(os.environ["TEST_MARKS"])
 pause = float(os.environ["TEST_PAUSE"])
@@ -729,7 +729,7 @@ sys.exit(worker.main(sys.argv[1:]))
 
 RUNNER = """
 import sys
-from compose import executors
+from compose.execution import executors
 from compose.cli import app
 executors.worker_command = lambda role, job: [sys.executable, {worker!r}, role, str(job)]
 app(sys.argv[1:])

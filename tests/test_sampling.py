@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gateskip.sampling import GREEDY, Law, Sampler, accept_or_resample, draw
+from gateskip.decoding.sampling import GREEDY, Law, Sampler, accept_or_resample, draw
 
 DRAWS, VOCABULARY = 100_000, 6
 LIMIT = 30.0  # chi-square with 5 and 11 degrees of freedom exceeds it once in 70,000 and 600 times

@@ -13,11 +13,11 @@ from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from compose.artifact import copy_companions, probe_ids, probe_logits
+from compose.artifacts.folder import copy_companions, probe_ids, probe_logits
 from compose.errors import RuleBroken
-from compose.stages import STAGES, Bnb, DataSpec, Gate, Gptq, Heal, ModelShape, StageJob
-from gateskip.folders import load_model
-from gateskip.scales import ScaledLinear, norms, open_scales, save_scales
+from compose.stages.registry import STAGES, Bnb, DataSpec, Gate, Gptq, Heal, ModelShape, StageJob
+from gateskip.model.folders import load_model
+from gateskip.training.scales import ScaledLinear, norms, open_scales, save_scales
 
 PACKINGS: dict[str, dict[str, Any]] = {
     "nf4": {"use": "bnb", "format": "nf4"},

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from gateskip.branches import Branch, find_branches
 from gateskip.checkpoint import GateFile, load_gates, save_gates
-from gateskip.compute import Usage, saving
-from gateskip.folders import load_model
-from gateskip.gates import ScalarGates
-from gateskip.masked import masked_forward
-from gateskip.shortcuts import Shortcuts, _Sums, fit_shortcuts
+from gateskip.gates.learned import ScalarGates
+from gateskip.gates.shortcuts import Shortcuts, _Sums, fit_shortcuts
+from gateskip.model.compute import Usage, saving
+from gateskip.model.families import Branch, find_branches
+from gateskip.model.folders import load_model
+from gateskip.model.reference import masked_forward
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:

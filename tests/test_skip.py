@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from gateskip.branches import FAMILIES, UnsupportedModel, embed, final_norm, find_branches, head
-from gateskip.folders import load_model
-from gateskip.gates import ScalarGates
-from gateskip.masked import masked_forward
-from gateskip.shortcuts import Shortcuts
-from gateskip.skip import NEVER_SKIP, SkippingModel
+from gateskip.gates.learned import ScalarGates
+from gateskip.gates.shortcuts import Shortcuts
+from gateskip.model.families import (
+    FAMILIES,
+    UnsupportedModel,
+    embed,
+    final_norm,
+    find_branches,
+    head,
+)
+from gateskip.model.folders import load_model
+from gateskip.model.reference import masked_forward
+from gateskip.runtime.skipping import NEVER_SKIP, SkippingModel
 
 TOLERANCE = 1e-4
 

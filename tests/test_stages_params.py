@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from compose.errors import PlanError, RuleBroken
-from compose.stages import (
+from compose.stages.base import FORBIDDEN
+from compose.stages.registry import (
     RULES,
     STAGES,
     AnyStage,
@@ -31,7 +32,6 @@ from compose.stages import (
     Speculate,
     Stage,
 )
-from compose.stages.base import FORBIDDEN
 
 SHAPE = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, True)
 EXAMPLES: tuple[Stage, ...] = (

@@ -13,10 +13,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 import gateskip
-from compose.artifact import copy_companions, probe_logits
+from compose.artifacts.folder import copy_companions, probe_logits
 from compose.errors import UserError
-from compose.stages import STAGES, DataSpec, StageJob
 from compose.stages.base import ModelShape, Stage
+from compose.stages.registry import STAGES, DataSpec, StageJob
 
 GATES = {"use": "gate", "steps": 4, "length": 32, "budgets": (0.8, 0.5), "calibration_blocks": 4}
 RUNS: dict[str, dict[str, Any]] = {
@@ -215,8 +215,8 @@ def test_pruned_neurons_are_the_idle_ones(
 
 def test_int8_decodes_through_the_engine(run: Callable[..., Path]) -> None:
     """bitsandbytes' own layers round activations by rows, ours by blocks: nearly the same."""
-    from gateskip.folders import load_model
-    from gateskip.linears import PackedLinear
+    from gateskip.model.folders import load_model
+    from gateskip.quantization.packed_linear import PackedLinear
 
     folder = run({"use": "bnb", "format": "int8"})
     with warnings.catch_warnings():
@@ -239,8 +239,8 @@ def test_int8_decodes_through_the_engine(run: Callable[..., Path]) -> None:
 
 def test_packed_gptq_weights_are_the_modules_own(run: Callable[..., Path]) -> None:
     """Symmetric or not: what our kernels unpack is what gptqmodel dequantizes."""
-    from gateskip.folders import load_model
-    from gateskip.linears import _from_gptq
+    from gateskip.model.folders import load_model
+    from gateskip.quantization.packed_linear import _from_gptq
 
     for settings in ({}, {"sym": False}, {"bits": 8}, {"bits": 8, "sym": False}):
         model = load_model(run(RUNS["gptq4"] | settings), "float32")

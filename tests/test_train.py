@@ -15,14 +15,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from gateskip.budget import calibrate
-from gateskip.folders import load_model
-from gateskip.gates import ScalarGates
-from gateskip.kinds import make_gates
-from gateskip.masked import masked_forward
-from gateskip.objectives import Level, TrainMask
-from gateskip.recipe import TrainConfig
-from gateskip.train import train_gates
+from gateskip.calibration.thresholds import calibrate
+from gateskip.gates.kinds import make_gates
+from gateskip.gates.learned import ScalarGates
+from gateskip.model.folders import load_model
+from gateskip.model.reference import masked_forward
+from gateskip.training.gate_finetune import train_gates
+from gateskip.training.objectives import Level, TrainMask
+from gateskip.training.recipe import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -215,10 +215,10 @@ class TestTrainOptions:
 
 TWO_PROCESSES = """
 import sys, torch
-from gateskip.folders import load_model
-from gateskip.kinds import make_gates
-from gateskip.recipe import TrainConfig
-import gateskip.train as train
+from gateskip.model.folders import load_model
+from gateskip.gates.kinds import make_gates
+from gateskip.training.recipe import TrainConfig
+import gateskip.training.gate_finetune as train
 
 folder, out = sys.argv[1:]
 seen = []

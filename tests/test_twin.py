@@ -10,10 +10,17 @@ import torch
 from torch.nn import functional as F
 
 import gateskip
-from gateskip.decode import Decoder
-from gateskip.linears import PackedLinear
-from gateskip.pace import Pace
-from gateskip.twin import GROUP, input_squares, int4_head, int4_twin, nf4_twin, round_to_grid
+from gateskip.decoding.decoder import Decoder
+from gateskip.decoding.draft_length import Pace
+from gateskip.quantization.draft_copy import (
+    GROUP,
+    input_squares,
+    int4_head,
+    int4_twin,
+    nf4_twin,
+    round_to_grid,
+)
+from gateskip.quantization.packed_linear import PackedLinear
 
 
 @pytest.fixture(scope="module")

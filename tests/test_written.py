@@ -11,8 +11,8 @@ import torch
 import gateskip
 from compose.assets import SELF_WRITTEN, load_texts
 from compose.errors import AssetError
-from compose.stages import DataSpec, StageJob
-from gateskip.written import TOGETHER, opening, write
+from compose.stages.registry import DataSpec, StageJob
+from gateskip.decoding.self_generate import TOGETHER, opening, write
 
 
 def test_rows_begin_alike_and_differ(make_tiny: Callable[..., Path]) -> None:

@@ -145,7 +145,7 @@ def _from_folder(folder: Path) -> ModelAsset:
 
 
 def _asset(folder: Path, origin: str, config: Mapping[str, Any]) -> ModelAsset:
-    from compose.artifact import hash_folder
+    from compose.artifacts.folder import hash_folder
 
     return ModelAsset(folder, origin, hash_folder(folder), config)
 
@@ -246,7 +246,7 @@ def _from_wheel(
     """The wheel's GGUF file as a float32 folder, converted once."""
 
     def build(folder: Path) -> dict[str, Any]:
-        from compose.artifact import hash_folder
+        from compose.artifacts.folder import hash_folder
 
         gguf = fetch_wheel(alias.wheel, cache, progress) / alias.gguf
         convert_gguf(gguf, folder / "model", alias)

@@ -27,10 +27,10 @@ from compose.bench.quality import (
 )
 from compose.errors import AssetError, StepError
 from compose.memory import peak_bytes, reset_peak
-from gateskip.compute import Saving, Usage, Work
-from gateskip.decode import Decoder, Generation, Mode, Stats
-from gateskip.engine import MOST_ROWS
-from gateskip.insight import look, summarize
+from gateskip.calibration.insight import look, summarize
+from gateskip.decoding.decoder import Decoder, Generation, Mode, Stats
+from gateskip.model.compute import Saving, Usage, Work
+from gateskip.runtime.native import MOST_ROWS
 
 BLOCK = 512  # tokens of a block on which perplexity is measured
 WARM_TOKENS = 16  # decoded once at each batch size before anything is timed

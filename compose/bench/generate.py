@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from compose.artifact import is_gated, probe_ids, require_model
-from compose.cache import read_json
+from compose.artifacts.folder import is_gated, probe_ids, require_model
 from compose.errors import ArtifactError
+from compose.store import read_json
 
 Mode = Literal["plain", "skip", "speculate"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import gateskip
 from compose.errors import ArtifactError
-from gateskip.insight import look, summarize
+from gateskip.calibration.insight import look, summarize
 
 DEFAULT_BUDGET = 0.8
 

@@ -450,7 +450,7 @@ def run_tasks(
         return {}
     import lm_eval
 
-    from compose.bench.lm import Scorer
+    from compose.bench.tasks import Scorer
 
     with tempfile.TemporaryDirectory(prefix="gateskip-tasks-") as scratch:
         ours = [name for name in tasks if name in TASKS]

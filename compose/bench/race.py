@@ -20,14 +20,14 @@ import torch
 
 import gateskip
 from compose import memory
+from compose.artifacts.gguf import KINDS as GGUF_KINDS
+from compose.artifacts.gguf import write_gguf
 from compose.assets import load_texts, token_blocks
 from compose.bench.cell import resident_bytes
 from compose.bench.generate import end_tokens, prompt_ids
-from compose.bench.rivals import LlamaCpp, Rival, Rows, Run, Transformers
+from compose.bench.peers import LlamaCpp, Rival, Rows, Run, Transformers
 from compose.errors import UserError, suggest
-from compose.llamacpp import KINDS as GGUF_KINDS
-from compose.llamacpp import write_gguf
-from gateskip.decode import Decoder, slots
+from gateskip.decoding.decoder import Decoder, slots
 
 KINDS = ("plain", "skip", "draft", "eager", "transformers", "llama.cpp")
 READ_BYTES, GEMM_SIZE = 1 << 28, 1024  # of the machine's own measure

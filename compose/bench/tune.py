@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 import gateskip
-from compose.artifact import LINEAGE, lineage, write_lineage
+from compose.artifacts.folder import LINEAGE, lineage, write_lineage
 from compose.bench.race import Courses, Lap, Progress, contender, courses_of, run_laps, runners_of
-from compose.cache import read_json, write_json
-from gateskip.budget import calibrate
+from compose.store import read_json, write_json
+from gateskip.calibration.thresholds import calibrate
 from gateskip.checkpoint import META_FILE, load_gates, save_gates
-from gateskip.decode import Decoder
+from gateskip.decoding.decoder import Decoder
 
 PLAIN = "plain"
 FIRST_PROMPTS, LEFT = 4, 3  # prompts of the first round, and candidates that it leaves

@@ -246,7 +246,7 @@ class Stage(BaseModel):
     """The entries of `data` that `run` reads; they are then part of the step's key."""
 
     use: str
-    """Which stage this is: a key of `compose.stages.STAGES`."""
+    """Which stage this is: a key of `compose.stages.registry.STAGES`."""
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Refuse a place in a chain: after the stages `before`, on a model of `shape`.

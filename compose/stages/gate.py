@@ -9,12 +9,12 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from compose.errors import UserError
 from compose.stages.base import TRAINED, ModelShape, Role, Split, Stage, StageJob, training_bytes
-from gateskip.recipe import RECIPES, TrainConfig
+from gateskip.training.recipe import RECIPES, TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gateskip.gates import Gates
+    from gateskip.gates.learned import Gates
 
 GateKind = Literal[
     "scalar", "vector", "low-rank", "shared", "mlp", "random", "static", "router", "exit"
@@ -41,7 +41,7 @@ class Gate(Stage):
     """The stage's name."""
 
     recipe: Literal["ours", "paper"] = "ours"
-    """Defaults of everything below: ours, or the published ones (gateskip/recipe.py lists them)."""
+    """Defaults of everything below: ours, or the published ones (training/recipe.py lists them)."""
 
     # -- what a gate is
 
@@ -210,8 +210,8 @@ class Gate(Stage):
     def run(self, job: StageJob) -> dict[str, Any]:
         """Gates beside the model: attach, fine-tune, calibrate; the backbone moves if asked."""
         from gateskip.checkpoint import GateFile, grid_of, save_gates
-        from gateskip.folders import load_model
-        from gateskip.linears import accelerate_linears
+        from gateskip.model.folders import load_model
+        from gateskip.quantization.packed_linear import accelerate_linears
 
         model = load_model(job.source, "float32")
         train, calibration = self._blocks(job)
@@ -246,10 +246,10 @@ class Gate(Stage):
 
     def _start(self, job: StageJob, model: Any, train: Tensor) -> tuple[Gates, list[float] | None]:
         """Gates to begin with, and the branches' sensitivities where they are needed."""
-        from gateskip.branches import find_branches
-        from gateskip.kinds import make_gates
-        from gateskip.shortcuts import fit_shortcuts
-        from gateskip.warmstart import sensitivities, warm_start
+        from gateskip.calibration.warm_start import sensitivities, warm_start
+        from gateskip.gates.kinds import make_gates
+        from gateskip.gates.shortcuts import fit_shortcuts
+        from gateskip.model.families import find_branches
 
         count, width = len(find_branches(model)), model.config.hidden_size
         if self.shortcut >= width:
@@ -303,8 +303,8 @@ class Gate(Stage):
     ) -> list[dict[str, float]]:
         from dataclasses import fields
 
-        from gateskip.folders import load_model
-        from gateskip.train import train_gates
+        from gateskip.model.folders import load_model
+        from gateskip.training.gate_finetune import train_gates
 
         if self.steps == 0:
             return []
@@ -326,8 +326,8 @@ class Gate(Stage):
         gone: frozenset[int] = frozenset(),
     ) -> Any:
         """Thresholds for every budget on blocks [N, S]; no token enters the branches `gone`."""
-        from gateskip.branches import find_branches
-        from gateskip.budget import calibrate
+        from gateskip.calibration.thresholds import calibrate
+        from gateskip.model.families import find_branches
 
         kinds = [branch.kind for branch in find_branches(model)]
         skippable = kinds if self.branches == "both" else [self.branches]
@@ -350,7 +350,7 @@ class Gate(Stage):
         """A trained backbone is written; a frozen one is the source's files, untouched."""
         import torch
 
-        from compose.artifact import copy_source
+        from compose.artifacts.folder import copy_source
 
         if self.backbone == "frozen":
             copy_source(job.source, job.target, job.dtype, link=True)

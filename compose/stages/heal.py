@@ -9,8 +9,8 @@ from pydantic import Field
 
 from compose.errors import RuleBroken, UserError
 from compose.stages.base import TRAINED, ModelShape, Role, Split, Stage, StageJob, training_bytes
-from compose.stages.kept_gates import carry_gates
-from gateskip.recipe import HealConfig
+from compose.stages.gate_transfer import carry_gates
+from gateskip.training.recipe import HealConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,8 +115,8 @@ class Heal(Stage):
         """Distil on the training text; resumes from its own checkpoint after a kill."""
         from transformers import AutoTokenizer
 
-        from gateskip.folders import load_model
-        from gateskip.heal import best_row, heal
+        from gateskip.model.folders import load_model
+        from gateskip.training.heal import best_row, heal
 
         assert job.train is not None, "heal reads the training split"
         length = self.length or job.train.length
@@ -144,7 +144,7 @@ class Heal(Stage):
         """Write what was healed; packed weights stay packed, and gates go along."""
         import torch
 
-        from gateskip.scales import save_scales
+        from gateskip.training.scales import save_scales
 
         if self.backbone == "scales":
             save_scales(model, job.source, job.target)

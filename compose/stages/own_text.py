@@ -23,7 +23,7 @@ def written_once(
     from safetensors.torch import load_file, save_file
 
     import gateskip
-    from gateskip.written import write
+    from gateskip.decoding.self_generate import write
 
     if not kept.is_file():
         blocks = write(gateskip.load(dense), count, length, seed, progress)

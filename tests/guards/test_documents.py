@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from compose.stages import Stage
+from compose.stages.registry import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -1,71 +1,51 @@
-"""Who may import whom: the rooms of the design, checked on the syntax tree of every file.
+"""Who may import whom: the floors of docs/structure.md, checked on the syntax tree of every file.
 
-The rule is one table. A file that needs an import the table refuses is in the wrong room, or the
-design has changed and the table with it.
+A folder imports only folders on lower floors, whether at the top of a file, inside a function, or
+for types alone. No two modules import each other, not even by way of others.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("gateskip", "compose", "reports")
+PACKAGES = ("gateskip", "compose", "reports")
 
-
-@dataclass(frozen=True)
-class Rule:
-    """Files that match `files` may import a module matching `target` only if `allowed` lists it."""
-
-    files: str
-    target: str
-    allowed: tuple[str, ...] = ()
-    unless: tuple[str, ...] = ()  # files that the rule does not bind
-    why: str = ""
-
-    def binds(self, file: str) -> bool:
-        return fnmatch(file, self.files) and not any(fnmatch(file, free) for free in self.unless)
-
-    def refuses(self, module: str) -> bool:
-        return _inside(module, self.target) and not any(_inside(module, a) for a in self.allowed)
-
-
-RULES = (
-    Rule("gateskip/*", "compose", why="gateskip knows torch and transformers, nothing of ours"),
-    Rule("gateskip/*", "reports", why="gateskip knows torch and transformers, nothing of ours"),
-    Rule(
-        "compose/*",
-        "gateskip",
-        allowed=("gateskip.folders",),
-        unless=(
-            "compose/stages/gate.py",
-            "compose/stages/heal.py",
-            "compose/stages/head.py",
-            "compose/stages/kept_gates.py",
-            "compose/stages/own_text.py",
-            "compose/stages/prune_branches.py",
-            "compose/stages/refit.py",
-            "compose/stages/decode.py",
-            "compose/bench/*",
-        ),
-        why="only stages that train, fit, ask or write and the benchmark drive the engine",
-    ),
-    Rule("reports/*", "gateskip", why="a report is drawn from results alone"),
-    Rule(
-        "reports/*",
-        "compose",
-        allowed=("compose.result", "compose.errors"),
-        why="a report is drawn from results alone",
-    ),
-    Rule("compose/stages/*", "reports", why="a stage makes a model folder and draws nothing"),
-    Rule("compose/bench/*", "reports", why="a benchmark measures and draws nothing"),
-    Rule("*", "compose.cli", why="the command line is a door, not a library"),
+FLOORS: tuple[tuple[str, ...], ...] = (
+    # the engine
+    ("gateskip.errors",),
+    ("gateskip.kernels",),
+    ("gateskip.model",),
+    ("gateskip.gates",),
+    ("gateskip.quantization",),
+    ("gateskip.runtime",),
+    ("gateskip.calibration",),
+    ("gateskip.decoding",),
+    ("gateskip.training",),
+    ("gateskip.checkpoint",),
+    ("gateskip",),
+    # the pipeline around it
+    ("compose.errors",),
+    ("compose.store", "compose.units", "compose.memory"),
+    ("compose.results", "compose.artifacts"),
+    ("reports", "compose.assets"),
+    ("compose.stages", "compose.bench"),
+    ("compose.language",),
+    ("compose.planning",),
+    ("compose.execution",),
+    ("compose.terminal", "compose.workers"),
+    ("compose.cli",),
 )
+"""From the ground up. Folders of one floor do not know each other."""
+
+ISOLATED = ("gateskip", "reports")
+"""Packages that must not know all that lies below them: reports draw results alone."""
+
+ALLOWED = {"gateskip": ("gateskip",), "reports": ("reports", "compose.results", "compose.errors")}
 
 
 def _inside(module: str, package: str) -> bool:
@@ -75,6 +55,16 @@ def _inside(module: str, package: str) -> bool:
 def _dotted(file: str) -> str:
     path = Path(file)
     return ".".join((path.parent if path.name == "__init__.py" else path.with_suffix("")).parts)
+
+
+def place_of(module: str) -> tuple[int, str] | None:
+    """Floor and folder of a module: the longest name of `FLOORS` that it is inside of."""
+    named = [(name, floor) for floor, names in enumerate(FLOORS) for name in names]
+    found = [(name, floor) for name, floor in named if _inside(module, name)]
+    if not found:
+        return None
+    name, floor = max(found, key=lambda each: len(each[0]))
+    return floor, name
 
 
 def imported(source: str, file: str, modules: frozenset[str]) -> Iterator[tuple[int, str]]:
@@ -107,20 +97,75 @@ def imported(source: str, file: str, modules: frozenset[str]) -> Iterator[tuple[
 
 
 def violations(file: str, source: str, modules: frozenset[str]) -> list[str]:
-    """Sentences, one for each import in `file` (a path below the root) that the table refuses."""
+    """Sentences, one for each import in `file` (a path below the root) that the floors refuse."""
+    own = place_of(_dotted(file))
+    if own is None:
+        return []
     return [
-        f"{file}:{line}: imports {name}, but {rule.why}"
+        f"{file}:{line}: {own[1]} imports {name}, which is {why}"
         for line, name in imported(source, file, modules)
-        for rule in RULES
-        if rule.binds(file) and rule.refuses(name)
+        if (why := _refusal(_dotted(file), own, name)) is not None
     ]
 
 
+def _refusal(module: str, own: tuple[int, str], target: str) -> str | None:
+    other = place_of(target)
+    if other is None or other == own:
+        return None
+    package = module.partition(".")[0]
+    if package in ISOLATED and not any(_inside(target, each) for each in ALLOWED[package]):
+        return f"outside of what {package} may know"
+    return None if other[0] < own[0] else f"on floor {other[0]}, not below floor {own[0]}"
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Strongly connected modules of an import graph (Tarjan 1972), those of more than one."""
+    order: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        order[module] = low[module] = len(order)
+        stack.append(module)
+        for other in sorted(graph.get(module, ())):
+            if other not in order:
+                visit(other)
+                low[module] = min(low[module], low[other])
+            elif other in stack:
+                low[module] = min(low[module], order[other])
+        if low[module] == order[module]:
+            group = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for module in sorted(graph):
+        if module not in order:
+            visit(module)
+    return found
+
+
 def _files() -> list[str]:
-    return sorted(p.relative_to(ROOT).as_posix() for r in ROOMS for p in (ROOT / r).rglob("*.py"))
+    return sorted(
+        p.relative_to(ROOT).as_posix() for r in PACKAGES for p in (ROOT / r).rglob("*.py")
+    )
 
 
-def test_every_import_stays_in_its_room() -> None:
+def _graph() -> dict[str, set[str]]:
+    files = _files()
+    modules = frozenset(map(_dotted, files))
+    return {
+        _dotted(file): {
+            name
+            for _, name in imported((ROOT / file).read_text("utf-8"), file, modules)
+            if name in modules and name != _dotted(file)
+        }
+        for file in files
+    }
+
+
+def test_every_import_goes_down() -> None:
     files = _files()
     assert files, "no file was found: the guard would pass on nothing"
     modules = frozenset(map(_dotted, files))
@@ -130,26 +175,43 @@ def test_every_import_stays_in_its_room() -> None:
     assert not found, "\n" + "\n".join(found)
 
 
+def test_no_modules_import_each_other() -> None:
+    assert circles(_graph()) == []
+
+
+def test_every_folder_stands_on_a_floor() -> None:
+    missing = [m for m in map(_dotted, _files()) if place_of(m) is None and m != "compose"]
+    assert not missing, missing
+
+
 @pytest.mark.parametrize(
     ("file", "source", "refused"),
     [
-        ("gateskip/skip.py", "from compose.errors import UserError", True),
-        ("gateskip/skip.py", "from gateskip.gates import attach\nimport torch", False),
-        ("gateskip/skip.py", "from . import gates", False),
-        ("compose/plan.py", "def f():\n    import gateskip.decode", True),
-        ("compose/plan.py", "import importlib\nimportlib.import_module('gateskip')", True),
-        ("compose/bench/cell.py", "import gateskip", False),
-        ("compose/stages/gate.py", "from gateskip import train", False),
-        ("reports/load.py", "from compose.result import Results", False),
-        ("reports/load.py", "from compose import result, errors", False),
-        ("reports/load.py", "from compose import plan", True),
+        ("gateskip/runtime/skipping.py", "from compose.errors import UserError", True),
+        ("gateskip/runtime/skipping.py", "from gateskip.gates.base import Gates", False),
+        ("gateskip/gates/base.py", "def f():\n    import gateskip.runtime.skipping", True),
+        ("gateskip/gates/base.py", "from . import kinds", False),
+        ("compose/planning/plan.py", "import gateskip", False),
+        ("compose/planning/plan.py", "from compose.execution.runner import run", True),
+        ("compose/bench/cell.py", "from compose.stages.registry import STAGES", True),
+        ("compose/stages/gate.py", "from gateskip.training import recipe", False),
+        ("reports/load.py", "from compose.results.schema import Results", False),
+        ("reports/load.py", "from compose.store import Store", True),
         ("reports/load.py", "import gateskip", True),
-        ("compose/runner.py", "from .cli import main", True),
-        ("compose/runner.py", "from . import cli", True),
-        ("compose/stages/prune.py", "from ..cli import main", True),
-        ("compose/stages/prune.py", "from .base import Stage", False),
+        ("compose/execution/runner.py", "from ..cli import main", True),
+        ("compose/execution/runner.py", "from compose.terminal.progress import Board", True),
+        (
+            "compose/workers/main.py",
+            "import importlib\nimportlib.import_module('compose.cli')",
+            True,
+        ),
     ],
 )
 def test_the_guard_sees(file: str, source: str, refused: bool) -> None:
-    modules = frozenset({"compose.cli", "compose.plan", "compose.result", "compose.errors"})
+    modules = frozenset({"compose.cli", "gateskip.gates.kinds", "gateskip.training.recipe"})
     assert bool(violations(file, source, modules)) is refused
+
+
+def test_circles_are_found_through_others() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}
+    assert circles(graph) == [["a", "b", "c"]]

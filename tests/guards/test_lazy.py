@@ -15,7 +15,7 @@ HEAVY = (
     "accelerate",
     "bitsandbytes",
     "datasets",
-    "gateskip.gates",  # gateskip.recipe is light: its defaults are the gate stage's
+    "gateskip.gates.learned",  # training.recipe is light: the gate stage reads it
     "gptqmodel",
     "lm_eval",
     "optimum",
@@ -49,7 +49,7 @@ def test_the_guard_sees() -> None:
 def test_planning(tmp_path: Path) -> None:
     loaded, printed = _heavy_after(
         "from pathlib import Path\n"
-        "from compose.prepare import load_plan\n"
+        "from compose.planning.prepare import load_plan\n"
         "print(len(load_plan(Path(sys.argv[1]), Path(sys.argv[2])).cells))",
         str(EXAMPLE),
         str(tmp_path),
@@ -58,7 +58,10 @@ def test_planning(tmp_path: Path) -> None:
     assert int(printed) > 1
 
 
-@pytest.mark.parametrize("module", ["compose.runner", "compose.result", "compose.pick", "reports"])
+@pytest.mark.parametrize(
+    "module",
+    ["compose.execution.runner", "compose.results.schema", "compose.results.pick", "reports"],
+)
 def test_importing(module: str) -> None:
     assert _heavy_after(f"import {module}")[0] == set()
 

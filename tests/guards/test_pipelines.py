@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from compose.parse import load_pipeline
-from compose.plan import Plan, make_plan
-from compose.prepare import facts, model_shape
+from compose.language.parse import load_pipeline
+from compose.planning.plan import Plan, make_plan
+from compose.planning.prepare import facts, model_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```ya?ml\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -1,0 +1,88 @@
+"""The code that an export carries: our own sources of decoding, rewritten to stand in one folder.
+
+With `trust_remote_code=True` transformers loads `custom_generate/generate.py` of a folder, and
+what that imports beside itself. So the modules that decoding needs are copied there with their
+imports made relative: the same implementation, not a second one.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from importlib import metadata, util
+from pathlib import Path
+
+ROOTS = (
+    "checkpoint",
+    "decoding.decoder",
+    "decoding.hf_generate",
+    "kernels.build",
+    "runtime.skipping",
+)
+ENTRY = "custom_generate/generate.py"
+_IMPORT = re.compile(r"^(\s*)from gateskip(?:\.([\w.]+))? import (\(|.+$)", re.MULTILINE)
+
+
+def write_bundle(folder: Path) -> list[Path]:
+    """Put `custom_generate/` into a model folder; the files written."""
+    target = folder / ENTRY
+    target.parent.mkdir(exist_ok=True)
+    entry = importlib.resources.files("compose") / "templates" / "custom_generate.py.txt"
+    text = entry.read_text(encoding="utf-8")
+    target.write_text(text.replace("VERSION", metadata.version("gateskip-compose")), "utf-8")
+    written = [target]
+    for name, source in sorted(sources().items()):
+        path = target.parent / f"{flat_name(name)}.py"
+        path.write_text(_relative(source), encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def sources() -> dict[str, str]:
+    """Dotted module name below gateskip -> source, of all that decoding imports from it."""
+    waiting, texts = list(ROOTS), dict[str, str]()
+    while waiting:
+        name = waiting.pop()
+        if name not in texts:
+            texts[name] = _file(name).read_text(encoding="utf-8")
+            waiting += [each for match in _IMPORT.finditer(texts[name]) for each in _modules(match)]
+    return texts
+
+
+def flat_name(module: str) -> str:
+    """The file name, without its ending, of a module below gateskip in the one folder."""
+    return "gateskip_" + module.replace(".", "_")
+
+
+def _package() -> Path:
+    found = util.find_spec("gateskip")
+    assert found is not None and found.submodule_search_locations, "we are installed"
+    return Path(found.submodule_search_locations[0])
+
+
+def _file(module: str) -> Path:
+    return _package().joinpath(*module.split(".")).with_suffix(".py")
+
+
+def _modules(match: re.Match[str]) -> list[str]:
+    """The modules that an import statement names: the one it imports from, or what it imports."""
+    _, base, names = match.groups()
+    if base is not None and _file(base).is_file():
+        return [base]
+    return [f"{base}.{name}" if base else name for name in re.split(r",\s*", names)]
+
+
+def _relative(source: str) -> str:
+    """The source with its imports from gateskip made relative to the one folder."""
+
+    def rewrite(match: re.Match[str]) -> str:
+        space, base, names = match.groups()
+        modules = _modules(match)
+        if modules == [base]:
+            return f"{space}from .{flat_name(base)} import {names}"
+        lines = [
+            f"from . import {flat_name(each)} as {each.rpartition('.')[2]}" for each in modules
+        ]
+        return space + f"\n{space}".join(lines)
+
+    return _IMPORT.sub(rewrite, source)

@@ -1,0 +1,1 @@
+"""The pipeline language: a YAML file -> frozen values, mistakes with their line."""

@@ -1,0 +1,396 @@
+"""The pipeline language as frozen models: unknown keys refused, one docstring a field.
+
+`language.parse.load_pipeline` reads a file into a `Pipeline`; a program may also build one itself.
+What a field alone can decide is checked here by pydantic; `Pipeline.problems` finds names that
+point at nothing. Whether chains make sense is the planner's question.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    model_validator,
+)
+
+from compose.errors import ComposeError, suggest
+from compose.stages.registry import AnyStage, Bnb, DataSpec, Gate, Gptq, Skip, Speculate, Stage
+
+Loc = tuple[str | int, ...]
+"""A place in the file: keys and indices from the top."""
+Chain = tuple[str, ...]
+"""Names of stages, in the order in which they run."""
+
+NONE = "none"
+DENSE = "dense"
+RESERVED = (NONE, DENSE, "source", "default")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def _name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{name!r} is no name: take letters, digits, '_', '.' and '-', a letter or digit first"
+        )
+    return name
+
+
+def _free_name(name: str) -> str:
+    if name in RESERVED:
+        raise ValueError(f"{name!r} already means something here: take another name")
+    return _name(name)
+
+
+def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    twice = [value for index, value in enumerate(values) if value in values[:index]]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is listed twice")
+    return values
+
+
+def _candidates(value: object) -> object:
+    """One data set, a list of them in order of preference, or null -> a tuple."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else value
+
+
+def _matrix(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError(f"{value!r} is no matrix: write 'default', or a mapping of axes")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+FreeName = Annotated[str, AfterValidator(_free_name)]
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Choice = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+    )
+
+
+class Model(_Section):
+    """Which model is compressed."""
+
+    source: Text
+    """An alias, a hub id, or a local folder (relative to this file)."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The type in which weights that are not quantized are kept and computed."""
+
+
+class TrainSpec(DataSpec):
+    """Which texts gates and healing learn from."""
+
+    limit: Count = 2000
+    """How many rows of text are taken, in a fixed order."""
+
+
+class Data(_Section):
+    """The texts that stages read. Benchmarks have their own."""
+
+    train: TrainSpec = TrainSpec()
+    """For stages that train: gate, heal."""
+
+    calibration: DataSpec = DataSpec()
+    """For stages that only look: thresholds, block influence, pruning, GPTQ."""
+
+
+class Matrix(BaseModel):
+    """Every combination of one choice an axis. All keys but `exclude` are axes, in chain order."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
+    __pydantic_extra__: dict[str, Annotated[tuple[Choice, ...], Field(min_length=1)]] = Field(
+        init=False
+    )
+
+    exclude: tuple[dict[str, Choice], ...] = ()
+    """Combinations to leave out: each entry names a choice for some of the axes."""
+
+    @property
+    def axes(self) -> dict[str, tuple[Chain, ...]]:
+        """Axis -> its choices as chains; `none` is the empty chain."""
+        extra = self.__pydantic_extra__
+        return {axis: tuple(map(as_chain, choices)) for axis, choices in extra.items()}
+
+
+class Speed(_Section):
+    """How speed is measured."""
+
+    prompt_tokens: Count = 128
+    """Length of the prompt that is prefilled."""
+
+    new_tokens: Count = 128
+    """Tokens decoded after it."""
+
+    repeats: Count = 5
+    """Interleaved rounds over all cells; every one is kept, the median is reported."""
+
+    batch_sizes: Annotated[tuple[Count, ...], AfterValidator(_no_repeats), Field(min_length=1)] = (
+        1,
+    )
+    """Prompts run at once, one measurement each."""
+
+
+class Quality(_Section):
+    """How quality is measured."""
+
+    perplexity: Annotated[
+        tuple[Text, ...],
+        BeforeValidator(_candidates, json_schema_input_type=Text | tuple[Text, ...] | None),
+    ] = ("wikitext2", "heldout-text")
+    """A data set, or several of which the first that can be had is used; null measures none."""
+
+    perplexity_tokens: Annotated[int, Field(ge=2)] = 8192
+    """Tokens over which perplexity, KL and agreement are measured."""
+
+    tasks: Annotated[tuple[Text, ...], AfterValidator(_no_repeats)] = ()
+    """Tasks of lm-eval."""
+
+    limit: Count = 500
+    """Questions taken of each task."""
+
+    batch_size: Count = 8
+    """Sequences scored at once."""
+
+
+class Lossless(_Section):
+    """How speculation is compared with plain decoding, token for token."""
+
+    prompts: Count = 16
+    """How many prompts are continued."""
+
+    new_tokens: Count = 64
+    """Tokens compared a prompt."""
+
+    source: Text = "prompts"
+    """Where the prompts come from: an alias, a hub data set id, or a path."""
+
+
+class Benchmark(_Section):
+    """What is measured of every cell."""
+
+    baseline: Text = DENSE
+    """The cell that speed and quality are compared with."""
+
+    threads: Count | None = None
+    """Threads a cell computes with; when left out, as many as the machine has cores."""
+
+    speed: Speed = Speed()
+    """Tokens per second and time to first token."""
+
+    quality: Quality = Quality()
+    """Perplexity, agreement with the dense model, and tasks."""
+
+    lossless: Lossless = Lossless()
+    """Whether speculation changes the text."""
+
+
+class Export(_Section):
+    """Where one cell is exported to."""
+
+    to: Text
+    """The folder, relative to the one in which the command runs."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in a pipeline that cannot stand, and where."""
+
+    loc: Loc
+    message: str
+    fix: str | None = None
+    at_key: bool = False
+    """Whether the key at `loc` is meant, and not its value."""
+
+
+_Error = TypeVar("_Error", bound=ComposeError)
+_Mark = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class SourceMap:
+    """Lines and columns (from 1) of everything in a YAML file."""
+
+    file: str
+    values: Mapping[Loc, _Mark] = field(default_factory=dict)
+    keys: Mapping[Loc, _Mark] = field(default_factory=dict)
+
+    def locate(self, error: _Error, loc: Loc, *, at_key: bool = False) -> _Error:
+        """Write file, line and column of `loc` into `error`: of the nearest place that exists."""
+        marks = self.keys if at_key else self.values
+        while loc and loc not in marks:
+            loc, marks = loc[:-1], self.keys
+        error.file = self.file
+        error.line, error.column = marks.get(loc) or self.values.get(()) or (1, 1)
+        return error
+
+
+DEFAULT_STAGES: dict[str, Stage] = {
+    "gates": Gate(),
+    "nf4": Bnb(format="nf4"),
+    "gptq4": Gptq(),
+    "skip80": Skip(budget=0.8),
+    "spec": Speculate(),
+}
+"""The stages of `matrix: default`; a stage of the same name in the file takes its place."""
+
+DEFAULT_MATRIX = Matrix.model_validate(
+    {
+        "gate": (NONE, "gates"),
+        "quantize": (NONE, "nf4", "gptq4"),
+        "decode": (NONE, "skip80", "spec"),
+    }
+)
+
+
+class Pipeline(_Section):
+    """A whole pipeline file."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    """Version of this language."""
+
+    name: Name
+    """Name of the run, and of the folder it fills."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of everything that draws numbers."""
+
+    more_seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = ()
+    """Further seeds: weights are made, and their quality is measured, again with each of them, and
+    the report has means with intervals."""
+
+    model: Model
+    """Which model is compressed."""
+
+    data: Data = Data()
+    """The texts that stages read."""
+
+    stages: dict[FreeName, AnyStage] = {}
+    """What chains are made of: a name for each stage with its parameters."""
+
+    pipelines: dict[FreeName, tuple[Text, ...]] = {}
+    """Named chains; one that breaks a rule is an error."""
+
+    matrix: Annotated[
+        Matrix | None,
+        BeforeValidator(_matrix, json_schema_input_type=Literal["default"] | Matrix | None),
+    ] = None
+    """Every combination; those that break a rule are left out. `default`: gates, quantizers and
+    decoders, which is also what a file without matrix and pipelines means."""
+
+    benchmark: Benchmark = Benchmark()
+    """What is measured of every cell."""
+
+    export: dict[Text, Export] = {}
+    """Cells to export when the run ends: name -> where to."""
+
+    _source_map: SourceMap | None = PrivateAttr(default=None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_default(cls, raw: Any) -> Any:
+        """Write `matrix: default` out, with its stages."""
+        if not isinstance(raw, Mapping):
+            return raw
+        matrix, stages = raw.get("matrix"), raw.get("stages", {})
+        meant = matrix == "default" or (matrix is None and not raw.get("pipelines"))
+        if not meant or not isinstance(stages, Mapping):
+            return raw
+        return {**raw, "matrix": DEFAULT_MATRIX, "stages": {**DEFAULT_STAGES, **stages}}
+
+    @property
+    def source_map(self) -> SourceMap | None:
+        """Where everything stands in the file; None when the pipeline was not read from one."""
+        return self._source_map
+
+    def with_source_map(self, source_map: SourceMap) -> Pipeline:
+        """The same pipeline, knowing its file."""
+        known = self.model_copy()
+        known._source_map = source_map
+        return known
+
+    def locate(self, error: _Error, loc: Loc, *, at_key: bool = False) -> _Error:
+        """Tell `error` where `loc` stands in the file, where that is known."""
+        if self._source_map is None:
+            return error
+        return self._source_map.locate(error, loc, at_key=at_key)
+
+    def problems(self) -> Iterator[Problem]:
+        """Seeds named twice, names that point at nothing, in the order of the file's sections."""
+        for index, seed in enumerate(self.more_seeds):
+            if seed in (self.seed, *self.more_seeds[:index]):
+                yield Problem(("more_seeds", index), f"seed {seed} is named twice")
+        for name, chain in self.pipelines.items():
+            yield from self._unknown_stages(chain, ("pipelines", name))
+        if self.matrix is not None:
+            yield from self._matrix_problems(self.matrix)
+
+    def _unknown_stages(self, chain: Choice, loc: Loc) -> Iterator[Problem]:
+        names = [(chain, loc)] if isinstance(chain, str) else _indexed(chain, loc)
+        for name, place in names:
+            if name not in self.stages:
+                hint = suggest(name, self.stages)
+                yield Problem(place, f"no stage is named {name!r}: {hint}")
+
+    def _matrix_problems(self, matrix: Matrix) -> Iterator[Problem]:
+        axes = matrix.__pydantic_extra__
+        if not axes:
+            yield Problem(("matrix",), "the matrix has no axis", at_key=True)
+        for axis, choices in axes.items():
+            chains = [as_chain(choice) for choice in choices]
+            for index, choice in enumerate(choices):
+                loc: Loc = ("matrix", axis, index)
+                if choice != NONE:
+                    yield from self._unknown_stages(choice, loc)
+                if chains[index] in chains[:index]:
+                    yield Problem(loc, f"axis {axis!r} has the choice {_shown(choice)} twice")
+        for index, entry in enumerate(matrix.exclude):
+            yield from _exclude_problems(entry, axes, ("matrix", "exclude", index))
+
+
+def as_chain(choice: Choice) -> Chain:
+    """A choice of an axis as a chain: `none` is empty, a name is a chain of one."""
+    if isinstance(choice, str):
+        return () if choice == NONE else (choice,)
+    return choice
+
+
+def _exclude_problems(
+    entry: Mapping[str, Choice], axes: Mapping[str, tuple[Choice, ...]], loc: Loc
+) -> Iterator[Problem]:
+    if not entry:
+        yield Problem(loc, "this entry excludes every combination: name an axis")
+    for axis, choice in entry.items():
+        if axis not in axes:
+            message = f"the matrix has no axis {axis!r}: {suggest(axis, axes)}"
+            yield Problem((*loc, axis), message, at_key=True)
+        elif as_chain(choice) not in map(as_chain, axes[axis]):
+            hint = suggest(_shown(choice), map(_shown, axes[axis]))
+            yield Problem((*loc, axis), f"axis {axis!r} has no choice {_shown(choice)}: {hint}")
+
+
+def _indexed(chain: Chain, loc: Loc) -> list[tuple[str, Loc]]:
+    return [(name, (*loc, index)) for index, name in enumerate(chain)]
+
+
+def _shown(choice: Choice) -> str:
+    return choice if isinstance(choice, str) else f"[{', '.join(choice)}]"

@@ -1,0 +1,1 @@
+"""Values -> steps and cells. Pure, without torch."""

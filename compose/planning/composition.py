@@ -1,0 +1,63 @@
+"""Which stage may follow which: asked of the stages themselves, so that docs cannot differ.
+
+A pair is tried alone, then with gates before it, then with gates between, since much is decided by
+gates. What sizes decide (groups, heads, widths) is left out here; the planner knows the model.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+from compose.errors import RuleBroken
+from compose.stages.base import RULES, Stage
+from compose.stages.gate import Gate
+from compose.stages.registry import STAGES
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gate": {"backbone": "frozen"},
+    "drop-layers": {"count": 1},
+    "prune-width": {"ratio": 0.2},
+    "prune-heads": {"count": 3},
+    "prune-hidden": {"ratio": 0.2},
+    "prune-branches": {"budget": 0.8},
+    "bnb": {"format": "nf4"},
+    "speculate": {"target": "original"},
+}
+"""What a stage must be told for a pair to be allowed wherever it can be."""
+
+NEEDS = ("decode-needs-gates", "branches-need-gates")
+YES, GATED = "yes", "with gates"
+
+
+def example(use: str) -> Stage:
+    """The stage as the table asks it."""
+    return STAGES[use].model_validate({"use": use, **SETTINGS.get(use, {})})
+
+
+def verdict(before: str, after: str) -> str:
+    """`yes`, `with gates` (before both, or between), or the rule that the pair breaks."""
+    first, second, gates = example(before), example(after), Gate(backbone="frozen")
+    broken: list[str] = []
+    for chain in ((first, second), (gates, first, second), (first, gates, second)):
+        try:
+            for place, stage in enumerate(chain):
+                stage.check(None, chain[:place])
+        except RuleBroken as error:
+            broken.append(error.rule)
+        else:
+            return YES if len(chain) == 2 else GATED
+    return next((rule for rule in broken if rule not in NEEDS), broken[0])
+
+
+def as_markdown() -> str:
+    """The table, a row for each stage that comes first, and the rules that it names."""
+    uses = list(STAGES)
+    lines = ["| first, then | " + " | ".join(f"`{use}`" for use in uses) + " |"]
+    lines.append("|---" * (len(uses) + 1) + "|")
+    found = {pair: verdict(*pair) for pair in product(uses, uses)}
+    for before in uses:
+        cells = [found[before, after] for after in uses]
+        lines.append(f"| `{before}` | " + " | ".join(cells) + " |")
+    named = [rule for rule in RULES if rule in found.values()]
+    return "\n".join([*lines, "", *(f"- {rule}: {RULES[rule]}" for rule in named)])

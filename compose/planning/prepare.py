@@ -1,0 +1,45 @@
+"""A pipeline file -> its plan, with what is known of model and data without fetching them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compose.assets import data_pin, model_config, model_pin
+from compose.errors import PlanError, context
+from compose.language.parse import load_pipeline
+from compose.language.schema import Pipeline
+from compose.planning.plan import Facts, Plan, make_plan
+from compose.stages.registry import ModelShape
+
+
+def load_plan(file: Path, asset_cache: Path) -> Plan:
+    """Read a pipeline file and plan it. Nothing heavy is imported, no weights are fetched.
+
+    Raises:
+        PipelineError, PlanError: what the file says is not valid, or makes no plan.
+        AssetError: the file names a model that is none.
+    """
+    pipeline = load_pipeline(file)
+    with context(file=file):
+        return make_plan(pipeline, model_shape(pipeline, asset_cache), facts(pipeline))
+
+
+def model_shape(pipeline: Pipeline, asset_cache: Path) -> ModelShape | None:
+    """The sizes of the source model; None when its config cannot be had now."""
+    try:
+        config = model_config(pipeline.model.source, asset_cache)
+        return None if config is None else ModelShape.from_config(config)
+    except PlanError as error:
+        raise pipeline.locate(error, ("model", "source")) from None
+
+
+def facts(pipeline: Pipeline) -> Facts:
+    """What pins the model and the data: part of the steps' keys."""
+    known = Facts()
+    model = model_pin(pipeline.model.source)
+    if model is not None:
+        known["model_sha256"] = model
+    sources = {pipeline.data.train.source, pipeline.data.calibration.source}
+    pins = {source: data_pin(source) for source in sources}
+    known["data_sha256"] = {source: pin for source, pin in pins.items() if pin is not None}
+    return known

@@ -1,0 +1,1 @@
+"""The typed result of a run."""

@@ -1,0 +1,240 @@
+"""Branches: what the gates learned that tokens do without is removed for good.
+
+A layer that loses both branches is dropped: the config says so, and file, memory, cache and time
+shrink everywhere. A plain config cannot say that a layer lacks one of them. Such a branch stays in
+the file with an output of zero, and with thresholds that no token reaches: where branches are
+skipped it is never entered, so its weights are not read (those of keys and values are, under the KV
+rule `project`); plain transformers multiplies by the zeros.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compose.errors import RuleBroken, UserError
+from compose.stages.base import RULES, ModelShape, Role, Split, Stage, StageJob
+from compose.stages.gate import Gate
+from compose.stages.gate_transfer import keep_gates, require_gates_that_move
+from compose.stages.prune.edit import (
+    RANK_BLOCKS,
+    decoder_layers,
+    keep_layers,
+    last_linear,
+    model_and_blocks,
+    save_pruned,
+    text_loss,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Unit = tuple[int, ...]
+"""Branches that go or stay together."""
+
+
+class PruneBranches(Stage):
+    """Remove the branches that gates (almost) always skip at a budget."""
+
+    role: ClassVar[Role] = "prune"
+    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
+
+    use: Literal["prune-branches"] = "prune-branches"
+    """The stage's name."""
+
+    budget: float = Field(default=0.8, gt=0, lt=1)
+    """The budget at which the gates are asked."""
+
+    share: float = Field(default=0.02, ge=0, lt=1)
+    """A branch may go when at most this share of tokens enters it."""
+
+    rise: float = Field(default=0.05, gt=0)
+    """A branch stays when the calibration loss rises by more without it, in nats a token. Gates do
+    not decide on the first token, which may need what the others skip."""
+
+    single: Literal["zero", "keep"] = "zero"
+    """What happens to a branch whose neighbour in the layer stays: its output becomes zero and no
+    token enters it, or it is kept, and only whole layers go."""
+
+    def tolerates(self, rule: str) -> bool:
+        """What goes is what gates know."""
+        return rule == "prune-after-gate"
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """Order rules, `branches-need-gates`, `budget-calibrated`, and gates that can move."""
+        super().check(shape, before)
+        require_gates_that_move(self, before)
+        gates = next((stage for stage in before if isinstance(stage, Gate)), None)
+        if gates is None:
+            raise RuleBroken("branches-need-gates", f"{self.use}: {RULES['branches-need-gates']}")
+        if self.budget < min(gates.budgets):
+            raise RuleBroken(
+                "budget-calibrated",
+                f"prune-branches asks the gates at budget {self.budget}, and the lowest that they"
+                f" are calibrated for is {min(gates.budgets)}",
+                fix=f"set budget: {min(gates.budgets)}, or add {self.budget} to the gates' budgets",
+            )
+        if self.single == "keep" and gates.branches != "both":
+            raise RuleBroken(
+                "layers-fit",
+                f"gates that skip only {gates.branches} branches leave every layer the other one,"
+                " so no whole layer can go",
+                fix="set single: zero, or let the gates skip both",
+            )
+
+    def reshape(self, shape: ModelShape) -> ModelShape:
+        """The same shape: how many layers go is known when the gates are; it can only be fewer."""
+        return shape
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Ask the gates, silence what the loss can do without, drop whole layers, recalibrate."""
+        from gateskip.model.families import find_branches
+
+        model, blocks = model_and_blocks(job, RANK_BLOCKS)
+        shares = entered_shares(job, model, blocks, self.budget)
+        before, whole_size = text_loss(model, blocks), model.num_parameters()
+        gone, spared = self._silence(job, model, blocks, self._units(shares), before)
+        if not gone:
+            raise self._nothing(shares, spared)
+        count = len(decoder_layers(model))
+        kept = [i for i in range(count) if not {2 * i, 2 * i + 1} <= gone]
+        if not kept:
+            raise RuleBroken("layers-fit", f"the gates skip all {count} layers; one must stay")
+        zeroed = [(new, old % 2) for new, old in _places(kept, gone)]
+        keep_layers(model, kept)
+        branches = find_branches(model)
+        never_read = sum(
+            parameter.numel()
+            for layer, part in zeroed
+            for parameter in branches[2 * layer + part].module.parameters()
+        )
+        keep_gates(job, model, kept, frozenset(2 * layer + part for layer, part in zeroed))
+        loss = {"before": before, "after": text_loss(model, blocks)}
+        removed = whole_size - model.num_parameters()
+        save_pruned(model, job)
+        return {
+            "entered": {_name(i): round(share, 4) for i, share in enumerate(shares)},
+            "dropped": [layer for layer in range(count) if layer not in kept],
+            "zeroed": [_name(old) for _, old in _places(kept, gone)],
+            "spared": {"+".join(map(_name, unit)): rise for unit, rise in spared.items()},
+            "parameters": {
+                "removed": round(removed / whole_size, 4),
+                "never_read_where_skipping": round(never_read / whole_size, 4),
+            },
+            "loss": loss,
+        }
+
+    def _units(self, shares: list[float]) -> list[Unit]:
+        """What may go, least used first: branches, or layers where single ones are kept."""
+        found = [unit for unit in self._all_units(shares) if _most(shares, unit) <= self.share]
+        return sorted(found, key=lambda unit: _most(shares, unit))
+
+    def _all_units(self, shares: list[float]) -> list[Unit]:
+        size = 1 if self.single == "zero" else 2
+        return [tuple(range(i, i + size)) for i in range(0, len(shares), size)]
+
+    def _silence(
+        self, job: StageJob, model: Any, blocks: Tensor, units: list[Unit], loss: float
+    ) -> tuple[set[int], dict[Unit, float]]:
+        """Zero the units one after another; undo where the loss rises too far.
+
+        Returns the branches that went, and what the spared units would have cost.
+        """
+        gone: set[int] = set()
+        spared: dict[Unit, float] = {}
+        for done, unit in enumerate(units):
+            outputs = _outputs(model, unit)
+            own = [parameter.detach().clone() for parameter in outputs]
+            _set(outputs, [0.0] * len(own))
+            found = text_loss(model, blocks)
+            if found - loss > self.rise:
+                _set(outputs, own)
+                spared[unit] = round(found - loss, 4)
+            else:
+                gone, loss = gone | set(unit), found
+            job.progress(done + 1, len(units), f"without {_name(unit[0])}: loss {found:.3f}")
+        return gone, spared
+
+    def _nothing(self, shares: list[float], spared: dict[Unit, float]) -> UserError:
+        what = "branch" if self.single == "zero" else "layer with both branches"
+        if spared:
+            unit = min(spared, key=lambda each: spared[each])
+            return UserError(
+                f"every {what} that tokens skip at budget {self.budget} is missed by the loss: "
+                f"the least, {' and '.join(map(_name, unit))}, by {spared[unit]:.3g} nats",
+                fix=f"set rise: {_above(spared[unit])}, or use skip, which asks for each token",
+            )
+        unit = min(self._all_units(shares), key=lambda each: _most(shares, each))
+        nearest = _most(shares, unit)
+        return UserError(
+            f"no {what} is entered by at most {self.share:.3g} of the tokens at budget "
+            f"{self.budget}: the nearest is {' and '.join(map(_name, unit))}, by {nearest:.3g}",
+            fix=f"set share: {_above(nearest)}, or a lower budget",
+        )
+
+
+def entered_shares(job: StageJob, model: Any, blocks: Tensor, budget: float) -> list[float]:
+    """Share of the tokens in blocks [N, S] that enters each branch at a budget; anchors apart."""
+    import torch
+
+    from gateskip.calibration.thresholds import thresholds_at
+    from gateskip.checkpoint import load_gates
+    from gateskip.gates.learned import ANCHORS
+    from gateskip.model.reference import masked_forward
+
+    file = load_gates(job.source)
+    if file is None:
+        raise UserError(f"{job.source} carries no gates", fix="put a gate stage before")
+    levels = thresholds_at(file.grid, budget)
+    assert levels is not None, "budgets are below 1"
+    file.gates.attach(model)
+    entered = torch.zeros(file.gates.branches)
+
+    def rule(branch: Any, logits: Tensor) -> Tensor:
+        kept: Tensor = (logits >= levels[branch.index]).to(logits.dtype)
+        entered[branch.index] += kept[:, ANCHORS:].mean()
+        return kept
+
+    with torch.inference_mode():
+        for done, block in enumerate(blocks.split(1)):
+            masked_forward(model, block, file.gates, rule, file.kv_rule)
+            job.progress(done + 1, len(blocks), "asking the gates")
+    shares: list[float] = (entered / len(blocks)).tolist()
+    return shares
+
+
+def _outputs(model: Any, unit: Unit) -> list[Tensor]:
+    """Weights and biases of the linear layers that these branches end in."""
+    from gateskip.model.families import find_branches
+
+    branches = find_branches(model)
+    ends = [last_linear(branches[index].module) for index in unit]
+    return [parameter for end in ends for parameter in end.parameters()]
+
+
+def _set(parameters: list[Tensor], values: list[Any]) -> None:
+    import torch
+
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(torch.as_tensor(value))
+
+
+def _places(kept: list[int], gone: set[int]) -> list[tuple[int, int]]:
+    """(new number of its layer, old number) of each branch that goes from a layer that stays."""
+    return [(kept.index(index // 2), index) for index in sorted(gone) if index // 2 in kept]
+
+
+def _name(branch: int) -> str:
+    return f"{('attention', 'mlp')[branch % 2]} {branch // 2}"
+
+
+def _most(shares: list[float], unit: Unit) -> float:
+    return max(shares[index] for index in unit)
+
+
+def _above(value: float) -> float:
+    """The next number of two decimals."""
+    return math.floor(value * 100 + 1) / 100

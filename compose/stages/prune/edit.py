@@ -1,0 +1,156 @@
+"""What all pruning shares: the model and its text, what it predicts, and cuts that fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from compose.errors import RuleBroken
+from compose.stages.base import RULES, ModelShape, Stage, StageJob
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+RANK_BLOCKS = 16  # calibration blocks that rank layers: a few numbers, soon known
+LOSS_BLOCKS = 4  # calibration blocks on which a loss is measured, again and again
+PER_LAYER = ("layer_types", "no_rope_layers")  # lists in a config that count layers
+
+ENDS = ("o_proj", "dense", "down_proj", "dense_4h_to_h")  # what a branch's last layer is called
+
+GATED_MLP = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "phi3",
+)
+"""Families whose MLP is gate, up and down projection, the first two fused or not."""
+
+
+def require_layout(stage: Stage, shape: ModelShape, known: tuple[str, ...]) -> None:
+    """Refuse a family whose weights the stage does not know by name.
+
+    Raises:
+        RuleBroken: `layout-known`, naming the family and those that are known.
+    """
+    if shape.model_type not in known:
+        raise RuleBroken(
+            "layout-known",
+            f"{stage.use} cannot cut a {shape.model_type} model: {RULES['layout-known']}",
+            fix=f"use drop-layers, or take one of {', '.join(known)}",
+        )
+
+
+def refuse_long_rope(shape: ModelShape, rule: str, other: str) -> None:
+    """Refuse to change what a long-context Phi3 counts its rotary factors by.
+
+    Raises:
+        RuleBroken: `rule`; `other` says what the config would have to take.
+    """
+    if shape.model_type == "phi3" and shape.long_rope:
+        raise RuleBroken(
+            rule,
+            "a phi3 config with long-rope factors counts them by hidden size over heads, so it"
+            f" refuses any other {other}",
+            fix="use prune-width or drop-layers",
+        )
+
+
+def last_linear(branch: Any) -> Any:
+    """The linear layer that an attention or MLP module ends in."""
+    return next(getattr(branch, name) for name in ENDS if hasattr(branch, name))
+
+
+def model_and_blocks(job: StageJob, limit: int | None = None) -> tuple[Any, Tensor]:
+    """The source model in float32, and calibration blocks [N, length]: all, or the first few."""
+    from transformers import AutoTokenizer
+
+    from gateskip.model.folders import load_model
+
+    assert job.calibration is not None, "pruning reads the calibration split"
+    model = load_model(job.source, "float32")
+    tokenizer = AutoTokenizer.from_pretrained(job.source)
+    limit = min(job.calibration.limit, limit or job.calibration.limit)
+    return model, job.blocks("calibration", tokenizer, limit=limit)
+
+
+def save_pruned(model: Any, job: StageJob) -> None:
+    """Write the model into the target folder, in the pipeline's dtype."""
+    import torch
+
+    model.to(getattr(torch, job.dtype)).save_pretrained(job.target)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder layers, wherever the family keeps them."""
+    layers: nn.ModuleList = getattr(model, model.base_model_prefix).layers
+    return layers
+
+
+def next_token_loss(model: Any, block: Tensor) -> Tensor:
+    """Mean cross-entropy of block [B, S] of token ids, in nats a token."""
+    from torch.nn import functional as F
+
+    logits = model(block, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.flatten(0, 1), block[:, 1:].flatten())
+
+
+def text_loss(model: Any, blocks: Tensor) -> float:
+    """Mean loss over the first `LOSS_BLOCKS` of blocks [N, S], in nats a token."""
+    import torch
+
+    with torch.inference_mode():
+        losses = [next_token_loss(model, block) for block in blocks[:LOSS_BLOCKS].split(1)]
+    return float(sum(losses)) / len(losses)
+
+
+def look_on(
+    show: Callable[[Tensor], Any], blocks: Tensor, hooks: list[Any], job: StageJob, note: str
+) -> None:
+    """Show a model every block [1, S] while the hooks look on, then take them off."""
+    try:
+        for done, block in enumerate(blocks.split(1)):
+            show(block)
+            job.progress(done + 1, len(blocks), note)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def keep_layers(model: Any, kept: list[int]) -> None:
+    """Leave only these decoder layers, renumbered, and say so in the config."""
+    from torch import nn
+
+    config, layers = model.config, decoder_layers(model)
+    getattr(model, model.base_model_prefix).layers = nn.ModuleList(layers[i] for i in kept)
+    for number, layer in enumerate(decoder_layers(model)):
+        parts: Iterator[Any] = layer.modules()
+        for part in parts:
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = number  # the cache files its entries under this number
+    config.num_hidden_layers = len(kept)
+    for name in PER_LAYER:
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[i] for i in kept])
+
+
+def keep_rows(linear: Any, rows: Tensor) -> None:
+    """Leave a linear layer only these outputs."""
+    from torch import nn
+
+    linear.weight = nn.Parameter(linear.weight.detach()[rows].clone())
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach()[rows].clone())
+    linear.out_features = len(rows)
+
+
+def keep_columns(linear: Any, columns: Tensor) -> None:
+    """Leave a linear layer only these inputs."""
+    from torch import nn
+
+    linear.weight = nn.Parameter(linear.weight.detach()[:, columns].clone())
+    linear.in_features = len(columns)

@@ -1,0 +1,227 @@
+"""Heads: whole KV groups go, or query heads out of every group, and all layers keep one shape."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compose.errors import RuleBroken
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.prune.edit import (
+    GATED_MLP,
+    decoder_layers,
+    keep_columns,
+    keep_rows,
+    model_and_blocks,
+    refuse_long_rope,
+    require_layout,
+    save_pruned,
+    text_loss,
+)
+from compose.stages.prune.importance import Importance, ranked
+from compose.stages.prune.refit import input_grams, made_up
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LAYOUTS = tuple(family for family in GATED_MLP if family != "olmo2")
+"""Families whose heads can be told apart; OLMo2 norms the queries of all heads as one vector."""
+
+HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text")
+"""Families whose config refuses a number of heads that does not divide the hidden size."""
+
+
+class PruneHeads(Stage):
+    """Remove the least important attention heads, as many from every layer."""
+
+    role: ClassVar[Role] = "prune"
+    version: ClassVar[int] = 2
+    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
+
+    use: Literal["prune-heads"] = "prune-heads"
+    """The stage's name."""
+
+    count: int = Field(ge=1)
+    """How many query heads go from each layer."""
+
+    take: Literal["groups", "queries"] = "groups"
+    """What goes: `groups` are KV heads with all their query heads, which makes the cache smaller
+    too; `queries` are as many query heads of every KV head."""
+
+    importance: Importance = "activation"
+    """What ranks heads: what they add on text (`activation`), how the loss slopes in them there
+    (`taylor`), or their weights alone (`magnitude`)."""
+
+    refit: bool = True
+    """Whether output projections are fitted anew, so that heads that stay make up for those that
+    go. Takes all of the calibration text."""
+
+    def counts(self, shape: ModelShape) -> list[int]:
+        """Every `count` that leaves a plain config of this shape.
+
+        >>> SmolLM2 = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, True)
+        >>> PruneHeads(count=3).counts(SmolLM2), PruneHeads(count=3, take="queries").counts(SmolLM2)
+        ([3, 6], [3, 6])
+        """
+        step = self._step(shape)
+        divides = shape.model_type in HEADS_DIVIDE_HIDDEN
+        return [
+            count
+            for count in range(step, shape.num_heads, step)
+            if not (divides and shape.hidden_size % (shape.num_heads - count))
+        ]
+
+    def _step(self, shape: ModelShape) -> int:
+        """How many heads go at least: one group, or one of each group."""
+        groups = shape.num_kv_heads
+        return shape.num_heads // groups if self.take == "groups" else groups
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """Order rules, `layout-known`, and `heads-fit`: a plain config can say what is left."""
+        super().check(shape, before)
+        if shape is None:
+            return
+        require_layout(self, shape, LAYOUTS)
+        refuse_long_rope(shape, "heads-fit", "number of heads")
+        fitting = self.counts(shape)
+        if self.count not in fitting:
+            raise RuleBroken("heads-fit", self._why_not(shape), fix=self._nearest(fitting))
+
+    def _why_not(self, shape: ModelShape) -> str:
+        step, left = self._step(shape), shape.num_heads - self.count
+        if self.count % step:
+            how = f"by whole groups of {step}" if self.take == "groups" else f"from {step} groups"
+            return f"prune-heads cannot take {self.count} of {shape.num_heads} heads {how} evenly"
+        if left < step:
+            return f"prune-heads takes {self.count} of {shape.num_heads} heads: {step} must stay"
+        return (
+            f"prune-heads leaves {left} heads, and a {shape.model_type} config asks for a number"
+            f" that divides the hidden size, {shape.hidden_size}"
+        )
+
+    def _nearest(self, fitting: list[int]) -> str:
+        if not fitting:
+            other = "queries" if self.take == "groups" else "groups"
+            return f"no count fits: set take: {other}"
+        return f"set count: {min(fitting, key=lambda count: abs(count - self.count))}"
+
+    def worked_on(self, shape: ModelShape, length: int) -> float:
+        """Products of the channels of all heads of a layer with each other."""
+        width = shape.num_heads * shape.head_dim
+        return 4.0 * shape.num_layers * width**2 if self.refit else 0.0
+
+    def reshape(self, shape: ModelShape) -> ModelShape:
+        """Fewer heads, and fewer KV heads where whole groups go."""
+        groups = self.count // self._step(shape) if self.take == "groups" else 0
+        return replace(
+            shape,
+            num_heads=shape.num_heads - self.count,
+            num_kv_heads=shape.num_kv_heads - groups,
+        )
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Rank the heads of each layer, cut the least important ones, and state what is left."""
+        model, blocks = model_and_blocks(job)
+        shape = ModelShape.from_config(model.config.to_dict())
+        before = text_loss(model, blocks)
+        attentions: list[Any] = [layer.self_attn for layer in decoder_layers(model)]
+        readers = [attention.o_proj for attention in attentions]
+        grams = input_grams(model, readers, blocks, job) if self.refit else None
+        scores = ranked(
+            self.importance,
+            model,
+            readers,
+            blocks,
+            job,
+            grams,
+            group=shape.head_dim,
+            writers=[[_queries(each, shape)] for each in attentions],
+        )
+        gone, lost = [], []
+        for number, (attention, squares) in enumerate(zip(attentions, scores, strict=True)):
+            heads = self._kept(squares.view(shape.num_kv_heads, -1))  # [kept groups, kept of each]
+            whole = attention.o_proj.weight.detach()
+            queries = cut_heads(attention, heads, shape)
+            if grams is not None:
+                fitted = made_up(whole, queries, grams[number], blocks.numel())
+                attention.o_proj.weight.data = fitted
+            rest = sorted(set(range(shape.num_heads)) - set(heads.flatten().tolist()))
+            gone.append(rest)
+            lost.append(round(float(squares[rest].sqrt().sum() / squares.sqrt().sum()), 4))
+        _state(model.config, self.reshape(shape))
+        loss = {"before": before, "after": text_loss(model, blocks)}
+        save_pruned(model, job)
+        return {
+            "heads": model.config.num_attention_heads,
+            "kv_heads": model.config.num_key_value_heads,
+            "dropped": gone,
+            "importance": self.importance,
+            "scores": [[round(value, 6) for value in each.sqrt().tolist()] for each in scores],
+            "importance_lost": lost,
+            "loss": loss,
+        }
+
+    def _kept(self, squares: Tensor) -> Tensor:
+        """Numbers of the heads that stay, [kept groups, kept of each]. squares [groups, of each].
+
+        Both are in their old order, so that a query head still finds its KV head by division.
+        """
+        import torch
+
+        groups, each = squares.shape
+        heads = torch.arange(squares.numel()).view(groups, each)
+        if self.take == "groups":
+            stay = squares.sum(1).argsort()[self.count // each :].sort().values
+            return heads[stay]
+        stay = squares.argsort(dim=1)[:, self.count // groups :].sort(dim=1).values
+        return heads.gather(1, stay)
+
+
+def _queries(attention: Any, shape: ModelShape) -> Tensor:
+    """The query weights, [heads * head_dim, H]."""
+    if hasattr(attention, "qkv_proj"):
+        rows: Tensor = attention.qkv_proj.weight[: shape.num_heads * shape.head_dim]
+        return rows
+    weight: Tensor = attention.q_proj.weight
+    return weight
+
+
+def cut_heads(attention: Any, heads: Tensor, shape: ModelShape) -> Tensor:
+    """Leave only these query heads [kept groups, kept of each] and the KV heads that they read.
+
+    Returns which channels of the heads' outputs stay.
+    """
+    import torch
+
+    each = shape.num_heads // shape.num_kv_heads
+    queries = _channels(heads.flatten(), shape.head_dim)
+    groups = _channels(heads[:, 0] // each, shape.head_dim)
+    if hasattr(attention, "qkv_proj"):  # Phi3: queries, keys, values, one below the other
+        keys = shape.num_heads * shape.head_dim
+        values = keys + shape.num_kv_heads * shape.head_dim
+        keep_rows(attention.qkv_proj, torch.cat([queries, groups + keys, groups + values]))
+    else:
+        keep_rows(attention.q_proj, queries)
+        keep_rows(attention.k_proj, groups)
+        keep_rows(attention.v_proj, groups)
+    keep_columns(attention.o_proj, queries)
+    attention.num_key_value_groups = heads.shape[1]
+    if hasattr(attention, "num_key_value_heads"):
+        attention.num_key_value_heads = heads.shape[0]
+    return queries
+
+
+def _channels(heads: Tensor, head_dim: int) -> Tensor:
+    """Channels of some heads [N] -> [N * head_dim]."""
+    import torch
+
+    return (heads.unsqueeze(1) * head_dim + torch.arange(head_dim)).flatten()
+
+
+def _state(config: Any, shape: ModelShape) -> None:
+    """Write the shape into the config; head_dim too, which is no longer hidden size over heads."""
+    config.head_dim = shape.head_dim
+    config.num_attention_heads = shape.num_heads
+    config.num_key_value_heads = shape.num_kv_heads

@@ -1,0 +1,226 @@
+"""Hidden size: the least important channels of the residual stream go, everywhere at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compose.errors import RuleBroken
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.prune.edit import (
+    GATED_MLP,
+    decoder_layers,
+    keep_columns,
+    keep_rows,
+    look_on,
+    model_and_blocks,
+    refuse_long_rope,
+    require_layout,
+    save_pruned,
+    text_loss,
+)
+from compose.stages.prune.heads import HEADS_DIVIDE_HIDDEN
+from compose.stages.prune.importance import Importance, ranked
+from compose.stages.prune.refit import input_grams, made_up
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
+WRITERS = ("o_proj", "down_proj")
+NEAR = 0.9  # of the size asked for: what is still worth advising
+ROUNDINGS = (64, 32, 16, 8, 4, 2, 1)
+
+
+class PruneHidden(Stage):
+    """Remove the least important channels of the residual stream from all weights that touch it."""
+
+    role: ClassVar[Role] = "prune"
+    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
+
+    use: Literal["prune-hidden"] = "prune-hidden"
+    """The stage's name."""
+
+    ratio: float = Field(gt=0, lt=1)
+    """The share of the channels to remove."""
+
+    round_to: int = Field(default=64, ge=1)
+    """The size that is kept is rounded down to a multiple of this, and of the number of heads where
+    the config asks for it."""
+
+    importance: Importance = "activation"
+    """What ranks channels: what they add to all that reads them on text (`activation`), how the
+    loss slopes in them there (`taylor`), or the weights alone (`magnitude`)."""
+
+    refit: bool = True
+    """Whether all that reads the stream is fitted anew, so that channels that stay make up for
+    those that go. Takes all of the calibration text."""
+
+    def kept_size(self, shape: ModelShape) -> int:
+        """How many channels stay; 0 where no multiple fits.
+
+        >>> shape = ModelShape("qwen2", 896, 4864, 24, 14, 2, 64, 151936, True)
+        >>> PruneHidden(ratio=0.2).kept_size(shape)
+        704
+        """
+        step = self._step(shape)
+        wanted = math.floor(shape.hidden_size * (1 - self.ratio) + 1e-9)
+        return wanted - wanted % step
+
+    def _step(self, shape: ModelShape) -> int:
+        divides = shape.model_type in HEADS_DIVIDE_HIDDEN
+        return math.lcm(self.round_to, shape.num_heads if divides else 1)
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """Order rules, `layout-known`, and `hidden-fits`: a plain config can say what is left."""
+        super().check(shape, before)
+        if shape is None:
+            return
+        require_layout(self, shape, GATED_MLP)
+        refuse_long_rope(shape, "hidden-fits", "size")
+        if self.kept_size(shape) == 0:
+            raise RuleBroken(
+                "hidden-fits",
+                f"prune-hidden keeps {1 - self.ratio:.3g} of {shape.hidden_size} channels, and what"
+                f" stays must be a multiple of {self._step(shape)}",
+                fix=self._nearest(shape),
+            )
+
+    def _nearest(self, shape: ModelShape) -> str:
+        wanted = shape.hidden_size * (1 - self.ratio)
+        for size in (size for size in ROUNDINGS if size < self.round_to):
+            kept = self.model_copy(update={"round_to": size}).kept_size(shape)
+            if kept >= NEAR * wanted:
+                return f"set round_to: {size}, which keeps {kept}"
+        return "take a smaller ratio, or prune-width"
+
+    def worked_on(self, shape: ModelShape, length: int) -> float:
+        """Products of the channels with each other, two a layer."""
+        return 8.0 * shape.num_layers * shape.hidden_size**2 if self.refit else 0.0
+
+    def reshape(self, shape: ModelShape) -> ModelShape:
+        """A narrower residual stream; heads keep their width."""
+        return replace(shape, hidden_size=self.kept_size(shape))
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Rank the channels, cut the least important ones everywhere, and set the norms right."""
+        import torch
+
+        model, blocks = model_and_blocks(job)
+        shape = ModelShape.from_config(model.config.to_dict())
+        size = self.kept_size(shape)
+        before = text_loss(model, blocks)
+        inside = list(readers(model))
+        head = model.get_output_embeddings()
+        grams = input_grams(model, [*inside, head], blocks, job) if self.refit else None
+        found = ranked(self.importance, model, [*inside, head], blocks, job, grams)
+        scores = torch.stack([squares / squares.sum() for squares in found]).mean(0)
+        kept = scores.argsort(descending=True)[:size].sort().values
+        factors = norm_factors(model, kept, blocks, job)
+        fitted = [] if grams is None else _fitted(inside, kept, grams, blocks.numel())
+        cut_channels(model, kept, factors)
+        for linear, weight in zip(inside, fitted, strict=False):
+            linear.weight.data = weight
+        model.config.head_dim = shape.head_dim  # no longer hidden size over heads
+        loss = {"before": before, "after": text_loss(model, blocks)}
+        save_pruned(model, job)
+        return {
+            "hidden_size": size,
+            "importance": self.importance,
+            "importance_lost": round(1 - float(scores[kept].sum() / scores.sum()), 4),
+            "loss": loss,
+        }
+
+
+def _fitted(linears: list[Any], kept: Tensor, grams: list[Tensor], tokens: int) -> list[Tensor]:
+    """Weights of all that reads the stream inside the layers, made up for what goes."""
+    pairs = zip(linears, grams, strict=False)  # the last product is the LM head's
+    return [made_up(linear.weight.detach(), kept, gram, tokens) for linear, gram in pairs]
+
+
+def readers(model: Any) -> Iterator[Any]:
+    """Linear layers inside the decoder layers that read the residual stream, through a norm."""
+    for layer in decoder_layers(model):
+        yield from (part for name, part in layer.named_modules() if name.endswith(READERS))
+
+
+def residual_norms(model: Any) -> list[nn.Module]:
+    """Norms over the residual stream or what is added to it; those of heads lie deeper."""
+    body = getattr(model, model.base_model_prefix)
+    parts = [part for layer in decoder_layers(model) for part in layer.children()]
+    return [part for part in parts if type(part).__name__.endswith("Norm")] + [body.norm]
+
+
+def norm_factors(model: Any, kept: Tensor, blocks: Tensor, job: StageJob) -> list[float]:
+    """For each norm the mean ratio of the root mean square of the kept channels to that of all.
+
+    A norm divides by the root mean square; over fewer channels that is another number, and the
+    norm's weights can make up for it.
+    """
+    import torch
+
+    norms = residual_norms(model)
+    total = [0.0] * len(norms)
+
+    def watch(number: int) -> Any:
+        def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            squares = inputs[0].float().square()
+            whole = squares.mean(-1)
+            ratio = squares[..., kept].mean(-1)[whole > 0] / whole[whole > 0]  # padding is 0
+            total[number] += float(ratio.sqrt().mean())
+
+        return hook
+
+    hooks = [norm.register_forward_pre_hook(watch(i)) for i, norm in enumerate(norms)]
+    with torch.inference_mode():
+        look_on(lambda block: model(block, use_cache=False), blocks, hooks, job, "norms")
+    return [value / len(blocks) for value in total]
+
+
+def cut_channels(model: Any, kept: Tensor, factors: list[float]) -> None:
+    """Leave these channels of the residual stream; norms are scaled by `factors`, one each."""
+    from torch import nn
+
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    grown = _embedding_scale(model, kept)
+    for norm, factor in zip(residual_norms(model), factors, strict=True):
+        _scale_norm(norm, kept, factor)
+    if tied and grown != 1:
+        _scale_norm(residual_norms(model)[-1], slice(None), 1 / grown)
+    for layer in decoder_layers(model):
+        for name, part in layer.named_modules():
+            if name.endswith(READERS):
+                keep_columns(part, kept)
+            elif name.endswith(WRITERS):
+                keep_rows(part, kept)
+    embedding.weight = nn.Parameter(embedding.weight.detach()[:, kept] * grown)
+    embedding.embedding_dim = len(kept)
+    if tied:
+        head.weight, head.in_features = embedding.weight, len(kept)
+    else:
+        keep_columns(head, kept)
+    model.config.hidden_size = len(kept)
+
+
+def _embedding_scale(model: Any, kept: Tensor) -> float:
+    """What embeddings must grow by: Gemma multiplies them by the root of the hidden size."""
+    if not model.config.model_type.startswith("gemma"):
+        return 1.0
+    embedding = model.get_input_embeddings()
+    factor = math.sqrt(model.config.hidden_size / len(kept))
+    if hasattr(embedding, "embed_scale"):
+        embedding.embed_scale = embedding.embed_scale / factor
+    return factor
+
+
+def _scale_norm(norm: Any, kept: Tensor | slice, factor: float) -> None:
+    """Leave a norm these channels, its output scaled; Gemma's weights are kept minus one."""
+    from torch import nn
+
+    one = 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
+    norm.weight = nn.Parameter((norm.weight.detach()[kept] + one) * factor - one)

@@ -1,0 +1,133 @@
+"""Width: the least important neurons of every MLP go, and all MLPs keep one width."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compose.errors import RuleBroken
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.prune.edit import (
+    GATED_MLP,
+    decoder_layers,
+    model_and_blocks,
+    require_layout,
+    save_pruned,
+    text_loss,
+)
+from compose.stages.prune.importance import Importance, ranked
+from compose.stages.prune.refit import input_grams, made_up
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PruneWidth(Stage):
+    """Remove the least important neurons from every MLP; all MLPs keep the same width."""
+
+    role: ClassVar[Role] = "prune"
+    version: ClassVar[int] = 2
+    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
+
+    use: Literal["prune-width"] = "prune-width"
+    """The stage's name."""
+
+    ratio: float = Field(gt=0, lt=1)
+    """The share of each MLP's neurons to remove."""
+
+    round_to: int = Field(default=64, ge=1)
+    """The width that is kept is rounded down to a multiple of this."""
+
+    importance: Importance = "activation"
+    """What ranks neurons: what they add on text (`activation`), how the loss slopes in them there
+    (`taylor`), or their weights alone (`magnitude`)."""
+
+    refit: bool = True
+    """Whether down projections are fitted anew, so that neurons that stay make up for those that
+    go. Takes all of the calibration text; tens of tokens for every neuron do best."""
+
+    def kept_width(self, width: int) -> int:
+        """How many of `width` neurons stay: a multiple of `round_to`, as torch-pruning rounds.
+
+        >>> PruneWidth(ratio=0.2).kept_width(1536)
+        1216
+        """
+        kept = int(width * (1 - self.ratio))
+        return kept - kept % self.round_to
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """Order rules, `layout-known`, and `width-fits`: some neurons stay after rounding."""
+        super().check(shape, before)
+        if shape is None:
+            return
+        require_layout(self, shape, GATED_MLP)
+        if self.kept_width(shape.intermediate_size) == 0:
+            raise RuleBroken(
+                "width-fits",
+                f"prune-width keeps no neuron: {1 - self.ratio:.3g} of {shape.intermediate_size}"
+                f" is less than round_to {self.round_to}",
+                fix="take a smaller ratio or a smaller round_to",
+            )
+
+    def worked_on(self, shape: ModelShape, length: int) -> float:
+        """Products of the neurons of every MLP with each other."""
+        return 4.0 * shape.num_layers * shape.intermediate_size**2 if self.refit else 0.0
+
+    def reshape(self, shape: ModelShape) -> ModelShape:
+        """Narrower MLPs."""
+        return replace(shape, intermediate_size=self.kept_width(shape.intermediate_size))
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Rank each MLP's neurons and cut the least important ones."""
+        model, blocks = model_and_blocks(job)
+        width = self.kept_width(model.config.intermediate_size)
+        before = text_loss(model, blocks)
+        mlps: list[Any] = [layer.mlp for layer in decoder_layers(model)]
+        readers = [mlp.down_proj for mlp in mlps]
+        grams = input_grams(model, readers, blocks, job) if self.refit else None
+        writers = [list(_writers(mlp)) for mlp in mlps]
+        ranks = ranked(self.importance, model, readers, blocks, job, grams, writers=writers)
+        lost = []
+        for number, (mlp, squares) in enumerate(zip(mlps, ranks, strict=True)):
+            scores = squares.sqrt()
+            order = scores.argsort()
+            gone, kept = order[: len(scores) - width], order[len(scores) - width :].sort().values
+            lost.append(round(float(scores[gone].sum() / scores.sum()), 4))
+            weight = mlp.down_proj.weight.detach()
+            cut_neurons(mlp, sorted(gone.tolist()))
+            if grams is not None:
+                fitted = made_up(weight, kept, grams[number], blocks.numel())
+                mlp.down_proj.weight.data = fitted
+        model.config.intermediate_size = width
+        loss = {"before": before, "after": text_loss(model, blocks)}
+        save_pruned(model, job)
+        return {
+            "width": width,
+            "importance": self.importance,
+            "importance_lost": lost,
+            "loss": loss,
+        }
+
+
+def _writers(mlp: Any) -> tuple[Tensor, ...]:
+    """Gate and up weights, [width, H] each."""
+    if hasattr(mlp, "gate_up_proj"):
+        fused: tuple[Tensor, ...] = mlp.gate_up_proj.weight.chunk(2)
+        return fused
+    return (mlp.gate_proj.weight, mlp.up_proj.weight)
+
+
+def cut_neurons(mlp: Any, gone: list[int]) -> None:
+    """Remove neurons from a gated MLP with torch-pruning's channel cutters."""
+    import torch_pruning
+
+    if hasattr(mlp, "gate_up_proj"):  # Phi3: the gate's rows above the up projection's
+        width = mlp.down_proj.in_features
+        both = [*gone, *(neuron + width for neuron in gone)]
+        torch_pruning.prune_linear_out_channels(mlp.gate_up_proj, both)
+    else:
+        torch_pruning.prune_linear_out_channels(mlp.gate_proj, gone)
+        torch_pruning.prune_linear_out_channels(mlp.up_proj, gone)
+    torch_pruning.prune_linear_in_channels(mlp.down_proj, gone)

@@ -1,0 +1,355 @@
+"""Quantization: packed weights by bitsandbytes or GPTQ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from compose.errors import RuleBroken, UserError, suggest
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.gate_transfer import carry_gates
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TILE_OUTPUTS = 32  # of a GPTQ layer, that a kernel takes at a time
+BLOCK_INPUTS = 64  # that share a scale in bitsandbytes' 4-bit formats
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024)  # the ones that GPTQ kernels are written for
+WHOLE_ROW = -1
+DeviceMap = Literal["auto", "balanced", "sequential", "cpu"]
+Bits = Literal[2, 3, 4, 8]
+UNKNOWN = ("phi3",)  # architectures whose MLP gptqmodel's table does not have
+ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
+
+
+class Bnb(Stage):
+    """Round the weights of the linear layers with bitsandbytes; needs no calibration."""
+
+    role: ClassVar[Role] = "quantize"
+    version: ClassVar[int] = 2
+
+    use: Literal["bnb"] = "bnb"
+    """The stage's name."""
+
+    format: Literal["nf4", "fp4", "int8"]
+    """`nf4`, `fp4`: 4 bits in blocks of 64, on a grid for normally distributed weights or of small
+    floats; `int8`: 8 bits with outlier columns kept apart."""
+
+    double_quant: bool = False
+    """Whether the scales of 4-bit blocks are quantized, too: 0.4 bits less a weight."""
+
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What 4-bit weights are multiplied in; when left out, the model's own type."""
+
+    threshold: float | None = Field(default=None, ge=0)
+    """Size from which on an activation counts as an outlier to `int8`; when left out, 6."""
+
+    lm_head: bool = False
+    """Whether the LM head is packed, too; one that shares the embedding's weights cannot be."""
+
+    skip: tuple[str, ...] = ()
+    """Linear layers that stay as they are, by the end of their name: `down_proj`, `0.mlp.up_proj`.
+    """
+
+    device_map: DeviceMap | None = None
+    """How accelerate places the layers while they are packed, as `from_pretrained` takes it: `auto`
+    fills GPUs first and goes on in memory."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.format == "int8" and (self.double_quant or self.compute_dtype):
+            raise ValueError("double_quant and compute_dtype are settings of nf4 and fp4 alone")
+        if self.format != "int8" and self.threshold is not None:
+            raise ValueError("threshold is a setting of int8 alone")
+        return self
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """Order rules, `whole-tiles`, and `head-is-tied`."""
+        super().check(shape, before)
+        if shape is None:
+            return
+        for name, width in shape.linear_in_features().items():
+            skipped = any(each.endswith(name) for each in self.skip)
+            if self.format != "int8" and width % BLOCK_INPUTS and not skipped:
+                raise RuleBroken(
+                    "whole-tiles",
+                    f"{name} has {width} inputs, no multiple of {BLOCK_INPUTS}",
+                    fix=f"set round_to: {BLOCK_INPUTS} where it was pruned, or use gptq or int8",
+                )
+        if self.lm_head:
+            refuse_tied_head(shape)
+
+    def reshape(self, shape: ModelShape) -> ModelShape:
+        """The same sizes, packed."""
+        return replace(shape, quantized="bitsandbytes")
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Load through bitsandbytes, save what it made, and measure what the rounding did."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from compose.artifacts.folder import probe_ids
+        from compose.stages.quantize.errors import layer_errors
+
+        job.progress(0, 1, f"packing to {self.format}")
+        model = AutoModelForCausalLM.from_pretrained(
+            job.source,
+            dtype=getattr(torch, job.dtype),
+            quantization_config=self._config(job),
+            device_map=self.device_map,
+        )
+        model.save_pretrained(job.target)
+        carry_gates(job)
+        return {"format": self.format, "layer_errors": layer_errors(job, probe_ids(job.source))}
+
+    def _config(self, job: StageJob) -> Any:
+        """The settings as transformers takes them."""
+        from transformers import BitsAndBytesConfig
+
+        linears, head = linear_names(job)
+        kept = matching(self.skip, linears)
+        settings: dict[str, Any] = {}
+        if self.skip or self.lm_head:  # else transformers leaves out the head by itself
+            settings["llm_int8_skip_modules"] = kept + ([] if self.lm_head else head)
+        if self.format == "int8":
+            outliers = {} if self.threshold is None else {"llm_int8_threshold": self.threshold}
+            return BitsAndBytesConfig(load_in_8bit=True, **outliers, **settings)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.format,
+            bnb_4bit_use_double_quant=self.double_quant,
+            bnb_4bit_compute_dtype=self.compute_dtype or job.dtype,
+            **settings,
+        )
+
+
+class Gptq(Stage):
+    """Quantize the linear layers one by one, making up for each rounding in the next weights."""
+
+    role: ClassVar[Role] = "quantize"
+    version: ClassVar[int] = 2
+    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
+
+    use: Literal["gptq"] = "gptq"
+    """The stage's name."""
+
+    bits: Bits = 4
+    """Bits of one weight."""
+
+    group_size: Literal[-1, 32, 64, 128, 256, 512, 1024] = 64
+    """Weights that share a scale; it must divide every linear layer's inputs. -1: a whole row."""
+
+    sym: bool = True
+    """Whether the grid is symmetric around zero, which more kernels can read."""
+
+    act_order: bool = False
+    """Whether columns are quantized by falling activation; more exact, slower to decode."""
+
+    damp: float = Field(default=0.01, gt=0, lt=1)
+    """Share of the Hessian's mean diagonal that is added to its diagonal."""
+
+    skip: tuple[str, ...] = ()
+    """Linear layers that stay as they are, in every decoder layer, by the end of their name:
+    `down_proj`, `self_attn.v_proj`."""
+
+    mixed: dict[str, Bits] = Field(default_factory=dict)
+    """Linear layers with bits of their own, by the end of their name: `{down_proj: 8}`,
+    `{layers.0.self_attn.v_proj: 8}`. gptqmodel, vLLM and gateskip load such a folder, transformers
+    by itself does not."""
+
+    lm_head: Bits | None = None
+    """Bits of the LM head, which is left as it is without them; one that shares the embedding's
+    weights cannot be packed. What `mixed` says of loading holds here, too."""
+
+    batch: int = Field(default=1, ge=1)
+    """Calibration sequences that pass the model at once."""
+
+    device_map: DeviceMap | None = None
+    """How accelerate places the layers, as `from_pretrained` takes it: with `auto` those that fit
+    no GPU wait in memory, and GPTQ fetches them block by block."""
+
+    @model_validator(mode="after")
+    def _has_a_kernel(self) -> Self:
+        if self.group_size == WHOLE_ROW and not self.sym:
+            raise ValueError(
+                "a scale for a whole row (group_size: -1) needs a symmetric grid (sym: true):"
+                " gptqmodel's kernel for CPUs multiplies other ones wrongly"
+            )
+        if self.device_map and self.is_mixed():
+            raise ValueError("device_map is optimum's, which gives all layers the same bits")
+        return self
+
+    def groups_know_activation(self) -> bool:
+        """Whether groups are quantized by falling activation, where columns are not."""
+        return not self.act_order and self.group_size != WHOLE_ROW
+
+    def is_mixed(self) -> bool:
+        """Whether layers differ in bits, or the LM head is one of them."""
+        return bool(self.mixed or self.lm_head)
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """Order rules, `group-divides` (whole groups in every layer), and `whole-tiles`."""
+        super().check(shape, before)
+        if shape is None:
+            return
+        widths = {
+            name: width
+            for name, width in shape.linear_in_features().items()
+            if not any(skipped.endswith(name) for skipped in self.skip)
+        }
+        if (width := shape.num_kv_heads * shape.head_dim) % TILE_OUTPUTS:
+            raise RuleBroken(
+                "whole-tiles",
+                f"keys and values are {width} wide, no multiple of {TILE_OUTPUTS}",
+                fix="keep more KV heads, or use bnb",
+            )
+        if self.is_mixed() and shape.model_type in UNKNOWN:
+            raise RuleBroken(
+                "layout-known",
+                f"gptqmodel, which mixes bits, does not know the layers of {shape.model_type}",
+                fix="leave mixed and lm_head out: the same bits go through optimum",
+            )
+        if self.lm_head:
+            widths["lm_head"] = shape.hidden_size
+            refuse_tied_head(shape)
+        if self.group_size == WHOLE_ROW:
+            return
+        cut = {name: width for name, width in widths.items() if width % self.group_size}
+        if cut:
+            name, width = next(iter(cut.items()))
+            raise RuleBroken(
+                "group-divides",
+                f"group_size {self.group_size} does not divide the {width} inputs of {name}",
+                fix=f"set group_size: {_nearest_group(self.group_size, widths)}",
+            )
+
+    def reshape(self, shape: ModelShape) -> ModelShape:
+        """The same sizes, packed."""
+        return replace(shape, quantized="gptq")
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Quantize, and save in the AutoGPTQ format; measures what the rounding did."""
+        from transformers import AutoTokenizer
+
+        from compose.stages.quantize.errors import layer_errors
+        from compose.stages.quantize.mixed_bits import quantize_mixed
+
+        blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
+        job.progress(0, 1, f"GPTQ, {self.bits} bits on {len(blocks)} blocks of text")
+        if self.is_mixed():
+            quantize_mixed(self, job, blocks)
+        else:
+            self._through_optimum(job, blocks)
+        carry_gates(job)
+        errors = layer_errors(job, blocks[:ERROR_BLOCKS])
+        return {"bits": self.bits, "blocks": len(blocks), "layer_errors": errors}
+
+    def _through_optimum(self, job: StageJob, blocks: Tensor) -> None:
+        """All layers with the same bits; optimum's GPTQ is gptqmodel's."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            job.source,
+            dtype=getattr(torch, job.dtype),
+            quantization_config=self._config(job, blocks),
+            device_map=self.device_map,
+        )
+        as_autogptq(model)
+        model.save_pretrained(job.target)
+
+    def _config(self, job: StageJob, blocks: Tensor) -> Any:
+        """The settings as transformers takes them; calibration blocks [N, S] go in as tokens."""
+        import torch
+        from transformers import GPTQConfig
+
+        rows = blocks.unsqueeze(1)  # [N, 1, S]
+        texts: Any = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
+        return GPTQConfig(
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            desc_act=self.act_order,
+            act_group_aware=self.groups_know_activation(),
+            damp_percent=self.damp,
+            dataset=texts,
+            model_seqlen=blocks.shape[1],
+            batch_size=self.batch,
+            pad_token_id=0,  # asked for with batches; blocks have one length, so nothing is padded
+            format="gptq",
+            modules_in_block_to_quantize=self._modules(job),
+        )
+
+    def _modules(self, job: StageJob) -> list[list[str]] | None:
+        """What of a decoder layer is quantized, one after another; None is all of it."""
+        if not self.skip:
+            return None
+        linears, _ = linear_names(job)
+        inside = [name.partition(".0.")[2] for name in linears if ".0." in name]
+        kept = matching(self.skip, inside)
+        return [[name] for name in inside if name not in kept]
+
+
+def as_autogptq(model: Any) -> None:
+    """Leave a quantized model with zero points, and a config, that AutoGPTQ and its kin read.
+
+    optimum packs for gptqmodel's own format, whose zero points are one higher. On a symmetric grid
+    they can be stored the old way; on another a zero point of 0 has no old form, and the config
+    goes on saying `gptq_v2`. The calibration text is no business of a checkpoint.
+    """
+    from gptqmodel.utils.model import hf_convert_gptq_v2_to_v1_format
+
+    made, config = model.hf_quantizer.optimum_quantizer, model.config.quantization_config
+    _, converted = hf_convert_gptq_v2_to_v1_format(
+        model, made.sym, made.bits, made.quant_linear, made.format, made.meta
+    )
+    if converted:
+        config.format = "gptq"
+    config.dataset, config.tokenizer = None, None
+
+
+def linear_names(job: StageJob) -> tuple[list[str], list[str]]:
+    """Names of the source model's linear layers, and that of its LM head, without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.source))
+    head = model.get_output_embeddings()
+    linears = {n: part for n, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    return list(linears), [name for name, part in linears.items() if part is head]
+
+
+def refuse_tied_head(shape: ModelShape) -> None:
+    """Raises RuleBroken where the LM head shares the embedding's weights."""
+    if shape.tie_embeddings:
+        raise RuleBroken(
+            "head-is-tied",
+            "the LM head of this model is its embedding, which is not packed",
+            fix="leave lm_head out, or put pack-head behind, by which decoding reads 8 bits",
+        )
+
+
+def matching(ends: Iterable[str], names: list[str], key: str = "skip") -> list[str]:
+    """The names that end as one of `ends` does; `key` is what a stage calls those ends.
+
+    Raises:
+        UserError: an end fits no name.
+    """
+    found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
+    for end, fitting in found.items():
+        if not fitting:
+            known = sorted({name.rpartition(".")[2] for name in names})
+            raise UserError(f"{key}: no linear layer is called {end!r}: {suggest(end, known)}")
+    return [name for fitting in found.values() for name in fitting]
+
+
+def _nearest_group(wanted: int, widths: dict[str, int]) -> int:
+    """The group size nearest to `wanted` that divides all `widths`; a whole row when none does."""
+    common = math.gcd(*widths.values())
+    fitting = [size for size in GROUP_SIZES if common % size == 0]
+    return min(fitting, key=lambda size: abs(size - wanted), default=WHOLE_ROW)

@@ -1,0 +1,50 @@
+"""The LM head in 8 bits, whatever the other weights are in."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from compose.errors import RuleBroken
+from compose.stages.base import ModelShape, Role, Stage, StageJob
+
+
+class PackHead(Stage):
+    """Round the LM head to 8 bits, which decoding reads in half the time.
+
+    The stored weights stay, so the folder loads everywhere; gateskip rounds while loading, for
+    scores as well as for decoding. Vocabularies are large beside small models: this is often worth
+    more than it costs.
+    """
+
+    role: ClassVar[Role] = "head"
+
+    use: Literal["pack-head"] = "pack-head"
+    """The stage's name."""
+
+    format: Literal["int8"] = "int8"
+    """Signed bytes with a scale for every 32 weights."""
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """Order rules, `head-packed-twice`, and `whole-tiles`: a head has whole groups."""
+        super().check(shape, before)
+        if any(getattr(stage, "lm_head", None) for stage in before):
+            raise RuleBroken(
+                "head-packed-twice",
+                "a quantizer before has packed the LM head",
+                fix="leave pack-head out, or lm_head of the quantizer",
+            )
+        if shape is not None and shape.hidden_size % 32:
+            raise RuleBroken("whole-tiles", f"{shape.hidden_size} inputs are no multiple of 32")
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """The same files and a note; says how far the rounded head is from the full one."""
+        from compose.artifacts.folder import copy_source
+        from compose.store import write_json
+        from gateskip.model.folders import load_model
+        from gateskip.quantization.head import HEAD_FILE, rounded
+
+        copy_source(job.source, job.target, job.dtype, link=True)
+        weight = load_model(job.source).get_output_embeddings().weight.detach().float()
+        error = (rounded(weight) - weight).norm() / weight.norm()
+        write_json(job.target / HEAD_FILE, {"format": self.format})
+        return {"format": self.format, "relative_error": round(float(error), 6)}

@@ -1,0 +1,105 @@
+"""GPTQ with other bits for some layers, or for the LM head: by gptqmodel itself.
+
+optimum, through which uniform bits go, has no word for it. gptqmodel writes what differs into the
+quantization config as `dynamic`, which vLLM and SGLang read as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from compose.errors import UserError
+from compose.stages.base import StageJob
+from compose.stages.quantize.gptq import Gptq, linear_names, matching
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STATED = (
+    *("quant_method", "bits", "group_size", "desc_act", "sym", "dynamic", "lm_head"),
+    *("format", "checkpoint_format", "pack_dtype"),
+)  # of what gptqmodel says of its work; the rest is about the machine
+WORKERS = "GPTQMODEL_CPU_WORKERS"
+
+
+def quantize_mixed(stage: Gptq, job: StageJob, blocks: Tensor) -> None:
+    """Quantize `job.source` into `job.target`, calibrated on token blocks [N, S]."""
+    import torch
+
+    os.environ.setdefault(WORKERS, "2")  # it wants two, and has only half as many as cores
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    config = QuantizeConfig(
+        bits=stage.bits,
+        group_size=stage.group_size,
+        sym=stage.sym,
+        desc_act=stage.act_order,
+        act_group_aware=stage.groups_know_activation(),
+        damp_percent=stage.damp,
+        dynamic=patterns(stage, job),
+        lm_head=stage.lm_head is not None,
+        offload_to_disk=True,  # layers come in for their turn alone
+        offload_to_disk_path=str(job.work / "layers"),
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    model: Any = GPTQModel.load(
+        str(job.source), config, dtype=getattr(torch, job.dtype), backend=BACKEND.AUTO
+    )
+    rows = [
+        {"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in blocks
+    ]
+    job.work.mkdir(parents=True, exist_ok=True)
+    with contextlib.chdir(job.work):  # it writes its logs wherever it is
+        model.quantize(rows, batch_size=stage.batch)
+    model.save(str(job.target))
+    _tidy(job)
+    _refuse_forgotten(stage, job)
+
+
+def patterns(stage: Gptq, job: StageJob) -> dict[str, dict[str, Any]]:
+    """What gptqmodel calls `dynamic`: a pattern for each layer that differs, as it reads them.
+
+    One that begins with a minus is a layer that stays as it is. A layer that several entries of
+    `mixed` fit goes by the last one.
+    """
+    linears, head = linear_names(job)
+    inside = [name for name in linears if name not in head]
+    bits = {name: b for end, b in stage.mixed.items() for name in matching([end], inside, "mixed")}
+    skipped = matching(stage.skip, inside)
+    found: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in skipped}
+    found |= {f"^{re.escape(n)}$": {"bits": b} for n, b in bits.items() if n not in skipped}
+    if stage.lm_head is not None:
+        found |= {f"^{re.escape(name)}$": {"bits": stage.lm_head} for name in head}
+    return found
+
+
+def _refuse_forgotten(stage: Gptq, job: StageJob) -> None:
+    """Raises UserError where gptqmodel passed layers over: it goes by tables of architectures."""
+    from gateskip.model.folders import packed_layers
+
+    linears, head = linear_names(job)
+    wanted = {name for name in linears if name not in head or stage.lm_head}
+    wanted -= set(matching(stage.skip, linears))
+    forgotten = sorted(wanted - set(packed_layers(job.target.glob("*.safetensors"))))
+    if forgotten:
+        raise UserError(
+            f"gptqmodel does not pack {len(forgotten)} layers of this architecture, such as"
+            f" {forgotten[0]}",
+            fix="give all layers the same bits, which go through optimum; or skip those layers",
+        )
+
+
+def _tidy(job: StageJob) -> None:
+    """The source's own config with what gptqmodel did, and none of its logs."""
+    from compose.artifacts.folder import require_model
+    from compose.store import write_json
+
+    made = require_model(job.target)["quantization_config"]
+    config = {**require_model(job.source), "dtype": job.dtype}
+    config["quantization_config"] = {name: made[name] for name in STATED if name in made}
+    write_json(job.target / "config.json", config)
+    for log in ("quant_log.csv", "quantize_config.json"):
+        (job.target / log).unlink(missing_ok=True)

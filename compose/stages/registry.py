@@ -1,0 +1,74 @@
+"""The registry of stages: one literal. A new stage is a class in a file here and a row below."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from compose.stages.base import RULES, DataSpec, ModelShape, Stage, StageJob
+from compose.stages.decode import Skip, Speculate
+from compose.stages.gate import Gate
+from compose.stages.heal import Heal
+from compose.stages.prune.branches import PruneBranches
+from compose.stages.prune.heads import PruneHeads
+from compose.stages.prune.hidden import PruneHidden
+from compose.stages.prune.layers import DropLayers
+from compose.stages.prune.width import PruneWidth
+from compose.stages.quantize.gptq import Bnb, Gptq
+from compose.stages.quantize.head import PackHead
+
+STAGES: dict[str, type[Stage]] = {
+    "gate": Gate,
+    "drop-layers": DropLayers,
+    "prune-width": PruneWidth,
+    "prune-heads": PruneHeads,
+    "prune-hidden": PruneHidden,
+    "prune-branches": PruneBranches,
+    "heal": Heal,
+    "bnb": Bnb,
+    "gptq": Gptq,
+    "pack-head": PackHead,
+    "skip": Skip,
+    "speculate": Speculate,
+}
+"""What a YAML file's `use` may name."""
+
+AnyStage = Annotated[
+    Gate
+    | DropLayers
+    | PruneWidth
+    | PruneHeads
+    | PruneHidden
+    | PruneBranches
+    | Heal
+    | Bnb
+    | Gptq
+    | PackHead
+    | Skip
+    | Speculate,
+    Field(discriminator="use"),
+]
+"""The same classes as a type that pydantic reads, told apart by `use`."""
+
+__all__ = [
+    "RULES",
+    "STAGES",
+    "AnyStage",
+    "Bnb",
+    "DataSpec",
+    "DropLayers",
+    "Gate",
+    "Gptq",
+    "Heal",
+    "ModelShape",
+    "PackHead",
+    "PruneBranches",
+    "PruneHeads",
+    "PruneHidden",
+    "PruneWidth",
+    "Skip",
+    "Speculate",
+    "Stage",
+    "StageJob",
+]

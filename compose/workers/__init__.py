@@ -1,0 +1,1 @@
+"""The processes in which steps and cells run."""

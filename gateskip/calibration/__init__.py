@@ -1,0 +1,1 @@
+"""Text -> numbers, without training: thresholds, budgets, first gates, shortcuts."""

@@ -1,0 +1,162 @@
+"""Gates without training: a linear read-out of what each branch measurably does.
+
+Two measurements make a gate. Within a branch, tokens are ranked by the size of what the branch adds
+to them, predicted from what it reads: the ridge regression of log ||o|| on x. Between branches the
+offset is what dropping one costs: with a mask m on the branch, moving m from 1 to 0 changes the
+model's own predictions by KL = E[(d log p(y) / dm)^2] / 2 to second order, y drawn from the model
+(the Fisher information of the mask). One backward pass gives that for every branch at once, effects
+on later tokens through keys and values included. So all branches share one unit, loss per
+multiply-add, and one threshold can serve them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gateskip.gates.learned import Gates, ScalarGates
+from gateskip.gates.shortcuts import Shortcuts, ridge_solution
+from gateskip.model.compute import branch_costs
+from gateskip.model.families import Branch, find_branches, head
+from gateskip.model.reference import masked_forward
+
+Progress = Callable[[int, int], None]
+
+
+def warm_start(
+    model: Any,
+    blocks: Tensor,
+    ridge: float = 0.03,
+    seed: int = 0,
+    kv_rule: str = "project",
+    progress: Progress | None = None,
+    gates: Gates | None = None,
+) -> tuple[Gates, list[float]]:
+    """Gates, and each branch's sensitivity, from blocks [N, S] of token ids.
+
+    `gates` are set in place, whatever their kind; without them new scalar gates are made.
+
+    The sensitivity is the KL that dropping the branch whole would cost, to second order. `ridge` is
+    relative to the mean variance of the gate's input. Where the gates have shortcuts, a branch is
+    worth what it adds beyond its shortcut.
+    """
+    branches = find_branches(model)
+    width = model.config.hidden_size
+    solver = _Ridge(len(branches), width)
+    fisher, square = torch.zeros(len(branches)), torch.zeros(len(branches))
+    generator = torch.Generator().manual_seed(seed)
+    shortcuts = None if gates is None else gates.shortcuts
+    for done, block in enumerate(blocks.split(1)):
+        found = measure(model, block, generator, kv_rule, shortcuts)
+        fisher += found.scores.mean(1)
+        square += found.norms.square().mean(1)
+        solver.add(found.inputs, found.norms.clamp_min(1e-12).log())
+        if progress is not None:
+            progress(done + 1, len(blocks))
+    weight, bias, mean = solver.solve(ridge)
+    fisher, square = fisher / len(blocks), square / len(blocks)
+    costs = torch.tensor([float(cost.saved(kv_rule)) for cost in branch_costs(model)])
+    gates = ScalarGates(len(branches), width) if gates is None else gates
+    offset = (fisher / costs * costs.mean()).log() - square.sqrt().log()
+    gates.start(weight, bias + offset, mean)
+    return gates, fisher.tolist()
+
+
+def sensitivities(model: Any, blocks: Tensor, seed: int = 0) -> list[float]:
+    """Each branch's mean score on blocks [N, S]: the KL of dropping it whole, to second order."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = [measure(model, block, generator).scores.mean(1) for block in blocks.split(1)]
+    total: list[float] = torch.stack(scores).mean(0).tolist()
+    return total
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What every branch did to the tokens of one block."""
+
+    inputs: list[Tensor]  # [S, H] a branch: what its gate reads
+    norms: Tensor  # [branches, S]: ||o||, what it added (beyond the shortcut, where there is one)
+    scores: Tensor  # [branches, S]: half the squared slope of log p(y) in the branch's mask
+
+
+def measure(
+    model: Any,
+    block: Tensor,
+    generator: torch.Generator,
+    kv_rule: str = "project",
+    shortcuts: Shortcuts | None = None,
+) -> Measured:
+    """Run one block [1, S] forward and backward."""
+    masks: list[Tensor] = []
+    inputs: list[Tensor] = []
+    norms: list[Tensor] = []
+    every = ScalarGates(len(find_branches(model)), model.config.hidden_size)
+    every.shortcuts = shortcuts
+
+    def rule(branch: Branch, z: Tensor) -> Tensor:
+        masks.append(torch.ones_like(z, requires_grad=True))
+        return masks[-1]
+
+    def observe(branch: Branch, x: Tensor, output: Tensor) -> None:
+        x, output = x.detach(), output.detach()
+        with torch.no_grad():  # shortcuts learn later: a graph would keep all text alive
+            instead = 0 if shortcuts is None else shortcuts(branch.index, x)
+        inputs.append(x[0].float())
+        norms.append((output - instead)[0].float().norm(dim=-1))
+
+    with torch.enable_grad(), frozen(model):
+        hidden = masked_forward(model, block, every, rule, kv_rule, observe)
+        log_p = F.log_softmax(head(model, hidden)[0].float(), dim=-1)  # [S, V]
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        likelihood = log_p.gather(1, drawn).sum()
+        slopes = torch.autograd.grad(likelihood, masks)
+    scores = torch.cat(slopes).detach().float().square() / 2
+    return Measured(inputs, torch.stack(norms), scores)
+
+
+class frozen:
+    """Within this context the model's parameters ask for no gradient."""
+
+    def __init__(self, model: Any) -> None:
+        self.asked = [p for p in model.parameters() if p.requires_grad]
+
+    def __enter__(self) -> None:
+        for parameter in self.asked:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *_: object) -> None:
+        for parameter in self.asked:
+            parameter.requires_grad_(True)
+
+
+class _Ridge:
+    """Normal equations of one regression a branch, gathered block by block."""
+
+    def __init__(self, branches: int, width: int) -> None:
+        self.count = 0
+        self.gram = torch.zeros(branches, width, width)
+        self.cross = torch.zeros(branches, width)
+        self.sum_x = torch.zeros(branches, width)
+        self.sum_y = torch.zeros(branches)
+
+    def add(self, inputs: list[Tensor], targets: Tensor) -> None:
+        """inputs: [S, H] a branch; targets [branches, S]."""
+        self.count += targets.shape[1]
+        for i, x in enumerate(inputs):
+            self.gram[i] += x.T @ x
+            self.cross[i] += x.T @ targets[i]
+            self.sum_x[i] += x.sum(0)
+        self.sum_y += targets.sum(1)
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights [branches, H], biases [branches], and the inputs' mean [branches, H]."""
+        mean_x, mean_y = self.sum_x / self.count, self.sum_y / self.count
+        gram = self.gram / self.count - mean_x.unsqueeze(2) * mean_x.unsqueeze(1)
+        cross = self.cross / self.count - mean_x * mean_y.unsqueeze(1)
+        weight = ridge_solution(gram, cross.unsqueeze(2), ridge).squeeze(2)
+        return weight, mean_y - (weight * mean_x).sum(1), mean_x

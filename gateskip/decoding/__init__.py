@@ -1,0 +1,1 @@
+"""Decoding: plain, skipping, and self-speculative."""

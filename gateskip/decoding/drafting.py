@@ -1,0 +1,205 @@
+"""Drafts for self-speculation: rows in the making, and where their drafted tokens come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gateskip.decoding.draft_length import Pace
+from gateskip.decoding.sampling import GREEDY, Law, Sampler, draw
+from gateskip.runtime.kv_cache import KVCache
+from gateskip.runtime.skipping import SkippingModel
+
+Tokens = list[int]
+LOOKUP = (3, 2)  # lengths of the n-grams that a look-up tries, the longer first
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends a row."""
+
+    tokens: frozenset[int]
+    strings: tuple[str, ...]
+    tokenizer: Any
+    limit: int
+    criteria: tuple[Any, ...] = ()
+    """StoppingCriteria of transformers: (ids [1, S], None) -> bool [1]."""
+
+    def reached(self, tokens: Tokens, text: Tokens) -> bool:
+        """Whether a row of new tokens, the end of its text, ends here."""
+        if len(tokens) >= self.limit or tokens[-1] in self.tokens:
+            return True
+        if self.criteria:
+            ids = torch.tensor([text])
+            if any(bool(each(ids, None).all()) for each in self.criteria):
+                return True
+        if not self.strings:
+            return False
+        longest = max(map(len, self.strings))
+        tail = self.tokenizer.decode(tokens[-longest - 4 :])  # most tokens have a character or more
+        return any(string in tail for string in self.strings)
+
+
+class Row:
+    """One text in the making."""
+
+    def __init__(
+        self,
+        number: int,
+        prompt: Tokens,
+        ends: Ends,
+        seed: int,
+        on_token: Callable[[int, int], None] | None,
+    ) -> None:
+        self.number, self.prompt, self.ends, self.on_token = number, prompt, ends, on_token
+        self.tokens: Tokens = []
+        self.text = list(prompt)
+        self.ended = False
+        self.generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+
+    @property
+    def last(self) -> int:
+        """The last committed token."""
+        return self.text[-1]
+
+    @property
+    def slot(self) -> int:
+        """Its position: it is in the text, but not yet in the cache."""
+        return len(self.text) - 1
+
+    def commit(self, tokens: Tokens) -> None:
+        """Append tokens up to the first that ends the row."""
+        for token in tokens:
+            if self.ended:
+                return
+            self.tokens.append(token)
+            self.text.append(token)
+            self.ended = self.ends.reached(self.tokens, self.text)
+            if self.on_token is not None:
+                self.on_token(self.number, token)
+
+
+class Draft:
+    """Drafted tokens of one row, and the laws they were drawn from."""
+
+    def __init__(self, room: int, looked_up: Sequence[int] = ()) -> None:
+        self.room = room  # tokens it may grow to
+        self.tokens: Tokens = list(looked_up)
+        self.laws: list[Law] = list(looked_up)
+        self.looked_up = bool(looked_up)
+        self.chances: list[float] = []  # of each token, as the draft itself sees it
+        self.stands = 1.0  # how likely all of it is accepted
+
+    def extend(self, logits: Tensor, row: Row, sampler: Sampler, pace: Pace | None) -> None:
+        """One more token, from the draft's logits [V]; a draft that has grown unsure ends here."""
+        law = sampler.law(logits, [*row.text, *self.tokens])
+        self.tokens.append(draw(law, row.generator))
+        self.laws.append(law)
+        if pace is not None:
+            self.chances.append(float(torch.softmax(logits.float(), -1)[self.tokens[-1]]))
+            self.stands *= pace.expected(self.chances[-1])
+            if self.stands <= pace.least():
+                self.room = len(self.tokens)
+
+
+@dataclass
+class Drafting:
+    """How drafts are made in one call: `model` at thresholds `levels`, `length` tokens each.
+
+    With `lookup`, what the text itself proposes comes first. With paces, they set the lengths.
+    """
+
+    model: SkippingModel
+    levels: Sequence[float] | None
+    length: int | Literal["auto"]
+    lookup: bool
+    pace: Pace | None = None
+    lookup_pace: Pace | None = None
+
+    def make(self, rows: list[Row], sampler: Sampler, cache: KVCache) -> list[Draft]:
+        """A draft for every row: looked up where the text repeats itself, else decoded."""
+        drafts = self._begin(rows)
+        if len(rows) == 1 and sampler == GREEDY and self.model.engine is not None:
+            self._at_once(drafts[0], rows[0], cache)
+            return drafts
+        growing = [(d, r) for d, r in zip(drafts, rows, strict=True) if len(d.tokens) < d.room]
+        while growing:
+            found = self.model.ragged(
+                [[[row.last, *draft.tokens][-1]] for draft, row in growing],
+                cache,
+                [row.number for _, row in growing],
+                [row.slot + len(draft.tokens) for draft, row in growing],
+                self.levels,
+            )
+            for (draft, row), logits in zip(
+                growing, self.model.head(torch.cat(found)), strict=True
+            ):
+                draft.extend(logits, row, sampler, self.pace)
+            growing = [(draft, row) for draft, row in growing if len(draft.tokens) < draft.room]
+        return drafts
+
+    def _at_once(self, draft: Draft, row: Row, cache: KVCache) -> None:
+        """A greedy draft of one row in a single call of the engine."""
+        if draft.looked_up or not draft.room:
+            return
+        place, wanted = (cache, row.number, row.slot), (0.0, [1.0])  # of what stands, to go on
+        if self.pace is not None:
+            wanted = (self.pace.least(), self.pace.stands)
+        found = self.model.draft(row.last, draft.room, wanted, place, self.levels)
+        draft.tokens, draft.laws, draft.chances = found[0], list(found[0]), found[1]
+
+    def _begin(self, rows: list[Row]) -> list[Draft]:
+        left = [row.ends.limit - len(row.tokens) - 1 for row in rows]  # verifying adds one more
+        drafts: list[Draft | None] = [None] * len(rows)
+        if self.lookup:
+            count = self._length(self.lookup_pace)
+            for i, row in enumerate(rows):
+                if proposed := look_up(row.text, min(count, left[i])):
+                    drafts[i] = Draft(len(proposed), proposed)
+        if all(draft is not None for draft in drafts):
+            return [draft for draft in drafts if draft is not None]
+        count = self._length(self.pace)
+        return [draft or Draft(min(count, left[i])) for i, draft in enumerate(drafts)]
+
+    def _length(self, pace: Pace | None) -> int:
+        if pace is not None:
+            return pace.draft_length()
+        assert self.length != "auto", "paces set the length"
+        return self.length
+
+    def observe(
+        self, drafts: list[Draft], accepted: list[int], draft_s: float, verify_s: float
+    ) -> None:
+        """Tell the paces what a round cost and brought."""
+        if self.pace is None or self.lookup_pace is None:
+            return
+        longest = max(len(draft.tokens) for draft in drafts)
+        for draft, stood in zip(drafts, accepted, strict=True):
+            self.pace.learn(draft.chances, stood)
+        looked_up = {draft.looked_up for draft in drafts if draft.tokens}
+        if longest == 0:
+            self.pace.observe(0, [], draft_s, verify_s)
+            self.lookup_pace.observe(0, [], 0.0, verify_s)
+        elif len(looked_up) == 1:  # a mixed round's times belong to neither
+            pace = self.lookup_pace if looked_up == {True} else self.pace
+            pace.observe(longest, accepted, draft_s, verify_s)
+
+
+def look_up(text: Sequence[int], count: int) -> Tokens:
+    """Up to `count` tokens that followed the text's last n-gram where it last stood before.
+
+    Prompt look-up decoding (Saxena 2023): nothing is computed, and where a text repeats its prompt
+    it is often right.
+    """
+    if count < 1:
+        return []
+    for n in LOOKUP:
+        tail = list(text[-n:])
+        for start in range(len(text) - n - 1, -1, -1):
+            if text[start] == tail[0] and list(text[start : start + n]) == tail:
+                return list(text[start + n : start + n + count])
+    return []

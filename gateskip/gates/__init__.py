@@ -1,0 +1,1 @@
+"""Gate modules, and what skipped branches add instead."""

@@ -1,0 +1,1 @@
+"""Compiled CPU kernels: building, calling, and choosing them."""

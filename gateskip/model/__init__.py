@@ -1,0 +1,1 @@
+"""Where each architecture's branches are, the reference pass, and multiply-adds."""

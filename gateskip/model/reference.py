@@ -1,0 +1,185 @@
+"""The whole model as one differentiable pass, with a mask on every branch.
+
+This is the reference: it computes everything and multiplies by 0 or 1. Training needs it for its
+gradients, calibration for its gate logits, and the tests hold the physical path of skip.py to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from gateskip.gates.learned import ANCHORS, Gates
+from gateskip.model.families import (
+    AttentionShape,
+    Branch,
+    attention_shape,
+    embed,
+    final_norm,
+    find_branches,
+    project_keys_values,
+    project_out,
+    project_queries,
+    rope_at,
+)
+
+# (branch, gate logits [B, S]) -> mask [B, S], 1 where the branch is entered
+MaskRule = Callable[[Branch, Tensor], Tensor]
+# called with (branch, branch input [B, S, H], branch output [B, S, H])
+Observer = Callable[[Branch, Tensor, Tensor], None]
+
+
+def masked_forward(
+    model: Any,
+    input_ids: Tensor,
+    gates: Gates | None = None,
+    mask: MaskRule | None = None,
+    kv_rule: str = "project",
+    observe: Observer | None = None,
+    watch: Callable[[Tensor], None] | None = None,
+    checkpointing: bool = False,
+) -> Tensor:
+    """Final normed hidden states [B, S, H] of unpadded rows input_ids [B, S].
+
+    Without gates and mask this is the dense model. `kv_rule` says whose keys and values a skipped
+    token shows to later ones: its own projections (`project`) or those of the layer below (`copy`).
+    Gates read the branch's input without passing gradients into it, as published. `watch` is called
+    with every branch's gate [B, S, 1 or H]. `checkpointing` trades a second run of each branch in
+    the backward pass for its activations' memory.
+    """
+    run = _recomputed if checkpointing and torch.is_grad_enabled() else _at_once
+    hidden = embed(model, input_ids)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    rope = rope_at(model, positions, hidden.dtype)
+    below: tuple[Tensor, Tensor] | None = None
+    source = hidden
+    with nullcontext() if gates is None else gates.opened():
+        for branch in find_branches(model):
+            source = source if branch.parallel else hidden
+            x = branch.enter(source)
+            keep, scale = None, None
+            if gates is not None:
+                # Ranking asks for all its digits
+                with torch.autocast(x.device.type, enabled=False):
+                    keep = mask and anchored(mask(branch, gates.logit(branch.index, x.detach())))
+                    if gates.scales or watch is not None:
+                        scale = gates.gate(branch.index, x.detach()).to(x.dtype)
+                if watch is not None and scale is not None:
+                    watch(scale)
+                scale = scale if gates.scales else None
+            before = gates is not None and gates.place == "before"
+            entered = x * scale if before and scale is not None else x
+            if branch.kind == "attention":
+                at = rope[branch.rope]
+                output, below = run(_attention, model, branch, entered, at, keep, kv_rule, below)
+            else:
+                output = run(branch.module, entered)
+            output = branch.leave(output)
+            if scale is not None and not before:
+                output = output * scale
+            if observe is not None:
+                observe(branch, x, output)
+            hidden = hidden + (output if keep is None else _mixed(gates, branch, x, output, keep))
+    return final_norm(model)(hidden)  # type: ignore[no-any-return]
+
+
+def _mixed(gates: Gates | None, branch: Branch, x: Tensor, output: Tensor, keep: Tensor) -> Tensor:
+    """The branch's output [B, S, H] where `keep` [B, S] is 1, and where it is 0 the shortcut's."""
+    entered = keep.unsqueeze(-1).to(output)
+    if gates is None or gates.shortcuts is None:
+        return output * entered
+    instead: Tensor = gates.shortcuts(branch.index, x)
+    return instead + (output - instead) * entered
+
+
+def _at_once(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False)
+
+
+def anchored(keep: Tensor) -> Tensor:
+    """A mask [B, S] under which the first tokens enter."""
+    return torch.cat((torch.ones_like(keep[:, :ANCHORS]), keep[:, ANCHORS:]), dim=1)
+
+
+def _attention(
+    model: Any,
+    branch: Branch,
+    x: Tensor,
+    rope: tuple[Tensor, Tensor],
+    keep: Tensor | None,
+    kv_rule: str,
+    below: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    attention: Any = branch.module
+    keys, values = project_keys_values(attention, x, rope)  # [B, S, kv_heads, D]
+    if kv_rule == "copy" and keep is not None and below is not None:
+        own = keep[..., None, None].to(keys)
+        keys = keys * own + below[0] * (1 - own)
+        values = values * own + below[1] * (1 - own)
+    queries = project_queries(attention, x, rope)
+    mixed = attend(
+        queries.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attention_shape(model, attention),
+        None,
+    )
+    return project_out(attention, mixed.transpose(1, 2).flatten(-2)), (keys, values)
+
+
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, shape: AttentionShape, visible: Tensor | None
+) -> Tensor:
+    """Softmax attention. queries [B, heads, Q, D], keys, values [B, kv_heads, T, D] -> as queries.
+
+    `visible` [B or 1, 1, Q, T] is True where a query may look; None means causal from the first
+    slot, which asks for Q = T.
+    """
+    if visible is None and (shape.softcap is not None or shape.window is not None):
+        slots = torch.arange(keys.shape[2], device=keys.device)
+        visible = causal(slots.unsqueeze(0), slots, shape.window)
+    if shape.softcap is None:
+        return F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=visible,
+            is_causal=visible is None,
+            scale=shape.scaling,
+            enable_gqa=True,
+        )
+    return _softcapped(queries, keys, values, shape, visible)
+
+
+def _softcapped(
+    queries: Tensor, keys: Tensor, values: Tensor, shape: AttentionShape, visible: Tensor | None
+) -> Tensor:
+    groups = shape.heads // shape.kv_heads
+    keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))
+    assert shape.softcap is not None
+    scores = queries @ keys.transpose(-1, -2) * shape.scaling
+    scores = torch.tanh(scores / shape.softcap) * shape.softcap
+    if visible is not None:
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    return scores.float().softmax(-1).to(queries.dtype) @ values
+
+
+def causal(queries: Tensor, slots: Tensor, window: int | None) -> Tensor:
+    """Which slots a query sees. query positions [B, Q], slots [T] -> bool [B, 1, Q, T].
+
+    A cache slot's number is its token's position, so padding needs no mask of its own.
+    """
+    visible = slots <= queries.unsqueeze(-1)
+    if window is not None:
+        visible &= slots > queries.unsqueeze(-1) - window
+    return visible.unsqueeze(1)

@@ -1,0 +1,1 @@
+"""Packed weights, and how they are rounded."""

@@ -1,0 +1,254 @@
+"""Linear layers for decoding: the model's own weights behind kernels that suit a few rows.
+
+`accelerate_linears` replaces what it knows a faster kernel for and leaves the rest alone. Few rows
+go through native.py, which streams the weights once; many rows through torch's GEMM, for which
+packed weights are unpacked on the way.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gateskip.kernels import build as native
+from gateskip.kernels.autotune import halves_pay, product
+from gateskip.model.families import final_norm
+
+FEW_ROWS = 16  # up to here streaming the weights beats a GEMM
+NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
+Samples = dict[str, tuple["PackedLinear", nn.Module]]
+"""One packed layer of each kind and shape: as it is here, and as its library made it."""
+
+
+class DenseLinear(nn.Module):
+    """A linear layer with the weights of the one it replaces: float32, or bfloat16 where that
+    multiplies slower."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self._wide: Tensor | None = None
+
+    @contextmanager
+    def widened(self) -> Iterator[None]:
+        """Within this context the weights exist in float32, for products that come in parts."""
+        self._wide = self.weight.float()
+        try:
+            yield
+        finally:
+            self._wide = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        rows = x.numel() // self.in_features
+        if self._wide is not None:
+            return product(x, self._wide, self.bias)
+        if rows > FEW_ROWS or torch.is_grad_enabled() or x.dtype != self.weight.dtype:
+            return product(x, self.weight, self.bias)
+        if self.weight.dtype != torch.float32:
+            return F.linear(x, self.weight, self.bias)
+        flat = x.reshape(rows, self.in_features).contiguous()
+        out: Tensor = native.dense(self.weight, flat).view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of 4 or 8 bits, made of codes [out, in], scale and offset [out, in / group].
+
+    A weight is scale * value(code) + offset, with value the codebook's entry (NF4), or the code
+    less 8 or 128. All are kept in tiles of 16 rows: see `tiles` and kernels.h.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    book: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        book: Tensor | None,
+        bias: Tensor | None,
+        bits: int = 4,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        self.bits = bits
+        self.register_buffer("codes", pack(codes) if bits == 4 else pack_bytes(codes.byte()))
+        self.register_buffer("scale", tiles(scale.float()))
+        self.register_buffer("offset", None if offset is None else tiles(offset.float()))
+        self.register_buffer("book", None if book is None else book.float().contiguous())
+        self.register_buffer("bias", None if bias is None else bias.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        rows = x.numel() // self.in_features
+        if rows > FEW_ROWS or torch.is_grad_enabled():
+            return product(x, self.unpacked(), self.bias)
+        flat = x.reshape(rows, self.in_features).float().contiguous()
+        out = native.packed(*self._parts(), flat)
+        out = out.view(*x.shape[:-1], self.out_features)
+        return (out if self.bias is None else out + self.bias).to(x.dtype)
+
+    def unpacked(self) -> Tensor:
+        """The weights [out, in] in float32."""
+        return native.unpack(*self._parts())
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
+        return self.codes, self.scale, self.offset, self.book, self.bits, self.out_features
+
+
+def tiles(table: Tensor) -> Tensor:
+    """A table [n, m] as [tiles, m, 16]: sixteen rows side by side, the last ones filled with 0."""
+    filled = F.pad(table, (0, 0, 0, -len(table) % native.TILE))
+    return filled.view(-1, native.TILE, table.shape[1]).transpose(1, 2).contiguous()
+
+
+def pack_bytes(values: Tensor) -> Tensor:
+    """Bytes [n, k] -> [tiles, k / 4, 16, 4]: of every row four columns after the other."""
+    columns = tiles(values)  # [tiles, k, 16]
+    return columns.view(len(columns), -1, 4, native.TILE).transpose(2, 3).contiguous()
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Codes 0..15 [n, k] -> uint8 [tiles, k / 8, 16, 4]: of eight columns the last four lie in the
+    higher bits of the first four."""
+    fours = pack_bytes(codes.to(torch.uint8))
+    return fours[:, 0::2] | (fours[:, 1::2] << 4)
+
+
+def accelerate_linears(model: Any, samples: Samples | None = None) -> dict[str, int]:
+    """Replace linear layers in place; returns how many of each kind now run on native kernels.
+
+    `samples`, where given, is filled with what choice.py times.
+    """
+    counts: dict[str, int] = {}
+    weight = final_norm(model).weight
+    if not has_kernels(weight):
+        return counts
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            faster = _faster(child)
+            if samples is not None and isinstance(faster, PackedLinear):
+                samples.setdefault(_named(child, faster), (faster, child))
+            if faster is not None:
+                setattr(parent, name, faster)
+                kind = type(faster).__name__
+                counts[kind] = counts.get(kind, 0) + 1
+    return counts
+
+
+def _named(own: nn.Module, ours: PackedLinear) -> str:
+    """`Linear4bit 4 bits 576 x 1536`: inputs last, as in a weight."""
+    return f"{type(own).__name__} {ours.bits} bits {ours.out_features} x {ours.in_features}"
+
+
+def has_kernels(weight: Tensor) -> bool:
+    """Whether weights of this type and device have kernels of ours here."""
+    known = weight.dtype in (torch.float32, torch.bfloat16)
+    return known and weight.device.type == "cpu" and native.library() is not None
+
+
+def _faster(module: nn.Module) -> nn.Module | None:
+    kind = type(module)
+    if kind is nn.Linear and (module.weight.dtype == torch.float32 or not halves_pay()):
+        return DenseLinear(module)  # type: ignore[arg-type]
+    if kind.__name__ == "Linear4bit":
+        return _from_bitsandbytes(module)
+    if kind.__name__ == "Linear8bitLt":
+        return _from_int8(module)
+    if hasattr(module, "qweight") and hasattr(module, "g_idx"):
+        return _from_gptq(module)
+    return None
+
+
+def _from_bitsandbytes(module: Any) -> PackedLinear | None:
+    """NF4 or FP4 weights: two codes a byte, high nibble first, blocks along a row."""
+    state = module.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        return None  # it has run before, and its codes now lie as bitsandbytes' own kernel wants
+    return _from_blocks(module.weight.data, state, module.bias)
+
+
+def _from_blocks(data: Tensor, state: Any, bias: Tensor | None) -> PackedLinear | None:
+    """bitsandbytes' codes and what its quantization state says of them."""
+    rows, k = state.shape
+    if k % state.blocksize or state.blocksize % native.BLOCK:
+        return None
+    absmax = state.absmax
+    if state.nested:
+        absmax = bitsandbytes_functions().dequantize_blockwise(absmax, state.state2) + state.offset
+    data = data.view(-1)
+    codes = torch.stack((data >> 4, data & 15), dim=1).view(rows, k)
+    scale = absmax.float().view(rows, k // state.blocksize)
+    return PackedLinear(codes, scale, None, state.code, bias)
+
+
+def bitsandbytes_functions() -> Any:
+    """The library's functions. An import statement would make an exported folder ask for it."""
+    return importlib.import_module("bitsandbytes.functional")
+
+
+def quantize_nf4(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
+    """Weights [n, k] in bitsandbytes' NF4; None where k is no multiple of its block."""
+    if weight.shape[1] % NF4_BLOCK:
+        return None
+    codes, state = bitsandbytes_functions().quantize_4bit(
+        weight.detach(), blocksize=NF4_BLOCK, quant_type="nf4"
+    )
+    return _from_blocks(codes, state, bias)
+
+
+def int8_parts(module: Any) -> tuple[Tensor, Tensor]:
+    """Codes [n, k], -127 to 127, and scales [n, 1] of bitsandbytes' LLM.int8 layer."""
+    codes, scale = module.weight.CB, module.weight.SCB
+    if codes is None:  # it has run before
+        codes, scale = module.state.CB, module.state.SCB
+    return (module.weight.data if codes is None else codes), scale.float().view(-1, 1) / 127
+
+
+def _from_int8(module: Any) -> PackedLinear | None:
+    """A scale a row. Outliers among activations need no search: each block of 32 has its scale."""
+    if module.in_features % native.BLOCK:
+        return None
+    codes, scale = int8_parts(module)
+    return PackedLinear(codes.int() + 128, scale, None, None, module.bias, 8)
+
+
+def _from_gptq(module: Any) -> PackedLinear | None:
+    """GPTQ weights of 4 or 8 bits in group order: codes in an int32, lowest bits first."""
+    bits, group = module.bits, module.group_size
+    if bits not in (4, 8) or group <= 0 or group % native.BLOCK:
+        return None
+    k, rows = module.in_features, module.out_features
+    groups = torch.arange(k) // group
+    if not torch.equal(module.g_idx[:k].long().cpu(), groups):
+        return None  # act-order: groups are scattered over the row
+    shifts, most = torch.arange(0, 32, bits, dtype=torch.int32), 2**bits - 1
+    codes = (module.qweight.unsqueeze(1) >> shifts.view(1, -1, 1)) & most  # [k / codes, codes, n]
+    codes = codes.reshape(-1, rows)[:k]
+    scale = module.scales.float()  # [groups, n]
+    # Two stored formats of zero points differ by one, and a module does not say which it holds by
+    # now: its own dequantized weights tell, at the first row of each group.
+    first = torch.arange(0, k, group)
+    weights = module.dequantize_weight().float()[first]  # [groups, n]
+    zeros = (codes[first] - weights / scale.clamp_min(1e-12)).round()
+    offset = (2 ** (bits - 1) - zeros) * scale
+    return PackedLinear(
+        codes.T,
+        scale.T,
+        offset.T if offset.any() else None,
+        None,
+        module.bias,
+        bits,
+    )

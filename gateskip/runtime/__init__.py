@@ -1,0 +1,1 @@
+"""Running a model with branches skipped: the KV cache and the backends."""

@@ -1,0 +1,1 @@
+"""Fine-tuning of gates, of the backbone, and of the scales of packed weights."""

@@ -1,0 +1,321 @@
+"""Gate fine-tuning: gates, and if asked the backbone, learn under masks as they are at inference.
+
+The paper trains with cross-entropy and an L2 pull on gates that scale (arXiv 2510.13876, equation
+3). Here the dense model's own distribution is the target by default: a denser signal, it needs no
+labels, and it is what raises draft acceptance. The mask is 0 or 1 as at inference, a
+straight-through estimator lets gradients reach the gates, and the budget of each step is drawn
+between 1 and a falling bound, so the ranking is learned before it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from gateskip.calibration.thresholds import global_thresholds, quantiles
+from gateskip.gates.learned import ANCHORS, Gates
+from gateskip.model.compute import branch_costs
+from gateskip.model.families import find_branches, head
+from gateskip.model.reference import masked_forward
+from gateskip.training.loop import Loop, Progress, adapt, precision
+from gateskip.training.objectives import (
+    SPARSITY,
+    Level,
+    TrainMask,
+    distill_loss,
+    hidden_loss,
+    in_chunks,
+    next_token_loss,
+    scheduled_budget,
+)
+from gateskip.training.recipe import TrainConfig
+
+WINDOW = 4  # steps whose gate logits set the thresholds
+GAIN = (
+    0.2  # part of a step's error in the skipped share, as a logarithm, that the next ones correct
+)
+MOST_DRIFT = 1.5
+
+
+def train_gates(
+    model: Any,
+    gates: Gates,
+    blocks: Tensor,
+    config: TrainConfig,
+    teacher: Any | None = None,
+    work: Path | None = None,
+    progress: Progress | None = None,
+    validation: Tensor | None = None,
+) -> list[dict[str, float]]:
+    """Fine-tune in place on blocks [N, S] of token ids; returns the curve, one row a step.
+
+    `teacher` is the dense model whose logits are matched; without one the model itself at full
+    compute is the teacher, which asks for a frozen backbone. With `work`, a killed run goes on from
+    its last checkpoint there and ends with the same gates as an unbroken one. `validation` [M, S]
+    is scored every `validate_every` steps; those rows of the curve carry `kl@BUDGET` for each of
+    `validate_budgets`, and their mean `valid`.
+    """
+    if teacher is None and config.backbone != "frozen" and config.loss != "cross-entropy":
+        raise ValueError("a trained backbone needs the dense model as a teacher of its own")
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=precision(config.precision),
+        gradient_accumulation_steps=config.accumulate,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    set_seed(config.seed)
+    adapted = adapt(model, config)
+    session = _Session(model, gates, blocks, config, teacher or model, accelerator, validation)
+    curve = session.run(work, progress)
+    if adapted is not None:
+        adapted.merge_and_unload()
+    model.requires_grad_(True)
+    model.eval()
+    return curve
+
+
+class _Session(Loop):
+    """A fine-tune of gates: what it remembers, and what one step does."""
+
+    config: TrainConfig
+
+    def __init__(
+        self,
+        model: Any,
+        gates: Gates,
+        blocks: Tensor,
+        config: TrainConfig,
+        teacher: Any,
+        accelerator: Accelerator,
+        validation: Tensor | None,
+    ) -> None:
+        super().__init__(model, blocks, config, accelerator)
+        self.validation = validation
+        if teacher is not model:
+            teacher.requires_grad_(False).to(accelerator.device)
+        self.backbone = list(self.trained.values())
+        groups = [{"params": list(gates.parameters()), "lr": config.lr, "weight_decay": 0.0}]
+        if self.backbone:
+            groups.append({"params": self.backbone, "lr": config.backbone_lr})
+        self.student, self.optimizer, self.schedule = accelerator.prepare(
+            _Student(model, gates, config), *self.optimizer_of(groups)
+        )
+        self.gates, self.teacher = gates, teacher
+        costs = torch.tensor([c.at(blocks.shape[1] / 2) for c in branch_costs(model)])
+        self.costs = (costs / costs.sum()).to(accelerator.device)
+        self.prices = self._prices().to(accelerator.device)
+        kinds = [branch.kind for branch in find_branches(model)]
+        wanted = ("attention", "mlp") if config.branches == "both" else (config.branches,)
+        self.free = torch.tensor([kind in wanted for kind in kinds])  # [branches]
+        self.free[0] &= config.kv_rule != "copy"
+        self.window: list[Tensor] = []  # gate logits [branches, tokens] of the last steps
+        self.drift = 0.0  # what the skipped share is asked for beyond what is wanted, a logarithm
+
+    def _prices(self) -> Tensor:
+        """Net saving of a skipping token at each branch [branches], a share of all branches."""
+        context, shortcuts = self.blocks.shape[1] / 2, self.gates.shortcuts
+        costs = branch_costs(self.model)
+        instead = 0 if shortcuts is None else shortcuts.macs()
+        saved = [c.saved(self.config.kv_rule) + c.per_slot * context - instead for c in costs]
+        return torch.tensor(saved) / sum(c.at(context) for c in costs)
+
+    def advance(self) -> dict[str, float]:
+        """One optimizer step: `accumulate` passes over a batch a process."""
+        config, accelerator = self.config, self.accelerator
+        budget = self._budget()
+        if not self.window:
+            self._rank(self._block(0))
+        thresholds = self._thresholds(budget)
+        losses, shares, logits = [], [], []
+        level = Level([p for p in self.gates.parameters() if p.requires_grad], config.accumulate)
+        for part in range(config.accumulate):
+            with accelerator.accumulate(self.student):
+                block = self._block(part)
+                rule = self._mask(thresholds)
+                loss = self._loss(block, rule, budget)
+                level.price(rule)
+                accelerator.backward(loss)
+                level.benefit(rule)
+                if accelerator.sync_gradients:
+                    level.apply(accelerator)
+                    accelerator.clip_grad_norm_(self.gates.parameters(), config.clip)
+                    if self.backbone:
+                        accelerator.clip_grad_norm_(self.backbone, config.clip)
+                self.optimizer.step()
+                if accelerator.sync_gradients:
+                    self.schedule.step()
+                self.optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+            shares.append(float(rule.share))
+            logits.append(torch.stack(rule.logits))
+        self._remember(torch.cat(logits, 1))
+        self.step += 1
+        kept = sum(shares) / len(shares)
+        self._correct(budget, kept)
+        row = {
+            "step": float(self.step),
+            "loss": sum(losses) / len(losses),
+            "budget": budget,
+            "kept": kept,
+        }
+        due = config.validate_every and self.step % config.validate_every == 0
+        if self.validation is not None and (due or self.step == config.steps):
+            row |= self._validate(self.validation)
+        return row
+
+    def note(self, row: dict[str, float]) -> str:
+        """The loss, and the share of compute at which it was found."""
+        return f"{super().note(row)} at {row['kept']:.2f}"
+
+    def _mask(self, thresholds: Tensor) -> TrainMask:
+        config = self.config
+        return TrainMask(
+            self.costs,
+            thresholds,
+            config.masks,
+            config.mask_temperature,
+            self.free.tolist(),
+            self.prices,
+        )
+
+    def _loss(self, block: Tensor, rule: TrainMask, budget: float) -> Tensor:
+        """The step's loss on one block [B, S]."""
+        config = self.config
+        hidden, gates = self.student(block, rule)
+        dense = None
+        if config.loss != "cross-entropy" or config.hidden_weight:
+            with torch.no_grad(), self.accelerator.autocast():
+                dense = masked_forward(self.teacher, block)
+        with self.accelerator.autocast():
+            loss = self._head_loss(hidden, dense, block)
+        if config.hidden_weight and dense is not None:
+            loss = loss + config.hidden_weight * hidden_loss(hidden, dense)
+        if config.sparsity != "none":
+            pull = SPARSITY[config.sparsity](gates, budget)
+            loss = loss + config.sparsity_weight * pull
+        return loss
+
+    def _head_loss(self, hidden: Tensor, dense: Tensor | None, block: Tensor) -> Tensor:
+        """What the LM head makes of hidden [B, S, H], against the teacher's and the text's tokens.
+
+        `dense` [B, S, H] is the teacher's, needed to distil; block [B, S].
+        """
+        config, count = self.config, block.numel()
+        following = torch.cat((block[:, 1:], torch.full_like(block[:, :1], -100)), 1).flatten()
+
+        def loss_of(part: Tensor, rows: slice) -> Tensor:
+            logits = head(self.model, part)
+            loss = torch.zeros((), device=part.device)
+            if config.loss != "distill":
+                told = int((following[rows] >= 0).sum())
+                share = told / (count - len(block))
+                loss = loss + share * next_token_loss(logits, following[rows])
+            if config.loss != "cross-entropy":
+                assert dense is not None, "distillation has a teacher"
+                with torch.no_grad():
+                    target = head(self.teacher, dense.flatten(0, 1)[rows])
+                near = distill_loss(logits, target, config.loss_temperature)
+                loss = loss + near * (len(part) / count)
+            return loss
+
+        return in_chunks(hidden.flatten(0, 1), loss_of)
+
+    def _budget(self) -> float:
+        config = self.config
+        seeded = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
+        draw = torch.rand((), generator=seeded).item()
+        return scheduled_budget(config.schedule, config.budget, self.step, config.steps, draw)
+
+    def _thresholds(self, budget: float) -> Tensor:
+        """Thresholds [branches] that keep `budget` of the cost over the last steps' tokens."""
+        logits, costs = torch.cat(self.window, 1).cpu(), self.costs.cpu()
+        budget = 1 - min(1.0, (1 - budget) * math.exp(self.drift))
+        if self.config.ranking == "uniform":
+            share = 1 - (1 - budget) * float(costs.sum() / costs[self.free].sum())
+            found = quantiles(logits, torch.full((len(logits),), share))
+        else:
+            found = global_thresholds(logits, budget, costs, self.free)
+        return found.to(self.costs.device)
+
+    def _correct(self, budget: float, kept: float) -> None:
+        """Ask for more or less of the next steps: the window's logits were seen at other budgets,
+        and gates move, so a threshold read off them keeps another share than it was meant to."""
+        if budget < 0.97 and kept < 1.0:
+            self.drift += GAIN * (math.log(1 - budget) - math.log(1 - kept))
+            self.drift = min(MOST_DRIFT, max(-MOST_DRIFT, self.drift))
+
+    def _remember(self, logits: Tensor) -> None:
+        """Keep the gate logits [branches, tokens] of a step, those of all processes."""
+        gathered: Tensor = self.accelerator.gather(logits.unsqueeze(0)) if _many(self) else logits
+        flat = gathered.transpose(0, 1).flatten(1) if gathered.ndim == 3 else gathered
+        self.window = [*self.window[1 - WINDOW :], flat]
+
+    def _rank(self, block: Tensor) -> None:
+        """Fill the window by a pass that skips nothing."""
+        rule = self._mask(torch.full((self.gates.branches,), -torch.inf))
+        with torch.no_grad(), self.accelerator.autocast():
+            masked_forward(self.model, block, self.gates, rule, self.config.kv_rule)
+        self._remember(torch.stack(rule.logits))
+
+    def _validate(self, blocks: Tensor) -> dict[str, float]:
+        """KL to the teacher on held-out blocks, at each of `validate_budgets`."""
+        found = {}
+        with torch.no_grad(), self.accelerator.autocast():
+            for budget in self.config.validate_budgets:
+                thresholds, total, kept = self._thresholds(budget), 0.0, 0.0
+                for part in blocks.to(self.accelerator.device).split(1):
+                    target = head(self.teacher, masked_forward(self.teacher, part))
+                    rule = self._mask(thresholds)
+                    rule.form = "hard"
+                    hidden = masked_forward(self.model, part, self.gates, rule, self.config.kv_rule)
+                    total += float(distill_loss(head(self.model, hidden), target))
+                    kept += float(rule.share)
+                found[f"kl@{budget}"] = total / len(blocks)
+                found[f"kept@{budget}"] = kept / len(blocks)
+        distances = [value for name, value in found.items() if name.startswith("kl@")]
+        return found | {"valid": sum(distances) / len(distances)}
+
+    def state(self) -> dict[str, Any]:
+        """Beside a loop's own: the gates, and what finds the next step's thresholds."""
+        own = {"window": self.window, "drift": self.drift, "gates": self.gates.state_dict()}
+        return super().state() | own
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what `state` says."""
+        super().restore(state)
+        self.window, self.drift = state["window"], state["drift"]
+        self.gates.load_state_dict(state["gates"])
+
+
+def _many(session: _Session) -> bool:
+    return bool(session.accelerator.num_processes > 1)
+
+
+class _Student(nn.Module):
+    """Model and gates as one module, so that one wrapper (DDP, FSDP) holds both."""
+
+    def __init__(self, model: Any, gates: Gates, config: TrainConfig) -> None:
+        super().__init__()
+        self.model, self.gates, self.config = model, gates, config
+
+    def forward(self, block: Tensor, rule: TrainMask) -> tuple[Tensor, Tensor]:
+        """Final hidden states [B, S, H] and gate values of block [B, S]."""
+        values: list[Tensor] = []
+        watch = values.append if self.config.sparsity != "none" else None
+        hidden = masked_forward(
+            self.model,
+            block,
+            self.gates,
+            rule,
+            self.config.kv_rule,
+            watch=watch,
+            checkpointing=self.config.checkpointing,
+        )
+        seen = [value[:, ANCHORS:] for value in values]
+        return hidden, torch.stack(seen) if seen else block.new_zeros(1)

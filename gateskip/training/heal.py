@@ -1,0 +1,179 @@
+"""Healing: a model that lost parts is distilled back from the dense one, by its own predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from gateskip.model.families import backbone, head
+from gateskip.training.loop import Loop, Progress, Row, adapt, precision
+from gateskip.training.objectives import distill_loss, in_chunks
+from gateskip.training.recipe import HealConfig
+
+
+def heal(
+    model: Any,
+    teacher: Any,
+    blocks: Tensor,
+    config: HealConfig,
+    held_out: Tensor | None = None,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Train `model` in place on blocks [N, S] of token ids; returns the curve, one row a step.
+
+    With `held_out` [M, S], rows of the curve carry `valid`, the mean KL to the teacher there, at
+    step 0, every `validate_every` steps and at the end. The loop stops when `patience` of them in a
+    row brought nothing, and the weights of the best one stay: the model is never left further from
+    the teacher than it was. With `work`, a killed run goes on from its last checkpoint there.
+    """
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=precision(config.precision),
+        gradient_accumulation_steps=config.accumulate,
+    )
+    set_seed(config.seed)
+    adapted = adapt(model, config)
+    if config.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train(config.checkpointing)  # transformers recomputes in training mode alone
+    healing = _Healing(model, teacher, blocks, config, accelerator, held_out)
+    curve = healing.run(work, progress)
+    healing.keep_best()
+    if config.checkpointing:
+        model.gradient_checkpointing_disable()
+    if adapted is not None:
+        adapted.merge_and_unload()
+    model.requires_grad_(config.backbone != "scales")
+    model.eval()
+    return curve
+
+
+def best_row(curve: Iterable[Row]) -> Row | None:
+    """The validated row with the least loss, the first of equals; None where none was validated."""
+    return min((row for row in curve if "valid" in row), key=lambda row: row["valid"], default=None)
+
+
+def worn_out(curve: Iterable[Row], patience: int) -> bool:
+    """Whether the last `patience` validations all failed to beat the best one before them.
+
+    >>> worn_out([{"valid": 3.0}, {"valid": 2.0}, {"loss": 1.0}, {"valid": 2.5}], 1)
+    True
+    """
+    found = [row["valid"] for row in curve if "valid" in row]
+    return bool(patience and found) and len(found) - 1 - found.index(min(found)) >= patience
+
+
+class _Healing(Loop):
+    """A distillation: its teacher, and the best weights so far."""
+
+    config: HealConfig
+
+    def __init__(
+        self,
+        model: Any,
+        teacher: Any,
+        blocks: Tensor,
+        config: HealConfig,
+        accelerator: Accelerator,
+        held_out: Tensor | None,
+    ) -> None:
+        super().__init__(model, blocks, config, accelerator)
+        self.teacher = teacher.requires_grad_(False).to(accelerator.device)
+        self.held_out, self.best = held_out, dict[str, Tensor]()
+        groups = [{"params": list(self.trained.values()), "lr": config.lr}]
+        self.body, self.optimizer, self.schedule = accelerator.prepare(
+            backbone(model), *self.optimizer_of(groups)
+        )
+        model.to(accelerator.device)  # the LM head, too
+
+    def begin(self) -> None:
+        """A row of step 0 says how far the model is away before anything is done."""
+        if self.held_out is not None:
+            self.curve.append(self._validated({"step": 0.0}, self.held_out))
+
+    def finished(self) -> bool:
+        """Whether all steps are done, or the last ones brought nothing."""
+        return super().finished() or worn_out(self.curve, self.config.patience)
+
+    def advance(self) -> Row:
+        """One optimizer step: `accumulate` passes over a batch a process."""
+        losses = []
+        for part in range(self.config.accumulate):
+            with self.accelerator.accumulate(self.body):
+                loss = self._loss(self._block(part))
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.trained.values(), self.config.clip)
+                self.optimizer.step()
+                if self.accelerator.sync_gradients:
+                    self.schedule.step()
+                self.optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        self.step += 1
+        row = {"step": float(self.step), "loss": sum(losses) / len(losses)}
+        due = self.config.validate_every and self.step % self.config.validate_every == 0
+        if self.held_out is not None and (due or self.step == self.config.steps):
+            row = self._validated(row, self.held_out)
+        return row
+
+    def note(self, row: Row) -> str:
+        """The loss, and that on held-out text where it was just measured."""
+        held_out = f", held out {row['valid']:.3f}" if "valid" in row else ""
+        return super().note(row) + held_out
+
+    def _hidden(self, body: Any, block: Tensor) -> Tensor:
+        """Final normed hidden states [B, S, H] of block [B, S]."""
+        with self.accelerator.autocast():
+            hidden: Tensor = body(input_ids=block, use_cache=False).last_hidden_state
+        return hidden
+
+    def _loss(self, block: Tensor) -> Tensor:
+        """Mean KL(teacher || model) over the tokens of block [B, S]."""
+        hidden = self._hidden(self.body, block).flatten(0, 1)
+        with torch.no_grad():
+            dense = self._hidden(backbone(self.teacher), block).flatten(0, 1)
+
+        def loss_of(part: Tensor, rows: slice) -> Tensor:
+            with torch.no_grad():
+                target = head(self.teacher, dense[rows])
+            near = distill_loss(head(self.model, part), target, self.config.temperature)
+            return near * (len(part) / block.numel())
+
+        with self.accelerator.autocast():
+            return in_chunks(hidden, loss_of)
+
+    def _validated(self, row: Row, blocks: Tensor) -> Row:
+        """The row with the mean KL on held-out blocks [M, S]; the best weights are remembered."""
+        total = 0.0
+        with torch.no_grad(), self.accelerator.autocast():
+            for part in blocks.to(self.accelerator.device).split(1):
+                target = head(self.teacher, self._hidden(backbone(self.teacher), part))
+                total += float(
+                    distill_loss(head(self.model, self._hidden(self.body, part)), target)
+                )
+        row = row | {"valid": total / len(blocks)}
+        best = best_row(self.curve)
+        if best is None or row["valid"] < best["valid"]:
+            self.best = {name: p.detach().clone() for name, p in self.trained.items()}
+        return row
+
+    def keep_best(self) -> None:
+        """Go back to the weights of the best validation."""
+        if self.best:
+            self.put_back(self.best)
+
+    def state(self) -> dict[str, Any]:
+        """Beside a loop's own: the best weights."""
+        return super().state() | {"best": self.best}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what `state` says."""
+        super().restore(state)
+        self.best = state["best"]

@@ -1,0 +1,169 @@
+"""A training loop that a kill only interrupts: what the fine-tunes of this package share.
+
+A fine-tune says what one step does (`advance`) and what it must remember besides (`state`); the
+rest is the same for all: which of the model's weights learn, the order of the text, the learning
+rate, and checkpoints that are whole or absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from gateskip.kernels.autotune import halves_pay
+from gateskip.model.families import backbone
+from gateskip.training.recipe import LoopConfig
+from gateskip.training.scales import open_scales
+
+Progress = Callable[[int, int, str], None]
+Row = dict[str, float]
+CHECKPOINT = "training.pt"
+
+
+def precision(asked: str) -> str:
+    """`auto` is bf16 where the device multiplies it faster, else float32."""
+    if asked != "auto":
+        return asked
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if halves_pay() else "no"
+
+
+def adapt(model: Any, config: LoopConfig) -> Any | None:
+    """Ask for the gradients that the config wants; returns peft's wrapper under `lora`."""
+    if config.backbone == "scales":
+        open_scales(model)
+        return None
+    model.requires_grad_(config.backbone == "full")
+    if config.backbone == "full":  # the loss passes no gradient into the LM head
+        model.get_input_embeddings().requires_grad_(False)
+        model.get_output_embeddings().requires_grad_(False)
+    if config.backbone != "lora":
+        return None
+    from peft import LoraConfig, get_peft_model
+
+    named = backbone(model).layers.named_modules()
+    linears = [name for name, part in named if isinstance(part, nn.Linear)]
+    rank = config.lora_rank
+    return get_peft_model(
+        model,
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears, init_lora_weights=True),
+    )
+
+
+class Loop:
+    """The state of one fine-tune, and its steps until they are done."""
+
+    config: LoopConfig
+
+    def __init__(
+        self, model: Any, blocks: Tensor, config: LoopConfig, accelerator: Accelerator
+    ) -> None:
+        """Blocks [N, S] of token ids; what of the model learns is what asks for gradients."""
+        self.model, self.blocks = model, blocks
+        self.config, self.accelerator = config, accelerator
+        self.step, self.curve = 0, list[Row]()
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer: Any = None  # set by the fine-tune, which knows its groups of parameters
+        self.schedule: Any = None
+
+    def begin(self) -> None:
+        """What is done once, before the first step."""
+
+    def advance(self) -> Row:
+        """One optimizer step; its row of the curve."""
+        raise NotImplementedError
+
+    def note(self, row: Row) -> str:
+        """What is worth saying of a step while it goes on."""
+        return f"loss {row['loss']:.3f}"
+
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.step >= self.config.steps
+
+    def run(self, work: Path | None, progress: Progress | None) -> list[Row]:
+        """Step until finished, from the last checkpoint in `work` on; returns the curve."""
+        self.resume(work)
+        if not self.curve:
+            self.begin()
+        while not self.finished():
+            row = self.advance()
+            self.curve.append(row)
+            if progress is not None:
+                progress(self.step, self.config.steps, self.note(row))
+            if work is not None and self.step % self.config.checkpoint_every == 0:
+                self.save(work)
+        return self.curve
+
+    def optimizer_of(self, groups: list[dict[str, Any]]) -> tuple[Any, Any]:
+        """AdamW over groups of parameters, and the schedule of their learning rates."""
+        optimizer = torch.optim.AdamW(
+            groups, betas=(0.9, 0.95), weight_decay=self.config.weight_decay, fused=True
+        )
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+
+    def _rate(self, step: int) -> float:
+        """Factor of the learning rates: rise, then fall to a tenth."""
+        rise = max(1, round(self.config.warmup * self.config.steps))
+        if step < rise:
+            return (step + 1) / rise
+        left = max(0.0, (self.config.steps - step) / max(1, self.config.steps - rise))
+        if self.config.decay == "cosine":
+            left = (1 - torch.cos(torch.tensor(left * torch.pi)).item()) / 2
+        return 0.1 + 0.9 * left
+
+    def _block(self, part: int) -> Tensor:
+        """Blocks [batch, S] of one pass of this step; each walk over the text is reordered."""
+        config, count = self.config, len(self.blocks)
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        done = (self.step * config.accumulate + part) * world + rank
+        rows = []
+        for number in range(done * config.batch, (done + 1) * config.batch):
+            order = torch.Generator().manual_seed(config.seed * 7_919 + number // count)
+            rows.append(torch.randperm(count, generator=order)[number % count])
+        return self.blocks[torch.stack(rows)].to(self.accelerator.device)
+
+    # -- checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on: tensors and plain values."""
+        return {
+            "step": self.step,
+            "curve": self.curve,
+            "trained": {name: p.detach() for name, p in self.trained.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what `state` says."""
+        self.step, self.curve = state["step"], state["curve"]
+        self.put_back(state["trained"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+    def put_back(self, weights: dict[str, Tensor]) -> None:
+        """Give the weights that learn these values."""
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(weights[name])
+
+    def save(self, work: Path) -> None:
+        """Write the state; the old checkpoint stays until the new one is whole."""
+        if not self.accelerator.is_main_process:
+            return
+        work.mkdir(parents=True, exist_ok=True)
+        unfinished = (work / CHECKPOINT).with_suffix(".tmp")
+        torch.save(self.state(), unfinished)
+        unfinished.replace(work / CHECKPOINT)
+
+    def resume(self, work: Path | None) -> None:
+        """Go on from a checkpoint in `work`, if there is one."""
+        if work is not None and (work / CHECKPOINT).exists():
+            self.restore(torch.load(work / CHECKPOINT, weights_only=True))

@@ -1,0 +1,166 @@
+"""Scales: what packed weights still learn by.
+
+A packed weight is a code times a scale that a group of codes shares. The codes are fixed; the
+scales are numbers like any other, one or two for every hundred weights. Training them (PEQA, arXiv
+2305.14152, eq. 2) changes neither the format nor the size of a checkpoint nor the time it takes, so
+what comes out loads wherever the packed model did. Norms, never packed, learn along.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gateskip.model.families import backbone
+from gateskip.quantization.packed_linear import bitsandbytes_functions, int8_parts
+
+
+class ScaledLinear(nn.Module):
+    """A packed linear layer that learns a gain for each of its scales.
+
+    weight[o, i] = codes[o, i] * scale[o, g] * gain[o, g], where column i belongs to group g.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    order: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, scale: Tensor, groups: Tensor, key: str, bias: Tensor | None
+    ) -> None:
+        """weight [out, in] as the packed layer has it; scale [out, G]; groups [in], each column's.
+
+        `key` is the name of the stored scales, after the layer's own name. Columns are kept group
+        by group, all of one size.
+        """
+        super().__init__()
+        order = groups.argsort(stable=True)
+        columns = scale.float()[:, groups[order]]
+        codes = torch.where(columns == 0, 0.0, weight.float()[:, order] / columns)
+        self.key = key
+        self.register_buffer("codes", codes.view(*scale.shape, -1))
+        self.register_buffer("scale", scale.float())
+        ordered = torch.equal(order, torch.arange(len(order)))
+        self.register_buffer("order", None if ordered else order)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.gain = nn.Parameter(torch.ones(scale.shape))
+
+    def learned(self) -> Tensor:
+        """The scales [out, G] as they are now."""
+        return self.scale * self.gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        weight = (self.codes.to(kind) * self.learned().to(kind).unsqueeze(2)).flatten(1)
+        x = x if self.order is None else x[..., self.order]
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+
+def open_scales(model: Any) -> list[str]:
+    """Let a packed model learn by its scales and norms alone, in place; names what was opened.
+
+    Raises:
+        ValueError: it has no packed layer, or one whose scales are packed themselves.
+    """
+    model.requires_grad_(False)
+    opened = []
+    for name, module in list(model.named_modules()):
+        scaled = _scaled(name, module)
+        if scaled is not None:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, scaled)
+            opened.append(name)
+    if not opened:
+        raise ValueError("no linear layer of this model is packed")
+    for norm in norms(model):
+        norm.requires_grad_(True)
+    return opened
+
+
+def norms(model: Any) -> Iterator[Tensor]:
+    """Weights of all norms of the backbone, one vector each."""
+    for module in backbone(model).modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__name__.endswith("Norm") and isinstance(weight, Tensor):
+            yield weight
+
+
+def save_scales(model: Any, source: Path, target: Path) -> None:
+    """Write the packed folder `source` again into `target`, with the scales and norms of `model`.
+
+    Every other tensor, and how it is stored, stays as it is.
+    """
+    learned = {f"{n}.{m.key}": m.learned() for n, m in _opened(model)}
+    known = {id(weight) for weight in norms(model)}
+    learned |= {n: p.detach() for n, p in model.named_parameters() if id(p) in known}
+    for path in sorted(source.glob("*.safetensors")):
+        if path.name == "gates.safetensors":
+            continue
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        for name in tensors.keys() & learned.keys():
+            tensors[name] = _as_stored(learned.pop(name), tensors[name])
+        save_file(tensors, str(target / path.name), metadata=metadata)
+    assert not learned, f"{source} stores no {next(iter(learned))}"
+    for path in source.glob("*.json"):
+        if path.name not in ("gateskip.json", "compose.json"):
+            shutil.copyfile(path, target / path.name)
+
+
+def _opened(model: Any) -> Iterator[tuple[str, ScaledLinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, ScaledLinear):
+            yield name, module
+
+
+def _as_stored(learned: Tensor, stored: Tensor) -> Tensor:
+    """Scales [out, G] in the layout and type that a file has them in: GPTQ's lie the other way."""
+    turned = stored.ndim == 2 and learned.shape != stored.shape
+    shaped = learned.T if turned else learned.reshape(stored.shape)
+    return shaped.to(stored.dtype).contiguous()
+
+
+def _scaled(name: str, module: nn.Module) -> ScaledLinear | None:
+    """A packed layer of any kind with its scales opened; None for a layer that is not packed."""
+    if hasattr(module, "qweight") and hasattr(module, "g_idx"):
+        return _from_gptq(module)
+    kind = type(module).__name__
+    if kind == "Linear4bit":
+        return _from_four_bits(name, module)
+    return _from_int8(module) if kind == "Linear8bitLt" else None
+
+
+def _from_gptq(module: Any) -> ScaledLinear:
+    """scales [G, out]; a column's group stands in g_idx."""
+    weight = module.dequantize_weight().T[:, : module.in_features]
+    groups = module.g_idx[: module.in_features].long()
+    return ScaledLinear(weight, module.scales.T, groups, "scales", module.bias)
+
+
+def _from_four_bits(name: str, module: Any) -> ScaledLinear:
+    """One absolute maximum a block, blocks along a row."""
+    state = module.weight.quant_state
+    if state.nested:
+        raise ValueError(f"the scales of {name} are packed themselves (double quantization)")
+    weight = bitsandbytes_functions().dequantize_4bit(module.weight.data, state).float()
+    scale = state.absmax.view(len(weight), -1)
+    groups = torch.arange(weight.shape[1]) // state.blocksize
+    return ScaledLinear(weight, scale, groups, "weight.absmax", module.bias)
+
+
+def _from_int8(module: Any) -> ScaledLinear:
+    """One absolute maximum a row; the whole row is a group."""
+    codes, scale = int8_parts(module)
+    groups = torch.zeros(codes.shape[1], dtype=torch.long)
+    return ScaledLinear(codes * scale, 127 * scale, groups, "SCB", module.bias)
