@@ -84,7 +84,7 @@ class PlanError(UserError):
 
 
 class RuleBroken(PlanError):
-    """A stage may not stand where it stands; `rule` is the name in `compose.stages.base.RULES`."""
+    """A stage may not stand where it stands; `rule` is the name in `compose.stages.rules.RULES`."""
 
     def __init__(self, rule: str, message: str, *, fix: str | None = None) -> None:
         super().__init__(message, fix=fix)

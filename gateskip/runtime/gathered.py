@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gateskip.model.families import AttentionShape
+from gateskip.model.projections import AttentionShape
 from gateskip.runtime.native import Engine
 
 QUERIES = 128  # that meet their keys at once; half as many where the keys are

@@ -23,20 +23,16 @@ from torch import Tensor, nn
 from gateskip.gates.base import Gates
 from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.compute import Usage
-from gateskip.model.families import (
+from gateskip.model.families import Branch, embed, final_norm, find_branches, head
+from gateskip.model.gating import ANCHORS, NEVER_SKIP
+from gateskip.model.projections import (
     AttentionShape,
-    Branch,
     Turn,
     attention_shape,
-    embed,
-    final_norm,
-    find_branches,
-    head,
     project_keys_values,
     project_out,
     project_queries,
 )
-from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.model.reference import attend, causal
 from gateskip.quantization.packed_linear import DenseLinear
 from gateskip.runtime.gathered import EVEN, attend_rows, equal_sizes, few_sizes, filled
