@@ -83,6 +83,24 @@ def test_gptqmodels_own_loader_takes_our_folders(bits: int, quantize: Callable[.
     assert layer == {"qweight", "qzeros", "scales", "g_idx"}
 
 
+def test_loading_mixed_bits_leaves_transformers_tables_as_they_were(
+    quantize: Callable[..., Made],
+) -> None:
+    from transformers.quantizers.auto import (
+        AUTO_QUANTIZATION_CONFIG_MAPPING,
+        AUTO_QUANTIZER_MAPPING,
+    )
+
+    before = dict(AUTO_QUANTIZATION_CONFIG_MAPPING), dict(AUTO_QUANTIZER_MAPPING)
+    folder, _ = quantize(**MIXED)
+    load_model(folder)
+    assert before == (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError):
+        load_model(folder)
+    assert before == (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING)
+
+
 MIXED = {"use": "gptq", "group_size": 32, "mixed": {"down_proj": 8, "0.self_attn.v_proj": 8}}
 
 

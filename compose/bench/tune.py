@@ -23,13 +23,13 @@ import gateskip
 from compose.artifacts.folder import LINEAGE, lineage, write_lineage
 from compose.bench.race import Courses, Lap, Progress, contender, courses_of, run_laps, runners_of
 from compose.store import read_json, write_json
+from gateskip.calibration.settings import ALLOCATIONS
 from gateskip.calibration.thresholds import calibrate
 from gateskip.checkpoint import META_FILE, load_gates, save_gates
 from gateskip.decoding.decoder import Decoder
 
 PLAIN = "plain"
 FIRST_PROMPTS, LEFT = 4, 3  # prompts of the first round, and candidates that it leaves
-ALLOCATIONS = ("global", "uniform", "sensitivity")
 BLOCK, MOST_BLOCKS = 128, 16  # tokens of the user's text that calibrate, and how often
 
 

@@ -1,4 +1,4 @@
-"""Residual gates: a small module that tells, token by token, which branches may be skipped."""
+"""The stage `gate`: a gate at every branch decides, token by token, whether it may be skipped."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from compose.errors import UserError
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.memory import TRAINED, training_bytes
+from gateskip.calibration.settings import DEFAULT_BUDGETS, Allocation
 from gateskip.training.recipe import RECIPES, TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gateskip.calibration.thresholds import Calibration
     from gateskip.gates.base import Gates
 
 GateKind = Literal[
@@ -48,14 +50,14 @@ class Gate(Stage):
 
     kind: GateKind = "scalar"
     """What a gate computes from a branch's input; `scalar` is one number a token and branch. The
-    last four are rivals to compare with: a coin, a constant a branch, Mixture-of-Depths, CALM."""
+    last four are baselines: a coin, a constant a branch, Mixture-of-Depths, CALM."""
 
     rank: int = Field(default=8, ge=2)
     """Width of the bottleneck of `low-rank` and `mlp` gates."""
 
     shortcut: int = Field(default=32, ge=0)
-    """Rank of the linear map that stands in for a branch where it is skipped; 0 is nothing, as
-    published. Fitted to what the branch does, then trained along."""
+    """Rank of the linear map that replaces a branch where it is skipped; 0 is nothing, as
+    published. Fitted to the branch by least squares, then trained with the gates."""
 
     scales: bool = False
     """Whether gates also multiply what an entered branch adds; then the full model is a gated one.
@@ -147,9 +149,9 @@ class Gate(Stage):
     kv: Literal["project", "copy"] = "project"
     """Keys and values of a skipped token: projected by its own layer, or the layer below's."""
 
-    # -- how thresholds are found
+    # -- how thresholds are calibrated
 
-    allocation: Literal["global", "uniform", "sensitivity"] = "global"
+    allocation: Allocation = "global"
     """How a budget is shared out: one threshold for all, the same for each, or by measured harm."""
 
     least: Share = 0.0
@@ -158,9 +160,7 @@ class Gate(Stage):
     most: Share = 1.0
     """Share of tokens that a branch keeps at most."""
 
-    budgets: tuple[Budget, ...] = Field(
-        default=(0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4), min_length=1
-    )
+    budgets: tuple[Budget, ...] = Field(default=DEFAULT_BUDGETS, min_length=1)
     """The budgets for which thresholds are calibrated and stored."""
 
     calibration_blocks: int = Field(default=16, ge=1)
@@ -213,18 +213,20 @@ class Gate(Stage):
         from gateskip.checkpoint import GateFile, grid_of, save_gates
         from gateskip.model.folders import load_model
         from gateskip.quantization.packed_linear import accelerate_linears
+        from gateskip.training.loop import training_device
 
         model = load_model(job.source, "float32")
         train, calibration = self._blocks(job)
         if self.backbone == "frozen":
             model.requires_grad_(False)
+        if self.backbone == "frozen" and training_device().type == "cpu":
             accelerate_linears(model)  # unpacks 4-bit weights faster than their own modules do
         gates, sensitivity = self._start(job, model, train)
         curve = self._train(job, model, gates, train, calibration)
         if gates.shortcuts is not None:
             gates.shortcuts.settle()
-        found = self.calibrate(job, model, gates, calibration, sensitivity)
-        grid, kept = grid_of(found)
+        calibrations = self.calibrate(job, model, gates, calibration, sensitivity)
+        grid, kept = grid_of(calibrations)
         self._save_backbone(job, model)
         record: dict[str, Any] = {
             "training": curve,
@@ -273,7 +275,7 @@ class Gate(Stage):
                 model,
                 train[:WARM_BLOCKS],
                 kv_rule=self.kv,
-                progress=lambda done, total: job.progress(done, total, "warm start"),
+                progress=job.progress,
                 gates=gates,
             )
         if self.allocation != "sensitivity":
@@ -325,7 +327,7 @@ class Gate(Stage):
         blocks: Tensor,
         sensitivity: list[float] | None,
         gone: frozenset[int] = frozenset(),
-    ) -> Any:
+    ) -> list[Calibration]:
         """Thresholds for every budget on blocks [N, S]; no token enters the branches `gone`."""
         from gateskip.calibration.thresholds import calibrate
         from gateskip.model.families import find_branches
@@ -344,7 +346,7 @@ class Gate(Stage):
             self.most,
             frozenset(i for i, kind in enumerate(kinds) if kind not in skippable),
             gone,
-            progress=lambda done, total: job.progress(done, total, "calibrating budgets"),
+            progress=job.progress,
         )
 
     def _save_backbone(self, job: StageJob, model: Any) -> None:
@@ -360,8 +362,8 @@ class Gate(Stage):
 
 
 def unseen(train: Tensor, calibration: Tensor) -> Tensor:
-    """Blocks [N, S] to train on that do not calibrate: a text that was learned from lies about what
-    gates keep elsewhere. Where most of the text would be lost to that, all of it trains."""
+    """Blocks [N, S] to train on, without those of calibration: on text that was trained on, gates
+    keep another share than elsewhere. Where that would remove most of the text, all of it stays."""
     from torch import tensor
 
     held = {tuple(row) for row in calibration.tolist()}
@@ -370,7 +372,7 @@ def unseen(train: Tensor, calibration: Tensor) -> Tensor:
 
 
 def _seed(seed: int) -> None:
-    """New gates are random: the same seed makes the same."""
+    """Seed torch's generator, which new gates are drawn from."""
     import torch
 
     torch.manual_seed(seed)

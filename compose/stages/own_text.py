@@ -1,4 +1,4 @@
-"""Blocks of the dense model's own text, for stages that are given no other."""
+"""Text that the dense model generates itself, as token blocks, for stages without other data."""
 
 from __future__ import annotations
 

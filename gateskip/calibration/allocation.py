@@ -1,4 +1,4 @@
-"""How a budget is shared out over the branches."""
+"""Allocation: gate logits and a budget to thresholds, one a branch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gateskip.calibration.settings import ALLOCATIONS
 from gateskip.model.gating import NEVER_SKIP
 
-ALLOCATIONS = ("global", "uniform", "sensitivity")
 Allocate = Callable[[Tensor, float], Tensor]
 """(gate logits [branches, tokens], budget) -> thresholds [branches]."""
 
@@ -30,8 +30,8 @@ def allocator(
 
     def by_shares(shares: Callable[[float], Tensor]) -> Allocate:
         def allocate(logits: Tensor, budget: float) -> Tensor:
-            found = quantiles(logits, shares(budget).clamp(least, most))
-            return found.where(free, torch.tensor(NEVER_SKIP))
+            thresholds = quantiles(logits, shares(budget).clamp(least, most))
+            return thresholds.masked_fill(~free, NEVER_SKIP)
 
         return allocate
 
@@ -39,12 +39,12 @@ def allocator(
         return lambda logits, budget: global_thresholds(logits, budget, costs, free, least, most)
     if name == "uniform":
         ratio = float(costs.sum() / costs[free].sum())
-        return by_shares(lambda budget: (1 - (1 - budget) * ratio) * torch.ones(len(costs)))
+        return by_shares(lambda budget: (1 - (1 - budget) * ratio) * torch.ones_like(costs))
     if name == "sensitivity":
         if sensitivity is None:
             raise ValueError("allocation 'sensitivity' needs the branches' measured sensitivities")
-        rises = torch.tensor(sensitivity).where(free, torch.tensor(1e9))
-        return by_shares(lambda budget: allocate_shares(rises, costs, budget, least))
+        harm = torch.tensor(sensitivity, device=costs.device).masked_fill(~free, 1e9)
+        return by_shares(lambda budget: allocate_shares(harm, costs, budget, least))
     raise ValueError(f"allocation {name!r}: one of {', '.join(ALLOCATIONS)}")
 
 
@@ -67,27 +67,27 @@ def global_thresholds(
     order = torch.argsort(z)
     spent = torch.cumsum(weight[order].double(), 0)
     skip = (1 - budget) * float(costs.sum()) * logits.shape[1]
-    cut = int(torch.searchsorted(spent, torch.tensor(skip, dtype=torch.double)))
-    thresholds = torch.full((len(costs),), NEVER_SKIP, dtype=logits.dtype)
+    cut = int(torch.searchsorted(spent, torch.tensor(skip, dtype=torch.double, device=z.device)))
+    thresholds = torch.full((len(costs),), NEVER_SKIP, dtype=logits.dtype, device=logits.device)
     thresholds[free] = z[order[min(cut, len(order) - 1)]]
     if least <= 0.0 and most >= 1.0:
         return thresholds
-    highest = quantiles(logits, torch.full((len(costs),), least))
-    lowest = quantiles(logits, torch.full((len(costs),), most))
+    highest = quantiles(logits, torch.full_like(costs, least))
+    lowest = quantiles(logits, torch.full_like(costs, most))
     low, high = 0, len(order) - 1
     while low < high:  # the kept cost falls as the common threshold rises
         middle = (low + high) // 2
-        level = z[order[middle]].clamp(lowest, highest)
-        kept = (logits >= level.unsqueeze(1)).double().mean(1)
+        bounded = z[order[middle]].clamp(lowest, highest)  # [branches]
+        kept = (logits >= bounded.unsqueeze(1)).double().mean(1)
         dropped = float(((1 - kept) * costs)[free].sum())
         low, high = (middle + 1, high) if dropped < (1 - budget) * costs.sum() else (low, middle)
-    level = z[order[low]].clamp(lowest, highest)
-    thresholds[free] = level[free]
+    bounded = z[order[low]].clamp(lowest, highest)
+    thresholds[free] = bounded[free]
     return thresholds
 
 
 def quantiles(logits: Tensor, shares: Tensor) -> Tensor:
-    """Per branch, the threshold that keeps `shares[branch]` of the tokens."""
+    """Thresholds [branches] at which `shares` [branches] of logits [branches, tokens] are kept."""
     ordered = logits.sort(dim=1).values
     cut = ((1 - shares) * logits.shape[1]).round().long()
     inside = cut.clamp(max=logits.shape[1] - 1)
@@ -106,11 +106,11 @@ def allocate_shares(
     under sum(costs * d) = (1 - budget) * sum(costs) is d = multiplier * cost / sensitivity, cut to
     [0, 1 - least]; the multiplier is found by bisection.
     """
-    slope = costs / sensitivity.clamp_min(1e-6)
+    ratio = costs / sensitivity.clamp_min(1e-6)
     target = (1 - budget) * float(costs.sum())
-    low, high = 0.0, float((1.0 / slope).max())
+    low, high = 0.0, float((1.0 / ratio).max())
     for _ in range(80):
         middle = (low + high) / 2
-        dropped = (middle * slope).clamp(0, 1 - least)
+        dropped = (middle * ratio).clamp(0, 1 - least)
         low, high = (middle, high) if float((dropped * costs).sum()) < target else (low, middle)
-    return 1 - (high * slope).clamp(0, 1 - least)
+    return 1 - (high * ratio).clamp(0, 1 - least)

@@ -1,4 +1,4 @@
-"""Shortcuts by least squares, and the ridge regression that other fits use as well."""
+"""Shortcuts by least squares, and the ridge regression that all closed-form fits share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gateskip.gates.shortcuts import Shortcuts
-from gateskip.model.families import Branch, find_branches
+from gateskip.model.families import Branch, device_of, find_branches
 from gateskip.model.gating import ANCHORS
 from gateskip.model.reference import masked_forward
 
@@ -25,7 +25,8 @@ def fit_shortcuts(model: Any, blocks: Tensor, rank: int) -> Shortcuts:
     count: a few tokens carry activations a thousand times the usual, and would own the fit.
     """
     branches, width = len(find_branches(model)), model.config.hidden_size
-    sums = [_Sums(width) for _ in range(branches)]
+    device = device_of(model)
+    sums = [_Sums(width, device) for _ in range(branches)]
 
     def observe(branch: Branch, x: Tensor, output: Tensor) -> None:
         inside = [part[:, ANCHORS:].flatten(0, 1).float() for part in (x, output)]
@@ -33,7 +34,7 @@ def fit_shortcuts(model: Any, blocks: Tensor, rank: int) -> Shortcuts:
 
     for part in blocks.split(4):
         masked_forward(model, part, observe=observe)
-    shortcuts = Shortcuts(branches, width, rank)
+    shortcuts = Shortcuts(branches, width, rank).to(device)
     fitted: Sequence[tuple[Tensor, Tensor, Tensor]] = [each.solve(rank) for each in sums]
     for index, parts in enumerate(fitted):
         for stored, part in zip(shortcuts.parameters(), parts, strict=True):
@@ -57,16 +58,16 @@ def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
     MKL fails on AVX-512 with several threads.
     """
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
-    damped = gram + ridge * scale[..., None, None] * torch.eye(gram.shape[-1])
+    damped = gram + ridge * scale[..., None, None] * torch.eye(gram.shape[-1], device=gram.device)
     return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
 
 
 class _Sums:
     """Weighted normal equations of one branch."""
 
-    def __init__(self, width: int) -> None:
-        self.gram, self.cross = torch.zeros(width, width), torch.zeros(width, width)
-        self.x, self.output = torch.zeros(width), torch.zeros(width)
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.gram, self.cross = (torch.zeros(width, width, device=device) for _ in range(2))
+        self.x, self.output = (torch.zeros(width, device=device) for _ in range(2))
         self.weight = 0.0
 
     def add(self, x: Tensor, output: Tensor) -> None:

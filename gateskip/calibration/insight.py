@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gateskip.gates.base import Gates
 from gateskip.model.compute import branch_costs
-from gateskip.model.families import Branch
+from gateskip.model.families import Branch, device_of
 from gateskip.model.gating import ANCHORS
 from gateskip.model.reference import masked_forward
 
@@ -65,8 +65,9 @@ def look(
         kept.append(enters)
         return enters.to(z.dtype).unsqueeze(0)
 
-    masked_forward(model, torch.tensor([list(ids)]), gates, rule, kv_rule)
-    costs = torch.tensor([cost.at(len(ids) / 2) for cost in branch_costs(model)])
+    device = device_of(model)
+    masked_forward(model, torch.tensor([list(ids)], device=device), gates, rule, kv_rule)
+    costs = torch.tensor([cost.at(len(ids) / 2) for cost in branch_costs(model)], device=device)
     entered = torch.stack(kept)
     compute = (entered * costs.unsqueeze(1)).sum(0) / costs.sum()
     return Look(token_kinds(tokenizer, ids), torch.stack(importance), entered, compute)

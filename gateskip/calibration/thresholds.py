@@ -7,8 +7,9 @@ published method takes a quantile of the running batch instead (arXiv 2510.13876
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +17,16 @@ import torch
 from torch import Tensor
 
 from gateskip.calibration.allocation import allocator
+from gateskip.calibration.settings import DEFAULT_BUDGETS, Allocation
 from gateskip.gates.base import Gates
 from gateskip.model.compute import branch_costs
-from gateskip.model.families import Branch
+from gateskip.model.families import Branch, device_of
 from gateskip.model.gating import ANCHORS, NEVER_SKIP
+from gateskip.model.progress import Progress
 from gateskip.model.reference import masked_forward
 
 CLOSE = 0.004  # a kept share this near to its budget is good enough
 DAMPING = 0.8  # skipping more lowers later logits, so that full corrections overshoot
-DEFAULT_BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def calibrate(
     gates: Gates,
     blocks: Tensor,
     budgets: Sequence[float] = DEFAULT_BUDGETS,
-    allocation: str = "global",
+    allocation: Allocation = "global",
     kv_rule: str = "project",
     sensitivity: Sequence[float] | None = None,
     least: float = 0.0,
@@ -52,7 +54,7 @@ def calibrate(
     gone: frozenset[int] = frozenset(),
     rounds: int = 6,
     batch: int = 4,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Calibration]:
     """Thresholds for each budget on blocks [N, S] of token ids.
 
@@ -60,21 +62,22 @@ def calibrate(
     never skip. `gone` branches always do: where they alone save more than a budget asks for, less
     than the budget is kept.
 
-    Skipping changes what later gates see, so the thresholds are found in a closed loop: up to
-    `rounds` times, thresholds are read off the logits that the neighbouring budget left, the share
-    that they really keep is measured, and more or less is asked for; the closest round counts.
+    Skipping changes what later gates read, so calibration is a closed loop of at most `rounds`:
+    thresholds are read off the logits measured at the neighbouring budget, the share that they
+    really keep is measured, and the requested share is corrected. The closest round is returned.
     Budgets go from high to low.
     """
-    costs = torch.tensor([c.at(blocks.shape[1] / 2) for c in branch_costs(model)])
-    free = torch.ones(len(costs), dtype=torch.bool)
+    device = device_of(model)
+    costs = torch.tensor([c.at(blocks.shape[1] / 2) for c in branch_costs(model)], device=device)
+    free = torch.ones(len(costs), dtype=torch.bool, device=device)
     free[sorted(closed | gone)] = False
     free[0] &= kv_rule != "copy"  # the first attention has nothing below it to copy from
     allocate = allocator(allocation, costs, free, sensitivity, least, most)
-    thresholds = torch.full((gates.branches,), NEVER_SKIP)
+    thresholds = torch.full((gates.branches,), NEVER_SKIP, device=device)
     thresholds[sorted(gone)] = torch.inf
     spared = float(costs[sorted(gone)].sum() / costs.sum())
     logits = _collect(model, gates, blocks, thresholds, kv_rule, batch)
-    found = []
+    calibrations = []
     wanted = sorted(set(budgets), reverse=True)
     for done, budget in enumerate(wanted):
         tried: list[tuple[Calibration, Tensor]] = []
@@ -89,10 +92,10 @@ def calibrate(
                 break
             skip = min(1.0, skip * ((1 - budget) / max(1e-6, 1 - kept)) ** DAMPING)
         best, logits = min(tried, key=lambda each: abs(each[0].kept - budget))
-        found.append(best)
+        calibrations.append(best)
         if progress is not None:
-            progress(done + 1, len(wanted))
-    return found
+            progress(done + 1, len(wanted), "calibrating budgets")
+    return calibrations
 
 
 def _record(budget: float, thresholds: Tensor, logits: Tensor, costs: Tensor) -> Calibration:
@@ -137,6 +140,6 @@ def thresholds_at(grid: Mapping[float, Sequence[float]], budget: float) -> list[
 
 
 def _between(low: float, high: float, part: float) -> float:
-    if torch.isfinite(torch.tensor([low, high])).all():
+    if math.isfinite(low) and math.isfinite(high):
         return low + (high - low) * part
     return high  # one end never skips (or always does): keep the safer end

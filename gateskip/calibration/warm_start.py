@@ -11,7 +11,6 @@ multiply-add, and one threshold can serve them all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +23,9 @@ from gateskip.gates.base import Gates
 from gateskip.gates.learned import ScalarGates
 from gateskip.gates.shortcuts import Shortcuts
 from gateskip.model.compute import branch_costs
-from gateskip.model.families import Branch, find_branches, head
+from gateskip.model.families import Branch, device_of, find_branches, head
+from gateskip.model.progress import Progress
 from gateskip.model.reference import masked_forward
-
-Progress = Callable[[int, int], None]
 
 
 def warm_start(
@@ -49,20 +47,21 @@ def warm_start(
     """
     branches = find_branches(model)
     width = model.config.hidden_size
-    solver = _Ridge(len(branches), width)
-    fisher, square = torch.zeros(len(branches)), torch.zeros(len(branches))
+    device = device_of(model)
+    solver = _Ridge(len(branches), width, device)
+    fisher, square = (torch.zeros(len(branches), device=device) for _ in range(2))
     generator = torch.Generator().manual_seed(seed)
     shortcuts = None if gates is None else gates.shortcuts
     for done, block in enumerate(blocks.split(1)):
-        found = measure(model, block, generator, kv_rule, shortcuts)
-        fisher += found.scores.mean(1)
-        square += found.norms.square().mean(1)
-        solver.add(found.inputs, found.norms.clamp_min(1e-12).log())
+        measured = measure(model, block, generator, kv_rule, shortcuts)
+        fisher += measured.scores.mean(1)
+        square += measured.norms.square().mean(1)
+        solver.add(measured.inputs, measured.norms.clamp_min(1e-12).log())
         if progress is not None:
-            progress(done + 1, len(blocks))
+            progress(done + 1, len(blocks), "warm start")
     weight, bias, mean = solver.solve(ridge)
     fisher, square = fisher / len(blocks), square / len(blocks)
-    costs = torch.tensor([float(cost.saved(kv_rule)) for cost in branch_costs(model)])
+    costs = torch.tensor([float(c.saved(kv_rule)) for c in branch_costs(model)], device=device)
     gates = ScalarGates(len(branches), width) if gates is None else gates
     offset = (fisher / costs * costs.mean()).log() - square.sqrt().log()
     gates.start(weight, bias + offset, mean)
@@ -83,7 +82,7 @@ class Measured:
 
     inputs: list[Tensor]  # [S, H] a branch: what its gate reads
     norms: Tensor  # [branches, S]: ||o||, what it added (beyond the shortcut, where there is one)
-    scores: Tensor  # [branches, S]: half the squared slope of log p(y) in the branch's mask
+    scores: Tensor  # [branches, S]: half the squared gradient of log p(y) in the branch's mask
 
 
 def measure(
@@ -93,11 +92,11 @@ def measure(
     kv_rule: str = "project",
     shortcuts: Shortcuts | None = None,
 ) -> Measured:
-    """Run one block [1, S] forward and backward."""
+    """Run one block [1, S] forward and backward. `generator` is a CPU's, on every device."""
     masks: list[Tensor] = []
     inputs: list[Tensor] = []
     norms: list[Tensor] = []
-    every = ScalarGates(len(find_branches(model)), model.config.hidden_size)
+    every = ScalarGates(len(find_branches(model)), model.config.hidden_size).to(device_of(model))
     every.shortcuts = shortcuts
 
     def rule(branch: Branch, z: Tensor) -> Tensor:
@@ -114,10 +113,11 @@ def measure(
     with torch.enable_grad(), frozen(model):
         hidden = masked_forward(model, block, every, rule, kv_rule, observe)
         log_p = F.log_softmax(head(model, hidden)[0].float(), dim=-1)  # [S, V]
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        probs = log_p.detach().exp().cpu()  # a seed draws the same tokens on every device
+        drawn = torch.multinomial(probs, 1, generator=generator).to(log_p.device)
         likelihood = log_p.gather(1, drawn).sum()
-        slopes = torch.autograd.grad(likelihood, masks)
-    scores = torch.cat(slopes).detach().float().square() / 2
+        gradients = torch.autograd.grad(likelihood, masks)
+    scores = torch.cat(gradients).detach().float().square() / 2
     return Measured(inputs, torch.stack(norms), scores)
 
 
@@ -139,12 +139,12 @@ class frozen:
 class _Ridge:
     """Normal equations of one regression a branch, gathered block by block."""
 
-    def __init__(self, branches: int, width: int) -> None:
+    def __init__(self, branches: int, width: int, device: torch.device) -> None:
         self.count = 0
-        self.gram = torch.zeros(branches, width, width)
-        self.cross = torch.zeros(branches, width)
-        self.sum_x = torch.zeros(branches, width)
-        self.sum_y = torch.zeros(branches)
+        self.gram = torch.zeros(branches, width, width, device=device)
+        self.cross = torch.zeros(branches, width, device=device)
+        self.sum_x = torch.zeros(branches, width, device=device)
+        self.sum_y = torch.zeros(branches, device=device)
 
     def add(self, inputs: list[Tensor], targets: Tensor) -> None:
         """inputs: [S, H] a branch; targets [branches, S]."""

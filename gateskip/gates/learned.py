@@ -129,7 +129,7 @@ class SharedGates(Gates):
         with torch.no_grad():
             for kind in range(2):
                 self.weight[kind] = weight[kind::2].mean(0)
-            own = self.weight[torch.arange(self.branches) % 2]
+            own = self.weight[torch.arange(self.branches, device=self.weight.device) % 2]
             self.bias.copy_(bias + ((weight - own) * mean).sum(1))
 
 

@@ -137,6 +137,12 @@ def backbone(model: Any) -> Any:
     return getattr(model, model.base_model_prefix)
 
 
+def device_of(model: Any) -> torch.device:
+    """Where the model reads token ids: the device of its embedding."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
 def final_norm(model: Any) -> Any:
     """The norm between the last layer and the LM head."""
     body = backbone(model)

@@ -1,4 +1,4 @@
-"""Model folders as transformers loads them, and those that it does not load by itself.
+"""Loading model folders: what transformers loads, and GPTQ with mixed bits, which it does not.
 
 A GPTQ checkpoint whose layers differ in bits says so in `dynamic` (patterns of layer names, and
 what is different there), one whose LM head is packed in `lm_head`; gptqmodel, vLLM and SGLang read
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,13 @@ def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
     """A transformers causal LM from a folder, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
-    if is_mixed(folder):
-        read_mixed_bits()
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
+    with mixed_bits() if is_mixed(folder) else nullcontext():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
 
 
 def is_mixed(folder: str | Path) -> bool:
-    """Whether the folder's weights need `read_mixed_bits`."""
+    """Whether the folder's weights need `mixed_bits`."""
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     stated = config.get("quantization_config") or {}
@@ -39,8 +39,13 @@ def is_mixed(folder: str | Path) -> bool:
     return stated.get("quant_method") == QUANTIZER and bool(mixed)
 
 
-def read_mixed_bits() -> None:
-    """Let `from_pretrained` of this process read such folders; all others load as before."""
+@contextmanager
+def mixed_bits() -> Iterator[None]:
+    """Within this context `from_pretrained` reads such folders; all others load as before.
+
+    transformers chooses a quantizer by name in two tables of its own, and has no argument for
+    another one. So two entries are replaced for as long as a load takes, and put back afterwards.
+    """
     from transformers.quantizers.auto import (
         AUTO_QUANTIZATION_CONFIG_MAPPING,
         AUTO_QUANTIZER_MAPPING,
@@ -48,16 +53,13 @@ def read_mixed_bits() -> None:
     from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
     from transformers.utils.quantization_config import GPTQConfig
 
-    if AUTO_QUANTIZER_MAPPING[QUANTIZER] is not GptqHfQuantizer:
-        return
-
     class MixedConfig(GPTQConfig):
         """With the two entries that transformers does not know."""
 
         def __init__(
-            self, *given: Any, dynamic: Any = None, lm_head: bool = False, **more: Any
+            self, *args: Any, dynamic: Any = None, lm_head: bool = False, **kwargs: Any
         ) -> None:
-            super().__init__(*given, **more)
+            super().__init__(*args, **kwargs)
             self.dynamic, self.lm_head = dynamic, lm_head
 
         def to_dict_optimum(self) -> dict[str, Any]:
@@ -74,12 +76,17 @@ def read_mixed_bits() -> None:
             else:
                 super()._process_model_before_weight_loading(model, **kwargs)
 
+    before = AUTO_QUANTIZATION_CONFIG_MAPPING[QUANTIZER], AUTO_QUANTIZER_MAPPING[QUANTIZER]
     AUTO_QUANTIZATION_CONFIG_MAPPING[QUANTIZER] = MixedConfig
     AUTO_QUANTIZER_MAPPING[QUANTIZER] = MixedQuantizer
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZATION_CONFIG_MAPPING[QUANTIZER], AUTO_QUANTIZER_MAPPING[QUANTIZER] = before
 
 
 def _place_packed_layers(model: Any, config: Any, quantizer: Any, given: dict[str, Any]) -> None:
-    """Empty packed layers where the checkpoint has such, those of as many bits together."""
+    """Replace layers by empty packed ones where the checkpoint has packed ones, bits by bits."""
     from gptqmodel.quantization.config import dynamic_get
 
     usual = quantizer.bits

@@ -1,7 +1,7 @@
 """The whole model as one differentiable pass, with a mask on every branch.
 
-This is the reference: it computes everything and multiplies by 0 or 1. Training needs it for its
-gradients, calibration for its gate logits, and the tests hold the physical path of skip.py to it.
+This is the reference: it computes every branch and multiplies by 0 or 1. Training needs its
+gradients, calibration its gate logits, and tests compare the backends of runtime/ with it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gateskip.model.families import Branch, embed, final_norm, find_branches, rope_at
+from gateskip.model.families import Branch, device_of, embed, final_norm, find_branches, rope_at
 from gateskip.model.gating import ANCHORS, TokenGates
 from gateskip.model.projections import (
     AttentionShape,
@@ -50,6 +50,7 @@ def masked_forward(
     the backward pass for its activations' memory.
     """
     run = _recomputed if checkpointing and torch.is_grad_enabled() else _at_once
+    input_ids = input_ids.to(device_of(model))  # text waits in memory until its turn
     hidden = embed(model, input_ids)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     rope = rope_at(model, positions, hidden.dtype)
@@ -61,7 +62,7 @@ def masked_forward(
             x = branch.enter(source)
             keep, scale = None, None
             if gates is not None:
-                # Ranking asks for all its digits
+                # Thresholds compare logits, so they are computed in float32
                 with torch.autocast(x.device.type, enabled=False):
                     keep = mask and anchored(mask(branch, gates.logit(branch.index, x.detach())))
                     if gates.scales or watch is not None:

@@ -23,9 +23,10 @@ from gateskip.gates.base import Gates
 from gateskip.model.compute import branch_costs
 from gateskip.model.families import find_branches, head
 from gateskip.model.gating import ANCHORS
+from gateskip.model.progress import Progress
 from gateskip.model.reference import masked_forward
 from gateskip.training.budget_price import BudgetPrice
-from gateskip.training.loop import Loop, Progress, adapt, precision
+from gateskip.training.loop import Loop, adapt, precision, training_device
 from gateskip.training.masks import TrainMask, scheduled_budget
 from gateskip.training.objectives import (
     SPARSITY,
@@ -37,9 +38,7 @@ from gateskip.training.objectives import (
 from gateskip.training.recipe import TrainConfig
 
 WINDOW = 4  # steps whose gate logits set the thresholds
-GAIN = (
-    0.2  # part of a step's error in the skipped share, as a logarithm, that the next ones correct
-)
+GAIN = 0.2  # of the feedback on the skipped share: part of the log error that a step corrects
 MOST_DRIFT = 1.5
 
 
@@ -64,7 +63,7 @@ def train_gates(
     if teacher is None and config.backbone != "frozen" and config.loss != "cross-entropy":
         raise ValueError("a trained backbone needs the dense model as a teacher of its own")
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=training_device().type == "cpu",
         mixed_precision=precision(config.precision),
         gradient_accumulation_steps=config.accumulate,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -81,7 +80,7 @@ def train_gates(
 
 
 class _Session(Loop):
-    """A fine-tune of gates: what it remembers, and what one step does."""
+    """A fine-tune of gates: its state, and one step."""
 
     config: TrainConfig
 
@@ -112,10 +111,11 @@ class _Session(Loop):
         self.prices = self._prices().to(accelerator.device)
         kinds = [branch.kind for branch in find_branches(model)]
         wanted = ("attention", "mlp") if config.branches == "both" else (config.branches,)
-        self.free = torch.tensor([kind in wanted for kind in kinds])  # [branches]
+        # On the CPU, as the window of logits is where thresholds are read off it
+        self.free = torch.tensor([kind in wanted for kind in kinds], device="cpu")  # [branches]
         self.free[0] &= config.kv_rule != "copy"
         self.window: list[Tensor] = []  # gate logits [branches, tokens] of the last steps
-        self.drift = 0.0  # what the skipped share is asked for beyond what is wanted, a logarithm
+        self.drift = 0.0  # log of the factor by which the skipped share is corrected
 
     def _prices(self) -> Tensor:
         """Net saving of a skipping token at each branch [branches], a share of all branches."""
@@ -203,9 +203,9 @@ class _Session(Loop):
         return loss
 
     def _head_loss(self, hidden: Tensor, dense: Tensor | None, block: Tensor) -> Tensor:
-        """What the LM head makes of hidden [B, S, H], against the teacher's and the text's tokens.
+        """Loss of the logits of hidden [B, S, H] against the teacher's logits and the next tokens.
 
-        `dense` [B, S, H] is the teacher's, needed to distil; block [B, S].
+        `dense` [B, S, H] is the teacher's final state, needed to distil; block [B, S].
         """
         config, count = self.config, block.numel()
         following = torch.cat((block[:, 1:], torch.full_like(block[:, :1], -100)), 1).flatten()
@@ -214,8 +214,8 @@ class _Session(Loop):
             logits = head(self.model, part)
             loss = torch.zeros((), device=part.device)
             if config.loss != "distill":
-                told = int((following[rows] >= 0).sum())
-                share = told / (count - len(block))
+                followed = int((following[rows] >= 0).sum())
+                share = followed / (count - len(block))
                 loss = loss + share * next_token_loss(logits, following[rows])
             if config.loss != "cross-entropy":
                 assert dense is not None, "distillation has a teacher"
@@ -239,14 +239,15 @@ class _Session(Loop):
         budget = 1 - min(1.0, (1 - budget) * math.exp(self.drift))
         if self.config.ranking == "uniform":
             share = 1 - (1 - budget) * float(costs.sum() / costs[self.free].sum())
-            found = quantiles(logits, torch.full((len(logits),), share))
+            thresholds = quantiles(logits, torch.full((len(logits),), share))
         else:
-            found = global_thresholds(logits, budget, costs, self.free)
-        return found.to(self.costs.device)
+            thresholds = global_thresholds(logits, budget, costs, self.free)
+        return thresholds.to(self.costs.device)
 
     def _correct(self, budget: float, kept: float) -> None:
-        """Ask for more or less of the next steps: the window's logits were seen at other budgets,
-        and gates move, so a threshold read off them keeps another share than it was meant to."""
+        """Feedback on the kept share: the window's logits come from other budgets, and gates move,
+        so a threshold read off them keeps another share than the budget. The error is corrected in
+        the next steps."""
         if budget < 0.97 and kept < 1.0:
             self.drift += GAIN * (math.log(1 - budget) - math.log(1 - kept))
             self.drift = min(MOST_DRIFT, max(-MOST_DRIFT, self.drift))
@@ -266,7 +267,7 @@ class _Session(Loop):
 
     def _validate(self, blocks: Tensor) -> dict[str, float]:
         """KL to the teacher on held-out blocks, at each of `validate_budgets`."""
-        found = {}
+        row = {}
         with torch.no_grad(), self.accelerator.autocast():
             for budget in self.config.validate_budgets:
                 thresholds, total, kept = self._thresholds(budget), 0.0, 0.0
@@ -277,10 +278,10 @@ class _Session(Loop):
                     hidden = masked_forward(self.model, part, self.gates, rule, self.config.kv_rule)
                     total += float(distill_loss(head(self.model, hidden), target))
                     kept += float(rule.share)
-                found[f"kl@{budget}"] = total / len(blocks)
-                found[f"kept@{budget}"] = kept / len(blocks)
-        distances = [value for name, value in found.items() if name.startswith("kl@")]
-        return found | {"valid": sum(distances) / len(distances)}
+                row[f"kl@{budget}"] = total / len(blocks)
+                row[f"kept@{budget}"] = kept / len(blocks)
+        distances = [value for name, value in row.items() if name.startswith("kl@")]
+        return row | {"valid": sum(distances) / len(distances)}
 
     def state(self) -> dict[str, Any]:
         """Beside a loop's own: the gates, and what finds the next step's thresholds."""

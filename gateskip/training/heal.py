@@ -1,4 +1,4 @@
-"""Healing: a model that lost parts is distilled back from the dense one, by its own predictions."""
+"""Healing: distillation of the dense model into one that pruning or quantization has damaged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from gateskip.model.families import backbone, head
-from gateskip.training.loop import Loop, Progress, Row, adapt, precision
+from gateskip.model.progress import Progress
+from gateskip.training.loop import Loop, Row, adapt, precision, training_device
 from gateskip.training.objectives import distill_loss, in_chunks
 from gateskip.training.recipe import HealConfig
 
@@ -34,7 +35,7 @@ def heal(
     the teacher than it was. With `work`, a killed run goes on from its last checkpoint there.
     """
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=training_device().type == "cpu",
         mixed_precision=precision(config.precision),
         gradient_accumulation_steps=config.accumulate,
     )
@@ -66,8 +67,9 @@ def worn_out(curve: Iterable[Row], patience: int) -> bool:
     >>> worn_out([{"valid": 3.0}, {"valid": 2.0}, {"loss": 1.0}, {"valid": 2.5}], 1)
     True
     """
-    found = [row["valid"] for row in curve if "valid" in row]
-    return bool(patience and found) and len(found) - 1 - found.index(min(found)) >= patience
+    losses = [row["valid"] for row in curve if "valid" in row]
+    since_best = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+    return bool(patience and losses) and since_best >= patience
 
 
 class _Healing(Loop):

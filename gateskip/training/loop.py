@@ -1,13 +1,11 @@
-"""A training loop that a kill only interrupts: what the fine-tunes of this package share.
+"""The training loop of all fine-tunes: parameters, text order, learning rates, checkpoints.
 
-A fine-tune says what one step does (`advance`) and what it must remember besides (`state`); the
-rest is the same for all: which of the model's weights learn, the order of the text, the learning
-rate, and checkpoints that are whole or absent.
+A fine-tune defines one step (`advance`) and the state that it adds to a checkpoint (`state`). A run
+that was killed resumes from its last checkpoint, which is written atomically.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,17 @@ from torch import Tensor, nn
 
 from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.families import backbone
+from gateskip.model.progress import Progress
+from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.training.recipe import LoopConfig
 from gateskip.training.scales import open_scales
 
-Progress = Callable[[int, int, str], None]
 Row = dict[str, float]
 CHECKPOINT = "training.pt"
 
 
 def precision(asked: str) -> str:
-    """`auto` is bf16 where the device multiplies it faster, else float32."""
+    """Mixed precision as accelerate names it. `auto` is bf16 where that is faster, else `no`."""
     if asked != "auto":
         return asked
     if torch.cuda.is_available():
@@ -34,8 +33,30 @@ def precision(asked: str) -> str:
     return "bf16" if bfloat16_is_faster() else "no"
 
 
+def training_device() -> torch.device:
+    """Where fine-tunes run: the CUDA device, where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def refuse_cpu_layers(model: nn.Module, device: torch.device) -> None:
+    """Refuse to move layers to a device that their kernels cannot compute on.
+
+    Raises ValueError, naming the first such layer, where `device` is no CPU.
+    """
+    if device.type == "cpu":
+        return
+    for name, module in model.named_modules():
+        gptq = hasattr(module, "qweight") and hasattr(module, "g_idx")
+        if gptq or isinstance(module, PackedLinear):
+            raise ValueError(
+                f"{name} ({type(module).__name__}) is packed for kernels of a CPU, and training"
+                f" would move it to {device}: train before quantizing, hide the device"
+                " (CUDA_VISIBLE_DEVICES=) to train on the CPU, or heal with backbone: scales"
+            )
+
+
 def adapt(model: Any, config: LoopConfig) -> Any | None:
-    """Ask for the gradients that the config wants; returns peft's wrapper under `lora`."""
+    """Choose which parameters get gradients, as the config says; peft's wrapper under `lora`."""
     if config.backbone == "scales":
         open_scales(model)
         return None
@@ -57,14 +78,20 @@ def adapt(model: Any, config: LoopConfig) -> Any | None:
 
 
 class Loop:
-    """The state of one fine-tune, and its steps until they are done."""
+    """The state of one fine-tune, and its steps until they are done.
+
+    The learning rates follow a schedule of our own: transformers' linear and cosine schedules with
+    warm-up begin at a rate of 0 or shift the decay by one step, and only the cosine one can end at
+    a tenth. Their values would change the result of every stored step.
+    """
 
     config: LoopConfig
 
     def __init__(
         self, model: Any, blocks: Tensor, config: LoopConfig, accelerator: Accelerator
     ) -> None:
-        """Blocks [N, S] of token ids; what of the model learns is what asks for gradients."""
+        """Blocks [N, S] of token ids; the parameters that require gradients are trained."""
+        refuse_cpu_layers(model, accelerator.device)
         self.model, self.blocks = model, blocks
         self.config, self.accelerator = config, accelerator
         self.step, self.curve = 0, list[Row]()
@@ -109,7 +136,7 @@ class Loop:
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
 
     def _rate(self, step: int) -> float:
-        """Factor of the learning rates: rise, then fall to a tenth."""
+        """Factor of the learning rates at a step: linear warm-up, then decay to a tenth."""
         rise = max(1, round(self.config.warmup * self.config.steps))
         if step < rise:
             return (step + 1) / rise
@@ -149,7 +176,7 @@ class Loop:
         self.schedule.load_state_dict(state["schedule"])
 
     def put_back(self, weights: dict[str, Tensor]) -> None:
-        """Give the weights that learn these values."""
+        """Set the trained parameters to these values, by name."""
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(weights[name])

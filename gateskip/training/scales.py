@@ -1,9 +1,9 @@
-"""Scales: what packed weights still learn by.
+"""Fine-tuning of packed weights by their scales and norms alone.
 
-A packed weight is a code times a scale that a group of codes shares. The codes are fixed; the
-scales are numbers like any other, one or two for every hundred weights. Training them (PEQA, arXiv
-2305.14152, eq. 2) changes neither the format nor the size of a checkpoint nor the time it takes, so
-what comes out loads wherever the packed model did. Norms, never packed, learn along.
+A packed weight is a code times a scale that a group of codes shares. The codes stay fixed and the
+scales are trained: one or two for every hundred weights (PEQA, arXiv 2305.14152, eq. 2). Format,
+size and speed of the checkpoint stay as they are, so it loads wherever the packed model did. Norms,
+which are never packed, are trained too.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class ScaledLinear(nn.Module):
         self.key = key
         self.register_buffer("codes", codes.view(*scale.shape, -1))
         self.register_buffer("scale", scale.float())
-        ordered = torch.equal(order, torch.arange(len(order)))
+        ordered = torch.equal(order, torch.arange(len(order), device=order.device))
         self.register_buffer("order", None if ordered else order)
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self.gain = nn.Parameter(torch.ones(scale.shape))
+        self.gain = nn.Parameter(torch.ones(scale.shape, device=scale.device))
 
     def learned(self) -> Tensor:
         """The scales [out, G] as they are now."""
@@ -60,14 +60,18 @@ class ScaledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        weight = (self.codes.to(kind) * self.learned().to(kind).unsqueeze(2)).flatten(1)
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        weight = (self.codes.to(dtype) * self.learned().to(dtype).unsqueeze(2)).flatten(1)
         x = x if self.order is None else x[..., self.order]
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
 def open_scales(model: Any) -> list[str]:
-    """Let a packed model learn by its scales and norms alone, in place; names what was opened.
+    """Make a packed model's scales and norms its only trainable parameters, in place.
+
+    Returns the names of the layers whose scales are trained.
 
     Raises:
         ValueError: it has no packed layer, or one whose scales are packed themselves.
@@ -128,7 +132,7 @@ def _as_stored(learned: Tensor, stored: Tensor) -> Tensor:
     """Scales [out, G] in the layout and type that a file has them in: GPTQ's lie the other way."""
     turned = stored.ndim == 2 and learned.shape != stored.shape
     shaped = learned.T if turned else learned.reshape(stored.shape)
-    return shaped.to(stored.dtype).contiguous()
+    return shaped.to(stored).contiguous()
 
 
 def _scaled(name: str, module: nn.Module) -> ScaledLinear | None:
@@ -155,12 +159,12 @@ def _from_four_bits(name: str, module: Any) -> ScaledLinear:
         raise ValueError(f"the scales of {name} are packed themselves (double quantization)")
     weight = bitsandbytes_functions().dequantize_4bit(module.weight.data, state).float()
     scale = state.absmax.view(len(weight), -1)
-    groups = torch.arange(weight.shape[1]) // state.blocksize
+    groups = torch.arange(weight.shape[1], device=weight.device) // state.blocksize
     return ScaledLinear(weight, scale, groups, "weight.absmax", module.bias)
 
 
 def _from_int8(module: Any) -> ScaledLinear:
     """One absolute maximum a row; the whole row is a group."""
     codes, scale = int8_parts(module)
-    groups = torch.zeros(codes.shape[1], dtype=torch.long)
+    groups = torch.zeros(codes.shape[1], dtype=torch.long, device=codes.device)
     return ScaledLinear(codes * scale, 127 * scale, groups, "SCB", module.bias)

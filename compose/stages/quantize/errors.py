@@ -1,4 +1,4 @@
-"""What quantization did to each layer, measured on text."""
+"""Rounding errors of packed layers, measured on text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from compose.stages.base import StageJob
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -21,30 +22,30 @@ def layer_errors(job: StageJob, blocks: Tensor) -> dict[str, float]:
     from gateskip.model.folders import load_model
 
     dense, packed = load_model(job.source, "float32"), load_model(job.target)
-    twins = dict(packed.named_modules())
+    packed_layers = dict(packed.named_modules())
     sums: dict[str, Tensor] = {}  # squared error and squared output
 
-    def watch(name: str, twin: Any) -> Any:
+    def watch(name: str, layer: Any) -> Any:
         # gptqmodel's kernels hold no parameters, and are 10 to 20 times slower in float32
-        kind = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.bfloat16)
+        dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), torch.bfloat16)
 
         def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            found = twin(inputs[0].to(_device(twin), kind)).to(output)
-            seen = torch.stack([(found - output).square().sum(), output.square().sum()])
-            sums[name] = sums.get(name, torch.zeros_like(seen)) + seen
+            rounded = layer(inputs[0].to(_device(layer), dtype)).to(output)
+            squares = torch.stack([(rounded - output).square().sum(), output.square().sum()])
+            sums[name] = sums.get(name, torch.zeros_like(squares)) + squares
 
         return hook
 
     for name, module in dense.named_modules():
-        if isinstance(module, torch.nn.Linear) and type(twins[name]) is not torch.nn.Linear:
-            module.register_forward_hook(watch(name, twins[name]))
+        if isinstance(module, torch.nn.Linear) and type(packed_layers[name]) is not torch.nn.Linear:
+            module.register_forward_hook(watch(name, packed_layers[name]))
     with torch.inference_mode():
         for done, block in enumerate(blocks.split(1)):
-            dense(block, use_cache=False)
-            job.progress(done + 1, len(blocks), "measuring what rounding did")
+            dense(block.to(dense.device), use_cache=False)
+            job.progress(done + 1, len(blocks), "measuring rounding errors")
     return {name: float(f"{(e / y).sqrt().item():.4g}") for name, (e, y) in sums.items()}
 
 
-def _device(module: Any) -> Any:
+def _device(module: Any) -> torch.device:
     """Where a packed layer keeps its weights: as parameters or as buffers."""
     return next(iter([*module.parameters(), *module.buffers()])).device
