@@ -48,4 +48,5 @@ def layer_errors(job: StageJob, blocks: Tensor) -> dict[str, float]:
 
 def _device(module: Any) -> torch.device:
     """Where a packed layer keeps its weights: as parameters or as buffers."""
-    return next(iter([*module.parameters(), *module.buffers()])).device
+    device: torch.device = next(iter([*module.parameters(), *module.buffers()])).device
+    return device
