@@ -69,7 +69,13 @@ def _modules(match: re.Match[str]) -> list[str]:
     _, base, names = match.groups()
     if base is not None and _file(base).is_file():
         return [base]
-    return [f"{base}.{name}" if base else name for name in re.split(r",\s*", names)]
+    return [f"{base}.{name}" if base else name for name, _ in _aliased(names)]
+
+
+def _aliased(names: str) -> list[tuple[str, str]]:
+    """(name, what it is called here) of each part of `a, b as c`."""
+    parts = [re.split(r"\s+as\s+", part) for part in re.split(r",\s*", names)]
+    return [(part[0], part[-1]) for part in parts]
 
 
 def _relative(source: str) -> str:
@@ -80,8 +86,10 @@ def _relative(source: str) -> str:
         modules = _modules(match)
         if modules == [base]:
             return f"{space}from .{flat_name(base)} import {names}"
+        called = [alias for _, alias in _aliased(names)]
         lines = [
-            f"from . import {flat_name(each)} as {each.rpartition('.')[2]}" for each in modules
+            f"from . import {flat_name(each)} as {alias}"
+            for each, alias in zip(modules, called, strict=True)
         ]
         return space + f"\n{space}".join(lines)
 
