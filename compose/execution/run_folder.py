@@ -122,8 +122,11 @@ def learns_from(plan: Plan) -> list[tuple[str, int | None]]:
     stages = [step.stage for step in plan.steps if step.stage is not None]
     splits = sorted({split for stage in stages for split in stage.reads_data})
     specs = [getattr(plan.pipeline.data, split) for split in splits]
-    known = [spec for spec in specs if spec is not None and spec.source != SELF_WRITTEN]
-    return [(spec.source, spec.limit) for spec in known]
+    return [
+        (spec.source, spec.limit)
+        for spec in specs
+        if spec is not None and spec.source != SELF_WRITTEN
+    ]
 
 
 def phases_of(cell: Cell) -> tuple[Phase, ...]:

@@ -30,7 +30,7 @@ def plan_counts(plan: Plan) -> str:
 
 
 def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
-    """The plan as JSON; each step and cell says whether it is `cached`."""
+    """The plan as JSON, with `cached` for each step and cell."""
     shown = plan.to_json()
     for step in shown["steps"]:
         manifest = run.store.manifest(step["key"])
@@ -84,7 +84,7 @@ def _state(cached: bool) -> str:
     return "[green]cached[/]" if cached else "to run"
 
 
-def say_result(console: Console, result: RunResult) -> None:
+def print_result(console: Console, result: RunResult) -> None:
     """How a run ended, and where its report is."""
     cells = [cell for cell in result.results.cells if cell.status != "left-out"]
     failed = [cell for cell in cells if cell.status == "failed"]
@@ -122,7 +122,7 @@ def cell_json(results: Results, cell: CellResult) -> dict[str, Any]:
     }
 
 
-def say_findings(console: Console, findings: Sequence[Finding]) -> None:
+def print_findings(console: Console, findings: Sequence[Finding]) -> None:
     """A line for each finding of doctor, and below it what puts it right."""
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
@@ -148,7 +148,7 @@ def stats_text(answer: dict[str, Any]) -> str:
 
 
 def read_text(text: str) -> str:
-    """The text itself, or what stands in the file that `@FILE` names.
+    """The text itself, or the content of the file that `@FILE` names.
 
     Raises:
         UserError: the file cannot be read.
@@ -161,7 +161,7 @@ def read_text(text: str) -> str:
         raise UserError(f"cannot read {text[1:]}: {error}") from error
 
 
-def say_insight(console: Console, found: dict[str, Any]) -> None:
+def print_insight(console: Console, found: dict[str, Any]) -> None:
     """A text with each token's background the darker, the more compute it got; and the means."""
     from reports.insight import heat
 
@@ -185,7 +185,7 @@ def _background(level: float) -> str:
     return f"{ink} on rgb({red},{green},{blue})"
 
 
-def say_race(out: Console, found: dict[str, Any]) -> None:
+def print_race(out: Console, found: dict[str, Any]) -> None:
     """Laps of `gateskip bench` as a table, speeds beside those of the first contender."""
     out.print(_laps(found["laps"]))
     for lap in found["laps"]:
@@ -213,7 +213,7 @@ def say_race(out: Console, found: dict[str, Any]) -> None:
         )
 
 
-def say_tuned(out: Console, found: dict[str, Any]) -> None:
+def print_tuned(out: Console, found: dict[str, Any]) -> None:
     """What `gateskip tune-draft` found."""
     out.print(_laps(found["second"]))
     tried = {lap["contender"] for lap in found["first"]} - {"plain"}

@@ -63,11 +63,11 @@ def answer(work: Callable[[], Any]) -> Message:
 
 def failure_message(error: Exception) -> Message:
     """An exception as a message: its text, its class in `compose.errors`, and its traceback."""
-    known = isinstance(error, ComposeError)
-    text = str(error) if known else f"{type(error).__name__}: {error}"
+    ours = isinstance(error, ComposeError)
+    text = str(error) if ours else f"{type(error).__name__}: {error}"
     return {
         "ok": False,
         "error": text.strip(),
-        "kind": type(error).__name__ if known else StepError.__name__,
+        "kind": type(error).__name__ if ours else StepError.__name__,
         "traceback": "".join(traceback.format_exception(error)),
     }
