@@ -152,3 +152,9 @@ def write_phase(
     """Keep what the phase measured, under its key."""
     record = {"key": phase_key(plan, cell, phase), "seconds": round(seconds, 3), "result": result}
     write_json(run.record(cell.name, phase), record)
+
+
+def is_measured(run: RunFolder, plan: Plan, cell: Cell) -> bool:
+    """Whether every phase of a cell, beside speed, has its record."""
+    records = (read_phase(run, plan, cell, phase) for phase in phases_of(cell))
+    return all(record is not None for record in records)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from compose.errors import UserError
-from compose.execution.run_folder import RunFolder, phases_of, read_phase
+from compose.execution.run_folder import RunFolder, is_measured
 from compose.execution.runner import RunResult
 from compose.planning.plan import Plan
 from compose.results.schema import METRICS, CellResult, Results, metrics
@@ -37,8 +37,7 @@ def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
         step["cached"] = manifest is not None
         step["peak_bytes"] = ((manifest or {}).get("record") or {}).get("peak_bytes")
     for row, cell in zip(shown["cells"], plan.cells, strict=True):
-        records = (read_phase(run, plan, cell, phase) for phase in phases_of(cell))
-        row["cached"] = all(record is not None for record in records)
+        row["cached"] = is_measured(run, plan, cell)
     return shown
 
 
@@ -64,7 +63,7 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
         decode = cell["decode"]["use"] if cell["decode"] else "plain"
         also = ", ".join(cell["aliases"])
         cells.add_row(cell["name"], names[cell["weights"]], decode, also, _state(cell["cached"]))
-    parts: list[Any] = [steps, "", cells]
+    parts: list[RenderableType] = [steps, "", cells]
     if plan.left_out:
         left_out = _table("Left out", "chain", "rule", "why")
         for left in plan.left_out:
