@@ -17,11 +17,10 @@ from torch import Tensor
 
 import gateskip
 from compose.assets import TASKS, first_available, load_texts, overlaps, token_blocks
-from compose.bench.quality import (
+from compose.bench.text import (
     ScoredModel,
     load_head,
     load_reference,
-    run_tasks,
     save_reference,
     score_blocks,
 )
@@ -112,14 +111,16 @@ class CellBench:
         found: dict[str, Any] = {}
         if wanted["perplexity"]:
             found |= self._on_text(model, wanted, reference)
-        scores = run_tasks(
-            model,
-            wanted["tasks"],
-            limit=wanted["limit"],
-            batch_size=wanted["batch_size"],
-            cache=self.job.asset_cache,
-        )
-        if scores:
+        if wanted["tasks"]:
+            from compose.bench.tasks import run_tasks  # loads lm-eval
+
+            scores = run_tasks(
+                model,
+                wanted["tasks"],
+                limit=wanted["limit"],
+                batch_size=wanted["batch_size"],
+                cache=self.job.asset_cache,
+            )
             found["tasks"] = {name: asdict(score) for name, score in scores.items()}
         if self.job.learns_from:
             found |= self._overlap(found, wanted)
@@ -362,13 +363,13 @@ class Scored(ScoredModel):
         counts = None if lengths is None else lengths.tolist()
         return skipping.forward(input_ids, cache, [0] * len(input_ids), self.levels, counts)
 
-    def write(
-        self, prompts: Sequence[list[int]], new_tokens: int, ends: Sequence[int]
+    def generate(
+        self, prompts: Sequence[list[int]], new_tokens: int, stop_tokens: Sequence[int]
     ) -> list[list[int]]:
-        """Greedy continuations, made as the cell decodes."""
+        """Greedy continuations, decoded as the cell decodes."""
         mode: Mode = "plain" if self.levels is None else "skip"
         budget = 1.0 if self.budget is None else self.budget
-        return self.decoder.generate(prompts, new_tokens, mode, budget, eos=ends).tokens
+        return self.decoder.generate(prompts, new_tokens, mode, budget, eos=stop_tokens).tokens
 
     def branch(
         self, contexts: Sequence[list[int]], endings: Sequence[list[int]], owner: Sequence[int]
