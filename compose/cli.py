@@ -157,8 +157,8 @@ def report(run_dir: RunDir) -> None:
 
 def _pick(run_dir: Path, **wanted: Any) -> tuple[Any, Any]:
     from compose.execution.run_folder import RunFolder
+    from compose.results.io import load_results
     from compose.results.pick import pick as pick_cell
-    from compose.results.schema import load_results
     from compose.units import parse_bytes
 
     results = load_results(RunFolder.existing(run_dir).results_file)

@@ -24,7 +24,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox, ScaledTranslation
 
-from compose.results.schema import TrainingPoint
+from compose.results.metrics import retained_basis
+from compose.results.parts import TrainingPoint
 from reports.load import KEEPS, Report, Row
 from reports.tables import TIMES, number, percent
 
@@ -503,7 +504,7 @@ def _accuracy(report: Report) -> Sketch | None:
     rows = [row for row in rows if metric in row.values]
     if metric is None or len({row.values["saved"] for row in rows}) < 2:
         return None
-    what = "Accuracy" if report.results.retained_basis == "tasks" else "Quality"
+    what = "Accuracy" if retained_basis(report.results) == "tasks" else "Quality"
     title = f"{what} against compute saved"
     caption = "Share of the dense model's quality that is kept, over net multiply-adds saved."
     if any(row.decode == "skip" for row in rows):
@@ -541,7 +542,7 @@ def _half_width(report: Report, row: Row) -> float:
     """Half of the 95 % interval of `retained`, the tasks taken as independent; 0 when unknown."""
     quality, baseline = report.results.quality(row.cell), report.baseline
     dense = None if baseline is None else report.results.quality(baseline.cell)
-    if quality is None or dense is None or report.results.retained_basis != "tasks":
+    if quality is None or dense is None or retained_basis(report.results) != "tasks":
         return 0.0
     widths = []
     for task, score in (quality.tasks or {}).items():

@@ -19,6 +19,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from compose.results.metrics import gain, retained_basis
 from reports import plots, tables
 from reports.load import KEEPS, Report, Row, read
 
@@ -132,9 +133,10 @@ def _facts(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
         "pictures": drawn,
         "environment": tables.environment(results.environment),
         "notes": [(cell.name, note) for cell in results.cells for note in cell.notes or ()],
-        "gain": lambda metric, row: results.gain(metric, row.cell),
+        "gain": lambda metric, row: gain(results, metric, row.cell),
         "tone": tables.tone,
         "keeps": KEEPS,
+        "retained_basis": retained_basis(results),
         "retained_help": tables.retained_help(report),
     }
 

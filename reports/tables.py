@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from compose.results.schema import METRICS, Divergence, SpeedNumbers, TaskScore, task_retained
+from compose.results.metrics import METRICS, gain, over_seeds, retained_basis, task_retained
+from compose.results.parts import Divergence, SpeedNumbers, TaskScore
 from reports.load import KEEPS, Report, Row
 
 DASH = "–"
@@ -78,9 +79,11 @@ def overview(report: Report) -> Table:
         report,
         report.rows,
         [
-            _metric("size", "Size", "MB", "Weight files on disk.", megabytes, gain=True, bar=True),
-            _metric("decode", "Decode", "tok/s", _DECODE, number, gain=True, bar=True),
-            _metric("prefill", "Prefill", "tok/s", _PREFILL, number, gain=True),
+            _metric(
+                "size", "Size", "MB", "Weight files on disk.", megabytes, show_gain=True, bar=True
+            ),
+            _metric("decode", "Decode", "tok/s", _DECODE, number, show_gain=True, bar=True),
+            _metric("prefill", "Prefill", "tok/s", _PREFILL, number, show_gain=True),
             _metric("saved", "Saved", "net, %", _SAVED, share),
             _metric("perplexity-ratio", "Perplexity", TIMES + " dense", _RATIO, ratio),
             _metric("kl", "KL", "nats", _KL, number),
@@ -138,7 +141,7 @@ def _seed_count(report: Report, row: Row) -> Entry:
 
 def _over_seeds(name: str, show: Callable[[float], str]) -> Callable[[Report, Row], Entry]:
     def make(report: Report, row: Row) -> Entry:
-        values = report.results.over_seeds(name, row.cell)
+        values = over_seeds(report.results, name, row.cell)
         if len(values) < 2:
             return Entry()
         mean = statistics.fmean(values)
@@ -356,7 +359,7 @@ _LOSSLESS = "Whether speculative greedy decoding gave plain decoding's tokens, e
 
 def retained_help(report: Report) -> str:
     """What the share retained is a share of, in this run."""
-    if report.results.retained_basis == "tasks":
+    if retained_basis(report.results) == "tasks":
         return "Task scores over the dense model's, mean over the tasks."
     return "The dense model's perplexity over the cell's: no tasks were asked in this run."
 
@@ -382,7 +385,7 @@ def _metric(
     help: str,
     show: Callable[[float], str],
     *,
-    gain: bool = False,
+    show_gain: bool = False,
     bar: bool | Literal["unit"] = False,
 ) -> Column:
     """A column of one metric. A bar is drawn against the table's largest value, or against 1."""
@@ -391,7 +394,7 @@ def _metric(
         value = row.get(name)
         if value is None:
             return Entry()
-        over = report.results.gain(name, row.cell) if gain and not row.is_baseline else None
+        over = gain(report.results, name, row.cell) if show_gain and not row.is_baseline else None
         top = max(r.values.get(name, 0.0) for r in report.rows) if bar is True else 1.0
         return Entry(
             text=show(value),
@@ -524,9 +527,7 @@ def _speedup(report: Report, row: Row) -> Entry:
     found = row.cell.speculation
     if found is None or found.speedup is None:
         return Entry()
-    each = found.speedup_per_prompt or ()
-    note = f"{min(each):.2f}{DASH}{max(each):.2f} over {len(each)} prompts" if each else ""
-    return Entry(times(found.speedup), note, found.speedup)
+    return Entry(times(found.speedup), sort=found.speedup)
 
 
 def _usual_draft(report: Report, row: Row) -> Entry:

@@ -18,7 +18,8 @@ from compose.errors import StepError, UserError
 from compose.language.schema import Pipeline
 from compose.planning.plan import make_plan
 from compose.planning.prepare import load_plan
-from compose.results.schema import CellResult, Results, save_results
+from compose.results.io import save_results
+from compose.results.schema import CellResult, Results
 from compose.store import write_json
 from compose.terminal.doctor import Finding
 from compose.units import bytes_text, count, metric_text, parse_bytes, span

@@ -25,7 +25,10 @@ from compose.artifacts.folder import (
 from compose.errors import ArtifactError, ComposeError, StepError, UserError, suggest
 from compose.execution.executors import Executor, Role, await_answer
 from compose.execution.run_folder import RunFolder
-from compose.results.schema import METRICS, CellResult, Results, TaskScore, load_results, metrics
+from compose.results.io import load_results
+from compose.results.metrics import METRICS, metrics
+from compose.results.parts import TaskScore
+from compose.results.schema import CellResult, Results
 from compose.store import read_json, write_json
 from compose.units import metric_text
 

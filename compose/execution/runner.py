@@ -44,7 +44,9 @@ from compose.execution.run_folder import (
     write_phase,
 )
 from compose.planning.plan import Cell, Plan, Step
-from compose.results.schema import Results, capture_environment, load_results, save_results
+from compose.results.environment import capture_environment
+from compose.results.io import load_results, save_results
+from compose.results.schema import Results
 from compose.store import Store, write_json
 from compose.terminal.progress import Board, Line
 

@@ -15,7 +15,8 @@ from compose.errors import UserError
 from compose.execution.run_folder import RunFolder, phases_of, read_phase
 from compose.execution.runner import RunResult
 from compose.planning.plan import Plan
-from compose.results.schema import METRICS, CellResult, Results, metrics
+from compose.results.metrics import METRICS, metrics
+from compose.results.schema import CellResult, Results
 from compose.terminal.doctor import Finding
 from compose.units import metric_text
 

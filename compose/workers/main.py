@@ -22,6 +22,7 @@ import ctypes
 import json
 import logging
 import os
+import platform
 import select
 import signal
 import sys
@@ -30,30 +31,18 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 from compose.errors import ComposeError, StepError
 from compose.memory import peak_bytes
+from compose.results.environment import library_versions
 from compose.store import read_json
 
 Job = dict[str, Any]
 Message = dict[str, Any]
 PROGRESS_EVERY_S = 0.2
 PR_SET_PDEATHSIG = 1
-
-# Whose versions may change what a stage makes: recorded in the lineage.
-LIBRARIES = (
-    "gateskip-compose",
-    "torch",
-    "transformers",
-    "accelerate",
-    "bitsandbytes",
-    "gptqmodel",
-    "optimum",
-    "torch-pruning",
-)
 
 
 class Channel:
@@ -140,7 +129,7 @@ def run_step(job: Job, channel: Channel) -> dict[str, Any]:
         "wall_s": round(seconds, 3),
         "peak_bytes": peak,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": library_versions(),
+        "versions": {"python": platform.python_version(), **library_versions()},
     }
     artifact.write_lineage(target, entry, before)
     channel.progress(1, 1, "storing what the model predicts")
@@ -227,15 +216,6 @@ def seed_everything(seed: int) -> None:
     from transformers import set_seed
 
     set_seed(seed)
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of what makes results."""
-    versions = {"python": sys.version.split()[0]}
-    for name in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
 
 
 def run_check(job: Job, channel: Channel) -> dict[str, float]:
