@@ -1,4 +1,4 @@
-"""The code that an export carries: our own sources of decoding, rewritten to stand in one folder.
+"""The decoding code that an export carries: our own modules, rewritten to lie in one folder.
 
 With `trust_remote_code=True` transformers loads `custom_generate/generate.py` of a folder, and
 what that imports beside itself. So the modules that decoding needs are copied there with their
@@ -55,9 +55,9 @@ def flat_name(module: str) -> str:
 
 
 def _package() -> Path:
-    found = util.find_spec("gateskip")
-    assert found is not None and found.submodule_search_locations, "we are installed"
-    return Path(found.submodule_search_locations[0])
+    spec = util.find_spec("gateskip")
+    assert spec is not None and spec.submodule_search_locations, "gateskip is installed"
+    return Path(spec.submodule_search_locations[0])
 
 
 def _file(module: str) -> Path:
@@ -66,10 +66,16 @@ def _file(module: str) -> Path:
 
 def _modules(match: re.Match[str]) -> list[str]:
     """The modules that an import statement names: the one it imports from, or what it imports."""
-    _, base, names = match.groups()
+    base = match[2]
     if base is not None and _file(base).is_file():
         return [base]
-    return [f"{base}.{name}" if base else name for name in re.split(r",\s*", names)]
+    return [f"{base}.{name}" if base else name for name, _ in _imported_names(match)]
+
+
+def _imported_names(match: re.Match[str]) -> list[tuple[str, str]]:
+    """(name, the name it is bound to) for each name of a one-line import statement."""
+    parts = [part.split(" as ") for part in re.split(r",\s*", match[3])]
+    return [(part[0].strip(), part[-1].strip()) for part in parts]
 
 
 def _relative(source: str) -> str:
@@ -80,8 +86,10 @@ def _relative(source: str) -> str:
         modules = _modules(match)
         if modules == [base]:
             return f"{space}from .{flat_name(base)} import {names}"
+        bound = [alias for _, alias in _imported_names(match)]
         lines = [
-            f"from . import {flat_name(each)} as {each.rpartition('.')[2]}" for each in modules
+            f"from . import {flat_name(module)} as {alias}"
+            for module, alias in zip(modules, bound, strict=True)
         ]
         return space + f"\n{space}".join(lines)
 
