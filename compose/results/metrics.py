@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -146,6 +148,14 @@ def over_seeds(results: Results, name: str, cell: CellResult) -> tuple[float, ..
     ]
     values = [metric_of(results, name, each) for each in (cell, *runs)]
     return tuple(value for value in values if value is not None)
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of the values' mean, by Student's t."""
+    from scipy.stats import t
+
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return float(t.ppf(0.975, len(values) - 1)) * error
 
 
 def gain(results: Results, name: str, cell: CellResult) -> float | None:
