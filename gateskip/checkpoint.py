@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gateskip.calibration.thresholds import Calibration
+from gateskip.gates.base import Gates
 from gateskip.gates.kinds import GATE_KINDS, make_gates
-from gateskip.gates.learned import Gates
 from gateskip.gates.shortcuts import STORED, Shortcuts
 from gateskip.model.folders import load_model
 from gateskip.quantization.head import INT8, head_format, round_head
@@ -168,8 +168,8 @@ def load(
     from transformers import AutoTokenizer
 
     from gateskip.decoding.decoder import Decoder
-    from gateskip.kernels import choice
-    from gateskip.quantization.packed_linear import Samples, accelerate_linears
+    from gateskip.kernels import autotune
+    from gateskip.quantization.packed_linear import Samples, accelerate_linears, timed_pairs
     from gateskip.runtime.native import Engine, Unsuited
     from gateskip.runtime.skipping import SkippingModel
 
@@ -182,15 +182,15 @@ def load(
         round_head(model)
     gates, kv_rule = (file.gates, file.kv_rule) if file else (None, "project")
     skipping, unsuited = SkippingModel(model, gates, kv_rule), None
-    times: choice.Times = {}
+    times: autotune.Times = {}
     if native:
         try:
             skipping.engine = Engine(model, gates, kv_rule, rounded)
         except Unsuited as error:
             unsuited = str(error)
             warnings.warn(f"{folder.name} decodes in torch, slower: {error}", stacklevel=2)
-        times = choice.kernel_times(samples, skipping.engine)
-    if choice.own_are_faster(times):
+        times = autotune.kernel_times(timed_pairs(samples, skipping.engine))
+    if autotune.own_are_faster(times):
         decoder = load(folder, dtype, native=False)
         decoder.kernel_times, decoder.unsuited = times, "the weights' own kernels are faster here"
         return decoder

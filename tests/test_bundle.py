@@ -15,10 +15,10 @@ import torch
 
 import gateskip
 from compose.artifacts.bundle import ROOTS, sources, write_bundle
+from gateskip.calibration.fit_shortcuts import fit_shortcuts
 from gateskip.calibration.thresholds import calibrate
 from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import GateFile, grid_of, save_gates
-from gateskip.gates.shortcuts import fit_shortcuts
 from gateskip.model.folders import load_model
 
 SCRIPT = """

@@ -16,9 +16,10 @@ from gateskip.gates.shortcuts import Shortcuts
 from gateskip.kernels import build as native
 from gateskip.model.families import find_branches
 from gateskip.model.folders import load_model
+from gateskip.model.gating import NEVER_SKIP
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.runtime.native import Engine, Unsuited
-from gateskip.runtime.skipping import NEVER_SKIP, SkippingModel
+from gateskip.runtime.skipping import SkippingModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 pytestmark = pytest.mark.skipif(

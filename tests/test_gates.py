@@ -13,8 +13,8 @@ import torch
 from gateskip.calibration.insight import look, summarize, token_kinds
 from gateskip.calibration.thresholds import calibrate
 from gateskip.checkpoint import GateFile, load_gates, read_gates, save_gates
+from gateskip.gates.base import Gates
 from gateskip.gates.kinds import GATE_KINDS, make_gates
-from gateskip.gates.learned import Gates
 from gateskip.model.families import find_branches
 from gateskip.model.folders import load_model
 from gateskip.model.reference import masked_forward

@@ -13,20 +13,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gateskip
-from gateskip.calibration.thresholds import (
+from gateskip.calibration.allocation import (
     ALLOCATIONS,
     allocate_shares,
-    calibrate,
     global_thresholds,
     quantiles,
-    thresholds_at,
 )
+from gateskip.calibration.fit_shortcuts import fit_shortcuts
+from gateskip.calibration.thresholds import calibrate, thresholds_at
 from gateskip.calibration.warm_start import measure, sensitivities, warm_start
 from gateskip.gates.learned import ScalarGates
-from gateskip.gates.shortcuts import fit_shortcuts
 from gateskip.kernels import build as native
-from gateskip.kernels import choice
-from gateskip.kernels.choice import own_are_faster
+from gateskip.kernels.autotune import own_are_faster
 from gateskip.model.compute import branch_costs
 from gateskip.model.folders import load_model
 from gateskip.model.reference import masked_forward
@@ -252,7 +250,7 @@ def test_a_model_whose_own_kernels_are_faster_decodes_by_them(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = {"Linear4bit": {"ours": 9.0, "own": 1.0}}
-    monkeypatch.setattr(choice, "kernel_times", lambda samples, engine: times)
+    monkeypatch.setattr("gateskip.kernels.autotune.kernel_times", lambda pairs: times)
     decoder = gateskip.load(tiny_llama)
     assert decoder.skipping.engine is None and decoder.kernels == {}
     assert decoder.kernel_times == times and "own kernels" in str(decoder.unsuited)

@@ -31,8 +31,8 @@ from compose.stages.registry import (
     StageJob,
 )
 from gateskip.checkpoint import GateFile, load_gates, save_gates
-from gateskip.gates.learned import ANCHORS
 from gateskip.model.folders import load_model
+from gateskip.model.gating import ANCHORS
 
 BLOCK = 32
 EXACT = {"atol": 2e-4, "rtol": 0.0}

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from gateskip.calibration.fit_shortcuts import _Sums, fit_shortcuts
 from gateskip.checkpoint import GateFile, load_gates, save_gates
 from gateskip.gates.learned import ScalarGates
-from gateskip.gates.shortcuts import Shortcuts, _Sums, fit_shortcuts
+from gateskip.gates.shortcuts import Shortcuts
 from gateskip.model.compute import Usage, saving
 from gateskip.model.families import Branch, find_branches
 from gateskip.model.folders import load_model

@@ -20,8 +20,9 @@ from gateskip.model.families import (
     head,
 )
 from gateskip.model.folders import load_model
+from gateskip.model.gating import NEVER_SKIP
 from gateskip.model.reference import masked_forward
-from gateskip.runtime.skipping import NEVER_SKIP, SkippingModel
+from gateskip.runtime.skipping import SkippingModel
 
 TOLERANCE = 1e-4
 

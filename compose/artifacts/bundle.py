@@ -66,16 +66,16 @@ def _file(module: str) -> Path:
 
 def _modules(match: re.Match[str]) -> list[str]:
     """The modules that an import statement names: the one it imports from, or what it imports."""
-    base = match[2]
+    _, base, names = match.groups()
     if base is not None and _file(base).is_file():
         return [base]
-    return [f"{base}.{name}" if base else name for name, _ in _imported_names(match)]
+    return [f"{base}.{name}" if base else name for name, _ in _aliased(names)]
 
 
-def _imported_names(match: re.Match[str]) -> list[tuple[str, str]]:
-    """(name, the name it is bound to) for each name of a one-line import statement."""
-    parts = [part.split(" as ") for part in re.split(r",\s*", match[3])]
-    return [(part[0].strip(), part[-1].strip()) for part in parts]
+def _aliased(names: str) -> list[tuple[str, str]]:
+    """(name, what it is called here) of each part of `a, b as c`."""
+    parts = [re.split(r"\s+as\s+", part) for part in re.split(r",\s*", names)]
+    return [(part[0], part[-1]) for part in parts]
 
 
 def _relative(source: str) -> str:
@@ -86,10 +86,10 @@ def _relative(source: str) -> str:
         modules = _modules(match)
         if modules == [base]:
             return f"{space}from .{flat_name(base)} import {names}"
-        bound = [alias for _, alias in _imported_names(match)]
+        called = [alias for _, alias in _aliased(names)]
         lines = [
-            f"from . import {flat_name(module)} as {alias}"
-            for module, alias in zip(modules, bound, strict=True)
+            f"from . import {flat_name(each)} as {alias}"
+            for each, alias in zip(modules, called, strict=True)
         ]
         return space + f"\n{space}".join(lines)
 

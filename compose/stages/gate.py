@@ -14,7 +14,7 @@ from gateskip.training.recipe import RECIPES, TrainConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gateskip.gates.learned import Gates
+    from gateskip.gates.base import Gates
 
 GateKind = Literal[
     "scalar", "vector", "low-rank", "shared", "mlp", "random", "static", "router", "exit"
@@ -246,9 +246,9 @@ class Gate(Stage):
 
     def _start(self, job: StageJob, model: Any, train: Tensor) -> tuple[Gates, list[float] | None]:
         """Gates to begin with, and the branches' sensitivities where they are needed."""
+        from gateskip.calibration.fit_shortcuts import fit_shortcuts
         from gateskip.calibration.warm_start import sensitivities, warm_start
         from gateskip.gates.kinds import make_gates
-        from gateskip.gates.shortcuts import fit_shortcuts
         from gateskip.model.families import find_branches
 
         count, width = len(find_branches(model)), model.config.hidden_size

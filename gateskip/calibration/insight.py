@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gateskip.gates.learned import ANCHORS, Gates
+from gateskip.gates.base import Gates
 from gateskip.model.compute import branch_costs
 from gateskip.model.families import Branch
+from gateskip.model.gating import ANCHORS
 from gateskip.model.reference import masked_forward
 
 KINDS = ("first", "template", "punctuation", "digits", "function", "content", "space")

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gateskip.gates.learned import ANCHORS, Gates
+from gateskip.calibration.allocation import allocator
+from gateskip.gates.base import Gates
 from gateskip.model.compute import branch_costs
 from gateskip.model.families import Branch
+from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.model.reference import masked_forward
-from gateskip.runtime.skipping import NEVER_SKIP
 
-ALLOCATIONS = ("global", "uniform", "sensitivity")
 CLOSE = 0.004  # a kept share this near to its budget is good enough
 DAMPING = 0.8  # skipping more lowers later logits, so that full corrections overshoot
 DEFAULT_BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
@@ -35,10 +35,6 @@ class Calibration:
     thresholds: tuple[float, ...]
     kept: float  # share of the branches' multiply-adds that was kept
     shares: tuple[float, ...]  # share of tokens kept, branch by branch
-
-
-# gate logits [branches, tokens] -> thresholds [branches]
-Allocate = Callable[[Tensor, float], Tensor]
 
 
 @torch.no_grad()
@@ -73,7 +69,7 @@ def calibrate(
     free = torch.ones(len(costs), dtype=torch.bool)
     free[sorted(closed | gone)] = False
     free[0] &= kv_rule != "copy"  # the first attention has nothing below it to copy from
-    allocate = _allocator(allocation, costs, free, sensitivity, least, most)
+    allocate = allocator(allocation, costs, free, sensitivity, least, most)
     thresholds = torch.full((gates.branches,), NEVER_SKIP)
     thresholds[sorted(gone)] = torch.inf
     spared = float(costs[sorted(gone)].sum() / costs.sum())
@@ -118,102 +114,6 @@ def _collect(
     for part in blocks.split(batch):
         masked_forward(model, part, gates, rule, kv_rule)
     return torch.stack([torch.cat(parts) for parts in logits])
-
-
-def _allocator(
-    name: str,
-    costs: Tensor,
-    free: Tensor,
-    sensitivity: Sequence[float] | None,
-    least: float,
-    most: float,
-) -> Allocate:
-    def by_shares(shares: Callable[[float], Tensor]) -> Allocate:
-        def allocate(logits: Tensor, budget: float) -> Tensor:
-            found = quantiles(logits, shares(budget).clamp(least, most))
-            return found.where(free, torch.tensor(NEVER_SKIP))
-
-        return allocate
-
-    if name == "global":
-        return lambda logits, budget: global_thresholds(logits, budget, costs, free, least, most)
-    if name == "uniform":
-        ratio = float(costs.sum() / costs[free].sum())
-        return by_shares(lambda budget: (1 - (1 - budget) * ratio) * torch.ones(len(costs)))
-    if name == "sensitivity":
-        if sensitivity is None:
-            raise ValueError("allocation 'sensitivity' needs the branches' measured sensitivities")
-        rises = torch.tensor(sensitivity).where(free, torch.tensor(1e9))
-        return by_shares(lambda budget: allocate_shares(rises, costs, budget, least))
-    raise ValueError(f"allocation {name!r}: one of {', '.join(ALLOCATIONS)}")
-
-
-def global_thresholds(
-    logits: Tensor,
-    budget: float,
-    costs: Tensor,
-    free: Tensor,
-    least: float = 0.0,
-    most: float = 1.0,
-) -> Tensor:
-    """One threshold for all free branches: the cost-weighted quantile of all gate logits.
-
-    With bounds on a branch's kept share its threshold is moved where they ask for it, and the
-    common one is searched again until the whole keeps the budget. logits [branches, tokens] ->
-    [branches]; branches that are not `free` [branches] never skip.
-    """
-    z = logits[free].flatten()
-    weight = costs[free].unsqueeze(1).expand_as(logits[free]).flatten()
-    order = torch.argsort(z)
-    spent = torch.cumsum(weight[order].double(), 0)
-    skip = (1 - budget) * float(costs.sum()) * logits.shape[1]
-    cut = int(torch.searchsorted(spent, torch.tensor(skip, dtype=torch.double)))
-    thresholds = torch.full((len(costs),), NEVER_SKIP, dtype=logits.dtype)
-    thresholds[free] = z[order[min(cut, len(order) - 1)]]
-    if least <= 0.0 and most >= 1.0:
-        return thresholds
-    highest = quantiles(logits, torch.full((len(costs),), least))
-    lowest = quantiles(logits, torch.full((len(costs),), most))
-    low, high = 0, len(order) - 1
-    while low < high:  # the kept cost falls as the common threshold rises
-        middle = (low + high) // 2
-        level = z[order[middle]].clamp(lowest, highest)
-        kept = (logits >= level.unsqueeze(1)).double().mean(1)
-        dropped = float(((1 - kept) * costs)[free].sum())
-        low, high = (middle + 1, high) if dropped < (1 - budget) * costs.sum() else (low, middle)
-    level = z[order[low]].clamp(lowest, highest)
-    thresholds[free] = level[free]
-    return thresholds
-
-
-def quantiles(logits: Tensor, shares: Tensor) -> Tensor:
-    """Per branch, the threshold that keeps `shares[branch]` of the tokens."""
-    ordered = logits.sort(dim=1).values
-    cut = ((1 - shares) * logits.shape[1]).round().long()
-    inside = cut.clamp(max=logits.shape[1] - 1)
-    thresholds = ordered.gather(1, inside.unsqueeze(1)).squeeze(1)
-    thresholds[cut == 0] = NEVER_SKIP
-    thresholds[cut >= logits.shape[1]] = torch.inf
-    return thresholds
-
-
-def allocate_shares(
-    sensitivity: Tensor, costs: Tensor, budget: float, least: float = 0.0
-) -> Tensor:
-    """Kept share of each branch that costs the least loss at a budget.
-
-    Dropping a share d of a branch's tokens is taken to cost sensitivity * d^2 / 2; the optimum
-    under sum(costs * d) = (1 - budget) * sum(costs) is d = multiplier * cost / sensitivity, cut to
-    [0, 1 - least]; the multiplier is found by bisection.
-    """
-    slope = costs / sensitivity.clamp_min(1e-6)
-    target = (1 - budget) * float(costs.sum())
-    low, high = 0.0, float((1.0 / slope).max())
-    for _ in range(80):
-        middle = (low + high) / 2
-        dropped = (middle * slope).clamp(0, 1 - least)
-        low, high = (middle, high) if float((dropped * costs).sum()) < target else (low, middle)
-    return 1 - (high * slope).clamp(0, 1 - least)
 
 
 def thresholds_at(grid: Mapping[float, Sequence[float]], budget: float) -> list[float] | None:

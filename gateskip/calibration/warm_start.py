@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gateskip.gates.learned import Gates, ScalarGates
-from gateskip.gates.shortcuts import Shortcuts, ridge_solution
+from gateskip.calibration.fit_shortcuts import ridge_solution
+from gateskip.gates.base import Gates
+from gateskip.gates.learned import ScalarGates
+from gateskip.gates.shortcuts import Shortcuts
 from gateskip.model.compute import branch_costs
 from gateskip.model.families import Branch, find_branches, head
 from gateskip.model.reference import masked_forward

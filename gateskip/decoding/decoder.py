@@ -23,10 +23,11 @@ from gateskip.decoding.drafting import Draft, Drafting, Ends, Row
 from gateskip.decoding.sampling import GREEDY, Sampler, accept_or_resample, draw
 from gateskip.decoding.self_generate import write
 from gateskip.model.compute import Saving, Usage, Work, saving
+from gateskip.model.gating import NEVER_SKIP
 from gateskip.quantization.draft_copy import int4_head, int4_twin, nf4_twin
 from gateskip.runtime.kv_cache import KVCache
 from gateskip.runtime.native import Engine, Unsuited
-from gateskip.runtime.skipping import NEVER_SKIP, SkippingModel, Thresholds
+from gateskip.runtime.skipping import SkippingModel, Thresholds
 
 Mode = Literal["plain", "skip", "speculate"]
 Weights = Literal["own", "int4-head", "nf4", "int4"]

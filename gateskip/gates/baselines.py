@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gateskip.gates.learned import OPEN, SPREAD, Gates
+from gateskip.gates.base import OPEN, SPREAD, Gates
 from gateskip.model.families import UnsupportedModel, final_norm, find_branches, head
 
 CHECKS = 5  # layers at which a token may leave

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from gateskip.gates.base import Gates
 from gateskip.gates.baselines import ExitGates, RandomGates, RouterGates, StaticGates
 from gateskip.gates.learned import (
-    Gates,
     LowRankGates,
     MlpGates,
-    Place,
     ScalarGates,
     SharedGates,
     VectorGates,
 )
+from gateskip.model.gating import Place
 
 GATE_KINDS: dict[str, type[Gates]] = {
     "scalar": ScalarGates,

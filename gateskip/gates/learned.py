@@ -1,122 +1,12 @@
-"""Gate modules: how much each branch matters to each token.
-
-A gate is g(x) = sigmoid(W x + b), with x what the branch itself reads (GateSkip, arXiv 2510.13876,
-section 3.1). Its importance, the mean of g over the gate's outputs, decides what is skipped: a
-branch is entered where the importance, taken as a logit, reaches a calibrated threshold. Gates that
-`scale` also multiply what an entered branch adds, as published; gates that do not leave the model
-at full compute exactly what it was.
-"""
+"""Gates that are learned: what one gate computes, from the published H x H one to H x 1."""
 
 from __future__ import annotations
-
-from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from gateskip.gates.shortcuts import Shortcuts
-
-ANCHORS = 1
-"""Tokens at the start of a sequence that enter every branch, whatever their gates say.
-
-Models park surplus attention on the first token, through activations that a few branches build up
-there (arXiv 2309.17453). Skip one of these and every later token collapses, so it is never done.
-"""
-
-OPEN = 5.0  # bias of a new gate: sigmoid(5) = 0.993, the model starts unchanged
-SPREAD = 0.01  # standard deviation of a new gate's weights
-Place = Literal["after", "before"]
-
-
-class Stacked(nn.Module):
-    """Parameters that hold all branches' parts, one after the other."""
-
-    _opened: dict[str, tuple[Tensor, ...]] | None = None
-
-    def part(self, name: str, index: int) -> Tensor:
-        """Part `index` of parameter `name`."""
-        if self._opened is not None:
-            return self._opened[name][index]
-        whole: Tensor = getattr(self, name)
-        return whole[index]
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Within this context all parts, those of modules inside too, come from one cut. The
-        gradient of a part that is cut on its own is as large as the whole, and zero elsewhere."""
-        inside = [module for module in self.modules() if isinstance(module, Stacked)]
-        for each in inside:
-            each._opened = {name: p.unbind(0) for name, p in each.named_parameters(recurse=False)}
-        try:
-            yield
-        finally:
-            for each in inside:
-                each._opened = None
-
-
-class Gates(Stacked):
-    """The gates of all branches; subclasses say what one gate computes.
-
-    `scales`: whether an entered branch's output [.., H] is multiplied by the gate. `place` says
-    what is multiplied: the branch's output (`after`, as published) or its input (`before`, an
-    ablation that asks for `scales`).
-    """
-
-    kind: ClassVar[str]
-    per_branch: ClassVar[tuple[str, ...]]
-    """Parameters whose first dimension counts branches."""
-
-    scales: bool = False
-    place: Place = "after"
-    shortcuts: Shortcuts | None
-    """What skipped branches add; None is nothing, as published."""
-
-    def __init__(self, branches: int, hidden_size: int) -> None:
-        super().__init__()
-        self.register_module("shortcuts", None)
-        self.branches, self.hidden_size = branches, hidden_size
-
-    @abstractmethod
-    def logit(self, branch: int, x: Tensor) -> Tensor:
-        """Importance of each token at a branch, as a logit. x [..., H] -> [...], in float32."""
-
-    def gate(self, branch: int, x: Tensor) -> Tensor:
-        """What a branch is multiplied by. x [..., H] -> [..., 1] or [..., H], between 0 and 1."""
-        return torch.sigmoid(self.logit(branch, x)).unsqueeze(-1)
-
-    def attach(self, model: Any) -> None:
-        """Take from the model what the decision needs beside a branch's input: mostly nothing."""
-
-    @abstractmethod
-    def macs(self) -> int:
-        """Multiply-adds one branch's gate spends on one token."""
-
-    @abstractmethod
-    def start(self, weight: Tensor, bias: Tensor, mean: Tensor) -> None:
-        """Take over linear read-outs: weight [branches, H], bias [branches].
-
-        `mean` [branches, H] is the mean input, for kinds that can only approximate them.
-        """
-
-    def sizes(self) -> dict[str, int]:
-        """Constructor arguments beyond the number of branches and H."""
-        return {}
-
-    def rows(self, kept: list[int]) -> Self:
-        """The gates of some branches only, in the given order: what is left after a layer drop."""
-        chosen = type(self)(len(kept), self.hidden_size, **self.sizes())
-        own = dict(self.named_parameters())
-        with torch.no_grad():
-            for name, parameter in chosen.named_parameters():
-                parameter.copy_(own[name][kept] if name in self.per_branch else own[name])
-        chosen.shortcuts = None if self.shortcuts is None else self.shortcuts.rows(kept)
-        chosen.scales, chosen.place = self.scales, self.place
-        return chosen
+from gateskip.gates.base import OPEN, SPREAD, Gates
 
 
 class ScalarGates(Gates):

@@ -1,45 +1,134 @@
-"""Products in bfloat16, in whichever type this processor multiplies faster.
+"""Choices made by a stopwatch: measured once a machine, stored beside the compiled kernels.
 
 Some processors that have the instructions multiply twice as fast in bfloat16 as in float32, others
-half as fast, so it is measured, once a process.
+half as fast; a library's own kernel for packed weights may be faster than ours. Each question is
+timed once for a processor and a version of torch, and every later process reads the answer, so that
+all of them compute alike. `GATESKIP_CACHE` names the folder.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
 import timeit
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-AT_ONCE = 8192  # rows of a weight that exist in float32: an LM head has many
+from gateskip.kernels.build import cache_folder, processor
+
+ROWS_AT_ONCE = 8192  # rows of a weight that exist in float32: an LM head has many
+CALLS = 7  # that time a kernel
+CLEARLY = 1.5  # times as fast a library's kernels must be to be taken: noise must not choose
+Kernel = Callable[[Tensor], Tensor]
+Times = dict[str, dict[str, float]]
+"""Microseconds for one row by `ours` and by the library's `own` kernel, by kind and shape."""
+
+
+def choices_file() -> Path:
+    """Where this machine's answers are, for this version of torch."""
+    stamp = hashlib.sha256(processor() + torch.__version__.encode()).hexdigest()[:16]
+    return cache_folder() / f"choices-{stamp}.json"
+
+
+def choices() -> dict[str, Any]:
+    """Every answer stored so far, by question; empty where there is none."""
+    try:
+        stored: dict[str, Any] = json.loads(choices_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stored
+
+
+def measured_once(question: str, measure: Callable[[], Any]) -> Any:
+    """The stored answer to a question; measured and stored where there is none.
+
+    Where the folder cannot be written the answer holds for this process alone.
+    """
+    stored = choices()
+    if question in stored:
+        return stored[question]
+    answer = measure()
+    file = choices_file()
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as new:
+            json.dump(choices() | {question: answer}, new, indent=1, sort_keys=True)
+        os.replace(new.name, file)
+    return answer
 
 
 @cache
-def halves_pay() -> bool:
+def bfloat16_is_faster() -> bool:
     """Whether a CPU's product of a layer's size is faster in bfloat16 than in float32."""
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if not any(able.get(name) for name in ("avx512_bf16", "amx_tile", "bf16")):
         return False
+    question = f"bfloat16 products are faster, {torch.get_num_threads()} threads"
+    return bool(measured_once(question, _bfloat16_wins))
+
+
+def _bfloat16_wins() -> bool:
     return _seconds(torch.bfloat16) < _seconds(torch.float32)
 
 
-def _seconds(kind: torch.dtype) -> float:
-    x, weight = (torch.ones(n, 1024, dtype=kind) for n in (256, 1024))
+def _seconds(dtype: torch.dtype) -> float:
+    x, weight = (torch.ones(n, 1024, dtype=dtype) for n in (256, 1024))
     return min(timeit.repeat(partial(F.linear, x, weight), number=1))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] times weight [out, in], plus bias [out], as x's type: what F.linear gives, by way
     of float32 where bfloat16 would take longer."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or halves_pay():
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or bfloat16_is_faster():
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    wide, biases = x.float(), [None] if bias is None else bias.float().split(AT_ONCE)
+    whole, biases = x.float(), [None] if bias is None else bias.float().split(ROWS_AT_ONCE)
     parts = [
-        F.linear(wide, rows.float(), own).to(x.dtype)
-        for rows, own in zip(weight.split(AT_ONCE), cycle(biases))
+        F.linear(whole, rows.float(), own).to(x.dtype)
+        for rows, own in zip(weight.split(ROWS_AT_ONCE), cycle(biases))
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def kernel_times(pairs: Mapping[str, tuple[int, Kernel, Kernel]]) -> Times:
+    """Times of one row on our kernel and on the library's, for each pair of layers.
+
+    `pairs` maps a layer's kind and shape to its inputs, our kernel, and the library's own.
+    """
+
+    def both(inputs: int, ours: Kernel, own: Kernel) -> dict[str, float]:
+        x = torch.randn(1, inputs)
+        return {"ours": _microseconds(ours, x), "own": _microseconds(own, x)}
+
+    threads = torch.get_num_threads()
+    return {
+        name: measured_once(f"{name}, {threads} threads", partial(both, *pair))
+        for name, pair in pairs.items()
+    }
+
+
+def own_are_faster(times: Times) -> bool:
+    """Whether the libraries' own kernels are clearly faster, one layer of each shape together."""
+    ours, own = (sum(each[whose] for each in times.values()) for whose in ("ours", "own"))
+    return ours > CLEARLY * own
+
+
+def _microseconds(run: Kernel, x: Tensor) -> float:
+    """Median time of a few calls, the first one left out."""
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(CALLS + 1):
+            begin = time.perf_counter()
+            run(x)
+            seconds.append(time.perf_counter() - begin)
+    return round(1e6 * sorted(seconds[1:])[CALLS // 2], 1)

@@ -68,7 +68,7 @@ def build() -> Path:
     if tool is None:
         raise RuntimeError("no C++ compiler found: install g++, or name one in CXX")
     code = b"".join(path.read_bytes() for path in (*SOURCES, FOLDER / "kernels.h"))
-    stamp = hashlib.sha256(code + _processor() + " ".join((tool, *FLAGS)).encode())
+    stamp = hashlib.sha256(code + processor() + " ".join((tool, *FLAGS)).encode())
     target = cache_folder() / f"kernels-{stamp.hexdigest()[:16]}.so"
     if target.exists():
         return target
@@ -81,7 +81,7 @@ def build() -> Path:
     return target
 
 
-def _processor() -> bytes:
+def processor() -> bytes:
     """What -march=native depends on, so that a cache on a shared home fits each machine."""
     try:
         text = Path("/proc/cpuinfo").read_text()

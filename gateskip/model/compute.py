@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateskip.gates.learned import Gates
 from gateskip.model.families import attention_shape, find_branches
+from gateskip.model.gating import TokenGates
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Saving:
 def saving(
     model: Any,
     usage: Usage,
-    gates: Gates | None,
+    gates: TokenGates | None,
     kv_rule: str,
     gated: Sequence[bool],
     dense: Work | None = None,

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gateskip.gates.learned import ANCHORS, Gates
 from gateskip.model.families import (
     AttentionShape,
     Branch,
@@ -28,6 +27,7 @@ from gateskip.model.families import (
     project_queries,
     rope_at,
 )
+from gateskip.model.gating import ANCHORS, TokenGates
 
 # (branch, gate logits [B, S]) -> mask [B, S], 1 where the branch is entered
 MaskRule = Callable[[Branch, Tensor], Tensor]
@@ -38,7 +38,7 @@ Observer = Callable[[Branch, Tensor, Tensor], None]
 def masked_forward(
     model: Any,
     input_ids: Tensor,
-    gates: Gates | None = None,
+    gates: TokenGates | None = None,
     mask: MaskRule | None = None,
     kv_rule: str = "project",
     observe: Observer | None = None,
@@ -89,7 +89,9 @@ def masked_forward(
     return final_norm(model)(hidden)  # type: ignore[no-any-return]
 
 
-def _mixed(gates: Gates | None, branch: Branch, x: Tensor, output: Tensor, keep: Tensor) -> Tensor:
+def _mixed(
+    gates: TokenGates | None, branch: Branch, x: Tensor, output: Tensor, keep: Tensor
+) -> Tensor:
     """The branch's output [B, S, H] where `keep` [B, S] is 1, and where it is 0 the shortcut's."""
     entered = keep.unsqueeze(-1).to(output)
     if gates is None or gates.shortcuts is None:

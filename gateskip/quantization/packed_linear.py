@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gateskip.kernels import build as native
-from gateskip.kernels.autotune import halves_pay, product
+from gateskip.kernels.autotune import Kernel, bfloat16_is_faster, product
 from gateskip.model.families import final_norm
 
 FEW_ROWS = 16  # up to here streaming the weights beats a GEMM
@@ -130,7 +130,7 @@ def pack(codes: Tensor) -> Tensor:
 def accelerate_linears(model: Any, samples: Samples | None = None) -> dict[str, int]:
     """Replace linear layers in place; returns how many of each kind now run on native kernels.
 
-    `samples`, where given, is filled with what choice.py times.
+    `samples`, where given, is filled with what `timed_pairs` reads.
     """
     counts: dict[str, int] = {}
     weight = final_norm(model).weight
@@ -148,6 +148,24 @@ def accelerate_linears(model: Any, samples: Samples | None = None) -> dict[str, 
     return counts
 
 
+class Multiplies(Protocol):
+    """What has a kernel of its own for packed layers: the native engine."""
+
+    def multiplier(self, layer: PackedLinear) -> Kernel:
+        """A call that multiplies rows [rows, in] by the layer."""
+        ...
+
+
+def timed_pairs(
+    samples: Samples, engine: Multiplies | None
+) -> dict[str, tuple[int, Kernel, Kernel]]:
+    """What `kernel_times` compares: inputs, our kernel (the engine's where it will run), theirs."""
+    return {
+        name: (ours.in_features, ours if engine is None else engine.multiplier(ours), own)
+        for name, (ours, own) in samples.items()
+    }
+
+
 def _named(own: nn.Module, ours: PackedLinear) -> str:
     """`Linear4bit 4 bits 576 x 1536`: inputs last, as in a weight."""
     return f"{type(own).__name__} {ours.bits} bits {ours.out_features} x {ours.in_features}"
@@ -161,7 +179,7 @@ def has_kernels(weight: Tensor) -> bool:
 
 def _faster(module: nn.Module) -> nn.Module | None:
     kind = type(module)
-    if kind is nn.Linear and (module.weight.dtype == torch.float32 or not halves_pay()):
+    if kind is nn.Linear and (module.weight.dtype == torch.float32 or not bfloat16_is_faster()):
         return DenseLinear(module)  # type: ignore[arg-type]
     if kind.__name__ == "Linear4bit":
         return _from_bitsandbytes(module)

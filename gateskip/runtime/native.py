@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gateskip.gates.learned import ANCHORS, Gates, ScalarGates
+from gateskip.gates.base import Gates
+from gateskip.gates.learned import ScalarGates
 from gateskip.kernels import build as native
 from gateskip.model.families import (
     FAMILIES,
@@ -30,6 +31,7 @@ from gateskip.model.families import (
     final_norm,
     rotate,
 )
+from gateskip.model.gating import ANCHORS
 from gateskip.quantization.head import RoundedHead, to_bytes
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, pack_bytes, tiles
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gateskip.gates.learned import ANCHORS, Gates
-from gateskip.kernels.autotune import halves_pay
+from gateskip.gates.base import Gates
+from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.compute import Usage
 from gateskip.model.families import (
     AttentionShape,
@@ -36,6 +36,7 @@ from gateskip.model.families import (
     project_out,
     project_queries,
 )
+from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.model.reference import attend, causal
 from gateskip.quantization.packed_linear import DenseLinear
 from gateskip.runtime.gathered import EVEN, attend_rows, equal_sizes, few_sizes, filled
@@ -44,7 +45,6 @@ from gateskip.runtime.native import MOST_ROWS, Engine
 
 Thresholds = Sequence[float] | None
 KV_RULES = ("project", "copy")
-NEVER_SKIP = -math.inf
 VERIFY_ROWS = 17  # longest verify pass: sixteen drafted tokens and the one before them
 
 
@@ -85,7 +85,7 @@ class SkippingModel:
     def wide(self) -> bool:
         """Whether prompts pass through in float32 though the weights are bfloat16: where that is
         multiplied faster. Decoding by the engine does so anyway."""
-        if self.engine is None or self.dtype != torch.bfloat16 or halves_pay():
+        if self.engine is None or self.dtype != torch.bfloat16 or bfloat16_is_faster():
             return False
         return not any(
             type(part) is nn.Linear for b in self.branches for part in b.module.modules()

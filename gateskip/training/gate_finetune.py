@@ -18,10 +18,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from gateskip.calibration.thresholds import global_thresholds, quantiles
-from gateskip.gates.learned import ANCHORS, Gates
+from gateskip.calibration.allocation import global_thresholds, quantiles
+from gateskip.gates.base import Gates
 from gateskip.model.compute import branch_costs
 from gateskip.model.families import find_branches, head
+from gateskip.model.gating import ANCHORS
 from gateskip.model.reference import masked_forward
 from gateskip.training.loop import Loop, Progress, adapt, precision
 from gateskip.training.objectives import (

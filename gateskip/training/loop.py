@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gateskip.kernels.autotune import halves_pay
+from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.families import backbone
 from gateskip.training.recipe import LoopConfig
 from gateskip.training.scales import open_scales
@@ -31,7 +31,7 @@ def precision(asked: str) -> str:
         return asked
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if halves_pay() else "no"
+    return "bf16" if bfloat16_is_faster() else "no"
 
 
 def adapt(model: Any, config: LoopConfig) -> Any | None:

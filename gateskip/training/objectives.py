@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gateskip.gates.learned import ANCHORS
 from gateskip.model.families import Branch
+from gateskip.model.gating import ANCHORS
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 CHUNK = 128  # tokens whose logits exist at once

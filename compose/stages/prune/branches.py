@@ -181,7 +181,7 @@ def entered_shares(job: StageJob, model: Any, blocks: Tensor, budget: float) -> 
 
     from gateskip.calibration.thresholds import thresholds_at
     from gateskip.checkpoint import load_gates
-    from gateskip.gates.learned import ANCHORS
+    from gateskip.model.gating import ANCHORS
     from gateskip.model.reference import masked_forward
 
     file = load_gates(job.source)

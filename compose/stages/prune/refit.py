@@ -77,7 +77,7 @@ def made_up(weight: Tensor, kept: Tensor, gram: Tensor, tokens: int) -> Tensor:
     """
     import torch
 
-    from gateskip.gates.shortcuts import ridge_solution
+    from gateskip.calibration.fit_shortcuts import ridge_solution
 
     stays = torch.zeros(len(gram), dtype=torch.bool)
     stays[kept] = True
@@ -121,7 +121,7 @@ class Gap:
         self.entered = (inputs[0] if inputs else named["hidden_states"]).flatten(0, -2).float()
 
     def _leave(self, module: Any, inputs: Any, output: Any) -> None:
-        from gateskip.gates.shortcuts import token_weights
+        from gateskip.calibration.fit_shortcuts import token_weights
 
         left = (output[0] if isinstance(output, tuple) else output).reshape(self.entered.shape)
         weight = token_weights(left.float())  # what reads hidden states norms them
@@ -131,7 +131,7 @@ class Gap:
 
     def close(self, tokens: int) -> None:
         """Let the MLP before the gap add what the layers in it did, as far as so many tell."""
-        from gateskip.gates.shortcuts import ridge_solution
+        from gateskip.calibration.fit_shortcuts import ridge_solution
 
         ridge = ridge_for(len(self.gram), tokens)
         self.reader.weight.data += ridge_solution(self.gram, self.cross, ridge).T

@@ -9,24 +9,25 @@ import pytest
 import torch
 
 import gateskip
-from gateskip.kernels import autotune as halves
-from gateskip.kernels.autotune import halves_pay, product
+from gateskip.kernels import autotune
+from gateskip.kernels.autotune import bfloat16_is_faster, product
 from gateskip.quantization.packed_linear import DenseLinear
 from gateskip.training.loop import precision
 
 
 @pytest.fixture(autouse=True)
-def measured_anew() -> Iterator[None]:
-    halves_pay.cache_clear()
+def measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(autotune, "cache_folder", lambda: tmp_path)
+    bfloat16_is_faster.cache_clear()
     yield
-    halves_pay.cache_clear()
+    bfloat16_is_faster.cache_clear()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, able: bool, faster: bool) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
     seconds = {torch.bfloat16: 1.0 if faster else 3.0, torch.float32: 2.0}
-    monkeypatch.setattr(halves, "_seconds", seconds.__getitem__)
+    monkeypatch.setattr(autotune, "_seconds", seconds.__getitem__)
 
 
 @pytest.mark.parametrize("able", [False, True])
@@ -35,9 +36,29 @@ def test_half_precision_is_taken_where_it_is_faster(
     monkeypatch: pytest.MonkeyPatch, able: bool, faster: bool
 ) -> None:
     pretend(monkeypatch, able, faster)
-    assert halves_pay() == (able and faster)
+    assert bfloat16_is_faster() == (able and faster)
     assert precision("auto") == ("bf16" if able and faster else "no")
     assert precision("bf16") == "bf16" and precision("no") == "no"
+
+
+def test_a_question_is_timed_once_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, True, True)
+    assert bfloat16_is_faster()
+    bfloat16_is_faster.cache_clear()  # as in the next process
+    pretend(monkeypatch, True, False)
+    assert bfloat16_is_faster(), "the first answer was stored"
+    assert list(autotune.choices().values()) == [True]
+    autotune.choices_file().unlink()
+    bfloat16_is_faster.cache_clear()
+    assert not bfloat16_is_faster()
+
+
+def test_without_a_folder_to_write_to_it_is_measured_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(autotune, "cache_folder", lambda: Path("/dev/null/no-folder"))
+    assert autotune.measured_once("question", lambda: 3) == 3
+    assert autotune.choices() == {}
 
 
 @pytest.mark.parametrize("faster", [False, True])
@@ -47,7 +68,7 @@ def test_a_product_is_float64s_but_for_rounding(
     monkeypatch: pytest.MonkeyPatch, faster: bool, kind: torch.dtype, biased: bool
 ) -> None:
     pretend(monkeypatch, True, faster)
-    monkeypatch.setattr(halves, "AT_ONCE", 10)  # three parts, the last one smaller
+    monkeypatch.setattr(autotune, "ROWS_AT_ONCE", 10)  # three parts, the last one smaller
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(*size).to(kind) for size in ((40, 32), (24, 32), (24,)))
     wanted = x.double() @ weight.double().T + (bias.double() if biased else 0)
@@ -80,7 +101,8 @@ def test_a_model_in_bfloat16_prefills_either_way(
 ) -> None:
     folder, prompt, last = make_tiny("llama"), [list(range(3, 60))], {}
     for faster in (True, False):
-        halves_pay.cache_clear()
+        bfloat16_is_faster.cache_clear()
+        autotune.choices_file().unlink(missing_ok=True)
         pretend(monkeypatch, True, faster)
         skipping = gateskip.load(folder, dtype="bfloat16").skipping
         wide = any(isinstance(part, DenseLinear) for part in skipping.model.modules())

@@ -1,0 +1,92 @@
+"""Shortcuts by least squares, and the ridge regression that other fits use as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gateskip.gates.shortcuts import Shortcuts
+from gateskip.model.families import Branch, find_branches
+from gateskip.model.gating import ANCHORS
+from gateskip.model.reference import masked_forward
+
+RIDGE = 0.03  # relative to the mean variance of a branch's input
+LARGEST_WEIGHT = 4.0  # of a token in the fit, in medians
+
+
+@torch.no_grad()
+def fit_shortcuts(model: Any, blocks: Tensor, rank: int) -> Shortcuts:
+    """Least-squares shortcuts of a rank from what the dense model does on blocks [N, S].
+
+    Tokens weigh by one over the square of what the branch adds to them, so that relative errors
+    count: a few tokens carry activations a thousand times the usual, and would own the fit.
+    """
+    branches, width = len(find_branches(model)), model.config.hidden_size
+    sums = [_Sums(width) for _ in range(branches)]
+
+    def observe(branch: Branch, x: Tensor, output: Tensor) -> None:
+        inside = [part[:, ANCHORS:].flatten(0, 1).float() for part in (x, output)]
+        sums[branch.index].add(*inside)
+
+    for part in blocks.split(4):
+        masked_forward(model, part, observe=observe)
+    shortcuts = Shortcuts(branches, width, rank)
+    fitted: Sequence[tuple[Tensor, Tensor, Tensor]] = [each.solve(rank) for each in sums]
+    for index, parts in enumerate(fitted):
+        for stored, part in zip(shortcuts.parameters(), parts, strict=True):
+            stored[index] = part
+    return shortcuts
+
+
+def token_weights(states: Tensor) -> Tensor:
+    """One over the square of each of states [tokens, H], so that relative errors count: [tokens].
+
+    At most LARGEST_WEIGHT medians, since a few tokens' states are almost nothing.
+    """
+    weight = 1 / states.square().sum(1).clamp_min(1e-12)
+    return weight.clamp(max=LARGEST_WEIGHT * weight.median())
+
+
+def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Weights [..., H, K] of ridge regressions from centred gram [..., H, H], cross [..., H, K].
+
+    `ridge` is relative to the inputs' mean variance. By Cholesky: the batched LU of torch 2.13's
+    MKL fails on AVX-512 with several threads.
+    """
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
+    damped = gram + ridge * scale[..., None, None] * torch.eye(gram.shape[-1])
+    return torch.cholesky_solve(cross, torch.linalg.cholesky(damped))
+
+
+class _Sums:
+    """Weighted normal equations of one branch."""
+
+    def __init__(self, width: int) -> None:
+        self.gram, self.cross = torch.zeros(width, width), torch.zeros(width, width)
+        self.x, self.output = torch.zeros(width), torch.zeros(width)
+        self.weight = 0.0
+
+    def add(self, x: Tensor, output: Tensor) -> None:
+        """x, output [tokens, H]."""
+        weight = token_weights(output).unsqueeze(1)
+        scaled = x * weight
+        self.gram += x.T @ scaled
+        self.cross += scaled.T @ output
+        self.x += scaled.sum(0)
+        self.output += (output * weight).sum(0)
+        self.weight += float(weight.sum())
+
+    def solve(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """down [r, H], up [H, r], bias [H]: the ridge solution, cut to its r largest directions."""
+        x, output = self.x / self.weight, self.output / self.weight
+        gram = self.gram / self.weight - torch.outer(x, x)
+        cross = self.cross / self.weight - torch.outer(x, output)
+        whole = ridge_solution(gram, cross, RIDGE)  # [H, H]
+        _, directions = torch.linalg.eigh(whole.T @ cross)  # of the predictions' covariance
+        up = directions[:, -rank:]  # [H, r]
+        down = whole @ up
+        size = down.norm(dim=0).clamp_min(1e-9).sqrt()  # share the size out between both factors
+        return (down / size).T, up * size, output - x @ down @ up.T
