@@ -310,10 +310,10 @@ def insight(
 @app.command()
 def bench(
     folder: Annotated[Path, typer.Argument(help="A model folder, such as an export.")],
-    contenders: Annotated[
+    systems: Annotated[
         list[str] | None,
         typer.Option(
-            "--contender",
+            "--system",
             help="plain, skip:BUDGET, draft:BUDGET with +int4, +nf4, +int4-head, +lookup, +LENGTH;"
             " one of these after eager: (torch alone, the reference); transformers (also :compiled,"
             " :lookup, :early-exit-LAYERS), llama.cpp:FILE.gguf or llama.cpp:q4_1;"
@@ -321,7 +321,7 @@ def bench(
         ),
     ] = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="A rival beside them: transformers, llama.cpp:TYPE.")
+        list[str] | None, typer.Option(help="A peer beside them: transformers, llama.cpp:TYPE.")
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; 1 if not said.")] = None,
     context: Annotated[
@@ -339,7 +339,7 @@ def bench(
     from compose.terminal.show import say_race
 
     asked: dict[str, Any] = {"folder": str(folder)}
-    asked["contenders"] = [*(contenders or ["plain"]), *(against or [])]
+    asked["systems"] = [*(systems or ["plain"]), *(against or [])]
     asked |= {"batches": batch or [1], "contexts": context or [128], "prompts": prompts}
     asked |= {"limit": limit, "new_tokens": new_tokens, "repeats": repeats}
     found = ask_once("race", asked)

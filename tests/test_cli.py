@@ -330,8 +330,8 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "gguf": ["--to", "--type", "folder"],
         "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
         "bench": [
-            *("--against", "--batch", "--contender", "--context", "--limit", "--new-tokens"),
-            *("--prompts", "--repeats", "folder"),
+            *("--against", "--batch", "--context", "--limit", "--new-tokens"),
+            *("--prompts", "--repeats", "--system", "folder"),
         ],
         "tune-draft": ["--limit", "--new-tokens", "--prompts", "--repeats", "--write", "folder"],
         "insight": ["--budget", "--html", "--json", "--text", "folder"],

@@ -227,9 +227,9 @@ def run_check(job: Job, channel: Channel) -> dict[str, float]:
 
 def run_speak(job: Job, channel: Channel) -> list[int]:
     """The tokens with which the folder continues the probe text."""
-    from compose.bench.generate import speak
+    from compose.bench.generate import continue_probe
 
-    return speak(Path(job["folder"]), job["tokens"], job["settings"])
+    return continue_probe(Path(job["folder"]), job["tokens"], job["settings"])
 
 
 def run_answer(job: Job, channel: Channel) -> dict[str, Any]:
