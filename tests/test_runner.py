@@ -35,7 +35,8 @@ from compose.execution.state import Settings
 from compose.language.schema import Pipeline
 from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
-from compose.results.schema import Results, load_results
+from compose.results.io import load_results
+from compose.results.schema import Results
 from compose.store import Store, read_json
 from compose.terminal.progress import Board
 
