@@ -132,10 +132,12 @@ def run(
     from compose.execution.executors import make_executor
     from compose.execution.runner import Settings
     from compose.execution.runner import run as run_plan
+    from compose.extras import require
     from compose.planning.prepare import load_plan
     from compose.terminal.show import say_result
 
     made = load_plan(file, default_cache())
+    require("report", *(["eval"] if made.pipeline.benchmark.quality.tasks else []))
     command = shlex.join(["gateskip", *sys.argv[1:]])
     settings = Settings(out, default_cache(), command, tuple(only or ()), again)
     runs_in = make_executor(executor, made.pipeline.benchmark.threads, workers)

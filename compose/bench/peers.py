@@ -110,7 +110,7 @@ class LlamaCpp:
         except ImportError as error:
             raise UserError(
                 "contender llama.cpp: llama-cpp-python is not installed",
-                fix="pip install 'gateskip-compose[rivals]', which builds it",
+                fix="pip install 'gateskip-compose[peers]', which builds it",
             ) from error
         threads = torch.get_num_threads()
         self.ends = set(ends)

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from compose.errors import ComposeError, StepError
+from compose.extras import missing_extra
 from compose.memory import peak_bytes
 from compose.store import read_json
 
@@ -98,13 +99,18 @@ def answer(work: Callable[[], Any]) -> Message:
 
 
 def failure_message(error: Exception) -> Message:
-    """An exception as data: what it says, its kind in `compose.errors`, and its traceback."""
-    known = isinstance(error, ComposeError)
-    text = str(error) if known else f"{type(error).__name__}: {error}"
+    """An exception as data: what it says, its kind in `compose.errors`, and its traceback.
+
+    A library of an extra that is not installed is told as the user's mistake.
+    """
+    missing = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
+    told = missing or error
+    known = isinstance(told, ComposeError)
+    text = str(told) if known else f"{type(told).__name__}: {told}"
     return {
         "ok": False,
         "error": text.strip(),
-        "kind": type(error).__name__ if known else StepError.__name__,
+        "kind": type(told).__name__ if known else StepError.__name__,
         "traceback": "".join(traceback.format_exception(error)),
     }
 
