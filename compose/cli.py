@@ -1,13 +1,17 @@
-"""The command `gateskip`: it reads arguments, calls one function, shows what came back."""
+"""The command `gateskip`: each command reads arguments, calls one function and shows the result."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,11 +19,14 @@ from typer.core import TyperGroup
 
 from compose.errors import ComposeError
 
+if TYPE_CHECKING:
+    from compose.results.schema import CellResult, Results
+
 INTERRUPTED = 130
 
 
 class Commands(TyperGroup):
-    """Turns our errors into one message and an exit code."""
+    """Commands whose errors become one message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; 1 for what failed, 2 for the user's mistakes, 130 for Ctrl-C."""
@@ -46,18 +53,6 @@ PipelineFile = Annotated[Path, typer.Argument(help="The pipeline file (YAML).", 
 RunDir = Annotated[Path, typer.Argument(help="A run's folder: runs/NAME.", metavar="RUN_DIR")]
 Out = Annotated[Path, typer.Option(help="Where runs and model folders are kept.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-MinRetained = Annotated[
-    float | None, typer.Option(help="Least share of the baseline's quality, 0 to 1.")
-]
-MaxRatio = Annotated[float | None, typer.Option(help="Most perplexity, over the baseline's.")]
-MaxBytes = Annotated[str | None, typer.Option(help="Most size on disk, as 90MB.")]
-MaxResident = Annotated[str | None, typer.Option(help="Most size in memory, as 200MB.")]
-Lossless = Annotated[
-    bool, typer.Option(help="Refuse speculation that was not seen to be lossless.")
-]
-Maximize = Annotated[
-    str, typer.Option(help="What to aim for: decode, prefill, size, accuracy, ...")
-]
 
 
 def console(*, err: bool = False) -> Console:
@@ -68,10 +63,10 @@ def console(*, err: bool = False) -> Console:
 def _version(wanted: bool) -> None:
     if wanted:
         try:
-            known = metadata.version("gateskip-compose")
+            version = metadata.version("gateskip-compose")
         except metadata.PackageNotFoundError:
-            known = "from a source tree that is not installed"
-        typer.echo(f"gateskip-compose {known}")
+            version = "from a source tree that is not installed"
+        typer.echo(f"gateskip-compose {version}")
         raise typer.Exit
 
 
@@ -102,12 +97,12 @@ def plan(file: PipelineFile, out: Out = Path("runs"), as_json: AsJson = False) -
     from compose.planning.prepare import load_plan
     from compose.terminal.show import plan_state, plan_tables
 
-    made = load_plan(file, default_cache())
-    folder = RunFolder.of(made, out)
+    planned = load_plan(file, default_cache())
+    folder = RunFolder.of(planned, out)
     if as_json:
-        typer.echo(json.dumps(plan_state(made, folder), indent=1))
+        typer.echo(json.dumps(plan_state(planned, folder), indent=1))
     else:
-        console().print(plan_tables(made, folder))
+        console().print(plan_tables(planned, folder))
 
 
 @app.command()
@@ -130,18 +125,20 @@ def run(
     """Make and measure every cell; what was finished before stays."""
     from compose.assets import default_cache
     from compose.execution.executors import make_executor
-    from compose.execution.runner import Settings
     from compose.execution.runner import run as run_plan
+    from compose.execution.state import Settings
     from compose.extras import require
     from compose.planning.prepare import load_plan
+    from compose.terminal.progress import Board
     from compose.terminal.show import say_result
 
-    made = load_plan(file, default_cache())
-    require("report", *(["eval"] if made.pipeline.benchmark.quality.tasks else []))
+    planned = load_plan(file, default_cache())
+    require("report", *(["eval"] if planned.pipeline.benchmark.quality.tasks else []))
     command = shlex.join(["gateskip", *sys.argv[1:]])
     settings = Settings(out, default_cache(), command, tuple(only or ()), again)
-    runs_in = make_executor(executor, made.pipeline.benchmark.threads, workers)
-    result = run_plan(made, settings, runs_in, console())
+    where = make_executor(executor, planned.pipeline.benchmark.threads, workers)
+    with Board(console()).shown() as board:
+        result = run_plan(planned, settings, where, board)
     say_result(console(), result)
     raise typer.Exit(result.exit_code)
 
@@ -157,41 +154,67 @@ def report(run_dir: RunDir) -> None:
     typer.echo(f"{run_dir / 'report.html'}\n{run_dir / 'report.md'}")
 
 
-def _pick(run_dir: Path, **wanted: Any) -> tuple[Any, Any]:
-    from compose.execution.run_folder import RunFolder
-    from compose.results.pick import pick as pick_cell
-    from compose.results.schema import load_results
-    from compose.units import parse_bytes
+@dataclass(frozen=True, kw_only=True)
+class PickOptions:
+    """The constraints and the aim by which a cell is picked: options of `pick` and of `export`."""
 
-    results = load_results(RunFolder.existing(run_dir).results_file)
-    for name in ("max_bytes", "max_resident"):
-        wanted[name] = None if wanted[name] is None else parse_bytes(wanted[name])
-    return results, pick_cell(results, **wanted)
+    min_retained: Annotated[
+        float | None, typer.Option(help="Least share of the baseline's quality, 0 to 1.")
+    ] = None
+    max_perplexity_ratio: Annotated[
+        float | None, typer.Option(help="Most perplexity, over the baseline's.")
+    ] = None
+    max_bytes: Annotated[str | None, typer.Option(help="Most size on disk, as 90MB.")] = None
+    max_resident: Annotated[str | None, typer.Option(help="Most size in memory, as 200MB.")] = None
+    require_lossless: Annotated[
+        bool, typer.Option(help="Refuse speculation that was not seen to be lossless.")
+    ] = True
+    maximize: Annotated[
+        str, typer.Option(help="What to aim for: decode, prefill, size, accuracy, ...")
+    ] = "decode"
+
+    def pick(self, results: Results) -> CellResult:
+        """The best cell under these constraints; raises as `results.pick.pick`."""
+        from compose.results.pick import pick as pick_cell
+        from compose.units import parse_bytes
+
+        sizes = {"max_bytes": self.max_bytes, "max_resident": self.max_resident}
+        limits = {name: None if size is None else parse_bytes(size) for name, size in sizes.items()}
+        return pick_cell(results, **{**vars(self), **limits})
+
+
+def with_pick_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `PickOptions`; it gets their values as `options`."""
+    fields = inspect.signature(PickOptions, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters.values()
+
+    @wraps(command)
+    def call(**values: Any) -> None:
+        options = PickOptions(**{name: values.pop(name) for name in fields})
+        command(**values, options=options)
+
+    parameters = [each for each in own if each.name != "options"]
+    keyword_only = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters]
+    call.__signature__ = inspect.Signature([*keyword_only, *fields.values()])  # type: ignore[attr-defined]
+    call.__annotations__ = {each.name: each.annotation for each in [*parameters, *fields.values()]}
+    return call
+
+
+def _results_of(run_dir: Path) -> Results:
+    from compose.execution.run_folder import RunFolder
+    from compose.results.schema import load_results
+
+    return load_results(RunFolder.existing(run_dir).results_file)
 
 
 @app.command()
-def pick(
-    run_dir: RunDir,
-    min_retained: MinRetained = None,
-    max_perplexity_ratio: MaxRatio = None,
-    max_bytes: MaxBytes = None,
-    max_resident: MaxResident = None,
-    require_lossless: Lossless = True,
-    maximize: Maximize = "decode",
-    as_json: AsJson = False,
-) -> None:
+@with_pick_options
+def pick(run_dir: RunDir, *, options: PickOptions, as_json: AsJson = False) -> None:
     """Find the best cell under constraints."""
     from compose.terminal.show import cell_json, cell_text
 
-    results, cell = _pick(
-        run_dir,
-        min_retained=min_retained,
-        max_perplexity_ratio=max_perplexity_ratio,
-        max_bytes=max_bytes,
-        max_resident=max_resident,
-        require_lossless=require_lossless,
-        maximize=maximize,
-    )
+    results = _results_of(run_dir)
+    cell = options.pick(results)
     if as_json:
         typer.echo(json.dumps(cell_json(results, cell), indent=1))
     else:
@@ -199,39 +222,25 @@ def pick(
 
 
 @app.command()
+@with_pick_options
 def export(
     run_dir: RunDir,
     to: Annotated[Path, typer.Option(help="The folder to fill.")],
+    *,
+    options: PickOptions,
     cell: Annotated[str | None, typer.Option(help="The cell; without it, one is picked.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Also compare 32 tokens with those of the source.")
     ] = False,
-    min_retained: MinRetained = None,
-    max_perplexity_ratio: MaxRatio = None,
-    max_bytes: MaxBytes = None,
-    max_resident: MaxResident = None,
-    require_lossless: Lossless = True,
-    maximize: Maximize = "decode",
 ) -> None:
     """Export a cell as a checkpoint with its lineage, numbers and model card."""
     from compose.execution.executors import make_executor
     from compose.execution.export import export_cell
     from compose.execution.run_folder import RunFolder
 
-    name = (
-        cell
-        or _pick(
-            run_dir,
-            min_retained=min_retained,
-            max_perplexity_ratio=max_perplexity_ratio,
-            max_bytes=max_bytes,
-            max_resident=max_resident,
-            require_lossless=require_lossless,
-            maximize=maximize,
-        )[1].name
-    )
-    runs_in = make_executor("local", None)
-    export_cell(RunFolder.existing(run_dir), name, to, runs_in, spoken=verify)
+    name = cell or options.pick(_results_of(run_dir)).name
+    executor = make_executor("local", None)
+    export_cell(RunFolder.existing(run_dir), name, to, executor, compare_tokens=verify)
     same = ": the same logits and tokens as its source" if verify else ""
     typer.echo(f"{name} exported to {to}{same}")
 
@@ -245,11 +254,12 @@ def gguf(
     ] = "f16",
 ) -> None:
     """Write a model folder as a GGUF file for llama.cpp; it is loaded back before it stays."""
-    from compose.execution.executors import ask_once
+    from compose.execution.worker_process import ask_once
+    from compose.units import bytes_text
 
-    asked = {"folder": str(folder.absolute()), "file": str(to.absolute()), "kind": kind}
-    found = ask_once("gguf", asked)
-    size, kl = f"{found['bytes'] / 1e6:.1f} MB", f"{found['kl']:.2g}"
+    job = {"folder": str(folder.absolute()), "file": str(to.absolute()), "kind": kind}
+    written = ask_once("gguf", job)
+    size, kl = bytes_text(written["bytes"]), f"{written['kl']:.2g}"
     typer.echo(f"{to}: {size}, loads back; KL of its predictions to the folder's: {kl}")
 
 
@@ -267,18 +277,18 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Likeliest tokens drawn from; 0 is all.")] = 0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Probability drawn from.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="What is drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer.")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Say what it took.")] = False,
 ) -> None:
     """Ask a model folder."""
-    from compose.execution.executors import ask_once
+    from compose.execution.worker_process import ask_once
     from compose.terminal.show import stats_text
 
-    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "budget": budget}
-    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    asked |= {"speculate": speculate, "sampling": drawn, "seed": seed, "stop": stop or []}
-    answer = ask_once("answer", {"folder": str(folder), "prompt": prompt, **asked})
+    job: dict[str, Any] = {"folder": str(folder), "prompt": prompt, "budget": budget}
+    job |= {"max_new_tokens": max_new_tokens, "speculate": speculate, "seed": seed}
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    answer = ask_once("answer", {**job, "sampling": sampling, "stop": stop or []})
     typer.echo(answer["text"])
     if stats:
         typer.echo(stats_text(answer), err=True)
@@ -295,18 +305,18 @@ def insight(
     as_json: AsJson = False,
 ) -> None:
     """Colour a text's tokens by how much compute each of them gets."""
-    from compose.execution.executors import ask_once
+    from compose.execution.worker_process import ask_once
     from compose.terminal.show import read_text, say_insight
     from reports.insight import to_html
 
-    asked = {"folder": str(folder), "text": read_text(text), "budget": budget}
-    found = ask_once("insight", asked)
+    job = {"folder": str(folder), "text": read_text(text), "budget": budget}
+    shares = ask_once("insight", job)
     if html is not None:
-        html.write_text(to_html(found, folder.name), encoding="utf-8")
+        html.write_text(to_html(shares, folder.name), encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(shares))
     else:
-        say_insight(console(), found)
+        say_insight(console(), shares)
 
 
 @app.command()
@@ -323,7 +333,7 @@ def bench(
         ),
     ] = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="A rival beside them: transformers, llama.cpp:TYPE.")
+        list[str] | None, typer.Option(help="A peer beside them: transformers, llama.cpp:TYPE.")
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; 1 if not said.")] = None,
     context: Annotated[
@@ -337,16 +347,16 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, interleaved.")] = 3,
 ) -> None:
     """Time ways of decoding a folder against each other; the last line is all of it as JSON."""
-    from compose.execution.executors import ask_once
+    from compose.execution.worker_process import ask_once
     from compose.terminal.show import say_race
 
-    asked: dict[str, Any] = {"folder": str(folder)}
-    asked["contenders"] = [*(contenders or ["plain"]), *(against or [])]
-    asked |= {"batches": batch or [1], "contexts": context or [128], "prompts": prompts}
-    asked |= {"limit": limit, "new_tokens": new_tokens, "repeats": repeats}
-    found = ask_once("race", asked)
-    say_race(console(), found)
-    typer.echo(json.dumps(found))
+    job: dict[str, Any] = {"folder": str(folder)}
+    job["contenders"] = [*(contenders or ["plain"]), *(against or [])]
+    job |= {"batches": batch or [1], "contexts": context or [128], "prompts": prompts}
+    job |= {"limit": limit, "new_tokens": new_tokens, "repeats": repeats}
+    measured = ask_once("race", job)
+    say_race(console(), measured)
+    typer.echo(json.dumps(measured))
 
 
 @app.command("tune-draft")
@@ -361,14 +371,14 @@ def tune_draft(
     write: Annotated[bool, typer.Option(help="Make the best the folder's own way.")] = True,
 ) -> None:
     """Find the draft that decodes a folder fastest, and make it the folder's way."""
-    from compose.execution.executors import ask_once
+    from compose.execution.worker_process import ask_once
     from compose.terminal.show import say_tuned
 
-    asked: dict[str, Any] = {"folder": str(folder), "prompts": prompts, "limit": limit}
-    asked |= {"new_tokens": new_tokens, "repeats": repeats, "write": write}
-    found = ask_once("tune", asked)
-    say_tuned(console(), found)
-    typer.echo(json.dumps(found))
+    job: dict[str, Any] = {"folder": str(folder), "prompts": prompts, "limit": limit}
+    job |= {"new_tokens": new_tokens, "repeats": repeats, "write": write}
+    tuned = ask_once("tune", job)
+    say_tuned(console(), tuned)
+    typer.echo(json.dumps(tuned))
 
 
 @app.command()

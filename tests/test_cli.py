@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from compose.cli import app
 from compose.errors import StepError, UserError
 from compose.language.schema import Pipeline
-from compose.planning.plan import make_plan
+from compose.planning.planner import make_plan
 from compose.planning.prepare import load_plan
 from compose.results.schema import CellResult, Results, save_results
 from compose.store import write_json
 from compose.terminal.doctor import Finding
-from compose.units import bytes_text, count, metric_text, parse_bytes, span
+from compose.units import bytes_text, duration_text, metric_text, parse_bytes, progress_text
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = """\
@@ -274,9 +274,11 @@ def test_what_is_no_size(text: str) -> None:
 
 
 def test_numbers_for_people() -> None:
-    assert [span(s) for s in (0.4, 12, 185, 7800)] == ["0.4 s", "12 s", "3 min 05 s", "2 h 10 min"]
-    assert [count(*c) for c in ((1, 1), (3, 9), (5e6, 90e6))] == ["", "3/9", "5/90 MB"]
-    assert [bytes_text(size) for size in (5e5, 1.5e9)] == ["0.5 MB", "1.50 GB"]
+    durations = [duration_text(seconds) for seconds in (0.4, 12, 185, 7800)]
+    assert durations == ["0.4 s", "12 s", "3 min 05 s", "2 h 10 min"]
+    progress = [progress_text(*parts) for parts in ((1, 1), (3, 9), (5_000_000, 90_000_000))]
+    assert progress == ["", "3/9", "5.0 MB of 90.0 MB"]
+    assert [bytes_text(size) for size in (500, 5e5, 1.5e9)] == ["500 B", "500.0 KB", "1.5 GB"]
     shown = [metric_text(*m) for m in (("agreement", 0.5), ("size", 1e6), ("perplexity", 12.3456))]
     assert shown == ["50.0 %", "1.0 MB", "12.35"]
     assert metric_text("kl", None) == "–"

@@ -13,7 +13,7 @@ import pytest
 from compose.artifacts.folder import lineage, write_lineage
 from compose.errors import StepError, UserError
 from compose.execution.executors import make_executor
-from compose.execution.export import assemble, decode_default, refuse_foreign, verify_spoken
+from compose.execution.export import assemble, decode_default, refuse_foreign, verify_tokens
 from compose.execution.run_folder import RunFolder
 from compose.results.schema import CellResult, Results
 
@@ -171,10 +171,10 @@ def test_the_export_says_what_its_source_says(
     planned = {"weights": "key", "decode": None}
     for folder, same in ((make_tiny("llama"), True), (make_tiny("llama", seed=1), False)):
         if same:
-            verify_spoken(folder, run, planned, make_executor("local", 1))
+            verify_tokens(folder, run, planned, make_executor("local", 1))
         else:
-            with pytest.raises(StepError, match="something else than its source from token 0 on"):
-                verify_spoken(folder, run, planned, make_executor("local", 1))
+            with pytest.raises(StepError, match="other tokens than its source from token 0 on"):
+                verify_tokens(folder, run, planned, make_executor("local", 1))
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ from compose.__main__ import main
 main()
 """
 ANSWER = """
-from compose.workers.main import answer
+from compose.workers.protocol import answer
 def work():
     {work}
 print(answer(work)["error"])

@@ -26,21 +26,20 @@ from rich.console import Console
 
 from compose.artifacts.folder import hash_folder, lineage, write_lineage
 from compose.errors import AssetError, PlanError, StepError, UserError
+from compose.execution import cells as cells_module
 from compose.execution import runner as runner_module
-from compose.execution.run_folder import (
-    RunFolder,
-    Session,
-    file_name,
-    find_session,
-    new_session,
-    phase_key,
-    read_phase,
-)
-from compose.execution.runner import RunResult, Settings, Task, run, run_graph, thread_pool
+from compose.execution import speed as speed_module
+from compose.execution.graph import Task, run_graph, thread_pool
+from compose.execution.run_folder import RunFolder, file_name, phase_key, read_phase
+from compose.execution.runner import RunResult, run
+from compose.execution.sessions import Session, find_session, new_session
+from compose.execution.state import Settings
 from compose.language.schema import Pipeline
-from compose.planning.plan import Plan, make_plan
+from compose.planning.plan import Plan
+from compose.planning.planner import make_plan
 from compose.results.schema import Results, load_results
 from compose.store import Store, read_json
+from compose.terminal.progress import Board
 
 ROOT = Path(__file__).resolve().parents[1]
 Answer = dict[str, Any]
@@ -93,7 +92,7 @@ class Script:
     """A scripted executor: what workers answer, and a log of everything that was asked of them."""
 
     slots = 1
-    parks = False
+    local = False
     timed_threads = 2
 
     def __init__(self) -> None:
@@ -105,7 +104,9 @@ class Script:
         self.decode_rate = {"gates+spec": 3.0}
         self.interrupt_at: tuple[str, ...] | None = None
 
-    def start(self, role: str, job: Path, log: Path, *, here: bool = False) -> ScriptedWorker:
+    def start(
+        self, role: str, job: Path, log: Path, *, on_this_machine: bool = False
+    ) -> ScriptedWorker:
         self.live += 1
         self.most_live = max(self.most_live, self.live)
         return ScriptedWorker(self, role, json.loads(job.read_text()))
@@ -175,16 +176,17 @@ def quick_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Scripted runs draw an empty report: the real one is drawn in the tests with real workers."""
     if request.node.get_closest_marker("slow") is None:
 
-        def draw(self: runner_module.Runner) -> None:
-            (self.folder.root / "report.html").write_text("report")
+        def draw(folder: RunFolder) -> None:
+            (folder.root / "report.html").write_text("report")
 
-        monkeypatch.setattr(runner_module.Runner, "render", draw)
+        monkeypatch.setattr(runner_module, "draw_report", draw)
 
 
 def go(out: Path, script: Script, plan: Plan | None = None, **settings: Any) -> RunResult:
     console = Console(file=io.StringIO(), width=200)
     plan = plan or make_plan(pipeline())
-    result = run(plan, Settings(out, out / "cache", "gateskip run", **settings), script, console)
+    given = Settings(out, out / "cache", "gateskip run", **settings)
+    result = run(plan, given, script, Board(console))
     assert script.live == 0, "no worker may be left"
     result_text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "Traceback" not in result_text
@@ -201,9 +203,9 @@ def results_of(out: Path) -> Results:
 def test_a_cell_stays_loaded_between_quality_and_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "PARKING_ROOM", 0)
+    monkeypatch.setattr(cells_module, "FREE_BYTES_TO_KEEP", 0)
     script = Script()
-    script.parks = True
+    script.local = True
     result = go(tmp_path, script)
     assert result.exit_code == 0
     cells = [cell.name for cell in results_of(tmp_path).measured]
@@ -495,8 +497,8 @@ def test_data_that_a_step_cannot_have_fails_its_cells(tmp_path: Path) -> None:
 def numbers_of(results: Results) -> list[Answer]:
     """All cells as plain data, without how long measuring took, and how much memory steps did."""
     cells = [cell.model_dump(mode="json") for cell in results.cells]
-    moods = ("seconds", "step_peak_bytes")
-    return [{key: value for key, value in cell.items() if key not in moods} for cell in cells]
+    varying = ("seconds", "step_peak_bytes")
+    return [{key: value for key, value in cell.items() if key not in varying} for cell in cells]
 
 
 # --- Going on after an end ----------------------------------------------------------------------
@@ -585,12 +587,12 @@ def test_two_runs_of_one_name_do_not_mix(tmp_path: Path) -> None:
 def test_cells_that_do_not_fit_together_are_measured_in_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = 2.5 * runner_module.PROCESS_BYTES / runner_module.MEMORY_SHARE
+    free = 2.5 * speed_module.PROCESS_BYTES / speed_module.MEMORY_SHARE
 
     class Memory:
-        total = available = room
+        total = available = free
 
-    monkeypatch.setattr(runner_module.psutil, "virtual_memory", lambda: Memory)
+    monkeypatch.setattr(speed_module.psutil, "virtual_memory", lambda: Memory)
     script = Script()
     assert go(tmp_path, script).exit_code == 0
     assert script.most_live == 2
@@ -668,7 +670,7 @@ import json, os, shutil, sys, time, types
 from functools import partial
 from pathlib import Path
 from dataclasses import make_dataclass
-from compose.workers import main as worker
+from compose.workers import cell, main, step
 from compose.stages.registry import DropLayers
 
 marks = Path(os.environ["TEST_MARKS"])
@@ -723,15 +725,16 @@ bench = types.ModuleType("compose.bench.cell")
 bench.CellBench = SlowBench
 bench.CellJob = lambda **values: types.SimpleNamespace(**values)
 sys.modules["compose.bench.cell"] = bench
-worker.seed_everything = lambda seed: None  # it imports transformers: seconds that test nothing
-sys.exit(worker.main(sys.argv[1:]))
+# It imports transformers: seconds that test nothing.
+cell.seed_everything = step.seed_everything = lambda seed: None
+sys.exit(main.main(*sys.argv[1:]))
 """
 
 RUNNER = """
 import sys
-from compose.execution import executors
+from compose.execution import worker_process
 from compose.cli import app
-executors.worker_command = lambda role, job: [sys.executable, {worker!r}, role, str(job)]
+worker_process.worker_command = lambda role, job: [sys.executable, {worker!r}, role, str(job)]
 app(sys.argv[1:])
 """
 

@@ -1,4 +1,4 @@
-"""Plans, picks and findings as text and tables for the terminal."""
+"""Plans, results, findings and measurements as text and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compose.execution.runner import RunResult
 from compose.planning.plan import Plan
 from compose.results.schema import METRICS, CellResult, Results, metrics
 from compose.terminal.doctor import Finding
-from compose.units import metric_text
+from compose.units import bytes_text, metric_text
 
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[red]✗[/]"}
 
@@ -43,10 +43,10 @@ def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
 
 
 def _memory(estimated: int | None, measured: int | None) -> str:
-    """A step's peak in GB: as it was, else about what it will be."""
+    """A step's peak memory: as it was measured, else as it is estimated."""
     if measured is not None:
-        return f"{measured / 1e9:.1f} GB"
-    return "" if estimated is None else f"~{estimated / 1e9:.1f} GB"
+        return bytes_text(measured)
+    return "" if estimated is None else f"~{bytes_text(estimated)}"
 
 
 def plan_tables(plan: Plan, run: RunFolder) -> Group:
@@ -123,11 +123,11 @@ def cell_json(results: Results, cell: CellResult) -> dict[str, Any]:
 
 
 def say_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """What doctor found, a line each, with what puts it right below."""
+    """A line for each finding of doctor, and below it what puts it right."""
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         name = finding.name.ljust(width)
-        line = f"{SIGNS[finding.status]} {name}  {escape(finding.found)}"
+        line = f"{SIGNS[finding.status]} {name}  {escape(finding.detail)}"
         console.print(line, highlight=False, soft_wrap=True)
         if finding.fix is not None:
             console.print(
@@ -136,12 +136,12 @@ def say_findings(console: Console, findings: Sequence[Finding]) -> None:
 
 
 def stats_text(answer: dict[str, Any]) -> str:
-    """What an answer took, in lines."""
+    """Tokens a second, settings and counts of an answer, in lines."""
     speed = answer["tokens"] / answer["seconds"] if answer["seconds"] else 0.0
     settings = ", ".join(f"{key} {value}" for key, value in answer["settings"].items())
     lines = [f"{answer['tokens']} tokens, {speed:.1f} tokens/s, {settings}"]
-    told = {key: value for key, value in answer["stats"].items() if value not in (None, {})}
-    for key, value in told.items():
+    stats = {key: value for key, value in answer["stats"].items() if value not in (None, {})}
+    for key, value in stats.items():
         shown = f"{value:.4g}" if isinstance(value, float) else value
         lines.append(f"  {key}: {shown}")
     return "\n".join(lines)
@@ -162,13 +162,13 @@ def read_text(text: str) -> str:
 
 
 def say_insight(console: Console, found: dict[str, Any]) -> None:
-    """A text's tokens on ever darker ground, the more of the compute each got; and the means."""
+    """A text with each token's background the darker, the more compute it got; and the means."""
     from reports.insight import heat
 
     shares = [token["compute"] for token in found["tokens"]]
     line = Text()
     for token in found["tokens"]:
-        line.append(token["text"], style=_ground(heat(token["compute"], shares)))
+        line.append(token["text"], style=_background(heat(token["compute"], shares)))
     console.print(line)
     kinds = _table("Compute by kind of token", "kind", "tokens", "share of compute")
     for kind, use in found["summary"]["kinds"].items():
@@ -178,8 +178,8 @@ def say_insight(console: Console, found: dict[str, Any]) -> None:
     console.print(f"budget {found['budget']:g}: {mean:.0%} of the branches' compute was spent")
 
 
-def _ground(level: float) -> str:
-    """White to blue behind black or white letters."""
+def _background(level: float) -> str:
+    """The style of a token at `level` 0 to 1: white to blue, behind black or white letters."""
     red, green, blue = (round(255 + level * (end - 255)) for end in (0, 90, 170))
     ink = "white" if level > 0.6 else "black"
     return f"{ink} on rgb({red},{green},{blue})"
