@@ -77,7 +77,7 @@ def test_it_decodes_as_we_do(folder: Path, tmp_path: Path) -> None:
         env=os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    decoder = gateskip.load(folder, native=False)
+    decoder = gateskip.load(folder, backend="gathered")
     theirs = [json.loads(line) for line in done.stdout.splitlines()]
     for settings, found in zip(asked, theirs, strict=True):
         own: dict[str, Any] = settings or decoder.defaults

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gateskip.decoding.sampling import GREEDY, Law, Sampler, accept_or_resample, draw
+from gateskip.decoding.sampling import GREEDY, Distribution, Sampler, accept_or_resample, draw
 
 DRAWS, VOCABULARY = 100_000, 6
 LIMIT = 30.0  # chi-square with 5 and 11 degrees of freedom exceeds it once in 70,000 and 600 times
@@ -23,7 +23,7 @@ def chi_square(counts: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(((counts - expected).square() / expected).sum())
 
 
-DRAFTS: dict[str, Callable[[], Law]] = {
+DRAFTS: dict[str, Callable[[], Distribution]] = {
     "alike": lambda: law(1),
     "other": lambda: law(2, 2.0),
     "sure": lambda: law(3, 8.0),
@@ -85,10 +85,10 @@ def test_a_law_is_what_transformers_samples_from() -> None:
     scores = theirs.TopKLogitsWarper(20)(ids, scores)
     scores = theirs.TopPLogitsWarper(0.9)(ids, scores)
     sampler = Sampler(temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.3)
-    found = sampler.law(logits[0], ids[0].tolist())
+    found = sampler.distribution(logits[0], ids[0].tolist())
     assert isinstance(found, torch.Tensor)
     torch.testing.assert_close(found, scores.softmax(-1)[0])
-    assert GREEDY.law(logits[0], []) == int(logits.argmax())
+    assert GREEDY.distribution(logits[0], []) == int(logits.argmax())
 
 
 @pytest.mark.parametrize(
