@@ -44,12 +44,12 @@ def extra_of(module: str) -> str | None:
 
 
 def missing_extra(error: ModuleNotFoundError) -> UserError | None:
-    """What to tell the user in place of `error`; None where no extra of ours would help."""
+    """The user's mistake behind `error`, with the extra to install; None where no extra has it."""
     extra = extra_of(error.name or "")
     if extra is None:
         return None
-    told = command(extra)
-    return UserError(str(error), fix=None if told in str(error) else told)
+    fix = command(extra)
+    return UserError(str(error), fix=None if fix in str(error) else fix)
 
 
 def require(*extras: str) -> None:

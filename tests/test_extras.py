@@ -112,13 +112,13 @@ print(answer(work)["error"])
     ids=["compress", "training", "eval", "report", "ray", "peers"],
 )
 def test_each_extra_is_named(extra: str, code: str, tmp_path: Path) -> None:
-    told = _without(EXTRAS[extra], code, tmp_path)
-    assert f"pip install 'gateskip-compose[{extra}]'" in told, told
+    output = _without(EXTRAS[extra], code, tmp_path)
+    assert f"pip install 'gateskip-compose[{extra}]'" in output, output
 
 
 def test_the_command_says_one_sentence(tmp_path: Path) -> None:
-    told = _without(EXTRAS["compress"], RUN.format(words=["--help"]), tmp_path).splitlines()
-    assert told == [
+    output = _without(EXTRAS["compress"], RUN.format(words=["--help"]), tmp_path).splitlines()
+    assert output == [
         "error: No module named 'typer'",
         "  fix: pip install 'gateskip-compose[compress]'",
     ]

@@ -123,12 +123,12 @@ def test_every_place_exists() -> None:
     assert [place for place in NEEDS if not (ROOT / place).is_dir()] == []
 
 
-def test_missing_libraries_are_told_by_the_extras_of_pyproject() -> None:
+def test_missing_libraries_are_named_by_the_extras_of_pyproject() -> None:
     """compose/extras.py has each library of each extra, under the first extra that installs it."""
     extras, seen = _extras(), _names(_extras()["core"])
-    for extra, told in EXTRAS.items():
+    for extra, listed in EXTRAS.items():
         own = _names(extras[extra]) - seen
-        assert set(map(_import_name, own)) == set(told), extra
+        assert set(map(_import_name, own)) == set(listed), extra
         seen |= own
 
 
