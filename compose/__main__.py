@@ -1,4 +1,4 @@
-"""The entry point: it lives without any library, so that a missing one is named with its extra."""
+"""The entry point: it imports no library, so that a missing one can be named with its extra."""
 
 from __future__ import annotations
 
