@@ -89,7 +89,10 @@ def attend_padded(
     padded = queries.new_zeros(len(counts), most, *queries.shape[1:])
     padded[row, column] = queries[: len(row)]
     used = int(slots.max()) + 1
-    keys, values = (part if rows is None else part[list(rows)] for part in kv)
+    keys, values = kv
+    if rows is not None:
+        index = torch.tensor(list(rows), device=device)
+        keys, values = keys.index_select(0, index), values.index_select(0, index)
     visible = None
     if not from_zero:
         places = slots.new_zeros(len(counts), most)

@@ -26,6 +26,7 @@ from gateskip.model.families import (
     FAMILIES,
     PRE_NORM,
     AttentionShape,
+    UnsupportedModel,
     attention_shape,
     backbone,
     final_norm,
@@ -46,7 +47,7 @@ BLOCK = native.BLOCK
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 
 
-class Unsuited(ValueError):
+class Unsuited(UnsupportedModel):
     """The engine does not know this model; the message says what it lacks."""
 
 
