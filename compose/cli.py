@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import wraps
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,9 +14,10 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from compose.errors import ComposeError
+from compose.terminal.pick_options import PickOptions, with_pick_options
 
 if TYPE_CHECKING:
-    from compose.results.schema import CellResult, Results
+    from compose.results.schema import Results
 
 INTERRUPTED = 130
 
@@ -60,8 +57,8 @@ def console(*, err: bool = False) -> Console:
     return Console(stderr=err)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         try:
             version = metadata.version("gateskip-compose")
         except metadata.PackageNotFoundError:
@@ -73,7 +70,8 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def main_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """Take the options before the command."""
@@ -81,7 +79,7 @@ def main_options(
 
 @app.command()
 def validate(file: PipelineFile) -> None:
-    """Check a pipeline file; say the first mistake with its line."""
+    """Check a pipeline file; print the first mistake with its line."""
     from compose.assets import default_cache
     from compose.planning.prepare import load_plan
     from compose.terminal.show import plan_counts
@@ -122,7 +120,7 @@ def run(
         typer.Option(min=1, help="Steps and cells side by side; 1 gives each all cores."),
     ] = None,
 ) -> None:
-    """Make and measure every cell; what was finished before stays."""
+    """Make and measure every cell; what was finished before is kept."""
     from compose.assets import default_cache
     from compose.execution.executors import make_executor
     from compose.execution.runner import run as run_plan
@@ -130,7 +128,7 @@ def run(
     from compose.extras import require
     from compose.planning.prepare import load_plan
     from compose.terminal.progress import Board
-    from compose.terminal.show import say_result
+    from compose.terminal.show import print_result
 
     planned = load_plan(file, default_cache())
     require("report", *(["eval"] if planned.pipeline.benchmark.quality.tasks else []))
@@ -139,7 +137,7 @@ def run(
     where = make_executor(executor, planned.pipeline.benchmark.threads, workers)
     with Board(console()).shown() as board:
         result = run_plan(planned, settings, where, board)
-    say_result(console(), result)
+    print_result(console(), result)
     raise typer.Exit(result.exit_code)
 
 
@@ -152,52 +150,6 @@ def report(run_dir: RunDir) -> None:
     folder = RunFolder.existing(run_dir)
     render(folder.results_file, folder.root)
     typer.echo(f"{run_dir / 'report.html'}\n{run_dir / 'report.md'}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PickOptions:
-    """The constraints and the aim by which a cell is picked: options of `pick` and of `export`."""
-
-    min_retained: Annotated[
-        float | None, typer.Option(help="Least share of the baseline's quality, 0 to 1.")
-    ] = None
-    max_perplexity_ratio: Annotated[
-        float | None, typer.Option(help="Most perplexity, over the baseline's.")
-    ] = None
-    max_bytes: Annotated[str | None, typer.Option(help="Most size on disk, as 90MB.")] = None
-    max_resident: Annotated[str | None, typer.Option(help="Most size in memory, as 200MB.")] = None
-    require_lossless: Annotated[
-        bool, typer.Option(help="Refuse speculation that was not seen to be lossless.")
-    ] = True
-    maximize: Annotated[
-        str, typer.Option(help="What to aim for: decode, prefill, size, accuracy, ...")
-    ] = "decode"
-
-    def pick(self, results: Results) -> CellResult:
-        """The best cell under these constraints; raises as `results.pick.pick`."""
-        from compose.results.pick import pick as pick_cell
-        from compose.units import parse_bytes
-
-        sizes = {"max_bytes": self.max_bytes, "max_resident": self.max_resident}
-        limits = {name: None if size is None else parse_bytes(size) for name, size in sizes.items()}
-        return pick_cell(results, **{**vars(self), **limits})
-
-
-def with_pick_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `PickOptions`; it gets their values as `options`."""
-    fields = inspect.signature(PickOptions, eval_str=True).parameters
-    own = inspect.signature(command, eval_str=True).parameters.values()
-
-    @wraps(command)
-    def call(**values: Any) -> None:
-        options = PickOptions(**{name: values.pop(name) for name in fields})
-        command(**values, options=options)
-
-    parameters = [each for each in own if each.name != "options"]
-    keyword_only = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters]
-    call.__signature__ = inspect.Signature([*keyword_only, *fields.values()])  # type: ignore[attr-defined]
-    call.__annotations__ = {each.name: each.annotation for each in [*parameters, *fields.values()]}
-    return call
 
 
 def _results_of(run_dir: Path) -> Results:
@@ -272,14 +224,16 @@ def generate(
         float | None, typer.Option(min=0.0, max=1.0, help="Share of branches computed.")
     ] = None,
     speculate: Annotated[
-        bool | None, typer.Option(help="Draft and verify, whatever the folder says.")
+        bool | None, typer.Option(help="Draft and verify, or do not; else as the folder states.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Likeliest tokens drawn from; 0 is all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Probability drawn from.")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest; 0 is all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Sample from this probability mass.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer.")] = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Say what it took.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print speed and counts.")] = False,
 ) -> None:
     """Ask a model folder."""
     from compose.execution.worker_process import ask_once
@@ -299,14 +253,14 @@ def insight(
     folder: Annotated[Path, typer.Argument(help="A model folder with gates.")],
     text: Annotated[str, typer.Option(help="The text to look at; @FILE reads it from a file.")],
     budget: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Share of compute kept; 0.8 if not said.")
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of compute kept; 0.8 by default.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the colours as a page.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Colour a text's tokens by how much compute each of them gets."""
     from compose.execution.worker_process import ask_once
-    from compose.terminal.show import read_text, say_insight
+    from compose.terminal.show import print_insight, read_text
     from reports.insight import to_html
 
     job = {"folder": str(folder), "text": read_text(text), "budget": budget}
@@ -316,7 +270,7 @@ def insight(
     if as_json:
         typer.echo(json.dumps(shares))
     else:
-        say_insight(console(), shares)
+        print_insight(console(), shares)
 
 
 @app.command()
@@ -329,15 +283,15 @@ def bench(
             help="plain, skip:BUDGET, draft:BUDGET with +int4, +nf4, +int4-head, +lookup, +LENGTH;"
             " one of these after eager: (torch alone, the reference); transformers (also :compiled,"
             " :lookup, :early-exit-LAYERS), llama.cpp:FILE.gguf or llama.cpp:q4_1;"
-            " speeds are compared with the first. plain alone if not said.",
+            " speeds are compared with the first. plain alone by default.",
         ),
     ] = None,
     against: Annotated[
         list[str] | None, typer.Option(help="A peer beside them: transformers, llama.cpp:TYPE.")
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; 1 if not said.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; 1 by default.")] = None,
     context: Annotated[
-        list[int] | None, typer.Option(min=1, help="Prompt tokens; 128 if not said.")
+        list[int] | None, typer.Option(min=1, help="Prompt tokens; 128 by default.")
     ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="Prompts to use, by category: an alias or a file.")
@@ -348,14 +302,14 @@ def bench(
 ) -> None:
     """Time ways of decoding a folder against each other; the last line is all of it as JSON."""
     from compose.execution.worker_process import ask_once
-    from compose.terminal.show import say_race
+    from compose.terminal.show import print_race
 
     job: dict[str, Any] = {"folder": str(folder)}
     job["contenders"] = [*(contenders or ["plain"]), *(against or [])]
     job |= {"batches": batch or [1], "contexts": context or [128], "prompts": prompts}
     job |= {"limit": limit, "new_tokens": new_tokens, "repeats": repeats}
     measured = ask_once("race", job)
-    say_race(console(), measured)
+    print_race(console(), measured)
     typer.echo(json.dumps(measured))
 
 
@@ -372,23 +326,23 @@ def tune_draft(
 ) -> None:
     """Find the draft that decodes a folder fastest, and make it the folder's way."""
     from compose.execution.worker_process import ask_once
-    from compose.terminal.show import say_tuned
+    from compose.terminal.show import print_tuned
 
     job: dict[str, Any] = {"folder": str(folder), "prompts": prompts, "limit": limit}
     job |= {"new_tokens": new_tokens, "repeats": repeats, "write": write}
     tuned = ask_once("tune", job)
-    say_tuned(console(), tuned)
+    print_tuned(console(), tuned)
     typer.echo(json.dumps(tuned))
 
 
 @app.command()
 def doctor() -> None:
-    """Say what can run here, what is missing, and how to put it right."""
+    """Show what can run here, what is missing, and how to put it right."""
     from compose.terminal.doctor import examine
-    from compose.terminal.show import say_findings
+    from compose.terminal.show import print_findings
 
     findings = examine()
-    say_findings(console(), findings)
+    print_findings(console(), findings)
     raise typer.Exit(any(finding.status == "missing" for finding in findings))
 
 

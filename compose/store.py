@@ -1,7 +1,7 @@
 """A locked store of finished steps: a folder for each key, complete or absent.
 
 root/KEY/manifest.json   written last; without it the entry does not exist
-root/KEY/model/          what the step made
+root/KEY/model/          the model folder of the step
 root/.temp/.KEY-*        an entry being written; renamed into place, or removed after a kill
 root/.work/KEY           scratch of an unfinished step; survives a kill
 root/.locks/KEY.lock     one writer a key, over all processes of the machine

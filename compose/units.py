@@ -13,7 +13,7 @@ Progress = Callable[[int, int, str], None]
 """Called with (parts done, parts in all, note) while work goes on; parts may be bytes."""
 
 BYTES_FROM = 1_000_000
-"""No job has as many parts as this: from here on, `progress_text` takes them for bytes."""
+"""From this total on, `progress_text` takes the parts of a job for bytes."""
 
 BYTES = ("size", "resident", "peak")
 SHARES = ("saved", "saved-gross", "retained", "accuracy", "agreement", "acceptance")

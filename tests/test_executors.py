@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from compose.errors import ArtifactError, StepError, UserError
 from compose.execution import worker_process
 from compose.execution.executors import LocalExecutor, make_executor
+from compose.execution.messages import Role
 from compose.execution.worker_process import (
     LocalWorker,
     Worker,
@@ -25,6 +27,7 @@ from compose.execution.worker_process import (
     worker_environment,
 )
 from compose.store import write_json
+from compose.workers.main import ROLES
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -261,6 +264,10 @@ def test_a_worker_raises_here_what_it_raised_there() -> None:
     with pytest.raises(StepError) as caught:
         await_answer(Spoken({**refusal, "kind": "SomethingElse"}))
     assert caught.value.__notes__ == ["Traceback ..."]
+
+
+def test_every_role_is_served() -> None:
+    assert {*ROLES, "cell"} == set(get_args(Role))
 
 
 def test_unknown_executors_are_refused() -> None:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from compose.errors import AssetError, PlanError, StepError, UserError
 from compose.execution import cells as cells_module
 from compose.execution import runner as runner_module
 from compose.execution import speed as speed_module
-from compose.execution.graph import Task, run_graph, thread_pool
 from compose.execution.run_folder import RunFolder, file_name, phase_key, read_phase
 from compose.execution.runner import RunResult, run
 from compose.execution.sessions import Session, find_session, new_session
@@ -607,46 +605,7 @@ def test_cells_that_do_not_fit_together_are_measured_in_groups(
     assert len(dense.decode_tokens_per_s.repeats) == 12
 
 
-# --- The graph ----------------------------------------------------------------------------------
-
-
-def test_the_graph_keeps_order_and_uses_its_slots() -> None:
-    done: list[str] = []
-    running, most = 0, 0
-
-    def work(name: str) -> Callable[[], None]:
-        def body() -> None:
-            nonlocal running, most
-            running += 1
-            most = max(most, running)
-            time.sleep(0.02)
-            done.append(name)
-            running -= 1
-
-        return body
-
-    tasks = [Task(n, work(n), needs) for n, needs in [("a", ()), ("b", ("a",)), ("c", ("a",))]]
-    run_graph(tasks, 1, lambda: None, thread_pool(1))
-    assert done == ["a", "b", "c"]
-    assert most == 1
-    done.clear()
-    run_graph(tasks, 3, lambda: None, thread_pool(3))
-    assert done[0] == "a"
-    assert most == 2
-
-
-def test_what_a_task_raises_ends_the_graph() -> None:
-    done: list[str] = []
-    aborted: list[bool] = []
-
-    def fail() -> None:
-        raise AssetError("gone")
-
-    tasks = [Task("a", fail), Task("b", lambda: done.append("b"), ("a",))]
-    with pytest.raises(AssetError):
-        run_graph(tasks, 2, lambda: aborted.append(True), thread_pool(2))
-    assert done == []
-    assert aborted == [True]
+# --- Names --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -24,5 +24,5 @@ class Board(Protocol):
     def line(self, name: str) -> Line:
         """A line for a new job."""
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line that stays."""

@@ -14,9 +14,9 @@ from compose.execution.graph import Task
 from compose.execution.messages import CellCommand, CellRequest
 from compose.execution.run_folder import (
     Phase,
+    is_measured,
     learns_from,
     phases_of,
-    read_phase,
     write_phase,
 )
 from compose.execution.state import RunState
@@ -49,7 +49,9 @@ def measure_quality(run: RunState, cell: Cell) -> None:
     if cell.weights in run.failed_steps:
         run.failed_cells[cell.name] = run.failed_steps[cell.weights]
         return
-    if is_measured(run, cell) and not (cell is run.baseline and _lacks_reference(run)):
+    if is_measured(run.folder, run.plan, cell) and not (
+        cell is run.baseline and _lacks_reference(run)
+    ):
         return
     run.worked = True
     line = run.board.line(f"measure {cell.name}")
@@ -90,19 +92,13 @@ def _keeps(run: RunState, cell: Cell) -> bool:
     return timed and psutil.virtual_memory().available >= FREE_BYTES_TO_KEEP
 
 
-def is_measured(run: RunState, cell: Cell) -> bool:
-    """Whether every phase of a cell, beside speed, has its record."""
-    records = (read_phase(run.folder, run.plan, cell, phase) for phase in phases_of(cell))
-    return all(record is not None for record in records)
-
-
 def _lacks_reference(run: RunState) -> bool:
     """Whether a cell is still to be compared with baseline predictions that are not stored."""
     if not run.plan.pipeline.benchmark.quality.perplexity:
         return False
     if run.folder.reference(run.baseline.key).is_file():
         return False
-    return not all(is_measured(run, cell) for cell in run.wanted_cells())
+    return not all(is_measured(run.folder, run.plan, cell) for cell in run.wanted_cells())
 
 
 def open_cell(run: RunState, cell: Cell, name: str, *, on_this_machine: bool = False) -> Worker:

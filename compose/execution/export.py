@@ -1,7 +1,7 @@
 """A measured cell -> a folder to ship: model, gates, decode settings, lineage, numbers, model card.
 
-The folder is put together beside its place, loaded again in a fresh process, compared with what
-the step predicted when it was made, and only then renamed into place.
+The folder is filled beside its place, loaded again in a fresh process, and compared with the logits
+that were stored when its step was made; only then it is moved into place.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def is_current(run: RunFolder, name: str, target: Path) -> bool:
     """Whether `target` already is the export of this cell with these numbers."""
     written = read_json(target / MEASUREMENTS)
     results = load_results(run.results_file)
-    wanted = measurements(results, results.cell(name), planned_cell(run, name))
-    return bool(written == wanted) and (target / "config.json").is_file()
+    current = measurements(results, results.cell(name), planned_cell(run, name))
+    return bool(written == current) and (target / "config.json").is_file()
 
 
 def planned_cell(run: RunFolder, name: str) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def assemble(
 
 
 def decode_default(decode: dict[str, Any] | None) -> dict[str, Any]:
-    """How the folder is decoded unless the caller says otherwise."""
+    """The decode settings that an export states: those of the cell's decode stage."""
     if decode is None:
         return {"mode": "plain"}
     settings = {key: value for key, value in decode.items() if key != "use"}
@@ -167,7 +167,7 @@ def verify(folder: Path, run: RunFolder, weights: str, executor: Executor) -> No
 def verify_tokens(
     folder: Path, run: RunFolder, planned: dict[str, Any], executor: Executor
 ) -> None:
-    """Continue the probe text greedily with the export and with the step's folder it was made from.
+    """Continue the probe text greedily with the export and with the step's folder it comes from.
 
     Each runs in a process of its own: the source is decoded as the cell was, the export by its own
     default.

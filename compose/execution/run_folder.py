@@ -122,8 +122,11 @@ def learns_from(plan: Plan) -> list[tuple[str, int | None]]:
     stages = [step.stage for step in plan.steps if step.stage is not None]
     splits = sorted({split for stage in stages for split in stage.reads_data})
     specs = [getattr(plan.pipeline.data, split) for split in splits]
-    known = [spec for spec in specs if spec is not None and spec.source != SELF_WRITTEN]
-    return [(spec.source, spec.limit) for spec in known]
+    return [
+        (spec.source, spec.limit)
+        for spec in specs
+        if spec is not None and spec.source != SELF_WRITTEN
+    ]
 
 
 def phases_of(cell: Cell) -> tuple[Phase, ...]:
@@ -149,3 +152,9 @@ def write_phase(
     """Keep what the phase measured, under its key."""
     record = {"key": phase_key(plan, cell, phase), "seconds": round(seconds, 3), "result": result}
     write_json(run.record(cell.name, phase), record)
+
+
+def is_measured(run: RunFolder, plan: Plan, cell: Cell) -> bool:
+    """Whether every phase of a cell, beside speed, has its record."""
+    records = (read_phase(run, plan, cell, phase) for phase in phases_of(cell))
+    return all(record is not None for record in records)

@@ -1,4 +1,4 @@
-"""Runs a plan: what is on disk stays, the rest is made, one process a step or cell.
+"""Runs a plan: what is on disk is kept, the rest is made, one process a step or cell.
 
     steps     in the plan's order; each is made in one process and loaded again in another
     quality   of every cell, one process each
@@ -137,11 +137,11 @@ def _export(run: RunState, results: Results) -> None:
     """Make the exports that the pipeline names, of cells that did not fail."""
     from compose.execution.export import export_cell, is_current
 
-    for name, wanted in run.plan.pipeline.export.items():
-        cell, target = run.plan.cell(name), Path(wanted.to)
+    for name, export in run.plan.pipeline.export.items():
+        cell, target = run.plan.cell(name), Path(export.to)
         measured = results.find(cell.name)
         if measured is None or measured.status != "ok":
-            run.board.say(f"✗ no export of {name}: the cell was not measured")
+            run.board.print(f"✗ no export of {name}: the cell was not measured")
             continue
         if is_current(run.folder, cell.name, target):
             continue

@@ -144,11 +144,11 @@ def speed_settings(plan: Plan, environment: Mapping[str, Any]) -> dict[str, Any]
 
 def find_session(run: RunFolder, settings: dict[str, Any], cells: Iterable[Cell]) -> Session | None:
     """The session of these cells with these settings that has the most rounds; else None."""
-    wanted = {cell.name: cell.key for cell in cells}.items()
+    keys = {cell.name: cell.key for cell in cells}.items()
     sessions: list[Session] = []
     for file in sorted(run.speed.glob("*.jsonl")):
         session = Session.load(file)
-        if session and session.settings == settings and session.members.items() >= wanted:
+        if session and session.settings == settings and session.members.items() >= keys:
             sessions.append(session)
     return max(
         sessions, key=lambda session: (session.finished(), len(session.rounds)), default=None

@@ -163,5 +163,5 @@ class _Measurement:
             return work()
         except ComposeError as error:
             self.run.failed_cells[cell.name] = failure_of(error, "speed")
-            self.run.board.say(f"✗ speed of {cell.name}: {first_line(error)}")
+            self.run.board.print(f"✗ speed of {cell.name}: {first_line(error)}")
             return None

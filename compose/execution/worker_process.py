@@ -51,7 +51,7 @@ class Worker(Protocol):
         """Wait for its next message.
 
         Raises:
-            StepError: the worker died; the message says how, and holds the end of its log.
+            StepError: the worker died; the message has how, and the end of its log.
         """
 
     def stop(self) -> None:
@@ -59,7 +59,7 @@ class Worker(Protocol):
 
 
 def worker_environment(threads: int | None) -> dict[str, str]:
-    """The environment of a worker: this one's, with the thread count and the way to our code."""
+    """The environment of a worker: this one's, with the thread count and the path of this code."""
     environment = dict(os.environ)
     if threads is not None:
         environment.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
@@ -67,14 +67,14 @@ def worker_environment(threads: int | None) -> dict[str, str]:
     environment["PYTHONHASHSEED"] = "0"
     environment["PYTHONFAULTHANDLER"] = "1"
     environment["PYTHONUNBUFFERED"] = "1"
-    here = str(Path(__file__).resolve().parents[2])
-    known = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
-    environment["PYTHONPATH"] = os.pathsep.join([*known, here] if here not in known else known)
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
+    environment["PYTHONPATH"] = os.pathsep.join(paths if root in paths else [*paths, root])
     return environment
 
 
 def worker_command(role: Role, job: Path) -> list[str]:
-    """A worker's command; -P keeps a folder `compose` where the user stands from being taken."""
+    """A worker's command line; -P keeps a folder `compose` in the working directory out."""
     return [sys.executable, "-P", "-m", "compose.workers.main", role, str(job)]
 
 
@@ -99,7 +99,7 @@ class LocalWorker:
             )
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send it a command; that it is dead is found out by `receive`."""
+        """Send it a command; that it is dead shows in `receive`."""
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError, ValueError):
             self.process.stdin.write(json.dumps(message).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""What pydantic refuses in a pipeline -> problems in our own words, at the place that is meant."""
+"""What pydantic refuses in a pipeline -> problems in plain words, at the key or value at fault."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ def load_pipeline(path: str | Path) -> Pipeline:
     """Read a pipeline file; its model folder, data and gate files become absolute paths.
 
     Raises:
-        PipelineError: the file cannot be read or does not say something valid. The message tells
-            the first mistake in the file at `file:line:column` and how many others there are.
+        PipelineError: the file cannot be read or is not valid. The message has the first mistake in
+            the file, at `file:line:column`, and the number of the others.
     """
     file = Path(path)
     raw, source_map = read_yaml(_text_of(file), str(path))
@@ -67,8 +67,8 @@ def _resolve_paths(pipeline: Pipeline, folder: Path) -> tuple[Pipeline, list[Pro
         split: spec.model_copy(update={"source": paths.text(spec.source, ("data", split))})
         for split, spec in (("train", data.train), ("calibration", data.calibration))
     }
-    asked = benchmark.quality.perplexity
-    sets = tuple(paths.text(each, ("benchmark", "quality", "perplexity")) for each in asked)
+    place = ("benchmark", "quality", "perplexity")
+    sets = tuple(paths.text(each, place) for each in benchmark.quality.perplexity)
     prompts = paths.text(benchmark.lossless.source, ("benchmark", "lossless"))
     parts = {
         "quality": benchmark.quality.model_copy(update={"perplexity": sets}),

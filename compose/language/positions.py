@@ -1,4 +1,4 @@
-"""Where things stand in a pipeline file: places, their lines, and problems that point at them."""
+"""Places in a pipeline file, their lines, and problems that point at them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Error = TypeVar("Error", bound=ComposeError)
 
 @dataclass(frozen=True)
 class Problem:
-    """A mistake in a pipeline, and where it stands."""
+    """A mistake in a pipeline, and its place."""
 
     loc: Loc
     message: str
     fix: str | None = None
     at_key: bool = False
-    """Whether the key at `loc` is meant, and not its value."""
+    """Whether the problem is the key at `loc`, not its value."""
 
 
 @dataclass(frozen=True)

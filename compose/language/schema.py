@@ -217,7 +217,7 @@ DEFAULT_STAGES: dict[str, Stage] = {
     "skip80": Skip(budget=0.8),
     "spec": Speculate(),
 }
-"""The stages of `matrix: default`; a stage of the same name in the file takes its place."""
+"""The stages of `matrix: default`; a stage of the same name in the file replaces it."""
 
 DEFAULT_MATRIX = Matrix.model_validate(
     {
@@ -241,8 +241,9 @@ class Pipeline(_Section):
     """Seed of everything that draws numbers."""
 
     more_seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = ()
-    """Further seeds: weights are made, and their quality is measured, again with each of them, and
-    the report has means with intervals."""
+    """Further seeds: weights are made and their quality is measured again with each of them.
+
+    The report has means with intervals."""
 
     model: Model
     """Which model is compressed."""
@@ -278,8 +279,8 @@ class Pipeline(_Section):
         if not isinstance(raw, Mapping):
             return raw
         matrix, stages = raw.get("matrix"), raw.get("stages", {})
-        meant = matrix == "default" or (matrix is None and not raw.get("pipelines"))
-        if not meant or not isinstance(stages, Mapping):
+        expands = matrix == "default" or (matrix is None and not raw.get("pipelines"))
+        if not expands or not isinstance(stages, Mapping):
             return raw
         return {**raw, "matrix": DEFAULT_MATRIX, "stages": {**DEFAULT_STAGES, **stages}}
 

@@ -1,7 +1,8 @@
 """YAML text -> plain values, and the line and column of each of them.
 
-The text is composed into nodes that know their marks; a node becomes a value of Python's own, a
-list a tuple. Only what a pipeline needs is taken: mappings, lists, text, numbers, booleans, null.
+The text is composed into nodes with their marks, and each node becomes a plain value; a list
+becomes a tuple. Only what a pipeline needs is accepted: mappings, lists, text, numbers, booleans,
+null.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _AS_TEXT = {_TAG + kind for kind in ("str", "timestamp")}
 
 
 def read_yaml(text: str, file: str) -> tuple[dict[str, Any], SourceMap]:
-    """Plain values (lists as tuples) and where they stand.
+    """Plain values (lists as tuples) and their positions.
 
     Raises:
         PipelineError: not YAML, or not one mapping of text keys without repeats.

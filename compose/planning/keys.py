@@ -26,7 +26,7 @@ class InputHashes(TypedDict, total=False):
     """SHA-256 of a pipeline's inputs, where they are known. What is absent is left out of keys."""
 
     model_sha256: str
-    """The pinned hash of the source model; stands for the path of a local folder."""
+    """The pinned hash of the source model; it replaces the path of a local folder in keys."""
 
     data_sha256: Mapping[str, str]
     """Hash of a data set by its source; a local file that is not named here is hashed."""

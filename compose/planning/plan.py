@@ -99,7 +99,7 @@ class Plan:
         """The cell of this name or alias.
 
         Raises:
-            PlanError: no cell is named so; when it was left out, the error says by which rule.
+            PlanError: no cell has this name; the error of one that was left out names the rule.
         """
         for cell in self.cells:
             if name == cell.name or name in cell.aliases:

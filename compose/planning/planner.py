@@ -1,4 +1,4 @@
-"""A pipeline -> its plan: which chains are made and measured, and which rule leaves out the others.
+"""A pipeline -> its plan: the chains to make and measure, and the rules that leave others out.
 
 Planning is pure and quick: it imports no torch, needs no weights, and reads only the files whose
 content is part of a step's key.
@@ -146,8 +146,8 @@ class _Planner:
         plan = Plan(self._pipeline, tuple(self._steps.values()), tuple(cells), tuple(left_out))
         for name in self._pipeline.export:
             self._named(plan, name, ("export", name), at_key=True)
-        wanted = self._pipeline.benchmark.baseline
-        baseline = self._named(plan, wanted, ("benchmark", "baseline"))
+        name = self._pipeline.benchmark.baseline
+        baseline = self._named(plan, name, ("benchmark", "baseline"))
         cells.sort(key=lambda cell: cell is not baseline)  # stable: the others keep their order
         return Plan(plan.pipeline, plan.steps, tuple(cells), plan.left_out)
 

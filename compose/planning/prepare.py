@@ -18,7 +18,8 @@ def load_plan(file: Path, asset_cache: Path) -> Plan:
     """Read a pipeline file and plan it. Nothing heavy is imported, no weights are fetched.
 
     Raises:
-        PipelineError, PlanError: what the file says is not valid, or makes no plan.
+        PipelineError: the file is not valid.
+        PlanError: its chains do not make a plan.
         AssetError: the file names a model that does not exist.
     """
     pipeline = load_pipeline(file)
@@ -37,11 +38,11 @@ def model_shape(pipeline: Pipeline, asset_cache: Path) -> ModelShape | None:
 
 def input_hashes(pipeline: Pipeline) -> InputHashes:
     """The pinned hashes of model and data, where they have one: part of the steps' keys."""
-    known = InputHashes()
+    hashes = InputHashes()
     model = model_pin(pipeline.model.source)
     if model is not None:
-        known["model_sha256"] = model
+        hashes["model_sha256"] = model
     sources = {pipeline.data.train.source, pipeline.data.calibration.source}
     pins = {source: data_pin(source) for source in sources}
-    known["data_sha256"] = {source: pin for source, pin in pins.items() if pin is not None}
-    return known
+    hashes["data_sha256"] = {source: pin for source, pin in pins.items() if pin is not None}
+    return hashes

@@ -33,7 +33,7 @@ class Line:
             self._board.move(self._task, done, total, note)
         elif time.monotonic() - self._last_printed >= PLAIN_EVERY_S:
             self._last_printed = time.monotonic()
-            self._board.say(f"  {self.name}: {progress_text(done, total)} {note}".rstrip())
+            self._board.print(f"  {self.name}: {progress_text(done, total)} {note}".rstrip())
 
     def done(self, note: str = "") -> None:
         """The job ended well."""
@@ -49,7 +49,7 @@ class Line:
         seconds = time.monotonic() - self._started
         noted = f" [dim]{escape(note)}[/]" if note else ""
         text = f"{sign} {escape(self.name)} [dim]{duration_text(seconds)}[/]{noted}"
-        self._board.say(text, markup=True)
+        self._board.print(text, markup=True)
 
 
 class Board:
@@ -84,7 +84,7 @@ class Board:
         """A line for a new job."""
         return Line(self, name)
 
-    def say(self, text: str, *, markup: bool = False) -> None:
+    def print(self, text: str, *, markup: bool = False) -> None:
         """Print a line that stays."""
         with self._lock:
             self.console.print(text, markup=markup, highlight=False, soft_wrap=True)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from compose.errors import UserError
-from compose.execution.run_folder import RunFolder, phases_of, read_phase
+from compose.execution.run_folder import RunFolder, is_measured
 from compose.execution.runner import RunResult
 from compose.planning.plan import Plan
 from compose.results.schema import METRICS, CellResult, Results, metrics
@@ -30,15 +30,14 @@ def plan_counts(plan: Plan) -> str:
 
 
 def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
-    """The plan as JSON; each step and cell says whether it is `cached`."""
+    """The plan as JSON, with `cached` for each step and cell."""
     shown = plan.to_json()
     for step in shown["steps"]:
         manifest = run.store.manifest(step["key"])
         step["cached"] = manifest is not None
         step["peak_bytes"] = ((manifest or {}).get("record") or {}).get("peak_bytes")
     for row, cell in zip(shown["cells"], plan.cells, strict=True):
-        records = (read_phase(run, plan, cell, phase) for phase in phases_of(cell))
-        row["cached"] = all(record is not None for record in records)
+        row["cached"] = is_measured(run, plan, cell)
     return shown
 
 
@@ -64,7 +63,7 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
         decode = cell["decode"]["use"] if cell["decode"] else "plain"
         also = ", ".join(cell["aliases"])
         cells.add_row(cell["name"], names[cell["weights"]], decode, also, _state(cell["cached"]))
-    parts: list[Any] = [steps, "", cells]
+    parts: list[RenderableType] = [steps, "", cells]
     if plan.left_out:
         left_out = _table("Left out", "chain", "rule", "why")
         for left in plan.left_out:
@@ -84,7 +83,7 @@ def _state(cached: bool) -> str:
     return "[green]cached[/]" if cached else "to run"
 
 
-def say_result(console: Console, result: RunResult) -> None:
+def print_result(console: Console, result: RunResult) -> None:
     """How a run ended, and where its report is."""
     cells = [cell for cell in result.results.cells if cell.status != "left-out"]
     failed = [cell for cell in cells if cell.status == "failed"]
@@ -122,7 +121,7 @@ def cell_json(results: Results, cell: CellResult) -> dict[str, Any]:
     }
 
 
-def say_findings(console: Console, findings: Sequence[Finding]) -> None:
+def print_findings(console: Console, findings: Sequence[Finding]) -> None:
     """A line for each finding of doctor, and below it what puts it right."""
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
@@ -148,7 +147,7 @@ def stats_text(answer: dict[str, Any]) -> str:
 
 
 def read_text(text: str) -> str:
-    """The text itself, or what stands in the file that `@FILE` names.
+    """The text itself, or the content of the file that `@FILE` names.
 
     Raises:
         UserError: the file cannot be read.
@@ -161,7 +160,7 @@ def read_text(text: str) -> str:
         raise UserError(f"cannot read {text[1:]}: {error}") from error
 
 
-def say_insight(console: Console, found: dict[str, Any]) -> None:
+def print_insight(console: Console, found: dict[str, Any]) -> None:
     """A text with each token's background the darker, the more compute it got; and the means."""
     from reports.insight import heat
 
@@ -185,7 +184,7 @@ def _background(level: float) -> str:
     return f"{ink} on rgb({red},{green},{blue})"
 
 
-def say_race(out: Console, found: dict[str, Any]) -> None:
+def print_race(out: Console, found: dict[str, Any]) -> None:
     """Laps of `gateskip bench` as a table, speeds beside those of the first contender."""
     out.print(_laps(found["laps"]))
     for lap in found["laps"]:
@@ -213,7 +212,7 @@ def say_race(out: Console, found: dict[str, Any]) -> None:
         )
 
 
-def say_tuned(out: Console, found: dict[str, Any]) -> None:
+def print_tuned(out: Console, found: dict[str, Any]) -> None:
     """What `gateskip tune-draft` found."""
     out.print(_laps(found["second"]))
     tried = {lap["contender"] for lap in found["first"]} - {"plain"}

@@ -21,7 +21,7 @@ def serve_cell(job: CellRequest, channel: Channel) -> None:
     for command in channel.receive():
         if command["do"] == "quit":
             return
-        channel.send(answer(partial(cell.obey, command)))
+        channel.send(answer(partial(cell.measure, command)))
 
 
 class _Cell:
@@ -31,7 +31,7 @@ class _Cell:
         self._job = job
         self._bench: CellBench | None = None
 
-    def obey(self, command: CellCommand) -> dict[str, Any]:
+    def measure(self, command: CellCommand) -> dict[str, Any]:
         """What a command measures.
 
         Raises:

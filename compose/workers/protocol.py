@@ -69,11 +69,11 @@ def failure_message(error: Exception) -> Message:
     """
     missing = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
     shown = missing or error
-    known = isinstance(shown, ComposeError)
-    text = str(shown) if known else f"{type(shown).__name__}: {shown}"
+    ours = isinstance(shown, ComposeError)
+    text = str(shown) if ours else f"{type(shown).__name__}: {shown}"
     return {
         "ok": False,
         "error": text.strip(),
-        "kind": type(shown).__name__ if known else StepError.__name__,
+        "kind": type(shown).__name__ if ours else StepError.__name__,
         "traceback": "".join(traceback.format_exception(error)),
     }

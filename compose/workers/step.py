@@ -44,8 +44,8 @@ def run_step(job: StepRequest, progress: Progress) -> dict[str, Any]:
         assert job["source"] is not None, "a stage starts from the folder of another step"
         source = Path(job["source"])
         before = artifact.lineage(source)
-        made = _run_stage(job["stage"], job, source, target, progress)
-        entry = {"input_sha256": before[-1]["output_sha256"], **made}
+        own = _run_stage(job["stage"], job, source, target, progress)
+        entry = {"input_sha256": before[-1]["output_sha256"], **own}
         artifact.copy_companions(source, target)
     artifact.require_model(target)
     artifact.clean_config(target)
