@@ -125,11 +125,13 @@ def run(
     from compose.execution.executors import make_executor
     from compose.execution.runner import run as run_plan
     from compose.execution.state import Settings
+    from compose.extras import require
     from compose.planning.prepare import load_plan
     from compose.terminal.progress import Board
     from compose.terminal.show import print_result
 
     planned = load_plan(file, default_cache())
+    require("report", *(["eval"] if planned.pipeline.benchmark.quality.tasks else []))
     command = shlex.join(["gateskip", *sys.argv[1:]])
     settings = Settings(out, default_cache(), command, tuple(only or ()), again)
     where = make_executor(executor, planned.pipeline.benchmark.threads, workers)

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from compose.errors import ComposeError, StepError
 from compose.execution.messages import CellCommand, Message
+from compose.extras import missing_extra
 
 PROGRESS_EVERY_S = 0.2
 
@@ -62,12 +63,17 @@ def answer(work: Callable[[], Any]) -> Message:
 
 
 def failure_message(error: Exception) -> Message:
-    """An exception as a message: its text, its class in `compose.errors`, and its traceback."""
-    ours = isinstance(error, ComposeError)
-    text = str(error) if ours else f"{type(error).__name__}: {error}"
+    """An exception as a message: its text, its class in `compose.errors`, and its traceback.
+
+    A library that is not installed is a UserError that names its extra.
+    """
+    missing = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
+    shown = missing or error
+    ours = isinstance(shown, ComposeError)
+    text = str(shown) if ours else f"{type(shown).__name__}: {shown}"
     return {
         "ok": False,
         "error": text.strip(),
-        "kind": type(error).__name__ if ours else StepError.__name__,
+        "kind": type(shown).__name__ if ours else StepError.__name__,
         "traceback": "".join(traceback.format_exception(error)),
     }
