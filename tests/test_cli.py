@@ -191,7 +191,7 @@ def test_pick_finds_the_best_under_constraints(finished: Path) -> None:
     assert "drop" in out
 
 
-def test_pick_says_which_constraint_left_nothing(finished: Path) -> None:
+def test_pick_names_the_constraint_that_left_nothing(finished: Path) -> None:
     code, _, err = call("pick", finished, "--max-bytes", "5")
     assert code == 2
     assert "nf4" in err
@@ -260,7 +260,9 @@ def test_an_unknown_executor_or_cell_is_the_users_mistake(file: Path, tmp_path: 
     assert "no cell is named 'gatez'" in err
 
 
-def test_doctor_says_what_is_missing_and_how_to_mend_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_shows_what_is_missing_and_how_to_put_it_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     findings = [Finding("python", "ok", "3.12"), Finding("gptqmodel", "missing", "no", "pip it")]
     monkeypatch.setattr("compose.terminal.doctor.examine", lambda: findings)
     code, out, _ = call("doctor")

@@ -1,4 +1,4 @@
-"""Workers as processes: their words, their noise, and that none of them outlives its parent."""
+"""Workers as processes: messages, logs, and that none of them outlives its parent."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_an_answer_is_data_and_so_is_an_error(tmp_path: Path) -> None:
     worker.stop()
 
 
-def test_stop_ends_the_whole_group_and_may_be_said_twice(tmp_path: Path) -> None:
+def test_stop_ends_the_whole_group_and_may_be_called_twice(tmp_path: Path) -> None:
     worker = idle_cell(tmp_path)
     pids = group_of(worker)
     worker.stop()
@@ -92,7 +92,7 @@ def test_stop_ends_the_whole_group_and_may_be_said_twice(tmp_path: Path) -> None
         worker.receive()
 
 
-def test_a_killed_worker_is_told_with_its_signal_and_the_end_of_its_log(tmp_path: Path) -> None:
+def test_the_error_of_a_killed_worker_has_its_signal_and_the_end_of_its_log(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "cell.log").write_text("from an earlier run\n")
     worker = idle_cell(tmp_path)
@@ -193,7 +193,7 @@ def test_a_worker_that_died_beside_a_forked_child_does_not_keep_us_waiting(
     assert soon(lambda: not any(map(alive, pids)))
 
 
-NOISY = """
+PRINTING = """
 import os, sys
 from compose.workers.protocol import Channel
 channel = Channel()
@@ -206,9 +206,9 @@ channel.send({"commands": [command["n"] for command in channel.receive()]})
 """
 
 
-def test_noise_goes_to_the_log_and_words_to_the_pipe() -> None:
+def test_what_libraries_print_goes_to_the_log_and_messages_go_to_the_pipe() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", NOISY],
+        [sys.executable, "-c", PRINTING],
         input='{"n": 1}\n{"n": 2}\n',
         capture_output=True,
         text=True,
@@ -216,8 +216,8 @@ def test_noise_goes_to_the_log_and_words_to_the_pipe() -> None:
         check=True,
     )
     assert json.loads(done.stdout) == {"commands": [1, 2]}
-    for said in ("from Python", "from a program", "from C", "to stderr"):
-        assert said in done.stderr
+    for printed in ("from Python", "from a program", "from C", "to stderr"):
+        assert printed in done.stderr
 
 
 def test_the_environment_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_a_folder_named_compose_where_the_user_stands_does_no_harm(
 
 
 def test_a_worker_raises_here_what_it_raised_there() -> None:
-    class Spoken(Worker):
+    class Scripted(Worker):
         def __init__(self, *messages: dict[str, object]) -> None:
             self.messages = list(messages)
 
@@ -254,15 +254,15 @@ def test_a_worker_raises_here_what_it_raised_there() -> None:
 
         def stop(self) -> None: ...
 
-    heard: list[dict[str, object]] = []
-    spoken = Spoken({"progress": [1, 2, ""]}, {"ok": True, "result": 7})
-    assert await_answer(spoken, heard.append) == 7
-    assert heard == [{"progress": [1, 2, ""]}]
+    progress: list[dict[str, object]] = []
+    worker = Scripted({"progress": [1, 2, ""]}, {"ok": True, "result": 7})
+    assert await_answer(worker, progress.append) == 7
+    assert progress == [{"progress": [1, 2, ""]}]
     refusal = {"ok": False, "error": "no such folder", "traceback": "Traceback ..."}
     with pytest.raises(ArtifactError, match="no such folder"):
-        await_answer(Spoken({**refusal, "kind": "ArtifactError"}))
+        await_answer(Scripted({**refusal, "kind": "ArtifactError"}))
     with pytest.raises(StepError) as caught:
-        await_answer(Spoken({**refusal, "kind": "SomethingElse"}))
+        await_answer(Scripted({**refusal, "kind": "SomethingElse"}))
     assert caught.value.__notes__ == ["Traceback ..."]
 
 

@@ -205,7 +205,7 @@ def test_anchors_and_merge_keys(tmp_path: Path) -> None:
         ("steps: 300", "init: g.safetensors", "14:43: there is no file 'g.safetensors'"),
     ],
 )
-def test_mistake_is_told_at_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_mistake_is_reported_at_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert refusal(tmp_path, changed(old, new)).startswith(f"p.yaml:{message}")
 
 
@@ -233,7 +233,7 @@ def test_file_that_is_no_pipeline(tmp_path: Path, text: str, message: str) -> No
     assert refusal(tmp_path, text).startswith(message)
 
 
-def test_first_mistake_is_told_in_full_and_the_others_counted(tmp_path: Path) -> None:
+def test_first_mistake_is_reported_in_full_and_the_others_are_counted(tmp_path: Path) -> None:
     text = (
         changed("steps: 300", "stepz: 1")
         .replace("seed: 0", "seed: x")

@@ -71,8 +71,8 @@ def fill_model(job: Answer) -> Answer:
     target.mkdir(parents=True)
     (target / "config.json").write_text('{"model_type": "llama"}')
     (target / "model.safetensors").write_text(job["key"])
-    told = {"training": [{"step": 1, "loss": 2.0}], "layer_errors": {"up_proj": 0.25}}
-    record = told if job["name"] == "gates" else {}
+    full = {"training": [{"step": 1, "loss": 2.0}], "layer_errors": {"up_proj": 0.25}}
+    record = full if job["name"] == "gates" else {}
     write_lineage(target, {"name": job["name"], "record": record})
     Path(job["check"]).write_text("logits")
     return {"wall_s": 1.0, "record": record}
@@ -639,7 +639,7 @@ pause = float(os.environ["TEST_PAUSE"])
 def mark(name):
     with (marks / name).open("a") as file:
         file.write("x")
-    print("library noise", flush=True)
+    print("printed by a library", flush=True)
 
 def slow_run(self, job):
     import torch
@@ -736,7 +736,7 @@ class SlowRun:
         """Run to the end; what it printed."""
         out, err = (process := self.start(0.0)).communicate(timeout=300)
         assert process.returncode == 0, err
-        assert "noise" not in out + err, "what libraries print belongs into the log"
+        assert "printed by" not in out + err, "what libraries print goes to the log"
         return out
 
     def end_at(self, mark: str, number: signal.Signals) -> tuple[int, str]:
@@ -798,6 +798,5 @@ def test_a_run_that_is_ended_again_and_again_ends_like_an_unbroken_one(
     assert list((broken.out / "store" / ".work").iterdir()) == []
     assert lineage(broken.folder / "export")[-1]["use"] == "export"
 
-    said = broken.finish()
-    assert "Nothing to do" in said
+    assert "Nothing to do" in broken.finish()
     assert broken.count("load-dense") == 3, "once for quality, twice for speed"
