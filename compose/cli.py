@@ -154,7 +154,7 @@ def report(run_dir: RunDir) -> None:
 
 def _results_of(run_dir: Path) -> Results:
     from compose.execution.run_folder import RunFolder
-    from compose.results.schema import load_results
+    from compose.results.io import load_results
 
     return load_results(RunFolder.existing(run_dir).results_file)
 
@@ -276,10 +276,10 @@ def insight(
 @app.command()
 def bench(
     folder: Annotated[Path, typer.Argument(help="A model folder, such as an export.")],
-    contenders: Annotated[
+    systems: Annotated[
         list[str] | None,
         typer.Option(
-            "--contender",
+            "--system",
             help="plain, skip:BUDGET, draft:BUDGET with +int4, +nf4, +int4-head, +lookup, +LENGTH;"
             " one of these after eager: (torch alone, the reference); transformers (also :compiled,"
             " :lookup, :early-exit-LAYERS), llama.cpp:FILE.gguf or llama.cpp:q4_1;"
@@ -305,7 +305,7 @@ def bench(
     from compose.terminal.show import print_race
 
     job: dict[str, Any] = {"folder": str(folder)}
-    job["contenders"] = [*(contenders or ["plain"]), *(against or [])]
+    job["systems"] = [*(systems or ["plain"]), *(against or [])]
     job |= {"batches": batch or [1], "contexts": context or [128], "prompts": prompts}
     job |= {"limit": limit, "new_tokens": new_tokens, "repeats": repeats}
     measured = ask_once("race", job)

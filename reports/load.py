@@ -9,7 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from compose.results.schema import METRICS, CellResult, Results, StepInfo, load_results, metrics
+from compose.results.io import load_results
+from compose.results.metrics import METRICS, metrics
+from compose.results.parts import StepInfo
+from compose.results.schema import CellResult, Results
 
 KEEPS = 0.95
 """The share of the dense model's quality that the summary asks of a cell."""

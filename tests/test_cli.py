@@ -18,7 +18,8 @@ from compose.errors import StepError, UserError
 from compose.language.schema import Pipeline
 from compose.planning.planner import make_plan
 from compose.planning.prepare import load_plan
-from compose.results.schema import CellResult, Results, save_results
+from compose.results.io import save_results
+from compose.results.schema import CellResult, Results
 from compose.store import write_json
 from compose.terminal.doctor import Finding
 
@@ -306,8 +307,8 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "gguf": ["--to", "--type", "folder"],
         "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
         "bench": [
-            *("--against", "--batch", "--contender", "--context", "--limit", "--new-tokens"),
-            *("--prompts", "--repeats", "folder"),
+            *("--against", "--batch", "--context", "--limit", "--new-tokens"),
+            *("--prompts", "--repeats", "--system", "folder"),
         ],
         "tune-draft": ["--limit", "--new-tokens", "--prompts", "--repeats", "--write", "folder"],
         "insight": ["--budget", "--html", "--json", "--text", "folder"],

@@ -184,7 +184,7 @@ def test_an_export_that_decodes_otherwise_says_something_else(
     """Gates that skip at half the compute: the settings that the export states are what it runs."""
     import torch
 
-    from compose.bench.generate import speak
+    from compose.bench.generate import continue_probe
     from gateskip.calibration.thresholds import calibrate
     from gateskip.calibration.warm_start import warm_start
     from gateskip.checkpoint import GateFile, grid_of, save_gates
@@ -198,10 +198,10 @@ def test_an_export_that_decodes_otherwise_says_something_else(
     grid, kept = grid_of(calibrate(model, gates.requires_grad_(False), blocks, (0.5,)))
     decode = {"mode": "skip", "budget": 0.5}
     save_gates(folder, GateFile(gates, "project", grid, kept, sensitivity, decode=decode))
-    said = speak(folder, 32)
+    said = continue_probe(folder, 32)
     assert len(said) == 32
-    assert said == speak(folder, 32, decode)
-    plain = speak(folder, 32, {"mode": "plain"})
+    assert said == continue_probe(folder, 32, decode)
+    plain = continue_probe(folder, 32, {"mode": "plain"})
     assert said != plain
     auto = {"mode": "speculate", "draft_budget": 0.5, "draft_length": "auto"}
-    assert speak(folder, 32, auto) == plain
+    assert continue_probe(folder, 32, auto) == plain

@@ -1,4 +1,4 @@
-"""The code that an export carries: our own sources of decoding, rewritten to stand in one folder.
+"""The decoding code that an export carries: our own modules, rewritten to lie in one folder.
 
 With `trust_remote_code=True` transformers loads `custom_generate/generate.py` of a folder, and
 what that imports beside itself. So the modules that decoding needs are copied there with their
@@ -55,9 +55,9 @@ def flat_name(module: str) -> str:
 
 
 def _package() -> Path:
-    found = util.find_spec("gateskip")
-    assert found is not None and found.submodule_search_locations, "we are installed"
-    return Path(found.submodule_search_locations[0])
+    spec = util.find_spec("gateskip")
+    assert spec is not None and spec.submodule_search_locations, "gateskip is installed"
+    return Path(spec.submodule_search_locations[0])
 
 
 def _file(module: str) -> Path:

@@ -1,4 +1,4 @@
-"""Texts by alias, hub id or path, and the token blocks that stages and benchmarks cut from them."""
+"""Texts by alias, hub id or path, and the blocks of tokens cut from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from compose.assets.fetch import (
     build_once,
     default_cache,
     fetch_wheel,
-    first_way,
+    first_source,
     local_copy,
     require_hub,
 )
@@ -73,7 +73,7 @@ def load_texts(
             fix="name an alias, a path, or a hub data set with its owner (owner/name)",
         )
     hub = parse_hub(source)
-    data: TextData = first_way(
+    data = first_source(
         f"data {source!r}",
         [lambda: _from_hub(hub, source, cache)],
         fix="go online once, or give the path of a .txt, .jsonl or .json file",
@@ -183,17 +183,17 @@ def _separator(tokenizer: Any) -> list[int]:
 
 
 def _load_alias(source: str, alias: TextAlias, cache: Path, progress: Progress | None) -> TextData:
-    ways: list[Callable[[], TextData]] = []
+    sources: list[Callable[[], TextData]] = []
     if alias.packaged is not None:
         name = alias.packaged
         items = _json_lines(_packaged(name), name)
         return pack_rows(source, items, f"package:{name}")
     if alias.local is not None:
         stem = alias.local
-        ways.append(lambda: _from_local_copy(stem, source))
+        sources.append(lambda: _from_local_copy(stem, source))
     if alias.hub is not None:
         hub = alias.hub
-        ways.append(lambda: _from_hub(hub, source, cache))
+        sources.append(lambda: _from_hub(hub, source, cache))
     if alias.wheel is not None:
         wheel = alias.wheel
 
@@ -201,9 +201,8 @@ def _load_alias(source: str, alias: TextAlias, cache: Path, progress: Progress |
             folder = fetch_wheel(wheel, cache, progress) / _CALIBRATION_DATA
             return pack_rows(source, _ROWS[source](folder), wheel.origin)
 
-        ways.append(from_wheel)
-    data: TextData = first_way(f"data {source!r}", ways, fix=_how_to_get(alias))
-    return data
+        sources.append(from_wheel)
+    return first_source(f"data {source!r}", sources, fix=_how_to_get(alias))
 
 
 def _how_to_get(alias: TextAlias) -> str:

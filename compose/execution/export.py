@@ -25,7 +25,10 @@ from compose.execution.executors import Executor
 from compose.execution.messages import CheckRequest, ContinueRequest, Role
 from compose.execution.run_folder import RunFolder
 from compose.execution.worker_process import await_answer
-from compose.results.schema import METRICS, CellResult, Results, TaskScore, load_results, metrics
+from compose.results.io import load_results
+from compose.results.metrics import METRICS, metrics
+from compose.results.parts import TaskScore
+from compose.results.schema import CellResult, Results
 from compose.store import new_folder, read_json, write_json
 from compose.units import metric_text
 

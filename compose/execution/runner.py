@@ -31,7 +31,9 @@ from compose.execution.speed import measure_speed
 from compose.execution.state import RunState, Settings
 from compose.execution.steps import step_tasks
 from compose.planning.plan import Plan
-from compose.results.schema import Results, capture_environment, load_results, save_results
+from compose.results.environment import capture_environment
+from compose.results.io import load_results, save_results
+from compose.results.schema import Results
 from compose.store import write_json
 
 

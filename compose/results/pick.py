@@ -1,4 +1,4 @@
-"""Which cell to ship: the best by one aim among those that meet every constraint."""
+"""Choosing the cell to ship: the best by one aim among those that meet every constraint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from compose.errors import UserError, suggest
-from compose.results.schema import METRICS, CellResult, Results
+from compose.results.metrics import METRICS, metric_of
+from compose.results.schema import CellResult, Results
+from compose.units import bytes_text
 
 AIMS = (
     "decode",
@@ -97,7 +99,7 @@ def pick(
 ) -> CellResult:
     """The best measured cell by `maximize` (one of `AIMS`) among those that meet all constraints.
 
-    `min_retained` is a share of the baseline's quality, 0 to 1 (`Results.retained_basis` says of
+    `min_retained` is a share of the baseline's quality, 0 to 1 (`metrics.retained_basis` says of
     what); sizes are in bytes. The baseline may win. Equal cells are told apart by quality, speed,
     size and at last by their place in the results.
 
@@ -108,7 +110,7 @@ def pick(
     aim = maximize.replace("_", "-")
     if aim not in AIMS:
         raise UserError(f"cannot maximize {maximize!r}", fix=suggest(maximize, AIMS))
-    cells = [cell for cell in results.measured if results.metric(aim, cell) is not None]
+    cells = [cell for cell in results.measured if metric_of(results, aim, cell) is not None]
     if not cells:
         raise UserError(
             f"no cell of run {results.run!r} has {METRICS[aim].title} measured",
@@ -142,8 +144,8 @@ def _bounds(
             False,
             "{:.3f}".format,
         ),
-        ("size", "disk", "--max-bytes", max_bytes, False, _bytes),
-        ("resident", "memory", "--max-resident", max_resident, False, _bytes),
+        ("size", "disk", "--max-bytes", max_bytes, False, bytes_text),
+        ("resident", "memory", "--max-resident", max_resident, False, bytes_text),
     ]
     return [
         Constraint(words, option, _reader(results, metric), limit, at_least, show)
@@ -153,12 +155,12 @@ def _bounds(
 
 
 def _reader(results: Results, metric: str) -> Callable[[CellResult], float | None]:
-    return lambda cell: results.metric(metric, cell)
+    return lambda cell: metric_of(results, metric, cell)
 
 
 def _rank(results: Results, cell: CellResult, aim: str) -> tuple[float, ...]:
     """Higher is better; a number that is missing comes last."""
-    values = [(name, results.metric(name, cell)) for name in (aim, *TIE_BREAKS)]
+    values = [(name, metric_of(results, name, cell)) for name in (aim, *TIE_BREAKS)]
     return tuple(float("-inf") if v is None else METRICS[name].rank(v) for name, v in values)
 
 
@@ -186,7 +188,3 @@ def _nothing_left(
         f"{message}; the nearest is {nearest.name!r}: {found}",
         fix=", ".join(each.remedy for each in missed),
     )
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 1e6:.1f} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"

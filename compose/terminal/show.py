@@ -15,7 +15,8 @@ from compose.errors import UserError
 from compose.execution.run_folder import RunFolder, is_measured
 from compose.execution.runner import RunResult
 from compose.planning.plan import Plan
-from compose.results.schema import METRICS, CellResult, Results, metrics
+from compose.results.metrics import METRICS, metrics
+from compose.results.schema import CellResult, Results
 from compose.terminal.doctor import Finding
 from compose.units import bytes_text, metric_text
 
@@ -185,18 +186,18 @@ def _background(level: float) -> str:
 
 
 def print_race(out: Console, found: dict[str, Any]) -> None:
-    """Laps of `gateskip bench` as a table, speeds beside those of the first contender."""
-    out.print(_laps(found["laps"]))
-    for lap in found["laps"]:
-        if lap["time_split"]:
-            parts = (f"{name} {part:.0%}" for name, part in lap["time_split"].items())
-            out.print(f"{lap['contender']} on {lap['course']}: {', '.join(parts)}")
-        if (promised := lap["promised_by_multiply_adds"]) > 1:
+    """Measurements of `gateskip bench` as a table, speeds beside those of the first system."""
+    out.print(_measurements(found["measurements"]))
+    for row in found["measurements"]:
+        if row["time_split"]:
+            parts = (f"{name} {part:.0%}" for name, part in row["time_split"].items())
+            out.print(f"{row['system']} on {row['workload']}: {', '.join(parts)}")
+        if (ideal := row["ideal_speedup"]) > 1:
             out.print(
-                f"it skips {lap['skipped_branch_tokens']:.1%} of branch-tokens; its multiply-adds,"
-                f" the LM head's among them, promise {promised:.2f}x"
+                f"it skips {row['skipped_branch_tokens']:.1%} of branch-tokens; the multiply-adds"
+                f" saved, the LM head counted, would give {ideal:.2f}x"
             )
-    roof, size = found["roofline"], found["weights"]
+    roof, size = found["roofline"], found["weight_bytes"]
     read = roof["memory_gb_per_s"]
     out.print(
         f"{found['threads']} threads read {read:.1f} GB/s: {read * 1e9 / size:.0f} times a second"
@@ -204,8 +205,8 @@ def print_race(out: Console, found: dict[str, Any]) -> None:
         f" {roof['gemm_float32_gflop_per_s']:.0f} GFLOP/s in float32 and"
         f" {roof['gemm_bfloat16_gflop_per_s']:.0f} in bfloat16"
     )
-    if found["beside"] is not None:
-        cache, beside = found["cache"], found["beside"]
+    if found["other_bytes"] is not None:
+        cache, beside = found["cache_bytes"], found["other_bytes"]
         out.print(
             f"memory: {cache / 1e6:.0f} MB of cache at most, and {beside / 1e6:.0f} MB beside"
             f" weights and cache at its peak ({beside / (size + cache):.0%})"
@@ -214,8 +215,8 @@ def print_race(out: Console, found: dict[str, Any]) -> None:
 
 def print_tuned(out: Console, found: dict[str, Any]) -> None:
     """What `gateskip tune-draft` found."""
-    out.print(_laps(found["second"]))
-    tried = {lap["contender"] for lap in found["first"]} - {"plain"}
+    out.print(_measurements(found["second"]))
+    tried = {row["system"] for row in found["first"]} - {"plain"}
     done = "now the folder's own way" if found["written"] else "nothing was written"
     out.print(
         f"{found['best']} decodes {found['speedup']:.2f} times as fast as plain decoding, the best"
@@ -223,16 +224,16 @@ def print_tuned(out: Console, found: dict[str, Any]) -> None:
     )
 
 
-def _short(contender: str) -> str:
-    """A contender without the folders of the file that it names."""
-    kind, colon, told = contender.partition(":")
+def _short(system: str) -> str:
+    """A system without the folders of the file that it names."""
+    kind, colon, told = system.partition(":")
     return f"{kind}{colon}{told.rpartition('/')[2]}"
 
 
-def _laps(laps: list[dict[str, Any]]) -> Table:
-    base = {lap["course"]: lap for lap in laps if lap["contender"] == laps[0]["contender"]}
+def _measurements(rows: list[dict[str, Any]]) -> Table:
+    base = {row["workload"]: row for row in rows if row["system"] == rows[0]["system"]}
     columns = (
-        "contender",
+        "system",
         "on",
         "prefill tok/s",
         "x",
@@ -244,21 +245,21 @@ def _laps(laps: list[dict[str, Any]]) -> Table:
     )
     table = _table("Bench", *columns)
 
-    def speedup(lap: dict[str, Any], part: str) -> str:
-        return f"{lap[part]['median'] / base[lap['course']][part]['median']:.2f}"
+    def speedup(row: dict[str, Any], part: str) -> str:
+        return f"{row[part]['median'] / base[row['workload']][part]['median']:.2f}"
 
-    for lap in laps:
-        decode, prefill = lap["decode_tokens_per_s"], lap["prefill_tokens_per_s"]
-        rate = lap["acceptance_rate"]
+    for row in rows:
+        decode, prefill = row["decode_tokens_per_s"], row["prefill_tokens_per_s"]
+        rate = row["acceptance_rate"]
         table.add_row(
-            _short(lap["contender"]),
-            lap["course"],
+            _short(row["system"]),
+            row["workload"],
             f"{prefill['median']:.0f}",
-            speedup(lap, "prefill_tokens_per_s"),
+            speedup(row, "prefill_tokens_per_s"),
             f"{decode['median']:.1f}",
-            f"{decode['least']:.1f} to {decode['most']:.1f}",
-            speedup(lap, "decode_tokens_per_s"),
+            f"{decode['min']:.1f} to {decode['max']:.1f}",
+            speedup(row, "decode_tokens_per_s"),
             "" if rate is None else f"{rate:.2f}",
-            "yes" if lap["equal_to_first"] else "no",
+            "yes" if row["equal_to_first"] else "no",
         )
     return table

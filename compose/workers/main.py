@@ -49,9 +49,9 @@ def _check(job: CheckRequest, channel: Channel) -> dict[str, float]:
 
 
 def _continue(job: ContinueRequest, channel: Channel) -> list[int]:
-    from compose.bench.generate import speak
+    from compose.bench.generate import continue_probe
 
-    return speak(Path(job["folder"]), job["tokens"], job["settings"])
+    return continue_probe(Path(job["folder"]), job["tokens"], job["settings"])
 
 
 def _answer(job: Job, channel: Channel) -> dict[str, Any]:

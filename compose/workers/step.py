@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import platform
 import time
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from compose.execution.messages import StepRequest
 from compose.memory import peak_bytes
+from compose.results.environment import library_versions
 from compose.units import Progress
-
-LIBRARIES = (
-    "gateskip-compose",
-    "torch",
-    "transformers",
-    "accelerate",
-    "bitsandbytes",
-    "gptqmodel",
-    "optimum",
-    "torch-pruning",
-)
-"""Distributions whose version may change what a stage makes: recorded in the lineage."""
 
 
 def run_step(job: StepRequest, progress: Progress) -> dict[str, Any]:
@@ -60,7 +48,7 @@ def run_step(job: StepRequest, progress: Progress) -> dict[str, Any]:
         "wall_s": round(seconds, 3),
         "peak_bytes": peak,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": library_versions(),
+        "versions": {"python": platform.python_version(), **library_versions()},
     }
     artifact.write_lineage(target, entry, before)
     progress(1, 1, "storing the logits of the probe text")
@@ -153,12 +141,3 @@ def seed_everything(seed: int) -> None:
     from transformers import set_seed
 
     set_seed(seed)
-
-
-def library_versions() -> dict[str, str]:
-    """Distribution -> installed version, for Python and those of `LIBRARIES` that are installed."""
-    versions = {"python": sys.version.split()[0]}
-    for name in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
