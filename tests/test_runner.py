@@ -36,6 +36,7 @@ from compose.language.schema import Pipeline
 from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
 from compose.results.io import load_results
+from compose.results.metrics import over_seeds
 from compose.results.schema import Results
 from compose.store import Store, read_json
 from compose.terminal.progress import Board
@@ -393,7 +394,7 @@ def test_further_seeds_are_scored_and_folded_into_the_cell(tmp_path: Path) -> No
     folded = results.cell("gates+skip")
     assert folded.seeds is not None
     assert [run.seed for run in folded.seeds] == [1]
-    assert results.over_seeds("perplexity-ratio", folded) == (1.2, 1.2)
+    assert over_seeds(results, "perplexity-ratio", folded) == (1.2, 1.2)
     again = Script()
     go(tmp_path, again, plan)
     assert {event[1] for event in again.done("quality")} == {"cut@1"}

@@ -30,6 +30,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "compose/assets": ("compress", "eval"),
     "compose/bench": ("compress", "eval", "peers"),
     "compose/execution": ("compress", "ray"),
+    "compose/results": ("compress", "eval"),
     "reports": ("compress", "report"),
 }
 """Extras, beside the core, whose libraries a folder and those in it may import: the longest path
