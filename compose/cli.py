@@ -281,7 +281,7 @@ def bench(
         typer.Option(
             "--system",
             help="plain, skip:BUDGET, draft:BUDGET with +int4, +nf4, +int4-head, +lookup, +LENGTH;"
-            " one of these after eager: (torch alone, the reference); transformers (also :compiled,"
+            " one of these after a backend, as in gathered:plain; transformers (also :compiled,"
             " :lookup, :early-exit-LAYERS), llama.cpp:FILE.gguf or llama.cpp:q4_1;"
             " speeds are compared with the first. plain alone by default.",
         ),

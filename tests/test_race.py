@@ -26,9 +26,10 @@ def test_systems_are_named_in_words() -> None:
         "lookup": True,
         "draft_length": 4,
     }
-    assert parse_system("eager:skip:0.8").settings == {"mode": "skip", "budget": 0.8}
-    assert parse_system("eager").eager and not parse_system("plain").eager
-    for wrong in ("dense", "skip:much", "draft:0.5+fast", "eager:transformers", "eager:eager"):
+    assert parse_system("gathered:skip:0.8").settings == {"mode": "skip", "budget": 0.8}
+    assert parse_system("reference").backend == "reference"
+    assert parse_system("plain").backend is None
+    for wrong in ("dense", "skip:much", "draft:0.5+fast", "native:transformers", "native:native"):
         with pytest.raises(UserError, match="system"):
             parse_system(wrong)
 
@@ -42,7 +43,7 @@ def test_systems_are_counted_alike(tiny_llama: Path, tmp_path: Path) -> None:
     ]
     file = tmp_path / "asked.jsonl"
     file.write_text("\n".join(json.dumps(row) for row in asked))
-    ways = ["plain", "eager", "transformers", "draft:1.0+4"]
+    ways = ["plain", "reference", "gathered", "transformers", "draft:1.0+4"]
     found = race(tiny_llama, ways, [1], [8], 12, 2, prompts=str(file), limit=2)
     assert [(each["system"], each["workload"]) for each in found["measurements"]] == [
         (way, workload) for way in ways for workload in ("one", "two")
@@ -67,7 +68,7 @@ def test_memory_is_reported_where_nothing_else_runs(tiny_llama: Path) -> None:
     cache = gateskip.load(tiny_llama).skipping.new_cache(2, 8 + 4 + MAX_DRAFT)
     assert found["cache_bytes"] == cache.nbytes()
     assert isinstance(found["other_bytes"], int)
-    assert race(tiny_llama, ["plain", "eager"], [2], [8], 4, 1)["other_bytes"] is None
+    assert race(tiny_llama, ["plain", "reference"], [2], [8], 4, 1)["other_bytes"] is None
 
 
 def test_the_machine_is_measured() -> None:

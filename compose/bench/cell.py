@@ -27,7 +27,6 @@ from compose.errors import AssetError, StepError
 from gateskip.calibration.insight import look, summarize
 from gateskip.decoding.decoder import Decoder, Mode
 from gateskip.model.compute import Saving, Usage
-from gateskip.runtime.native import MOST_ROWS
 
 BLOCK = 512  # tokens of a block on which perplexity is measured
 ROUNDING_TOKENS = 129  # on which the engine's rounding is compared
@@ -84,15 +83,12 @@ class CellBench:
             "disk_bytes": disk_bytes(self.job.folder),
             "resident_bytes": module_bytes(decoder.skipping.model, decoder.skipping.gates),
         }
-        engine = decoder.skipping.engine
-        name = "native, rounded" if engine and engine.rounded else "native"
-        if engine is None:
-            name = f"torch: {decoder.unsuited}" if decoder.unsuited else "torch"
         return {
             "size": sizes,
             "kernels": decoder.kernels,
             "kernel_times_us": decoder.kernel_times,
-            "engine": name,
+            "backend": decoder.backend,
+            "backend_fallback": decoder.fallback,
         }
 
     # -- quality -------------------------------------------------------------------------------
@@ -169,22 +165,17 @@ class CellBench:
     def _rounding(self, ids: Tensor) -> float | None:
         """KL from these weights as they are scored to the same as they are decoded, on ids [1, S].
 
-        Text is scored in torch; the engine decodes with rounded activations, or this is None.
+        None where decoding does not round activations.
         """
         skipping, engine = self.decoder.skipping, self.decoder.skipping.engine
         if engine is None or not engine.rounded:
             return None
         with torch.inference_mode():
             cache = skipping.new_cache(1, ids.shape[1])
-            hidden = [skipping.forward(ids[:, :1], cache, [0])]
-            for start in range(1, ids.shape[1], MOST_ROWS):
-                hidden.append(skipping.forward(ids[:, start : start + MOST_ROWS], cache, [start]))
-            decoded = torch.cat([skipping.head(part[0]) for part in hidden]).log_softmax(-1)
-            skipping.engine = None
-            try:
-                scored = skipping.head(skipping.forward(ids, cache, [0])[0]).log_softmax(-1)
-            finally:
-                skipping.engine = engine
+            states = skipping.decode([ids[0].tolist()], cache, [0], [0])  # [S, H]
+            decoded = skipping.head(states).log_softmax(-1)
+            states = skipping.forward(ids, cache, [0])[0]
+            scored = skipping.scores(states).log_softmax(-1)
         return float((scored.exp() * (scored - decoded)).sum(-1).mean())
 
     def _insight(self, blocks: Tensor, thresholds: Sequence[float]) -> dict[str, Any]:

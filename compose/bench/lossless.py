@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from gateskip.decoding.decoder import Decoder, Stats
+from gateskip.decoding.decoder import Decoder
+from gateskip.decoding.stats import Stats
 
 FORCED_DRAFT = 3
 """Draft length of the check where the cell says `auto`: drafts must be made to be checked."""
@@ -63,7 +64,7 @@ def _divergence(
     skipping = decoder.skipping
     hidden = skipping.forward(ids, skipping.new_cache(1, ids.shape[1]), [0])
     with torch.inference_mode():
-        logits = skipping.head(hidden[0, -1]).float()
+        logits = skipping.head(hidden[0, -1:])[0].float()
     best, second = logits.topk(2).values.tolist()
     return {
         "prompt": number,

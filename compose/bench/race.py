@@ -29,7 +29,8 @@ from compose.bench.roofline import roofline
 from compose.bench.systems import System, parse_system
 from compose.bench.workloads import prompts_by_category, running_text
 from compose.errors import UserError
-from gateskip.decoding.decoder import Decoder, slots
+from gateskip.decoding.decoder import Decoder, cache_capacity
+from gateskip.runtime.backend import BackendName
 
 WARM_TOKENS = 16  # they bring weights into memory before the memory that a text adds is measured
 
@@ -50,7 +51,7 @@ def race(
 
     Returns `measurements`, the machine's `roofline`, and in bytes the folder's weights
     (`weight_bytes`), the largest KV cache (`cache_bytes`), and the memory beside both at its peak
-    (`other_bytes`). The latter is None where a peer or the eager reference, which take memory of
+    (`other_bytes`). The latter is None where a peer or a second backend, which take memory of
     their own, run in the same process.
 
     Raises:
@@ -65,10 +66,10 @@ def race(
     runners = runners_of(decoder, folder, systems, workloads, new_tokens)
     every_batch = [rows for groups in workloads.values() for rows in groups]
     cache_bytes = max(
-        decoder.skipping.cache_bytes(len(rows), slots(max(map(len, rows)), new_tokens))
+        decoder.skipping.cache_bytes(len(rows), cache_capacity(max(map(len, rows)), new_tokens))
         for rows in every_batch
     )
-    alone = not any(system.is_peer or system.eager for system in map(parse_system, systems))
+    alone = not any(system.is_peer or system.backend for system in map(parse_system, systems))
     if alone:
         for run in runners.values():
             run([every_batch[0][0][:WARM_TOKENS]], 2)
@@ -95,15 +96,22 @@ def runners_of(
     """
     longest = max(len(row) for groups in workloads.values() for rows in groups for row in rows)
     systems = [parse_system(name) for name in names]
-    eager = decoder
-    if any(system.eager for system in systems):
-        eager = gateskip.load(folder, native=False)
+    decoders: dict[BackendName | None, Decoder] = {None: decoder, decoder.backend: decoder}
+    for backend in {system.backend for system in systems} - decoders.keys():
+        decoders[backend] = _load_backend(folder, backend)
     return {
-        system.name: _runner(
-            eager if system.eager else decoder, folder, system, longest + new_tokens
-        )
+        system.name: _runner(decoders[system.backend], folder, system, longest + new_tokens)
         for system in systems
     }
+
+
+def _load_backend(folder: Path, backend: BackendName | None) -> Decoder:
+    assert backend is not None, "the folder's own backend is loaded already"
+    try:
+        decoder: Decoder = gateskip.load(folder, backend=backend)
+    except ValueError as error:
+        raise UserError(f"system {backend}: {error}", fix="choose another backend") from error
+    return decoder
 
 
 def measure(

@@ -70,7 +70,7 @@ class Scored(BranchingModel):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., H] -> logits [..., V]."""
-        return self.decoder.skipping.head(hidden)
+        return self.decoder.skipping.scores(hidden)
 
 
 def _padded(rows: Sequence[list[int]]) -> Tensor:

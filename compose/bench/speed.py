@@ -10,7 +10,8 @@ import torch
 
 from compose.assets import load_texts, token_blocks
 from compose.memory import peak_bytes, reset_peak
-from gateskip.decoding.decoder import Decoder, Generation, Mode
+from gateskip.decoding.decoder import Decoder, Mode
+from gateskip.decoding.stats import Generation
 from gateskip.model.compute import Saving, Usage
 
 WARM_TOKENS = 16  # decoded once at each batch size before anything is timed
@@ -45,7 +46,7 @@ class SpeedRounds:
         if not self._timed:
             self._timed = True
             torch.set_num_threads(self.threads or threads)
-            self.decoder.paces.clear()  # learned with other threads
+            self.decoder.forget_draft_costs()  # measured with other threads
             reset_peak()
         prompts = self._prompts(batch, prompt_tokens)
         if batch not in self._warm:

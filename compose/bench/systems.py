@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from compose.errors import UserError, suggest
+from gateskip.runtime.backend import BACKENDS, BackendName
 
-KINDS = ("plain", "skip", "draft", "eager", "transformers", "llama.cpp")
 PEERS = ("transformers", "llama.cpp")
+KINDS = ("plain", "skip", "draft", *BACKENDS, *PEERS)
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class System:
     """Arguments of Decoder.generate; empty for a peer."""
     peer_option: str = ""
     """What follows the colon of a peer's name."""
-    eager: bool = False
-    """Whether it runs in torch alone: the reference for tokens."""
+    backend: BackendName | None = None
+    """The backend that runs it, where it is not the one that the folder is loaded with."""
 
     @property
     def is_peer(self) -> bool:
@@ -32,9 +33,9 @@ class System:
 
 def parse_system(text: str) -> System:
     """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+int4`, `+nf4` or `+int4-head`, `+lookup`,
-    `+LENGTH`; any of these after `eager:`, which runs in torch alone, the reference for tokens; and
-    the peers `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and
-    `llama.cpp:FILE` or `llama.cpp:TYPE`, which writes the folder as a GGUF file of that type.
+    `+LENGTH`; any of these after a backend, as in `gathered:skip:0.8`; and the peers
+    `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and `llama.cpp:FILE`
+    or `llama.cpp:TYPE`, which writes the folder as a GGUF file of that type.
 
     Raises UserError for anything else.
     """
@@ -43,13 +44,13 @@ def parse_system(text: str) -> System:
         raise UserError(f"system {text!r}: {suggest(kind, KINDS)}", fix=parse_system.__doc__)
     if kind in PEERS:
         return System(text, {}, rest)
-    if kind == "eager":
+    if kind in BACKENDS:
         system = parse_system(rest or "plain")
-        if system.is_peer or system.eager:
+        if system.is_peer or system.backend:
             raise UserError(
                 f"system {text!r}: {rest} does not run in our decoder", fix=parse_system.__doc__
             )
-        return replace(system, name=text, eager=True)
+        return replace(system, name=text, backend=kind)
     if kind == "plain":
         return System(text, {"mode": "plain"})
     words = rest.split("+")

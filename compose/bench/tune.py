@@ -133,7 +133,8 @@ def allocated(
 def with_thresholds(decoder: Decoder, budget: float, row: Sequence[float]) -> Decoder:
     """The same decoder, except that a budget means these thresholds."""
     other = copy.copy(decoder)
-    other.grid, other.paces = {**decoder.grid, budget: list(row)}, {}
+    other.grid = {**decoder.grid, budget: list(row)}
+    other.forget_draft_costs()
     return other
 
 

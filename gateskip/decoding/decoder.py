@@ -89,7 +89,7 @@ class Decoder:
 
     def forget_draft_costs(self) -> None:
         """Measure again what drafting costs and brings: for another number of threads, say."""
-        self._controllers.clear()
+        self._controllers = {}
 
     def thresholds(self, budget: float) -> Thresholds:
         """Thresholds of a budget in (0, 1]. Raises ValueError when it cannot be had."""
