@@ -46,9 +46,10 @@ class NativeBackend(GatheredBackend):
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """Decoding keeps float32 between products; packed weights may meet 8-bit activations."""
-        wide = self.fp32_activations if scoring else not self.engine.rounded
-        narrow = dtype_name(self.dtype) if scoring else "8 bits in blocks of 32"
-        activations = "float32" if wide else narrow
+        if scoring:
+            activations = "float32" if self.fp32_activations else dtype_name(self.dtype)
+        else:
+            activations = "8 bits in blocks of 32" if self.engine.rounded else "float32"
         return Arithmetic(self.name, weight_format(self.model), activations, "float32")
 
     # -- decoding: one native call --------------------------------------------------------------
