@@ -273,7 +273,7 @@ class Decoder:
     def _verify(
         self, rows: list[Row], drafts: list[Draft], sampler: Sampler, cache: Cache
     ) -> list[int]:
-        """One full pass over each row's last token and draft; commits, and counts what is accepted."""
+        """One full pass over each row's last token and draft; commits, counts accepted tokens."""
         tokens = [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
         states = self.skipping.decode(
             tokens, cache, [row.number for row in rows], [row.slot for row in rows]
