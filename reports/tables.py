@@ -140,11 +140,11 @@ def speed(report: Report) -> Table:
     )
 
 
-def overlap(report: Report) -> list[tuple[str, int, int]]:
-    """Scored texts and tasks: rows, and how many of them stand in a text that stages learn from."""
+def contamination(report: Report) -> list[tuple[str, int, int]]:
+    """Scored texts and tasks: rows, and how many share a 13-gram with a training text."""
     baseline = report.results.find(report.results.baseline)
-    found = None if baseline is None or baseline.quality is None else baseline.quality.overlap
-    return [(name, each.rows, each.tainted) for name, each in (found or {}).items()]
+    found = None if baseline is None or baseline.quality is None else baseline.quality.contamination
+    return [(name, each.rows, each.contaminated) for name, each in (found or {}).items()]
 
 
 def insight(report: Report) -> list[tuple[Row, list[tuple[str, int, float]]]]:

@@ -26,7 +26,7 @@ from compose.results.parts import (
     TrainingPoint,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 Status = Literal["ok", "failed", "left-out"]
@@ -80,10 +80,10 @@ class CellResult(Record):
     """Shares of compute that were saved."""
 
     insight: Insight | None = None
-    """What the gates let in, for cells that skip."""
+    """Which tokens entered which branches, for cells that skip."""
 
     quality: Quality | None = None
-    """How good the answers are, measured on this cell itself."""
+    """Quality, measured on this cell itself."""
 
     speculation: Speculation | None = None
     """What speculation did, for cells that speculate."""
@@ -123,7 +123,7 @@ class CellResult(Record):
 class Results(Record):
     """A whole run: its settings and its cells, which are found by name or alias."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     """Raised when a field changes its meaning or goes."""
 
     run: str
