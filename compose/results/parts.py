@@ -45,7 +45,7 @@ class SpeedNumbers(Record):
     """Prompt tokens read a second, over the whole batch."""
 
     decode_tokens_per_s: Measured | None = None
-    """New tokens made a second after the first, over the whole batch."""
+    """New tokens a second after the first, over the whole batch."""
 
     ttft_s: Measured | None = None
     """Seconds from the prompt to the first new token."""
@@ -279,7 +279,7 @@ class StepInfo(Record):
 
 
 class SeedRun(Record):
-    """The same chain, made and scored with another seed."""
+    """The same chain, run and scored with another seed."""
 
     seed: int
     """The seed."""

@@ -92,7 +92,7 @@ class CellResult(Record):
     """Stage name -> its training curve."""
 
     layer_errors: dict[str, dict[str, float]] | None = None
-    """Stage name -> relative error of each layer's output that quantization made."""
+    """Stage name -> relative error of each layer's output by quantization."""
 
     step_peak_bytes: dict[str, int] | None = None
     """Stage name -> the most memory that the process held which ran it."""
@@ -136,7 +136,7 @@ class Results(Record):
     """The cell that the others are compared with."""
 
     command: str | None = None
-    """The command line that made the run."""
+    """The command line of the run."""
 
     model: str | None = None
     """The model that the chains start from."""
@@ -187,11 +187,11 @@ class Results(Record):
         Raises:
             UserError: the run has no such cell.
         """
-        found = self.find(name)
-        if found is None:
+        cell = self.find(name)
+        if cell is None:
             hint = suggest(name, [cell.name for cell in self.cells])
             raise UserError(f"run {self.run!r} has no cell {name!r}", fix=hint)
-        return found
+        return cell
 
     def quality(self, cell: CellResult) -> Quality | None:
         """The cell's own quality, or that of the cell it gives the same tokens as."""

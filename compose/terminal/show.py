@@ -164,12 +164,12 @@ def read_text(text: str) -> str:
 
 def say_insight(console: Console, found: dict[str, Any]) -> None:
     """A text's tokens on ever darker ground, the more of the compute each got; and the means."""
-    from reports.insight import heat
+    from reports.insight import intensity
 
     shares = [token["compute"] for token in found["tokens"]]
     line = Text()
     for token in found["tokens"]:
-        line.append(token["text"], style=_ground(heat(token["compute"], shares)))
+        line.append(token["text"], style=_ground(intensity(token["compute"], shares)))
     console.print(line)
     kinds = _table("Compute by kind of token", "kind", "tokens", "share of compute")
     for kind, use in found["summary"]["kinds"].items():
