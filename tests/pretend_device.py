@@ -1,4 +1,4 @@
-"""A device that is not there: CPU tensors that say another device, and refuse to be mixed with others.
+"""A device that is not there: CPU tensors that say another device and refuse to be mixed.
 
 torch's FakeTensorMode has no values, and what is skipped depends on values. These tensors compute
 on the CPU, report another device, and raise where an operation brings devices together, as a card

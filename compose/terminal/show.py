@@ -1,4 +1,4 @@
-"""Plans, picks and findings as text and tables for the terminal."""
+"""Plans, results, findings and measurements as text and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from compose.errors import UserError
-from compose.execution.run_folder import RunFolder, phases_of, read_phase
+from compose.execution.run_folder import RunFolder, is_measured
 from compose.execution.runner import RunResult
 from compose.planning.plan import Plan
 from compose.results.metrics import METRICS, metrics
 from compose.results.schema import CellResult, Results
 from compose.terminal.doctor import Finding
-from compose.units import metric_text
+from compose.units import bytes_text, metric_text
 
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[red]✗[/]"}
 
@@ -31,23 +31,22 @@ def plan_counts(plan: Plan) -> str:
 
 
 def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
-    """The plan as JSON; each step and cell says whether it is `cached`."""
+    """The plan as JSON, with `cached` for each step and cell."""
     shown = plan.to_json()
     for step in shown["steps"]:
         manifest = run.store.manifest(step["key"])
         step["cached"] = manifest is not None
         step["peak_bytes"] = ((manifest or {}).get("record") or {}).get("peak_bytes")
     for row, cell in zip(shown["cells"], plan.cells, strict=True):
-        records = (read_phase(run, plan, cell, phase) for phase in phases_of(cell))
-        row["cached"] = all(record is not None for record in records)
+        row["cached"] = is_measured(run, plan, cell)
     return shown
 
 
 def _memory(estimated: int | None, measured: int | None) -> str:
-    """A step's peak in GB: as it was, else about what it will be."""
+    """A step's peak memory: as it was measured, else as it is estimated."""
     if measured is not None:
-        return f"{measured / 1e9:.1f} GB"
-    return "" if estimated is None else f"~{estimated / 1e9:.1f} GB"
+        return bytes_text(measured)
+    return "" if estimated is None else f"~{bytes_text(estimated)}"
 
 
 def plan_tables(plan: Plan, run: RunFolder) -> Group:
@@ -65,7 +64,7 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
         decode = cell["decode"]["use"] if cell["decode"] else "plain"
         also = ", ".join(cell["aliases"])
         cells.add_row(cell["name"], names[cell["weights"]], decode, also, _state(cell["cached"]))
-    parts: list[Any] = [steps, "", cells]
+    parts: list[RenderableType] = [steps, "", cells]
     if plan.left_out:
         left_out = _table("Left out", "chain", "rule", "why")
         for left in plan.left_out:
@@ -85,7 +84,7 @@ def _state(cached: bool) -> str:
     return "[green]cached[/]" if cached else "to run"
 
 
-def say_result(console: Console, result: RunResult) -> None:
+def print_result(console: Console, result: RunResult) -> None:
     """How a run ended, and where its report is."""
     cells = [cell for cell in result.results.cells if cell.status != "left-out"]
     failed = [cell for cell in cells if cell.status == "failed"]
@@ -123,12 +122,12 @@ def cell_json(results: Results, cell: CellResult) -> dict[str, Any]:
     }
 
 
-def say_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """What doctor found, a line each, with what puts it right below."""
+def print_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """A line for each finding of doctor, and below it what puts it right."""
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         name = finding.name.ljust(width)
-        line = f"{SIGNS[finding.status]} {name}  {escape(finding.found)}"
+        line = f"{SIGNS[finding.status]} {name}  {escape(finding.detail)}"
         console.print(line, highlight=False, soft_wrap=True)
         if finding.fix is not None:
             console.print(
@@ -137,19 +136,19 @@ def say_findings(console: Console, findings: Sequence[Finding]) -> None:
 
 
 def stats_text(answer: dict[str, Any]) -> str:
-    """What an answer took, in lines."""
+    """Tokens a second, settings and counts of an answer, in lines."""
     speed = answer["tokens"] / answer["seconds"] if answer["seconds"] else 0.0
     settings = ", ".join(f"{key} {value}" for key, value in answer["settings"].items())
     lines = [f"{answer['tokens']} tokens, {speed:.1f} tokens/s, {settings}"]
-    told = {key: value for key, value in answer["stats"].items() if value not in (None, {})}
-    for key, value in told.items():
+    stats = {key: value for key, value in answer["stats"].items() if value not in (None, {})}
+    for key, value in stats.items():
         shown = f"{value:.4g}" if isinstance(value, float) else value
         lines.append(f"  {key}: {shown}")
     return "\n".join(lines)
 
 
 def read_text(text: str) -> str:
-    """The text itself, or what stands in the file that `@FILE` names.
+    """The text itself, or the content of the file that `@FILE` names.
 
     Raises:
         UserError: the file cannot be read.
@@ -162,14 +161,14 @@ def read_text(text: str) -> str:
         raise UserError(f"cannot read {text[1:]}: {error}") from error
 
 
-def say_insight(console: Console, found: dict[str, Any]) -> None:
-    """A text's tokens on ever darker ground, the more of the compute each got; and the means."""
+def print_insight(console: Console, found: dict[str, Any]) -> None:
+    """A text with each token's background the darker, the more compute it got; and the means."""
     from reports.insight import intensity
 
     shares = [token["compute"] for token in found["tokens"]]
     line = Text()
     for token in found["tokens"]:
-        line.append(token["text"], style=_ground(intensity(token["compute"], shares)))
+        line.append(token["text"], style=_background(intensity(token["compute"], shares)))
     console.print(line)
     kinds = _table("Compute by kind of token", "kind", "tokens", "share of compute")
     for kind, use in found["summary"]["kinds"].items():
@@ -179,14 +178,14 @@ def say_insight(console: Console, found: dict[str, Any]) -> None:
     console.print(f"budget {found['budget']:g}: {mean:.0%} of the branches' compute was spent")
 
 
-def _ground(level: float) -> str:
-    """White to blue behind black or white letters."""
+def _background(level: float) -> str:
+    """The style of a token at `level` 0 to 1: white to blue, behind black or white letters."""
     red, green, blue = (round(255 + level * (end - 255)) for end in (0, 90, 170))
     ink = "white" if level > 0.6 else "black"
     return f"{ink} on rgb({red},{green},{blue})"
 
 
-def say_race(out: Console, found: dict[str, Any]) -> None:
+def print_race(out: Console, found: dict[str, Any]) -> None:
     """Measurements of `gateskip bench` as a table, speeds beside those of the first system."""
     out.print(_measurements(found["measurements"]))
     for row in found["measurements"]:
@@ -214,7 +213,7 @@ def say_race(out: Console, found: dict[str, Any]) -> None:
         )
 
 
-def say_tuned(out: Console, found: dict[str, Any]) -> None:
+def print_tuned(out: Console, found: dict[str, Any]) -> None:
     """What `gateskip tune-draft` found."""
     out.print(_measurements(found["second"]))
     tried = {row["system"] for row in found["first"]} - {"plain"}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gateskip.extras import need
 from gateskip.kernels import build as native
 from gateskip.kernels.autotune import Kernel, bfloat16_is_faster, product
 from gateskip.model.families import final_norm
@@ -214,6 +215,7 @@ def _from_blocks(data: Tensor, state: Any, bias: Tensor | None) -> PackedLinear 
 
 def bitsandbytes_functions() -> Any:
     """The library's functions. An import statement would make an exported folder ask for it."""
+    need("packing weights as NF4", "bitsandbytes")
     return importlib.import_module("bitsandbytes.functional")
 
 
