@@ -1,4 +1,4 @@
-"""Columns of a report's tables: what each is called, how it is read, how its entries are made."""
+"""Columns of a report's tables: heading, help, and how an entry is computed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: what it is called, how it is read, and how an entry of it is made."""
+    """A column: its heading, its unit, its help, and the function that gives a row's entry."""
 
     head: str
     unit: str
@@ -96,14 +96,15 @@ def retained_help(report: Report) -> str:
 
 def table_of(report: Report, rows: tuple[Row, ...], columns: list[Column]) -> Table:
     """The table of `rows` under those of `columns` that any row has a number for."""
-    made = [[column.make(report, row) for column in columns] for row in rows]
-    alive = [i for i in range(len(columns)) if any(not entries[i].is_absent for entries in made)]
-    lost = [columns[i] for i in range(len(columns)) if i not in alive] if rows else []
-    names = dict.fromkeys(f"{c.head} ({c.unit})" if c.unit else c.head for c in lost)
+    table = [[column.make(report, row) for column in columns] for row in rows]
+    shown = [i for i in range(len(columns)) if any(not entries[i].is_absent for entries in table)]
+    hidden = [columns[i] for i in range(len(columns)) if i not in shown] if rows else []
+    names = dict.fromkeys(f"{c.head} ({c.unit})" if c.unit else c.head for c in hidden)
     return Table(
-        columns=tuple(columns[i] for i in alive),
+        columns=tuple(columns[i] for i in shown),
         rows=tuple(
-            (row, tuple(entries[i] for i in alive)) for row, entries in zip(rows, made, strict=True)
+            (row, tuple(entries[i] for i in shown))
+            for row, entries in zip(rows, table, strict=True)
         ),
         absent=tuple(names),
     )
@@ -196,26 +197,26 @@ def perplexity_text(report: Report) -> str:
 def perplexity_entry(report: Report, row: Row) -> Entry:
     """Perplexity, with the text's name where the run measured on several."""
     quality = report.results.quality(row.cell)
-    found = None if quality is None else quality.perplexity
-    if found is None or found.value is None:
+    perplexity = None if quality is None else quality.perplexity
+    if perplexity is None or perplexity.value is None:
         return Entry()
-    note = "" if perplexity_text(report) else found.dataset
-    return Entry(number(found.value), note, found.value)
+    note = "" if perplexity_text(report) else perplexity.dataset
+    return Entry(number(perplexity.value), note, perplexity.value)
 
 
 def rounding_entry(report: Report, row: Row) -> Entry:
     """KL of decoding with rounded activations to scoring without."""
-    found = report.results.quality(row.cell)
-    value = None if found is None else found.kl_of_rounding
+    quality = report.results.quality(row.cell)
+    value = None if quality is None else quality.kl_of_rounding
     return Entry() if value is None else Entry(number(value), sort=value)
 
 
 def drafting_entry(report: Report, row: Row) -> Entry:
     """Share of the decoding time that went into drafts."""
-    found = row.cell.speculation
-    if found is None or found.draft_s is None or not found.verify_s:
+    speculation = row.cell.speculation
+    if speculation is None or speculation.draft_s is None or not speculation.verify_s:
         return Entry()
-    part = found.draft_s / (found.draft_s + found.verify_s)
+    part = speculation.draft_s / (speculation.draft_s + speculation.verify_s)
     return Entry(share(part), sort=part)
 
 
@@ -234,12 +235,12 @@ def spread_of(name: str, show: Callable[[float], str], batch: int = 1) -> Callab
         speed: SpeedNumbers | None = row.cell.speed
         if batch != 1:
             speed = ((row.cell.speed.by_batch or {}) if row.cell.speed else {}).get(batch)
-        found = None if speed is None else getattr(speed, name)
-        if found is None:
+        measured = None if speed is None else getattr(speed, name)
+        if measured is None:
             return Entry()
-        runs = found.repeats
+        runs = measured.repeats
         note = f"{show(min(runs))}{DASH}{show(max(runs))}" if len(runs) > 1 else ""
-        return Entry(show(found.median), note, found.median)
+        return Entry(show(measured.median), note, measured.median)
 
     return make
 
@@ -263,22 +264,22 @@ def batch_columns(batch: int) -> list[Column]:
 
 def saved_model_entry(report: Report, row: Row) -> Entry:
     """Net share of the whole model's multiply-adds saved, the LM head counted."""
-    found = None if row.cell.compute is None else row.cell.compute.saved_model
-    return Entry() if found is None else Entry(share(found), "", found)
+    saved = None if row.cell.compute is None else row.cell.compute.saved_model
+    return Entry() if saved is None else Entry(share(saved), "", saved)
 
 
 def speedup_entry(report: Report, row: Row) -> Entry:
     """Decode speed over that of the plain cell."""
-    found = row.cell.speculation
-    if found is None or found.speedup is None:
+    speculation = row.cell.speculation
+    if speculation is None or speculation.speedup is None:
         return Entry()
-    return Entry(times(found.speedup), sort=found.speedup)
+    return Entry(times(speculation.speedup), sort=speculation.speedup)
 
 
 def usual_draft_entry(report: Report, row: Row) -> Entry:
     """The most frequent draft length, with its share of the rounds."""
-    found = row.cell.speculation
-    lengths = {} if found is None else found.draft_length_histogram or {}
+    speculation = row.cell.speculation
+    lengths = {} if speculation is None else speculation.draft_length_histogram or {}
     total = sum(lengths.values())
     if not total:
         return Entry()
@@ -292,24 +293,26 @@ def usual_draft_entry(report: Report, row: Row) -> Entry:
 
 def lossless_entry(report: Report, row: Row) -> Entry:
     """Whether speculation gave plain decoding's tokens."""
-    found = row.cell.speculation
-    if found is None or found.lossless is None:
+    speculation = row.cell.speculation
+    if speculation is None or speculation.lossless is None:
         return Entry()
     return (
-        Entry("yes", "", 1.0, tone="good") if found.lossless else Entry("no", "", 0.0, tone="poor")
+        Entry("yes", "", 1.0, tone="good")
+        if speculation.lossless
+        else Entry("no", "", 0.0, tone="poor")
     )
 
 
 def diverged_entry(report: Report, row: Row) -> Entry:
     """The same with the place of the first divergence."""
-    entry, found = lossless_entry(report, row), row.cell.speculation
-    if found is None or found.first_divergence is None or found.lossless:
+    entry, speculation = lossless_entry(report, row), row.cell.speculation
+    if speculation is None or speculation.first_divergence is None or speculation.lossless:
         return entry
-    return replace(entry, note=divergence(found.first_divergence))
+    return replace(entry, note=divergence(speculation.first_divergence))
 
 
 def seed_count_entry(report: Report, row: Row) -> Entry:
-    """How many seeds the cell was made with."""
+    """How many seeds the cell was run with."""
     number = 1 + len(row.cell.seeds or ())
     return Entry(str(number), "", number)
 
@@ -331,8 +334,8 @@ def position_columns(rows: tuple[Row, ...]) -> list[Column]:
     """Acceptance at the first places of a draft, where any cell recorded it."""
 
     def rates(row: Row) -> tuple[float, ...]:
-        found = row.cell.speculation
-        return (found.acceptance_by_position or ()) if found is not None else ()
+        speculation = row.cell.speculation
+        return (speculation.acceptance_by_position or ()) if speculation is not None else ()
 
     def at(place: int) -> Callable[[Report, Row], Entry]:
         def make(report: Report, row: Row) -> Entry:

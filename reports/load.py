@@ -152,7 +152,7 @@ class Report:
                 "Fastest lossless speculation",
                 lossless,
                 "decode",
-                "No speculative cell was found lossless.",
+                "No speculative cell was lossless.",
             ),
         )
 
@@ -222,7 +222,7 @@ def _best(aim: str, rows: Sequence[Row], metric: str, otherwise: str) -> Best:
 
 
 def _top(rows: Sequence[Row], metric: str) -> Row | None:
-    """The best row by `metric`; equal ones are told apart by what they keep, then by speed."""
+    """The best row by `metric`; ties are broken by quality retained, then by speed."""
 
     def rank(row: Row) -> tuple[float, float, float]:
         first = METRICS[metric].rank(row.values[metric])

@@ -70,12 +70,12 @@ def duration(seconds: float) -> str:
     return f"{hours}{THIN}h {rest:02d}{THIN}min" if hours else f"{minutes}{THIN}min"
 
 
-def divergence(found: Divergence) -> str:
+def divergence(place: Divergence) -> str:
     """Where speculation left plain decoding, in words."""
     parts = [
-        None if found.prompt is None else f"prompt {found.prompt}",
-        None if found.position is None else f"token {found.position}",
-        None if found.margin is None else f"margin {found.margin:.2g}",
-        None if found.margin_share is None else f"{found.margin_share:.1e} of the range",
+        None if place.prompt is None else f"prompt {place.prompt}",
+        None if place.position is None else f"token {place.position}",
+        None if place.margin is None else f"margin {place.margin:.2g}",
+        None if place.margin_share is None else f"{place.margin_share:.1e} of the range",
     ]
     return ", ".join(part for part in parts if part) or "place not recorded"

@@ -129,7 +129,7 @@ def _facts(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
         "columns": helps,
         "histograms": [(row, h) for row in report.rows if (h := tables.histogram(row)).bars],
         "insight": tables.insight(report),
-        "overlap": tables.overlap(report),
+        "contamination": tables.contamination(report),
         "pictures": drawn,
         "environment": tables.environment(results.environment),
         "notes": [(cell.name, note) for cell in results.cells for note in cell.notes or ()],

@@ -102,7 +102,7 @@ def quality(report: Report) -> Table:
 
 
 def seeds(report: Report) -> Table:
-    """Means over seeds of what was made with several, and the half width of their interval."""
+    """Means over seeds, where a cell was run with several, and half their interval's width."""
     rows = tuple(row for row in report.rows if row.cell.seeds)
     shown = [
         ("saved", "Saved", "net, %", SAVED_HELP, share),
@@ -112,7 +112,7 @@ def seeds(report: Report) -> Table:
         ("accuracy", "Tasks", "mean, %", "Unweighted mean of the scores.", share),
         ("retained", "Keeps", "%", retained_help(report), share),
     ]
-    count = Column("Seeds", "", "How many made the cell.", seed_count_entry)
+    count = Column("Seeds", "", "How many the cell was run with.", seed_count_entry)
     columns = [
         Column(head, unit, help, seeds_mean(name, show)) for name, head, unit, help, show in shown
     ]
@@ -140,11 +140,12 @@ def speed(report: Report) -> Table:
     )
 
 
-def overlap(report: Report) -> list[tuple[str, int, int]]:
-    """Scored texts and tasks: rows, and how many of them stand in a text that stages learn from."""
+def contamination(report: Report) -> list[tuple[str, int, int]]:
+    """Scored texts and tasks: rows, and how many share a 13-gram with a training text."""
     baseline = report.results.find(report.results.baseline)
-    found = None if baseline is None or baseline.quality is None else baseline.quality.overlap
-    return [(name, each.rows, each.tainted) for name, each in (found or {}).items()]
+    quality = None if baseline is None else baseline.quality
+    shares = None if quality is None else quality.contamination
+    return [(name, each.rows, each.contaminated) for name, each in (shares or {}).items()]
 
 
 def insight(report: Report) -> list[tuple[Row, list[tuple[str, int, float]]]]:

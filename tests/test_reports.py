@@ -226,7 +226,7 @@ def made_up_results() -> dict[str, Any]:
         for name in names
     ]
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": "made-up-for-tests",
         "baseline": "dense",
         "command": "gateskip run pipelines/made-up.yaml --out runs",
@@ -443,7 +443,7 @@ def test_the_same_numbers_in_both_reports(report: Report) -> None:
     ],
 )
 def test_a_poor_run_still_makes_a_report(cells: list[dict[str, Any]]) -> None:
-    data = {"schema_version": 1, "run": "poor", "cells": cells}
+    data = {"schema_version": 2, "run": "poor", "cells": cells}
     report = Report(Results.model_validate(data))
     Page(to_html(report, pictures(report)))
     assert "# poor" in to_markdown(report, {})

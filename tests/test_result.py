@@ -41,7 +41,7 @@ def quality(perplexity: float, **tasks: float) -> dict[str, Any]:
 
 
 SKELETON = """
-{"schema_version": 1, "run": "quickstart", "environment": {}, "baseline": "dense",
+{"schema_version": 2, "run": "quickstart", "environment": {}, "baseline": "dense",
  "cells": [{"name": "gates+nf4+spec", "chain": ["gates", "nf4", "spec"], "status": "ok",
    "reason": null,
    "size": {"disk_bytes": 10, "resident_bytes": 20, "peak_bytes": 30},
@@ -146,7 +146,8 @@ def test_a_run_has_no_name_twice() -> None:
     [
         ("{", "not JSON"),
         ("[]", "the file"),
-        ('{"schema_version": 2}', "newer than 1"),
+        ('{"schema_version": 3}', "newer than 2"),
+        ('{"schema_version": 1}', "older than 2"),
         ('{"run": "x"}', "cells: Field required"),
         (
             '{"run": "x", "cells": [{"name": "a", "chain": [], "status": "fine"}]}',

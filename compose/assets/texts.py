@@ -136,8 +136,8 @@ def token_blocks(
 
     rows, special = _rendered(texts, tokenizer)
     head = _leading(tokenizer)
-    room = length - len(head)
-    wanted = None if limit is None else limit * room
+    body_length = length - len(head)
+    wanted = None if limit is None else limit * body_length
     separator = [] if special else _separator(tokenizer)
     stream: list[int] = []
     for start in range(0, len(rows), 64):
@@ -147,13 +147,13 @@ def token_blocks(
             stream += (separator if stream else []) + list(ids)
         if wanted is not None and len(stream) >= wanted:
             break
-    count = len(stream) // room if limit is None else min(limit, len(stream) // room)
+    count = len(stream) // body_length if limit is None else min(limit, len(stream) // body_length)
     if count == 0:
         raise AssetError(
             f"the text holds {len(stream)} tokens, too few for one block of {length}",
             fix="take a shorter length, or more text",
         )
-    body = torch.tensor(stream[: count * room], dtype=torch.long).view(count, room)
+    body = torch.tensor(stream[: count * body_length], dtype=torch.long).view(count, body_length)
     return torch.cat([torch.tensor(head, dtype=torch.long).expand(count, -1), body], dim=1)
 
 

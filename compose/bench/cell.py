@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import gateskip
-from compose.assets import TASKS, first_available, load_texts, overlaps, token_blocks
+from compose.assets import TASKS, contamination, first_available, load_texts, token_blocks
 from compose.bench.footprint import dense_work, disk_bytes, module_bytes
 from compose.bench.generate import prompt_ids
 from compose.bench.lossless import check_lossless
@@ -112,23 +112,25 @@ class CellBench:
             )
             record["tasks"] = {name: asdict(score) for name, score in scores.items()}
         if self.job.learns_from:
-            record |= self._overlap(record, wanted)
+            record |= self._contamination(record, wanted)
         return record
 
-    def _overlap(self, record: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """13-gram overlap of what is scored with training texts, and a note for each overlap."""
+    def _contamination(
+        self, record: Mapping[str, Any], wanted: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """13-gram contamination of what is scored, and a note for each text that has any."""
         texts = [record["perplexity"]["dataset"]] if "perplexity" in record else []
         tasks = [name for name in wanted["tasks"] if name in TASKS]
         cache = self.job.asset_cache
-        shared = overlaps(self.job.learns_from, texts, tasks, wanted["limit"], cache)
+        shares = contamination(self.job.learns_from, texts, tasks, wanted["limit"], cache)
         notes = [
-            f"{each['tainted']} of {each['rows']} rows of {name} share thirteen words in a row"
+            f"{each['contaminated']} of {each['rows']} rows of {name} share thirteen words in a row"
             " with a text that stages learn from"
-            for name, each in shared.items()
-            if each["tainted"]
+            for name, each in shares.items()
+            if each["contaminated"]
         ]
         notes = [*record.get("notes", ()), *notes]
-        return {"overlap": shared} | ({"notes": notes} if notes else {})
+        return {"contamination": shares} | ({"notes": notes} if notes else {})
 
     def _on_text(self, model: Scored, wanted: Mapping[str, Any], reference: Path) -> dict[str, Any]:
         texts = first_available(wanted["perplexity"], None, self.job.asset_cache)

@@ -11,7 +11,7 @@ from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.stats import Stats
 
 FORCED_DRAFT = 3
-"""Draft length of the check where the cell says `auto`: drafts must be made to be checked."""
+"""Draft length of the check where the cell says `auto`: without drafts nothing is checked."""
 
 
 def check_lossless(

@@ -32,10 +32,12 @@ def load_results(path: str | Path) -> Results:
     except ValueError as error:
         raise UserError(f"this is not JSON: {error}", file=file) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        newer = version > SCHEMA_VERSION
         raise UserError(
-            f"schema version {version} is newer than {SCHEMA_VERSION}, the one this version reads",
-            fix="upgrade gateskip-compose",
+            f"schema version {version} is {'newer' if newer else 'older'} than {SCHEMA_VERSION}, "
+            "the one this version reads",
+            fix="upgrade gateskip-compose" if newer else "run the pipeline again: its steps stay",
             file=file,
         )
     try:

@@ -45,7 +45,7 @@ class SpeedNumbers(Record):
     """Prompt tokens read a second, over the whole batch."""
 
     decode_tokens_per_s: Measured | None = None
-    """New tokens made a second after the first, over the whole batch."""
+    """New tokens a second after the first, over the whole batch."""
 
     ttft_s: Measured | None = None
     """Seconds from the prompt to the first new token."""
@@ -119,18 +119,18 @@ class TaskScore(Record):
     """`value` over the baseline's value."""
 
 
-class Overlap(Record):
-    """Whether what is scored stands in a text that stages learn from."""
+class Contamination(Record):
+    """13-gram contamination of what is scored by the texts that stages learn from."""
 
     rows: int
     """Rows or questions that are scored."""
 
-    tainted: int
-    """How many share a run of thirteen words with such a text."""
+    contaminated: int
+    """How many share a run of thirteen words with a training text."""
 
 
 class Quality(Record):
-    """How good the answers still are."""
+    """Perplexity, task scores, and the distance to the baseline."""
 
     perplexity: Perplexity | None = None
     """Perplexity and its ratio to the baseline's."""
@@ -148,8 +148,8 @@ class Quality(Record):
     """Mean KL, nats a token, from these weights as they were scored to the same weights as they are
     decoded, with activations rounded to 8 bits; absent where decoding does not round."""
 
-    overlap: dict[str, Overlap] | None = None
-    """Of the baseline only: text or task -> whether stages learn from what is scored."""
+    contamination: dict[str, Contamination] | None = None
+    """Of the baseline only: text or task -> how much of it stands in training texts."""
 
 
 class Divergence(Record):
@@ -279,13 +279,13 @@ class StepInfo(Record):
 
 
 class SeedRun(Record):
-    """The same chain, made and scored with another seed."""
+    """The same chain, run and scored with another seed."""
 
     seed: int
     """The seed."""
 
     quality: Quality | None = None
-    """How good the answers are with it."""
+    """Quality with it."""
 
     compute: Compute | None = None
     """Shares of compute that were saved with it."""

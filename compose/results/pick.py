@@ -53,11 +53,11 @@ class Constraint:
         """What lets more cells through."""
         return f"loosen {self.option}"
 
-    def asked(self) -> str:
+    def required(self) -> str:
         """The bound in words."""
         return f"{self.words} {'>=' if self.at_least else '<='} {self.show(self.limit)}"
 
-    def found(self, cell: CellResult) -> str:
+    def seen(self, cell: CellResult) -> str:
         """The cell's number in words."""
         value = self.value(cell)
         return f"{self.words} {'not measured' if value is None else self.show(value)}"
@@ -75,16 +75,16 @@ class Lossless:
             return 0.0
         return NOT_MEASURED if cell.speculation.lossless is None else 1.0
 
-    def asked(self) -> str:
+    def required(self) -> str:
         """The bound in words."""
         return "lossless speculation"
 
-    def found(self, cell: CellResult) -> str:
+    def seen(self, cell: CellResult) -> str:
         """What was seen of the cell."""
         if cell.speculation is None:
             return "no speculation"
-        seen = {True: "lossless", False: "not lossless", None: "losslessness not measured"}
-        return seen[cell.speculation.lossless]
+        words = {True: "lossless", False: "not lossless", None: "losslessness not measured"}
+        return words[cell.speculation.lossless]
 
 
 def pick(
@@ -100,7 +100,7 @@ def pick(
     """The best measured cell by `maximize` (one of `AIMS`) among those that meet all constraints.
 
     `min_retained` is a share of the baseline's quality, 0 to 1 (`metrics.retained_basis` says of
-    what); sizes are in bytes. The baseline may win. Equal cells are told apart by quality, speed,
+    what); sizes are in bytes. The baseline may win. Ties are broken by quality, speed,
     size and at last by their place in the results.
 
     Raises:
@@ -168,12 +168,12 @@ def _nothing_left(
     results: Results, cells: list[CellResult], constraints: list[Constraint | Lossless], aim: str
 ) -> UserError:
     left = [(each, sum(not each.shortfall(cell) for cell in cells)) for each in constraints]
-    guilty = [each for each, count in left if count == 0]
-    if guilty:
-        which = " and ".join(each.asked() for each in guilty)
+    unmet = [each for each, count in left if count == 0]
+    if unmet:
+        which = " and ".join(each.required() for each in unmet)
         message = f"no cell meets {which} ({len(cells)} were measured)"
     else:
-        alone = ", ".join(f"{each.asked()} by {count}" for each, count in left)
+        alone = ", ".join(f"{each.required()} by {count}" for each, count in left)
         message = f"no cell meets every constraint; alone, of {len(cells)} cells: {alone}"
     nearest = min(
         cells,
@@ -183,8 +183,8 @@ def _nothing_left(
         ),
     )
     missed = [each for each in constraints if each.shortfall(nearest)]
-    found = ", ".join(each.found(nearest) for each in missed)
+    values = ", ".join(each.seen(nearest) for each in missed)
     return UserError(
-        f"{message}; the nearest is {nearest.name!r}: {found}",
+        f"{message}; the nearest is {nearest.name!r}: {values}",
         fix=", ".join(each.remedy for each in missed),
     )

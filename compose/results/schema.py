@@ -26,7 +26,7 @@ from compose.results.parts import (
     TrainingPoint,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 Status = Literal["ok", "failed", "left-out"]
@@ -80,10 +80,10 @@ class CellResult(Record):
     """Shares of compute that were saved."""
 
     insight: Insight | None = None
-    """What the gates let in, for cells that skip."""
+    """Which tokens entered which branches, for cells that skip."""
 
     quality: Quality | None = None
-    """How good the answers are, measured on this cell itself."""
+    """Quality, measured on this cell itself."""
 
     speculation: Speculation | None = None
     """What speculation did, for cells that speculate."""
@@ -92,7 +92,7 @@ class CellResult(Record):
     """Stage name -> its training curve."""
 
     layer_errors: dict[str, dict[str, float]] | None = None
-    """Stage name -> relative error of each layer's output that quantization made."""
+    """Stage name -> relative error of each layer's output by quantization."""
 
     step_peak_bytes: dict[str, int] | None = None
     """Stage name -> the most memory that the process held which ran it."""
@@ -123,7 +123,7 @@ class CellResult(Record):
 class Results(Record):
     """A whole run: its settings and its cells, which are found by name or alias."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     """Raised when a field changes its meaning or goes."""
 
     run: str
@@ -136,7 +136,7 @@ class Results(Record):
     """The cell that the others are compared with."""
 
     command: str | None = None
-    """The command line that made the run."""
+    """The command line of the run."""
 
     model: str | None = None
     """The model that the chains start from."""
@@ -187,11 +187,11 @@ class Results(Record):
         Raises:
             UserError: the run has no such cell.
         """
-        found = self.find(name)
-        if found is None:
+        cell = self.find(name)
+        if cell is None:
             hint = suggest(name, [cell.name for cell in self.cells])
             raise UserError(f"run {self.run!r} has no cell {name!r}", fix=hint)
-        return found
+        return cell
 
     def quality(self, cell: CellResult) -> Quality | None:
         """The cell's own quality, or that of the cell it gives the same tokens as."""

@@ -163,12 +163,12 @@ def read_text(text: str) -> str:
 
 def print_insight(console: Console, found: dict[str, Any]) -> None:
     """A text with each token's background the darker, the more compute it got; and the means."""
-    from reports.insight import heat
+    from reports.insight import intensity
 
     shares = [token["compute"] for token in found["tokens"]]
     line = Text()
     for token in found["tokens"]:
-        line.append(token["text"], style=_background(heat(token["compute"], shares)))
+        line.append(token["text"], style=_background(intensity(token["compute"], shares)))
     console.print(line)
     kinds = _table("Compute by kind of token", "kind", "tokens", "share of compute")
     for kind, use in found["summary"]["kinds"].items():

@@ -18,7 +18,7 @@ FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-se
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one look. `series` is Okabe and Ito's palette, tuned to the ground it lies on."""
+    """Colours of one theme. `series` is Okabe and Ito's palette, tuned to the ground it lies on."""
 
     name: str
     ground: str

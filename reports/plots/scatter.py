@@ -218,7 +218,7 @@ def write_names(
     shifts: Sequence[float],
     named: Sequence[Row],
 ) -> None:
-    """Write names beside marks where they cover nothing; one without room is left to its number."""
+    """Write names beside marks where they cover nothing; where none fits, the number has to do."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     pixels = figure.dpi / 72
