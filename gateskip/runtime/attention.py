@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gateskip.model.families import AttentionShape
+from gateskip.model.projections import AttentionShape
 from gateskip.model.reference import attend, causal
 from gateskip.runtime.sizes import EVEN, evened
 

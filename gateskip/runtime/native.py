@@ -22,17 +22,9 @@ from torch import Tensor, nn
 from gateskip.gates.base import Gates
 from gateskip.gates.learned import ScalarGates
 from gateskip.kernels import build as native
-from gateskip.model.families import (
-    FAMILIES,
-    PRE_NORM,
-    AttentionShape,
-    UnsupportedModel,
-    attention_shape,
-    backbone,
-    final_norm,
-    rotate,
-)
+from gateskip.model.families import FAMILIES, PRE_NORM, UnsupportedModel, backbone, final_norm
 from gateskip.model.gating import ANCHORS
+from gateskip.model.projections import AttentionShape, attention_shape, rotate
 from gateskip.quantization.head import RoundedHead, to_bytes
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, pack_bytes, tiles
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gateskip.gates.base import Gates
 from gateskip.kernels.autotune import bfloat16_is_faster
-from gateskip.model.families import AttentionShape, Branch, Turn, embed
+from gateskip.model.families import Branch, embed
+from gateskip.model.projections import AttentionShape, Turn
 from gateskip.quantization.formats import weight_format
 from gateskip.quantization.packed_linear import DenseLinear
 from gateskip.runtime.attention import attend_rows, causal_softmax
