@@ -274,6 +274,15 @@ def test_doctor_shows_what_is_missing_and_how_to_put_it_right(
 
 
 @pytest.mark.slow
+def test_doctor_shows_why_there_are_no_compiled_kernels() -> None:
+    from compose.terminal.doctor import _accelerator, _kernels
+
+    finding = _kernels({"kernels": {"error": "g++: error: unknown flag"}})
+    assert finding.status == "note" and finding.detail == "g++: error: unknown flag"
+    assert "gathered" in str(finding.fix)
+    assert "packed weights do not" in str(_accelerator({"gpu": "A card"}).fix)
+
+
 def test_doctor_looks_at_this_machine() -> None:
     code, out, err = call("doctor")
     for name in ("python", "threads", "memory", "disk", "compiler", "torch", "GPU", "cache"):

@@ -71,10 +71,10 @@ def _disk(cache: Path) -> Finding:
 
 
 def _compiler() -> Finding:
-    named = os.environ.get("CXX")
-    for name in (named, "g++", "clang++", "c++"):
-        if name and (path := shutil.which(name)):
-            return Finding("C++ compiler", "ok", Path(path).name)
+    from gateskip.kernels.build import compilers
+
+    if found := compilers():
+        return Finding("C++ compiler", "ok", ", ".join(Path(name).name for name in found))
     fix = "install g++ or clang: compiled decoding and building gptqmodel need it"
     return Finding("C++ compiler", "note", "none on the path", fix)
 
@@ -111,6 +111,7 @@ def _libraries() -> list[Finding]:
     facts = probe_in_worker()
     checks: tuple[Callable[[dict[str, Any]], Finding], ...] = (
         _torch,
+        _kernels,
         _accelerator,
         _bitsandbytes,
         _gptqmodel,
@@ -135,9 +136,21 @@ def _torch(facts: dict[str, Any]) -> Finding:
     return Finding("torch", "ok", detail)
 
 
+def _kernels(facts: dict[str, Any]) -> Finding:
+    state = facts.get("kernels")
+    if state is None:
+        return _absent("compiled kernels", facts, "pip install torch")
+    if "error" in state:
+        fix = "until then models decode in torch, slower: backend gathered"
+        return Finding("compiled kernels", "note", state["error"], fix)
+    timed = f"{state['choices']} choices timed on this machine"
+    return Finding("compiled kernels", "ok", f"{state['file']}, {timed}")
+
+
 def _accelerator(facts: dict[str, Any]) -> Finding:
     if facts.get("gpu"):
-        return Finding("GPU", "ok", str(facts["gpu"]))
+        fix = "stages gate, heal and gptq use it; cells, compiled kernels and packed weights do not"
+        return Finding("GPU", "note", str(facts["gpu"]), fix)
     return Finding("GPU", "note", "none: everything runs on the processor")
 
 

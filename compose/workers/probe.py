@@ -14,8 +14,10 @@ NF4_ERROR = 0.2
 def probe_libraries(report: Callable[[dict[str, Any]], None]) -> None:
     """Try each library, and report each before the next is tried: one may end the process.
 
-    Reports have the keys `torch`, `threads`, `capability`, `gpu`; then `bitsandbytes`; then
-    `gptqmodel`: each of the latter two has a `version`, or the `error` of the trial.
+    Reports have the keys `torch`, `threads`, `capability`, `gpu`; then `kernels`, with the `file`
+    of the compiled kernels and the `choices` that were timed here, or the `error`; then
+    `bitsandbytes`; then `gptqmodel`: each of the latter two has a `version`, or the `error` of the
+    trial.
     """
     import torch
 
@@ -27,8 +29,17 @@ def probe_libraries(report: Callable[[dict[str, Any]], None]) -> None:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         }
     )
+    report({"kernels": _kernels()})
     report({"bitsandbytes": _outcome(_try_bitsandbytes)})
     report({"gptqmodel": _outcome(_try_gptqmodel)})
+
+
+def _kernels() -> dict[str, Any]:
+    from gateskip.kernels import autotune, build
+
+    if (error := build.problem()) is not None:
+        return {"error": error}
+    return {"file": build.build().name, "choices": len(autotune.choices())}
 
 
 def _outcome(attempt: Callable[[], str]) -> dict[str, str]:
