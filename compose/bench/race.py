@@ -18,7 +18,6 @@ import gateskip
 from compose import memory
 from compose.artifacts.gguf import KINDS as GGUF_KINDS
 from compose.artifacts.gguf import write_gguf
-from compose.assets.fetch import Progress
 from compose.bench.footprint import module_bytes
 from compose.bench.generate import stop_token_ids
 from compose.bench.measurement import Measurement, Rows, Run, Runner, Workloads
@@ -28,6 +27,7 @@ from compose.bench.roofline import roofline
 from compose.bench.systems import System, parse_system
 from compose.bench.workloads import prompts_by_category, running_text
 from compose.errors import UserError
+from compose.units import Progress
 from gateskip.decoding.decoder import Decoder, cache_capacity
 from gateskip.runtime.backend import BackendName
 
