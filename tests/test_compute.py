@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from compose.bench.footprint import dense_work
-from compose.stages.prune.edit import decoder_layers, keep_layers
+from compose.stages.prune.edit import keep_layers
 from gateskip.decoding.decoder import Decoder
 from gateskip.gates.kinds import make_gates
 from gateskip.gates.learned import ScalarGates
 from gateskip.model.compute import Usage, Work, saving
-from gateskip.model.families import find_branches
+from gateskip.model.families import backbone, find_branches
 from gateskip.model.folders import load_model
 from gateskip.runtime.skipping import SkippingModel
 
@@ -26,7 +26,7 @@ def counted(branches: int, kept: int = SEEN) -> Usage:
 
 def test_what_was_cut_off_was_saved(tiny_llama: Path) -> None:
     model = load_model(tiny_llama, "float32")
-    dense, layers = Work.of(model), len(decoder_layers(model))
+    dense, layers = Work.of(model), len(backbone(model).layers)
     keep_layers(model, list(range(layers - 1)))
     usage = counted(2 * (layers - 1))
     none: list[bool] = [False] * len(usage.kept)
@@ -38,7 +38,7 @@ def test_what_was_cut_off_was_saved(tiny_llama: Path) -> None:
 
 def test_cutting_and_skipping_add_up(tiny_llama: Path) -> None:
     model = load_model(tiny_llama, "float32")
-    dense, layers = Work.of(model), len(decoder_layers(model))
+    dense, layers = Work.of(model), len(backbone(model).layers)
     keep_layers(model, list(range(layers - 1)))
     branches = 2 * (layers - 1)
     usage, gates = counted(branches, SEEN // 2), ScalarGates(branches, model.config.hidden_size)

@@ -13,7 +13,7 @@ import torch
 import gateskip
 from gateskip.gates.kinds import make_gates
 from gateskip.gates.shortcuts import Shortcuts
-from gateskip.kernels import build as native
+from gateskip.kernels import ops
 from gateskip.model.families import find_branches
 from gateskip.model.folders import load_model
 from gateskip.model.gating import NEVER_SKIP
@@ -23,7 +23,7 @@ from gateskip.runtime.skipping import SkippingModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 pytestmark = pytest.mark.skipif(
-    native.library() is None or not hasattr(native.library(), "gateskip_step"),
+    not ops.has_decoder(),
     reason="no native engine here",
 )
 

@@ -13,13 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gateskip
-from gateskip.calibration.allocation import (
-    ALLOCATIONS,
-    allocate_shares,
-    global_thresholds,
-    quantiles,
-)
+from gateskip.calibration.allocation import allocate_shares, global_thresholds, quantiles
 from gateskip.calibration.fit_shortcuts import fit_shortcuts
+from gateskip.calibration.settings import ALLOCATIONS
 from gateskip.calibration.thresholds import calibrate, thresholds_at
 from gateskip.calibration.warm_start import measure, sensitivities, warm_start
 from gateskip.gates.learned import ScalarGates

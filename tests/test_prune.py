@@ -17,10 +17,10 @@ import gateskip
 from compose.artifacts.folder import copy_companions, probe_logits
 from compose.errors import RuleBroken, UserError
 from compose.stages.base import Stage
-from compose.stages.prune.edit import GATED_MLP, decoder_layers, next_token_loss, text_loss
+from compose.stages.prune.edit import GATED_MLP, block_loss, text_loss
 from compose.stages.prune.hidden import READERS
-from compose.stages.prune.importance import slopes
-from compose.stages.prune.refit import made_up
+from compose.stages.prune.importance import taylor_scores
+from compose.stages.prune.refit import refitted
 from compose.stages.registry import (
     STAGES,
     DataSpec,
@@ -31,6 +31,7 @@ from compose.stages.registry import (
     StageJob,
 )
 from gateskip.checkpoint import GateFile, load_gates, save_gates
+from gateskip.model.families import backbone
 from gateskip.model.folders import load_model
 from gateskip.model.gating import ANCHORS
 
@@ -113,7 +114,7 @@ def shape(folder: Path) -> ModelShape:
 
 
 def layers_of(folder: Path) -> Any:
-    return decoder_layers(load_model(folder, "float32"))
+    return backbone(load_model(folder, "float32")).layers
 
 
 def generates_as_without_cache(folder: Path) -> None:
@@ -162,12 +163,12 @@ def test_greedy_search_and_block_influence_can_disagree(
 
     def harm(model: Any) -> None:
         """Only layer 3 writes what the head reads: without it, all tokens are as likely."""
-        for layer in decoder_layers(model)[:3]:
+        for layer in backbone(model).layers[:3]:
             layer.self_attn.o_proj.weight[32:] = 0
             layer.mlp.down_proj.weight[32:] = 0
         model.model.embed_tokens.weight[:, 32:] = 0
         model.model.norm.weight[:32] = 0
-        decoder_layers(model)[3].mlp.down_proj.weight.mul_(8)
+        backbone(model).layers[3].mlp.down_proj.weight.mul_(8)
 
     source = edited(make_tiny("llama", tie_word_embeddings=False), harm)
     _, by_loss = run(source, refit=False, **GREEDY, count=1)
@@ -199,14 +200,14 @@ def test_dropped_layers_leave_a_plain_folder_of_every_family(
 
 def silent_neurons(model: Any) -> None:
     """Every second neuron: heavy in weights, and never active."""
-    for layer in decoder_layers(model):
+    for layer in backbone(model).layers:
         layer.mlp.gate_proj.weight[::2] = 0
         layer.mlp.up_proj.weight[::2] *= 10
 
 
 def light_neurons(model: Any) -> None:
     """Every second neuron does nothing: it has no weights at all."""
-    for layer in decoder_layers(model):
+    for layer in backbone(model).layers:
         layer.mlp.down_proj.weight[:, ::2] = 0
         for name in ("gate_proj", "up_proj"):
             if hasattr(layer.mlp, name):
@@ -255,9 +256,9 @@ def test_slopes_are_what_masks_change(group: int, make_tiny: Tiny, spec: DataSpe
     """The score of one neuron, or head, against finite differences of the loss, token by token."""
     folder = make_tiny("llama")
     model, text = load_model(folder, "float64"), blocks(folder, spec)[:1, :8]
-    layer = decoder_layers(model)[1]
+    layer = backbone(model).layers[1]
     reader = layer.mlp.down_proj if group == 1 else layer.self_attn.o_proj
-    found = slopes(model, [reader], text, job_of(folder, folder, spec), group)[0]
+    found = taylor_scores(model, [reader], text, job_of(folder, folder, spec), group)[0]
 
     def loss(token: int, scale: float) -> float:
         def mask(module: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
@@ -267,7 +268,7 @@ def test_slopes_are_what_masks_change(group: int, make_tiny: Tiny, spec: DataSpe
 
         hook = reader.register_forward_pre_hook(mask)
         with torch.inference_mode():
-            value = float(next_token_loss(model, text))
+            value = float(block_loss(model, text))
         hook.remove()
         return value
 
@@ -284,7 +285,7 @@ def without_heads(folder: Path, dropped: list[list[int]], width: int) -> Any:
     """The source model with what these heads give set to zero: what pruning must equal."""
     model = load_model(folder, "float32")
     with torch.no_grad():
-        for layer, heads in zip(decoder_layers(model), dropped, strict=True):
+        for layer, heads in zip(backbone(model).layers, dropped, strict=True):
             for head in heads:
                 layer.self_attn.o_proj.weight[:, head * width : (head + 1) * width] = 0
     return model
@@ -372,7 +373,7 @@ def test_idle_heads_go_first_each_layer_its_own(
     edited: Callable[..., Path],
 ) -> None:
     def idle_heads(model: Any) -> None:
-        for number, layer in enumerate(decoder_layers(model)):
+        for number, layer in enumerate(backbone(model).layers):
             for head in idle[number]:
                 channels = slice(16 * head, 16 * head + 16)
                 layer.self_attn.o_proj.weight[:, channels] *= 1e-4
@@ -392,7 +393,7 @@ def test_idle_heads_go_first_each_layer_its_own(
 def idle_channels(model: Any) -> None:
     """Every second channel of the residual stream carries nothing, however heavy what reads it."""
     model.model.embed_tokens.weight[:, ::2] = 0
-    for layer in decoder_layers(model):
+    for layer in backbone(model).layers:
         for name, part in layer.named_modules():
             if name.endswith(("o_proj", "down_proj")):
                 part.weight[::2] = 0
@@ -446,13 +447,13 @@ def test_inputs_that_others_tell_can_go_without_a_trace() -> None:
     told = torch.cat([seen, seen @ torch.randn(6, 4, generator=generator)], dim=1)  # [400, 10]
     weight = torch.randn(5, 10, generator=generator)
     kept = torch.arange(6)
-    fitted = made_up(weight, kept, told.T @ told / 400, 400_000)
+    fitted = refitted(weight, kept, told.T @ told / 400, 400_000)
     whole = told @ weight.T
     off = float((told[:, kept] @ fitted.T - whole).norm() / whole.norm())
     cut = float((told[:, kept] @ weight[:, kept].T - whole).norm() / whole.norm())
     assert off < 0.1 * cut
     every = torch.arange(10)
-    assert torch.equal(made_up(weight, every, told.T @ told, 400), weight)
+    assert torch.equal(refitted(weight, every, told.T @ told, 400), weight)
 
 
 @pytest.mark.parametrize(
@@ -628,7 +629,7 @@ SKIPPED = [3, 4, 5]  # the MLP of layer 1, and layer 2
 
 def weaken(model: Any) -> None:
     """The branches in SKIPPED add next to nothing."""
-    layers = decoder_layers(model)
+    layers = backbone(model).layers
     for module in (layers[1].mlp.down_proj, layers[2].self_attn.o_proj, layers[2].mlp.down_proj):
         module.weight.mul_(1e-3)
 
@@ -636,7 +637,7 @@ def weaken(model: Any) -> None:
 def cut_by_hand(source: Path) -> Any:
     """The source model without the branches in SKIPPED."""
     model = load_model(source, "float32")
-    layers = decoder_layers(model)
+    layers = backbone(model).layers
     with torch.no_grad():
         for part in (layers[1].mlp.down_proj, layers[2].self_attn.o_proj, layers[2].mlp.down_proj):
             part.weight.zero_()
@@ -720,7 +721,7 @@ def test_nothing_to_remove_is_an_error_that_names_the_nearest(
     with pytest.raises(UserError, match=r"no layer with both branches .* attention 0 and mlp 0"):
         run(learned, use="prune-branches", single="keep")
     never_enter(learned, [0])
-    with pytest.raises(UserError, match="missed by the loss: the least, attention 0, by") as missed:
+    with pytest.raises(UserError, match="attention 0 raises it least, by") as missed:
         run(learned, use="prune-branches", rise=0.02)
     rise = float(str(missed.value.fix).split("rise: ")[1].split(",")[0])
     _, record = run(learned, use="prune-branches", rise=rise)
@@ -749,8 +750,8 @@ def test_branches_of_other_layouts_go_too(family: str, run: Run, make_tiny: Tiny
     made, record = run(folder, use="prune-branches", rise=99)
     assert (record["dropped"], record["zeroed"]) == ([2], ["mlp 1"])
     model = load_model(made)
-    assert adds_nothing(model, decoder_layers(model)[1].mlp)
-    assert not adds_nothing(model, decoder_layers(model)[0].mlp)
+    assert adds_nothing(model, backbone(model).layers[1].mlp)
+    assert not adds_nothing(model, backbone(model).layers[0].mlp)
     generates_as_without_cache(made)
 
 
@@ -761,6 +762,6 @@ def test_quantizers_take_a_branch_of_zeros(
     folder, _ = run(learned, use="prune-branches")
     packed, _ = run(folder, **quantizer)
     model = load_model(packed)
-    assert adds_nothing(model, decoder_layers(model)[1].mlp)
+    assert adds_nothing(model, backbone(model).layers[1].mlp)
     assert bool(probe_logits(packed).isfinite().all())
     assert all(row[3] == math.inf for row in gates_of(packed).grid.values())

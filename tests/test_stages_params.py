@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from compose.errors import PlanError, RuleBroken
-from compose.stages.base import FORBIDDEN
 from compose.stages.registry import (
     RULES,
     STAGES,
@@ -32,6 +31,7 @@ from compose.stages.registry import (
     Speculate,
     Stage,
 )
+from compose.stages.rules import FORBIDDEN
 
 SHAPE = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, True)
 EXAMPLES: tuple[Stage, ...] = (

@@ -20,8 +20,9 @@ from gateskip.gates.kinds import make_gates
 from gateskip.gates.learned import ScalarGates
 from gateskip.model.folders import load_model
 from gateskip.model.reference import masked_forward
+from gateskip.training.budget_price import BudgetPrice
 from gateskip.training.gate_finetune import train_gates
-from gateskip.training.objectives import Level, TrainMask
+from gateskip.training.masks import TrainMask
 from gateskip.training.recipe import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,11 +49,13 @@ class TestTrain:
         before = [p.clone() for p in model.parameters()]
 
         def distance() -> float:
-            level = calibrate(model, gates.requires_grad_(False), blocks, (0.7,))[0].thresholds
+            thresholds = calibrate(model, gates.requires_grad_(False), blocks, (0.7,))[0].thresholds
             with torch.inference_mode():
                 dense = model.lm_head(masked_forward(model, blocks)).log_softmax(-1)
                 skipping = model.lm_head(
-                    masked_forward(model, blocks, gates, lambda b, z: (z >= level[b.index]).float())
+                    masked_forward(
+                        model, blocks, gates, lambda b, z: (z >= thresholds[b.index]).float()
+                    )
                 ).log_softmax(-1)
             return float((dense.exp() * (dense - skipping)).sum(-1).mean())
 
@@ -250,11 +253,11 @@ class TestPrice:
         for index, gain in enumerate(gains):
             mask = rule(SimpleNamespace(index=index), bias[index].expand(1, 20))  # type: ignore[arg-type]
             gained = gained + gain * mask.mean()
-        level = Level([bias])
-        level.price(rule)
+        price = BudgetPrice([bias])
+        price.add_cost(rule)
         (-gained).backward()
-        level.benefit(rule)
-        level.apply(Accelerator(cpu=True))
+        price.add_loss(rule)
+        price.apply(Accelerator(cpu=True))
         assert bias.grad is not None
         return bias.grad
 
@@ -263,5 +266,5 @@ class TestPrice:
         assert abs(float(slopes.sum())) < 1e-6
         assert slopes[1] < 0 < slopes[2], "dearer by the multiply-add rises, cheaper falls"
 
-    def test_level_branches_rest(self) -> None:
+    def test_branches_of_equal_worth_rest(self) -> None:
         torch.testing.assert_close(self.learned([2.0, 1.0, 1.0], [0.5, 0.25, 0.25]), torch.zeros(3))

@@ -105,7 +105,7 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
         head = int4_head(drafter.model, torch.randint(3, 512, (2, 20)))
         drafter.engine.use_sketch(head, decoder.skipping.engine.head)  # type: ignore[union-attr]
     else:
-        drafter.engine.sketch, drafter.engine.exact = drafter.engine.head, None
+        drafter.engine.draft_head, drafter.engine.rerank_head = drafter.engine.head, None
     prompt, cache = torch.randint(3, 512, (1, 12)), decoder.skipping.new_cache(1, 40)
     decoder.skipping.forward(prompt, cache, [0])
     assert drafter.drafter is not None

@@ -29,9 +29,12 @@ def write_bundle(folder: Path) -> list[Path]:
     target.parent.mkdir(exist_ok=True)
     entry = importlib.resources.files("compose") / "templates" / "custom_generate.py.txt"
     text = entry.read_text(encoding="utf-8")
-    target.write_text(text.replace("VERSION", metadata.version("gateskip-compose")), "utf-8")
+    carried = sorted(sources().items())
+    lines = [f"from .{flat_name(name)} import __name__ as _  # noqa: F401" for name, _ in carried]
+    text = text.replace("VERSION", metadata.version("gateskip-compose"))
+    target.write_text(text.replace("# CARRIED", "\n".join(lines)), "utf-8")
     written = [target]
-    for name, source in sorted(sources().items()):
+    for name, source in carried:
         path = target.parent / f"{flat_name(name)}.py"
         path.write_text(_relative(source), encoding="utf-8")
         written.append(path)

@@ -68,7 +68,7 @@ class LeftOut:
     name: str
     chain: Chain
     rule: str
-    """A name in `compose.stages.base.RULES`."""
+    """A name in `compose.stages.rules.RULES`."""
     message: str
 
 

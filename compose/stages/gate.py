@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from compose.errors import UserError
-from compose.stages.base import TRAINED, ModelShape, Role, Split, Stage, StageJob, training_bytes
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.memory import TRAINED, training_bytes
 from gateskip.training.recipe import RECIPES, TrainConfig
 
 if TYPE_CHECKING:

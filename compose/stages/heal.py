@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from compose.errors import RuleBroken, UserError
-from compose.stages.base import TRAINED, ModelShape, Role, Split, Stage, StageJob, training_bytes
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.gate_transfer import carry_gates
+from compose.stages.memory import TRAINED, training_bytes
 from gateskip.training.recipe import HealConfig
 
 if TYPE_CHECKING:

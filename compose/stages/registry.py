@@ -15,7 +15,8 @@ from compose.stages.prune.heads import PruneHeads
 from compose.stages.prune.hidden import PruneHidden
 from compose.stages.prune.layers import DropLayers
 from compose.stages.prune.width import PruneWidth
-from compose.stages.quantize.gptq import Bnb, Gptq
+from compose.stages.quantize.bnb import Bnb
+from compose.stages.quantize.gptq import Gptq
 from compose.stages.quantize.head import PackHead
 
 STAGES: dict[str, type[Stage]] = {

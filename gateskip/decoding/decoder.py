@@ -156,8 +156,8 @@ class Decoder:
             draft_length: drafted tokens a verify pass, 1 to 16, or `auto`: set by measured costs
                 and acceptance, 0 while speculation does not pay.
             draft_weights: `own`; `int4-head`, where a 4-bit copy of the LM head ranks tokens; or a
-                4-bit copy of all weights, `int4` (that head, too) or `nf4` (twin.py).
-            lookup: before drafting, propose what followed the last tokens where they stood before.
+                4-bit copy of all weights, `int4` (that head, too) or `nf4`.
+            lookup: before drafting, propose what followed the last tokens earlier in the text.
             target: what full compute means where gates scale what branches add: the `gated` model,
                 or the `original`, without them. Other gates leave the model what it was.
             sampler, seed: how tokens are drawn; each row has a random stream of its own.
@@ -273,7 +273,7 @@ class Decoder:
     def _verify(
         self, rows: list[Row], drafts: list[Draft], sampler: Sampler, cache: Cache
     ) -> list[int]:
-        """One full pass over each row's last token and draft; commits, and counts what stood."""
+        """One full pass over each row's last token and draft; commits, counts accepted tokens."""
         tokens = [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
         states = self.skipping.decode(
             tokens, cache, [row.number for row in rows], [row.slot for row in rows]

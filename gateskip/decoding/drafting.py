@@ -86,8 +86,8 @@ class Row:
 class Draft:
     """Drafted tokens of one row, and the distributions they were drawn from."""
 
-    def __init__(self, room: int, looked_up: Sequence[int] = ()) -> None:
-        self.room = room  # tokens it may grow to
+    def __init__(self, limit: int, looked_up: Sequence[int] = ()) -> None:
+        self.limit = limit  # tokens it may grow to
         self.tokens: Tokens = list(looked_up)
         self.drawn_from: list[Distribution] = list(looked_up)
         self.looked_up = bool(looked_up)
@@ -105,7 +105,7 @@ class Draft:
             self.probabilities.append(float(torch.softmax(logits.float(), -1)[self.tokens[-1]]))
             self.acceptance *= controller.expected(self.probabilities[-1])
             if self.acceptance <= controller.least():
-                self.room = len(self.tokens)
+                self.limit = len(self.tokens)
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Drafting:
         if len(rows) == 1 and sampler == GREEDY and self.model.drafter is not None:
             self._in_one_call(drafts[0], rows[0], cache)
             return drafts
-        growing = [(d, r) for d, r in zip(drafts, rows, strict=True) if len(d.tokens) < d.room]
+        growing = [(d, r) for d, r in zip(drafts, rows, strict=True) if len(d.tokens) < d.limit]
         while growing:
             states = self.model.decode(
                 [[[row.last, *draft.tokens][-1]] for draft, row in growing],
@@ -139,18 +139,18 @@ class Drafting:
             )
             for (draft, row), logits in zip(growing, self.model.head(states), strict=True):
                 draft.extend(logits, row, sampler, self.controller)
-            growing = [(draft, row) for draft, row in growing if len(draft.tokens) < draft.room]
+            growing = [(draft, row) for draft, row in growing if len(draft.tokens) < draft.limit]
         return drafts
 
     def _in_one_call(self, draft: Draft, row: Row, cache: Cache) -> None:
         """A greedy draft of one row, where the backend makes it in a single call."""
-        if draft.looked_up or not draft.room:
+        if draft.looked_up or not draft.limit:
             return
         assert self.model.drafter is not None
         place, wanted = (cache, row.number, row.slot), (0.0, [1.0])  # draft on, whatever it is
         if self.controller is not None:
             wanted = (self.controller.least(), self.controller.acceptance_by_bin)
-        found = self.model.drafter.draft(row.last, draft.room, wanted, place, self.thresholds)
+        found = self.model.drafter.draft(row.last, draft.limit, wanted, place, self.thresholds)
         draft.tokens, draft.drawn_from, draft.probabilities = found[0], list(found[0]), found[1]
 
     def _begin(self, rows: list[Row]) -> list[Draft]:
@@ -191,7 +191,7 @@ class Drafting:
 
 
 def look_up(text: Sequence[int], count: int) -> Tokens:
-    """Up to `count` tokens that followed the text's last n-gram where it last stood before.
+    """Up to `count` tokens that followed the last earlier occurrence of the text's last n-gram.
 
     Prompt look-up decoding (Saxena 2023): nothing is computed, and where a text repeats its prompt
     it is often right.

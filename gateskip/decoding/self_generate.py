@@ -43,7 +43,7 @@ def write(
 ) -> Tensor:
     """Token ids [count, length] of a decoder's own text; every row begins with `opening`.
 
-    Raises ValueError where a row has no room for more than its opening.
+    Raises ValueError where a row holds no more than its opening.
     """
     first = opening(decoder.tokenizer)
     if len(first) >= length:

@@ -72,15 +72,15 @@ class Stats:
         """Count one round of drafting and verifying: a draft a row, and how much was accepted."""
         self.draft_s += draft_s
         self.verify_s += verify_s
-        for draft, stood in zip(drafts, accepted, strict=True):
+        for draft, kept in zip(drafts, accepted, strict=True):
             count = len(draft.tokens)
             self.drafted += count
-            self.accepted += stood
+            self.accepted += kept
             self.passes += 1
             self.looked_up += count if draft.looked_up else 0
             self.draft_lengths[count] = self.draft_lengths.get(count, 0) + 1
-            for position in range(min(stood + 1, count)):
-                self.count(position, 1, position < stood)
+            for position in range(min(kept + 1, count)):
+                self.count(position, 1, position < kept)
 
     def to_dict(self) -> dict[str, Any]:
         """Counts, times and the two rates, as plain data."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateskip.model.families import attention_shape, find_branches
+from gateskip.model.families import find_branches
 from gateskip.model.gating import TokenGates
+from gateskip.model.projections import attention_shape
 
 
 @dataclass(frozen=True)

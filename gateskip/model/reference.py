@@ -15,19 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gateskip.model.families import (
+from gateskip.model.families import Branch, embed, final_norm, find_branches, rope_at
+from gateskip.model.gating import ANCHORS, TokenGates
+from gateskip.model.projections import (
     AttentionShape,
-    Branch,
     attention_shape,
-    embed,
-    final_norm,
-    find_branches,
     project_keys_values,
     project_out,
     project_queries,
-    rope_at,
 )
-from gateskip.model.gating import ANCHORS, TokenGates
 
 # (branch, gate logits [B, S]) -> mask [B, S], 1 where the branch is entered
 MaskRule = Callable[[Branch, Tensor], Tensor]

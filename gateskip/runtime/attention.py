@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gateskip.model.families import AttentionShape
+from gateskip.model.projections import AttentionShape
 from gateskip.model.reference import attend, causal
 from gateskip.runtime.sizes import EVEN, evened
 
@@ -49,7 +49,7 @@ def attend_rows(
     turned = queries.new_zeros(shape.kv_heads, total + fill, group, shape.head_dim)
     turned[:, :total] = queries.unflatten(1, (shape.kv_heads, group)).transpose(0, 1)
     out = torch.empty_like(turned)
-    room = queries.new_empty(_most_scores(slots, shape, fill))
+    scratch = queries.new_empty(_most_scores(slots, shape, fill))
     done = 0
     for number, count in enumerate(counts):
         row = number if rows is None else rows[number]
@@ -61,7 +61,7 @@ def attend_rows(
             # What fills up are the queries that follow; their own answers overwrite these.
             part = slice(done, done - (done - stop) // fill * fill)
             out[:, part] = _attend(
-                turned[:, part], slots[done:stop], (keys, values), shape, room, softmax
+                turned[:, part], slots[done:stop], (keys, values), shape, scratch, softmax
             )
             done = stop
     out[:, done:] = 0  # rows that only fill up: LLM.int8 looks at all rows for outliers
@@ -124,7 +124,7 @@ def _attend(
     slots: Tensor,
     kv: tuple[Tensor, Tensor],
     shape: AttentionShape,
-    room: Tensor,
+    scratch: Tensor,
     softmax: Softmax,
 ) -> Tensor:
     """queries [kv_heads, Q, group, D], those at `slots` and what fills up, over keys and values
@@ -134,7 +134,7 @@ def _attend(
     begin = 0 if shape.window is None else max(0, int(slots[0]) + 1 - shape.window) // EVEN * EVEN
     keys, values = keys[:, begin:end], values[:, begin:end]
     flat = queries.flatten(1, 2)  # [kv_heads, Q * group, D]
-    scores = room[: flat.shape[0] * flat.shape[1] * keys.shape[1]].view(*flat.shape[:2], -1)
+    scores = scratch[: flat.shape[0] * flat.shape[1] * keys.shape[1]].view(*flat.shape[:2], -1)
     torch.bmm(flat, keys.transpose(1, 2), out=scores)
     return torch.bmm(softmax(scores, slots, begin, shape), values).view(queries.shape)
 
@@ -142,7 +142,7 @@ def _attend(
 def causal_softmax(scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> Tensor:
     """Scores [kv_heads, Q * group, T] -> shares of attention, scaled and soft-capped first.
 
-    All heads of a group follow each other at a query's place; the first key stands at slot `begin`.
+    The heads of a group follow each other within a query; the first key is at slot `begin`.
     """
     kind, scores = scores.dtype, scores.float() * shape.scaling
     if shape.softcap is not None:

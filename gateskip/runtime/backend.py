@@ -30,7 +30,7 @@ Thresholds = Sequence[float] | None
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """Which arithmetic makes a number: it stands in every result."""
+    """Which arithmetic makes a number; part of every result."""
 
     backend: BackendName
     weights: str

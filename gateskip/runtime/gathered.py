@@ -20,19 +20,15 @@ from torch import Tensor
 
 from gateskip.gates.base import Gates
 from gateskip.model.compute import Usage
-from gateskip.model.families import (
-    Branch,
+from gateskip.model.families import Branch, embed, final_norm, find_branches, head
+from gateskip.model.gating import ANCHORS, NEVER_SKIP
+from gateskip.model.projections import (
     Turn,
     attention_shape,
-    embed,
-    final_norm,
-    find_branches,
-    head,
     project_keys_values,
     project_out,
     project_queries,
 )
-from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.quantization.formats import weight_format
 from gateskip.runtime.attention import attend_padded, attend_rows
 from gateskip.runtime.backend import Arithmetic, BackendName, Thresholds, dtype_name

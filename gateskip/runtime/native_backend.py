@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from gateskip.gates.base import Gates
 from gateskip.kernels.autotune import bfloat16_is_faster
-from gateskip.model.families import AttentionShape, Branch, Turn, embed
+from gateskip.model.families import Branch, embed
+from gateskip.model.projections import AttentionShape, Turn
 from gateskip.quantization.formats import weight_format
 from gateskip.quantization.packed_linear import DenseLinear
 from gateskip.runtime.attention import attend_rows, causal_softmax
@@ -46,9 +47,10 @@ class NativeBackend(GatheredBackend):
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """Decoding keeps float32 between products; packed weights may meet 8-bit activations."""
-        wide = self.fp32_activations if scoring else not self.engine.rounded
-        narrow = dtype_name(self.dtype) if scoring else "8 bits in blocks of 32"
-        activations = "float32" if wide else narrow
+        if scoring:
+            activations = "float32" if self.fp32_activations else dtype_name(self.dtype)
+        else:
+            activations = "8 bits in blocks of 32" if self.engine.rounded else "float32"
         return Arithmetic(self.name, weight_format(self.model), activations, "float32")
 
     # -- decoding: one native call --------------------------------------------------------------

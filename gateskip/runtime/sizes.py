@@ -16,8 +16,8 @@ TOGETHER = 1024  # tokens that enter a branch at once
 
 def filled(kept: Tensor, even: int = EVEN) -> Tensor:
     """Indices [N] of gathered rows, the last one repeated until `even` divides their number."""
-    room = -len(kept) % even
-    return torch.cat((kept, kept[-1:].expand(room))) if room else kept
+    missing = -len(kept) % even
+    return torch.cat((kept, kept[-1:].expand(missing))) if missing else kept
 
 
 def few_sizes(count: int) -> list[int]:

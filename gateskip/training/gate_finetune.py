@@ -24,16 +24,15 @@ from gateskip.model.compute import branch_costs
 from gateskip.model.families import find_branches, head
 from gateskip.model.gating import ANCHORS
 from gateskip.model.reference import masked_forward
+from gateskip.training.budget_price import BudgetPrice
 from gateskip.training.loop import Loop, Progress, adapt, precision
+from gateskip.training.masks import TrainMask, scheduled_budget
 from gateskip.training.objectives import (
     SPARSITY,
-    Level,
-    TrainMask,
     distill_loss,
     hidden_loss,
     in_chunks,
     next_token_loss,
-    scheduled_budget,
 )
 from gateskip.training.recipe import TrainConfig
 
@@ -134,17 +133,18 @@ class _Session(Loop):
             self._rank(self._block(0))
         thresholds = self._thresholds(budget)
         losses, shares, logits = [], [], []
-        level = Level([p for p in self.gates.parameters() if p.requires_grad], config.accumulate)
+        learned = [p for p in self.gates.parameters() if p.requires_grad]
+        price = BudgetPrice(learned, config.accumulate)
         for part in range(config.accumulate):
             with accelerator.accumulate(self.student):
                 block = self._block(part)
                 rule = self._mask(thresholds)
                 loss = self._loss(block, rule, budget)
-                level.price(rule)
+                price.add_cost(rule)
                 accelerator.backward(loss)
-                level.benefit(rule)
+                price.add_loss(rule)
                 if accelerator.sync_gradients:
-                    level.apply(accelerator)
+                    price.apply(accelerator)
                     accelerator.clip_grad_norm_(self.gates.parameters(), config.clip)
                     if self.backbone:
                         accelerator.clip_grad_norm_(self.backbone, config.clip)

@@ -1,10 +1,10 @@
-"""Branches: what the gates learned that tokens do without is removed for good.
+"""The stage `prune-branches`: branches that gates (almost) always skip are removed for good.
 
 A layer that loses both branches is dropped: the config says so, and file, memory, cache and time
 shrink everywhere. A plain config cannot say that a layer lacks one of them. Such a branch stays in
-the file with an output of zero, and with thresholds that no token reaches: where branches are
-skipped it is never entered, so its weights are not read (those of keys and values are, under the KV
-rule `project`); plain transformers multiplies by the zeros.
+the file with an output of zero and a threshold that no token reaches. gateskip never enters it, so
+its weights are not read (those of keys and values are, under the KV rule `project`). Plain
+transformers multiplies by the zeros.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from compose.errors import RuleBroken, UserError
-from compose.stages.base import RULES, ModelShape, Role, Split, Stage, StageJob
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.gate import Gate
 from compose.stages.gate_transfer import keep_gates, require_gates_that_move
 from compose.stages.prune.edit import (
     RANK_BLOCKS,
-    decoder_layers,
     keep_layers,
     last_linear,
     model_and_blocks,
     save_pruned,
     text_loss,
 )
+from compose.stages.rules import RULES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +90,7 @@ class PruneBranches(Stage):
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Ask the gates, silence what the loss can do without, drop whole layers, recalibrate."""
-        from gateskip.model.families import find_branches
+        from gateskip.model.families import backbone, find_branches
 
         model, blocks = model_and_blocks(job, RANK_BLOCKS)
         shares = entered_shares(job, model, blocks, self.budget)
@@ -98,7 +98,7 @@ class PruneBranches(Stage):
         gone, spared = self._silence(job, model, blocks, self._units(shares), before)
         if not gone:
             raise self._nothing(shares, spared)
-        count = len(decoder_layers(model))
+        count = len(backbone(model).layers)
         kept = [i for i in range(count) if not {2 * i, 2 * i + 1} <= gone]
         if not kept:
             raise RuleBroken("layers-fit", f"the gates skip all {count} layers; one must stay")
@@ -128,8 +128,8 @@ class PruneBranches(Stage):
 
     def _units(self, shares: list[float]) -> list[Unit]:
         """What may go, least used first: branches, or layers where single ones are kept."""
-        found = [unit for unit in self._all_units(shares) if _most(shares, unit) <= self.share]
-        return sorted(found, key=lambda unit: _most(shares, unit))
+        rare = [unit for unit in self._all_units(shares) if _most(shares, unit) <= self.share]
+        return sorted(rare, key=lambda unit: _most(shares, unit))
 
     def _all_units(self, shares: list[float]) -> list[Unit]:
         size = 1 if self.single == "zero" else 2
@@ -146,15 +146,15 @@ class PruneBranches(Stage):
         spared: dict[Unit, float] = {}
         for done, unit in enumerate(units):
             outputs = _outputs(model, unit)
-            own = [parameter.detach().clone() for parameter in outputs]
-            _set(outputs, [0.0] * len(own))
-            found = text_loss(model, blocks)
-            if found - loss > self.rise:
-                _set(outputs, own)
-                spared[unit] = round(found - loss, 4)
+            weights = [parameter.detach().clone() for parameter in outputs]
+            _set(outputs, [0.0] * len(weights))
+            without = text_loss(model, blocks)
+            if without - loss > self.rise:
+                _set(outputs, weights)
+                spared[unit] = round(without - loss, 4)
             else:
-                gone, loss = gone | set(unit), found
-            job.progress(done + 1, len(units), f"without {_name(unit[0])}: loss {found:.3f}")
+                gone, loss = gone | set(unit), without
+            job.progress(done + 1, len(units), f"without {_name(unit[0])}: loss {without:.3f}")
         return gone, spared
 
     def _nothing(self, shares: list[float], spared: dict[Unit, float]) -> UserError:
@@ -162,8 +162,8 @@ class PruneBranches(Stage):
         if spared:
             unit = min(spared, key=lambda each: spared[each])
             return UserError(
-                f"every {what} that tokens skip at budget {self.budget} is missed by the loss: "
-                f"the least, {' and '.join(map(_name, unit))}, by {spared[unit]:.3g} nats",
+                f"removing any {what} that tokens skip at budget {self.budget} raises the loss: "
+                f"{' and '.join(map(_name, unit))} raises it least, by {spared[unit]:.3g} nats",
                 fix=f"set rise: {_above(spared[unit])}, or use skip, which asks for each token",
             )
         unit = min(self._all_units(shares), key=lambda each: _most(shares, each))
@@ -176,7 +176,12 @@ class PruneBranches(Stage):
 
 
 def entered_shares(job: StageJob, model: Any, blocks: Tensor, budget: float) -> list[float]:
-    """Share of the tokens in blocks [N, S] that enters each branch at a budget; anchors apart."""
+    """Share of the tokens in blocks [N, S] that enter each branch at a budget, without the anchors,
+    which enter all of them.
+
+    Raises:
+        UserError: the job's source has no gates.
+    """
     import torch
 
     from gateskip.calibration.thresholds import thresholds_at
@@ -187,19 +192,20 @@ def entered_shares(job: StageJob, model: Any, blocks: Tensor, budget: float) -> 
     file = load_gates(job.source)
     if file is None:
         raise UserError(f"{job.source} carries no gates", fix="put a gate stage before")
-    levels = thresholds_at(file.grid, budget)
-    assert levels is not None, "budgets are below 1"
-    file.gates.attach(model)
-    entered = torch.zeros(file.gates.branches)
+    thresholds = thresholds_at(file.grid, budget)
+    assert thresholds is not None, "budgets are below 1"
+    gates = file.gates.to(blocks.device)
+    gates.attach(model)
+    entered = torch.zeros(gates.branches, device=blocks.device)
 
     def rule(branch: Any, logits: Tensor) -> Tensor:
-        kept: Tensor = (logits >= levels[branch.index]).to(logits.dtype)
+        kept: Tensor = (logits >= thresholds[branch.index]).to(logits.dtype)
         entered[branch.index] += kept[:, ANCHORS:].mean()
         return kept
 
     with torch.inference_mode():
         for done, block in enumerate(blocks.split(1)):
-            masked_forward(model, block, file.gates, rule, file.kv_rule)
+            masked_forward(model, block, gates, rule, file.kv_rule)
             job.progress(done + 1, len(blocks), "asking the gates")
     shares: list[float] = (entered / len(blocks)).tolist()
     return shares
@@ -210,8 +216,8 @@ def _outputs(model: Any, unit: Unit) -> list[Tensor]:
     from gateskip.model.families import find_branches
 
     branches = find_branches(model)
-    ends = [last_linear(branches[index].module) for index in unit]
-    return [parameter for end in ends for parameter in end.parameters()]
+    outputs = [last_linear(branches[index].module) for index in unit]
+    return [parameter for output in outputs for parameter in output.parameters()]
 
 
 def _set(parameters: list[Tensor], values: list[Any]) -> None:
@@ -219,7 +225,7 @@ def _set(parameters: list[Tensor], values: list[Any]) -> None:
 
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(torch.as_tensor(value))
+            parameter.copy_(torch.as_tensor(value, device=parameter.device))
 
 
 def _places(kept: list[int], gone: set[int]) -> list[tuple[int, int]]:

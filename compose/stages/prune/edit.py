@@ -1,21 +1,23 @@
-"""What all pruning shares: the model and its text, what it predicts, and cuts that fit together."""
+"""What all pruning stages share: loading, the loss on text, hooks, cutting layers and weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compose.errors import RuleBroken
-from compose.stages.base import RULES, ModelShape, Stage, StageJob
+from compose.stages.base import ModelShape, Stage, StageJob
+from compose.stages.rules import RULES
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
-RANK_BLOCKS = 16  # calibration blocks that rank layers: a few numbers, soon known
-LOSS_BLOCKS = 4  # calibration blocks on which a loss is measured, again and again
-PER_LAYER = ("layer_types", "no_rope_layers")  # lists in a config that count layers
+RANK_BLOCKS = 16  # calibration blocks that rank layers: one score a layer needs few
+LOSS_BLOCKS = 4  # calibration blocks of a loss, which is measured many times
+PER_LAYER = ("layer_types", "no_rope_layers")  # lists in a config with an entry a layer
 
-ENDS = ("o_proj", "dense", "down_proj", "dense_4h_to_h")  # what a branch's last layer is called
+OUTPUT_LAYERS = ("o_proj", "dense", "down_proj", "dense_4h_to_h")
+"""Names, by family, of the linear layer that an attention or MLP module ends in."""
 
 GATED_MLP = (
     "llama",
@@ -45,6 +47,14 @@ def require_layout(stage: Stage, shape: ModelShape, known: tuple[str, ...]) -> N
         )
 
 
+class Hook(Protocol):
+    """A hook that was registered on a module."""
+
+    def remove(self) -> None:
+        """Take it off."""
+        ...
+
+
 def refuse_long_rope(shape: ModelShape, rule: str, other: str) -> None:
     """Refuse to change what a long-context Phi3 counts its rotary factors by.
 
@@ -62,11 +72,12 @@ def refuse_long_rope(shape: ModelShape, rule: str, other: str) -> None:
 
 def last_linear(branch: Any) -> Any:
     """The linear layer that an attention or MLP module ends in."""
-    return next(getattr(branch, name) for name in ENDS if hasattr(branch, name))
+    return next(getattr(branch, name) for name in OUTPUT_LAYERS if hasattr(branch, name))
 
 
 def model_and_blocks(job: StageJob, limit: int | None = None) -> tuple[Any, Tensor]:
-    """The source model in float32, and calibration blocks [N, length]: all, or the first few."""
+    """The source model in float32, and calibration blocks [N, length] of token ids on its device:
+    all of the split, or at most `limit`."""
     from transformers import AutoTokenizer
 
     from gateskip.model.folders import load_model
@@ -75,7 +86,7 @@ def model_and_blocks(job: StageJob, limit: int | None = None) -> tuple[Any, Tens
     model = load_model(job.source, "float32")
     tokenizer = AutoTokenizer.from_pretrained(job.source)
     limit = min(job.calibration.limit, limit or job.calibration.limit)
-    return model, job.blocks("calibration", tokenizer, limit=limit)
+    return model, job.blocks("calibration", tokenizer, limit=limit).to(model.device)
 
 
 def save_pruned(model: Any, job: StageJob) -> None:
@@ -85,18 +96,12 @@ def save_pruned(model: Any, job: StageJob) -> None:
     model.to(getattr(torch, job.dtype)).save_pretrained(job.target)
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers, wherever the family keeps them."""
-    layers: nn.ModuleList = getattr(model, model.base_model_prefix).layers
-    return layers
+def block_loss(model: Any, block: Tensor) -> Tensor:
+    """Mean cross-entropy of block [B, S] of token ids, in nats a token; differentiable."""
+    from gateskip.training.objectives import next_token_loss
 
-
-def next_token_loss(model: Any, block: Tensor) -> Tensor:
-    """Mean cross-entropy of block [B, S] of token ids, in nats a token."""
-    from torch.nn import functional as F
-
-    logits = model(block, use_cache=False).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), block[:, 1:].flatten())
+    logits = model(block, use_cache=False).logits[:, :-1]
+    return next_token_loss(logits.flatten(0, 1), block[:, 1:].flatten())
 
 
 def text_loss(model: Any, blocks: Tensor) -> float:
@@ -104,17 +109,21 @@ def text_loss(model: Any, blocks: Tensor) -> float:
     import torch
 
     with torch.inference_mode():
-        losses = [next_token_loss(model, block) for block in blocks[:LOSS_BLOCKS].split(1)]
+        losses = [block_loss(model, block) for block in blocks[:LOSS_BLOCKS].split(1)]
     return float(sum(losses)) / len(losses)
 
 
-def look_on(
-    show: Callable[[Tensor], Any], blocks: Tensor, hooks: list[Any], job: StageJob, note: str
+def run_hooked(
+    run: Callable[[Tensor], object],
+    blocks: Tensor,
+    hooks: list[Hook],
+    job: StageJob,
+    note: str,
 ) -> None:
-    """Show a model every block [1, S] while the hooks look on, then take them off."""
+    """`run(block [1, S])` for each of blocks [N, S], then remove the hooks, also after an error."""
     try:
         for done, block in enumerate(blocks.split(1)):
-            show(block)
+            run(block)
             job.progress(done + 1, len(blocks), note)
     finally:
         for hook in hooks:
@@ -125,9 +134,11 @@ def keep_layers(model: Any, kept: list[int]) -> None:
     """Leave only these decoder layers, renumbered, and say so in the config."""
     from torch import nn
 
-    config, layers = model.config, decoder_layers(model)
-    getattr(model, model.base_model_prefix).layers = nn.ModuleList(layers[i] for i in kept)
-    for number, layer in enumerate(decoder_layers(model)):
+    from gateskip.model.families import backbone
+
+    config, body = model.config, backbone(model)
+    body.layers = nn.ModuleList(body.layers[i] for i in kept)
+    for number, layer in enumerate(body.layers):
         parts: Iterator[Any] = layer.modules()
         for part in parts:
             if hasattr(part, "layer_idx"):

@@ -1,4 +1,4 @@
-"""Heads: whole KV groups go, or query heads out of every group, and all layers keep one shape."""
+"""The stage `prune-heads`: KV groups, or query heads of each group, are removed from all layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from compose.errors import RuleBroken
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.prune.edit import (
     GATED_MLP,
-    decoder_layers,
     keep_columns,
     keep_rows,
     model_and_blocks,
@@ -20,8 +19,8 @@ from compose.stages.prune.edit import (
     save_pruned,
     text_loss,
 )
-from compose.stages.prune.importance import Importance, ranked
-from compose.stages.prune.refit import input_grams, made_up
+from compose.stages.prune.importance import Importance, importance_scores
+from compose.stages.prune.refit import input_grams, refitted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,12 +50,12 @@ class PruneHeads(Stage):
     too; `queries` are as many query heads of every KV head."""
 
     importance: Importance = "activation"
-    """What ranks heads: what they add on text (`activation`), how the loss slopes in them there
+    """What ranks heads: what they add on text (`activation`), the loss's gradient in them there
     (`taylor`), or their weights alone (`magnitude`)."""
 
     refit: bool = True
-    """Whether output projections are fitted anew, so that heads that stay make up for those that
-    go. Takes all of the calibration text."""
+    """Whether output projections are re-fitted by least squares, so that the remaining heads
+    replace those that were removed. Takes all of the calibration text."""
 
     def counts(self, shape: ModelShape) -> list[int]:
         """Every `count` that leaves a plain config of this shape.
@@ -123,13 +122,15 @@ class PruneHeads(Stage):
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Rank the heads of each layer, cut the least important ones, and state what is left."""
+        from gateskip.model.families import backbone
+
         model, blocks = model_and_blocks(job)
         shape = ModelShape.from_config(model.config.to_dict())
         before = text_loss(model, blocks)
-        attentions: list[Any] = [layer.self_attn for layer in decoder_layers(model)]
+        attentions: list[Any] = [layer.self_attn for layer in backbone(model).layers]
         readers = [attention.o_proj for attention in attentions]
         grams = input_grams(model, readers, blocks, job) if self.refit else None
-        scores = ranked(
+        scores = importance_scores(
             self.importance,
             model,
             readers,
@@ -142,10 +143,10 @@ class PruneHeads(Stage):
         gone, lost = [], []
         for number, (attention, squares) in enumerate(zip(attentions, scores, strict=True)):
             heads = self._kept(squares.view(shape.num_kv_heads, -1))  # [kept groups, kept of each]
-            whole = attention.o_proj.weight.detach()
-            queries = cut_heads(attention, heads, shape)
+            weight = attention.o_proj.weight.detach()
+            channels = cut_heads(attention, heads, shape)
             if grams is not None:
-                fitted = made_up(whole, queries, grams[number], blocks.numel())
+                fitted = refitted(weight, channels, grams[number], blocks.numel())
                 attention.o_proj.weight.data = fitted
             rest = sorted(set(range(shape.num_heads)) - set(heads.flatten().tolist()))
             gone.append(rest)
@@ -171,7 +172,7 @@ class PruneHeads(Stage):
         import torch
 
         groups, each = squares.shape
-        heads = torch.arange(squares.numel()).view(groups, each)
+        heads = torch.arange(squares.numel(), device=squares.device).view(groups, each)
         if self.take == "groups":
             stay = squares.sum(1).argsort()[self.count // each :].sort().values
             return heads[stay]
@@ -217,7 +218,8 @@ def _channels(heads: Tensor, head_dim: int) -> Tensor:
     """Channels of some heads [N] -> [N * head_dim]."""
     import torch
 
-    return (heads.unsqueeze(1) * head_dim + torch.arange(head_dim)).flatten()
+    inside = torch.arange(head_dim, device=heads.device)
+    return (heads.unsqueeze(1) * head_dim + inside).flatten()
 
 
 def _state(config: Any, shape: ModelShape) -> None:

@@ -1,4 +1,4 @@
-"""Hidden size: the least important channels of the residual stream go, everywhere at once."""
+"""The stage `prune-hidden`: the least important channels of the residual stream are removed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from compose.errors import RuleBroken
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.prune.edit import (
     GATED_MLP,
-    decoder_layers,
+    Hook,
     keep_columns,
     keep_rows,
-    look_on,
     model_and_blocks,
     refuse_long_rope,
     require_layout,
+    run_hooked,
     save_pruned,
     text_loss,
 )
 from compose.stages.prune.heads import HEADS_DIVIDE_HIDDEN
-from compose.stages.prune.importance import Importance, ranked
-from compose.stages.prune.refit import input_grams, made_up
+from compose.stages.prune.importance import Importance, importance_scores
+from compose.stages.prune.refit import input_grams, refitted
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,12 +53,12 @@ class PruneHidden(Stage):
     the config asks for it."""
 
     importance: Importance = "activation"
-    """What ranks channels: what they add to all that reads them on text (`activation`), how the
-    loss slopes in them there (`taylor`), or the weights alone (`magnitude`)."""
+    """What ranks channels: what they add to all that reads them on text (`activation`), the loss's
+    gradient in them there (`taylor`), or the weights alone (`magnitude`)."""
 
     refit: bool = True
-    """Whether all that reads the stream is fitted anew, so that channels that stay make up for
-    those that go. Takes all of the calibration text."""
+    """Whether layers that read the residual stream are re-fitted by least squares, so that the
+    remaining channels replace those that were removed. Takes all of the calibration text."""
 
     def kept_size(self, shape: ModelShape) -> int:
         """How many channels stay; 0 where no multiple fits.
@@ -107,7 +107,7 @@ class PruneHidden(Stage):
         return replace(shape, hidden_size=self.kept_size(shape))
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Rank the channels, cut the least important ones everywhere, and set the norms right."""
+        """Rank the channels, cut the least important ones everywhere, and rescale the norms."""
         import torch
 
         model, blocks = model_and_blocks(job)
@@ -117,8 +117,8 @@ class PruneHidden(Stage):
         inside = list(readers(model))
         head = model.get_output_embeddings()
         grams = input_grams(model, [*inside, head], blocks, job) if self.refit else None
-        found = ranked(self.importance, model, [*inside, head], blocks, job, grams)
-        scores = torch.stack([squares / squares.sum() for squares in found]).mean(0)
+        every = importance_scores(self.importance, model, [*inside, head], blocks, job, grams)
+        scores = torch.stack([squares / squares.sum() for squares in every]).mean(0)
         kept = scores.argsort(descending=True)[:size].sort().values
         factors = norm_factors(model, kept, blocks, job)
         fitted = [] if grams is None else _fitted(inside, kept, grams, blocks.numel())
@@ -137,29 +137,32 @@ class PruneHidden(Stage):
 
 
 def _fitted(linears: list[Any], kept: Tensor, grams: list[Tensor], tokens: int) -> list[Tensor]:
-    """Weights of all that reads the stream inside the layers, made up for what goes."""
+    """Re-fitted weights of the layers that read the residual stream, for the channels `kept`."""
     pairs = zip(linears, grams, strict=False)  # the last product is the LM head's
-    return [made_up(linear.weight.detach(), kept, gram, tokens) for linear, gram in pairs]
+    return [refitted(linear.weight.detach(), kept, gram, tokens) for linear, gram in pairs]
 
 
 def readers(model: Any) -> Iterator[Any]:
     """Linear layers inside the decoder layers that read the residual stream, through a norm."""
-    for layer in decoder_layers(model):
+    from gateskip.model.families import backbone
+
+    for layer in backbone(model).layers:
         yield from (part for name, part in layer.named_modules() if name.endswith(READERS))
 
 
 def residual_norms(model: Any) -> list[nn.Module]:
     """Norms over the residual stream or what is added to it; those of heads lie deeper."""
-    body = getattr(model, model.base_model_prefix)
-    parts = [part for layer in decoder_layers(model) for part in layer.children()]
-    return [part for part in parts if type(part).__name__.endswith("Norm")] + [body.norm]
+    from gateskip.model.families import backbone, final_norm
+
+    parts = [part for layer in backbone(model).layers for part in layer.children()]
+    return [part for part in parts if type(part).__name__.endswith("Norm")] + [final_norm(model)]
 
 
 def norm_factors(model: Any, kept: Tensor, blocks: Tensor, job: StageJob) -> list[float]:
     """For each norm the mean ratio of the root mean square of the kept channels to that of all.
 
-    A norm divides by the root mean square; over fewer channels that is another number, and the
-    norm's weights can make up for it.
+    A norm divides by the root mean square, which is another number over fewer channels. Multiplying
+    the norm's weights by this ratio keeps its output.
     """
     import torch
 
@@ -175,15 +178,17 @@ def norm_factors(model: Any, kept: Tensor, blocks: Tensor, job: StageJob) -> lis
 
         return hook
 
-    hooks = [norm.register_forward_pre_hook(watch(i)) for i, norm in enumerate(norms)]
+    hooks: list[Hook] = [norm.register_forward_pre_hook(watch(i)) for i, norm in enumerate(norms)]
     with torch.inference_mode():
-        look_on(lambda block: model(block, use_cache=False), blocks, hooks, job, "norms")
+        run_hooked(lambda block: model(block, use_cache=False), blocks, hooks, job, "norms")
     return [value / len(blocks) for value in total]
 
 
 def cut_channels(model: Any, kept: Tensor, factors: list[float]) -> None:
     """Leave these channels of the residual stream; norms are scaled by `factors`, one each."""
     from torch import nn
+
+    from gateskip.model.families import backbone
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
@@ -192,7 +197,7 @@ def cut_channels(model: Any, kept: Tensor, factors: list[float]) -> None:
         _scale_norm(norm, kept, factor)
     if tied and grown != 1:
         _scale_norm(residual_norms(model)[-1], slice(None), 1 / grown)
-    for layer in decoder_layers(model):
+    for layer in backbone(model).layers:
         for name, part in layer.named_modules():
             if name.endswith(READERS):
                 keep_columns(part, kept)

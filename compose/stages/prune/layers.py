@@ -1,4 +1,4 @@
-"""Depth: whole decoder layers go, and the rest move together."""
+"""The stage `drop-layers`: whole decoder layers are removed, and the rest are renumbered."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.gate_transfer import keep_gates, require_gates_that_move
 from compose.stages.prune.edit import (
     RANK_BLOCKS,
-    decoder_layers,
+    Hook,
     keep_layers,
-    look_on,
     model_and_blocks,
+    run_hooked,
     save_pruned,
     text_loss,
 )
@@ -97,9 +97,11 @@ class DropLayers(Stage):
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Choose, cut, renumber, save; gates go along."""
+        from gateskip.model.families import backbone
+
         model, every = model_and_blocks(job)
         blocks = every[:RANK_BLOCKS]
-        count = len(decoder_layers(model))
+        count = len(backbone(model).layers)
         self._require_layers(count)  # prune-branches may have left fewer than were planned with
         before = text_loss(model, blocks)
         gone, scores = self._choose(model, blocks, job)
@@ -118,7 +120,7 @@ class DropLayers(Stage):
         if self.layers is not None:
             return set(self.layers), {}
         if self.metric == "perplexity-greedy":
-            rounds = least_missed(model, blocks, self.dropped, job)
+            rounds = greedy_drops(model, blocks, self.dropped, job)
             return {each["layer"] for each in rounds}, {"rounds": rounds}
         scores = block_influence(model, blocks, job)
         order = sorted(range(len(scores)), key=lambda layer: scores[layer])
@@ -130,7 +132,9 @@ def block_influence(model: Any, blocks: Tensor, job: StageJob) -> list[float]:
     import torch
     from torch.nn import functional as F
 
-    layers = decoder_layers(model)
+    from gateskip.model.families import backbone
+
+    layers = backbone(model).layers
     total = [0.0] * len(layers)
 
     def watch(number: int) -> Any:
@@ -140,18 +144,23 @@ def block_influence(model: Any, blocks: Tensor, job: StageJob) -> list[float]:
 
         return hook
 
-    hooks = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(layers)]
+    hooks: list[Hook] = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(layers)]
     with torch.inference_mode():
-        look_on(lambda block: model(block, use_cache=False), blocks, hooks, job, "ranking layers")
+        run_hooked(
+            lambda block: model(block, use_cache=False), blocks, hooks, job, "ranking layers"
+        )
     return [value / len(blocks) for value in total]
 
 
-def least_missed(model: Any, blocks: Tensor, count: int, job: StageJob) -> list[dict[str, Any]]:
-    """The layers that a greedy search drops, in its order, each with the losses it was chosen by.
+def greedy_drops(model: Any, blocks: Tensor, count: int, job: StageJob) -> list[dict[str, Any]]:
+    """The layers that a greedy search drops, one after another, with the losses behind each choice.
 
-    `losses` maps every layer that was left to the loss without it, in nats a token.
+    Each entry has `layer`, `loss`, and `losses`: every layer that was left -> the loss without it,
+    in nats a token.
     """
-    layers = decoder_layers(model)
+    from gateskip.model.families import backbone
+
+    layers = backbone(model).layers
     rounds: list[dict[str, Any]] = []
     total = sum(len(layers) - done for done in range(count))
     tried = 0

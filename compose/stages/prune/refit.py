@@ -1,10 +1,10 @@
-"""What stays makes up for what goes: removed inputs of a linear layer are predicted from the rest.
+"""Least-squares reconstruction after structured pruning.
 
-A layer that loses input channels keeps the outputs it had, as far as the channels that stay can
-tell, when its weights are fitted anew by least squares on text (channel pruning: arXiv 1707.06168,
-eq. 4). The fit needs the products of its inputs with each other alone, so one pass over the text
-serves all layers, and no gradient is taken. In the same way the MLP before a dropped layer learns
-what that layer used to add.
+A linear layer that loses input channels is re-fitted: its remaining weights are those that come
+nearest to its old outputs on text (channel pruning: arXiv 1707.06168, eq. 4). The fit needs only
+the products of the layer's inputs with each other, so one pass over the text serves all layers, and
+no gradient is taken. The MLP before dropped layers is re-fitted in the same way: it adds what they
+added to the residual stream.
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from compose.stages.base import StageJob
-from compose.stages.prune.edit import decoder_layers, last_linear, look_on
+from compose.stages.prune.edit import Hook, last_linear, run_hooked
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-DOUBT = 4.0  # what ridge a fit gets for each of its inputs, over the tokens it is made on
+RIDGE_PER_INPUT = 4.0  # over the number of tokens of a fit (docs/experiments.md)
 
 
-def _fast_products() -> AbstractContextManager[Any]:
-    """Within this context a model multiplies in bfloat16 where the device is fast at it."""
+def _fast_products(device: str) -> AbstractContextManager[Any]:
+    """Within this context a model multiplies in bfloat16 where that is faster."""
     import torch
 
     from gateskip.training.loop import precision
 
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision("auto") == "bf16")
+    return torch.autocast(device, torch.bfloat16, enabled=precision("auto") == "bf16")
 
 
-def read_text(model: Any, blocks: Tensor, hooks: list[Any], job: StageJob, note: str) -> None:
-    """Let a model read blocks [N, S] once, as fast as it can, while hooks look on."""
+def run_text(model: Any, blocks: Tensor, hooks: list[Hook], job: StageJob, note: str) -> None:
+    """Run a model once over blocks [N, S], without gradients, and remove the hooks afterwards."""
     import torch
 
-    with torch.inference_mode(), _fast_products():
-        look_on(lambda block: model(block, use_cache=False), blocks, hooks, job, note)
+    with torch.inference_mode(), _fast_products(blocks.device.type):
+        run_hooked(lambda block: model(block, use_cache=False), blocks, hooks, job, note)
 
 
 def input_grams(model: Any, readers: list[Any], blocks: Tensor, job: StageJob) -> list[Tensor]:
-    """Mean outer products of what each linear layer reads on blocks [N, S], [in, in] a reader.
+    """Gram matrices: mean products of each layer's inputs on blocks [N, S]; [in, in] a reader.
 
-    Readers of one and the same input share one product.
+    Readers of one and the same input share one matrix.
     """
     import torch
 
@@ -59,78 +59,83 @@ def input_grams(model: Any, readers: list[Any], blocks: Tensor, job: StageJob) -
                 return
             rows = inputs[0].flatten(0, -2).float()
             if number not in sums:
-                sums[number] = torch.zeros(rows.shape[1], rows.shape[1])
+                sums[number] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
             sums[number].addmm_(rows.T, rows)
 
         return hook
 
-    hooks = [reader.register_forward_pre_hook(watch(i)) for i, reader in enumerate(readers)]
-    read_text(model, blocks, hooks, job, "refitting")
+    hooks: list[Hook] = [
+        reader.register_forward_pre_hook(watch(i)) for i, reader in enumerate(readers)
+    ]
+    run_text(model, blocks, hooks, job, "refitting")
     means = {number: total / blocks.numel() for number, total in sums.items()}
     return [means[first] for first in owner]
 
 
-def made_up(weight: Tensor, kept: Tensor, gram: Tensor, tokens: int) -> Tensor:
-    """Weights [out, kept] that do best what `weight` [out, in] did, from the inputs `kept` alone.
+def refitted(weight: Tensor, kept: Tensor, gram: Tensor, tokens: int) -> Tensor:
+    """Weights [out, kept] whose outputs come nearest to those of `weight` [out, in].
 
-    `gram` [in, in] holds the inputs' mean products over so many tokens.
+    They read the inputs `kept` alone, indices [kept]. `gram` [in, in] holds the mean products of
+    all inputs over `tokens` tokens. The error is measured as a sum of squares on that text.
     """
     import torch
 
     from gateskip.calibration.fit_shortcuts import ridge_solution
 
-    stays = torch.zeros(len(gram), dtype=torch.bool)
+    stays = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     stays[kept] = True
     gone = (~stays).nonzero().squeeze(1)
     if len(gone) == 0:
         return weight[:, kept]
     ridge = ridge_for(len(gram), tokens)
-    ways = ridge_solution(gram[kept][:, kept], gram[kept][:, gone], ridge)  # [kept, gone]
-    return weight[:, kept] + weight[:, gone] @ ways.T
+    predictors = ridge_solution(gram[kept][:, kept], gram[kept][:, gone], ridge)  # [kept, gone]
+    return weight[:, kept] + weight[:, gone] @ predictors.T
 
 
 def ridge_for(inputs: int, tokens: int) -> float:
-    """How far a fit is held back, relative to its inputs' mean square: the fewer tokens it is made
-    on, the more (docs/experiments.md)."""
-    return DOUBT * inputs / tokens
+    """Ridge penalty of a fit, relative to its inputs' mean square: the fewer tokens there are for
+    each input, the larger (docs/experiments.md)."""
+    return RIDGE_PER_INPUT * inputs / tokens
 
 
 class Gap:
-    """Layers `first` to `last` that go, and what the MLP before them must add in their place."""
+    """Layers `first` to `last`, which are dropped, and the re-fit of the MLP before them."""
 
     def __init__(self, model: Any, first: int, last: int) -> None:
         import torch
 
-        from gateskip.model.families import find_branches
+        from gateskip.model.families import backbone, find_branches
 
-        layers = decoder_layers(model)
+        layers = backbone(model).layers
         self.reader = last_linear(find_branches(model)[2 * first - 1].module)
-        width = self.reader.in_features
-        self.gram = torch.zeros(width, width)
-        self.cross = torch.zeros(width, model.config.hidden_size)
-        self.hooks = [
+        width, device = self.reader.in_features, self.reader.weight.device
+        self.gram = torch.zeros(width, width, device=device)
+        self.cross = torch.zeros(width, model.config.hidden_size, device=device)
+        self.hooks: list[Hook] = [
             self.reader.register_forward_pre_hook(self._read),
             layers[first].register_forward_pre_hook(self._enter, with_kwargs=True),
             layers[last].register_forward_hook(self._leave),
         ]
 
     def _read(self, module: Any, inputs: tuple[Tensor, ...]) -> None:
-        self.seen = inputs[0].flatten(0, -2).float()
+        self.inputs = inputs[0].flatten(0, -2).float()
 
     def _enter(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self.entered = (inputs[0] if inputs else named["hidden_states"]).flatten(0, -2).float()
+        self.before = (inputs[0] if inputs else named["hidden_states"]).flatten(0, -2).float()
 
     def _leave(self, module: Any, inputs: Any, output: Any) -> None:
         from gateskip.calibration.fit_shortcuts import token_weights
 
-        left = (output[0] if isinstance(output, tuple) else output).reshape(self.entered.shape)
-        weight = token_weights(left.float())  # what reads hidden states norms them
-        scaled = self.seen * (weight / weight.median()).unsqueeze(1)  # blocks count alike
-        self.gram.addmm_(scaled.T, self.seen)
-        self.cross.addmm_(scaled.T, left.float() - self.entered)
+        after = (output[0] if isinstance(output, tuple) else output).reshape(self.before.shape)
+        # Norms divide hidden states by their size, so that relative errors count; weights are
+        # divided by their median, so that all blocks count alike.
+        weight = token_weights(after.float())
+        scaled = self.inputs * (weight / weight.median()).unsqueeze(1)
+        self.gram.addmm_(scaled.T, self.inputs)
+        self.cross.addmm_(scaled.T, after.float() - self.before)
 
     def close(self, tokens: int) -> None:
-        """Let the MLP before the gap add what the layers in it did, as far as so many tell."""
+        """Re-fit the MLP before the gap, on as many tokens as were read, to add what is dropped."""
         from gateskip.calibration.fit_shortcuts import ridge_solution
 
         ridge = ridge_for(len(self.gram), tokens)
@@ -138,10 +143,10 @@ class Gap:
 
 
 def close_gaps(model: Any, gone: set[int], blocks: Tensor, job: StageJob) -> int:
-    """Prepare a model for the loss of the layers `gone`; returns how many gaps were closed.
+    """Re-fit the MLPs before the layers `gone`, which are dropped next; returns how many it were.
 
-    No MLP stands before layer 0. One whose output is normed (Gemma, OLMo2) is left alone, as are
-    families that are not known by name.
+    blocks [N, S] are the text of the fit. No MLP stands before layer 0. An MLP whose output is
+    normed (Gemma, OLMo2) is left alone, as are families that are not known by name.
     """
     import torch
 
@@ -152,7 +157,7 @@ def close_gaps(model: Any, gone: set[int], blocks: Tensor, job: StageJob) -> int
         return 0
     gaps = [Gap(model, first, last) for first, last in _runs(gone) if first > 0]
     hooks = [hook for gap in gaps for hook in gap.hooks]
-    read_text(model, blocks, hooks, job, "refitting")
+    run_text(model, blocks, hooks, job, "refitting")
     with torch.no_grad():
         for gap in gaps:
             gap.close(blocks.numel())

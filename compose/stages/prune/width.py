@@ -1,4 +1,4 @@
-"""Width: the least important neurons of every MLP go, and all MLPs keep one width."""
+"""The stage `prune-width`: the least important neurons of every MLP are removed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from compose.errors import RuleBroken
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.prune.edit import (
     GATED_MLP,
-    decoder_layers,
     model_and_blocks,
     require_layout,
     save_pruned,
     text_loss,
 )
-from compose.stages.prune.importance import Importance, ranked
-from compose.stages.prune.refit import input_grams, made_up
+from compose.stages.prune.importance import Importance, importance_scores
+from compose.stages.prune.refit import input_grams, refitted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,12 +40,13 @@ class PruneWidth(Stage):
     """The width that is kept is rounded down to a multiple of this."""
 
     importance: Importance = "activation"
-    """What ranks neurons: what they add on text (`activation`), how the loss slopes in them there
+    """What ranks neurons: what they add on text (`activation`), the loss's gradient in them there
     (`taylor`), or their weights alone (`magnitude`)."""
 
     refit: bool = True
-    """Whether down projections are fitted anew, so that neurons that stay make up for those that
-    go. Takes all of the calibration text; tens of tokens for every neuron do best."""
+    """Whether down projections are re-fitted by least squares, so that the remaining neurons
+    replace those that were removed. Takes all of the calibration text; tens of tokens a neuron do
+    best."""
 
     def kept_width(self, width: int) -> int:
         """How many of `width` neurons stay: a multiple of `round_to`, as torch-pruning rounds.
@@ -81,14 +81,18 @@ class PruneWidth(Stage):
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Rank each MLP's neurons and cut the least important ones."""
+        from gateskip.model.families import backbone
+
         model, blocks = model_and_blocks(job)
         width = self.kept_width(model.config.intermediate_size)
         before = text_loss(model, blocks)
-        mlps: list[Any] = [layer.mlp for layer in decoder_layers(model)]
+        mlps: list[Any] = [layer.mlp for layer in backbone(model).layers]
         readers = [mlp.down_proj for mlp in mlps]
         grams = input_grams(model, readers, blocks, job) if self.refit else None
         writers = [list(_writers(mlp)) for mlp in mlps]
-        ranks = ranked(self.importance, model, readers, blocks, job, grams, writers=writers)
+        ranks = importance_scores(
+            self.importance, model, readers, blocks, job, grams, writers=writers
+        )
         lost = []
         for number, (mlp, squares) in enumerate(zip(mlps, ranks, strict=True)):
             scores = squares.sqrt()
@@ -98,8 +102,7 @@ class PruneWidth(Stage):
             weight = mlp.down_proj.weight.detach()
             cut_neurons(mlp, sorted(gone.tolist()))
             if grams is not None:
-                fitted = made_up(weight, kept, grams[number], blocks.numel())
-                mlp.down_proj.weight.data = fitted
+                mlp.down_proj.weight.data = refitted(weight, kept, grams[number], blocks.numel())
         model.config.intermediate_size = width
         loss = {"before": before, "after": text_loss(model, blocks)}
         save_pruned(model, job)

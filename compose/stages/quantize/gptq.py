@@ -1,130 +1,32 @@
-"""Quantization: packed weights by bitsandbytes or GPTQ."""
+"""The stage `gptq`: packed weights by GPTQ, calibrated on text (arXiv 2210.17323)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compose.errors import RuleBroken, UserError, suggest
+from compose.errors import RuleBroken
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.gate_transfer import carry_gates
+from compose.stages.quantize.linears import (
+    Bits,
+    DeviceMap,
+    linear_names,
+    matching,
+    refuse_tied_head,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TILE_OUTPUTS = 32  # of a GPTQ layer, that a kernel takes at a time
-BLOCK_INPUTS = 64  # that share a scale in bitsandbytes' 4-bit formats
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024)  # the ones that GPTQ kernels are written for
 WHOLE_ROW = -1
-DeviceMap = Literal["auto", "balanced", "sequential", "cpu"]
-Bits = Literal[2, 3, 4, 8]
 UNKNOWN = ("phi3",)  # architectures whose MLP gptqmodel's table does not have
 ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
-
-
-class Bnb(Stage):
-    """Round the weights of the linear layers with bitsandbytes; needs no calibration."""
-
-    role: ClassVar[Role] = "quantize"
-    version: ClassVar[int] = 2
-
-    use: Literal["bnb"] = "bnb"
-    """The stage's name."""
-
-    format: Literal["nf4", "fp4", "int8"]
-    """`nf4`, `fp4`: 4 bits in blocks of 64, on a grid for normally distributed weights or of small
-    floats; `int8`: 8 bits with outlier columns kept apart."""
-
-    double_quant: bool = False
-    """Whether the scales of 4-bit blocks are quantized, too: 0.4 bits less a weight."""
-
-    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """What 4-bit weights are multiplied in; when left out, the model's own type."""
-
-    threshold: float | None = Field(default=None, ge=0)
-    """Size from which on an activation counts as an outlier to `int8`; when left out, 6."""
-
-    lm_head: bool = False
-    """Whether the LM head is packed, too; one that shares the embedding's weights cannot be."""
-
-    skip: tuple[str, ...] = ()
-    """Linear layers that stay as they are, by the end of their name: `down_proj`, `0.mlp.up_proj`.
-    """
-
-    device_map: DeviceMap | None = None
-    """How accelerate places the layers while they are packed, as `from_pretrained` takes it: `auto`
-    fills GPUs first and goes on in memory."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.format == "int8" and (self.double_quant or self.compute_dtype):
-            raise ValueError("double_quant and compute_dtype are settings of nf4 and fp4 alone")
-        if self.format != "int8" and self.threshold is not None:
-            raise ValueError("threshold is a setting of int8 alone")
-        return self
-
-    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """Order rules, `whole-tiles`, and `head-is-tied`."""
-        super().check(shape, before)
-        if shape is None:
-            return
-        for name, width in shape.linear_in_features().items():
-            skipped = any(each.endswith(name) for each in self.skip)
-            if self.format != "int8" and width % BLOCK_INPUTS and not skipped:
-                raise RuleBroken(
-                    "whole-tiles",
-                    f"{name} has {width} inputs, no multiple of {BLOCK_INPUTS}",
-                    fix=f"set round_to: {BLOCK_INPUTS} where it was pruned, or use gptq or int8",
-                )
-        if self.lm_head:
-            refuse_tied_head(shape)
-
-    def reshape(self, shape: ModelShape) -> ModelShape:
-        """The same sizes, packed."""
-        return replace(shape, quantized="bitsandbytes")
-
-    def run(self, job: StageJob) -> dict[str, Any]:
-        """Load through bitsandbytes, save what it made, and measure what the rounding did."""
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        from compose.artifacts.folder import probe_ids
-        from compose.stages.quantize.errors import layer_errors
-
-        job.progress(0, 1, f"packing to {self.format}")
-        model = AutoModelForCausalLM.from_pretrained(
-            job.source,
-            dtype=getattr(torch, job.dtype),
-            quantization_config=self._config(job),
-            device_map=self.device_map,
-        )
-        model.save_pretrained(job.target)
-        carry_gates(job)
-        return {"format": self.format, "layer_errors": layer_errors(job, probe_ids(job.source))}
-
-    def _config(self, job: StageJob) -> Any:
-        """The settings as transformers takes them."""
-        from transformers import BitsAndBytesConfig
-
-        linears, head = linear_names(job)
-        kept = matching(self.skip, linears)
-        settings: dict[str, Any] = {}
-        if self.skip or self.lm_head:  # else transformers leaves out the head by itself
-            settings["llm_int8_skip_modules"] = kept + ([] if self.lm_head else head)
-        if self.format == "int8":
-            outliers = {} if self.threshold is None else {"llm_int8_threshold": self.threshold}
-            return BitsAndBytesConfig(load_in_8bit=True, **outliers, **settings)
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=self.format,
-            bnb_4bit_use_double_quant=self.double_quant,
-            bnb_4bit_compute_dtype=self.compute_dtype or job.dtype,
-            **settings,
-        )
 
 
 class Gptq(Stage):
@@ -310,42 +212,6 @@ def as_autogptq(model: Any) -> None:
     if converted:
         config.format = "gptq"
     config.dataset, config.tokenizer = None, None
-
-
-def linear_names(job: StageJob) -> tuple[list[str], list[str]]:
-    """Names of the source model's linear layers, and that of its LM head, without its weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.source))
-    head = model.get_output_embeddings()
-    linears = {n: part for n, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
-    return list(linears), [name for name, part in linears.items() if part is head]
-
-
-def refuse_tied_head(shape: ModelShape) -> None:
-    """Raises RuleBroken where the LM head shares the embedding's weights."""
-    if shape.tie_embeddings:
-        raise RuleBroken(
-            "head-is-tied",
-            "the LM head of this model is its embedding, which is not packed",
-            fix="leave lm_head out, or put pack-head behind, by which decoding reads 8 bits",
-        )
-
-
-def matching(ends: Iterable[str], names: list[str], key: str = "skip") -> list[str]:
-    """The names that end as one of `ends` does; `key` is what a stage calls those ends.
-
-    Raises:
-        UserError: an end fits no name.
-    """
-    found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
-    for end, fitting in found.items():
-        if not fitting:
-            known = sorted({name.rpartition(".")[2] for name in names})
-            raise UserError(f"{key}: no linear layer is called {end!r}: {suggest(end, known)}")
-    return [name for fitting in found.values() for name in fitting]
 
 
 def _nearest_group(wanted: int, widths: dict[str, int]) -> int:

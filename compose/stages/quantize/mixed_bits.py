@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from compose.errors import UserError
 from compose.stages.base import StageJob
-from compose.stages.quantize.gptq import Gptq, linear_names, matching
+from compose.stages.quantize.linears import Bits, linear_names, matching
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,60 @@ STATED = (
 WORKERS = "GPTQMODEL_CPU_WORKERS"
 
 
-def quantize_mixed(stage: Gptq, job: StageJob, blocks: Tensor) -> None:
+class GptqSettings(Protocol):
+    """What is read of the stage `gptq`, which stands above this file."""
+
+    @property
+    def bits(self) -> Bits:
+        """Bits of one weight."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share a scale; -1 is a whole row."""
+        ...
+
+    @property
+    def sym(self) -> bool:
+        """Whether the grid is symmetric around zero."""
+        ...
+
+    @property
+    def act_order(self) -> bool:
+        """Whether columns are quantized by falling activation."""
+        ...
+
+    @property
+    def damp(self) -> float:
+        """Share of the Hessian's mean diagonal that is added to it."""
+        ...
+
+    @property
+    def skip(self) -> tuple[str, ...]:
+        """Ends of the names of layers that stay as they are."""
+        ...
+
+    @property
+    def mixed(self) -> Mapping[str, Bits]:
+        """Bits of layers by the end of their name."""
+        ...
+
+    @property
+    def lm_head(self) -> Bits | None:
+        """Bits of the LM head; None leaves it as it is."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Calibration sequences that pass the model at once."""
+        ...
+
+    def groups_know_activation(self) -> bool:
+        """Whether groups are quantized by falling activation, where columns are not."""
+        ...
+
+
+def quantize_mixed(stage: GptqSettings, job: StageJob, blocks: Tensor) -> None:
     """Quantize `job.source` into `job.target`, calibrated on token blocks [N, S]."""
     import torch
 
@@ -59,7 +113,7 @@ def quantize_mixed(stage: Gptq, job: StageJob, blocks: Tensor) -> None:
     _refuse_forgotten(stage, job)
 
 
-def patterns(stage: Gptq, job: StageJob) -> dict[str, dict[str, Any]]:
+def patterns(stage: GptqSettings, job: StageJob) -> dict[str, dict[str, Any]]:
     """What gptqmodel calls `dynamic`: a pattern for each layer that differs, as it reads them.
 
     One that begins with a minus is a layer that stays as it is. A layer that several entries of
@@ -76,7 +130,7 @@ def patterns(stage: Gptq, job: StageJob) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _refuse_forgotten(stage: Gptq, job: StageJob) -> None:
+def _refuse_forgotten(stage: GptqSettings, job: StageJob) -> None:
     """Raises UserError where gptqmodel passed layers over: it goes by tables of architectures."""
     from gateskip.model.folders import packed_layers
 

@@ -1,0 +1,51 @@
+"""Linear layers of a model by name, and the settings that all quantizers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from compose.errors import RuleBroken, UserError, suggest
+from compose.stages.base import ModelShape, StageJob
+
+DeviceMap = Literal["auto", "balanced", "sequential", "cpu"]
+"""How accelerate places layers, as `from_pretrained` takes it."""
+
+Bits = Literal[2, 3, 4, 8]
+"""Bits of one packed weight."""
+
+
+def linear_names(job: StageJob) -> tuple[list[str], list[str]]:
+    """Names of the source model's linear layers, and that of its LM head, without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.source))
+    head = model.get_output_embeddings()
+    linears = {n: part for n, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    return list(linears), [name for name, part in linears.items() if part is head]
+
+
+def refuse_tied_head(shape: ModelShape) -> None:
+    """Raises RuleBroken where the LM head shares the embedding's weights."""
+    if shape.tie_embeddings:
+        raise RuleBroken(
+            "head-is-tied",
+            "the LM head of this model is its embedding, which is not packed",
+            fix="leave lm_head out, or put pack-head behind, by which decoding reads 8 bits",
+        )
+
+
+def matching(ends: Iterable[str], names: list[str], key: str = "skip") -> list[str]:
+    """The names that end as one of `ends` does; `key` is what a stage calls those ends.
+
+    Raises:
+        UserError: an end fits no name.
+    """
+    found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
+    for end, fitting in found.items():
+        if not fitting:
+            known = sorted({name.rpartition(".")[2] for name in names})
+            raise UserError(f"{key}: no linear layer is called {end!r}: {suggest(end, known)}")
+    return [name for fitting in found.values() for name in fitting]

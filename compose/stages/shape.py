@@ -1,0 +1,89 @@
+"""The sizes of a model, as its config.json states them: what stages are checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compose.errors import PlanError
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder-only model, as its config.json states them."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_embeddings: bool
+    quantized: str | None = None
+    """The quantizer that made the weights (`bitsandbytes`, `gptq`, ...), or None."""
+    long_rope: bool = False
+    """Whether each rotary frequency has a factor of its own, as in the long-context Phi3."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Read a config.json (its `text_config`, where it has one).
+
+        Raises:
+            PlanError: the config names no size that a decoder of the Llama family has.
+        """
+        text: Mapping[str, Any] = config.get("text_config") or config
+        wanted = (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "vocab_size",
+        )
+        absent = [key for key in wanted if not isinstance(text.get(key), int)]
+        if absent:
+            kind = text.get("model_type", "unknown")
+            raise PlanError(
+                f"the config of this model (type {kind!r}) does not state {', '.join(absent)}",
+                fix="take a decoder-only model of the Llama family",
+            )
+        hidden, heads = text["hidden_size"], text["num_attention_heads"]
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        quantization = config.get("quantization_config") or text.get("quantization_config")
+        return cls(
+            model_type=str(text.get("model_type", "unknown")),
+            hidden_size=hidden,
+            intermediate_size=text["intermediate_size"],
+            num_layers=text["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=text.get("num_key_value_heads") or heads,
+            head_dim=text.get("head_dim") or hidden // heads,
+            vocab_size=text["vocab_size"],
+            tie_embeddings=bool(
+                config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+            ),
+            quantized=quantization.get("quant_method", "unknown") if quantization else None,
+            long_rope="short_factor" in rope,
+        )
+
+    @property
+    def weights(self) -> int:
+        """How many weights the model has, norms and biases left out."""
+        heads = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        layer = heads + 3 * self.hidden_size * self.intermediate_size
+        outer = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        return outer + self.num_layers * layer
+
+    def linear_in_features(self) -> dict[str, int]:
+        """Input width of each kind of linear layer in a decoder layer; the LM head is not one."""
+        return {
+            "q_proj": self.hidden_size,
+            "k_proj": self.hidden_size,
+            "v_proj": self.hidden_size,
+            "o_proj": self.num_heads * self.head_dim,
+            "gate_proj": self.hidden_size,
+            "up_proj": self.hidden_size,
+            "down_proj": self.intermediate_size,
+        }
