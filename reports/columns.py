@@ -262,6 +262,16 @@ def batch_columns(batch: int) -> list[Column]:
     ]
 
 
+def arithmetic_entry(field: str, *, scoring: bool = False) -> Callable[[Report, Row], Entry]:
+    """The entry of a field of the cell's arithmetic, of decoding or of scoring."""
+
+    def make(report: Report, row: Row) -> Entry:
+        arithmetic = row.cell.scoring_arithmetic if scoring else row.cell.arithmetic
+        return Entry() if arithmetic is None else Entry(getattr(arithmetic, field))
+
+    return make
+
+
 def saved_model_entry(report: Report, row: Row) -> Entry:
     """Net share of the whole model's multiply-adds saved, the LM head counted."""
     saved = None if row.cell.compute is None else row.cell.compute.saved_model

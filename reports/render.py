@@ -117,6 +117,7 @@ def _facts(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
         "quality": tables.quality(report),
         "seeds": tables.seeds(report),
         "speed": tables.speed(report),
+        "arithmetic": tables.arithmetic(report),
         "speculation": tables.speculation(report),
     }
     helps = {_heading(c): c.help for table in shown.values() for c in table.columns if c.help}

@@ -23,6 +23,7 @@ from reports.columns import (
     Column,
     Table,
     accepted_entry,
+    arithmetic_entry,
     batch_columns,
     diverged_entry,
     drafting_entry,
@@ -136,6 +137,36 @@ def speed(report: Report) -> Table:
             ),
             metric_column("saved", "Saved", "net, %", SAVED_HELP, share),
             Column("Saved", "model, %", "Net, the LM head counted too.", saved_model_entry),
+        ],
+    )
+
+
+def arithmetic(report: Report) -> Table:
+    """Backend, weights, activations and accumulation of each cell, decoding and scoring."""
+    return table_of(
+        report,
+        report.rows,
+        [
+            Column("Backend", "", "What runs the model.", arithmetic_entry("backend")),
+            Column("Weights", "", "How weights are stored.", arithmetic_entry("weights")),
+            Column(
+                "Activations",
+                "decoding",
+                "What weights are multiplied with in decoding.",
+                arithmetic_entry("activations"),
+            ),
+            Column(
+                "Activations",
+                "scoring",
+                "What weights are multiplied with in prompts and scoring.",
+                arithmetic_entry("activations", scoring=True),
+            ),
+            Column(
+                "Sums",
+                "",
+                "The type in which products are summed.",
+                arithmetic_entry("accumulation"),
+            ),
         ],
     )
 

@@ -48,12 +48,15 @@ def test_each_phase_is_a_part_of_the_result(
     bench = _bench(tiny_llama, benchmark, tmp_path, None)
     loaded = bench.load()
     assert loaded["size"]["disk_bytes"] > 0 and loaded["size"]["resident_bytes"] > 0
+    assert loaded["scoring_arithmetic"]["weights"] == "float32"
     quality = bench.quality(tmp_path / "reference")
     assert quality["perplexity"]["tokens"] == 511
     assert quality["compute"] == {"saved_gross": 0.0, "saved_net": 0.0, "saved_model": 0.0}
     speed = bench.speed(0, 2, 1)
     assert speed["decode_tokens_per_s"] > 0 and speed["peak_bytes"] > 0
     cell = CellResult.model_validate({"name": "cell", "chain": (), "status": "ok", **loaded})
+    assert cell.arithmetic is not None
+    assert cell.arithmetic.backend == bench.decoder.arithmetic.backend
     assert cell.size is not None and cell.size.disk_bytes == loaded["size"]["disk_bytes"]
 
 

@@ -48,6 +48,10 @@ def test_systems_are_counted_alike(tiny_llama: Path, tmp_path: Path) -> None:
     assert [(each["system"], each["workload"]) for each in found["measurements"]] == [
         (way, workload) for way in ways for workload in ("one", "two")
     ]
+    backends = [
+        each["arithmetic"] and each["arithmetic"]["backend"] for each in found["measurements"]
+    ]
+    assert backends[2:8] == ["reference", "reference", "gathered", "gathered", None, None]
     for each in found["measurements"]:
         assert each["equal_to_first"], "greedy text is greedy text"
         assert len(each["decode_tokens_per_s"]["repeats"]) == 2

@@ -371,6 +371,21 @@ def test_failures_and_left_out_cells_say_why(report: Report) -> None:
     assert "16 cells measured, 1 failed, 7 left out" in words
 
 
+def test_the_arithmetic_of_each_cell_is_shown() -> None:
+    data = made_up_results()
+    used = {"backend": "native", "weights": "bfloat16", "accumulation": "float32"}
+    data["cells"][0] |= {
+        "arithmetic": used | {"activations": "8 bits in blocks of 32"},
+        "scoring_arithmetic": used | {"activations": "bfloat16"},
+    }
+    report = Report(Results.model_validate(data))
+    ((_, entries), *_) = tables.arithmetic(report).rows
+    shown = ["native", "bfloat16", "8 bits in blocks of 32", "bfloat16", "float32"]
+    assert [entry.text for entry in entries] == shown
+    assert "8 bits in blocks of 32" in to_html(report, {})
+    assert "## Arithmetic" in to_markdown(report, {})
+
+
 def test_seeds_have_a_mean_and_student_s_interval() -> None:
     cell = made_up_cell("gates", decode=30.0, disk=270.0, ratio=1.1, saved=0.2)
     others = [made_up_cell("gates", decode=1.0, disk=1.0, ratio=r, saved=0.2) for r in (1.2, 1.3)]

@@ -7,14 +7,13 @@ their GGUF names. The file is loaded back before it is put in place.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import is_gated, probe_ids, require_model
 from compose.errors import ArtifactError, StepError, suggest
-from compose.store import read_json
+from compose.store import new_file, read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,14 +51,9 @@ def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, float]:
         raise ArtifactError(f"there is no GGUF type {kind!r}: {suggest(kind, KINDS)}")
     config = require_model(folder)
     refuse(folder, config)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{os.getpid()}-{file.name}")
-    try:
+    with new_file(file) as unfinished:
         _write(folder, config, unfinished, kind)
         differences = check_gguf(folder, unfinished, kind)
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return differences | {"bytes": float(file.stat().st_size)}
 
 

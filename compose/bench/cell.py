@@ -77,7 +77,7 @@ class CellBench:
         return decoder
 
     def load(self) -> dict[str, Any]:
-        """Sizes in bytes: the folder on disk, and the weights in memory; and the kernels chosen."""
+        """Bytes on disk and in memory, the kernels chosen, and the arithmetic of both phases."""
         decoder = self.decoder
         sizes = {
             "disk_bytes": disk_bytes(self.job.folder),
@@ -87,7 +87,8 @@ class CellBench:
             "size": sizes,
             "kernels": decoder.kernels,
             "kernel_times_us": decoder.kernel_times,
-            "backend": decoder.backend,
+            "arithmetic": decoder.arithmetic.to_dict(),
+            "scoring_arithmetic": decoder.scoring_arithmetic.to_dict(),
             "backend_fallback": decoder.fallback,
         }
 

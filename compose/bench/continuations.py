@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from compose.assets.fetch import Progress
 from compose.bench.text import ScoredModel, head_chunks, log_probs
+from compose.units import Progress
 
 Pair = tuple[list[int], list[int]]
 """Token ids of a context, and of the continuation whose probability is asked for."""

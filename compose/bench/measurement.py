@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from gateskip.runtime.backend import Arithmetic
+
 Rows = list[list[int]]
 """Token ids of a batch of prompts, or of their continuations."""
 
@@ -37,6 +39,14 @@ class Run:
 class Runner(Protocol):
     """A system that is ready to run: prompts as token ids in, greedy continuations out."""
 
+    @property
+    def arithmetic(self) -> Arithmetic | None:
+        """The arithmetic of decoding; None for a peer, which does not tell."""
+
+    @property
+    def prefill_arithmetic(self) -> Arithmetic | None:
+        """The arithmetic of prompts; None for a peer."""
+
     def __call__(self, rows: Rows, new_tokens: int) -> Run:
         """Continue `rows` by up to `new_tokens` each."""
 
@@ -48,6 +58,10 @@ class Measurement:
     system: str
     workload: str
     """What the prompts are: batch and context, or a category."""
+    arithmetic: Arithmetic | None = None
+    """Of decoding, where the system is ours."""
+    prefill_arithmetic: Arithmetic | None = None
+    """Of prompts, where the system is ours."""
     prefill: list[float] = field(default_factory=list)
     """Prompt tokens a second, one for each repeat."""
     decode: list[float] = field(default_factory=list)
@@ -81,6 +95,10 @@ class Measurement:
         return {
             "system": self.system,
             "workload": self.workload,
+            "arithmetic": None if self.arithmetic is None else self.arithmetic.to_dict(),
+            "prefill_arithmetic": (
+                None if self.prefill_arithmetic is None else self.prefill_arithmetic.to_dict()
+            ),
             "prefill_tokens_per_s": _summary(self.prefill),
             "decode_tokens_per_s": _summary(self.decode),
             "acceptance_rate": self.acceptance,

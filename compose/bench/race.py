@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import gateskip
 from compose import memory
 from compose.artifacts.gguf import KINDS as GGUF_KINDS
 from compose.artifacts.gguf import write_gguf
-from compose.assets.fetch import Progress
 from compose.bench.footprint import module_bytes
 from compose.bench.generate import stop_token_ids
 from compose.bench.measurement import Measurement, Rows, Run, Runner, Workloads
@@ -29,6 +27,7 @@ from compose.bench.roofline import roofline
 from compose.bench.systems import System, parse_system
 from compose.bench.workloads import prompts_by_category, running_text
 from compose.errors import UserError
+from compose.units import Progress
 from gateskip.decoding.decoder import Decoder, cache_capacity
 from gateskip.runtime.backend import BackendName
 
@@ -126,7 +125,11 @@ def measure(
     Systems alternate on each batch, since drift of the machine lasts for seconds. Tokens are
     compared with those of the first system.
     """
-    measurements = {(name, on): Measurement(name, on) for name in runners for on in workloads}
+    measurements = {
+        (name, workload): Measurement(name, workload, run.arithmetic, run.prefill_arithmetic)
+        for name, run in runners.items()
+        for workload in workloads
+    }
     done, total = 0, repeats * sum(map(len, workloads.values()))
     for run in runners.values():  # what is built on first use is built before anything is timed
         run(next(iter(workloads.values()))[0], new_tokens)
@@ -153,7 +156,7 @@ def _runner(decoder: Decoder, folder: Path, system: System, context: int) -> Run
     if system.name.startswith("llama.cpp"):
         return _llama_cpp(folder, system.peer_option, context, stop_tokens)
     _require_settings(decoder, system)
-    return partial(_run, decoder, system)
+    return DecoderRunner(decoder, system)
 
 
 def _llama_cpp(folder: Path, option: str, context: int, stop_tokens: Sequence[int]) -> LlamaCpp:
@@ -177,29 +180,39 @@ def _require_settings(decoder: Decoder, system: System) -> None:
         raise UserError(f"system {system.name}: {error}", fix="choose another system") from error
 
 
-def _run(decoder: Decoder, system: System, rows: Rows, new_tokens: int) -> Run:
-    engines = [each.engine for each in decoder.models() if each.engine is not None]
-    before = [engine.spent() for engine in engines]
-    usage, saved, skipped = decoder.skipping.usage, 0.0, 0.0
-    usage.clear()
-    generation = decoder.generate(rows, new_tokens, eos=stop_token_ids(decoder), **system.settings)
-    stats = generation.stats
-    spent: dict[str, float] = {}
-    for engine, earlier in zip(engines, before, strict=True):
-        for name, seconds in engine.spent().items():
-            spent[name] = spent.get(name, 0.0) + seconds - earlier[name]
-    if system.settings.get("mode") == "skip":
-        saved = decoder.saved(usage, system.settings["budget"]).model
-        skipped = 1 - statistics.mean(usage.shares())
-    return Run(
-        tokens=generation.tokens,
-        prompt_tokens=stats.prompt_tokens,
-        prefill_s=stats.prefill_s,
-        decoded=stats.new_tokens - len(rows),
-        decode_s=stats.decode_s,
-        drafted=stats.drafted,
-        accepted=stats.accepted,
-        spent=spent,
-        saved=saved,
-        skipped=skipped,
-    )
+class DecoderRunner:
+    """Our decoder under a system's settings."""
+
+    def __init__(self, decoder: Decoder, system: System) -> None:
+        self.decoder, self.system = decoder, system
+        self.arithmetic, self.prefill_arithmetic = decoder.arithmetic, decoder.scoring_arithmetic
+
+    def __call__(self, rows: Rows, new_tokens: int) -> Run:
+        """Continue `rows` by up to `new_tokens` each."""
+        engines = [each.engine for each in self.decoder.models() if each.engine is not None]
+        before = [engine.spent() for engine in engines]
+        usage, saved, skipped = self.decoder.skipping.usage, 0.0, 0.0
+        usage.clear()
+        generation = self.decoder.generate(
+            rows, new_tokens, eos=stop_token_ids(self.decoder), **self.system.settings
+        )
+        stats = generation.stats
+        spent: dict[str, float] = {}
+        for engine, earlier in zip(engines, before, strict=True):
+            for name, seconds in engine.spent().items():
+                spent[name] = spent.get(name, 0.0) + seconds - earlier[name]
+        if self.system.settings.get("mode") == "skip":
+            saved = self.decoder.saved(usage, self.system.settings["budget"]).model
+            skipped = 1 - statistics.mean(usage.shares())
+        return Run(
+            tokens=generation.tokens,
+            prompt_tokens=stats.prompt_tokens,
+            prefill_s=stats.prefill_s,
+            decoded=stats.new_tokens - len(rows),
+            decode_s=stats.decode_s,
+            drafted=stats.drafted,
+            accepted=stats.accepted,
+            spent=spent,
+            saved=saved,
+            skipped=skipped,
+        )

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from compose.assets.fetch import Progress
 from compose.errors import StepError
+from compose.store import new_file
+from compose.units import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,10 +127,8 @@ def save_reference(
     scores = score_blocks(
         model, blocks, batch_size=batch_size, keep=lambda hidden: kept.append(hidden.cpu())
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({"hidden": torch.cat(kept).contiguous(), "blocks": blocks.cpu()}, partial)
-    partial.replace(path)
+    with new_file(path) as file:
+        save_file({"hidden": torch.cat(kept).contiguous(), "blocks": blocks.cpu()}, file)
     return scores
 
 

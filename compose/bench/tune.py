@@ -21,12 +21,12 @@ import torch
 
 import gateskip
 from compose.artifacts.folder import LINEAGE, lineage, write_lineage
-from compose.assets.fetch import Progress
 from compose.bench.measurement import Measurement, Workloads
 from compose.bench.race import measure, runners_of
 from compose.bench.systems import parse_system
 from compose.bench.workloads import prompts_by_category
 from compose.store import read_json, write_json
+from compose.units import Progress
 from gateskip.calibration.allocation import ALLOCATIONS
 from gateskip.calibration.thresholds import calibrate
 from gateskip.checkpoint import META_FILE, load_gates, save_gates

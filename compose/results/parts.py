@@ -58,6 +58,22 @@ class Speed(SpeedNumbers):
     """Batch size -> its numbers, for every size but 1."""
 
 
+class Arithmetic(Record):
+    """The arithmetic that computed a number; see `gateskip.runtime.backend.Arithmetic`."""
+
+    backend: str
+    """`reference`, `gathered` or `native`."""
+
+    weights: str
+    """How weights are stored: `bfloat16`, `4 bits in groups of 64`, ..."""
+
+    activations: str
+    """What weights are multiplied with: `float32`, `8 bits in blocks of 32`, ..."""
+
+    accumulation: str
+    """The type in which products are summed."""
+
+
 class Size(Record):
     """Bytes on disk and in memory."""
 

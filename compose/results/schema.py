@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from compose.errors import UserError, suggest
 from compose.results.parts import (
+    Arithmetic,
     Compute,
     Insight,
     Quality,
@@ -69,6 +70,15 @@ class CellResult(Record):
 
     steps: tuple[StepInfo, ...] | None = None
     """The chain's stages with their parameters."""
+
+    arithmetic: Arithmetic | None = None
+    """The arithmetic of decoding."""
+
+    scoring_arithmetic: Arithmetic | None = None
+    """The arithmetic of prompts and of everything that is scored."""
+
+    backend_fallback: str | None = None
+    """Why the backend `native` was not taken, where it was not."""
 
     size: Size | None = None
     """Bytes on disk and in memory."""

@@ -188,6 +188,8 @@ def _background(level: float) -> str:
 def print_race(out: Console, found: dict[str, Any]) -> None:
     """Measurements of `gateskip bench` as a table, speeds beside those of the first system."""
     out.print(_measurements(found["measurements"]))
+    for system, used in _arithmetic(found["measurements"]).items():
+        out.print(f"{system} decodes with {used}")
     for row in found["measurements"]:
         if row["time_split"]:
             parts = (f"{name} {part:.0%}" for name, part in row["time_split"].items())
@@ -211,6 +213,17 @@ def print_race(out: Console, found: dict[str, Any]) -> None:
             f"memory: {cache / 1e6:.0f} MB of cache at most, and {beside / 1e6:.0f} MB beside"
             f" weights and cache at its peak ({beside / (size + cache):.0%})"
         )
+
+
+def _arithmetic(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """System -> its arithmetic of decoding in words; peers have none."""
+    return {
+        row["system"]: "{backend}: {weights} x {activations}, sums in {accumulation}".format(
+            **row["arithmetic"]
+        )
+        for row in rows
+        if row["arithmetic"] is not None
+    }
 
 
 def print_tuned(out: Console, found: dict[str, Any]) -> None:

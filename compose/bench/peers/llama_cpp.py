@@ -17,6 +17,8 @@ from compose.errors import UserError
 class LlamaCpp:
     """llama.cpp on a GGUF file of the same model."""
 
+    arithmetic = prefill_arithmetic = None
+
     def __init__(self, file: Path, context: int, stop_tokens: Sequence[int]) -> None:
         """Raises UserError where the file or the package is missing."""
         if not file.is_file():

@@ -22,6 +22,8 @@ LOOKED_UP = 10  # tokens that transformers proposes from the prompt, as its docu
 class Transformers:
     """`generate` of transformers: plain, compiled over a static cache, or one of its own drafts."""
 
+    arithmetic = prefill_arithmetic = None
+
     def __init__(
         self, folder: Path, dtype: torch.dtype, way: str, stop_tokens: Sequence[int]
     ) -> None:
