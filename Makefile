@@ -29,7 +29,7 @@ $(VENV)/.created:
 
 $(VENV)/.run: $(VENV)/.created pyproject.toml
 	@echo 'Installing into $(VENV): a few minutes, most of it torch'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[compress,eval,report]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run

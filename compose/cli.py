@@ -1,4 +1,4 @@
-"""The command `gateskip`: it reads arguments, calls one function, shows what came back."""
+"""The command `gateskip`: each command reads arguments, calls one function and shows the result."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
 from compose.errors import ComposeError
+from compose.terminal.pick_options import PickOptions, with_pick_options
+
+if TYPE_CHECKING:
+    from compose.results.schema import Results
 
 INTERRUPTED = 130
 
 
 class Commands(TyperGroup):
-    """Turns our errors into one message and an exit code."""
+    """Commands whose errors become one message and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; 1 for what failed, 2 for the user's mistakes, 130 for Ctrl-C."""
@@ -46,18 +50,6 @@ PipelineFile = Annotated[Path, typer.Argument(help="The pipeline file (YAML).", 
 RunDir = Annotated[Path, typer.Argument(help="A run's folder: runs/NAME.", metavar="RUN_DIR")]
 Out = Annotated[Path, typer.Option(help="Where runs and model folders are kept.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-MinRetained = Annotated[
-    float | None, typer.Option(help="Least share of the baseline's quality, 0 to 1.")
-]
-MaxRatio = Annotated[float | None, typer.Option(help="Most perplexity, over the baseline's.")]
-MaxBytes = Annotated[str | None, typer.Option(help="Most size on disk, as 90MB.")]
-MaxResident = Annotated[str | None, typer.Option(help="Most size in memory, as 200MB.")]
-Lossless = Annotated[
-    bool, typer.Option(help="Refuse speculation that was not seen to be lossless.")
-]
-Maximize = Annotated[
-    str, typer.Option(help="What to aim for: decode, prefill, size, accuracy, ...")
-]
 
 
 def console(*, err: bool = False) -> Console:
@@ -65,20 +57,21 @@ def console(*, err: bool = False) -> Console:
     return Console(stderr=err)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         try:
-            known = metadata.version("gateskip-compose")
+            version = metadata.version("gateskip-compose")
         except metadata.PackageNotFoundError:
-            known = "from a source tree that is not installed"
-        typer.echo(f"gateskip-compose {known}")
+            version = "from a source tree that is not installed"
+        typer.echo(f"gateskip-compose {version}")
         raise typer.Exit
 
 
 @app.callback()
 def main_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """Take the options before the command."""
@@ -86,7 +79,7 @@ def main_options(
 
 @app.command()
 def validate(file: PipelineFile) -> None:
-    """Check a pipeline file; say the first mistake with its line."""
+    """Check a pipeline file; print the first mistake with its line."""
     from compose.assets import default_cache
     from compose.planning.prepare import load_plan
     from compose.terminal.show import plan_counts
@@ -102,12 +95,12 @@ def plan(file: PipelineFile, out: Out = Path("runs"), as_json: AsJson = False) -
     from compose.planning.prepare import load_plan
     from compose.terminal.show import plan_state, plan_tables
 
-    made = load_plan(file, default_cache())
-    folder = RunFolder.of(made, out)
+    planned = load_plan(file, default_cache())
+    folder = RunFolder.of(planned, out)
     if as_json:
-        typer.echo(json.dumps(plan_state(made, folder), indent=1))
+        typer.echo(json.dumps(plan_state(planned, folder), indent=1))
     else:
-        console().print(plan_tables(made, folder))
+        console().print(plan_tables(planned, folder))
 
 
 @app.command()
@@ -127,20 +120,24 @@ def run(
         typer.Option(min=1, help="Steps and cells side by side; 1 gives each all cores."),
     ] = None,
 ) -> None:
-    """Make and measure every cell; what was finished before stays."""
+    """Make and measure every cell; what was finished before is kept."""
     from compose.assets import default_cache
     from compose.execution.executors import make_executor
-    from compose.execution.runner import Settings
     from compose.execution.runner import run as run_plan
+    from compose.execution.state import Settings
+    from compose.extras import require
     from compose.planning.prepare import load_plan
-    from compose.terminal.show import say_result
+    from compose.terminal.progress import Board
+    from compose.terminal.show import print_result
 
-    made = load_plan(file, default_cache())
+    planned = load_plan(file, default_cache())
+    require("report", *(["eval"] if planned.pipeline.benchmark.quality.tasks else []))
     command = shlex.join(["gateskip", *sys.argv[1:]])
     settings = Settings(out, default_cache(), command, tuple(only or ()), again)
-    runs_in = make_executor(executor, made.pipeline.benchmark.threads, workers)
-    result = run_plan(made, settings, runs_in, console())
-    say_result(console(), result)
+    where = make_executor(executor, planned.pipeline.benchmark.threads, workers)
+    with Board(console()).shown() as board:
+        result = run_plan(planned, settings, where, board)
+    print_result(console(), result)
     raise typer.Exit(result.exit_code)
 
 
@@ -155,41 +152,21 @@ def report(run_dir: RunDir) -> None:
     typer.echo(f"{run_dir / 'report.html'}\n{run_dir / 'report.md'}")
 
 
-def _pick(run_dir: Path, **wanted: Any) -> tuple[Any, Any]:
+def _results_of(run_dir: Path) -> Results:
     from compose.execution.run_folder import RunFolder
-    from compose.results.pick import pick as pick_cell
-    from compose.results.schema import load_results
-    from compose.units import parse_bytes
+    from compose.results.io import load_results
 
-    results = load_results(RunFolder.existing(run_dir).results_file)
-    for name in ("max_bytes", "max_resident"):
-        wanted[name] = None if wanted[name] is None else parse_bytes(wanted[name])
-    return results, pick_cell(results, **wanted)
+    return load_results(RunFolder.existing(run_dir).results_file)
 
 
 @app.command()
-def pick(
-    run_dir: RunDir,
-    min_retained: MinRetained = None,
-    max_perplexity_ratio: MaxRatio = None,
-    max_bytes: MaxBytes = None,
-    max_resident: MaxResident = None,
-    require_lossless: Lossless = True,
-    maximize: Maximize = "decode",
-    as_json: AsJson = False,
-) -> None:
+@with_pick_options
+def pick(run_dir: RunDir, *, options: PickOptions, as_json: AsJson = False) -> None:
     """Find the best cell under constraints."""
     from compose.terminal.show import cell_json, cell_text
 
-    results, cell = _pick(
-        run_dir,
-        min_retained=min_retained,
-        max_perplexity_ratio=max_perplexity_ratio,
-        max_bytes=max_bytes,
-        max_resident=max_resident,
-        require_lossless=require_lossless,
-        maximize=maximize,
-    )
+    results = _results_of(run_dir)
+    cell = options.pick(results)
     if as_json:
         typer.echo(json.dumps(cell_json(results, cell), indent=1))
     else:
@@ -197,39 +174,25 @@ def pick(
 
 
 @app.command()
+@with_pick_options
 def export(
     run_dir: RunDir,
     to: Annotated[Path, typer.Option(help="The folder to fill.")],
+    *,
+    options: PickOptions,
     cell: Annotated[str | None, typer.Option(help="The cell; without it, one is picked.")] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Also compare 32 tokens with those of the source.")
     ] = False,
-    min_retained: MinRetained = None,
-    max_perplexity_ratio: MaxRatio = None,
-    max_bytes: MaxBytes = None,
-    max_resident: MaxResident = None,
-    require_lossless: Lossless = True,
-    maximize: Maximize = "decode",
 ) -> None:
     """Export a cell as a checkpoint with its lineage, numbers and model card."""
     from compose.execution.executors import make_executor
     from compose.execution.export import export_cell
     from compose.execution.run_folder import RunFolder
 
-    name = (
-        cell
-        or _pick(
-            run_dir,
-            min_retained=min_retained,
-            max_perplexity_ratio=max_perplexity_ratio,
-            max_bytes=max_bytes,
-            max_resident=max_resident,
-            require_lossless=require_lossless,
-            maximize=maximize,
-        )[1].name
-    )
-    runs_in = make_executor("local", None)
-    export_cell(RunFolder.existing(run_dir), name, to, runs_in, spoken=verify)
+    name = cell or options.pick(_results_of(run_dir)).name
+    executor = make_executor("local", None)
+    export_cell(RunFolder.existing(run_dir), name, to, executor, compare_tokens=verify)
     same = ": the same logits and tokens as its source" if verify else ""
     typer.echo(f"{name} exported to {to}{same}")
 
@@ -243,11 +206,12 @@ def gguf(
     ] = "f16",
 ) -> None:
     """Write a model folder as a GGUF file for llama.cpp; it is loaded back before it stays."""
-    from compose.execution.executors import ask_once
+    from compose.execution.worker_process import ask_once
+    from compose.units import bytes_text
 
-    asked = {"folder": str(folder.absolute()), "file": str(to.absolute()), "kind": kind}
-    found = ask_once("gguf", asked)
-    size, kl = f"{found['bytes'] / 1e6:.1f} MB", f"{found['kl']:.2g}"
+    job = {"folder": str(folder.absolute()), "file": str(to.absolute()), "kind": kind}
+    written = ask_once("gguf", job)
+    size, kl = bytes_text(written["bytes"]), f"{written['kl']:.2g}"
     typer.echo(f"{to}: {size}, loads back; KL of its predictions to the folder's: {kl}")
 
 
@@ -260,23 +224,25 @@ def generate(
         float | None, typer.Option(min=0.0, max=1.0, help="Share of branches computed.")
     ] = None,
     speculate: Annotated[
-        bool | None, typer.Option(help="Draft and verify, whatever the folder says.")
+        bool | None, typer.Option(help="Draft and verify, or do not; else as the folder states.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Likeliest tokens drawn from; 0 is all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Probability drawn from.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="What is drawn.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest; 0 is all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Sample from this probability mass.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer.")] = None,
-    stats: Annotated[bool, typer.Option("--stats", help="Say what it took.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print speed and counts.")] = False,
 ) -> None:
     """Ask a model folder."""
-    from compose.execution.executors import ask_once
+    from compose.execution.worker_process import ask_once
     from compose.terminal.show import stats_text
 
-    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "budget": budget}
-    drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    asked |= {"speculate": speculate, "sampling": drawn, "seed": seed, "stop": stop or []}
-    answer = ask_once("answer", {"folder": str(folder), "prompt": prompt, **asked})
+    job: dict[str, Any] = {"folder": str(folder), "prompt": prompt, "budget": budget}
+    job |= {"max_new_tokens": max_new_tokens, "speculate": speculate, "seed": seed}
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    answer = ask_once("answer", {**job, "sampling": sampling, "stop": stop or []})
     typer.echo(answer["text"])
     if stats:
         typer.echo(stats_text(answer), err=True)
@@ -287,45 +253,45 @@ def insight(
     folder: Annotated[Path, typer.Argument(help="A model folder with gates.")],
     text: Annotated[str, typer.Option(help="The text to look at; @FILE reads it from a file.")],
     budget: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Share of compute kept; 0.8 if not said.")
+        float | None, typer.Option(min=0.0, max=1.0, help="Share of compute kept; 0.8 by default.")
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write the colours as a page.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Colour a text's tokens by how much compute each of them gets."""
-    from compose.execution.executors import ask_once
-    from compose.terminal.show import read_text, say_insight
+    from compose.execution.worker_process import ask_once
+    from compose.terminal.show import print_insight, read_text
     from reports.insight import to_html
 
-    asked = {"folder": str(folder), "text": read_text(text), "budget": budget}
-    found = ask_once("insight", asked)
+    job = {"folder": str(folder), "text": read_text(text), "budget": budget}
+    shares = ask_once("insight", job)
     if html is not None:
-        html.write_text(to_html(found, folder.name), encoding="utf-8")
+        html.write_text(to_html(shares, folder.name), encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(shares))
     else:
-        say_insight(console(), found)
+        print_insight(console(), shares)
 
 
 @app.command()
 def bench(
     folder: Annotated[Path, typer.Argument(help="A model folder, such as an export.")],
-    contenders: Annotated[
+    systems: Annotated[
         list[str] | None,
         typer.Option(
-            "--contender",
+            "--system",
             help="plain, skip:BUDGET, draft:BUDGET with +int4, +nf4, +int4-head, +lookup, +LENGTH;"
-            " one of these after eager: (torch alone, the reference); transformers (also :compiled,"
+            " one of these after a backend, as in gathered:plain; transformers (also :compiled,"
             " :lookup, :early-exit-LAYERS), llama.cpp:FILE.gguf or llama.cpp:q4_1;"
-            " speeds are compared with the first. plain alone if not said.",
+            " speeds are compared with the first. plain alone by default.",
         ),
     ] = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="A rival beside them: transformers, llama.cpp:TYPE.")
+        list[str] | None, typer.Option(help="A peer beside them: transformers, llama.cpp:TYPE.")
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; 1 if not said.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; 1 by default.")] = None,
     context: Annotated[
-        list[int] | None, typer.Option(min=1, help="Prompt tokens; 128 if not said.")
+        list[int] | None, typer.Option(min=1, help="Prompt tokens; 128 by default.")
     ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="Prompts to use, by category: an alias or a file.")
@@ -335,16 +301,16 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, interleaved.")] = 3,
 ) -> None:
     """Time ways of decoding a folder against each other; the last line is all of it as JSON."""
-    from compose.execution.executors import ask_once
-    from compose.terminal.show import say_race
+    from compose.execution.worker_process import ask_once
+    from compose.terminal.show import print_race
 
-    asked: dict[str, Any] = {"folder": str(folder)}
-    asked["contenders"] = [*(contenders or ["plain"]), *(against or [])]
-    asked |= {"batches": batch or [1], "contexts": context or [128], "prompts": prompts}
-    asked |= {"limit": limit, "new_tokens": new_tokens, "repeats": repeats}
-    found = ask_once("race", asked)
-    say_race(console(), found)
-    typer.echo(json.dumps(found))
+    job: dict[str, Any] = {"folder": str(folder)}
+    job["systems"] = [*(systems or ["plain"]), *(against or [])]
+    job |= {"batches": batch or [1], "contexts": context or [128], "prompts": prompts}
+    job |= {"limit": limit, "new_tokens": new_tokens, "repeats": repeats}
+    measured = ask_once("race", job)
+    print_race(console(), measured)
+    typer.echo(json.dumps(measured))
 
 
 @app.command("tune-draft")
@@ -359,24 +325,24 @@ def tune_draft(
     write: Annotated[bool, typer.Option(help="Make the best the folder's own way.")] = True,
 ) -> None:
     """Find the draft that decodes a folder fastest, and make it the folder's way."""
-    from compose.execution.executors import ask_once
-    from compose.terminal.show import say_tuned
+    from compose.execution.worker_process import ask_once
+    from compose.terminal.show import print_tuned
 
-    asked: dict[str, Any] = {"folder": str(folder), "prompts": prompts, "limit": limit}
-    asked |= {"new_tokens": new_tokens, "repeats": repeats, "write": write}
-    found = ask_once("tune", asked)
-    say_tuned(console(), found)
-    typer.echo(json.dumps(found))
+    job: dict[str, Any] = {"folder": str(folder), "prompts": prompts, "limit": limit}
+    job |= {"new_tokens": new_tokens, "repeats": repeats, "write": write}
+    tuned = ask_once("tune", job)
+    print_tuned(console(), tuned)
+    typer.echo(json.dumps(tuned))
 
 
 @app.command()
 def doctor() -> None:
-    """Say what can run here, what is missing, and how to put it right."""
+    """Show what can run here, what is missing, and how to put it right."""
     from compose.terminal.doctor import examine
-    from compose.terminal.show import say_findings
+    from compose.terminal.show import print_findings
 
     findings = examine()
-    say_findings(console(), findings)
+    print_findings(console(), findings)
     raise typer.Exit(any(finding.status == "missing" for finding in findings))
 
 

@@ -1,10 +1,10 @@
 """Every exception of this package, and the context that is added to one on its way out.
 
-ComposeError            something went wrong, and the message says what to do about it
+ComposeError            the root: a message, and what to do about it
 ├── UserError           the user can put it right (exit code 2); also a ValueError
-│   ├── PipelineError   the YAML file does not say something valid
+│   ├── PipelineError   the YAML file is not valid
 │   ├── PlanError       the file is valid, but its chains do not make a plan
-│   │   └── RuleBroken  one stage may not stand where it stands; carries the rule's name
+│   │   └── RuleBroken  a stage breaks a rule on the order of stages; carries its name
 │   ├── AssetError      a model or data set cannot be had
 │   └── ArtifactError   a folder is not the artifact it should be
 └── StepError           a step or cell failed while it ran (exit code 1)
@@ -22,8 +22,8 @@ from typing import ClassVar
 class ComposeError(Exception):
     """Root of the tree: one message, what puts it right, and where it happened.
 
-    `fix` is a sentence on what to do. `file`, `line` and `column` (from 1), `stage` and `cell` say
-    where; whoever knows one of them passes it, and `context` adds the others on the way out.
+    `fix` is a sentence on what to do. `file`, `line` and `column` (from 1), `stage` and `cell` are
+    the place; a raiser passes those that it knows, and `context` adds the others on the way out.
     """
 
     exit_code: ClassVar[int] = 1
@@ -76,7 +76,7 @@ class UserError(ComposeError, ValueError):
 
 
 class PipelineError(UserError):
-    """The pipeline file says something that the language does not know."""
+    """The pipeline file is not valid: a key, a name or a value that the language does not have."""
 
 
 class PlanError(UserError):
@@ -84,7 +84,7 @@ class PlanError(UserError):
 
 
 class RuleBroken(PlanError):
-    """A stage may not stand where it stands; `rule` is the name in `compose.stages.rules.RULES`."""
+    """A stage breaks a rule on the order of stages; `rule` is its name in `RULES` of the stages."""
 
     def __init__(self, rule: str, message: str, *, fix: str | None = None) -> None:
         super().__init__(message, fix=fix)
@@ -97,7 +97,7 @@ class RuleBroken(PlanError):
 
 
 class AssetError(UserError):
-    """A model or data set cannot be had; the message says what was tried."""
+    """A model or data set cannot be had; the message lists what was tried."""
 
 
 class ArtifactError(UserError):
@@ -117,7 +117,7 @@ def context(
     stage: str | None = None,
     cell: str | None = None,
 ) -> Iterator[None]:
-    """Add what a passing `ComposeError` does not yet know; what it knows stays.
+    """Add the place to a `ComposeError` that passes; what it states already stays.
 
     A line belongs to a file: `line` and `column` are added only to an error whose file was unknown.
 

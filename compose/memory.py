@@ -12,7 +12,7 @@ import psutil
 
 
 def reset_peak() -> None:
-    """Forget how much memory earlier phases took, where the system can (Linux)."""
+    """Set the peak to what the process holds now, where the system can (Linux)."""
     gc.collect()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

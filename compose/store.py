@@ -1,10 +1,12 @@
 """A locked store of finished steps: a folder for each key, complete or absent.
 
 root/KEY/manifest.json   written last; without it the entry does not exist
-root/KEY/model/          what the step made
-root/.temp/KEY-*         an entry being written; renamed into place, or swept when it was left
+root/KEY/model/          the model folder of the step
+root/.temp/.KEY-*        an entry being written; renamed into place, or removed after a kill
 root/.work/KEY           scratch of an unfinished step; survives a kill
 root/.locks/KEY.lock     one writer a key, over all processes of the machine
+
+`new_file` and `new_folder` put a single file or folder in place in the same way.
 """
 
 from __future__ import annotations
@@ -24,22 +26,54 @@ from filelock import FileLock
 
 MANIFEST = "manifest.json"
 MODEL = "model"
+TEMPORARY = ".temp"
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write to; the file there replaces `path` in one move when the block ends well.
+
+    A reader finds the old file or the new one, also after a kill. Folders are made as needed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
+    """An empty folder to fill; it replaces the folder `path` when the block ends well.
+
+    It is made in `within`, else beside `path`. A block that raises leaves `path` as it was.
+    """
+    within = within or path.parent
+    within.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=within, prefix=f".{path.name}-"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader, or a kill, never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}")
-    try:
-        with name.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        name.unlink(missing_ok=True)
-        raise
+    """Write JSON through `new_file`. ValueError where a number is not finite."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text, in UTF-8, through `new_file`."""
+    with new_file(path) as file:
+        file.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -87,7 +121,7 @@ class Store:
 
     @contextmanager
     def locked(self, key: str, timeout: float = -1) -> Iterator[None]:
-        """Hold the key alone, and sweep what a killed writer of it left behind.
+        """Hold the key alone, and remove what a killed writer of it left behind.
 
         The lock goes with the process that held it. `timeout` is in seconds, -1 waits forever.
 
@@ -97,21 +131,18 @@ class Store:
         locks = self.root / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
         with FileLock(locks / f"{key}.lock", timeout=timeout):
-            for left in (self.root / ".temp").glob(f"{key}-*"):
+            for left in (self.root / TEMPORARY).glob(f".{key}-*"):
                 shutil.rmtree(left, ignore_errors=True)
             yield
 
     @contextmanager
     def write(self, key: str, record: dict[str, Any] | None = None) -> Iterator[Path]:
-        """A new folder for the entry; put in place, with its manifest, when the block ends well.
+        """A new folder for the entry; moved into place with its manifest when the block ends well.
 
         Hold `locked(key)` around it. `record` may be filled inside the block; it becomes the
         manifest's `record`. A broken entry under the same key is replaced.
         """
-        temporary = self.root / ".temp"
-        temporary.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=temporary, prefix=f"{key}-"))
-        try:
+        with new_folder(self.path(key), within=self.root / TEMPORARY) as folder:
             yield folder
             manifest = {
                 "key": key,
@@ -120,12 +151,6 @@ class Store:
                 "record": record or {},
             }
             write_json(folder / MANIFEST, manifest)
-            folder.chmod(0o755)  # mkdtemp makes it private
-            shutil.rmtree(self.path(key), ignore_errors=True)
-            os.replace(folder, self.path(key))
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
         shutil.rmtree(self._work(key), ignore_errors=True)
 
     def work(self, key: str) -> Path:

@@ -1,44 +1,56 @@
-"""Numbers as people write and read them: sizes, durations, progress, metrics."""
+"""Sizes, durations, progress and metrics as text, and sizes read from text."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from compose.errors import UserError
 
+Progress = Callable[[int, int, str], None]
+"""Called with (parts done, parts in all, note) while work goes on; parts may be bytes."""
+
 BYTES_FROM = 1_000_000
-"""No job has so many parts: from here on, they are bytes."""
+"""From this total on, `progress_text` takes the parts of a job for bytes."""
 
-
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 BYTES = ("size", "resident", "peak")
 SHARES = ("saved", "saved-gross", "retained", "accuracy", "agreement", "acceptance")
 """Names in `METRICS` whose values are bytes, and those whose values are 0 to 1."""
 
+_SIZE = re.compile(r"\s*\d*\.?\d+\s*([kmgt]i?)?b?\s*", re.IGNORECASE)  # ByteSize takes 1.2.3MB
 
-def parse_bytes(text: str) -> float:
+
+def parse_bytes(text: str) -> int:
     """A size such as 90MB, 1.5 GiB or 120000000, in bytes.
 
     Raises:
-        UserError: it is none.
+        UserError: the text is not a size.
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmg]?i?)b?\s*", text.lower())
-    if match is None or match[2] not in UNITS:
-        raise UserError(f"{text!r} is no size", fix="write it as 120000000, 90MB or 1.5GiB")
-    return float(match[1]) * UNITS[match[2]]
+    try:
+        if _SIZE.fullmatch(text):
+            return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        pass
+    raise UserError(f"{text!r} is not a size", fix="write it as 120000000, 90MB or 1.5GiB")
 
 
-def count(done: int, total: int) -> str:
-    """How far a job is: nothing for a job of one part, megabytes for what counts bytes."""
+def progress_text(done: int, total: int) -> str:
+    """How far a job is: nothing for a job of one part, sizes where the parts are bytes.
+
+    >>> progress_text(3, 9)
+    '3/9'
+    """
     if total >= BYTES_FROM:
-        return f"{done / 1e6:.0f}/{total / 1e6:.0f} MB"
+        return f"{bytes_text(done)} of {bytes_text(total)}"
     return f"{done}/{total}" if total > 1 else ""
 
 
-def span(seconds: float) -> str:
-    """A duration for people: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min.
+def duration_text(seconds: float) -> str:
+    """A duration as text: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min.
 
-    >>> span(185)
+    >>> duration_text(185)
     '3 min 05 s'
     """
     if seconds < 10:
@@ -52,16 +64,16 @@ def span(seconds: float) -> str:
 
 
 def bytes_text(size: float) -> str:
-    """A size for people, in decimal units.
+    """A size as text, in decimal units.
 
     >>> bytes_text(269_060_552)
     '269.1 MB'
     """
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return ByteSize(round(size)).human_readable(decimal=True, separator=" ")
 
 
 def metric_text(name: str, value: float | None) -> str:
-    """The value of a metric for people; a dash when there is none.
+    """The value of a metric as text; a dash where there is none.
 
     >>> metric_text("agreement", 0.954)
     '95.4 %'

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gateskip.checkpoint import load
-    from gateskip.decoding.decoder import Decoder, Generation
+    from gateskip.decoding.decoder import Decoder
     from gateskip.decoding.hf_generate import custom_generate
     from gateskip.decoding.sampling import Sampler
+    from gateskip.decoding.stats import Generation
 
 __all__ = ["Decoder", "Generation", "Sampler", "custom_generate", "load"]
 
 
 _HOMES = {
     "Decoder": "decoding.decoder",
-    "Generation": "decoding.decoder",
+    "Generation": "decoding.stats",
     "Sampler": "decoding.sampling",
     "custom_generate": "decoding.hf_generate",
     "load": "checkpoint",

@@ -11,18 +11,25 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gateskip.calibration.thresholds import Calibration
+from gateskip.decoding.decoder import Decoder
 from gateskip.gates.base import Gates
 from gateskip.gates.kinds import GATE_KINDS, make_gates
 from gateskip.gates.shortcuts import STORED, Shortcuts
+from gateskip.kernels import autotune
+from gateskip.model.families import UnsupportedModel
 from gateskip.model.folders import load_model
 from gateskip.quantization.head import INT8, head_format, round_head
+from gateskip.quantization.packed_linear import Samples, accelerate_linears, timed_pairs
+from gateskip.runtime.backend import BackendName
+from gateskip.runtime.native import Unsuited
+from gateskip.runtime.skipping import SkippingModel
 
 GATES_FILE = "gates.safetensors"
 META_FILE = "gateskip.json"
@@ -153,53 +160,85 @@ def stored_decode(folder: Path) -> dict[str, Any]:
 def load(
     folder: str | Path,
     dtype: str | torch.dtype = "auto",
-    native: bool = True,
+    backend: BackendName | Literal["auto"] = "auto",
     rounded: bool = True,
-) -> Any:
+    device: str | torch.device = "cpu",
+) -> Decoder:
     """A folder as a `Decoder`: model, gates if there are any, thresholds and tokenizer.
 
     Args:
         folder: a Hugging Face folder, with or without gates.
         dtype: as in `from_pretrained`; "auto" takes what the config says.
-        native: use the compiled kernels and the native engine where they apply; without them
-            torch does everything, which is the reference.
-        rounded: let the engine round activations to 8 bits where weights have 4, as llama.cpp does.
+        backend: what runs the model (runtime/backend.py). "auto" takes `native` where it can run
+            the model and is not slower than the weights' own kernels, which is timed once a
+            machine, and else `gathered`.
+        rounded: let `native` round activations to 8 bits where weights are packed, as llama.cpp
+            does.
+        device: where the model runs; anything but a CPU has `gathered` and `reference` alone.
+
+    Raises:
+        UnsupportedModel: the architecture is not known, or the named backend cannot run the model
+            on this device.
     """
-    from transformers import AutoTokenizer
+    folder, device = Path(folder), torch.device(device)
+    if backend == "native" and device.type != "cpu":
+        raise UnsupportedModel(f"the native backend runs on a CPU, not on {device}")
+    if device.type != "cpu" or backend in ("reference", "gathered"):
+        return _in_torch(folder, dtype, "gathered" if backend == "auto" else backend, device)
+    return _on_cpu(folder, dtype, backend, rounded)
 
-    from gateskip.decoding.decoder import Decoder
-    from gateskip.kernels import autotune
-    from gateskip.quantization.packed_linear import Samples, accelerate_linears, timed_pairs
-    from gateskip.runtime.native import Engine, Unsuited
-    from gateskip.runtime.skipping import SkippingModel
 
-    folder = Path(folder)
-    model = load_model(folder, dtype)
-    file = load_gates(folder)
+def _in_torch(
+    folder: Path, dtype: str | torch.dtype, backend: BackendName, device: torch.device
+) -> Decoder:
+    """A folder whose weights stay as transformers loaded them."""
+    model, file = load_model(folder, dtype), load_gates(folder)
+    if device.type != "cpu" and getattr(model, "hf_quantizer", None) is not None:
+        raise UnsupportedModel(f"packed weights are decoded on a CPU, not on {device}")
+    if head_format(folder) == INT8:
+        round_head(model)
+    model = model.to(device)
+    gates = None if file is None else file.gates.to(device)
+    kv_rule = "project" if file is None else file.kv_rule
+    return _decoder(folder, SkippingModel(model, gates, kv_rule, backend), file)
+
+
+def _on_cpu(
+    folder: Path,
+    dtype: str | torch.dtype,
+    backend: BackendName | Literal["auto"],
+    rounded: bool,
+) -> Decoder:
+    """A folder on compiled kernels, as far as they can run it."""
+    model, file = load_model(folder, dtype), load_gates(folder)
     samples: Samples = {}
-    kernels = accelerate_linears(model, samples) if native else {}
+    kernels = accelerate_linears(model, samples)
     if head_format(folder) == INT8:
         round_head(model)
     gates, kv_rule = (file.gates, file.kv_rule) if file else (None, "project")
-    skipping, unsuited = SkippingModel(model, gates, kv_rule), None
-    times: autotune.Times = {}
-    if native:
-        try:
-            skipping.engine = Engine(model, gates, kv_rule, rounded)
-        except Unsuited as error:
-            unsuited = str(error)
-            warnings.warn(f"{folder.name} decodes in torch, slower: {error}", stacklevel=2)
-        times = autotune.kernel_times(timed_pairs(samples, skipping.engine))
-    if autotune.own_are_faster(times):
-        decoder = load(folder, dtype, native=False)
-        decoder.kernel_times, decoder.unsuited = times, "the weights' own kernels are faster here"
+    fallback = None
+    try:
+        skipping = SkippingModel(model, gates, kv_rule, "native", rounded)
+    except Unsuited as error:
+        if backend == "native":
+            raise
+        fallback = str(error)
+        warnings.warn(f"{folder.name} decodes in torch, slower: {error}", stacklevel=3)
+        skipping = SkippingModel(model, gates, kv_rule, "gathered")
+    times = autotune.kernel_times(timed_pairs(samples, skipping.engine))
+    if backend == "auto" and autotune.own_are_faster(times):
+        decoder = _in_torch(folder, dtype, "gathered", torch.device("cpu"))
+        decoder.kernel_times = times
+        decoder.fallback = "the weights' own kernels are faster here"
         return decoder
-    return Decoder(
-        skipping,
-        AutoTokenizer.from_pretrained(folder),
-        file.grid if file else {},
-        defaults=stored_decode(folder),
-        kernels=kernels,
-        kernel_times=times,
-        unsuited=unsuited,
-    )
+    decoder = _decoder(folder, skipping, file)
+    decoder.kernels, decoder.kernel_times, decoder.fallback = kernels, times, fallback
+    return decoder
+
+
+def _decoder(folder: Path, skipping: SkippingModel, file: GateFile | None) -> Decoder:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    grid = file.grid if file else {}
+    return Decoder(skipping, tokenizer, grid, defaults=stored_decode(folder))

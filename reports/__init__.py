@@ -1,4 +1,4 @@
-"""Results of a run made readable: tables, Pareto fronts and pictures, as HTML and as Markdown."""
+"""Reports of a run: tables, Pareto fronts and pictures, as HTML and as Markdown."""
 
 from __future__ import annotations
 

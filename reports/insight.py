@@ -1,4 +1,4 @@
-"""A page that colours a text's tokens by how much compute each of them got."""
+"""The token heat map: a page that colours a text's tokens by the compute that each of them got."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
-def to_html(found: dict[str, Any], name: str) -> str:
-    """The page, which needs nothing else. `found` is what `gateskip insight --json` prints."""
-    shares = [token["compute"] for token in found["tokens"]]
+def to_html(insight: dict[str, Any], name: str) -> str:
+    """The page, which needs no other file. `insight` is what `gateskip insight --json` prints."""
+    shares = [token["compute"] for token in insight["tokens"]]
     environment = Environment(
         loader=PackageLoader("reports"), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("insight.html.j2").render(
         name=name,
-        budget=found["budget"],
-        tokens=[token | {"heat": heat(token["compute"], shares)} for token in found["tokens"]],
-        kinds=found["summary"]["kinds"],
+        budget=insight["budget"],
+        tokens=[
+            token | {"intensity": intensity(token["compute"], shares)}
+            for token in insight["tokens"]
+        ],
+        kinds=insight["summary"]["kinds"],
         low=min(shares),
         high=max(shares),
         mean=sum(shares) / len(shares),
     )
 
 
-def heat(share: float, shares: Sequence[float]) -> float:
-    """Where a share lies between the least and the most of its text, 0 to 1."""
+def intensity(share: float, shares: Sequence[float]) -> float:
+    """A token's place in the colour scale: 0 for its text's least share, 1 for the largest."""
     low, high = min(shares), max(shares)
     return (share - low) / (high - low) if high > low else 1.0

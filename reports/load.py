@@ -9,7 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from compose.results.schema import METRICS, CellResult, Results, StepInfo, load_results, metrics
+from compose.results.io import load_results
+from compose.results.metrics import METRICS, metrics
+from compose.results.parts import StepInfo
+from compose.results.schema import CellResult, Results
 
 KEEPS = 0.95
 """The share of the dense model's quality that the summary asks of a cell."""
@@ -149,7 +152,7 @@ class Report:
                 "Fastest lossless speculation",
                 lossless,
                 "decode",
-                "No speculative cell was found lossless.",
+                "No speculative cell was lossless.",
             ),
         )
 
@@ -219,7 +222,7 @@ def _best(aim: str, rows: Sequence[Row], metric: str, otherwise: str) -> Best:
 
 
 def _top(rows: Sequence[Row], metric: str) -> Row | None:
-    """The best row by `metric`; equal ones are told apart by what they keep, then by speed."""
+    """The best row by `metric`; ties are broken by quality retained, then by speed."""
 
     def rank(row: Row) -> tuple[float, float, float]:
         first = METRICS[metric].rank(row.values[metric])

@@ -19,7 +19,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from reports import plots, tables
+from compose.results.metrics import gain, retained_basis
+from reports import columns, numbers, plots, tables
 from reports.load import KEEPS, Report, Row, read
 
 PICTURES = "report-files"
@@ -72,7 +73,7 @@ def to_html(report: Report, drawn: dict[str, plots.Picture]) -> str:
         style=Markup(_asset("style.css")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
-        signs=tables.SIGNS,
+        signs=columns.SIGNS,
     )
 
 
@@ -96,14 +97,14 @@ def _environment(*, autoescape: bool) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "number": tables.number,
-        "count": tables.count,
-        "percent": tables.percent,
-        "ratio": tables.ratio,
-        "times": tables.times,
-        "size": tables.size_text,
-        "duration": tables.duration,
-        "divergence": tables.divergence,
+        "number": numbers.number,
+        "count": numbers.count,
+        "percent": numbers.percent,
+        "ratio": numbers.ratio,
+        "times": numbers.times,
+        "size": numbers.size_text,
+        "duration": numbers.duration,
+        "divergence": numbers.divergence,
     }
     return environment
 
@@ -116,26 +117,28 @@ def _facts(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
         "quality": tables.quality(report),
         "seeds": tables.seeds(report),
         "speed": tables.speed(report),
+        "arithmetic": tables.arithmetic(report),
         "speculation": tables.speculation(report),
     }
-    columns = {_heading(c): c.help for table in shown.values() for c in table.columns if c.help}
+    helps = {_heading(c): c.help for table in shown.values() for c in table.columns if c.help}
     return {
         "report": report,
         "results": results,
         "subtitle": subtitle(report),
         "counts": counts(report),
         "tables": shown,
-        "columns": columns,
+        "columns": helps,
         "histograms": [(row, h) for row in report.rows if (h := tables.histogram(row)).bars],
         "insight": tables.insight(report),
-        "overlap": tables.overlap(report),
+        "contamination": tables.contamination(report),
         "pictures": drawn,
         "environment": tables.environment(results.environment),
         "notes": [(cell.name, note) for cell in results.cells for note in cell.notes or ()],
-        "gain": lambda metric, row: results.gain(metric, row.cell),
-        "tone": tables.tone,
+        "gain": lambda metric, row: gain(results, metric, row.cell),
+        "tone": columns.tone,
         "keeps": KEEPS,
-        "retained_help": tables.retained_help(report),
+        "retained_basis": retained_basis(results),
+        "retained_help": columns.retained_help(report),
     }
 
 
@@ -159,7 +162,7 @@ def subtitle(report: Report) -> list[str]:
         env.get("accelerator") or env.get("processor"),
         None if threads is None else f"{threads} thread{'' if threads == 1 else 's'}",
         _day(env.get("date")),
-        None if results.seconds is None else f"took {tables.duration(results.seconds)}",
+        None if results.seconds is None else f"took {numbers.duration(results.seconds)}",
     ]
     return [str(part) for part in parts if part]
 
@@ -202,7 +205,7 @@ def fenced(text: str, language: str = "") -> Raw:
     return Raw(f"{fence}{language}\n{text.rstrip()}\n{fence}")
 
 
-def markdown_table(table: tables.Table) -> Raw:
+def markdown_table(table: columns.Table) -> Raw:
     """A pipe table: number and name of the cell, then the columns."""
     heads = ["#", "cell", *(escape_markdown(_heading(column)) for column in table.columns)]
     lines = [_pipes(heads), _pipes(["---:", ":---", *["---:"] * len(table.columns)])]
@@ -216,11 +219,11 @@ def _identity(row: Row) -> list[str]:
     return [str(row.number), f"**{name}**" if row.is_baseline else name]
 
 
-def _entry(entry: tables.Entry) -> str:
+def _entry(entry: columns.Entry) -> str:
     return escape_markdown(f"{entry.text} ({entry.note})" if entry.note else entry.text)
 
 
-def _heading(column: tables.Column) -> str:
+def _heading(column: columns.Column) -> str:
     return f"{column.head} ({column.unit})" if column.unit else column.head
 
 
@@ -230,7 +233,7 @@ def _pipes(parts: list[str]) -> str:
 
 def _bars(histogram: tables.Histogram) -> Raw:
     """A histogram in text: `length: rounds`."""
-    return Raw(" · ".join(f"{n}:{tables.THIN}{count}" for n, count, _ in histogram.bars))
+    return Raw(" · ".join(f"{n}:{numbers.THIN}{count}" for n, count, _ in histogram.bars))
 
 
 # --- files ---------------------------------------------------------------------------------------

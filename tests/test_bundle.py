@@ -77,7 +77,7 @@ def test_it_decodes_as_we_do(folder: Path, tmp_path: Path) -> None:
         env=os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    decoder = gateskip.load(folder, native=False)
+    decoder = gateskip.load(folder, backend="gathered")
     theirs = [json.loads(line) for line in done.stdout.splitlines()]
     for settings, found in zip(asked, theirs, strict=True):
         own: dict[str, Any] = settings or decoder.defaults
@@ -93,7 +93,7 @@ def test_dotted_names_become_one_folder(tmp_path: Path, monkeypatch: pytest.Monk
     package = tmp_path / "gateskip"
     (package / "runtime" / "kernels").mkdir(parents=True)
     (package / "runtime" / "cache.py").write_text(
-        "from gateskip.runtime.kernels import build\n"
+        "from gateskip.runtime.kernels import abi as layout, build\n"
         "def f():\n    from gateskip.runtime.kernels.abi import (\n        Step,\n    )\n"
     )
     (package / "runtime" / "kernels" / "build.py").write_text("import os\n")
@@ -103,6 +103,7 @@ def test_dotted_names_become_one_folder(tmp_path: Path, monkeypatch: pytest.Monk
     carried = {bundle.flat_name(name): bundle._relative(text) for name, text in sources().items()}
     assert carried == {
         "gateskip_runtime_cache": (
+            "from . import gateskip_runtime_kernels_abi as layout\n"
             "from . import gateskip_runtime_kernels_build as build\n"
             "def f():\n    from .gateskip_runtime_kernels_abi import (\n        Step,\n    )\n"
         ),

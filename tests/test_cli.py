@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 from compose.cli import app
 from compose.errors import StepError, UserError
 from compose.language.schema import Pipeline
-from compose.planning.plan import make_plan
+from compose.planning.planner import make_plan
 from compose.planning.prepare import load_plan
-from compose.results.schema import CellResult, Results, save_results
+from compose.results.io import save_results
+from compose.results.schema import CellResult, Results
 from compose.store import write_json
 from compose.terminal.doctor import Finding
-from compose.units import bytes_text, count, metric_text, parse_bytes, span
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = """\
@@ -191,7 +191,7 @@ def test_pick_finds_the_best_under_constraints(finished: Path) -> None:
     assert "drop" in out
 
 
-def test_pick_says_which_constraint_left_nothing(finished: Path) -> None:
+def test_pick_names_the_constraint_that_left_nothing(finished: Path) -> None:
     code, _, err = call("pick", finished, "--max-bytes", "5")
     assert code == 2
     assert "nf4" in err
@@ -260,29 +260,9 @@ def test_an_unknown_executor_or_cell_is_the_users_mistake(file: Path, tmp_path: 
     assert "no cell is named 'gatez'" in err
 
 
-@pytest.mark.parametrize(
-    ("text", "size"), [("1200", 1200), ("90MB", 9e7), ("1.5 GiB", 1.5 * 2**30), ("2k", 2000)]
-)
-def test_sizes(text: str, size: float) -> None:
-    assert parse_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "MB", "1.2.3MB", "5 tons", "-4"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UserError):
-        parse_bytes(text)
-
-
-def test_numbers_for_people() -> None:
-    assert [span(s) for s in (0.4, 12, 185, 7800)] == ["0.4 s", "12 s", "3 min 05 s", "2 h 10 min"]
-    assert [count(*c) for c in ((1, 1), (3, 9), (5e6, 90e6))] == ["", "3/9", "5/90 MB"]
-    assert [bytes_text(size) for size in (5e5, 1.5e9)] == ["0.5 MB", "1.50 GB"]
-    shown = [metric_text(*m) for m in (("agreement", 0.5), ("size", 1e6), ("perplexity", 12.3456))]
-    assert shown == ["50.0 %", "1.0 MB", "12.35"]
-    assert metric_text("kl", None) == "–"
-
-
-def test_doctor_says_what_is_missing_and_how_to_mend_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_shows_what_is_missing_and_how_to_put_it_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     findings = [Finding("python", "ok", "3.12"), Finding("gptqmodel", "missing", "no", "pip it")]
     monkeypatch.setattr("compose.terminal.doctor.examine", lambda: findings)
     code, out, _ = call("doctor")
@@ -294,6 +274,15 @@ def test_doctor_says_what_is_missing_and_how_to_mend_it(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
+def test_doctor_shows_why_there_are_no_compiled_kernels() -> None:
+    from compose.terminal.doctor import _accelerator, _kernels
+
+    finding = _kernels({"kernels": {"error": "g++: error: unknown flag"}})
+    assert finding.status == "note" and finding.detail == "g++: error: unknown flag"
+    assert "gathered" in str(finding.fix)
+    assert "packed weights do not" in str(_accelerator({"gpu": "A card"}).fix)
+
+
 def test_doctor_looks_at_this_machine() -> None:
     code, out, err = call("doctor")
     for name in ("python", "threads", "memory", "disk", "compiler", "torch", "GPU", "cache"):
@@ -329,8 +318,8 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "gguf": ["--to", "--type", "folder"],
         "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
         "bench": [
-            *("--against", "--batch", "--contender", "--context", "--limit", "--new-tokens"),
-            *("--prompts", "--repeats", "folder"),
+            *("--against", "--batch", "--context", "--limit", "--new-tokens"),
+            *("--prompts", "--repeats", "--system", "folder"),
         ],
         "tune-draft": ["--limit", "--new-tokens", "--prompts", "--repeats", "--write", "folder"],
         "insight": ["--budget", "--html", "--json", "--text", "folder"],

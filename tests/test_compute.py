@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compose.bench.cell import dense_work
+from compose.bench.footprint import dense_work
 from compose.stages.prune.edit import keep_layers
 from gateskip.decoding.decoder import Decoder
 from gateskip.gates.kinds import make_gates

@@ -14,7 +14,7 @@ from gateskip.calibration.thresholds import calibrate
 from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import GateFile, grid_of, load_gates, save_gates
 from gateskip.decoding.decoder import Decoder
-from gateskip.decoding.draft_length import Pace
+from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.drafting import look_up
 from gateskip.decoding.sampling import Sampler
 from gateskip.gates.kinds import make_gates
@@ -269,11 +269,11 @@ def test_gates_survive_the_disk(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(second.gates.weight, first.gates.weight)
 
 
-class TestPace:
+class TestDraftLengthController:
     """The draft length follows what drafting is measured to cost and to bring."""
 
     def run(self, draft_s: float, row_s: float, accepts: float, rounds: int = 300) -> list[int]:
-        pace, tried, generator = Pace(), [], torch.Generator().manual_seed(0)
+        pace, tried, generator = DraftLengthController(), [], torch.Generator().manual_seed(0)
         for _ in range(rounds):
             k = pace.draft_length()
             tried.append(k)
@@ -292,7 +292,7 @@ class TestPace:
 
     def test_a_machine_that_changes_is_noticed(self) -> None:
         """Drafts that paid while plain steps were slow stop when those are fast again."""
-        pace = Pace()
+        pace = DraftLengthController()
         for _ in range(100):
             k = pace.draft_length()
             pace.observe(k, [k] if k else [], k * 0.3, 1.0)

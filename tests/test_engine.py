@@ -13,7 +13,7 @@ import torch
 import gateskip
 from gateskip.gates.kinds import make_gates
 from gateskip.gates.shortcuts import Shortcuts
-from gateskip.kernels import build as native
+from gateskip.kernels import ops
 from gateskip.model.families import find_branches
 from gateskip.model.folders import load_model
 from gateskip.model.gating import NEVER_SKIP
@@ -23,7 +23,7 @@ from gateskip.runtime.skipping import SkippingModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 pytestmark = pytest.mark.skipif(
-    native.library() is None or not hasattr(native.library(), "gateskip_step"),
+    not ops.has_decoder(),
     reason="no native engine here",
 )
 
@@ -48,8 +48,8 @@ def pair(model: Any, rule: str, rank: int = 6) -> tuple[SkippingModel, SkippingM
         gates.shortcuts = Shortcuts(branches, model.config.hidden_size, rank)
         for part in gates.shortcuts.requires_grad_(False).parameters():
             part.normal_(std=0.05)
-    plain, fast = SkippingModel(model, gates, rule), SkippingModel(model, gates, rule)
-    fast.engine = Engine(model, gates, rule)
+    plain = SkippingModel(model, gates, rule)
+    fast = SkippingModel(model, gates, rule, "native", rounded=False)
     return plain, fast, [NEVER_SKIP] + [5.0] * (branches - 1)
 
 
@@ -67,8 +67,9 @@ def test_a_batch_decodes_as_in_torch(
         model.forward(ids, cache, [0] * 3, levels, lengths)
     for step in range(15):
         starts, following = [length + step for length in lengths], tokens(3, 1, step)
-        wanted = plain.forward(following, caches[0], starts, levels)
-        found = fast.forward(following, caches[1], starts, levels)
+        ids, rows = following.tolist(), range(3)
+        wanted = plain.decode(ids, caches[0], rows, starts, levels)
+        found = fast.decode(ids, caches[1], rows, starts, levels)
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
         torch.testing.assert_close(fast.head(found), plain.head(wanted), atol=1e-4, rtol=0)
     assert fast.usage == plain.usage
@@ -88,10 +89,10 @@ def test_rows_are_the_same_bits_together_and_alone(
         together, alone = fast.new_cache(1, 64), fast.new_cache(1, 64)
         for cache in (together, alone):
             fast.forward(ids[:, :20], cache, [0], levels)
-        verified = fast.forward(ids[:, 20:], together, [20])
-        steps = [fast.forward(ids[:, i : i + 1], alone, [i]) for i in range(20, 30)]
-        assert torch.equal(verified, torch.cat(steps, 1))
-        assert torch.equal(fast.head(verified)[:, 3:4], fast.head(steps[3]))
+        verified = fast.decode(ids[:, 20:].tolist(), together, [0], [20])
+        steps = [fast.decode(ids[:, i : i + 1].tolist(), alone, [0], [i]) for i in range(20, 30)]
+        assert torch.equal(verified, torch.cat(steps))
+        assert torch.equal(fast.head(verified)[3:4], fast.head(steps[3]))
     finally:
         torch.set_num_threads(before)
 
@@ -107,18 +108,18 @@ def test_packed_weights(tiny_llama: Path, form: str, rounded: bool) -> None:
             for name, linear in list(part.named_children()):
                 if isinstance(linear, torch.nn.Linear):
                     setattr(part, name, packed(linear, form, generator))
-    plain, fast = SkippingModel(model), SkippingModel(model)
-    fast.engine = Engine(model, None, rounded=rounded)
+    plain, fast = SkippingModel(model), SkippingModel(model, None, "project", "native", rounded)
     caches = plain.new_cache(1, 40), fast.new_cache(1, 40)
     for each, cache in zip((plain, fast), caches, strict=True):
         each.forward(tokens(1, 20), cache, [0])
-    wanted = plain.forward(tokens(1, 12, 5), caches[0], [20])
-    found = fast.forward(tokens(1, 12, 5), caches[1], [20])
+    following = tokens(1, 12, 5).tolist()
+    wanted = plain.decode(following, caches[0], [0], [20])
+    found = fast.decode(following, caches[1], [0], [20])
     error = float((found - wanted).norm() / wanted.norm())
     assert error < (0.06 if rounded else 1e-5)
     logits = fast.head(found), plain.head(found)
     assert float((logits[0] - logits[1]).norm() / logits[1].norm()) < (0.06 if rounded else 1e-5)
-    assert torch.equal(fast.forward(tokens(1, 12, 5)[:, :1], caches[1], [20]), found[:, :1])
+    assert torch.equal(fast.decode([following[0][:1]], caches[1], [0], [20]), found[:1])
 
 
 def packed(linear: torch.nn.Linear, form: str, generator: torch.Generator) -> PackedLinear:
@@ -145,9 +146,12 @@ def test_what_it_cannot_run_stays_in_torch(make_tiny: Callable[..., Path]) -> No
         Engine(load_model(make_tiny("llama"), "float16"), None)
     with pytest.warns(UserWarning, match="decodes in torch, slower: architecture gemma2"):
         decoder = gateskip.load(make_tiny("gemma2"))
-    assert decoder.skipping.engine is None and "gemma2" in str(decoder.unsuited)
-    assert gateskip.load(make_tiny("llama")).skipping.engine is not None
-    assert gateskip.load(make_tiny("llama"), native=False).skipping.engine is None
+    assert decoder.backend == "gathered" and "gemma2" in str(decoder.fallback)
+    assert gateskip.load(make_tiny("llama")).backend == "native"
+    with pytest.raises(Unsuited, match="gemma2"):
+        gateskip.load(make_tiny("gemma2"), backend="native")
+    for name in ("gathered", "reference"):
+        assert gateskip.load(make_tiny("llama"), backend=name).backend == name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,12 +168,13 @@ def test_bfloat16_weights_and_cache(
     for each in (exact, rough, fast):
         cache = each.new_cache(1, 64)
         each.forward(ids, cache, [0])
-        found.append(each.forward(following, cache, [30], levels).float())
+        found.append(each.decode(following.tolist(), cache, [0], [30], levels).float())
     size = found[0].norm()
     assert float((found[2] - found[0]).norm() / size) < 0.05
     assert (found[2] - found[0]).norm() <= 1.1 * (found[1] - found[0]).norm()
     alone = fast.new_cache(1, 64)
     fast.forward(ids, alone, [0])
-    steps = [fast.forward(following[:, i : i + 1], alone, [30 + i], levels) for i in range(12)]
-    assert torch.equal(found[2], torch.cat(steps, 1))
-    assert torch.equal(fast.head(found[2])[:, 3:4], fast.head(steps[3]))
+    ids = following[0].tolist()
+    steps = [fast.decode([[ids[i]]], alone, [0], [30 + i], levels) for i in range(12)]
+    assert torch.equal(found[2], torch.cat(steps))
+    assert torch.equal(fast.head(found[2])[3:4], fast.head(steps[3]))

@@ -1,4 +1,4 @@
-"""The exception tree: what a message says, what context adds, and what names are suggested."""
+"""The exception tree: messages, the place that context adds, and suggested names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_message_names_place_roles_and_fix() -> None:
         ({"line": 3}, "no"),
     ],
 )
-def test_message_says_only_what_is_known(where: dict[str, object], text: str) -> None:
+def test_message_has_only_what_is_known(where: dict[str, object], text: str) -> None:
     assert str(ComposeError("no", **where)) == text  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Workers as processes: their words, their noise, and that none of them outlives its parent."""
+"""Workers as processes: messages, logs, and that none of them outlives its parent."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import pytest
 
 from compose.errors import ArtifactError, StepError, UserError
-from compose.execution import executors
-from compose.execution.executors import (
-    LocalExecutor,
-    LocalRemote,
-    Remote,
+from compose.execution import worker_process
+from compose.execution.executors import LocalExecutor, make_executor
+from compose.execution.messages import Role
+from compose.execution.worker_process import (
+    LocalWorker,
+    Worker,
     ask_once,
     await_answer,
-    make_executor,
     worker_environment,
 )
 from compose.store import write_json
+from compose.workers.main import ROLES
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -49,56 +51,56 @@ def alive(pid: int) -> bool:
         return False
 
 
-def idle_cell(folder: Path) -> LocalRemote:
+def idle_cell(folder: Path) -> LocalWorker:
     """A worker of role `cell`: it imports nothing heavy and waits for commands."""
     job = folder / "job.json"
     write_json(job, {"name": "dense"})
-    remote = LocalExecutor(threads=3).start("cell", job, folder / "logs" / "cell.log")
-    assert isinstance(remote, LocalRemote)
-    return remote
+    worker = LocalExecutor(threads=3).start("cell", job, folder / "logs" / "cell.log")
+    assert isinstance(worker, LocalWorker)
+    return worker
 
 
-def group_of(remote: LocalRemote) -> list[int]:
+def group_of(worker: LocalWorker) -> list[int]:
     """The worker's processes: itself and its guard."""
-    leader = remote.process.pid
+    leader = worker.process.pid
     assert soon(lambda: len(psutil.Process(leader).children()) == 1)
     return [leader, *(child.pid for child in psutil.Process(leader).children())]
 
 
 def test_an_answer_is_data_and_so_is_an_error(tmp_path: Path) -> None:
-    remote = idle_cell(tmp_path)
-    remote.send({"do": "speed", "round": 0, "batch": 1})
-    message = remote.receive()
+    worker = idle_cell(tmp_path)
+    worker.send({"do": "speed", "round": 0, "batch": 1})
+    message = worker.receive()
     assert not message["ok"]
     assert "before it was loaded" in message["error"]
     assert message["kind"] == "StepError"
     assert "Traceback" in message["traceback"]
-    remote.send({"do": "quit"})
+    worker.send({"do": "quit"})
     with pytest.raises(StepError, match="exit code 0"):
-        remote.receive()
-    remote.stop()
+        worker.receive()
+    worker.stop()
 
 
-def test_stop_ends_the_whole_group_and_may_be_said_twice(tmp_path: Path) -> None:
-    remote = idle_cell(tmp_path)
-    pids = group_of(remote)
-    remote.stop()
-    remote.stop()
+def test_stop_ends_the_whole_group_and_may_be_called_twice(tmp_path: Path) -> None:
+    worker = idle_cell(tmp_path)
+    pids = group_of(worker)
+    worker.stop()
+    worker.stop()
     assert soon(lambda: not any(map(alive, pids)))
-    remote.send({"do": "load"})  # to a dead worker: no error
+    worker.send({"do": "load"})  # to a dead worker: no error
     with pytest.raises(StepError):
-        remote.receive()
+        worker.receive()
 
 
-def test_a_killed_worker_is_told_with_its_signal_and_the_end_of_its_log(tmp_path: Path) -> None:
+def test_the_error_of_a_killed_worker_has_its_signal_and_the_end_of_its_log(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "cell.log").write_text("from an earlier run\n")
-    remote = idle_cell(tmp_path)
-    pids = group_of(remote)
+    worker = idle_cell(tmp_path)
+    pids = group_of(worker)
     assert soon(lambda: "--- cell" in (tmp_path / "logs" / "cell.log").read_text())
     os.kill(pids[0], signal.SIGKILL)
     with pytest.raises(StepError) as caught:
-        remote.receive()
+        worker.receive()
     message = str(caught.value)
     assert "SIGKILL" in message
     assert "memory" in message
@@ -110,15 +112,14 @@ def test_a_killed_worker_is_told_with_its_signal_and_the_end_of_its_log(tmp_path
 PARENT = """
 import sys, time
 from pathlib import Path
-from compose.execution import executors
 from compose.store import write_json
 from compose.execution.executors import LocalExecutor
 folder = Path(sys.argv[1])
 write_json(folder / "job.json", {"name": "dense"})
-remote = LocalExecutor().start("cell", folder / "job.json", folder / "cell.log")
-remote.send({"do": "speed", "round": 0, "batch": 1})
-remote.receive()
-print(remote.process.pid, flush=True)
+worker = LocalExecutor().start("cell", folder / "job.json", folder / "cell.log")
+worker.send({"do": "speed", "round": 0, "batch": 1})
+worker.receive()
+print(worker.process.pid, flush=True)
 time.sleep(600)
 """
 
@@ -143,7 +144,8 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
 # What a stage may do: start a program, fork a child that keeps every pipe open, then block.
 FAMILY = """
 import os, subprocess, sys, time
-from compose.workers.main import Channel, die_with_parent
+from compose.workers.lifetime import die_with_parent
+from compose.workers.protocol import Channel
 if sys.argv[1] == "without":
     import ctypes  # the guard alone, as where the kernel offers nothing
     ctypes.CDLL = lambda *a, **k: type("none", (), {"prctl": staticmethod(lambda *a: 0)})
@@ -182,18 +184,18 @@ def test_a_worker_that_died_beside_a_forked_child_does_not_keep_us_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = [sys.executable, "-c", FAMILY, "with"]
-    monkeypatch.setattr(executors, "worker_command", lambda role, job: family)
-    remote = idle_cell(tmp_path)
-    pids = remote.receive()["pids"]
+    monkeypatch.setattr(worker_process, "worker_command", lambda role, job: family)
+    worker = idle_cell(tmp_path)
+    pids = worker.receive()["pids"]
     os.kill(pids[0], signal.SIGKILL)  # the forked child still holds the pipe open
     with pytest.raises(StepError, match="SIGKILL"):
-        remote.receive()
+        worker.receive()
     assert soon(lambda: not any(map(alive, pids)))
 
 
-NOISY = """
+PRINTING = """
 import os, sys
-from compose.workers.main import Channel
+from compose.workers.protocol import Channel
 channel = Channel()
 print("from Python")
 os.system("echo from a program")
@@ -204,9 +206,9 @@ channel.send({"commands": [command["n"] for command in channel.receive()]})
 """
 
 
-def test_noise_goes_to_the_log_and_words_to_the_pipe() -> None:
+def test_what_libraries_print_goes_to_the_log_and_messages_go_to_the_pipe() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", NOISY],
+        [sys.executable, "-c", PRINTING],
         input='{"n": 1}\n{"n": 2}\n',
         capture_output=True,
         text=True,
@@ -214,8 +216,8 @@ def test_noise_goes_to_the_log_and_words_to_the_pipe() -> None:
         check=True,
     )
     assert json.loads(done.stdout) == {"commands": [1, 2]}
-    for said in ("from Python", "from a program", "from C", "to stderr"):
-        assert said in done.stderr
+    for printed in ("from Python", "from a program", "from C", "to stderr"):
+        assert printed in done.stderr
 
 
 def test_the_environment_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,14 +236,14 @@ def test_a_folder_named_compose_where_the_user_stands_does_no_harm(
     (tmp_path / "compose").mkdir()
     (tmp_path / "compose" / "__init__.py").write_text("raise SystemExit('the wrong package')")
     monkeypatch.chdir(tmp_path)
-    remote = idle_cell(tmp_path / "run")
-    remote.send({"do": "speed"})
-    assert not remote.receive()["ok"]
-    remote.stop()
+    worker = idle_cell(tmp_path / "run")
+    worker.send({"do": "speed"})
+    assert not worker.receive()["ok"]
+    worker.stop()
 
 
 def test_a_worker_raises_here_what_it_raised_there() -> None:
-    class Spoken(Remote):
+    class Scripted(Worker):
         def __init__(self, *messages: dict[str, object]) -> None:
             self.messages = list(messages)
 
@@ -252,16 +254,20 @@ def test_a_worker_raises_here_what_it_raised_there() -> None:
 
         def stop(self) -> None: ...
 
-    heard: list[dict[str, object]] = []
-    spoken = Spoken({"progress": [1, 2, ""]}, {"ok": True, "result": 7})
-    assert await_answer(spoken, heard.append) == 7
-    assert heard == [{"progress": [1, 2, ""]}]
+    progress: list[dict[str, object]] = []
+    worker = Scripted({"progress": [1, 2, ""]}, {"ok": True, "result": 7})
+    assert await_answer(worker, progress.append) == 7
+    assert progress == [{"progress": [1, 2, ""]}]
     refusal = {"ok": False, "error": "no such folder", "traceback": "Traceback ..."}
     with pytest.raises(ArtifactError, match="no such folder"):
-        await_answer(Spoken({**refusal, "kind": "ArtifactError"}))
+        await_answer(Scripted({**refusal, "kind": "ArtifactError"}))
     with pytest.raises(StepError) as caught:
-        await_answer(Spoken({**refusal, "kind": "SomethingElse"}))
+        await_answer(Scripted({**refusal, "kind": "SomethingElse"}))
     assert caught.value.__notes__ == ["Traceback ..."]
+
+
+def test_every_role_is_served() -> None:
+    assert {*ROLES, "cell"} == set(get_args(Role))
 
 
 def test_unknown_executors_are_refused() -> None:
@@ -282,14 +288,16 @@ def test_the_same_worker_runs_under_ray(tmp_path: Path) -> None:
     try:
         write_json(tmp_path / "job.json", {"name": "dense"})
         for here in (False, True):
-            remote = executor.start("cell", tmp_path / "job.json", tmp_path / "log", here=here)
-            remote.send({"do": "speed", "round": 0, "batch": 1})
-            assert "before it was loaded" in remote.receive()["error"]
-            remote.send({"do": "quit"})
+            worker = executor.start(
+                "cell", tmp_path / "job.json", tmp_path / "log", on_this_machine=here
+            )
+            worker.send({"do": "speed", "round": 0, "batch": 1})
+            assert "before it was loaded" in worker.receive()["error"]
+            worker.send({"do": "quit"})
             with pytest.raises(StepError, match="exit code 0"):
-                remote.receive()
-            remote.stop()
-            remote.stop()
+                worker.receive()
+            worker.stop()
+            worker.stop()
     finally:
         executor.close()
 

@@ -1,4 +1,4 @@
-"""Exports: what the folder holds, what its card says, and what is never overwritten."""
+"""Exports: the files of the folder, its model card, and what is never overwritten."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from compose.artifacts.folder import lineage, write_lineage
 from compose.errors import StepError, UserError
 from compose.execution.executors import make_executor
-from compose.execution.export import assemble, decode_default, refuse_foreign, verify_spoken
+from compose.execution.export import assemble, decode_default, refuse_foreign, verify_tokens
 from compose.execution.run_folder import RunFolder
 from compose.results.schema import CellResult, Results
 
@@ -83,7 +83,7 @@ def test_a_model_without_gates_drafts_too(tmp_path: Path, source: Path, results:
     assert (target / "custom_generate/generate.py").is_file()
 
 
-def test_the_folder_says_how_it_is_decoded(export: Path, source: Path) -> None:
+def test_the_folder_states_how_it_is_decoded(export: Path, source: Path) -> None:
     settings = json.loads((export / "gateskip.json").read_text())
     assert settings["decode"] == {"mode": "speculate", "draft_budget": 0.5, "draft_length": "auto"}
     assert settings["kind"] == "scalar"
@@ -162,7 +162,7 @@ def test_only_an_earlier_export_is_replaced(export: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_export_says_what_its_source_says(
+def test_the_export_gives_the_tokens_of_its_source(
     make_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Each in a process of its own; another model is another text, from its first token on."""
@@ -171,20 +171,20 @@ def test_the_export_says_what_its_source_says(
     planned = {"weights": "key", "decode": None}
     for folder, same in ((make_tiny("llama"), True), (make_tiny("llama", seed=1), False)):
         if same:
-            verify_spoken(folder, run, planned, make_executor("local", 1))
+            verify_tokens(folder, run, planned, make_executor("local", 1))
         else:
-            with pytest.raises(StepError, match="something else than its source from token 0 on"):
-                verify_spoken(folder, run, planned, make_executor("local", 1))
+            with pytest.raises(StepError, match="other tokens than its source from token 0 on"):
+                verify_tokens(folder, run, planned, make_executor("local", 1))
 
 
 @pytest.mark.slow
-def test_an_export_that_decodes_otherwise_says_something_else(
+def test_an_export_that_is_decoded_in_another_way_gives_other_tokens(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     """Gates that skip at half the compute: the settings that the export states are what it runs."""
     import torch
 
-    from compose.bench.generate import speak
+    from compose.bench.generate import continue_probe
     from gateskip.calibration.thresholds import calibrate
     from gateskip.calibration.warm_start import warm_start
     from gateskip.checkpoint import GateFile, grid_of, save_gates
@@ -198,10 +198,10 @@ def test_an_export_that_decodes_otherwise_says_something_else(
     grid, kept = grid_of(calibrate(model, gates.requires_grad_(False), blocks, (0.5,)))
     decode = {"mode": "skip", "budget": 0.5}
     save_gates(folder, GateFile(gates, "project", grid, kept, sensitivity, decode=decode))
-    said = speak(folder, 32)
-    assert len(said) == 32
-    assert said == speak(folder, 32, decode)
-    plain = speak(folder, 32, {"mode": "plain"})
-    assert said != plain
+    tokens = continue_probe(folder, 32)
+    assert len(tokens) == 32
+    assert tokens == continue_probe(folder, 32, decode)
+    plain = continue_probe(folder, 32, {"mode": "plain"})
+    assert tokens != plain
     auto = {"mode": "speculate", "draft_budget": 0.5, "draft_length": "auto"}
-    assert speak(folder, 32, auto) == plain
+    assert continue_probe(folder, 32, auto) == plain

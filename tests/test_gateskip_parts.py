@@ -249,5 +249,5 @@ def test_a_model_whose_own_kernels_are_faster_decodes_by_them(
     monkeypatch.setattr("gateskip.kernels.autotune.kernel_times", lambda pairs: times)
     decoder = gateskip.load(tiny_llama)
     assert decoder.skipping.engine is None and decoder.kernels == {}
-    assert decoder.kernel_times == times and "own kernels" in str(decoder.unsuited)
+    assert decoder.kernel_times == times and "own kernels" in str(decoder.fallback)
     assert len(decoder.generate([[5, 6, 7]], 4).tokens[0]) == 4

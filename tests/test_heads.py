@@ -30,7 +30,7 @@ def packed(
 def test_it_is_near_and_the_same_everywhere(packed: Path, make_tiny: Callable[..., Path]) -> None:
     assert head_format(packed) == "int8" and head_format(make_tiny("llama")) is None
     full, own = gateskip.load(make_tiny("llama")), gateskip.load(packed)
-    eager = gateskip.load(packed, native=False)
+    eager = gateskip.load(packed, backend="gathered")
     assert own.skipping.engine.rounded and not full.skipping.engine.rounded
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -163,7 +163,7 @@ def test_llama_cpp_says_what_we_say(smollm2: Path, tmp_path: Path) -> None:
     """Where llama-cpp-python is installed: it is an extra, for comparisons only."""
     pytest.importorskip("llama_cpp")
     import gateskip
-    from compose.bench.peers import LlamaCpp
+    from compose.bench.peers.llama_cpp import LlamaCpp
 
     file = tmp_path / "model.gguf"
     write_gguf(smollm2, file, "f16")

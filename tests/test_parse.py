@@ -184,7 +184,7 @@ def test_anchors_and_merge_keys(tmp_path: Path) -> None:
         ("{use: skip, budget: 0.8}", "7", "17:11: stages.skip80: expected a mapping, not 7"),
         ("count: 3", "count: 3, layers: [1]", "11:11: stages.drop3: drop-layers takes either"),
         ("drop3:", "none: ", "11:3: stages.none: 'none' already means something here"),
-        ("drop3:", "a+b: ", "11:3: stages.a+b: 'a+b' is no name"),
+        ("drop3:", "a+b: ", "11:3: stages.a+b: 'a+b' is not a name"),
         ("gptq4, spec]", "gptq5, spec]", "20:34: no stage is named 'gptq5': did you mean 'gptq4'?"),
         ("drop3, [n", "drop4, [n", "22:20: no stage is named 'drop4': did you mean 'drop3'?"),
         ("heal]]", "haal]]", "22:36: no stage is named 'haal': did you mean 'heal'?"),
@@ -205,7 +205,7 @@ def test_anchors_and_merge_keys(tmp_path: Path) -> None:
         ("steps: 300", "init: g.safetensors", "14:43: there is no file 'g.safetensors'"),
     ],
 )
-def test_mistake_is_told_at_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_mistake_is_reported_at_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert refusal(tmp_path, changed(old, new)).startswith(f"p.yaml:{message}")
 
 
@@ -225,7 +225,7 @@ def test_mistake_is_told_at_its_place(tmp_path: Path, old: str, new: str, messag
         ("[a]: 1\n", "p.yaml:1:1: a key is a word"),
         ("<<: 3\n", "p.yaml:1:5: '<<' takes a mapping"),
         ("name: x\nmodel: smollm2\n", "p.yaml:2:8: model: expected a mapping, not 'smollm2'"),
-        ("name: x\nmodel: {source: m}\nmatrix: all\n", "p.yaml:3:9: matrix: 'all' is no matrix"),
+        ("name: x\nmodel: {source: m}\nmatrix: all\n", "p.yaml:3:9: matrix: 'all' is not a matrix"),
         ("name: x\nmodel: {source: m}\nmatrix: {}\n", "p.yaml:3:1: the matrix has no axis"),
     ],
 )
@@ -233,7 +233,7 @@ def test_file_that_is_no_pipeline(tmp_path: Path, text: str, message: str) -> No
     assert refusal(tmp_path, text).startswith(message)
 
 
-def test_first_mistake_is_told_in_full_and_the_others_counted(tmp_path: Path) -> None:
+def test_first_mistake_is_reported_in_full_and_the_others_are_counted(tmp_path: Path) -> None:
     text = (
         changed("steps: 300", "stepz: 1")
         .replace("seed: 0", "seed: x")
@@ -316,7 +316,7 @@ def test_json_schema_describes_every_key() -> None:
 
 def test_language_and_planner_leave_torch_unloaded() -> None:
     code = (
-        "import sys, compose.language.parse, compose.planning.plan, compose.language.schema\n"
+        "import sys, compose.language.parse, compose.planning.planner, compose.language.schema\n"
         "print(sorted({'torch', 'transformers', 'gateskip.gates.learned'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,7 +11,9 @@ import pytest
 from compose.errors import PipelineError, PlanError, RuleBroken
 from compose.language.parse import load_pipeline
 from compose.language.schema import Matrix, Model, Pipeline
-from compose.planning.plan import SOURCE, Cell, Facts, Plan, Step, make_plan
+from compose.planning.keys import InputHashes
+from compose.planning.plan import SOURCE, Cell, Plan, Step
+from compose.planning.planner import make_plan
 from compose.stages.registry import RULES, Bnb, Gate, Gptq, Heal, ModelShape, PruneWidth, Speculate
 
 SHAPE = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, True)
@@ -63,8 +65,8 @@ def gate_pipeline(gate: Gate, *, seed: int = 0) -> Pipeline:
     )
 
 
-def last_key(pipeline: Pipeline, facts: Facts | None = None) -> str:
-    return make_plan(pipeline, SHAPE, facts).steps[-1].key
+def last_key(pipeline: Pipeline, known: InputHashes | None = None) -> str:
+    return make_plan(pipeline, SHAPE, known).steps[-1].key
 
 
 def test_matrix_is_every_combination_that_the_rules_allow(tmp_path: Path) -> None:
@@ -212,7 +214,7 @@ def test_export_of_an_unknown_cell_is_refused(tmp_path: Path) -> None:
     assert message.startswith("p.yaml:18:3: no cell is named 'gates+nf': did you mean 'gates+nf4'?")
 
 
-def test_export_of_a_cell_that_is_left_out_says_why(tmp_path: Path) -> None:
+def test_export_of_a_cell_that_is_left_out_names_the_rule(tmp_path: Path) -> None:
     message = refusal(tmp_path, MATRIX + "export:\n  nf4+spec: {to: out}\n")
     assert message.startswith("p.yaml:18:3: cell 'nf4+spec' is left out: no gate stage")
     assert message.endswith("[rule decode-needs-gates]")
@@ -301,8 +303,8 @@ def test_key_follows_the_content_of_a_file_and_not_its_path(tmp_path: Path) -> N
         file.write_bytes(content)
     first, same, other = (last_key(gate_pipeline(Gate(init=str(file)))) for file in files)
     assert first == same != other
-    told: Facts = {"file_sha256": {str(files[0]): "ff"}}
-    assert last_key(gate_pipeline(Gate(init=str(files[0]))), told) not in (first, other)
+    known: InputHashes = {"file_sha256": {str(files[0]): "ff"}}
+    assert last_key(gate_pipeline(Gate(init=str(files[0]))), known) not in (first, other)
 
 
 def test_key_follows_the_content_of_a_data_file(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from gateskip.model.families import find_branches
 from gateskip.model.folders import load_model
 from gateskip.model.projections import AttentionShape, rotate
 from gateskip.model.reference import attend, causal
-from gateskip.runtime.gathered import EVEN, TOGETHER, _evened, attend_rows, few_sizes, filled
+from gateskip.runtime.attention import attend_padded, attend_rows
 from gateskip.runtime.native import Engine
+from gateskip.runtime.native_backend import NativeBackend
+from gateskip.runtime.sizes import EVEN, TOGETHER, evened, few_sizes, filled
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 16
 
@@ -27,8 +30,9 @@ HEADS, KV_HEADS, WIDTH = 6, 2, 16
 @pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("share", [1.0, 0.4])
 @pytest.mark.parametrize("capacity", [300, 320])
+@pytest.mark.parametrize("function", [attend_rows, attend_padded])
 def test_rows_attend_as_under_a_mask(
-    window: int | None, softcap: float | None, share: float, capacity: int
+    window: int | None, softcap: float | None, share: float, capacity: int, function: Any
 ) -> None:
     torch.manual_seed(0)
     shape = AttentionShape(HEADS, KV_HEADS, WIDTH, WIDTH**-0.5, softcap, window)
@@ -43,7 +47,7 @@ def test_rows_attend_as_under_a_mask(
     counts = keep.sum(1).tolist()
     for more in (0, 5):  # rows that only fill up come last and are left out
         given = torch.cat((gathered, gathered[:more]))
-        found = attend_rows(given, counts, slots[keep], (keys, values), shape)
+        found = function(given, counts, slots[keep], (keys, values), shape)
         expected = wanted.transpose(1, 2).flatten(-2)[keep]
         torch.testing.assert_close(found[: len(gathered)], expected)
         assert not found[len(gathered) :].any()
@@ -58,22 +62,29 @@ def test_rows_are_filled_up_with_the_last(count: int) -> None:
 
 
 @pytest.fixture
-def engine(make_tiny: Callable[..., Path]) -> Engine:
-    return gateskip.load(make_tiny("llama")).skipping.engine
+def backend(make_tiny: Callable[..., Path]) -> NativeBackend:
+    return gateskip.load(make_tiny("llama"), backend="native").skipping.backend
+
+
+@pytest.fixture
+def engine(backend: NativeBackend) -> Engine:
+    return backend.engine
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 50])
 def test_a_native_softmax_is_torchs(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, kind: torch.dtype, window: int | None
+    backend: NativeBackend, kind: torch.dtype, window: int | None
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(engine, "attends", lambda *_: False)
     shape = AttentionShape(HEADS, KV_HEADS, WIDTH, WIDTH**-0.5, None, window)
     slots = torch.tensor([70, 71, 90, 127, 300, 301, 302])
     keys, values = (torch.randn(1, KV_HEADS, 320, WIDTH, dtype=kind) for _ in range(2))
     queries = torch.randn(len(slots), HEADS, WIDTH, dtype=kind)
-    found = [attend_rows(queries, [7], slots, (keys, values), shape, e) for e in (None, engine)]
+    found = [
+        attend_rows(queries, [7], slots, (keys, values), shape, softmax=softmax)
+        for softmax in (None, backend._softmax)
+    ]
     torch.testing.assert_close(*found)
 
 
@@ -95,12 +106,13 @@ def test_native_attention_is_nearer_to_float32_than_torchs(
     counts, places = keep.sum(1).tolist(), slots[keep]
     exact = attend_rows(queries.float(), counts, places, (kv[0].float(), kv[1].float()), shape)
     torchs = attend_rows(queries, counts, places, (kv[0], kv[1]), shape)
-    found = attend_rows(queries, counts, places, (kv[0], kv[1]), shape, engine)
+    found = engine.attend(queries, counts, places, engine.pack((kv[0], kv[1]), 300), shape)
     assert (found - exact).abs().max() < (torchs - exact).abs().max()
     assert not found[-3:].any()
     alone = counts[0] - 5  # a row's last tokens by themselves: the same bits
     some = slice(5, counts[0])
-    rest = attend_rows(queries[some], [alone], places[some], (kv[0][:1], kv[1][:1]), shape, engine)
+    first = engine.pack((kv[0][:1], kv[1][:1]), 300)
+    rest = engine.attend(queries[some], [alone], places[some], first, shape)
     assert torch.equal(rest, found[some])
 
 
@@ -142,9 +154,9 @@ def test_native_shortcuts_are_torchs(
 
 @pytest.mark.parametrize("count", [1, 64, 65, 513, 8000])
 def test_few_sizes_of_keys(count: int) -> None:
-    found = _evened(count)
+    found = evened(count)
     assert found >= count and found % EVEN == 0 and found - count < max(EVEN, count / 4)
-    assert len({_evened(n) for n in range(1, 8193)}) < 50
+    assert len({evened(n) for n in range(1, 8193)}) < 50
 
 
 @pytest.mark.parametrize("limit", [("PREFILL", 24), ("PIECE", 8)])  # eight tokens of each at once

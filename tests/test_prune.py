@@ -349,7 +349,7 @@ def test_heads_of_every_family_that_is_let_through(
     assert (record["heads"], record["kv_heads"]) == ((2, 1) if take == "groups" else (2, 2))
     equals_zeroed_heads(source, folder, record)
     generates_as_without_cache(folder)
-    decoder = gateskip.load(folder, native=False)
+    decoder = gateskip.load(folder, backend="gathered")
     ids = decoder.tokenizer("Grant of Copyright License").input_ids
     with torch.inference_mode():
         hidden = decoder.skipping.forward(

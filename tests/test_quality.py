@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from compose import assets
-from compose.bench import quality
+from compose.bench import continuations, text
+from compose.bench.intervals import wilson
 from compose.errors import StepError, UserError
 
 
@@ -61,33 +62,33 @@ def _blocks(count: int, length: int, seed: int = 0) -> Tensor:
 
 
 def test_perplexity_is_the_models_own_loss(model: Plain, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "HEAD_CHUNK", 7)  # chunks that do not divide the length
+    monkeypatch.setattr(text, "HEAD_CHUNK", 7)  # chunks that do not divide the length
     blocks = _blocks(3, 32)
-    value, tokens = quality.perplexity(model, blocks)
+    scores = text.score_blocks(model, blocks)
     with torch.inference_mode():
         loss = float(model.model(blocks, labels=blocks).loss)
-    assert tokens == 3 * 31
-    assert value == pytest.approx(math.exp(loss), rel=1e-4)
+    assert scores.tokens == 3 * 31
+    assert scores.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
 
 
 def test_a_model_is_at_no_distance_from_itself(model: Plain, tmp_path: Path) -> None:
     blocks, path = _blocks(3, 20), tmp_path / "deep" / "reference.safetensors"
-    own = quality.save_reference(model, blocks, path, batch_size=2)
-    assert own.perplexity == pytest.approx(quality.perplexity(model, blocks)[0], rel=1e-6)
+    own = text.save_reference(model, blocks, path, batch_size=2)
+    assert own.perplexity == pytest.approx(text.score_blocks(model, blocks).perplexity, rel=1e-6)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
-    hidden = quality.load_reference(path, blocks)
+    hidden = text.load_reference(path, blocks)
     assert hidden.shape == (3, 20, 64)
-    kl, agreement = quality.compare_reference(model, blocks, hidden, model.head)
-    assert kl == pytest.approx(0, abs=1e-6) and agreement == 1
+    scores = text.score_blocks(model, blocks, (hidden, model.head))
+    assert scores.kl == pytest.approx(0, abs=1e-6) and scores.agreement == 1
 
 
 def test_distance_to_another_model(model: Plain, make_tiny: Any, tmp_path: Path) -> None:
     blocks = _blocks(2, 20)
     dense = Plain(make_tiny("llama", seed=1))
-    quality.save_reference(dense, blocks, tmp_path / "r")
-    hidden = quality.load_reference(tmp_path / "r", blocks)
+    text.save_reference(dense, blocks, tmp_path / "r")
+    hidden = text.load_reference(tmp_path / "r", blocks)
     reports: list[tuple[int, int, str]] = []
-    scores = quality.score_blocks(
+    scores = text.score_blocks(
         model, blocks, (hidden, dense.head), batch_size=2, progress=lambda *a: reports.append(a)
     )
     target = torch.stack([dense.logits(row) for row in blocks.tolist()])
@@ -101,17 +102,17 @@ def test_distance_to_another_model(model: Plain, make_tiny: Any, tmp_path: Path)
 
 def test_a_reference_belongs_to_its_blocks(model: Plain, tmp_path: Path) -> None:
     blocks = _blocks(2, 20)
-    quality.save_reference(model, blocks, tmp_path / "r")
+    text.save_reference(model, blocks, tmp_path / "r")
     with pytest.raises(StepError, match="other text"):
-        quality.load_reference(tmp_path / "r", _blocks(2, 20, seed=1))
+        text.load_reference(tmp_path / "r", _blocks(2, 20, seed=1))
     with pytest.raises(StepError, match="cannot read"):
-        quality.load_reference(tmp_path / "absent", blocks)
+        text.load_reference(tmp_path / "absent", blocks)
     (tmp_path / "broken").write_bytes(b"no tensors")
     with pytest.raises(StepError, match="cannot read"):
-        quality.load_reference(tmp_path / "broken", blocks)
-    hidden = quality.load_reference(tmp_path / "r", blocks)
+        text.load_reference(tmp_path / "broken", blocks)
+    hidden = text.load_reference(tmp_path / "r", blocks)
     with pytest.raises(StepError, match=r"\[2, 20\] positions, but \[2, 10\]"):
-        quality.compare_reference(model, blocks[:, :10], hidden, model.head)
+        text.score_blocks(model, blocks[:, :10], (hidden, model.head))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
@@ -122,7 +123,7 @@ def test_a_head_is_read_without_its_model(family: str, make_tiny: Any) -> None:
     with torch.inference_mode():
         hidden = model.hidden(ids, None)
         wanted = model.model(ids).logits
-    torch.testing.assert_close(quality.load_head(folder)(hidden), wanted)
+    torch.testing.assert_close(text.load_head(folder)(hidden), wanted)
 
 
 # ---------------------------------------------------------------- continuations
@@ -138,7 +139,7 @@ def _direct(model: Plain, context: list[int], ending: list[int]) -> tuple[float,
 def test_continuations_one_by_one(
     model: Plain, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quality, "HEAD_CHUNK", 5)
+    monkeypatch.setattr(text, "HEAD_CHUNK", 5)
     words = _blocks(6, 12).tolist()
     pairs = [
         (words[0], words[1]),
@@ -150,7 +151,7 @@ def test_continuations_one_by_one(
     ]
     greedy = model.logits(words[0])[-1].argmax().item()
     pairs.append((words[0], [int(greedy)]))
-    found = quality.score_continuations(model, pairs, batch_size=batch_size, max_length=512)
+    found = continuations.score_continuations(model, pairs, batch_size=batch_size, max_length=512)
     for pair, (value, is_greedy) in zip(pairs, found, strict=True):
         wanted, wanted_greedy = _direct(model, *pair)
         assert value == pytest.approx(wanted, abs=1e-3)
@@ -161,26 +162,28 @@ def test_continuations_one_by_one(
 def test_shared_beginnings_run_once(model: Plain) -> None:
     context = list(range(10, 40))
     pairs = [(context, [50, 51, 52]), (context, [50, 51]), (context, [60]), (context, [61])]
-    quality.score_continuations(model, pairs, batch_size=8, max_length=512)
+    continuations.score_continuations(model, pairs, batch_size=8, max_length=512)
     assert model.rows == [32]
     assert model.head_tokens == 3 + 2 + 1 + 1
 
 
 def test_batches_are_of_like_lengths(model: Plain) -> None:
     pairs = [([number], list(range(20, 20 + length))) for number, length in enumerate((9, 2, 5, 3))]
-    quality.score_continuations(model, pairs, batch_size=2, max_length=512)
+    continuations.score_continuations(model, pairs, batch_size=2, max_length=512)
     assert model.rows == [9, 5, 3, 2]
 
 
 def test_long_inputs_lose_their_beginning(model: Plain) -> None:
     context, ending = list(range(100, 150)), [7, 8, 9]
-    (found,) = quality.score_continuations(model, [(context, ending)], batch_size=1, max_length=10)
+    (found,) = continuations.score_continuations(
+        model, [(context, ending)], batch_size=1, max_length=10
+    )
     assert found[0] == pytest.approx(_direct(model, context[-8:], ending)[0], abs=1e-3)
 
 
 def test_folding() -> None:
     inputs = [[1, 2], [1, 2, 3], [2], [1], [1, 2]]
-    rows, row_of = quality.fold_prefixes(inputs)
+    rows, row_of = continuations.fold_prefixes(inputs)
     assert sorted(rows) == [[1, 2, 3], [2]]
     assert all(rows[row][: len(ids)] == ids for ids, row in zip(inputs, row_of, strict=True))
 
@@ -193,7 +196,7 @@ def test_folding() -> None:
     [(0.5, 100, 0.4038, 0.5962), (0.0, 10, 0.0, 0.2775), (1.0, 10, 0.7225, 1.0), (0, 0, 0, 1)],
 )
 def test_wilson(share: float, n: int, low: float, high: float) -> None:
-    assert quality.wilson(share, n) == pytest.approx((low, high), abs=1e-4)
+    assert wilson(share, n) == pytest.approx((low, high), abs=1e-4)
 
 
 def _questions(folder: Path, count: int = 8) -> None:
@@ -207,11 +210,11 @@ def _questions(folder: Path, count: int = 8) -> None:
         }
         for number in range(count)
     ]
-    text = "\n".join(map(json.dumps, rows))
-    (folder / "arc_easy_test.jsonl").write_text(text, encoding="utf-8")
+    lines = "\n".join(map(json.dumps, rows))
+    (folder / "arc_easy_test.jsonl").write_text(lines, encoding="utf-8")
     story = [{"context": f"the {word} of the {word}", "continuation": word} for word in words]
-    text = "\n".join(map(json.dumps, story))
-    (folder / "lambada_openai_test.jsonl").write_text(text, encoding="utf-8")
+    lines = "\n".join(map(json.dumps, story))
+    (folder / "lambada_openai_test.jsonl").write_text(lines, encoding="utf-8")
 
 
 @pytest.fixture
@@ -227,9 +230,9 @@ def test_tasks_score_as_lm_eval_does(model: Plain, questions: Path) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from compose.bench.tasks import Scorer
+    from compose.bench import tasks
 
-    scores = quality.run_tasks(model, ["arc_easy", "lambada_openai"], limit=6, cache=questions)
+    scores = tasks.run_tasks(model, ["arc_easy", "lambada_openai"], limit=6, cache=questions)
     assert {name: (score.metric, score.n) for name, score in scores.items()} == {
         "arc_easy": ("acc_norm", 6),
         "lambada_openai": ("acc", 6),
@@ -240,17 +243,17 @@ def test_tasks_score_as_lm_eval_does(model: Plain, questions: Path) -> None:
 
     folder = questions / "definitions"
     folder.mkdir()
-    quality._define("arc_easy", folder, questions)
+    tasks._define("arc_easy", folder, questions)
     samples = []
     for lm in (
-        Scorer(model, batch_size=4),
+        tasks.Scorer(model, batch_size=4),
         HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=4, max_length=512),
     ):
         found = lm_eval.simple_evaluate(
             model=lm,
             tasks=["arc_easy"],
             bootstrap_iters=0,
-            task_manager=quality._manager(folder, ["arc_easy"]),
+            task_manager=tasks._manager(folder, ["arc_easy"]),
         )
         samples.append(found["samples"]["arc_easy"])
     for ours, theirs in zip(*samples, strict=True):
@@ -263,12 +266,12 @@ def test_tasks_score_as_lm_eval_does(model: Plain, questions: Path) -> None:
 def test_rolling_is_the_sum_over_windows(model: Plain) -> None:
     from lm_eval.api.instance import Instance
 
-    from compose.bench.tasks import Scorer
+    from compose.bench import tasks
 
-    scorer = Scorer(model, batch_size=2)
-    text = "Each contributor grants you a licence. " * 3
-    ids = [scorer.prefix_token_id, *scorer.tok_encode(text)]
-    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+    scorer = tasks.Scorer(model, batch_size=2)
+    sentences = "Each contributor grants you a licence. " * 3
+    ids = [scorer.prefix_token_id, *scorer.tok_encode(sentences)]
+    request = Instance("loglikelihood_rolling", {}, (sentences,), 0)
     (whole,) = scorer.loglikelihood_rolling([request])
     assert whole == pytest.approx(_direct(model, ids[:1], ids[1:])[0], abs=1e-2)
     scorer.max_length = 8
@@ -279,27 +282,31 @@ def test_rolling_is_the_sum_over_windows(model: Plain) -> None:
 def test_tasks_that_are_not_offered(model: Plain, tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
 
-    from compose.bench.tasks import Scorer
+    from compose.bench import tasks
 
-    assert quality.run_tasks(model, [], cache=tmp_path) == {}
+    assert tasks.run_tasks(model, [], cache=tmp_path) == {}
     asked = Instance("generate_until", {}, ("q", {}), 0, metadata=("gsm8k", 0, 1))
-    with pytest.raises(NotImplementedError, match="gsm8k: this model cannot write"):
-        Scorer(model, batch_size=1).generate_until([asked])
+    with pytest.raises(NotImplementedError, match="gsm8k: this model cannot generate"):
+        tasks.Scorer(model, batch_size=1).generate_until([asked])
 
 
 @pytest.mark.slow
 def test_an_unknown_task(model: Plain, tmp_path: Path) -> None:
+    from compose.bench import tasks
+
     with pytest.raises(UserError, match="no task 'arc_eezy': did you mean 'arc_easy'"):
-        quality.run_tasks(model, ["arc_eezy"], cache=tmp_path)
+        tasks.run_tasks(model, ["arc_eezy"], cache=tmp_path)
 
 
 @pytest.mark.real
 def test_the_real_model_is_above_chance(smollm2: Path) -> None:
+    from compose.bench import tasks
+
     cache = assets.default_cache()
     model = Plain(smollm2)
-    scores = quality.run_tasks(model, ["arc_easy", "piqa"], limit=24, cache=cache)
+    scores = tasks.run_tasks(model, ["arc_easy", "piqa"], limit=24, cache=cache)
     assert scores["arc_easy"].metric == scores["piqa"].metric == "acc_norm"
     assert scores["arc_easy"].value > 0.3 and scores["piqa"].value > 0.5
-    text = assets.load_texts("heldout-text", cache=cache)
-    value, tokens = quality.perplexity(model, assets.token_blocks(text, model.tokenizer, 256, 4))
-    assert tokens == 1020 and 8 < value < 60
+    heldout = assets.load_texts("heldout-text", cache=cache)
+    found = text.score_blocks(model, assets.token_blocks(heldout, model.tokenizer, 256, 4))
+    assert found.tokens == 1020 and 8 < found.perplexity < 60

@@ -127,9 +127,9 @@ def test_layers_may_differ_in_bits(quantize: Callable[..., Made]) -> None:
         found, wanted = (model(ids).logits.float() for model in (theirs, ours))
     assert (found - wanted).abs().mean() < 0.05 * wanted.std()
     decoder = gateskip.load(folder, "float32", rounded=False)
-    assert decoder.unsuited is None
+    assert decoder.fallback is None
     made = decoder.generate([ids[0].tolist()], max_new_tokens=8)
-    slow = gateskip.load(folder, "float32", native=False)
+    slow = gateskip.load(folder, "float32", backend="gathered")
     assert slow.generate([ids[0].tolist()], max_new_tokens=8).tokens == made.tokens
     rounded = gateskip.load(folder, "float32")
     assert rounded.skipping.engine.rounded
@@ -142,7 +142,7 @@ def last_logits(decoder: Any, ids: Tensor) -> Tensor:
     skipping, last = decoder.skipping, ids.shape[1] - 1
     cache = skipping.new_cache(1, last + 1)
     skipping.forward(ids[:, :last], cache, [0])
-    logits: Tensor = skipping.head(skipping.forward(ids[:, last:], cache, [last]))
+    logits: Tensor = skipping.head(skipping.decode(ids[:, last:].tolist(), cache, [0], [last]))
     return logits
 
 
@@ -167,7 +167,7 @@ def test_an_untied_lm_head_may_be_packed(tiny_qwen2: Path, quantize: Callable[..
     assert "lm_head.weight" not in tensors
     ids = probe_ids(folder)[0].tolist()
     decoder = gateskip.load(folder, "float32", rounded=False)
-    slow = gateskip.load(folder, "float32", native=False)
+    slow = gateskip.load(folder, "float32", backend="gathered")
     made = decoder.generate([ids], max_new_tokens=8)
     assert slow.generate([ids], max_new_tokens=8).tokens == made.tokens
 

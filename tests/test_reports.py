@@ -19,9 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compose.errors import UserError
-from compose.results.schema import Results, save_results
+from compose.results.io import save_results
+from compose.results.schema import Results
 from reports import Report, pareto, render, tables
-from reports.plots import Picture, _side_by_side, pictures
+from reports.columns import tone
+from reports.numbers import duration, number
+from reports.plots import Picture, pictures
+from reports.plots.scatter import side_by_side
 from reports.render import breakable, escape_markdown, fenced, to_html, to_markdown
 
 NASTY = "<img src=x onerror=alert(1)>&amp;\"'`|$x$*_[a](b)#"
@@ -111,13 +115,11 @@ def made_up_results() -> dict[str, Any]:
 
     def spec(rate: float, mean: float, speedup: float, **more: Any) -> dict[str, Any]:
         lengths = {0: 41, 1: 122, 2: 310, 3: 284, 4: 133, 5: 60, 6: 17}
-        each = [speedup * (0.8 + 0.025 * k) for k in range(16)]
         return {
             "acceptance_rate": rate,
             "mean_accepted_tokens": mean,
             "speedup": speedup,
             "draft_length_histogram": {str(k): v for k, v in lengths.items()},
-            "speedup_per_prompt": each,
             **more,
         }
 
@@ -224,7 +226,7 @@ def made_up_results() -> dict[str, Any]:
         for name in names
     ]
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "run": "made-up-for-tests",
         "baseline": "dense",
         "command": "gateskip run pipelines/made-up.yaml --out runs",
@@ -369,6 +371,21 @@ def test_failures_and_left_out_cells_say_why(report: Report) -> None:
     assert "16 cells measured, 1 failed, 7 left out" in words
 
 
+def test_the_arithmetic_of_each_cell_is_shown() -> None:
+    data = made_up_results()
+    used = {"backend": "native", "weights": "bfloat16", "accumulation": "float32"}
+    data["cells"][0] |= {
+        "arithmetic": used | {"activations": "8 bits in blocks of 32"},
+        "scoring_arithmetic": used | {"activations": "bfloat16"},
+    }
+    report = Report(Results.model_validate(data))
+    ((_, entries), *_) = tables.arithmetic(report).rows
+    shown = ["native", "bfloat16", "8 bits in blocks of 32", "bfloat16", "float32"]
+    assert [entry.text for entry in entries] == shown
+    assert "8 bits in blocks of 32" in to_html(report, {})
+    assert "## Arithmetic" in to_markdown(report, {})
+
+
 def test_seeds_have_a_mean_and_student_s_interval() -> None:
     cell = made_up_cell("gates", decode=30.0, disk=270.0, ratio=1.1, saved=0.2)
     others = [made_up_cell("gates", decode=1.0, disk=1.0, ratio=r, saved=0.2) for r in (1.2, 1.3)]
@@ -441,7 +458,7 @@ def test_the_same_numbers_in_both_reports(report: Report) -> None:
     ],
 )
 def test_a_poor_run_still_makes_a_report(cells: list[dict[str, Any]]) -> None:
-    data = {"schema_version": 1, "run": "poor", "cells": cells}
+    data = {"schema_version": 2, "run": "poor", "cells": cells}
     report = Report(Results.model_validate(data))
     Page(to_html(report, pictures(report)))
     assert "# poor" in to_markdown(report, {})
@@ -568,7 +585,7 @@ def test_pareto_is_what_its_definition_says(points: list[tuple[float, float]]) -
     ],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert tables.number(value) == text
+    assert number(value) == text
 
 
 @pytest.mark.parametrize(
@@ -576,7 +593,7 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
     [(42, "42\u202fs"), (600, "10\u202fmin"), (11_100, "3\u202fh 05\u202fmin")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert tables.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -591,7 +608,7 @@ def test_durations(seconds: float, text: str) -> None:
     ],
 )
 def test_tones(metric: str, value: float, expected: str | None) -> None:
-    assert tables.tone(metric, value) == expected
+    assert tone(metric, value) == expected
 
 
 def test_a_histogram_has_no_gaps() -> None:
@@ -604,7 +621,7 @@ def test_a_histogram_has_no_gaps() -> None:
 
 def test_marks_that_coincide_stand_side_by_side_in_their_order() -> None:
     spots = [(100.0, 50.0), (98.0, 51.0), (300.0, 50.0)]
-    shifts = _side_by_side(spots, apart=14.0)
+    shifts = side_by_side(spots, apart=14.0)
     moved = [x + shift for (x, _), shift in zip(spots, shifts, strict=True)]
     assert moved == [106.0, 92.0, 300.0]
 

@@ -13,19 +13,18 @@ import pytest
 from pydantic import ValidationError
 
 from compose.errors import UserError
-from compose.results.schema import (
+from compose.results.environment import capture_environment
+from compose.results.io import load_results, save_results
+from compose.results.metrics import (
     METRICS,
-    CellResult,
-    Measured,
-    Quality,
-    Results,
-    Speculation,
-    capture_environment,
-    load_results,
+    gain,
+    metric_of,
     metrics,
-    save_results,
+    retained_basis,
     task_retained,
 )
+from compose.results.parts import Measured, Quality, Speculation
+from compose.results.schema import CellResult, Results
 
 
 def run_of(*cells: dict[str, Any], **more: Any) -> Results:
@@ -42,7 +41,7 @@ def quality(perplexity: float, **tasks: float) -> dict[str, Any]:
 
 
 SKELETON = """
-{"schema_version": 1, "run": "quickstart", "environment": {}, "baseline": "dense",
+{"schema_version": 2, "run": "quickstart", "environment": {}, "baseline": "dense",
  "cells": [{"name": "gates+nf4+spec", "chain": ["gates", "nf4", "spec"], "status": "ok",
    "reason": null,
    "size": {"disk_bytes": 10, "resident_bytes": 20, "peak_bytes": 30},
@@ -147,7 +146,8 @@ def test_a_run_has_no_name_twice() -> None:
     [
         ("{", "not JSON"),
         ("[]", "the file"),
-        ('{"schema_version": 2}', "newer than 1"),
+        ('{"schema_version": 3}', "newer than 2"),
+        ('{"schema_version": 1}', "older than 2"),
         ('{"run": "x"}', "cells: Field required"),
         (
             '{"run": "x", "cells": [{"name": "a", "chain": [], "status": "fine"}]}',
@@ -192,7 +192,7 @@ def test_speculation_has_the_quality_of_its_plain_cell() -> None:
         {"name": "gates+spec", "quality_of": "gates"},
         {"name": "lost", "quality_of": "nowhere"},
     )
-    assert results.metric("perplexity-ratio", results.cell("gates+spec")) == 1.25
+    assert metric_of(results, "perplexity-ratio", results.cell("gates+spec")) == 1.25
     assert results.quality(results.cell("lost")) is None
 
 
@@ -203,27 +203,27 @@ def test_retained_is_a_mean_over_the_baseline_s_tasks() -> None:
         {"name": "part", "quality": quality(40.0, a=0.4)},
         {"name": "none"},
     )
-    assert results.retained_basis == "tasks"
-    assert results.metric("retained", results.cell("whole")) == pytest.approx(0.9)
-    assert results.metric("retained", results.cell("part")) is None
-    assert results.metric("retained", results.cell("none")) is None
+    assert retained_basis(results) == "tasks"
+    assert metric_of(results, "retained", results.cell("whole")) == pytest.approx(0.9)
+    assert metric_of(results, "retained", results.cell("part")) is None
+    assert metric_of(results, "retained", results.cell("none")) is None
     assert task_retained(results, results.cell("whole"), "a") == pytest.approx(0.8)
     assert task_retained(results, results.cell("whole"), "c") is None
-    assert results.metric("accuracy", results.cell("whole")) == pytest.approx(0.6)
+    assert metric_of(results, "accuracy", results.cell("whole")) == pytest.approx(0.6)
 
 
 def test_without_tasks_retained_is_of_perplexity() -> None:
     results = run_of(
         {"name": "dense", "quality": quality(20.0)}, {"name": "nf4", "quality": quality(25.0)}
     )
-    assert results.retained_basis == "perplexity"
-    assert results.metric("retained", results.cell("nf4")) == pytest.approx(0.8)
+    assert retained_basis(results) == "perplexity"
+    assert metric_of(results, "retained", results.cell("nf4")) == pytest.approx(0.8)
 
 
 def test_another_text_s_perplexity_is_not_compared() -> None:
     other = {"perplexity": {"dataset": "heldout-text", "value": 10.0}}
     results = run_of({"name": "dense", "quality": quality(20.0)}, {"name": "nf4", "quality": other})
-    assert results.metric("perplexity-ratio", results.cell("nf4")) is None
+    assert metric_of(results, "perplexity-ratio", results.cell("nf4")) is None
 
 
 def test_without_a_baseline_nothing_is_relative() -> None:
@@ -231,18 +231,18 @@ def test_without_a_baseline_nothing_is_relative() -> None:
         {"name": "dense", "status": "failed"}, {"name": "nf4", "quality": quality(25.0, a=0.5)}
     )
     cell = results.cell("nf4")
-    assert results.retained_basis is None
+    assert retained_basis(results) is None
     assert metrics(results, cell) == {"perplexity": 25.0, "accuracy": 0.5}
-    assert results.gain("perplexity", cell) is None
+    assert gain(results, "perplexity", cell) is None
     assert results.measured == (cell,)
 
 
 def test_gain_is_over_the_baseline() -> None:
     fast, slow = ({"decode_tokens_per_s": {"median": m}} for m in (30.0, 20.0))
     results = run_of({"name": "dense", "speed": slow}, {"name": "nf4", "speed": fast})
-    assert results.gain("decode", results.cell("nf4")) == 1.5
+    assert gain(results, "decode", results.cell("nf4")) == 1.5
     with pytest.raises(UserError, match="did you mean 'decode'"):
-        results.metric("decod", results.cell("nf4"))
+        metric_of(results, "decod", results.cell("nf4"))
 
 
 def test_every_metric_reads_an_empty_and_a_full_cell() -> None:
@@ -262,7 +262,7 @@ def test_lossless_is_three_valued() -> None:
 
 def test_the_environment_tells_the_machine_without_torch() -> None:
     code = (
-        "import json, sys; from compose.results.schema import capture_environment as e;"
+        "import json, sys; from compose.results.environment import capture_environment as e;"
         "found = e(threads=3); assert 'torch' not in sys.modules; print(json.dumps(found))"
     )
     root = Path(__file__).resolve().parents[1]

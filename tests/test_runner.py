@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,21 +25,21 @@ from rich.console import Console
 
 from compose.artifacts.folder import hash_folder, lineage, write_lineage
 from compose.errors import AssetError, PlanError, StepError, UserError
+from compose.execution import cells as cells_module
 from compose.execution import runner as runner_module
-from compose.execution.run_folder import (
-    RunFolder,
-    Session,
-    file_name,
-    find_session,
-    new_session,
-    phase_key,
-    read_phase,
-)
-from compose.execution.runner import RunResult, Settings, Task, run, run_graph, thread_pool
+from compose.execution import speed as speed_module
+from compose.execution.run_folder import RunFolder, file_name, phase_key, read_phase
+from compose.execution.runner import RunResult, run
+from compose.execution.sessions import Session, find_session, new_session
+from compose.execution.state import Settings
 from compose.language.schema import Pipeline
-from compose.planning.plan import Plan, make_plan
-from compose.results.schema import Results, load_results
+from compose.planning.plan import Plan
+from compose.planning.planner import make_plan
+from compose.results.io import load_results
+from compose.results.metrics import over_seeds
+from compose.results.schema import Results
 from compose.store import Store, read_json
+from compose.terminal.progress import Board
 
 ROOT = Path(__file__).resolve().parents[1]
 Answer = dict[str, Any]
@@ -73,8 +72,8 @@ def fill_model(job: Answer) -> Answer:
     target.mkdir(parents=True)
     (target / "config.json").write_text('{"model_type": "llama"}')
     (target / "model.safetensors").write_text(job["key"])
-    told = {"training": [{"step": 1, "loss": 2.0}], "layer_errors": {"up_proj": 0.25}}
-    record = told if job["name"] == "gates" else {}
+    full = {"training": [{"step": 1, "loss": 2.0}], "layer_errors": {"up_proj": 0.25}}
+    record = full if job["name"] == "gates" else {}
     write_lineage(target, {"name": job["name"], "record": record})
     Path(job["check"]).write_text("logits")
     return {"wall_s": 1.0, "record": record}
@@ -93,7 +92,7 @@ class Script:
     """A scripted executor: what workers answer, and a log of everything that was asked of them."""
 
     slots = 1
-    parks = False
+    local = False
     timed_threads = 2
 
     def __init__(self) -> None:
@@ -105,7 +104,9 @@ class Script:
         self.decode_rate = {"gates+spec": 3.0}
         self.interrupt_at: tuple[str, ...] | None = None
 
-    def start(self, role: str, job: Path, log: Path, *, here: bool = False) -> ScriptedWorker:
+    def start(
+        self, role: str, job: Path, log: Path, *, on_this_machine: bool = False
+    ) -> ScriptedWorker:
         self.live += 1
         self.most_live = max(self.most_live, self.live)
         return ScriptedWorker(self, role, json.loads(job.read_text()))
@@ -175,16 +176,17 @@ def quick_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """Scripted runs draw an empty report: the real one is drawn in the tests with real workers."""
     if request.node.get_closest_marker("slow") is None:
 
-        def draw(self: runner_module.Runner) -> None:
-            (self.folder.root / "report.html").write_text("report")
+        def draw(folder: RunFolder) -> None:
+            (folder.root / "report.html").write_text("report")
 
-        monkeypatch.setattr(runner_module.Runner, "render", draw)
+        monkeypatch.setattr(runner_module, "draw_report", draw)
 
 
 def go(out: Path, script: Script, plan: Plan | None = None, **settings: Any) -> RunResult:
     console = Console(file=io.StringIO(), width=200)
     plan = plan or make_plan(pipeline())
-    result = run(plan, Settings(out, out / "cache", "gateskip run", **settings), script, console)
+    given = Settings(out, out / "cache", "gateskip run", **settings)
+    result = run(plan, given, script, Board(console))
     assert script.live == 0, "no worker may be left"
     result_text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "Traceback" not in result_text
@@ -201,9 +203,9 @@ def results_of(out: Path) -> Results:
 def test_a_cell_stays_loaded_between_quality_and_speed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner_module, "PARKING_ROOM", 0)
+    monkeypatch.setattr(cells_module, "FREE_BYTES_TO_KEEP", 0)
     script = Script()
-    script.parks = True
+    script.local = True
     result = go(tmp_path, script)
     assert result.exit_code == 0
     cells = [cell.name for cell in results_of(tmp_path).measured]
@@ -392,7 +394,7 @@ def test_further_seeds_are_scored_and_folded_into_the_cell(tmp_path: Path) -> No
     folded = results.cell("gates+skip")
     assert folded.seeds is not None
     assert [run.seed for run in folded.seeds] == [1]
-    assert results.over_seeds("perplexity-ratio", folded) == (1.2, 1.2)
+    assert over_seeds(results, "perplexity-ratio", folded) == (1.2, 1.2)
     again = Script()
     go(tmp_path, again, plan)
     assert {event[1] for event in again.done("quality")} == {"cut@1"}
@@ -495,8 +497,8 @@ def test_data_that_a_step_cannot_have_fails_its_cells(tmp_path: Path) -> None:
 def numbers_of(results: Results) -> list[Answer]:
     """All cells as plain data, without how long measuring took, and how much memory steps did."""
     cells = [cell.model_dump(mode="json") for cell in results.cells]
-    moods = ("seconds", "step_peak_bytes")
-    return [{key: value for key, value in cell.items() if key not in moods} for cell in cells]
+    varying = ("seconds", "step_peak_bytes")
+    return [{key: value for key, value in cell.items() if key not in varying} for cell in cells]
 
 
 # --- Going on after an end ----------------------------------------------------------------------
@@ -585,12 +587,12 @@ def test_two_runs_of_one_name_do_not_mix(tmp_path: Path) -> None:
 def test_cells_that_do_not_fit_together_are_measured_in_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = 2.5 * runner_module.PROCESS_BYTES / runner_module.MEMORY_SHARE
+    free = 2.5 * speed_module.PROCESS_BYTES / speed_module.MEMORY_SHARE
 
     class Memory:
-        total = available = room
+        total = available = free
 
-    monkeypatch.setattr(runner_module.psutil, "virtual_memory", lambda: Memory)
+    monkeypatch.setattr(speed_module.psutil, "virtual_memory", lambda: Memory)
     script = Script()
     assert go(tmp_path, script).exit_code == 0
     assert script.most_live == 2
@@ -605,46 +607,7 @@ def test_cells_that_do_not_fit_together_are_measured_in_groups(
     assert len(dense.decode_tokens_per_s.repeats) == 12
 
 
-# --- The graph ----------------------------------------------------------------------------------
-
-
-def test_the_graph_keeps_order_and_uses_its_slots() -> None:
-    done: list[str] = []
-    running, most = 0, 0
-
-    def work(name: str) -> Callable[[], None]:
-        def body() -> None:
-            nonlocal running, most
-            running += 1
-            most = max(most, running)
-            time.sleep(0.02)
-            done.append(name)
-            running -= 1
-
-        return body
-
-    tasks = [Task(n, work(n), needs) for n, needs in [("a", ()), ("b", ("a",)), ("c", ("a",))]]
-    run_graph(tasks, 1, lambda: None, thread_pool(1))
-    assert done == ["a", "b", "c"]
-    assert most == 1
-    done.clear()
-    run_graph(tasks, 3, lambda: None, thread_pool(3))
-    assert done[0] == "a"
-    assert most == 2
-
-
-def test_what_a_task_raises_ends_the_graph() -> None:
-    done: list[str] = []
-    aborted: list[bool] = []
-
-    def fail() -> None:
-        raise AssetError("gone")
-
-    tasks = [Task("a", fail), Task("b", lambda: done.append("b"), ("a",))]
-    with pytest.raises(AssetError):
-        run_graph(tasks, 2, lambda: aborted.append(True), thread_pool(2))
-    assert done == []
-    assert aborted == [True]
+# --- Names --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -668,7 +631,7 @@ import json, os, shutil, sys, time, types
 from functools import partial
 from pathlib import Path
 from dataclasses import make_dataclass
-from compose.workers import main as worker
+from compose.workers import cell, main, step
 from compose.stages.registry import DropLayers
 
 marks = Path(os.environ["TEST_MARKS"])
@@ -677,7 +640,7 @@ pause = float(os.environ["TEST_PAUSE"])
 def mark(name):
     with (marks / name).open("a") as file:
         file.write("x")
-    print("library noise", flush=True)
+    print("printed by a library", flush=True)
 
 def slow_run(self, job):
     import torch
@@ -723,15 +686,16 @@ bench = types.ModuleType("compose.bench.cell")
 bench.CellBench = SlowBench
 bench.CellJob = lambda **values: types.SimpleNamespace(**values)
 sys.modules["compose.bench.cell"] = bench
-worker.seed_everything = lambda seed: None  # it imports transformers: seconds that test nothing
-sys.exit(worker.main(sys.argv[1:]))
+# It imports transformers: seconds that test nothing.
+cell.seed_everything = step.seed_everything = lambda seed: None
+sys.exit(main.main(*sys.argv[1:]))
 """
 
 RUNNER = """
 import sys
-from compose.execution import executors
+from compose.execution import worker_process
 from compose.cli import app
-executors.worker_command = lambda role, job: [sys.executable, {worker!r}, role, str(job)]
+worker_process.worker_command = lambda role, job: [sys.executable, {worker!r}, role, str(job)]
 app(sys.argv[1:])
 """
 
@@ -773,7 +737,7 @@ class SlowRun:
         """Run to the end; what it printed."""
         out, err = (process := self.start(0.0)).communicate(timeout=300)
         assert process.returncode == 0, err
-        assert "noise" not in out + err, "what libraries print belongs into the log"
+        assert "printed by" not in out + err, "what libraries print goes to the log"
         return out
 
     def end_at(self, mark: str, number: signal.Signals) -> tuple[int, str]:
@@ -835,6 +799,5 @@ def test_a_run_that_is_ended_again_and_again_ends_like_an_unbroken_one(
     assert list((broken.out / "store" / ".work").iterdir()) == []
     assert lineage(broken.folder / "export")[-1]["use"] == "export"
 
-    said = broken.finish()
-    assert "Nothing to do" in said
+    assert "Nothing to do" in broken.finish()
     assert broken.count("load-dense") == 3, "once for quality, twice for speed"

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gateskip.decoding.sampling import GREEDY, Law, Sampler, accept_or_resample, draw
+from gateskip.decoding.sampling import GREEDY, Distribution, Sampler, accept_or_resample, draw
 
 DRAWS, VOCABULARY = 100_000, 6
 LIMIT = 30.0  # chi-square with 5 and 11 degrees of freedom exceeds it once in 70,000 and 600 times
 
 
-def law(seed: int, sharp: float = 1.0) -> torch.Tensor:
+def distribution(seed: int, sharp: float = 1.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.softmax(torch.randn(VOCABULARY, generator=generator) * sharp, -1)
 
@@ -23,10 +23,10 @@ def chi_square(counts: torch.Tensor, wanted: torch.Tensor) -> float:
     return float(((counts - expected).square() / expected).sum())
 
 
-DRAFTS: dict[str, Callable[[], Law]] = {
-    "alike": lambda: law(1),
-    "other": lambda: law(2, 2.0),
-    "sure": lambda: law(3, 8.0),
+DRAFTS: dict[str, Callable[[], Distribution]] = {
+    "alike": lambda: distribution(1),
+    "other": lambda: distribution(2, 2.0),
+    "sure": lambda: distribution(3, 8.0),
     "looked up": lambda: 2,
     "never wanted": lambda: torch.nn.functional.one_hot(torch.tensor(4), VOCABULARY).float(),
 }
@@ -36,7 +36,7 @@ DRAFTS: dict[str, Callable[[], Law]] = {
 @pytest.mark.parametrize("kind", DRAFTS)
 def test_the_first_token_is_drawn_as_from_the_target(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    target, source = law(1), DRAFTS[kind]()
+    target, source = distribution(1), DRAFTS[kind]()
     counts = torch.zeros(VOCABULARY)
     for _ in range(DRAWS):
         token = draw(source, generator)
@@ -48,7 +48,7 @@ def test_the_first_token_is_drawn_as_from_the_target(kind: str) -> None:
 def test_a_wrong_rule_is_noticed() -> None:
     """Accepting whenever the target could have said it: the distribution is the draft's."""
     generator = torch.Generator().manual_seed(0)
-    target, source = law(1), law(2, 2.0)
+    target, source = distribution(1), distribution(2, 2.0)
     counts = torch.bincount(
         torch.multinomial(source, DRAWS, replacement=True, generator=generator),
         minlength=VOCABULARY,
@@ -64,19 +64,19 @@ def test_greedy_counts_the_agreeing_prefix() -> None:
     assert accept_or_resample([], [], wanted[:1], generator) == (0, 1)
 
 
-def test_no_law_is_made_after_a_refusal() -> None:
+def test_no_distribution_is_computed_after_a_rejection() -> None:
     asked = []
 
-    def laws() -> object:
+    def distributions() -> object:
         for token in (1, 9, 9):
             asked.append(token)
             yield token
 
-    assert accept_or_resample([0, 9], [0, 9], laws(), torch.Generator()) == (0, 1)  # type: ignore[arg-type]
+    assert accept_or_resample([0, 9], [0, 9], distributions(), torch.Generator()) == (0, 1)  # type: ignore[arg-type]
     assert asked == [1]
 
 
-def test_a_law_is_what_transformers_samples_from() -> None:
+def test_a_distribution_is_what_transformers_samples_from() -> None:
     from transformers.generation import logits_process as theirs
 
     logits, ids = torch.randn(1, 50), torch.tensor([[3, 4, 3]])
@@ -85,10 +85,10 @@ def test_a_law_is_what_transformers_samples_from() -> None:
     scores = theirs.TopKLogitsWarper(20)(ids, scores)
     scores = theirs.TopPLogitsWarper(0.9)(ids, scores)
     sampler = Sampler(temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.3)
-    found = sampler.law(logits[0], ids[0].tolist())
+    found = sampler.distribution(logits[0], ids[0].tolist())
     assert isinstance(found, torch.Tensor)
     torch.testing.assert_close(found, scores.softmax(-1)[0])
-    assert GREEDY.law(logits[0], []) == int(logits.argmax())
+    assert GREEDY.distribution(logits[0], []) == int(logits.argmax())
 
 
 @pytest.mark.parametrize(

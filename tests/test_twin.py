@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import gateskip
 from gateskip.decoding.decoder import Decoder
-from gateskip.decoding.draft_length import Pace
+from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.quantization.draft_copy import (
     GROUP,
     input_squares,
@@ -105,26 +105,27 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
         head = int4_head(drafter.model, torch.randint(3, 512, (2, 20)))
         drafter.engine.use_sketch(head, decoder.skipping.engine.head)  # type: ignore[union-attr]
     else:
-        drafter.engine.sketch, drafter.engine.exact = drafter.engine.head, None
+        drafter.engine.draft_head, drafter.engine.rerank_head = drafter.engine.head, None
     prompt, cache = torch.randint(3, 512, (1, 12)), decoder.skipping.new_cache(1, 40)
     decoder.skipping.forward(prompt, cache, [0])
-    tokens, chances = drafter.draft(9, 6, (0.0, [1.0]), (cache, 0, 12), None)
+    assert drafter.drafter is not None
+    tokens, chances = drafter.drafter.draft(9, 6, (0.0, [1.0]), (cache, 0, 12), None)
     last, stepped, seen = 9, [], []
     for slot in range(12, 18):
-        (hidden,) = drafter.ragged([[last]], cache, [0], [slot])
+        hidden = drafter.decode([[last]], cache, [0], [slot])
         logits = (decoder.skipping if exact else drafter).head(hidden)[0]
         last = int(logits.argmax())
         stepped.append(last)
         seen.append(float(logits.softmax(-1)[last]))
     assert tokens == stepped
     assert chances == pytest.approx(seen, abs=0.05 if exact else 1e-4)
-    unsure, _ = drafter.draft(9, 6, (0.3, [0.6]), (cache, 0, 12), None)
+    unsure, _ = drafter.drafter.draft(9, 6, (0.3, [0.6]), (cache, 0, 12), None)
     assert unsure == stepped[:3]  # 0.6 to the third is less than 0.3
 
 
 def test_acceptance_is_learned_by_chance() -> None:
-    pace = Pace()
+    pace = DraftLengthController()
     for _ in range(200):
         pace.learn([0.95, 0.15, 0.95], 1)
     assert pace.expected(0.99) > 0.95 and pace.expected(0.11) < 0.05
-    assert pace.expected(0.55) == Pace().expected(0.55), "nothing was seen there"
+    assert pace.expected(0.55) == DraftLengthController().expected(0.55), "nothing was seen there"

@@ -1,4 +1,4 @@
-"""The code that an export carries: our own sources of decoding, rewritten to stand in one folder.
+"""The decoding code that an export carries: our own modules, rewritten to lie in one folder.
 
 With `trust_remote_code=True` transformers loads `custom_generate/generate.py` of a folder, and
 what that imports beside itself. So the modules that decoding needs are copied there with their
@@ -29,9 +29,12 @@ def write_bundle(folder: Path) -> list[Path]:
     target.parent.mkdir(exist_ok=True)
     entry = importlib.resources.files("compose") / "templates" / "custom_generate.py.txt"
     text = entry.read_text(encoding="utf-8")
-    target.write_text(text.replace("VERSION", metadata.version("gateskip-compose")), "utf-8")
+    carried = sorted(sources().items())
+    lines = [f"from .{flat_name(name)} import __name__ as _  # noqa: F401" for name, _ in carried]
+    text = text.replace("VERSION", metadata.version("gateskip-compose"))
+    target.write_text(text.replace("# CARRIED", "\n".join(lines)), "utf-8")
     written = [target]
-    for name, source in sorted(sources().items()):
+    for name, source in carried:
         path = target.parent / f"{flat_name(name)}.py"
         path.write_text(_relative(source), encoding="utf-8")
         written.append(path)
@@ -55,9 +58,9 @@ def flat_name(module: str) -> str:
 
 
 def _package() -> Path:
-    found = util.find_spec("gateskip")
-    assert found is not None and found.submodule_search_locations, "we are installed"
-    return Path(found.submodule_search_locations[0])
+    spec = util.find_spec("gateskip")
+    assert spec is not None and spec.submodule_search_locations, "gateskip is installed"
+    return Path(spec.submodule_search_locations[0])
 
 
 def _file(module: str) -> Path:

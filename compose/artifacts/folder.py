@@ -1,4 +1,4 @@
-"""A model folder between stages: its lineage, its hashes, and the proof that it loads again.
+"""A model folder between stages: lineage, hashes, copies, and the check that it loads again.
 
 An artifact is a Hugging Face folder. Beside the usual files stand `compose.json` (what was done to
 it, written here) and, where it has gates, `gates.safetensors` and `gateskip.json`.
@@ -27,7 +27,7 @@ PROBE_TEXT = (
     "Two engineers measured its depth at 1.35 m, wrote the number down, and asked: "
     "how long until the bridge closes? def hours(level, rate): return (2.0 - level) / rate"
 )
-"""What every artifact is asked to predict: prose, digits and code, cut at PROBE_TOKENS tokens."""
+"""The text whose logits are compared: prose, digits and code, cut at PROBE_TOKENS tokens."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Dtype -> largest difference of two logits that counts as the same model, over their range."""
@@ -64,7 +64,7 @@ def require_model(folder: Path) -> dict[str, Any]:
 
 
 def is_gated(folder: Path) -> bool:
-    """Whether the folder carries gates, so that gateskip has to load it."""
+    """Whether the folder has gates, so that gateskip has to load it."""
     return (folder / GATES).is_file()
 
 

@@ -7,14 +7,13 @@ their GGUF names. The file is loaded back before it is put in place.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import is_gated, probe_ids, require_model
 from compose.errors import ArtifactError, StepError, suggest
-from compose.store import read_json
+from compose.store import new_file, read_json
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,25 +41,20 @@ LLAMA3 = (
 
 
 def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, float]:
-    """Write the model in `folder` to `file`, load it back, compare; what the comparison found.
+    """Write the model in `folder` to `file`, load it back, compare; gives `check_gguf` and `bytes`.
 
     Raises:
-        ArtifactError: the folder cannot be told in GGUF, or there is no such kind.
+        ArtifactError: the folder cannot be written as GGUF, or there is no such kind.
         StepError: the file does not load to the model that was written.
     """
     if kind not in KINDS:
         raise ArtifactError(f"there is no GGUF type {kind!r}: {suggest(kind, KINDS)}")
     config = require_model(folder)
     refuse(folder, config)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{os.getpid()}-{file.name}")
-    try:
+    with new_file(file) as unfinished:
         _write(folder, config, unfinished, kind)
-        found = check_gguf(folder, unfinished, kind)
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return found | {"bytes": float(file.stat().st_size)}
+        differences = check_gguf(folder, unfinished, kind)
+    return differences | {"bytes": float(file.stat().st_size)}
 
 
 def refuse(folder: Path, config: dict[str, Any]) -> None:
@@ -81,10 +75,10 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
         ),
         "its activation is not SiLU": config.get("hidden_act", "silu") != "silu",
     }
-    said = [reason for reason, holds in reasons.items() if holds]
-    if said:
+    given = [reason for reason, holds in reasons.items() if holds]
+    if given:
         raise ArtifactError(
-            f"{folder} cannot be written as GGUF: {'; '.join(said)}",
+            f"{folder} cannot be written as GGUF: {'; '.join(given)}",
             fix="name a Llama folder from before gates and quantizers; --type packs the file",
         )
 
@@ -154,7 +148,7 @@ def _add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
 
 
 def pre_tokenizer_name(stored: dict[str, Any]) -> str:
-    """What llama.cpp calls the way in which a tokenizer.json cuts text before its merges.
+    """llama.cpp's name for the pre-tokenizer of a tokenizer.json.
 
     Raises:
         ArtifactError: it is no byte-level BPE, or cuts in a way that has no name here.
@@ -228,16 +222,16 @@ def _permuted(name: str, data: NDArray[Any], config: dict[str, Any]) -> NDArray[
         heads = config.get("num_key_value_heads") or heads
     elif ".q_proj." not in name:
         return data
-    halves = data.reshape(heads, 2, len(data) // heads // 2, *data.shape[1:])
-    return halves.swapaxes(1, 2).reshape(data.shape)
+    pairs = data.reshape(heads, 2, len(data) // heads // 2, *data.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(data.shape)
 
 
 def _gguf_name(name: str, names: Any) -> str:
     """model.layers.0.mlp.up_proj.weight -> blk.0.ffn_up.weight"""
-    found: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if found is None:
+    gguf_name: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if gguf_name is None:
         raise ArtifactError(f"the tensor {name!r} has no name in GGUF")
-    return found
+    return gguf_name
 
 
 # --- Loading it back -----------------------------------------------------------------------------
@@ -279,8 +273,8 @@ def check_gguf(folder: Path, file: Path, kind: str) -> dict[str, float]:
             "the GGUF file does not load to the model that was written: its logits differ by"
             f" {difference:.3g} over a range of {span:.3g}"
         )
-    target, found = dense.log_softmax(-1), logits.log_softmax(-1)
-    kl = float((target.exp() * (target - found)).sum(-1).mean())
+    target, predicted = dense.log_softmax(-1), logits.log_softmax(-1)
+    kl = float((target.exp() * (target - predicted)).sum(-1).mean())
     return {"max_abs_diff": difference, "range": span, "kl": kl}
 
 

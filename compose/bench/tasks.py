@@ -1,22 +1,183 @@
-"""A model of ours as lm-eval sees models. Importing this loads lm-eval, which takes seconds."""
+"""Scoring a model on the tasks of lm-eval: `run_tasks`, and the model as lm-eval sees it.
+
+Importing this module loads lm-eval, which takes seconds.
+"""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import lm_eval
+import lm_eval.tasks
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from compose.assets.fetch import Progress
-from compose.bench.quality import Pair, ScoredModel, longest_input, score_continuations
+from compose.assets import TASKS, load_task
+from compose.assets.table import OURS
+from compose.bench.continuations import Pair, score_continuations
+from compose.bench.intervals import wilson
+from compose.bench.text import ScoredModel
+from compose.errors import AssetError, UserError, suggest
+from compose.units import Progress
 
-LONGEST_ANSWER = 256  # tokens, where a task does not say; as lm-eval has it
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task has is reported
+FALLBACK_LENGTH = 2048  # longest input where the tokenizer does not know the model's
+LONGEST_ANSWER = 256  # tokens, where a task does not say; lm-eval's own default
+
+
+@runtime_checkable
+class GeneratingModel(ScoredModel, Protocol):
+    """A model that can also continue prompts."""
+
+    def generate(
+        self, prompts: Sequence[list[int]], new_tokens: int, stop_tokens: Sequence[int]
+    ) -> list[list[int]]:
+        """Greedy continuations, each of up to `new_tokens` or to a token of `stop_tokens`."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A task's score; an accuracy between 0 and 1."""
+
+    metric: str
+    value: float
+    n: int
+    ci95: tuple[float, float]
+    """Wilson's interval."""
+    data: str
+    """Where the questions came from."""
+
+
+def run_tasks(
+    model: ScoredModel,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, TaskScore]:
+    """Score `model` on tasks of lm-eval: its prompts and metrics, the first `limit` questions.
+
+    The tasks in `compose.assets.TASKS` are read from files here; others go through the hub.
+
+    Raises:
+        UserError: a task is unknown, or asks a model for free text that cannot generate it.
+        AssetError: a task's questions cannot be had.
+    """
+    if not tasks:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="gateskip-tasks-") as scratch:
+        ours = [name for name in tasks if name in TASKS]
+        origins = {name: _define(name, Path(scratch), cache, limit) for name in ours}
+        manager = _manager(Path(scratch), tasks)
+        try:
+            evaluation = lm_eval.simple_evaluate(
+                model=Scorer(model, batch_size=batch_size, progress=progress),
+                tasks=list(tasks),
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=False,
+                task_manager=manager,
+            )
+        except NotImplementedError as error:
+            raise UserError(str(error), fix=f"choose among {', '.join(TASKS)}") from error
+        except (ConnectionError, FileNotFoundError) as error:
+            raise AssetError(
+                f"the questions of a task among {', '.join(tasks)} cannot be had: {error}",
+                fix=f"go online, or choose among {', '.join(TASKS)}",
+            ) from error
+    return {name: _score(name, evaluation, origins.get(name, "hub:lm-eval")) for name in tasks}
+
+
+def _define(name: str, folder: Path, cache: Path | None, limit: int | None = None) -> str:
+    """Write lm-eval's own definition of the task with our rows as its data; gives their origin.
+
+    Only the first `limit` rows are written: lm-eval would prepare all of them otherwise.
+    """
+    data = load_task(name, cache)
+    definition = _definition(name, data.definition)
+    rows = folder / f"{name}.jsonl"
+    with data.path.open(encoding="utf-8") as lines:
+        rows.write_text("".join(islice(lines, limit)), encoding="utf-8")
+    splits = {f"{split}_split": None for split in ("training", "validation", "test", "fewshot")}
+    text = {
+        "include": str(definition),
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {
+            "data_files": {data.split: str(rows)},
+            "cache_dir": str(folder / "datasets"),
+        },
+        **splits,
+        f"{data.split}_split": data.split,
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(text), encoding="utf-8")  # JSON is YAML
+    return data.origin
+
+
+def _definition(name: str, place: str) -> Path:
+    """The task's YAML file: ours, or the one that this version of lm-eval has."""
+    if place.startswith(OURS):
+        return Path(__file__).parents[1] / "data" / "tasks" / place.removeprefix(OURS)
+    theirs = Path(lm_eval.tasks.__file__).parent / place
+    if not theirs.is_file():
+        raise UserError(f"this version of lm-eval has no task {name!r} at {place}")
+    return theirs
+
+
+def _manager(folder: Path, tasks: Sequence[str]) -> lm_eval.tasks.TaskManager:
+    """An index of the task files in `folder`, and of lm-eval's own where `tasks` name one of them.
+
+    Indexing lm-eval's thousands of tasks takes many seconds.
+
+    Raises:
+        UserError: a task is in neither.
+    """
+    others = [name for name in tasks if name not in TASKS]
+    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=bool(others))
+    for name in others:
+        if name not in manager.all_tasks:
+            raise UserError(
+                f"lm-eval has no task {name!r}: {suggest(name, TASKS)}",
+                fix="`lm-eval ls tasks` lists all others",
+            )
+    return manager
+
+
+def _score(name: str, evaluation: dict[str, Any], origin: str) -> TaskScore:
+    measured = evaluation["results"][name]
+    metric = next((each for each in METRICS if f"{each},none" in measured), None)
+    if metric is None:
+        names = sorted(key for key in measured if "," in key and "stderr" not in key)
+        raise UserError(f"task {name!r} has no accuracy, only {', '.join(names)}")
+    value = float(measured[f"{metric},none"])
+    members = evaluation.get("group_subtasks", {}).get(name) or [name]
+    n = sum(evaluation["n-samples"][member]["effective"] for member in members)
+    return TaskScore(metric, value, n, wilson(value, n), origin)
+
+
+def longest_input(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a model takes, as its tokenizer states; absurd numbers are ignored."""
+    length = getattr(tokenizer, "model_max_length", None)
+    return length if isinstance(length, int) and length < 1 << 24 else FALLBACK_LENGTH
+
+
+# --- The model as lm-eval sees it ---------------------------------------------------------------
 
 
 class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
-    """Answers lm-eval's requests: scores by `score_continuations`, texts by the model's `write`."""
+    """A scored model as a model class of lm-eval."""
 
     def __init__(
         self, model: ScoredModel, *, batch_size: int, progress: Progress | None = None
@@ -56,8 +217,8 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         self, requests: list[Any], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
         """For each (context, continuation) its log-probability, and whether it is greedy."""
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
-        return found
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
@@ -79,11 +240,11 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """What the model writes after each context, greedily, cut where the task says."""
-        if not hasattr(self.model, "write"):
+        """The greedy continuation of each context, cut where the task says."""
+        if not isinstance(self.model, GeneratingModel):
             names = sorted({str(request.task_name) for request in requests})
-            raise NotImplementedError(f"{', '.join(names)}: this model cannot write its answers")
-        asked = [_Asked.of(self, index, request) for index, request in enumerate(requests)]
+            raise NotImplementedError(f"{', '.join(names)}: this model cannot generate answers")
+        asked = [_Request.of(self, index, request) for index, request in enumerate(requests)]
         answers = [""] * len(asked)
         asked.sort(key=lambda each: (each.limit, each.stops, -len(each.prompt)))
         for start in range(0, len(asked), self.batch_size):
@@ -92,16 +253,16 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
             if any(each.stops != stops for each in batch):
                 stops = ()
             prompts = [each.prompt for each in batch]
-            written = self.model.write(prompts, limit, self._ends(stops))
-            for each, tokens in zip(batch, written, strict=True):
+            generated = self.model.generate(prompts, limit, self._stop_ids(stops))
+            for each, tokens in zip(batch, generated, strict=True):
                 text = self.tokenizer.decode(tokens[: each.limit], skip_special_tokens=True)
-                answers[each.index] = _cut(text, each.stops)
+                answers[each.index] = _cut(str(text), each.stops)
             if self._progress is not None:
-                self._progress(start + len(batch), len(asked), "writing answers")
+                self._progress(start + len(batch), len(asked), "generating answers")
         return answers
 
-    def _ends(self, stops: tuple[str, ...]) -> list[int]:
-        """Tokens that end an answer: the end of text, and all that hold a whole stop string."""
+    def _stop_ids(self, stops: tuple[str, ...]) -> list[int]:
+        """Tokens that end an answer: the end of text, and all that contain a whole stop string."""
         if stops not in self._stop_tokens:
             words = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
             held = [i for i, word in enumerate(words) if any(stop in word for stop in stops)]
@@ -119,7 +280,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Request:
     """One request for free text."""
 
     index: int
@@ -128,10 +289,10 @@ class _Asked:
     stops: tuple[str, ...]
 
     @classmethod
-    def of(cls, scorer: Scorer, index: int, request: Any) -> _Asked:
+    def of(cls, scorer: Scorer, index: int, request: Any) -> _Request:
         context, settings = request.args
         if settings.get("do_sample") and settings.get("temperature", 0):
-            raise NotImplementedError(f"{request.task_name}: answers are written greedily here")
+            raise NotImplementedError(f"{request.task_name}: answers are generated greedily here")
         limit = int(settings.get("max_gen_toks", LONGEST_ANSWER))
         until = settings.get("until") or []
         stops = tuple([until] if isinstance(until, str) else until)

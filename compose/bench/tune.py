@@ -1,10 +1,10 @@
-"""`gateskip tune-draft`: which draft decodes a folder fastest on the user's own prompts.
+"""`gateskip tune-draft`: the draft that decodes a folder fastest on the user's own prompts.
 
 The candidates are every kind of draft at every calibrated budget. A first round on a few prompts
-leaves the better part of them. The best that skips is joined by others that share its budget out
-among branches in other ways, calibrated on the prompts and their answers; a second round on all
-prompts decides. Plain decoding runs in both, and wins where no draft pays. Verification makes every
-candidate give the same text, so only speed is compared.
+selects the fastest. To the best draft that skips, others are added that allocate its budget among
+branches in other ways, calibrated on the prompts and their answers; a second round on all prompts
+decides. Plain decoding runs in both rounds, and wins where no draft is faster. Verification makes
+every candidate give the same text, so only speed is compared.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ import torch
 
 import gateskip
 from compose.artifacts.folder import LINEAGE, lineage, write_lineage
-from compose.bench.race import Courses, Lap, Progress, contender, courses_of, run_laps, runners_of
+from compose.bench.measurement import Measurement, Workloads
+from compose.bench.race import measure, runners_of
+from compose.bench.systems import parse_system
+from compose.bench.workloads import prompts_by_category
 from compose.store import read_json, write_json
+from compose.units import Progress
 from gateskip.calibration.settings import ALLOCATIONS
 from gateskip.calibration.thresholds import calibrate
 from gateskip.checkpoint import META_FILE, load_gates, save_gates
 from gateskip.decoding.decoder import Decoder
 
 PLAIN = "plain"
-FIRST_PROMPTS, LEFT = 4, 3  # prompts of the first round, and candidates that it leaves
-BLOCK, MOST_BLOCKS = 128, 16  # tokens of the user's text that calibrate, and how often
+FIRST_PROMPTS, FINALISTS = 4, 3  # prompts of the first round, and drafts that go on to the second
+BLOCK, MAX_BLOCKS = 128, 16  # of the user's text, for calibration
 
 
 def tune(
@@ -43,48 +47,51 @@ def tune(
     progress: Progress | None = None,
     cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Time the candidates on `prompts`, and unless told not to, make the best the folder's way.
+    """Time the candidates on `prompts`; with `write`, the best becomes the folder's own setting.
 
-    Returns `best`, its `speedup` over plain decoding (median over repeats), both rounds' `laps`.
+    Returns `best`, its `speedup` over plain decoding (median over repeats), and the measurements
+    of the `first` and the `second` round.
 
     Raises:
         AssetError: the prompts cannot be had.
     """
     decoder: Decoder = gateskip.load(folder)
-    courses = courses_of(decoder, prompts, limit, cache)
+    workloads = prompts_by_category(decoder, prompts, limit, cache)
     names = candidates(decoder)
-    few = _first(courses, FIRST_PROMPTS)
-    runners = runners_of(decoder, folder, [PLAIN, *names], courses, new_tokens)
-    first = run_laps(runners, few, new_tokens, 1, progress)
+    few = _first(workloads, FIRST_PROMPTS)
+    runners = runners_of(decoder, folder, [PLAIN, *names], workloads, new_tokens)
+    first = measure(runners, few, new_tokens, 1, progress)
     ranked = sorted(names, key=lambda name: -speedup(first, name))
-    finalists = {name: runners[name] for name in (PLAIN, *ranked[:LEFT])}
-    shared: dict[str, list[float]] = {}  # finalist -> thresholds of its own
+    finalists = {name: runners[name] for name in (PLAIN, *ranked[:FINALISTS])}
+    own_thresholds: dict[str, list[float]] = {}  # of finalists with another allocation
     if skipping := [name for name in ranked if decode_of(name)["draft_budget"] < 1][:1]:
-        shared = allocated(decoder, folder, courses, skipping[0], new_tokens)
-    for name, row in shared.items():
+        own_thresholds = allocated(decoder, folder, workloads, skipping[0], new_tokens)
+    for name, row in own_thresholds.items():
         other = with_thresholds(decoder, decode_of(name)["draft_budget"], row)
         (finalists[name],) = runners_of(
-            other, folder, [name.split()[0]], courses, new_tokens
+            other, folder, [name.split()[0]], workloads, new_tokens
         ).values()
-    second = run_laps(finalists, courses, new_tokens, repeats, progress)
+    second = measure(finalists, workloads, new_tokens, repeats, progress)
     best = max(finalists, key=lambda name: speedup(second, name))
     if write:
-        settle(folder, decode_of(best), speedup(second, best), prompts, shared.get(best))
+        write_decode(
+            folder, decode_of(best), speedup(second, best), prompts, own_thresholds.get(best)
+        )
     return {
         "best": best,
         "decode": decode_of(best),
         "speedup": speedup(second, best),
-        "first": [lap.to_json() for lap in first],
-        "second": [lap.to_json() for lap in second],
+        "first": [each.to_json() for each in first],
+        "second": [each.to_json() for each in second],
         "written": write,
     }
 
 
 def candidates(decoder: Decoder) -> list[str]:
-    """Every draft that this folder can make, as contenders of `gateskip bench`."""
+    """Every draft that this folder can make, as systems of `gateskip bench`."""
     budgets = [1.0, *sorted((b for b in decoder.grid if b < 1.0), reverse=True)]
     kinds = ["", *(["+int4-head"] if decoder.skipping.engine else [])]
-    kinds += ["+int4", "+nf4"] if _has_twin(decoder) else []
+    kinds += ["+int4", "+nf4"] if _has_draft_copy(decoder) else []
     names = []
     for kind in kinds:
         for budget in budgets:
@@ -96,17 +103,17 @@ def candidates(decoder: Decoder) -> list[str]:
 
 
 def allocated(
-    decoder: Decoder, folder: Path, courses: Courses, name: str, new_tokens: int
+    decoder: Decoder, folder: Path, workloads: Workloads, name: str, new_tokens: int
 ) -> dict[str, list[float]]:
-    """Name -> thresholds of a skipping draft's budget, shared out in every way that can be."""
+    """Name -> thresholds of a skipping draft's budget under every allocation that is possible."""
     file = load_gates(folder)
-    assert file is not None, "what skips has gates"
-    rows = [row for groups in courses.values() for rows in groups for row in rows]
+    assert file is not None, "a folder that skips has gates"
+    rows = [row for groups in workloads.values() for rows in groups for row in rows]
     answered = [[*row, *decoder.generate([row], new_tokens).tokens[0]] for row in rows]
     text = torch.tensor([token for row in answered for token in row])
-    count = max(1, min(MOST_BLOCKS, len(text) // BLOCK))
+    count = max(1, min(MAX_BLOCKS, len(text) // BLOCK))
     blocks = text[: count * BLOCK].view(count, -1)
-    found = {}
+    thresholds = {}
     for allocation in ALLOCATIONS:
         if allocation == "sensitivity" and file.sensitivity is None:
             continue
@@ -119,18 +126,19 @@ def allocated(
             file.kv_rule,
             file.sensitivity,
         )
-        found[f"{name} {allocation}"] = list(row.thresholds)
-    return found
+        thresholds[f"{name} {allocation}"] = list(row.thresholds)
+    return thresholds
 
 
 def with_thresholds(decoder: Decoder, budget: float, row: Sequence[float]) -> Decoder:
     """The same decoder, except that a budget means these thresholds."""
     other = copy.copy(decoder)
-    other.grid, other.paces = {**decoder.grid, budget: list(row)}, {}
+    other.grid = {**decoder.grid, budget: list(row)}
+    other.forget_draft_costs()
     return other
 
 
-def _has_twin(decoder: Decoder) -> bool:
+def _has_draft_copy(decoder: Decoder) -> bool:
     try:
         decoder.drafter("nf4")
     except ValueError:
@@ -138,42 +146,42 @@ def _has_twin(decoder: Decoder) -> bool:
     return True
 
 
-def _first(courses: Courses, count: int) -> Courses:
-    """The first prompt of up to `count` courses, spread over all of them."""
-    step = max(1, math.ceil(len(courses) / count))
-    return {name: courses[name][:1] for name in islice(courses, 0, None, step)}
+def _first(workloads: Workloads, count: int) -> Workloads:
+    """The first prompt of up to `count` workloads, spread over all of them."""
+    step = max(1, math.ceil(len(workloads) / count))
+    return {name: workloads[name][:1] for name in islice(workloads, 0, None, step)}
 
 
-def speedup(laps: Sequence[Lap], name: str) -> float:
-    """Tokens a second of a contender over plain decoding's, geometric mean over the courses."""
-    plain = {lap.course: lap for lap in laps if lap.contender == PLAIN}
+def speedup(measurements: Sequence[Measurement], name: str) -> float:
+    """Tokens a second of a system over plain decoding's, geometric mean over the workloads."""
+    plain = {each.workload: each for each in measurements if each.system == PLAIN}
     ratios = [
-        statistics.median(lap.decode) / statistics.median(plain[lap.course].decode)
-        for lap in laps
-        if lap.contender == name
+        statistics.median(each.decode) / statistics.median(plain[each.workload].decode)
+        for each in measurements
+        if each.system == name
     ]
     return statistics.geometric_mean(ratios)
 
 
 def decode_of(name: str) -> dict[str, Any]:
-    """A contender as the folder's own way of decoding."""
+    """A system as the settings that a folder is decoded by."""
     if name == PLAIN:
         return {"mode": "plain"}
-    return contender(name.split()[0]).settings | {"draft_length": "auto"}
+    return parse_system(name.split()[0]).settings | {"draft_length": "auto"}
 
 
-def settle(
+def write_decode(
     folder: Path,
     decode: Mapping[str, Any],
-    gained: float,
+    gain: float,
     prompts: str,
     thresholds: Sequence[float] | None = None,
 ) -> None:
     """Write `decode` into the folder's settings, and into its lineage where it has one; with them
-    the thresholds of its budget, where those were found anew."""
+    the thresholds of its budget, where those were calibrated anew."""
     if thresholds is not None:
         file = load_gates(folder)
-        assert file is not None, "what skips has gates"
+        assert file is not None, "a folder that skips has gates"
         file.grid[decode["draft_budget"]] = list(thresholds)
         save_gates(folder, file)
     settings = read_json(folder / META_FILE) or {}
@@ -183,7 +191,7 @@ def settle(
         entry = {
             "name": "tune-draft",
             "use": "tune-draft",
-            "parameters": {"decode": decode, "speedup": round(gained, 3), "prompts": prompts},
+            "parameters": {"decode": decode, "speedup": round(gain, 3), "prompts": prompts},
             "input_sha256": before[-1]["output_sha256"],
         }
         write_lineage(folder, entry, before)

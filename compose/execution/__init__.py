@@ -1,1 +1,1 @@
-"""Following a plan: steps, cells, speed rounds, results, exports."""
+"""Running a plan: worker processes, steps, cells, speed rounds, results, exports."""

@@ -1,14 +1,12 @@
 """A measured cell -> a folder to ship: model, gates, decode settings, lineage, numbers, model card.
 
-The folder is put together beside its place, loaded again in a fresh process, compared with what
-the step predicted when it was made, and only then renamed into place.
+The folder is filled beside its place, loaded again in a fresh process, and compared with the logits
+that were stored when its step was made; only then it is moved into place.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,15 @@ from compose.artifacts.folder import (
     write_lineage,
 )
 from compose.errors import ArtifactError, ComposeError, StepError, UserError, suggest
-from compose.execution.executors import Executor, Role, await_answer
+from compose.execution.executors import Executor
+from compose.execution.messages import CheckRequest, ContinueRequest, Role
 from compose.execution.run_folder import RunFolder
-from compose.results.schema import METRICS, CellResult, Results, TaskScore, load_results, metrics
-from compose.store import read_json, write_json
+from compose.execution.worker_process import await_answer
+from compose.results.io import load_results
+from compose.results.metrics import METRICS, metrics
+from compose.results.parts import TaskScore
+from compose.results.schema import CellResult, Results
+from compose.store import new_folder, read_json, write_json
 from compose.units import metric_text
 
 MEASUREMENTS = "measurements.json"
@@ -36,16 +39,16 @@ CARD_METRICS = (
     *("perplexity", "kl", "agreement", "retained", "saved", "acceptance", "accepted"),
 )
 GATE_SETTINGS = "gateskip.json"
-SPOKEN_TOKENS = 32
+COMPARED_TOKENS = 32
 
 
 def export_cell(
-    run: RunFolder, name: str, target: Path, executor: Executor, *, spoken: bool = False
+    run: RunFolder, name: str, target: Path, executor: Executor, *, compare_tokens: bool = False
 ) -> Path:
     """Export a cell of a finished run to the folder `target`, and return it.
 
     An earlier export at `target` is replaced; any other folder with files in it is not. With
-    `spoken`, what the export says is compared with what its source says, too.
+    `compare_tokens`, the export must also continue a text with the same tokens as its source.
 
     Raises:
         UserError: the run has no such cell, it was not measured, or the target is in use.
@@ -64,19 +67,11 @@ def export_cell(
         )
     refuse_foreign(target)
     target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
+    with new_folder(target) as folder:
         assemble(folder, source, results, cell, planned)
         verify(folder, run, planned["weights"], executor)
-        if spoken:
-            verify_spoken(folder, run, planned, executor)
-        folder.chmod(0o755)  # mkdtemp makes it private
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(folder, target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        if compare_tokens:
+            verify_tokens(folder, run, planned, executor)
     return target
 
 
@@ -84,12 +79,16 @@ def is_current(run: RunFolder, name: str, target: Path) -> bool:
     """Whether `target` already is the export of this cell with these numbers."""
     written = read_json(target / MEASUREMENTS)
     results = load_results(run.results_file)
-    wanted = measurements(results, results.cell(name), planned_cell(run, name))
-    return bool(written == wanted) and (target / "config.json").is_file()
+    current = measurements(results, results.cell(name), planned_cell(run, name))
+    return bool(written == current) and (target / "config.json").is_file()
 
 
 def planned_cell(run: RunFolder, name: str) -> dict[str, Any]:
-    """The cell's row of plan.json: its weights' key and how it is decoded."""
+    """The cell's row of plan.json: its weights' key and how it is decoded.
+
+    Raises:
+        UserError: the plan has no such cell.
+    """
     plan = read_json(run.plan_file) or {}
     cells: dict[str, dict[str, Any]] = {cell["name"]: cell for cell in plan.get("cells", [])}
     if name not in cells:
@@ -98,7 +97,7 @@ def planned_cell(run: RunFolder, name: str) -> dict[str, Any]:
 
 
 def refuse_foreign(target: Path) -> None:
-    """Refuse a target that holds anything but an earlier export."""
+    """Refuse a target that holds anything but an earlier export, with a UserError."""
     if target.is_dir() and (target / LINEAGE).is_file() and (target / MEASUREMENTS).is_file():
         return
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -111,7 +110,7 @@ def refuse_foreign(target: Path) -> None:
 def assemble(
     folder: Path, source: Path, results: Results, cell: CellResult, planned: dict[str, Any]
 ) -> None:
-    """Fill the export folder; the lineage comes last, its hash covers all else."""
+    """Fill the export folder; the lineage comes last, because its hash covers all other files."""
     require_model(source)
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
         if path.name != LINEAGE:
@@ -120,7 +119,7 @@ def assemble(
     if is_gated(source):
         settings = read_json(folder / GATE_SETTINGS) or {}
         write_json(folder / GATE_SETTINGS, {**settings, "decode": decode})
-    elif decode["mode"] != "plain":  # it drafts without skipping
+    elif decode["mode"] != "plain":  # it drafts without gates
         write_json(folder / GATE_SETTINGS, {"decode": decode})
     if (folder / GATE_SETTINGS).exists():
         write_bundle(folder)
@@ -137,7 +136,7 @@ def assemble(
 
 
 def decode_default(decode: dict[str, Any] | None) -> dict[str, Any]:
-    """How the folder is decoded unless the caller says otherwise."""
+    """The decode settings that an export states: those of the cell's decode stage."""
     if decode is None:
         return {"mode": "plain"}
     settings = {key: value for key, value in decode.items() if key != "use"}
@@ -161,46 +160,62 @@ def verify(folder: Path, run: RunFolder, weights: str, executor: Executor) -> No
         StepError: it does not load, or predicts something else.
     """
     reference = run.store.path(weights) / "check.safetensors"
-    job = {"folder": str(folder), "reference": str(reference)}
+    request: CheckRequest = {"folder": str(folder), "reference": str(reference)}
     try:
-        _ask("check", job, run, weights, executor)
+        _ask("check", request, run, weights, executor)
     except ComposeError as error:
         raise StepError(f"the export does not load as it should: {error}") from error
 
 
-def verify_spoken(
+def verify_tokens(
     folder: Path, run: RunFolder, planned: dict[str, Any], executor: Executor
 ) -> None:
-    """Let the folder, and the step's folder that it was made from, continue the same text.
+    """Continue the probe text greedily with the export and with the step's folder it comes from.
 
-    Each speaks in a process of its own, greedily: the source decoded as the cell was, the export as
-    it says itself.
+    Each runs in a process of its own: the source is decoded as the cell was, the export by its own
+    default.
 
     Raises:
-        StepError: they say different things.
+        StepError: the tokens differ.
     """
     weights = planned["weights"]
-    decode = decode_default(planned["decode"])
-    asked = {"source": (run.store.model(weights), decode), "export": (folder, None)}
-    said = {}
-    for which, (place, settings) in asked.items():
-        job = {"folder": str(place), "tokens": SPOKEN_TOKENS, "settings": settings}
-        said[which] = _ask("speak", job, run, weights, executor)
-    if said["source"] != said["export"]:
-        pairs = zip(said["source"], said["export"], strict=False)
-        first = next((i for i, (a, b) in enumerate(pairs) if a != b), SPOKEN_TOKENS)
-        raise StepError(f"the export says something else than its source from token {first} on")
+    source = _continuation(
+        run.store.model(weights), decode_default(planned["decode"]), run, weights, executor
+    )
+    export = _continuation(folder, None, run, weights, executor)
+    if source != export:
+        pairs = zip(source, export, strict=False)
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), COMPARED_TOKENS)
+        raise StepError(f"the export gives other tokens than its source from token {first} on")
 
 
-def _ask(role: Role, job: dict[str, Any], run: RunFolder, weights: str, executor: Executor) -> Any:
+def _continuation(
+    folder: Path,
+    settings: dict[str, Any] | None,
+    run: RunFolder,
+    weights: str,
+    executor: Executor,
+) -> list[int]:
+    request: ContinueRequest = {
+        "folder": str(folder),
+        "tokens": COMPARED_TOKENS,
+        "settings": settings,
+    }
+    tokens: list[int] = _ask("continue", request, run, weights, executor)
+    return tokens
+
+
+def _ask(
+    role: Role, request: Mapping[str, Any], run: RunFolder, weights: str, executor: Executor
+) -> Any:
     """The answer of one worker."""
     file = run.job(f"export-{weights}.{role}")
-    write_json(file, job)
-    remote = executor.start(role, file, run.log(f"export-{weights}"))
+    write_json(file, request)
+    worker = executor.start(role, file, run.log(f"export-{weights}"))
     try:
-        return await_answer(remote)
+        return await_answer(worker)
     finally:
-        remote.stop()
+        worker.stop()
 
 
 # --- The model card ------------------------------------------------------------------------------

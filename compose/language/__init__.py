@@ -1,1 +1,1 @@
-"""The pipeline language: a YAML file -> frozen values, mistakes with their line."""
+"""The pipeline language: a YAML file -> frozen values, every mistake with its line."""

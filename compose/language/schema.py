@@ -1,16 +1,15 @@
 """The pipeline language as frozen models: unknown keys refused, one docstring a field.
 
 `language.parse.load_pipeline` reads a file into a `Pipeline`; a program may also build one itself.
-What a field alone can decide is checked here by pydantic; `Pipeline.problems` finds names that
-point at nothing. Whether chains make sense is the planner's question.
+pydantic checks each field by itself; `Pipeline.problems` finds names that point at nothing. The
+planner checks whether chains break a rule.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -22,11 +21,10 @@ from pydantic import (
     model_validator,
 )
 
-from compose.errors import ComposeError, suggest
+from compose.errors import suggest
+from compose.language.positions import Error, Loc, Problem, SourceMap
 from compose.stages.registry import AnyStage, Bnb, DataSpec, Gate, Gptq, Skip, Speculate, Stage
 
-Loc = tuple[str | int, ...]
-"""A place in the file: keys and indices from the top."""
 Chain = tuple[str, ...]
 """Names of stages, in the order in which they run."""
 
@@ -39,7 +37,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 def _name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"{name!r} is no name: take letters, digits, '_', '.' and '-', a letter or digit first"
+            f"{name!r} is not a name: take letters, digits, '_', '.' and '-', "
+            "a letter or digit first"
         )
     return name
 
@@ -66,7 +65,7 @@ def _candidates(value: object) -> object:
 
 def _matrix(value: object) -> object:
     if isinstance(value, str):
-        raise ValueError(f"{value!r} is no matrix: write 'default', or a mapping of axes")
+        raise ValueError(f"{value!r} is not a matrix: write 'default', or a mapping of axes")
     return value
 
 
@@ -211,39 +210,6 @@ class Export(_Section):
     """The folder, relative to the one in which the command runs."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something in a pipeline that cannot stand, and where."""
-
-    loc: Loc
-    message: str
-    fix: str | None = None
-    at_key: bool = False
-    """Whether the key at `loc` is meant, and not its value."""
-
-
-_Error = TypeVar("_Error", bound=ComposeError)
-_Mark = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class SourceMap:
-    """Lines and columns (from 1) of everything in a YAML file."""
-
-    file: str
-    values: Mapping[Loc, _Mark] = field(default_factory=dict)
-    keys: Mapping[Loc, _Mark] = field(default_factory=dict)
-
-    def locate(self, error: _Error, loc: Loc, *, at_key: bool = False) -> _Error:
-        """Write file, line and column of `loc` into `error`: of the nearest place that exists."""
-        marks = self.keys if at_key else self.values
-        while loc and loc not in marks:
-            loc, marks = loc[:-1], self.keys
-        error.file = self.file
-        error.line, error.column = marks.get(loc) or self.values.get(()) or (1, 1)
-        return error
-
-
 DEFAULT_STAGES: dict[str, Stage] = {
     "gates": Gate(),
     "nf4": Bnb(format="nf4"),
@@ -251,7 +217,7 @@ DEFAULT_STAGES: dict[str, Stage] = {
     "skip80": Skip(budget=0.8),
     "spec": Speculate(),
 }
-"""The stages of `matrix: default`; a stage of the same name in the file takes its place."""
+"""The stages of `matrix: default`; a stage of the same name in the file replaces it."""
 
 DEFAULT_MATRIX = Matrix.model_validate(
     {
@@ -275,8 +241,9 @@ class Pipeline(_Section):
     """Seed of everything that draws numbers."""
 
     more_seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = ()
-    """Further seeds: weights are made, and their quality is measured, again with each of them, and
-    the report has means with intervals."""
+    """Further seeds: weights are made and their quality is measured again with each of them.
+
+    The report has means with intervals."""
 
     model: Model
     """Which model is compressed."""
@@ -312,8 +279,8 @@ class Pipeline(_Section):
         if not isinstance(raw, Mapping):
             return raw
         matrix, stages = raw.get("matrix"), raw.get("stages", {})
-        meant = matrix == "default" or (matrix is None and not raw.get("pipelines"))
-        if not meant or not isinstance(stages, Mapping):
+        expands = matrix == "default" or (matrix is None and not raw.get("pipelines"))
+        if not expands or not isinstance(stages, Mapping):
             return raw
         return {**raw, "matrix": DEFAULT_MATRIX, "stages": {**DEFAULT_STAGES, **stages}}
 
@@ -323,19 +290,19 @@ class Pipeline(_Section):
         return self._source_map
 
     def with_source_map(self, source_map: SourceMap) -> Pipeline:
-        """The same pipeline, knowing its file."""
-        known = self.model_copy()
-        known._source_map = source_map
-        return known
+        """The same pipeline with the positions of its file."""
+        copy = self.model_copy()
+        copy._source_map = source_map
+        return copy
 
-    def locate(self, error: _Error, loc: Loc, *, at_key: bool = False) -> _Error:
-        """Tell `error` where `loc` stands in the file, where that is known."""
+    def locate(self, error: Error, loc: Loc, *, at_key: bool = False) -> Error:
+        """Write the place of `loc` in the file into `error`, where it is known."""
         if self._source_map is None:
             return error
         return self._source_map.locate(error, loc, at_key=at_key)
 
     def problems(self) -> Iterator[Problem]:
-        """Seeds named twice, names that point at nothing, in the order of the file's sections."""
+        """Seeds listed twice and names that point at nothing, in the order of the sections."""
         for index, seed in enumerate(self.more_seeds):
             if seed in (self.seed, *self.more_seeds[:index]):
                 yield Problem(("more_seeds", index), f"seed {seed} is named twice")

@@ -1,1 +1,1 @@
-"""Values -> steps and cells. Pure, without torch."""
+"""A pipeline -> steps and cells with their keys. Pure: no torch, no weights."""

@@ -1,7 +1,7 @@
-"""Which stage may follow which: asked of the stages themselves, so that docs cannot differ.
+"""The table of which stage may follow which, computed from the rules of the stages themselves.
 
-A pair is tried alone, then with gates before it, then with gates between, since much is decided by
-gates. What sizes decide (groups, heads, widths) is left out here; the planner knows the model.
+A pair is tried alone, then with gates before it, then with gates between, because many stages need
+gates. Rules that need sizes (groups, heads, widths) are left out; the planner checks those.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bnb": {"format": "nf4"},
     "speculate": {"target": "original"},
 }
-"""What a stage must be told for a pair to be allowed wherever it can be."""
+"""Parameters with which a stage is allowed in as many places as it can be."""
 
 NEEDS = ("decode-needs-gates", "branches-need-gates")
 YES, GATED = "yes", "with gates"
 
 
 def example(use: str) -> Stage:
-    """The stage as the table asks it."""
+    """The stage with the parameters of `SETTINGS`."""
     return STAGES[use].model_validate({"use": use, **SETTINGS.get(use, {})})
 
 
@@ -55,9 +55,9 @@ def as_markdown() -> str:
     uses = list(STAGES)
     lines = ["| first, then | " + " | ".join(f"`{use}`" for use in uses) + " |"]
     lines.append("|---" * (len(uses) + 1) + "|")
-    found = {pair: verdict(*pair) for pair in product(uses, uses)}
+    verdicts = {pair: verdict(*pair) for pair in product(uses, uses)}
     for before in uses:
-        cells = [found[before, after] for after in uses]
+        cells = [verdicts[before, after] for after in uses]
         lines.append(f"| `{before}` | " + " | ".join(cells) + " |")
-    named = [rule for rule in RULES if rule in found.values()]
+    named = [rule for rule in RULES if rule in verdicts.values()]
     return "\n".join([*lines, "", *(f"- {rule}: {RULES[rule]}" for rule in named)])

@@ -1,4 +1,4 @@
-"""A pipeline file -> its plan, with what is known of model and data without fetching them."""
+"""A pipeline file -> its plan, from the sizes of its model and the pinned hashes of its inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from compose.assets import data_pin, model_config, model_pin
 from compose.errors import PlanError, context
 from compose.language.parse import load_pipeline
 from compose.language.schema import Pipeline
-from compose.planning.plan import Facts, Plan, make_plan
+from compose.planning.keys import InputHashes
+from compose.planning.plan import Plan
+from compose.planning.planner import make_plan
 from compose.stages.registry import ModelShape
 
 
@@ -16,12 +18,13 @@ def load_plan(file: Path, asset_cache: Path) -> Plan:
     """Read a pipeline file and plan it. Nothing heavy is imported, no weights are fetched.
 
     Raises:
-        PipelineError, PlanError: what the file says is not valid, or makes no plan.
-        AssetError: the file names a model that is none.
+        PipelineError: the file is not valid.
+        PlanError: its chains do not make a plan.
+        AssetError: the file names a model that does not exist.
     """
     pipeline = load_pipeline(file)
     with context(file=file):
-        return make_plan(pipeline, model_shape(pipeline, asset_cache), facts(pipeline))
+        return make_plan(pipeline, model_shape(pipeline, asset_cache), input_hashes(pipeline))
 
 
 def model_shape(pipeline: Pipeline, asset_cache: Path) -> ModelShape | None:
@@ -33,13 +36,13 @@ def model_shape(pipeline: Pipeline, asset_cache: Path) -> ModelShape | None:
         raise pipeline.locate(error, ("model", "source")) from None
 
 
-def facts(pipeline: Pipeline) -> Facts:
-    """What pins the model and the data: part of the steps' keys."""
-    known = Facts()
+def input_hashes(pipeline: Pipeline) -> InputHashes:
+    """The pinned hashes of model and data, where they have one: part of the steps' keys."""
+    hashes = InputHashes()
     model = model_pin(pipeline.model.source)
     if model is not None:
-        known["model_sha256"] = model
+        hashes["model_sha256"] = model
     sources = {pipeline.data.train.source, pipeline.data.calibration.source}
     pins = {source: data_pin(source) for source in sources}
-    known["data_sha256"] = {source: pin for source, pin in pins.items() if pin is not None}
-    return known
+    hashes["data_sha256"] = {source: pin for source, pin in pins.items() if pin is not None}
+    return hashes

@@ -1,4 +1,4 @@
-"""Which cell to ship: the best by one aim among those that meet every constraint."""
+"""Choosing the cell to ship: the best by one aim among those that meet every constraint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from compose.errors import UserError, suggest
-from compose.results.schema import METRICS, CellResult, Results
+from compose.results.metrics import METRICS, metric_of
+from compose.results.schema import CellResult, Results
+from compose.units import bytes_text
 
 AIMS = (
     "decode",
@@ -51,11 +53,11 @@ class Constraint:
         """What lets more cells through."""
         return f"loosen {self.option}"
 
-    def asked(self) -> str:
+    def required(self) -> str:
         """The bound in words."""
         return f"{self.words} {'>=' if self.at_least else '<='} {self.show(self.limit)}"
 
-    def found(self, cell: CellResult) -> str:
+    def seen(self, cell: CellResult) -> str:
         """The cell's number in words."""
         value = self.value(cell)
         return f"{self.words} {'not measured' if value is None else self.show(value)}"
@@ -73,16 +75,16 @@ class Lossless:
             return 0.0
         return NOT_MEASURED if cell.speculation.lossless is None else 1.0
 
-    def asked(self) -> str:
+    def required(self) -> str:
         """The bound in words."""
         return "lossless speculation"
 
-    def found(self, cell: CellResult) -> str:
+    def seen(self, cell: CellResult) -> str:
         """What was seen of the cell."""
         if cell.speculation is None:
             return "no speculation"
-        seen = {True: "lossless", False: "not lossless", None: "losslessness not measured"}
-        return seen[cell.speculation.lossless]
+        words = {True: "lossless", False: "not lossless", None: "losslessness not measured"}
+        return words[cell.speculation.lossless]
 
 
 def pick(
@@ -97,8 +99,8 @@ def pick(
 ) -> CellResult:
     """The best measured cell by `maximize` (one of `AIMS`) among those that meet all constraints.
 
-    `min_retained` is a share of the baseline's quality, 0 to 1 (`Results.retained_basis` says of
-    what); sizes are in bytes. The baseline may win. Equal cells are told apart by quality, speed,
+    `min_retained` is a share of the baseline's quality, 0 to 1 (`metrics.retained_basis` says of
+    what); sizes are in bytes. The baseline may win. Ties are broken by quality, speed,
     size and at last by their place in the results.
 
     Raises:
@@ -108,7 +110,7 @@ def pick(
     aim = maximize.replace("_", "-")
     if aim not in AIMS:
         raise UserError(f"cannot maximize {maximize!r}", fix=suggest(maximize, AIMS))
-    cells = [cell for cell in results.measured if results.metric(aim, cell) is not None]
+    cells = [cell for cell in results.measured if metric_of(results, aim, cell) is not None]
     if not cells:
         raise UserError(
             f"no cell of run {results.run!r} has {METRICS[aim].title} measured",
@@ -142,8 +144,8 @@ def _bounds(
             False,
             "{:.3f}".format,
         ),
-        ("size", "disk", "--max-bytes", max_bytes, False, _bytes),
-        ("resident", "memory", "--max-resident", max_resident, False, _bytes),
+        ("size", "disk", "--max-bytes", max_bytes, False, bytes_text),
+        ("resident", "memory", "--max-resident", max_resident, False, bytes_text),
     ]
     return [
         Constraint(words, option, _reader(results, metric), limit, at_least, show)
@@ -153,12 +155,12 @@ def _bounds(
 
 
 def _reader(results: Results, metric: str) -> Callable[[CellResult], float | None]:
-    return lambda cell: results.metric(metric, cell)
+    return lambda cell: metric_of(results, metric, cell)
 
 
 def _rank(results: Results, cell: CellResult, aim: str) -> tuple[float, ...]:
     """Higher is better; a number that is missing comes last."""
-    values = [(name, results.metric(name, cell)) for name in (aim, *TIE_BREAKS)]
+    values = [(name, metric_of(results, name, cell)) for name in (aim, *TIE_BREAKS)]
     return tuple(float("-inf") if v is None else METRICS[name].rank(v) for name, v in values)
 
 
@@ -166,12 +168,12 @@ def _nothing_left(
     results: Results, cells: list[CellResult], constraints: list[Constraint | Lossless], aim: str
 ) -> UserError:
     left = [(each, sum(not each.shortfall(cell) for cell in cells)) for each in constraints]
-    guilty = [each for each, count in left if count == 0]
-    if guilty:
-        which = " and ".join(each.asked() for each in guilty)
+    unmet = [each for each, count in left if count == 0]
+    if unmet:
+        which = " and ".join(each.required() for each in unmet)
         message = f"no cell meets {which} ({len(cells)} were measured)"
     else:
-        alone = ", ".join(f"{each.asked()} by {count}" for each, count in left)
+        alone = ", ".join(f"{each.required()} by {count}" for each, count in left)
         message = f"no cell meets every constraint; alone, of {len(cells)} cells: {alone}"
     nearest = min(
         cells,
@@ -181,12 +183,8 @@ def _nothing_left(
         ),
     )
     missed = [each for each in constraints if each.shortfall(nearest)]
-    found = ", ".join(each.found(nearest) for each in missed)
+    values = ", ".join(each.seen(nearest) for each in missed)
     return UserError(
-        f"{message}; the nearest is {nearest.name!r}: {found}",
+        f"{message}; the nearest is {nearest.name!r}: {values}",
         fix=", ".join(each.remedy for each in missed),
     )
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 1e6:.1f} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"

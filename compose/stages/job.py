@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from gateskip.model.progress import Progress
+from compose.units import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,1 +1,1 @@
-"""What a person sees in a terminal."""
+"""Text, tables and live lines for the terminal, and what `gateskip doctor` checks."""

@@ -14,28 +14,28 @@ import psutil
 
 from compose.assets import MODELS, default_cache, hub_reachable, model_config
 from compose.errors import ComposeError
-from compose.execution.executors import ask_once
+from compose.execution.worker_process import ask_once
 from compose.store import file_sizes
+from compose.units import bytes_text
 
 Status = Literal["ok", "note", "missing"]
-GB = 1e9
-DISK_WANTED = 5 * GB
-MEMORY_WANTED = 4 * GB
+DISK_WANTED = 5_000_000_000
+MEMORY_WANTED = 4_000_000_000
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     name: str
     status: Status
     """`note` limits something; `missing` keeps something from running."""
-    found: str
+    detail: str
     fix: str | None = None
 
 
 def examine(cache: Path | None = None) -> list[Finding]:
-    """Look at the machine, the libraries (in a process of their own), the hub and the cache."""
+    """Check the machine, the libraries (in a process of their own), the hub and the cache."""
     cache = cache or default_cache()
     machine = [_python(), _threads(), _memory(), _disk(cache), _compiler()]
     return [*machine, *_libraries(), _ray(), _hub(), *_cached(cache)]
@@ -46,35 +46,35 @@ def _python() -> Finding:
 
 
 def _threads() -> Finding:
-    told = os.environ.get("OMP_NUM_THREADS")
+    setting = os.environ.get("OMP_NUM_THREADS")
     cores, logical = psutil.cpu_count(logical=False), psutil.cpu_count()
-    found = f"{cores} cores, {logical} logical" + (f", OMP_NUM_THREADS={told}" if told else "")
-    return Finding("threads", "ok", found)
+    limit = f", OMP_NUM_THREADS={setting}" if setting else ""
+    return Finding("threads", "ok", f"{cores} cores, {logical} logical{limit}")
 
 
 def _memory() -> Finding:
     memory = psutil.virtual_memory()
-    found = f"{memory.available / GB:.1f} GB free of {memory.total / GB:.1f} GB"
+    free = f"{bytes_text(memory.available)} free of {bytes_text(memory.total)}"
     if memory.available >= MEMORY_WANTED:
-        return Finding("memory", "ok", found)
-    return Finding("memory", "note", found, "end other programs, or take a smaller model")
+        return Finding("memory", "ok", free)
+    return Finding("memory", "note", free, "end other programs, or take a smaller model")
 
 
 def _disk(cache: Path) -> Finding:
     place = next(parent for parent in (cache, *cache.parents) if parent.exists())
     here, there = shutil.disk_usage(Path.cwd()).free, shutil.disk_usage(place).free
-    found = f"{here / GB:.1f} GB free here, {there / GB:.1f} GB at the cache {cache}"
+    free = f"{bytes_text(here)} free here, {bytes_text(there)} at the cache {cache}"
     if min(here, there) >= DISK_WANTED:
-        return Finding("disk", "ok", found)
+        return Finding("disk", "ok", free)
     fix = "free some space, or name another folder in GATESKIP_CACHE or with --out"
-    return Finding("disk", "note", found, fix)
+    return Finding("disk", "note", free, fix)
 
 
 def _compiler() -> Finding:
-    named = os.environ.get("CXX")
-    for name in (named, "g++", "clang++", "c++"):
-        if name and (path := shutil.which(name)):
-            return Finding("C++ compiler", "ok", Path(path).name)
+    from gateskip.kernels.build import compilers
+
+    if found := compilers():
+        return Finding("C++ compiler", "ok", ", ".join(Path(name).name for name in found))
     fix = "install g++ or clang: compiled decoding and building gptqmodel need it"
     return Finding("C++ compiler", "note", "none on the path", fix)
 
@@ -98,7 +98,7 @@ def _hub() -> Finding:
 
 def _cached(cache: Path) -> Iterator[Finding]:
     total = sum(file_sizes(cache).values()) if cache.is_dir() else 0
-    yield Finding("cache", "ok", f"{total / GB:.2f} GB in {cache}")
+    yield Finding("cache", "ok", f"{bytes_text(total)} in {cache}")
     for alias in MODELS:
         there = any((cache / "models").glob(f"{alias}-*")) if cache.is_dir() else False
         layers = (model_config(alias, cache) or {}).get("num_hidden_layers")
@@ -107,19 +107,20 @@ def _cached(cache: Path) -> Iterator[Finding]:
 
 
 def _libraries() -> list[Finding]:
-    """Let a worker try the libraries: one that crashes takes only the worker along."""
-    facts = ask_worker()
-    looks: tuple[Callable[[dict[str, Any]], Finding], ...] = (
+    """Have a worker try the libraries: one that crashes ends only the worker."""
+    facts = probe_in_worker()
+    checks: tuple[Callable[[dict[str, Any]], Finding], ...] = (
         _torch,
+        _kernels,
         _accelerator,
         _bitsandbytes,
         _gptqmodel,
     )
-    return [look(facts) for look in looks]
+    return [check(facts) for check in checks]
 
 
-def ask_worker() -> dict[str, Any]:
-    """The facts of `compose.workers.main probe`; what ended it stands under "worker"."""
+def probe_in_worker() -> dict[str, Any]:
+    """What `compose.workers.probe` reports; the error of the worker itself is under "worker"."""
     facts: dict[str, Any] = {}
     try:
         ask_once("probe", {}, lambda message: facts.update(message))
@@ -131,13 +132,25 @@ def ask_worker() -> dict[str, Any]:
 def _torch(facts: dict[str, Any]) -> Finding:
     if "torch" not in facts:
         return _absent("torch", facts, "pip install torch")
-    found = f"{facts['torch']}, {facts['threads']} threads, {facts['capability']}"
-    return Finding("torch", "ok", found)
+    detail = f"{facts['torch']}, {facts['threads']} threads, {facts['capability']}"
+    return Finding("torch", "ok", detail)
+
+
+def _kernels(facts: dict[str, Any]) -> Finding:
+    state = facts.get("kernels")
+    if state is None:
+        return _absent("compiled kernels", facts, "pip install torch")
+    if "error" in state:
+        fix = "until then models decode in torch, slower: backend gathered"
+        return Finding("compiled kernels", "note", state["error"], fix)
+    timed = f"{state['choices']} choices timed on this machine"
+    return Finding("compiled kernels", "ok", f"{state['file']}, {timed}")
 
 
 def _accelerator(facts: dict[str, Any]) -> Finding:
     if facts.get("gpu"):
-        return Finding("GPU", "ok", str(facts["gpu"]))
+        fix = "stages gate, heal and gptq use it; cells, compiled kernels and packed weights do not"
+        return Finding("GPU", "note", str(facts["gpu"]), fix)
     return Finding("GPU", "note", "none: everything runs on the processor")
 
 
@@ -162,51 +175,4 @@ def _gptqmodel(facts: dict[str, Any]) -> Finding:
 
 
 def _absent(name: str, facts: dict[str, Any], fix: str) -> Finding:
-    return Finding(name, "missing", facts.get("worker", "was not looked at"), fix)
-
-
-def probe_libraries(report: Callable[[dict[str, Any]], None]) -> None:
-    """In a worker: try each library, and report each before the next one, which may crash."""
-    import torch
-
-    report(
-        {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        }
-    )
-    report({"bitsandbytes": _tried(_try_bitsandbytes)})
-    report({"gptqmodel": _tried(_try_gptqmodel)})
-
-
-def _tried(attempt: Callable[[], str]) -> dict[str, str]:
-    try:
-        return {"version": attempt()}
-    except ComposeError:
-        raise
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-
-
-def _try_bitsandbytes() -> str:
-    import bitsandbytes
-    import torch
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    weights = torch.linspace(-1, 1, 64 * 64, device=device).reshape(64, 64)
-    packed, state = quantize_4bit(weights, quant_type="nf4")
-    error = float((dequantize_4bit(packed, state) - weights).abs().max())
-    if error > 0.2:
-        raise ValueError(f"NF4 gives wrong values (off by {error:.2f})")
-    return str(bitsandbytes.__version__)
-
-
-def _try_gptqmodel() -> str:
-    from importlib import metadata
-
-    import gptqmodel  # noqa: F401
-
-    return metadata.version("gptqmodel")
+    return Finding(name, "missing", facts.get("worker", "was not checked"), fix)

@@ -1,4 +1,4 @@
-"""What a run shows while it works: one line a job, live on a terminal, plain lines elsewhere."""
+"""The board of a run: one line a job, live on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from compose.units import count, span
+from compose.units import duration_text, progress_text
 
 PLAIN_EVERY_S = 20.0
-"""How often a job that goes on says so where there is no terminal."""
+"""How often a job's progress is printed where there is no terminal."""
 
 
 class Line:
@@ -24,16 +24,16 @@ class Line:
         self._board = board
         self.name = name
         self._started = time.monotonic()
-        self._spoken = self._started
+        self._last_printed = self._started
         self._task: TaskID | None = board.open(name)
 
     def update(self, done: int, total: int, note: str = "") -> None:
-        """The job stands at `done` of `total`."""
+        """The job has finished `done` of `total` parts, or bytes."""
         if self._task is not None:
             self._board.move(self._task, done, total, note)
-        elif time.monotonic() - self._spoken >= PLAIN_EVERY_S:
-            self._spoken = time.monotonic()
-            self._board.say(f"  {self.name}: {count(done, total)} {note}".rstrip())
+        elif time.monotonic() - self._last_printed >= PLAIN_EVERY_S:
+            self._last_printed = time.monotonic()
+            self._board.print(f"  {self.name}: {progress_text(done, total)} {note}".rstrip())
 
     def done(self, note: str = "") -> None:
         """The job ended well."""
@@ -47,8 +47,9 @@ class Line:
         if self._task is not None:
             self._board.close(self._task)
         seconds = time.monotonic() - self._started
-        said = f" [dim]{escape(note)}[/]" if note else ""
-        self._board.say(f"{sign} {escape(self.name)} [dim]{span(seconds)}[/]{said}", markup=True)
+        noted = f" [dim]{escape(note)}[/]" if note else ""
+        text = f"{sign} {escape(self.name)} [dim]{duration_text(seconds)}[/]{noted}"
+        self._board.print(text, markup=True)
 
 
 class Board:
@@ -80,10 +81,10 @@ class Board:
                 self._live = None
 
     def line(self, name: str) -> Line:
-        """A new job's line."""
+        """A line for a new job."""
         return Line(self, name)
 
-    def say(self, text: str, *, markup: bool = False) -> None:
+    def print(self, text: str, *, markup: bool = False) -> None:
         """Print a line that stays."""
         with self._lock:
             self.console.print(text, markup=markup, highlight=False, soft_wrap=True)
@@ -97,9 +98,9 @@ class Board:
     def move(self, task: TaskID, done: int, total: int, note: str) -> None:
         """Move a live line."""
         if self._live is not None:
-            known = total if total > 1 else None  # a job of one part has no measurable progress
-            told = f"{count(done, total)} {escape(note)}"
-            self._live.update(task, completed=done, total=known, note=told.strip())
+            known = total if total > 1 else None  # the progress of a job of one part is not known
+            text = f"{progress_text(done, total)} {escape(note)}"
+            self._live.update(task, completed=done, total=known, note=text.strip())
 
     def close(self, task: TaskID) -> None:
         """Take a live line away."""

@@ -1,4 +1,4 @@
-"""Plans, picks and findings as text and tables for the terminal."""
+"""Plans, results, findings and measurements as text and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from compose.errors import UserError
-from compose.execution.run_folder import RunFolder, phases_of, read_phase
+from compose.execution.run_folder import RunFolder, is_measured
 from compose.execution.runner import RunResult
 from compose.planning.plan import Plan
-from compose.results.schema import METRICS, CellResult, Results, metrics
+from compose.results.metrics import METRICS, metrics
+from compose.results.schema import CellResult, Results
 from compose.terminal.doctor import Finding
-from compose.units import metric_text
+from compose.units import bytes_text, metric_text
 
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[red]✗[/]"}
 
@@ -30,23 +31,22 @@ def plan_counts(plan: Plan) -> str:
 
 
 def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
-    """The plan as JSON; each step and cell says whether it is `cached`."""
+    """The plan as JSON, with `cached` for each step and cell."""
     shown = plan.to_json()
     for step in shown["steps"]:
         manifest = run.store.manifest(step["key"])
         step["cached"] = manifest is not None
         step["peak_bytes"] = ((manifest or {}).get("record") or {}).get("peak_bytes")
     for row, cell in zip(shown["cells"], plan.cells, strict=True):
-        records = (read_phase(run, plan, cell, phase) for phase in phases_of(cell))
-        row["cached"] = all(record is not None for record in records)
+        row["cached"] = is_measured(run, plan, cell)
     return shown
 
 
 def _memory(estimated: int | None, measured: int | None) -> str:
-    """A step's peak in GB: as it was, else about what it will be."""
+    """A step's peak memory: as it was measured, else as it is estimated."""
     if measured is not None:
-        return f"{measured / 1e9:.1f} GB"
-    return "" if estimated is None else f"~{estimated / 1e9:.1f} GB"
+        return bytes_text(measured)
+    return "" if estimated is None else f"~{bytes_text(estimated)}"
 
 
 def plan_tables(plan: Plan, run: RunFolder) -> Group:
@@ -64,7 +64,7 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
         decode = cell["decode"]["use"] if cell["decode"] else "plain"
         also = ", ".join(cell["aliases"])
         cells.add_row(cell["name"], names[cell["weights"]], decode, also, _state(cell["cached"]))
-    parts: list[Any] = [steps, "", cells]
+    parts: list[RenderableType] = [steps, "", cells]
     if plan.left_out:
         left_out = _table("Left out", "chain", "rule", "why")
         for left in plan.left_out:
@@ -84,7 +84,7 @@ def _state(cached: bool) -> str:
     return "[green]cached[/]" if cached else "to run"
 
 
-def say_result(console: Console, result: RunResult) -> None:
+def print_result(console: Console, result: RunResult) -> None:
     """How a run ended, and where its report is."""
     cells = [cell for cell in result.results.cells if cell.status != "left-out"]
     failed = [cell for cell in cells if cell.status == "failed"]
@@ -122,12 +122,12 @@ def cell_json(results: Results, cell: CellResult) -> dict[str, Any]:
     }
 
 
-def say_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """What doctor found, a line each, with what puts it right below."""
+def print_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """A line for each finding of doctor, and below it what puts it right."""
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         name = finding.name.ljust(width)
-        line = f"{SIGNS[finding.status]} {name}  {escape(finding.found)}"
+        line = f"{SIGNS[finding.status]} {name}  {escape(finding.detail)}"
         console.print(line, highlight=False, soft_wrap=True)
         if finding.fix is not None:
             console.print(
@@ -136,19 +136,19 @@ def say_findings(console: Console, findings: Sequence[Finding]) -> None:
 
 
 def stats_text(answer: dict[str, Any]) -> str:
-    """What an answer took, in lines."""
+    """Tokens a second, settings and counts of an answer, in lines."""
     speed = answer["tokens"] / answer["seconds"] if answer["seconds"] else 0.0
     settings = ", ".join(f"{key} {value}" for key, value in answer["settings"].items())
     lines = [f"{answer['tokens']} tokens, {speed:.1f} tokens/s, {settings}"]
-    told = {key: value for key, value in answer["stats"].items() if value not in (None, {})}
-    for key, value in told.items():
+    stats = {key: value for key, value in answer["stats"].items() if value not in (None, {})}
+    for key, value in stats.items():
         shown = f"{value:.4g}" if isinstance(value, float) else value
         lines.append(f"  {key}: {shown}")
     return "\n".join(lines)
 
 
 def read_text(text: str) -> str:
-    """The text itself, or what stands in the file that `@FILE` names.
+    """The text itself, or the content of the file that `@FILE` names.
 
     Raises:
         UserError: the file cannot be read.
@@ -161,14 +161,14 @@ def read_text(text: str) -> str:
         raise UserError(f"cannot read {text[1:]}: {error}") from error
 
 
-def say_insight(console: Console, found: dict[str, Any]) -> None:
-    """A text's tokens on ever darker ground, the more of the compute each got; and the means."""
-    from reports.insight import heat
+def print_insight(console: Console, found: dict[str, Any]) -> None:
+    """A text with each token's background the darker, the more compute it got; and the means."""
+    from reports.insight import intensity
 
     shares = [token["compute"] for token in found["tokens"]]
     line = Text()
     for token in found["tokens"]:
-        line.append(token["text"], style=_ground(heat(token["compute"], shares)))
+        line.append(token["text"], style=_background(intensity(token["compute"], shares)))
     console.print(line)
     kinds = _table("Compute by kind of token", "kind", "tokens", "share of compute")
     for kind, use in found["summary"]["kinds"].items():
@@ -178,26 +178,28 @@ def say_insight(console: Console, found: dict[str, Any]) -> None:
     console.print(f"budget {found['budget']:g}: {mean:.0%} of the branches' compute was spent")
 
 
-def _ground(level: float) -> str:
-    """White to blue behind black or white letters."""
+def _background(level: float) -> str:
+    """The style of a token at `level` 0 to 1: white to blue, behind black or white letters."""
     red, green, blue = (round(255 + level * (end - 255)) for end in (0, 90, 170))
     ink = "white" if level > 0.6 else "black"
     return f"{ink} on rgb({red},{green},{blue})"
 
 
-def say_race(out: Console, found: dict[str, Any]) -> None:
-    """Laps of `gateskip bench` as a table, speeds beside those of the first contender."""
-    out.print(_laps(found["laps"]))
-    for lap in found["laps"]:
-        if lap["time_split"]:
-            parts = (f"{name} {part:.0%}" for name, part in lap["time_split"].items())
-            out.print(f"{lap['contender']} on {lap['course']}: {', '.join(parts)}")
-        if (promised := lap["promised_by_multiply_adds"]) > 1:
+def print_race(out: Console, found: dict[str, Any]) -> None:
+    """Measurements of `gateskip bench` as a table, speeds beside those of the first system."""
+    out.print(_measurements(found["measurements"]))
+    for system, used in _arithmetic(found["measurements"]).items():
+        out.print(f"{system} decodes with {used}")
+    for row in found["measurements"]:
+        if row["time_split"]:
+            parts = (f"{name} {part:.0%}" for name, part in row["time_split"].items())
+            out.print(f"{row['system']} on {row['workload']}: {', '.join(parts)}")
+        if (ideal := row["ideal_speedup"]) > 1:
             out.print(
-                f"it skips {lap['skipped_branch_tokens']:.1%} of branch-tokens; its multiply-adds,"
-                f" the LM head's among them, promise {promised:.2f}x"
+                f"it skips {row['skipped_branch_tokens']:.1%} of branch-tokens; the multiply-adds"
+                f" saved, the LM head counted, would give {ideal:.2f}x"
             )
-    roof, size = found["roofline"], found["weights"]
+    roof, size = found["roofline"], found["weight_bytes"]
     read = roof["memory_gb_per_s"]
     out.print(
         f"{found['threads']} threads read {read:.1f} GB/s: {read * 1e9 / size:.0f} times a second"
@@ -205,18 +207,29 @@ def say_race(out: Console, found: dict[str, Any]) -> None:
         f" {roof['gemm_float32_gflop_per_s']:.0f} GFLOP/s in float32 and"
         f" {roof['gemm_bfloat16_gflop_per_s']:.0f} in bfloat16"
     )
-    if found["beside"] is not None:
-        cache, beside = found["cache"], found["beside"]
+    if found["other_bytes"] is not None:
+        cache, beside = found["cache_bytes"], found["other_bytes"]
         out.print(
             f"memory: {cache / 1e6:.0f} MB of cache at most, and {beside / 1e6:.0f} MB beside"
             f" weights and cache at its peak ({beside / (size + cache):.0%})"
         )
 
 
-def say_tuned(out: Console, found: dict[str, Any]) -> None:
+def _arithmetic(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """System -> its arithmetic of decoding in words; peers have none."""
+    return {
+        row["system"]: "{backend}: {weights} x {activations}, sums in {accumulation}".format(
+            **row["arithmetic"]
+        )
+        for row in rows
+        if row["arithmetic"] is not None
+    }
+
+
+def print_tuned(out: Console, found: dict[str, Any]) -> None:
     """What `gateskip tune-draft` found."""
-    out.print(_laps(found["second"]))
-    tried = {lap["contender"] for lap in found["first"]} - {"plain"}
+    out.print(_measurements(found["second"]))
+    tried = {row["system"] for row in found["first"]} - {"plain"}
     done = "now the folder's own way" if found["written"] else "nothing was written"
     out.print(
         f"{found['best']} decodes {found['speedup']:.2f} times as fast as plain decoding, the best"
@@ -224,16 +237,16 @@ def say_tuned(out: Console, found: dict[str, Any]) -> None:
     )
 
 
-def _short(contender: str) -> str:
-    """A contender without the folders of the file that it names."""
-    kind, colon, told = contender.partition(":")
+def _short(system: str) -> str:
+    """A system without the folders of the file that it names."""
+    kind, colon, told = system.partition(":")
     return f"{kind}{colon}{told.rpartition('/')[2]}"
 
 
-def _laps(laps: list[dict[str, Any]]) -> Table:
-    base = {lap["course"]: lap for lap in laps if lap["contender"] == laps[0]["contender"]}
+def _measurements(rows: list[dict[str, Any]]) -> Table:
+    base = {row["workload"]: row for row in rows if row["system"] == rows[0]["system"]}
     columns = (
-        "contender",
+        "system",
         "on",
         "prefill tok/s",
         "x",
@@ -245,21 +258,21 @@ def _laps(laps: list[dict[str, Any]]) -> Table:
     )
     table = _table("Bench", *columns)
 
-    def speedup(lap: dict[str, Any], part: str) -> str:
-        return f"{lap[part]['median'] / base[lap['course']][part]['median']:.2f}"
+    def speedup(row: dict[str, Any], part: str) -> str:
+        return f"{row[part]['median'] / base[row['workload']][part]['median']:.2f}"
 
-    for lap in laps:
-        decode, prefill = lap["decode_tokens_per_s"], lap["prefill_tokens_per_s"]
-        rate = lap["acceptance_rate"]
+    for row in rows:
+        decode, prefill = row["decode_tokens_per_s"], row["prefill_tokens_per_s"]
+        rate = row["acceptance_rate"]
         table.add_row(
-            _short(lap["contender"]),
-            lap["course"],
+            _short(row["system"]),
+            row["workload"],
             f"{prefill['median']:.0f}",
-            speedup(lap, "prefill_tokens_per_s"),
+            speedup(row, "prefill_tokens_per_s"),
             f"{decode['median']:.1f}",
-            f"{decode['least']:.1f} to {decode['most']:.1f}",
-            speedup(lap, "decode_tokens_per_s"),
+            f"{decode['min']:.1f} to {decode['max']:.1f}",
+            speedup(row, "decode_tokens_per_s"),
             "" if rate is None else f"{rate:.2f}",
-            "yes" if lap["equal_to_first"] else "no",
+            "yes" if row["equal_to_first"] else "no",
         )
     return table

@@ -1,1 +1,1 @@
-"""The processes in which steps and cells run."""
+"""The processes of steps and cells, started as `python -m compose.workers.main`."""

@@ -8,30 +8,28 @@ left, and what it rejects lies beyond the row's length and is overwritten in tur
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from gateskip.calibration.thresholds import thresholds_at
-from gateskip.decoding.draft_length import Pace
-from gateskip.decoding.drafting import Draft, Drafting, Ends, Row
+from gateskip.decoding.draft_length import DraftLengthController
+from gateskip.decoding.drafting import Draft, Drafting, Row, StopConditions
 from gateskip.decoding.sampling import GREEDY, Sampler, accept_or_resample, draw
 from gateskip.decoding.self_generate import write
+from gateskip.decoding.stats import Generation, Stats
 from gateskip.model.compute import Saving, Usage, Work, saving
 from gateskip.model.gating import NEVER_SKIP
 from gateskip.quantization.draft_copy import int4_head, int4_twin, nf4_twin
-from gateskip.runtime.kv_cache import KVCache
-from gateskip.runtime.native import Engine, Unsuited
-from gateskip.runtime.skipping import SkippingModel, Thresholds
+from gateskip.runtime.backend import Arithmetic, BackendName, Cache, Thresholds
+from gateskip.runtime.native import Unsuited
+from gateskip.runtime.skipping import SkippingModel
 
 Mode = Literal["plain", "skip", "speculate"]
 Weights = Literal["own", "int4-head", "nf4", "int4"]
-Tokens = list[int]
 Target = Literal["gated", "original"]
 MAX_DRAFT = 16
 PREFILL = 4096  # tokens of all prompts together in one pass: bounds what lies beside the cache
@@ -39,82 +37,9 @@ PIECE = 1024  # and of one of them: what branches hold then is a tenth of a smal
 SELF_WRITTEN = (8, 96)  # rows and tokens of the text to which an int4 draft is fitted
 
 
-def slots(prompt: int, new_tokens: int) -> int:
-    """Slots that a row's cache has for a prompt and what follows, rejected drafts among it."""
+def cache_capacity(prompt: int, new_tokens: int) -> int:
+    """Positions that a row's cache has for a prompt and what follows, rejected drafts among it."""
     return prompt + new_tokens + MAX_DRAFT
-
-
-ADDED = (
-    *("prompt_tokens", "new_tokens", "prefill_s", "decode_s", "drafted", "accepted"),
-    *("passes", "draft_s", "verify_s", "looked_up"),
-)
-"""Fields of Stats that are sums."""
-
-
-@dataclass
-class Stats:
-    """What one `generate` call did and how long it took, in seconds and tokens."""
-
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    ttft_s: float = 0.0
-    """Time to the first token of the first row: prefill and one LM head."""
-    drafted: int = 0
-    accepted: int = 0
-    passes: int = 0
-    """Forward passes at full compute after prefill: verify passes and plain steps."""
-    draft_s: float = 0.0
-    verify_s: float = 0.0
-    draft_lengths: dict[int, int] = field(default_factory=dict)
-    """How often each draft length was tried; 0 is a plain step."""
-    looked_up: int = 0
-    """Drafted tokens that came from the text itself."""
-    positions: list[list[int]] = field(default_factory=list)
-    """By position in a draft: how often it was reached with all before it accepted, and accepted.
-    """
-
-    @property
-    def acceptance_rate(self) -> float | None:
-        """Accepted / drafted tokens; None when nothing was drafted."""
-        return self.accepted / self.drafted if self.drafted else None
-
-    @property
-    def mean_accepted_tokens(self) -> float | None:
-        """Tokens a full pass yields; plain decoding has 1. None without a pass."""
-        return (self.accepted + self.passes) / self.passes if self.passes else None
-
-    def add(self, other: Stats) -> None:
-        """Count another call's work with this one's; `ttft_s` stays the first call's."""
-        for name in ADDED:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for length, times in other.draft_lengths.items():
-            self.draft_lengths[length] = self.draft_lengths.get(length, 0) + times
-        for position, (tried, stood) in enumerate(other.positions):
-            self.count(position, tried, stood)
-
-    def count(self, position: int, tried: int, stood: int) -> None:
-        """Drafts at a position that were reached with all before them accepted, and accepted."""
-        while len(self.positions) <= position:
-            self.positions.append([0, 0])
-        self.positions[position][0] += tried
-        self.positions[position][1] += stood
-
-    def to_dict(self) -> dict[str, Any]:
-        """Counts, times and the two rates, as plain data."""
-        return asdict(self) | {
-            "acceptance_rate": self.acceptance_rate,
-            "mean_accepted_tokens": self.mean_accepted_tokens,
-        }
-
-
-@dataclass(frozen=True)
-class Generation:
-    """New tokens of every row, without the prompt, and how they came about."""
-
-    tokens: list[Tokens]
-    stats: Stats
 
 
 class Decoder:
@@ -127,7 +52,7 @@ class Decoder:
         defaults: mode and settings that the folder asks for.
         kernels: how many linear layers run on which compiled kernel.
         kernel_times: microseconds that chose them, by shape: `ours`, and the library's `own`.
-        unsuited: why torch decodes this model, where the native engine was asked for.
+        fallback: why the backend `native` was not taken, where it was to be taken if it can.
     """
 
     def __init__(
@@ -137,15 +62,34 @@ class Decoder:
         grid: Mapping[float, Sequence[float]],
         defaults: Mapping[str, Any] | None = None,
         kernels: Mapping[str, int] | None = None,
-        unsuited: str | None = None,
+        fallback: str | None = None,
         kernel_times: Mapping[str, dict[str, float]] | None = None,
     ) -> None:
         self.skipping, self.tokenizer = skipping, tokenizer
         self.grid, self.defaults = dict(grid), dict(defaults or {})
-        self.kernels, self.unsuited = dict(kernels or {}), unsuited
+        self.kernels, self.fallback = dict(kernels or {}), fallback
         self.kernel_times = dict(kernel_times or {})
-        self.paces: dict[Any, Pace] = {}  # by kind of draft: what drafting costs and brings here
+        self._controllers: dict[Any, DraftLengthController] = {}  # by kind of draft
         self._drafters: dict[str, SkippingModel] = {"own": skipping}
+
+    @property
+    def backend(self) -> BackendName:
+        """The name of the backend that runs the model."""
+        return self.skipping.backend.name
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """The arithmetic of decoding."""
+        return self.skipping.arithmetic()
+
+    @property
+    def scoring_arithmetic(self) -> Arithmetic:
+        """The arithmetic of prompts and scoring."""
+        return self.skipping.arithmetic(scoring=True)
+
+    def forget_draft_costs(self) -> None:
+        """Measure again what drafting costs and brings: for another number of threads, say."""
+        self._controllers = {}
 
     def thresholds(self, budget: float) -> Thresholds:
         """Thresholds of a budget in (0, 1]. Raises ValueError when it cannot be had."""
@@ -154,36 +98,36 @@ class Decoder:
         return thresholds_at(self.grid, budget)
 
     def models(self) -> list[SkippingModel]:
-        """The model, and its twin if there is one by now."""
+        """The model, and its draft copies as far as they were made."""
         return list(self._drafters.values())
 
     def drafter(self, weights: Weights) -> SkippingModel:
-        """What drafts: the model itself, or its 4-bit twin, which is made on first use.
+        """What drafts: the model itself, or its quantized copy, which is made on first use.
 
-        Raises ValueError where there can be no twin.
+        Raises ValueError where there can be no copy.
         """
         if weights not in self._drafters:
             if weights not in get_args(Weights):
                 known = ", ".join(get_args(Weights))
                 raise ValueError(f"draft_weights {weights!r}: one of {known}")
-            self._drafters[weights] = self._twin(weights)
+            self._drafters[weights] = self._draft_copy(weights)
         return self._drafters[weights]
 
-    def _twin(self, weights: Weights) -> SkippingModel:
+    def _draft_copy(self, weights: Weights) -> SkippingModel:
         own = self.skipping
         blocks = None if weights == "nf4" else write(self, *SELF_WRITTEN)
         with torch.inference_mode():
             copied = own.model
             if weights != "int4-head":
                 copied = nf4_twin(own.model) if blocks is None else int4_twin(own.model, blocks)
-        twin = SkippingModel(copied, own.gates, own.kv_rule)
-        if own.engine is None:
-            return twin
-        with contextlib.suppress(Unsuited):
-            twin.engine = Engine(copied, own.gates, own.kv_rule, rounded=True)
-            if blocks is not None:
-                twin.engine.use_sketch(int4_head(own.model, blocks), own.engine.head)
-        return twin
+        name = own.backend.name
+        try:
+            copy = SkippingModel(copied, own.gates, own.kv_rule, name)
+        except Unsuited:
+            return SkippingModel(copied, own.gates, own.kv_rule)
+        if copy.engine is not None and own.engine is not None and blocks is not None:
+            copy.engine.use_sketch(int4_head(own.model, blocks), own.engine.head)
+        return copy
 
     def generate(
         self,
@@ -212,8 +156,8 @@ class Decoder:
             draft_length: drafted tokens a verify pass, 1 to 16, or `auto`: set by measured costs
                 and acceptance, 0 while speculation does not pay.
             draft_weights: `own`; `int4-head`, where a 4-bit copy of the LM head ranks tokens; or a
-                4-bit copy of all weights, `int4` (that head, too) or `nf4` (twin.py).
-            lookup: before drafting, propose what followed the last tokens where they stood before.
+                4-bit copy of all weights, `int4` (that head, too) or `nf4`.
+            lookup: before drafting, propose what followed the last tokens earlier in the text.
             target: what full compute means where gates scale what branches add: the `gated` model,
                 or the `original`, without them. Other gates leave the model what it was.
             sampler, seed: how tokens are drawn; each row has a random stream of its own.
@@ -233,40 +177,51 @@ class Decoder:
         if target not in ("gated", "original"):
             raise ValueError(f"target {target!r}: gated or original")
         self.skipping.gated = target == "gated"
-        ends = Ends(frozenset(eos), tuple(stop), self.tokenizer, max_new_tokens, tuple(criteria))
-        rows = [Row(i, list(p), ends, seed, on_token) for i, p in enumerate(prompts)]
+        stops = StopConditions(
+            frozenset(eos), tuple(stop), self.tokenizer, max_new_tokens, tuple(criteria)
+        )
+        rows = [Row(i, list(p), stops, seed, on_token) for i, p in enumerate(prompts)]
         stats = Stats(prompt_tokens=sum(map(len, prompts)))
         if mode == "speculate":
-            levels = self.thresholds(draft_budget)
-            drafting = Drafting(self.drafter(draft_weights), levels, draft_length, lookup)
+            thresholds = self.thresholds(draft_budget)
+            drafting = Drafting(self.drafter(draft_weights), thresholds, draft_length, lookup)
             if draft_length == "auto":
-                kind = (draft_weights, draft_budget, len(prompts))
-                drafting.pace = self.paces.setdefault(kind, Pace())
-                drafting.lookup_pace = self.paces.setdefault(("lookup", len(prompts)), Pace())
+                drafting.controller = self._controller(draft_weights, draft_budget, len(prompts))
+                drafting.lookup_controller = self._controller("lookup", len(prompts))
             with torch.inference_mode():
                 self._speculate(rows, drafting, sampler, stats)
         else:
-            levels = self.thresholds(budget) if mode == "skip" else None
+            thresholds = self.thresholds(budget) if mode == "skip" else None
             with torch.inference_mode():
-                self._decode(rows, levels, sampler, stats)
+                self._decode(rows, thresholds, sampler, stats)
         stats.new_tokens = sum(len(row.tokens) for row in rows)
         return Generation([row.tokens for row in rows], stats)
 
+    def _controller(self, *kind: Any) -> DraftLengthController:
+        return self._controllers.setdefault(kind, DraftLengthController())
+
     # -- plain and skipping --------------------------------------------------------------------
 
-    def _decode(self, rows: list[Row], levels: Thresholds, sampler: Sampler, stats: Stats) -> None:
-        cache = self._prefill(rows, levels, sampler, stats)
+    def _decode(
+        self, rows: list[Row], thresholds: Thresholds, sampler: Sampler, stats: Stats
+    ) -> None:
+        cache = self._prefill(rows, thresholds, sampler, stats)
         started = time.perf_counter()
-        while not all(row.ended for row in rows):
-            last = torch.tensor([[row.last] for row in rows], device=self.skipping.device)
-            hidden = self.skipping.forward(last, cache, [row.slot for row in rows], levels)
-            self._choose(rows, self.skipping.head(hidden[:, -1]), sampler)
+        while live := [row for row in rows if not row.ended]:
+            states = self.skipping.decode(
+                [[row.last] for row in live],
+                cache,
+                [row.number for row in live],
+                [row.slot for row in live],
+                thresholds,
+            )
+            self._choose(live, self.skipping.head(states), sampler)
             stats.passes += 1
         stats.decode_s = time.perf_counter() - started
 
     def _prefill(
-        self, rows: list[Row], levels: Thresholds, sampler: Sampler, stats: Stats
-    ) -> KVCache:
+        self, rows: list[Row], thresholds: Thresholds, sampler: Sampler, stats: Stats
+    ) -> Cache:
         """A cache that holds the prompts; the first token of every row is committed."""
         started = time.perf_counter()
         lengths = [len(row.prompt) for row in rows]
@@ -274,13 +229,15 @@ class Decoder:
         for number, row in enumerate(rows):
             ids[number, : len(row.prompt)] = torch.tensor(row.prompt)
         ids = ids.to(self.skipping.device)
-        cache = self.skipping.new_cache(len(rows), slots(max(lengths), rows[0].ends.limit))
+        cache = self.skipping.new_cache(
+            len(rows), cache_capacity(max(lengths), rows[0].stops.limit)
+        )
         final: list[Tensor] = [torch.empty(0)] * len(rows)  # of each row's last token, [H]
         columns = max(1, min(PIECE, PREFILL // len(rows)))
         for first in range(0, max(lengths), columns):
             part = ids[:, first : first + columns]
             own = [min(max(n - first, 0), part.shape[1]) for n in lengths]
-            hidden = self.skipping.forward(part, cache, [first] * len(rows), levels, own)
+            hidden = self.skipping.forward(part, cache, [first] * len(rows), thresholds, own)
             for number, length in enumerate(lengths):
                 if first < length <= first + columns:
                     final[number] = hidden[number, length - first - 1].clone()
@@ -293,7 +250,7 @@ class Decoder:
         """Commit one token to every row that has not ended. logits [B, V]."""
         for row, own in zip(rows, logits, strict=True):
             if not row.ended:
-                row.commit([draw(sampler.law(own, row.text), row.generator)])
+                row.commit([draw(sampler.distribution(own, row.text), row.generator)])
 
     # -- self-speculation ----------------------------------------------------------------------
 
@@ -310,25 +267,23 @@ class Decoder:
             accepted = self._verify(live, drafts, sampler, cache)
             verified = time.perf_counter()
             drafting.observe(drafts, accepted, drafted - begun, verified - drafted)
-            _account(stats, drafts, accepted, drafted - begun, verified - drafted)
+            stats.add_round(drafts, accepted, drafted - begun, verified - drafted)
         stats.decode_s = time.perf_counter() - started
 
     def _verify(
-        self, rows: list[Row], drafts: list[Draft], sampler: Sampler, cache: KVCache
+        self, rows: list[Row], drafts: list[Draft], sampler: Sampler, cache: Cache
     ) -> list[int]:
-        """One full pass over each row's last token and draft; commits, and counts what stood."""
-        found = self.skipping.ragged(
-            [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)],
-            cache,
-            [row.number for row in rows],
-            [row.slot for row in rows],
+        """One full pass over each row's last token and draft; commits, counts accepted tokens."""
+        tokens = [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
+        states = self.skipping.decode(
+            tokens, cache, [row.number for row in rows], [row.slot for row in rows]
         )
-        logits = self.skipping.head(torch.cat(found)).split([len(part) for part in found])
+        logits = self.skipping.head(states).split([len(ids) for ids in tokens])
         counts = []
         for row, draft, own in zip(rows, drafts, logits, strict=True):
-            wanted = sampler.laws(own, row.text, draft.tokens)
+            targets = sampler.distributions(own, row.text, draft.tokens)
             accepted, following = accept_or_resample(
-                draft.tokens, draft.laws, wanted, row.generator
+                draft.tokens, draft.drawn_from, targets, row.generator
             )
             row.commit([*draft.tokens[:accepted], following])
             counts.append(accepted)
@@ -341,22 +296,6 @@ class Decoder:
         own, or of those of the `dense` one that it was cut from."""
         skipping, gates = self.skipping, self.skipping.gates
         scaled = gates is not None and gates.scales and skipping.gated  # every gate is asked
-        levels = self.thresholds(budget) or [NEVER_SKIP] * len(usage.kept)
-        gated = [scaled or level != NEVER_SKIP for level in levels]
+        thresholds = self.thresholds(budget) or [NEVER_SKIP] * len(usage.kept)
+        gated = [scaled or threshold != NEVER_SKIP for threshold in thresholds]
         return saving(skipping.model, usage, gates, skipping.kv_rule, gated, dense)
-
-
-def _account(
-    stats: Stats, drafts: list[Draft], accepted: list[int], draft_s: float, verify_s: float
-) -> None:
-    stats.draft_s += draft_s
-    stats.verify_s += verify_s
-    for draft, stood in zip(drafts, accepted, strict=True):
-        count = len(draft.tokens)
-        stats.drafted += count
-        stats.accepted += stood
-        stats.passes += 1
-        stats.looked_up += count if draft.looked_up else 0
-        stats.draft_lengths[count] = stats.draft_lengths.get(count, 0) + 1
-        for position in range(min(stood + 1, count)):
-            stats.count(position, 1, position < stood)

@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class Pace:
-    """Sets the draft length that measured costs and acceptance promise most tokens a second from.
+class DraftLengthController:
+    """Chooses the draft length that measured costs and acceptance promise most tokens a second for.
 
     With acceptance a, k drafted tokens yield (1 - a^(k + 1)) / (1 - a) tokens a pass (arXiv
     2211.17192, equation 1) for the time of k draft steps and one verify pass. Length 0 is plain
     decoding; while it is best, drafting is tried again after ever longer pauses. A decoder keeps
-    its pace from one call to the next: what speculation costs does not change with the prompt.
+    its controllers from one call to the next: what speculation costs does not change with the
+    prompt.
     """
 
     LONGEST = 8
     TRIAL = 3
     MARGIN = 1.02  # speculation must promise this much more than plain decoding
     PAUSE, LONGEST_PAUSE = 32, 512  # rounds
-    FRESH = 24  # rounds of drafting after which a plain step is timed anew: machines have moods
-    LEVELS = 10  # of a drafted token's chance, each with an acceptance of its own
+    FRESH = 24  # rounds of drafting after which a plain step is timed again, against drift
+    BINS = 10  # of a drafted token's probability, each with an acceptance rate of its own
 
     def __init__(self) -> None:
         self.acceptance = 0.6
-        # A draft's chances are no acceptances: greedy ones stand far more often. So what tokens of
-        # each level of chance are accepted is learned, from something in between.
-        self.stands = [0.5 + (level + 0.5) / 2 / self.LEVELS for level in range(self.LEVELS)]
+        # A draft's own probabilities are no acceptance rates: greedy tokens are accepted far more
+        # often. So the rate of each bin is learned, starting from something in between.
+        self.acceptance_by_bin = [0.5 + (n + 0.5) / 2 / self.BINS for n in range(self.BINS)]
         self.draft_step: float | None = None  # seconds
         self.plain: float | None = None
         self.per_row: float | None = None  # what one more row adds to a verify pass, seconds
@@ -49,24 +50,25 @@ class Pace:
         return self.TRIAL
 
     def least(self) -> float:
-        """How likely a draft must stand as a whole for one more token to be worth its cost: the
-        plain step that it may save, against drafting and verifying it."""
+        """How likely a whole draft must be accepted for one more token to be worth its cost: the
+        cost of drafting and verifying it, over the plain step that it may save."""
         if self.plain is None or self.draft_step is None or self.per_row is None:
             return 0.0
         return (self.draft_step + self.per_row) / self.plain
 
-    def expected(self, chance: float) -> float:
-        """How likely a drafted token stands that the draft itself gave this chance."""
-        return self.stands[self._level(chance)]
+    def expected(self, probability: float) -> float:
+        """How likely a drafted token is accepted to which the draft gave this probability."""
+        return self.acceptance_by_bin[self._bin(probability)]
 
-    def learn(self, chances: Sequence[float], accepted: int) -> None:
-        """Take in what became of a draft's tokens; those after the first refusal tell nothing."""
-        for place, chance in enumerate(chances[: accepted + 1]):
-            level = self._level(chance)
-            self.stands[level] += 0.05 * ((place < accepted) - self.stands[level])
+    def learn(self, probabilities: Sequence[float], accepted: int) -> None:
+        """Update from a draft's tokens; those after the first rejected one say nothing."""
+        for position, probability in enumerate(probabilities[: accepted + 1]):
+            number = self._bin(probability)
+            before = self.acceptance_by_bin[number]
+            self.acceptance_by_bin[number] += 0.05 * ((position < accepted) - before)
 
-    def _level(self, chance: float) -> int:
-        return min(int(chance * self.LEVELS), self.LEVELS - 1)
+    def _bin(self, probability: float) -> int:
+        return min(int(probability * self.BINS), self.BINS - 1)
 
     def _tokens_per_s(self, k: int) -> float:
         assert self.plain is not None
@@ -78,7 +80,7 @@ class Pace:
         return tokens / (k * self.draft_step + self.plain + k * self.per_row)
 
     def observe(self, count: int, accepted: Sequence[int], draft_s: float, verify_s: float) -> None:
-        """Take in a round: `count` tokens drafted a row, and how many each row accepted."""
+        """Update from a round: `count` tokens drafted a row, and how many each row accepted."""
         self.since_plain = 0 if count == 0 else self.since_plain + 1
         if count == 0:
             self.plain = _blend(self.plain, verify_s, 0.3)
@@ -88,7 +90,7 @@ class Pace:
             self.per_row, max(0.0, verify_s - (self.plain or verify_s)) / count, 0.3
         )
         for each in accepted:
-            tried = min(each + 1, count)  # drafts after the first refusal tell nothing
+            tried = min(each + 1, count)  # drafts after the first rejected one say nothing
             for outcome in (1.0,) * each + (0.0,) * (tried - each):
                 self.acceptance += 0.1 * (outcome - self.acceptance)
 

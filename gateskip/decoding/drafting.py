@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gateskip.decoding.draft_length import Pace
-from gateskip.decoding.sampling import GREEDY, Law, Sampler, draw
-from gateskip.runtime.kv_cache import KVCache
+from gateskip.decoding.draft_length import DraftLengthController
+from gateskip.decoding.sampling import GREEDY, Distribution, Sampler, draw
+from gateskip.runtime.backend import Cache
 from gateskip.runtime.skipping import SkippingModel
 
 Tokens = list[int]
@@ -19,7 +19,7 @@ LOOKUP = (3, 2)  # lengths of the n-grams that a look-up tries, the longer first
 
 
 @dataclass(frozen=True)
-class Ends:
+class StopConditions:
     """What ends a row."""
 
     tokens: frozenset[int]
@@ -51,11 +51,11 @@ class Row:
         self,
         number: int,
         prompt: Tokens,
-        ends: Ends,
+        stops: StopConditions,
         seed: int,
         on_token: Callable[[int, int], None] | None,
     ) -> None:
-        self.number, self.prompt, self.ends, self.on_token = number, prompt, ends, on_token
+        self.number, self.prompt, self.stops, self.on_token = number, prompt, stops, on_token
         self.tokens: Tokens = []
         self.text = list(prompt)
         self.ended = False
@@ -78,119 +78,120 @@ class Row:
                 return
             self.tokens.append(token)
             self.text.append(token)
-            self.ended = self.ends.reached(self.tokens, self.text)
+            self.ended = self.stops.reached(self.tokens, self.text)
             if self.on_token is not None:
                 self.on_token(self.number, token)
 
 
 class Draft:
-    """Drafted tokens of one row, and the laws they were drawn from."""
+    """Drafted tokens of one row, and the distributions they were drawn from."""
 
-    def __init__(self, room: int, looked_up: Sequence[int] = ()) -> None:
-        self.room = room  # tokens it may grow to
+    def __init__(self, limit: int, looked_up: Sequence[int] = ()) -> None:
+        self.limit = limit  # tokens it may grow to
         self.tokens: Tokens = list(looked_up)
-        self.laws: list[Law] = list(looked_up)
+        self.drawn_from: list[Distribution] = list(looked_up)
         self.looked_up = bool(looked_up)
-        self.chances: list[float] = []  # of each token, as the draft itself sees it
-        self.stands = 1.0  # how likely all of it is accepted
+        self.probabilities: list[float] = []  # of each token, by the drafting model
+        self.acceptance = 1.0  # how likely all of it is accepted
 
-    def extend(self, logits: Tensor, row: Row, sampler: Sampler, pace: Pace | None) -> None:
-        """One more token, from the draft's logits [V]; a draft that has grown unsure ends here."""
-        law = sampler.law(logits, [*row.text, *self.tokens])
-        self.tokens.append(draw(law, row.generator))
-        self.laws.append(law)
-        if pace is not None:
-            self.chances.append(float(torch.softmax(logits.float(), -1)[self.tokens[-1]]))
-            self.stands *= pace.expected(self.chances[-1])
-            if self.stands <= pace.least():
-                self.room = len(self.tokens)
+    def extend(
+        self, logits: Tensor, row: Row, sampler: Sampler, controller: DraftLengthController | None
+    ) -> None:
+        """Draw one more token from the draft's logits [V]; an unlikely draft ends here."""
+        distribution = sampler.distribution(logits, [*row.text, *self.tokens])
+        self.tokens.append(draw(distribution, row.generator))
+        self.drawn_from.append(distribution)
+        if controller is not None:
+            self.probabilities.append(float(torch.softmax(logits.float(), -1)[self.tokens[-1]]))
+            self.acceptance *= controller.expected(self.probabilities[-1])
+            if self.acceptance <= controller.least():
+                self.limit = len(self.tokens)
 
 
 @dataclass
 class Drafting:
-    """How drafts are made in one call: `model` at thresholds `levels`, `length` tokens each.
+    """How drafts are made in one call: by `model` under `thresholds`, `length` tokens each.
 
-    With `lookup`, what the text itself proposes comes first. With paces, they set the lengths.
+    With `lookup`, what the text itself proposes comes first. Controllers, if any, set the lengths.
     """
 
     model: SkippingModel
-    levels: Sequence[float] | None
+    thresholds: Sequence[float] | None
     length: int | Literal["auto"]
     lookup: bool
-    pace: Pace | None = None
-    lookup_pace: Pace | None = None
+    controller: DraftLengthController | None = None
+    lookup_controller: DraftLengthController | None = None
 
-    def make(self, rows: list[Row], sampler: Sampler, cache: KVCache) -> list[Draft]:
+    def make(self, rows: list[Row], sampler: Sampler, cache: Cache) -> list[Draft]:
         """A draft for every row: looked up where the text repeats itself, else decoded."""
         drafts = self._begin(rows)
-        if len(rows) == 1 and sampler == GREEDY and self.model.engine is not None:
-            self._at_once(drafts[0], rows[0], cache)
+        if len(rows) == 1 and sampler == GREEDY and self.model.drafter is not None:
+            self._in_one_call(drafts[0], rows[0], cache)
             return drafts
-        growing = [(d, r) for d, r in zip(drafts, rows, strict=True) if len(d.tokens) < d.room]
+        growing = [(d, r) for d, r in zip(drafts, rows, strict=True) if len(d.tokens) < d.limit]
         while growing:
-            found = self.model.ragged(
+            states = self.model.decode(
                 [[[row.last, *draft.tokens][-1]] for draft, row in growing],
                 cache,
                 [row.number for _, row in growing],
                 [row.slot + len(draft.tokens) for draft, row in growing],
-                self.levels,
+                self.thresholds,
             )
-            for (draft, row), logits in zip(
-                growing, self.model.head(torch.cat(found)), strict=True
-            ):
-                draft.extend(logits, row, sampler, self.pace)
-            growing = [(draft, row) for draft, row in growing if len(draft.tokens) < draft.room]
+            for (draft, row), logits in zip(growing, self.model.head(states), strict=True):
+                draft.extend(logits, row, sampler, self.controller)
+            growing = [(draft, row) for draft, row in growing if len(draft.tokens) < draft.limit]
         return drafts
 
-    def _at_once(self, draft: Draft, row: Row, cache: KVCache) -> None:
-        """A greedy draft of one row in a single call of the engine."""
-        if draft.looked_up or not draft.room:
+    def _in_one_call(self, draft: Draft, row: Row, cache: Cache) -> None:
+        """A greedy draft of one row, where the backend makes it in a single call."""
+        if draft.looked_up or not draft.limit:
             return
-        place, wanted = (cache, row.number, row.slot), (0.0, [1.0])  # of what stands, to go on
-        if self.pace is not None:
-            wanted = (self.pace.least(), self.pace.stands)
-        found = self.model.draft(row.last, draft.room, wanted, place, self.levels)
-        draft.tokens, draft.laws, draft.chances = found[0], list(found[0]), found[1]
+        assert self.model.drafter is not None
+        place, wanted = (cache, row.number, row.slot), (0.0, [1.0])  # draft on, whatever it is
+        if self.controller is not None:
+            wanted = (self.controller.least(), self.controller.acceptance_by_bin)
+        found = self.model.drafter.draft(row.last, draft.limit, wanted, place, self.thresholds)
+        draft.tokens, draft.drawn_from, draft.probabilities = found[0], list(found[0]), found[1]
 
     def _begin(self, rows: list[Row]) -> list[Draft]:
-        left = [row.ends.limit - len(row.tokens) - 1 for row in rows]  # verifying adds one more
+        left = [row.stops.limit - len(row.tokens) - 1 for row in rows]  # verifying adds one more
         drafts: list[Draft | None] = [None] * len(rows)
         if self.lookup:
-            count = self._length(self.lookup_pace)
+            count = self._length(self.lookup_controller)
             for i, row in enumerate(rows):
                 if proposed := look_up(row.text, min(count, left[i])):
                     drafts[i] = Draft(len(proposed), proposed)
         if all(draft is not None for draft in drafts):
             return [draft for draft in drafts if draft is not None]
-        count = self._length(self.pace)
+        count = self._length(self.controller)
         return [draft or Draft(min(count, left[i])) for i, draft in enumerate(drafts)]
 
-    def _length(self, pace: Pace | None) -> int:
-        if pace is not None:
-            return pace.draft_length()
-        assert self.length != "auto", "paces set the length"
+    def _length(self, controller: DraftLengthController | None) -> int:
+        if controller is not None:
+            return controller.draft_length()
+        assert self.length != "auto", "controllers set the length"
         return self.length
 
     def observe(
         self, drafts: list[Draft], accepted: list[int], draft_s: float, verify_s: float
     ) -> None:
-        """Tell the paces what a round cost and brought."""
-        if self.pace is None or self.lookup_pace is None:
+        """Tell the controllers what a round cost and how much was accepted."""
+        if self.controller is None or self.lookup_controller is None:
             return
         longest = max(len(draft.tokens) for draft in drafts)
-        for draft, stood in zip(drafts, accepted, strict=True):
-            self.pace.learn(draft.chances, stood)
+        for draft, count in zip(drafts, accepted, strict=True):
+            self.controller.learn(draft.probabilities, count)
         looked_up = {draft.looked_up for draft in drafts if draft.tokens}
         if longest == 0:
-            self.pace.observe(0, [], draft_s, verify_s)
-            self.lookup_pace.observe(0, [], 0.0, verify_s)
-        elif len(looked_up) == 1:  # a mixed round's times belong to neither
-            pace = self.lookup_pace if looked_up == {True} else self.pace
-            pace.observe(longest, accepted, draft_s, verify_s)
+            self.controller.observe(0, [], draft_s, verify_s)
+            self.lookup_controller.observe(0, [], 0.0, verify_s)
+        elif len(looked_up) == 1:  # the times of a mixed round belong to neither
+            own = self.lookup_controller if looked_up == {True} else self.controller
+            own.observe(longest, accepted, draft_s, verify_s)
 
 
 def look_up(text: Sequence[int], count: int) -> Tokens:
-    """Up to `count` tokens that followed the text's last n-gram where it last stood before.
+    """Up to `count` tokens that followed the last earlier occurrence of the text's last n-gram.
 
     Prompt look-up decoding (Saxena 2023): nothing is computed, and where a text repeats its prompt
     it is often right.

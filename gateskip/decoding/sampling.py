@@ -1,8 +1,8 @@
 """From logits to tokens: a sampler's distributions, drawing from them, accepting drafts.
 
-A law is what the next token is drawn from: probabilities [V], or one token id that is certain, as
-in greedy decoding and in drafts that were looked up. All decoders use the one function that accepts
-or resamples, and it never looks at more of the target's laws than it needs.
+A next-token distribution is probabilities [V], or one token id (greedy decoding, and drafts that
+were looked up). All decoders use the one function that accepts or resamples, and it computes no
+more of the target's distributions than it needs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Law = int | Tensor
-"""Where all the probability is, or probabilities [V]."""
+Distribution = int | Tensor
+"""Next-token distribution: probabilities [V], or one token id (greedy)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,8 @@ class Sampler:
                 chain.append(g.MinPLogitsWarper(self.min_p))
         return chain
 
-    def law(self, logits: Tensor, context: Sequence[int]) -> Law:
-        """Where the token after `context` is drawn from. logits [V]."""
+    def distribution(self, logits: Tensor, context: Sequence[int]) -> Distribution:
+        """What the token after `context` is drawn from. logits [V]."""
         scores = logits.float().unsqueeze(0)
         if self._chain:
             ids = torch.tensor([list(context)], device=logits.device)
@@ -72,8 +72,10 @@ class Sampler:
             return int(scores.argmax(-1))
         return torch.softmax(scores[0], -1)
 
-    def laws(self, logits: Tensor, context: Sequence[int], draft: Sequence[int]) -> Iterator[Law]:
-        """The laws after `context` and each longer part of `draft`, made as they are asked for.
+    def distributions(
+        self, logits: Tensor, context: Sequence[int], draft: Sequence[int]
+    ) -> Iterator[Distribution]:
+        """The distributions after `context` and each longer part of `draft`, computed lazily.
 
         logits [K + 1, V]: row i predicts what follows i drafted tokens.
         """
@@ -81,49 +83,54 @@ class Sampler:
             yield from logits.argmax(-1).tolist()
             return
         for i, row in enumerate(logits):
-            yield self.law(row, [*context, *draft[:i]])
+            yield self.distribution(row, [*context, *draft[:i]])
 
 
 GREEDY = Sampler()
 
 
-def draw(law: Law, generator: torch.Generator) -> int:
-    """A token from a law."""
-    if isinstance(law, int):
-        return law
-    return int(torch.multinomial(law, 1, generator=generator))
+def draw(distribution: Distribution, generator: torch.Generator) -> int:
+    """A token from a distribution."""
+    if isinstance(distribution, int):
+        return distribution
+    return int(torch.multinomial(distribution, 1, generator=generator))
 
 
 def accept_or_resample(
-    draft: Sequence[int], drawn: Sequence[Law], wanted: Iterable[Law], generator: torch.Generator
+    draft: Sequence[int],
+    drawn_from: Sequence[Distribution],
+    targets: Iterable[Distribution],
+    generator: torch.Generator,
 ) -> tuple[int, int]:
-    """How many drafted tokens stand, and the token that follows them.
+    """How many drafted tokens are accepted, and the token that follows them.
 
-    `drawn[i]` is the law that `draft[i]` was drawn from, `wanted` gives the target's laws, one more
+    `drawn_from[i]` is the distribution of `draft[i]`; `targets` gives the target model's, one more
     than there are drafts. The tokens together are distributed as if drawn from the target alone
-    (speculative sampling, arXiv 2211.17192, algorithm 1); where the laws are certain they are what
-    greedy decoding gives.
+    (speculative sampling, arXiv 2211.17192, algorithm 1); where the distributions are single tokens
+    they are what greedy decoding gives.
     """
-    laws = iter(wanted)
-    for accepted, (token, source) in enumerate(zip(draft, drawn, strict=True)):
-        law = next(laws)
-        chance = _probability(law, token) / _probability(source, token)
-        if chance < 1 and float(torch.rand((), generator=generator)) >= chance:
-            return accepted, draw(_residual(law, source), generator)
-    return len(draft), draw(next(laws), generator)
+    remaining = iter(targets)
+    for accepted, (token, source) in enumerate(zip(draft, drawn_from, strict=True)):
+        target = next(remaining)
+        ratio = _probability(target, token) / _probability(source, token)
+        if ratio < 1 and float(torch.rand((), generator=generator)) >= ratio:
+            return accepted, draw(_residual(target, source), generator)
+    return len(draft), draw(next(remaining), generator)
 
 
-def _probability(law: Law, token: int) -> float:
-    return float(law == token) if isinstance(law, int) else float(law[token])
+def _probability(distribution: Distribution, token: int) -> float:
+    if isinstance(distribution, int):
+        return float(distribution == token)
+    return float(distribution[token])
 
 
-def _residual(law: Law, source: Law) -> Law:
-    """What the target wants more often than the draft gives: max(0, p - q), normed."""
-    if isinstance(law, int):
-        return law
+def _residual(target: Distribution, source: Distribution) -> Distribution:
+    """The distribution of a token that replaces a rejected one: max(0, p - q), normalised."""
+    if isinstance(target, int):
+        return target
     if isinstance(source, int):
-        left = law.clone()
+        left = target.clone()
         left[source] = 0
     else:
-        left = (law - source).clamp_min(0)
+        left = (target - source).clamp_min(0)
     return left / left.sum()

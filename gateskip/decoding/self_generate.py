@@ -8,29 +8,42 @@ after its first token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gateskip.decoding.sampling import Sampler
+from gateskip.decoding.stats import Generation
 
 TOGETHER = 32  # rows written at a time
 SAMPLER = Sampler(temperature=0.8)
 PLACE = "(what the user says)"
 
 
+class Writer(Protocol):
+    """What text is written with: a Decoder."""
+
+    tokenizer: Any
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, sampler: Sampler, seed: int
+    ) -> Generation:
+        """Continue prompts (token ids, one list a row)."""
+        ...
+
+
 def write(
-    decoder: Any,
+    decoder: Writer,
     count: int,
     length: int,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Token ids [count, length] of a Decoder's own text; every row begins with `opening`.
+    """Token ids [count, length] of a decoder's own text; every row begins with `opening`.
 
-    Raises ValueError where a row has no room for more than its opening.
+    Raises ValueError where a row holds no more than its opening.
     """
     first = opening(decoder.tokenizer)
     if len(first) >= length:

@@ -1,7 +1,7 @@
-"""The compiled kernels of native.cpp, attention.cpp and engine.cpp: built once a machine.
+"""Compiling the kernels in src/: once a machine, kept in a cache folder, loaded through ctypes.
 
-They are called through ctypes, on a CPU. Where no C++ compiler is at hand everything runs on
-torch's own kernels instead: slower, with the same results up to rounding.
+Where no C++ compiler is at hand, or none that compiles them, everything runs on torch's own
+kernels: slower, with the same results up to rounding. `problem` says why.
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from gateskip.kernels import abi
 
 FOLDER = Path(__file__).parent / "src"
-SOURCES = tuple(FOLDER / f"{name}.cpp" for name in ("native", "attention", "engine"))
-TILE, BLOCK = 16, 32  # rows and columns of packed weights that lie together, as in kernels.h
 FLAGS = (
     "-O3",
     "-march=native",
@@ -32,53 +29,111 @@ FLAGS = (
     "-std=c++17",
     "-Wl,-z,now",
 )
+COMPILERS = ("g++", "clang++", "c++")
+ERROR_LINES = 6  # of a compiler's, that `problem` shows
+_TURNED_OFF = "turned off by GATESKIP_NATIVE=0"
+
+
+class BuildError(RuntimeError):
+    """The kernels could not be compiled; the message has each compiler's own error."""
+
+
+def compilers() -> list[str]:
+    """C++ compilers on this machine, in the order they are tried: $CXX, g++, clang++, c++."""
+    names = (os.environ.get("CXX"), *COMPILERS)
+    return list(dict.fromkeys(name for name in names if name and shutil.which(name)))
 
 
 def compiler() -> str | None:
-    """The C++ compiler to build with: $CXX, else g++, else c++; None when there is none."""
-    return next((c for c in (os.environ.get("CXX"), "g++", "c++") if c and shutil.which(c)), None)
+    """The first C++ compiler to build with; None when there is none."""
+    return next(iter(compilers()), None)
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
+    """Where compiled kernels are kept: a folder in $GATESKIP_CACHE, else in ~/.cache."""
     named = os.environ.get("GATESKIP_CACHE")
     return (Path(named) if named else Path.home() / ".cache" / "gateskip-compose") / "native"
 
 
-@lru_cache(maxsize=1)
 def library() -> Any | None:
-    """The loaded kernels, built first where needed; None when they cannot be had.
+    """The loaded kernels, built first where needed; None when they cannot be had: see `problem`.
 
     GATESKIP_NATIVE=0 turns them off.
     """
+    return _loaded()[0]
+
+
+def problem() -> str | None:
+    """Why there are no compiled kernels, with the first lines of the compiler's own error; None
+    where they are loaded."""
+    return _loaded()[1]
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> tuple[Any | None, str | None]:
+    """The library, or why there is none; the same for the life of the process."""
     if os.environ.get("GATESKIP_NATIVE") == "0":
-        return None
+        return None, _TURNED_OFF
     try:
-        return ctypes.CDLL(str(build()))
-    except (OSError, RuntimeError, subprocess.CalledProcessError):
-        return None
+        return load(build()), None
+    except (OSError, BuildError, abi.AbiMismatch) as error:
+        return None, str(error)
+
+
+def load(file: Path) -> Any:
+    """A compiled library whose functions have their argument types.
+
+    Raises OSError when it cannot be loaded, AbiMismatch when it is not of src/api.h.
+    """
+    header = abi.read_header()
+    loaded = ctypes.CDLL(str(file))
+    if not hasattr(loaded, "gateskip_abi_version"):
+        raise abi.AbiMismatch(f"{file.name} does not say which ABI it has")
+    abi.declare(loaded, header)
+    abi.check(loaded, header)
+    return loaded
 
 
 def build() -> Path:
     """Compile the sources unless a build for them, this compiler and processor is cached.
 
-    Raises RuntimeError without a compiler, CalledProcessError when compiling fails.
+    Compilers are tried in turn: clang++ may lack OpenMP, or $CXX be too old. Raises BuildError when
+    there is none, or none succeeds.
     """
-    tool = compiler()
-    if tool is None:
-        raise RuntimeError("no C++ compiler found: install g++, or name one in CXX")
-    code = b"".join(path.read_bytes() for path in (*SOURCES, FOLDER / "kernels.h"))
-    stamp = hashlib.sha256(code + processor() + " ".join((tool, *FLAGS)).encode())
-    target = cache_folder() / f"kernels-{stamp.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
+    sources = sorted(FOLDER.glob("*.cpp"))
+    if not sources:
+        raise BuildError("the kernels' sources are not part of this copy of gateskip")
+    tools = compilers()
+    if not tools:
+        raise BuildError("no C++ compiler found: install g++ or clang, or name one in CXX")
+    code = b"".join(path.read_bytes() for path in (*sources, *sorted(FOLDER.glob("*.h"))))
+    errors = []
+    for tool in tools:
+        stamp = hashlib.sha256(code + processor() + " ".join((tool, *FLAGS)).encode())
+        target = cache_folder() / f"kernels-{stamp.hexdigest()[:16]}.so"
+        if target.exists():
+            return target
+        error = compile_kernels(tool, sources, target)
+        if error is None:
+            return target
+        errors.append(f"{tool}: {error}")
+    raise BuildError("; ".join(errors))
+
+
+def compile_kernels(tool: str, sources: list[Path], target: Path) -> str | None:
+    """Compile sources with a compiler into one library; None, or the compiler's error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / "kernels.so"
-        command = [tool, *FLAGS, *map(str, SOURCES), "-o", str(made)]
-        subprocess.run(command, check=True, capture_output=True)
-        made.replace(target)  # atomic: processes that build side by side end with one whole file
-    return target
+        compiled = Path(folder) / "kernels.so"
+        command = [tool, *FLAGS, *map(str, sources), "-o", str(compiled)]
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if ended.returncode:
+            lines = ended.stderr.strip().splitlines()[:ERROR_LINES]
+            return "\n".join(lines) or f"exit status {ended.returncode}"
+        compiled.replace(
+            target
+        )  # atomic: processes that build side by side end with one whole file
+    return None
 
 
 def processor() -> bytes:
@@ -91,61 +146,3 @@ def processor() -> bytes:
         return platform.processor().encode()
     lines = [line for line in text.splitlines() if line.startswith(("model name", "flags"))]
     return "\n".join(lines[:2]).encode()
-
-
-def dense(weight: Tensor, x: Tensor) -> Tensor:
-    """x [m, k] @ weight [n, k].T, both float32 and contiguous."""
-    out = torch.empty(x.shape[0], weight.shape[0])
-    library().gateskip_dense(  # type: ignore[union-attr]
-        _at(weight),
-        weight.shape[0],
-        weight.shape[1],
-        _at(x),
-        x.shape[0],
-        _at(out),
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def packed(
-    codes: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    book: Tensor | None,
-    bits: int,
-    n: int,
-    x: Tensor,
-) -> Tensor:
-    """x [m, k] @ w.T for w [n, k] of 4 or 8 bits, which is laid out as PackedLinear has it."""
-    k, groups = x.shape[1], scale.shape[1]
-    out, scratch = torch.empty(x.shape[0], n), torch.empty(x.shape[0], groups)
-    library().gateskip_packed(  # type: ignore[union-attr]
-        *map(_at, (codes, scale, offset, book)),
-        *(bits, n, k, k // groups),
-        _at(x),
-        x.shape[0],
-        _at(out),
-        _at(scratch),
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def unpack(
-    codes: Tensor, scale: Tensor, offset: Tensor | None, book: Tensor | None, bits: int, n: int
-) -> Tensor:
-    """The float32 weights [n, k] that packed weights of 4 or 8 bits stand for."""
-    k = 8 // bits * codes[0].numel() // TILE
-    out = torch.empty(n, k)
-    library().gateskip_unpack(  # type: ignore[union-attr]
-        *map(_at, (codes, scale, offset, book)),
-        *(bits, n, k, k // scale.shape[1]),
-        _at(out),
-        torch.get_num_threads(),
-    )
-    return out
-
-
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -17,14 +17,24 @@ from typing import Any
 
 import torch
 
+from gateskip.extras import need
+
 QUANTIZER = "gptq"
 END = ".qweight"  # of the tensor that has a layer's codes
+LIBRARIES = {QUANTIZER: ("optimum", "gptqmodel"), "bitsandbytes": ("accelerate", "bitsandbytes")}
+"""What transformers loads packed weights with, by `quant_method`."""
 
 
 def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
-    """A transformers causal LM from a folder, in evaluation mode."""
+    """A transformers causal LM from a folder, in evaluation mode.
+
+    Raises ModuleNotFoundError, with the extra's name, where its packed weights need a library that
+    is not installed.
+    """
     from transformers import AutoModelForCausalLM
 
+    packed: str = _quantization(folder).get("quant_method", "")
+    need(f"{folder}: loading {packed} weights", *LIBRARIES.get(packed, ()))
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     with mixed_bits() if is_mixed(folder) else nullcontext():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
@@ -32,11 +42,16 @@ def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
 
 def is_mixed(folder: str | Path) -> bool:
     """Whether the folder's weights need `mixed_bits`."""
-    path = Path(folder) / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    stated = config.get("quantization_config") or {}
+    stated = _quantization(folder)
     mixed = stated.get("dynamic") or stated.get("lm_head")
     return stated.get("quant_method") == QUANTIZER and bool(mixed)
+
+
+def _quantization(folder: str | Path) -> dict[str, Any]:
+    """What the folder's config says of packed weights; empty where it has none."""
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return config.get("quantization_config") or {}
 
 
 @contextmanager

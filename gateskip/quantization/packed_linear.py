@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gateskip.kernels import build as native
+from gateskip.extras import need
+from gateskip.kernels import build, ops
+from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE
 from gateskip.kernels.autotune import Kernel, bfloat16_is_faster, product
 from gateskip.model.families import final_norm
 
@@ -55,7 +57,7 @@ class DenseLinear(nn.Module):
         if self.weight.dtype != torch.float32:
             return F.linear(x, self.weight, self.bias)
         flat = x.reshape(rows, self.in_features).contiguous()
-        out: Tensor = native.dense(self.weight, flat).view(*x.shape[:-1], self.out_features)
+        out: Tensor = ops.dense(self.weight, flat).view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
 
@@ -96,13 +98,13 @@ class PackedLinear(nn.Module):
         if rows > FEW_ROWS or torch.is_grad_enabled():
             return product(x, self.unpacked(), self.bias)
         flat = x.reshape(rows, self.in_features).float().contiguous()
-        out = native.packed(*self._parts(), flat)
+        out = ops.packed(*self._parts(), flat)
         out = out.view(*x.shape[:-1], self.out_features)
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
     def unpacked(self) -> Tensor:
         """The weights [out, in] in float32."""
-        return native.unpack(*self._parts())
+        return ops.unpack(*self._parts())
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
         return self.codes, self.scale, self.offset, self.book, self.bits, self.out_features
@@ -110,14 +112,14 @@ class PackedLinear(nn.Module):
 
 def tiles(table: Tensor) -> Tensor:
     """A table [n, m] as [tiles, m, 16]: sixteen rows side by side, the last ones filled with 0."""
-    filled = F.pad(table, (0, 0, 0, -len(table) % native.TILE))
-    return filled.view(-1, native.TILE, table.shape[1]).transpose(1, 2).contiguous()
+    filled = F.pad(table, (0, 0, 0, -len(table) % ROWS_PER_TILE))
+    return filled.view(-1, ROWS_PER_TILE, table.shape[1]).transpose(1, 2).contiguous()
 
 
 def pack_bytes(values: Tensor) -> Tensor:
     """Bytes [n, k] -> [tiles, k / 4, 16, 4]: of every row four columns after the other."""
     columns = tiles(values)  # [tiles, k, 16]
-    return columns.view(len(columns), -1, 4, native.TILE).transpose(2, 3).contiguous()
+    return columns.view(len(columns), -1, 4, ROWS_PER_TILE).transpose(2, 3).contiguous()
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -174,7 +176,7 @@ def _named(own: nn.Module, ours: PackedLinear) -> str:
 def has_kernels(weight: Tensor) -> bool:
     """Whether weights of this type and device have kernels of ours here."""
     known = weight.dtype in (torch.float32, torch.bfloat16)
-    return known and weight.device.type == "cpu" and native.library() is not None
+    return known and weight.device.type == "cpu" and build.library() is not None
 
 
 def _faster(module: nn.Module) -> nn.Module | None:
@@ -201,7 +203,7 @@ def _from_bitsandbytes(module: Any) -> PackedLinear | None:
 def _from_blocks(data: Tensor, state: Any, bias: Tensor | None) -> PackedLinear | None:
     """bitsandbytes' codes and what its quantization state says of them."""
     rows, k = state.shape
-    if k % state.blocksize or state.blocksize % native.BLOCK:
+    if k % state.blocksize or state.blocksize % BLOCK:
         return None
     absmax = state.absmax
     if state.nested:
@@ -214,6 +216,7 @@ def _from_blocks(data: Tensor, state: Any, bias: Tensor | None) -> PackedLinear 
 
 def bitsandbytes_functions() -> Any:
     """The library's functions. An import statement would make an exported folder ask for it."""
+    need("packing weights as NF4", "bitsandbytes")
     return importlib.import_module("bitsandbytes.functional")
 
 
@@ -237,7 +240,7 @@ def int8_parts(module: Any) -> tuple[Tensor, Tensor]:
 
 def _from_int8(module: Any) -> PackedLinear | None:
     """A scale a row. Outliers among activations need no search: each block of 32 has its scale."""
-    if module.in_features % native.BLOCK:
+    if module.in_features % BLOCK:
         return None
     codes, scale = int8_parts(module)
     return PackedLinear(codes.int() + 128, scale, None, None, module.bias, 8)
@@ -246,7 +249,7 @@ def _from_int8(module: Any) -> PackedLinear | None:
 def _from_gptq(module: Any) -> PackedLinear | None:
     """GPTQ weights of 4 or 8 bits in group order: codes in an int32, lowest bits first."""
     bits, group = module.bits, module.group_size
-    if bits not in (4, 8) or group <= 0 or group % native.BLOCK:
+    if bits not in (4, 8) or group <= 0 or group % BLOCK:
         return None
     k, rows = module.in_features, module.out_features
     groups = torch.arange(k) // group

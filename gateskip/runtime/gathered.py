@@ -1,150 +1,393 @@
-"""Attention of many gathered tokens on a CPU: only the pairs that may see each other are computed.
+"""The backend `gathered`: torch on any device; a branch is computed for the tokens that enter it.
 
-torch's fused attention takes a mask, and computes under it too; a prompt's tokens, or those of
-them that entered a branch, see on average half of the cache. In bfloat16, attention.cpp does it in
-one call where the processor has the instructions. Elsewhere some queries at a time meet the keys up
-to the last one's own slot, as two matrix products with a softmax between them that stays in the
-processor's cache: in bfloat16 2.3 times as fast (docs/experiments.md).
+What a skipped token gets instead is nothing, or a shortcut where the gates have them. The tokens
+that enter are gathered, run, and added back. Rows of different lengths share a batch without a
+padding mask, since a cache is indexed by position, and a prompt may come in chunks.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from gateskip.model.projections import AttentionShape
-from gateskip.runtime.native import Engine
+from gateskip.gates.base import Gates
+from gateskip.model.compute import Usage
+from gateskip.model.families import Branch, embed, final_norm, find_branches, head
+from gateskip.model.gating import ANCHORS, NEVER_SKIP
+from gateskip.model.projections import (
+    Turn,
+    attention_shape,
+    project_keys_values,
+    project_out,
+    project_queries,
+)
+from gateskip.quantization.formats import weight_format
+from gateskip.runtime.attention import attend_padded, attend_rows
+from gateskip.runtime.backend import Arithmetic, BackendName, Thresholds, dtype_name
+from gateskip.runtime.kv_cache import KVCache, Place
+from gateskip.runtime.sizes import EVEN, few_sizes, filled
 
-QUERIES = 128  # that meet their keys at once; half as many where the keys are
-LONG = 4096
-EVEN = 64  # gathered rows, and keys, come in multiples of this
-FILL = 32  # and queries that meet their keys at once, of this
-TOGETHER = 1024  # tokens that enter a branch at once
-
-
-def filled(kept: Tensor, even: int = EVEN) -> Tensor:
-    """Indices [N] of gathered rows, the last one repeated until `even` divides their number.
-
-    Every new size of a matrix product costs oneDNN milliseconds of compiling and half a megabyte of
-    code that it keeps, and gates leave another number of tokens at every branch of every prompt.
-    """
-    room = -len(kept) % even
-    return torch.cat((kept, kept[-1:].expand(room))) if room else kept
-
-
-def few_sizes(count: int) -> list[int]:
-    """Sizes of the parts in which `count` tokens enter: TOGETHER or half of it but for the last,
-    which is no larger than that half. So products come in few sizes, of which each has its code."""
-    whole, rest = divmod(count, TOGETHER)
-    half = TOGETHER // 2
-    return [TOGETHER] * whole + ([half, rest - half] if rest > half else [rest])
+Attend = Callable[[Tensor, Sequence[int], Tensor], Tensor]
+"""(queries [N, heads, D], how many a row, their slots [N]) -> [N, heads * D]."""
 
 
-def equal_sizes(count: int) -> list[int]:
-    """The same where no size has code of its own: as many equal parts as keep what lies between an
-    MLP's products small."""
-    parts = max(1, -(-count // (TOGETHER + TOGETHER // 2)))
-    return [count // parts + (i < count % parts) for i in range(parts)]
+class GatheredBackend:
+    """A causal LM of a supported architecture, `gates` its gates or None: see `Backend`."""
+
+    name: BackendName = "gathered"
+    fp32_activations = False  # whether prompts pass in float32 though the weights are bfloat16
+
+    def __init__(self, model: Any, gates: Gates | None = None, kv_rule: str = "project") -> None:
+        self.model, self.gates, self.kv_rule = model, gates, kv_rule
+        self.norm = final_norm(model)
+        self.dtype: torch.dtype = self.norm.weight.dtype
+        self.device: torch.device = self.norm.weight.device
+        self.shortcuts = None if gates is None else gates.shortcuts
+        if self.shortcuts is not None:  # in the model's type once, not at every branch
+            self.shortcuts = deepcopy(self.shortcuts).to(self.dtype)
+        self.branches = find_branches(model)
+        self.shapes = {
+            b.index: attention_shape(model, b.module)
+            for b in self.branches
+            if b.kind == "attention"
+        }
+        self.usage = Usage.empty(len(self.branches))
+        self.gated = True
+
+    def arithmetic(self, scoring: bool = False) -> Arithmetic:
+        """torch multiplies unpacked weights with activations of the model's own type."""
+        return Arithmetic(self.name, weight_format(self.model), dtype_name(self.dtype), "float32")
+
+    # -- the cache ------------------------------------------------------------------------------
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty KV cache. Raises ValueError where the model has fewer positions."""
+        limit = self.model.config.max_position_embeddings
+        if capacity > limit:
+            raise ValueError(f"{capacity} tokens do not fit: the model has {limit} positions")
+        return KVCache.empty(self.model, self._cache_sizes(batch, capacity))
+
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        """What `new_cache` takes, in bytes."""
+        return sum(map(math.prod, self._cache_sizes(batch, capacity))) * self.dtype.itemsize
+
+    def _cache_sizes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
+        """[B, kv_heads, slots, D] of every layer's keys, then of its values; aligned rows."""
+        limit: int = self.model.config.max_position_embeddings
+        slots = max(capacity, min(capacity + -capacity % EVEN, limit))
+        shapes = self.shapes.values()
+        return [(batch, s.kv_heads, slots, s.head_dim) for s in shapes for _ in range(2)]
+
+    # -- the two phases -------------------------------------------------------------------------
+
+    def prompt(
+        self,
+        input_ids: Tensor,
+        cache: KVCache,
+        starts: Sequence[int],
+        thresholds: Thresholds = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """See `Backend.prompt`."""
+        batch = Batch.of(input_ids, starts, lengths)
+        return self.final(self._run(input_ids, cache, batch, thresholds))
+
+    def decode(
+        self,
+        tokens: Sequence[Sequence[int]],
+        cache: KVCache,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        thresholds: Thresholds = None,
+    ) -> Tensor:
+        """See `Backend.decode`: all rows in one pass, padded to the one with most tokens."""
+        lengths = [len(own) for own in tokens]
+        ids = torch.zeros(len(tokens), max(lengths), dtype=torch.long)
+        for number, own in enumerate(tokens):
+            ids[number, : len(own)] = torch.tensor(list(own))
+        ids = ids.to(self.device)
+        some = None if list(rows) == list(range(cache.batch)) else tuple(rows)
+        batch = Batch.of(ids, starts, lengths, some, decoding=True)
+        hidden = self.final(self._run(ids, cache, batch, thresholds))
+        return hidden.flatten(0, 1) if batch.real is None else hidden[batch.real]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Backend.logits`."""
+        return self.scores(hidden)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """See `Backend.scores`."""
+        return head(self.model, hidden.to(self.dtype))
+
+    # -- one pass -------------------------------------------------------------------------------
+
+    def _run(
+        self, input_ids: Tensor, cache: KVCache, batch: Batch, thresholds: Thresholds
+    ) -> Tensor:
+        """Token ids [B, S] -> the last layer's states [B, S, H], to which branches add in place."""
+        hidden = embed(self.model, input_ids)
+        hidden = hidden.float() if self.fp32_activations else hidden
+        ropes = {  # two of [B, S, D] a kind of layer
+            key: (cos[batch.slots].to(hidden.dtype), sin[batch.slots].to(hidden.dtype))
+            for key, (cos, sin) in cache.rope.items()
+        }
+        self.usage.seen += batch.tokens
+        self.usage.context += batch.context
+        parallel = any(branch.parallel for branch in self.branches)
+        source = hidden
+        for branch in self.branches:
+            if not branch.parallel:
+                source = hidden.clone() if parallel else hidden
+            x, logits = self.read(branch, source)  # [B, S, H], [B, S]
+            keep = self._kept(branch, x, logits, batch, thresholds)  # [B, S] or None for all
+            self.usage.kept[branch.index] += batch.tokens if keep is None else int(keep.sum())
+            entered, scale = self._scaled(branch, x, thresholds)
+            with self.entering(branch, batch.slots.numel()):
+                if branch.kind == "mlp":
+                    self._add_mlp(branch, hidden, entered, batch, keep, scale)
+                else:
+                    rope = ropes[branch.rope]
+                    self._add_attention(branch, hidden, entered, rope, cache, batch, keep, scale)
+            if keep is not None and self.shortcuts is not None:
+                self.add_shortcuts(branch, hidden, x, ~keep)
+        return hidden
+
+    def _kept(
+        self,
+        branch: Branch,
+        x: Tensor,
+        logits: Tensor | None,
+        batch: Batch,
+        thresholds: Thresholds,
+    ) -> Tensor | None:
+        """Which tokens enter: bool [B, S], or None where all do."""
+        if thresholds is None or thresholds[branch.index] == NEVER_SKIP:
+            return batch.real
+        assert self.gates is not None, "thresholds without gates"
+        if logits is None:
+            logits = self.gates.logit(branch.index, x)
+        keep = logits >= thresholds[branch.index]
+        keep |= batch.slots < ANCHORS
+        return keep if batch.real is None else keep & batch.real
+
+    def _scaled(
+        self, branch: Branch, x: Tensor, thresholds: Thresholds
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the branch reads, and what multiplies its output: gates that scale do either."""
+        if self.gates is None or not self.gates.scales:
+            return x, None
+        if thresholds is None and not self.gated:
+            return x, None
+        scale = self.gates.gate(branch.index, x).to(x.dtype)
+        return (x * scale, None) if self.gates.place == "before" else (x, scale)
+
+    def _add_mlp(
+        self,
+        branch: Branch,
+        hidden: Tensor,
+        x: Tensor,
+        batch: Batch,
+        keep: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:
+        if keep is None:
+            flat = x.flatten(0, -2)
+            parts = flat.split(self.sizes(len(flat)))
+            output = torch.cat([self.mlp(branch, part) for part in parts]).view_as(x)
+            hidden += output if scale is None else output * scale
+            return
+        for kept in self._parts(keep):
+            output = self.mlp(branch, rows_at(x, self._filled(kept, batch)))[: len(kept)]
+            output = output if scale is None else output * rows_at(scale, kept)
+            self.add_rows(hidden, kept, output)
+
+    def _add_attention(
+        self,
+        branch: Branch,
+        hidden: Tensor,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache,
+        batch: Batch,
+        keep: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:
+        self._store(branch, x, rope, cache, batch, keep)
+        attend = self.attention(branch, cache, batch, whole=keep is None)
+        keep = torch.ones_like(batch.slots, dtype=torch.bool) if keep is None else keep
+        slots = batch.slots.flatten()
+        for kept in self._parts(keep):
+            own, at = self._gathered(x, rope, kept, batch)
+            queries = project_queries(branch.module, own, at, self.turn)[0].to(self.dtype)
+            counts = torch.bincount(kept // keep.shape[1], minlength=len(keep)).tolist()
+            mixed = attend(queries, counts, slots[kept]).to(x.dtype).unsqueeze(0)
+            output = branch.leave(project_out(branch.module, mixed))[0, : len(kept)]
+            output = output if scale is None else output * rows_at(scale, kept)
+            self.add_rows(hidden, kept, output)
+
+    def _store(
+        self,
+        branch: Branch,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache,
+        batch: Batch,
+        keep: Tensor | None,
+    ) -> None:
+        """Keys and values of all tokens, by the KV rule."""
+        if keep is None or self.kv_rule == "project" or branch.layer == 0:
+            keys, values = project_keys_values(branch.module, x, rope, self.turn)
+            cache.write(branch.layer, batch.place, keys, values)
+            return
+        cache.copy_below(branch.layer, batch.place)
+        kept = keep.flatten().nonzero().squeeze(1)  # [N]
+        if not len(kept):
+            return
+        own, at = self._gathered(x, rope, kept, batch)
+        keys, values = project_keys_values(branch.module, own, at, self.turn)
+        rows = batch.place.row_index.squeeze(1)[kept // keep.shape[1]]
+        slots = batch.slots.flatten()[kept]
+        cache.keys[branch.layer][rows, :, slots] = keys[0, : len(kept)].to(self.dtype)
+        cache.values[branch.layer][rows, :, slots] = values[0, : len(kept)].to(self.dtype)
+
+    # -- gathering ------------------------------------------------------------------------------
+
+    def _parts(self, keep: Tensor) -> Iterator[Tensor]:
+        """Flat places [N] of the tokens that keep [B, S] marks, a part at a time."""
+        places = keep.flatten().nonzero().squeeze(1)
+        return (part for part in places.split(self.sizes(len(places))) if len(part))
+
+    def _filled(self, kept: Tensor, batch: Batch) -> Tensor:
+        """The same places, filled up to a size that products know; decoding takes any."""
+        return kept if batch.decoding else filled(kept, self.even)
+
+    def _gathered(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kept: Tensor, batch: Batch
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x [1, N, H] and the rope, two of [1, N, D], of the tokens at flat places."""
+        chosen = self._filled(kept, batch)
+        cos, sin = (rows_at(part, chosen).unsqueeze(0) for part in rope)
+        return rows_at(x, chosen).unsqueeze(0), (cos, sin)
+
+    # -- what another backend does in its own way -----------------------------------------------
+
+    @property
+    def even(self) -> int:
+        """What divides gathered rows: oneDNN compiles bfloat16's products for each size."""
+        return EVEN if self.device.type == "cpu" else 1
+
+    def sizes(self, count: int) -> list[int]:
+        """Sizes of the parts in which `count` tokens enter a branch."""
+        return few_sizes(count)
+
+    def entering(self, branch: Branch, tokens: int) -> AbstractContextManager[None]:
+        """A context around a branch that some of `tokens` enter."""
+        return nullcontext()
+
+    @property
+    def turn(self) -> Turn | None:
+        """What rotates queries and keys in place of torch."""
+        return None
+
+    def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a branch reads, and its gate's logits where they come for nothing with it."""
+        return branch.enter(hidden), None
+
+    def final(self, hidden: Tensor) -> Tensor:
+        """The norm before the LM head."""
+        return self.norm(hidden)  # type: ignore[no-any-return]
+
+    def mlp(self, branch: Branch, x: Tensor) -> Tensor:
+        """What an MLP branch adds to tokens x [N, H]."""
+        return branch.leave(branch.module(x))
+
+    def attention(self, branch: Branch, cache: KVCache, batch: Batch, whole: bool) -> Attend:
+        """Attention of a branch over a cache; `whole` says that every token of the batch enters."""
+        kv, shape = (
+            (cache.keys[branch.layer], cache.values[branch.layer]),
+            self.shapes[branch.index],
+        )
+        rows = batch.place.rows
+        if self.device.type == "cpu":
+            return partial(attend_rows, kv=kv, shape=shape, rows=rows)
+        from_zero = whole and batch.from_zero and shape.window is None
+        return partial(attend_padded, kv=kv, shape=shape, rows=rows, from_zero=from_zero)
+
+    def add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
+        """hidden [B, S, H] at flat places [N] += added [N, H], in place."""
+        hidden.view(-1, hidden.shape[-1]).index_add_(0, places, added.to(hidden.dtype))
+
+    def add_shortcuts(self, branch: Branch, hidden: Tensor, x: Tensor, skip: Tensor) -> None:
+        """hidden [B, S, H] where `skip` [B, S], padding among it, += what the branch's shortcut
+        makes of x [B, S, H], in place."""
+        assert self.shortcuts is not None
+        for places in self._parts(skip):
+            chosen = filled(places, self.even) if len(places) >= self.even else places
+            instead = self.shortcuts(branch.index, rows_at(x, chosen))
+            self.add_rows(hidden, places, instead[: len(places)])
 
 
-def attend_rows(
-    queries: Tensor,
-    counts: list[int],
-    slots: Tensor,
-    kv: tuple[Tensor, Tensor],
-    shape: AttentionShape,
-    engine: Engine | None = None,
-    packed: Tensor | None = None,
-) -> Tensor:
-    """Softmax attention of queries [N, heads, D], `counts` of them a row -> [N, heads * D].
+@dataclass(frozen=True)
+class Batch:
+    """The tokens [B, S] of one pass."""
 
-    slots [N] ascend within a row; keys and values [B, kv_heads, T, D] hold slot t at place t. An
-    engine does all of it natively where it can, else the softmax; `packed` is what it made of the
-    keys and values before, where queries come in parts.
-    """
-    if engine is not None and len(slots) and engine.attends(queries, shape):
-        packed = engine.pack(kv, int(slots.max()) + 1) if packed is None else packed
-        return engine.attend(queries, counts, slots, packed, shape)
-    total, group = len(queries), shape.heads // shape.kv_heads
-    turned = queries.new_zeros(shape.kv_heads, total + FILL, group, shape.head_dim)
-    turned[:, :total] = queries.unflatten(1, (shape.kv_heads, group)).transpose(0, 1)
-    out = torch.empty_like(turned)
-    room = queries.new_empty(_most_scores(slots, shape))
-    done = 0
-    for row, count in enumerate(counts):
-        keys, values = (part[row] for part in kv)
-        end = done + count
-        while done < end:
-            furthest = int(slots[min(done + QUERIES, end) - 1])
-            stop = min(done + _together(furthest), end)
-            # What fills up are the queries that follow; their own answers overwrite these.
-            part = slice(done, done - (done - stop) // FILL * FILL)
-            out[:, part] = _attend(
-                turned[:, part], slots[done:stop], (keys, values), shape, room, engine
-            )
-            done = stop
-    out[:, done:] = 0  # rows that only fill up: LLM.int8 looks at all rows for outliers
-    return out[:, :total].transpose(0, 1).flatten(1)
+    place: Place
+    real: Tensor | None  # [B, S], None when nothing is padding
+    tokens: int
+    context: int
+    from_zero: bool
+    decoding: bool
 
+    @property
+    def slots(self) -> Tensor:
+        """Positions [B, S]."""
+        return self.place.slots
 
-def _together(furthest: int) -> int:
-    """Queries that meet their keys at once, the last one standing at slot `furthest`."""
-    return QUERIES if furthest < LONG else QUERIES // 2
+    @property
+    def used(self) -> int:
+        """Slots of the cache that are in use once the pass is done, at most."""
+        return self.place.used
 
-
-def _most_scores(slots: Tensor, shape: AttentionShape) -> int:
-    """Scores that the queries at `slots` have at once at most: memory to be taken once, since the
-    system clears every page that it gives anew."""
-    furthest = int(slots.max()) if len(slots) else 0
-    short = QUERIES * _evened(min(furthest, LONG - 1) + 1)
-    return shape.heads * max(short, _together(furthest) * _evened(furthest + 1))
-
-
-def _attend(
-    queries: Tensor,
-    slots: Tensor,
-    kv: tuple[Tensor, Tensor],
-    shape: AttentionShape,
-    room: Tensor,
-    engine: Engine | None,
-) -> Tensor:
-    """queries [kv_heads, Q, group, D], those at `slots` and what fills up, over keys and values
-    [kv_heads, T, D] -> as queries."""
-    keys, values = kv
-    end = min(_evened(int(slots[-1]) + 1), keys.shape[1])
-    begin = 0 if shape.window is None else max(0, int(slots[0]) + 1 - shape.window) // EVEN * EVEN
-    keys, values = keys[:, begin:end], values[:, begin:end]
-    flat = queries.flatten(1, 2)  # [kv_heads, Q * group, D]
-    scores = room[: flat.shape[0] * flat.shape[1] * keys.shape[1]].view(*flat.shape[:2], -1)
-    torch.bmm(flat, keys.transpose(1, 2), out=scores)
-    if engine is not None and scores.shape[2] % 8 == 0:
-        engine.soften(scores, slots, begin, shape)
-    else:
-        scores = _soften(scores, slots, begin, shape)
-    return torch.bmm(scores, values).view(queries.shape)
+    @classmethod
+    def of(
+        cls,
+        input_ids: Tensor,
+        starts: Sequence[int],
+        lengths: Sequence[int] | None = None,
+        rows: tuple[int, ...] | None = None,
+        decoding: bool = False,
+    ) -> Batch:
+        """Rows of input_ids [B, S] begin at `starts` and have `lengths` real tokens."""
+        count, columns = input_ids.shape
+        lengths = [columns] * count if lengths is None else lengths
+        steps = torch.arange(columns, device=input_ids.device)
+        first = torch.tensor(list(starts), device=input_ids.device).unsqueeze(1)
+        padded = min(lengths) < columns
+        real = steps < torch.tensor(list(lengths), device=input_ids.device).unsqueeze(1)
+        same = rows is None and len(set(starts)) == 1
+        return cls(
+            place=Place(
+                slots=first + steps,
+                rows=rows,
+                together=slice(starts[0], starts[0] + columns) if same else None,
+                used=max(starts) + columns,
+            ),
+            real=real if padded else None,
+            tokens=sum(lengths),
+            context=sum(n * s + n * (n + 1) // 2 for s, n in zip(starts, lengths, strict=True)),
+            from_zero=not any(starts) and not padded,
+            decoding=decoding,
+        )
 
 
-def _evened(count: int) -> int:
-    """Keys to compute with for `count` in sight: a number out of few, at most an eighth more.
-
-    Each size that a product has is compiled once and kept, half a megabyte of code.
-    """
-    step = EVEN
-    while 8 * step < count:
-        step *= 2
-    return -(-count // step) * step
-
-
-def _soften(scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> Tensor:
-    """What Engine.soften does, and a soft cap, for scores [kv_heads, Q * group, T]."""
-    kind, scores = scores.dtype, scores.float() * shape.scaling
-    if shape.softcap is not None:
-        scores = torch.tanh(scores / shape.softcap) * shape.softcap
-    scores = scores.unflatten(1, (-1, shape.heads // shape.kv_heads))  # [kv_heads, Q, group, T]
-    seen = torch.arange(begin, begin + scores.shape[3], device=slots.device)
-    later = int(slots[0]) + 1 - begin if shape.window is None else 0  # where a mask is needed
-    hidden = seen[later:] > slots.unsqueeze(1)
-    if shape.window is not None:
-        hidden |= seen <= slots.unsqueeze(1) - shape.window
-    scores[:, : len(slots), :, later:].masked_fill_(hidden.unsqueeze(1), -torch.inf)
-    return scores.softmax(-1).to(kind).flatten(1, 2)
+def rows_at(x: Tensor, places: Tensor) -> Tensor:
+    """Rows of x [B, S, N] at flat places [K] -> [K, N]; ten times as fast as x[places]."""
+    return x.flatten(0, 1).index_select(0, places)

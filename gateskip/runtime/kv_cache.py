@@ -1,4 +1,4 @@
-"""Keys and values of the tokens so far: slot number is position, so forgetting is a number, too."""
+"""KV cache indexed by token position; truncating only lowers a length."""
 
 from __future__ import annotations
 
@@ -11,6 +11,22 @@ import torch
 from torch import Tensor
 
 from gateskip.model.families import Rope, final_norm, rope_at
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens [B, S] of a pass stand in a cache."""
+
+    slots: Tensor  # [B, S], ascending
+    rows: tuple[int, ...] | None  # the cache's row of each row here; None for all, in order
+    together: slice | None  # the slots, where all rows of the cache have the same
+    used: int  # slots up to the last one
+
+    @property
+    def row_index(self) -> Tensor:
+        """Cache rows [B, 1], to index with beside `slots`."""
+        rows = range(len(self.slots)) if self.rows is None else self.rows
+        return torch.tensor(list(rows), device=self.slots.device).unsqueeze(1)
 
 
 @dataclass
@@ -37,41 +53,33 @@ class KVCache:
         return cls(parts[0::2], parts[1::2], {key: (c[0], s[0]) for key, (c, s) in rope.items()})
 
     @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.keys[0].shape[0]
+
+    @property
     def capacity(self) -> int:
         """Slots a row has."""
         return self.keys[0].shape[2]
 
-    def write(
-        self, layer: int, slots: Tensor, begin: int | None, keys: Tensor, values: Tensor
-    ) -> None:
-        """Store keys and values [B, S, kv_heads, D] at slots [B, S], which follow each other.
+    def write(self, layer: int, place: Place, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values [B, S, kv_heads, D] of a layer at a place."""
+        stores = zip((self.keys[layer], self.values[layer]), (keys, values), strict=True)
+        for store, part in stores:
+            part = part.to(store.dtype)
+            if place.together is not None:
+                store[:, :, place.together] = part.transpose(1, 2)
+            else:
+                store[place.row_index, :, place.slots] = part
 
-        `begin` is the first slot where all rows have the same.
-        """
-        keys, values = (part.to(self.keys[layer].dtype) for part in (keys, values))
-        if begin is not None:
-            part = slice(begin, begin + slots.shape[1])
-            self.keys[layer][:, :, part] = keys.transpose(1, 2)
-            self.values[layer][:, :, part] = values.transpose(1, 2)
-            return
-        rows = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
-        self.keys[layer][rows, :, slots] = keys
-        self.values[layer][rows, :, slots] = values
-
-    def copy_below(self, layer: int, slots: Tensor, begin: int | None) -> None:
-        """KV rule `copy`: a layer shows its predecessor's entries at slots [B, S]; see `write`."""
+    def copy_below(self, layer: int, place: Place) -> None:
+        """KV rule `copy`: a layer shows its predecessor's entries at a place."""
         for store in (self.keys, self.values):
-            if begin is not None:
-                part = slice(begin, begin + slots.shape[1])
-                store[layer][:, :, part] = store[layer - 1][:, :, part]
-                continue
-            rows = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
-            store[layer][rows, :, slots] = store[layer - 1][rows, :, slots]
-
-    def row(self, number: int) -> KVCache:
-        """One row as a cache of its own, in the same memory."""
-        one = slice(number, number + 1)
-        return KVCache([k[one] for k in self.keys], [v[one] for v in self.values], self.rope)
+            if place.together is not None:
+                store[layer][:, :, place.together] = store[layer - 1][:, :, place.together]
+            else:
+                index = (place.row_index, slice(None), place.slots)
+                store[layer][index] = store[layer - 1][index]
 
     def rows(self, numbers: Sequence[int]) -> KVCache:
         """Copies of rows, in the given order; a row may come more than once."""

@@ -1,4 +1,4 @@
-"""The native engine: a whole pass over a few tokens in one call of engine.cpp.
+"""The native engine: a whole pass over a few tokens in one call of the compiled kernels.
 
 It takes over decoding and verifying on a CPU, where a step in torch spends most of its time between
 operators. What it does not know (other devices, formats or architectures) stays with torch. So do
@@ -11,6 +11,7 @@ here than in torch.
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -21,118 +22,39 @@ from torch import Tensor, nn
 
 from gateskip.gates.base import Gates
 from gateskip.gates.learned import ScalarGates
-from gateskip.kernels import build as native
-from gateskip.model.families import FAMILIES, PRE_NORM, backbone, final_norm
+from gateskip.kernels import abi, build, ops
+from gateskip.kernels.abi import BLOCK, PARTS, Kind, Matrix
+from gateskip.model.families import FAMILIES, PRE_NORM, UnsupportedModel, backbone, final_norm
 from gateskip.model.gating import ANCHORS
 from gateskip.model.projections import AttentionShape, attention_shape, rotate
 from gateskip.quantization.head import RoundedHead, to_bytes
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, pack_bytes, tiles
 
-MOST_ROWS = 32  # of one pass; engine.cpp has the same number
-DENSE, HALF, FOUR_BIT, FOUR_BIT_BOOK, EIGHT_BIT = range(5)
-ROUNDED_CODES, ROUNDED_BOOK, ROUNDED_BYTES = range(5, 8)
-PARTS = ("linear", "attention", "gates", "lm head")  # as in engine.cpp
-DENSE_KINDS = {torch.float32: DENSE, torch.bfloat16: HALF}
-LANES = 16  # of attention.cpp: slots of its packed keys, channels of its values
-LIFT = 128  # what makes signed bytes unsigned; kernels.h takes it off again
-BLOCK = native.BLOCK
-Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
+MOST_ROWS = 64  # of one pass over the weights, as MAX_ROWS in simd.h; `step` takes any number
+DENSE_KINDS = {torch.float32: Kind.FP32, torch.bfloat16: Kind.BF16}
+CHANNELS = 8  # what divides hidden states and heads
+KEYS = 16  # of a vector of attention.cpp: what divides its packed keys, and its heads' channels
+ZERO_POINT = 128  # what makes signed bytes unsigned; the kernels take it off again
 
 
-class Unsuited(ValueError):
+class Unsuited(UnsupportedModel):
     """The engine does not know this model; the message says what it lacks."""
-
-
-class Matrix(ctypes.Structure):
-    """As in engine.cpp."""
-
-    _fields_ = (
-        *((name, Int) for name in ("kind", "n", "k", "group")),
-        *((name, Pointer) for name in ("weights", "scale", "shift", "book", "bias")),
-    )
-
-
-class Shortcut(ctypes.Structure):
-    """As in engine.cpp."""
-
-    _fields_ = (*((name, Pointer) for name in ("down", "up", "bias")), ("rank", Int))
-
-
-class Layer(ctypes.Structure):
-    """As in engine.cpp."""
-
-    _fields_ = (
-        *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, Pointer) for name in ("norm_attention", "norm_mlp", "norm_q", "norm_k")),
-        *((name, Pointer) for name in ("weight_attention", "weight_mlp")),
-        *((name, Shortcut) for name in ("short_attention", "short_mlp")),
-        *((name, Float) for name in ("bias_attention", "bias_mlp")),
-        *((name, Int) for name in ("rotates", "window")),
-    )
-
-
-class Model(ctypes.Structure):
-    """As in engine.cpp."""
-
-    _fields_ = (
-        *((name, Int) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")),
-        *((name, Int) for name in ("inner", "rotary_dim", "anchors", "widest_shortcut")),
-        *((name, Float) for name in ("epsilon", "scaling")),
-        ("norm_final", Pointer),
-        ("layer", ctypes.POINTER(Layer)),
-    )
-
-
-class CacheView(ctypes.Structure):
-    """As in engine.cpp."""
-
-    _fields_ = (
-        *((name, Pointer) for name in ("keys", "values", "cos", "sin")),
-        *((name, Int) for name in ("capacity", "half")),
-    )
-
-
-class DraftOrder(ctypes.Structure):
-    """Draft of engine.cpp."""
-
-    _fields_ = (
-        *((name, Int) for name in ("token", "count")),
-        ("least", Float),
-        ("stands", Pointer),
-        ("levels", Int),
-        ("embedding", Pointer),
-        ("half", Int),
-        *((name, ctypes.POINTER(Matrix)) for name in ("head", "exact")),
-        *((name, Pointer) for name in ("tokens", "chances")),
-    )
-
-
-class Step(ctypes.Structure):
-    """As in engine.cpp."""
-
-    _fields_ = (
-        *((name, Int) for name in ("rows", "copies")),
-        *((name, Pointer) for name in ("cache_row", "slot", "hidden", "thresholds", "kept")),
-        *((name, Pointer) for name in ("spent", "scratch")),
-    )
 
 
 class Engine:
     """A model of a supported architecture, ready for `step`.
 
-    `rounded` tells whether any of its products are of activations rounded to 8 bits. `sketch` is a
-    cheaper LM head that ranks the tokens of a draft, `exact`, if any, chooses from the best.
+    `rounded` tells whether any of its products are of activations rounded to 8 bits. `draft_head`
+    ranks the tokens of a draft: the LM head, or a cheaper one; `rerank_head`, if any, chooses among
+    the best. Not for two threads at a time: calls share memory.
     """
 
     def __init__(
         self, model: Any, gates: Gates | None, kv_rule: str = "project", rounded: bool = False
     ) -> None:
-        """Raises Unsuited when engine.cpp cannot run this model here."""
-        library = native.library()
-        if library is None or not hasattr(library, "gateskip_step"):
-            raise Unsuited("the kernels could not be built, or the processor has no AVX2")
-        self.library: Any = library
-        library.gateskip_keep_memory()
+        """Raises Unsuited when the kernels cannot run this model here."""
+        if not ops.has_decoder():
+            raise Unsuited(build.problem() or "the processor has no AVX2")
         if FAMILIES.get(model.config.model_type) is not PRE_NORM:
             raise Unsuited(f"architecture {model.config.model_type} runs in torch")
         if gates is not None and (type(gates) is not ScalarGates or gates.scales):
@@ -143,17 +65,16 @@ class Engine:
         self.rounded = rounded and any(isinstance(part, PackedLinear) for part in model.modules())
         self.rounded |= isinstance(model.get_output_embeddings(), RoundedHead)
         self.model = self._model(model, gates)
-        self.head = self.sketch = self._head(model)
-        self.exact: Matrix | None = None
+        self.head = self.draft_head = self._head(model)
+        self.rerank_head: Matrix | None = None
         self.embedding = model.get_input_embeddings().weight
         self.copies = int(kv_rule == "copy")
         self.kept = torch.zeros(2 * self.model.layers, dtype=torch.int64)
         self._spent = torch.zeros(len(PARTS), dtype=torch.float64)
-        size = self.library.gateskip_scratch
-        size.restype = ctypes.c_int64
-        self.scratch = torch.empty(size(ctypes.byref(self.model), MOST_ROWS))
-        self._levels: tuple[Any, Tensor] | None = None
-        self._cache: tuple[weakref.ref[Any], CacheView] | None = None
+        self._arena = ops.Arena()
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._thresholds: tuple[Any, Tensor] | None = None
+        self._cache: tuple[weakref.ref[Any], abi.CacheView] | None = None
 
     def step(
         self,
@@ -166,17 +87,12 @@ class Engine:
         """Embeddings [rows, H] at `slots` of `cache_rows` -> final normed hidden states [rows, H],
         float32 whatever the weights are.
 
-        At most MOST_ROWS rows. `kept` then counts, branch by branch, how many rows entered.
+        Any number of rows, whose bits do not depend on each other; of a cache row, later slots come
+        after earlier ones. `kept` then counts, branch by branch, how many rows entered.
         """
         out = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         where = torch.tensor([[*cache_rows], [*slots]], dtype=torch.int32)
-        step = self._step(out, where, thresholds)
-        self.library.gateskip_step(
-            ctypes.byref(self.model),
-            ctypes.byref(self._view(cache)),
-            ctypes.byref(step),
-            torch.get_num_threads(),
-        )
+        ops.step(self.model, self._view(cache), self._step(out, where, thresholds), self._arena)
         return out
 
     def draft(
@@ -194,37 +110,34 @@ class Engine:
         equal levels from 0 to 1. `kept` then counts over all steps.
         """
         cache, cache_row, slot = place
-        least, stands = wanted[0], torch.tensor(list(wanted[1]))
-        hidden = torch.empty(1, self.model.hidden)
+        least, accepted = wanted[0], torch.tensor(list(wanted[1]))
         where = torch.tensor([[cache_row], [slot]], dtype=torch.int32)
         tokens, chances = torch.empty(count, dtype=torch.int32), torch.empty(count)
+        hidden = torch.empty(1, self.model.hidden)
+        order = abi.Draft(
+            token=token,
+            count=count,
+            least=least,
+            accepted=accepted.data_ptr(),
+            levels=len(accepted),
+            embedding=self.embedding.data_ptr(),
+            bf16=int(self.embedding.dtype == torch.bfloat16),
+            draft_head=ctypes.pointer(self.draft_head),
+            rerank_head=self.rerank_head and ctypes.pointer(self.rerank_head),
+            tokens=tokens.data_ptr(),
+            chances=chances.data_ptr(),
+        )
         step = self._step(hidden, where, thresholds)
-        order = DraftOrder(
-            token,
-            count,
-            least,
-            stands.data_ptr(),
-            len(stands),
-            self.embedding.data_ptr(),
-            int(self.embedding.dtype == torch.bfloat16),
-            ctypes.pointer(self.sketch),
-            None if self.exact is None else ctypes.pointer(self.exact),
-            tokens.data_ptr(),
-            chances.data_ptr(),
-        )
-        self.library.gateskip_draft(
-            ctypes.byref(self.model),
-            ctypes.byref(self._view(cache)),
-            ctypes.byref(step),
-            ctypes.byref(order),
-            torch.get_num_threads(),
-        )
-        made = int(order.count)
-        return tokens[:made].tolist(), chances[:made].tolist()
+        ops.draft(self.model, self._view(cache), step, order, self._arena)
+        drafted = int(order.count)
+        return tokens[:drafted].tolist(), chances[:drafted].tolist()
 
-    def use_sketch(self, sketch: PackedLinear, exact: Matrix) -> None:
-        """Rank a draft's tokens by an LM head in 4 bits; the dense one `exact` chooses."""
-        self.sketch, self.exact = self._packed(sketch, rounded=True), exact
+    def use_sketch(self, draft_head: PackedLinear | None, rerank_head: Matrix) -> None:
+        """Rank a draft's tokens by an LM head in 4 bits, and choose among the best by another one;
+        without the first the model's own head does both."""
+        if draft_head is not None:
+            self.draft_head = self._packed(draft_head, rounded=True)
+            self.rerank_head = rerank_head
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [rows, H] -> logits [rows, V]."""
@@ -240,131 +153,73 @@ class Engine:
 
     def _multiply(self, matrix: Matrix, x: Tensor) -> Tensor:
         """Rows x [rows, k] -> [rows, n]."""
-        flat = x.float().contiguous()
-        out = torch.empty(len(flat), matrix.n)
-        self.library.gateskip_multiply(
-            ctypes.byref(matrix),
-            ctypes.c_void_p(flat.data_ptr()),
-            len(flat),
-            ctypes.c_void_p(out.data_ptr()),
-            torch.get_num_threads(),
-        )
-        return out
+        return ops.multiply(matrix, x.float().contiguous(), self._arena)
 
-    def _step(self, hidden: Tensor, where: Tensor, thresholds: Sequence[float] | None) -> Step:
+    def _step(self, hidden: Tensor, where: Tensor, thresholds: Sequence[float] | None) -> abi.Step:
         """A pass over hidden [rows, H], cache rows and slots `where` [2, rows]."""
         self.kept.zero_()
-        return Step(
-            len(hidden),
-            self.copies,
-            where[0].data_ptr(),
-            where[1].data_ptr(),
-            hidden.data_ptr(),
-            None if thresholds is None else self._thresholds(thresholds).data_ptr(),
-            self.kept.data_ptr(),
-            self._spent.data_ptr(),
-            self.scratch.data_ptr(),
+        return abi.Step(
+            rows=len(hidden),
+            copies=self.copies,
+            cache_row=where[0].data_ptr(),
+            slot=where[1].data_ptr(),
+            hidden=hidden.data_ptr(),
+            thresholds=None if thresholds is None else self._tensor(thresholds).data_ptr(),
+            kept=self.kept.data_ptr(),
+            spent=self._spent.data_ptr(),
         )
+
+    # -- between a prompt's matrix products -----------------------------------------------------
 
     def normed(self, branch: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a branch reads, its norm of hidden states x [..., H] in their own type, and its
-        gate's logits [...], if it has a gate."""
-        layer = self.model.layer[branch // 2]
-        weight = layer.norm_mlp if branch % 2 else layer.norm_attention
-        gate = layer.weight_mlp if branch % 2 else layer.weight_attention
-        return self._norm(x, weight, gate, layer.bias_mlp if branch % 2 else layer.bias_attention)
+        gate's logits [...], if it has a gate. The next call writes over the first."""
+        layer, mlp = self.model.layer[branch // 2], branch % 2
+        weight, gate, bias = (
+            (layer.norm_mlp, layer.weight_mlp, layer.bias_mlp)
+            if mlp
+            else (layer.norm_attention, layer.weight_attention, layer.bias_attention)
+        )
+        x, out = x.contiguous(), self._buffer("normed", x.shape, x.dtype)
+        logits = torch.empty(x.shape[:-1]) if gate else None
+        ops.norm(x, weight, self.model.epsilon, out, gate, bias, logits)
+        return out, logits
 
     def final(self, x: Tensor) -> Tensor:
         """The norm before the LM head, of hidden states x [..., H] in their own type."""
-        return self._norm(x, self.model.norm_final)[0]
-
-    def _norm(
-        self, x: Tensor, weight: Any, gate: Any = None, bias: float = 0.0
-    ) -> tuple[Tensor, Tensor | None]:
-        """The norm of x [..., H], and a gate's logits of it [...]; both weights are addresses."""
         x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-        logits = torch.empty(x.shape[:-1]) if gate else None
-        self.library.gateskip_norm(
-            Pointer(x.data_ptr()),
-            Pointer(weight),
-            Float(self.model.epsilon),
-            ctypes.c_int64(x.numel() // self.model.hidden),
-            self.model.hidden,
-            int(x.dtype == torch.bfloat16),
-            Pointer(out.data_ptr()),
-            Pointer(gate),
-            Float(bias),
-            Pointer(None if logits is None else logits.data_ptr()),
-            torch.get_num_threads(),
-        )
-        return out, logits
+        ops.norm(x, self.model.norm_final, self.model.epsilon, out)
+        return out
 
     def add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
         """hidden [..., H] at flat places [N], none twice, += added [N, H], in place."""
-        added = added.contiguous()
-        self.library.gateskip_add_rows(
-            Pointer(hidden.data_ptr()),
-            Pointer(places.data_ptr()),
-            ctypes.c_int64(len(places)),
-            hidden.shape[-1],
-            int(hidden.dtype == torch.bfloat16),
-            Pointer(added.data_ptr()),
-            torch.get_num_threads(),
-        )
+        ops.add_rows(hidden, places, added.contiguous())
 
     def add_shortcuts(self, branch: int, hidden: Tensor, x: Tensor, places: Tensor) -> None:
         """hidden [..., H] at flat places [N] += what tokens get that skip a branch which reads x
         [..., H], in place."""
-        down, up, bias = self.around[branch]
-        self.library.gateskip_shortcut(
-            Pointer(hidden.data_ptr()),
-            Pointer(x.data_ptr()),
-            int(hidden.dtype == torch.bfloat16),
-            Pointer(places.data_ptr()),
-            ctypes.c_int64(len(places)),
-            hidden.shape[-1],
-            *(Pointer(part.data_ptr()) for part in (down, up, bias)),
-            up.shape[0],
-            torch.get_num_threads(),
-        )
+        ops.add_shortcut(hidden, x, places, *self.around[branch])
 
     def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """branches.rotate of x [..., heads, head_dim], rope two of [..., D], in one native pass."""
-        turned = rope[0].shape[-1]
-        if turned % 16 or rope[0].dtype != x.dtype:
+        """families.rotate of x [..., heads, head_dim], rope two of [..., D], in one native pass."""
+        if rope[0].dtype != x.dtype:
             return rotate(x, rope)
-        x, (cos, sin) = x.contiguous(), (part.contiguous() for part in rope)
-        heads, width = x.shape[-2:]
-        self.library.gateskip_rotate(
-            Pointer(x.data_ptr()),
-            int(x.dtype == torch.bfloat16),
-            ctypes.c_int64(x.numel() // (heads * width)),
-            *(heads, width, turned),
-            Pointer(cos.data_ptr()),
-            Pointer(sin.data_ptr()),
-            torch.get_num_threads(),
-        )
+        x = x.contiguous()
+        ops.rotate(x, *(part.contiguous() for part in rope))
         return x
 
     def attends(self, queries: Tensor, shape: AttentionShape) -> bool:
         """Whether `attend` can do it: in bfloat16, where the processor multiplies pairs of it."""
-        known = queries.dtype == torch.bfloat16 and bool(self.library.gateskip_attends())
-        return known and shape.head_dim % LANES == 0 and shape.softcap is None
+        known = queries.dtype == torch.bfloat16 and ops.attends()
+        return known and shape.head_dim % KEYS == 0 and shape.softcap is None
 
     def pack(self, kv: tuple[Tensor, Tensor], used: int) -> Tensor:
-        """Keys and values [B, kv_heads, T, D] of the first `used` slots as `attend` reads them."""
-        keys, values = kv
-        batch, kv_heads, capacity, width = keys.shape
-        used += -used % LANES
-        packed = torch.empty(batch * kv_heads, 2, used, width, dtype=keys.dtype)
-        sizes = (batch, kv_heads, width, keys.stride(0), keys.stride(1), capacity, used)
-        self.library.gateskip_pack(
-            Pointer(keys.data_ptr()),
-            Pointer(values.data_ptr()),
-            *map(ctypes.c_int64, sizes),
-            Pointer(packed.data_ptr()),
-            torch.get_num_threads(),
-        )
+        """Keys and values [B, kv_heads, T, D] of the first `used` slots as `attend` reads them. The
+        next call writes over it."""
+        batch, kv_heads, _, width = kv[0].shape
+        used += -used % KEYS
+        packed = self._buffer("packed", (batch * kv_heads, 2, used, width), kv[0].dtype)
+        ops.pack(*kv, used, packed)
         return packed
 
     def attend(
@@ -375,23 +230,12 @@ class Engine:
         packed: Tensor,
         shape: AttentionShape,
     ) -> Tensor:
-        """What prefill.attend_rows gives, in one call that computes scores in registers.
+        """What gathered.attend_rows gives, in one call that computes scores in registers.
 
         `packed` is what `pack` made of keys and values, up to the last of the slots at least.
         """
-        out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
-        given, rows = queries.contiguous(), torch.tensor(counts)
-        sizes = (len(counts), shape.heads, shape.kv_heads, shape.head_dim, shape.window or 0)
-        self.library.gateskip_attend(
-            *(Pointer(part.data_ptr()) for part in (given, slots, rows)),
-            *map(ctypes.c_int64, sizes),
-            Float(shape.scaling),
-            ctypes.c_int64(packed.shape[2]),
-            Pointer(packed.data_ptr()),
-            Pointer(out.data_ptr()),
-            torch.get_num_threads(),
-        )
-        return out.flatten(1)
+        sizes = (shape.kv_heads, shape.window, shape.scaling)
+        return ops.attend(queries.contiguous(), counts, slots, packed, *sizes).flatten(1)
 
     def soften(self, scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> None:
         """Scores [kv_heads, Q * group, T] become shares of attention, in place.
@@ -400,32 +244,24 @@ class Engine:
         keys up to there, the first key stands at slot `begin`. T is a multiple of 8. Rows without a
         slot stay as they are.
         """
-        blocks, rows, width = scores.shape
         group = shape.heads // shape.kv_heads
-        self.library.gateskip_softmax(
-            Pointer(scores.data_ptr()),
-            int(scores.dtype == torch.bfloat16),
-            ctypes.c_int64(blocks),
-            *(rows, len(slots), group, width),
-            Pointer(slots.data_ptr()),
-            ctypes.c_int64(begin),
-            shape.window or 0,
-            Float(shape.scaling),
-            torch.get_num_threads(),
-        )
+        ops.softmax(scores, slots, group, begin, shape.window, shape.scaling)
 
     def mlp(self, module: Any, x: Tensor) -> Tensor:
         """An MLP's output for x [..., H]; what lies between its products is one native pass."""
         gate, up = module.gate_proj(x).contiguous(), module.up_proj(x).contiguous()
-        self.library.gateskip_swiglu(
-            Pointer(gate.data_ptr()),
-            Pointer(up.data_ptr()),
-            ctypes.c_int64(gate.numel()),
-            int(gate.dtype == torch.bfloat16),
-            torch.get_num_threads(),
-        )
-        found: Tensor = module.down_proj(gate)
-        return found
+        ops.swiglu(gate, up)
+        out: Tensor = module.down_proj(gate)
+        return out
+
+    def _buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory of a shape that is used again under its name: what the system gives anew it has to
+        clear first, page by page, at every branch of a prompt."""
+        size, held = math.prod(shape), self._buffers.get((name, dtype))
+        if held is None or len(held) < size:
+            with torch.inference_mode(False):
+                held = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
+        return held[:size].view(*shape)
 
     def spent(self) -> dict[str, float]:
         """Seconds in each part of the native work since the engine was made."""
@@ -433,41 +269,44 @@ class Engine:
 
     # -- what a call points to ------------------------------------------------------------------
 
-    def _thresholds(self, levels: Sequence[float]) -> Tensor:
-        if self._levels is None or self._levels[0] is not levels:
-            self._levels = (levels, torch.tensor(list(levels), dtype=torch.float32))
-        return self._levels[1]
+    def _tensor(self, thresholds: Sequence[float]) -> Tensor:
+        if self._thresholds is None or self._thresholds[0] is not thresholds:
+            self._thresholds = (thresholds, torch.tensor(list(thresholds), dtype=torch.float32))
+        return self._thresholds[1]
 
-    def _view(self, cache: Any) -> CacheView:
+    def _view(self, cache: Any) -> abi.CacheView:
         if self._cache is None or self._cache[0]() is not cache:
             (rope,) = cache.rope.values()
             stores = [
-                (Pointer * len(part))(*(x.data_ptr() for x in part))
+                (abi.Pointer * len(part))(*(x.data_ptr() for x in part))
                 for part in (cache.keys, cache.values)
             ]
             tables = [x.float().contiguous() for x in rope]
             addresses = [ctypes.addressof(x) for x in stores] + [x.data_ptr() for x in tables]
-            half = int(cache.keys[0].dtype == torch.bfloat16)
-            view = CacheView(*addresses, cache.capacity, half)
+            bf16 = int(cache.keys[0].dtype == torch.bfloat16)
+            view = abi.CacheView(*addresses, cache.capacity, bf16)
             view.held = (stores, tables)
             self._cache = (weakref.ref(cache), view)  # its memory goes when its text is done
         return self._cache[1]
 
     # -- the model as structures ----------------------------------------------------------------
 
-    def _model(self, model: Any, gates: Gates | None) -> Model:
+    def _model(self, model: Any, gates: Gates | None) -> abi.Model:
         config, body = model.config, backbone(model)
         shape = attention_shape(model, body.layers[0].self_attn)
         norm = final_norm(model)
         if config.hidden_act not in ("silu", "swish"):
             raise Unsuited(f"activation {config.hidden_act} runs in torch")
-        if shape.softcap is not None or shape.head_dim % 8 or config.hidden_size % 8:
-            raise Unsuited("odd sizes and softcapped attention run in torch")
+        if shape.softcap is not None:
+            raise Unsuited("softcapped attention runs in torch")
+        for name, width in (("hidden_size", config.hidden_size), ("head_dim", shape.head_dim)):
+            if width % CHANNELS:
+                raise Unsuited(f"{name} {width} runs in torch: no multiple of {CHANNELS}")
         rotary = int(body.rotary_emb.inv_freq.shape[0]) * 2
-        layers = (Layer * len(body.layers))(
+        layers = (abi.Layer * len(body.layers))(
             *(self._layer(model, layer, number, gates) for number, layer in enumerate(body.layers))
         )
-        return Model(
+        return abi.Model(
             len(body.layers),
             config.hidden_size,
             shape.heads,
@@ -483,7 +322,7 @@ class Engine:
             layers,
         )
 
-    def _layer(self, model: Any, layer: Any, number: int, gates: Gates | None) -> Layer:
+    def _layer(self, model: Any, layer: Any, number: int, gates: Gates | None) -> abi.Layer:
         attention, mlp = layer.self_attn, layer.mlp
         if not hasattr(attention, "q_proj") or not hasattr(mlp, "up_proj"):
             raise Unsuited("fused projections run in torch")
@@ -499,7 +338,7 @@ class Engine:
             rows = [gates.weight[2 * number + i] for i in range(2)]  # type: ignore[index]
             weights = [self._floats(row) for row in rows]
             biases = [float(gates.bias[2 * number + i]) for i in range(2)]  # type: ignore[index]
-        return Layer(
+        return abi.Layer(
             *matrices,
             *(self._floats(x.weight) for x in norms),
             *(None if x is None else self._floats(x.weight) for x in heads),
@@ -510,17 +349,17 @@ class Engine:
             shape.window or 0,
         )
 
-    def _shortcut(self, gates: Gates | None, branch: int) -> Shortcut:
+    def _shortcut(self, gates: Gates | None, branch: int) -> abi.Shortcut:
         """A branch's shortcut, its rank filled up with zeros to a multiple of 8."""
         if gates is None or gates.shortcuts is None:
-            return Shortcut()
+            return abi.Shortcut()
         own = gates.shortcuts
         room = -own.rank % 8
         down = nn.functional.pad(own.down[branch], (0, 0, 0, room))
         up = nn.functional.pad(own.up[branch], (0, room))
         bias = own.bias[branch].float()
         self.around[branch] = (down.T.float().contiguous(), up.T.float().contiguous(), bias)
-        return Shortcut(*(self._floats(part) for part in (down, up, bias)), own.rank + room)
+        return abi.Shortcut(*(self._floats(part) for part in (down, up, bias)), own.rank + room)
 
     def _matrix(self, module: Any) -> Matrix:
         if isinstance(module, PackedLinear):
@@ -543,25 +382,25 @@ class Engine:
             return self._matrix(module)
         codes, scale = to_bytes(module.weight)
         n, k = module.weight.shape
-        stored = pack_bytes((codes + LIFT).to(torch.uint8))
+        stored = pack_bytes((codes + ZERO_POINT).to(torch.uint8))
         parts = (stored, tiles(scale).bfloat16(), None, None, module.bias)
-        return Matrix(ROUNDED_BYTES, n, k, BLOCK, *(self._maybe(x) for x in parts))
+        return Matrix(Kind.INT8_A8, n, k, BLOCK, *(self._maybe(x) for x in parts))
 
     def _packed(self, module: PackedLinear, rounded: bool) -> Matrix:
         n, k = module.out_features, module.in_features
         scale, offset, book = module.scale, module.offset, module.book
         group = k // scale.shape[1]
         if not rounded:
-            four = FOUR_BIT if book is None else FOUR_BIT_BOOK
-            kind, table = EIGHT_BIT if module.bits == 8 else four, book
+            four = Kind.INT4 if book is None else Kind.INT4_TABLE
+            kind, table = Kind.INT8 if module.bits == 8 else four, book
         elif module.bits == 8:
-            kind, table = ROUNDED_BYTES, None
-        elif book is None:  # codes 0..15 stand for code - 8: a shift takes the 8 away as well
-            kind, table = ROUNDED_CODES, None
+            kind, table = Kind.INT8_A8, None
+        elif book is None:  # codes 0..15 stand for code - 8: an offset takes the 8 away as well
+            kind, table = Kind.INT4_A8, None
             offset = None if offset is None else offset - 8 * scale
         else:
-            kind, largest = ROUNDED_BOOK, book.abs().max()
-            table = ((book / largest * 127).round() + LIFT).to(torch.uint8)
+            kind, largest = Kind.INT4_TABLE_A8, book.abs().max()
+            table = ((book / largest * 127).round() + ZERO_POINT).to(torch.uint8)
             scale = scale * (largest / 127)
         if rounded:
             scale, offset = scale.bfloat16(), None if offset is None else offset.bfloat16()

@@ -1,1 +1,7 @@
 """Fine-tuning of gates, of the backbone, and of the scales of packed weights."""
+
+from __future__ import annotations
+
+from gateskip.extras import need
+
+need("training", "accelerate")

@@ -58,6 +58,19 @@ def test_links_lead_somewhere() -> None:
     assert not broken, broken
 
 
+def test_paths_exist() -> None:
+    """Files that README and CONTRIBUTING name; docs/structure.md has a guard of its own."""
+    example = "compose/stages/clip.py"  # the stage that CONTRIBUTING.md teaches to write
+    top = ("gateskip/", "compose/", "reports/", "pipelines/", "tests/", "docs/")
+    wrong = [
+        f"{name}: {path}"
+        for name in ("README.md", "CONTRIBUTING.md")
+        for path in re.findall(r"`([\w./-]+)`", (ROOT / name).read_text("utf-8"))
+        if path.startswith(top) and path != example and not (ROOT / path).exists()
+    ]
+    assert not wrong, wrong
+
+
 def _example_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
     (code,) = [block for kind, block in FENCE.findall(text) if kind == "python"]

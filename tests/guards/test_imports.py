@@ -17,7 +17,7 @@ PACKAGES = ("gateskip", "compose", "reports")
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     # the engine
-    ("gateskip.errors",),
+    ("gateskip.errors", "gateskip.extras"),
     ("gateskip.kernels",),
     ("gateskip.model",),
     ("gateskip.gates",),
@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("gateskip",),
     # the pipeline around it
     ("compose.errors",),
-    ("compose.store", "compose.units", "compose.memory"),
+    ("compose.store", "compose.units", "compose.memory", "compose.extras"),
     ("compose.results", "compose.artifacts"),
     ("reports", "compose.assets"),
     ("compose.stages", "compose.bench"),
@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("compose.execution",),
     ("compose.terminal", "compose.workers"),
     ("compose.cli",),
+    ("compose.__main__",),
 )
 """From the ground up. Folders of one floor do not know each other."""
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from compose.language.parse import load_pipeline
-from compose.planning.plan import Plan, make_plan
-from compose.planning.prepare import facts, model_shape
+from compose.planning.plan import Plan
+from compose.planning.planner import make_plan
+from compose.planning.prepare import input_hashes, model_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```ya?ml\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -40,7 +41,7 @@ def _plan(path: Path, cache: Path) -> Plan:
     pipeline = load_pipeline(path)
     shape = model_shape(pipeline, cache)
     assert shape is not None, "a pipeline of ours names a model whose sizes are known offline"
-    return make_plan(pipeline, shape, facts(pipeline))
+    return make_plan(pipeline, shape, input_hashes(pipeline))
 
 
 def test_there_are_pipelines() -> None:

@@ -6,7 +6,7 @@
 // each other, so that keys and values that were packed once serve all of them. Blocks of keys begin at
 // fixed slots, and a block that hides from a query changes nothing for it: what a token gets does not
 // depend on which others are beside it, nor on how a prompt was cut.
-#include "kernels.h"
+#include "simd.h"
 
 #ifdef GATESKIP_BF16
 #include <type_traits>
@@ -14,11 +14,11 @@
 
 namespace {
 
-constexpr int LANES = 16;       // of a vector: keys of a score, channels of a value
-constexpr int MOST = 4;         // vectors across of one product in registers
-constexpr int DEEP = 6;         // rows of it
-constexpr int TILE_ROWS = 24;   // of queries times heads
-constexpr int SPAN = 256;       // keys of a block
+static_assert(SIMD_WIDTH == 16, "keys of a vector of scores, channels of a vector of values");
+constexpr int VECTORS_ACROSS = 4;  // of one product in registers
+constexpr int VECTORS_DOWN = 6;    // rows of it
+constexpr int QUERY_ROWS = 24;     // of a task: queries times heads
+constexpr int KEYS = 256;          // of a block
 
 struct Shape {
   int64_t heads, kv_heads, width;  // of a token's queries; of its keys; channels of one
@@ -38,7 +38,7 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 uint32_t pair(uint16_t low, uint16_t high) { return uint32_t(low) | uint32_t(high) << 16; }
 
 // All rows' and heads' keys and values, packed
-struct Cache {
+struct PackedCache {
   uint32_t* start;
   int64_t kv_heads, width, used;  // slots of each
   Paired at(int64_t row, int64_t head) const {
@@ -53,11 +53,11 @@ void pack(int64_t width, int64_t capacity, const uint16_t* keys, const uint16_t*
           Paired to) {
   const std::vector<uint16_t> nothing(width);
   auto at = [&](const uint16_t* from, int64_t t) { return t < capacity ? from + t * width : nothing.data(); };
-  for (int64_t t = first; t < last; t += LANES) {
+  for (int64_t t = first; t < last; t += SIMD_WIDTH) {
     uint32_t* block = to.keys + t * width / 2;
-    for (int lane = 0; lane < LANES; lane++) {
+    for (int lane = 0; lane < SIMD_WIDTH; lane++) {
       const uint16_t* key = at(keys, t + lane);
-      for (int64_t i = 0; i < width / 2; i++) std::memcpy(block + i * LANES + lane, key + 2 * i, 4);
+      for (int64_t i = 0; i < width / 2; i++) std::memcpy(block + i * SIMD_WIDTH + lane, key + 2 * i, 4);
     }
   }
   for (int64_t t = first; t < last; t += 2) {
@@ -70,38 +70,38 @@ void pack(int64_t width, int64_t capacity, const uint16_t* keys, const uint16_t*
 __m512bh pairs(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
 __m512bh repeated(uint32_t v) { return (__m512bh)_mm512_set1_epi32(int(v)); }
 
-// sums [DEEP, across vectors] += left [DEEP, steps] pairs times right [steps, across vectors] pairs, whose
-// rows lie `stride` apart, and its vectors `apart`
+// sums [VECTORS_DOWN, across vectors] += left [VECTORS_DOWN, steps] pairs times right [steps, across vectors] pairs,
+// whose rows lie `stride` apart, and its vectors `apart`
 template <int across>
 void multiply(const uint32_t* left, int64_t left_stride, const uint32_t* right, int64_t stride, int64_t apart,
               int64_t steps, float* sums, int64_t sums_stride, bool add) {
-  __m512 total[DEEP][across];
+  __m512 total[VECTORS_DOWN][across];
 #pragma GCC unroll 8
-  for (int r = 0; r < DEEP; r++)
+  for (int r = 0; r < VECTORS_DOWN; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < across; v++)
-      total[r][v] = add ? _mm512_loadu_ps(sums + r * sums_stride + v * LANES) : _mm512_setzero_ps();
+      total[r][v] = add ? _mm512_loadu_ps(sums + r * sums_stride + v * SIMD_WIDTH) : _mm512_setzero_ps();
   for (int64_t i = 0; i < steps; i++) {
     __m512bh column[across];
 #pragma GCC unroll 8
     for (int v = 0; v < across; v++) column[v] = pairs(right + i * stride + v * apart);
 #pragma GCC unroll 8
-    for (int r = 0; r < DEEP; r++) {
+    for (int r = 0; r < VECTORS_DOWN; r++) {
       const __m512bh row = repeated(left[r * left_stride + i]);
 #pragma GCC unroll 8
       for (int v = 0; v < across; v++) total[r][v] = _mm512_dpbf16_ps(total[r][v], column[v], row);
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < DEEP; r++)
+  for (int r = 0; r < VECTORS_DOWN; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < across; v++) _mm512_storeu_ps(sums + r * sums_stride + v * LANES, total[r][v]);
+    for (int v = 0; v < across; v++) _mm512_storeu_ps(sums + r * sums_stride + v * SIMD_WIDTH, total[r][v]);
 }
 
 // The same for any number of vectors, a few at a time
 void multiply(int64_t vectors, const uint32_t* left, int64_t left_stride, const uint32_t* right, int64_t stride,
               int64_t apart, int64_t steps, float* sums, int64_t sums_stride, bool add) {
-  for (; vectors > 0; vectors -= MOST, right += MOST * apart, sums += MOST * LANES) {
+  for (; vectors > 0; vectors -= VECTORS_ACROSS, right += VECTORS_ACROSS * apart, sums += VECTORS_ACROSS * SIMD_WIDTH) {
     auto run = [&](auto across) {
       multiply<across.value>(left, left_stride, right, stride, apart, steps, sums, sums_stride, add);
     };
@@ -112,36 +112,26 @@ void multiply(int64_t vectors, const uint32_t* left, int64_t left_stride, const 
   }
 }
 
-__m512 exp16(__m512 x) {  // as exp8 of engine.cpp, twice as wide
-  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 t = _mm512_fmadd_ps(whole, _mm512_set1_ps(-0.693359375f), x);
-  t = _mm512_fmadd_ps(whole, _mm512_set1_ps(2.12194440e-4f), t);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(c));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(t, t), _mm512_add_ps(t, _mm512_set1_ps(1.0f)));
-  return _mm512_scalef_ps(p, whole);
-}
-
 // Which of 16 slots from `t` lie from `first` to `last`
 __mmask16 within(int64_t t, int64_t first, int64_t last) {
-  if (t >= first && t + LANES - 1 <= last) return 0xffff;
-  const int64_t low = std::clamp<int64_t>(first - t, 0, LANES), high = std::clamp<int64_t>(last + 1 - t, 0, LANES);
+  if (t >= first && t + SIMD_WIDTH - 1 <= last) return 0xffff;
+  const int64_t low = std::clamp<int64_t>(first - t, 0, SIMD_WIDTH);
+  const int64_t high = std::clamp<int64_t>(last + 1 - t, 0, SIMD_WIDTH);
   return __mmask16(((1u << high) - 1) & ~((1u << low) - 1));
 }
 
-// One thread's room, and a tile's way through the keys
+// One thread's memory, and a tile's way through the keys
 class Worker {
  public:
   explicit Worker(const Shape& s)
-      : s(s), rows_(round_up(std::max<int64_t>(TILE_ROWS, s.group()), DEEP)), queries_(rows_ * s.width / 2),
-        scores_(rows_ * SPAN), shares_(rows_ * SPAN / 2), sums_(rows_ * s.width), top_(rows_), mass_(rows_) {}
+      : s(s), rows_(round_up(std::max<int64_t>(QUERY_ROWS, s.group()), VECTORS_DOWN)), queries_(rows_ * s.width / 2),
+        scores_(rows_ * KEYS), shares_(rows_ * KEYS / 2), sums_(rows_ * s.width), top_(rows_), mass_(rows_) {}
 
-  static int64_t queries_of(const Shape& s) { return std::max<int64_t>(1, TILE_ROWS / s.group()); }
+  static int64_t queries_of(const Shape& s) { return std::max<int64_t>(1, QUERY_ROWS / s.group()); }
 
   // `count` queries [count, heads, width], those of key head `head`, at ascending `slots` -> out, as queries
   void run(const uint16_t* queries, const int64_t* slots, int64_t count, int64_t head, Paired kv, uint16_t* out) {
-    const int64_t group = s.group(), real = count * group, rows = round_up(real, DEEP);
+    const int64_t group = s.group(), real = count * group, rows = round_up(real, VECTORS_DOWN);
     auto place = [&](int64_t r) { return (r / group * s.heads + head * group + r % group) * s.width; };
     std::fill(queries_.begin(), queries_.end(), 0);
     for (int64_t r = 0; r < real; r++)
@@ -150,11 +140,11 @@ class Worker {
     std::fill(top_.begin(), top_.end(), -INFINITY);
     std::fill(mass_.begin(), mass_.end(), 0.0f);
     const int64_t end = slots[count - 1] + 1;
-    int64_t begin = s.window ? std::max<int64_t>(0, slots[0] + 1 - s.window) / SPAN * SPAN : 0;
-    for (; begin < end; begin += SPAN) block(slots, real, rows, begin, std::min<int64_t>(end - begin, SPAN), kv);
+    int64_t begin = s.window ? std::max<int64_t>(0, slots[0] + 1 - s.window) / KEYS * KEYS : 0;
+    for (; begin < end; begin += KEYS) block(slots, real, rows, begin, std::min<int64_t>(end - begin, KEYS), kv);
     for (int64_t r = 0; r < real; r++) {
       const __m512 inverse = _mm512_set1_ps(1.0f / mass_[r]);
-      for (int64_t d = 0; d < s.width; d += LANES) {
+      for (int64_t d = 0; d < s.width; d += SIMD_WIDTH) {
         const __m512 mean = _mm512_mul_ps(_mm512_loadu_ps(sums_.data() + r * s.width + d), inverse);
         _mm256_storeu_si256((__m256i*)(out + place(r) + d), (__m256i)_mm512_cvtneps_pbh(mean));
       }
@@ -164,26 +154,26 @@ class Worker {
  private:
   // Take in `width` keys from slot `begin`
   void block(const int64_t* slots, int64_t real, int64_t rows, int64_t begin, int64_t width, Paired kv) {
-    const int64_t vectors = round_up(width, LANES) / LANES, half = s.width / 2;
+    const int64_t vectors = round_up(width, SIMD_WIDTH) / SIMD_WIDTH, half = s.width / 2;
     const uint32_t* keys = kv.keys + begin * half;
-    for (int64_t r = 0; r < rows; r += DEEP)
-      multiply(vectors, queries_.data() + r * half, half, keys, LANES, half * LANES, half,
-               scores_.data() + r * SPAN, SPAN, false);
-    for (int64_t r = 0; r < real; r++) soften(r, slots[r / s.group()] - begin, vectors * LANES);
+    for (int64_t r = 0; r < rows; r += VECTORS_DOWN)
+      multiply(vectors, queries_.data() + r * half, half, keys, SIMD_WIDTH, half * SIMD_WIDTH, half,
+               scores_.data() + r * KEYS, KEYS, false);
+    for (int64_t r = 0; r < real; r++) softmax(r, slots[r / s.group()] - begin, vectors * SIMD_WIDTH);
     const uint32_t* values = kv.values + begin / 2 * s.width;
-    for (int64_t r = 0; r < rows; r += DEEP)
-      multiply(s.width / LANES, shares_.data() + r * SPAN / 2, SPAN / 2, values, s.width, LANES,
-               vectors * LANES / 2, sums_.data() + r * s.width, s.width, true);
+    for (int64_t r = 0; r < rows; r += VECTORS_DOWN)
+      multiply(s.width / SIMD_WIDTH, shares_.data() + r * KEYS / 2, KEYS / 2, values, s.width, SIMD_WIDTH,
+               vectors * SIMD_WIDTH / 2, sums_.data() + r * s.width, s.width, true);
   }
 
   // A row's scores of a block, whose key `last` is the query's own -> its shares, not yet over their sum
-  void soften(int64_t r, int64_t last, int64_t width) {
+  void softmax(int64_t r, int64_t last, int64_t width) {
     const int64_t first = s.window ? last - s.window + 1 : 0;
-    float* score = scores_.data() + r * SPAN;
-    uint16_t* share = reinterpret_cast<uint16_t*>(shares_.data() + r * SPAN / 2);
+    float* score = scores_.data() + r * KEYS;
+    uint16_t* share = reinterpret_cast<uint16_t*>(shares_.data() + r * KEYS / 2);
     const __m512 scaling = _mm512_set1_ps(s.scaling), none = _mm512_set1_ps(-INFINITY);
     __m512 most = none;
-    for (int64_t t = 0; t < width; t += LANES) {
+    for (int64_t t = 0; t < width; t += SIMD_WIDTH) {
       const __m512 v = _mm512_mask_mul_ps(none, within(t, first, last), _mm512_loadu_ps(score + t), scaling);
       _mm512_storeu_ps(score + t, v);
       most = _mm512_max_ps(most, v);
@@ -195,8 +185,8 @@ class Worker {
     }
     const __m512 level = _mm512_set1_ps(top);
     __m512 mass = _mm512_setzero_ps();
-    for (int64_t t = 0; t < width; t += LANES) {
-      const __m512 v = exp16(_mm512_max_ps(_mm512_sub_ps(_mm512_loadu_ps(score + t), level), _mm512_set1_ps(-87.0f)));
+    for (int64_t t = 0; t < width; t += SIMD_WIDTH) {
+      const __m512 v = exp_of<Sixteen>(_mm512_sub_ps(_mm512_loadu_ps(score + t), level));
       const __m512 seen = _mm512_maskz_mov_ps(within(t, first, last), v);
       mass = _mm512_add_ps(mass, seen);
       _mm256_storeu_si256((__m256i*)(share + t), (__m256i)_mm512_cvtneps_pbh(seen));
@@ -216,8 +206,8 @@ class Worker {
   const Shape& s;
   const int64_t rows_;
   std::vector<uint32_t> queries_;  // [rows, width / 2] pairs
-  std::vector<float> scores_;      // [rows, SPAN]
-  std::vector<uint32_t> shares_;   // [rows, SPAN / 2] pairs
+  std::vector<float> scores_;      // [rows, KEYS]
+  std::vector<uint32_t> shares_;   // [rows, KEYS / 2] pairs
   std::vector<float> sums_;        // [rows, width]
   std::vector<float> top_, mass_;  // [rows]: the largest score, and the sum of all exp(score - top)
 };
@@ -230,7 +220,7 @@ struct Tile {
 
 extern "C" {
 
-int32_t gateskip_attends() { return 1; }
+int32_t gateskip_attends(void) { return 1; }
 
 // Keys and values [rows, kv_heads, capacity, width], whose rows and heads lie `row_stride` and `head_stride`
 // apart, all bfloat16 -> what gateskip_attend reads: 2 * rows * kv_heads * width * used / 2 numbers, `used` slots
@@ -238,13 +228,13 @@ int32_t gateskip_attends() { return 1; }
 void gateskip_pack(const uint16_t* keys, const uint16_t* values, int64_t rows, int64_t kv_heads, int64_t width,
                    int64_t row_stride, int64_t head_stride, int64_t capacity, int64_t used, uint32_t* packed,
                    int32_t threads) {
-  const Cache to{packed, kv_heads, width, used};
-  const int64_t pieces = (used + SPAN - 1) / SPAN;
+  const PackedCache to{packed, kv_heads, width, used};
+  const int64_t pieces = (used + KEYS - 1) / KEYS;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < rows * kv_heads * pieces; i++) {
-    const int64_t row = i / pieces / kv_heads, head = i / pieces % kv_heads, first = i % pieces * SPAN;
+    const int64_t row = i / pieces / kv_heads, head = i / pieces % kv_heads, first = i % pieces * KEYS;
     const int64_t from = row * row_stride + head * head_stride;
-    pack(width, capacity, keys + from, values + from, first, std::min(first + SPAN, used), to.at(row, head));
+    pack(width, capacity, keys + from, values + from, first, std::min(first + KEYS, used), to.at(row, head));
   }
 }
 
@@ -254,7 +244,7 @@ void gateskip_attend(const uint16_t* queries, const int64_t* slots, const int64_
                      int64_t heads, int64_t kv_heads, int64_t width, int64_t window, float scaling, int64_t used,
                      uint32_t* packed, uint16_t* out, int32_t threads) {
   const Shape s{heads, kv_heads, width, window, scaling};
-  const Cache cache{packed, kv_heads, width, used};
+  const PackedCache cache{packed, kv_heads, width, used};
   std::vector<Tile> tiles;
   const int64_t together = Worker::queries_of(s);
   for (int64_t row = 0, done = 0; row < rows; done += counts[row++])
@@ -275,5 +265,5 @@ void gateskip_attend(const uint16_t* queries, const int64_t* slots, const int64_
 
 }  // extern "C"
 #else
-extern "C" int gateskip_attends() { return 0; }
+extern "C" int gateskip_attends(void) { return 0; }
 #endif

@@ -1,7 +1,8 @@
-"""Whether a training text holds what a model is later scored on: runs of thirteen words in common.
+"""13-gram contamination: scored texts that share thirteen words in a row with a training text.
 
 The test is the one of GPT-3 (arXiv 2005.14165, appendix C): texts are lower-cased and cut into
-words, and a scored text is tainted when any run of thirteen of its words stands in a training text.
+words, and a scored text is contaminated when any run of thirteen of its words stands in a training
+text.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ RUN = 13
 _WORD = re.compile(r"\w+")
 
 
-def overlaps(
+def contamination(
     training: Iterable[tuple[str, int | None]],
     texts: Iterable[str],
     tasks: Iterable[str],
     limit: int | None,
     cache: Path,
 ) -> dict[str, dict[str, int]]:
-    """For every scored text and task: its `rows`, and how many are `tainted`.
+    """For every scored text and task: its `rows`, and how many are `contaminated`.
 
     Args:
         training: source and row limit of every training text.
@@ -43,7 +44,7 @@ def overlaps(
     scored = {name: load_texts(name, None, cache).rows for name in texts}
     scored |= {name: list(_questions(load_task(name, cache).path, limit)) for name in tasks}
     return {
-        name: {"rows": len(rows), "tainted": sum(_tainted(row, known) for row in rows)}
+        name: {"rows": len(rows), "contaminated": sum(_is_contaminated(row, known) for row in rows)}
         for name, rows in scored.items()
     }
 
@@ -55,7 +56,7 @@ def runs(text: str, length: int = RUN) -> Iterator[int]:
         yield hash(tuple(words[start : start + length]))
 
 
-def _tainted(text: str, known: set[int]) -> bool:
+def _is_contaminated(text: str, known: set[int]) -> bool:
     return any(run in known for run in runs(text))
 
 

@@ -1,4 +1,4 @@
-"""What is scored must not stand in what stages learn from."""
+"""What is scored must not stand in what stages learn from: 13-gram contamination."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compose.assets.overlap import RUN, overlaps, runs
+from compose.assets.contamination import RUN, contamination, runs
 
 WORDS = [f"word{i}" for i in range(40)]
 
@@ -19,18 +19,18 @@ def write(path: Path, rows: list[str]) -> str:
 
 def test_a_run_of_thirteen_words_is_found(tmp_path: Path) -> None:
     training = write(tmp_path / "train.jsonl", [" ".join(WORDS)])
-    tainted = "Before, " + ", ".join(word.upper() for word in WORDS[5:18]) + "! after"
+    contaminated = "Before, " + ", ".join(word.upper() for word in WORDS[5:18]) + "! after"
     clean = " ".join([*WORDS[5:17], "other", *WORDS[17:29]])
-    scored = write(tmp_path / "scored.jsonl", [tainted, clean])
-    found = overlaps([(training, None)], [scored], [], None, tmp_path)
-    assert found == {scored: {"rows": 2, "tainted": 1}}
+    scored = write(tmp_path / "scored.jsonl", [contaminated, clean])
+    found = contamination([(training, None)], [scored], [], None, tmp_path)
+    assert found == {scored: {"rows": 2, "contaminated": 1}}
 
 
 def test_only_the_rows_that_are_learned_from_count(tmp_path: Path) -> None:
     training = write(tmp_path / "train.jsonl", ["nothing here", " ".join(WORDS)])
     scored = write(tmp_path / "scored.jsonl", [" ".join(WORDS)])
-    assert overlaps([(training, 1)], [scored], [], None, tmp_path)[scored]["tainted"] == 0
-    assert overlaps([(training, 2)], [scored], [], None, tmp_path)[scored]["tainted"] == 1
+    assert contamination([(training, 1)], [scored], [], None, tmp_path)[scored]["contaminated"] == 0
+    assert contamination([(training, 2)], [scored], [], None, tmp_path)[scored]["contaminated"] == 1
 
 
 @pytest.mark.parametrize(("words", "count"), [(RUN - 1, 0), (RUN, 1), (RUN + 3, 4)])

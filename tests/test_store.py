@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from compose.store import MANIFEST, Store, read_json, write_json
+from compose.store import MANIFEST, Store, new_file, new_folder, read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "0123456789abcdef"
@@ -143,3 +143,23 @@ def test_json_is_whole_or_old(tmp_path: Path) -> None:
     file.write_text(json.dumps({"a": 1})[:-1])
     assert read_json(file) is None
     assert read_json(tmp_path / "absent.json") is None
+
+
+def test_a_file_and_a_folder_replace_the_old_one_or_leave_it(tmp_path: Path) -> None:
+    file, folder = tmp_path / "a.txt", tmp_path / "b"
+    with new_file(file) as new:
+        new.write_text("old")
+    with new_folder(folder) as new:
+        (new / "c.txt").write_text("old")
+    assert os.stat(folder).st_mode & 0o055, "others on this machine may read it"
+    with pytest.raises(RuntimeError), new_file(file) as new:
+        new.write_text("half")
+        raise RuntimeError
+    with pytest.raises(RuntimeError), new_folder(folder) as new:
+        (new / "c.txt").write_text("half")
+        raise RuntimeError
+    assert file.read_text() == (folder / "c.txt").read_text() == "old"
+    with new_folder(folder) as new:
+        (new / "d.txt").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b"]
+    assert [path.name for path in folder.iterdir()] == ["d.txt"]

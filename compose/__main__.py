@@ -1,0 +1,25 @@
+"""The entry point: it imports no library, so that a missing one can be named with its extra."""
+
+from __future__ import annotations
+
+import sys
+
+from compose.extras import missing_extra
+
+
+def main() -> None:
+    """Run the command line; 2, with the extra's name, where a library of an extra is missing."""
+    try:
+        from compose.cli import main as run
+
+        run()
+    except ModuleNotFoundError as error:
+        known = missing_extra(error)
+        if known is None:
+            raise
+        print(f"error: {known}", file=sys.stderr)
+        sys.exit(known.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Names of the systems that `gateskip bench` compares: our ways of decoding, and other engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from compose.errors import UserError, suggest
+from gateskip.runtime.backend import BACKENDS, BackendName
+
+PEERS = ("transformers", "llama.cpp")
+KINDS = ("plain", "skip", "draft", *BACKENDS, *PEERS)
+
+
+@dataclass(frozen=True)
+class System:
+    """One way of decoding."""
+
+    name: str
+    """The text that names it."""
+    settings: dict[str, Any]
+    """Arguments of Decoder.generate; empty for a peer."""
+    peer_option: str = ""
+    """What follows the colon of a peer's name."""
+    backend: BackendName | None = None
+    """The backend that runs it, where it is not the one that the folder is loaded with."""
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether another engine runs it."""
+        return self.name.partition(":")[0] in PEERS
+
+
+def parse_system(text: str) -> System:
+    """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+int4`, `+nf4` or `+int4-head`, `+lookup`,
+    `+LENGTH`; any of these after a backend, as in `gathered:skip:0.8`; and the peers
+    `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and `llama.cpp:FILE`
+    or `llama.cpp:TYPE`, which writes the folder as a GGUF file of that type.
+
+    Raises UserError for anything else.
+    """
+    kind, _, rest = text.partition(":")
+    if kind not in KINDS:
+        raise UserError(f"system {text!r}: {suggest(kind, KINDS)}", fix=parse_system.__doc__)
+    if kind in PEERS:
+        return System(text, {}, rest)
+    if kind in BACKENDS:
+        system = parse_system(rest or "plain")
+        if system.is_peer or system.backend:
+            raise UserError(
+                f"system {text!r}: {rest} does not run in our decoder", fix=parse_system.__doc__
+            )
+        return replace(system, name=text, backend=kind)
+    if kind == "plain":
+        return System(text, {"mode": "plain"})
+    words = rest.split("+")
+    try:
+        budget = float(words[0])
+        if kind == "skip":
+            return System(text, {"mode": "skip", "budget": budget})
+        settings: dict[str, Any] = {"mode": "speculate", "draft_budget": budget}
+        for word in words[1:]:
+            if word in ("int4-head", "nf4", "int4"):
+                settings["draft_weights"] = word
+            elif word == "lookup":
+                settings["lookup"] = True
+            else:
+                settings["draft_length"] = int(word)
+    except ValueError as error:
+        raise UserError(f"system {text!r}: {error}", fix="as in draft:0.8+nf4+4") from error
+    return System(text, settings)

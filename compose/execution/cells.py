@@ -1,0 +1,130 @@
+"""Cells: loading and quality are measured in one process a cell, which may stay for speed."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import psutil
+
+from compose.errors import AssetError, ComposeError
+from compose.execution.failures import failure_of, first_line
+from compose.execution.graph import Task
+from compose.execution.messages import CellCommand, CellRequest
+from compose.execution.run_folder import (
+    Phase,
+    is_measured,
+    learns_from,
+    phases_of,
+    write_phase,
+)
+from compose.execution.state import RunState
+from compose.execution.worker_process import Worker
+from compose.planning.plan import Cell
+
+FREE_BYTES_TO_KEEP = 8_000_000_000
+"""Free memory, in bytes, below which no further process is kept between quality and speed."""
+
+
+def quality_tasks(run: RunState, cells: list[Cell]) -> list[Task]:
+    """A task for the quality of every cell; the baseline's comes first, the others compare."""
+    baseline = run.baseline
+    return [
+        Task(
+            cell.name,
+            partial(measure_quality, run, cell),
+            (cell.weights, baseline.weights, *(() if cell is baseline else (baseline.name,))),
+        )
+        for cell in cells
+    ]
+
+
+def measure_quality(run: RunState, cell: Cell) -> None:
+    """Run those phases of a cell that have no record yet, in one process.
+
+    Raises:
+        AssetError: the baseline's data cannot be had; the other cells need the same.
+    """
+    if cell.weights in run.failed_steps:
+        run.failed_cells[cell.name] = run.failed_steps[cell.weights]
+        return
+    if is_measured(run.folder, run.plan, cell) and not (
+        cell is run.baseline and _lacks_reference(run)
+    ):
+        return
+    run.worked = True
+    line = run.board.line(f"measure {cell.name}")
+    worker: Worker | None = None
+    phase: Phase = "load"
+    result: dict[str, Any] = {}
+    try:
+        worker = open_cell(run, cell, f"cell-{cell.name}")
+        for phase in phases_of(cell):
+            line.update(0, 1, phase)
+            command: CellCommand = {"do": phase}
+            if phase == "quality":
+                command["reference"] = str(run.folder.reference(run.baseline.key))
+            started = time.monotonic()
+            result = run.workers.ask(worker, command, line)
+            write_phase(run.folder, run.plan, cell, phase, result, time.monotonic() - started)
+    except ComposeError as error:
+        line.failed(first_line(error))
+        if isinstance(error, AssetError) and cell is run.baseline:
+            raise
+        run.failed_cells[cell.name] = failure_of(error, phase)
+    else:
+        line.done(_note(result))
+        if _keeps(run, cell):
+            run.loaded[cell.name] = worker
+            worker = None
+    finally:
+        if worker is not None:
+            run.workers.end(worker)
+
+
+def _keeps(run: RunState, cell: Cell) -> bool:
+    """Whether a cell's process stays for the speed phase: it runs here, and memory allows.
+
+    Importing and loading again would take longer than measuring.
+    """
+    timed = cell.repeats is None and run.workers.executor.local
+    return timed and psutil.virtual_memory().available >= FREE_BYTES_TO_KEEP
+
+
+def _lacks_reference(run: RunState) -> bool:
+    """Whether a cell is still to be compared with baseline predictions that are not stored."""
+    if not run.plan.pipeline.benchmark.quality.perplexity:
+        return False
+    if run.folder.reference(run.baseline.key).is_file():
+        return False
+    return not all(is_measured(run.folder, run.plan, cell) for cell in run.wanted_cells())
+
+
+def open_cell(run: RunState, cell: Cell, name: str, *, on_this_machine: bool = False) -> Worker:
+    """Start a cell's process under the log `name`; it loads nothing before it is asked to."""
+    pipeline, baseline = run.plan.pipeline, run.baseline
+    request: CellRequest = {
+        "name": cell.name,
+        "folder": str(run.store.model(cell.weights)),
+        "baseline_folder": str(run.store.model(baseline.weights)),
+        "decode": None if cell.decode is None else cell.decode.model_dump(mode="json"),
+        "benchmark": pipeline.benchmark.model_dump(mode="json"),
+        "seed": pipeline.seed,
+        "dtype": pipeline.model.dtype,
+        "asset_cache": str(run.settings.asset_cache.absolute()),
+        "reference": str(run.folder.reference(baseline.key)),
+        "threads": pipeline.benchmark.threads,
+        "learns_from": learns_from(run.plan) if cell is baseline else [],
+    }
+    return run.workers.start("cell", name, request, on_this_machine=on_this_machine)
+
+
+def _note(result: dict[str, Any]) -> str:
+    """The number of a finished cell that is shown on its line."""
+    perplexity = (result.get("perplexity") or {}).get("value")
+    if perplexity is not None:
+        return f"perplexity {perplexity:.2f}"
+    if "lossless" in result:
+        return "lossless" if result["lossless"] else "not lossless"
+    return ""

@@ -1,0 +1,249 @@
+"""Records on disk, and what failed in this run -> the typed result."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compose.artifacts.folder import lineage
+from compose.errors import ComposeError
+from compose.execution.failures import Failure
+from compose.execution.run_folder import Phase, RunFolder, phases_of, read_phase
+from compose.execution.sessions import Session
+from compose.planning.plan import Cell, Plan
+from compose.results.schema import CellResult, Results
+
+SPEED_NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s")
+
+
+def gather(
+    run: RunFolder,
+    plan: Plan,
+    *,
+    failures: Mapping[str, Failure],
+    session: Session | None,
+    environment: dict[str, Any],
+    command: str | None,
+) -> Results:
+    """The result of a plan: cells that were measured, failed, or were left out.
+
+    `failures` (by cell name), `environment` and `command` are this run's; a session has its own
+    environment and command, and those are taken where there is one. A cell that was neither
+    measured nor tried is missing, and a note names it.
+    """
+    parts = {cell.name: _cell_parts(run, plan, cell, failures, session) for cell in plan.cells}
+    known = {name: part for name, part in parts.items() if part is not None}
+    _compare(plan, known)
+    _fold_repeats(plan, known)
+    left_out = [
+        CellResult(
+            name=left.name, chain=left.chain, status="left-out", reason=left.message, rule=left.rule
+        )
+        for left in plan.left_out
+    ]
+    source_map = plan.pipeline.source_map
+    missing = [cell.name for cell in plan.cells if parts[cell.name] is None]
+    notes = [f"not measured in this run: {', '.join(missing)}"] if missing else []
+    if session is not None and len(session.groups) > 1:
+        notes.append(
+            f"the cells did not fit into memory together: speed was measured in "
+            f"{len(session.groups)} groups, with the baseline in each"
+        )
+    return Results(
+        run=plan.pipeline.name,
+        environment=session.environment if session else environment,
+        baseline=plan.cells[0].name,
+        command=session.command if session else command,
+        model=_public(plan.pipeline.model.source),
+        dtype=plan.pipeline.model.dtype,
+        pipeline=_text(source_map.file) if source_map else None,
+        benchmark=plan.pipeline.benchmark.model_dump(mode="json"),
+        seconds=_seconds(run, plan, known, session),
+        notes=tuple(notes) or None,
+        cells=(*(CellResult.model_validate(part) for part in known.values()), *left_out),
+    )
+
+
+def _cell_parts(
+    run: RunFolder,
+    plan: Plan,
+    cell: Cell,
+    failures: Mapping[str, Failure],
+    session: Session | None,
+) -> dict[str, Any] | None:
+    """A cell's result as plain data, or None when nothing was tried."""
+    failure = failures.get(cell.name)
+    records = {phase: read_phase(run, plan, cell, phase) for phase in phases_of(cell)}
+    rounds = session.of_cell(cell.name) if session else {}
+    measured = session is not None and session.members.get(cell.name) == cell.key
+    timed = cell.repeats is not None or (measured and bool(rounds))
+    whole = all(record is not None for record in records.values()) and timed
+    if failure is None and not whole:
+        return None
+    part: dict[str, Any] = {
+        "name": cell.name,
+        "chain": cell.chain,
+        "status": "ok" if failure is None else "failed",
+        "aliases": cell.aliases or None,
+        "plain": cell.plain,
+        "steps": _step_infos(plan, cell),
+        **_step_records(run, cell),
+    }
+    if failure is not None:
+        part |= vars(failure)
+    for phase, record in records.items():
+        if record is not None:
+            _merge_phase(part, phase, record)
+    if rounds and measured:
+        _merge_speed(part, rounds)
+    if phases_of(cell)[-1] == "lossless":
+        part["quality_of"] = cell.plain
+    return part
+
+
+def _merge_phase(part: dict[str, Any], phase: Phase, record: dict[str, Any]) -> None:
+    """Put a phase's record into the sections of the result that its numbers belong to."""
+    record = dict(record)
+    part["seconds"] = round(part.get("seconds", 0.0) + record.pop("seconds", 0.0), 3)
+    for section in ("size", "compute", "speculation"):
+        if section in record:
+            part[section] = {**part.get(section, {}), **record.pop(section)}
+    if "insight" in record:
+        part["insight"] = record.pop("insight")
+    if "notes" in record:
+        part["notes"] = (*part.get("notes", ()), *record.pop("notes"))
+    if phase == "load":
+        part |= record  # what is left describes the whole cell, such as its kernels
+        return
+    own = "quality" if phase == "quality" else "speculation"
+    part[own] = {**part.get(own, {}), **record}
+
+
+def _merge_speed(part: dict[str, Any], rounds: dict[int, list[dict[str, Any]]]) -> None:
+    """Medians and repeats of each batch size, and the other numbers of the rounds."""
+    by_batch = {batch: _numbers(repeats) for batch, repeats in rounds.items()}
+    first = 1 if 1 in by_batch else min(by_batch)
+    others = {batch: numbers for batch, numbers in by_batch.items() if batch != 1}
+    part["speed"] = (by_batch[1] if first == 1 else {}) | ({"by_batch": others} if others else {})
+    every = [numbers for repeats in rounds.values() for numbers in repeats]
+    peaks = [numbers["peak_bytes"] for numbers in every if numbers.get("peak_bytes")]
+    if peaks:
+        part["size"] = {**part.get("size", {}), "peak_bytes": max(peaks)}
+    latest = rounds[first][-1]
+    for section in ("compute", "speculation"):
+        if section in latest:
+            part[section] = {**latest[section], **part.get(section, {})}
+
+
+def _numbers(repeats: list[dict[str, Any]]) -> dict[str, Any]:
+    medians: dict[str, Any] = {}
+    for name in SPEED_NUMBERS:
+        values = [numbers[name] for numbers in repeats if numbers.get(name) is not None]
+        if values:
+            medians[name] = {"median": statistics.median(values), "repeats": values}
+    return medians
+
+
+def _compare(plan: Plan, parts: dict[str, dict[str, Any]]) -> None:
+    """Fill in what relates a cell to the baseline or to its plain cell."""
+    baseline = parts.get(plan.cells[0].name, {})
+    for part in parts.values():
+        quality, base = part.get("quality") or {}, baseline.get("quality") or {}
+        _relate(quality.get("perplexity"), base.get("perplexity"), "ratio_to_baseline")
+        for task, score in (quality.get("tasks") or {}).items():
+            _relate(score, (base.get("tasks") or {}).get(task), "retained")
+        plain = parts.get(part.get("plain") or "", {})
+        fast, slow = _decode_median(part), _decode_median(plain)
+        if part.get("speculation") is not None and fast and slow:
+            part["speculation"]["speedup"] = fast / slow
+
+
+def _fold_repeats(plan: Plan, parts: dict[str, dict[str, Any]]) -> None:
+    """Move the numbers of further seeds into the cells that they repeat; failures stay cells."""
+    for cell in plan.cells:
+        part = parts.get(cell.name)
+        if cell.repeats is None or part is None or part["status"] != "ok":
+            continue
+        if first := parts.get(cell.repeats):
+            numbers = {section: part.get(section) for section in ("quality", "compute")}
+            seed = plan.step(cell.weights).seed
+            first["seeds"] = (*first.get("seeds", ()), {"seed": seed} | numbers)
+            del parts[cell.name]
+
+
+def _relate(value: dict[str, Any] | None, base: dict[str, Any] | None, name: str) -> None:
+    if not value or not base or value.get("dataset") != base.get("dataset"):
+        return
+    if value.get("value") is not None and base.get("value"):
+        value[name] = value["value"] / base["value"]
+
+
+def _decode_median(part: dict[str, Any]) -> float | None:
+    decode = (part.get("speed") or {}).get("decode_tokens_per_s") or {}
+    median: float | None = decode.get("median")
+    return median
+
+
+def _step_infos(plan: Plan, cell: Cell) -> tuple[dict[str, Any], ...] | None:
+    stages = [(name, plan.pipeline.stages[name]) for name in cell.chain]
+    infos = []
+    for name, stage in stages:
+        parameters = stage.model_dump(mode="json")
+        parameters |= {key: path.name for key, path in stage.files().items()}
+        infos.append({"name": name, **parameters})
+    return tuple(infos) or None
+
+
+def _step_records(run: RunFolder, cell: Cell) -> dict[str, Any]:
+    """What the stages recorded: training curves, layer errors and peaks, by the stage's name."""
+    try:
+        entries = lineage(run.store.model(cell.weights))
+    except ComposeError:
+        return {}
+    records = {entry["name"]: entry.get("record") or {} for entry in entries}
+    curves = {name: curve for name, record in records.items() if (curve := _curve(record))}
+    errors = {name: each for name, record in records.items() if (each := _errors(record))}
+    peaks = {entry["name"]: entry["peak_bytes"] for entry in entries if "peak_bytes" in entry}
+    return {
+        "training": curves or None,
+        "layer_errors": errors or None,
+        "step_peak_bytes": peaks or None,
+    }
+
+
+def _curve(record: dict[str, Any]) -> list[dict[str, Any]] | None:
+    curve = record.get("training")
+    if isinstance(curve, list) and all(
+        isinstance(point, dict) and "step" in point for point in curve
+    ):
+        return curve
+    return None
+
+
+def _errors(record: dict[str, Any]) -> dict[str, float] | None:
+    errors = record.get("layer_errors")
+    return errors if isinstance(errors, dict) else None
+
+
+def _seconds(
+    run: RunFolder, plan: Plan, parts: dict[str, dict[str, Any]], session: Session | None
+) -> float:
+    """Wall time of the plan's steps and measurements, also of those made in an earlier run."""
+    total: float = sum(part.get("seconds", 0.0) for part in parts.values())
+    for step in plan.steps:
+        record = (run.store.manifest(step.key) or {}).get("record") or {}
+        total += record.get("wall_s", 0.0)
+    return round(total + (session.seconds if session else 0.0), 1)
+
+
+def _public(source: str) -> str:
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _text(file: str) -> str | None:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except OSError:
+        return None

@@ -1,0 +1,97 @@
+"""What the runner and its worker processes exchange: job files, commands and messages, as JSON."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+Role = Literal[
+    "step",
+    "check",
+    "continue",
+    "cell",
+    "answer",
+    "insight",
+    "race",
+    "tune",
+    "gguf",
+    "probe",
+]
+"""What a worker does; `compose.workers.main` describes each."""
+
+Message = dict[str, Any]
+"""From a worker: `progress` [done, total, note], or an answer: `ok` with `result`, else with
+`error`, `kind` (a class of `compose.errors`) and `traceback`."""
+
+
+class StepRequest(TypedDict):
+    """The job of role `step`: make one model folder."""
+
+    key: str
+    name: str
+    stage: dict[str, Any] | None
+    """The stage's parameters; None for the source model."""
+    model: str
+    """The pipeline's source model."""
+    dtype: str
+    seed: int
+    data: dict[str, Any]
+    """The pipeline's `data` section."""
+    source: str | None
+    """The model folder that the stage starts from."""
+    dense: str
+    """The folder of the untouched source model: the teacher."""
+    target: str
+    """The folder to make."""
+    check: str
+    """Where the logits of the probe text are stored."""
+    work: str
+    """Scratch that survives a kill."""
+    asset_cache: str
+
+
+class CheckRequest(TypedDict):
+    """The job of role `check`: load a folder and compare its logits with stored ones."""
+
+    folder: str
+    reference: str
+
+
+class ContinueRequest(TypedDict):
+    """The job of role `continue`: decode `tokens` tokens after the probe text."""
+
+    folder: str
+    tokens: int
+    settings: dict[str, Any] | None
+    """How to decode; None for what the folder states."""
+
+
+class CellRequest(TypedDict):
+    """The job of role `cell`: measure a cell, command by command."""
+
+    name: str
+    folder: str
+    baseline_folder: str
+    decode: dict[str, Any] | None
+    """The decode stage's parameters; None for plain decoding."""
+    benchmark: dict[str, Any]
+    """The pipeline's `benchmark` section."""
+    seed: int
+    dtype: str
+    asset_cache: str
+    reference: str
+    """Where the baseline's predictions are stored."""
+    threads: int | None
+    learns_from: list[tuple[str, int | None]]
+    """Of the baseline only: source and row limit of each text that a stage of the plan reads."""
+
+
+class CellCommand(TypedDict, total=False):
+    """A command to a worker of role `cell`."""
+
+    do: Literal["load", "quality", "lossless", "speed", "quit"]
+    reference: str
+    """Of `quality`: where the baseline's predictions are stored."""
+    round: int
+    batch: int
+    threads: int
+    """Of `speed`: which round, how many rows, and with how many threads."""

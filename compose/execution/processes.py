@@ -1,0 +1,84 @@
+"""The worker processes of one run: started on a job file, asked, and ended with the run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from compose.errors import StepError
+from compose.execution.board import Line
+from compose.execution.executors import Executor
+from compose.execution.messages import CellCommand, Message, Role
+from compose.execution.run_folder import RunFolder
+from compose.execution.worker_process import Worker, await_answer
+from compose.store import write_json
+
+
+class RunWorkers:
+    """Starts the workers of a run. Safe to use from several threads."""
+
+    def __init__(self, executor: Executor, folder: RunFolder) -> None:
+        self.executor = executor
+        self._folder = folder
+        self._live: set[Worker] = set()
+        self._lock = threading.Lock()
+        self._ending = False
+
+    def start(
+        self, role: Role, name: str, job: Mapping[str, Any], *, on_this_machine: bool = False
+    ) -> Worker:
+        """Start a worker on a job, with the job file and log of `name`.
+
+        Raises:
+            StepError: `end_all` was called before.
+        """
+        file = self._folder.job(f"{name}.{role}")
+        write_json(file, job)
+        log = self._folder.log(name)
+        with self._lock:
+            if self._ending:
+                raise StepError("the run is ending")
+            worker = self.executor.start(role, file, log, on_this_machine=on_this_machine)
+            self._live.add(worker)
+        return worker
+
+    def call(self, role: Role, name: str, job: Mapping[str, Any], line: Line) -> dict[str, Any]:
+        """Start a worker, wait for its one answer, and end it. Raises as `answer`."""
+        worker = self.start(role, name, job)
+        try:
+            return self.answer(worker, line)
+        finally:
+            self.end(worker)
+
+    def ask(self, worker: Worker, command: CellCommand, line: Line) -> dict[str, Any]:
+        """Send a worker a command and wait for the answer. Raises as `answer`."""
+        worker.send(command)
+        return self.answer(worker, line)
+
+    def answer(self, worker: Worker, line: Line) -> dict[str, Any]:
+        """The worker's next answer; its progress is shown on `line`.
+
+        Raises:
+            ComposeError: the work failed, or the worker died.
+        """
+
+        def show(message: Message) -> None:
+            line.update(*message["progress"])
+
+        result: dict[str, Any] = await_answer(worker, show)
+        return result
+
+    def end(self, worker: Worker) -> None:
+        """End a worker."""
+        with self._lock:
+            self._live.discard(worker)
+        worker.stop()
+
+    def end_all(self) -> None:
+        """End every worker that is left, and refuse to start further ones."""
+        with self._lock:
+            self._ending = True
+            left = list(self._live)
+        for worker in left:
+            worker.stop()

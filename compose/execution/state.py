@@ -1,0 +1,72 @@
+"""What the parts of one run share: plan, settings, workers, and what has failed so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from compose.execution.board import Board
+from compose.execution.failures import Failure
+from compose.execution.processes import RunWorkers
+from compose.execution.run_folder import RunFolder
+from compose.execution.worker_process import Worker
+from compose.planning.plan import Cell, Plan
+from compose.store import Store
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run that its plan does not contain."""
+
+    out: Path
+    """The folder of runs and of the store."""
+    asset_cache: Path
+    """Where downloaded models and data are kept."""
+    command: str | None = None
+    """The command line, for the results."""
+    only: tuple[str, ...] = ()
+    """Names of cells to measure; empty means all."""
+    again: bool = False
+    """Measure every cell again. Model folders stay."""
+
+
+@dataclass
+class RunState:
+    """One run under way."""
+
+    plan: Plan
+    settings: Settings
+    folder: RunFolder
+    workers: RunWorkers
+    board: Board
+    failed_steps: dict[str, Failure] = field(default_factory=dict)
+    """Step key -> why it could not be made."""
+    failed_cells: dict[str, Failure] = field(default_factory=dict)
+    """Cell name -> why it could not be measured."""
+    loaded: dict[str, Worker] = field(default_factory=dict)
+    """Cell name -> its process after the quality phases, kept idle until speed is measured."""
+    worked: bool = False
+    """Whether anything was made or measured."""
+
+    @property
+    def store(self) -> Store:
+        """Where model folders are."""
+        return self.folder.store
+
+    @property
+    def baseline(self) -> Cell:
+        """The cell that the others are compared with."""
+        return self.plan.cells[0]
+
+    def wanted_cells(self) -> list[Cell]:
+        """The cells to measure: all, or those of `settings.only` with what they are compared with.
+
+        Raises:
+            PlanError: a name in `only` is unknown.
+        """
+        if not self.settings.only:
+            return list(self.plan.cells)
+        asked = [self.plan.cell(name) for name in self.settings.only]
+        names = {self.baseline.name}
+        names |= {name for cell in asked for name in (cell.name, cell.plain) if name is not None}
+        return [cell for cell in self.plan.cells if {cell.name, cell.repeats} & names]

@@ -1,0 +1,112 @@
+"""Steps: each model folder is made in one process, loaded again in another, and then stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+from compose.errors import AssetError, ComposeError
+from compose.execution.board import Line
+from compose.execution.failures import failure_of, first_line
+from compose.execution.graph import Task
+from compose.execution.messages import CheckRequest, StepRequest
+from compose.execution.state import RunState
+from compose.planning.plan import Cell, Step
+
+LOCK_PATIENCE_S = 0.2
+"""How long a lock may take before the board shows that another run holds it."""
+
+
+def step_tasks(run: RunState, cells: list[Cell]) -> list[Task]:
+    """A task for every model folder that the cells need; the source is also the teacher."""
+    needed = {step.key for cell in cells for step in run.plan.lineage(cell.weights)}
+    return [
+        Task(
+            step.key,
+            partial(make_step, run, step),
+            () if step.parent is None else (step.parent,),
+        )
+        for step in run.plan.steps
+        if step.key in needed
+    ]
+
+
+def make_step(run: RunState, step: Step) -> None:
+    """Make a step's folder, unless it is stored or its parent could not be made.
+
+    Raises:
+        AssetError: the source model cannot be had, so nothing can run.
+    """
+    if step.parent in run.failed_steps:
+        run.failed_steps[step.key] = run.failed_steps[step.parent]
+        return
+    if run.store.has(step.key):
+        return
+    line = run.board.line(_title(run, step))
+    try:
+        with _locked(run, step.key, line):
+            if run.store.has(step.key):  # another run made it while we waited
+                line.done("made by another run")
+                return
+            run.worked = True
+            _write(run, step, line)
+    except ComposeError as error:
+        line.failed(first_line(error))
+        if isinstance(error, AssetError) and step.stage is None:
+            raise
+        run.failed_steps[step.key] = failure_of(error, step.name)
+    else:
+        line.done()
+
+
+def _title(run: RunState, step: Step) -> str:
+    of = f" {run.plan.pipeline.model.source}" if step.stage is None else ""
+    return run.plan.title(step) + of
+
+
+@contextmanager
+def _locked(run: RunState, key: str, line: Line) -> Iterator[None]:
+    """Hold the step's lock; the line shows when another run holds it."""
+    try:
+        with run.store.locked(key, timeout=LOCK_PATIENCE_S):
+            yield
+    except Timeout:
+        line.update(0, 1, "waiting: another run is making it")
+        with run.store.locked(key):
+            yield
+
+
+def _write(run: RunState, step: Step, line: Line) -> None:
+    record: dict[str, Any] = {}
+    name = "-".join(("step", *(step.chain or ("source",)), step.key))
+    with run.store.write(step.key, record) as entry:
+        check = entry / "check.safetensors"
+        request = _request(run, step, entry / "model", check)
+        record |= run.workers.call("step", name, request, line)
+        line.update(1, 1, "loading it again")
+        again: CheckRequest = {"folder": str(entry / "model"), "reference": str(check)}
+        record["reload"] = run.workers.call("check", name, again, line)
+
+
+def _request(run: RunState, step: Step, target: Path, check: Path) -> StepRequest:
+    pipeline, store = run.plan.pipeline, run.store
+    return {
+        "key": step.key,
+        "name": step.name,
+        "stage": None if step.stage is None else step.stage.model_dump(mode="json"),
+        "model": pipeline.model.source,
+        "dtype": pipeline.model.dtype,
+        "seed": step.seed,
+        "data": pipeline.data.model_dump(mode="json"),
+        "source": None if step.parent is None else str(store.model(step.parent)),
+        "dense": str(store.model(run.plan.steps[0].key)),
+        "target": str(target),
+        "check": str(check),
+        "work": str(store.work(step.key)),
+        "asset_cache": str(run.settings.asset_cache.absolute()),
+    }

@@ -1,0 +1,69 @@
+"""Which extra of this project installs a library that could not be imported."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from compose.errors import UserError
+
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "compress": (
+        "accelerate",
+        "bitsandbytes",
+        "filelock",
+        "gguf",
+        "gptqmodel",
+        "huggingface_hub",
+        "jinja2",
+        "optimum",
+        "peft",
+        "psutil",
+        "pydantic",
+        "pydantic_core",
+        "rich",
+        "ruamel",
+        "torch_pruning",
+        "typer",
+    ),
+    "eval": ("datasets", "lm_eval", "pyarrow", "scipy"),
+    "report": ("markupsafe", "matplotlib"),
+    "ray": ("ray",),
+    "peers": ("llama_cpp",),
+}
+"""Top-level import names by the extra of pyproject.toml that installs them.
+
+pyproject.toml has names of distributions, and what is not installed cannot be asked for its import
+names. A library of two extras stands under the first.
+"""
+
+
+def extra_of(module: str) -> str | None:
+    """The extra that installs a module, by its dotted name; None for a module of no extra."""
+    top = module.partition(".")[0]
+    return next((extra for extra, names in EXTRAS.items() if top in names), None)
+
+
+def missing_extra(error: ModuleNotFoundError) -> UserError | None:
+    """The user's mistake behind `error`, with the extra to install; None where no extra has it."""
+    extra = extra_of(error.name or "")
+    if extra is None:
+        return None
+    fix = command(extra)
+    return UserError(str(error), fix=None if fix in str(error) else fix)
+
+
+def require(*extras: str) -> None:
+    """Check, without importing them, that all libraries of these extras can be found.
+
+    Raises:
+        UserError: for the first one that is not installed.
+    """
+    for extra in extras:
+        for name in EXTRAS[extra]:
+            if find_spec(name) is None:
+                raise UserError(f"the library {name} is not installed", fix=command(extra))
+
+
+def command(extra: str) -> str:
+    """What installs an extra."""
+    return f"pip install 'gateskip-compose[{extra}]'"

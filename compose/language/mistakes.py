@@ -1,0 +1,140 @@
+"""What pydantic refuses in a pipeline -> problems in plain words, at the key or value at fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from compose.errors import PipelineError, suggest
+from compose.language.positions import Loc, Problem, SourceMap
+from compose.language.schema import Export, Pipeline
+from compose.language.yaml_values import kind_of
+from compose.stages.registry import STAGES
+
+
+def first_mistake(problems: Iterable[Problem], source_map: SourceMap) -> PipelineError:
+    """The problem that comes first in the file, as an error that also counts the others."""
+    located = [
+        source_map.locate(PipelineError(each.message, fix=each.fix), each.loc, at_key=each.at_key)
+        for each in problems
+    ]
+    located.sort(key=lambda error: (error.line or 0, error.column or 0))
+    first, others = located[0], located[1:]
+    if others:
+        lines = [str(line) for line in sorted({error.line or 0 for error in others})]
+        where = f"on line{'s' if len(lines) > 1 else ''} {', '.join(lines)}"
+        first.message += f"\n  and {_counted(len(others), 'more problem')}, {where}"
+    return first
+
+
+def refusals(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """One problem a place: what the branches of a union expected goes into one sentence.
+
+    A key that is missing beside an unknown one is most likely misspelt, so only the unknown one is
+    reported.
+    """
+    details = error.errors(include_url=False)
+    misspelt = {detail["loc"][:-1] for detail in details if detail["type"] == "extra_forbidden"}
+    details = [
+        each for each in details if each["type"] != "missing" or each["loc"][:-1] not in misspelt
+    ]
+
+    def place(detail: ErrorDetails) -> Loc:
+        loc = _in_file(detail["loc"], raw)
+        return (*loc, detail["loc"][-1]) if detail["type"] == "missing" else loc
+
+    for loc, group in groupby(sorted(details, key=lambda each: str(place(each))), key=place):
+        yield _refusal(loc, list(group), raw)
+
+
+def _in_file(loc: Loc, raw: Any) -> Loc:
+    """pydantic's place without the parts that only name a branch of a union."""
+    place: list[str | int] = []
+    for part in loc:
+        if isinstance(raw, dict) and part in raw:
+            raw = raw[str(part)]
+        elif isinstance(raw, tuple) and isinstance(part, int) and part < len(raw):
+            raw = raw[part]
+        else:
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+def _refusal(loc: Loc, details: list[ErrorDetails], raw: Mapping[str, Any]) -> Problem:
+    detail = details[0]
+    kind, value = detail["type"], detail["input"]
+    parent = _dotted(loc[:-1])
+    if kind == "extra_forbidden":
+        hint = suggest(str(loc[-1]), _known_keys(loc[:-1], raw))
+        where = f" in {parent}" if parent else ""
+        return Problem(loc, f"unknown key {str(loc[-1])!r}{where}: {hint}", at_key=True)
+    if kind == "missing":
+        where = f"{parent} lacks" if parent else "the file lacks"
+        return Problem(loc, f"{where} the key {str(loc[-1])!r}")
+    if kind == "union_tag_not_found":
+        return Problem(loc, f"{_dotted(loc)} lacks the key 'use': known: {', '.join(STAGES)}")
+    if kind == "union_tag_invalid":
+        named = str(value.get("use")) if isinstance(value, Mapping) else str(value)
+        return Problem((*loc, "use"), f"unknown stage {named!r}: {suggest(named, STAGES)}")
+    if kind == "value_error":
+        at_key = detail["loc"][-1] == "[key]"
+        return Problem(loc, f"{_dotted(loc)}: {detail['ctx']['error']}", at_key=at_key)
+    wanted = " or ".join(dict.fromkeys(_expected(each) for each in details))
+    return Problem(loc, f"{_dotted(loc)}: expected {wanted}, not {kind_of(value)}")
+
+
+def _expected(detail: ErrorDetails) -> str:
+    """What pydantic expected, as the end of "expected ..."."""
+    limits: dict[str, Any] = detail.get("ctx", {})
+    types = {
+        "int_type": "a whole number",
+        "int_from_float": "a whole number",
+        "float_type": "a number",
+        "finite_number": "a finite number",
+        "bool_type": "true or false",
+        "string_type": "text",
+        "string_too_short": "text that is not empty",
+        "tuple_type": "a list",
+        "too_short": f"a list of at least {limits.get('min_length')}",
+        "dict_type": "a mapping",
+        "model_type": "a mapping",
+        "model_attributes_type": "a mapping",
+        "literal_error": str(limits.get("expected")),
+        "greater_than": f"a number above {limits.get('gt')}",
+        "greater_than_equal": f"a number of at least {limits.get('ge')}",
+        "less_than": f"a number below {limits.get('lt')}",
+        "less_than_equal": f"a number of at most {limits.get('le')}",
+    }
+    return types.get(detail["type"], detail["msg"])
+
+
+def _known_keys(loc: Loc, raw: Mapping[str, Any]) -> list[str]:
+    """The keys that may stand in the mapping at `loc`."""
+    model: type[BaseModel] = Pipeline
+    if loc[:1] == ("stages",):
+        model = STAGES[raw["stages"][loc[1]]["use"]]
+    elif loc[:1] == ("export",):
+        model = Export
+    else:
+        for part in loc:
+            annotation = model.model_fields[str(part)].annotation
+            assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+            model = annotation
+    return [info.alias or name for name, info in model.model_fields.items()]
+
+
+def _dotted(loc: Loc) -> str:
+    """`("matrix", "prune", 2)` -> `matrix.prune[2]`."""
+    text = ""
+    for part in loc:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,120 @@
+"""The keys of steps and cells: hashes over all that decides a result.
+
+A step's key covers the stage with its version and parameters, the data it reads, and the key of the
+step before it; the key of a cell covers its weights and how they are decoded. No weights are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from compose.artifacts.folder import hash_file
+from compose.errors import PlanError
+from compose.language.positions import Loc
+from compose.language.schema import Pipeline
+from compose.planning.plan import SOURCE
+from compose.stages.base import DataSpec, Stage
+
+SOURCE_VERSION = 1  # raised when the same source begins to be stored in another way
+
+
+class InputHashes(TypedDict, total=False):
+    """SHA-256 of a pipeline's inputs, where they are known. What is absent is left out of keys."""
+
+    model_sha256: str
+    """The pinned hash of the source model; it replaces the path of a local folder in keys."""
+
+    data_sha256: Mapping[str, str]
+    """Hash of a data set by its source; a local file that is not named here is hashed."""
+
+    file_sha256: Mapping[str, str]
+    """Hash of a file that a stage names by its path; one that is not named here is hashed."""
+
+
+def digest(recipe: Mapping[str, Any]) -> str:
+    """16 hex digits of the sha256 of a recipe in canonical JSON."""
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class StepKeys:
+    """Computes the keys of a pipeline's steps; files that `known` lacks are hashed once."""
+
+    def __init__(self, pipeline: Pipeline, known: InputHashes) -> None:
+        self._pipeline = pipeline
+        self._model_sha256 = known.get("model_sha256")
+        self._files = dict(known.get("file_sha256", {}))
+        self._data = dict(known.get("data_sha256", {}))
+
+    def source(self) -> str:
+        """The key of the step that stores the source model."""
+        model = self._pipeline.model
+        return digest(
+            {
+                "use": SOURCE,
+                "version": SOURCE_VERSION,
+                "model": self._model_identity(model.source),
+                "dtype": model.dtype,
+            }
+        )
+
+    def stage(self, name: str, stage: Stage, parent: str, seed: int) -> str:
+        """The key of a stage, `name` in the file, on the folder of the step with key `parent`.
+
+        Raises:
+            PlanError: a file that the stage or its data names cannot be read.
+        """
+        hashes = {
+            parameter: self._file_sha256(path, ("stages", name, parameter))
+            for parameter, path in stage.files().items()
+        }
+        return digest(
+            {
+                **stage.identity(hashes),
+                "parent": parent,
+                "seed": seed,
+                "dtype": self._pipeline.model.dtype,
+                "data": {split: self._data_identity(split) for split in stage.reads_data},
+            }
+        )
+
+    def _model_identity(self, source: str) -> dict[str, Any]:
+        folder = Path(source)
+        if not folder.is_absolute():
+            return {"source": source, "sha256": self._model_sha256}
+        if self._model_sha256 is not None:
+            return {"sha256": self._model_sha256}
+        return {"folder": source, "files": _listing(folder)}
+
+    def _data_identity(self, split: Literal["train", "calibration"]) -> dict[str, Any]:
+        spec: DataSpec = getattr(self._pipeline.data, split)
+        identity: dict[str, Any] = {"limit": spec.limit, "length": spec.length}
+        if Path(spec.source).is_absolute():
+            known = self._data.get(spec.source)
+            sha256 = known or self._file_sha256(Path(spec.source), ("data", split, "source"))
+            return identity | {"sha256": sha256}
+        return identity | {"source": spec.source, "sha256": self._data.get(spec.source)}
+
+    def _file_sha256(self, path: Path, loc: Loc) -> str:
+        if str(path) not in self._files:
+            try:
+                self._files[str(path)] = hash_file(path)
+            except OSError as error:
+                refused = PlanError(f"cannot read {str(path)!r}: {error.strerror}")
+                raise self._pipeline.locate(refused, loc) from None
+        return self._files[str(path)]
+
+
+def _listing(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of every file: a changed folder is noticed without reading weights."""
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def cell_key(weights: str, decode: Stage | None) -> str:
+    """The key of the cell with these weights (a step's key) and this decode stage."""
+    return digest({"weights": weights, "decode": None if decode is None else decode.identity({})})

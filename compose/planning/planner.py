@@ -1,0 +1,222 @@
+"""A pipeline -> its plan: the chains to make and measure, and the rules that leave others out.
+
+Planning is pure and quick: it imports no torch, needs no weights, and reads only the files whose
+content is part of a step's key.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from compose.errors import PlanError, RuleBroken
+from compose.language.positions import Loc
+from compose.language.schema import DENSE, Chain, Pipeline, as_chain
+from compose.planning.keys import InputHashes, StepKeys, cell_key
+from compose.planning.plan import SOURCE, Cell, LeftOut, Origin, Plan, Step, speculates
+from compose.stages.base import RULES, ModelShape, Stage
+
+
+def make_plan(
+    pipeline: Pipeline, shape: ModelShape | None = None, known: InputHashes | None = None
+) -> Plan:
+    """Plan all chains of a pipeline, on a model of `shape`; the same inputs give the same plan.
+
+    Without a shape, rules that need sizes are not checked. `known` hashes are not computed again.
+
+    Raises:
+        PlanError: a name points at nothing, an explicit pipeline breaks a rule (a `RuleBroken`, at
+            the stage's line), or two different cells would have one name.
+    """
+    for problem in pipeline.problems():
+        error = PlanError(problem.message, fix=problem.fix)
+        raise pipeline.locate(error, problem.loc, at_key=problem.at_key)
+    planner = _Planner(pipeline, shape, known or {})
+    planner.add((), (DENSE,), "baseline")
+    for name, chain in pipeline.pipelines.items():
+        planner.add_pipeline(name, chain)
+    for chain, excluded in combinations(pipeline):
+        planner.add_combination(chain, excluded)
+    planner.add_plain_cells()
+    planner.add_repeats()
+    return planner.plan()
+
+
+def combinations(pipeline: Pipeline) -> Iterator[tuple[Chain, bool]]:
+    """Every chain of the matrix in the order of its axes, and whether it is excluded."""
+    if pipeline.matrix is None:
+        return
+    axes = pipeline.matrix.axes
+    for choice in itertools.product(*axes.values()):
+        taken = dict(zip(axes, choice, strict=True))
+        excluded = any(
+            all(taken[axis] == as_chain(unwanted) for axis, unwanted in entry.items())
+            for entry in pipeline.matrix.exclude
+        )
+        yield tuple(itertools.chain.from_iterable(choice)), excluded
+
+
+def cell_name(chain: Chain) -> str:
+    """The name of a chain that has none of its own."""
+    return "+".join(chain) or DENSE
+
+
+@dataclass
+class _PlannedCell:
+    """A cell to which further names may be added."""
+
+    chain: Chain
+    weights: str
+    decode: Stage | None
+    origin: Origin
+    names: list[str]
+    """The cell's name, then its aliases."""
+    repeats: str | None = None
+
+
+class _Planner:
+    """Collects steps and cells by key, so that equal ones are planned once."""
+
+    def __init__(self, pipeline: Pipeline, shape: ModelShape | None, known: InputHashes) -> None:
+        self._pipeline = pipeline
+        self._stages: Mapping[str, Stage] = pipeline.stages
+        self._shape = shape
+        self._keys = StepKeys(pipeline, known)
+        self._steps: dict[str, Step] = {}
+        self._cells: dict[str, _PlannedCell] = {}
+        self._left_out: dict[Chain, LeftOut] = {}
+
+    def add(self, chain: Chain, names: tuple[str, ...], origin: Origin) -> None:
+        """Plan a chain that breaks no rule; one that equals a planned cell only adds its names."""
+        weights, decode = self._weights(chain, self._pipeline.seed)
+        new = _PlannedCell(chain, weights, decode, origin, [])
+        planned = self._cells.setdefault(cell_key(weights, decode), new)
+        planned.names += [name for name in names if name not in planned.names]
+
+    def add_pipeline(self, name: str, chain: Chain) -> None:
+        """Plan a named chain, or raise the rule that it breaks, at its line."""
+        broken = self._broken(chain)
+        if broken is not None:
+            index, error = broken
+            error.cell, error.stage = name, chain[index]
+            raise self._pipeline.locate(error, ("pipelines", name, index))
+        self.add(chain, (name,), "pipeline")
+
+    def add_combination(self, chain: Chain, excluded: bool) -> None:
+        """Plan a chain of the matrix, or note why it is left out."""
+        broken = self._broken(chain)
+        if broken is not None:
+            _, error = broken
+            self._leave_out(chain, error.rule, error.message)
+        elif excluded:
+            self._leave_out(chain, "exclude", RULES["exclude"])
+        else:
+            self.add(chain, (cell_name(chain),), "matrix")
+
+    def add_plain_cells(self) -> None:
+        """Add a plain cell for every cell with a decode stage: the same weights, plain decoding."""
+        for planned in list(self._cells.values()):
+            if planned.decode is not None and cell_key(planned.weights, None) not in self._cells:
+                chain = self._steps[planned.weights].chain
+                self.add(chain, (cell_name(chain),), "plain")
+
+    def add_repeats(self) -> None:
+        """Plan every cell whose chain makes weights again with each further seed, for its quality.
+
+        Cells that speculate are left out: their tokens, and so their quality, are the plain cell's.
+        """
+        for planned in list(self._cells.values()):
+            if self._steps[planned.weights].stage is None or speculates(planned.decode):
+                continue
+            for seed in self._pipeline.more_seeds:
+                weights, decode = self._weights(planned.chain, seed)
+                name = planned.names[0]
+                repeat = _PlannedCell(
+                    planned.chain, weights, decode, planned.origin, [f"{name}@{seed}"], name
+                )
+                self._cells[cell_key(weights, decode)] = repeat
+
+    def plan(self) -> Plan:
+        """The plan, after the last checks on names."""
+        self._refuse_shared_names()
+        cells = [self._cell(key, planned) for key, planned in self._cells.items()]
+        names = {name for cell in cells for name in (cell.name, *cell.aliases)}
+        left_out = [each for each in self._left_out.values() if each.name not in names]
+        plan = Plan(self._pipeline, tuple(self._steps.values()), tuple(cells), tuple(left_out))
+        for name in self._pipeline.export:
+            self._named(plan, name, ("export", name), at_key=True)
+        name = self._pipeline.benchmark.baseline
+        baseline = self._named(plan, name, ("benchmark", "baseline"))
+        cells.sort(key=lambda cell: cell is not baseline)  # stable: the others keep their order
+        return Plan(plan.pipeline, plan.steps, tuple(cells), plan.left_out)
+
+    def _named(self, plan: Plan, name: str, loc: Loc, *, at_key: bool = False) -> Cell:
+        try:
+            return plan.cell(name)
+        except PlanError as error:
+            raise self._pipeline.locate(error, loc, at_key=at_key) from None
+
+    def _broken(self, chain: Chain) -> tuple[int, RuleBroken] | None:
+        """Index of the first stage of a chain that breaks a rule, and the error; else None."""
+        shape, before = self._shape, tuple[Stage, ...]()
+        for index, name in enumerate(chain):
+            stage = self._stages[name]
+            try:
+                stage.check(shape, before)
+            except RuleBroken as error:
+                return index, error
+            before = (*before, stage)
+            shape = None if shape is None else stage.reshape(shape)
+        return None
+
+    def _weights(self, chain: Chain, seed: int) -> tuple[str, Stage | None]:
+        """Add the steps of a chain; the last one's key, and the decode stage, if there is one."""
+        source = Step(self._keys.source(), SOURCE, None, None, (), self._pipeline.seed)
+        step, shape = self._add_step(source), self._shape
+        for index, name in enumerate(chain):
+            stage = self._stages[name]
+            if stage.acts == "decode":
+                return step.key, stage  # the rules let nothing follow it
+            key = self._keys.stage(name, stage, step.key, seed)
+            memory = (
+                None if shape is None else stage.memory(shape, self._pipeline.data.train.length)
+            )
+            step = self._add_step(
+                Step(key, name, stage, step.key, chain[: index + 1], seed, memory)
+            )
+            shape = None if shape is None else stage.reshape(shape)
+        return step.key, None
+
+    def _add_step(self, step: Step) -> Step:
+        return self._steps.setdefault(step.key, step)
+
+    def _leave_out(self, chain: Chain, rule: str, message: str) -> None:
+        self._left_out.setdefault(chain, LeftOut(cell_name(chain), chain, rule, message))
+
+    def _refuse_shared_names(self) -> None:
+        owner: dict[str, _PlannedCell] = {}
+        for planned in self._cells.values():
+            for name in planned.names:
+                other = owner.setdefault(name, planned)
+                if other is not planned:
+                    message = f"{name!r} names two cells: {other.chain} and {planned.chain}"
+                    error = PlanError(message, fix="give the pipeline another name")
+                    raise self._pipeline.locate(error, ("pipelines", name), at_key=True)
+
+    def _cell(self, key: str, planned: _PlannedCell) -> Cell:
+        name, *aliases = planned.names
+        plain = None
+        if planned.decode is not None:
+            plain = self._cells[cell_key(planned.weights, None)].names[0]
+        return Cell(
+            name=name,
+            chain=planned.chain,
+            key=key,
+            weights=planned.weights,
+            decode=planned.decode,
+            plain=plain,
+            origin=planned.origin,
+            aliases=tuple(aliases),
+            repeats=planned.repeats,
+        )

@@ -1,0 +1,60 @@
+"""The options by which `pick` and `export` pick a cell, stated once for both commands."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from compose.results.schema import CellResult, Results
+
+
+@dataclass(frozen=True, kw_only=True)
+class PickOptions:
+    """The constraints and the aim by which a cell is picked: options of `pick` and of `export`."""
+
+    min_retained: Annotated[
+        float | None, typer.Option(help="Least share of the baseline's quality, 0 to 1.")
+    ] = None
+    max_perplexity_ratio: Annotated[
+        float | None, typer.Option(help="Most perplexity, over the baseline's.")
+    ] = None
+    max_bytes: Annotated[str | None, typer.Option(help="Most size on disk, as 90MB.")] = None
+    max_resident: Annotated[str | None, typer.Option(help="Most size in memory, as 200MB.")] = None
+    require_lossless: Annotated[
+        bool, typer.Option(help="Refuse speculation that was not measured to be lossless.")
+    ] = True
+    maximize: Annotated[
+        str, typer.Option(help="What to aim for: decode, prefill, size, accuracy, ...")
+    ] = "decode"
+
+    def pick(self, results: Results) -> CellResult:
+        """The best cell under these constraints; raises as `results.pick.pick`."""
+        from compose.results.pick import pick as pick_cell
+        from compose.units import parse_bytes
+
+        sizes = {"max_bytes": self.max_bytes, "max_resident": self.max_resident}
+        limits = {name: None if size is None else parse_bytes(size) for name, size in sizes.items()}
+        return pick_cell(results, **{**vars(self), **limits})
+
+
+def with_pick_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `PickOptions`; it gets their values as `options`."""
+    fields = inspect.signature(PickOptions, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters.values()
+
+    @wraps(command)
+    def call(**values: Any) -> None:
+        options = PickOptions(**{name: values.pop(name) for name in fields})
+        command(**values, options=options)
+
+    parameters = [each for each in own if each.name != "options"]
+    keyword_only = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters]
+    call.__signature__ = inspect.Signature([*keyword_only, *fields.values()])  # type: ignore[attr-defined]
+    call.__annotations__ = {each.name: each.annotation for each in [*parameters, *fields.values()]}
+    return call

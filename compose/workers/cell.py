@@ -1,0 +1,71 @@
+"""Role `cell`: measure one cell, command by command."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compose.errors import StepError
+from compose.execution.messages import CellCommand, CellRequest
+from compose.workers.protocol import Channel, answer
+from compose.workers.step import seed_everything
+
+if TYPE_CHECKING:
+    from compose.bench.cell import CellBench
+
+
+def serve_cell(job: CellRequest, channel: Channel) -> None:
+    """Answer the commands of the parent until `quit`, or until the parent closes the pipe."""
+    cell = _Cell(job)
+    for command in channel.receive():
+        if command["do"] == "quit":
+            return
+        channel.send(answer(partial(cell.measure, command)))
+
+
+class _Cell:
+    """A cell under measurement; `load` comes before every other command."""
+
+    def __init__(self, job: CellRequest) -> None:
+        self._job = job
+        self._bench: CellBench | None = None
+
+    def measure(self, command: CellCommand) -> dict[str, Any]:
+        """What a command measures.
+
+        Raises:
+            StepError: the cell was not loaded before.
+        """
+        if command["do"] == "load":
+            seed_everything(self._job["seed"])
+            self._bench = open_bench(self._job)
+            return self._bench.load()
+        if self._bench is None:
+            raise StepError(f"the cell was asked for {command['do']!r} before it was loaded")
+        if command["do"] == "quality":
+            return self._bench.quality(Path(command["reference"]))
+        if command["do"] == "lossless":
+            return self._bench.lossless()
+        return self._bench.speed(command["round"], command["batch"], command["threads"])
+
+
+def open_bench(job: CellRequest) -> CellBench:
+    """What measures the cell; it loads nothing yet."""
+    from compose.bench.cell import CellBench, CellJob
+
+    return CellBench(
+        CellJob(
+            name=job["name"],
+            folder=Path(job["folder"]),
+            baseline_folder=Path(job["baseline_folder"]),
+            decode=job["decode"],
+            benchmark=job["benchmark"],
+            seed=job["seed"],
+            dtype=job["dtype"],
+            asset_cache=Path(job["asset_cache"]),
+            reference=Path(job["reference"]),
+            threads=job["threads"],
+            learns_from=[(source, limit) for source, limit in job["learns_from"]],
+        )
+    )

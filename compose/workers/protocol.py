@@ -1,0 +1,79 @@
+"""The worker's end of the pipes to its parent: commands in, messages out, as JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from compose.errors import ComposeError, StepError
+from compose.execution.messages import CellCommand, Message
+from compose.extras import missing_extra
+
+PROGRESS_EVERY_S = 0.2
+
+
+class Channel:
+    """The worker's own copies of its pipes.
+
+    What else reads stdin finds it empty; what else is written to stdout goes to stderr, the log.
+    """
+
+    def __init__(self) -> None:
+        self._commands: IO[str] = os.fdopen(os.dup(0), "r", encoding="utf-8")
+        self._messages: IO[str] = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        sys.stdout.flush()
+        os.dup2(2, 1)
+        self._reported = 0.0
+
+    def send(self, message: Message) -> None:
+        """Send one message; that the parent is gone is no error."""
+        with contextlib.suppress(BrokenPipeError):
+            self._messages.write(json.dumps(message, default=str) + "\n")
+            self._messages.flush()
+
+    def progress(self, done: int, total: int, note: str = "") -> None:
+        """Report progress, at most every `PROGRESS_EVERY_S` but for the last report."""
+        now = time.monotonic()
+        if done >= total or now - self._reported >= PROGRESS_EVERY_S:
+            self._reported = now
+            self.send({"progress": [done, total, note]})
+
+    def receive(self) -> Iterator[CellCommand]:
+        """Commands, until the parent closes its end."""
+        for line in self._commands:
+            yield json.loads(line)
+
+
+def answer(work: Callable[[], Any]) -> Message:
+    """The result of `work`, or what it raised, as a message."""
+    try:
+        return {"ok": True, "result": work()}
+    except Exception as error:
+        traceback.print_exc()
+        return failure_message(error)
+
+
+def failure_message(error: Exception) -> Message:
+    """An exception as a message: its text, its class in `compose.errors`, and its traceback.
+
+    A library that is not installed is a UserError that names its extra.
+    """
+    missing = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
+    shown = missing or error
+    ours = isinstance(shown, ComposeError)
+    text = str(shown) if ours else f"{type(shown).__name__}: {shown}"
+    return {
+        "ok": False,
+        "error": text.strip(),
+        "kind": type(shown).__name__ if ours else StepError.__name__,
+        "traceback": "".join(traceback.format_exception(error)),
+    }

@@ -1,0 +1,98 @@
+"""What one `generate` call did: tokens, times, and what became of drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gateskip.decoding.drafting import Draft
+
+Tokens = list[int]
+ADDED = (
+    *("prompt_tokens", "new_tokens", "prefill_s", "decode_s", "drafted", "accepted"),
+    *("passes", "draft_s", "verify_s", "looked_up"),
+)
+"""Fields of Stats that are sums."""
+
+
+@dataclass
+class Stats:
+    """What one `generate` call did and how long it took, in seconds and tokens."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    ttft_s: float = 0.0
+    """Time to the first token of the first row: prefill and one LM head."""
+    drafted: int = 0
+    accepted: int = 0
+    passes: int = 0
+    """Forward passes at full compute after prefill: verify passes and plain steps."""
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    draft_lengths: dict[int, int] = field(default_factory=dict)
+    """How often each draft length was tried; 0 is a plain step."""
+    looked_up: int = 0
+    """Drafted tokens that came from the text itself."""
+    positions: list[list[int]] = field(default_factory=list)
+    """By position in a draft: how often it was reached with all before it accepted, and accepted.
+    """
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted / drafted tokens; None when nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def mean_accepted_tokens(self) -> float | None:
+        """Tokens a full pass yields; plain decoding has 1. None without a pass."""
+        return (self.accepted + self.passes) / self.passes if self.passes else None
+
+    def add(self, other: Stats) -> None:
+        """Count another call's work with this one's; `ttft_s` stays the first call's."""
+        for name in ADDED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for length, times in other.draft_lengths.items():
+            self.draft_lengths[length] = self.draft_lengths.get(length, 0) + times
+        for position, (tried, accepted) in enumerate(other.positions):
+            self.count(position, tried, accepted)
+
+    def count(self, position: int, tried: int, accepted: int) -> None:
+        """Drafts at a position that were reached with all before them accepted, and accepted."""
+        while len(self.positions) <= position:
+            self.positions.append([0, 0])
+        self.positions[position][0] += tried
+        self.positions[position][1] += accepted
+
+    def add_round(
+        self, drafts: Sequence[Draft], accepted: Sequence[int], draft_s: float, verify_s: float
+    ) -> None:
+        """Count one round of drafting and verifying: a draft a row, and how much was accepted."""
+        self.draft_s += draft_s
+        self.verify_s += verify_s
+        for draft, kept in zip(drafts, accepted, strict=True):
+            count = len(draft.tokens)
+            self.drafted += count
+            self.accepted += kept
+            self.passes += 1
+            self.looked_up += count if draft.looked_up else 0
+            self.draft_lengths[count] = self.draft_lengths.get(count, 0) + 1
+            for position in range(min(kept + 1, count)):
+                self.count(position, 1, position < kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts, times and the two rates, as plain data."""
+        return asdict(self) | {
+            "acceptance_rate": self.acceptance_rate,
+            "mean_accepted_tokens": self.mean_accepted_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New tokens of every row, without the prompt, and how they came about."""
+
+    tokens: list[Tokens]
+    stats: Stats

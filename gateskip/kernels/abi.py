@@ -1,0 +1,244 @@
+"""The structures that cross into the compiled kernels, compared with src/api.h and with a library.
+
+The boundary is plain C behind ctypes. torch.utils.cpp_extension and nanobind with torch.library
+operators were weighed against it: an extension is compiled against torch's headers (18 s for one
+empty function where all kernels here take 13 s), has to be compiled anew for every version of torch
+and Python, and needs the headers of both; importing cpp_extension alone takes as long as importing
+torch. A dispatcher brings autograd and meta tensors, of which decoding needs neither, and costs
+microseconds a call. What ctypes lacks is a check of types, and that is this module: the header is
+the one declaration, `read_header` reads it, `check` refuses by name structures or a library that
+differ from it, and argument types of every function are set from its prototype.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+HEADER = Path(__file__).parent / "src" / "api.h"
+ROWS_PER_TILE, BLOCK = 16, 32  # rows and columns of packed weights that lie together, as in simd.h
+Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
+PARTS = ("linear", "attention", "gates", "lm head")
+"""What a decoder's time is spent on, in the order of the header's enum `Part`."""
+
+
+class AbiMismatch(RuntimeError):
+    """A library, or a structure here, differs from the header; the message names what does."""
+
+
+class Kind(IntEnum):
+    """How a matrix is stored: MatrixKind of the header, which says what each stands for."""
+
+    FP32 = 0
+    BF16 = 1
+    INT4 = 2
+    INT4_TABLE = 3
+    INT8 = 4
+    INT4_A8 = 5
+    INT4_TABLE_A8 = 6
+    INT8_A8 = 7
+
+
+class Matrix(ctypes.Structure):
+    """A weight [n, k] and its bias, dense or packed."""
+
+    _fields_ = (
+        *((name, Int) for name in ("kind", "n", "k", "group")),
+        *((name, Pointer) for name in ("weights", "scale", "offset", "table", "bias")),
+    )
+
+
+class Shortcut(ctypes.Structure):
+    """What a row gets that skips a branch."""
+
+    _fields_ = (*((name, Pointer) for name in ("down", "up", "bias")), ("rank", Int))
+
+
+class Layer(ctypes.Structure):
+    """A decoder layer: its matrices, norms, gates and shortcuts."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, Pointer) for name in ("norm_attention", "norm_mlp", "norm_q", "norm_k")),
+        *((name, Pointer) for name in ("weight_attention", "weight_mlp")),
+        *((name, Shortcut) for name in ("short_attention", "short_mlp")),
+        *((name, Float) for name in ("bias_attention", "bias_mlp")),
+        *((name, Int) for name in ("rotates", "window")),
+    )
+
+
+class Model(ctypes.Structure):
+    """A decoder: its sizes, final norm and layers."""
+
+    _fields_ = (
+        *((name, Int) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")),
+        *((name, Int) for name in ("inner", "rotary_dim", "anchors", "widest_shortcut")),
+        *((name, Float) for name in ("epsilon", "scaling")),
+        ("norm_final", Pointer),
+        ("layer", ctypes.POINTER(Layer)),
+    )
+
+
+class CacheView(ctypes.Structure):
+    """Where a KV cache and its rope table are."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("keys", "values", "cos", "sin")),
+        *((name, Int) for name in ("capacity", "bf16")),
+    )
+
+
+class Step(ctypes.Structure):
+    """Tokens of one forward pass, each a row with its own place in the cache."""
+
+    _fields_ = (
+        *((name, Int) for name in ("rows", "copies")),
+        *((name, Pointer) for name in ("cache_row", "slot", "hidden", "thresholds", "kept")),
+        ("spent", Pointer),
+    )
+
+
+class Draft(ctypes.Structure):
+    """Tokens that one row drafts greedily."""
+
+    _fields_ = (
+        *((name, Int) for name in ("token", "count")),
+        ("least", Float),
+        ("accepted", Pointer),
+        ("levels", Int),
+        ("embedding", Pointer),
+        ("bf16", Int),
+        *((name, ctypes.POINTER(Matrix)) for name in ("draft_head", "rerank_head")),
+        *((name, Pointer) for name in ("tokens", "chances")),
+    )
+
+
+STRUCTURES: dict[str, type[ctypes.Structure]] = {
+    each.__name__: each for each in (Matrix, Shortcut, Layer, Model, CacheView, Step, Draft)
+}
+_SCALARS: dict[str, Any] = {
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "float": ctypes.c_float,
+    "void": None,
+}
+
+
+@dataclass(frozen=True)
+class Function:
+    """A prototype of the header as ctypes types."""
+
+    result: Any
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What src/api.h declares."""
+
+    version: int
+    structures: dict[str, list[tuple[str, str]]]
+    """Name and C type of each field, by structure."""
+    functions: dict[str, Function]
+    kinds: dict[str, int]
+    """Entries of MatrixKind."""
+
+
+def read_header(path: Path = HEADER) -> Header:
+    """Parse src/api.h. Raises OSError where it is missing, AbiMismatch for what cannot be read."""
+    text = re.sub(r"/\*.*?\*/", " ", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    version = re.search(r"#define GATESKIP_ABI_VERSION (\d+)", text)
+    kinds = re.search(r"enum MatrixKind \{(.*?)\}", text, re.DOTALL)
+    if version is None or kinds is None:
+        raise AbiMismatch(f"{path.name} has no GATESKIP_ABI_VERSION, or no enum MatrixKind")
+    bodies = re.findall(r"typedef struct (\w+) \{(.*?)\} \w+;", text, re.DOTALL)
+    prototypes = re.findall(r"^([\w *]+?)\b(gateskip_\w+)\(([^)]*)\);", text, re.MULTILINE)
+    return Header(
+        int(version[1]),
+        {name: _fields(body) for name, body in bodies},
+        {name: Function(_type(out), _arguments(given)) for out, name, given in prototypes},
+        {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", kinds[1])},
+    )
+
+
+def _fields(body: str) -> list[tuple[str, str]]:
+    """`int32_t n; const void* weights;` -> name and type of each."""
+    declared = [" ".join(part.split()) for part in body.split(";") if part.strip()]
+    pairs = [re.fullmatch(r"(.*?)(\w+)", each) for each in declared]
+    return [(pair[2], pair[1].strip()) for pair in pairs if pair is not None]
+
+
+def _arguments(given: str) -> tuple[Any, ...]:
+    return (
+        ()
+        if given.strip() == "void"
+        else tuple(_type(kind) for _, kind in _fields(given.replace(",", ";")))
+    )
+
+
+def _type(declared: str) -> Any:
+    """The ctypes type of a C type."""
+    name = declared.replace("const", "").strip()
+    if not name.endswith("*"):
+        if name not in _SCALARS:
+            raise AbiMismatch(f"{HEADER.name}: type {declared!r} has no counterpart in Python")
+        return _SCALARS[name]
+    pointed = name[:-1].strip()
+    if pointed == "char":
+        return ctypes.c_char_p
+    return ctypes.POINTER(STRUCTURES[pointed]) if pointed in STRUCTURES else ctypes.c_void_p
+
+
+def check(library: Any, header: Header) -> None:
+    """Raise AbiMismatch where structures here, or the library, differ from the header."""
+    for name, fields in header.structures.items():
+        _check_fields(name, fields)
+    if set(header.structures) != set(STRUCTURES):
+        odd = sorted(set(header.structures) ^ set(STRUCTURES))
+        raise AbiMismatch(f"structures of {HEADER.name} and abi.py differ: {', '.join(odd)}")
+    if header.kinds != {kind.name: kind.value for kind in Kind}:
+        raise AbiMismatch(f"enum MatrixKind of {HEADER.name} is not Kind of abi.py")
+    built = library.gateskip_abi_version()
+    if built != header.version:
+        raise AbiMismatch(f"the library has ABI version {built}, {HEADER.name} {header.version}")
+    for name, structure in STRUCTURES.items():
+        there, here = library.gateskip_struct_size(name.encode()), ctypes.sizeof(structure)
+        if there != here:
+            raise AbiMismatch(f"structure {name} has {there} bytes in the library, {here} here")
+
+
+def _check_fields(name: str, fields: list[tuple[str, str]]) -> None:
+    if name not in STRUCTURES:
+        return
+    own = [(field[0], _written(field[1])) for field in STRUCTURES[name]._fields_]
+    declared = [(field, "pointer" if "*" in kind else kind) for field, kind in fields]
+    for mine, theirs in zip(own, declared, strict=False):
+        if mine != theirs:
+            raise AbiMismatch(
+                f"structure {name}: {' '.join(theirs)} in {HEADER.name}, {' '.join(mine)} in abi.py"
+            )
+    if len(own) != len(declared):
+        raise AbiMismatch(
+            f"structure {name} has {len(declared)} fields in {HEADER.name}, {len(own)} in abi.py"
+        )
+
+
+def _written(kind: Any) -> str:
+    """A field's ctypes type as the header writes it; `pointer` for all pointers."""
+    if kind is Int:
+        return "int32_t"
+    if kind is Float:
+        return "float"
+    return str(kind.__name__) if kind in STRUCTURES.values() else "pointer"
+
+
+def declare(library: Any, header: Header) -> None:
+    """Set argument and result types of every function that the library has."""
+    for name, function in header.functions.items():
+        if hasattr(library, name):
+            call = getattr(library, name)
+            call.argtypes, call.restype = function.arguments, function.result

@@ -1,0 +1,244 @@
+"""The compiled kernels as typed functions of tensors: one a function of src/api.h.
+
+Tensors are on the CPU and contiguous, unless a function says otherwise; shapes are as in the
+header. Each function needs `build.library()`, and those from `step` on a processor with AVX2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gateskip.kernels import abi, build
+
+
+def _library() -> Any:
+    library = build.library()
+    assert library is not None, "callers ask build.library() first"
+    return library
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    """A tensor's address, null for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _bf16(tensor: Tensor) -> int:
+    return int(tensor.dtype == torch.bfloat16)
+
+
+# -- linear layers one by one -----------------------------------------------------------------
+
+
+def dense(weight: Tensor, x: Tensor) -> Tensor:
+    """x [m, k] times weight [n, k] transposed, both float32."""
+    (n, k), rows = weight.shape, len(x)
+    out = torch.empty(rows, n)
+    threads = torch.get_num_threads()
+    _library().gateskip_dense(_at(weight), n, k, _at(x), rows, _at(out), threads)
+    return out
+
+
+def packed(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    n: int,
+    x: Tensor,
+) -> Tensor:
+    """x [m, k], float32, times w [n, k] transposed, w of 4 or 8 bits and laid out as in
+    PackedLinear."""
+    (rows, k), groups = x.shape, scale.shape[1]
+    out, scratch = torch.empty(rows, n), torch.empty(rows, groups)
+    _library().gateskip_packed(
+        *map(_at, (codes, scale, offset, table)),
+        *(bits, n, k, k // groups),
+        *(_at(x), rows, _at(out), _at(scratch), torch.get_num_threads()),
+    )
+    return out
+
+
+def unpack(
+    codes: Tensor, scale: Tensor, offset: Tensor | None, table: Tensor | None, bits: int, n: int
+) -> Tensor:
+    """The float32 weights [n, k] that packed weights of 4 or 8 bits stand for."""
+    k = 8 // bits * codes[0].numel() // abi.ROWS_PER_TILE
+    out = torch.empty(n, k)
+    _library().gateskip_unpack(
+        *map(_at, (codes, scale, offset, table)),
+        *(bits, n, k, k // scale.shape[1], _at(out), torch.get_num_threads()),
+    )
+    return out
+
+
+# -- whole tokens -----------------------------------------------------------------------------
+
+
+def has_decoder() -> bool:
+    """Whether there is a library, and the processor runs what stands below."""
+    library = build.library()
+    return library is not None and bool(library.gateskip_has_decoder())
+
+
+class Arena:
+    """Memory that one model's calls use again and again, so that the system need not clear new
+    pages for each. It grows to what the largest call needs, and goes with this object."""
+
+    def __init__(self) -> None:
+        library = _library()
+        self.address: int = library.gateskip_arena_new()
+        weakref.finalize(self, library.gateskip_arena_free, self.address)
+
+
+def step(model: abi.Model, cache: abi.CacheView, tokens: abi.Step, arena: Arena) -> None:
+    """A forward pass over any number of rows; `tokens.hidden` becomes final states."""
+    _library().gateskip_step(
+        ctypes.byref(model),
+        ctypes.byref(cache),
+        ctypes.byref(tokens),
+        arena.address,
+        torch.get_num_threads(),
+    )
+
+
+def draft(
+    model: abi.Model, cache: abi.CacheView, tokens: abi.Step, order: abi.Draft, arena: Arena
+) -> None:
+    """Drafted tokens of one row; `order.count` becomes their number."""
+    _library().gateskip_draft(
+        ctypes.byref(model),
+        ctypes.byref(cache),
+        ctypes.byref(tokens),
+        ctypes.byref(order),
+        arena.address,
+        torch.get_num_threads(),
+    )
+
+
+def multiply(matrix: abi.Matrix, x: Tensor, arena: Arena) -> Tensor:
+    """Rows x [rows, k], float32, times a matrix [n, k] transposed -> [rows, n]."""
+    out = torch.empty(len(x), matrix.n)
+    threads = torch.get_num_threads()
+    _library().gateskip_multiply(
+        ctypes.byref(matrix), _at(x), len(x), _at(out), arena.address, threads
+    )
+    return out
+
+
+# -- between a prompt's matrix products -------------------------------------------------------
+
+
+def norm(
+    x: Tensor,
+    weight: int,
+    epsilon: float,
+    out: Tensor,
+    gate: int | None = None,
+    bias: float = 0.0,
+    logits: Tensor | None = None,
+) -> None:
+    """RMSNorm of x [..., width] into out; with a gate, its logits [...] of what comes out.
+
+    `weight` and `gate` are addresses of float32 numbers [width].
+    """
+    width = x.shape[-1]
+    _library().gateskip_norm(
+        *(_at(x), weight, epsilon, x.numel() // width, width, _bf16(x), _at(out)),
+        *(gate, bias, _at(logits), torch.get_num_threads()),
+    )
+
+
+def add_rows(hidden: Tensor, places: Tensor, added: Tensor) -> None:
+    """hidden [..., H] at flat places [N], none twice, += added [N, H], in place."""
+    _library().gateskip_add_rows(
+        *(_at(hidden), _at(places), len(places), hidden.shape[-1], _bf16(hidden)),
+        *(_at(added), torch.get_num_threads()),
+    )
+
+
+def add_shortcut(
+    hidden: Tensor, x: Tensor, places: Tensor, down: Tensor, up: Tensor, bias: Tensor
+) -> None:
+    """hidden [..., H] at flat places [N] += up (down x) + bias, in place; down [H, r], up [r, H],
+    r and H multiples of 8, all three float32."""
+    _library().gateskip_shortcut(
+        *(_at(hidden), _at(x), _bf16(hidden), _at(places), len(places), hidden.shape[-1]),
+        *(_at(down), _at(up), _at(bias), len(up), torch.get_num_threads()),
+    )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary positions of x [..., heads, D] in place, by cos and sin [..., turned] of its type."""
+    heads, width = x.shape[-2:]
+    rows = x.numel() // (heads * width)
+    _library().gateskip_rotate(
+        *(_at(x), _bf16(x), rows, heads, width, cos.shape[-1]),
+        *(_at(cos), _at(sin), torch.get_num_threads()),
+    )
+
+
+def softmax(
+    scores: Tensor, slots: Tensor, group: int, begin: int, window: int | None, scaling: float
+) -> None:
+    """Causal softmax in place of scores [blocks, Q * group, T], T a multiple of 8.
+
+    The query at slots[q] sees keys up to there; the first key stands at slot `begin`.
+    """
+    blocks, rows, width = scores.shape
+    assert width % 8 == 0, f"{width} keys: a multiple of 8 is needed"
+    _library().gateskip_softmax(
+        *(_at(scores), _bf16(scores), blocks, rows, len(slots), group, width),
+        *(_at(slots), begin, window or 0, scaling, torch.get_num_threads()),
+    )
+
+
+def swiglu(gate: Tensor, up: Tensor) -> None:
+    """gate = silu(gate) * up, in place."""
+    threads = torch.get_num_threads()
+    _library().gateskip_swiglu(_at(gate), _at(up), gate.numel(), _bf16(gate), threads)
+
+
+# -- attention over a bfloat16 cache ----------------------------------------------------------
+
+
+def attends() -> bool:
+    """Whether the processor multiplies pairs of bfloat16, which `pack` and `attend` need."""
+    return bool(_library().gateskip_attends())
+
+
+def pack(keys: Tensor, values: Tensor, used: int, packed: Tensor) -> None:
+    """The first `used` slots of keys and values [B, kv_heads, T, D] into packed
+    [B * kv_heads, 2, used, D] as `attend` reads them; `used` and D are multiples of 16."""
+    batch, kv_heads, capacity, width = keys.shape
+    _library().gateskip_pack(
+        *(_at(keys), _at(values), batch, kv_heads, width),
+        *(keys.stride(0), keys.stride(1), capacity, used, _at(packed), torch.get_num_threads()),
+    )
+
+
+def attend(
+    queries: Tensor,
+    counts: Sequence[int],
+    slots: Tensor,
+    packed: Tensor,
+    kv_heads: int,
+    window: int | None,
+    scaling: float,
+) -> Tensor:
+    """Attention of queries [N, heads, D], counts[b] of them in row b, at ascending slots [N], over
+    what `pack` made -> [N, heads, D]; rows beyond the counts are zero."""
+    out = torch.zeros_like(queries, memory_format=torch.contiguous_format)
+    heads, width = queries.shape[-2:]
+    rows = torch.tensor(counts)
+    _library().gateskip_attend(
+        *(_at(queries), _at(slots), _at(rows), len(counts), heads, kv_heads, width),
+        *(window or 0, scaling, packed.shape[2], _at(packed), _at(out), torch.get_num_threads()),
+    )
+    return out

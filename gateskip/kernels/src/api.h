@@ -1,0 +1,208 @@
+/* The boundary between Python and the kernels: every structure and every function that crosses it.
+ *
+ * The C++ files include this header, so that a definition which differs does not compile. Python reads it
+ * too: gateskip/kernels/abi.py compares its structures with the ones below, field by field, takes each
+ * function's argument types from its prototype, and asks a loaded library for ABI_VERSION and for the size
+ * of every structure. Write one declaration a line and one type a declaration: the parser there is small.
+ *
+ * H is the hidden size, D the width of a head, V the vocabulary. A flag `bf16` says that a `void*` points to
+ * bfloat16 numbers; else they are float32. `threads` is how many threads of OpenMP share the work.
+ */
+#pragma once
+#include <stdint.h>
+
+#define GATESKIP_ABI_VERSION 1 /* raised with every change of this file */
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* How a matrix is stored. A8: activations are rounded to 8 bits, and products are summed in integers. */
+enum MatrixKind {
+  FP32 = 0,
+  BF16 = 1,
+  INT4 = 2,           /* a code 0..15 stands for code - 8 */
+  INT4_TABLE = 3,     /* a code stands for an entry of a table of 16 (NF4) */
+  INT8 = 4,           /* a code 0..255 stands for code - 128 */
+  INT4_A8 = 5,        /* a code 0..15 stands for itself where there is an offset, else for code - 8 */
+  INT4_TABLE_A8 = 6,
+  INT8_A8 = 7,
+};
+
+/* What time is spent on, as indices of Step.spent. GATES: norms, gates and shortcuts. */
+enum Part {
+  PART_LINEAR = 0,
+  PART_ATTENTION = 1,
+  PART_GATES = 2,
+  PART_HEAD = 3,
+  PARTS = 4,
+};
+
+/* A weight [n, k] and its bias. Packed weights lie in tiles of 16 rows: see matvec.h. */
+typedef struct Matrix {
+  int32_t kind;        /* a MatrixKind */
+  int32_t n;
+  int32_t k;
+  int32_t group;       /* columns that share a scale */
+  const void* weights; /* [n, k], or codes */
+  const void* scale;   /* [tiles, k / group, 16] float32, bfloat16 for A8 kinds; null for dense kinds */
+  const void* offset;  /* as scale, or null */
+  const void* table;   /* INT4_TABLE: 16 floats; INT4_TABLE_A8: 16 bytes, each 128 too large */
+  const float* bias;   /* [n], or null */
+} Matrix;
+
+/* What a row gets that skips a branch: up (down x) + bias. All null where there is none. */
+typedef struct Shortcut {
+  const float* down; /* [rank, H] */
+  const float* up;   /* [H, rank] */
+  const float* bias; /* [H] */
+  int32_t rank;      /* a multiple of 8 */
+} Shortcut;
+
+typedef struct Layer {
+  Matrix q;
+  Matrix k;
+  Matrix v;
+  Matrix o;
+  Matrix gate;
+  Matrix up;
+  Matrix down;
+  const float* norm_attention;   /* [H] */
+  const float* norm_mlp;         /* [H] */
+  const float* norm_q;           /* [D], or null */
+  const float* norm_k;           /* [D], or null */
+  const float* weight_attention; /* the attention branch's gate [H], or null */
+  const float* weight_mlp;       /* the MLP branch's gate [H], or null */
+  Shortcut short_attention;
+  Shortcut short_mlp;
+  float bias_attention;
+  float bias_mlp;
+  int32_t rotates; /* whether queries and keys are rotated */
+  int32_t window;  /* of attention, in tokens; 0 is none */
+} Layer;
+
+typedef struct Model {
+  int32_t layers;
+  int32_t hidden; /* H, a multiple of 8 */
+  int32_t heads;
+  int32_t kv_heads;
+  int32_t head_dim; /* D, a multiple of 8 */
+  int32_t inner;    /* neurons of an MLP, any number */
+  int32_t rotary_dim;
+  int32_t anchors; /* first positions of a text, which enter every branch */
+  int32_t widest_shortcut;
+  float epsilon; /* of the norms */
+  float scaling; /* of attention scores */
+  const float* norm_final; /* [H] */
+  const Layer* layer;      /* [layers] */
+} Model;
+
+/* A KV cache: a layer's keys and values [B, kv_heads, capacity, D]. */
+typedef struct CacheView {
+  void* const* keys;   /* [layers] */
+  void* const* values; /* [layers] */
+  const float* cos;    /* [capacity, rotary_dim] */
+  const float* sin;
+  int32_t capacity;
+  int32_t bf16;
+} CacheView;
+
+/* Tokens of one forward pass, each a row with its own place in the cache. */
+typedef struct Step {
+  int32_t rows;
+  int32_t copies;           /* KV rule `copy`: a skipped layer shows its predecessor's entries */
+  const int32_t* cache_row; /* [rows] */
+  const int32_t* slot;      /* [rows] */
+  float* hidden;            /* [rows, H]: embeddings in, final normed states out */
+  const float* thresholds;  /* [2 * layers], or null: every branch is entered */
+  int64_t* kept;            /* [2 * layers]: counts of rows that entered, added up */
+  double* spent;            /* [PARTS]: seconds, added up */
+} Step;
+
+/* Tokens that one row drafts greedily, one after the other. */
+typedef struct Draft {
+  int32_t token;         /* the last committed one */
+  int32_t count;         /* tokens wanted; afterwards, tokens drafted */
+  float least;           /* drafting ends once all that is drafted is less likely than this to be accepted */
+  const float* accepted; /* [levels]: how likely a token is accepted, by its probability from 0 to 1 */
+  int32_t levels;
+  const void* embedding; /* [V, H] */
+  int32_t bf16;          /* the embedding's type */
+  const Matrix* draft_head;  /* ranks the vocabulary */
+  const Matrix* rerank_head; /* chooses among the best, or null */
+  int32_t* tokens; /* [count]: out */
+  float* chances;  /* [count]: out, each token's probability as the draft sees it */
+} Draft;
+
+/* Memory that the calls of one model use again and again; not for two calls at a time. */
+typedef struct Arena Arena;
+
+/* -- what this library is: abi.cpp -- */
+
+int32_t gateskip_abi_version(void);
+/* sizeof a structure of this header; -1 for another name */
+int64_t gateskip_struct_size(const char* name);
+/* whether it has what follows `gateskip_unpack` below: it needs AVX2 */
+int32_t gateskip_has_decoder(void);
+
+/* -- linear layers one by one, for models that run in torch: linear.cpp -- */
+
+/* y [m, n] = x [m, k] times w [n, k] transposed */
+void gateskip_dense(const float* w, int32_t n, int32_t k, const float* x, int32_t m, float* y, int32_t threads);
+/* the same for packed weights of 4 or 8 bits; table [16], or null; scratch [m, k / group] */
+void gateskip_packed(const uint8_t* codes, const float* scale, const float* offset, const float* table, int32_t bits,
+                     int32_t n, int32_t k, int32_t group, const float* x, int32_t m, float* y, float* scratch,
+                     int32_t threads);
+/* the float32 weights [n, k] that codes stand for */
+void gateskip_unpack(const uint8_t* codes, const float* scale, const float* offset, const float* table, int32_t bits,
+                     int32_t n, int32_t k, int32_t group, float* out, int32_t threads);
+
+/* -- whole tokens: decoder.cpp, draft.cpp, products.cpp -- */
+
+Arena* gateskip_arena_new(void);
+void gateskip_arena_free(Arena* arena);
+/* any number of rows, at most MAX_ROWS of them in one pass over the weights */
+void gateskip_step(const Model* model, const CacheView* cache, const Step* step, Arena* arena, int32_t threads);
+/* drafts for the step's only row, whose slot goes up with the tokens; draft->count becomes their number */
+void gateskip_draft(const Model* model, const CacheView* cache, const Step* step, Draft* draft, Arena* arena,
+                    int32_t threads);
+/* y [rows, n] of one matrix, such as the LM head, for any number of rows x [rows, k] */
+void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, Arena* arena, int32_t threads);
+
+/* -- between a prompt's matrix products: prefill.cpp -- */
+
+/* RMSNorm of x [rows, width] into out; with a gate [width], its logits [rows] of what comes out */
+void gateskip_norm(const void* x, const float* weight, float epsilon, int64_t rows, int32_t width, int32_t bf16,
+                   void* out, const float* gate, float bias, float* logits, int32_t threads);
+/* hidden [.., width] at `places` += added [count, width]; no place comes twice */
+void gateskip_add_rows(void* hidden, const int64_t* places, int64_t count, int32_t width, int32_t bf16,
+                       const void* added, int32_t threads);
+/* hidden [.., width] at `places` += up (down x) + bias; down [width, rank], up [rank, width] */
+void gateskip_shortcut(void* hidden, const void* x, int32_t bf16, const int64_t* places, int64_t count, int32_t width,
+                       const float* down, const float* up, const float* bias, int32_t rank, int32_t threads);
+/* rotary positions in place: x [rows, heads, width] by cos and sin [rows, turned] */
+void gateskip_rotate(void* x, int32_t bf16, int64_t rows, int32_t heads, int32_t width, int32_t turned,
+                     const void* cos, const void* sin, int32_t threads);
+/* causal softmax in place of scores [blocks, rows, width] times `scaling`; width a multiple of 8 */
+void gateskip_softmax(void* scores, int32_t bf16, int64_t blocks, int32_t rows, int32_t real, int32_t group,
+                      int32_t width, const int64_t* slots, int64_t begin, int32_t window, float scaling,
+                      int32_t threads);
+/* gate [n] = silu(gate) * up */
+void gateskip_swiglu(void* gate, const void* up, int64_t n, int32_t bf16, int32_t threads);
+
+/* -- attention over a bfloat16 cache: attention.cpp -- */
+
+/* whether the processor has the instructions for the two functions below */
+int32_t gateskip_attends(void);
+/* keys and values [rows, kv_heads, capacity, width] -> what gateskip_attend reads */
+void gateskip_pack(const uint16_t* keys, const uint16_t* values, int64_t rows, int64_t kv_heads, int64_t width,
+                   int64_t row_stride, int64_t head_stride, int64_t capacity, int64_t used, uint32_t* packed,
+                   int32_t threads);
+/* queries [N, heads, width], counts[b] of them in row b, at ascending slots [N] -> out [N, heads, width] */
+void gateskip_attend(const uint16_t* queries, const int64_t* slots, const int64_t* counts, int64_t rows, int64_t heads,
+                     int64_t kv_heads, int64_t width, int64_t window, float scaling, int64_t used, uint32_t* packed,
+                     uint16_t* out, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif

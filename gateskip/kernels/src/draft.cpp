@@ -1,0 +1,131 @@
+// Tokens drafted in one call: the steps, and after each the choice of its token.
+#include "decoder.h"
+
+#ifdef __AVX2__
+#include <omp.h>
+
+namespace {
+
+struct Choice {  // a thread's best token
+  float most, mass;  // its largest logit, and the sum of all exp(logit - most)
+  int32_t token;
+  float ranked, reranked;  // the token's logits, of the draft head and of the rerank head
+};
+
+// The most rows of n that one of `threads` has: whole tiles
+int most_of_share(int n, int threads) {
+  const int tiles = (n + ROWS_PER_TILE - 1) / ROWS_PER_TILE;
+  return (tiles + threads - 1) / threads * ROWS_PER_TILE;
+}
+
+// One thread of a pass that drafts: the steps, and after each the choice of its token. The draft
+// head ranks the vocabulary, and of its best tokens the rerank head chooses.
+class Drafter {
+ public:
+  Drafter(const Model& model, const CacheView& cache, const Step& step, Draft& draft, const SharedRows& shared,
+          Choice* choices, int id, int threads, Slices& own)
+      : pass_(model, cache, step, shared, id, threads, own), rank_(id, threads, 1, model.hidden, own), m(model),
+        s(step), d(draft), choices_(choices), id(id), threads(threads),
+        logits_(own.take<float>(most_of_share(d.draft_head->n, threads))) {}
+
+  void run() {
+    float likely = 1;
+    int32_t token = d.token, *slot = const_cast<int32_t*>(s.slot);
+    for (int i = 0; i < d.count; i++) {
+      const int first = m.hidden * id / threads, last = m.hidden * (id + 1) / threads;
+      for (int j = first; j < last; j++) s.hidden[j] = embedded(int64_t(token) * m.hidden + j);
+      if (id == 0 && i) ++*slot;
+#pragma omp barrier
+      pass_.run();
+#pragma omp barrier
+      choices_[id] = choose();
+#pragma omp barrier
+      token = settle(i);
+      likely *= d.accepted[std::min(d.levels - 1, int(d.chances[i] * d.levels))];
+      pass_.clock(PART_HEAD);
+      if (likely <= d.least) {
+        if (id == 0) d.count = i + 1;
+        break;
+      }
+    }
+  }
+
+ private:
+  static constexpr int BEST = 8;  // tokens that a thread asks the rerank head about
+
+  float embedded(int64_t at) const {
+    if (d.bf16) return bf16_to_float(static_cast<const uint16_t*>(d.embedding)[at]);
+    return static_cast<const float*>(d.embedding)[at];
+  }
+
+  // The best token of this thread's part of the vocabulary, and the part's weight in the softmax.
+  Choice choose() {
+    float best[BEST];
+    int at[BEST];
+    std::fill(best, best + BEST, -INFINITY);
+    const int first = rank_.own(d.draft_head->n).first;
+    rank_.multiply(*d.draft_head, rank_.prepare(*d.draft_head, s.hidden, 1), [&](int n, int, float value) {
+      logits_[n - first] = value;
+      if (value <= best[BEST - 1]) return;
+      int place = BEST - 1;
+      for (; place && best[place - 1] < value; place--) best[place] = best[place - 1], at[place] = at[place - 1];
+      best[place] = value, at[place] = n;
+    });
+    Choice choice{best[0], 0, 0, 0, -INFINITY};
+    const int count = rank_.own(d.draft_head->n).second - first;
+    for (int n = count; n % 8; n++) logits_[n] = -INFINITY;
+    F32X8 mass = {};
+    for (int n = 0; n < count; n += 8) mass += exp_of(load(logits_ + n) - broadcast(best[0]));
+    choice.mass = sum(mass);
+    if (!d.rerank_head) return {best[0], choice.mass, at[0], best[0], best[0]};
+    const Input in = rank_.prepare(*d.rerank_head, s.hidden, 1);
+    for (int i = 0; i < BEST && best[i] > -INFINITY; i++) {
+      const float logit = rank_.single(*d.rerank_head, at[i], in, 0);
+      if (logit > choice.reranked) choice = {choice.most, choice.mass, at[i], best[i], logit};
+    }
+    return choice;
+  }
+
+  // What all threads' choices come to; every thread comes to the same.
+  int32_t settle(int i) const {
+    const Choice* chosen = choices_;
+    float most = -INFINITY, mass = 0;
+    for (int t = 0; t < threads; t++) {
+      if (choices_[t].reranked > chosen->reranked) chosen = choices_ + t;
+      most = std::max(most, choices_[t].most);
+    }
+    for (int t = 0; t < threads; t++) mass += choices_[t].mass * std::exp(choices_[t].most - most);
+    const float chance = std::exp(chosen->ranked - most) / mass;
+    d.tokens[i] = chosen->token;
+    d.chances[i] = chance;  // all write the same
+    return chosen->token;
+  }
+
+  Pass pass_;
+  Share rank_;
+  const Model& m;
+  const Step& s;
+  Draft& d;
+  Choice* choices_;
+  const int id, threads;
+  float* logits_;
+};
+
+}  // namespace
+
+extern "C" void gateskip_draft(const Model* m, const CacheView* c, const Step* s, Draft* draft, Arena* arena,
+                               int32_t threads) {
+  Slices counted{nullptr}, each{nullptr};
+  const SharedRows nothing(*m, 1, counted);
+  counted.take<Choice>(threads);
+  Drafter(*m, *c, *s, *draft, nothing, nullptr, 0, threads, each);
+  Slices memory{arena->reserve(counted.used + each.used * threads)};
+  const SharedRows shared(*m, 1, memory);
+  Choice* choices = memory.take<Choice>(threads);
+#pragma omp parallel num_threads(threads)
+  {
+    Slices own{memory.start + memory.used + each.used * omp_get_thread_num()};
+    Drafter(*m, *c, *s, *draft, shared, choices, omp_get_thread_num(), omp_get_num_threads(), own).run();
+  }
+}
+#endif

@@ -1,0 +1,330 @@
+// Matrix times a few rows of activations: dense weights, and packed ones of 4 and 8 bits.
+//
+// Decoding reads every weight once a token, so these kernels are written to stream weights, not to reuse them.
+// Each row's sum runs in the same order whatever the number of rows beside it: a verify pass over several tokens
+// gives bit for bit the linear layers of decoding them one by one.
+#pragma once
+#include "simd.h"
+
+// y[r] = w . x[r] for `rows` rows; for any k
+template <int rows>
+static void dense_row(const float* w, const float* x, int k, float* y, int64_t stride_y) {
+  F32X8 even[rows] = {}, odd[rows] = {};
+  int i = 0;
+  for (; i + 16 <= k; i += 16) {
+    F32X8 a = load(w + i), b = load(w + i + 8);
+    for (int r = 0; r < rows; r++) {
+      even[r] = fma(a, load(x + int64_t(r) * k + i), even[r]);
+      odd[r] = fma(b, load(x + int64_t(r) * k + i + 8), odd[r]);
+    }
+  }
+  for (int r = 0; r < rows; r++) {
+    float total = sum(even[r] + odd[r]);
+    for (int j = i; j < k; j++) total += w[j] * x[int64_t(r) * k + j];
+    y[r * stride_y] = total;
+  }
+}
+
+// -- weights of 4 and 8 bits ---------------------------------------------------------------------
+//
+// Sixteen rows of weights are a tile. A tile's columns lie in blocks of 32, a block's in fours: four
+// bytes of each row after the other, so that one vector holds the same four columns of all rows. It
+// meets four activations at a time, and sums never leave their lane. A byte has two codes of 4 bits:
+// the lower ones are four columns, the higher ones the next four.
+
+static inline I32X8 load_ints(const uint8_t* p) {
+  I32X8 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// What a code stands for: code - 8 of 4 bits, one of 16 values in a table, code - 128 of 8 bits
+enum Coding { NUMBER, TABLE, BYTE };
+
+// The 16 values a code can stand for, as two vectors
+struct Table16 {
+  F32X8 low, high;
+};
+
+template <Coding coding>
+static inline F32X8 decode(I32X8 code, const Table16& table) {
+  if (coding != TABLE) return __builtin_convertvector(code - (coding == BYTE ? 128 : 8), F32X8);
+#ifdef __clang__
+  F32X8 out;
+  for (int i = 0; i < 8; i++) out[i] = code[i] < 8 ? table.low[code[i]] : table.high[code[i] - 8];
+  return out;
+#else
+  return __builtin_shuffle(table.low, table.high, code);
+#endif
+}
+
+struct Packed {
+  const uint8_t* codes;  // [tiles, k / BLOCK, 4, ROWS_PER_TILE, 4], bytes [.., 8, ROWS_PER_TILE, 4]
+  const float* scale;    // [tiles, k / group, ROWS_PER_TILE]
+  const float* offset;   // the same, or null when every offset is 0
+  int n, k, group;
+};
+
+// y[r] [ROWS_PER_TILE] for the rows of a tile; weight = scale * value(code) + offset, group by group.
+// `sums` are x's over groups, [rows, groups] a `stride` apart.
+template <int rows, Coding coding>
+static void packed_tile(const Packed& w, int tile, const Table16& table, const float* x,
+                        const float* sums, int stride, float (*y)[ROWS_PER_TILE]) {
+  constexpr int columns = coding == BYTE ? 4 : 8;  // that four bytes of a row hold
+  const int groups = w.k / w.group;
+  for (int half = 0; half < ROWS_PER_TILE; half += 8) {
+    const uint8_t* q = w.codes + int64_t(tile) * w.k * (4 * ROWS_PER_TILE / columns) + half * 4;
+    F32X8 total[rows] = {};
+    for (int g = 0; g < groups; g++) {
+      F32X8 part[rows] = {};
+      for (int i = g * w.group; i < (g + 1) * w.group; i += columns, q += ROWS_PER_TILE * 4) {
+        const I32X8 raw = load_ints(q);
+#pragma GCC unroll 8
+        for (int c = 0; c < columns; c++) {  // from i on
+          const I32X8 code = (raw >> ((c & 3) * 8 + (c & 4))) & (coding == BYTE ? 255 : 15);
+          const F32X8 value = decode<coding>(code, table);
+          for (int r = 0; r < rows; r++) part[r] = fma(value, broadcast(x[int64_t(r) * w.k + i + c]), part[r]);
+        }
+      }
+      const int64_t place = (int64_t(tile) * groups + g) * ROWS_PER_TILE + half;
+      for (int r = 0; r < rows; r++) total[r] = fma(load(w.scale + place), part[r], total[r]);
+      if (w.offset)
+        for (int r = 0; r < rows; r++)
+          total[r] = fma(load(w.offset + place), broadcast(sums[int64_t(r) * stride + g]), total[r]);
+    }
+    for (int r = 0; r < rows; r++) std::memcpy(y[r] + half, &total[r], sizeof total[r]);
+  }
+}
+
+// The float32 weights [ROWS_PER_TILE, k] of a tile; those beyond the last row are not written.
+template <Coding coding>
+static void unpack_tile(const Packed& w, int tile, const Table16& table, float* out) {
+  constexpr int vectors = coding == BYTE ? 2 : 1;  // vectors that hold eight columns
+  const int groups = w.k / w.group, real = std::min(ROWS_PER_TILE, w.n - tile * ROWS_PER_TILE);
+  const uint8_t* q = w.codes + int64_t(tile) * w.k * (vectors * ROWS_PER_TILE / 2);
+  for (int i = 0; i < w.k; i += 8, q += vectors * ROWS_PER_TILE * 4) {
+    const int64_t place = (int64_t(tile) * groups + i / w.group) * ROWS_PER_TILE;
+    for (int row = 0; row < real; row++) {
+      I32X8 codes;
+      for (int c = 0; c < 8; c++)
+        codes[c] = coding == BYTE ? q[(c / 4) * ROWS_PER_TILE * 4 + row * 4 + (c & 3)]
+                                  : (q[row * 4 + (c & 3)] >> (c & 4)) & 15;
+      F32X8 value = w.scale[place + row] * decode<coding>(codes, table);
+      if (w.offset) value = value + w.offset[place + row];
+      std::memcpy(out + int64_t(row) * w.k + i, &value, sizeof value);
+    }
+  }
+}
+
+#ifdef __AVX2__
+// -- 8-bit activations ---------------------------------------------------------------------------
+//
+// Activations are rounded to 8 bits in blocks of 32 with a scale each, so that a block's products
+// are summed in integers: four times the arithmetic of float32 in one instruction, at an error of
+// about 0.4 % of a block's largest value. llama.cpp computes its 4-bit formats in the same way.
+
+// What is read next is asked for 8 KB ahead: two cores read memory faster than they ask for it.
+static inline void prefetch(const void* here) {
+  _mm_prefetch(static_cast<const char*>(here) + 8192, _MM_HINT_T0);
+}
+
+struct Activations8 {
+  const int8_t* values;  // [rows, k]
+  const float* scale;  // [rows, k / BLOCK]
+  const int32_t* correction;  // [rows, k / BLOCK]: what a block's sum of products starts from
+  const float* sums;  // [rows, sums_stride]: what the rounded activations of a group add up to
+  int sums_stride;
+};
+
+// Weights are stored `zero` too large: `correction` takes it off the sum of a block's products.
+static inline void round_to_int8(const float* x, int k, int group, int zero, int8_t* values, float* scale,
+                                 int32_t* correction, float* sums) {
+  for (int g = 0; g < k / group; g++) sums[g] = 0;
+  for (int b = 0; b < k / BLOCK; b++, x += BLOCK, values += BLOCK) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 most = _mm256_setzero_ps();
+    for (int i = 0; i < BLOCK; i += 8)
+      most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    const float largest = _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+    const __m256 inverse = _mm256_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+    __m256i part[4];
+    I32X8 added = {};
+    for (int i = 0; i < 4; i++) {
+      part[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse));
+      added = added + (I32X8)part[i];
+    }
+    const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(part[0], part[1]),
+                                             _mm256_packs_epi32(part[2], part[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works half by half
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(values), _mm256_permutevar8x32_epi32(words, order));
+    int total = 0;
+    for (int i = 0; i < 8; i++) total += added[i];
+    correction[b] = -zero * total;
+    scale[b] = largest / 127.0f;
+    sums[b * BLOCK / group] += scale[b] * float(total);
+  }
+}
+
+// Weights are stored as 0 or more, since the instructions multiply unsigned with signed bytes; each stands for a
+// value that is smaller by the zero point.
+static inline int zero_point(Coding coding, bool has_offset) {
+#if !defined(__AVX512VNNI__)
+  if (coding != NUMBER) return 0;  // dot_bytes makes them signed itself
+#endif
+  return coding != NUMBER ? 128 : has_offset ? 0 : 8;  // an offset takes a code's zero point off, group by group
+}
+
+struct PackedA8 {
+  const uint8_t* weights;  // [tiles, k / BLOCK, 4, ROWS_PER_TILE, 4] codes, or bytes [.., 8, ROWS_PER_TILE, 4]
+  const uint16_t* scale;   // [tiles, k / group, ROWS_PER_TILE] bfloat16
+  const uint16_t* offset;  // the same, or null: what a group adds for each unit of activation
+  const uint8_t* table;    // [16] for TABLE
+  int n, k, group;
+};
+
+// Vectors of SIMD_WIDTH lanes
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+typedef __m512 FloatV;
+typedef __m512i IntV;
+static inline FloatV zero_v() { return _mm512_setzero_ps(); }
+static inline IntV repeat_v(int32_t v) { return _mm512_set1_epi32(v); }
+static inline FloatV repeat_v(float v) { return _mm512_set1_ps(v); }
+static inline IntV load_bytes_v(const uint8_t* p) { return _mm512_loadu_si512(p); }
+static inline IntV low_bits_v(IntV v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+static inline IntV high_bits_v(IntV v) { return low_bits_v(_mm512_srli_epi16(v, 4)); }
+static inline IntV look_up_v(IntV codes, __m128i table) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), codes);
+}
+static inline FloatV to_floats_v(IntV v) { return _mm512_cvtepi32_ps(v); }
+static inline FloatV multiply_v(FloatV a, FloatV b) { return _mm512_mul_ps(a, b); }
+static inline FloatV fma_v(FloatV a, FloatV b, FloatV c) { return _mm512_fmadd_ps(a, b, c); }
+static inline void store_v(float* p, FloatV v) { _mm512_storeu_ps(p, v); }
+static inline FloatV load_bf16_v(const uint16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+template <Coding coding>
+static inline IntV dot_bytes(IntV sum, IntV w, IntV x) {
+  return _mm512_dpbusd_epi32(sum, w, x);
+}
+#else
+typedef __m256 FloatV;
+typedef __m256i IntV;
+static inline FloatV zero_v() { return _mm256_setzero_ps(); }
+static inline IntV repeat_v(int32_t v) { return _mm256_set1_epi32(v); }
+static inline FloatV repeat_v(float v) { return _mm256_set1_ps(v); }
+static inline IntV load_bytes_v(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+static inline IntV low_bits_v(IntV v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
+static inline IntV high_bits_v(IntV v) { return low_bits_v(_mm256_srli_epi16(v, 4)); }
+static inline IntV look_up_v(IntV codes, __m128i table) {
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
+}
+static inline FloatV to_floats_v(IntV v) { return _mm256_cvtepi32_ps(v); }
+static inline FloatV multiply_v(FloatV a, FloatV b) { return _mm256_mul_ps(a, b); }
+static inline FloatV fma_v(FloatV a, FloatV b, FloatV c) { return _mm256_fmadd_ps(a, b, c); }
+static inline void store_v(float* p, FloatV v) { _mm256_storeu_ps(p, v); }
+static inline FloatV load_bf16_v(const uint16_t* p) { return (__m256)load(p); }
+// Pairs are summed in 16 bits, which two products of whole bytes would overflow: those are made
+// signed again, and their signs move to x.
+template <Coding coding>
+static inline IntV dot_bytes(IntV sum, IntV w, IntV x) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  if (coding == NUMBER) return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones));
+  const __m256i less = _mm256_xor_si256(w, _mm256_set1_epi8(-128));  // w - 128
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(less), _mm256_sign_epi8(x, less));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
+}
+#endif
+
+// y[r] [ROWS_PER_TILE] for `rows` rows of activations. What is added in which order does not depend on `rows`.
+template <int rows, Coding coding>
+static void packed_a8_tile(const PackedA8& w, int tile, const Activations8& x, float (*y)[ROWS_PER_TILE]) {
+  constexpr int fours = coding == BYTE ? 1 : 2;  // columns, by fours, that a vector of weights holds
+  const int groups = w.k / w.group, blocks = w.k / BLOCK, in_group = w.group / BLOCK;
+  const int64_t step = BLOCK * ROWS_PER_TILE / fours;  // bytes of a block
+  const __m128i table = coding == TABLE ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.table)) : __m128i{};
+  for (int half = 0; half < ROWS_PER_TILE; half += SIMD_WIDTH) {
+    const uint8_t* q = w.weights + tile * blocks * step + half * 4;
+    FloatV total[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) total[r] = zero_v();
+    for (int g = 0; g < groups; g++) {
+      const int64_t place = (int64_t(tile) * groups + g) * ROWS_PER_TILE + half;
+      const FloatV scale = load_bf16_v(w.scale + place);
+      for (int b = g * in_group; b < (g + 1) * in_group; b++) {
+        IntV sum[rows];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) sum[r] = repeat_v(x.correction[r * blocks + b]);
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i += fours, q += ROWS_PER_TILE * 4) {
+          if (half == 0) prefetch(q);
+          const IntV bytes = load_bytes_v(q);
+          IntV part[2] = {coding == BYTE ? bytes : low_bits_v(bytes), coding == BYTE ? bytes : high_bits_v(bytes)};
+          if (coding == TABLE)
+            for (auto& each : part) each = look_up_v(each, table);
+#pragma GCC unroll 2
+          for (int f = 0; f < fours; f++)
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+              int32_t four;
+              std::memcpy(&four, x.values + int64_t(r) * w.k + b * BLOCK + (i + f) * 4, sizeof four);
+              sum[r] = dot_bytes<coding>(sum[r], part[f], repeat_v(four));
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++)
+          total[r] = fma_v(to_floats_v(sum[r]), multiply_v(scale, repeat_v(x.scale[r * blocks + b])), total[r]);
+      }
+      if (w.offset) {
+        const FloatV offset = load_bf16_v(w.offset + place);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) total[r] = fma_v(offset, repeat_v(x.sums[r * x.sums_stride + g]), total[r]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) store_v(y[r] + half, total[r]);
+  }
+}
+
+// -- bfloat16 weights ----------------------------------------------------------------------------
+
+// y [rows]: a row of bfloat16 weights w [k] times x [rows, k], for any k
+template <int rows>
+static void bf16_row(const uint16_t* w, const Bf16Activation* x, int k, float* y) {
+  int b = 0;
+  F32X8 total[rows] = {};
+#ifdef GATESKIP_BF16
+  __m512 even[rows], odd[rows];  // sums that do not wait for each other
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++) even[r] = odd[r] = _mm512_setzero_ps();
+  auto take = [&](int at, __m512* into) {
+    prefetch(w + at);
+    const __m512bh a = (__m512bh)_mm512_loadu_si512(w + at);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++)
+      into[r] = _mm512_dpbf16_ps(into[r], a, (__m512bh)_mm512_loadu_si512(x + int64_t(r) * k + at));
+  };
+  for (; b + 64 <= k; b += 64) {
+    take(b, even);
+    take(b + 32, odd);
+  }
+  for (; b + 32 <= k; b += 32) take(b, even);
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++) {
+    const __m512 both = _mm512_add_ps(even[r], odd[r]);
+    total[r] = (F32X8)_mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
+  }
+#endif
+  for (; b + 8 <= k; b += 8) {
+    const F32X8 a = load(w + b);
+    for (int r = 0; r < rows; r++) total[r] = fma(a, load(x + int64_t(r) * k + b), total[r]);
+  }
+  if (b < k) {
+    const F32X8 a = load_some(w + b, k - b);
+    for (int r = 0; r < rows; r++) total[r] = fma(a, load_some(x + int64_t(r) * k + b, k - b), total[r]);
+  }
+  for (int r = 0; r < rows; r++) y[r] = sum(total[r]);
+}
+#endif

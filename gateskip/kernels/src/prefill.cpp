@@ -1,0 +1,173 @@
+// What lies between a prompt's matrix products: norms, shortcuts, rotary positions, softmax and SwiGLU.
+#include "simd.h"
+
+#ifdef __AVX2__
+#include <vector>
+
+namespace {
+
+constexpr int ROWS_AT_ONCE = 4;  // rows of activations that share one pass over a shortcut's weights
+
+// out [ROWS_AT_ONCE, n] = start [n] (or nothing) + x [ROWS_AT_ONCE, k] @ w [k, n]: `across` vectors of columns, from
+// column `c` on
+template <int across>
+void product_columns(const float* x, int k, const float* w, int n, const float* start, float* out, int c) {
+  F32X8 total[ROWS_AT_ONCE][across];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS_AT_ONCE; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < across; v++) total[r][v] = start ? load(start + c + 8 * v) : F32X8{};
+  for (int i = 0; i < k; i++) {
+    F32X8 weights[across];
+#pragma GCC unroll 4
+    for (int v = 0; v < across; v++) weights[v] = load(w + int64_t(i) * n + c + 8 * v);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS_AT_ONCE; r++) {
+      const F32X8 given = broadcast(x[int64_t(r) * k + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < across; v++) total[r][v] = fma(given, weights[v], total[r][v]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS_AT_ONCE; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < across; v++) store(out + int64_t(r) * n + c + 8 * v, total[r][v]);
+}
+
+// All columns of it
+void product(const float* x, int k, const float* w, int n, const float* start, float* out) {
+  int c = 0;
+  for (; c + 32 <= n; c += 32) product_columns<4>(x, k, w, n, start, out, c);
+  for (; c < n; c += 8) product_columns<1>(x, k, w, n, start, out, c);
+}
+
+}  // namespace
+
+extern "C" {
+
+void gateskip_norm(const void* x, const float* weight, float epsilon, int64_t rows, int32_t width, int32_t bf16,
+                   void* out, const float* gate, float bias, float* logits, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    auto each = [&](auto* from, auto* to) {
+      rms_norm(from, weight, epsilon, width, to);
+      if (gate) logits[r] = dot(gate, to, width) + bias;
+    };
+    if (bf16) each(static_cast<const uint16_t*>(x) + r * width, static_cast<uint16_t*>(out) + r * width);
+    else each(static_cast<const float*>(x) + r * width, static_cast<float*>(out) + r * width);
+  }
+}
+
+void gateskip_add_rows(void* hidden, const int64_t* places, int64_t count, int32_t width, int32_t bf16,
+                       const void* added, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < count; r++) {
+    auto each = [&](auto* to, const auto* from) {
+      for (int i = 0; i < width; i += 8) store(to + i, load(to + i) + load(from + i));
+    };
+    const int64_t to = places[r] * width, from = r * width;
+    if (bf16) each(static_cast<uint16_t*>(hidden) + to, static_cast<const uint16_t*>(added) + from);
+    else each(static_cast<float*>(hidden) + to, static_cast<const float*>(added) + from);
+  }
+}
+
+void gateskip_shortcut(void* hidden, const void* x, int32_t bf16, const int64_t* places, int64_t count,
+                       int32_t width, const float* down, const float* up, const float* bias, int32_t rank,
+                       int32_t threads) {
+  auto each = [&](auto* to, const auto* from) {
+#pragma omp parallel num_threads(threads)
+    {
+      std::vector<float> given(ROWS_AT_ONCE * size_t(width)), sums(ROWS_AT_ONCE * size_t(width));
+      std::vector<float> low(ROWS_AT_ONCE * size_t(rank));
+#pragma omp for schedule(static)
+      for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
+        const int real = int(std::min<int64_t>(ROWS_AT_ONCE, count - first));  // rows beyond them are left over
+        for (int r = 0; r < real; r++)
+          for (int i = 0; i < width; i += 8)
+            store(given.data() + r * width + i, load(from + places[first + r] * width + i));
+        product(given.data(), width, down, rank, nullptr, low.data());
+        product(low.data(), rank, up, width, bias, sums.data());
+        for (int r = 0; r < real; r++) {
+          auto* row = to + places[first + r] * width;
+          for (int i = 0; i < width; i += 8) store(row + i, load(row + i) + load(sums.data() + r * width + i));
+        }
+      }
+    }
+  };
+  if (bf16) each(static_cast<uint16_t*>(hidden), static_cast<const uint16_t*>(x));
+  else each(static_cast<float*>(hidden), static_cast<const float*>(x));
+}
+
+void gateskip_rotate(void* x, int32_t bf16, int64_t rows, int32_t heads, int32_t width, int32_t turned,
+                     const void* cos, const void* sin, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    auto each = [&](auto* x, const auto* cos, const auto* sin) {
+      for (int h = 0; h < heads; h++)
+        rotate_head(x + (r * heads + h) * width, turned, cos + r * turned, sin + r * turned);
+    };
+    if (bf16) each(static_cast<uint16_t*>(x), static_cast<const uint16_t*>(cos), static_cast<const uint16_t*>(sin));
+    else each(static_cast<float*>(x), static_cast<const float*>(cos), static_cast<const float*>(sin));
+  }
+}
+
+// Row r of a block, `group` to a query, sees the columns that stand for slots up to slots[r / group], the first
+// column for slot `begin`; a window hides what lies further back. Rows beyond the `real` queries only fill up.
+void gateskip_softmax(void* scores, int32_t bf16, int64_t blocks, int32_t rows, int32_t real, int32_t group,
+                      int32_t width, const int64_t* slots, int64_t begin, int32_t window, float scaling,
+                      int32_t threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    Arena memory;
+    float* seen = reinterpret_cast<float*>(memory.reserve(sizeof(float) * width));
+    auto each = [&](auto* row, int first, int last) {  // columns `first` to `last` are in sight
+      const int from = first / 8 * 8, to = last / 8 * 8 + 8;
+      F32X8 most = broadcast(-INFINITY), mass = {};
+      for (int t = from; t < to; t += 8) {
+        F32X8 v = load(row + t) * broadcast(scaling);
+        if (t < first || t + 7 > last)
+          for (int i = 0; i < 8; i++) v[i] = t + i < first || t + i > last ? -INFINITY : v[i];
+        store(seen + t, v);
+        most = (F32X8)_mm256_max_ps((__m256)most, (__m256)v);
+      }
+      float top = most[0];
+      for (int i = 1; i < 8; i++) top = std::max(top, most[i]);
+      for (int t = from; t < to; t += 8) {
+        const F32X8 share = exp_of(load(seen + t) - broadcast(top));
+        store(seen + t, share);
+        mass += share;
+      }
+      const F32X8 inverse = broadcast(1.0f / sum(mass));
+      for (int t = 0; t < from; t += 8) store(row + t, F32X8{});
+      for (int t = from; t < to; t += 8) store(row + t, load(seen + t) * inverse);
+      for (int t = to; t < width; t += 8) store(row + t, F32X8{});
+    };
+#pragma omp for schedule(static)
+    for (int64_t place = 0; place < blocks * rows; place++) {
+      const int q = place % rows / group;
+      if (q >= real) continue;
+      const int last = std::min<int64_t>(slots[q] - begin, width - 1);
+      const int first = window ? std::max<int64_t>(slots[q] - window + 1 - begin, 0) : 0;
+      if (bf16) each(static_cast<uint16_t*>(scores) + place * width, first, last);
+      else each(static_cast<float*>(scores) + place * width, first, last);
+    }
+  }
+}
+
+// Rounded as a bfloat16 model does
+void gateskip_swiglu(void* gate, const void* up, int64_t n, int32_t bf16, int32_t threads) {
+  auto each = [&](auto* g, const auto* u) {
+    auto product = [&](F32X8 gates, F32X8 ups) { return rounded_as(g, silu(gates)) * ups; };
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n / 8; i++) store(g + 8 * i, product(load(g + 8 * i), load(u + 8 * i)));
+    if (const int rest = n % 8) {
+      auto *last = g + n - rest;
+      store_some(last, product(load_some(last, rest), load_some(u + n - rest, rest)), rest);
+    }
+  };
+  if (bf16) each(static_cast<uint16_t*>(gate), static_cast<const uint16_t*>(up));
+  else each(static_cast<float*>(gate), static_cast<const float*>(up));
+}
+
+}  // extern "C"
+#endif

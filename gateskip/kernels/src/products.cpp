@@ -1,0 +1,154 @@
+// Matrix products of every kind of weight, shared out among threads.
+#include "products.h"
+
+#ifdef __AVX2__
+#include <omp.h>
+
+namespace {
+
+int groups_of(const Matrix& w) { return w.k / std::max(1, w.group); }
+
+int zero_point(const Matrix& w) {
+  const Coding coding = w.kind == INT4_A8 ? NUMBER : w.kind == INT4_TABLE_A8 ? TABLE : BYTE;
+  return zero_point(coding, w.offset != nullptr);
+}
+
+Bf16Activation activation(float value) {
+#ifdef GATESKIP_BF16
+  return float_to_bf16(value);
+#else
+  return value;
+#endif
+}
+
+}  // namespace
+
+Share::Share(int id, int threads, int rows, int widest, Slices& memory) : id(id), threads(threads) {
+  const size_t columns = size_t(rows) * widest, blocks = size_t(rows) * (widest / BLOCK + 1);
+  values_ = memory.take<int8_t>(columns);
+  bf16_ = memory.take<Bf16Activation>(columns);
+  corrections_ = memory.take<int32_t>(blocks);
+  scales_ = memory.take<float>(blocks);
+  sums_ = memory.take<float>(blocks);
+}
+
+Input Share::prepare(const Matrix& w, const float* x, int rows) {
+  const int blocks = w.k / BLOCK;
+  for (int r = 0; r < rows; r++) {
+    const float* row = x + int64_t(r) * w.k;
+    float* sums = sums_ + int64_t(r) * groups_of(w);
+    if (w.kind >= INT4_A8)
+      round_to_int8(row, w.k, w.group, zero_point(w), values_ + int64_t(r) * w.k, scales_ + r * blocks,
+                    corrections_ + r * blocks, sums);
+    else if (w.kind == BF16)
+      for (int i = 0; i < w.k; i++) bf16_[size_t(r) * w.k + i] = activation(row[i]);
+    else if (w.kind != FP32 && w.offset)
+      for (int g = 0; g < w.k / w.group; g++) {
+        float total = 0;
+        for (int i = 0; i < w.group; i++) total += row[g * w.group + i];
+        sums[g] = total;
+      }
+  }
+  return {rows, x};
+}
+
+float Share::single(const Matrix& w, int n, const Input& in, int r) const {
+  float y[ROWS_PER_TILE];
+  const int place = w.kind <= BF16 ? 0 : n % ROWS_PER_TILE;
+  if (w.kind <= BF16) dense<1>(w, n, 1, in, r, &y);
+  else rows_of_tile<1>(w, n - place, in, r, &y);
+  return y[place] + (w.bias ? w.bias[n] : 0);
+}
+
+void Share::tile(const Matrix& w, int n, int count, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const {
+  switch (count) {
+    case 1: rows_of_tile<1>(w, n, in, r, y); break;
+    case 2: rows_of_tile<2>(w, n, in, r, y); break;
+    case 3: rows_of_tile<3>(w, n, in, r, y); break;
+    case 4: rows_of_tile<4>(w, n, in, r, y); break;
+    case 5: rows_of_tile<5>(w, n, in, r, y); break;
+    case 6: rows_of_tile<6>(w, n, in, r, y); break;
+    case 7: rows_of_tile<7>(w, n, in, r, y); break;
+    default: rows_of_tile<ROWS_AT_ONCE>(w, n, in, r, y);
+  }
+}
+
+template <int rows>
+void Share::rows_of_tile(const Matrix& w, int n, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const {
+  if (w.kind >= INT4_A8) packed_a8<rows>(w, n / ROWS_PER_TILE, r, y);
+  else if (w.kind >= INT4) packed<rows>(w, n / ROWS_PER_TILE, in, r, y);
+  else dense<rows>(w, n, std::min(ROWS_PER_TILE, w.n - n), in, r, y);
+}
+
+template <int rows>
+void Share::packed_a8(const Matrix& w, int tile, int r, float (*y)[ROWS_PER_TILE]) const {
+  const PackedA8 weights{static_cast<const uint8_t*>(w.weights),
+                         static_cast<const uint16_t*>(w.scale),
+                         static_cast<const uint16_t*>(w.offset),
+                         static_cast<const uint8_t*>(w.table),
+                         w.n, w.k, w.group};
+  const int blocks = w.k / BLOCK, groups = groups_of(w);
+  const Activations8 x{values_ + int64_t(r) * w.k, scales_ + r * blocks, corrections_ + r * blocks,
+                       sums_ + int64_t(r) * groups, groups};
+  if (w.kind == INT4_A8) packed_a8_tile<rows, NUMBER>(weights, tile, x, y);
+  else if (w.kind == INT4_TABLE_A8) packed_a8_tile<rows, TABLE>(weights, tile, x, y);
+  else packed_a8_tile<rows, BYTE>(weights, tile, x, y);
+}
+
+// Packed weights times float32 activations
+template <int rows>
+void Share::packed(const Matrix& w, int tile, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const {
+  const Packed weights{static_cast<const uint8_t*>(w.weights),
+                       static_cast<const float*>(w.scale),
+                       static_cast<const float*>(w.offset),
+                       w.n, w.k, w.group};
+  const int groups = groups_of(w);
+  const float *x = in.x + int64_t(r) * w.k, *sums = sums_ + int64_t(r) * groups;
+  if (w.kind == INT4) {
+    packed_tile<rows, NUMBER>(weights, tile, Table16{}, x, sums, groups, y);
+  } else if (w.kind == INT8) {
+    packed_tile<rows, BYTE>(weights, tile, Table16{}, x, sums, groups, y);
+  } else {
+    const float* table = static_cast<const float*>(w.table);
+    packed_tile<rows, TABLE>(weights, tile, Table16{load(table), load(table + 8)}, x, sums, groups, y);
+  }
+}
+
+template <int rows>
+void Share::dense(const Matrix& w, int n, int count, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const {
+  for (int i = 0; i < count; i++) {
+    const int64_t row = int64_t(n + i) * w.k;
+    float out[rows];
+    if (w.kind == BF16)
+      bf16_row<rows>(static_cast<const uint16_t*>(w.weights) + row, bf16_ + int64_t(r) * w.k, w.k, out);
+    else
+      dense_row<rows>(static_cast<const float*>(w.weights) + row, in.x + int64_t(r) * w.k, w.k, out, 1);
+    for (int j = 0; j < rows; j++) y[j][i] = out[j];
+  }
+}
+
+extern "C" {
+
+Arena* gateskip_arena_new(void) { return new Arena; }
+
+void gateskip_arena_free(Arena* arena) { delete arena; }
+
+void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, Arena* arena, int32_t threads) {
+  const int passes = passes_of(rows);
+  const int most = (rows + passes - 1) / std::max(1, passes);
+  Slices size{nullptr};
+  Share(0, threads, most, w->k, size);
+  char* memory = arena->reserve(size.used * threads);
+#pragma omp parallel num_threads(threads)
+  {
+    Slices own{memory + size.used * omp_get_thread_num()};
+    Share share(omp_get_thread_num(), omp_get_num_threads(), most, w->k, own);
+    for (int first = 0; first < rows; first += most) {
+      const Input in = share.prepare(*w, x + int64_t(first) * w->k, std::min(most, rows - first));
+      share.multiply(*w, in, [&](int n, int r, float value) { y[int64_t(first + r) * w->n + n] = value; });
+    }
+  }
+}
+
+}  // extern "C"
+#endif

@@ -1,0 +1,76 @@
+// A thread's share of a matrix product: some of the weights' rows, all of the activations'.
+#pragma once
+#include "matvec.h"
+
+#ifdef __AVX2__
+#include <utility>
+
+constexpr int ROWS_AT_ONCE = 8;  // rows of activations that meet a weight at a time
+
+// Passes over the weights that `rows` rows need: equal parts of at most MAX_ROWS
+inline int passes_of(int rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
+
+// The rows of a phase; what their rounding gave stays with the thread that asked for it
+struct Input {
+  int rows = 0;
+  const float* x = nullptr;  // [rows, k]
+};
+
+class Share {
+ public:
+  // Of products with at most `rows` rows of at most `widest` columns
+  Share(int id, int threads, int rows, int widest, Slices& memory);
+
+  // Rows x [rows, k] in the form that w's kind multiplies with
+  Input prepare(const Matrix& w, const float* x, int rows);
+
+  // The same input for other weights, prepared anew where those are of another kind
+  Input again(const Matrix& w, const Matrix& before, const Input& in) {
+    const bool alike = w.kind == before.kind && w.group == before.group && !w.offset == !before.offset;
+    return alike ? in : prepare(w, in.x, in.rows);
+  }
+
+  // Call `use(n, r, value)` for this thread's rows of weights and every row of the input
+  template <class Use>
+  void multiply(const Matrix& w, const Input& in, Use use) const {
+    const auto [first, last] = own(w.n);
+    for (int n = first; n < last; n += ROWS_PER_TILE)
+      for (int r = 0; r < in.rows; r += ROWS_AT_ONCE) {
+        float y[ROWS_AT_ONCE][ROWS_PER_TILE];
+        const int count = std::min(ROWS_AT_ONCE, in.rows - r), real = std::min(ROWS_PER_TILE, last - n);
+        tile(w, n, count, in, r, y);
+        for (int i = 0; i < real; i++)
+          for (int j = 0; j < count; j++) use(n + i, r + j, y[j][i] + (w.bias ? w.bias[n + i] : 0));
+      }
+  }
+
+  // One row of weights times one row of the input
+  float single(const Matrix& w, int n, const Input& in, int r) const;
+
+  // This thread's part of n rows of weights: whole tiles
+  std::pair<int, int> own(int n) const {
+    const int64_t tiles = (n + ROWS_PER_TILE - 1) / ROWS_PER_TILE;
+    return {int(tiles * id / threads) * ROWS_PER_TILE, std::min(n, int(tiles * (id + 1) / threads) * ROWS_PER_TILE)};
+  }
+
+ protected:
+  const int id, threads;
+
+ private:
+  // y[j] [ROWS_PER_TILE] for rows r to r + count of the input, times rows n and on of the weights, a whole tile
+  void tile(const Matrix& w, int n, int count, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const;
+  template <int rows>
+  void rows_of_tile(const Matrix& w, int n, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const;
+  template <int rows>
+  void packed_a8(const Matrix& w, int tile, int r, float (*y)[ROWS_PER_TILE]) const;
+  template <int rows>
+  void packed(const Matrix& w, int tile, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const;
+  template <int rows>
+  void dense(const Matrix& w, int n, int count, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const;
+
+  int8_t* values_;        // [rows, k]: activations of 8 bits
+  Bf16Activation* bf16_;  // [rows, k]
+  int32_t* corrections_;  // [rows, k / BLOCK]
+  float *scales_, *sums_;
+};
+#endif

@@ -1,0 +1,222 @@
+// Vectors of floats: eight and sixteen lanes, bfloat16 in and out of them, and what all kernels share.
+//
+// Products and sums are spelled out as fused where they are meant to be: a compiler left to fuse on its own
+// fuses differently with the number of rows, and a row would not give the same bits alone and in a batch.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
+#include "api.h"
+
+typedef float F32X8 __attribute__((vector_size(32), aligned(4)));
+typedef int32_t I32X8 __attribute__((vector_size(32)));
+
+constexpr int MAX_ROWS = 64;       // rows of activations in one pass over the weights: what fits a second cache
+constexpr int ROWS_PER_TILE = 16;  // rows of packed weights that lie together
+constexpr int BLOCK = 32;          // columns of them
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+constexpr int SIMD_WIDTH = 16;  // lanes of the widest vector
+#else
+constexpr int SIMD_WIDTH = 8;
+#endif
+
+// Where the processor multiplies pairs of bfloat16, activations are rounded to it too, as in a bfloat16 model;
+// elsewhere weights are widened and activations stay float32.
+#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define GATESKIP_BF16
+typedef uint16_t Bf16Activation;
+#else
+typedef float Bf16Activation;
+#endif
+
+static inline F32X8 load(const float* p) { return *reinterpret_cast<const F32X8*>(p); }
+static inline void store(float* p, F32X8 v) { *reinterpret_cast<F32X8*>(p) = v; }
+
+static inline F32X8 fma(F32X8 a, F32X8 b, F32X8 c) {  // a * b + c
+#ifdef __FMA__
+  return (F32X8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+static inline F32X8 broadcast(float v) { return F32X8{v, v, v, v, v, v, v, v}; }
+
+static inline float sum(F32X8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+static inline float bf16_to_float(uint16_t value) {
+  const uint32_t bits = uint32_t(value) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+static inline uint16_t float_to_bf16(float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#ifdef __AVX2__
+static inline F32X8 load(const uint16_t* p) {  // bfloat16
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (F32X8)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+}
+
+static inline void store(uint16_t* to, F32X8 v) {
+#ifdef GATESKIP_BF16
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), (__m128i)_mm256_cvtneps_pbh((__m256)v));
+#else
+  for (int i = 0; i < 8; i++) to[i] = float_to_bf16(v[i]);
+#endif
+}
+
+// The first `count` < 8 numbers at p, and zeros; nothing beyond them is read or written.
+template <class T>
+static inline F32X8 load_some(const T* p, int count) {
+  T eight[8] = {};
+  std::memcpy(eight, p, sizeof(T) * count);
+  return load(eight);
+}
+
+template <class T>
+static inline void store_some(T* p, F32X8 v, int count) {
+  T eight[8];
+  store(eight, v);
+  std::memcpy(p, eight, sizeof(T) * count);
+}
+
+// What v is once it is stored as the type of the pointer
+static inline F32X8 rounded_as(const float*, F32X8 v) { return v; }
+static inline F32X8 rounded_as(const uint16_t*, F32X8 v) {
+  uint16_t bf16[8];
+  store(bf16, v);
+  return load(bf16);
+}
+
+// exp(x) for x at most 88 (Cephes' polynomial); below -87 it is exp(-87). The arithmetic is the same for eight
+// and sixteen lanes, lane by lane.
+struct Eight {
+  typedef __m256 V;
+  static V all(float v) { return _mm256_set1_ps(v); }
+  static V larger(V a, V b) { return _mm256_max_ps(a, b); }
+  static V times(V a, V b) { return _mm256_mul_ps(a, b); }
+  static V plus(V a, V b) { return _mm256_add_ps(a, b); }
+  static V fused(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V whole(V v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static V two_to_the(V v) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127)), 23));
+  }
+};
+
+#ifdef __AVX512F__
+struct Sixteen {
+  typedef __m512 V;
+  static V all(float v) { return _mm512_set1_ps(v); }
+  static V larger(V a, V b) { return _mm512_max_ps(a, b); }
+  static V times(V a, V b) { return _mm512_mul_ps(a, b); }
+  static V plus(V a, V b) { return _mm512_add_ps(a, b); }
+  static V fused(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V whole(V v) { return _mm512_roundscale_ps(v, 0); }
+  static V two_to_the(V v) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(v), _mm512_set1_epi32(127)), 23));
+  }
+};
+#endif
+
+template <class Lanes>
+static inline typename Lanes::V exp_of(typename Lanes::V x) {
+  typedef typename Lanes::V V;
+  x = Lanes::larger(x, Lanes::all(-87.0f));
+  const V whole = Lanes::whole(Lanes::times(x, Lanes::all(1.44269504f)));
+  V t = Lanes::fused(whole, Lanes::all(-0.693359375f), x);
+  t = Lanes::fused(whole, Lanes::all(2.12194440e-4f), t);
+  V p = Lanes::all(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = Lanes::fused(p, t, Lanes::all(c));
+  p = Lanes::fused(p, Lanes::times(t, t), Lanes::plus(t, Lanes::all(1.0f)));
+  return Lanes::times(p, Lanes::two_to_the(whole));
+}
+
+static inline F32X8 exp_of(F32X8 x) { return (F32X8)exp_of<Eight>((__m256)x); }
+
+// -- one row, between its products ---------------------------------------------------------------
+
+static inline F32X8 silu(F32X8 x) { return x / (broadcast(1.0f) + exp_of(-x)); }
+
+template <class T>
+static inline float dot(const float* a, const T* b, int n) {  // n a multiple of 8
+  F32X8 total = {};
+  for (int i = 0; i < n; i += 8) total = fma(load(a + i), load(b + i), total);
+  return sum(total);
+}
+
+// RMSNorm of a row [width], a multiple of 8. As in a bfloat16 model, what is normed is rounded before it meets its
+// weight.
+template <class T>
+static inline void rms_norm(const T* from, const float* weight, float epsilon, int width, T* to) {
+  F32X8 squares = {};
+  for (int i = 0; i < width; i += 8) squares = fma(load(from + i), load(from + i), squares);
+  const F32X8 scale = broadcast(1.0f / std::sqrt(sum(squares) / float(width) + epsilon));
+  for (int i = 0; i < width; i += 8) store(to + i, rounded_as(to, load(from + i) * scale) * load(weight + i));
+}
+
+// Rotary positions of one head in place (arXiv 2104.09864): channels i and i + turned / 2 are a pair, for the
+// first `turned` channels. cos and sin [turned].
+template <class T, class Table>
+static inline void rotate_head(T* x, int turned, const Table* cos, const Table* sin) {
+  const int half = turned / 2;
+  auto pair = [&](int i, F32X8 a, F32X8 b, auto read, auto write) {
+    write(x + i, a * read(cos + i) - b * read(sin + i));
+    write(x + half + i, b * read(cos + half + i) + a * read(sin + half + i));
+  };
+  int i = 0;
+  auto read = [](auto* p) { return load(p); };
+  auto write = [](T* p, F32X8 v) { store(p, v); };
+  for (; i + 8 <= half; i += 8) pair(i, load(x + i), load(x + half + i), read, write);
+  if (const int rest = half - i)
+    pair(i, load_some(x + i, rest), load_some(x + half + i, rest), [&](auto* p) { return load_some(p, rest); },
+         [&](T* p, F32X8 v) { store_some(p, v, rest); });
+}
+#endif
+
+// -- memory ----------------------------------------------------------------------------------------
+
+// Memory that calls use again: a pass asks for megabytes, and what the system gives anew has to be cleared first.
+struct Arena {
+  char* start = nullptr;
+  size_t size = 0;
+  ~Arena() { release(); }
+  // At least `bytes`, from the beginning of a cache line on; what was there before is gone.
+  char* reserve(size_t bytes) {
+    if (bytes <= size) return start;
+    release();
+    start = static_cast<char*>(::operator new(bytes, std::align_val_t(64)));
+    size = bytes;
+    return start;
+  }
+
+ private:
+  void release() {
+    if (start) ::operator delete(start, std::align_val_t(64));
+    start = nullptr, size = 0;
+  }
+};
+
+// Parts of some memory, one after the other, each from the beginning of a cache line on. Without memory it
+// counts what they would take.
+struct Slices {
+  char* start;
+  size_t used = 0;
+  template <class T>
+  T* take(size_t count) {
+    T* taken = start ? reinterpret_cast<T*>(start + used) : nullptr;
+    used = (used + count * sizeof(T) + 63) / 64 * 64;
+    return taken;
+  }
+};

@@ -1,0 +1,42 @@
+"""What a model's weights are stored as, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from gateskip.model.families import backbone
+from gateskip.quantization.head import RoundedHead
+from gateskip.quantization.packed_linear import PackedLinear
+
+
+def weight_format(model: Any) -> str:
+    """The formats of the layers' linear weights, that of most weights first: `bfloat16`, or `4 bits
+    in groups of 64, bfloat16`; a rounded LM head is named too."""
+    counts: Counter[str] = Counter()
+    for module in backbone(model).layers.modules():
+        if (name := _format(module)) is not None:
+            counts[name] += int(module.in_features) * int(module.out_features)
+    names = [name for name, _ in counts.most_common()]
+    if isinstance(model.get_output_embeddings(), RoundedHead):
+        names.append("LM head 8 bits in groups of 32")
+    return ", ".join(names)
+
+
+def _format(module: nn.Module) -> str | None:
+    """The format of one linear layer; None for any other module."""
+    if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
+        return None
+    if isinstance(module, PackedLinear):
+        group = module.in_features // module.scale.shape[1]
+        kind = "4-bit codebook" if module.book is not None else f"{module.bits} bits"
+        return f"{kind} in groups of {group}"
+    if hasattr(module, "qweight"):
+        return f"GPTQ {module.bits} bits"
+    kind = type(module).__name__
+    if kind in ("Linear4bit", "Linear8bitLt"):
+        return "bitsandbytes " + ("4 bits" if kind == "Linear4bit" else "int8")
+    weight: Any = module.weight
+    return str(weight.dtype).removeprefix("torch.")

@@ -1,0 +1,158 @@
+"""What runs a model: one protocol, three implementations, chosen by name when a model is loaded.
+
+    reference  torch, whole sequences, differentiable: what the others are held to
+    gathered   torch on any device, each branch computed for the tokens that enter it
+    native     compiled kernels on a CPU
+
+A backend runs tokens in two phases. A prompt brings many tokens at once, and what is scored is a
+prompt too: matrix products of many rows. Decoding brings the next token of each row, or a few of
+them to be verified: weights are streamed once for all. The phase is the caller's, so no arithmetic
+depends on how many rows there happen to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, Protocol, Self, TypeVar, get_args, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from gateskip.model.compute import Usage
+
+BackendName = Literal["reference", "gathered", "native"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+KV_RULES = ("project", "copy")
+Thresholds = Sequence[float] | None
+"""One number a branch: a token enters where its gate's logit reaches it. None is full compute."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Which arithmetic makes a number; part of every result."""
+
+    backend: BackendName
+    weights: str
+    """How weights are stored: `bfloat16`, `4 bits in groups of 64`, or several, the largest first.
+    """
+    activations: str
+    """What weights are multiplied with: `float32`, `bfloat16`, `8 bits in blocks of 32`."""
+    accumulation: str
+    """The type in which products are summed up."""
+
+    def to_dict(self) -> dict[str, str]:
+        """The four fields as plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.weights} x {self.activations}, sums in {self.accumulation}"
+
+
+class Cache(Protocol):
+    """What a backend knows of the tokens so far, indexed by row and token position.
+
+    A position that is run again is overwritten, so truncating a row only lowers its length.
+    """
+
+    @property
+    def capacity(self) -> int:
+        """Positions of a row."""
+        ...
+
+    def rows(self, numbers: Sequence[int]) -> Self:
+        """Copies of rows, in the given order; a row may come more than once."""
+        ...
+
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        ...
+
+
+CacheT = TypeVar("CacheT", bound=Cache)
+GivenCache = TypeVar("GivenCache", bound=Cache, contravariant=True)
+
+
+class Backend(Protocol[CacheT]):
+    """A model that runs tokens at positions against a cache of its own, under thresholds."""
+
+    name: BackendName
+    usage: Usage
+    """How many tokens entered each branch, counted over all calls."""
+    gated: bool
+    """Whether gates that scale do so at full compute, too."""
+
+    def arithmetic(self, scoring: bool = False) -> Arithmetic:
+        """The arithmetic of decoding, or of prompts and scoring."""
+        ...
+
+    def new_cache(self, batch: int, capacity: int) -> CacheT:
+        """An empty cache for `batch` rows of at most `capacity` tokens.
+
+        Raises ValueError where the model has fewer positions.
+        """
+        ...
+
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        """What `new_cache` takes, in bytes."""
+        ...
+
+    def prompt(
+        self,
+        input_ids: Tensor,
+        cache: CacheT,
+        starts: Sequence[int],
+        thresholds: Thresholds = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Run input_ids [B, S], one row of the cache each, from positions `starts` on -> final
+        normed states [B, S, H]. `lengths` gives the real tokens of right-padded rows; states at
+        padding are undefined."""
+        ...
+
+    def decode(
+        self,
+        tokens: Sequence[Sequence[int]],
+        cache: CacheT,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        thresholds: Thresholds = None,
+    ) -> Tensor:
+        """Continue `rows` of a cache, each by tokens of its own from position `starts[i]` on.
+
+        -> final normed states [N, H] of all tokens, those of the first row first."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final states [N, H] -> logits [N, V], in the arithmetic of decoding."""
+        ...
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Final states [..., H] -> logits [..., V], in the arithmetic of prompts and scoring."""
+        ...
+
+
+@runtime_checkable
+class GreedyDrafter(Protocol[GivenCache]):
+    """A backend that makes a whole greedy draft in one call."""
+
+    def draft(
+        self,
+        token: int,
+        count: int,
+        wanted: tuple[float, Sequence[float]],
+        place: tuple[GivenCache, int, int],
+        thresholds: Thresholds,
+    ) -> tuple[list[int], list[float]]:
+        """Up to `count` tokens that greedily follow `token`, and the draft's probability of each.
+
+        `place` is token's: a cache, the row in it, and the position. `wanted` ends a draft early:
+        the least probability that it is accepted as a whole, and how likely a token is accepted by
+        its probability, in equal steps from 0 to 1.
+        """
+        ...
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

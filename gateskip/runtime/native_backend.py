@@ -1,0 +1,184 @@
+"""The backend `native`: compiled kernels on a CPU.
+
+Decoding is one native call for all tokens of a pass: where a step in torch spends most of its time
+between operators, a skipped branch costs its gate alone. In prompts torch multiplies, as in
+`gathered`, and what lies between its products is native.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gateskip.gates.base import Gates
+from gateskip.kernels.autotune import bfloat16_is_faster
+from gateskip.model.families import Branch, embed
+from gateskip.model.projections import AttentionShape, Turn
+from gateskip.quantization.formats import weight_format
+from gateskip.quantization.packed_linear import DenseLinear
+from gateskip.runtime.attention import attend_rows, causal_softmax
+from gateskip.runtime.backend import Arithmetic, BackendName, Thresholds, dtype_name
+from gateskip.runtime.gathered import Attend, Batch, GatheredBackend
+from gateskip.runtime.kv_cache import KVCache
+from gateskip.runtime.native import MOST_ROWS, Engine
+from gateskip.runtime.sizes import EVEN, equal_sizes, few_sizes
+
+
+class NativeBackend(GatheredBackend):
+    """See `Backend`. `rounded` lets packed weights be multiplied with activations of 8 bits."""
+
+    name: BackendName = "native"
+
+    def __init__(
+        self,
+        model: Any,
+        gates: Gates | None = None,
+        kv_rule: str = "project",
+        rounded: bool = True,
+    ) -> None:
+        """Raises Unsuited when the kernels cannot run this model here."""
+        super().__init__(model, gates, kv_rule)
+        self.engine = Engine(model, gates, kv_rule, rounded)
+
+    def arithmetic(self, scoring: bool = False) -> Arithmetic:
+        """Decoding keeps float32 between products; packed weights may meet 8-bit activations."""
+        if scoring:
+            activations = "float32" if self.fp32_activations else dtype_name(self.dtype)
+        else:
+            activations = "8 bits in blocks of 32" if self.engine.rounded else "float32"
+        return Arithmetic(self.name, weight_format(self.model), activations, "float32")
+
+    # -- decoding: one native call --------------------------------------------------------------
+
+    def decode(
+        self,
+        tokens: Sequence[Sequence[int]],
+        cache: KVCache,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        thresholds: Thresholds = None,
+    ) -> Tensor:
+        """See `Backend.decode`; a row has the same bits alone and beside any others."""
+        counts = [len(ids) for ids in tokens]
+        flat = torch.tensor([token for ids in tokens for token in ids])
+        cache_rows = [row for row, n in zip(rows, counts, strict=True) for _ in range(n)]
+        slots = [start + i for start, n in zip(starts, counts, strict=True) for i in range(n)]
+        hidden = embed(self.model, flat)
+        done = []
+        for first in range(0, len(flat), MOST_ROWS):
+            some = slice(first, first + MOST_ROWS)
+            step = self.engine.step(hidden[some], cache, cache_rows[some], slots[some], thresholds)
+            done.append(step)
+            self._count(slots[some])
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Backend.logits`."""
+        parts = [self.engine.logits(part) for part in hidden.split(MOST_ROWS)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def draft(
+        self,
+        token: int,
+        count: int,
+        wanted: tuple[float, Sequence[float]],
+        place: tuple[KVCache, int, int],
+        thresholds: Thresholds,
+    ) -> tuple[list[int], list[float]]:
+        """See `GreedyDrafter.draft`."""
+        tokens, probabilities = self.engine.draft(token, count, wanted, place, thresholds)
+        slot = place[-1]
+        self._count(range(slot, slot + len(tokens)))
+        return tokens, probabilities
+
+    def _count(self, slots: Sequence[int]) -> None:
+        self.usage.seen += len(slots)
+        self.usage.context += sum(slots) + len(slots)
+        kept = self.engine.kept.tolist()
+        self.usage.kept = [a + b for a, b in zip(self.usage.kept, kept, strict=True)]
+
+    # -- prompts: what lies between the products ------------------------------------------------
+
+    @cached_property
+    def fp32_activations(self) -> bool:  # type: ignore[override]
+        """Whether prompts pass in float32 though the weights are bfloat16: where that is
+        multiplied faster. Decoding does so anyway."""
+        if self.dtype != torch.bfloat16 or bfloat16_is_faster():
+            return False
+        return not any(
+            type(part) is nn.Linear for b in self.branches for part in b.module.modules()
+        )
+
+    @property
+    def even(self) -> int:
+        """One in float32, whose products know all sizes."""
+        return 1 if self.fp32_activations else EVEN
+
+    def sizes(self, count: int) -> list[int]:
+        """Equal parts in float32, few sizes else."""
+        return equal_sizes(count) if self.fp32_activations else few_sizes(count)
+
+    def entering(self, branch: Branch, tokens: int) -> AbstractContextManager[None]:
+        """Where several parts of `tokens` enter in float32, the weights are converted once."""
+        return self._fp32_weights(branch, tokens)
+
+    @contextmanager
+    def _fp32_weights(self, branch: Branch, tokens: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            again = self.fp32_activations and len(equal_sizes(tokens)) > 1
+            for part in branch.module.modules() if again else ():
+                if isinstance(part, DenseLinear):
+                    stack.enter_context(part.widened())
+            yield
+
+    @property
+    def turn(self) -> Turn | None:
+        """Rotary embedding in one native pass."""
+        return self.engine.rotate
+
+    def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The norm and the gate in one native pass."""
+        return self.engine.normed(branch.index, hidden)
+
+    def final(self, hidden: Tensor) -> Tensor:
+        """The norm before the LM head."""
+        return self.engine.final(hidden)
+
+    def mlp(self, branch: Branch, x: Tensor) -> Tensor:
+        """torch's products with a native activation between them."""
+        return self.engine.mlp(branch.module, x)
+
+    def attention(self, branch: Branch, cache: KVCache, batch: Batch, whole: bool) -> Attend:
+        """In bfloat16 one native call; else torch's products with a native softmax between them."""
+        engine, shape = self.engine, self.shapes[branch.index]
+        kv, rows = (cache.keys[branch.layer], cache.values[branch.layer]), batch.place.rows
+        packed: list[Tensor] = []  # keys and values as the kernel reads them, made once a branch
+
+        def attend(queries: Tensor, counts: Sequence[int], slots: Tensor) -> Tensor:
+            if rows is not None or not engine.attends(queries, shape):
+                return attend_rows(queries, counts, slots, kv, shape, rows, self._softmax)
+            if not packed:
+                packed.append(engine.pack(kv, batch.used))
+            return engine.attend(queries, counts, slots, packed[0], shape)
+
+        return attend
+
+    def _softmax(self, scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> Tensor:
+        if scores.shape[2] % 8:
+            return causal_softmax(scores, slots, begin, shape)
+        self.engine.soften(scores, slots, begin, shape)
+        return scores
+
+    def add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
+        """hidden [B, S, H] at flat places [N] += added [N, H], in place."""
+        self.engine.add_rows(hidden, places, added.to(hidden.dtype))
+
+    def add_shortcuts(self, branch: Branch, hidden: Tensor, x: Tensor, skip: Tensor) -> None:
+        """One native pass over the rows that skip."""
+        places = skip.flatten().nonzero().squeeze(1)
+        self.engine.add_shortcuts(branch.index, hidden, x, places)

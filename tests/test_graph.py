@@ -1,0 +1,50 @@
+"""The graph of tasks: order, slots, and what ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from compose.errors import AssetError
+from compose.execution.graph import Task, run_graph, thread_pool
+
+
+def test_the_graph_keeps_order_and_uses_its_slots() -> None:
+    done: list[str] = []
+    running, most = 0, 0
+
+    def work(name: str) -> Callable[[], None]:
+        def body() -> None:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            time.sleep(0.02)
+            done.append(name)
+            running -= 1
+
+        return body
+
+    tasks = [Task(n, work(n), needs) for n, needs in [("a", ()), ("b", ("a",)), ("c", ("a",))]]
+    run_graph(tasks, 1, lambda: None, thread_pool(1))
+    assert done == ["a", "b", "c"]
+    assert most == 1
+    done.clear()
+    run_graph(tasks, 3, lambda: None, thread_pool(3))
+    assert done[0] == "a"
+    assert most == 2
+
+
+def test_what_a_task_raises_ends_the_graph() -> None:
+    done: list[str] = []
+    aborted: list[bool] = []
+
+    def fail() -> None:
+        raise AssetError("gone")
+
+    tasks = [Task("a", fail), Task("b", lambda: done.append("b"), ("a",))]
+    with pytest.raises(AssetError):
+        run_graph(tasks, 2, lambda: aborted.append(True), thread_pool(2))
+    assert done == []
+    assert aborted == [True]
