@@ -65,7 +65,7 @@ def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
 class _Sums:
     """Weighted normal equations of one branch."""
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device | None = None) -> None:
         self.gram, self.cross = (torch.zeros(width, width, device=device) for _ in range(2))
         self.x, self.output = (torch.zeros(width, device=device) for _ in range(2))
         self.weight = 0.0

@@ -1,4 +1,4 @@
-"""Rivals of learned gates in the same harness: what they would skip, as gates.
+"""Baselines of learned gates, as gates: noise, constants, early exit, Mixture-of-Depths.
 
 Each decides by something else than a learned read-out of the token, so thresholds, budgets, KV
 rules, physical skipping and the count of multiply-adds are the same for all of them.

@@ -40,8 +40,8 @@ def attention_shape(model: Any, attention: Any) -> AttentionShape:
 
 
 def _head_dim(attention: Any) -> int:
-    found: int = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
-    return found
+    size: int = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+    return size
 
 
 def _window(config: Any, attention: Any) -> int | None:
@@ -76,7 +76,7 @@ def project_keys_values(
 
 
 def project_out(attention: Any, mixed: Tensor) -> Tensor:
-    """What the heads found [..., heads * head_dim] -> [..., H]."""
+    """The output projection: what the heads attended to [..., heads * head_dim] -> [..., H]."""
     module = attention.o_proj if hasattr(attention, "o_proj") else attention.dense
     output: Tensor = module(mixed)
     return output
@@ -138,7 +138,7 @@ def _rotated(attention: Any, x: Tensor, rope: tuple[Tensor, Tensor], turn: Turn 
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864), halves layout, of the first D channels.
+    """Rotary position embedding (arXiv 2104.09864), of the first D channels, rotated as two halves.
 
     x [..., heads, head_dim], rope two of [..., D]; channels beyond D stay as they are.
     """

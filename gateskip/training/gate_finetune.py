@@ -171,7 +171,7 @@ class _Session(Loop):
         return row
 
     def note(self, row: dict[str, float]) -> str:
-        """The loss, and the share of compute at which it was found."""
+        """The loss, and the share of compute at which it was measured."""
         return f"{super().note(row)} at {row['kept']:.2f}"
 
     def _mask(self, thresholds: Tensor) -> TrainMask:

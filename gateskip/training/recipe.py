@@ -61,7 +61,7 @@ class TrainConfig(LoopConfig):
     masks: Literal["straight-through", "soft", "hard"] = "straight-through"
     """How a threshold becomes a mask while training."""
     mask_temperature: float = 1.0
-    """Temperature of the softened mask's slope."""
+    """Temperature of the sigmoid whose gradient the mask gets."""
     ranking: Literal["global", "uniform"] = "global"
     """Whether all branches share one threshold, or each keeps the budget's share of its tokens."""
     branches: Literal["both", "attention", "mlp"] = "both"

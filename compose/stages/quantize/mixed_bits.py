@@ -123,11 +123,11 @@ def patterns(stage: GptqSettings, job: StageJob) -> dict[str, dict[str, Any]]:
     inside = [name for name in linears if name not in head]
     bits = {name: b for end, b in stage.mixed.items() for name in matching([end], inside, "mixed")}
     skipped = matching(stage.skip, inside)
-    found: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in skipped}
-    found |= {f"^{re.escape(n)}$": {"bits": b} for n, b in bits.items() if n not in skipped}
+    dynamic: dict[str, dict[str, Any]] = {f"-:^{re.escape(name)}$": {} for name in skipped}
+    dynamic |= {f"^{re.escape(n)}$": {"bits": b} for n, b in bits.items() if n not in skipped}
     if stage.lm_head is not None:
-        found |= {f"^{re.escape(name)}$": {"bits": stage.lm_head} for name in head}
-    return found
+        dynamic |= {f"^{re.escape(name)}$": {"bits": stage.lm_head} for name in head}
+    return dynamic
 
 
 def _refuse_forgotten(stage: GptqSettings, job: StageJob) -> None:
