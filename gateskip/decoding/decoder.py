@@ -24,7 +24,7 @@ from gateskip.decoding.sampling import GREEDY, Sampler, accept_or_resample, draw
 from gateskip.decoding.self_generate import write
 from gateskip.model.compute import Saving, Usage, Work, saving
 from gateskip.model.gating import NEVER_SKIP
-from gateskip.quantization.draft_copy import int4_head, int4_twin, nf4_twin
+from gateskip.quantization.draft_copy import int4_copy, int4_draft_head, nf4_copy
 from gateskip.runtime.kv_cache import KVCache
 from gateskip.runtime.native import Engine, Unsuited
 from gateskip.runtime.skipping import SkippingModel, Thresholds
@@ -175,14 +175,14 @@ class Decoder:
         with torch.inference_mode():
             copied = own.model
             if weights != "int4-head":
-                copied = nf4_twin(own.model) if blocks is None else int4_twin(own.model, blocks)
+                copied = nf4_copy(own.model) if blocks is None else int4_copy(own.model, blocks)
         twin = SkippingModel(copied, own.gates, own.kv_rule)
         if own.engine is None:
             return twin
         with contextlib.suppress(Unsuited):
             twin.engine = Engine(copied, own.gates, own.kv_rule, rounded=True)
             if blocks is not None:
-                twin.engine.use_sketch(int4_head(own.model, blocks), own.engine.head)
+                twin.engine.use_sketch(int4_draft_head(own.model, blocks), own.engine.head)
         return twin
 
     def generate(

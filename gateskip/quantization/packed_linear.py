@@ -1,8 +1,8 @@
 """Linear layers for decoding: the model's own weights behind kernels that suit a few rows.
 
 `accelerate_linears` replaces what it knows a faster kernel for and leaves the rest alone. Few rows
-go through native.py, which streams the weights once; many rows through torch's GEMM, for which
-packed weights are unpacked on the way.
+go through the compiled kernels, which stream the weights once; many rows through torch's GEMM, for
+which packed weights are unpacked on the way.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class PackedLinear(nn.Module):
     """A linear layer of 4 or 8 bits, made of codes [out, in], scale and offset [out, in / group].
 
     A weight is scale * value(code) + offset, with value the codebook's entry (NF4), or the code
-    less 8 or 128. All are kept in tiles of 16 rows: see `tiles` and kernels.h.
+    less 8 or 128. All are kept in tiles of 16 rows: see `tiles` and src/matvec.h.
     """
 
     codes: Tensor
@@ -82,8 +82,15 @@ class PackedLinear(nn.Module):
         bias: Tensor | None,
         bits: int = 4,
     ) -> None:
+        """Raises ValueError where the inputs of a group are no multiple of 32."""
         super().__init__()
         self.out_features, self.in_features = codes.shape
+        group, left = divmod(self.in_features, scale.shape[1])
+        if left or group % BLOCK:
+            raise ValueError(
+                f"{self.in_features} inputs in {scale.shape[1]} groups cannot be packed: "
+                f"a group is a multiple of {BLOCK} inputs"
+            )
         self.bits = bits
         self.register_buffer("codes", pack(codes) if bits == 4 else pack_bytes(codes.byte()))
         self.register_buffer("scale", tiles(scale.float()))
