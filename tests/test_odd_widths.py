@@ -35,10 +35,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.inference_mode():
+        yield
+
+
 @pytest.fixture(scope="module")
 def gated(make_tiny: Callable[..., Path]) -> Callable[[dict[str, Any]], Path]:
-    """A tiny Llama of some shape, with gates and shortcuts: at one budget a token's gates decide, at
-    the other one every third branch is skipped by all."""
+    """A tiny Llama of some shape, with gates and shortcuts: at budget SOME its gates decide, at
+    WHOLE every token skips the same branches."""
 
     def make(shape: dict[str, Any]) -> Path:
         folder = make_tiny("llama", num_hidden_layers=LAYERS, **shape)

@@ -2,6 +2,7 @@
 //
 // Buffers have exactly the size that the header asks for, so that AddressSanitizer sees any number read or
 // written beyond them.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -122,7 +123,9 @@ void check_product(const char* what, const Matrix& w, const std::vector<float>& 
   for (int r = 0; r < rows; r++)
     for (int n = 0; n < w.n; n++) {
       const float wanted = product(weights.data() + size_t(n) * w.k, x.data() + size_t(r) * w.k, w.k);
-      error += std::pow(y[size_t(r) * w.n + n] - wanted, 2), size += wanted * wanted;
+      const float *row = weights.data() + size_t(n) * w.k, *given = x.data() + size_t(r) * w.k;
+      error += std::pow(y[size_t(r) * w.n + n] - wanted, 2);
+      size += double(product(row, row, w.k)) * product(given, given, w.k) / std::min(w.k, 8);
     }
   check(std::sqrt(error) <= by * std::sqrt(size) + 1e-5, what, w.n, w.k, rows);
   gateskip_multiply(&w, x.data() + size_t(rows - 1) * w.k, 1, one.data(), arena, 1);
