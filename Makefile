@@ -2,6 +2,7 @@
 #   make quickstart    the whole way on a real model: matrix, report, export, an answer
 #   make test          every test          make test ARGS="tests/test_plan.py -m 'not real'"
 #   make check         format, lint, types, import guard
+#   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make bench         a larger matrix     make bench PIPELINE=pipelines/from-scratch.yaml
 #   make clean         removes the environment, caches, runs and exports made here
 # PYTHON names the interpreter that makes the environment: make test PYTHON=python3.12
@@ -15,7 +16,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check bench clean
+.PHONY: help quickstart test check sanitize bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -49,6 +50,14 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/guards/test_imports.py
+
+# Needs a C++ compiler with its sanitizers, and nothing of Python.
+KERNELS := gateskip/kernels/src
+sanitize:
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -march=native -ffp-contract=off -fopenmp -fsanitize=address,undefined \
+	  -fno-sanitize-recover=all -I$(KERNELS) tests/kernels/*.cpp $(KERNELS)/*.cpp -o build/odd_sizes
+	ASAN_OPTIONS=detect_leaks=1 build/odd_sizes
 
 bench: $(VENV)/.run
 	$(BIN)/gateskip run $(PIPELINE)

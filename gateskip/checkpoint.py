@@ -28,7 +28,6 @@ from gateskip.model.folders import load_model
 from gateskip.quantization.head import INT8, head_format, round_head
 from gateskip.quantization.packed_linear import Samples, accelerate_linears, timed_pairs
 from gateskip.runtime.backend import BackendName
-from gateskip.runtime.native import Unsuited
 from gateskip.runtime.skipping import SkippingModel
 
 GATES_FILE = "gates.safetensors"
@@ -219,7 +218,7 @@ def _on_cpu(
     fallback = None
     try:
         skipping = SkippingModel(model, gates, kv_rule, "native", rounded)
-    except Unsuited as error:
+    except UnsupportedModel as error:
         if backend == "native":
             raise
         fallback = str(error)

@@ -88,7 +88,7 @@ def test_layers_take_either_type(
     x = torch.randn(rows, 32).to(kind)
     with torch.inference_mode():
         found = layer(x)
-        with layer.widened():
+        with layer.fp32_weight():
             again = layer(x)
     wanted = x.double() @ layer.weight.double().T + layer.bias.double()
     for each in (found, again):

@@ -21,7 +21,7 @@ from gateskip.model.families import UnsupportedModel
 from gateskip.model.folders import load_model
 from gateskip.runtime.backend import BACKENDS
 from gateskip.runtime.gathered import GatheredBackend
-from gateskip.runtime.native_backend import NativeBackend
+from gateskip.runtime.native import NativeBackend
 from gateskip.runtime.skipping import SkippingModel, require_one_device
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -14,11 +14,11 @@ import gateskip
 from gateskip.gates.kinds import make_gates
 from gateskip.gates.shortcuts import Shortcuts
 from gateskip.kernels import ops
-from gateskip.model.families import find_branches
+from gateskip.model.families import UnsupportedModel, find_branches
 from gateskip.model.folders import load_model
 from gateskip.model.gating import NEVER_SKIP
 from gateskip.quantization.packed_linear import PackedLinear
-from gateskip.runtime.native import Engine, Unsuited
+from gateskip.runtime.engine import Engine
 from gateskip.runtime.skipping import SkippingModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -136,19 +136,19 @@ def packed(linear: torch.nn.Linear, form: str, generator: torch.Generator) -> Pa
 
 def test_what_it_cannot_run_stays_in_torch(make_tiny: Callable[..., Path]) -> None:
     gemma = load_model(make_tiny("gemma2"), "float32")
-    with pytest.raises(Unsuited, match="gemma2"):
+    with pytest.raises(UnsupportedModel, match="gemma2"):
         Engine(gemma, None)
     llama = load_model(make_tiny("llama"), "float32")
     gates = make_gates("vector", len(find_branches(llama)), 64)
-    with pytest.raises(Unsuited, match="scalar gates"):
+    with pytest.raises(UnsupportedModel, match="scalar gates"):
         Engine(llama, gates)
-    with pytest.raises(Unsuited, match="float16"):
+    with pytest.raises(UnsupportedModel, match="float16"):
         Engine(load_model(make_tiny("llama"), "float16"), None)
     with pytest.warns(UserWarning, match="decodes in torch, slower: architecture gemma2"):
         decoder = gateskip.load(make_tiny("gemma2"))
     assert decoder.backend == "gathered" and "gemma2" in str(decoder.fallback)
     assert gateskip.load(make_tiny("llama")).backend == "native"
-    with pytest.raises(Unsuited, match="gemma2"):
+    with pytest.raises(UnsupportedModel, match="gemma2"):
         gateskip.load(make_tiny("gemma2"), backend="native")
     for name in ("gathered", "reference"):
         assert gateskip.load(make_tiny("llama"), backend=name).backend == name

@@ -24,7 +24,12 @@ from gateskip.kernels.autotune import own_are_faster
 from gateskip.model.compute import branch_costs
 from gateskip.model.folders import load_model
 from gateskip.model.reference import masked_forward
-from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, accelerate_linears
+from gateskip.quantization.packed_linear import (
+    DenseLinear,
+    PackedLinear,
+    accelerate_linears,
+    streaming,
+)
 
 needs_native = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler")
 
@@ -203,7 +208,7 @@ class TestNative:
     def test_a_row_does_not_depend_on_its_neighbours(self, kind: str) -> None:
         layer = DenseLinear(nn.Linear(128, 24)) if kind == "dense" else packed_layer(kind)[0]
         x = torch.randn(16, 128)
-        with torch.inference_mode():
+        with torch.inference_mode(), streaming():
             together = layer(x)
             for row in range(16):
                 assert torch.equal(together[row], layer(x[row : row + 1])[0])

@@ -19,8 +19,8 @@ from gateskip.model.folders import load_model
 from gateskip.model.projections import AttentionShape, rotate
 from gateskip.model.reference import attend, causal
 from gateskip.runtime.attention import attend_padded, attend_rows
-from gateskip.runtime.native import Engine
-from gateskip.runtime.native_backend import NativeBackend
+from gateskip.runtime.engine import Engine
+from gateskip.runtime.native import NativeBackend
 from gateskip.runtime.sizes import EVEN, TOGETHER, evened, few_sizes, filled
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 16

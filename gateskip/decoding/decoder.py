@@ -22,10 +22,10 @@ from gateskip.decoding.sampling import GREEDY, Sampler, accept_or_resample, draw
 from gateskip.decoding.self_generate import write
 from gateskip.decoding.stats import Generation, Stats
 from gateskip.model.compute import Saving, Usage, Work, saving
+from gateskip.model.families import UnsupportedModel
 from gateskip.model.gating import NEVER_SKIP
-from gateskip.quantization.draft_copy import int4_head, int4_twin, nf4_twin
+from gateskip.quantization.draft_copy import int4_copy, int4_draft_head, nf4_copy
 from gateskip.runtime.backend import Arithmetic, BackendName, Cache, Thresholds
-from gateskip.runtime.native import Unsuited
 from gateskip.runtime.skipping import SkippingModel
 
 Mode = Literal["plain", "skip", "speculate"]
@@ -119,14 +119,14 @@ class Decoder:
         with torch.inference_mode():
             copied = own.model
             if weights != "int4-head":
-                copied = nf4_twin(own.model) if blocks is None else int4_twin(own.model, blocks)
+                copied = nf4_copy(own.model) if blocks is None else int4_copy(own.model, blocks)
         name = own.backend.name
         try:
             copy = SkippingModel(copied, own.gates, own.kv_rule, name)
-        except Unsuited:
+        except UnsupportedModel:
             return SkippingModel(copied, own.gates, own.kv_rule)
         if copy.engine is not None and own.engine is not None and blocks is not None:
-            copy.engine.use_sketch(int4_head(own.model, blocks), own.engine.head)
+            copy.engine.use_sketch(int4_draft_head(own.model, blocks), own.engine.head)
         return copy
 
     def generate(

@@ -219,7 +219,8 @@ def _check_fields(name: str, fields: list[tuple[str, str]]) -> None:
     for mine, theirs in zip(own, declared, strict=False):
         if mine != theirs:
             raise AbiMismatch(
-                f"structure {name}: {' '.join(theirs)} in {HEADER.name}, {' '.join(mine)} in abi.py"
+                f"structure {name}: {theirs[1]} {theirs[0]} in {HEADER.name}, "
+                f"{mine[1]} {mine[0]} in abi.py"
             )
     if len(own) != len(declared):
         raise AbiMismatch(

@@ -25,6 +25,11 @@ def weight_format(model: Any) -> str:
     return ", ".join(names)
 
 
+def has_packed(model: Any) -> bool:
+    """Whether any layer's weights are packed for our kernels."""
+    return any(isinstance(module, PackedLinear) for module in model.modules())
+
+
 def _format(module: nn.Module) -> str | None:
     """The format of one linear layer; None for any other module."""
     if not hasattr(module, "in_features") or not hasattr(module, "out_features"):

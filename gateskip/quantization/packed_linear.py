@@ -1,8 +1,9 @@
 """Linear layers for decoding: the model's own weights behind kernels that suit a few rows.
 
-`accelerate_linears` replaces what it knows a faster kernel for and leaves the rest alone. Few rows
-go through native.py, which streams the weights once; many rows through torch's GEMM, for which
-packed weights are unpacked on the way.
+`accelerate_linears` replaces what it knows a faster kernel for and leaves the rest alone. Within
+`streaming`, which decoding enters, rows go through the compiled kernels, which read the weights
+once; else through torch's GEMM, for which packed weights are unpacked on the way. So the caller's
+phase decides the arithmetic, not the number of rows.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -22,10 +24,26 @@ from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE
 from gateskip.kernels.autotune import Kernel, bfloat16_is_faster, product
 from gateskip.model.families import final_norm
 
-FEW_ROWS = 16  # up to here streaming the weights beats a GEMM
 NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
 Samples = dict[str, tuple["PackedLinear", nn.Module]]
 """One packed layer of each kind and shape: as it is here, and as its library made it."""
+
+
+_streams: ContextVar[bool] = ContextVar("streaming", default=False)
+
+
+@contextmanager
+def streaming() -> Iterator[None]:
+    """Within this context, without gradients, layers multiply by kernels that suit a few rows."""
+    before = _streams.set(True)
+    try:
+        yield
+    finally:
+        _streams.reset(before)
+
+
+def _streaming() -> bool:
+    return _streams.get() and not torch.is_grad_enabled()
 
 
 class DenseLinear(nn.Module):
@@ -36,27 +54,26 @@ class DenseLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self._wide: Tensor | None = None
+        self._fp32_weight: Tensor | None = None
 
     @contextmanager
-    def widened(self) -> Iterator[None]:
+    def fp32_weight(self) -> Iterator[None]:
         """Within this context the weights exist in float32, for products that come in parts."""
-        self._wide = self.weight.float()
+        self._fp32_weight = self.weight.float()
         try:
             yield
         finally:
-            self._wide = None
+            self._fp32_weight = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        rows = x.numel() // self.in_features
-        if self._wide is not None:
-            return product(x, self._wide, self.bias)
-        if rows > FEW_ROWS or torch.is_grad_enabled() or x.dtype != self.weight.dtype:
+        if self._fp32_weight is not None:
+            return product(x, self._fp32_weight, self.bias)
+        if not _streaming() or x.dtype != self.weight.dtype:
             return product(x, self.weight, self.bias)
         if self.weight.dtype != torch.float32:
             return F.linear(x, self.weight, self.bias)
-        flat = x.reshape(rows, self.in_features).contiguous()
+        flat = x.reshape(-1, self.in_features).contiguous()
         out: Tensor = ops.dense(self.weight, flat).view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
@@ -65,7 +82,7 @@ class PackedLinear(nn.Module):
     """A linear layer of 4 or 8 bits, made of codes [out, in], scale and offset [out, in / group].
 
     A weight is scale * value(code) + offset, with value the codebook's entry (NF4), or the code
-    less 8 or 128. All are kept in tiles of 16 rows: see `tiles` and kernels.h.
+    less 8 or 128. All are kept in tiles of 16 rows: see `tiles` and src/matvec.h.
     """
 
     codes: Tensor
@@ -83,8 +100,15 @@ class PackedLinear(nn.Module):
         bias: Tensor | None,
         bits: int = 4,
     ) -> None:
+        """Raises ValueError where the inputs of a group are no multiple of 32."""
         super().__init__()
         self.out_features, self.in_features = codes.shape
+        group, left = divmod(self.in_features, scale.shape[1])
+        if left or group % BLOCK:
+            raise ValueError(
+                f"{self.in_features} inputs in {scale.shape[1]} groups cannot be packed: "
+                f"a group is a multiple of {BLOCK} inputs"
+            )
         self.bits = bits
         self.register_buffer("codes", pack(codes) if bits == 4 else pack_bytes(codes.byte()))
         self.register_buffer("scale", tiles(scale.float()))
@@ -94,10 +118,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        rows = x.numel() // self.in_features
-        if rows > FEW_ROWS or torch.is_grad_enabled():
-            return product(x, self.unpacked(), self.bias)
-        flat = x.reshape(rows, self.in_features).float().contiguous()
+        return self.streamed(x) if _streaming() else product(x, self.unpacked(), self.bias)
+
+    def streamed(self, x: Tensor) -> Tensor:
+        """The same by the compiled kernel, which multiplies in float32 and reads the codes once."""
+        flat = x.reshape(-1, self.in_features).float().contiguous()
         out = ops.packed(*self._parts(), flat)
         out = out.view(*x.shape[:-1], self.out_features)
         return (out if self.bias is None else out + self.bias).to(x.dtype)
@@ -163,7 +188,7 @@ def timed_pairs(
 ) -> dict[str, tuple[int, Kernel, Kernel]]:
     """What `kernel_times` compares: inputs, our kernel (the engine's where it will run), theirs."""
     return {
-        name: (ours.in_features, ours if engine is None else engine.multiplier(ours), own)
+        name: (ours.in_features, ours.streamed if engine is None else engine.multiplier(ours), own)
         for name, (ours, own) in samples.items()
     }
 

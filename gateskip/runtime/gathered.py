@@ -29,7 +29,8 @@ from gateskip.model.projections import (
     project_out,
     project_queries,
 )
-from gateskip.quantization.formats import weight_format
+from gateskip.quantization.formats import has_packed, weight_format
+from gateskip.quantization.packed_linear import streaming
 from gateskip.runtime.attention import attend_padded, attend_rows
 from gateskip.runtime.backend import Arithmetic, BackendName, Thresholds, dtype_name
 from gateskip.runtime.kv_cache import KVCache, Place
@@ -63,8 +64,11 @@ class GatheredBackend:
         self.gated = True
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
-        """torch multiplies unpacked weights with activations of the model's own type."""
-        return Arithmetic(self.name, weight_format(self.model), dtype_name(self.dtype), "float32")
+        """torch multiplies with activations of the model's own type; packed weights are unpacked
+        for prompts and meet activations in float32 in decoding."""
+        packed = has_packed(self.model) and not scoring
+        activations = "float32" if packed else dtype_name(self.dtype)
+        return Arithmetic(self.name, weight_format(self.model), activations, "float32")
 
     # -- the cache ------------------------------------------------------------------------------
 
@@ -116,12 +120,14 @@ class GatheredBackend:
         ids = ids.to(self.device)
         some = None if list(rows) == list(range(cache.batch)) else tuple(rows)
         batch = Batch.of(ids, starts, lengths, some, decoding=True)
-        hidden = self.final(self._run(ids, cache, batch, thresholds))
+        with streaming():
+            hidden = self.final(self._run(ids, cache, batch, thresholds))
         return hidden.flatten(0, 1) if batch.real is None else hidden[batch.real]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Backend.logits`."""
-        return self.scores(hidden)
+        with streaming():
+            return self.scores(hidden)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """See `Backend.scores`."""

@@ -22,9 +22,9 @@ from gateskip.runtime.backend import (
     GreedyDrafter,
     Thresholds,
 )
+from gateskip.runtime.engine import Engine
 from gateskip.runtime.gathered import GatheredBackend
-from gateskip.runtime.native import Engine
-from gateskip.runtime.native_backend import NativeBackend
+from gateskip.runtime.native import NativeBackend
 from gateskip.runtime.reference import ReferenceBackend
 
 

@@ -13,14 +13,13 @@ import gateskip
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.quantization.draft_copy import (
-    GROUP,
     input_squares,
-    int4_head,
-    int4_twin,
-    nf4_twin,
-    round_to_grid,
+    int4_copy,
+    int4_draft_head,
+    nf4_copy,
 )
 from gateskip.quantization.packed_linear import PackedLinear
+from gateskip.quantization.rounding import GROUP, round_to_grid
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +70,16 @@ def test_tiles_hold_any_number_of_rows(n: int, rows: int) -> None:
         torch.testing.assert_close(layer(x), wanted, atol=1e-4, rtol=1e-5)
 
 
-def test_a_twin_shares_all_but_its_layers(decoder: Decoder) -> None:
+def test_a_draft_copy_shares_all_but_its_layers(decoder: Decoder) -> None:
     model = decoder.skipping.model
     blocks = torch.randint(3, 512, (2, 20))
-    for twin in (nf4_twin(model), int4_twin(model, blocks)):
-        assert twin.get_input_embeddings().weight is model.get_input_embeddings().weight
-        packed = [part for part in twin.modules() if isinstance(part, PackedLinear)]
+    for copied in (nf4_copy(model), int4_copy(model, blocks)):
+        assert copied.get_input_embeddings().weight is model.get_input_embeddings().weight
+        packed = [part for part in copied.modules() if isinstance(part, PackedLinear)]
         assert len(packed) == 7 * len(model.model.layers)
     assert not any(isinstance(part, PackedLinear) for part in model.modules())
     with pytest.raises(ValueError, match="no weight of this model"):
-        int4_twin(twin, blocks)
+        int4_copy(copied, blocks)
 
 
 def test_inputs_are_those_of_the_layers(decoder: Decoder) -> None:
@@ -102,7 +101,7 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
     drafter = decoder.drafter(weights)  # type: ignore[arg-type]
     assert drafter.engine is not None
     if exact:
-        head = int4_head(drafter.model, torch.randint(3, 512, (2, 20)))
+        head = int4_draft_head(drafter.model, torch.randint(3, 512, (2, 20)))
         drafter.engine.use_sketch(head, decoder.skipping.engine.head)  # type: ignore[union-attr]
     else:
         drafter.engine.draft_head, drafter.engine.rerank_head = drafter.engine.head, None

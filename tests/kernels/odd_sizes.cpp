@@ -1,0 +1,337 @@
+// Every function of api.h over sizes that no vector divides, against plain loops: for `make sanitize`.
+//
+// Buffers have exactly the size that the header asks for, so that AddressSanitizer sees any number read or
+// written beyond them.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "api.h"
+
+namespace {
+
+std::mt19937 generator(0);
+int checks = 0, failures = 0;
+
+void check(bool right, const char* what, int a, int b, int c) {
+  checks++;
+  if (!right && ++failures < 30) std::printf("wrong: %s (%d, %d, %d)\n", what, a, b, c);
+}
+
+bool near(float a, float b, float by) { return std::fabs(a - b) <= by * (1 + std::fabs(b)); }
+
+std::vector<float> normal(size_t n, float scale = 1) {
+  std::normal_distribution<float> draw(0, scale);
+  std::vector<float> out(n);
+  for (auto& each : out) each = draw(generator);
+  return out;
+}
+
+uint16_t to_bf16(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float to_float(uint16_t v) {
+  const uint32_t bits = uint32_t(v) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+std::vector<uint16_t> bf16(const std::vector<float>& v) {
+  std::vector<uint16_t> out;
+  for (float each : v) out.push_back(to_bf16(each));
+  return out;
+}
+
+float product(const float* a, const float* b, int k) {
+  double total = 0;
+  for (int i = 0; i < k; i++) total += double(a[i]) * b[i];
+  return float(total);
+}
+
+struct Closed {
+  void operator()(Arena* arena) const { gateskip_arena_free(arena); }
+};
+typedef std::unique_ptr<Arena, Closed> Memory;
+
+// A dense weight, and its Matrix
+struct Dense {
+  std::vector<float> weights;
+  std::vector<uint16_t> stored;
+  Matrix matrix{};
+  Dense(int n, int k, bool half) : weights(normal(size_t(n) * k, 1 / std::sqrt(float(k)))) {
+    matrix.kind = half ? BF16 : FP32, matrix.n = n, matrix.k = matrix.group = k, matrix.weights = weights.data();
+    if (!half) return;
+    stored = bf16(weights);
+    for (size_t i = 0; i < weights.size(); i++) weights[i] = to_float(stored[i]);
+    matrix.weights = stored.data();
+  }
+};
+
+// A packed weight of some kind, its Matrix, and what it stands for
+struct Packed {
+  std::vector<uint8_t> codes, bytes;
+  std::vector<float> scale, offset, table, weights;
+  std::vector<uint16_t> small_scale, small_offset;
+  Matrix matrix{};
+  Packed(int n, int k, int group, int kind, bool shifted) : weights(size_t(n) * k) {
+    const bool eight = kind == INT8 || kind == INT8_A8, rounded = kind >= INT4_A8;
+    const bool looked_up = kind == INT4_TABLE || kind == INT4_TABLE_A8;
+    const int tiles = (n + 15) / 16, groups = k / group;
+    codes.resize(size_t(tiles) * 16 * k / (eight ? 1 : 2));
+    scale = normal(size_t(tiles) * groups * 16, 0.01f);
+    if (shifted) offset = normal(scale.size(), 0.01f);
+    if (rounded) small_scale = bf16(scale), small_offset = bf16(offset);
+    for (size_t i = 0; i < small_scale.size(); i++) scale[i] = to_float(small_scale[i]);
+    for (size_t i = 0; i < small_offset.size(); i++) offset[i] = to_float(small_offset[i]);
+    if (looked_up) {
+      for (int i = 0; i < 16; i++) bytes.push_back(uint8_t(i * 16 + 3)), table.push_back(float(i * 16 + 3 - 128));
+    }
+    for (auto& each : codes) each = uint8_t(generator());
+    for (int row = 0; row < n; row++)
+      for (int c = 0; c < k; c++) {
+        const int tile = row / 16, r = row % 16;
+        int code;
+        if (eight) code = codes[((size_t(tile) * (k / 4) + c / 4) * 16 + r) * 4 + c % 4];
+        else code = codes[((size_t(tile) * (k / 8) + c / 8) * 16 + r) * 4 + c % 4] >> (c % 8 / 4 * 4) & 15;
+        const size_t place = (size_t(tile) * groups + c / group) * 16 + r;
+        // codes of INT4_A8 with an offset stand for themselves
+        const float value = looked_up ? table[code] : eight ? code - 128 : kind == INT4_A8 && shifted ? code : code - 8;
+        weights[size_t(row) * k + c] = scale[place] * value + (shifted ? offset[place] : 0);
+      }
+    matrix.kind = kind, matrix.n = n, matrix.k = k, matrix.group = group, matrix.weights = codes.data();
+    matrix.scale = rounded ? static_cast<const void*>(small_scale.data()) : scale.data();
+    if (shifted) matrix.offset = rounded ? static_cast<const void*>(small_offset.data()) : offset.data();
+    if (looked_up) matrix.table = rounded ? static_cast<const void*>(bytes.data()) : table.data();
+  }
+};
+
+void check_product(const char* what, const Matrix& w, const std::vector<float>& weights, int rows, float by,
+                   Arena* arena) {
+  const std::vector<float> x = normal(size_t(rows) * w.k);
+  std::vector<float> y(size_t(rows) * w.n), one(w.n);
+  gateskip_multiply(&w, x.data(), rows, y.data(), arena, 2);
+  double error = 0, size = 0;
+  for (int r = 0; r < rows; r++)
+    for (int n = 0; n < w.n; n++) {
+      const float wanted = product(weights.data() + size_t(n) * w.k, x.data() + size_t(r) * w.k, w.k);
+      const float *row = weights.data() + size_t(n) * w.k, *given = x.data() + size_t(r) * w.k;
+      error += std::pow(y[size_t(r) * w.n + n] - wanted, 2);
+      size += double(product(row, row, w.k)) * product(given, given, w.k) / std::min(w.k, 8);
+    }
+  check(std::sqrt(error) <= by * std::sqrt(size) + 1e-5, what, w.n, w.k, rows);
+  gateskip_multiply(&w, x.data() + size_t(rows - 1) * w.k, 1, one.data(), arena, 1);
+  check(!std::memcmp(one.data(), y.data() + size_t(rows - 1) * w.n, sizeof(float) * w.n), "alone", w.n, w.k, rows);
+}
+
+void products() {
+  Memory arena(gateskip_arena_new());
+  for (int k : {1, 3, 7, 8, 12, 15, 17, 31, 33, 63, 72, 100, 131, 1531})
+    for (int n : {1, 5, 16, 19, 33})
+      for (int rows : {1, 3, 8, 9, 65}) {
+        const Dense single(n, k, false), half(n, k, true);
+        check_product("float32", single.matrix, single.weights, rows, 1e-4f, arena.get());
+        check_product("bfloat16", half.matrix, half.weights, rows, 0.01f, arena.get());
+        const std::vector<float> x = normal(size_t(rows) * k);
+        std::vector<float> y(size_t(rows) * n);
+        gateskip_dense(single.weights.data(), n, k, x.data(), rows, y.data(), 2);
+        const float last = product(&single.weights[size_t(n - 1) * k], &x[size_t(rows - 1) * k], k);
+        check(near(y.back(), last, 1e-4f), "dense", n, k, rows);
+      }
+  for (int kind : {INT4, INT4_TABLE, INT8, INT4_A8, INT4_TABLE_A8, INT8_A8})
+    for (bool shifted : {false, true})
+      for (int n : {1, 15, 16, 23})
+        for (int k : {32, 96, 192}) {
+          if (shifted && (kind == INT4_TABLE || kind == INT4_TABLE_A8)) continue;
+          const Packed w(n, k, k % 64 ? 32 : 64, kind, shifted);
+          for (int rows : {1, 5, 9}) check_product("packed", w.matrix, w.weights, rows, kind >= INT4_A8 ? 0.03f : 1e-4f, arena.get());
+          if (kind >= INT4_A8) continue;
+          const int bits = kind == INT8 ? 8 : 4, rows = 5, groups = k / w.matrix.group;
+          const float *offset = shifted ? w.offset.data() : nullptr, *table = w.table.empty() ? nullptr : w.table.data();
+          std::vector<float> out(size_t(n) * k), y(size_t(rows) * n), scratch(size_t(rows) * groups);
+          gateskip_unpack(w.codes.data(), w.scale.data(), offset, table, bits, n, k, w.matrix.group, out.data(), 2);
+          for (size_t i = 0; i < out.size(); i++) check(near(out[i], w.weights[i], 1e-5f), "unpacked", n, k, kind);
+          const std::vector<float> x = normal(size_t(rows) * k);
+          gateskip_packed(w.codes.data(), w.scale.data(), offset, table, bits, n, k, w.matrix.group, x.data(), rows,
+                          y.data(), scratch.data(), 2);
+          check(near(y.back(), product(&out[size_t(n - 1) * k], &x[size_t(rows - 1) * k], k), 1e-3f), "packed rows", n, k, kind);
+        }
+}
+
+// Numbers in float32 and, rounded, in bfloat16
+struct Both {
+  std::vector<float> wide;
+  std::vector<uint16_t> small;
+  explicit Both(size_t n) : wide(normal(n)), small(bf16(wide)) {
+    for (size_t i = 0; i < n; i++) wide[i] = to_float(small[i]);
+  }
+  void* data(bool half) { return half ? static_cast<void*>(small.data()) : wide.data(); }
+  float at(size_t i, bool half) const { return half ? to_float(small[i]) : wide[i]; }
+};
+
+void between_products() {
+  for (bool half : {false, true}) {
+    const float by = half ? 0.02f : 1e-4f;
+    for (int64_t n : {1, 7, 8, 9, 131, 1531}) {
+      Both gate(n), up(n);
+      const std::vector<float> g = gate.wide, u = up.wide;
+      gateskip_swiglu(gate.data(half), up.data(half), n, half, 2);
+      for (int64_t i = 0; i < n; i++)
+        check(near(gate.at(i, half), g[i] / (1 + std::exp(-g[i])) * u[i], by), "swiglu", int(n), int(i), half);
+    }
+    for (int width : {8, 24, 72}) {
+      const int rows = 3;
+      Both x(size_t(rows) * width), out(size_t(rows) * width), added(size_t(2) * width);
+      const std::vector<float> weight = normal(width), gate = normal(width), before = x.wide;
+      std::vector<float> logits(rows);
+      gateskip_norm(x.data(half), weight.data(), 1e-5f, rows, width, half, out.data(half), gate.data(), 0.5f, logits.data(), 2);
+      const float size = std::sqrt(product(&before[width], &before[width], width) / width + 1e-5f);
+      check(near(out.at(2 * width - 1, half), before[2 * width - 1] / size * weight[width - 1], by), "norm", width, 0, half);
+      const int64_t places[] = {2, 0};
+      gateskip_add_rows(x.data(half), places, 2, width, half, added.data(half), 2);
+      check(near(x.at(3 * width - 1, half), before[3 * width - 1] + added.wide[width - 1], by), "add", width, 0, half);
+      const int rank = 8;
+      const std::vector<float> down = normal(size_t(width) * rank, 0.1f), up = normal(size_t(rank) * width, 0.1f), bias = normal(width);
+      gateskip_shortcut(x.data(half), out.data(half), half, places, 2, width, down.data(), up.data(), bias.data(), rank, 2);
+      for (int heads : {1, 3})
+        for (int turned : {2, 6, 8, 10, 24}) {
+          if (turned > width) continue;
+          Both h(size_t(rows) * heads * width), cos(size_t(rows) * turned), sin(size_t(rows) * turned);
+          const std::vector<float> was = h.wide;
+          gateskip_rotate(h.data(half), half, rows, heads, width, turned, cos.data(half), sin.data(half), 2);
+          const size_t last = was.size() - width, low = turned / 2 - 1, high = turned - 1, line = size_t(rows - 1) * turned;
+          check(near(h.at(last + low, half), was[last + low] * cos.wide[line + low] - was[last + high] * sin.wide[line + low], by), "rotated low", width, turned, half);
+          check(near(h.at(last + high, half), was[last + high] * cos.wide[line + high] + was[last + low] * sin.wide[line + high], by), "rotated high", width, turned, half);
+          if (turned < width) check(h.at(last + turned, half) == was[last + turned], "not rotated", width, turned, half);
+        }
+    }
+    for (int width : {8, 40})
+      for (int window : {0, 5}) {
+        const int group = 2, real = 3, rows = group * real + 2, blocks = 2;
+        Both scores(size_t(blocks) * rows * width);
+        const int64_t slots[] = {0, 3, 7};
+        gateskip_softmax(scores.data(half), half, blocks, rows, real, group, width, slots, 0, window, 0.5f, 2);
+        float total = 0;
+        for (int t = 0; t < width; t++) total += scores.at(size_t(group) * 2 * width + t, half);
+        check(near(total, 1, by), "softmax", width, window, half);
+        if (width > 8) check(scores.at(size_t(group) * 2 * width + 8, half) == 0, "later keys", width, window, half);
+      }
+  }
+}
+
+// A model of odd sizes: rows of a batch are what they are alone, and a draft is its steps.
+void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool half, bool skips) {
+  const int layers = 2, vocabulary = 37, capacity = 21, rotary = head_dim - head_dim % 4, rank = 8;
+  std::vector<std::unique_ptr<Dense>> weights;
+  std::vector<std::vector<float>> vectors;
+  auto dense = [&](int n, int k) { return weights.emplace_back(new Dense(n, k, half))->matrix; };
+  auto vector = [&](size_t n) { return vectors.emplace_back(normal(n)).data(); };
+  vectors.reserve(100);
+  std::vector<Layer> layer(layers);
+  for (auto& l : layer) {
+    l = Layer{};
+    l.q = dense(heads * head_dim, hidden), l.k = dense(kv_heads * head_dim, hidden), l.v = dense(kv_heads * head_dim, hidden);
+    l.o = dense(hidden, heads * head_dim), l.gate = dense(inner, hidden), l.up = dense(inner, hidden), l.down = dense(hidden, inner);
+    l.q.bias = vector(l.q.n);
+    l.norm_attention = vector(hidden), l.norm_mlp = vector(hidden), l.norm_q = vector(head_dim), l.norm_k = vector(head_dim);
+    l.weight_attention = vector(hidden), l.weight_mlp = vector(hidden);
+    l.short_attention = {vector(size_t(rank) * hidden), vector(size_t(rank) * hidden), vector(hidden), rank};
+    l.short_mlp = l.short_attention;
+    l.rotates = 1, l.window = &l == &layer[0] ? 5 : 0;
+  }
+  const Model m{layers, hidden, heads, kv_heads, head_dim, inner, rotary, 4, rank, 1e-5f, 0.3f, vector(hidden), layer.data()};
+  Memory arena(gateskip_arena_new());
+  auto run = [&](int rows, int threads, const std::vector<float>& given, const std::vector<int>& slots) {
+    const size_t size = size_t(rows) * kv_heads * capacity * head_dim;
+    std::vector<std::vector<uint16_t>> stores(2 * layers, std::vector<uint16_t>(size * (half ? 1 : 2)));
+    std::vector<void*> keys, values;
+    for (int l = 0; l < layers; l++) keys.push_back(stores[2 * l].data()), values.push_back(stores[2 * l + 1].data());
+    std::vector<float> turns(size_t(capacity) * rotary, 0.6f);
+    const CacheView cache{keys.data(), values.data(), turns.data(), turns.data(), capacity, half};
+    std::vector<int32_t> row, slot(slots.begin(), slots.end());
+    for (int r = 0; r < rows; r++) row.push_back(r);
+    std::vector<float> states = given, thresholds(2 * layers, 0.1f);
+    std::vector<int64_t> kept(2 * layers);
+    std::vector<double> spent(PARTS);
+    const Step step{rows, skips, row.data(), slot.data(), states.data(), skips ? thresholds.data() : nullptr, kept.data(), spent.data()};
+    gateskip_step(&m, &cache, &step, arena.get(), threads);
+    return states;
+  };
+  for (int rows : {1, 3, 9, 67, 130}) {
+    const std::vector<float> given = normal(size_t(rows) * hidden);
+    std::vector<int> slots;
+    for (int r = 0; r < rows; r++) slots.push_back(3 + r % (capacity - 3));
+    const std::vector<float> together = run(rows, 2, given, slots);
+    for (int r : {0, rows / 2, rows - 1}) {
+      const std::vector<float> one(given.begin() + size_t(r) * hidden, given.begin() + size_t(r + 1) * hidden);
+      const std::vector<float> alone = run(1, 1, one, {slots[r]});
+      check(!std::memcmp(alone.data(), &together[size_t(r) * hidden], sizeof(float) * hidden), "step", rows, inner, half);
+      for (float each : alone) check(std::isfinite(each), "finite", rows, inner, half);
+    }
+  }
+  const size_t size = size_t(kv_heads) * capacity * head_dim;
+  std::vector<std::vector<uint16_t>> stores(2 * layers, std::vector<uint16_t>(size * (half ? 1 : 2)));
+  std::vector<void*> keys, values;
+  for (int l = 0; l < layers; l++) keys.push_back(stores[2 * l].data()), values.push_back(stores[2 * l + 1].data());
+  std::vector<float> turns(size_t(capacity) * rotary, 0.6f), state(hidden), accepted{1.0f};
+  const CacheView cache{keys.data(), values.data(), turns.data(), turns.data(), capacity, half};
+  int32_t row = 0, slot = 4;
+  std::vector<int64_t> kept(2 * layers);
+  std::vector<double> spent(PARTS);
+  const Step step{1, 0, &row, &slot, state.data(), nullptr, kept.data(), spent.data()};
+  Both embedding(size_t(vocabulary) * hidden);
+  const Dense head(vocabulary, hidden, half);
+  const Packed rerank(vocabulary, 32 * ((hidden + 31) / 32), 32, INT8_A8, false);
+  std::vector<int32_t> tokens(6);
+  std::vector<float> chances(6);
+  for (const Matrix* second : {static_cast<const Matrix*>(nullptr), &head.matrix, hidden % 32 ? nullptr : &rerank.matrix}) {
+    Draft draft{5, 6, 0.0f, accepted.data(), 1, embedding.data(half), half, &head.matrix, second, tokens.data(), chances.data()};
+    slot = 4;
+    gateskip_draft(&m, &cache, &step, &draft, arena.get(), 3);
+    check(draft.count == 6 && tokens[5] >= 0 && tokens[5] < vocabulary, "draft", hidden, inner, half);
+  }
+}
+
+void attention() {
+  if (!gateskip_attends()) return;
+  for (int width : {16, 48})
+    for (int heads : {3, 8}) {
+      const int64_t kv_heads = heads == 3 ? 1 : 2, rows = 2, capacity = 37, used = 32;
+      Both keys(size_t(rows * kv_heads * capacity * width)), values(keys.wide.size()), queries(size_t(5) * heads * width);
+      std::vector<uint32_t> packed(size_t(2 * rows * kv_heads * width * used / 2));
+      std::vector<uint16_t> out(queries.wide.size());
+      gateskip_pack(keys.small.data(), values.small.data(), rows, kv_heads, width, kv_heads * capacity * width,
+                    capacity * width, capacity, used, packed.data(), 2);
+      const int64_t slots[] = {0, 7, 31, 2, 30}, counts[] = {3, 2};
+      gateskip_attend(queries.small.data(), slots, counts, rows, heads, kv_heads, width, 0, 0.2f, used, packed.data(), out.data(), 2);
+      for (int d = 0; d < width; d++) check(near(to_float(out[d]), values.wide[d], 0.01f), "first token", width, heads, d);
+    }
+}
+
+}  // namespace
+
+int main() {
+  check(gateskip_abi_version() == GATESKIP_ABI_VERSION, "version", 0, 0, 0);
+  check(gateskip_struct_size("Layer") == int64_t(sizeof(Layer)) && gateskip_struct_size("other") == -1, "sizes", 0, 0, 0);
+  if (gateskip_has_decoder()) {
+    products();
+    between_products();
+    for (bool half : {false, true})
+      for (bool skips : {false, true}) {
+        decoder(40, 37, 5, 1, 8, half, skips);
+        decoder(72, 131, 9, 3, 24, half, skips);
+        decoder(64, 12, 4, 2, 40, half, skips);
+      }
+    attention();
+  }
+  std::printf("%d checks, %d failed\n", checks, failures);
+  return failures ? EXIT_FAILURE : EXIT_SUCCESS;
+}

@@ -1,0 +1,127 @@
+"""The boundary to the compiled kernels: a handshake, and the compiler's own words."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateskip.kernels import abi, build
+
+needs_library = pytest.mark.skipif(build.library() is None, reason="no compiled kernels here")
+
+
+@pytest.fixture
+def fresh() -> Any:
+    """The library is looked for anew, and again afterwards."""
+    build._loaded.cache_clear()
+    yield
+    build._loaded.cache_clear()
+
+
+def test_the_header_is_what_python_has() -> None:
+    header = abi.read_header()
+    assert set(header.structures) == set(abi.STRUCTURES)
+    step = header.functions["gateskip_step"]
+    assert step.result is None and step.arguments[-1] is ctypes.c_int32
+    assert step.arguments[0] is ctypes.POINTER(abi.Model)
+    assert header.functions["gateskip_arena_new"].result is ctypes.c_void_p
+    assert header.functions["gateskip_struct_size"].arguments == (ctypes.c_char_p,)
+
+
+@needs_library
+def test_a_library_has_every_function_of_the_header() -> None:
+    library = build.library()
+    assert all(hasattr(library, name) for name in abi.read_header().functions)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("int32_t window;", "int64_t window;", "structure Layer: int64_t window in api.h, int32_t"),
+        ("int32_t window;", "int32_t span;", "structure Layer: int32_t span in api.h"),
+        ("int32_t capacity;", "", "structure CacheView: int32_t bf16 in api.h, int32_t capacity"),
+        ("double* spent;", "double* spent; int32_t more;", "Step has 9 fields in api.h, 8 in"),
+        ("ABI_VERSION 1 ", "ABI_VERSION 99 ", "the library has ABI version 1, api.h 99"),
+        ("INT8_A8 = 7", "INT8_A8 = 9", "enum MatrixKind of api.h is not Kind"),
+    ],
+)
+def test_another_header_is_refused_by_name(
+    tmp_path: Path, before: str, after: str, message: str
+) -> None:
+    text = abi.HEADER.read_text("utf-8")
+    assert before in text
+    (tmp_path / "api.h").write_text(text.replace(before, after))
+    with pytest.raises(abi.AbiMismatch, match=message):
+        abi.check(build.library(), abi.read_header(tmp_path / "api.h"))
+
+
+@needs_library
+def test_a_library_of_another_struct_size_is_refused_by_name() -> None:
+    class Other:
+        """A library that was built from another header."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(build.library(), name)
+
+        def gateskip_struct_size(self, name: bytes) -> int:
+            return 7 if name == b"Draft" else build.library().gateskip_struct_size(name)
+
+    with pytest.raises(abi.AbiMismatch, match="structure Draft has 7 bytes in the library"):
+        abi.check(Other(), abi.read_header())
+
+
+@needs_library
+def test_a_stale_library_in_the_cache_is_not_used(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "build", lambda: Path(ctypes.util.find_library("m") or "libm.so.6"))
+    assert build.library() is None
+    assert "does not say which ABI it has" in str(build.problem())
+
+
+def compiler(folder: Path, name: str, script: str) -> str:
+    tool = folder / name
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    return str(tool)
+
+
+def test_a_compilers_own_error_is_kept(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = compiler(tmp_path, "broken++", "echo 'api.h:7: no such thing' >&2; exit 1")
+    monkeypatch.setenv("CXX", broken)
+    monkeypatch.setattr(build, "COMPILERS", ())
+    assert build.library() is None
+    assert build.problem() == f"{broken}: api.h:7: no such thing"
+
+
+def test_the_next_compiler_is_tried(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A clang++ without OpenMP, say."""
+    broken = compiler(tmp_path, "clang++", "echo \"'omp.h' file not found\" >&2; exit 1")
+    good = compiler(tmp_path, "good++", 'while [ "$1" != -o ]; do shift; done; echo x > "$2"')
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "COMPILERS", (broken, good))
+    assert build.compilers() == [broken, good]
+    assert build.build().read_text() == "x\n"
+    monkeypatch.setattr(build, "COMPILERS", (broken,))
+    with pytest.raises(build.BuildError, match=r"clang\+\+: 'omp.h' file not found"):
+        build.build()
+
+
+def test_no_compiler_and_kernels_turned_off_are_said(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "COMPILERS", ())
+    assert "no C++ compiler found" in str(build.problem())
+    build._loaded.cache_clear()
+    monkeypatch.setenv("GATESKIP_NATIVE", "0")
+    assert "GATESKIP_NATIVE" in str(build.problem())
