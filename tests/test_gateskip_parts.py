@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -194,15 +195,17 @@ class TestNative:
     def test_packed_equals_its_weights(self, kind: str, rows: int) -> None:
         layer, weight = packed_layer(kind)
         x = torch.randn(2, rows, 128, generator=torch.Generator().manual_seed(1))
-        with torch.inference_mode():
-            torch.testing.assert_close(layer(x), x @ weight.T, atol=3e-4, rtol=1e-4)
+        for phase in (nullcontext, streaming):
+            with torch.inference_mode(), phase():
+                torch.testing.assert_close(layer(x), x @ weight.T, atol=3e-4, rtol=1e-4)
 
     @pytest.mark.parametrize("shape", [(24, 128), (7, 96), (5, 43)])
     def test_dense_equals_torch(self, shape: tuple[int, int]) -> None:
         linear = nn.Linear(shape[1], shape[0])
         x = torch.randn(6, shape[1])
-        with torch.inference_mode():
-            torch.testing.assert_close(DenseLinear(linear)(x), linear(x), atol=1e-5, rtol=1e-5)
+        for phase in (nullcontext, streaming):
+            with torch.inference_mode(), phase():
+                torch.testing.assert_close(DenseLinear(linear)(x), linear(x), atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("kind", ["dense", *PACKED])
     def test_a_row_does_not_depend_on_its_neighbours(self, kind: str) -> None:
