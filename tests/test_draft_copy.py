@@ -102,7 +102,7 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
     assert drafter.engine is not None
     if exact:
         head = int4_draft_head(drafter.model, torch.randint(3, 512, (2, 20)))
-        drafter.engine.use_sketch(head, decoder.skipping.engine.head)  # type: ignore[union-attr]
+        drafter.engine.use_draft_head(head, decoder.skipping.engine.head)  # type: ignore[union-attr]
     else:
         drafter.engine.draft_head, drafter.engine.rerank_head = drafter.engine.head, None
     prompt, cache = torch.randint(3, 512, (1, 12)), decoder.skipping.new_cache(1, 40)

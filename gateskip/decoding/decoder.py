@@ -126,7 +126,7 @@ class Decoder:
         except UnsupportedModel:
             return SkippingModel(copied, own.gates, own.kv_rule)
         if copy.engine is not None and own.engine is not None and blocks is not None:
-            copy.engine.use_sketch(int4_draft_head(own.model, blocks), own.engine.head)
+            copy.engine.use_draft_head(int4_draft_head(own.model, blocks), own.engine.head)
         return copy
 
     def generate(

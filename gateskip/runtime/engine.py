@@ -29,6 +29,7 @@ from gateskip.model.gating import ANCHORS
 from gateskip.model.projections import AttentionShape, attention_shape, rotate
 from gateskip.quantization.head import RoundedHead, to_bytes
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, pack_bytes, tiles
+from gateskip.runtime.kv_cache import KVCache
 
 MOST_ROWS = 64  # of one pass over the weights, as MAX_ROWS in simd.h; `step` takes any number
 DENSE_KINDS = {torch.float32: Kind.FP32, torch.bfloat16: Kind.BF16}
@@ -70,12 +71,12 @@ class Engine:
         self._arena = ops.Arena()
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._thresholds: tuple[Any, Tensor] | None = None
-        self._cache: tuple[weakref.ref[Any], abi.CacheView] | None = None
+        self._cache: tuple[weakref.ref[KVCache], abi.CacheView] | None = None
 
     def step(
         self,
         hidden: Tensor,
-        cache: Any,
+        cache: KVCache,
         cache_rows: Sequence[int],
         slots: Sequence[int],
         thresholds: Sequence[float] | None,
@@ -96,14 +97,14 @@ class Engine:
         token: int,
         count: int,
         wanted: tuple[float, Sequence[float]],
-        place: tuple[Any, int, int],
+        place: tuple[KVCache, int, int],
         thresholds: Sequence[float] | None,
     ) -> tuple[list[int], list[float]]:
-        """Up to `count` tokens that greedily follow `token`; their chances, as the draft sees them.
+        """Up to `count` tokens that greedily follow `token`, and the draft's probability of each.
 
-        `place` is token's: a cache, the row in it, and the slot. `wanted` ends a draft early: a
-        least likelihood that it stands as a whole, and how likely a token stands by its chance, in
-        equal levels from 0 to 1. `kept` then counts over all steps.
+        `place` is token's: a cache, the row in it, and the slot. `wanted` ends a draft early: the
+        least probability that it is accepted as a whole, and how likely a token is accepted by its
+        probability, in equal steps from 0 to 1. `kept` then counts over all steps.
         """
         cache, cache_row, slot = place
         least, accepted = wanted[0], torch.tensor(list(wanted[1]))
@@ -128,7 +129,7 @@ class Engine:
         drafted = int(order.count)
         return tokens[:drafted].tolist(), chances[:drafted].tolist()
 
-    def use_sketch(self, draft_head: PackedLinear | None, rerank_head: Matrix) -> None:
+    def use_draft_head(self, draft_head: PackedLinear | None, rerank_head: Matrix) -> None:
         """Rank a draft's tokens by an LM head in 4 bits, and choose among the best by another one;
         without the first the model's own head does both."""
         if draft_head is not None:
@@ -226,7 +227,7 @@ class Engine:
         packed: Tensor,
         shape: AttentionShape,
     ) -> Tensor:
-        """What gathered.attend_rows gives, in one call that computes scores in registers.
+        """What attention.attend_rows gives, in one call that computes scores in registers.
 
         `packed` is what `pack` made of keys and values, up to the last of the slots at least.
         """
@@ -270,7 +271,7 @@ class Engine:
             self._thresholds = (thresholds, torch.tensor(list(thresholds), dtype=torch.float32))
         return self._thresholds[1]
 
-    def _view(self, cache: Any) -> abi.CacheView:
+    def _view(self, cache: KVCache) -> abi.CacheView:
         if self._cache is None or self._cache[0]() is not cache:
             (rope,) = cache.rope.values()
             stores = [
@@ -333,7 +334,7 @@ class Engine:
         if gates is not None:
             rows = [gates.weight[2 * number + i] for i in range(2)]  # type: ignore[index]
             weights = [self._floats(row) for row in rows]
-            biases = [float(gates.bias[2 * number + i]) for i in range(2)]  # type: ignore[index]
+            biases = [float(gates.bias[2 * number + i].detach()) for i in range(2)]  # type: ignore[index]
         return abi.Layer(
             *matrices,
             *(self._floats(x.weight) for x in norms),
