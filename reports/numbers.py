@@ -46,11 +46,6 @@ def megabytes(value: float) -> str:
     return number(value / 1e6) if value < 1e8 else f"{value / 1e6:,.0f}".replace(",", THIN)
 
 
-def size_text(value: float) -> str:
-    """Bytes with their unit: 88 MB, 1.24 GB."""
-    return f"{number(value / 1e9)}{THIN}GB" if value >= 1e9 else f"{megabytes(value)}{THIN}MB"
-
-
 def millis(value: float) -> str:
     """Seconds in milliseconds, without the unit."""
     return number(value * 1000)
@@ -59,15 +54,6 @@ def millis(value: float) -> str:
 def times(value: float) -> str:
     """A factor: ×1.62."""
     return f"{TIMES}{value:.2f}" if value < 10 else f"{TIMES}{number(value)}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: 42 s, 12 min, 3 h 05 min."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f}{THIN}s"
-    hours, rest = divmod(minutes, 60)
-    return f"{hours}{THIN}h {rest:02d}{THIN}min" if hours else f"{minutes}{THIN}min"
 
 
 def divergence(place: Divergence) -> str:

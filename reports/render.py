@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,6 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from compose.results.metrics import gain, retained_basis
+from compose.store import new_file
+from compose.units import bytes_text, duration_text
 from reports import columns, numbers, plots, tables
 from reports.load import KEEPS, Report, Row, read
 
@@ -102,8 +102,8 @@ def _environment(*, autoescape: bool) -> Environment:
         "percent": numbers.percent,
         "ratio": numbers.ratio,
         "times": numbers.times,
-        "size": numbers.size_text,
-        "duration": numbers.duration,
+        "size": bytes_text,
+        "duration": duration_text,
         "divergence": numbers.divergence,
     }
     return environment
@@ -162,7 +162,7 @@ def subtitle(report: Report) -> list[str]:
         env.get("accelerator") or env.get("processor"),
         None if threads is None else f"{threads} thread{'' if threads == 1 else 's'}",
         _day(env.get("date")),
-        None if results.seconds is None else f"took {numbers.duration(results.seconds)}",
+        None if results.seconds is None else f"took {duration_text(results.seconds)}",
     ]
     return [str(part) for part in parts if part]
 
@@ -254,13 +254,5 @@ def _asset(name: str) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Write in one move, so that a reader never meets half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with new_file(path) as file:
+        file.write_bytes(data)

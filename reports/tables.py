@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from compose.units import bytes_text
 from reports.columns import (
     ACCEPTED_HELP,
     AGREE_HELP,
@@ -45,7 +46,7 @@ from reports.columns import (
     usual_draft_entry,
 )
 from reports.load import Report, Row
-from reports.numbers import TIMES, megabytes, millis, number, ratio, share, size_text
+from reports.numbers import TIMES, megabytes, millis, number, ratio, share
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def environment(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _plain_text(key: str, value: Any) -> str:
     if key == "memory_bytes" and isinstance(value, int | float):
-        return size_text(value)
+        return bytes_text(value)
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {version}" for name, version in value.items())
     if isinstance(value, list | tuple):

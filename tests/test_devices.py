@@ -27,7 +27,7 @@ from compose.stages.prune.layers import block_influence
 from compose.stages.prune.refit import close_gaps, input_grams, refitted
 from compose.stages.registry import ModelShape, PruneHeads
 from gateskip.calibration.fit_shortcuts import fit_shortcuts
-from gateskip.calibration.insight import look
+from gateskip.calibration.insight import inspect_text
 from gateskip.calibration.settings import ALLOCATIONS
 from gateskip.calibration.thresholds import calibrate
 from gateskip.calibration.warm_start import warm_start
@@ -191,7 +191,7 @@ def test_shortcuts_and_insight(model_of: Callable[..., Any]) -> None:
         fitted = fit_shortcuts(model, text(), 4)
         assert {p.device.type for p in fitted.parameters()} == {CARD}
         tokenizer: Any = SimpleNamespace(all_special_ids=[], decode=lambda ids: "word")
-        seen = look(model, gates_of(model=model), tokenizer, IDS, [0.0] * BRANCHES)
+        seen = inspect_text(model, gates_of(model=model), tokenizer, IDS, [0.0] * BRANCHES)
         assert seen.compute.device.type == CARD
 
 

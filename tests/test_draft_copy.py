@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import gateskip
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.draft_length import DraftLengthController
+from gateskip.model.inputs import input_squares
 from gateskip.quantization.draft_copy import (
-    input_squares,
     int4_copy,
     int4_draft_head,
     nf4_copy,
@@ -90,14 +90,14 @@ def test_inputs_are_those_of_the_layers(decoder: Decoder) -> None:
     with torch.no_grad():
         model(blocks)
     hook.remove()
-    found = input_squares(model, blocks)
-    torch.testing.assert_close(found[down], seen[0].flatten(0, 1).square().mean(0))
+    (found,) = input_squares([down], lambda: model(blocks))
+    torch.testing.assert_close(found, seen[0].flatten(0, 1).square().mean(0))
 
 
 @pytest.mark.parametrize("weights", ["own", "int4", "nf4"])
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact: bool) -> None:
-    """The tokens and chances that single steps give, and no token after the draft grows unsure."""
+    """The tokens and probabilities of single steps, and none after the draft grows unlikely."""
     drafter = decoder.drafter(weights)  # type: ignore[arg-type]
     assert drafter.engine is not None
     if exact:

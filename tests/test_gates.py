@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gateskip.calibration.insight import look, summarize, token_kinds
+from gateskip.calibration.insight import inspect_text, summarize, token_kinds
 from gateskip.calibration.thresholds import calibrate
 from gateskip.checkpoint import GateFile, load_gates, read_gates, save_gates
 from gateskip.gates.base import Gates
@@ -206,13 +206,13 @@ class TestInsight:
         gates = make_gates("scalar", len(find_branches(model)), H).requires_grad_(False)
         levels = spread(gates, model)
         rows = [row.tolist() for row in ids()]
-        looks = [look(model, gates, tokenizer, row, levels) for row in rows]
+        inspections = [inspect_text(model, gates, tokenizer, row, levels) for row in rows]
         physical = SkippingModel(model, gates)
         physical.forward(ids(), physical.new_cache(2, 40), [0, 0], levels)
-        kept = torch.stack([each.kept.sum(1) for each in looks]).sum(0).tolist()
+        kept = torch.stack([each.kept.sum(1) for each in inspections]).sum(0).tolist()
         assert kept == physical.usage.kept
-        assert all(float(each.compute[0]) == pytest.approx(1.0) for each in looks)
-        found = summarize(looks)
+        assert all(float(each.compute[0]) == pytest.approx(1.0) for each in inspections)
+        found = summarize(inspections)
         assert len(found["branches"]) == gates.branches and len(found["positions"]) == 8
         assert found["kinds"]["first"] == {
             "tokens": 2,

@@ -23,7 +23,7 @@ from compose.results.io import save_results
 from compose.results.schema import Results
 from reports import Report, pareto, render, tables
 from reports.columns import tone
-from reports.numbers import duration, number
+from reports.numbers import number
 from reports.plots import Picture, pictures
 from reports.plots.scatter import side_by_side
 from reports.render import breakable, escape_markdown, fenced, to_html, to_markdown
@@ -586,14 +586,6 @@ def test_pareto_is_what_its_definition_says(points: list[tuple[float, float]]) -
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(42, "42\u202fs"), (600, "10\u202fmin"), (11_100, "3\u202fh 05\u202fmin")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(

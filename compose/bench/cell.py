@@ -24,7 +24,7 @@ from compose.bench.scored import Scored
 from compose.bench.speed import SpeedRounds
 from compose.bench.text import load_head, load_reference, save_reference, score_blocks
 from compose.errors import AssetError, StepError
-from gateskip.calibration.insight import look, summarize
+from gateskip.calibration.insight import inspect_text, summarize
 from gateskip.decoding.decoder import Decoder, Mode
 from gateskip.model.compute import Saving, Usage
 
@@ -188,7 +188,9 @@ class CellBench:
         rows = [row.tolist() for row in blocks]
         return summarize(
             [
-                look(skipping.model, skipping.gates, tokenizer, row, thresholds, skipping.kv_rule)
+                inspect_text(
+                    skipping.model, skipping.gates, tokenizer, row, thresholds, skipping.kv_rule
+                )
                 for row in rows
             ]
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import gateskip
 from compose.errors import ArtifactError
-from gateskip.calibration.insight import look, summarize
+from gateskip.calibration.insight import inspect_text, summarize
 
 DEFAULT_BUDGET = 0.8
 
@@ -36,7 +36,9 @@ def insight(folder: Path, text: str, budget: float | None = None) -> dict[str, A
     if not ids:
         raise ArtifactError("the text is empty", fix="give some with --text")
     thresholds = thresholds or [float("-inf")] * len(skipping.branches)
-    seen = look(skipping.model, skipping.gates, tokenizer, ids, thresholds, skipping.kv_rule)
+    seen = inspect_text(
+        skipping.model, skipping.gates, tokenizer, ids, thresholds, skipping.kv_rule
+    )
     tokens = [
         {"text": tokenizer.decode([token]), "kind": kind, "compute": round(share, 4)}
         for token, kind, share in zip(ids, seen.kinds, seen.compute.tolist(), strict=True)

@@ -132,6 +132,9 @@ def assemble(
         "parameters": {"run": results.run, "decode": decode},
         "input_sha256": before[-1]["output_sha256"],
     }
+    for name in ("arithmetic", "scoring_arithmetic"):
+        if (arithmetic := getattr(cell, name)) is not None:
+            entry[name] = arithmetic.model_dump(mode="json")
     write_lineage(folder, entry, before)
 
 

@@ -36,7 +36,7 @@ FUNCTION_WORDS = frozenset(
 
 
 @dataclass(frozen=True)
-class Look:
+class Inspection:
     """One text under the gates at one budget."""
 
     kinds: tuple[str, ...]  # [S]
@@ -46,14 +46,14 @@ class Look:
 
 
 @torch.no_grad()
-def look(
+def inspect_text(
     model: Any,
     gates: Gates,
     tokenizer: Any,
     ids: Sequence[int],
     thresholds: Sequence[float],
     kv_rule: str = "project",
-) -> Look:
+) -> Inspection:
     """Run a text's token ids [S] at some thresholds, one a branch, and see who enters what."""
     importance: list[Tensor] = []
     kept: list[Tensor] = []
@@ -70,7 +70,7 @@ def look(
     costs = torch.tensor([cost.at(len(ids) / 2) for cost in branch_costs(model)], device=device)
     entered = torch.stack(kept)
     compute = (entered * costs.unsqueeze(1)).sum(0) / costs.sum()
-    return Look(token_kinds(tokenizer, ids), torch.stack(importance), entered, compute)
+    return Inspection(token_kinds(tokenizer, ids), torch.stack(importance), entered, compute)
 
 
 def token_kinds(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
@@ -98,25 +98,25 @@ def _kind(text: str) -> str:
     return "function" if word.lower() in FUNCTION_WORDS else "content"
 
 
-def summarize(looks: Sequence[Look], positions: int = 8) -> dict[str, Any]:
+def summarize(inspections: Sequence[Inspection], positions: int = 8) -> dict[str, Any]:
     """Means over texts, as plain data.
 
     `branches`: mean gate and kept share of each; `kinds` and `positions`: tokens seen, mean share
     of compute, and kept share of each branch for each kind and each eighth of the texts. The first
     token of a text is left out of branches and positions: it never skips.
     """
-    importance = torch.cat([each.importance[:, ANCHORS:] for each in looks], 1)
-    kept = torch.cat([each.kept[:, ANCHORS:] for each in looks], 1)
+    importance = torch.cat([each.importance[:, ANCHORS:] for each in inspections], 1)
+    kept = torch.cat([each.kept[:, ANCHORS:] for each in inspections], 1)
     by_kind = {}
     for kind in KINDS:
-        chosen = [torch.tensor([found == kind for found in each.kinds]) for each in looks]
+        chosen = [torch.tensor([found == kind for found in each.kinds]) for each in inspections]
         if any(bool(each.any()) for each in chosen):
-            by_kind[kind] = _group(looks, chosen)
+            by_kind[kind] = _group(inspections, chosen)
     by_position = []
     for part in range(positions):
-        chosen = [_part(len(each.kinds), part, positions) for each in looks]
+        chosen = [_part(len(each.kinds), part, positions) for each in inspections]
         if any(bool(each.any()) for each in chosen):
-            by_position.append(_group(looks, chosen))
+            by_position.append(_group(inspections, chosen))
     return {
         "branches": [
             {"gate": round(float(gate), 4), "kept": round(float(share), 4)}
@@ -133,9 +133,13 @@ def _part(length: int, part: int, parts: int) -> Tensor:
     return (places * parts // length == part) & (places >= ANCHORS)
 
 
-def _group(looks: Sequence[Look], chosen: Sequence[Tensor]) -> dict[str, Any]:
-    compute = torch.cat([each.compute[which] for each, which in zip(looks, chosen, strict=True)])
-    kept = torch.cat([each.kept[:, which] for each, which in zip(looks, chosen, strict=True)], 1)
+def _group(inspections: Sequence[Inspection], chosen: Sequence[Tensor]) -> dict[str, Any]:
+    compute = torch.cat(
+        [each.compute[which] for each, which in zip(inspections, chosen, strict=True)]
+    )
+    kept = torch.cat(
+        [each.kept[:, which] for each, which in zip(inspections, chosen, strict=True)], 1
+    )
     return {
         "tokens": len(compute),
         "compute": round(float(compute.mean()), 4),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def input_squares(layers: Sequence[nn.Module], run: Callable[[], None]) -> list[Tensor]:
+def input_squares(layers: Sequence[nn.Module], run: Callable[[], object]) -> list[Tensor]:
     """Mean square of each input of every layer [in], in float32, over all tokens of `run()`.
 
     `run` lets the model read text. A layer that read nothing gets an empty tensor.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gateskip.model.families import backbone, final_norm
+from gateskip.model.inputs import input_squares
 from gateskip.model.reference import masked_forward
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, has_kernels, quantize_nf4
 from gateskip.quantization.rounding import GROUP, round_to_grid
@@ -38,7 +39,10 @@ def int4_copy(model: Any, blocks: Tensor) -> Any:
 
     Raises ValueError where no weight can be packed, as when they have 4 bits already.
     """
-    squares = input_squares(model, blocks)
+    layers = _layers(model)
+    with torch.no_grad():
+        measured = input_squares(layers, lambda: masked_forward(model, blocks))
+    squares = dict(zip(layers, measured, strict=True))
 
     def pack(linear: Any) -> PackedLinear | None:
         if linear.in_features % GROUP:
@@ -86,20 +90,3 @@ def _layers(model: Any) -> list[nn.Module]:
     """The linear modules of a model's layers."""
     parts = backbone(model).layers.modules()
     return [part for part in parts if isinstance(part, nn.Linear | DenseLinear)]
-
-
-@torch.no_grad()
-def input_squares(model: Any, blocks: Tensor) -> dict[nn.Module, Tensor]:
-    """Mean square of each input of every linear layer [K], over all tokens of blocks [N, S]."""
-    squares: dict[nn.Module, Tensor] = {}
-
-    def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        squares[module] = arguments[0].detach().float().flatten(0, -2).square().mean(0)
-
-    hooks = [layer.register_forward_pre_hook(observe) for layer in _layers(model)]
-    try:
-        masked_forward(model, blocks)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return squares
