@@ -30,7 +30,15 @@ def results() -> Results:
     steps = ({"name": "gates", "use": "gate"}, {"name": "spec", "use": "speculate"})
     speculation = {"lossless": True, "acceptance_rate": 0.75, "prompts": 16, "tokens": 1024}
     quality = {"perplexity": perplexity, "tasks": tasks}
-    spec = {"steps": steps, "speed": speed, "speculation": speculation, "quality_of": "gates"}
+    arithmetic = {"backend": "native", "weights": "bfloat16"}
+    arithmetic |= {"activations": "float32", "accumulation": "float32"}
+    spec = {
+        "arithmetic": arithmetic,
+        "steps": steps,
+        "speed": speed,
+        "speculation": speculation,
+        "quality_of": "gates",
+    }
     return Results(
         run="trial",
         model="smollm2-135m-instruct",
@@ -95,6 +103,7 @@ def test_the_lineage_goes_on_to_the_export(export: Path) -> None:
     entries = lineage(export)
     assert [entry["use"] for entry in entries] == ["source", "gate", "export"]
     assert entries[2]["input_sha256"] == entries[1]["output_sha256"]
+    assert entries[2]["arithmetic"]["backend"] == "native"
     assert entries[2]["output_sha256"] != entries[1]["output_sha256"]
 
 
