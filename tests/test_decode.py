@@ -273,13 +273,13 @@ class TestDraftLengthController:
     """The draft length follows what drafting is measured to cost and to bring."""
 
     def run(self, draft_s: float, row_s: float, accepts: float, rounds: int = 300) -> list[int]:
-        pace, tried, generator = DraftLengthController(), [], torch.Generator().manual_seed(0)
+        controller, tried, generator = DraftLengthController(), [], torch.Generator().manual_seed(0)
         for _ in range(rounds):
-            k = pace.draft_length()
+            k = controller.draft_length()
             tried.append(k)
             hits = torch.rand(k, generator=generator) < accepts
             accepted = int(hits.long().cumprod(0).sum())
-            pace.observe(k, [accepted] if k else [], k * draft_s, 1.0 + k * row_s)
+            controller.observe(k, [accepted] if k else [], k * draft_s, 1.0 + k * row_s)
         return tried
 
     def test_cheap_good_drafts_are_long(self) -> None:
@@ -292,16 +292,16 @@ class TestDraftLengthController:
 
     def test_a_machine_that_changes_is_noticed(self) -> None:
         """Drafts that paid while plain steps were slow stop when those are fast again."""
-        pace = DraftLengthController()
+        controller = DraftLengthController()
         for _ in range(100):
-            k = pace.draft_length()
-            pace.observe(k, [k] if k else [], k * 0.3, 1.0)
+            k = controller.draft_length()
+            controller.observe(k, [k] if k else [], k * 0.3, 1.0)
         assert k > 0
         tried = []
         for _ in range(200):
-            k = pace.draft_length()
+            k = controller.draft_length()
             tried.append(k)
-            pace.observe(k, [k // 2] if k else [], k * 0.3, 0.3)
+            controller.observe(k, [k // 2] if k else [], k * 0.3, 0.3)
         assert tried[-50:].count(0) > 40
 
     def test_useless_drafts_are_given_up(self) -> None:

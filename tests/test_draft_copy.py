@@ -123,8 +123,10 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
 
 
 def test_acceptance_is_learned_by_chance() -> None:
-    pace = DraftLengthController()
+    controller = DraftLengthController()
     for _ in range(200):
-        pace.learn([0.95, 0.15, 0.95], 1)
-    assert pace.expected(0.99) > 0.95 and pace.expected(0.11) < 0.05
-    assert pace.expected(0.55) == DraftLengthController().expected(0.55), "nothing was seen there"
+        controller.learn([0.95, 0.15, 0.95], 1)
+    assert controller.expected(0.99) > 0.95 and controller.expected(0.11) < 0.05
+    assert controller.expected(0.55) == DraftLengthController().expected(0.55), (
+        "nothing was seen there"
+    )

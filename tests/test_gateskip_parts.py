@@ -147,8 +147,10 @@ class TestWarmStart:
             drawn = torch.multinomial(plain, 1, generator=torch.Generator().manual_seed(0))
             return float(log_p.gather(1, drawn).double().sum())
 
-        slope = (likelihood(1 + step) - likelihood(1 - step)) / (2 * step)
-        assert float(found.scores[branch, token]) == pytest.approx(slope**2 / 2, rel=0.1, abs=1e-4)
+        gradient = (likelihood(1 + step) - likelihood(1 - step)) / (2 * step)
+        assert float(found.scores[branch, token]) == pytest.approx(
+            gradient**2 / 2, rel=0.1, abs=1e-4
+        )
 
     def test_sensitivities_find_the_branch_that_matters(
         self, tiny_llama: Path, blocks: torch.Tensor

@@ -1,4 +1,4 @@
-"""What fine-tunes minimize, and its slopes, held to what autograd makes of the formula."""
+"""What fine-tunes minimize, and its gradients, held to what autograd makes of the formula."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def test_divergence_and_its_slope(temperature: float, kind: torch.dtype) -> None
     teacher = torch.randn(2, objectives.SLICE + 3, 50, dtype=kind)
     student = torch.randn_like(teacher).requires_grad_()
     found = distill_loss(student, teacher, temperature)
-    (slope,) = torch.autograd.grad(3 * found, student)
+    (gradient,) = torch.autograd.grad(3 * found, student)
     log_q = F.log_softmax(student.float() / temperature, -1)
     log_p = F.log_softmax(teacher.float() / temperature, -1)
     wanted = (log_p.exp() * (log_p - log_q)).sum(-1).mean() * temperature**2
     torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(slope, torch.autograd.grad(3 * wanted, student)[0])
+    torch.testing.assert_close(gradient, torch.autograd.grad(3 * wanted, student)[0])
     assert float(distill_loss(teacher, teacher)) == pytest.approx(0, abs=1e-6)
 
 
@@ -37,15 +37,15 @@ def test_parts_from_one_cut_have_the_same_slopes(kind: str) -> None:
     gates.shortcuts = Shortcuts(6, H, 4)
     torch.nn.init.normal_(gates.shortcuts.down)
 
-    def slopes() -> list[torch.Tensor]:
+    def gradients() -> list[torch.Tensor]:
         total = torch.zeros(())
         for branch in (0, 3, 5):
             total = total + gates.logit(branch, x).sum() * (branch + 1)
             total = total + gates.shortcuts(branch, x).square().sum()
         return list(torch.autograd.grad(total, list(gates.parameters())))
 
-    apart = slopes()
+    apart = gradients()
     with gates.opened():
-        together = slopes()
+        together = gradients()
     for one, other in zip(apart, together, strict=True):
         torch.testing.assert_close(one, other)

@@ -273,7 +273,7 @@ def test_slopes_are_what_masks_change(group: int, make_tiny: Tiny, spec: DataSpe
         return value
 
     by_hand = [(loss(t, 1.05) - loss(t, 0.95)) / 0.1 for t in range(8)]
-    expected = sum(slope**2 for slope in by_hand) / 8
+    expected = sum(gradient**2 for gradient in by_hand) / 8
     assert float(found[3]) == pytest.approx(expected, rel=1e-2)
     assert found.shape == (reader.in_features // group,)
 

@@ -334,10 +334,10 @@ def test_errors_are_those_of_each_layer_on_what_it_is_given(
 
     folder, record = quantize(use="bnb", format="nf4")
     dense, packed = load_model(tiny_llama, "float32"), load_model(folder, "float32")
-    layer, twin = dense.model.layers[0], packed.model.layers[0].self_attn.q_proj
+    layer, packed_layer = dense.model.layers[0], packed.model.layers[0].self_attn.q_proj
     with torch.inference_mode():
         x = layer.input_layernorm(dense.model.embed_tokens(probe_ids(tiny_llama)))
-        weight = dequantize_4bit(twin.weight.data, twin.weight.quant_state).float()
+        weight = dequantize_4bit(packed_layer.weight.data, packed_layer.weight.quant_state).float()
         y = x @ layer.self_attn.q_proj.weight.T
         error = float((x @ weight.T - y).norm() / y.norm())
     assert record["layer_errors"]["model.layers.0.self_attn.q_proj"] == pytest.approx(

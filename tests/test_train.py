@@ -245,7 +245,7 @@ class TestPrice:
     """What a branch pays for the compute it takes."""
 
     def learned(self, gains: list[float], costs: list[float]) -> torch.Tensor:
-        """Slopes of gate biases when entering branch i lowers the loss by `gains[i]`."""
+        """Gradients of gate biases when entering branch i lowers the loss by `gains[i]`."""
         bias = torch.nn.Parameter(torch.zeros(3))
         prices = torch.tensor(costs)
         rule = TrainMask(prices, torch.zeros(3), prices=prices)
@@ -262,9 +262,9 @@ class TestPrice:
         return bias.grad
 
     def test_what_would_move_all_gates_is_taken_out(self) -> None:
-        slopes = self.learned([3.0, 2.0, 1.0], [0.5, 0.25, 0.25])
-        assert abs(float(slopes.sum())) < 1e-6
-        assert slopes[1] < 0 < slopes[2], "dearer by the multiply-add rises, cheaper falls"
+        gradients = self.learned([3.0, 2.0, 1.0], [0.5, 0.25, 0.25])
+        assert abs(float(gradients.sum())) < 1e-6
+        assert gradients[1] < 0 < gradients[2], "dearer by the multiply-add rises, cheaper falls"
 
     def test_branches_of_equal_worth_rest(self) -> None:
         torch.testing.assert_close(self.learned([2.0, 1.0, 1.0], [0.5, 0.25, 0.25]), torch.zeros(3))

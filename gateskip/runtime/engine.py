@@ -351,12 +351,12 @@ class Engine:
         if gates is None or gates.shortcuts is None:
             return abi.Shortcut()
         own = gates.shortcuts
-        room = -own.rank % 8
-        down = nn.functional.pad(own.down[branch], (0, 0, 0, room))
-        up = nn.functional.pad(own.up[branch], (0, room))
+        padding = -own.rank % 8
+        down = nn.functional.pad(own.down[branch], (0, 0, 0, padding))
+        up = nn.functional.pad(own.up[branch], (0, padding))
         bias = own.bias[branch].float()
         self.around[branch] = (down.T.float().contiguous(), up.T.float().contiguous(), bias)
-        return abi.Shortcut(*(self._floats(part) for part in (down, up, bias)), own.rank + room)
+        return abi.Shortcut(*(self._floats(part) for part in (down, up, bias)), own.rank + padding)
 
     def _matrix(self, module: Any) -> Matrix:
         if isinstance(module, PackedLinear):

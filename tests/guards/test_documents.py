@@ -106,7 +106,9 @@ def test_the_stage_in_contributing(
     before = AutoModelForCausalLM.from_pretrained(tiny_llama)
     after = AutoModelForCausalLM.from_pretrained(target)
     assert len(AutoTokenizer.from_pretrained(target)) == before.config.vocab_size
-    assert record["clipped_share"] == pytest.approx(0.0455, abs=0.01)  # of a normal law, beyond 2 s
+    assert record["clipped_share"] == pytest.approx(
+        0.0455, abs=0.01
+    )  # of a normal distribution, beyond 2 s
     assert steps[-1][:2] == (28, 28)
     old = before.model.layers[0].mlp.up_proj.weight
     new = after.model.layers[0].mlp.up_proj.weight

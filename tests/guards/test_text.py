@@ -93,8 +93,8 @@ def test_no_registry_hosts() -> None:
 def test_no_bulk() -> None:
     sizes = {p.relative_to(ROOT).as_posix(): p.stat().st_size for p in _project_files()}
     gates = {name for name in sizes if name.startswith("pipelines/gates/")}
-    rooms = {name: GATES_BYTES if name in gates else LARGEST_BYTES for name in sizes}
-    assert {name: size for name, size in sizes.items() if size > rooms[name]} == {}
+    limits = {name: GATES_BYTES if name in gates else LARGEST_BYTES for name in sizes}
+    assert {name: size for name, size in sizes.items() if size > limits[name]} == {}
 
 
 def test_the_ignored_and_the_kept() -> None:
