@@ -196,10 +196,9 @@ def _in_torch(
         raise UnsupportedModel(f"packed weights are decoded on a CPU, not on {device}")
     if head_format(folder) == INT8:
         round_head(model)
-    model = model.to(device)
-    gates = None if file is None else file.gates.to(device)
-    kv_rule = "project" if file is None else file.kv_rule
-    return _decoder(folder, SkippingModel(model, gates, kv_rule, backend), file)
+    gates, kv_rule = _gates(file)
+    gates = None if gates is None else gates.to(device)
+    return _decoder(folder, SkippingModel(model.to(device), gates, kv_rule, backend), file)
 
 
 def _on_cpu(
@@ -214,7 +213,7 @@ def _on_cpu(
     kernels = accelerate_linears(model, samples)
     if head_format(folder) == INT8:
         round_head(model)
-    gates, kv_rule = (file.gates, file.kv_rule) if file else (None, "project")
+    gates, kv_rule = _gates(file)
     fallback = None
     try:
         skipping = SkippingModel(model, gates, kv_rule, "native", rounded)
@@ -233,6 +232,11 @@ def _on_cpu(
     decoder = _decoder(folder, skipping, file)
     decoder.kernels, decoder.kernel_times, decoder.fallback = kernels, times, fallback
     return decoder
+
+
+def _gates(file: GateFile | None) -> tuple[Gates | None, str]:
+    """Gates and KV rule of a folder; without gates the rule changes nothing."""
+    return (None, "project") if file is None else (file.gates, file.kv_rule)
 
 
 def _decoder(folder: Path, skipping: SkippingModel, file: GateFile | None) -> Decoder:

@@ -69,6 +69,7 @@ class SkippingModel:
     `model` is a transformers causal LM of a supported architecture, `gates` its gates or None.
     Thresholds are one number a branch: a token enters where its gate's logit reaches it. Without
     thresholds every token enters every branch, unscaled, so the result is the model's own.
+    `drafter` is the backend, if it makes a whole greedy draft in one call.
     """
 
     def __init__(
@@ -88,7 +89,10 @@ class SkippingModel:
         self.branches = find_branches(model)
         if gates is not None:
             gates.attach(model)
-        self.backend: Backend[Any] = make_backend(backend, model, gates, kv_rule, rounded)
+        runs: Backend[Any] = make_backend(backend, model, gates, kv_rule, rounded)
+        self.backend = runs
+        # Asked once: every round of drafting looks here
+        self.drafter: GreedyDrafter[Any] | None = runs if isinstance(runs, GreedyDrafter) else None
 
     @property
     def usage(self) -> Usage:
@@ -108,11 +112,6 @@ class SkippingModel:
     def engine(self) -> Engine | None:
         """The compiled kernels' view of the model, where the backend is `native`."""
         return self.backend.engine if isinstance(self.backend, NativeBackend) else None
-
-    @property
-    def drafter(self) -> GreedyDrafter[Any] | None:
-        """The backend, if it makes a whole greedy draft in one call."""
-        return self.backend if isinstance(self.backend, GreedyDrafter) else None
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """The arithmetic of decoding, or of prompts and scoring."""

@@ -96,15 +96,15 @@ def accuracy(report: Report) -> PictureSpec | None:
     def draw(figure: Figure, frame: Frame) -> None:
         axes = figure.add_subplot()
         points = [(100 * row.values["saved"], scale.height(row)) for row in rows]
-        halves = [100 * _half_width(report, row) for row in rows]
-        ends = [y - half for (_, y), half in zip(points, halves, strict=True)]
+        half_widths = [100 * _half_width(report, row) for row in rows]
+        ends = [y - half for (_, y), half in zip(points, half_widths, strict=True)]
         quality_axis(axes, metric, [*(y for _, y in points), *ends, 100.0])
         pad_x_axis(axes, [x for x, _ in points])
         axes.set_xlabel("compute saved, net, %")
         axes.axhline(100 * KEEPS, color=frame.theme.muted, lw=1, ls=(0, (4, 3)), zorder=1)
         colours = colours_of(report, frame.theme)
         places = {row.cell.name: point for row, point in zip(rows, points, strict=True)}
-        for row, (x, y), half in zip(rows, points, halves, strict=True):
+        for row, (x, y), half in zip(rows, points, half_widths, strict=True):
             colour = colours[row.weights]
             if half and not scale.beyond(row):
                 axes.plot([x, x], [y - half, y + half], color=colour, lw=1, alpha=0.45)

@@ -17,7 +17,7 @@ PACKAGES = ("gateskip", "compose", "reports")
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     # the engine
-    ("gateskip.errors", "gateskip.extras"),
+    ("gateskip.extras",),
     ("gateskip.kernels",),
     ("gateskip.model",),
     ("gateskip.gates",),
