@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compose.errors import UserError
-from compose.execution.run_folder import RunFolder, is_measured
+from compose.execution.run_folder import RunFolder, is_measured, only_code_changed
 from compose.execution.runner import RunResult
 from compose.planning.plan import Plan
 from compose.results.metrics import METRICS, metrics
@@ -20,6 +20,7 @@ from compose.results.schema import CellResult, Results
 from compose.terminal.doctor import Finding
 from compose.units import bytes_text, metric_text
 
+CODE_CHANGED = "code or libraries changed"
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[red]✗[/]"}
 
 
@@ -31,7 +32,7 @@ def plan_counts(plan: Plan) -> str:
 
 
 def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
-    """The plan as JSON, with `cached` for each step and cell."""
+    """The plan as JSON, with `cached` for each step and cell; `why` where only code has changed."""
     shown = plan.to_json()
     for step in shown["steps"]:
         manifest = run.store.manifest(step["key"])
@@ -39,6 +40,8 @@ def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
         step["peak_bytes"] = ((manifest or {}).get("record") or {}).get("peak_bytes")
     for row, cell in zip(shown["cells"], plan.cells, strict=True):
         row["cached"] = is_measured(run, plan, cell)
+        if only_code_changed(run, plan, cell):
+            row["why"] = CODE_CHANGED
     return shown
 
 
@@ -63,7 +66,8 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
     for cell in state["cells"]:
         decode = cell["decode"]["use"] if cell["decode"] else "plain"
         also = ", ".join(cell["aliases"])
-        cells.add_row(cell["name"], names[cell["weights"]], decode, also, _state(cell["cached"]))
+        state_text = _state(cell["cached"], cell.get("why"))
+        cells.add_row(cell["name"], names[cell["weights"]], decode, also, state_text)
     parts: list[RenderableType] = [steps, "", cells]
     if plan.left_out:
         left_out = _table("Left out", "chain", "rule", "why")
@@ -80,8 +84,10 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _state(cached: bool) -> str:
-    return "[green]cached[/]" if cached else "to run"
+def _state(cached: bool, why: str | None = None) -> str:
+    if cached:
+        return "[green]cached[/]"
+    return "to run" if why is None else f"to measure again: {why}"
 
 
 def print_result(console: Console, result: RunResult) -> None:
