@@ -6,18 +6,20 @@ not as a second call of the code under test.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
-import torch
 
 import gateskip
+from compose.bench.speed import SpeedTurns
+from compose.bench.turns import add_turns
 from gateskip.calibration.thresholds import thresholds_at
 from gateskip.decoding.decoder import Decoder
-from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.drafting import Draft
 from gateskip.decoding.stats import Stats
 from gateskip.gates.learned import ScalarGates
@@ -148,7 +150,7 @@ class TestComputeSaved:
 
 
 class TestThresholds:
-    GRID = {0.9: [0.0, -4.0], 0.5: [2.0, 10.0]}
+    GRID: ClassVar = {0.9: [0.0, -4.0], 0.5: [2.0, 10.0]}
 
     def test_a_quarter_of_the_way(self) -> None:
         """0.6 is a quarter of the way from 0.5 to 0.9: 2 - 0.5 and 10 - 3.5."""
@@ -238,3 +240,80 @@ class TestSpeculation:
         assert (stats.drafted, stats.accepted, stats.passes) == (7, 7, 3)
         assert stats.acceptance_rate == 1.0 and stats.mean_accepted_tokens == pytest.approx(10 / 3)
         assert stats.positions == [[3, 3], [2, 2], [2, 2]]
+
+
+# -- tokens a second --------------------------------------------------------------------------
+
+
+class TestSpeed:
+    """A real model under a clock that is set by hand."""
+
+    def turns(
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path, mode: Any, clock: Any, **wanted: Any
+    ) -> dict[str, Any]:
+        """What a turn of two prompts of six tokens is measured at."""
+        decoder = gateskip.load(folder, backend="reference")
+        monkeypatch.setattr("gateskip.decoding.decoder.time", SimpleNamespace(perf_counter=clock))
+        rows = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]][: wanted.get("rows", 2)]
+        monkeypatch.setattr("compose.bench.speed.rows_of", lambda *of: [rows] * wanted["times"])
+        settings = {} if mode == "plain" else {"draft_budget": 1.0, "draft_length": 3}
+        speed = SpeedTurns(decoder, mode, settings, lambda usage: None, wanted, None, Path())  # type: ignore[arg-type,return-value]
+        return speed.measure(len(rows), 6, "")
+
+    def test_the_first_tokens_belong_to_prefill(
+        self, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
+    ) -> None:
+        """Of 5 new tokens a row, 4 are decoded: 8 in 2 s. Prefill: 12 tokens in half a second."""
+        clock = iter([10.0, 10.5, 11.0, 13.0]).__next__
+        turn = self.turns(monkeypatch, tiny_llama, "plain", clock, new_tokens=5, times=1)
+        assert (turn["tokens"], turn["decode_s"]) == (8, 2.0)
+        assert (turn["prompt_tokens"], turn["prefill_s"], turn["ttft_s"]) == (12, 0.5, 0.5)
+        repeat = add_turns([turn])
+        assert repeat["decode_tokens_per_s"] == 4.0
+        assert repeat["prefill_tokens_per_s"] == 24.0
+        assert repeat["ttft_s"] == 0.5
+
+    def test_batches_of_a_turn_add_up(
+        self, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
+    ) -> None:
+        """Two calls: 16 tokens in 2 + 6 s, 24 prompt tokens in 1 + 3 s; first tokens 1 and 3 s."""
+        clock = iter([0.0, 1.0, 1.0, 3.0, 5.0, 8.0, 8.0, 14.0]).__next__
+        turn = self.turns(monkeypatch, tiny_llama, "plain", clock, new_tokens=5, times=2)
+        repeat = add_turns([turn])
+        assert repeat["decode_tokens_per_s"] == 2.0 and repeat["prefill_tokens_per_s"] == 6.0
+        assert turn["ttft_s"] == 2.0
+
+    def test_one_new_token_is_no_decoding(
+        self, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
+    ) -> None:
+        clock = iter([0.0, 1.0, 1.0, 1.5]).__next__
+        turn = self.turns(monkeypatch, tiny_llama, "plain", clock, new_tokens=1, times=1)
+        assert turn["tokens"] == 0
+        assert add_turns([turn])["decode_tokens_per_s"] is None
+
+    def test_speculation_is_timed_alike(
+        self, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path
+    ) -> None:
+        """A clock that ticks half a second each time it is read. One row of 11 tokens in three
+        rounds: it is read at the start, thrice a round and at the end, so decoding lasts 10 ticks.
+        """
+        ticks = itertools.count()
+        turn = self.turns(
+            *(monkeypatch, tiny_llama, "speculate", lambda: next(ticks) / 2),
+            **{"new_tokens": 11, "times": 1, "rows": 1},
+        )
+        assert add_turns([turn])["decode_tokens_per_s"] == pytest.approx(10 / 5)
+        counts = turn["speculation"]
+        assert (counts["draft_s"], counts["verify_s"]) == (1.5, 1.5)
+        assert counts["draft_length_histogram"] == {"3": 2, "1": 1}
+        assert (counts["drafted"], counts["accepted"], counts["passes"]) == (7, 7, 3)
+        assert counts["positions"] == [[3, 3], [2, 2], [2, 2]]
+
+    def test_turns_are_added_before_they_are_divided(self) -> None:
+        """10 tokens in 1 s and 10 in 4 s are 4 a second, not the mean of 10 and 2.5."""
+        empty = {"prompt_tokens": 0, "prefill_s": 0.0, "ttft_s": 0.0}
+        one = empty | {"tokens": 10, "decode_s": 1.0}
+        other = empty | {"tokens": 10, "decode_s": 4.0, "ttft_s": 3.0}
+        repeat = add_turns([one, other])
+        assert repeat["decode_tokens_per_s"] == 4.0 and repeat["turns"] == 2
+        assert repeat["prefill_tokens_per_s"] is None and repeat["ttft_s"] == 1.5

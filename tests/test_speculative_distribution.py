@@ -231,7 +231,7 @@ SPANS = [(0, 2), (1, 3), (1, 4)]  # two tokens and three; the first of four come
 
 @pytest.fixture(scope="module")
 def decoder(make_tiny: Callable[..., Path]) -> Decoder:
-    """A model of six tokens; drafts are those of disturbed weights, or its own with branches skipped."""
+    """A model of six tokens; its weights disturbed draft, or its own with branches skipped."""
     sizes: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "head_dim": 8}
     models = [load_model(make_tiny("llama", **sizes), "float32") for _ in range(2)]
     noise = torch.Generator().manual_seed(0)
