@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from compose.assets import default_cache
-from compose.bench.cell import CellBench, CellJob
+from compose.bench.cell import CellBench
+from compose.bench.job import CellJob
 from compose.language.schema import Benchmark
 from compose.results.schema import CellResult
 
