@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compose.assets import first_available, token_blocks
-from compose.bench.cell import BLOCK, CellJob
+from compose.bench.job import BLOCK, CellJob
 from compose.bench.peers.prepare import PreparedPeer, prepare
 from compose.bench.peers.process import PeerProcess
 from compose.bench.speed import usable_cores
@@ -96,6 +96,11 @@ class PeerBench:
             self._loaded = (context, batch)
         return self._process
 
+    def close(self) -> None:
+        """End its process; it also ends with ours."""
+        self._stack.close()
+        self._process, self._loaded = None, None
+
     # -- quality -------------------------------------------------------------------------------
 
     def quality(self, reference: Path) -> dict[str, Any]:
@@ -146,7 +151,7 @@ class PeerBench:
         return self.speed(batch, context, category)
 
     def speed(self, batch: int, context: int, category: str) -> dict[str, Any]:
-        """One turn; the fields are those of `SpeedTurns.measure`, as far as an engine tells them."""
+        """One turn; the fields of `SpeedTurns.measure`, as far as an engine tells them."""
         new_tokens = self.job.benchmark["speed"]["new_tokens"]
         batches = self._batches(batch, context, category)
         longest = max(len(row) for rows in batches for row in rows)
