@@ -49,6 +49,7 @@ app = typer.Typer(
 PipelineFile = Annotated[Path, typer.Argument(help="The pipeline file (YAML).", metavar="FILE")]
 RunDir = Annotated[Path, typer.Argument(help="A run's folder: runs/NAME.", metavar="RUN_DIR")]
 Out = Annotated[Path, typer.Option(help="Where runs and model folders are kept.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show only what failed, and the end.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -119,6 +120,17 @@ def run(
         int | None,
         typer.Option(min=1, help="Steps and cells side by side; 1 gives each all cores."),
     ] = None,
+    quiet: Quiet = False,
+    json_lines: Annotated[
+        bool,
+        typer.Option(
+            "--json-lines",
+            help="Print events as JSON, one a line (docs/progress.md); text goes to stderr.",
+        ),
+    ] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write training as TensorBoard files.")
+    ] = False,
 ) -> None:
     """Make and measure every cell; what was finished before is kept."""
     from compose.assets import default_cache
@@ -127,17 +139,25 @@ def run(
     from compose.execution.state import Settings
     from compose.extras import require
     from compose.planning.prepare import load_plan
+    from compose.terminal.events import JsonLines, reported, result_event
     from compose.terminal.progress import Board
     from compose.terminal.show import print_result
 
     planned = load_plan(file, default_cache())
     require("report", *(["eval"] if planned.pipeline.benchmark.quality.tasks else []))
+    require(*(["tensorboard"] if tensorboard else []))
     command = shlex.join(["gateskip", *sys.argv[1:]])
-    settings = Settings(out, default_cache(), command, tuple(only or ()), again)
+    settings = Settings(out, default_cache(), command, tuple(only or ()), again, tensorboard)
     where = make_executor(executor, planned.pipeline.benchmark.threads, workers)
-    with Board(console()).shown() as board:
+    events = JsonLines(sys.stdout) if json_lines else None
+    with (
+        reported(events),
+        Board(console(err=json_lines), quiet=quiet, events=events).shown() as board,
+    ):
         result = run_plan(planned, settings, where, board)
-    print_result(console(), result)
+    print_result(console(err=json_lines), result)
+    if events is not None:
+        events.emit("result", **result_event(result))
     raise typer.Exit(result.exit_code)
 
 
@@ -299,16 +319,17 @@ def bench(
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each category.")] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, interleaved.")] = 3,
+    quiet: Quiet = False,
 ) -> None:
     """Time ways of decoding a folder against each other; the last line is all of it as JSON."""
-    from compose.execution.worker_process import ask_once
+    from compose.terminal.progress import ask_shown
     from compose.terminal.show import print_race
 
     job: dict[str, Any] = {"folder": str(folder)}
     job["systems"] = [*(systems or ["plain"]), *(against or [])]
     job |= {"batches": batch or [1], "contexts": context or [128], "prompts": prompts}
     job |= {"limit": limit, "new_tokens": new_tokens, "repeats": repeats}
-    measured = ask_once("race", job)
+    measured = ask_shown("race", job, f"bench {folder}", quiet=quiet)
     print_race(console(), measured)
     typer.echo(json.dumps(measured))
 
@@ -323,14 +344,15 @@ def tune_draft(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded a prompt.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of the final, interleaved.")] = 3,
     write: Annotated[bool, typer.Option(help="Make the best the folder's own way.")] = True,
+    quiet: Quiet = False,
 ) -> None:
     """Find the draft that decodes a folder fastest, and make it the folder's way."""
-    from compose.execution.worker_process import ask_once
+    from compose.terminal.progress import ask_shown
     from compose.terminal.show import print_tuned
 
     job: dict[str, Any] = {"folder": str(folder), "prompts": prompts, "limit": limit}
     job |= {"new_tokens": new_tokens, "repeats": repeats, "write": write}
-    tuned = ask_once("tune", job)
+    tuned = ask_shown("tune", job, f"tune-draft {folder}", quiet=quiet)
     print_tuned(console(), tuned)
     typer.echo(json.dumps(tuned))
 

@@ -29,6 +29,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "report": ("markupsafe", "matplotlib"),
     "ray": ("ray",),
     "peers": ("llama_cpp",),
+    "tensorboard": ("tensorboard",),
 }
 """Top-level import names by the extra of pyproject.toml that installs them.
 

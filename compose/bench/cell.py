@@ -24,6 +24,7 @@ from compose.bench.scored import Scored
 from compose.bench.speed import SpeedRounds
 from compose.bench.text import load_head, load_reference, save_reference, score_blocks
 from compose.errors import AssetError, StepError
+from compose.units import Progress
 from gateskip.calibration.insight import inspect_text, summarize
 from gateskip.decoding.decoder import Decoder, Mode
 from gateskip.model.compute import Saving, Usage
@@ -57,8 +58,8 @@ class CellJob:
 class CellBench:
     """Measures the cell that `job` describes."""
 
-    def __init__(self, job: CellJob) -> None:
-        self.job = job
+    def __init__(self, job: CellJob, progress: Progress | None = None) -> None:
+        self.job, self.progress = job, progress
         self.settings = dict(job.decode or {"use": "plain"})
         self.mode: Mode = self.settings.pop("use")
         if job.threads is not None:
@@ -110,6 +111,7 @@ class CellBench:
                 limit=wanted["limit"],
                 batch_size=wanted["batch_size"],
                 cache=self.job.asset_cache,
+                progress=self.progress,
             )
             record["tasks"] = {name: asdict(score) for name, score in scores.items()}
         if self.job.learns_from:
@@ -140,10 +142,10 @@ class CellBench:
         usage = self.decoder.skipping.usage
         usage.clear()
         if self.job.folder == self.job.baseline_folder and self.mode == "plain":
-            scores, distance = save_reference(model, blocks, reference), {}
+            scores, distance = save_reference(model, blocks, reference, progress=self.progress), {}
         else:
             dense = load_reference(reference, blocks), load_head(self.job.baseline_folder)
-            scores = score_blocks(model, blocks, dense)
+            scores = score_blocks(model, blocks, dense, progress=self.progress)
             distance = {"kl_to_baseline": scores.kl, "greedy_agreement": scores.agreement}
         perplexity = {
             "dataset": texts.name,
@@ -217,7 +219,9 @@ class CellBench:
         """Speculation against plain decoding, token for token, one prompt at a time."""
         wanted = self.job.benchmark["lossless"]
         prompts = self._prompts(wanted["source"], wanted["prompts"])
-        return check_lossless(self.decoder, self.settings, prompts, wanted["new_tokens"])
+        return check_lossless(
+            self.decoder, self.settings, prompts, wanted["new_tokens"], self.progress
+        )
 
     def _prompts(self, source: str, count: int) -> list[list[int]]:
         """Prompts as token ids, through the chat template where there is one."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from compose.units import Progress
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.stats import Stats
 
@@ -15,7 +16,11 @@ FORCED_DRAFT = 3
 
 
 def check_lossless(
-    decoder: Decoder, settings: Mapping[str, Any], prompts: Sequence[list[int]], new_tokens: int
+    decoder: Decoder,
+    settings: Mapping[str, Any],
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare both decodings of each prompt; the fields of the result's `speculation`.
 
@@ -37,6 +42,8 @@ def check_lossless(
             plain = decoder.generate([prompt], new_tokens, target=target).tokens[0]
         divergence = _divergence(decoder, number, prompt, plain, own.tokens[0])
         divergences += [divergence] if divergence else []
+        if progress is not None:
+            progress(number + 1, len(prompts), "lossless check")
     return {
         "lossless": not divergences,
         "first_divergence": divergences[0] if divergences else None,

@@ -115,7 +115,12 @@ def score_blocks(
 
 
 def save_reference(
-    model: ScoredModel, blocks: Tensor, path: Path, *, batch_size: int = 1
+    model: ScoredModel,
+    blocks: Tensor,
+    path: Path,
+    *,
+    batch_size: int = 1,
+    progress: Progress | None = None,
 ) -> BlockScores:
     """Store the final hidden states of `blocks` [N, S] as safetensors; the model's own perplexity.
 
@@ -125,7 +130,11 @@ def save_reference(
 
     kept: list[Tensor] = []
     scores = score_blocks(
-        model, blocks, batch_size=batch_size, keep=lambda hidden: kept.append(hidden.cpu())
+        model,
+        blocks,
+        batch_size=batch_size,
+        progress=progress,
+        keep=lambda hidden: kept.append(hidden.cpu()),
     )
     with new_file(path) as file:
         save_file({"hidden": torch.cat(kept).contiguous(), "blocks": blocks.cpu()}, file)

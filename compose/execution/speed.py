@@ -110,7 +110,7 @@ class _Measurement:
             for first in range(0, len(cells), LOADED_AT_ONCE):
                 some = cells[first : first + LOADED_AT_ONCE]
                 names = ", ".join(cell.name for cell in some)
-                self.line.update(first, len(cells), f"loading {names}")
+                self.line.update(first, len(cells), "loading", detail=names)
                 self._load(some)
             for each in missing:
                 self._measure_round(each, cells)
@@ -136,14 +136,14 @@ class _Measurement:
     def _measure_round(self, each: Round, cells: list[Cell]) -> None:
         """Every cell once. Each round begins with another cell, so that none is favoured."""
         offset = each.number % len(cells)
-        planned = self.session.planned()
         numbers: dict[str, dict[str, Any]] = {}
         started = time.monotonic()
-        for cell in [*cells[offset:], *cells[:offset]]:
+        before, turns = self._turns(each)
+        for turn, cell in enumerate([*cells[offset:], *cells[:offset]]):
             if cell.name in self.run.failed_cells:
                 continue
-            note = f"batch {each.batch}, round {each.number + 1}: {cell.name}"
-            self.line.update(planned.index(each), len(planned), note)
+            detail = f"batch {each.batch}, round {each.number + 1}, {cell.name}"
+            self.line.update(before + turn, turns, "speed", detail=detail)
             command: CellCommand = {
                 "do": "speed",
                 "round": each.number,
@@ -156,6 +156,11 @@ class _Measurement:
             if answer is not None:
                 numbers[cell.name] = answer
         self.session.add(each, numbers, time.monotonic() - started)
+
+    def _turns(self, each: Round) -> tuple[int, int]:
+        """Turns (one cell measured once) before this round, and in all."""
+        sizes = [len(self.session.groups[other.group]) for other in self.session.planned()]
+        return sum(sizes[: self.session.planned().index(each)]), sum(sizes)
 
     def _guarded(self, cell: Cell, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """What `work` returns; None where it fails, and then the cell has failed."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compose.errors import StepError
 from compose.execution.messages import CellCommand, CellRequest
+from compose.units import Progress
 from compose.workers.protocol import Channel, answer
 from compose.workers.step import seed_everything
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def serve_cell(job: CellRequest, channel: Channel) -> None:
     """Answer the commands of the parent until `quit`, or until the parent closes the pipe."""
-    cell = _Cell(job)
+    cell = _Cell(job, channel.progress)
     for command in channel.receive():
         if command["do"] == "quit":
             return
@@ -27,8 +28,8 @@ def serve_cell(job: CellRequest, channel: Channel) -> None:
 class _Cell:
     """A cell under measurement; `load` comes before every other command."""
 
-    def __init__(self, job: CellRequest) -> None:
-        self._job = job
+    def __init__(self, job: CellRequest, progress: Progress) -> None:
+        self._job, self._progress = job, progress
         self._bench: CellBench | None = None
 
     def measure(self, command: CellCommand) -> dict[str, Any]:
@@ -39,7 +40,7 @@ class _Cell:
         """
         if command["do"] == "load":
             seed_everything(self._job["seed"])
-            self._bench = open_bench(self._job)
+            self._bench = open_bench(self._job, self._progress)
             return self._bench.load()
         if self._bench is None:
             raise StepError(f"the cell was asked for {command['do']!r} before it was loaded")
@@ -50,7 +51,7 @@ class _Cell:
         return self._bench.speed(command["round"], command["batch"], command["threads"])
 
 
-def open_bench(job: CellRequest) -> CellBench:
+def open_bench(job: CellRequest, progress: Progress | None = None) -> CellBench:
     """What measures the cell; it loads nothing yet."""
     from compose.bench.cell import CellBench, CellJob
 
@@ -67,5 +68,6 @@ def open_bench(job: CellRequest) -> CellBench:
             reference=Path(job["reference"]),
             threads=job["threads"],
             learns_from=[(source, limit) for source, limit in job["learns_from"]],
-        )
+        ),
+        progress,
     )
