@@ -38,8 +38,8 @@ stages:
 pipelines:
   skipping: [heal, gates, skip]
 benchmark:
-  speed:   {prompt_tokens: 16, new_tokens: 8, repeats: 2}
-  quality: {perplexity: %s, perplexity_tokens: 1024}
+  speed:   {prompt_tokens: 16, new_tokens: 8, repeats: 2, min_seconds: 0.05}
+  quality: {perplexity: %s, perplexity_tokens: 1024, own_answers: null}
 """
 
 
@@ -247,6 +247,7 @@ def test_json_lines_of_a_real_run(pipeline: Path) -> None:
     assert ("speed", "speed") in phases
     turns = [e for e in progress if e["phase"] == "speed"]
     assert turns[-1]["done"] == turns[-1]["total"] - 1
+    assert any(e["detail"].endswith("round 2, skipping") for e in turns)
     assert {e["cell"] for e in events if e["event"] == "done"} >= {"dense", "skipping"}
     end = events[-1]
     assert (end["event"], end["exit_code"], end["worked"]) == ("result", 0, True)

@@ -107,6 +107,7 @@ def _merge_phase(part: dict[str, Any], phase: Phase, record: dict[str, Any]) -> 
     """Put a phase's record into the sections of the result that its numbers belong to."""
     record = dict(record)
     part["seconds"] = round(part.get("seconds", 0.0) + record.pop("seconds", 0.0), 3)
+    part["fingerprint"] = {**part.get("fingerprint", {}), phase: record.pop("fingerprint")}
     for section in ("size", "compute", "speculation"):
         if section in record:
             part[section] = {**part.get(section, {}), **record.pop(section)}
