@@ -146,7 +146,7 @@ class PeerBench:
         return self.speed(batch, context, category)
 
     def speed(self, batch: int, context: int, category: str) -> dict[str, Any]:
-        """One turn; the fields are those of `SpeedTurns.measure`, as far as an engine tells them."""
+        """One turn; the fields of `SpeedTurns.measure`, as far as an engine tells them."""
         new_tokens = self.job.benchmark["speed"]["new_tokens"]
         batches = self._batches(batch, context, category)
         longest = max(len(row) for rows in batches for row in rows)

@@ -80,8 +80,8 @@ def measure_speed(
 def memory_groups(run: RunState, cells: list[Cell]) -> list[list[str]]:
     """Names of cells that fit into free memory together, in order.
 
-    The baseline is in every group, and so is the plain cell of one that skips or speculates: those
-    are what a cell's speed is compared with.
+    The baseline is in every group, and so is the plain cell of one that skips or speculates, where
+    memory allows: those are what a cell's speed is compared with.
     """
     sizes = {cell.name: _bytes_of(run, cell) for cell in cells}
     held = sum(sizes[name] for name in run.loaded if name in sizes)
@@ -89,18 +89,19 @@ def memory_groups(run: RunState, cells: list[Cell]) -> list[list[str]]:
     first = [cell.name for cell in cells if cell is run.baseline]
     groups: list[list[str]] = [list(first)]
     for cell in cells:
+        if cell.name in groups[-1]:
+            continue
         wanted = [name for name in (cell.plain, cell.name) if name in sizes]
-        if missing := _absent(groups[-1], wanted):
-            used = sum(sizes[name] for name in (*groups[-1], *missing))
-            if used > limit and len(groups[-1]) > len(first):
-                groups.append(list(first))
-                missing = _absent(groups[-1], wanted)
-            groups[-1] += missing
+        if not _fits(groups[-1], wanted, sizes, limit) and len(groups[-1]) > len(first):
+            groups.append(list(first))
+            if not _fits(groups[-1], wanted, sizes, limit):
+                wanted = [cell.name]
+        groups[-1] += [name for name in wanted if name not in groups[-1]]
     return groups
 
 
-def _absent(group: list[str], names: Sequence[str]) -> list[str]:
-    return [name for name in names if name not in group]
+def _fits(group: list[str], more: list[str], sizes: dict[str, int], limit: float) -> bool:
+    return sum(sizes[name] for name in {*group, *more}) <= limit
 
 
 def _bytes_of(run: RunState, cell: Cell) -> int:
@@ -149,7 +150,8 @@ class _Measurement:
     def _measure_roofline(self) -> None:
         """Once a session, before anything is timed, in a process of ours."""
         baseline = self.run.baseline
-        if self.session.roofline is None and baseline.name in self.workers:
+        able = baseline.name in self.workers and self._goes_on(baseline.name)
+        if self.session.roofline is None and able:
             threads = self.run.workers.executor.timed_threads
             found = self._ask(baseline, {"do": "roofline", "threads": threads})
             if found is not None:
@@ -201,8 +203,9 @@ class _Measurement:
             return False
         if not turns:
             return True
-        decodes = turns[-1]["tokens"] > 0  # with one new token there is nothing to go on with
-        return decodes and _decoded_s(turns) < self.session.settings["speed"]["min_seconds"]
+        enough: float = self.session.settings["speed"]["min_seconds"]
+        decodes: int = turns[-1]["tokens"]  # none with one new token: nothing to go on with
+        return decodes > 0 and _decoded_s(turns) < enough
 
     def _warm_up(self, cell: Cell, each: Round) -> None:
         """A turn that is not counted, before the first of a shape."""
@@ -244,7 +247,7 @@ class _Measurement:
 
 def _decoded_s(turns: Sequence[dict[str, Any]]) -> float:
     """Seconds that a cell has decoded in this round; less than any where it had no turn."""
-    return sum(turn["decode_s"] for turn in turns) if turns else -1.0
+    return float(sum(turn["decode_s"] for turn in turns)) if turns else -1.0
 
 
 def _shown(shape: Shape) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.table import Table
 from compose.results.schema import CellResult, Results
 
 PROMPTS_CHECKED = 4
-"""Prompts on which speculation is compared with plain decoding: enough to notice that it differs."""
+"""Prompts on which speculation is compared with plain decoding."""
 
 
 def benchmark_of(
@@ -106,6 +105,7 @@ def _shapes(results: Results, cell: CellResult) -> list[tuple[str, Any]]:
     first = 1 if 1 in batches else min(batches)
     categories = getattr(speed, "by_category", None) or {}
     name = "all prompts" if categories else f"{first} x {main}"
+    shapes: list[tuple[str, Any]]
     shapes = [(name, speed)] if speed.decode_tokens_per_s or speed.prefill_tokens_per_s else []
     shapes += [(f"{batch} x {main}", each) for batch, each in (speed.by_batch or {}).items()]
     shapes += [(f"1 x {context}", each) for context, each in (speed.by_context or {}).items()]
@@ -154,7 +154,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _remarks(cell: CellResult) -> list[str]:
-    """What a reader of a cell's speed should know: its arithmetic, memory, drafts, parts of time."""
+    """What stands behind a cell's speed: its arithmetic, memory, drafts, and parts of the time."""
     lines = []
     if cell.peer is not None:
         lines.append(f"{cell.peer.settings} {cell.peer.threads} threads")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compose.errors import StepError
 from compose.execution.messages import CellCommand, CellRequest
@@ -80,7 +80,7 @@ def open_bench(job: CellRequest, progress: Progress) -> CellBench | PeerBench:
         benchmark=job["benchmark"],
         seed=job["seed"],
         dtype=job["dtype"],
-        backend=job["backend"],
+        backend=cast(Any, job["backend"]),
         asset_cache=Path(job["asset_cache"]),
         reference=Path(job["reference"]),
         threads=job["threads"],
