@@ -39,7 +39,7 @@ pipelines:
   skipping: [heal, gates, skip]
 benchmark:
   speed:   {prompt_tokens: 16, new_tokens: 8, repeats: 2, min_seconds: 0.05}
-  quality: {perplexity: %s, perplexity_tokens: 1024, own_answers: null}
+  quality: {perplexity: %s, perplexity_tokens: 1024}
 """
 
 
@@ -239,7 +239,7 @@ def test_json_lines_of_a_real_run(pipeline: Path) -> None:
     for event in events:
         assert set(event) == told[event["event"]], event["event"]
     progress = [event for event in events if event["event"] == "progress"]
-    training = [e for e in progress if e["step"] == "gates" and e["phase"] == "training"]
+    training = [e for e in progress if e["step"] == "heal+gates" and e["phase"] == "training"]
     assert training and all(e["loss"] > 0 and e["tokens_per_s"] > 0 for e in training)
     assert training[-1]["done"] == training[-1]["total"] == 4
     phases = {(e["job"], e["phase"]) for e in progress}
@@ -272,7 +272,7 @@ def read_back(folder: Path) -> None:
         events = EventAccumulator(str(step))
         events.Reload()
         scalars[step.name] = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    heal, gates = scalars["heal"], scalars["gates"]
+    heal, gates = scalars["heal"], scalars["heal+gates"]
     assert {"loss", "lr", "tokens_per_s"} <= set(heal)
     assert {"loss", "lr", "budget", "kept", "tokens_per_s"} <= set(gates)
     assert [each.step for each in gates["loss"]] == [1, 2, 3, 4]

@@ -41,16 +41,16 @@ def figure(
     value, ends = _at(record, path)
     if value is None:
         raise UserError(f"cell {cell!r} of {results.run} has nothing at {path!r}")
-    shown_ends = None if interval == "no" else ends
+    alone = interval == "no"
     if isinstance(value, Estimate):
         if form == "auto":
-            return factor(value) if interval != "no" else f"{digits(value.value)}x"
-        value, shown_ends = value.value, None if interval == "no" else value.ci95
+            return f"{digits(value.value)}x" if alone else factor(value)
+        return _written(value.value, None if alone else value.ci95, form)
     if isinstance(value, Measured):
         if form == "auto":
-            return measured(value) if interval != "no" else digits(value.median)
-        value, shown_ends = value.median, None if interval == "no" else value.quartiles
-    return _written(value, shown_ends, form)
+            return digits(value.median) if alone else measured(value)
+        return _written(value.median, None if alone else value.quartiles, form)
+    return _written(value, None if alone else ends, form)
 
 
 def _at(record: Any, path: str) -> tuple[Any, tuple[float, float] | None]:
