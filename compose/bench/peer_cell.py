@@ -96,6 +96,11 @@ class PeerBench:
             self._loaded = (context, batch)
         return self._process
 
+    def close(self) -> None:
+        """End its process; it also ends with ours."""
+        self._stack.close()
+        self._process, self._loaded = None, None
+
     # -- quality -------------------------------------------------------------------------------
 
     def quality(self, reference: Path) -> dict[str, Any]:
