@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compose.assets import first_available, token_blocks
-from compose.bench.cell import BLOCK, CellJob
+from compose.bench.job import BLOCK, CellJob
 from compose.bench.peers.prepare import PreparedPeer, prepare
 from compose.bench.peers.process import PeerProcess
 from compose.bench.speed import usable_cores
