@@ -201,7 +201,7 @@ def make_job() -> Callable[..., Any]:
             "train": None,
             "calibration": None,
             "dense": source,
-            "progress": lambda done, total, note: None,
+            "progress": lambda done, total, phase, **_: None,
             "work": target.with_name(f"{target.name}-work"),
             "asset_cache": target.with_name("cache"),
         }

@@ -13,6 +13,7 @@ from compose.execution.messages import StepRequest
 from compose.memory import peak_bytes
 from compose.results.environment import library_versions
 from compose.units import Progress
+from compose.workers.scalars import written
 
 
 def run_step(job: StepRequest, progress: Progress) -> dict[str, Any]:
@@ -24,6 +25,8 @@ def run_step(job: StepRequest, progress: Progress) -> dict[str, Any]:
 
     target = Path(job["target"])
     target.mkdir(parents=True)
+    if (folder := job.get("tensorboard")) is not None:
+        progress = written(progress, Path(folder))
     seed_everything(job["seed"])
     started = time.perf_counter()
     if job["stage"] is None:

@@ -170,10 +170,6 @@ class _Session(Loop):
             row |= self._validate(self.validation)
         return row
 
-    def note(self, row: dict[str, float]) -> str:
-        """The loss, and the share of compute at which it was measured."""
-        return f"{super().note(row)} at {row['kept']:.2f}"
-
     def _mask(self, thresholds: Tensor) -> TrainMask:
         config = self.config
         return TrainMask(

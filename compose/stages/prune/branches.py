@@ -154,7 +154,13 @@ class PruneBranches(Stage):
                 spared[unit] = round(without - loss, 4)
             else:
                 gone, loss = gone | set(unit), without
-            job.progress(done + 1, len(units), f"without {_name(unit[0])}: loss {without:.3f}")
+            job.progress(
+                done + 1,
+                len(units),
+                "leaving out branches",
+                detail=_name(unit[0]),
+                loss=without,
+            )
         return gone, spared
 
     def _nothing(self, shares: list[float], spared: dict[Unit, float]) -> UserError:
