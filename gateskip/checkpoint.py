@@ -63,12 +63,7 @@ def grid_of(
 
 def save_gates(folder: Path, file: GateFile) -> None:
     """Write gates and their description into a model folder."""
-    state = {
-        name: (value.to(STORED) if name.startswith("shortcuts.") else value).contiguous()
-        for name, value in file.gates.state_dict().items()
-    }
-    shape = f"{file.gates.kind} {file.gates.branches} {file.gates.hidden_size}"
-    save_file(state, str(folder / GATES_FILE), metadata={"gates": shape})  # one key: equal bytes
+    write_gates(folder / GATES_FILE, file.gates)
     described = {
         "format": FORMAT,
         "kind": file.gates.kind,
@@ -85,6 +80,16 @@ def save_gates(folder: Path, file: GateFile) -> None:
         "decode": file.decode,
     }
     (folder / META_FILE).write_text(json.dumps(_finite(described), indent=1) + "\n")
+
+
+def write_gates(path: Path, gates: Gates) -> None:
+    """Write gates alone, as `read_gates` reads them."""
+    state = {
+        name: (value.to(STORED) if name.startswith("shortcuts.") else value).contiguous()
+        for name, value in gates.state_dict().items()
+    }
+    shape = f"{gates.kind} {gates.branches} {gates.hidden_size}{' folded' if gates.folded else ''}"
+    save_file(state, str(path), metadata={"gates": shape})  # one key: equal bytes
 
 
 def _finite(value: Any) -> Any:
@@ -114,6 +119,7 @@ def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
     if found[0] != kind:
         raise ValueError(f"{path} holds no {kind} gates: found {found[0]}")
     gates = make_gates(kind, int(found[1]), int(found[2]), **settings)
+    gates.folded = "folded" in found[3:]
     state = load_file(str(path))
     if "shortcuts.down" in state:
         gates.shortcuts = Shortcuts(int(found[1]), int(found[2]), state["shortcuts.down"].shape[1])

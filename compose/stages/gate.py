@@ -212,6 +212,7 @@ class Gate(Stage):
         """Gates beside the model: attach, fine-tune, calibrate; the backbone moves if asked."""
         from gateskip.checkpoint import GateFile, grid_of, save_gates
         from gateskip.model.folders import load_model
+        from gateskip.model.norms import has_folded_norms
         from gateskip.quantization.packed_linear import accelerate_linears
         from gateskip.training.loop import training_device
 
@@ -225,6 +226,7 @@ class Gate(Stage):
         curve = self._train(job, model, gates, train, calibration)
         if gates.shortcuts is not None:
             gates.shortcuts.settle()
+        gates.folded = has_folded_norms(model)  # a full backbone trains its norms, too
         calibrations = self.calibrate(job, model, gates, calibration, sensitivity)
         grid, kept = grid_of(calibrations)
         self._save_backbone(job, model)
@@ -265,7 +267,7 @@ class Gate(Stage):
             _seed(job.seed)
             gates = make_gates(self.kind, count, width, sizes, self.scales, self.place)
         else:
-            gates = self._read(sizes, count, width)
+            gates = self._read(sizes, model)
         gates.attach(model)
         if self.shortcut and gates.shortcuts is None:
             job.progress(0, 1, "fitting shortcuts")
@@ -282,11 +284,13 @@ class Gate(Stage):
             return gates, None
         return gates, sensitivities(model, train[:SENSITIVITY_BLOCKS])
 
-    def _read(self, sizes: dict[str, int], count: int, width: int) -> Gates:
-        """The gates of the file that `init` names."""
+    def _read(self, sizes: dict[str, int], model: Any) -> Gates:
+        """The gates of the file that `init` names, made to fit the model's norms."""
         from gateskip.checkpoint import read_gates
+        from gateskip.gates.norms import fit_norms
+        from gateskip.model.families import find_branches
 
-        path = Path(self.init)
+        path, count, width = Path(self.init), len(find_branches(model)), model.config.hidden_size
         try:
             gates = read_gates(path, self.kind, sizes=sizes, scales=self.scales, place=self.place)
         except ValueError as error:
@@ -299,6 +303,14 @@ class Gate(Stage):
                 f" {gates.hidden_size} inputs, but the model has {count} of {width}",
                 fix="set init: warm, or name gates that were made for this model",
             )
+        try:
+            fit_norms(gates, model)
+        except ValueError as error:
+            raise UserError(
+                f"{path.name} does not fit the model: {error}",
+                fix="set init: warm, or fold the file's model into it"
+                " (gateskip.gates.norms.fold_norms_into_gates)",
+            ) from error
         return gates
 
     def _train(

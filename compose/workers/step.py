@@ -72,6 +72,7 @@ def _make_source(job: StepRequest, target: Path, progress: Progress) -> dict[str
         "origin": public_source(str(asset.origin)),
         "licence": licence_of(job["model"], Path(asset.path)),
         "input_sha256": asset.sha256,
+        "record": {} if asset.note is None else {"notes": [asset.note]},
     }
 
 
