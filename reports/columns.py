@@ -303,22 +303,20 @@ def usual_draft_entry(report: Report, row: Row) -> Entry:
 
 def lossless_entry(report: Report, row: Row) -> Entry:
     """Whether speculation gave plain decoding's tokens."""
-    speculation = row.cell.speculation
-    if speculation is None or speculation.lossless is None:
+    check = row.cell.lossless_check
+    if check is None or check.lossless is None:
         return Entry()
     return (
-        Entry("yes", "", 1.0, tone="good")
-        if speculation.lossless
-        else Entry("no", "", 0.0, tone="poor")
+        Entry("yes", "", 1.0, tone="good") if check.lossless else Entry("no", "", 0.0, tone="poor")
     )
 
 
 def diverged_entry(report: Report, row: Row) -> Entry:
     """The same with the place of the first divergence."""
-    entry, speculation = lossless_entry(report, row), row.cell.speculation
-    if speculation is None or speculation.first_divergence is None or speculation.lossless:
+    entry, check = lossless_entry(report, row), row.cell.lossless_check
+    if check is None or check.first_divergence is None or check.lossless:
         return entry
-    return replace(entry, note=divergence(speculation.first_divergence))
+    return replace(entry, note=divergence(check.first_divergence))
 
 
 def seed_count_entry(report: Report, row: Row) -> Entry:

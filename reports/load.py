@@ -143,7 +143,7 @@ class Report:
         """The winners that the summary shows."""
         keeps = [row for row in self.rows if (row.get("retained") or 0.0) >= KEEPS]
         lossless = [
-            row for row in self.rows if row.cell.speculation and row.cell.speculation.lossless
+            row for row in self.rows if row.cell.lossless_check and row.cell.lossless_check.lossless
         ]
         return (
             _best(f"Fastest that keeps {_KEEPS}", keeps, "decode", "No cell keeps so much."),
@@ -209,7 +209,7 @@ def weights_of(steps: Sequence[StepInfo] | None) -> str:
 def decode_of(cell: CellResult) -> Decode:
     """How the cell decodes: by its stages, or else by what was measured of it."""
     uses = [step.use for step in cell.steps or ()]
-    if "speculate" in uses or cell.speculation is not None:
+    if "speculate" in uses or cell.speculates:
         return "speculate"
     if cell.steps is not None:
         return "skip" if "skip" in uses else "plain"

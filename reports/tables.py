@@ -191,7 +191,7 @@ def insight(report: Report) -> list[tuple[Row, list[tuple[str, int, float]]]]:
 
 def speculation(report: Report) -> Table:
     """What each speculative cell did."""
-    rows = tuple(row for row in report.rows if row.cell.speculation is not None)
+    rows = tuple(row for row in report.rows if row.cell.speculates)
     return table_of(
         report,
         rows,
