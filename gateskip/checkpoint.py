@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.thresholds import Calibration
 from gateskip.decoding.decoder import Decoder
 from gateskip.gates.base import Gates
@@ -49,6 +50,28 @@ class GateFile:
     training: dict[str, Any] = field(default_factory=dict)
     decode: dict[str, Any] = field(default_factory=dict)
     """How the folder is decoded when nobody says otherwise: mode and its settings."""
+    between: dict[float, float] = field(default_factory=dict)
+    """What interpolated budgets kept there, half-way between two calibrated ones."""
+
+    @classmethod
+    def of(
+        cls,
+        gates: Gates,
+        kv_rule: str,
+        budgets: CalibratedBudgets,
+        sensitivity: list[float] | None = None,
+        training: dict[str, Any] | None = None,
+        decode: dict[str, Any] | None = None,
+    ) -> GateFile:
+        """From what was calibrated."""
+        grid = {budget: list(row) for budget, row in budgets.thresholds.items()}
+        kept, between = dict(budgets.kept), dict(budgets.between)
+        return cls(gates, kv_rule, grid, kept, sensitivity, training or {}, decode or {}, between)
+
+    @property
+    def budgets(self) -> CalibratedBudgets:
+        """What was calibrated, to be asked for any budget."""
+        return CalibratedBudgets(self.grid, self.kept, self.between)
 
 
 def grid_of(
@@ -75,6 +98,7 @@ def save_gates(folder: Path, file: GateFile) -> None:
         "kv_rule": file.kv_rule,
         "thresholds": {str(budget): row for budget, row in sorted(file.grid.items())},
         "kept": {str(budget): share for budget, share in sorted(file.kept.items())},
+        "kept_between": {str(budget): share for budget, share in sorted(file.between.items())},
         "sensitivity": file.sensitivity,
         "training": file.training,
         "decode": file.decode,
@@ -151,6 +175,7 @@ def load_gates(folder: Path) -> GateFile | None:
         sensitivity=meta["sensitivity"],
         training=meta["training"],
         decode=meta["decode"],
+        between={float(b): share for b, share in meta.get("kept_between", {}).items()},
     )
 
 
@@ -249,5 +274,5 @@ def _decoder(folder: Path, skipping: SkippingModel, file: GateFile | None) -> De
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    grid = file.grid if file else {}
-    return Decoder(skipping, tokenizer, grid, defaults=stored_decode(folder))
+    budgets = CalibratedBudgets({}) if file is None else file.budgets
+    return Decoder(skipping, tokenizer, budgets, defaults=stored_decode(folder))

@@ -26,6 +26,7 @@ from compose.bench.text import load_head, load_reference, save_reference, score_
 from compose.errors import AssetError, StepError
 from gateskip.calibration.insight import inspect_text, summarize
 from gateskip.decoding.decoder import Decoder, Mode
+from gateskip.kernels import autotune
 from gateskip.model.compute import Saving, Usage
 
 BLOCK = 512  # tokens of a block on which perplexity is measured
@@ -90,6 +91,7 @@ class CellBench:
             "arithmetic": decoder.arithmetic.to_dict(),
             "scoring_arithmetic": decoder.scoring_arithmetic.to_dict(),
             "backend_fallback": decoder.fallback,
+            "choices": autotune.made(),
         }
 
     # -- quality -------------------------------------------------------------------------------
@@ -203,6 +205,7 @@ class CellBench:
             "saved_model": saved.model,
         }
         if self.mode == "skip":
+            record["kept"] = round(self.decoder.kept_of(usage), 4)
             record["kept_shares"] = [round(share, 4) for share in usage.shares()]
         return record
 
