@@ -165,8 +165,8 @@ def _kept_tiny(key: str) -> Path | None:
     family, seed, overrides = json.loads(key)
     folder = Path(kept) / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not folder.exists():
-        made = save_tiny(folder.with_name(f"{folder.name}-{os.getpid()}"), family, seed, **overrides)
-        made.rename(folder)
+        temporary = folder.with_name(f"{folder.name}-{os.getpid()}")
+        save_tiny(temporary, family, seed, **overrides).rename(folder)
     return folder
 
 

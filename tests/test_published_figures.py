@@ -18,7 +18,7 @@ import pytest
 import gateskip
 from compose.bench.speed import SpeedTurns
 from compose.bench.turns import add_turns
-from gateskip.calibration.thresholds import thresholds_at
+from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.drafting import Draft
 from gateskip.decoding.stats import Stats
@@ -117,13 +117,13 @@ class TestComputeSaved:
 
     def test_nothing_counted_saves_nothing(self, small: Any) -> None:
         with pytest.raises(ValueError, match="no token was counted"):
-            saving(small, Usage.empty(4), None, "project", [False] * 4)
-        assert Usage.empty(3) == Usage([0, 0, 0], 0, 0)
-        assert Usage.empty(2).shares() == [1.0, 1.0]
+            saving(small, Usage.of(small), None, "project", [False] * 4)
+        assert Usage.of(small) == Usage([0, 0, 0, 0], 0, 0)
+        assert Usage.of(small).shares() == [1.0] * 4
         assert usage().shares() == [1.0, 0.4, 0.7, 0.1]
         full = usage()
         full.clear()
-        assert full == Usage.empty(4)
+        assert full == Usage.of(small)
 
     @pytest.mark.parametrize(("kv_rule", "kv"), [("project", 7 * 1024), ("copy", 0)])
     @pytest.mark.parametrize("backend", ["gathered", "reference"])
@@ -134,7 +134,9 @@ class TestComputeSaved:
         attention, is closed to all but the first token: 7 skip it, having attended to 36 of 36."""
         gates = ScalarGates(4, 32).requires_grad_(False)
         grid = {0.5: [-math.inf, -math.inf, math.inf, -math.inf]}
-        decoder = Decoder(SkippingModel(small, gates, kv_rule, backend), None, grid)
+        decoder = Decoder(
+            SkippingModel(small, gates, kv_rule, backend), None, CalibratedBudgets(grid)
+        )
         decoder.generate([[5, 6, 7, 8, 9]], 4, "skip", budget=0.5)
         counted = decoder.skipping.usage
         assert (counted.seen, counted.context, counted.kept) == (8, 36, [8, 8, 1, 8])
@@ -150,38 +152,37 @@ class TestComputeSaved:
 
 
 class TestThresholds:
-    GRID: ClassVar = {0.9: [0.0, -4.0], 0.5: [2.0, 10.0]}
+    GRID: ClassVar = {0.9: [0.0, -4.0], 0.8: [2.0, 10.0]}
 
     def test_a_quarter_of_the_way(self) -> None:
-        """0.6 is a quarter of the way from 0.5 to 0.9: 2 - 0.5 and 10 - 3.5."""
-        assert thresholds_at(self.GRID, 0.6) == pytest.approx([1.5, 6.5])
+        """0.825 is a quarter of the way from 0.8 to 0.9: 2 - 0.5 and 10 - 3.5."""
+        assert CalibratedBudgets(self.GRID).at(0.825) == pytest.approx([1.5, 6.5])
 
     def test_nine_tenths_of_the_way(self) -> None:
-        assert thresholds_at(self.GRID, 0.86) == pytest.approx([0.2, -2.6])
+        assert CalibratedBudgets(self.GRID).at(0.89) == pytest.approx([0.2, -2.6])
 
     def test_between_three_the_nearest_two_count(self) -> None:
-        grid = self.GRID | {0.7: [0.8, 8.0]}
-        assert thresholds_at(grid, 0.55) == pytest.approx([1.7, 9.5])
-        assert thresholds_at(grid, 0.75) == pytest.approx([0.6, 5.0])
+        budgets = CalibratedBudgets(self.GRID | {0.84: [0.8, 8.0]})
+        assert budgets.at(0.81) == pytest.approx([1.7, 9.5])
+        assert budgets.at(0.855) == pytest.approx([0.6, 5.0])
 
     def test_calibrated_ones_are_taken_as_they_are(self) -> None:
-        assert thresholds_at(self.GRID, 0.5) == [2.0, 10.0]
-        assert thresholds_at(self.GRID, 0.9) == [0.0, -4.0]
-        assert thresholds_at(self.GRID, 0.9 - 1e-12) == [0.0, -4.0]
-        assert thresholds_at(self.GRID, 0.5 - 1e-12) == [2.0, 10.0]
+        budgets = CalibratedBudgets(self.GRID)
+        for budget in (0.8, 0.9):
+            for near in (budget, budget - 1e-12, budget + 1e-12):
+                assert budgets.at(near) == self.GRID[budget]
+        assert budgets.at(1.0) is None
 
     def test_an_end_that_is_not_finite_keeps_the_safer_one(self) -> None:
-        grid = {0.5: [math.inf, 3.0, math.inf], 0.9: [1.0, -math.inf, math.inf]}
-        assert thresholds_at(grid, 0.6) == [1.0, -math.inf, math.inf]
+        grid = {0.8: [math.inf, 3.0, math.inf, 5.0], 0.9: [1.0, -math.inf, math.inf, 1.0]}
+        assert CalibratedBudgets(grid).at(0.825) == pytest.approx([1.0, -math.inf, math.inf, 4.0])
 
-    def test_full_compute_has_none(self) -> None:
-        assert thresholds_at(self.GRID, 1.0) is None
-        with pytest.raises(
-            ValueError, match=r"budget 0\.49 was not calibrated; the lowest is 0\.5"
-        ):
-            thresholds_at(self.GRID, 0.49)
-        with pytest.raises(ValueError, match="the lowest is none"):
-            thresholds_at({}, 0.5)
+    def test_what_a_budget_keeps(self) -> None:
+        """Between 0.6 (0.61 kept), 0.65 (0.64) and 0.7 (0.69): linear from one to the next."""
+        budgets = CalibratedBudgets({0.6: [2.0], 0.7: [1.0]}, {0.6: 0.61, 0.7: 0.69}, {0.65: 0.64})
+        assert budgets.kept_at(0.6) == 0.61 and budgets.kept_at(1.0) == 1.0
+        assert budgets.kept_at(0.62) == pytest.approx(0.622)  # two fifths of the way to 0.64
+        assert budgets.kept_at(0.69) == pytest.approx(0.68)  # four fifths of the way to 0.69
 
 
 # -- acceptance, and tokens a pass ------------------------------------------------------------

@@ -22,6 +22,7 @@ from compose.bench.speed import SpeedTurns
 from compose.errors import StepError
 from compose.units import Progress
 from gateskip.decoding.decoder import Decoder, Mode
+from gateskip.kernels import autotune
 from gateskip.model.compute import Saving, Usage
 from gateskip.model.families import UnsupportedModel
 
@@ -69,6 +70,7 @@ class CellBench:
             "arithmetic": decoder.arithmetic.to_dict(),
             "scoring_arithmetic": decoder.scoring_arithmetic.to_dict(),
             "backend_fallback": decoder.fallback,
+            "choices": autotune.made(),
         }
 
     # -- quality -------------------------------------------------------------------------------

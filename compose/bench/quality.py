@@ -193,6 +193,7 @@ class QualityBench:
             "saved_model": saved.model,
         }
         if self.mode == "skip":
+            record["kept"] = round(self.decoder.kept_of(usage), 4)
             record["kept_shares"] = [round(share, 4) for share in usage.shares()]
         return record
 

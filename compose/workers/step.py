@@ -19,8 +19,17 @@ from compose.workers.scalars import written
 def run_step(job: StepRequest, progress: Progress) -> dict[str, Any]:
     """Make the step's model folder with its lineage and probe logits; returns the record.
 
+    No stopwatch decides anything here: what it says is no part of the step's key.
+
     Raises as the stage, or as fetching the source model, does.
     """
+    from gateskip.kernels.autotune import by_capability
+
+    with by_capability():
+        return _run_step(job, progress)
+
+
+def _run_step(job: StepRequest, progress: Progress) -> dict[str, Any]:
     from compose.artifacts import folder as artifact
 
     target = Path(job["target"])
@@ -75,6 +84,7 @@ def _make_source(job: StepRequest, target: Path, progress: Progress) -> dict[str
         "origin": public_source(str(asset.origin)),
         "licence": licence_of(job["model"], Path(asset.path)),
         "input_sha256": asset.sha256,
+        "record": {} if asset.note is None else {"notes": [asset.note]},
     }
 
 
