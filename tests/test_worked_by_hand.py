@@ -1,4 +1,4 @@
-"""Draft lengths, rounding and losses beside numbers that were worked out by hand."""
+"""Draft lengths, rounding, losses and samplers beside numbers that were worked out by hand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gateskip.decoding.draft_length import DraftLengthController
+from gateskip.decoding.sampling import GREEDY, Sampler, accept_or_resample, draw
 from gateskip.quantization.rounding import CLIPPED, GROUP, round_to_grid
 from gateskip.training import objectives
 
@@ -78,9 +79,10 @@ class TestDraftLength:
     def test_what_a_draft_must_be_worth(self) -> None:
         assert measured(0.5, plain=2.0).least() == pytest.approx(0.075)
         assert DraftLengthController().least() == 0.0
-        part = measured(0.5)
-        part.per_row = None
-        assert part.least() == 0.0
+        for unknown in ("plain", "draft_step", "per_row"):
+            part = measured(0.5)
+            setattr(part, unknown, None)
+            assert part.least() == 0.0
 
     def test_acceptance_by_the_drafts_own_probability(self) -> None:
         controller = DraftLengthController()
@@ -273,3 +275,89 @@ class TestLosses:
         found = float(objectives.bernoulli_kl(torch.full((4,), mean), budget))
         wanted = (1 - 1e-4) * math.log((1 - 1e-4) / 1e-6) + 1e-4 * math.log(1e-4)
         assert found == pytest.approx(wanted, rel=5e-3)
+
+
+# -- distributions of the next token ----------------------------------------------------------
+
+LOGITS = torch.tensor([[8.0, 4.0, 2.0], [1.0, 5.0, 3.0], [3.0, 2.0, 1.0]]).log()
+"""After a text, and after one and two drafted tokens: probabilities 8/14, 1/9, 3/6 of token 0."""
+
+
+class TestSampler:
+    @pytest.mark.parametrize(
+        "edge",
+        [
+            *({"temperature": 0}, {"top_k": 0}, {"repetition_penalty": 0.5}),
+            *({"top_p": 1.0}, {"min_p": 0.0}, {"min_p": 1.0}, {"top_p": 0.01}),
+        ],
+    )
+    def test_what_is_just_allowed(self, edge: dict[str, float]) -> None:
+        assert getattr(Sampler(**edge), next(iter(edge))) == next(iter(edge.values()))  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            *(({"temperature": -0.1}, "^temperature"), ({"top_k": -1}, "or less$")),
+            *(({"repetition_penalty": 0.0}, "^temperature and top_k"), ({"top_p": 0.0}, "^top_p")),
+            *(({"top_p": 1.01}, r"in \[0, 1\]$"), ({"min_p": -0.1}, "^top_p must lie")),
+            ({"min_p": 1.01}, "^top_p must lie"),
+        ],
+    )
+    def test_what_is_just_refused(self, wrong: dict[str, float], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            Sampler(**wrong)  # type: ignore[arg-type]
+
+    def test_greedy_ones(self) -> None:
+        assert list(GREEDY.distributions(LOGITS, [1], [0, 1])) == [0, 1, 0]
+        assert next(GREEDY.distributions(LOGITS, [1], [0, 1])) == 0
+
+    def test_sampled_ones(self) -> None:
+        wanted = torch.tensor(
+            [[8 / 14, 4 / 14, 2 / 14], [1 / 9, 5 / 9, 3 / 9], [3 / 6, 2 / 6, 1 / 6]]
+        )
+        found = list(Sampler(temperature=1.0).distributions(LOGITS, [1], [0, 1]))
+        torch.testing.assert_close(torch.stack(found), wanted)  # type: ignore[arg-type]
+        halved = Sampler(temperature=0.5).distribution(LOGITS[1].bfloat16().float(), [1])
+        torch.testing.assert_close(halved, torch.tensor([1, 25, 9]) / 35, atol=5e-3, rtol=0)
+
+    def test_each_setting_alone(self) -> None:
+        """Of 8, 4 and 2 in 14: the two likeliest, three quarters, and a half of the likeliest."""
+        for settings, wanted in (
+            ({"top_k": 2}, [8 / 12, 4 / 12, 0]),
+            ({"top_k": 1}, [1.0, 0, 0]),
+            ({"top_p": 0.75}, [8 / 12, 4 / 12, 0]),
+            ({"top_p": 0.99}, [8 / 14, 4 / 14, 2 / 14]),
+            ({"min_p": 0.4}, [8 / 12, 4 / 12, 0]),
+            ({"min_p": 0.1}, [8 / 14, 4 / 14, 2 / 14]),
+        ):
+            found = Sampler(temperature=1.0, **settings).distribution(LOGITS[0], [1])  # type: ignore[arg-type]
+            torch.testing.assert_close(found, torch.tensor(wanted))
+
+    def test_a_penalty_reads_the_draft_too(self) -> None:
+        """Logits of 2 and 1.5: halved where the text has token 0, so that token 1 is the likelier;
+        and where the draft has it, too, both are halved."""
+        logits = torch.tensor([[2.0, 1.5, 0.5]] * 3)
+        penalty = Sampler(repetition_penalty=2.0)
+        assert list(penalty.distributions(logits, [2], [0, 1])) == [0, 1, 0]
+        assert list(penalty.distributions(logits, [0], [2, 1])) == [1, 1, 0]
+
+    def test_drawing(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        assert draw(7, generator) == 7
+        drawn = [draw(torch.tensor([0.0, 0.25, 0.75]), generator) for _ in range(400)]
+        assert 0 not in drawn and 60 < drawn.count(1) < 140
+        again = torch.Generator().manual_seed(0)
+        assert drawn == [draw(torch.tensor([0.0, 0.25, 0.75]), again) for _ in range(400)]
+
+    def test_single_tokens_against_probabilities(self) -> None:
+        """A looked-up token is accepted as often as the target draws it, and then another comes."""
+        target = torch.tensor([0.2, 0.5, 0.3])
+        generator = torch.Generator().manual_seed(3)
+        found = [accept_or_resample([1], [1], [target, 2], generator) for _ in range(2000)]
+        kept = sum(accepted for accepted, _ in found)
+        assert kept / 2000 == pytest.approx(0.5, abs=0.04)
+        assert {token for accepted, token in found if accepted} == {2}
+        instead = [token for accepted, token in found if not accepted]
+        assert set(instead) == {0, 2} and instead.count(0) / len(instead) == pytest.approx(
+            0.4, abs=0.05
+        )
