@@ -15,8 +15,8 @@ from compose.assets import (
     require_text_name,
 )
 from compose.errors import AssetError, PlanError, context
-from compose.language.positions import Loc
 from compose.language.parse import load_pipeline
+from compose.language.positions import Loc
 from compose.language.schema import Pipeline
 from compose.planning.keys import InputHashes
 from compose.planning.plan import Plan
