@@ -54,8 +54,16 @@ class CellJob:
     threads: int | None
     backend: BackendName | Literal["auto"] = "auto"
     """What runs the model."""
+    baseline_backend: str = "auto"
+    """What runs the baseline."""
     learns_from: Sequence[tuple[str, int | None]] = ()
     """Of the baseline only: source and row limit of each text that a stage of the plan reads."""
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is the cell that the others are compared with."""
+        plain = self.decode is None and self.backend == self.baseline_backend
+        return plain and self.folder == self.baseline_folder
 
 
 class CellBench:
@@ -150,7 +158,7 @@ class CellBench:
         blocks = token_blocks(texts, self.decoder.tokenizer, BLOCK, count)
         usage = self.decoder.skipping.usage
         usage.clear()
-        if self.job.folder == self.job.baseline_folder and self.mode == "plain":
+        if self.job.is_baseline:
             scores, distance = save_reference(model, blocks, reference), {}
         else:
             dense = load_reference(reference, blocks), load_head(self.job.baseline_folder)
