@@ -103,7 +103,8 @@ def _keeps(run: RunState, cell: Cell) -> bool:
 
 def _lacks_reference(run: RunState) -> bool:
     """Whether a cell is still to be compared with baseline predictions that are not stored."""
-    if not run.plan.pipeline.benchmark.quality.perplexity:
+    quality = run.plan.pipeline.benchmark.quality
+    if not quality.perplexity and quality.own_answers is None:
         return False
     if run.folder.reference(run.baseline.key).is_file():
         return False

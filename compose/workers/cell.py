@@ -69,7 +69,8 @@ def measure_roofline(threads: int) -> dict[str, float]:
 
 def open_bench(job: CellRequest, progress: Progress) -> CellBench | PeerBench:
     """What measures the cell; it loads nothing yet."""
-    from compose.bench.cell import CellBench, CellJob
+    from compose.bench.cell import CellBench
+    from compose.bench.job import CellJob
 
     described = CellJob(
         name=job["name"],
