@@ -35,8 +35,8 @@ def results() -> Results:
         made_up_cell("dense", 20.0, 270, 1.0),
         made_up_cell("nf4", 28.0, 110, 1.04),
         made_up_cell("gates+skip", 34.0, 270, 1.3),
-        made_up_cell("gates+spec", 31.0, 270, 1.0, speculation={"lossless": True}),
-        made_up_cell("gates+nf4+spec", 45.0, 111, 1.04, speculation={"lossless": False}),
+        made_up_cell("gates+spec", 31.0, 270, 1.0, lossless_check={"lossless": True}),
+        made_up_cell("gates+nf4+spec", 45.0, 111, 1.04, lossless_check={"lossless": False}),
         made_up_cell("gates+gptq4+spec", 44.0, 105, 1.04, speculation={}),
         made_up_cell("broken", 99.0, 1, 1.0, status="failed"),
     ]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from compose import assets
 from compose.bench import continuations, text
-from compose.bench.intervals import wilson
 from compose.errors import StepError, UserError
+from compose.results.intervals import wilson
 
 
 class Plain:

@@ -101,13 +101,17 @@ def made_up_cell(
             "saved_model": saved * 0.79,
         }
     if speculation is not None:
-        cell["speculation"] = {"speedup": 1.2, "lossless": True, "prompts": 16, "tokens": 1024}
-        cell["speculation"] |= speculation
+        cell["lossless_check"] = {"lossless": True, "prompts": 16, "tokens": 1024}
+        cell["lossless_check"] |= {k: speculation.pop(k) for k in CHECKED & speculation.keys()}
+        cell["speculation"] = {"speedup": 1.2, **speculation}
         cell["quality_of"] = name.removesuffix("+spec")
         del cell["quality"]
     if chain and chain[-1] in ("spec", "skip80"):
         cell["plain"] = "+".join(chain[:-1]) or "dense"
     return cell | more
+
+
+CHECKED = {"lossless", "prompts", "tokens", "first_divergence"}
 
 
 def made_up_results() -> dict[str, Any]:
@@ -226,7 +230,7 @@ def made_up_results() -> dict[str, Any]:
         for name in names
     ]
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "run": "made-up-for-tests",
         "baseline": "dense",
         "command": "gateskip run pipelines/made-up.yaml --out runs",
@@ -458,7 +462,7 @@ def test_the_same_numbers_in_both_reports(report: Report) -> None:
     ],
 )
 def test_a_poor_run_still_makes_a_report(cells: list[dict[str, Any]]) -> None:
-    data = {"schema_version": 2, "run": "poor", "cells": cells}
+    data = {"schema_version": 3, "run": "poor", "cells": cells}
     report = Report(Results.model_validate(data))
     Page(to_html(report, pictures(report)))
     assert "# poor" in to_markdown(report, {})

@@ -23,7 +23,7 @@ from compose.results.metrics import (
     retained_basis,
     task_retained,
 )
-from compose.results.parts import Measured, Quality, Speculation
+from compose.results.parts import LosslessCheck, Measured, Quality, Speculation
 from compose.results.schema import CellResult, Results
 
 
@@ -41,7 +41,7 @@ def quality(perplexity: float, **tasks: float) -> dict[str, Any]:
 
 
 SKELETON = """
-{"schema_version": 2, "run": "quickstart", "environment": {}, "baseline": "dense",
+{"schema_version": 3, "run": "quickstart", "environment": {}, "baseline": "dense",
  "cells": [{"name": "gates+nf4+spec", "chain": ["gates", "nf4", "spec"], "status": "ok",
    "reason": null,
    "size": {"disk_bytes": 10, "resident_bytes": 20, "peak_bytes": 30},
@@ -54,8 +54,8 @@ SKELETON = """
      "kl_to_baseline": 0.5, "greedy_agreement": 0.75,
      "tasks": {"arc_easy": {"metric": "acc_norm", "value": 0.5, "n": 100,
        "ci95": [0.25, 0.75], "retained": 0.9}}},
-   "speculation": {"acceptance_rate": 0.5, "mean_accepted_tokens": 1.5, "speedup": 1.25,
-     "lossless": true, "first_divergence": null}}]}
+   "speculation": {"acceptance_rate": 0.5, "mean_accepted_tokens": 1.5, "speedup": 1.25},
+   "lossless_check": {"lossless": true, "first_divergence": null}}]}
 """
 
 
@@ -66,7 +66,7 @@ def test_the_design_s_skeleton_survives_a_round_trip(tmp_path: Path) -> None:
 
 
 def test_absent_stays_absent_but_for_what_scripts_look_up(tmp_path: Path) -> None:
-    results = run_of({"name": "dense", "size": {"disk_bytes": 5}, "speculation": {}})
+    results = run_of({"name": "dense", "size": {"disk_bytes": 5}, "lossless_check": {}})
     save_results(results, tmp_path / "results.json")
     (cell,) = json.loads((tmp_path / "results.json").read_text("utf-8"))["cells"]
     assert cell == {
@@ -75,7 +75,7 @@ def test_absent_stays_absent_but_for_what_scripts_look_up(tmp_path: Path) -> Non
         "status": "ok",
         "reason": None,
         "size": {"disk_bytes": 5},
-        "speculation": {"first_divergence": None},
+        "lossless_check": {"first_divergence": None},
     }
 
 
@@ -146,8 +146,8 @@ def test_a_run_has_no_name_twice() -> None:
     [
         ("{", "not JSON"),
         ("[]", "the file"),
-        ('{"schema_version": 3}', "newer than 2"),
-        ('{"schema_version": 1}', "older than 2"),
+        ('{"schema_version": 4}', "newer than 3"),
+        ('{"schema_version": 2}', "older than 3"),
         ('{"run": "x"}', "cells: Field required"),
         (
             '{"run": "x", "cells": [{"name": "a", "chain": [], "status": "fine"}]}',
@@ -253,8 +253,9 @@ def test_every_metric_reads_an_empty_and_a_full_cell() -> None:
 
 
 def test_lossless_is_three_valued() -> None:
-    assert Speculation().lossless is None
-    assert Speculation().model_dump() == {"first_divergence": None}
+    assert LosslessCheck().lossless is None
+    assert LosslessCheck().model_dump() == {"first_divergence": None}
+    assert Speculation().model_dump() == {}
 
 
 # --- environment ---------------------------------------------------------------------------------

@@ -273,8 +273,8 @@ def test_the_result_is_typed_and_compared_with_the_baseline(tmp_path: Path) -> N
     assert spec.quality is None
     assert spec.quality_of == "gates"
     assert results.quality(spec) == gates.quality
-    assert spec.speculation is not None
-    assert spec.speculation.lossless is True
+    assert spec.speculation is not None and spec.lossless_check is not None
+    assert spec.lossless_check.lossless is True
     assert spec.speculation.speedup == pytest.approx(3.0)
     assert results.cell("skip").status == "left-out"
     assert results.cell("skip").rule == "decode-needs-gates"

@@ -21,9 +21,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from compose.assets import TASKS, load_task
 from compose.assets.table import OURS
 from compose.bench.continuations import Pair, score_continuations
-from compose.bench.intervals import wilson
 from compose.bench.text import ScoredModel
 from compose.errors import AssetError, UserError, suggest
+from compose.results.intervals import wilson
 from compose.units import Progress
 
 if TYPE_CHECKING:

@@ -117,7 +117,7 @@ def _merge_phase(part: dict[str, Any], phase: Phase, record: dict[str, Any]) -> 
     if phase == "load":
         part |= record  # what is left describes the whole cell, such as its kernels
         return
-    own = "quality" if phase == "quality" else "speculation"
+    own = "quality" if phase == "quality" else "lossless_check"
     part[own] = {**part.get(own, {}), **record}
 
 
@@ -156,8 +156,8 @@ def _compare(plan: Plan, parts: dict[str, dict[str, Any]]) -> None:
             _relate(score, (base.get("tasks") or {}).get(task), "retained")
         plain = parts.get(part.get("plain") or "", {})
         fast, slow = _decode_median(part), _decode_median(plain)
-        if part.get("speculation") is not None and fast and slow:
-            part["speculation"]["speedup"] = fast / slow
+        if part.get("lossless_check") is not None and fast and slow:
+            part["speculation"] = {**part.get("speculation", {}), "speedup": fast / slow}
 
 
 def _fold_repeats(plan: Plan, parts: dict[str, dict[str, Any]]) -> None:

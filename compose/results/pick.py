@@ -71,9 +71,10 @@ class Lossless:
 
     def shortfall(self, cell: CellResult) -> float:
         """0 when the cell does not speculate or is lossless."""
-        if cell.speculation is None or cell.speculation.lossless:
+        lossless = None if cell.lossless_check is None else cell.lossless_check.lossless
+        if not cell.speculates or lossless:
             return 0.0
-        return NOT_MEASURED if cell.speculation.lossless is None else 1.0
+        return NOT_MEASURED if lossless is None else 1.0
 
     def required(self) -> str:
         """The bound in words."""
@@ -81,10 +82,10 @@ class Lossless:
 
     def seen(self, cell: CellResult) -> str:
         """What was seen of the cell."""
-        if cell.speculation is None:
+        if not cell.speculates:
             return "no speculation"
         words = {True: "lossless", False: "not lossless", None: "losslessness not measured"}
-        return words[cell.speculation.lossless]
+        return words[None if cell.lossless_check is None else cell.lossless_check.lossless]
 
 
 def pick(

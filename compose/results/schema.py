@@ -17,17 +17,21 @@ from compose.results.parts import (
     Arithmetic,
     Compute,
     Insight,
+    LosslessCheck,
+    Peer,
     Quality,
     Record,
     SeedRun,
     Size,
+    SkippingCurve,
     Speculation,
     Speed,
     StepInfo,
     TrainingPoint,
+    Verdict,
 )
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 Status = Literal["ok", "failed", "left-out"]
@@ -96,7 +100,22 @@ class CellResult(Record):
     """Quality, measured on this cell itself."""
 
     speculation: Speculation | None = None
-    """What speculation did, for cells that speculate."""
+    """What speculation did in the timed rounds, for cells that speculate."""
+
+    lossless_check: LosslessCheck | None = None
+    """Whether speculation gives plain decoding's tokens, for cells that speculate."""
+
+    verdict: Verdict | None = None
+    """Whether the cell is worth shipping; absent for the baseline and for peers."""
+
+    peer: Peer | None = None
+    """Of another engine's cell only: which one, and how it was run."""
+
+    fingerprint: dict[str, str] | None = None
+    """Measured phase -> 16 hex digits over the code and the versions that measured it."""
+
+    choices: dict[str, Any] | None = None
+    """What a stopwatch chose once on this machine: the float type of prompts, whose kernels."""
 
     training: dict[str, tuple[TrainingPoint, ...]] | None = None
     """Stage name -> its training curve."""
@@ -116,6 +135,11 @@ class CellResult(Record):
     notes: tuple[str, ...] | None = None
     """What a reader should know about these numbers."""
 
+    @property
+    def speculates(self) -> bool:
+        """Whether the cell drafts tokens and verifies them."""
+        return self.speculation is not None or self.lossless_check is not None
+
     @model_validator(mode="before")
     @classmethod
     def _only_finite(cls, data: Any) -> Any:
@@ -133,7 +157,7 @@ class CellResult(Record):
 class Results(Record):
     """A whole run: its settings and its cells, which are found by name or alias."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     """Raised when a field changes its meaning or goes."""
 
     run: str
@@ -165,6 +189,9 @@ class Results(Record):
 
     notes: tuple[str, ...] | None = None
     """What a reader should know about the whole run."""
+
+    skipping_curves: tuple[SkippingCurve, ...] | None = None
+    """Accuracy against compute saved, of each family of cells that skip with the same weights."""
 
     cells: tuple[CellResult, ...]
     """Every cell of the plan, the baseline first, and those that the planner left out."""

@@ -1,0 +1,101 @@
+"""Speed, memory, arithmetic and compute of a cell."""
+
+from __future__ import annotations
+
+from compose.results.record import Estimate, Record
+
+
+class Measured(Record):
+    """A number that was measured several times."""
+
+    median: float
+    """The middle of the repeats."""
+
+    quartiles: tuple[float, float] | None = None
+    """First and third quartile of the repeats; absent below two of them."""
+
+    repeats: tuple[float, ...] = ()
+    """Every repeat, in the order of the rounds."""
+
+
+class SpeedNumbers(Record):
+    """How fast one shape (a batch size and a context) ran."""
+
+    prefill_tokens_per_s: Measured | None = None
+    """Prompt tokens read a second, over the whole batch."""
+
+    decode_tokens_per_s: Measured | None = None
+    """New tokens a second after the first, over the whole batch."""
+
+    ttft_s: Measured | None = None
+    """Seconds from the prompt to the first new token."""
+
+    decode_ratio: Estimate | None = None
+    """Decode speed over the baseline's, paired round by round; absent for the baseline."""
+
+    prefill_ratio: Estimate | None = None
+    """Prefill speed over the baseline's, paired round by round; absent for the baseline."""
+
+    repeat_s: tuple[float, ...] | None = None
+    """Seconds that each timed decode repeat lasted."""
+
+
+class Speed(SpeedNumbers):
+    """Batch size 1 at the main context; other batch sizes and contexts below."""
+
+    by_batch: dict[int, SpeedNumbers] | None = None
+    """Batch size -> its numbers, for every size but 1."""
+
+    by_context: dict[int, SpeedNumbers] | None = None
+    """Prompt tokens -> the numbers of batch 1 there, for every length but the main one."""
+
+
+class Arithmetic(Record):
+    """The arithmetic that computed a number; see `gateskip.runtime.backend.Arithmetic`."""
+
+    backend: str
+    """`reference`, `gathered` or `native`."""
+
+    weights: str
+    """How weights are stored: `bfloat16`, `4 bits in groups of 64`, ..."""
+
+    activations: str
+    """What weights are multiplied with: `float32`, `8 bits in blocks of 32`, ..."""
+
+    accumulation: str
+    """The type in which products are summed."""
+
+
+class Size(Record):
+    """Bytes on disk and in memory."""
+
+    disk_bytes: int | None = None
+    """Weight files of the artifact."""
+
+    resident_bytes: int | None = None
+    """What the loaded model occupies."""
+
+    peak_bytes: int | None = None
+    """Most memory of the cell's process while it was measured."""
+
+
+class Compute(Record):
+    """Shares of the dense model's multiply-adds that were not computed, 0 to 1.
+
+    Attention is counted at the context that each token saw, cut to the window of sliding layers.
+    """
+
+    saved_gross: float | None = None
+    """In the decoder layers, the cost of the gates left out."""
+
+    saved_net: float | None = None
+    """In the decoder layers, gates and keys/values that are still computed paid for."""
+
+    saved_model: float | None = None
+    """Net, of the whole model: the LM head counts too."""
+
+    saved_net_while_timed: float | None = None
+    """`saved_net` of the timed speed rounds (prompt and new tokens)."""
+
+    kept_shares: tuple[float, ...] | None = None
+    """Share of tokens that entered each branch (attention 0, MLP 0, ...), for cells that skip."""
