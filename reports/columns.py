@@ -96,13 +96,13 @@ def metric_column(
     help: str,
     show: Callable[[float], str],
     *,
-    show_gain: bool = False,
+    show_gain: bool | Literal["short"] = False,
     bar: bool | Literal["unit"] = False,
 ) -> Column:
     """A column of one metric. A bar is drawn against the table's largest value, or against 1.
 
-    Below the number stands the gain over the baseline (`show_gain`), else its 95 % interval. A
-    ratio whose interval holds 1 is written "no difference".
+    Below the number stands the gain over the baseline (`show_gain`; "short" leaves its interval
+    out), else its 95 % interval. A ratio whose interval holds 1 is written "no difference".
     """
 
     def make(report: Report, row: Row) -> Entry:
@@ -111,12 +111,13 @@ def metric_column(
             return Entry()
         ends = None if show_gain or row.is_baseline else report.interval(row, name)
         same = name in RATIOS and ends is not None and ends[0] <= 1 <= ends[1]
+        note = gain_note(report, row, name) if show_gain else span(*ends, show) if ends else ""
         return Entry(
             text=NO_DIFFERENCE if same else show(value),
-            note=gain_note(report, row, name) if show_gain else span(*ends, show) if ends else "",
+            note=note.partition(" (")[0] if show_gain == "short" else note,
             sort=value,
             bar=_bar(report, name, value, bar),
-            tone=tone(name, value) if name in STEPS else None,
+            tone=sure_tone(report, row, name),
         )
 
     return Column(head, unit, help, make)
@@ -158,6 +159,21 @@ def tone(metric: str, value: float) -> Tone | None:
     rank = METRICS[metric].rank
     good, fair = STEPS[metric]
     return "good" if rank(value) >= rank(good) else "fair" if rank(value) >= rank(fair) else "poor"
+
+
+def sure_tone(report: Report, row: Row, metric: str) -> Tone | None:
+    """The tone of the worse end of the metric's interval: what it is at least, or at most.
+
+    A share of task scores without an interval has none: nothing is known of it.
+    """
+    value = row.get(metric)
+    if value is None or row.is_baseline or metric not in STEPS:
+        return None
+    ends = report.interval(row, metric)
+    if ends is None:
+        unknown = metric == "retained" and retained_basis(report.results) == "tasks"
+        return None if unknown else tone(metric, value)
+    return tone(metric, min(ends, key=METRICS[metric].rank))
 
 
 def retained_help(report: Report) -> str:

@@ -12,7 +12,7 @@ from compose.results.io import load_results
 from compose.results.metrics import METRICS, metrics
 from compose.results.schema import CellResult, Results
 from reports.evidence import interval_of
-from reports.families import Decode, decode_of, family_of, weights_of
+from reports.families import NOT_QUANTIZED, Decode, decode_of, family_of, weights_of
 
 KEEPS = 0.95
 """The share of the dense model's quality that the summary asks of a cell."""
@@ -32,6 +32,11 @@ class Row:
     family: str
     decode: Decode
     is_baseline: bool
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its weights are packed, as far as the chain or the peer's option tells."""
+        return self.weights != NOT_QUANTIZED
 
     def get(self, metric: str) -> float | None:
         """The metric, or None where it was not measured."""

@@ -13,8 +13,13 @@ NO_DIFFERENCE = "no difference"
 
 
 def number(value: float) -> str:
-    """Three digits that count, thousands set apart: 0.034, 1.62, 23.4, 412, 12 400."""
+    """Three digits that count, thousands set apart: 0.034, 1.62, 23.4, 412, 12 400.
+
+    Small ones keep a digit that counts: 0.0004, 2e-05.
+    """
     size = abs(value)
+    if 0 < size < 0.0095:
+        return f"{value:.4f}" if size >= 0.0001 else f"{value:.0e}"
     if size >= 1e7:
         return f"{value:.1e}"
     if size >= 1000:

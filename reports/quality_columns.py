@@ -56,7 +56,7 @@ def task_kept_column(task: str) -> Column:
         same = ends is not None and ends[0] <= 1 <= ends[1]
         note = "" if ends is None else span(*ends, share)
         text = NO_DIFFERENCE if same else share(kept)
-        return Entry(text, note, kept, tone=tone("retained", kept))
+        return Entry(text, note, kept, tone=None if ends is None else tone("retained", ends[0]))
 
     help = "The score to its left over the dense model's, with its paired 95 % interval."
     return Column("Keeps", "%", help, make)

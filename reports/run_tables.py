@@ -9,7 +9,7 @@ from typing import Any
 from compose.results.parts import SkippingFigures
 from compose.units import bytes_text, duration_text
 from reports.load import Report
-from reports.numbers import DASH, count, number, percent, ratio
+from reports.numbers import DASH, TIMES, count, number, percent
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def noise_floor(report: Report) -> str:
         return ""
     parts = [
         None if floor.kl is None else f"KL {number(floor.kl)}",
-        None if floor.ratio is None else f"perplexity ×{ratio(floor.ratio)}",
+        None if floor.ratio is None else f"perplexity {TIMES}{floor.ratio:.4f}",
         None if floor.greedy_agreement is None else f"agreement {percent(floor.greedy_agreement)}",
     ]
     words = ", ".join(part for part in parts if part)

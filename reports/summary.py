@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from compose.results.metrics import METRICS, gain
 from compose.units import bytes_text
-from reports.columns import Tone, gain_note, tone
+from reports.columns import Tone, gain_note, sure_tone
 from reports.load import KEEPS, Report, Row
 from reports.numbers import DASH, THIN, TIMES, factor, number, percent, ratio, times
 
@@ -122,9 +122,8 @@ def _quality_facts(report: Report, row: Row) -> list[Fact]:
     kept = row.get("retained")
     if kept is not None and not row.is_baseline:
         ends = report.interval(row, "retained")
-        within = "" if ends is None else f" ({100 * ends[0]:.0f}–{100 * ends[1]:.0f})"
-        mark = tone("retained", kept if ends is None else ends[0])
-        facts.append(("Keeps", percent(kept) + within, mark))
+        within = NO_EVIDENCE if ends is None else f"{100 * ends[0]:.0f}–{100 * ends[1]:.0f}"
+        facts.append(("Keeps", f"{percent(kept)} ({within})", sure_tone(report, row, "retained")))
     return facts + _facts(
         ("Perplexity", row.get("perplexity-ratio"), lambda value: f"{TIMES}{ratio(value)}")
     )

@@ -73,7 +73,7 @@ def overview(report: Report) -> Table:
             metric_column(
                 "decode", "Decode", "tok/s", DECODE_HELP, number, show_gain=True, bar=True
             ),
-            metric_column("prefill", "Prefill", "tok/s", PREFILL_HELP, number, show_gain=True),
+            metric_column("prefill", "Prefill", "tok/s", PREFILL_HELP, number, show_gain="short"),
             metric_column("saved", "Saved", "net, %", SAVED_HELP, share),
             metric_column("perplexity-ratio", "Perplexity", TIMES + " dense", RATIO_HELP, ratio),
             metric_column("kl", "KL", "nats", KL_HELP, number),

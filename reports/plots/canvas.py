@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from reports.plots.svg import inline, own_fonts
+from reports.plots.svg import inline, whole
 from reports.plots.theme import LIGHT, Theme
 
 Width = Literal["wide", "narrow"]
@@ -71,13 +71,13 @@ def render(spec: PictureSpec) -> Picture:
             "wide": inline(drawn["wide"], f"{spec.key}-w-", spec.marks),
             "narrow": inline(drawn["narrow"], f"{spec.key}-n-", spec.marks),
         },
-        svg=own_fonts(_text(spec, wide, LIGHT.ground)).encode("utf-8"),
+        svg=whole(drawn["wide"]).encode("utf-8"),
         png=_draw(spec, wide, "png", dpi=192, ground=LIGHT.ground),
     )
 
 
-def _text(spec: PictureSpec, frame: Frame, ground: str = "none") -> str:
-    return _draw(spec, frame, "svg", dpi=96, ground=ground).decode("utf-8")
+def _text(spec: PictureSpec, frame: Frame) -> str:
+    return _draw(spec, frame, "svg", dpi=96, ground="none").decode("utf-8")
 
 
 def _draw(spec: PictureSpec, frame: Frame, format: str, dpi: int, ground: str) -> bytes:

@@ -167,7 +167,7 @@ def legend(figure: Figure, frame: Frame, report: Report, rows: Sequence[Row]) ->
         figure.legend(
             handles=marks,
             loc="outside lower center",
-            ncols=3 if frame.narrow else min(len(marks), 6),
+            ncols=3 if frame.narrow else math.ceil(len(marks) / math.ceil(len(marks) / 6)),
             frameon=False,
             handletextpad=0.1,
             columnspacing=1.1,

@@ -11,13 +11,19 @@ from collections.abc import Mapping
 from html import escape
 
 from reports.plots.theme import FONTS, LIGHT, Theme
+from reports.text import plain
 
 MARK = "mark-"
 """A group of this id and a row's number is that row's mark."""
 
 
-def own_fonts(text: str) -> str:
-    """The SVG with the reader's fonts in place of the one that it was laid out with."""
+def whole(text: str) -> str:
+    """The SVG as a file of its own: light, with the reader's fonts."""
+    return _own_fonts(text).replace("<svg ", f'<svg style="background: {LIGHT.ground}" ', 1)
+
+
+def _own_fonts(text: str) -> str:
+    """The reader's fonts in place of the one that the picture was laid out with."""
     return text.replace("'DejaVu Sans'", FONTS).replace("DejaVu Sans", FONTS)
 
 
@@ -33,14 +39,15 @@ def inline(text: str, prefix: str, marks: Mapping[int, tuple[str, str]]) -> str:
     text = re.sub(r'(<svg[^>]*?) xmlns:xlink="[^"]*"', r"\1", text, count=1).replace("xlink:", "")
     text = re.sub(r'\bid="', f'id="{prefix}', text)
     text = re.sub(r'href="#', f'href="#{prefix}', text).replace("url(#", f"url(#{prefix}")
-    text = _themed(own_fonts(text), LIGHT)
+    text = _themed(_own_fonts(text), LIGHT)
     text = re.sub(r"\n\s*", " ", re.sub(r">\s+<", "><", text))
+    text = text.replace("stroke: #000000; stroke-opacity: 0", "stroke: none")
     text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
     return re.sub(rf'<g id="{prefix}{MARK}(\d+)">', lambda m: _mark(int(m[1]), marks), text)
 
 
 def _mark(number: int, marks: Mapping[int, tuple[str, str]]) -> str:
-    name, says = marks[number]
+    name, says = (plain(text) for text in marks[number])
     return f'<g class="mark" data-cell="{escape(name)}"><title>{escape(says)}</title>'
 
 

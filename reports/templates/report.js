@@ -72,6 +72,14 @@ if (form && main) {
 const panel = document.getElementById("panel");
 const content = document.getElementById("panel-content");
 
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // a lone % sign
+  }
+}
+
 function make(tag, text, parent, className) {
   const element = document.createElement(tag);
   if (text) element.textContent = text;
@@ -80,50 +88,59 @@ function make(tag, text, parent, className) {
   return element;
 }
 
-function find(name) {
-  const called = (row) => row.dataset.cell === name || row.dataset.aliases.split("\n").includes(name);
-  return mainRows.find(called);
+function find(name, rows = mainRows) {
+  const called = (row) => row.dataset.cell === name || (row.dataset.aliases ?? "").split("\n").includes(name);
+  return rows.find(called);
 }
 
 function fill(row) {
   const name = row.dataset.cell;
   content.replaceChildren();
-  const title = make("h2", name, content);
-  title.id = "panel-title";
-  const below = [row.dataset.family, row.dataset.quantizer].filter((x, i, own) => own.indexOf(x) === i);
-  make("p", below.join(" · "), content, "setting");
-  for (const table of all("table.cells")) {
-    const own = [...table.tBodies[0].rows].find((other) => other.dataset.cell === name);
-    if (!own) continue;
-    const values = [...own.cells].filter((cell) => cell.dataset.label && !cell.classList.contains("absent"));
-    if (!values.length) continue;
-    make("h3", table.caption.textContent, content);
+  make("h2", name, content).id = "panel-title";
+  const below = make("p", row.querySelector(".name small").textContent, content, "setting");
+  const own = all("table.cells").map((table) => [table, find(name, [...table.tBodies[0].rows])]).filter((pair) => pair[1]);
+  for (const [table, tr] of own) {
+    const values = [...tr.cells].filter((cell) => cell.dataset.label && !cell.classList.contains("absent"));
+    const verdict = values.find((cell) => cell.querySelector(".verdict"));
+    if (table.dataset.title === "Verdict") {
+      below.after(make("p", values.at(-1).textContent, null, "why"));
+      below.after(copy(verdict, make("p", "")));
+      continue;
+    }
+    const shown = values.filter((cell) => cell !== verdict);
+    if (!shown.length) continue;
+    make("h3", table.dataset.title, content);
     const list = make("dl", "", content);
-    for (const cell of values) {
+    for (const cell of shown) {
       const pair = make("div", "", list, cell.classList.contains("words") ? "wide" : "");
       make("dt", cell.dataset.label, pair);
-      make("dd", "", pair).append(...[...cell.childNodes].map((node) => node.cloneNode(true)));
+      copy(cell, make("dd", "", pair));
     }
   }
+}
+
+function copy(from, to) {
+  to.append(...[...from.childNodes].map((node) => node.cloneNode(true)));
+  return to;
 }
 
 function openCell() {
   const match = location.hash.match(/^#cell=(.*)$/);
   all(".here").forEach((row) => row.classList.remove("here"));
   if (!match) return panel.open && panel.close();
-  const name = decodeURIComponent(match[1]);
+  const name = decoded(match[1]);
   const failed = all("details.failure").find((each) => each.dataset.cell === name);
   if (failed) {
     failed.open = true;
     failed.classList.add("here");
-    failed.scrollIntoView({ block: "center" });
+    failed.scrollIntoView({ block: "center", behavior: "instant" });
     return failed.querySelector("summary").focus();
   }
   const row = find(name);
   if (!row) return (live.textContent = `No cell is called ${name}`);
   all("tr[data-cell]").filter((each) => each.dataset.cell === row.dataset.cell)
     .forEach((each) => each.classList.add("here"));
-  row.scrollIntoView({ block: "center" });
+  row.scrollIntoView({ block: "center", behavior: "instant" });
   fill(row);
   if (!panel.open) panel.showModal();
   panel.scrollTop = 0;
