@@ -17,6 +17,7 @@ from compose.errors import ComposeError
 from compose.terminal.pick_options import PickOptions, with_pick_options
 
 if TYPE_CHECKING:
+    from compose.execution.state import Settings
     from compose.results.schema import Results
 
 INTERRUPTED = 130
@@ -124,7 +125,6 @@ def run(
     from compose.assets import default_cache
     from compose.execution.executors import make_executor
     from compose.execution.runner import run as run_plan
-    from compose.execution.state import Settings
     from compose.extras import require
     from compose.planning.prepare import load_plan
     from compose.terminal.progress import Board
@@ -132,13 +132,21 @@ def run(
 
     planned = load_plan(file, default_cache())
     require("report", *(["eval"] if planned.pipeline.benchmark.quality.tasks else []))
-    command = shlex.join(["gateskip", *sys.argv[1:]])
-    settings = Settings(out, default_cache(), command, tuple(only or ()), again)
+    settings = _settings(out, tuple(only or ()), again=again)
     where = make_executor(executor, planned.pipeline.benchmark.threads, workers)
     with Board(console()).shown() as board:
         result = run_plan(planned, settings, where, board)
     print_result(console(), result)
     raise typer.Exit(result.exit_code)
+
+
+def _settings(out: Path, only: tuple[str, ...] = (), *, again: bool) -> Settings:
+    """Settings of a run under this command line."""
+    from compose.assets import default_cache
+    from compose.execution.state import Settings
+
+    command = shlex.join(["gateskip", *sys.argv[1:]])
+    return Settings(out, default_cache(), command, only, again)
 
 
 @app.command()
@@ -275,42 +283,83 @@ def insight(
 
 @app.command()
 def bench(
-    folder: Annotated[Path, typer.Argument(help="A model folder, such as an export.")],
+    folders: Annotated[list[Path], typer.Argument(help="Model folders, such as exports.")],
     systems: Annotated[
         list[str] | None,
         typer.Option(
             "--system",
             help="plain, skip:BUDGET, draft:BUDGET with +int4, +nf4, +int4-head, +lookup, +LENGTH;"
-            " one of these after a backend, as in gathered:plain; transformers (also :compiled,"
-            " :lookup, :early-exit-LAYERS), llama.cpp:FILE.gguf or llama.cpp:q4_1;"
-            " speeds are compared with the first. plain alone by default.",
+            " one of these after a backend, as in gathered:plain. All is compared with the first"
+            " folder and system. plain alone by default.",
         ),
     ] = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="A peer beside them: transformers, llama.cpp:TYPE.")
+        list[str] | None,
+        typer.Option(
+            help="A peer on the first folder: llama.cpp:q4_k_m, openvino:int4, onnxruntime:int4,"
+            " transformers, transformers:compiled, ..."
+        ),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Rows; 1 by default.")] = None,
     context: Annotated[
-        list[int] | None, typer.Option(min=1, help="Prompt tokens; 128 by default.")
+        list[int] | None,
+        typer.Option(min=1, help="Prompt tokens, 128 by default; further ones with one row."),
     ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="Prompts to use, by category: an alias or a file.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each category.")] = None,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds, interleaved.")] = 3,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in one turn.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, interleaved.")] = 5,
+    min_seconds: Annotated[
+        float, typer.Option(min=0, help="How long each decodes in a round, in turns.")
+    ] = 2.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; all cores if unset.")] = None,
+    quality: Annotated[
+        bool, typer.Option(help="Score perplexity, KL and tasks, peers included.")
+    ] = False,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text of the perplexity: the first that can be had.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of that text.")] = 8192,
+    task: Annotated[list[str] | None, typer.Option(help="A task to score.")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of each task.")] = 500,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the run; bench-FOLDER by default.")
+    ] = None,
+    out: Out = Path("runs"),
 ) -> None:
-    """Time ways of decoding a folder against each other; the last line is all of it as JSON."""
-    from compose.execution.worker_process import ask_once
-    from compose.terminal.show import print_race
+    """Measure folders, ways of decoding and other engines side by side, each in its own process."""
+    from compose.execution.executors import make_executor
+    from compose.execution.runner import run as run_plan
+    from compose.planning.bench_plan import bench_plan
+    from compose.terminal.bench import benchmark_of, print_bench
+    from compose.terminal.progress import Board
+    from compose.terminal.show import print_result
 
-    job: dict[str, Any] = {"folder": str(folder)}
-    job["systems"] = [*(systems or ["plain"]), *(against or [])]
-    job |= {"batches": batch or [1], "contexts": context or [128], "prompts": prompts}
-    job |= {"limit": limit, "new_tokens": new_tokens, "repeats": repeats}
-    measured = ask_once("race", job)
-    print_race(console(), measured)
-    typer.echo(json.dumps(measured))
+    benchmark = benchmark_of(
+        batches=batch or [1],
+        contexts=context or [128],
+        prompts=prompts,
+        limit=limit,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        min_seconds=min_seconds,
+        threads=threads,
+        quality=quality,
+        texts=text or [],
+        tokens=tokens,
+        tasks=task or [],
+        questions=questions,
+    )
+    title = name or f"bench-{folders[0].absolute().name}"
+    planned = bench_plan(title, folders, systems or [], against or [], benchmark)
+    settings = _settings(out, again=True)
+    with Board(console()).shown() as board:
+        result = run_plan(planned, settings, make_executor("local", threads), board)
+    print_bench(console(), result.results)
+    print_result(console(), result)
+    raise typer.Exit(result.exit_code)
 
 
 @app.command("tune-draft")
@@ -321,7 +370,7 @@ def tune_draft(
     ] = "prompts",
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each category.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded a prompt.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds of the final, interleaved.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds of the final, interleaved.")] = 5,
     write: Annotated[bool, typer.Option(help="Make the best the folder's own way.")] = True,
 ) -> None:
     """Find the draft that decodes a folder fastest, and make it the folder's way."""

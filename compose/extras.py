@@ -28,7 +28,6 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": ("datasets", "lm_eval", "pyarrow", "scipy"),
     "report": ("markupsafe", "matplotlib"),
     "ray": ("ray",),
-    "peers": ("llama_cpp",),
 }
 """Top-level import names by the extra of pyproject.toml that installs them.
 

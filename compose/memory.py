@@ -23,12 +23,25 @@ def resident_bytes() -> int:
     return int(psutil.Process(os.getpid()).memory_info().rss)
 
 
-def peak_bytes() -> int:
-    """The most memory this process has held since `reset_peak`, in bytes."""
+def peak_of_children() -> int | None:
+    """The most memory that one process started by this one has held; None where none runs or the
+    system does not tell (Linux does)."""
+    peaks = [_high_water(child.pid) for child in psutil.Process(os.getpid()).children()]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def _high_water(process: int | str) -> int | None:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    return None
+
+
+def peak_bytes() -> int:
+    """The most memory this process has held since `reset_peak`, in bytes."""
+    if (high_water := _high_water("self")) is not None:
+        return high_water
     info = psutil.Process(os.getpid()).memory_info()
     peak = getattr(info, "peak_wset", None)  # Windows
     if peak is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,13 @@ import pytest
 
 from compose.assets import default_cache
 from compose.bench.cell import CellBench, CellJob
+from compose.bench.turns import add_turns
+from compose.bench.workloads import categories
 from compose.language.schema import Benchmark
 from compose.results.schema import CellResult
+from compose.results.speculation import LosslessCheck
+from gateskip.decoding.decoder import MAX_DRAFT
+from gateskip.decoding.draft_length import DraftLengthController
 
 
 @pytest.fixture
@@ -52,8 +58,13 @@ def test_each_phase_is_a_part_of_the_result(
     quality = bench.quality(tmp_path / "reference")
     assert quality["perplexity"]["tokens"] == 511
     assert quality["compute"] == {"saved_gross": 0.0, "saved_net": 0.0, "saved_model": 0.0}
-    speed = bench.speed(0, 2, 1)
-    assert speed["decode_tokens_per_s"] > 0 and speed["peak_bytes"] > 0
+    warmed, turn = bench.warm(2, 16, "", 1), bench.speed(2, 16, "")
+    assert turn["prompt_tokens"] == 2 * 16
+    assert turn["tokens"] == 2 * (8 - 1), "the first token of each row comes out of prefill"
+    assert turn["decode_s"] > 0 and turn["peak_bytes"] > 0 and turn["threads"] == 1
+    assert turn["digest"] == warmed["digest"], "greedy text is greedy text"
+    assert turn["cache_bytes"] == bench.decoder.skipping.new_cache(2, 16 + 8 + MAX_DRAFT).nbytes()
+    assert add_turns([turn, turn])["decode_tokens_per_s"] == turn["tokens"] / turn["decode_s"]
     cell = CellResult.model_validate({"name": "cell", "chain": (), "status": "ok", **loaded})
     assert cell.arithmetic is not None
     assert cell.arithmetic.backend == bench.decoder.arithmetic.backend
@@ -69,6 +80,50 @@ def test_speculation_is_checked_with_drafts(
     checked = bench.lossless()
     assert checked["lossless"] and checked["first_divergence"] is None
     assert checked["acceptance_rate"] == 1.0, "a draft at full compute is the model"
-    assert checked["checked_draft_length"] == 3
-    assert checked["tokens"] == 16
-    assert "draft_s" in bench.speed(0, 1, 1)["speculation"]
+    assert checked["forced_draft_length"] == 3
+    assert set(checked["forced_draft_length_histogram"]) <= {1, 2, 3}, "every pass drafts"
+    assert 0 in checked["own_draft_length_histogram"], "the cell times a plain step first"
+    assert checked["tokens"] == 2 * 16, "forced and own draft lengths, two prompts of 8 tokens"
+    LosslessCheck.model_validate(checked)
+    bench.warm(1, 16, "", 1)
+    timed = bench.speed(1, 16, "")["speculation"]
+    assert timed["passes"] == sum(timed["draft_length_histogram"].values())
+    assert timed["drafted"] == sum(
+        int(n) * times for n, times in timed["draft_length_histogram"].items()
+    )
+
+
+def test_what_the_check_forces_is_not_what_was_timed(
+    tiny_llama: Path, benchmark: dict[str, Any], tmp_path: Path
+) -> None:
+    """Timed turns count the cell's own draft lengths, the check those that it forces."""
+    decode = {"use": "speculate", "draft_budget": 1.0, "draft_length": "auto", "target": "gated"}
+    bench = _bench(tiny_llama, benchmark, tmp_path, decode)
+    plain_alone = DraftLengthController()
+    plain_alone.draft_length = lambda: 0  # type: ignore[method-assign]
+    bench.decoder._controller = lambda *kind: plain_alone  # type: ignore[method-assign]
+    checked = bench.lossless()
+    bench.warm(1, 16, "", 1)
+    timed = bench.speed(1, 16, "")["speculation"]
+    assert checked["acceptance_rate"] == 1.0
+    assert timed["drafted"] == 0 and timed["draft_length_histogram"] == {"0": 7}
+    assert checked["own_draft_length_histogram"] == {0: 14}
+
+
+def test_prompts_of_a_category_end_as_answers_do(
+    tiny_llama: Path, benchmark: dict[str, Any], tmp_path: Path
+) -> None:
+    asked = [
+        {"category": "one", "prompt": "Redistribution and use"},
+        {"category": "two", "prompt": "Subject to the terms"},
+        {"category": "two", "prompt": "Licensed under"},
+        {"category": "two", "prompt": "left out"},
+    ]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in asked))
+    benchmark["speed"] |= {"prompts": str(file), "prompts_per_category": 2}
+    bench = _bench(tiny_llama, benchmark, tmp_path, None)
+    one, two = bench.warm(1, 0, "one", 1), bench.warm(1, 0, "two", 1)
+    assert one["tokens"] <= 7 and two["tokens"] <= 14
+    assert two["prompt_tokens"] > one["prompt_tokens"]
+    assert categories(str(file), None) == ["one", "two"]

@@ -107,9 +107,8 @@ print(answer(work)["error"])
         ("eval", ANSWER.format(work="import compose.bench.tasks")),
         ("report", "import compose.cli" + RUN.format(words=["report", "runs/any"])),
         ("ray", "from compose.execution.executors import make_executor as m; m('ray', 1)"),
-        ("peers", ANSWER.format(work="import llama_cpp")),
     ],
-    ids=["compress", "training", "eval", "report", "ray", "peers"],
+    ids=["compress", "training", "eval", "report", "ray"],
 )
 def test_each_extra_is_named(extra: str, code: str, tmp_path: Path) -> None:
     output = _without(EXTRAS[extra], code, tmp_path)

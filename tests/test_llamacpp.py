@@ -157,20 +157,3 @@ def test_pre_tokenizers_that_have_a_name(parts: list[dict[str, Any]], name: str)
     ):
         with pytest.raises(ArtifactError, match="cuts text in another way"):
             pre_tokenizer_name(other)
-
-
-def test_llama_cpp_says_what_we_say(smollm2: Path, tmp_path: Path) -> None:
-    """Where llama-cpp-python is installed: it is an extra, for comparisons only."""
-    pytest.importorskip("llama_cpp")
-    import gateskip
-    from compose.bench.peers.llama_cpp import LlamaCpp
-
-    file = tmp_path / "model.gguf"
-    write_gguf(smollm2, file, "f16")
-    decoder = gateskip.load(smollm2, "float32")
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = decoder.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
-    theirs = LlamaCpp(file, 128, [decoder.tokenizer.eos_token_id])([ids], 12)
-    assert theirs.tokens[0] == decoder.generate([ids], 12).tokens[0][: len(theirs.tokens[0])]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from compose.errors import UserError
 from compose.results.metrics import METRICS, metric_of
-from compose.results.pick import AIMS, pick
+from compose.results.pick import AIMS, fastest_that_keeps, pick, retained_bound
+from compose.results.relate import relate
 from compose.results.schema import Results
 
 
@@ -25,7 +26,9 @@ def made_up_cell(
     if decode is not None:
         cell["speed"] = {"decode_tokens_per_s": {"median": decode}}
     if ratio is not None:
-        cell["quality"] = {"perplexity": {"dataset": "wikitext2", "value": 20 * ratio}}
+        spread = (ratio * (1 - more.pop("spread", 0.0)), ratio * (1 + more.pop("spread_up", 0.0)))
+        perplexity = {"dataset": "wikitext2", "value": 20 * ratio, "ratio_ci95": spread}
+        cell["quality"] = {"perplexity": perplexity}
     return cell | more
 
 
@@ -82,9 +85,9 @@ def test_constraints_that_only_clash_are_counted(results: Results) -> None:
     with pytest.raises(UserError) as caught:
         pick(results, max_bytes=200e6, min_retained=0.99)
     text = str(caught.value)
-    assert "alone, of 6 cells: retained >= 0.990 by 2, disk <= 200.0 MB by 3" in text
+    assert "alone, of 6 cells: retained (at least) >= 0.990 by 2, disk <= 200.0 MB by 3" in text
     assert "lossless speculation by 4" in text
-    assert "the nearest is 'nf4': retained 0.962" in text
+    assert "the nearest is 'nf4': retained (at least) 0.962" in text
 
 
 def test_losslessness_can_be_what_stands_in_the_way(results: Results) -> None:
@@ -96,10 +99,96 @@ def test_losslessness_can_be_what_stands_in_the_way(results: Results) -> None:
 
 def test_an_unmeasured_number_meets_no_constraint() -> None:
     cells = [made_up_cell("dense", 20.0, 1, 1.0), made_up_cell("fast", 30.0, 1, None)]
+    results = Results.model_validate({"run": "test", "cells": [*cells, made_up_cell("q", 9, 1, 2)]})
+    assert pick(results, min_retained=0.1, maximize="decode").name == "dense"
+
+
+# --- bounds of quality are on the unlucky end of the interval ------------------------------------
+
+
+def tasks_of(own: list[float], kind: str = "generative") -> dict[str, Any]:
+    score = sum(own) / len(own)
+    return {
+        "write": {
+            "metric": "exact_match",
+            "value": score,
+            "n": len(own),
+            "outcomes": own,
+            "questions": "0123456789abcdef",
+            "kind": kind,
+        }
+    }
+
+
+def run_with_tasks(questions: int, lost: int) -> Results:
+    """Dense has half of the questions right; `fast` loses some of these."""
+    right = questions // 2
+    dense = [1.0] * right + [0.0] * (questions - right)
+    fast = [0.0] * lost + dense[lost:]
+    cells = [made_up_cell("dense", 20.0, 270, None), made_up_cell("fast", 40.0, 110, None)]
+    cells[0]["quality"] = {"tasks": tasks_of(dense)}
+    cells[1]["quality"] = {"tasks": tasks_of(fast)}
+    return relate(Results.model_validate({"run": "test", "cells": cells}))
+
+
+def test_the_lower_end_of_what_is_retained_decides() -> None:
+    """Of 1000 right answers 30 are lost: 0.97, with an interval from about 0.958 to 0.98."""
+    results = run_with_tasks(2000, 30)
+    bound = retained_bound(results, results.cell("fast"))
+    assert bound is not None and 0.95 < bound < 0.965
+    assert pick(results, min_retained=0.95).name == "fast"
+    assert pick(results, min_retained=0.965).name == "dense", "the estimate keeps it, the end not"
+    assert pick(results, min_retained=0.965, by_estimate=True).name == "fast"
+    assert fastest_that_keeps(results, 0.95) == results.cell("fast")
+
+
+def test_too_few_questions_are_no_evidence() -> None:
+    results = run_with_tasks(26, 0)
+    with pytest.raises(UserError) as caught:
+        pick(results, min_retained=0.95)
+    text = str(caught.value)
+    assert "26 questions are too few: 200 are needed" in text
+    assert "the nearest by estimate is 'fast': retained 1.000" in text
+    assert "--by-estimate" in text
+    assert pick(results, min_retained=0.95, by_estimate=True).name == "fast"
+    assert pick(results).name == "fast", "without a bound of quality nothing is claimed"
+    assert fastest_that_keeps(results, 0.95) is None
+
+
+def test_the_upper_end_of_the_perplexity_ratio_decides() -> None:
+    cells = [
+        made_up_cell("dense", 20.0, 270, 1.0),
+        made_up_cell("nf4", 28.0, 110, 1.04, spread=0.005, spread_up=0.005),
+        made_up_cell("int4", 30.0, 110, 1.03, spread=0.05, spread_up=0.05),
+    ]
     results = Results.model_validate({"run": "test", "cells": cells})
-    assert pick(results, min_retained=0.1).name == "dense"
-    with pytest.raises(UserError, match=r"no cell meets retained >= 0\.950"):
-        pick(Results(run="test", cells=results.cells[1:]), min_retained=0.95)
+    assert pick(results, max_perplexity_ratio=1.05).name == "nf4"
+    assert pick(results, max_perplexity_ratio=1.05, by_estimate=True).name == "int4"
+
+
+def test_a_ratio_without_interval_is_no_evidence() -> None:
+    cells = [made_up_cell("dense", 20.0, 270, 1.0), made_up_cell("nf4", 28.0, 110, 1.0)]
+    del cells[1]["quality"]["perplexity"]["ratio_ci95"]
+    results = Results.model_validate({"run": "test", "cells": cells})
+    with pytest.raises(UserError, match="no evidence for perplexity ratio"):
+        pick(results, max_perplexity_ratio=1.05)
+
+
+def test_speculation_that_was_refuted_has_no_quality() -> None:
+    results = run_with_tasks(2000, 30)
+    spec = made_up_cell("spec", 80.0, 110, None, lossless_check={"lossless": False})
+    spec |= {"quality_of": "fast", "plain": "fast"}
+    cells = [*results.cells, Results.model_validate({"run": "x", "cells": [spec]}).cells[0]]
+    results = Results(run="test", cells=tuple(cells))
+    assert retained_bound(results, results.cell("spec")) is None
+    assert pick(results, min_retained=0.9, require_lossless=False).name == "fast"
+
+
+def test_other_engines_are_not_picked() -> None:
+    cells = [made_up_cell("dense", 20.0, 270, 1.0), made_up_cell("nf4", 28.0, 110, 1.04)]
+    peer = made_up_cell("llama.cpp:q4_0", 99.0, 90, 1.0, peer={"engine": "llama.cpp"})
+    results = Results.model_validate({"run": "test", "cells": [*cells, peer]})
+    assert pick(results).name == "nf4"
 
 
 def test_unknown_and_unmeasured_aims(results: Results) -> None:

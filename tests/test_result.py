@@ -52,6 +52,7 @@ SKELETON = """
    "quality": {"perplexity": {"dataset": "wikitext2", "value": 20.5, "tokens": 8192,
        "ratio_to_baseline": 1.25},
      "kl_to_baseline": 0.5, "greedy_agreement": 0.75,
+     "own_answers": {"kl": 0.25, "common_prefix": 12.5},
      "tasks": {"arc_easy": {"metric": "acc_norm", "value": 0.5, "n": 100,
        "ci95": [0.25, 0.75], "retained": 0.9}}},
    "speculation": {"acceptance_rate": 0.5, "mean_accepted_tokens": 1.5, "speedup": 1.25},
@@ -248,7 +249,7 @@ def test_gain_is_over_the_baseline() -> None:
 def test_every_metric_reads_an_empty_and_a_full_cell() -> None:
     full = Results.model_validate(json.loads(SKELETON))
     assert metrics(run_of({"name": "dense"}), CellResult(name="x", chain=(), status="ok")) == {}
-    relative = {"retained", "perplexity-ratio"}
+    relative = {"retained", "perplexity-ratio", "decode-ratio", "prefill-ratio"}
     assert set(METRICS) - set(metrics(full, full.cells[0])) <= relative
 
 

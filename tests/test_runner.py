@@ -24,13 +24,14 @@ from filelock import FileLock
 from rich.console import Console
 
 from compose.artifacts.folder import hash_folder, lineage, write_lineage
+from compose.bench.turns import add_turns
 from compose.errors import AssetError, PlanError, StepError, UserError
 from compose.execution import cells as cells_module
 from compose.execution import runner as runner_module
 from compose.execution import speed as speed_module
 from compose.execution.run_folder import RunFolder, file_name, phase_key, read_phase
 from compose.execution.runner import RunResult, run
-from compose.execution.sessions import Session, find_session, new_session
+from compose.execution.sessions import Round, Session, Shape, find_session, new_session
 from compose.execution.state import Settings
 from compose.language.schema import Pipeline
 from compose.planning.plan import Plan
@@ -42,6 +43,7 @@ from compose.store import Store, read_json
 from compose.terminal.progress import Board
 
 ROOT = Path(__file__).resolve().parents[1]
+TIMED = ("warm", "speed")
 Answer = dict[str, Any]
 
 
@@ -60,7 +62,10 @@ def pipeline(**changes: Any) -> Pipeline:
             },
             "pipelines": {"cut": ("drop",)},
             "matrix": {"gate": ("none", "gates"), "decode": ("none", "skip", "spec")},
-            "benchmark": {"threads": 1, "speed": {"repeats": 3, "batch_sizes": (1, 4)}},
+            "benchmark": {
+                "threads": 1,
+                "speed": {"repeats": 3, "batch_sizes": (1, 4), "min_seconds": 0},
+            },
             **changes,
         }
     )
@@ -79,13 +84,21 @@ def fill_model(job: Answer) -> Answer:
     return {"wall_s": 1.0, "record": record}
 
 
-def speed_numbers(number: int) -> Answer:
+def turn_of(number: int, seconds: float = 1.0) -> Answer:
+    """What a process tells of a turn in round `number`: 10 + number tokens a second."""
     return {
-        "prefill_tokens_per_s": 100.0 + number,
-        "decode_tokens_per_s": 10.0 + number,
+        "prompt_tokens": round((100 + number) * seconds),
+        "prefill_s": seconds,
+        "tokens": round((10 + number) * seconds * 8),
+        "decode_s": 8 * seconds,
         "ttft_s": 0.5,
+        "digest": "a",
         "peak_bytes": 1000 + number,
     }
+
+
+def speed_numbers(number: int) -> Answer:
+    return add_turns([turn_of(number)])
 
 
 class Script:
@@ -102,6 +115,12 @@ class Script:
         self.closed = 0
         self.break_at: dict[tuple[str, ...], Exception] = {}
         self.decode_rate = {"gates+spec": 3.0}
+        self.turn_s: dict[str, float] = {}
+        self.drafted: Answer = {
+            "draft_length_histogram": {"0": 9, "2": 1},
+            **{"drafted": 2, "accepted": 1, "passes": 10, "looked_up": 0},
+            **{"positions": [[1, 1], [1, 0]], "draft_s": 0.1, "verify_s": 0.4},
+        }
         self.interrupt_at: tuple[str, ...] | None = None
 
     def start(
@@ -146,16 +165,20 @@ class ScriptedWorker:
 
     def measure(self, command: Answer) -> Answer:
         name, do = self.job["name"], command["do"]
-        place = (str(command["batch"]), str(command["round"])) if do == "speed" else ()
+        place = (str(command["batch"]), str(command["round"])) if do in TIMED else ()
         self.script.note(do, name, *place)
         if do == "load":
             return {"size": {"disk_bytes": 100, "resident_bytes": 200}, "kernels": {"native": 3}}
         if do == "lossless":
-            return {"lossless": True, "acceptance_rate": 0.6, "mean_accepted_tokens": 2.2}
-        if do == "speed":
-            numbers = speed_numbers(command["round"])
-            numbers["decode_tokens_per_s"] *= self.script.decode_rate.get(name, 1.0)
-            return numbers
+            return {"lossless": True, "acceptance_rate": 0.6, "forced_draft_length": 3}
+        if do == "roofline":
+            return {"memory_gb_per_s": 20.0}
+        if do in TIMED:
+            turn = turn_of(command["round"], self.script.turn_s.get(name, 1.0))
+            turn["tokens"] = round(turn["tokens"] * self.script.decode_rate.get(name, 1.0))
+            if name.endswith("spec"):
+                turn["speculation"] = self.script.drafted
+            return turn
         if name == "dense":
             Path(command["reference"]).write_text("hidden")
         assert Path(command["reference"]).is_file(), "the baseline comes first"
@@ -253,7 +276,7 @@ def test_the_result_is_typed_and_compared_with_the_baseline(tmp_path: Path) -> N
     assert set(dense.speed.by_batch) == {4}
     assert dense.size is not None
     assert (dense.size.resident_bytes, dense.size.peak_bytes) == (200, 1002)
-    assert dense.model_extra == {"kernels": {"native": 3}}
+    assert (dense.model_extra or {})["kernels"] == {"native": 3}
     assert gates.quality is not None
     assert gates.quality.perplexity is not None
     assert gates.quality.perplexity.ratio_to_baseline == pytest.approx(1.2)
@@ -276,6 +299,8 @@ def test_the_result_is_typed_and_compared_with_the_baseline(tmp_path: Path) -> N
     assert spec.speculation is not None and spec.lossless_check is not None
     assert spec.lossless_check.lossless is True
     assert spec.speculation.speedup == pytest.approx(3.0)
+    assert spec.verdict is not None and dense.verdict is None
+    assert (spec.fingerprint or {}).keys() == {"load", "lossless", "speed"}
     assert results.cell("skip").status == "left-out"
     assert results.cell("skip").rule == "decode-needs-gates"
 
@@ -338,7 +363,8 @@ def test_a_new_cell_repeats_speed_for_all_and_quality_for_itself(tmp_path: Path)
 
 def test_changed_settings_repeat_what_reads_them(tmp_path: Path) -> None:
     go(tmp_path, Script())
-    benchmark: Answer = {"threads": 1, "speed": {"repeats": 3, "batch_sizes": (1, 4)}}
+    speed = {"repeats": 3, "batch_sizes": (1, 4), "min_seconds": 0}
+    benchmark: Answer = {"threads": 1, "speed": speed}
     script = Script()
     changed = {**benchmark, "lossless": {"prompts": 2}}
     go(tmp_path, script, make_plan(pipeline(benchmark=changed)))
@@ -348,9 +374,9 @@ def test_changed_settings_repeat_what_reads_them(tmp_path: Path) -> None:
     go(tmp_path, script, make_plan(pipeline(benchmark=changed)))
     assert {event[0] for event in script.log} == {"load", "quality"}
     script = Script()
-    changed |= {"speed": {"repeats": 1}}
+    changed |= {"speed": {"repeats": 1, "min_seconds": 0}}
     go(tmp_path, script, make_plan(pipeline(benchmark=changed)))
-    assert {event[0] for event in script.log} == {"load", "speed"}
+    assert {event[0] for event in script.log} == {"load", "roofline", "warm", "speed"}
 
 
 def test_only_measures_what_is_asked_and_what_it_is_compared_with(tmp_path: Path) -> None:
@@ -541,23 +567,27 @@ def test_what_was_finished_before_an_interrupt_is_not_repeated(
 def test_a_round_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     plan = make_plan(pipeline())
     run_folder = RunFolder.of(plan, tmp_path)
-    settings = {"speed": {"batch_sizes": [1], "repeats": 2}}
+    settings = {
+        "speed": {"batch_sizes": [1], "repeats": 2, "prompt_tokens": 8, "contexts": []},
+    }
     cells = plan.cells[:2]
     session = new_session(run_folder, settings, cells, [["dense", "cut"]], {"cores": 2}, "run")
     numbers = {"dense": speed_numbers(0), "cut": speed_numbers(1)}
-    session.add((0, 1, 0), numbers, 2.0)
+    first, second = (Round(0, Shape(1, 8), number) for number in range(2))
+    session.add(first, numbers, 2.0, load_average=0.5)
     with session.file.open("ab") as file:
-        file.write(b'{"group": 0, "batch": 1, "round": 1, "cel')
+        file.write(b'{"group": 0, "batch": 1, "context": 8, "round": 1, "cel')
     found = find_session(run_folder, settings, cells)
     assert found is not None
-    assert found.rounds == {(0, 1, 0): numbers}
+    assert found.rounds == {first: numbers}
     assert not found.finished()
-    found.add((0, 1, 1), numbers, 2.0)
+    found.add(second, numbers, 2.0)
     again = Session.load(session.file)
     assert again is not None
     assert again.finished()
     assert again.seconds == 4.0
     assert again.environment == {"cores": 2}
+    assert again.load_averages == [0.5]
     assert find_session(run_folder, {**settings, "seed": 1}, cells) is None
     assert find_session(run_folder, settings, plan.cells) is None
 
@@ -579,6 +609,80 @@ def test_two_runs_of_one_name_do_not_mix(tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     with FileLock(tmp_path / "small" / ".lock"), pytest.raises(UserError, match="at work"):
         go(tmp_path, Script())
+
+
+# --- Turns --------------------------------------------------------------------------------------
+
+
+def test_every_cell_decodes_for_as_long_in_turns_that_alternate(tmp_path: Path) -> None:
+    """The cell that decoded least goes next, until each has decoded for `min_seconds`."""
+    speed = {"repeats": 2, "min_seconds": 40}
+    plan = make_plan(pipeline(benchmark={"threads": 1, "speed": speed}))
+    script = Script()
+    script.turn_s = {"dense": 5.0, "gates+spec": 1.0}  # 40 s and 8 s of decoding a turn
+    go(tmp_path, script, plan)
+    first = [event[1] for event in script.done("speed") if event[3] == "0"]
+    assert Counter(first) == {
+        **{"dense": 1, "cut": 5, "gates": 5, "gates+skip": 5, "gates+spec": 5},
+    }
+    assert first[:5] == ["dense", "cut", "gates", "gates+skip", "gates+spec"]
+    assert first[5:9] == first[1:5] == first[9:13], "the others go on in turns"
+    second = [event[1] for event in script.done("speed") if event[3] == "1"]
+    assert second[0] == "cut", "each round begins with another cell"
+    assert len(script.done("warm")) == 5, "each is warmed up once, whole, before it is timed"
+    dense = results_of(tmp_path).cell("dense").speed
+    assert dense is not None and dense.decode_tokens_per_s is not None
+    assert dense.decode_tokens_per_s.repeats == (10.0, 11.0)
+
+
+def test_a_cell_that_decodes_nothing_has_one_turn(tmp_path: Path) -> None:
+    """With one new token there is no decoding to wait for."""
+    plan = make_plan(pipeline(benchmark={"speed": {"repeats": 1, "min_seconds": 40}}))
+    script = Script()
+    script.decode_rate = dict.fromkeys(["dense", "cut", "gates", "gates+skip", "gates+spec"], 0.0)
+    go(tmp_path, script, plan)
+    assert len(script.done("speed")) == 5
+
+
+def test_other_code_is_another_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds of one session are of one code: a changed file or library begins a new one."""
+    go(tmp_path, Script())
+    monkeypatch.setattr(runner_module, "fingerprint", lambda: "0" * 16)
+    again = Script()
+    go(tmp_path, again)
+    assert len(again.done("speed")) == 30
+
+
+def test_further_contexts_are_timed_with_one_row(tmp_path: Path) -> None:
+    speed = {"repeats": 1, "min_seconds": 0, "batch_sizes": [4, 1], "contexts": [512, 128]}
+    plan = make_plan(pipeline(pipelines={}, benchmark={"speed": speed}))
+    go(tmp_path, Script(), plan)
+    (file,) = (tmp_path / "small" / "speed").iterdir()
+    session = Session.load(file)
+    assert session is not None
+    assert session.shapes == [Shape(1, 128), Shape(4, 128), Shape(1, 512)]
+    assert session.main_shape == Shape(1, 128)
+    assert session.roofline == {"memory_gb_per_s": 20.0}
+    pairs = session.paired("gates+spec", "gates")
+    assert {shape: len(each) for shape, each in pairs.items()} == dict.fromkeys(session.shapes, 1)
+    ((own, plain),) = pairs[Shape(1, 512)]
+    assert own["decode_tokens_per_s"] == 3 * plain["decode_tokens_per_s"]
+    assert session.main("gates+spec")[0]["speculation"]["passes"] == 10
+
+
+def test_categories_share_the_numbers_of_a_cell(tmp_path: Path) -> None:
+    rows = [{"category": name, "prompt": "?"} for name in ("a", "b", "a")]
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("\n".join(map(json.dumps, rows)))
+    speed = {"repeats": 2, "min_seconds": 0, "prompts": str(asked)}
+    go(tmp_path, Script(), make_plan(pipeline(pipelines={}, benchmark={"speed": speed})))
+    (file,) = (tmp_path / "small" / "speed").iterdir()
+    session = Session.load(file)
+    assert session is not None
+    assert session.shapes == [Shape(1, 0, "a"), Shape(1, 0, "b")] and session.main_shape is None
+    both = session.main("dense")
+    assert [each["turns"] for each in both] == [2, 2]
+    assert both[1]["decode_tokens_per_s"] == 11.0
 
 
 # --- Memory -------------------------------------------------------------------------------------
@@ -676,11 +780,20 @@ class SlowBench:
         if self.job.name == "dense":
             reference.write_text("hidden")
         return {"perplexity": {"dataset": "wikitext2", "value": 10.0, "tokens": 4}}
-    def speed(self, number, batch, threads):
-        mark(f"speed-{self.job.name}-{number}")
+    def warm(self, batch, context, category, threads):
+        return {}
+    def speed(self, batch, context, category):
+        mark(f"speed-{self.job.name}-{SlowBench.round}")
         time.sleep(pause)
-        return {"decode_tokens_per_s": 10.0 + number}
+        return {
+            "prompt_tokens": 8, "prefill_s": 1.0, "ttft_s": 1.0, "tokens": 80, "decode_s": 8.0,
+        }
 
+def measure(self, command, whole=cell._Cell.measure):
+    SlowBench.round = command.get("round")
+    return whole(self, command)
+
+cell._Cell.measure = measure
 DropLayers.run = slow_run
 bench = types.ModuleType("compose.bench.cell")
 bench.CellBench = SlowBench
@@ -705,7 +818,7 @@ name: slow
 model: {{source: {model}}}
 stages: {{drop: {{use: drop-layers, count: 1}}}}
 pipelines: {{dropped: [drop]}}
-benchmark: {{threads: 1, speed: {{repeats: 4}}}}
+benchmark: {{threads: 1, speed: {{repeats: 4, min_seconds: 0}}}}
 export: {{dropped: {{to: {export}}}}}
 """
 

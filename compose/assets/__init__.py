@@ -10,6 +10,7 @@ from __future__ import annotations
 from compose.assets.contamination import contamination
 from compose.assets.fetch import default_cache, hub_reachable
 from compose.assets.models import ModelAsset, model_config, model_pin, resolve_model
+from compose.assets.names import require_task_name, require_text_name
 from compose.assets.rows import TextData
 from compose.assets.table import MODELS, SELF_WRITTEN, TASKS, TEXTS
 from compose.assets.tasks import TaskData, load_task
@@ -32,6 +33,8 @@ __all__ = [
     "load_texts",
     "model_config",
     "model_pin",
+    "require_task_name",
+    "require_text_name",
     "resolve_model",
     "token_blocks",
 ]

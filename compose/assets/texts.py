@@ -25,9 +25,10 @@ from compose.assets.fetch import (
     local_copy,
     require_hub,
 )
+from compose.assets.names import require_text_name
 from compose.assets.rows import TextData, cut_rows, pack_rows
-from compose.assets.table import SELF_WRITTEN, TEXTS, HubData, TextAlias
-from compose.errors import AssetError, suggest
+from compose.assets.table import TEXTS, HubData, TextAlias
+from compose.errors import AssetError
 from compose.units import Progress
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CALIBRATION_DATA = "exllamav3/conversion/standard_cal_data"
-_FILES = (".txt", ".jsonl", ".json")
 _ROWS = {
     "calibration-text": calibration_rows,
     "training-text": training_rows,
@@ -59,20 +59,11 @@ def load_texts(
         AssetError: it cannot be had, or it holds no text; the message says what was tried.
     """
     cache = cache or default_cache()
-    if source == SELF_WRITTEN:
-        raise AssetError(
-            f"data {source!r} is written by the model that a stage works on",
-            fix="name it under data.train or data.calibration, or take another text here",
-        )
+    require_text_name(source)
     if source in TEXTS:
         return cut_rows(_load_alias(source, TEXTS[source], cache, progress), limit)
     if (path := _as_file(source)) is not None:
         return cut_rows(_from_file(path, source), limit)
-    if source.count("/") != 1 or source.endswith(_FILES) or source.startswith((".", "/", "~")):
-        raise AssetError(
-            f"data {source!r} is neither an alias nor a file: {suggest(source, TEXTS)}",
-            fix="name an alias, a path, or a hub data set with its owner (owner/name)",
-        )
     hub = parse_hub(source)
     data = first_source(
         f"data {source!r}",

@@ -1,7 +1,7 @@
 """One cell under measurement: a model folder, decoded in one way, in one process.
 
-The runner asks for `load`, then `quality` or `lossless`, and `speed` once a round. Each answer is a
-part of the cell's result, as `compose.results` names it.
+The runner asks for `load`, then `quality` or `lossless`, then `warm` and `speed` turn by turn. Each
+answer is a part of the cell's result, as `compose.results` names it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,12 +21,14 @@ from compose.bench.footprint import dense_work, disk_bytes, module_bytes
 from compose.bench.generate import prompt_ids
 from compose.bench.lossless import check_lossless
 from compose.bench.scored import Scored
-from compose.bench.speed import SpeedRounds
+from compose.bench.speed import SpeedTurns
 from compose.bench.text import load_head, load_reference, save_reference, score_blocks
 from compose.errors import AssetError, StepError
 from gateskip.calibration.insight import inspect_text, summarize
 from gateskip.decoding.decoder import Decoder, Mode
 from gateskip.model.compute import Saving, Usage
+from gateskip.model.families import UnsupportedModel
+from gateskip.runtime.backend import BackendName
 
 BLOCK = 512  # tokens of a block on which perplexity is measured
 ROUNDING_TOKENS = 129  # on which the engine's rounding is compared
@@ -50,6 +52,8 @@ class CellJob:
     reference: Path
     """Where the baseline's hidden states are, or are to be put."""
     threads: int | None
+    backend: BackendName | Literal["auto"] = "auto"
+    """What runs the model."""
     learns_from: Sequence[tuple[str, int | None]] = ()
     """Of the baseline only: source and row limit of each text that a stage of the plan reads."""
 
@@ -67,13 +71,20 @@ class CellBench:
     @cached_property
     def decoder(self) -> Decoder:
         """The cell's model, ready to decode."""
-        decoder: Decoder = gateskip.load(self.job.folder, self.job.dtype)
+        decoder = self._load()
         budget = self.settings.get("budget", self.settings.get("draft_budget"))
         if budget is not None:
             try:
                 decoder.thresholds(budget)
             except ValueError as error:
                 raise StepError(f"{self.mode}: {error}") from error
+        return decoder
+
+    def _load(self) -> Decoder:
+        try:
+            decoder: Decoder = gateskip.load(self.job.folder, self.job.dtype, self.job.backend)
+        except UnsupportedModel as error:
+            raise StepError(f"{self.job.backend}: {error}") from error
         return decoder
 
     def load(self) -> dict[str, Any]:
@@ -228,13 +239,22 @@ class CellBench:
         return [prompt_ids(self.decoder.tokenizer, text) for text in texts[:count]]
 
     @cached_property
-    def _rounds(self) -> SpeedRounds:
-        job = self.job
-        return SpeedRounds(
-            self.decoder, self.mode, self.settings, self._saving, job.threads, job.asset_cache
+    def _turns(self) -> SpeedTurns:
+        job, wanted = self.job, self.job.benchmark["speed"]
+        return SpeedTurns(
+            self.decoder,
+            self.mode,
+            self.settings,
+            self._saving,
+            wanted,
+            job.threads,
+            job.asset_cache,
         )
 
-    def speed(self, round: int, batch: int, threads: int) -> dict[str, Any]:
-        """One repeat at a batch size; see `SpeedRounds.measure`."""
-        wanted = self.job.benchmark["speed"]
-        return self._rounds.measure(batch, threads, wanted["prompt_tokens"], wanted["new_tokens"])
+    def warm(self, batch: int, context: int, category: str, threads: int) -> dict[str, Any]:
+        """A turn that is not counted; see `SpeedTurns.warm`."""
+        return self._turns.warm(batch, context, category, threads)
+
+    def speed(self, batch: int, context: int, category: str) -> dict[str, Any]:
+        """One turn of a shape that was warmed; see `SpeedTurns.measure`."""
+        return self._turns.measure(batch, context, category)

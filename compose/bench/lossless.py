@@ -1,4 +1,8 @@
-"""The lossless check: speculative decoding against plain decoding, token for token."""
+"""The lossless check: speculative decoding against plain decoding, token for token.
+
+It says whether speculation changes the text, and nothing of what speculation brings: its draft
+length is forced, while the timed rounds choose their own (`compose.bench.speed`).
+"""
 
 from __future__ import annotations
 
@@ -11,44 +15,49 @@ from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.stats import Stats
 
 FORCED_DRAFT = 3
-"""Draft length of the check where the cell says `auto`: without drafts nothing is checked."""
+"""Draft length of the first pass where the cell says `auto`: without drafts nothing is checked."""
 
 
 def check_lossless(
     decoder: Decoder, settings: Mapping[str, Any], prompts: Sequence[list[int]], new_tokens: int
 ) -> dict[str, Any]:
-    """Compare both decodings of each prompt; the fields of the result's `speculation`.
+    """Compare both decodings of each prompt; the fields of the result's `lossless_check`.
 
-    `settings` are a speculating cell's arguments of `Decoder.generate`. A draft length of `auto`
-    is replaced: a decoder that falls back to plain steps would pass without having shown anything.
+    `settings` are a speculating cell's arguments of `Decoder.generate`. Where they say `auto`, the
+    prompts are decoded twice: with a forced draft length, since a decoder that falls back to plain
+    steps would pass without having shown anything, and with the lengths that the cell chooses
+    itself. The verdict is over both.
     """
-    length = settings["draft_length"]
-    settings = {**settings, "draft_length": FORCED_DRAFT if length == "auto" else length}
+    own_length = settings["draft_length"]
+    forced_length = FORCED_DRAFT if own_length == "auto" else own_length
     target = settings["target"]
-    compared, total = 0, Stats()
+    plain = decoder.generate(list(prompts), new_tokens, target=target).tokens
     divergences: list[dict[str, Any]] = []
-    batched = decoder.generate(list(prompts), new_tokens, target=target).tokens
-    for number, prompt in enumerate(prompts):
-        plain = batched[number]
-        own = decoder.generate([prompt], new_tokens, "speculate", **settings)
-        total.add(own.stats)
-        compared += len(plain)
-        if own.tokens[0] != plain:  # a batch rounds in another order: decode the row by itself
-            plain = decoder.generate([prompt], new_tokens, target=target).tokens[0]
-        divergence = _divergence(decoder, number, prompt, plain, own.tokens[0])
-        divergences += [divergence] if divergence else []
+    totals: dict[str, Stats] = {}
+    passes = {"forced": forced_length} | ({"own": own_length} if own_length == "auto" else {})
+    for name, length in passes.items():
+        totals[name] = Stats()
+        for number, prompt in enumerate(prompts):
+            asked = {**settings, "draft_length": length}
+            own = decoder.generate([prompt], new_tokens, "speculate", **asked)
+            totals[name].add(own.stats)
+            if own.tokens[0] != plain[number]:
+                # A batch rounds in another order: decode the row by itself.
+                plain[number] = decoder.generate([prompt], new_tokens, target=target).tokens[0]
+            found = _divergence(decoder, number, prompt, plain[number], own.tokens[0])
+            divergences += [{"pass": name, **found}] if found else []
+    forced = totals["forced"]
     return {
         "lossless": not divergences,
         "first_divergence": divergences[0] if divergences else None,
         "divergences": divergences,
         "prompts": len(prompts),
-        "tokens": compared,
-        "acceptance_rate": total.acceptance_rate,
-        "mean_accepted_tokens": total.mean_accepted_tokens,
-        "acceptance_by_position": [stood / tried for tried, stood in total.positions],
-        "looked_up_share": total.looked_up / total.drafted if total.drafted else None,
-        "draft_length_histogram": total.draft_lengths,
-        "checked_draft_length": settings["draft_length"],
+        "tokens": len(passes) * sum(map(len, plain)),
+        "forced_draft_length": forced_length,
+        "forced_draft_length_histogram": forced.draft_lengths,
+        "own_draft_length_histogram": totals.get("own", forced).draft_lengths,
+        "acceptance_rate": forced.acceptance_rate,
+        "acceptance_by_position": [accepted / tried for tried, accepted in forced.positions],
     }
 
 

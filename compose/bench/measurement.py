@@ -1,19 +1,22 @@
-"""What `gateskip bench` records: a run of one batch, and the repeats of a system on a workload."""
+"""Drafts of one folder timed against each other in one process, for `gateskip tune-draft`.
+
+Each repeat runs every system on every batch of every workload once. Cells of a run and what
+`gateskip bench` compares have processes of their own: see `compose.execution.speed`.
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from gateskip.runtime.backend import Arithmetic
-
-Rows = list[list[int]]
-"""Token ids of a batch of prompts, or of their continuations."""
-
-Workloads = dict[str, list[Rows]]
-"""Name of a workload -> its batches of prompts."""
+from compose.bench.generate import stop_token_ids
+from compose.bench.systems import System, parse_system
+from compose.bench.workloads import Rows, Workloads
+from compose.errors import UserError
+from compose.units import Progress
+from gateskip.decoding.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -28,27 +31,29 @@ class Run:
     decode_s: float
     drafted: int = 0
     accepted: int = 0
-    spent: dict[str, float] = field(default_factory=dict)
-    """Seconds by part of the native work, where the backend counts them."""
-    saved: float = 0.0
-    """Share of the model's multiply-adds saved by skipping, gates and shortcuts paid for."""
-    skipped: float = 0.0
-    """Share of branch-tokens that were skipped; every branch and token has the same weight."""
 
 
-class Runner(Protocol):
-    """A system that is ready to run: prompts as token ids in, greedy continuations out."""
+class Runner:
+    """Our decoder under a system's settings: prompts as token ids in, greedy continuations out."""
 
-    @property
-    def arithmetic(self) -> Arithmetic | None:
-        """The arithmetic of decoding; None for a peer, which does not tell."""
-
-    @property
-    def prefill_arithmetic(self) -> Arithmetic | None:
-        """The arithmetic of prompts; None for a peer."""
+    def __init__(self, decoder: Decoder, system: System) -> None:
+        self.decoder, self.system = decoder, system
+        self.stop_tokens = stop_token_ids(decoder)
 
     def __call__(self, rows: Rows, new_tokens: int) -> Run:
         """Continue `rows` by up to `new_tokens` each."""
+        settings = self.system.settings
+        generation = self.decoder.generate(rows, new_tokens, eos=self.stop_tokens, **settings)
+        stats = generation.stats
+        return Run(
+            tokens=generation.tokens,
+            prompt_tokens=stats.prompt_tokens,
+            prefill_s=stats.prefill_s,
+            decoded=stats.new_tokens - len(rows),
+            decode_s=stats.decode_s,
+            drafted=stats.drafted,
+            accepted=stats.accepted,
+        )
 
 
 @dataclass
@@ -57,22 +62,12 @@ class Measurement:
 
     system: str
     workload: str
-    """What the prompts are: batch and context, or a category."""
-    arithmetic: Arithmetic | None = None
-    """Of decoding, where the system is ours."""
-    prefill_arithmetic: Arithmetic | None = None
-    """Of prompts, where the system is ours."""
+    """What the prompts are: a category."""
     prefill: list[float] = field(default_factory=list)
     """Prompt tokens a second, one for each repeat."""
     decode: list[float] = field(default_factory=list)
     """New tokens a second after the first of each row."""
     acceptance: float | None = None
-    time_split: dict[str, float] = field(default_factory=dict)
-    """Shares of the decoding time by part of the native work, and in Python around it."""
-    saved: float = 0.0
-    """Share of the model's multiply-adds saved by skipping, the LM head counted."""
-    skipped: float = 0.0
-    """Share of branch-tokens, the prompts' among them, that were skipped."""
     equal: bool = True
     """Whether its tokens were those of the first system."""
 
@@ -83,42 +78,74 @@ class Measurement:
         self.decode.append(_rate(runs, "decoded", "decode_s"))
         drafted = sum(run.drafted for run in runs)
         self.acceptance = sum(run.accepted for run in runs) / drafted if drafted else None
-        self.time_split = _time_split(runs)
-        self.saved = statistics.mean(run.saved for run in runs)
-        self.skipped = statistics.mean(run.skipped for run in runs)
 
     def to_json(self) -> dict[str, Any]:
-        """Medians and extremes, and the repeats themselves.
-
-        `ideal_speedup` is what the saved multiply-adds would give if time followed them.
-        """
+        """Medians and extremes, and the repeats themselves."""
         return {
             "system": self.system,
             "workload": self.workload,
-            "arithmetic": None if self.arithmetic is None else self.arithmetic.to_dict(),
-            "prefill_arithmetic": (
-                None if self.prefill_arithmetic is None else self.prefill_arithmetic.to_dict()
-            ),
             "prefill_tokens_per_s": _summary(self.prefill),
             "decode_tokens_per_s": _summary(self.decode),
             "acceptance_rate": self.acceptance,
-            "time_split": self.time_split,
-            "ideal_speedup": 1 / (1 - self.saved),
-            "skipped_branch_tokens": self.skipped,
             "equal_to_first": self.equal,
         }
+
+
+def runners_of(decoder: Decoder, names: Sequence[str]) -> dict[str, Runner]:
+    """Name of a system -> what runs it.
+
+    Raises UserError for a system that is not known, or that the folder cannot run.
+    """
+    systems = [parse_system(name) for name in names]
+    for system in systems:
+        budget = system.settings.get("budget", system.settings.get("draft_budget", 1.0))
+        try:
+            decoder.thresholds(budget)
+            decoder.drafter(system.settings.get("draft_weights", "own"))
+        except ValueError as error:
+            reason = f"system {system.name}: {error}"
+            raise UserError(reason, fix="choose another system") from error
+    return {system.name: Runner(decoder, system) for system in systems}
+
+
+def measure(
+    runners: Mapping[str, Runner],
+    workloads: Workloads,
+    new_tokens: int,
+    repeats: int,
+    progress: Progress | None = None,
+) -> list[Measurement]:
+    """Each repeat runs every system on every batch of every workload once, in a rotating order.
+
+    Systems alternate on each batch, since drift of the machine lasts for seconds. Tokens are
+    compared with those of the first system.
+    """
+    measurements = {
+        (name, workload): Measurement(name, workload) for name in runners for workload in workloads
+    }
+    done, total = 0, repeats * sum(map(len, workloads.values()))
+    for run in runners.values():  # what is built on first use is built before anything is timed
+        run(next(iter(workloads.values()))[0], new_tokens)
+    names = list(runners)
+    for _ in range(repeats):
+        for workload, groups in workloads.items():
+            runs: dict[str, list[Run]] = {name: [] for name in names}
+            for rows in groups:
+                offset = done % len(names)
+                for name in (*names[offset:], *names[:offset]):
+                    runs[name].append(runners[name](rows, new_tokens))
+                done += 1
+                if progress is not None:
+                    progress(done, total, workload)
+            first = [each.tokens for each in runs[names[0]]]
+            for name, own in runs.items():
+                measurements[name, workload].add(own, first == [each.tokens for each in own])
+    return list(measurements.values())
 
 
 def _rate(runs: Sequence[Run], tokens: str, seconds: str) -> float:
     spent: float = sum(getattr(run, seconds) for run in runs)
     return float(sum(getattr(run, tokens) for run in runs) / max(spent, 1e-9))
-
-
-def _time_split(runs: Sequence[Run]) -> dict[str, float]:
-    whole = sum(run.decode_s for run in runs)
-    names = runs[0].spent
-    shares = {name: sum(run.spent[name] for run in runs) / whole for name in names}
-    return shares | {"python": 1 - sum(shares.values())} if shares else {}
 
 
 def _summary(values: Sequence[float]) -> dict[str, Any]:

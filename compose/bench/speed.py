@@ -1,24 +1,31 @@
-"""What a speed round measures: one repeat of prefill and decoding at one batch size."""
+"""What is timed in a turn of a cell: prompts read and continued once, in one shape."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compose.assets import load_texts, token_blocks
-from compose.memory import peak_bytes, reset_peak
-from gateskip.decoding.decoder import Decoder, Mode
-from gateskip.decoding.stats import Generation
+from compose.bench.generate import stop_token_ids
+from compose.bench.workloads import Rows, rows_of
+from compose.memory import peak_bytes, reset_peak, resident_bytes
+from gateskip.decoding.decoder import Decoder, Mode, cache_capacity
+from gateskip.decoding.stats import Generation, Stats
 from gateskip.model.compute import Saving, Usage
 
-WARM_TOKENS = 16  # decoded once at each batch size before anything is timed
+WARM_TOKENS = 16  # of the prompt: they bring weights into memory before its use is measured
 
 
-class SpeedRounds:
-    """The speed rounds of one cell; the runner interleaves them with those of other cells."""
+class SpeedTurns:
+    """The turns of one cell; the runner alternates them with those of other cells.
+
+    Only `new tokens - rows` count as decoded: the first token of each row comes out of prefill.
+    """
 
     def __init__(
         self,
@@ -26,57 +33,114 @@ class SpeedRounds:
         mode: Mode,
         settings: Mapping[str, Any],
         saving: Callable[[Usage], Saving],
+        wanted: Mapping[str, Any],
         threads: int | None,
         asset_cache: Path,
     ) -> None:
-        """`settings` are arguments of `Decoder.generate`; `saving` counts what `Usage` saved."""
+        """`settings` are arguments of `Decoder.generate`; `saving` counts what `Usage` saved;
+        `wanted` is the benchmark's speed section."""
         self.decoder, self.mode, self.settings = decoder, mode, dict(settings)
-        self.saving, self.threads, self.asset_cache = saving, threads, asset_cache
-        self._warm: set[int] = set()  # batch sizes that were run before
+        self.saving, self.wanted = saving, wanted
+        self.threads, self.asset_cache = threads, asset_cache
+        self._rows: dict[tuple[int, int, str], list[Rows]] = {}
         self._timed = False
+        self._held = 0
+        """Bytes that the process held before the shape that is measured now."""
 
-    def measure(
-        self, batch: int, threads: int, prompt_tokens: int, new_tokens: int
-    ) -> dict[str, Any]:
-        """One repeat at a batch size; the first at each batch size warms up before it measures.
+    def warm(self, batch: int, context: int, category: str, threads: int) -> dict[str, Any]:
+        """A whole turn of a shape that is not counted: what is built or learned on first use is.
 
-        Gives tokens a second of prefill and decoding, seconds to the first token, the process's
-        peak in bytes, and what skipping or speculation did while it was timed.
+        The process's peak counts from here, with the weights in memory.
         """
         if not self._timed:
             self._timed = True
             torch.set_num_threads(self.threads or threads)
             self.decoder.forget_draft_costs()  # measured with other threads
-            reset_peak()
-        prompts = self._prompts(batch, prompt_tokens)
-        if batch not in self._warm:
-            self._warm.add(batch)
-            self._generate(prompts, WARM_TOKENS)
-        usage = self.decoder.skipping.usage
+        first = self._batches(batch, context, category)[0]
+        self._generate([first[0][:WARM_TOKENS]], 2)
+        reset_peak()
+        self._held = resident_bytes()
+        return self.measure(batch, context, category)
+
+    def measure(self, batch: int, context: int, category: str) -> dict[str, Any]:
+        """One turn: tokens and seconds of prefill and decoding, seconds to the first token, bytes,
+        and what skipping or speculation did meanwhile. `compose.bench.turns` adds turns up."""
+        batches = self._batches(batch, context, category)
+        usage, before = self.decoder.skipping.usage, self._engine_seconds()
         usage.clear()
-        stats = self._generate(prompts, new_tokens).stats
-        decoded = stats.new_tokens - batch  # the first token of each row comes out of prefill
-        numbers: dict[str, Any] = {
-            "prefill_tokens_per_s": stats.prompt_tokens / stats.prefill_s,
-            "decode_tokens_per_s": decoded / stats.decode_s if decoded else None,
-            "ttft_s": stats.ttft_s,
+        stats, first_tokens, decoded = Stats(), list[float](), 0
+        digest = hashlib.sha256()
+        for rows in batches:
+            generation = self._generate(rows, self.wanted["new_tokens"], category)
+            stats.add(generation.stats)
+            first_tokens.append(generation.stats.ttft_s)
+            decoded += generation.stats.new_tokens - len(rows)
+            digest.update(json.dumps(generation.tokens).encode())
+        cache = max(self._cache_bytes(rows) for rows in batches)
+        turn: dict[str, Any] = {
+            "prompt_tokens": stats.prompt_tokens,
+            "prefill_s": stats.prefill_s,
+            "tokens": decoded,
+            "decode_s": stats.decode_s,
+            "ttft_s": sum(first_tokens) / len(first_tokens),
+            "digest": digest.hexdigest()[:16],
             "peak_bytes": peak_bytes(),
+            "cache_bytes": cache,
+            "beside_bytes": max(0, peak_bytes() - self._held - cache),
+            "threads": torch.get_num_threads(),
+            "affinity": usable_cores(),
         }
+        if spent := self._engine_seconds():
+            turn["spent"] = {part: spent[part] - before.get(part, 0.0) for part in spent}
         if self.mode == "skip":
-            numbers["compute"] = {"saved_net_while_timed": self.saving(usage).net}
+            turn["compute"] = {"saved_net_while_timed": self.saving(usage).net}
         if self.mode == "speculate":
-            numbers["speculation"] = {
-                "draft_s": stats.draft_s,
-                "verify_s": stats.verify_s,
-                "timed_draft_lengths": stats.draft_lengths,
-            }
-        return numbers
+            turn["speculation"] = speculation_counts(stats)
+        return turn
 
-    def _generate(self, prompts: list[list[int]], new_tokens: int) -> Generation:
-        return self.decoder.generate(prompts, new_tokens, self.mode, **self.settings)
+    def _generate(self, rows: Rows, new_tokens: int, category: str = "") -> Generation:
+        """Continue prompts; those of a category end as answers do, running text goes on."""
+        stop = stop_token_ids(self.decoder) if category else ()
+        return self.decoder.generate(rows, new_tokens, self.mode, eos=stop, **self.settings)
 
-    def _prompts(self, batch: int, length: int) -> list[list[int]]:
-        """Running text of an exact length, so that the time does not depend on how prompts end."""
-        texts = load_texts("heldout-text", None, self.asset_cache)
-        rows: list[list[int]] = token_blocks(texts, self.decoder.tokenizer, length, batch).tolist()
-        return rows
+    def _batches(self, batch: int, context: int, category: str) -> list[Rows]:
+        shape = (batch, context, category)
+        if shape not in self._rows:
+            self._rows[shape] = rows_of(
+                self.decoder.tokenizer, batch, context, category, self.wanted, self.asset_cache
+            )
+        return self._rows[shape]
+
+    def _cache_bytes(self, rows: Rows) -> int:
+        longest = max(map(len, rows))
+        capacity = cache_capacity(longest, self.wanted["new_tokens"])
+        return self.decoder.skipping.cache_bytes(len(rows), capacity)
+
+    def _engine_seconds(self) -> dict[str, float]:
+        """Seconds that native code has spent so far by part, drafts included; empty elsewhere."""
+        total: dict[str, float] = {}
+        for model in self.decoder.models():
+            if model.engine is not None:
+                for part, seconds in model.engine.spent().items():
+                    total[part] = total.get(part, 0.0) + seconds
+        return total
+
+
+def speculation_counts(stats: Stats) -> dict[str, Any]:
+    """What became of drafts, as counts that can be added up."""
+    return {
+        "draft_length_histogram": {str(n): times for n, times in stats.draft_lengths.items()},
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "passes": stats.passes,
+        "positions": [list(pair) for pair in stats.positions],
+        "looked_up": stats.looked_up,
+        "draft_s": stats.draft_s,
+        "verify_s": stats.verify_s,
+    }
+
+
+def usable_cores() -> int | None:
+    """On how many cores the system lets this process run; None where it does not tell."""
+    affinity: Callable[[int], Sequence[int]] | None = getattr(os, "sched_getaffinity", None)
+    return None if affinity is None else len(affinity(0))

@@ -1,4 +1,4 @@
-"""Names of the systems that `gateskip bench` compares: our ways of decoding, and other engines."""
+"""Names of the ways in which our decoder runs a folder: `plain`, `skip:0.8`, `draft:1+int4`, ..."""
 
 from __future__ import annotations
 
@@ -6,50 +6,37 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from compose.errors import UserError, suggest
-from gateskip.runtime.backend import BACKENDS, BackendName
 
-PEERS = ("transformers", "llama.cpp")
-KINDS = ("plain", "skip", "draft", *BACKENDS, *PEERS)
+BACKENDS = ("reference", "gathered", "native")
+"""Those of `gateskip.runtime.backend`, which imports torch."""
+KINDS = ("plain", "skip", "draft", *BACKENDS)
 
 
 @dataclass(frozen=True)
 class System:
-    """One way of decoding."""
+    """One way of decoding a folder."""
 
     name: str
     """The text that names it."""
     settings: dict[str, Any]
-    """Arguments of Decoder.generate; empty for a peer."""
-    peer_option: str = ""
-    """What follows the colon of a peer's name."""
-    backend: BackendName | None = None
+    """Arguments of Decoder.generate."""
+    backend: str | None = None
     """The backend that runs it, where it is not the one that the folder is loaded with."""
-
-    @property
-    def is_peer(self) -> bool:
-        """Whether another engine runs it."""
-        return self.name.partition(":")[0] in PEERS
 
 
 def parse_system(text: str) -> System:
     """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+int4`, `+nf4` or `+int4-head`, `+lookup`,
-    `+LENGTH`; any of these after a backend, as in `gathered:skip:0.8`; and the peers
-    `transformers`, also with `:compiled`, `:lookup` or `:early-exit-LAYERS`, and `llama.cpp:FILE`
-    or `llama.cpp:TYPE`, which writes the folder as a GGUF file of that type.
+    `+LENGTH`; any of these after a backend, as in `gathered:skip:0.8`.
 
     Raises UserError for anything else.
     """
     kind, _, rest = text.partition(":")
     if kind not in KINDS:
         raise UserError(f"system {text!r}: {suggest(kind, KINDS)}", fix=parse_system.__doc__)
-    if kind in PEERS:
-        return System(text, {}, rest)
     if kind in BACKENDS:
         system = parse_system(rest or "plain")
-        if system.is_peer or system.backend:
-            raise UserError(
-                f"system {text!r}: {rest} does not run in our decoder", fix=parse_system.__doc__
-            )
+        if system.backend:
+            raise UserError(f"system {text!r}: two backends", fix=parse_system.__doc__)
         return replace(system, name=text, backend=kind)
     if kind == "plain":
         return System(text, {"mode": "plain"})

@@ -5,13 +5,16 @@ Importing this module loads lm-eval, which takes seconds.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import lm_eval
 import lm_eval.tasks
@@ -29,7 +32,7 @@ from compose.units import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-METRICS = ("acc_norm", "acc", "exact_match")  # the first that a task has is reported
+METRICS = ("acc_norm", "acc", "f1", "exact_match")  # the first that a task has is reported
 FALLBACK_LENGTH = 2048  # longest input where the tokenizer does not know the model's
 LONGEST_ANSWER = 256  # tokens, where a task does not say; lm-eval's own default
 
@@ -46,15 +49,21 @@ class GeneratingModel(ScoredModel, Protocol):
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A task's score; an accuracy between 0 and 1."""
+    """A task's score: the mean over its questions, each between 0 and 1."""
 
     metric: str
     value: float
     n: int
     ci95: tuple[float, float]
-    """Wilson's interval."""
+    """Wilson's interval where a question is right or wrong, else 1.96 standard errors."""
     data: str
     """Where the questions came from."""
+    kind: Literal["likelihood", "generative"]
+    """Whether the model ranked given answers, or wrote its own."""
+    outcomes: tuple[float, ...]
+    """The score of each question, in the order asked, to 4 decimals."""
+    questions: str
+    """16 hex digits over what was asked: outcomes of two models pair where these are equal."""
 
 
 def run_tasks(
@@ -86,7 +95,7 @@ def run_tasks(
                 tasks=list(tasks),
                 limit=limit,
                 bootstrap_iters=0,
-                log_samples=False,
+                log_samples=True,
                 task_manager=manager,
             )
         except NotImplementedError as error:
@@ -156,15 +165,56 @@ def _manager(folder: Path, tasks: Sequence[str]) -> lm_eval.tasks.TaskManager:
 
 
 def _score(name: str, evaluation: dict[str, Any], origin: str) -> TaskScore:
-    measured = evaluation["results"][name]
-    metric = next((each for each in METRICS if f"{each},none" in measured), None)
-    if metric is None:
-        names = sorted(key for key in measured if "," in key and "stderr" not in key)
-        raise UserError(f"task {name!r} has no accuracy, only {', '.join(names)}")
-    value = float(measured[f"{metric},none"])
+    metric, filtered = _metric_of(name, evaluation["results"][name])
+    value = float(evaluation["results"][name][f"{metric},{filtered}"])
     members = evaluation.get("group_subtasks", {}).get(name) or [name]
-    n = sum(evaluation["n-samples"][member]["effective"] for member in members)
-    return TaskScore(metric, value, n, wilson(value, n), origin)
+    asked = [
+        sample
+        for member in members
+        for sample in sorted(evaluation["samples"][member], key=lambda each: each["doc_id"])
+        if sample["filter"] == filtered
+    ]
+    outcomes = tuple(round(float(sample[metric]), 4) for sample in asked)
+    kinds = {evaluation["configs"][member]["output_type"] for member in members}
+    return TaskScore(
+        metric=metric,
+        value=value,
+        n=len(outcomes),
+        ci95=score_interval(value, outcomes),
+        data=origin,
+        kind="generative" if "generate_until" in kinds else "likelihood",
+        outcomes=outcomes,
+        questions=_digest_of(asked),
+    )
+
+
+def _metric_of(name: str, measured: Mapping[str, Any]) -> tuple[str, str]:
+    """The metric to report and the filter of answers it belongs to, unfiltered ones first."""
+    known = [key.split(",") for key in measured if "," in key and "_stderr" not in key]
+    for metric in METRICS:
+        filters = sorted((each[1] for each in known if each[0] == metric), key=_not_none)
+        if filters:
+            return metric, filters[0]
+    names = sorted(metric for metric, _ in known)
+    raise UserError(f"task {name!r} has no accuracy, only {', '.join(names)}")
+
+
+def _not_none(filtered: str) -> bool:
+    return filtered != "none"
+
+
+def _digest_of(samples: Sequence[Mapping[str, Any]]) -> str:
+    """16 hex digits over the questions, their prompts and right answers, in order."""
+    hashes = [[each[f"{part}_hash"] for part in ("doc", "prompt", "target")] for each in samples]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+
+
+def score_interval(value: float, outcomes: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of outcomes between 0 and 1."""
+    if all(outcome in (0, 1) for outcome in outcomes) or len(outcomes) < 2:
+        return wilson(value, len(outcomes))
+    half = 1.96 * statistics.stdev(outcomes) / math.sqrt(len(outcomes))
+    return max(0.0, value - half), min(1.0, value + half)
 
 
 def longest_input(tokenizer: PreTrainedTokenizerBase) -> int:

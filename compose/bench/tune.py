@@ -21,10 +21,11 @@ import torch
 
 import gateskip
 from compose.artifacts.folder import LINEAGE, lineage, write_lineage
-from compose.bench.measurement import Measurement, Workloads
-from compose.bench.race import measure, runners_of
+from compose.bench.measurement import Measurement, measure, runners_of
 from compose.bench.systems import parse_system
-from compose.bench.workloads import prompts_by_category
+from compose.bench.workloads import Workloads, prompts_by_category
+from compose.results.intervals import exp_t_interval
+from compose.results.record import Estimate
 from compose.store import read_json, write_json
 from compose.units import Progress
 from gateskip.calibration.settings import ALLOCATIONS
@@ -49,17 +50,18 @@ def tune(
 ) -> dict[str, Any]:
     """Time the candidates on `prompts`; with `write`, the best becomes the folder's own setting.
 
-    Returns `best`, its `speedup` over plain decoding (median over repeats), and the measurements
-    of the `first` and the `second` round.
+    Returns `best`, its `speedup` over plain decoding with an interval from pairs of the repeats
+    (`speedup_ci95`, None with one repeat), and the measurements of the `first` and the `second`
+    round. Where that interval reaches down to 1, no draft is shown to be faster: plain is best.
 
     Raises:
         AssetError: the prompts cannot be had.
     """
     decoder: Decoder = gateskip.load(folder)
-    workloads = prompts_by_category(decoder, prompts, limit, cache)
+    workloads = prompts_by_category(decoder.tokenizer, prompts, limit, cache)
     names = candidates(decoder)
     few = _first(workloads, FIRST_PROMPTS)
-    runners = runners_of(decoder, folder, [PLAIN, *names], workloads, new_tokens)
+    runners = runners_of(decoder, [PLAIN, *names])
     first = measure(runners, few, new_tokens, 1, progress)
     ranked = sorted(names, key=lambda name: -speedup(first, name))
     finalists = {name: runners[name] for name in (PLAIN, *ranked[:FINALISTS])}
@@ -68,11 +70,12 @@ def tune(
         own_thresholds = allocated(decoder, folder, workloads, skipping[0], new_tokens)
     for name, row in own_thresholds.items():
         other = with_thresholds(decoder, decode_of(name)["draft_budget"], row)
-        (finalists[name],) = runners_of(
-            other, folder, [name.split()[0]], workloads, new_tokens
-        ).values()
+        (finalists[name],) = runners_of(other, [name.split()[0]]).values()
     second = measure(finalists, workloads, new_tokens, repeats, progress)
     best = max(finalists, key=lambda name: speedup(second, name))
+    interval = speedup_interval(second, best)
+    if interval is not None and interval.low <= 1:
+        best, interval = PLAIN, None
     if write:
         write_decode(
             folder, decode_of(best), speedup(second, best), prompts, own_thresholds.get(best)
@@ -81,6 +84,7 @@ def tune(
         "best": best,
         "decode": decode_of(best),
         "speedup": speedup(second, best),
+        "speedup_ci95": None if interval is None else interval.ci95,
         "first": [each.to_json() for each in first],
         "second": [each.to_json() for each in second],
         "written": write,
@@ -153,14 +157,25 @@ def _first(workloads: Workloads, count: int) -> Workloads:
 
 
 def speedup(measurements: Sequence[Measurement], name: str) -> float:
-    """Tokens a second of a system over plain decoding's, geometric mean over the workloads."""
-    plain = {each.workload: each for each in measurements if each.system == PLAIN}
+    """Tokens a second over plain decoding's: the geometric mean over repeats and workloads."""
+    return math.exp(statistics.mean(_log_ratios(measurements, name)))
+
+
+def speedup_interval(measurements: Sequence[Measurement], name: str) -> Estimate | None:
+    """The same with a 95 % interval from the repeats; None with fewer than two, and for plain."""
+    logs = _log_ratios(measurements, name)
+    return None if name == PLAIN or len(logs) < 2 else exp_t_interval(logs)
+
+
+def _log_ratios(measurements: Sequence[Measurement], name: str) -> list[float]:
+    """Repeat by repeat the log of the ratio to plain decoding, mean over the workloads."""
+    plain = {each.workload: each.decode for each in measurements if each.system == PLAIN}
     ratios = [
-        statistics.median(each.decode) / statistics.median(plain[each.workload].decode)
+        [math.log(own / base) for own, base in zip(each.decode, plain[each.workload], strict=True)]
         for each in measurements
         if each.system == name
     ]
-    return statistics.geometric_mean(ratios)
+    return [statistics.mean(repeat) for repeat in zip(*ratios, strict=True)]
 
 
 def decode_of(name: str) -> dict[str, Any]:

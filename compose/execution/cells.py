@@ -28,13 +28,22 @@ FREE_BYTES_TO_KEEP = 8_000_000_000
 
 
 def quality_tasks(run: RunState, cells: list[Cell]) -> list[Task]:
-    """A task for the quality of every cell; the baseline's comes first, the others compare."""
+    """A task for the quality of every cell; the baseline's comes first, the others compare.
+
+    Other engines are made ready and scored one after another: some compile or convert for minutes.
+    """
     baseline = run.baseline
+    steps = {step.key for step in run.plan.steps}
+    peers = [cell.name for cell in cells if cell.peer is not None]
     return [
         Task(
             cell.name,
             partial(measure_quality, run, cell),
-            (cell.weights, baseline.weights, *(() if cell is baseline else (baseline.name,))),
+            (
+                *steps.intersection((cell.weights, baseline.weights)),
+                *(() if cell is baseline else (baseline.name,)),
+                *(peers[: peers.index(cell.name)][-1:] if cell.peer is not None else ()),
+            ),
         )
         for cell in cells
     ]
@@ -106,12 +115,14 @@ def open_cell(run: RunState, cell: Cell, name: str, *, on_this_machine: bool = F
     pipeline, baseline = run.plan.pipeline, run.baseline
     request: CellRequest = {
         "name": cell.name,
-        "folder": str(run.store.model(cell.weights)),
-        "baseline_folder": str(run.store.model(baseline.weights)),
+        "folder": str(run.folder_of(cell)),
+        "baseline_folder": str(run.folder_of(baseline)),
         "decode": None if cell.decode is None else cell.decode.model_dump(mode="json"),
         "benchmark": pipeline.benchmark.model_dump(mode="json"),
         "seed": pipeline.seed,
-        "dtype": pipeline.model.dtype,
+        "dtype": cell.dtype or pipeline.model.dtype,
+        "backend": cell.backend,
+        "peer": cell.peer,
         "asset_cache": str(run.settings.asset_cache.absolute()),
         "reference": str(run.folder.reference(baseline.key)),
         "threads": pipeline.benchmark.threads,

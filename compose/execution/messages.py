@@ -11,7 +11,6 @@ Role = Literal[
     "cell",
     "answer",
     "insight",
-    "race",
     "tune",
     "gguf",
     "probe",
@@ -77,6 +76,10 @@ class CellRequest(TypedDict):
     """The pipeline's `benchmark` section."""
     seed: int
     dtype: str
+    backend: str
+    """What runs the model; `auto` lets the folder decide."""
+    peer: str | None
+    """The engine that is measured instead of ours, on the folder of the baseline."""
     asset_cache: str
     reference: str
     """Where the baseline's predictions are stored."""
@@ -88,10 +91,14 @@ class CellRequest(TypedDict):
 class CellCommand(TypedDict, total=False):
     """A command to a worker of role `cell`."""
 
-    do: Literal["load", "quality", "lossless", "speed", "quit"]
+    do: Literal["load", "quality", "lossless", "roofline", "warm", "speed", "quit"]
     reference: str
     """Of `quality`: where the baseline's predictions are stored."""
     round: int
+    """Of `speed`: which repeat the turn belongs to."""
     batch: int
+    context: int
+    category: str
+    """Of `warm` and `speed`: the shape; see `compose.execution.sessions.Shape`."""
     threads: int
-    """Of `speed`: which round, how many rows, and with how many threads."""
+    """Of `warm` and `roofline`: with how many threads is timed."""

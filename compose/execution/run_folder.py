@@ -7,8 +7,8 @@
     runs/NAME/results.json, report.*    made from the above, and from it alone
     runs/store/KEY                      model folders, shared by all runs in `runs`
 
-A phase's key covers all that decides what it measures, so a record under another key is out of
-date. Failures are never kept: the next run tries again.
+A phase's key covers all that decides what it measures, the code and the libraries among it, so a
+record under another key is out of date. Failures are never kept: the next run tries again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from compose.assets import SELF_WRITTEN
 from compose.errors import UserError
+from compose.planning.fingerprint import fingerprint
 from compose.planning.keys import digest
 from compose.planning.plan import Cell, Plan, speculates
 from compose.store import Store, read_json, write_json
@@ -100,8 +101,11 @@ def file_name(name: str) -> str:
     return f"{safe[:100].lstrip('.')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def phase_key(plan: Plan, cell: Cell, phase: Phase) -> str:
-    """16 hex digits over the cell and the settings that the phase reads."""
+def phase_key(plan: Plan, cell: Cell, phase: Phase, code: str | None = None) -> str:
+    """16 hex digits over the cell, the settings that the phase reads, and what measures it.
+
+    `code` is a `fingerprint`; without it, that of the code and the libraries as they are now.
+    """
     benchmark = plan.pipeline.benchmark.model_dump(mode="json")
     reads: dict[str, Any] = {"threads": benchmark["threads"], "seed": plan.pipeline.seed}
     if phase == "quality":
@@ -111,7 +115,7 @@ def phase_key(plan: Plan, cell: Cell, phase: Phase) -> str:
     elif phase == "lossless":
         reads |= {"lossless": benchmark["lossless"]}
     recipe = {"cell": cell.key, "phase": phase, "reads": reads, "version": MEASURE_VERSION}
-    return digest(recipe)
+    return digest(recipe | {"code": code or fingerprint()})
 
 
 def learns_from(plan: Plan) -> list[tuple[str, int | None]]:
@@ -138,19 +142,32 @@ def phases_of(cell: Cell) -> tuple[Phase, ...]:
 
 
 def read_phase(run: RunFolder, plan: Plan, cell: Cell, phase: Phase) -> dict[str, Any] | None:
-    """What the phase measured of this cell with these settings; None where it has no record."""
-    record = read_json(run.record(cell.name, phase))
-    if not isinstance(record, dict) or record.get("key") != phase_key(plan, cell, phase):
+    """What the phase measured of this cell with these settings; None where it has no record.
+
+    `seconds` and `fingerprint` are added to it.
+    """
+    record = _record(run, cell, phase)
+    if record is None or record.get("key") != phase_key(plan, cell, phase):
         return None
     result: dict[str, Any] = record["result"]
-    return result | {"seconds": record.get("seconds", 0.0)}
+    return result | {"seconds": record.get("seconds", 0.0), "fingerprint": record["fingerprint"]}
+
+
+def _record(run: RunFolder, cell: Cell, phase: Phase) -> dict[str, Any] | None:
+    record = read_json(run.record(cell.name, phase))
+    return record if isinstance(record, dict) else None
 
 
 def write_phase(
     run: RunFolder, plan: Plan, cell: Cell, phase: Phase, result: dict[str, Any], seconds: float
 ) -> None:
     """Keep what the phase measured, under its key."""
-    record = {"key": phase_key(plan, cell, phase), "seconds": round(seconds, 3), "result": result}
+    record = {
+        "key": phase_key(plan, cell, phase),
+        "fingerprint": fingerprint(),
+        "seconds": round(seconds, 3),
+        "result": result,
+    }
     write_json(run.record(cell.name, phase), record)
 
 
@@ -158,3 +175,15 @@ def is_measured(run: RunFolder, plan: Plan, cell: Cell) -> bool:
     """Whether every phase of a cell, beside speed, has its record."""
     records = (read_phase(run, plan, cell, phase) for phase in phases_of(cell))
     return all(record is not None for record in records)
+
+
+def only_code_changed(run: RunFolder, plan: Plan, cell: Cell) -> bool:
+    """Whether all that keeps a record of the cell from being current is the code or a library."""
+    changed = False
+    for phase in phases_of(cell):
+        record = _record(run, cell, phase) or {}
+        made_by = record.get("fingerprint")
+        if made_by is None or record.get("key") != phase_key(plan, cell, phase, made_by):
+            return False
+        changed |= made_by != fingerprint()
+    return changed

@@ -30,6 +30,7 @@ from compose.execution.sessions import Session
 from compose.execution.speed import measure_speed
 from compose.execution.state import RunState, Settings
 from compose.execution.steps import step_tasks
+from compose.planning.fingerprint import fingerprint
 from compose.planning.plan import Plan
 from compose.results.environment import capture_environment
 from compose.results.io import load_results, save_results
@@ -84,7 +85,7 @@ def _run(run: RunState) -> RunResult:
         try:
             tasks = [*step_tasks(run, cells), *quality_tasks(run, cells)]
             run_graph(tasks, slots, run.workers.end_all, pool)
-            session = measure_speed(run, cells, environment)
+            session = measure_speed(run, cells, environment, fingerprint())
         finally:
             run.workers.end_all()
     return _conclude(run, session, environment)

@@ -1,14 +1,22 @@
-"""Speed: rounds interleaved over the processes of all cells, the baseline in every group."""
+"""Speed: rounds interleaved over the processes of all cells, the baseline in every group.
+
+In a round every cell decodes for the same time, in short turns: the cell that has decoded least so
+far goes next. A machine whose speed drifts within seconds then slows all cells alike, and a ratio
+of two cells of one round is one of equals.
+"""
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
+from compose.bench.turns import add_turns
+from compose.bench.workloads import categories
 from compose.errors import ComposeError
 from compose.execution.cells import open_cell
 from compose.execution.failures import failure_of, first_line
@@ -17,6 +25,7 @@ from compose.execution.run_folder import read_phase
 from compose.execution.sessions import (
     Round,
     Session,
+    Shape,
     find_session,
     new_session,
     speed_settings,
@@ -35,17 +44,19 @@ LOADED_AT_ONCE = 2
 """Cells that load side by side before speed is measured: loading hardly uses a second core."""
 
 
-def measure_speed(run: RunState, cells: list[Cell], environment: dict[str, Any]) -> Session | None:
+def measure_speed(
+    run: RunState, cells: list[Cell], environment: dict[str, Any], code: str
+) -> Session | None:
     """Measure the cells that have not failed, in rounds; go on with a session that was begun.
 
-    Speeds are compared only within a session: a new or changed cell begins a new one. None where no
-    cell is left to measure.
+    Speeds are compared only within a session: a new or changed cell begins a new one, and so does
+    other `code`, the fingerprint of what is timed. None where no cell is left to measure.
     """
     timed = [cell for cell in cells if cell.repeats is None]
     able = [cell for cell in timed if cell.name not in run.failed_cells]
     if not able:
         return None
-    settings = speed_settings(run.plan, environment)
+    settings = speed_settings(run.plan, environment, code)
     session = find_session(run.folder, settings, able)
     if session is not None and session.finished():
         return session
@@ -53,7 +64,9 @@ def measure_speed(run: RunState, cells: list[Cell], environment: dict[str, Any])
     if session is None or set(session.members) != {cell.name for cell in able}:
         groups = memory_groups(run, able)
         command = run.settings.command or ""
-        session = new_session(run.folder, settings, able, groups, environment, command)
+        source = run.plan.pipeline.benchmark.speed.prompts
+        names = categories(source, run.settings.asset_cache) if source else []
+        session = new_session(run.folder, settings, able, groups, environment, command, names)
     measurement = _Measurement(run, session, able)
     for group in range(len(session.groups)):
         measurement.measure_group(group)
@@ -65,26 +78,37 @@ def measure_speed(run: RunState, cells: list[Cell], environment: dict[str, Any])
 
 
 def memory_groups(run: RunState, cells: list[Cell]) -> list[list[str]]:
-    """Names of cells that fit into free memory together, in order, the baseline in every group."""
+    """Names of cells that fit into free memory together, in order.
+
+    The baseline is in every group, and so is the plain cell of one that skips or speculates, where
+    memory allows: those are what a cell's speed is compared with.
+    """
     sizes = {cell.name: _bytes_of(run, cell) for cell in cells}
     held = sum(sizes[name] for name in run.loaded if name in sizes)
     limit = MEMORY_SHARE * (psutil.virtual_memory().available + held)
     first = [cell.name for cell in cells if cell is run.baseline]
     groups: list[list[str]] = [list(first)]
     for cell in cells:
-        if cell is run.baseline:
+        if cell.name in groups[-1]:
             continue
-        used = sum(sizes[name] for name in groups[-1])
-        if used + sizes[cell.name] > limit and len(groups[-1]) > len(first):
+        wanted = [name for name in (cell.plain, cell.name) if name in sizes]
+        if not _fits(groups[-1], wanted, sizes, limit) and len(groups[-1]) > len(first):
             groups.append(list(first))
-        groups[-1].append(cell.name)
+            if not _fits(groups[-1], wanted, sizes, limit):
+                wanted = [cell.name]
+        groups[-1] += [name for name in wanted if name not in groups[-1]]
     return groups
 
 
+def _fits(group: list[str], more: list[str], sizes: dict[str, int], limit: float) -> bool:
+    return sum(sizes[name] for name in {*group, *more}) <= limit
+
+
 def _bytes_of(run: RunState, cell: Cell) -> int:
-    """Bytes that a cell's process is expected to hold."""
+    """Bytes that a cell's process is expected to hold; another engine has a process beside ours."""
     size = (read_phase(run.folder, run.plan, cell, "load") or {}).get("size", {})
-    return PROCESS_BYTES + int(size.get("resident_bytes") or size.get("disk_bytes") or 0)
+    processes = PROCESS_BYTES * (1 if cell.peer is None else 2)
+    return processes + int(size.get("resident_bytes") or size.get("disk_bytes") or 0)
 
 
 class _Measurement:
@@ -96,6 +120,8 @@ class _Measurement:
         self.line = run.board.line("speed")
         self.workers: dict[str, Worker] = {}
         """Cell name -> its process, of the group that is measured now."""
+        self.warm: set[tuple[str, Shape]] = set()
+        """Cells of that group, and the shapes that they ran before."""
 
     def measure_group(self, group: int) -> None:
         """Run the group's rounds that are missing, with all its processes loaded at once."""
@@ -112,12 +138,24 @@ class _Measurement:
                 names = ", ".join(cell.name for cell in some)
                 self.line.update(first, len(cells), f"loading {names}")
                 self._load(some)
+            self._measure_roofline()
             for each in missing:
                 self._measure_round(each, cells)
         finally:
             for worker in self.workers.values():
                 self.run.workers.end(worker)
             self.workers.clear()
+            self.warm.clear()
+
+    def _measure_roofline(self) -> None:
+        """Once a session, before anything is timed, in a process of ours."""
+        baseline = self.run.baseline
+        able = baseline.name in self.workers and self._goes_on(baseline.name)
+        if self.session.roofline is None and able:
+            threads = self.run.workers.executor.timed_threads
+            found = self._ask(baseline, {"do": "roofline", "threads": threads})
+            if found is not None:
+                self.session.add_roofline(found)
 
     def _load(self, cells: list[Cell]) -> None:
         """Take the processes that are loaded already; load the other cells side by side."""
@@ -134,28 +172,67 @@ class _Measurement:
             self._guarded(cell, partial(self.run.workers.answer, worker, self.line))
 
     def _measure_round(self, each: Round, cells: list[Cell]) -> None:
-        """Every cell once. Each round begins with another cell, so that none is favoured."""
+        """Turns of all cells until each has decoded for long enough.
+
+        The cell that decoded least goes next. Each round begins with another cell, so that none is
+        favoured.
+        """
         offset = each.number % len(cells)
-        planned = self.session.planned()
-        numbers: dict[str, dict[str, Any]] = {}
+        rotated = [*cells[offset:], *cells[:offset]]
+        load_average = _load_average()
         started = time.monotonic()
-        for cell in [*cells[offset:], *cells[:offset]]:
-            if cell.name in self.run.failed_cells:
-                continue
-            note = f"batch {each.batch}, round {each.number + 1}: {cell.name}"
-            self.line.update(planned.index(each), len(planned), note)
-            command: CellCommand = {
-                "do": "speed",
-                "round": each.number,
-                "batch": each.batch,
-                "threads": self.run.workers.executor.timed_threads,
-            }
-            worker = self.workers[cell.name]
-            ask = partial(self.run.workers.ask, worker, command, self.line)
-            answer = self._guarded(cell, ask)
+        for cell in rotated:
+            self._warm_up(cell, each)
+        turns: dict[str, list[dict[str, Any]]] = {cell.name: [] for cell in rotated}
+        while waiting := [cell for cell in rotated if self._wants_a_turn(cell, turns[cell.name])]:
+            cell = min(waiting, key=lambda cell: _decoded_s(turns[cell.name]))
+            note = f"{_shown(each.shape)}, round {each.number + 1}: {cell.name}"
+            answer = self._ask(cell, self._command("speed", each), each, note)
             if answer is not None:
-                numbers[cell.name] = answer
-        self.session.add(each, numbers, time.monotonic() - started)
+                turns[cell.name].append(answer)
+        numbers = {
+            name: add_turns(own) for name, own in turns.items() if own and self._goes_on(name)
+        }
+        self.session.add(each, numbers, time.monotonic() - started, load_average)
+
+    def _goes_on(self, name: str) -> bool:
+        return name not in self.run.failed_cells
+
+    def _wants_a_turn(self, cell: Cell, turns: list[dict[str, Any]]) -> bool:
+        if not self._goes_on(cell.name):
+            return False
+        if not turns:
+            return True
+        enough: float = self.session.settings["speed"]["min_seconds"]
+        decodes: int = turns[-1]["tokens"]  # none with one new token: nothing to go on with
+        return decodes > 0 and _decoded_s(turns) < enough
+
+    def _warm_up(self, cell: Cell, each: Round) -> None:
+        """A turn that is not counted, before the first of a shape."""
+        if (cell.name, each.shape) not in self.warm and self._goes_on(cell.name):
+            self.warm.add((cell.name, each.shape))
+            note = f"{_shown(each.shape)}, warming up {cell.name}"
+            self._ask(cell, self._command("warm", each), each, note)
+
+    def _command(self, do: Literal["warm", "speed"], each: Round) -> CellCommand:
+        shape = each.shape
+        return {
+            "do": do,
+            "round": each.number,
+            "batch": shape.batch,
+            "context": shape.context,
+            "category": shape.category,
+            "threads": self.run.workers.executor.timed_threads,
+        }
+
+    def _ask(
+        self, cell: Cell, command: CellCommand, each: Round | None = None, note: str = "roofline"
+    ) -> dict[str, Any] | None:
+        """The answer of a cell's process; None where it fails, and then the cell has failed."""
+        planned = self.session.planned()
+        self.line.update(planned.index(each) if each else 0, len(planned), note)
+        ask = partial(self.run.workers.ask, self.workers[cell.name], command, self.line)
+        return self._guarded(cell, ask)
 
     def _guarded(self, cell: Cell, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """What `work` returns; None where it fails, and then the cell has failed."""
@@ -165,3 +242,17 @@ class _Measurement:
             self.run.failed_cells[cell.name] = failure_of(error, "speed")
             self.run.board.print(f"✗ speed of {cell.name}: {first_line(error)}")
             return None
+
+
+def _decoded_s(turns: Sequence[dict[str, Any]]) -> float:
+    """Seconds that a cell has decoded in this round; less than any where it had no turn."""
+    return float(sum(turn["decode_s"] for turn in turns)) if turns else -1.0
+
+
+def _shown(shape: Shape) -> str:
+    return shape.category or f"batch {shape.batch}, context {shape.context}"
+
+
+def _load_average() -> float | None:
+    """Processes that wanted to run over the last minute, where the system tells."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

@@ -53,6 +53,10 @@ class RunState:
         """Where model folders are."""
         return self.folder.store
 
+    def folder_of(self, cell: Cell) -> Path:
+        """The model folder that a cell measures."""
+        return self.plan.model_folder(cell, self.store)
+
     @property
     def baseline(self) -> Cell:
         """The cell that the others are compared with."""

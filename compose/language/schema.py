@@ -21,7 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from compose.errors import suggest
+from compose.bench.peers.table import parse_peer
+from compose.errors import UserError, suggest
 from compose.language.positions import Error, Loc, Problem, SourceMap
 from compose.stages.registry import AnyStage, Bnb, DataSpec, Gate, Gptq, Skip, Speculate, Stage
 
@@ -138,7 +139,10 @@ class Speed(_Section):
     """Length of the prompt that is prefilled."""
 
     new_tokens: Count = 128
-    """Tokens decoded after it."""
+    """Tokens decoded after it, each time that a cell has its turn."""
+
+    min_seconds: Annotated[float, Field(ge=0)] = 2.0
+    """How long every cell decodes in one repeat, in turns that alternate over all cells."""
 
     repeats: Count = 5
     """Interleaved rounds over all cells; every one is kept, the median is reported."""
@@ -147,6 +151,15 @@ class Speed(_Section):
         1,
     )
     """Prompts run at once, one measurement each."""
+
+    contexts: Annotated[tuple[Count, ...], AfterValidator(_no_repeats)] = ()
+    """Further prompt lengths, measured with one prompt at a time."""
+
+    prompts: Text | None = None
+    """Prompts by category (an alias or a file), continued to their end instead of running text."""
+
+    prompts_per_category: Count | None = None
+    """How many of them are taken of each category; all when left out."""
 
 
 class Quality(_Section):
@@ -189,6 +202,13 @@ class Benchmark(_Section):
 
     baseline: Text = DENSE
     """The cell that speed and quality are compared with."""
+
+    against: Annotated[
+        tuple[Text, ...],
+        BeforeValidator(_candidates, json_schema_input_type=Text | tuple[Text, ...] | None),
+        AfterValidator(_no_repeats),
+    ] = ()
+    """Other engines on the untouched model, each a cell of its own: `llama.cpp:q4_k_m`, ..."""
 
     threads: Count | None = None
     """Threads a cell computes with; when left out, as many as the machine has cores."""
@@ -302,7 +322,7 @@ class Pipeline(_Section):
         return self._source_map.locate(error, loc, at_key=at_key)
 
     def problems(self) -> Iterator[Problem]:
-        """Seeds listed twice and names that point at nothing, in the order of the sections."""
+        """Seeds listed twice and names that point at nothing."""
         for index, seed in enumerate(self.more_seeds):
             if seed in (self.seed, *self.more_seeds[:index]):
                 yield Problem(("more_seeds", index), f"seed {seed} is named twice")
@@ -310,6 +330,11 @@ class Pipeline(_Section):
             yield from self._unknown_stages(chain, ("pipelines", name))
         if self.matrix is not None:
             yield from self._matrix_problems(self.matrix)
+        for index, peer in enumerate(self.benchmark.against):
+            try:
+                parse_peer(peer)
+            except UserError as error:
+                yield Problem(("benchmark", "against", index), error.message, fix=error.fix)
 
     def _unknown_stages(self, chain: Choice, loc: Loc) -> Iterator[Problem]:
         names = [(chain, loc)] if isinstance(chain, str) else _indexed(chain, loc)

@@ -88,7 +88,7 @@ class StepKeys:
             return {"source": source, "sha256": self._model_sha256}
         if self._model_sha256 is not None:
             return {"sha256": self._model_sha256}
-        return {"folder": source, "files": _listing(folder)}
+        return {"folder": source, "files": listing(folder)}
 
     def _data_identity(self, split: Literal["train", "calibration"]) -> dict[str, Any]:
         spec: DataSpec = getattr(self._pipeline.data, split)
@@ -109,12 +109,14 @@ class StepKeys:
         return self._files[str(path)]
 
 
-def _listing(folder: Path) -> list[tuple[str, int, int]]:
+def listing(folder: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of every file: a changed folder is noticed without reading weights."""
     files = sorted(path for path in folder.glob("*") if path.is_file())
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-def cell_key(weights: str, decode: Stage | None) -> str:
-    """The key of the cell with these weights (a step's key) and this decode stage."""
-    return digest({"weights": weights, "decode": None if decode is None else decode.identity({})})
+def cell_key(weights: str, decode: Stage | None, peer: str | None = None) -> str:
+    """The key of the cell with these weights (a step's key) and this decode stage, or run by this
+    other engine."""
+    recipe = {"weights": weights, "decode": None if decode is None else decode.identity({})}
+    return digest(recipe if peer is None else {**recipe, "peer": peer})

@@ -7,17 +7,19 @@ equal steps of two chains run once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from compose.errors import PlanError, suggest
 from compose.language.schema import Chain, Pipeline
 from compose.stages.base import Stage
+from compose.store import Store
 
 SOURCE = "source"
 """Name of the step that stores the source model."""
 SPECULATE = "speculate"
 """The decode stage that drafts and verifies."""
-Origin = Literal["baseline", "pipeline", "matrix", "plain"]
+Origin = Literal["baseline", "pipeline", "matrix", "plain", "peer", "bench"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,20 @@ class Cell:
     plain: str | None
     """The cell with the same weights and no decode stage; None where this is that cell."""
     origin: Origin
-    """What asked for it; `plain` cells are added so that a decode stage is compared with them."""
+    """What asked for it; `plain` cells are added so that a decode stage is compared with them,
+    `bench` cells are folders that were there before."""
     aliases: tuple[str, ...] = ()
     """Other names that mean this cell."""
     repeats: str | None = None
     """The cell of which this one is a repeat with another seed."""
+    peer: str | None = None
+    """The other engine that runs the folder, as in `llama.cpp:q4_k_m`; None for our decoder."""
+    folder: str | None = None
+    """The model folder, where no step of the plan makes it."""
+    dtype: str | None = None
+    """The type to load it in, where it is not the pipeline's."""
+    backend: str = "auto"
+    """What runs the model; `auto` lets the folder decide."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,10 @@ class Plan:
         """The steps from the source up to and with the one with this key."""
         step = self.step(key)
         return (step,) if step.parent is None else (*self.lineage(step.parent), step)
+
+    def model_folder(self, cell: Cell, store: Store) -> Path:
+        """The model folder of a cell: the one it names, or the one that its step makes."""
+        return Path(cell.folder) if cell.folder is not None else store.model(cell.weights)
 
     def cell(self, name: str) -> Cell:
         """The cell of this name or alias.

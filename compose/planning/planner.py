@@ -40,6 +40,7 @@ def make_plan(
         planner.add_combination(chain, excluded)
     planner.add_plain_cells()
     planner.add_repeats()
+    planner.add_peers()
     return planner.plan()
 
 
@@ -73,6 +74,7 @@ class _PlannedCell:
     names: list[str]
     """The cell's name, then its aliases."""
     repeats: str | None = None
+    peer: str | None = None
 
 
 class _Planner:
@@ -137,6 +139,13 @@ class _Planner:
                 )
                 self._cells[cell_key(weights, decode)] = repeat
 
+    def add_peers(self) -> None:
+        """Plan the other engines on the untouched model, one cell each."""
+        weights, _ = self._weights((), self._pipeline.seed)
+        for peer in self._pipeline.benchmark.against:
+            planned = _PlannedCell((), weights, None, "peer", [peer], peer=peer)
+            self._cells[cell_key(weights, None, peer)] = planned
+
     def plan(self) -> Plan:
         """The plan, after the last checks on names."""
         self._refuse_shared_names()
@@ -145,17 +154,21 @@ class _Planner:
         left_out = [each for each in self._left_out.values() if each.name not in names]
         plan = Plan(self._pipeline, tuple(self._steps.values()), tuple(cells), tuple(left_out))
         for name in self._pipeline.export:
-            self._named(plan, name, ("export", name), at_key=True)
+            self._ours(plan, name, ("export", name), at_key=True)
         name = self._pipeline.benchmark.baseline
-        baseline = self._named(plan, name, ("benchmark", "baseline"))
+        baseline = self._ours(plan, name, ("benchmark", "baseline"))
         cells.sort(key=lambda cell: cell is not baseline)  # stable: the others keep their order
         return Plan(plan.pipeline, plan.steps, tuple(cells), plan.left_out)
 
-    def _named(self, plan: Plan, name: str, loc: Loc, *, at_key: bool = False) -> Cell:
+    def _ours(self, plan: Plan, name: str, loc: Loc, *, at_key: bool = False) -> Cell:
+        """The cell of that name, which our decoder must run."""
         try:
-            return plan.cell(name)
+            cell = plan.cell(name)
+            if cell.peer is not None:
+                raise PlanError(f"{name!r} is another engine: name a chain of stages")
         except PlanError as error:
             raise self._pipeline.locate(error, loc, at_key=at_key) from None
+        return cell
 
     def _broken(self, chain: Chain) -> tuple[int, RuleBroken] | None:
         """Index of the first stage of a chain that breaks a rule, and the error; else None."""
@@ -219,4 +232,5 @@ class _Planner:
             origin=planned.origin,
             aliases=tuple(aliases),
             repeats=planned.repeats,
+            peer=planned.peer,
         )

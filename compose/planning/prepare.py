@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-from compose.assets import data_pin, model_config, model_pin
-from compose.errors import PlanError, context
+from compose.assets import (
+    SELF_WRITTEN,
+    data_pin,
+    model_config,
+    model_pin,
+    require_task_name,
+    require_text_name,
+)
+from compose.errors import AssetError, PlanError, context
+from compose.language.positions import Loc
 from compose.language.parse import load_pipeline
 from compose.language.schema import Pipeline
 from compose.planning.keys import InputHashes
@@ -20,11 +30,43 @@ def load_plan(file: Path, asset_cache: Path) -> Plan:
     Raises:
         PipelineError: the file is not valid.
         PlanError: its chains do not make a plan.
-        AssetError: the file names a model that does not exist.
+        AssetError: the file names a model, a text or a task that does not exist.
     """
     pipeline = load_pipeline(file)
     with context(file=file):
+        require_inputs(pipeline)
         return make_plan(pipeline, model_shape(pipeline, asset_cache), input_hashes(pipeline))
+
+
+def require_inputs(pipeline: Pipeline) -> None:
+    """Refuse the first text or task that does not exist, at its line.
+
+    What only the hub knows is not refused: `owner/name` may be there when it is read.
+
+    Raises:
+        AssetError: there is no text or task of that name.
+    """
+    for loc, check in _inputs(pipeline):
+        try:
+            check()
+        except AssetError as error:
+            raise pipeline.locate(error, loc) from None
+
+
+def _inputs(pipeline: Pipeline) -> Iterator[tuple[Loc, Callable[[], None]]]:
+    """Every name of a text or a task: its place in the file, and what refuses it."""
+    for split in ("train", "calibration"):
+        source = getattr(pipeline.data, split).source
+        if source != SELF_WRITTEN:
+            yield ("data", split, "source"), partial(require_text_name, source)
+    quality = pipeline.benchmark.quality
+    place: Loc = ("benchmark", "quality")
+    for index, source in enumerate(quality.perplexity):
+        yield (*place, "perplexity", index), partial(require_text_name, source)
+    for index, name in enumerate(quality.tasks):
+        yield (*place, "tasks", index), partial(require_task_name, name)
+    lossless = pipeline.benchmark.lossless.source
+    yield ("benchmark", "lossless", "source"), partial(require_text_name, lossless)
 
 
 def model_shape(pipeline: Pipeline, asset_cache: Path) -> ModelShape | None:

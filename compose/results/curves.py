@@ -49,9 +49,9 @@ class SkippingCurve(Record):
     tasks: tuple[str, ...]
     """Their names."""
 
-    published: SkippingFigures
+    published: SkippingFigures | None = None
     """arXiv 2510.13876: saved is the mean skipped share of branches (gates cost nothing), and
     accuracy is kept against the curve's own first point."""
 
-    ours: SkippingFigures
+    ours: SkippingFigures | None = None
     """Saved is net (`Compute.saved_net`), and accuracy is kept against the dense model."""

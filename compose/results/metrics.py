@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from compose.errors import UserError, suggest
+from compose.results.parts import Estimate
 from compose.results.schema import CellResult, Results
+
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Metric:
     title: str
     better: Literal["higher", "lower"]
     of: Callable[[Results, CellResult], float | None]
+    interval: Callable[[Results, CellResult], Interval | None] = lambda results, cell: None
+    """Its 95 % interval, for those that have one."""
 
     def rank(self, value: float) -> float:
         """The value as something that is better when it is higher."""
@@ -85,11 +90,66 @@ def _retained(results: Results, cell: CellResult) -> float | None:
     if basis == "perplexity":
         ratio = _perplexity_ratio(results, cell)
         return 1 / ratio if ratio else None
-    dense = results.quality(results.cell(results.baseline)) if basis else None
+    quality = results.quality(cell)
+    if basis is None or quality is None:
+        return None
+    if quality.retained is not None:
+        return quality.retained.value
+    dense = results.quality(results.cell(results.baseline))
     tasks = [] if dense is None else list(dense.tasks or ())
     shares = [task_retained(results, cell, task) for task in tasks]
     known = [share for share in shares if share is not None]
     return sum(known) / len(known) if known and len(known) == len(tasks) else None
+
+
+def _retained_interval(results: Results, cell: CellResult) -> Interval | None:
+    quality = results.quality(cell)
+    if quality is None:
+        return None
+    if retained_basis(results) == "perplexity":
+        ends = _ratio_interval(results, cell)
+        return None if ends is None else (1 / ends[1], 1 / ends[0])
+    return None if quality.retained is None else quality.retained.ci95
+
+
+def _ratio_interval(results: Results, cell: CellResult) -> Interval | None:
+    quality = results.quality(cell)
+    return None if quality is None or quality.perplexity is None else quality.perplexity.ratio_ci95
+
+
+def _kl_interval(results: Results, cell: CellResult) -> Interval | None:
+    quality = results.quality(cell)
+    return None if quality is None else quality.kl_ci95
+
+
+def _speedup_interval(results: Results, cell: CellResult) -> Interval | None:
+    return None if cell.speculation is None else cell.speculation.speedup_ci95
+
+
+def _gain(field: str) -> Callable[[Results, CellResult], float | None]:
+    def read(results: Results, cell: CellResult) -> float | None:
+        estimate = None if cell.speed is None else getattr(cell.speed, field)
+        return None if estimate is None else float(estimate.value)
+
+    return read
+
+
+def _gain_interval(field: str) -> Callable[[Results, CellResult], Interval | None]:
+    def read(results: Results, cell: CellResult) -> Interval | None:
+        estimate: Estimate | None = None if cell.speed is None else getattr(cell.speed, field)
+        return None if estimate is None else estimate.ci95
+
+    return read
+
+
+def _own_answers(field: str) -> Callable[[Results, CellResult], float | None]:
+    def read(results: Results, cell: CellResult) -> float | None:
+        quality = results.quality(cell)
+        answers = None if quality is None else quality.own_answers
+        value = None if answers is None else getattr(answers, field)
+        return None if value is None else float(value)
+
+    return read
 
 
 def _accuracy(results: Results, cell: CellResult) -> float | None:
@@ -108,17 +168,33 @@ METRICS: dict[str, Metric] = {
     "peak": Metric("peak bytes", "lower", _part("size", "peak_bytes")),
     "saved": Metric("compute saved, net", "higher", _part("compute", "saved_net")),
     "saved-gross": Metric("compute saved, gross", "higher", _part("compute", "saved_gross")),
-    "retained": Metric("share of quality retained", "higher", _retained),
+    "decode-ratio": Metric(
+        "decode speed over the baseline's",
+        "higher",
+        _gain("decode_ratio"),
+        _gain_interval("decode_ratio"),
+    ),
+    "prefill-ratio": Metric(
+        "prefill speed over the baseline's",
+        "higher",
+        _gain("prefill_ratio"),
+        _gain_interval("prefill_ratio"),
+    ),
+    "retained": Metric("share of quality retained", "higher", _retained, _retained_interval),
     "accuracy": Metric("mean task score", "higher", _accuracy),
     "perplexity": Metric("perplexity", "lower", _perplexity),
-    "perplexity-ratio": Metric("perplexity ratio", "lower", _perplexity_ratio),
-    "kl": Metric("KL to the baseline", "lower", _part("quality", "kl_to_baseline")),
+    "perplexity-ratio": Metric("perplexity ratio", "lower", _perplexity_ratio, _ratio_interval),
+    "kl": Metric("KL to the baseline", "lower", _part("quality", "kl_to_baseline"), _kl_interval),
+    "answer-kl": Metric("KL on the baseline's own answers", "lower", _own_answers("kl")),
+    "prefix": Metric("tokens of greedy answers in common", "higher", _own_answers("common_prefix")),
     "agreement": Metric("greedy agreement", "higher", _part("quality", "greedy_agreement")),
     "acceptance": Metric("acceptance rate", "higher", _part("speculation", "acceptance_rate")),
     "accepted": Metric(
         "mean accepted tokens", "higher", _part("speculation", "mean_accepted_tokens")
     ),
-    "speedup": Metric("speed-up of speculation", "higher", _part("speculation", "speedup")),
+    "speedup": Metric(
+        "speed-up of speculation", "higher", _part("speculation", "speedup"), _speedup_interval
+    ),
 }
 """Every number that tables, constraints and aims may name."""
 
@@ -138,6 +214,17 @@ def metric_of(results: Results, name: str, cell: CellResult) -> float | None:
     if name not in METRICS:
         raise UserError(f"there is no metric {name!r}", fix=suggest(name, METRICS))
     return METRICS[name].of(results, cell)
+
+
+def interval_of(results: Results, name: str, cell: CellResult) -> Interval | None:
+    """The 95 % interval of a metric, or None where it has none.
+
+    Raises:
+        UserError: there is no metric of that name.
+    """
+    if name not in METRICS:
+        raise UserError(f"there is no metric {name!r}", fix=suggest(name, METRICS))
+    return METRICS[name].interval(results, cell)
 
 
 def over_seeds(results: Results, name: str, cell: CellResult) -> tuple[float, ...]:

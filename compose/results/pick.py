@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from compose.errors import UserError, suggest
-from compose.results.metrics import METRICS, metric_of
+from compose.results.intervals import MIN_QUESTIONS
+from compose.results.metrics import METRICS, interval_of, metric_of, retained_basis
 from compose.results.schema import CellResult, Results
+from compose.results.verdicts import gives_baselines_predictions, question_count, too_few
 from compose.units import bytes_text
 
 AIMS = (
@@ -31,7 +34,7 @@ NOT_MEASURED = 10.0  # how far off a cell counts that lacks the number; worse th
 
 @dataclass(frozen=True)
 class Constraint:
-    """A bound on one number of a cell."""
+    """A bound on one number of a cell: of quality on the unlucky end of its interval."""
 
     words: str
     option: str
@@ -39,6 +42,8 @@ class Constraint:
     limit: float
     at_least: bool
     show: Callable[[float], str]
+    unknown: Callable[[CellResult], str] = lambda cell: "not measured"
+    """Why a cell has no such number."""
 
     def shortfall(self, cell: CellResult) -> float:
         """How far the cell misses the bound, relative to it; 0 when it is met."""
@@ -60,7 +65,7 @@ class Constraint:
     def seen(self, cell: CellResult) -> str:
         """The cell's number in words."""
         value = self.value(cell)
-        return f"{self.words} {'not measured' if value is None else self.show(value)}"
+        return f"{self.words} {self.unknown(cell) if value is None else self.show(value)}"
 
 
 @dataclass(frozen=True)
@@ -96,30 +101,38 @@ def pick(
     max_bytes: float | None = None,
     max_resident: float | None = None,
     require_lossless: bool = True,
+    by_estimate: bool = False,
     maximize: str = "decode",
 ) -> CellResult:
     """The best measured cell by `maximize` (one of `AIMS`) among those that meet all constraints.
 
     `min_retained` is a share of the baseline's quality, 0 to 1 (`metrics.retained_basis` says of
-    what); sizes are in bytes. The baseline may win. Ties are broken by quality, speed,
-    size and at last by their place in the results.
+    what), and bounds the lower end of the interval; `max_perplexity_ratio` bounds the upper end.
+    With `by_estimate` they bound the estimates themselves. Sizes are in bytes. Other engines are
+    not picked; the baseline may be. Ties are broken by quality, speed, size and at last by their
+    place in the results.
 
     Raises:
-        UserError: unknown aim, nothing measured, or no cell meets the constraints; the message
-            says which of them left none and which cell comes nearest.
+        UserError: unknown aim, nothing measured, no cell whose quality is known well enough for a
+            bound, or no cell meets the constraints; the message says which of them left none and
+            which cell comes nearest.
     """
     aim = maximize.replace("_", "-")
     if aim not in AIMS:
         raise UserError(f"cannot maximize {maximize!r}", fix=suggest(maximize, AIMS))
-    cells = [cell for cell in results.measured if metric_of(results, aim, cell) is not None]
+    own = [cell for cell in results.measured if cell.peer is None]
+    cells = [cell for cell in own if metric_of(results, aim, cell) is not None]
     if not cells:
         raise UserError(
             f"no cell of run {results.run!r} has {METRICS[aim].title} measured",
             fix="aim for what the run measured, or measure it with the pipeline's `benchmark`",
         )
-    bounds = _bounds(results, min_retained, max_perplexity_ratio, max_bytes, max_resident)
+    of_quality = _quality_bounds(results, min_retained, max_perplexity_ratio, by_estimate)
+    for bound in of_quality:
+        _require_evidence(results, cells, bound)
     constraints: list[Constraint | Lossless] = [
-        *bounds,
+        *of_quality,
+        *_size_bounds(results, max_bytes, max_resident),
         *([Lossless()] if require_lossless else []),
     ]
     fit = [cell for cell in cells if not any(each.shortfall(cell) for each in constraints)]
@@ -128,31 +141,107 @@ def pick(
     return max(fit, key=lambda cell: _rank(results, cell, aim))
 
 
-def _bounds(
-    results: Results,
-    min_retained: float | None,
-    max_perplexity_ratio: float | None,
-    max_bytes: float | None,
-    max_resident: float | None,
+def fastest_that_keeps(results: Results, keep: float) -> CellResult | None:
+    """The fastest decoding cell that keeps at least this share of quality; None where none does.
+
+    The same bound as `pick`'s: the lower end of the interval, and lossless speculation only.
+    """
+    try:
+        return pick(results, min_retained=keep)
+    except UserError:
+        return None
+
+
+def retained_bound(results: Results, cell: CellResult) -> float | None:
+    """The share of the baseline's quality that a cell keeps at least, at 95 % confidence.
+
+    None where that is not known: too few questions, or outcomes that do not pair. The baseline,
+    and what gives its predictions, keeps all.
+    """
+    quality = results.quality(cell)
+    if quality is None or retained_basis(results) is None or _is_refuted(cell):
+        return None
+    if gives_baselines_predictions(results, quality):
+        return 1.0
+    if retained_basis(results) == "tasks" and question_count(quality) < MIN_QUESTIONS:
+        return None
+    ends = interval_of(results, "retained", cell)
+    return None if ends is None else ends[0]
+
+
+def _is_refuted(cell: CellResult) -> bool:
+    """Whether it speculates with other tokens than its plain cell's, so has not its quality."""
+    return cell.lossless_check is not None and cell.lossless_check.lossless is False
+
+
+def _ratio_bound(results: Results, cell: CellResult) -> float | None:
+    """The perplexity ratio that a cell has at most, at 95 % confidence."""
+    if metric_of(results, "perplexity-ratio", cell) is None or _is_refuted(cell):
+        return None
+    quality = results.quality(cell)
+    if quality is not None and gives_baselines_predictions(results, quality):
+        return 1.0
+    ends = interval_of(results, "perplexity-ratio", cell)
+    return None if ends is None else ends[1]
+
+
+def _why_unknown(results: Results, cell: CellResult) -> str:
+    quality = results.quality(cell)
+    if quality is None:
+        return "not measured"
+    if _is_refuted(cell):
+        return "unknown: not the tokens of its plain cell"
+    few = retained_basis(results) == "tasks" and question_count(quality) < MIN_QUESTIONS
+    return f"unknown: {too_few(quality)}" if few else "unknown: without an interval"
+
+
+def _quality_bounds(
+    results: Results, min_retained: float | None, max_ratio: float | None, by_estimate: bool
+) -> list[Constraint]:
+    show = "{:.3f}".format
+    bounds = []
+    if min_retained is not None:
+        value = _reader(results, "retained") if by_estimate else partial(retained_bound, results)
+        words = "retained" if by_estimate else "retained (at least)"
+        why = partial(_why_unknown, results)
+        bounds.append(Constraint(words, "--min-retained", value, min_retained, True, show, why))
+    if max_ratio is not None:
+        metric = "perplexity-ratio"
+        value = _reader(results, metric) if by_estimate else partial(_ratio_bound, results)
+        words = "perplexity ratio" if by_estimate else "perplexity ratio (at most)"
+        bounds.append(Constraint(words, "--max-perplexity-ratio", value, max_ratio, False, show))
+    return bounds
+
+
+def _size_bounds(
+    results: Results, max_bytes: float | None, max_resident: float | None
 ) -> list[Constraint]:
     rows = [
-        ("retained", "retained", "--min-retained", min_retained, True, "{:.3f}".format),
-        (
-            "perplexity-ratio",
-            "perplexity ratio",
-            "--max-perplexity-ratio",
-            max_perplexity_ratio,
-            False,
-            "{:.3f}".format,
-        ),
-        ("size", "disk", "--max-bytes", max_bytes, False, bytes_text),
-        ("resident", "memory", "--max-resident", max_resident, False, bytes_text),
+        ("size", "disk", "--max-bytes", max_bytes),
+        ("resident", "memory", "--max-resident", max_resident),
     ]
     return [
-        Constraint(words, option, _reader(results, metric), limit, at_least, show)
-        for metric, words, option, limit, at_least, show in rows
+        Constraint(words, option, _reader(results, metric), limit, False, bytes_text)
+        for metric, words, option, limit in rows
         if limit is not None
     ]
+
+
+def _require_evidence(results: Results, cells: list[CellResult], bound: Constraint) -> None:
+    """Refuse a bound of quality that is known of the baseline alone: that would be no choice."""
+    others = [cell for cell in cells if cell.name != results.baseline]
+    if not others or any(bound.value(cell) is not None for cell in others):
+        return
+    estimates = [(metric_of(results, "retained", cell), cell) for cell in others]
+    known = [(value, cell) for value, cell in estimates if value is not None]
+    near = ""
+    if known:
+        value, cell = max(known, key=lambda pair: pair[0])
+        near = f"; the nearest by estimate is {cell.name!r}: retained {value:.3f}"
+    raise UserError(
+        f"no evidence for {bound.required()}: {bound.unknown(others[0])}{near}",
+        fix="ask more questions (benchmark.quality.limit), or pass --by-estimate",
+    )
 
 
 def _reader(results: Results, metric: str) -> Callable[[CellResult], float | None]:

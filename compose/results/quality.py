@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from compose.results.record import Record
+from compose.results.record import Estimate, Record
 
 
 class Perplexity(Record):
@@ -144,6 +144,10 @@ class Quality(Record):
 
     tasks: dict[str, TaskScore] | None = None
     """Task name -> its score."""
+
+    retained: Estimate | None = None
+    """Mean over the baseline's tasks of the share of its score, with its interval and all
+    questions; absent where outcomes do not pair, and for the baseline."""
 
     own_answers: OwnAnswers | None = None
     """Distance to the dense model on the dense model's own greedy answers."""

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compose.errors import UserError
-from compose.execution.run_folder import RunFolder, is_measured
+from compose.execution.run_folder import RunFolder, is_measured, only_code_changed
 from compose.execution.runner import RunResult
 from compose.planning.plan import Plan
 from compose.results.metrics import METRICS, metrics
@@ -20,6 +20,7 @@ from compose.results.schema import CellResult, Results
 from compose.terminal.doctor import Finding
 from compose.units import bytes_text, metric_text
 
+CODE_CHANGED = "code or libraries changed"
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[red]✗[/]"}
 
 
@@ -31,7 +32,7 @@ def plan_counts(plan: Plan) -> str:
 
 
 def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
-    """The plan as JSON, with `cached` for each step and cell."""
+    """The plan as JSON, with `cached` for each step and cell; `why` where only code has changed."""
     shown = plan.to_json()
     for step in shown["steps"]:
         manifest = run.store.manifest(step["key"])
@@ -39,6 +40,8 @@ def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
         step["peak_bytes"] = ((manifest or {}).get("record") or {}).get("peak_bytes")
     for row, cell in zip(shown["cells"], plan.cells, strict=True):
         row["cached"] = is_measured(run, plan, cell)
+        if only_code_changed(run, plan, cell):
+            row["why"] = CODE_CHANGED
     return shown
 
 
@@ -63,7 +66,8 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
     for cell in state["cells"]:
         decode = cell["decode"]["use"] if cell["decode"] else "plain"
         also = ", ".join(cell["aliases"])
-        cells.add_row(cell["name"], names[cell["weights"]], decode, also, _state(cell["cached"]))
+        state_text = _state(cell["cached"], cell.get("why"))
+        cells.add_row(cell["name"], names[cell["weights"]], decode, also, state_text)
     parts: list[RenderableType] = [steps, "", cells]
     if plan.left_out:
         left_out = _table("Left out", "chain", "rule", "why")
@@ -80,8 +84,10 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _state(cached: bool) -> str:
-    return "[green]cached[/]" if cached else "to run"
+def _state(cached: bool, why: str | None = None) -> str:
+    if cached:
+        return "[green]cached[/]"
+    return "to run" if why is None else f"to measure again: {why}"
 
 
 def print_result(console: Console, result: RunResult) -> None:
@@ -185,62 +191,17 @@ def _background(level: float) -> str:
     return f"{ink} on rgb({red},{green},{blue})"
 
 
-def print_race(out: Console, found: dict[str, Any]) -> None:
-    """Measurements of `gateskip bench` as a table, speeds beside those of the first system."""
-    out.print(_measurements(found["measurements"]))
-    for system, used in _arithmetic(found["measurements"]).items():
-        out.print(f"{system} decodes with {used}")
-    for row in found["measurements"]:
-        if row["time_split"]:
-            parts = (f"{name} {part:.0%}" for name, part in row["time_split"].items())
-            out.print(f"{row['system']} on {row['workload']}: {', '.join(parts)}")
-        if (ideal := row["ideal_speedup"]) > 1:
-            out.print(
-                f"it skips {row['skipped_branch_tokens']:.1%} of branch-tokens; the multiply-adds"
-                f" saved, the LM head counted, would give {ideal:.2f}x"
-            )
-    roof, size = found["roofline"], found["weight_bytes"]
-    read = roof["memory_gb_per_s"]
-    out.print(
-        f"{found['threads']} threads read {read:.1f} GB/s: {read * 1e9 / size:.0f} times a second"
-        f" the folder's {size / 1e6:.0f} MB of weights; they multiply"
-        f" {roof['gemm_float32_gflop_per_s']:.0f} GFLOP/s in float32 and"
-        f" {roof['gemm_bfloat16_gflop_per_s']:.0f} in bfloat16"
-    )
-    if found["other_bytes"] is not None:
-        cache, beside = found["cache_bytes"], found["other_bytes"]
-        out.print(
-            f"memory: {cache / 1e6:.0f} MB of cache at most, and {beside / 1e6:.0f} MB beside"
-            f" weights and cache at its peak ({beside / (size + cache):.0%})"
-        )
-
-
-def _arithmetic(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """System -> its arithmetic of decoding in words; peers have none."""
-    return {
-        row["system"]: "{backend}: {weights} x {activations}, sums in {accumulation}".format(
-            **row["arithmetic"]
-        )
-        for row in rows
-        if row["arithmetic"] is not None
-    }
-
-
 def print_tuned(out: Console, found: dict[str, Any]) -> None:
     """What `gateskip tune-draft` found."""
     out.print(_measurements(found["second"]))
     tried = {row["system"] for row in found["first"]} - {"plain"}
     done = "now the folder's own way" if found["written"] else "nothing was written"
+    interval = found["speedup_ci95"]
+    between = f" (95 %: {interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
     out.print(
-        f"{found['best']} decodes {found['speedup']:.2f} times as fast as plain decoding, the best"
-        f" of {len(tried)} drafts: {done}"
+        f"{found['best']} decodes {found['speedup']:.2f} times as fast as plain decoding{between},"
+        f" the best of {len(tried)} drafts: {done}"
     )
-
-
-def _short(system: str) -> str:
-    """A system without the folders of the file that it names."""
-    kind, colon, told = system.partition(":")
-    return f"{kind}{colon}{told.rpartition('/')[2]}"
 
 
 def _measurements(rows: list[dict[str, Any]]) -> Table:
@@ -265,7 +226,7 @@ def _measurements(rows: list[dict[str, Any]]) -> Table:
         decode, prefill = row["decode_tokens_per_s"], row["prefill_tokens_per_s"]
         rate = row["acceptance_rate"]
         table.add_row(
-            _short(row["system"]),
+            row["system"],
             row["workload"],
             f"{prefill['median']:.0f}",
             speedup(row, "prefill_tokens_per_s"),

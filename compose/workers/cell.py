@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compose.errors import StepError
 from compose.execution.messages import CellCommand, CellRequest
@@ -13,11 +13,13 @@ from compose.workers.step import seed_everything
 
 if TYPE_CHECKING:
     from compose.bench.cell import CellBench
+    from compose.bench.peer_cell import PeerBench
+    from compose.units import Progress
 
 
 def serve_cell(job: CellRequest, channel: Channel) -> None:
     """Answer the commands of the parent until `quit`, or until the parent closes the pipe."""
-    cell = _Cell(job)
+    cell = _Cell(job, channel.progress)
     for command in channel.receive():
         if command["do"] == "quit":
             return
@@ -27,9 +29,9 @@ def serve_cell(job: CellRequest, channel: Channel) -> None:
 class _Cell:
     """A cell under measurement; `load` comes before every other command."""
 
-    def __init__(self, job: CellRequest) -> None:
-        self._job = job
-        self._bench: CellBench | None = None
+    def __init__(self, job: CellRequest, progress: Progress) -> None:
+        self._job, self._progress = job, progress
+        self._bench: CellBench | PeerBench | None = None
 
     def measure(self, command: CellCommand) -> dict[str, Any]:
         """What a command measures.
@@ -37,9 +39,11 @@ class _Cell:
         Raises:
             StepError: the cell was not loaded before.
         """
+        if command["do"] == "roofline":
+            return measure_roofline(command["threads"])
         if command["do"] == "load":
             seed_everything(self._job["seed"])
-            self._bench = open_bench(self._job)
+            self._bench = open_bench(self._job, self._progress)
             return self._bench.load()
         if self._bench is None:
             raise StepError(f"the cell was asked for {command['do']!r} before it was loaded")
@@ -47,25 +51,42 @@ class _Cell:
             return self._bench.quality(Path(command["reference"]))
         if command["do"] == "lossless":
             return self._bench.lossless()
-        return self._bench.speed(command["round"], command["batch"], command["threads"])
+        shape = (command["batch"], command["context"], command["category"])
+        if command["do"] == "warm":
+            return self._bench.warm(*shape, command["threads"])
+        return self._bench.speed(*shape)
 
 
-def open_bench(job: CellRequest) -> CellBench:
+def measure_roofline(threads: int) -> dict[str, float]:
+    """What the machine reads and multiplies at most, with so many threads."""
+    import torch
+
+    from compose.bench.roofline import roofline
+
+    torch.set_num_threads(threads)
+    return roofline()
+
+
+def open_bench(job: CellRequest, progress: Progress) -> CellBench | PeerBench:
     """What measures the cell; it loads nothing yet."""
     from compose.bench.cell import CellBench, CellJob
 
-    return CellBench(
-        CellJob(
-            name=job["name"],
-            folder=Path(job["folder"]),
-            baseline_folder=Path(job["baseline_folder"]),
-            decode=job["decode"],
-            benchmark=job["benchmark"],
-            seed=job["seed"],
-            dtype=job["dtype"],
-            asset_cache=Path(job["asset_cache"]),
-            reference=Path(job["reference"]),
-            threads=job["threads"],
-            learns_from=[(source, limit) for source, limit in job["learns_from"]],
-        )
+    described = CellJob(
+        name=job["name"],
+        folder=Path(job["folder"]),
+        baseline_folder=Path(job["baseline_folder"]),
+        decode=job["decode"],
+        benchmark=job["benchmark"],
+        seed=job["seed"],
+        dtype=job["dtype"],
+        backend=cast(Any, job["backend"]),
+        asset_cache=Path(job["asset_cache"]),
+        reference=Path(job["reference"]),
+        threads=job["threads"],
+        learns_from=[(source, limit) for source, limit in job["learns_from"]],
     )
+    if job["peer"] is None:
+        return CellBench(described)
+    from compose.bench.peer_cell import PeerBench
+
+    return PeerBench(described, job["peer"], progress)

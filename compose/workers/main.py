@@ -3,10 +3,9 @@
     step      make a model folder and store its probe logits      progress, then one answer
     check     load the folder again and compare                   one answer
     continue  decode greedily after the probe text                one answer
-    cell      measure: load, quality, lossless, speed, quit       one answer a command
+    cell      measure: load, quality, speed turns, ...            one answer a command
     answer    generate an answer to a prompt                      one answer
     insight   the compute of each token under a folder's gates    one answer
-    race      time ways of decoding a folder                      progress, then one answer
     tune      find the draft that decodes a folder fastest        progress, then one answer
     gguf      write a folder as a GGUF file and load it back      one answer
     probe     try the libraries, for `gateskip doctor`            a message a library, one answer
@@ -67,12 +66,6 @@ def _insight(job: Job, channel: Channel) -> dict[str, Any]:
     return insight(Path(job["folder"]), job["text"], job["budget"])
 
 
-def _race(job: Job, channel: Channel) -> dict[str, Any]:
-    from compose.bench.race import race
-
-    return race(Path(job.pop("folder")), progress=channel.progress, **job)
-
-
 def _tune(job: Job, channel: Channel) -> dict[str, Any]:
     from compose.bench.tune import tune
 
@@ -95,7 +88,6 @@ ROLES: dict[Role, Callable[[Any, Channel], Any]] = {
     "continue": _continue,
     "answer": _answer,
     "insight": _insight,
-    "race": _race,
     "tune": _tune,
     "gguf": _gguf,
     "probe": _probe,

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from setuptools import find_namespace_packages
 
+from compose.bench.peers.table import ENGINES
 from compose.extras import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +29,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "gateskip/training": ("compress",),
     "compose": ("compress",),
     "compose/assets": ("compress", "eval"),
-    "compose/bench": ("compress", "eval", "peers"),
+    "compose/bench": ("compress", "eval"),
     "compose/execution": ("compress", "ray"),
     "compose/results": ("compress", "eval"),
     "reports": ("compress", "report"),
@@ -38,6 +39,9 @@ that a file is in counts."""
 
 WHERE_PACKED = {"gptqmodel", "bitsandbytes"}
 """Libraries that gateskip imports inside functions, for folders whose weights they packed."""
+
+ELSEWHERE = "compose/bench/peers/scripts/"
+"""Scripts that run in environments of other engines, and import nothing of this project."""
 
 IMPORT_NAMES = {
     "lm-eval": "lm_eval",
@@ -103,6 +107,8 @@ def _undeclared(package: str) -> Iterator[str]:
     owners, extras = packages_distributions(), _extras()
     for path in sorted((ROOT / package).rglob("*.py")):
         file = path.relative_to(ROOT).as_posix()
+        if file.startswith(ELSEWHERE):
+            continue
         allowed = _names([r for extra in ("core", *extras_of(file)) for r in extras[extra]])
         for name, line, at_once in _imports(path):
             if name in sys.stdlib_module_names or name in PACKAGES:
@@ -118,6 +124,16 @@ def _undeclared(package: str) -> Iterator[str]:
 def test_every_import_is_declared(package: str) -> None:
     undeclared = list(_undeclared(package))
     assert not undeclared, "\n" + "\n".join(undeclared)
+
+
+def test_a_peer_imports_only_what_its_environment_has() -> None:
+    """`serve` is the script beside it; what pip brings along with a library counts as declared."""
+    brought = {"llama.cpp": (), "openvino": ("optimum", "transformers"), "onnxruntime": ()}
+    for name, engine in ENGINES.items():
+        declared = engine.requirements or _extras()["core"]
+        allowed = {*map(_import_name, _names(list(declared))), *brought.get(name, ()), "serve"}
+        found = {module for module, _, _ in _imports(engine.script_path)}
+        assert found <= allowed | set(sys.stdlib_module_names), name
 
 
 def test_every_place_exists() -> None:

@@ -1,0 +1,89 @@
+"""Whether a text or a task of this name exists, as far as that can be known without fetching it.
+
+A pipeline file is checked with these before anything is made. A data set of the hub is not known
+here; its name only has to look like one. The tasks of lm-eval are known where lm-eval is installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from pathlib import Path
+
+from compose.assets.fetch import local_copy
+from compose.assets.table import SELF_WRITTEN, TASKS, TEXTS
+from compose.errors import AssetError, suggest
+
+TEXT_FILES = (".txt", ".jsonl", ".json")
+_NAMED = re.compile(r"^\s*(?:-|task:|group:|tag:|- task:|- group:)\s*[\"']?([\w.:+-]+)[\"']?\s*$")
+"""A line of lm-eval's task files that names a task, a group, or one item of a list of tags."""
+
+
+def require_text_name(source: str) -> None:
+    """Refuse a name that no text can have.
+
+    Raises:
+        AssetError: it is neither an alias, a file, nor a hub id; or the text that the model writes
+            itself, which only stages read.
+    """
+    if source == SELF_WRITTEN:
+        raise AssetError(
+            f"data {source!r} is written by the model that a stage works on",
+            fix="name it under data.train or data.calibration, or take another text here",
+        )
+    if source in TEXTS or is_text_file(source) or is_hub_name(source):
+        return
+    known = [name for name in TEXTS if name != SELF_WRITTEN]
+    raise AssetError(
+        f"data {source!r} is neither an alias nor a file: {suggest(source, known)}",
+        fix="name an alias, a path, or a hub data set with its owner (owner/name)",
+    )
+
+
+def is_text_file(source: str) -> bool:
+    """Whether it is a file, or the stem of one in the folder of local copies."""
+    if Path(source).expanduser().is_file():
+        return True
+    return "/" not in source and local_copy(source) is not None
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether it looks like a hub data set: one owner, one name."""
+    if source.endswith(TEXT_FILES) or source.startswith((".", "/", "~")):
+        return False
+    return source.count("/") == 1
+
+
+def require_task_name(name: str) -> None:
+    """Refuse a task that neither this package nor the installed lm-eval has.
+
+    Raises:
+        AssetError: there is no such task.
+    """
+    if name in TASKS or name in lm_eval_names():
+        return
+    raise AssetError(
+        f"there is no task {name!r}: {suggest(name, TASKS)}",
+        fix="`lm-eval ls tasks` lists all others"
+        if lm_eval_names()
+        else 'tasks of lm-eval need `pip install "gateskip-compose[eval]"`',
+    )
+
+
+@functools.cache
+def lm_eval_names() -> frozenset[str]:
+    """Every task, group and tag that the files of lm-eval name; none where it is not installed.
+
+    lm-eval itself is not imported, and its own index, which takes many seconds, is not built: the
+    files are searched for lines that name something.
+    """
+    found = importlib.util.find_spec("lm_eval")
+    places = [] if found is None else found.submodule_search_locations or []
+    names: set[str] = set()
+    for place in places:
+        for file in (Path(place) / "tasks").rglob("*.yaml"):
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                if match := _NAMED.match(line):
+                    names.add(match[1])
+    return frozenset(names)

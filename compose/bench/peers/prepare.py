@@ -1,0 +1,130 @@
+"""A peer made ready: its environment, and the model folder in the engine's own format.
+
+cache/peers/models/FOLDER-ENGINE-OPTION   what an engine reads; FOLDER is a hash of the content
+
+Converted models are made once for each folder and stay in the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compose.artifacts.folder import dtype_of, hash_folder, require_model
+from compose.artifacts.gguf import write_gguf
+from compose.assets.fetch import build_once
+from compose.bench.peers.environment import environment_folder, python_of, versions_of
+from compose.bench.peers.process import converted
+from compose.bench.peers.table import PeerName, parse_peer
+from compose.errors import UserError
+from compose.units import Progress
+
+GGUF = "model.gguf"
+
+
+@dataclass(frozen=True)
+class PreparedPeer:
+    """What `PeerProcess` starts: everything is on this machine."""
+
+    name: str
+    """As the user names it: `llama.cpp:q4_k_m`."""
+    engine: str
+    option: str
+    python: Path
+    """The interpreter of its environment."""
+    script: Path
+    model: Path
+    """The folder or file that the engine reads."""
+    vocabulary: int
+    """Columns of the model folder's logits; a peer's are cut to as many."""
+    disk_bytes: int
+    """Weights and graph on disk."""
+    versions: dict[str, str]
+    settings: str
+    """How it is run, in one sentence."""
+    flash: bool = False
+
+
+def prepare(
+    option_name: str, folder: Path, cache: Path, progress: Progress | None = None
+) -> PreparedPeer:
+    """Make a peer ready for the model in `folder`: environment and conversion, each made once.
+
+    Raises:
+        UserError: there is no such peer, it cannot be had on this machine, or it cannot run this
+            model.
+    """
+    name = parse_peer(option_name)
+    config = require_model(folder)
+    engine = name.engine
+    python = python_of(engine, cache, progress)
+    model = _model(name, folder, cache, python, progress)
+    return PreparedPeer(
+        name=name.text,
+        engine=engine.name,
+        option=name.text.partition(":")[2],
+        python=python,
+        script=engine.script_path,
+        model=model,
+        vocabulary=int(config["vocab_size"]),
+        disk_bytes=_disk_bytes(model),
+        versions=versions_of(engine, python),
+        settings=name.settings(),
+        flash=name.flash,
+    )
+
+
+def _model(
+    name: PeerName, folder: Path, cache: Path, python: Path, progress: Progress | None
+) -> Path:
+    """The folder or file that the engine reads."""
+    if name.engine.name == "transformers":
+        return folder
+    if name.file is not None:
+        if not name.file.is_file():
+            raise UserError(f"peer {name.text}: there is no file {name.file}", fix="name a .gguf")
+        return name.file
+    models = cache / "peers" / "models"
+    content = hash_folder(folder)[:16]
+    source = folder
+    if name.engine.name == "llama.cpp":
+        source = _gguf(folder, models, content, name.option, progress)
+        if name.option == "bf16":
+            return source
+    environment = environment_folder(name.engine, cache).name
+    target = models / f"{content}-{environment}-{name.option}"
+
+    def build(made: Path) -> dict[str, Any]:
+        if progress is not None:
+            progress(0, 1, f"converting to {name.text}")
+        given = made / GGUF if name.engine.name == "llama.cpp" else made
+        converted(name, python, source, given)
+        return {"peer": name.text}
+
+    build_once(target, build, note=f"the model of {name.text}")
+    return target / GGUF if name.engine.name == "llama.cpp" else target
+
+
+def _gguf(folder: Path, models: Path, content: str, option: str, progress: Progress | None) -> Path:
+    """The folder as a GGUF file in its own float type, or as bf16 where that is asked for."""
+    kind = "bf16" if option == "bf16" or dtype_of(folder) == "bfloat16" else "f32"
+    target = models / f"{content}-gguf-{kind}"
+
+    def build(made: Path) -> dict[str, Any]:
+        if progress is not None:
+            progress(0, 1, f"writing a GGUF file ({kind})")
+        return {key: float(value) for key, value in write_gguf(folder, made / GGUF, kind).items()}
+
+    build_once(target, build, note="the GGUF file")
+    return target / GGUF
+
+
+def _disk_bytes(model: Path) -> int:
+    """Bytes of the files that hold weights and graph."""
+    if model.is_file():
+        return model.stat().st_size
+    endings = (".safetensors", ".bin", ".xml", ".onnx", ".onnx.data", ".data")
+    files = (each for each in model.iterdir() if each.is_file())
+    graph = (each for each in files if each.name.endswith(endings))
+    return sum(each.stat().st_size for each in graph if "tokenizer" not in each.name)

@@ -1,0 +1,188 @@
+"""A peer in a process of its own: JSON lines over its standard input and output.
+
+Processes, because engines do not bear each other's company: with llama.cpp inside, our process died
+of SIGILL on a processor with AMX, whose tile configuration belongs to a thread and is also set by
+oneDNN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from compose.bench.peers.table import PeerName
+from compose.errors import StepError
+
+if TYPE_CHECKING:
+    from compose.bench.peers.prepare import PreparedPeer
+
+LAST_LINES = 15
+"""Lines of a peer's own output that an error carries."""
+CLOSING_S = 10.0
+
+
+class PeerProcess:
+    """A running peer: `load` once for each shape, then `generate` and `logits`.
+
+    Use it as a context manager; the process ends with the block. Every method raises StepError
+    where the peer fails or dies, with the last lines that it wrote.
+    """
+
+    def __init__(self, prepared: PreparedPeer, threads: int) -> None:
+        self.prepared, self.threads = prepared, threads
+        self._stack = contextlib.ExitStack()
+        self._ask: Any = None
+
+    def __enter__(self) -> PeerProcess:
+        peer = self.prepared
+        self._ask = self._stack.enter_context(
+            _talk(peer.name, peer.python, peer.script, self.threads)
+        )
+        return self
+
+    def __exit__(self, *exit_info: object) -> None:
+        self._stack.close()
+
+    def load(self, context: int, batch: int) -> dict[str, Any]:
+        """Load the model for `batch` rows of at most `context` tokens, prompt and answer together.
+
+        May be called again for another shape. A short run warms everything up. Returns `versions`,
+        `flags` (how the library was built), and `resident_bytes` beyond a bare interpreter.
+        """
+        peer = self.prepared
+        loaded: dict[str, Any] = self._ask(
+            "load",
+            model=str(peer.model),
+            option=peer.option,
+            threads=self.threads,
+            context=context,
+            batch=batch,
+            flash=peer.flash,
+        )
+        return {"versions": peer.versions, **loaded}
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        stop: Sequence[int] = (),
+        ignore_stop: bool = False,
+    ) -> dict[str, Any]:
+        """Continue the prompts greedily by up to `new_tokens` each, in the engine's own batching.
+
+        Returns `tokens` (a stop token is the last of its row), `prefill_s` (from the call until
+        every row has its first token, which is `ttft_s`), `decode_s` (all the rest) and
+        `first_tokens`, how many tokens were there after prefill.
+        """
+        rows = [list(map(int, row)) for row in prompts]
+        answer: dict[str, Any] = self._ask(
+            "generate",
+            prompts=rows,
+            new_tokens=new_tokens,
+            stop=list(map(int, stop)),
+            ignore_stop=ignore_stop,
+        )
+        return answer
+
+    def logits(self, blocks: Sequence[Sequence[int]], path: Path) -> numpy.ndarray[Any, Any]:
+        """Logits after every token of the blocks [N][S]: float32 [N, S, V], mapped from `path`.
+
+        Blocks are of one length, and each is computed from an empty cache. The peer writes `path`
+        as .npy; V is the vocabulary of the model folder.
+        """
+        rows = [list(map(int, row)) for row in blocks]
+        self._ask("logits", blocks=rows, path=str(path), vocabulary=self.prepared.vocabulary)
+        return numpy.load(path, mmap_mode="r")  # type: ignore[no-any-return]
+
+
+def converted(name: PeerName, python: Path, source: Path, target: Path) -> None:
+    """Let an engine write `source` in its own format to `target`.
+
+    Raises:
+        StepError: it fails.
+    """
+    threads = os.cpu_count() or 1
+    with _talk(name.text, python, name.engine.script_path, threads) as ask:
+        ask("convert", source=str(source), target=str(target), option=name.option, threads=threads)
+
+
+@contextlib.contextmanager
+def _talk(name: str, python: Path, script: Path, threads: int) -> Iterator[Any]:
+    """Start a script; gives a function that sends one request and returns the result."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        child = subprocess.Popen(
+            [str(python), "-u", str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=_environment(threads),
+            text=True,
+            encoding="utf-8",
+        )
+        assert child.stdin is not None and child.stdout is not None
+
+        def ask(do: str, **given: Any) -> Any:
+            line = ""
+            with contextlib.suppress(BrokenPipeError):
+                child.stdin.write(json.dumps({"do": do, "with": given}) + "\n")  # type: ignore[union-attr]
+                child.stdin.flush()  # type: ignore[union-attr]
+                line = child.stdout.readline()  # type: ignore[union-attr]
+            if not line:
+                raise StepError(f"peer {name} {_ending(child)} in {do}{_last_lines(log)}")
+            answer = json.loads(line)
+            if "error" in answer:
+                raise StepError(f"peer {name} failed in {do}: {answer['error']}{_last_lines(log)}")
+            return answer["result"]
+
+        try:
+            yield ask
+        finally:
+            _close(child)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Variables of the process: its threads, and nothing of our own Python path."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    return {
+        **inherited,
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
+def _close(child: subprocess.Popen[str]) -> None:
+    """End of input ends a script; one that does not listen is killed."""
+    with contextlib.suppress(BrokenPipeError):
+        child.stdin.close()  # type: ignore[union-attr]
+    try:
+        child.wait(CLOSING_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    child.stdout.close()  # type: ignore[union-attr]
+
+
+def _ending(child: subprocess.Popen[str]) -> str:
+    """How a process ended, in words."""
+    try:
+        code = child.wait(CLOSING_S)
+    except subprocess.TimeoutExpired:
+        return "closed its output"
+    return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _last_lines(log: Any) -> str:
+    log.seek(0)
+    lines = [line.rstrip() for line in log.read().splitlines() if line.strip()]
+    return "".join(f"\n  {line}" for line in lines[-LAST_LINES:])

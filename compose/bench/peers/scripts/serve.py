@@ -1,0 +1,82 @@
+"""One JSON object a line in, one out: how a peer's script answers. Standard library alone.
+
+Request  {"do": "generate", "with": {...}}
+Answer   {"result": {...}} or {"error": "Type: message", "trace": "..."}
+
+The scripts here run in other environments and import nothing of this project.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+
+def serve(peer: Any) -> None:
+    """Call `peer.NAME(**with)` for each request until the input ends."""
+    requests, answers = _own_pipes()
+    for line in requests:
+        request = json.loads(line)
+        answer: dict[str, Any]
+        try:
+            answer = {"result": getattr(peer, request["do"])(**request["with"])}
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"
+            answer = {"error": message, "trace": traceback.format_exc()}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _own_pipes() -> tuple[Any, Any]:
+    """Standard input and output as files of our own; libraries that print reach the error log."""
+    requests = os.fdopen(os.dup(0), "r", encoding="utf-8")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    return requests, answers
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+BARE = resident_bytes()
+"""What the bare interpreter holds; scripts import this module before any library."""
+
+
+def held_bytes() -> int:
+    """Memory held beyond that of the bare interpreter: library, weights, cache and buffers."""
+    return resident_bytes() - BARE
+
+
+def cut(tokens: list[int], stop: list[int]) -> list[int]:
+    """Up to and with the first stop token."""
+    end = next((i for i, token in enumerate(tokens) if token in stop), len(tokens))
+    return tokens[: end + 1]
+
+
+def timed(
+    tokens: list[list[int]], started: float, first: float, ended: float, first_tokens: int
+) -> dict[str, Any]:
+    """The answer to `generate`: one definition of prefill and decode for every engine.
+
+    Prefill lasts from the call to the moment when every row has its first token, which is the time
+    to first token; all the rest is decoding. `first_tokens` were there when prefill ended.
+    """
+    return {
+        "tokens": tokens,
+        "prefill_s": first - started,
+        "decode_s": ended - first,
+        "ttft_s": first - started,
+        "first_tokens": first_tokens,
+    }

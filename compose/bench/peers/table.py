@@ -1,0 +1,192 @@
+"""The other engines, as one literal table: their options, what pip installs, how they are run.
+
+Nothing of this is installed into our own environment. `environment` makes one for each engine from
+the ranges here; a change of a range makes another environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from compose.errors import UserError, suggest
+
+SCRIPTS = Path(__file__).with_name("scripts")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One other engine."""
+
+    name: str
+    script: str
+    """File in `scripts/` that runs in its environment."""
+    options: Mapping[str, str]
+    """Option -> how it is run, as the end of a sentence. The empty option is the plain name."""
+    distributions: tuple[str, ...]
+    """Distributions whose versions are recorded."""
+    requirements: tuple[str, ...] = ()
+    """What pip installs, pinned to ranges; empty where our own environment has it."""
+    pip_options: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of the installation."""
+    compiled: bool = False
+    """Whether pip compiles it for this processor, so that other processors need their own."""
+    settings: str = ""
+    """How every option is run; the options' sentences follow."""
+
+    @property
+    def script_path(self) -> Path:
+        """The script that speaks for it."""
+        return SCRIPTS / self.script
+
+
+GGUF_TYPES = {
+    "q4_0": "Q4_0",
+    "q4_1": "Q4_1",
+    "q4_k_m": "Q4_K_M",
+    "iq4_nl": "IQ4_NL",
+    "q5_0": "Q5_0",
+    "q5_k_m": "Q5_K_M",
+    "q6_k": "Q6_K",
+    "q8_0": "Q8_0",
+    "bf16": "BF16",
+}
+"""Options of llama.cpp and what llama.cpp calls the file type."""
+
+FLASH = "+fa"
+"""Ends a llama.cpp option that asks for flash attention."""
+
+ENGINES: dict[str, Engine] = {
+    "llama.cpp": Engine(
+        name="llama.cpp",
+        script="run_llama_cpp.py",
+        options={
+            name: f"quantized to {kind} by llama_model_quantize without an importance matrix"
+            for name, kind in GGUF_TYPES.items()
+        },
+        distributions=("llama-cpp-python",),
+        requirements=("llama-cpp-python>=0.3.34,<0.4", "numpy>=2.0,<3"),
+        # A wheel from pip's cache may have been compiled for another processor.
+        pip_options=("--no-binary=llama-cpp-python", "--no-cache-dir"),
+        variables={
+            "CMAKE_ARGS": "-DGGML_NATIVE=ON -DGGML_OPENMP=ON -DGGML_BLAS=OFF -DMTMD_BUILD=OFF"
+            " -DLLAVA_BUILD=OFF -DCMAKE_BUILD_TYPE=Release",
+            "FORCE_CMAKE": "1",
+        },
+        compiled=True,
+        settings="compiled for this processor with OpenMP; llama_decode of one sequence a row, the"
+        " prompt in one batch of up to 2048 tokens; keys and values in f16",
+    ),
+    "openvino": Engine(
+        name="openvino",
+        script="run_openvino.py",
+        options={
+            "int4": "weights int4 in groups of 64 with offset at ratio 1.0, embedding and LM head"
+            " int8, exported by optimum-intel without data",
+            "int8": "weights int8 with a scale a channel and offset, exported by optimum-intel",
+        },
+        distributions=("openvino", "openvino-genai", "optimum-intel", "nncf"),
+        requirements=(
+            "openvino>=2026.2,<2027",
+            "openvino-genai>=2026.2,<2027",
+            "openvino-tokenizers>=2026.2,<2027",
+            "optimum-intel>=2.0,<3",
+            "nncf>=3.0,<4",
+            "torch>=2.9,<3",
+            "numpy>=2.0,<3",
+        ),
+        settings="OpenVINO GenAI on the CPU, greedy, PERFORMANCE_HINT LATENCY,"
+        " INFERENCE_NUM_THREADS as given, INFERENCE_PRECISION_HINT left at its default",
+    ),
+    "onnxruntime": Engine(
+        name="onnxruntime",
+        script="run_onnxruntime.py",
+        options={
+            "int4": "weights int4 in blocks of 32 by the model builder of onnxruntime-genai at its"
+            " defaults for the CPU (int4_accuracy_level 4: int8 products)",
+        },
+        distributions=("onnxruntime-genai", "onnxruntime"),
+        requirements=(
+            "onnxruntime-genai>=0.14,<0.19",
+            "onnxruntime>=1.24,<2",
+            "onnx>=1.19,<2",
+            "onnx-ir>=0.1.12,<2",
+            "torch>=2.9,<3",
+            "transformers>=4.57,<6",
+            "numpy>=2.0,<3",
+        ),
+        settings="onnxruntime-genai on the CPU, greedy, intra_op_num_threads as given",
+    ),
+    "transformers": Engine(
+        name="transformers",
+        script="run_transformers.py",
+        options={
+            "": "plain",
+            "compiled": "static KV cache as long as the context, decoding compiled by torch.compile"
+            " before anything is timed",
+            "lookup": "prompt_lookup_num_tokens=10",
+        },
+        distributions=("transformers", "torch"),
+        settings="generate of transformers on the folder as from_pretrained gives it, greedy,"
+        " in the float type of the folder",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PeerName:
+    """A peer as the user names it, taken apart."""
+
+    text: str
+    engine: Engine
+    option: str
+    """A key of the engine's options, or a path of a .gguf file."""
+    flash: bool = False
+    """Flash attention, for llama.cpp."""
+
+    @property
+    def file(self) -> Path | None:
+        """The .gguf file that is named, where one is."""
+        given = self.option if self.option.endswith(".gguf") else ""
+        return Path(given).expanduser() if given else None
+
+    def settings(self) -> str:
+        """One plain sentence on how it is run."""
+        how = self.engine.options.get(self.option, "the file as it is")
+        flash = ""
+        if self.engine.name == "llama.cpp":
+            flash = f"; flash attention {'on' if self.flash else 'off'}"
+        return f"{self.engine.settings}; {how}{flash}."
+
+
+def is_peer(text: str) -> bool:
+    """Whether a system's name is that of another engine.
+
+    >>> is_peer("llama.cpp:q4_0"), is_peer("plain")
+    (True, False)
+    """
+    return text.partition(":")[0] in ENGINES
+
+
+def parse_peer(text: str) -> PeerName:
+    """Read `llama.cpp:q4_k_m`, `llama.cpp:q4_0+fa`, `llama.cpp:FILE.gguf`, `transformers`, ...
+
+    Raises:
+        UserError: there is no such engine or option.
+    """
+    kind, _, rest = text.partition(":")
+    engine = ENGINES.get(kind)
+    if engine is None:
+        raise UserError(f"peer {text!r}: {suggest(kind, ENGINES)}", fix="as in llama.cpp:q4_k_m")
+    flash = kind == "llama.cpp" and rest.endswith(FLASH)
+    option = rest.removesuffix(FLASH) if flash else rest
+    if option in engine.options or (kind == "llama.cpp" and option.endswith(".gguf")):
+        return PeerName(text, engine, option, flash)
+    known = [each for each in engine.options if each]
+    raise UserError(
+        f"peer {text!r}: {suggest(option, known)}",
+        fix=f"as in {kind}:{known[0]}"
+        + (", with +fa for flash attention, or a .gguf file" if kind == "llama.cpp" else ""),
+    )

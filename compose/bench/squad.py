@@ -1,0 +1,47 @@
+"""Token F1 and exact match of a written answer, as SQuAD v1.1 scores it (arXiv 1606.05250).
+
+Both texts are lower-cased and lose their punctuation and articles; F1 is that of their words as
+bags, the best over the answers that people gave. The task file `squad.yaml` names these functions.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def words(text: str) -> list[str]:
+    """The words of an answer that count.
+
+    >>> words("The Grotto, at Lourdes.")
+    ['grotto', 'at', 'lourdes']
+    """
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def f1(answer: str, wanted: str) -> float:
+    """Harmonic mean of the shares of words that two answers have in common, 0 to 1.
+
+    >>> round(f1("in the wax comb", "wax combs"), 3)  # one of three and one of two
+    0.4
+    """
+    own, theirs = words(answer), words(wanted)
+    if not own or not theirs:
+        return float(own == theirs)
+    common = sum((Counter(own) & Counter(theirs)).values())
+    return 2 * common / (len(own) + len(theirs))
+
+
+def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Scores of the one answer in `results`, the best over the row's `answers`."""
+    wanted: list[str] = doc["answers"]["text"]
+    return {
+        "f1": max(f1(results[0], each) for each in wanted),
+        "exact_match": float(any(words(results[0]) == words(each) for each in wanted)),
+    }

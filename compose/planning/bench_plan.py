@@ -1,0 +1,133 @@
+"""`gateskip bench` as a plan: model folders that are there, ways to decode them, and peers.
+
+The plan has no steps. Its cells are measured by what measures the cells of a pipeline, so a number
+of `gateskip bench` and one of `gateskip run` are one kind of number.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compose.artifacts.folder import dtype_of, require_model
+from compose.bench.peers.table import is_peer, parse_peer
+from compose.bench.systems import System, parse_system
+from compose.errors import UserError
+from compose.language.schema import Benchmark, Model, Pipeline
+from compose.planning.keys import cell_key, digest, listing
+from compose.planning.plan import Cell, Plan
+from compose.stages.registry import Skip, Speculate, Stage
+
+PLAIN = "plain"
+
+
+def bench_plan(
+    name: str,
+    folders: Sequence[Path],
+    systems: Sequence[str],
+    against: Sequence[str],
+    benchmark: dict[str, Any],
+) -> Plan:
+    """A cell for every folder and system, then the peers on the first folder.
+
+    The first folder with the first system is the baseline. `benchmark` are the settings of a
+    pipeline's `benchmark` section.
+
+    Raises:
+        UserError: a folder is no model, a system or a peer is not known, or nothing is named twice.
+    """
+    for folder in folders:
+        require_model(folder)
+    ways = [parse_system(each) for each in systems if not is_peer(each)] or [parse_system(PLAIN)]
+    peers = [*(each for each in systems if is_peer(each)), *against]
+    for peer in peers:
+        parse_peer(peer)
+    places = [folder.absolute() for folder in folders]
+    cells = [
+        _cell(place, label, way, ways)
+        for place, label in zip(places, _labels(places), strict=True)
+        for way in ways
+    ]
+    weights = _content_key(places[0])
+    cells += [
+        Cell(
+            name=peer,
+            chain=(),
+            key=cell_key(weights, None, peer),
+            weights=weights,
+            decode=None,
+            plain=None,
+            origin="peer",
+            peer=peer,
+            folder=str(places[0]),
+        )
+        for peer in peers
+    ]
+    twice = [each for each, count in Counter(cell.name for cell in cells).items() if count > 1]
+    if twice:
+        raise UserError(f"{twice[0]} is named twice", fix="name each system and folder once")
+    stages = {way.name: stage for way in ways if (stage := decode_stage(way)) is not None}
+    pipeline = Pipeline(
+        name=name,
+        model=Model(source=str(places[0]), dtype=_known_dtype(places[0])),
+        benchmark=Benchmark.model_validate({**benchmark, "baseline": cells[0].name}),
+    ).model_copy(update={"stages": stages, "matrix": None})
+    return Plan(pipeline, (), tuple(cells), ())
+
+
+def decode_stage(system: System) -> Stage | None:
+    """The decode stage that a pipeline file would name; None for plain decoding.
+
+    Raises UserError where a setting is out of its range.
+    """
+    mode = system.settings["mode"]
+    own = {name: value for name, value in system.settings.items() if name != "mode"}
+    try:
+        if mode == "skip":
+            return Skip.model_validate(own)
+        return Speculate.model_validate(own) if mode == "speculate" else None
+    except ValueError as error:
+        raise UserError(f"system {system.name!r}: {error}", fix="as in draft:0.8+nf4+4") from error
+
+
+def _cell(folder: Path, label: str, way: System, ways: Sequence[System]) -> Cell:
+    """A folder decoded in one way; its plain cell is the same folder in the same backend."""
+    weights, decode = _content_key(folder), decode_stage(way)
+    plain = [each for each in ways if decode_stage(each) is None and each.backend == way.backend]
+    backend = way.backend or "auto"
+    return Cell(
+        name=label + way.name,
+        chain=() if decode is None else (way.name,),
+        key=digest({"cell": cell_key(weights, decode), "backend": backend}),
+        weights=weights,
+        decode=decode,
+        plain=label + plain[0].name if decode is not None and plain else None,
+        origin="bench",
+        folder=str(folder),
+        dtype="auto",
+        backend=backend,
+    )
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """What tells cells of several folders apart: their names, with parents where those are one."""
+    if len(folders) == 1:
+        return [""]
+    names = [folder.name for folder in folders]
+    return [
+        f"{folder.name if names.count(folder.name) == 1 else '/'.join(folder.parts[-2:])}:"
+        for folder in folders
+    ]
+
+
+def _content_key(folder: Path) -> str:
+    """A key that changes with the folder's files, without reading weights."""
+    return digest({"folder": str(folder), "files": listing(folder)})
+
+
+def _known_dtype(folder: Path) -> Any:
+    """The float type of a folder, for the record; cells are loaded in what their folders say."""
+    dtype = dtype_of(folder)
+    return dtype if dtype in ("float32", "bfloat16", "float16") else "float32"

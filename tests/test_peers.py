@@ -1,0 +1,266 @@
+"""Other engines in processes of their own: names, environments, the protocol, their answers.
+
+What needs an engine's environment is marked `peers` and skipped where that has not been made:
+`make peers-test` makes them all.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+from compose.assets import default_cache
+from compose.bench.peers.environment import environment_folder, python_of
+from compose.bench.peers.prepare import PreparedPeer, prepare
+from compose.bench.peers.process import PeerProcess
+from compose.bench.peers.table import ENGINES, Engine, is_peer, parse_peer
+from compose.errors import StepError, UserError
+
+STOP = 2
+BUILD = "GATESKIP_BUILD_PEERS"
+"""Set by `make peers-test`: environments that are missing are made."""
+USERS_CACHE = default_cache()
+"""Where environments are kept; tests have caches of their own."""
+
+PROMPTS = [[5, 9, 14, 33, 21, 7, 8, 50], [71, 6, 30, 12, 11, 19, 40, 3]]
+
+
+@pytest.fixture(scope="session")
+def engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the user's environments in it, and with converted models of its own."""
+    cache = tmp_path_factory.mktemp("peers")
+    (cache / "peers").mkdir()
+    for engine in ENGINES.values():
+        place = environment_folder(engine, USERS_CACHE)
+        if not engine.requirements:
+            continue
+        if BUILD in os.environ:
+            python_of(engine, USERS_CACHE)
+        if (place / "asset.json").is_file():
+            (cache / "peers" / place.name).symlink_to(place, target_is_directory=True)
+    return cache
+
+
+@pytest.fixture
+def ready(engine_cache: Path) -> Callable[[str, Path], PreparedPeer]:
+    """Prepare a peer, or skip the test where its environment has not been made."""
+
+    def make(name: str, folder: Path) -> PreparedPeer:
+        engine = parse_peer(name).engine
+        if engine.requirements and not environment_folder(engine, engine_cache).exists():
+            pytest.skip(f"no environment of {engine.name}: make peers-test")
+        return prepare(name, folder, engine_cache)
+
+    return make
+
+
+def reference(folder: Path) -> Any:
+    """The model in float32, plain transformers in this process."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The likeliest continuation, one whole forward pass a token."""
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+# --- Names ---------------------------------------------------------------------------------------
+
+
+def test_names_are_read() -> None:
+    assert parse_peer("transformers").option == ""
+    assert parse_peer("llama.cpp:q4_k_m").settings().endswith("flash attention off.")
+    flash = parse_peer("llama.cpp:q4_0+fa")
+    assert (flash.option, flash.flash) == ("q4_0", True)
+    assert flash.settings().endswith("flash attention on.")
+    assert parse_peer("llama.cpp:some/model.gguf").file == Path("some/model.gguf")
+    assert is_peer("openvino:int4") and not is_peer("skip:0.8")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("lama.cpp:q4_0", r"did you mean 'llama.cpp'"),
+        ("llama.cpp:q4_k", r"did you mean 'q4_k_m'"),
+        ("llama.cpp", r"known: q4_0"),
+        ("openvino:int5", r"known: int4, int8"),
+        ("transformers:early-exit-10", r"known: compiled, lookup"),
+        ("transformers:compiled+fa", r"known: compiled, lookup"),
+    ],
+)
+def test_unknown_names_say_what_is_known(name: str, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        parse_peer(name)
+
+
+def test_every_requirement_is_a_range() -> None:
+    for engine in ENGINES.values():
+        for requirement in engine.requirements:
+            assert ">=" in requirement and "<" in requirement.replace("<=", ""), requirement
+
+
+# --- Environments --------------------------------------------------------------------------------
+
+LOCAL = Engine(
+    name="local",
+    script="serve.py",
+    options={"": "plain"},
+    distributions=("setuptools",),
+    pip_options=("--no-index",),
+    requirements=("no-such-distribution-anywhere>=1,<2",),
+)
+
+
+def test_a_failed_installation_is_one_clear_message(tmp_path: Path) -> None:
+    notes: list[str] = []
+    with pytest.raises(UserError, match="peer local cannot be had on this machine") as caught:
+        python_of(LOCAL, tmp_path, lambda done, total, note: notes.append(note))
+    place = environment_folder(LOCAL, tmp_path)
+    log = place.with_name(f"{place.name}.log")
+    assert "No matching distribution" in str(caught.value), "pip's own last lines"
+    assert str(log) in str(caught.value.fix) and "No matching distribution" in log.read_text()
+    assert not place.exists(), "a failed environment is not left"
+    assert any(note.startswith("installing local") for note in notes)
+
+
+def test_an_environment_is_made_once_and_hashed_over_what_decides_it(tmp_path: Path) -> None:
+    engine = replace(LOCAL, requirements=("pip>=1,<99",), distributions=("pip",))
+    python = python_of(engine, tmp_path)
+    made = python.stat().st_mtime_ns
+    assert python_of(engine, tmp_path) == python and python.stat().st_mtime_ns == made
+    inside = subprocess.run(
+        [str(python), "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True
+    ).stdout.strip()
+    assert Path(inside).resolve() == python.parents[1].resolve(), "it works after the renaming"
+    other = replace(engine, requirements=("pip>=2,<99",))
+    assert environment_folder(other, tmp_path) != environment_folder(engine, tmp_path)
+
+
+def test_transformers_needs_no_environment(tmp_path: Path) -> None:
+    assert python_of(ENGINES["transformers"], tmp_path) == Path(sys.executable)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- The protocol, with a script that does what is asked ------------------------------------------
+
+TALKER = """
+import os, signal, sys
+sys.path.insert(0, {scripts!r})
+from serve import serve
+class Talker:
+    def load(self, **given):
+        print("printed to standard output")
+        os.write(1, b"written to file descriptor 1")
+        return {{"flags": "", "resident_bytes": 0, "given": given}}
+    def generate(self, **given):
+        raise ValueError("no such row")
+    def logits(self, **given):
+        os.kill(os.getpid(), signal.SIGILL)
+serve(Talker())
+"""
+
+
+@pytest.fixture
+def talker(tmp_path: Path) -> PreparedPeer:
+    script = tmp_path / "talker.py"
+    script.write_text(TALKER.format(scripts=str(ENGINES["transformers"].script_path.parent)))
+    model = tmp_path / "model"
+    return PreparedPeer(
+        "talker", "talker", "", Path(sys.executable), script, model, 8, 0, {"talker": "1"}, ""
+    )
+
+
+def test_what_a_library_prints_stays_out_of_the_answers(talker: PreparedPeer) -> None:
+    with PeerProcess(talker, 1) as peer:
+        for _ in range(3):
+            loaded = peer.load(16, 1)
+            assert loaded["given"]["context"] == 16 and loaded["versions"] == {"talker": "1"}
+
+
+def test_a_failure_is_an_error_and_the_process_goes_on(talker: PreparedPeer) -> None:
+    with PeerProcess(talker, 1) as peer:
+        with pytest.raises(StepError, match="failed in generate: ValueError: no such row"):
+            peer.generate([[1]], 1)
+        assert peer.load(16, 1)["given"]["batch"] == 1
+
+
+def test_an_engine_that_dies_takes_only_its_own_process(
+    talker: PreparedPeer, tmp_path: Path
+) -> None:
+    """llama.cpp and oneDNN in one process died of SIGILL, and the measurement with them."""
+    with PeerProcess(talker, 1) as peer:
+        peer.load(16, 1)
+        with pytest.raises(StepError, match="peer talker died of SIGILL in logits"):
+            peer.logits([[1]], tmp_path / "x.npy")
+
+
+# --- transformers, which is always there ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["transformers", "transformers:lookup"])
+def test_transformers_continues_as_a_plain_loop(
+    option: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = reference(tiny_llama)
+    wanted = [greedy(model, row, 12) for row in PROMPTS]
+    prepared = prepare(option, tiny_llama, tmp_path)
+    assert prepared.disk_bytes == (tiny_llama / "model.safetensors").stat().st_size
+    with PeerProcess(prepared, 1) as peer:
+        assert peer.load(64, 2)["resident_bytes"] > 0
+        run = peer.generate(PROMPTS, 12, [STOP], ignore_stop=True)
+        assert run["tokens"] == wanted
+        assert run["prefill_s"] == run["ttft_s"] > 0 and run["decode_s"] > 0
+        if option == "transformers":
+            assert run["first_tokens"] == 2, "one a row"
+        stopped = peer.generate(PROMPTS, 12, [wanted[0][3]])
+    cut = wanted[0].index(wanted[0][3]) + 1
+    assert stopped["tokens"][0] == wanted[0][:cut], "the stop token is the last"
+
+
+def test_rows_of_unequal_length(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_tiny("llama")
+    rows = [PROMPTS[0], PROMPTS[1][:3]]
+    model = reference(folder)
+    with PeerProcess(prepare("transformers", folder, tmp_path), 1) as peer:
+        peer.load(64, 2)
+        tokens = peer.generate(rows, 6, [], ignore_stop=True)["tokens"]
+    assert tokens == [greedy(model, row, 6) for row in rows]
+
+
+def test_logits_come_back_as_a_mapped_array(tiny_llama: Path, tmp_path: Path) -> None:
+    blocks = [PROMPTS[0] * 2, PROMPTS[1] * 2]
+    with PeerProcess(prepare("transformers", tiny_llama, tmp_path), 1) as peer:
+        peer.load(64, 1)
+        logits = peer.logits(blocks, tmp_path / "logits.npy")
+    assert isinstance(logits, numpy.memmap)
+    assert logits.shape == (2, 16, 512) and logits.dtype == numpy.float32
+    with torch.inference_mode():
+        wanted = reference(tiny_llama)(torch.tensor(blocks)).logits.numpy()
+    assert numpy.abs(logits - wanted).max() < 1e-4
+
+
+@pytest.mark.slow
+def test_compiled_compiles_nothing_after_load(tiny_llama: Path, tmp_path: Path) -> None:
+    """It compiled inside timed repeats: the static cache grew with the length of each call."""
+    wanted = greedy(reference(tiny_llama), PROMPTS[0], 40)
+    with PeerProcess(prepare("transformers:compiled", tiny_llama, tmp_path), 1) as peer:
+        peer.load(64, 1)
+        for count in (5, 40, 17):
+            run = peer.generate(PROMPTS[:1], count, [], ignore_stop=True)
+            assert run["tokens"] == [wanted[:count]]
+            assert run["compiled_graphs"] == 0
