@@ -8,7 +8,9 @@ from typing import Literal
 
 from compose.results.metrics import METRICS, gain, retained_basis
 from compose.results.parts import Estimate
-from reports.load import KEEPS, Report, Row
+from compose.results.pick import retained_bound
+from compose.results.verdicts import KEEP
+from reports.load import Report, Row
 from reports.numbers import DASH, NO_DIFFERENCE, estimate, span, times
 
 Tone = Literal["good", "fair", "poor", "unknown"]
@@ -17,7 +19,7 @@ SIGNS: dict[Tone, str] = {"good": "●", "fair": "◐", "poor": "○", "unknown"
 """A tone's shape: what it says must not hang on its colour."""
 
 STEPS: dict[str, tuple[float, float]] = {
-    "retained": (KEEPS, 0.80),
+    "retained": (KEEP, 0.80),
     "perplexity-ratio": (1.05, 1.25),
 }
 """Where a metric stops being good, and where it starts being poor."""
@@ -162,17 +164,14 @@ def tone(metric: str, value: float) -> Tone | None:
 
 
 def sure_tone(report: Report, row: Row, metric: str) -> Tone | None:
-    """The tone of the worse end of the metric's interval: what it is at least, or at most.
-
-    A share of task scores without an interval has none: nothing is known of it.
-    """
+    """The tone of what the metric is at least, or at most; None where nothing is known of it."""
     value = row.get(metric)
     if value is None or row.is_baseline or metric not in STEPS:
         return None
-    ends = report.interval(row, metric)
-    if ends is None:
-        unknown = metric == "retained" and retained_basis(report.results) == "tasks"
-        return None if unknown else tone(metric, value)
+    if metric == "retained":
+        bound = retained_bound(report.results, row.cell)
+        return None if bound is None else tone(metric, bound)
+    ends = report.interval(row, metric) or (value, value)
     return tone(metric, min(ends, key=METRICS[metric].rank))
 
 

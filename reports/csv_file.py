@@ -9,12 +9,12 @@ from typing import Any
 from compose.results.metrics import METRICS
 from compose.results.parts import Speculation
 from compose.results.schema import CellResult
-from reports.columns import paired_ratio
 from reports.families import family_of, weights_of
 from reports.load import Report, Row
 from reports.text import plain
 
-WITH_INTERVALS = ("retained", "perplexity-ratio", "kl", "speedup")
+WITH_INTERVALS = ("decode-ratio", "retained", "perplexity-ratio", "kl")
+"""Metrics whose interval has its columns even where no cell has one."""
 TIMED: tuple[str, ...] = ("plain_steps", "fell_back", "looked_up_share")
 
 
@@ -51,14 +51,11 @@ def _identity(cell: CellResult) -> dict[str, Any]:
 def _measured(report: Report, row: Row) -> dict[str, Any]:
     cell = row.cell
     record = _identity(cell) | {"number": row.number} | {name: row.get(name) for name in METRICS}
-    for name in ("decode", "prefill"):
-        own = paired_ratio(row, name)
-        record[f"{name}-ratio"] = None if own is None else own.value
-        record[f"{name}-ratio-low"] = None if own is None else own.low
-        record[f"{name}-ratio-high"] = None if own is None else own.high
-    for name in WITH_INTERVALS:
-        low, high = report.interval(row, name) or (None, None)
-        record |= {f"{name}-low": low, f"{name}-high": high}
+    for name in METRICS:
+        ends = report.interval(row, name)
+        if name in WITH_INTERVALS or ends is not None:
+            low, high = ends or (None, None)
+            record |= {f"{name}-low": low, f"{name}-high": high}
     own_speculation = cell.speculation or Speculation()
     record |= {name.replace("_", "-"): getattr(own_speculation, name) for name in TIMED}
     check = cell.lossless_check

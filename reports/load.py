@@ -9,13 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 from compose.results.io import load_results
-from compose.results.metrics import METRICS, metrics
+from compose.results.metrics import METRICS, interval_of, metrics
 from compose.results.schema import CellResult, Results
-from reports.evidence import interval_of
 from reports.families import NOT_QUANTIZED, Decode, decode_of, family_of, weights_of
-
-KEEPS = 0.95
-"""The share of the dense model's quality that the summary asks of a cell."""
 
 FRONTS = ("decode", "size", "saved")
 """What quality is drawn against."""
@@ -117,13 +113,19 @@ class Report:
         return tuple(sorted({c for s in speeds if s is not None for c in s.by_context or ()}))
 
     @cached_property
+    def categories(self) -> tuple[str, ...]:
+        """Categories of prompts that some cell ran apart."""
+        speeds = [row.cell.speed for row in self.rows]
+        return tuple(dict.fromkeys(c for s in speeds if s is not None for c in s.by_category or ()))
+
+    @cached_property
     def peers(self) -> tuple[Row, ...]:
         """The rows of other engines."""
         return tuple(row for row in self.rows if row.cell.peer is not None)
 
     def interval(self, row: Row, metric: str) -> tuple[float, float] | None:
-        """The 95 % interval of a row's metric, where the results have one."""
-        return interval_of(self.results, row.cell, metric)
+        """The 95 % interval of a row's metric (`METRICS`), where the results have one."""
+        return interval_of(self.results, metric, row.cell)
 
     @cached_property
     def quality_axis(self) -> str | None:

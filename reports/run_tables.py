@@ -14,7 +14,7 @@ from reports.numbers import DASH, TIMES, count, number, percent
 
 @dataclass(frozen=True)
 class Lines:
-    """A table that is not of cells: headings and lines of text. `origin` is cell's name or None."""
+    """A table that is not of cells: headings and lines of text."""
 
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -26,7 +26,7 @@ def stages(report: Report) -> Lines:
     for row in report.rows:
         cell = row.cell
         uses = {step.name: step.use for step in cell.steps or ()}
-        seconds = (cell.model_extra or {}).get("step_seconds") or {}
+        seconds = cell.step_seconds or {}
         peaks = cell.step_peak_bytes or {}
         for place, name in enumerate(cell.chain, 1):
             if name not in seconds and name not in peaks:
@@ -47,16 +47,6 @@ def stages(report: Report) -> Lines:
     return Lines(("Made", "Stage", "Time", "Peak memory", "Cells"), tuple(rows))
 
 
-def cell_times(report: Report) -> Lines:
-    """Wall time of each cell's measurements."""
-    rows = [
-        (row.cell.name, duration_text(row.cell.seconds))
-        for row in report.rows
-        if row.cell.seconds is not None
-    ]
-    return Lines(("Cell", "Measured in"), tuple(rows))
-
-
 def peers(report: Report) -> Lines:
     """Other engines: how each was run."""
     rows = []
@@ -72,23 +62,23 @@ def peers(report: Report) -> Lines:
 
 def curves(report: Report) -> Lines:
     """The paper's figures by its own definition, and beside them by ours."""
-    rows = []
-    for curve in report.results.skipping_curves or ():
-        for words, figures in (("published", curve.published), ("ours", curve.ours)):
-            at = figures.accuracy_at
-            shares = [percent(at[step]) if step in at else DASH for step in _steps(report)]
-            rows.append((curve.weights, words, _saved_at_90(figures), *shares))
-    heads = ("Weights", "Definition", "Saved @90 %", *(f"{step} %" for step in _steps(report)))
+    shown = [
+        (f"{curve.weights}, {curve.kind} tasks", words, figures)
+        for curve in report.results.skipping_curves or ()
+        for words, figures in (("published", curve.published), ("ours", curve.ours))
+        if figures is not None
+    ]
+    steps = sorted({step for _, _, figures in shown for step in figures.accuracy_at})
+    rows = [
+        (name, words, _saved_at_90(own), *(_share_at(own, step) for step in steps))
+        for name, words, own in shown
+    ]
+    heads = ("Weights", "Definition", "Saved @90 %", *(f"{step} %" for step in steps))
     return Lines(heads, tuple(rows))
 
 
-def _steps(report: Report) -> list[int]:
-    found = {
-        step
-        for curve in report.results.skipping_curves or ()
-        for step in (*curve.published.accuracy_at, *curve.ours.accuracy_at)
-    }
-    return sorted(found)
+def _share_at(figures: SkippingFigures, step: int) -> str:
+    return percent(figures.accuracy_at[step]) if step in figures.accuracy_at else DASH
 
 
 def _saved_at_90(figures: SkippingFigures) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from compose.results.parts import Estimate, Measured, SpeedNumbers
 from reports.columns import Column, Entry, Make
 from reports.load import Report, Row
-from reports.numbers import NO_DIFFERENCE, TIMES, count, number, share, span, times
+from reports.numbers import NO_DIFFERENCE, TIMES, count, megabytes, number, share, span, times
 
 DECODE_HELP = (
     "New tokens a second at batch 1, median of the repeats; beside it, over the dense model:"
@@ -40,6 +40,19 @@ def at_context(context: int) -> Read:
     return lambda row: (
         None if row.cell.speed is None else (row.cell.speed.by_context or {}).get(context)
     )
+
+
+def at_category(category: str) -> Read:
+    """One category of prompts."""
+    return lambda row: (
+        None if row.cell.speed is None else (row.cell.speed.by_category or {}).get(category)
+    )
+
+
+def cache_entry(report: Report, row: Row) -> Entry:
+    """Bytes of the KV cache, in MB."""
+    held = None if row.cell.size is None else row.cell.size.cache_bytes
+    return Entry() if held is None else Entry(megabytes(held), sort=held)
 
 
 def spread_of(name: str, show: Callable[[float], str], read: Read = at_main) -> Make:

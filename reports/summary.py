@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compose.results.metrics import METRICS, gain
+from compose.results.pick import fastest_that_keeps, retained_bound
+from compose.results.verdicts import KEEP
 from compose.units import bytes_text
 from reports.columns import Tone, gain_note, sure_tone
-from reports.load import KEEPS, Report, Row
+from reports.load import Report, Row
 from reports.numbers import DASH, THIN, TIMES, factor, number, percent, ratio, times
 
 NO_EVIDENCE = "no evidence"
-_KEEPS = f"{100 * KEEPS:.0f}{THIN}%"
+_KEEPS = f"{100 * KEEP:.0f}{THIN}%"
 Fact = tuple[str, str, Tone | None]
 
 
@@ -46,14 +48,9 @@ def summary(report: Report) -> tuple[Best, ...]:
 
 
 def keeps(report: Report, row: Row) -> bool | None:
-    """Whether the lower end of the interval of what a cell retains reaches `KEEPS`.
-
-    None where there is no such interval: nothing is known then.
-    """
-    if row.is_baseline:
-        return True
-    ends = report.interval(row, "retained")
-    return None if ends is None else ends[0] >= KEEPS
+    """Whether the least that a cell retains reaches `KEEP`; None where that is not known."""
+    bound = retained_bound(report.results, row.cell)
+    return None if bound is None else bound >= KEEP
 
 
 def _dense(report: Report) -> Best:
@@ -73,14 +70,14 @@ def _dense(report: Report) -> Best:
 
 def _fastest_that_keeps(report: Report, own: Sequence[Row]) -> Best:
     aim = f"Fastest that keeps {_KEEPS}"
-    others = [row for row in own if not row.is_baseline]
-    known = [row for row in others if keeps(report, row) is not None]
-    if not known:
-        note = "No interval of what is kept: too few questions, or none, were asked."
+    if all(keeps(report, row) is None for row in own if not row.is_baseline):
+        note = "What other cells keep is not known: too few questions, or none, were asked."
         return Best(aim, None, NO_EVIDENCE, note=note)
-    row = _top([row for row in known if keeps(report, row)], "decode")
-    if row is None:
-        return Best(aim, None, "none", note=f"No cell's lower bound reaches {_KEEPS}.")
+    cell = fastest_that_keeps(report.results, KEEP)
+    row = next((row for row in own if row.cell is cell), None)
+    if row is None or row.is_baseline:
+        note = f"No cell faster than the dense model keeps {_KEEPS} at its lower bound."
+        return Best(aim, None, "none", note=note)
     return _winner(report, aim, row)
 
 
@@ -122,7 +119,8 @@ def _quality_facts(report: Report, row: Row) -> list[Fact]:
     kept = row.get("retained")
     if kept is not None and not row.is_baseline:
         ends = report.interval(row, "retained")
-        within = NO_EVIDENCE if ends is None else f"{100 * ends[0]:.0f}–{100 * ends[1]:.0f}"
+        known = retained_bound(report.results, row.cell) is not None and ends is not None
+        within = f"{100 * ends[0]:.0f}–{100 * ends[1]:.0f}" if known and ends else NO_EVIDENCE
         facts.append(("Keeps", f"{percent(kept)} ({within})", sure_tone(report, row, "retained")))
     return facts + _facts(
         ("Perplexity", row.get("perplexity-ratio"), lambda value: f"{TIMES}{ratio(value)}")

@@ -50,7 +50,9 @@ from reports.speed_columns import (
     SAVED_HELP,
     arithmetic_entry,
     at_batch,
+    at_category,
     at_context,
+    cache_entry,
     ratio_of,
     saved_model_entry,
     shape_columns,
@@ -150,6 +152,10 @@ def speed(report: Report) -> Table:
         shape_columns(f"@{c}", f"after a prompt of {c} tokens.", at_context(c))
         for c in report.contexts
     ]
+    categories = [
+        shape_columns(c, f"of the prompts of category {c}.", at_category(c))
+        for c in report.categories
+    ]
     return table_of(
         report,
         report.rows,
@@ -160,7 +166,7 @@ def speed(report: Report) -> Table:
             Column("Prefill", TIMES + " dense", PAIRED_HELP, ratio_of("prefill_ratio")),
             Column("First token", "ms", "From prompt to first token.", spread_of("ttft_s", millis)),
             Column("Repeat", "s, shortest", "How long a timed decode repeat lasted.", timed_entry),
-            *(column for shape in (*batches, *contexts) for column in shape),
+            *(column for shape in (*batches, *contexts, *categories) for column in shape),
         ],
     )
 
@@ -174,6 +180,7 @@ def memory(report: Report) -> Table:
             metric_column("size", "On disk", "MB", "Weight files.", megabytes),
             metric_column("resident", "In memory", "MB", "The loaded model.", megabytes),
             metric_column("peak", "Peak", "MB", "Most memory of the cell's process.", megabytes),
+            Column("KV cache", "MB", "Of the largest shape that was timed.", cache_entry),
             metric_column(
                 "saved-gross", "Saved", "gross, %", "Gates left out of the count.", share
             ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import re
 import sys
@@ -25,6 +26,7 @@ from compose.results.io import save_results
 from compose.results.schema import Results
 from reports import Report, Row, pareto, render, run_tables, tables
 from reports.columns import Entry, Table, tone
+from reports.comparison import compare_runs, line
 from reports.csv_file import to_csv
 from reports.markdown import escape_markdown, fenced
 from reports.numbers import number
@@ -38,7 +40,7 @@ from reports.summary import NO_EVIDENCE, summary
 from reports.text import breakable
 
 sys.path.insert(0, str(Path(__file__).parent))
-from report_data import made_up_cell, made_up_results, many_cells, with_evidence
+from report_data import estimate, made_up_cell, made_up_results, many_cells, with_evidence
 
 NASTY = "<img src=x onerror=alert(1)>&amp;\"'`|$x$*_[a](b)#"
 
@@ -184,6 +186,23 @@ def test_the_summary_claims_nothing_without_intervals(report: Report) -> None:
     assert all(label != "Keeps" or NO_EVIDENCE in value for label, value, _ in lossless.facts)
 
 
+def test_what_is_kept_counts_by_its_lower_bound() -> None:
+    data = with_evidence(made_up_results())
+    for place, (low, high) in {1: (0.93, 1.0), 2: (0.96, 1.0)}.items():  # nf4, gptq4
+        kept = {"value": 0.98, "low": low, "high": high, "n": 1500}
+        data["cells"][place]["quality"]["retained"] = kept
+    report = Report(Results.model_validate(data))
+    fastest = summary(report)[1]
+    assert fastest.row is not None
+    assert fastest.row.cell.name == "gptq4"
+    shown = {
+        row.cell.name: _by_head(tables.overview(report), e)["Keeps (%)"] for row, e in _rows(report)
+    }
+    assert shown["nf4"].tone == "fair" and shown["gptq4"].tone == "good"
+    assert shown["nf4"].text == "no difference" and shown["nf4"].note == "93.0–100.0"
+    assert shown["drop3"].tone is None
+
+
 def test_a_cell_that_is_not_lossless_shows_where(report: Report) -> None:
     words = Page(to_html(report, {})).words
     assert "prompt 11, token 37, margin 0.0031" in words
@@ -285,8 +304,22 @@ def test_what_else_is_known_of_the_run_is_said(evident: Report) -> None:
         assert known in words
         assert escape_markdown(known) in markdown
     assert run_tables.curves(evident).rows == (
-        ("gates", "published", "10.8\u202f%", "50.0\u202f%", "47.5\u202f%", "45.0\u202f%"),
-        ("gates", "ours", "9.0\u202f%", "50.0\u202f%", "47.5\u202f%", "45.0\u202f%"),
+        (
+            "gates, likelihood tasks",
+            "published",
+            "10.8\u202f%",
+            "50.0\u202f%",
+            "47.5\u202f%",
+            "45.0\u202f%",
+        ),
+        (
+            "gates, likelihood tasks",
+            "ours",
+            "9.0\u202f%",
+            "50.0\u202f%",
+            "47.5\u202f%",
+            "45.0\u202f%",
+        ),
     )
 
 
@@ -438,6 +471,43 @@ def test_without_tasks_quality_is_judged_by_perplexity() -> None:
     assert "no tasks were asked" in to_html(report, {})
 
 
+# --- comparing runs ------------------------------------------------------------------------------
+
+
+def test_a_comparison_says_what_became_worse_in_every_format(tmp_path: Path) -> None:
+    before, after = (with_evidence(made_up_results()) for _ in range(2))
+    after["run"] = "later"
+    after["cells"][2]["speed"]["decode_ratio"] = estimate(0.7)
+    after["cells"][1]["size"]["disk_bytes"] //= 2
+    runs = [Results.model_validate(data) for data in (before, after)]
+    done = compare_runs(runs, tmp_path)
+    (pair,) = done.pairs
+    assert [(change.cell, change.metric) for change in pair.regressions] == [("gptq4", "decode")]
+    assert "1 worse, 1 better" in line(pair)
+    page = Page(done.html.read_text("utf-8")).words
+    for text in (page, done.markdown.read_text("utf-8")):
+        assert "×0.70" in text
+        assert "×1.32" in text
+        assert "114.2 MB" in text
+    (record,) = json.loads(done.json.read_text("utf-8"))
+    worse = [change for change in record["changes"] if change["outcome"] == "worse"]
+    assert worse[0]["after"] == 0.7
+    assert worse[0]["effect"]["high"] < 1
+
+
+def test_two_of_the_same_runs_differ_in_nothing(tmp_path: Path) -> None:
+    results = Results.model_validate(with_evidence(made_up_results()))
+    (pair,) = compare_runs([results, results], tmp_path).pairs
+    assert {change.outcome for change in pair.changes} == {"no difference", "not comparable"}
+
+
+def test_runs_with_nothing_in_common_are_said_to_have_nothing(tmp_path: Path) -> None:
+    runs = [Results(run=name, cells=()) for name in ("a", "b")]
+    done = compare_runs(runs, tmp_path)
+    assert "nothing in common" in done.html.read_text("utf-8")
+    assert "nothing in common" in done.markdown.read_text("utf-8")
+
+
 # --- escaping ------------------------------------------------------------------------------------
 
 
@@ -487,9 +557,9 @@ def test_markdown_escapes_everything(nasty: tuple[Report, dict[str, Picture]]) -
     outside = re.sub(r"(`{3,})\w*\n.*?\n\1", "", text, flags=re.S)
     assert "<img" not in outside
     lines = outside.splitlines()
-    for above, line in pairwise(lines):
-        if above.startswith("| ") and line.startswith("| "):  # rows of one table are as wide
-            assert _pipes(above) == _pipes(line)
+    for above, below in pairwise(lines):
+        if above.startswith("| ") and below.startswith("| "):  # rows of one table are as wide
+            assert _pipes(above) == _pipes(below)
 
 
 def _pipes(line: str) -> int:
