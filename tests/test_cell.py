@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from compose.assets import default_cache
-from compose.bench.cell import CellBench, CellJob
+from compose.bench.cell import CellBench
+from compose.bench.job import CellJob
 from compose.bench.turns import add_turns
 from compose.bench.workloads import categories
 from compose.language.schema import Benchmark

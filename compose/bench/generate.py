@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import is_gated, probe_ids, require_model
-from compose.errors import ArtifactError
+from compose.assets import load_texts
+from compose.errors import ArtifactError, AssetError
 from compose.store import read_json
 
 if TYPE_CHECKING:
@@ -132,3 +133,18 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         ids: list[int] = tokenizer(chat, add_special_tokens=False).input_ids
         return ids
     return list(tokenizer(prompt).input_ids)
+
+
+def load_prompts(
+    tokenizer: PreTrainedTokenizerBase, source: str, count: int, cache: Path | None
+) -> list[list[int]]:
+    """The first `count` prompts of a text as token ids; see `prompt_ids`.
+
+    Raises:
+        AssetError: it cannot be had, or has fewer.
+    """
+    data = load_texts(source, count, cache)
+    texts = data.prompts or data.rows
+    if len(texts) < count:
+        raise AssetError(f"{source} has {len(texts)} prompts, but {count} are asked for")
+    return [prompt_ids(tokenizer, text) for text in texts[:count]]

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from compose.assets.table import OURS
 from compose.bench.continuations import Pair, score_continuations
 from compose.bench.text import ScoredModel
 from compose.errors import AssetError, UserError, suggest
-from compose.results.intervals import wilson
+from compose.results.intervals import mean_interval, wilson
 from compose.units import Progress
 
 if TYPE_CHECKING:
@@ -55,7 +53,7 @@ class TaskScore:
     value: float
     n: int
     ci95: tuple[float, float]
-    """Wilson's interval where a question is right or wrong, else 1.96 standard errors."""
+    """Wilson's interval where a question is right or wrong, else bootstrapped."""
     data: str
     """Where the questions came from."""
     kind: Literal["likelihood", "generative"]
@@ -211,10 +209,10 @@ def _digest_of(samples: Sequence[Mapping[str, Any]]) -> str:
 
 def score_interval(value: float, outcomes: Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of outcomes between 0 and 1."""
-    if all(outcome in (0, 1) for outcome in outcomes) or len(outcomes) < 2:
+    spread = mean_interval(outcomes)
+    if spread is None or all(outcome in (0, 1) for outcome in outcomes):
         return wilson(value, len(outcomes))
-    half = 1.96 * statistics.stdev(outcomes) / math.sqrt(len(outcomes))
-    return max(0.0, value - half), min(1.0, value + half)
+    return spread.low, spread.high
 
 
 def longest_input(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from compose.units import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+HEAD_ROWS = 16384  # of a head in bfloat16 that are cast to float32 at once
 HEAD_CHUNK = 256  # tokens whose logits exist at once: 50 MB for a vocabulary of 49152
 
 Head = Callable[[Tensor], Tensor]
@@ -54,21 +55,36 @@ class ScoredModel(Protocol):
 
 @dataclass(frozen=True)
 class BlockScores:
-    """How well a model predicts a text, and how close it is to the dense model there."""
+    """How well a model predicts a text, and how close it is to the dense model there.
+
+    The distances are None, and `block_kl` is empty, where there is no dense model to compare with.
+    """
 
     perplexity: float
     tokens: int
     """Predicted tokens: all but the first of each block."""
+    block_nll: tuple[float, ...]
+    """Mean negative log-likelihood of a token, in nats, of each block."""
     kl: float | None = None
     """Mean over all positions of KL(dense || model), in nats."""
+    kl_median: float | None = None
+    """Median over positions of the same."""
+    kl_p90: float | None = None
+    """90th percentile over positions of the same."""
+    block_kl: tuple[float, ...] = ()
+    """Mean of the same in each block."""
     agreement: float | None = None
     """Share of positions at which both would choose the same next token."""
+
+
+Reference = tuple[Tensor, Head]
+"""The dense model's final hidden states [N, S, H] of some blocks, and its head."""
 
 
 def score_blocks(
     model: ScoredModel,
     blocks: Tensor,
-    reference: tuple[Tensor, Head] | None = None,
+    reference: Reference | None = None,
     *,
     batch_size: int = 1,
     progress: Progress | None = None,
@@ -76,8 +92,7 @@ def score_blocks(
 ) -> BlockScores:
     """Run `blocks` [N, S] once and measure perplexity, and the distance to `reference` if given.
 
-    `reference` is the dense model's final hidden states [N, S, H] and its head; `keep` is called
-    with the hidden states [B, S, H] of each batch.
+    `keep` is called with the hidden states [B, S, H] of each batch.
 
     Raises:
         StepError: the reference was computed from other blocks.
@@ -87,72 +102,132 @@ def score_blocks(
             f"the reference holds {list(reference[0].shape[:2])} positions, "
             f"but {list(blocks.shape)} are measured"
         )
-    loss = distance = 0.0
-    same = 0
+    rows: list[_Row] = []
     with torch.inference_mode():
         for start in range(0, len(blocks), batch_size):
             ids = blocks[start : start + batch_size].to(model.device)  # [B, S]
             hidden = model.hidden(ids, None)  # [B, S, H]
             if keep is not None:
                 keep(hidden)
-            dense = None if reference is None else reference[0][start : start + batch_size]
             for row, tokens in enumerate(ids):
-                for part in head_chunks(len(tokens)):
-                    logits = log_probs(model.head(hidden[row, part]))  # [C, V]
-                    loss += _nll(logits, tokens[part.start + 1 : part.stop + 1])
-                    if reference is not None and dense is not None:
-                        target = log_probs(reference[1](dense[row, part].to(model.device)))
-                        distance += _kl(target, logits)
-                        same += int((target.argmax(-1) == logits.argmax(-1)).sum())
+                dense = None if reference is None else (reference[0][start + row], reference[1])
+                rows.append(_score_row(model.head, hidden[row], tokens, dense))
             if progress is not None:
                 progress(min(start + batch_size, len(blocks)), len(blocks), "scoring text")
-    tokens_scored = len(blocks) * (blocks.shape[1] - 1)
-    perplexity = _exp(loss / tokens_scored)
-    if reference is None:
-        return BlockScores(perplexity, tokens_scored)
-    positions = blocks.numel()
-    return BlockScores(perplexity, tokens_scored, distance / positions, same / positions)
+    return _summary(rows)
 
 
-def save_reference(
-    model: ScoredModel, blocks: Tensor, path: Path, *, batch_size: int = 1
-) -> BlockScores:
-    """Store the final hidden states of `blocks` [N, S] as safetensors; the model's own perplexity.
+class _Row(NamedTuple):
+    """What was seen of a block of S tokens; float64 on the CPU."""
 
-    The file holds `hidden` [N, S, H] in the model's dtype and `blocks`; it appears whole.
+    nll: Tensor
+    """[S - 1], of each predicted token."""
+    kl: Tensor
+    """[S], at each position; empty without a dense model."""
+    same: Tensor
+    """[S], whether both put the same token first."""
+
+
+def _score_row(
+    head: Head, hidden: Tensor, tokens: Tensor, reference: tuple[Tensor, Head] | None
+) -> _Row:
+    """Scores of one block: hidden states [S, H], tokens [S], the dense model's states and head."""
+    nll, kl, same = [], [], []
+    for part in head_chunks(len(tokens)):
+        predicted = log_probs(head(hidden[part]))  # [C, V]
+        nll.append(_nll(predicted, tokens[part.start + 1 : part.stop + 1]))
+        if reference is not None:
+            target = log_probs(reference[1](reference[0][part].to(hidden.device)))
+            kl.append(kl_rows(target, predicted))
+            same.append(target.argmax(-1) == predicted.argmax(-1))
+    none = torch.empty(0, dtype=torch.float64)
+    return _Row(
+        torch.cat(nll).cpu(),
+        torch.cat(kl).cpu() if kl else none,
+        torch.cat(same).double().cpu() if same else none,
+    )
+
+
+def _summary(rows: Sequence[_Row]) -> BlockScores:
+    """Means, median and percentile over all blocks."""
+    nll, kl, same = (torch.cat(each) for each in zip(*rows, strict=True))
+    perplexity, block_nll = _exp(float(nll.mean())), tuple(float(row.nll.mean()) for row in rows)
+    if not len(kl):
+        return BlockScores(perplexity, len(nll), block_nll)
+    middle, high = torch.quantile(kl, kl.new_tensor([0.5, 0.9])).tolist()
+    return BlockScores(
+        perplexity=perplexity,
+        tokens=len(nll),
+        block_nll=block_nll,
+        kl=float(kl.mean()),
+        kl_median=middle,
+        kl_p90=high,
+        block_kl=tuple(float(row.kl.mean()) for row in rows),
+        agreement=float(same.mean()),
+    )
+
+
+# --- The reference: what the baseline leaves for the others ---------------------------------------
+
+
+def score_reference(
+    model: ScoredModel, blocks: Tensor, *, batch_size: int = 1
+) -> tuple[BlockScores, dict[str, Tensor]]:
+    """Score the baseline on `blocks` [N, S]; the second is what the other cells compare with.
+
+    It holds `hidden` [N, S, H] in the model's type, and `blocks`.
     """
-    from safetensors.torch import save_file
-
     kept: list[Tensor] = []
     scores = score_blocks(
-        model, blocks, batch_size=batch_size, keep=lambda hidden: kept.append(hidden.cpu())
+        model, blocks, batch_size=batch_size, keep=lambda hidden: kept.append(hidden.cpu().clone())
     )
+    return scores, {"hidden": torch.cat(kept).contiguous(), "blocks": blocks.cpu()}
+
+
+def store(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write the baseline's tensors as safetensors; the file appears whole."""
+    from safetensors.torch import save_file
+
     with new_file(path) as file:
-        save_file({"hidden": torch.cat(kept).contiguous(), "blocks": blocks.cpu()}, file)
-    return scores
+        save_file(dict(tensors), file)
 
 
-def load_reference(path: Path, blocks: Tensor) -> Tensor:
-    """The hidden states [N, S, H] that `save_reference` stored for exactly these `blocks`.
+def load_stored(path: Path) -> dict[str, Tensor]:
+    """What `store` wrote.
 
     Raises:
-        StepError: the file is absent or unreadable, or was computed from other blocks.
+        StepError: the file is absent or unreadable.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        stored = load_file(path)
-        hidden, stored_blocks = stored["hidden"], stored["blocks"]
-    except (OSError, SafetensorError, KeyError) as error:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
         raise StepError(f"cannot read the reference {path}: {error}") from error
-    if not torch.equal(stored_blocks, blocks.cpu()):
-        raise StepError(f"the reference {path} was made from other text")
-    return hidden
+
+
+def load_blocks(stored: Mapping[str, Tensor], blocks: Tensor) -> Tensor:
+    """The baseline's final hidden states [N, S, H] of exactly these `blocks` [N, S].
+
+    Raises:
+        StepError: it scored other text, or none.
+    """
+    if "blocks" not in stored or not torch.equal(stored["blocks"], blocks.cpu()):
+        raise StepError("the reference was made from other text")
+    return stored["hidden"]
+
+
+def load_reference(path: Path, blocks: Tensor) -> Tensor:
+    """Hidden states [N, S, H] of these `blocks`, from the file: `load_stored` and `load_blocks`."""
+    return load_blocks(load_stored(path), blocks)
 
 
 def load_head(folder: Path) -> Head:
     """The LM head of an unquantized model folder, read without the rest of the model.
+
+    It multiplies in float32 whatever the weights' type: logits rounded to bfloat16 would add a KL
+    of their own to what is compared.
 
     Raises:
         StepError: the folder has no such weight.
@@ -165,7 +240,9 @@ def load_head(folder: Path) -> Head:
     scale = config.get("logit_scale", 1.0) / config.get("logits_scaling", 1.0)
 
     def head(hidden: Tensor) -> Tensor:
-        logits: Tensor = hidden.to(weight.dtype) @ weight.T * scale
+        states = hidden.float()
+        parts = [states @ rows.float().T for rows in weight.split(HEAD_ROWS)]
+        logits: Tensor = torch.cat(parts, dim=-1) * scale
         return torch.tanh(logits / softcap) * softcap if softcap else logits
 
     return head
@@ -194,15 +271,14 @@ def log_probs(logits: Tensor) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
-def _nll(predicted: Tensor, targets: Tensor) -> float:
-    """Summed loss of the targets [T] under the first T rows of [C, V]; T is C or C - 1."""
-    picked = predicted[: len(targets)].gather(1, targets[:, None])
-    return -float(picked.double().sum())
+def _nll(predicted: Tensor, targets: Tensor) -> Tensor:
+    """Losses [T] of the targets [T] under the first T rows of [C, V]; T is C or C - 1."""
+    return -predicted[: len(targets)].gather(1, targets[:, None])[:, 0].double()
 
 
-def _kl(target: Tensor, predicted: Tensor) -> float:
-    """Summed KL(target || predicted) of two [C, V] of log-probabilities."""
-    return float((target.exp() * (target - predicted)).sum(-1).double().sum())
+def kl_rows(target: Tensor, predicted: Tensor) -> Tensor:
+    """KL(target || predicted) of each row of two [C, V] of log-probabilities, in nats [C]."""
+    return (target.exp() * (target - predicted)).sum(-1).double()
 
 
 def _exp(mean_loss: float) -> float:

@@ -103,7 +103,8 @@ def _keeps(run: RunState, cell: Cell) -> bool:
 
 def _lacks_reference(run: RunState) -> bool:
     """Whether a cell is still to be compared with baseline predictions that are not stored."""
-    if not run.plan.pipeline.benchmark.quality.perplexity:
+    quality = run.plan.pipeline.benchmark.quality
+    if not quality.perplexity and quality.own_answers is None:
         return False
     if run.folder.reference(run.baseline.key).is_file():
         return False
@@ -122,6 +123,7 @@ def open_cell(run: RunState, cell: Cell, name: str, *, on_this_machine: bool = F
         "seed": pipeline.seed,
         "dtype": cell.dtype or pipeline.model.dtype,
         "backend": cell.backend,
+        "baseline_backend": baseline.backend,
         "peer": cell.peer,
         "asset_cache": str(run.settings.asset_cache.absolute()),
         "reference": str(run.folder.reference(baseline.key)),

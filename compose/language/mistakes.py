@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -123,8 +123,8 @@ def _known_keys(loc: Loc, raw: Mapping[str, Any]) -> list[str]:
     else:
         for part in loc:
             annotation = model.model_fields[str(part)].annotation
-            assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-            model = annotation
+            kinds = get_args(annotation) or (annotation,)  # a section may be null
+            model = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
     return [info.alias or name for name, info in model.model_fields.items()]
 
 

@@ -70,8 +70,12 @@ def _resolve_paths(pipeline: Pipeline, folder: Path) -> tuple[Pipeline, list[Pro
     place = ("benchmark", "quality", "perplexity")
     sets = tuple(paths.text(each, place) for each in benchmark.quality.perplexity)
     prompts = paths.text(benchmark.lossless.source, ("benchmark", "lossless"))
+    quality: dict[str, Any] = {"perplexity": sets}
+    if (asked := benchmark.quality.own_answers) is not None:
+        source = paths.text(asked.source, ("benchmark", "quality", "own_answers"))
+        quality["own_answers"] = asked.model_copy(update={"source": source})
     parts = {
-        "quality": benchmark.quality.model_copy(update={"perplexity": sets}),
+        "quality": benchmark.quality.model_copy(update=quality),
         "lossless": benchmark.lossless.model_copy(update={"source": prompts}),
     }
     model = paths.model(pipeline.model.source)

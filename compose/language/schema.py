@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from compose.assets.table import TASKS, WRITTEN_TASK
 from compose.bench.peers.table import parse_peer
 from compose.errors import UserError, suggest
 from compose.language.positions import Error, Loc, Problem, SourceMap
@@ -55,6 +56,12 @@ def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if twice:
         raise ValueError(f"{twice[0]!r} is listed twice")
     return values
+
+
+def _with_a_written_task(tasks: tuple[str, ...]) -> tuple[str, ...]:
+    """The tasks, and one whose answers are written where none of them is known to be."""
+    written = [name for name in tasks if name in TASKS and TASKS[name].writes]
+    return tasks if written or not tasks else (*tasks, WRITTEN_TASK)
 
 
 def _candidates(value: object) -> object:
@@ -162,6 +169,19 @@ class Speed(_Section):
     """How many of them are taken of each category; all when left out."""
 
 
+class OwnAnswers(_Section):
+    """Which prompts the dense model answers; other cells are compared along its answers."""
+
+    source: Text = "prompts"
+    """Where the prompts come from: an alias, a hub data set id, or a path."""
+
+    prompts: Count = 16
+    """How many are answered."""
+
+    new_tokens: Count = 64
+    """Tokens of an answer, at most."""
+
+
 class Quality(_Section):
     """How quality is measured."""
 
@@ -174,14 +194,21 @@ class Quality(_Section):
     perplexity_tokens: Annotated[int, Field(ge=2)] = 8192
     """Tokens over which perplexity, KL and agreement are measured."""
 
-    tasks: Annotated[tuple[Text, ...], AfterValidator(_no_repeats)] = ()
-    """Tasks of lm-eval."""
+    tasks: Annotated[
+        tuple[Text, ...], AfterValidator(_no_repeats), AfterValidator(_with_a_written_task)
+    ] = ()
+    """Tasks of lm-eval. Where none of them is known to be written, `arithmetic` is added: skipping
+    costs little in likelihoods and much in text, so no mean goes without a written task."""
 
     limit: Count = 500
     """Questions taken of each task."""
 
     batch_size: Count = 8
     """Sequences scored at once."""
+
+    own_answers: OwnAnswers | None = OwnAnswers()
+    """KL to the dense model on answers that it wrote itself, and how far greedy answers agree with
+    them, all as the cell decodes; null measures none."""
 
 
 class Lossless(_Section):

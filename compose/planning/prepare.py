@@ -15,8 +15,8 @@ from compose.assets import (
     require_text_name,
 )
 from compose.errors import AssetError, PlanError, context
-from compose.language.positions import Loc
 from compose.language.parse import load_pipeline
+from compose.language.positions import Loc
 from compose.language.schema import Pipeline
 from compose.planning.keys import InputHashes
 from compose.planning.plan import Plan
@@ -65,8 +65,12 @@ def _inputs(pipeline: Pipeline) -> Iterator[tuple[Loc, Callable[[], None]]]:
         yield (*place, "perplexity", index), partial(require_text_name, source)
     for index, name in enumerate(quality.tasks):
         yield (*place, "tasks", index), partial(require_task_name, name)
+    if (asked := quality.own_answers) is not None:
+        yield (*place, "own_answers", "source"), partial(require_text_name, asked.source)
     lossless = pipeline.benchmark.lossless.source
     yield ("benchmark", "lossless", "source"), partial(require_text_name, lossless)
+    if (prompts := pipeline.benchmark.speed.prompts) is not None:
+        yield ("benchmark", "speed", "prompts"), partial(require_text_name, prompts)
 
 
 def model_shape(pipeline: Pipeline, asset_cache: Path) -> ModelShape | None:

@@ -69,7 +69,8 @@ def measure_roofline(threads: int) -> dict[str, float]:
 
 def open_bench(job: CellRequest, progress: Progress) -> CellBench | PeerBench:
     """What measures the cell; it loads nothing yet."""
-    from compose.bench.cell import CellBench, CellJob
+    from compose.bench.cell import CellBench
+    from compose.bench.job import CellJob
 
     described = CellJob(
         name=job["name"],
@@ -80,6 +81,7 @@ def open_bench(job: CellRequest, progress: Progress) -> CellBench | PeerBench:
         seed=job["seed"],
         dtype=job["dtype"],
         backend=cast(Any, job["backend"]),
+        baseline_backend=job["baseline_backend"],
         asset_cache=Path(job["asset_cache"]),
         reference=Path(job["reference"]),
         threads=job["threads"],
