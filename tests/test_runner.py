@@ -299,6 +299,8 @@ def test_the_result_is_typed_and_compared_with_the_baseline(tmp_path: Path) -> N
     assert spec.speculation is not None and spec.lossless_check is not None
     assert spec.lossless_check.lossless is True
     assert spec.speculation.speedup == pytest.approx(3.0)
+    assert spec.verdict is not None and dense.verdict is None
+    assert (spec.fingerprint or {}).keys() == {"load", "lossless", "speed"}
     assert results.cell("skip").status == "left-out"
     assert results.cell("skip").rule == "decode-needs-gates"
 

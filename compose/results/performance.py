@@ -39,6 +39,9 @@ class SpeedNumbers(Record):
     repeat_s: tuple[float, ...] | None = None
     """Seconds that each timed decode repeat lasted."""
 
+    time_split: dict[str, float] | None = None
+    """Shares of the decoding time by part of the native work, and in Python around it."""
+
 
 class Speed(SpeedNumbers):
     """Batch size 1 at the main context; other batch sizes and contexts below."""
@@ -48,6 +51,13 @@ class Speed(SpeedNumbers):
 
     by_context: dict[int, SpeedNumbers] | None = None
     """Prompt tokens -> the numbers of batch 1 there, for every length but the main one."""
+
+    by_category: dict[str, SpeedNumbers] | None = None
+    """Category of the prompts -> its numbers, where prompts come from a file; then the numbers
+    above are of all categories together."""
+
+    equal_to_baseline: bool | None = None
+    """Whether the text decoded while timed was the baseline's, in every round."""
 
 
 class Arithmetic(Record):
@@ -77,6 +87,12 @@ class Size(Record):
 
     peak_bytes: int | None = None
     """Most memory of the cell's process while it was measured."""
+
+    cache_bytes: int | None = None
+    """KV cache of the largest shape that was timed."""
+
+    beside_bytes: int | None = None
+    """Most memory beside weights and cache while it was timed."""
 
 
 class Compute(Record):
