@@ -1,8 +1,12 @@
-"""Records on disk, and what failed in this run -> the typed result."""
+"""Records on disk, and what failed in this run -> the typed result.
+
+What was measured is collected here and in `gather_speed`; what relates cells to the baseline
+(intervals, verdicts, curves) is `compose.results.relate`.
+"""
 
 from __future__ import annotations
 
-import statistics
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +14,12 @@ from typing import Any
 from compose.artifacts.folder import lineage
 from compose.errors import ComposeError
 from compose.execution.failures import Failure
+from compose.execution.gather_speed import timed_parts
 from compose.execution.run_folder import Phase, RunFolder, phases_of, read_phase
 from compose.execution.sessions import Session
 from compose.planning.plan import Cell, Plan
+from compose.results.relate import relate
 from compose.results.schema import CellResult, Results
-
-SPEED_NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s")
 
 
 def gather(
@@ -35,7 +39,6 @@ def gather(
     """
     parts = {cell.name: _cell_parts(run, plan, cell, failures, session) for cell in plan.cells}
     known = {name: part for name, part in parts.items() if part is not None}
-    _compare(plan, known)
     _fold_repeats(plan, known)
     left_out = [
         CellResult(
@@ -45,15 +48,17 @@ def gather(
     ]
     source_map = plan.pipeline.source_map
     missing = [cell.name for cell in plan.cells if parts[cell.name] is None]
-    notes = [f"not measured in this run: {', '.join(missing)}"] if missing else []
+    notes = _source_notes(run, plan)
+    if missing:
+        notes.append(f"not measured in this run: {', '.join(missing)}")
     if session is not None and len(session.groups) > 1:
         notes.append(
             f"the cells did not fit into memory together: speed was measured in "
             f"{len(session.groups)} groups, with the baseline in each"
         )
-    return Results(
+    results = Results(
         run=plan.pipeline.name,
-        environment=session.environment if session else environment,
+        environment=_environment(session) if session else environment,
         baseline=plan.cells[0].name,
         command=session.command if session else command,
         model=_public(plan.pipeline.model.source),
@@ -64,6 +69,16 @@ def gather(
         notes=tuple(notes) or None,
         cells=(*(CellResult.model_validate(part) for part in known.values()), *left_out),
     )
+    return relate(results)
+
+
+def _environment(session: Session) -> dict[str, Any]:
+    """The machine of a session, with what it can do at most and how busy it was."""
+    measured: dict[str, Any] = {"roofline": session.roofline} if session.roofline else {}
+    if session.load_averages:
+        loads = session.load_averages
+        measured["load_average"] = {"min": min(loads), "max": max(loads)}
+    return session.environment | measured
 
 
 def _cell_parts(
@@ -76,9 +91,10 @@ def _cell_parts(
     """A cell's result as plain data, or None when nothing was tried."""
     failure = failures.get(cell.name)
     records = {phase: read_phase(run, plan, cell, phase) for phase in phases_of(cell)}
-    rounds = session.of_cell(cell.name) if session else {}
-    measured = session is not None and session.members.get(cell.name) == cell.key
-    timed = cell.repeats is not None or (measured and bool(rounds))
+    timed_sections: dict[str, dict[str, Any]] = {}
+    if session is not None and session.members.get(cell.name) == cell.key:
+        timed_sections = timed_parts(session, cell.name, plan.cells[0].name, cell.plain)
+    timed = cell.repeats is not None or bool(timed_sections)
     whole = all(record is not None for record in records.values()) and timed
     if failure is None and not whole:
         return None
@@ -89,15 +105,17 @@ def _cell_parts(
         "aliases": cell.aliases or None,
         "plain": cell.plain,
         "steps": _step_infos(plan, cell),
-        **_step_records(run, cell),
+        **_step_records(plan.model_folder(cell, run.store)),
     }
     if failure is not None:
         part |= vars(failure)
     for phase, record in records.items():
         if record is not None:
             _merge_phase(part, phase, record)
-    if rounds and measured:
-        _merge_speed(part, rounds)
+    for section, numbers in timed_sections.items():
+        part[section] = {**part.get(section, {}), **numbers}
+    if timed_sections and session is not None:
+        part["fingerprint"] = {**part.get("fingerprint", {}), "speed": session.settings["code"]}
     if phases_of(cell)[-1] == "lossless":
         part["quality_of"] = cell.plain
     return part
@@ -108,7 +126,7 @@ def _merge_phase(part: dict[str, Any], phase: Phase, record: dict[str, Any]) -> 
     record = dict(record)
     part["seconds"] = round(part.get("seconds", 0.0) + record.pop("seconds", 0.0), 3)
     part["fingerprint"] = {**part.get("fingerprint", {}), phase: record.pop("fingerprint")}
-    for section in ("size", "compute", "speculation"):
+    for section in ("size", "compute"):
         if section in record:
             part[section] = {**part.get(section, {}), **record.pop(section)}
     if "insight" in record:
@@ -118,47 +136,7 @@ def _merge_phase(part: dict[str, Any], phase: Phase, record: dict[str, Any]) -> 
     if phase == "load":
         part |= record  # what is left describes the whole cell, such as its kernels
         return
-    own = "quality" if phase == "quality" else "lossless_check"
-    part[own] = {**part.get(own, {}), **record}
-
-
-def _merge_speed(part: dict[str, Any], rounds: dict[int, list[dict[str, Any]]]) -> None:
-    """Medians and repeats of each batch size, and the other numbers of the rounds."""
-    by_batch = {batch: _numbers(repeats) for batch, repeats in rounds.items()}
-    first = 1 if 1 in by_batch else min(by_batch)
-    others = {batch: numbers for batch, numbers in by_batch.items() if batch != 1}
-    part["speed"] = (by_batch[1] if first == 1 else {}) | ({"by_batch": others} if others else {})
-    every = [numbers for repeats in rounds.values() for numbers in repeats]
-    peaks = [numbers["peak_bytes"] for numbers in every if numbers.get("peak_bytes")]
-    if peaks:
-        part["size"] = {**part.get("size", {}), "peak_bytes": max(peaks)}
-    latest = rounds[first][-1]
-    for section in ("compute", "speculation"):
-        if section in latest:
-            part[section] = {**latest[section], **part.get(section, {})}
-
-
-def _numbers(repeats: list[dict[str, Any]]) -> dict[str, Any]:
-    medians: dict[str, Any] = {}
-    for name in SPEED_NUMBERS:
-        values = [numbers[name] for numbers in repeats if numbers.get(name) is not None]
-        if values:
-            medians[name] = {"median": statistics.median(values), "repeats": values}
-    return medians
-
-
-def _compare(plan: Plan, parts: dict[str, dict[str, Any]]) -> None:
-    """Fill in what relates a cell to the baseline or to its plain cell."""
-    baseline = parts.get(plan.cells[0].name, {})
-    for part in parts.values():
-        quality, base = part.get("quality") or {}, baseline.get("quality") or {}
-        _relate(quality.get("perplexity"), base.get("perplexity"), "ratio_to_baseline")
-        for task, score in (quality.get("tasks") or {}).items():
-            _relate(score, (base.get("tasks") or {}).get(task), "retained")
-        plain = parts.get(part.get("plain") or "", {})
-        fast, slow = _decode_median(part), _decode_median(plain)
-        if part.get("lossless_check") is not None and fast and slow:
-            part["speculation"] = {**part.get("speculation", {}), "speedup": fast / slow}
+    part["quality" if phase == "quality" else "lossless_check"] = record
 
 
 def _fold_repeats(plan: Plan, parts: dict[str, dict[str, Any]]) -> None:
@@ -174,19 +152,6 @@ def _fold_repeats(plan: Plan, parts: dict[str, dict[str, Any]]) -> None:
             del parts[cell.name]
 
 
-def _relate(value: dict[str, Any] | None, base: dict[str, Any] | None, name: str) -> None:
-    if not value or not base or value.get("dataset") != base.get("dataset"):
-        return
-    if value.get("value") is not None and base.get("value"):
-        value[name] = value["value"] / base["value"]
-
-
-def _decode_median(part: dict[str, Any]) -> float | None:
-    decode = (part.get("speed") or {}).get("decode_tokens_per_s") or {}
-    median: float | None = decode.get("median")
-    return median
-
-
 def _step_infos(plan: Plan, cell: Cell) -> tuple[dict[str, Any], ...] | None:
     stages = [(name, plan.pipeline.stages[name]) for name in cell.chain]
     infos = []
@@ -197,21 +162,32 @@ def _step_infos(plan: Plan, cell: Cell) -> tuple[dict[str, Any], ...] | None:
     return tuple(infos) or None
 
 
-def _step_records(run: RunFolder, cell: Cell) -> dict[str, Any]:
+def _step_records(folder: Path) -> dict[str, Any]:
     """What the stages recorded: training curves, layer errors and peaks, by the stage's name."""
     try:
-        entries = lineage(run.store.model(cell.weights))
+        entries = lineage(folder)
     except ComposeError:
         return {}
     records = {entry["name"]: entry.get("record") or {} for entry in entries}
     curves = {name: curve for name, record in records.items() if (curve := _curve(record))}
     errors = {name: each for name, record in records.items() if (each := _errors(record))}
     peaks = {entry["name"]: entry["peak_bytes"] for entry in entries if "peak_bytes" in entry}
+    seconds = {entry["name"]: entry["wall_s"] for entry in entries if "wall_s" in entry}
     return {
         "training": curves or None,
         "layer_errors": errors or None,
         "step_peak_bytes": peaks or None,
+        "step_seconds": seconds or None,
     }
+
+
+def _source_notes(run: RunFolder, plan: Plan) -> list[str]:
+    """What a reader must know of the source model, such as that its weights once were quantized."""
+    for cell in plan.cells:
+        with contextlib.suppress(ComposeError):
+            record = lineage(run.store.model(cell.weights))[0].get("record") or {}
+            return list(record.get("notes", ()))
+    return []
 
 
 def _curve(record: dict[str, Any]) -> list[dict[str, Any]] | None:

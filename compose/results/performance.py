@@ -39,6 +39,9 @@ class SpeedNumbers(Record):
     repeat_s: tuple[float, ...] | None = None
     """Seconds that each timed decode repeat lasted."""
 
+    time_split: dict[str, float] | None = None
+    """Shares of the decoding time by part of the native work, and in Python around it."""
+
 
 class Speed(SpeedNumbers):
     """Batch size 1 at the main context; other batch sizes and contexts below."""
@@ -48,6 +51,19 @@ class Speed(SpeedNumbers):
 
     by_context: dict[int, SpeedNumbers] | None = None
     """Prompt tokens -> the numbers of batch 1 there, for every length but the main one."""
+
+    by_category: dict[str, SpeedNumbers] | None = None
+    """Category of the prompts -> its numbers, where prompts come from a file; then the numbers
+    above are of all categories together."""
+
+    threads: int | None = None
+    """Threads of the cell's process while it was timed."""
+
+    affinity: int | None = None
+    """Cores on which the system let that process run."""
+
+    equal_to_baseline: bool | None = None
+    """Whether the text decoded while timed was the baseline's, in every round."""
 
 
 class Arithmetic(Record):
@@ -78,6 +94,12 @@ class Size(Record):
     peak_bytes: int | None = None
     """Most memory of the cell's process while it was measured."""
 
+    cache_bytes: int | None = None
+    """KV cache of the largest shape that was timed."""
+
+    beside_bytes: int | None = None
+    """Most memory beside weights and cache while it was timed."""
+
 
 class Compute(Record):
     """Shares of the dense model's multiply-adds that were not computed, 0 to 1.
@@ -96,6 +118,10 @@ class Compute(Record):
 
     saved_net_while_timed: float | None = None
     """`saved_net` of the timed speed rounds (prompt and new tokens)."""
+
+    kept: float | None = None
+    """Share of the branches' multiply-adds that a skipping cell's own budget kept on the scored
+    text, beside the budget that was asked for."""
 
     kept_shares: tuple[float, ...] | None = None
     """Share of tokens that entered each branch (attention 0, MLP 0, ...), for cells that skip."""

@@ -48,7 +48,7 @@ def figures(points: Sequence[SkippingPoint], reference: float | None = None) -> 
     """The figures of at least one point; without a reference, the first point is the reference."""
     ordered = tuple(sorted(points, key=lambda point: point.saved))
     whole = ordered[0].accuracy if reference is None else reference
-    keeps = [point.saved for point in ordered if point.accuracy >= KEPT * whole]
+    keeps = [point.saved for point in ordered if point.accuracy >= KEPT * whole - 1e-9]
     at = {percent: _interpolated(ordered, percent / 100) for percent in PERCENTS}
     return SkippingFigures(
         points=ordered,

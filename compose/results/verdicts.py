@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from compose.results.intervals import MIN_QUESTIONS
-from compose.results.parts import Outcome, Quality, Verdict
+from compose.results.parts import Outcome, Quality, SpeedNumbers, Verdict
 from compose.results.schema import CellResult, Results
 
 KEEP = 0.95
@@ -183,8 +183,11 @@ def _speed_intervals(
         ends = None if cell.speculation is None else cell.speculation.speedup_ci95
         yield "decodes", ends, "its plain cell"
         return
+    numbers: SpeedNumbers | None = cell.speed
+    if cell.speed is not None and cell.speed.decode_tokens_per_s is None and cell.speed.by_batch:
+        numbers = cell.speed.by_batch[min(cell.speed.by_batch)]  # no batch of one was asked for
     for verb, name in (("decodes", "decode_ratio"), ("reads prompts", "prefill_ratio")):
-        estimate = None if cell.speed is None else getattr(cell.speed, name)
+        estimate = None if numbers is None else getattr(numbers, name)
         yield verb, None if estimate is None else estimate.ci95, "the baseline"
 
 
