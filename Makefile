@@ -4,6 +4,7 @@
 #   make check         format, lint, types, import guard
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
+#   make repeatability  equal runs against each other, then planted differences (half an hour)
 #   make figures       tables and figures of README and docs anew, from reports/published
 #   make bench         a larger matrix     make bench PIPELINE=pipelines/from-scratch.yaml
 #   make clean         removes the environment, caches, runs and exports made here
@@ -18,7 +19,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check sanitize peers-test figures bench clean
+.PHONY: help quickstart test check sanitize peers-test figures repeatability bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -67,6 +68,9 @@ peers-test: $(VENV)/.dev
 
 figures: $(VENV)/.run
 	$(BIN)/python -m reports.documents
+
+repeatability: $(VENV)/.run
+	$(BIN)/python tests/repeatability.py $(ARGS)
 
 bench: $(VENV)/.run
 	$(BIN)/gateskip run $(PIPELINE)
