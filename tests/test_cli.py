@@ -318,8 +318,9 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "gguf": ["--to", "--type", "folder"],
         "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
         "bench": [
-            *("--against", "--batch", "--context", "--limit", "--new-tokens"),
-            *("--prompts", "--repeats", "--system", "folder"),
+            *("--against", "--batch", "--context", "--limit", "--min-seconds", "--name"),
+            *("--new-tokens", "--out", "--prompts", "--quality", "--questions", "--repeats"),
+            *("--system", "--task", "--text", "--threads", "--tokens", "folders"),
         ],
         "tune-draft": ["--limit", "--new-tokens", "--prompts", "--repeats", "--write", "folder"],
         "insight": ["--budget", "--html", "--json", "--text", "folder"],

@@ -73,7 +73,8 @@ def test_perplexity_is_the_models_own_loss(model: Plain, monkeypatch: pytest.Mon
 
 def test_a_model_is_at_no_distance_from_itself(model: Plain, tmp_path: Path) -> None:
     blocks, path = _blocks(3, 20), tmp_path / "deep" / "reference.safetensors"
-    own = text.save_reference(model, blocks, path, batch_size=2)
+    own, kept = text.score_reference(model, blocks, batch_size=2)
+    text.store(kept, path)
     assert own.perplexity == pytest.approx(text.score_blocks(model, blocks).perplexity, rel=1e-6)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
     hidden = text.load_reference(path, blocks)
@@ -85,7 +86,7 @@ def test_a_model_is_at_no_distance_from_itself(model: Plain, tmp_path: Path) -> 
 def test_distance_to_another_model(model: Plain, make_tiny: Any, tmp_path: Path) -> None:
     blocks = _blocks(2, 20)
     dense = Plain(make_tiny("llama", seed=1))
-    text.save_reference(dense, blocks, tmp_path / "r")
+    text.store(text.score_reference(dense, blocks)[1], tmp_path / "r")
     hidden = text.load_reference(tmp_path / "r", blocks)
     reports: list[tuple[int, int, str]] = []
     scores = text.score_blocks(
@@ -102,7 +103,7 @@ def test_distance_to_another_model(model: Plain, make_tiny: Any, tmp_path: Path)
 
 def test_a_reference_belongs_to_its_blocks(model: Plain, tmp_path: Path) -> None:
     blocks = _blocks(2, 20)
-    text.save_reference(model, blocks, tmp_path / "r")
+    text.store(text.score_reference(model, blocks)[1], tmp_path / "r")
     with pytest.raises(StepError, match="other text"):
         text.load_reference(tmp_path / "r", _blocks(2, 20, seed=1))
     with pytest.raises(StepError, match="cannot read"):
