@@ -3,6 +3,7 @@
 #   make test          every test          make test ARGS="tests/test_plan.py -m 'not real'"
 #   make check         format, lint, types, import guard
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make peers-test    the environments of other engines, made once (minutes), and their tests
 #   make bench         a larger matrix     make bench PIPELINE=pipelines/from-scratch.yaml
 #   make clean         removes the environment, caches, runs and exports made here
 # PYTHON names the interpreter that makes the environment: make test PYTHON=python3.12
@@ -16,7 +17,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check sanitize bench clean
+.PHONY: help quickstart test check sanitize peers-test bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -58,6 +59,10 @@ sanitize:
 	$(CXX) -std=c++17 -O1 -g -march=native -ffp-contract=off -fopenmp -fsanitize=address,undefined \
 	  -fno-sanitize-recover=all -I$(KERNELS) tests/kernels/*.cpp $(KERNELS)/*.cpp -o build/odd_sizes
 	ASAN_OPTIONS=detect_leaks=1 build/odd_sizes
+
+# llama.cpp is compiled here, which needs a C++ compiler; the others are installed.
+peers-test: $(VENV)/.dev
+	GATESKIP_BUILD_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py $(ARGS)
 
 bench: $(VENV)/.run
 	$(BIN)/gateskip run $(PIPELINE)

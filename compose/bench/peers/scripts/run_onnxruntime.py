@@ -54,8 +54,7 @@ class OnnxRuntime:
     ) -> dict[str, Any]:
         """Continue prompts of one length in one batch; those of other lengths follow one by one.
 
-        A generator's own stop tokens are those of the model's configuration. `min_length` keeps
-        it going to `new_tokens`, and rows are cut at the stop tokens that were asked for.
+        Where stop tokens are ignored, `min_length` keeps the generator from choosing them.
         """
         if len(set(map(len, prompts))) > 1:
             runs = [self.generate([row], new_tokens, stop, ignore_stop) for row in prompts]
@@ -70,7 +69,7 @@ class OnnxRuntime:
             do_sample=False,
             num_beams=1,
             max_length=length,
-            min_length=length,
+            min_length=length if ignore_stop else 0,
         )
         ids = numpy.array(prompts, numpy.int32)
         ends = set() if ignore_stop else set(stop)
@@ -87,7 +86,8 @@ class OnnxRuntime:
         ended = time.perf_counter()
         if ends:
             tokens = [cut(row, stop) for row in tokens]
-        return timed(tokens, started, first, ended, len(prompts))
+        answer: dict[str, Any] = timed(tokens, started, first, ended, len(prompts))
+        return answer
 
     def logits(self, blocks: list[list[int]], path: str, vocabulary: int) -> dict[str, Any]:
         """Write float32 logits [N, S, V] as .npy: onnxruntime on the model's graph, no past."""

@@ -105,7 +105,8 @@ class OpenVino:
             _read(handle, row)
         if not ignore_stop:
             tokens = [cut(row, stop) for row in tokens]
-        return timed(tokens, started, first, ended, first_tokens)
+        answer: dict[str, Any] = timed(tokens, started, first, ended, first_tokens)
+        return answer
 
     def logits(self, blocks: list[list[int]], path: str, vocabulary: int) -> dict[str, Any]:
         """Write float32 logits [N, S, V] as .npy: OpenVINO on the exported graph, state reset."""
