@@ -4,6 +4,7 @@
 #   make check         format, lint, types, import guard
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
+#   make figures       tables and figures of README and docs anew, from reports/published
 #   make bench         a larger matrix     make bench PIPELINE=pipelines/from-scratch.yaml
 #   make clean         removes the environment, caches, runs and exports made here
 # PYTHON names the interpreter that makes the environment: make test PYTHON=python3.12
@@ -17,7 +18,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check sanitize peers-test bench clean
+.PHONY: help quickstart test check sanitize peers-test figures bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -63,6 +64,9 @@ sanitize:
 # llama.cpp is compiled here, which needs a C++ compiler; the others are installed.
 peers-test: $(VENV)/.dev
 	GATESKIP_BUILD_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py $(ARGS)
+
+figures: $(VENV)/.run
+	$(BIN)/python -m reports.documents
 
 bench: $(VENV)/.run
 	$(BIN)/gateskip run $(PIPELINE)

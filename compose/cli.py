@@ -50,6 +50,14 @@ app = typer.Typer(
 PipelineFile = Annotated[Path, typer.Argument(help="The pipeline file (YAML).", metavar="FILE")]
 RunDir = Annotated[Path, typer.Argument(help="A run's folder: runs/NAME.", metavar="RUN_DIR")]
 Out = Annotated[Path, typer.Option(help="Where runs and model folders are kept.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show only what failed, and the end.")]
+AsEvents = Annotated[
+    bool,
+    typer.Option(
+        "--json-lines",
+        help="Print events as JSON, one a line (docs/progress.md); text goes to stderr.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -120,44 +128,59 @@ def run(
         int | None,
         typer.Option(min=1, help="Steps and cells side by side; 1 gives each all cores."),
     ] = None,
+    quiet: Quiet = False,
+    json_lines: AsEvents = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write training as TensorBoard files.")
+    ] = False,
 ) -> None:
     """Make and measure every cell; what was finished before is kept."""
     from compose.assets import default_cache
     from compose.execution.executors import make_executor
-    from compose.execution.runner import run as run_plan
     from compose.extras import require
     from compose.planning.prepare import load_plan
-    from compose.terminal.progress import Board
-    from compose.terminal.show import print_result
+    from compose.terminal.run_shown import run_shown
 
     planned = load_plan(file, default_cache())
     require("report", *(["eval"] if planned.pipeline.benchmark.quality.tasks else []))
-    settings = _settings(out, tuple(only or ()), again=again)
+    require(*(["tensorboard"] if tensorboard else []))
+    settings = _settings(out, tuple(only or ()), again=again, tensorboard=tensorboard)
     where = make_executor(executor, planned.pipeline.benchmark.threads, workers)
-    with Board(console()).shown() as board:
-        result = run_plan(planned, settings, where, board)
-    print_result(console(), result)
+    result = run_shown(planned, settings, where, quiet=quiet, json_lines=json_lines)
     raise typer.Exit(result.exit_code)
 
 
-def _settings(out: Path, only: tuple[str, ...] = (), *, again: bool) -> Settings:
+def _settings(
+    out: Path, only: tuple[str, ...] = (), *, again: bool, tensorboard: bool = False
+) -> Settings:
     """Settings of a run under this command line."""
     from compose.assets import default_cache
     from compose.execution.state import Settings
 
     command = shlex.join(["gateskip", *sys.argv[1:]])
-    return Settings(out, default_cache(), command, only, again)
+    return Settings(out, default_cache(), command, only, again, tensorboard)
 
 
 @app.command()
-def report(run_dir: RunDir) -> None:
-    """Draw report.html and report.md anew from results.json."""
-    from compose.execution.run_folder import RunFolder
-    from reports.render import render
+def report(
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(help="A run's folder; of several, others are compared with the first."),
+    ],
+    fail_on_regression: Annotated[
+        bool,
+        typer.Option(
+            "--fail-on-regression", help="Exit with 1 where a number became worse beyond chance."
+        ),
+    ] = False,
+) -> None:
+    """Draw each run's report anew from results.json; compare several runs."""
+    from compose.terminal.reports import compare_and_tell, draw
 
-    folder = RunFolder.existing(run_dir)
-    render(folder.results_file, folder.root)
-    typer.echo(f"{run_dir / 'report.html'}\n{run_dir / 'report.md'}")
+    for run_dir in run_dirs:
+        typer.echo(draw(run_dir))
+    worse = compare_and_tell(run_dirs, asked=fail_on_regression, tell=typer.echo)
+    raise typer.Exit(worse and fail_on_regression)
 
 
 def _results_of(run_dir: Path) -> Results:
@@ -328,14 +351,14 @@ def bench(
         str | None, typer.Option(help="Name of the run; bench-FOLDER by default.")
     ] = None,
     out: Out = Path("runs"),
+    quiet: Quiet = False,
+    json_lines: AsEvents = False,
 ) -> None:
     """Measure folders, ways of decoding and other engines side by side, each in its own process."""
     from compose.execution.executors import make_executor
-    from compose.execution.runner import run as run_plan
     from compose.planning.bench_plan import bench_plan
     from compose.terminal.bench import benchmark_of, print_bench
-    from compose.terminal.progress import Board
-    from compose.terminal.show import print_result
+    from compose.terminal.run_shown import run_shown
 
     benchmark = benchmark_of(
         batches=batch or [1],
@@ -354,11 +377,14 @@ def bench(
     )
     title = name or f"bench-{folders[0].absolute().name}"
     planned = bench_plan(title, folders, systems or [], against or [], benchmark)
-    settings = _settings(out, again=True)
-    with Board(console()).shown() as board:
-        result = run_plan(planned, settings, make_executor("local", threads), board)
-    print_bench(console(), result.results)
-    print_result(console(), result)
+    result = run_shown(
+        planned,
+        _settings(out, again=True),
+        make_executor("local", threads),
+        quiet=quiet,
+        json_lines=json_lines,
+        table=print_bench,
+    )
     raise typer.Exit(result.exit_code)
 
 
@@ -372,14 +398,15 @@ def tune_draft(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded a prompt.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of the final, interleaved.")] = 5,
     write: Annotated[bool, typer.Option(help="Make the best the folder's own way.")] = True,
+    quiet: Quiet = False,
 ) -> None:
     """Find the draft that decodes a folder fastest, and make it the folder's way."""
-    from compose.execution.worker_process import ask_once
+    from compose.terminal.progress import ask_shown
     from compose.terminal.show import print_tuned
 
     job: dict[str, Any] = {"folder": str(folder), "prompts": prompts, "limit": limit}
     job |= {"new_tokens": new_tokens, "repeats": repeats, "write": write}
-    tuned = ask_once("tune", job)
+    tuned = ask_shown("tune", job, f"tune-draft {folder}", quiet=quiet)
     print_tuned(console(), tuned)
     typer.echo(json.dumps(tuned))
 

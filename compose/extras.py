@@ -28,6 +28,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "eval": ("datasets", "lm_eval", "pyarrow", "scipy"),
     "report": ("markupsafe", "matplotlib"),
     "ray": ("ray",),
+    "tensorboard": ("tensorboard",),
 }
 """Top-level import names by the extra of pyproject.toml that installs them.
 

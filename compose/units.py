@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from compose.errors import UserError
-
-Progress = Callable[[int, int, str], None]
-"""Called with (parts done, parts in all, note) while work goes on; parts may be bytes."""
+from gateskip.model.progress import Progress as Progress
 
 BYTES_FROM = 1_000_000
 """From this total on, `progress_text` takes the parts of a job for bytes."""

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.thresholds import Calibration
 from gateskip.decoding.decoder import Decoder
 from gateskip.gates.base import Gates
@@ -49,6 +50,28 @@ class GateFile:
     training: dict[str, Any] = field(default_factory=dict)
     decode: dict[str, Any] = field(default_factory=dict)
     """How the folder is decoded when nobody says otherwise: mode and its settings."""
+    between: dict[float, float] = field(default_factory=dict)
+    """What interpolated budgets kept there, half-way between two calibrated ones."""
+
+    @classmethod
+    def of(
+        cls,
+        gates: Gates,
+        kv_rule: str,
+        budgets: CalibratedBudgets,
+        sensitivity: list[float] | None = None,
+        training: dict[str, Any] | None = None,
+        decode: dict[str, Any] | None = None,
+    ) -> GateFile:
+        """From what was calibrated."""
+        grid = {budget: list(row) for budget, row in budgets.thresholds.items()}
+        kept, between = dict(budgets.kept), dict(budgets.between)
+        return cls(gates, kv_rule, grid, kept, sensitivity, training or {}, decode or {}, between)
+
+    @property
+    def budgets(self) -> CalibratedBudgets:
+        """What was calibrated, to be asked for any budget."""
+        return CalibratedBudgets(self.grid, self.kept, self.between)
 
 
 def grid_of(
@@ -63,12 +86,7 @@ def grid_of(
 
 def save_gates(folder: Path, file: GateFile) -> None:
     """Write gates and their description into a model folder."""
-    state = {
-        name: (value.to(STORED) if name.startswith("shortcuts.") else value).contiguous()
-        for name, value in file.gates.state_dict().items()
-    }
-    shape = f"{file.gates.kind} {file.gates.branches} {file.gates.hidden_size}"
-    save_file(state, str(folder / GATES_FILE), metadata={"gates": shape})  # one key: equal bytes
+    write_gates(folder / GATES_FILE, file.gates)
     described = {
         "format": FORMAT,
         "kind": file.gates.kind,
@@ -80,11 +98,22 @@ def save_gates(folder: Path, file: GateFile) -> None:
         "kv_rule": file.kv_rule,
         "thresholds": {str(budget): row for budget, row in sorted(file.grid.items())},
         "kept": {str(budget): share for budget, share in sorted(file.kept.items())},
+        "kept_between": {str(budget): share for budget, share in sorted(file.between.items())},
         "sensitivity": file.sensitivity,
         "training": file.training,
         "decode": file.decode,
     }
     (folder / META_FILE).write_text(json.dumps(_finite(described), indent=1) + "\n")
+
+
+def write_gates(path: Path, gates: Gates) -> None:
+    """Write gates alone, as `read_gates` reads them."""
+    state = {
+        name: (value.to(STORED) if name.startswith("shortcuts.") else value).contiguous()
+        for name, value in gates.state_dict().items()
+    }
+    shape = f"{gates.kind} {gates.branches} {gates.hidden_size}{' folded' if gates.folded else ''}"
+    save_file(state, str(path), metadata={"gates": shape})  # one key: equal bytes
 
 
 def _finite(value: Any) -> Any:
@@ -114,6 +143,7 @@ def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
     if found[0] != kind:
         raise ValueError(f"{path} holds no {kind} gates: found {found[0]}")
     gates = make_gates(kind, int(found[1]), int(found[2]), **settings)
+    gates.folded = "folded" in found[3:]
     state = load_file(str(path))
     if "shortcuts.down" in state:
         gates.shortcuts = Shortcuts(int(found[1]), int(found[2]), state["shortcuts.down"].shape[1])
@@ -145,6 +175,7 @@ def load_gates(folder: Path) -> GateFile | None:
         sensitivity=meta["sensitivity"],
         training=meta["training"],
         decode=meta["decode"],
+        between={float(b): share for b, share in meta.get("kept_between", {}).items()},
     )
 
 
@@ -243,5 +274,5 @@ def _decoder(folder: Path, skipping: SkippingModel, file: GateFile | None) -> De
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    grid = file.grid if file else {}
-    return Decoder(skipping, tokenizer, grid, defaults=stored_decode(folder))
+    budgets = CalibratedBudgets({}) if file is None else file.budgets
+    return Decoder(skipping, tokenizer, budgets, defaults=stored_decode(folder))

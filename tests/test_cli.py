@@ -210,6 +210,41 @@ def test_a_report_is_drawn_again(finished: Path) -> None:
     assert "report.html" in out
 
 
+def _kept(folder: Path, decode: float) -> Path:
+    """A folder with results in which a cell decodes so many times as fast as the baseline."""
+    folder.mkdir()
+    ratio = {"value": decode, "low": decode * 0.99, "high": decode * 1.01, "n": 5}
+    speed = {"decode_tokens_per_s": {"median": 10 * decode}, "decode_ratio": ratio}
+    cells = [
+        {"name": "dense", "chain": [], "status": "ok"},
+        {"name": "nf4", "chain": ["nf4"], "status": "ok", "speed": speed},
+    ]
+    data = {"schema_version": 3, "run": folder.name, "cells": cells}
+    (folder / "results.json").write_text(json.dumps(data))
+    return folder
+
+
+def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
+    before, after = _kept(tmp_path / "before", 2.0), _kept(tmp_path / "after", 1.5)
+    code, out, _ = call("report", before, after)
+    assert code == 0
+    assert "worse: nf4, decode" in out
+    for kind in ("html", "md", "json"):
+        assert (after / f"comparison.{kind}").is_file()
+        assert not (before / f"comparison.{kind}").exists()
+    code, _, _ = call("report", before, after, "--fail-on-regression")
+    assert code == 1
+    code, out, _ = call("report", after, before, "--fail-on-regression")
+    assert code == 0
+    assert "1 better" in out
+
+
+def test_one_run_has_nothing_to_regress_from(tmp_path: Path) -> None:
+    code, _, err = call("report", _kept(tmp_path / "run", 2.0), "--fail-on-regression")
+    assert code == 2
+    assert "nothing to regress from" in err
+
+
 @pytest.mark.parametrize("command", ["report", "pick", "export"])
 def test_a_folder_that_is_no_run_is_refused(command: str, tmp_path: Path) -> None:
     more = ("--to", tmp_path / "x") if command == "export" else ()
@@ -312,7 +347,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "validate": ["file"],
         "plan": ["--json", "--out", "file"],
         "run": ["--again", "--executor", "--only", "--out", "--workers", "file"],
-        "report": ["run_dir"],
+        "report": ["--fail-on-regression", "run_dirs"],
         "pick": sorted([*wanted, "--json", "run_dir"]),
         "export": sorted([*wanted, "--cell", "--to", "--verify", "run_dir"]),
         "gguf": ["--to", "--type", "folder"],

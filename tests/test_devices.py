@@ -56,7 +56,7 @@ INDEXED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 FAMILIES = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt_neox")
 BRANCHES, HIDDEN = 8, 64
 IDS = list(range(5, 37))
-JOB: Any = SimpleNamespace(progress=lambda done, total, note: None)
+JOB: Any = SimpleNamespace(progress=lambda done, total, phase, **_: None)
 
 
 class OneDevice(TorchDispatchMode):

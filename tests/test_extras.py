@@ -107,8 +107,12 @@ print(answer(work)["error"])
         ("eval", ANSWER.format(work="import compose.bench.tasks")),
         ("report", "import compose.cli" + RUN.format(words=["report", "runs/any"])),
         ("ray", "from compose.execution.executors import make_executor as m; m('ray', 1)"),
+        (
+            "tensorboard",
+            ANSWER.format(work="from compose.workers.scalars import _writer as w; w('x', 1)"),
+        ),
     ],
-    ids=["compress", "training", "eval", "report", "ray"],
+    ids=["compress", "training", "eval", "report", "ray", "tensorboard"],
 )
 def test_each_extra_is_named(extra: str, code: str, tmp_path: Path) -> None:
     output = _without(EXTRAS[extra], code, tmp_path)

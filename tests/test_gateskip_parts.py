@@ -17,7 +17,7 @@ import gateskip
 from gateskip.calibration.allocation import allocate_shares, global_thresholds, quantiles
 from gateskip.calibration.fit_shortcuts import fit_shortcuts
 from gateskip.calibration.settings import ALLOCATIONS
-from gateskip.calibration.thresholds import calibrate, thresholds_at
+from gateskip.calibration.thresholds import calibrate
 from gateskip.calibration.warm_start import measure, sensitivities, warm_start
 from gateskip.gates.learned import ScalarGates
 from gateskip.kernels import build as native
@@ -94,16 +94,6 @@ class TestBudget:
         kept = (logits >= cut[:, None]).float().mean(1)
         assert float(kept[0]) == pytest.approx(share, abs=0.0051)
         assert kept[1] == 1
-
-    def test_thresholds_between_grid_points(self) -> None:
-        grid = {0.5: [2.0, -math.inf], 0.9: [0.0, -math.inf]}
-        assert thresholds_at(grid, 1.0) is None
-        assert thresholds_at(grid, 0.7) == [pytest.approx(1.0), -math.inf]
-        assert thresholds_at(grid, 0.95) == [0.0, -math.inf]
-        with pytest.raises(ValueError, match="the lowest is"):
-            thresholds_at(grid, 0.4)
-        with pytest.raises(ValueError, match="none"):
-            thresholds_at({}, 0.4)
 
 
 class TestWarmStart:

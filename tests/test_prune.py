@@ -60,7 +60,7 @@ def job_of(source: Path, target: Path, spec: DataSpec) -> StageJob:
         train=spec.model_copy(update={"limit": 200}),
         calibration=spec,
         dense=source,
-        progress=lambda done, total, note: None,
+        progress=lambda done, total, phase, **_: None,
         work=target.with_name(f"{target.name}-work"),
         asset_cache=target.with_name("cache"),
     )

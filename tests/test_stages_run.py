@@ -111,7 +111,7 @@ def test_every_weight_stage_makes_a_model(
         theirs = model(torch.tensor([ids])).logits
     torch.testing.assert_close(engine, theirs.float(), atol=ROUNDING.get(name, 2e-3), rtol=0)
     if RUNS[name]["use"] == "gate":
-        assert set(decoder.grid) == {0.8, 0.5}
+        assert set(decoder.grid) >= {0.8, 0.5, 0.97}, "and what lies between"
         plain = decoder.generate([ids], 16).tokens
         own_tokens = decoder.generate([ids], 16, "speculate", draft_budget=0.5, draft_length=3)
         assert own_tokens.tokens == plain

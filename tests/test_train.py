@@ -84,7 +84,7 @@ class TestTrain:
         class Killed(Exception):
             pass
 
-        def kill(done: int, total: int, note: str) -> None:
+        def kill(done: int, total: int, phase: str, **_: Any) -> None:
             if done == 7:
                 raise Killed
 
@@ -99,7 +99,7 @@ class TestTrain:
             blocks,
             self.CONFIG,
             work=tmp_path,
-            progress=lambda done, total, note: rest.append(done),
+            progress=lambda done, total, phase, **_: rest.append(done),
         )
         assert rest[0] == 5, "goes on after the checkpoint at step 4"
         assert torch.equal(whole.weight, again.weight) and torch.equal(whole.bias, again.bias)

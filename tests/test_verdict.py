@@ -138,7 +138,7 @@ def test_tasks_without_an_answer_that_is_written_accept_nothing() -> None:
 
 
 def test_one_ruined_task_is_not_hidden_by_a_mean() -> None:
-    """Ten tasks that keep all, and written arithmetic that keeps a third."""
+    """Twenty tasks that keep all, and written arithmetic that keeps a third."""
     names = [f"pick{i}" for i in range(20)]
     base = {name: task(outcomes(1000, 2000), "likelihood") for name in names}
     own, base = (

@@ -202,8 +202,10 @@ def tracked(progress: Progress | None) -> Iterator[Progress]:
     with bars:
         task = bars.add_task("", total=None)
 
-        def show(done: int, total: int, note: str) -> None:
-            bars.update(task, completed=done, total=total, description=note)
+        def show(
+            done: int, total: int, phase: str, /, *, detail: str = "", **numbers: float
+        ) -> None:
+            bars.update(task, completed=done, total=total, description=phase)
 
         yield show
 

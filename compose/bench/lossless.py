@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from compose.units import Progress
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.stats import Stats
 
@@ -19,7 +20,11 @@ FORCED_DRAFT = 3
 
 
 def check_lossless(
-    decoder: Decoder, settings: Mapping[str, Any], prompts: Sequence[list[int]], new_tokens: int
+    decoder: Decoder,
+    settings: Mapping[str, Any],
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare both decodings of each prompt; the fields of the result's `lossless_check`.
 
@@ -46,6 +51,8 @@ def check_lossless(
                 plain[number] = decoder.generate([prompt], new_tokens, target=target).tokens[0]
             found = _divergence(decoder, number, prompt, plain[number], own.tokens[0])
             divergences += [{"pass": name, **found}] if found else []
+            if progress is not None:
+                progress(number + 1, len(prompts), f"lossless check, {name} lengths")
     forced = totals["forced"]
     return {
         "lossless": not divergences,

@@ -31,6 +31,7 @@ from compose.bench.text import (
     score_reference,
     store,
 )
+from compose.units import Progress
 from gateskip.calibration.insight import inspect_text, summarize
 from gateskip.decoding.decoder import Decoder, Mode
 from gateskip.model.compute import Saving, Usage
@@ -51,9 +52,11 @@ class QualityBench:
         mode: Mode,
         settings: Mapping[str, Any],
         saving: Callable[[Usage], Saving],
+        progress: Progress | None = None,
     ) -> None:
         """`mode` and `settings` are how it is decoded; `saving` counts compute that was saved."""
         self.job, self.decoder, self.mode, self.saving = job, decoder, mode, saving
+        self.progress = progress
         self.wanted: Mapping[str, Any] = job.benchmark["quality"]
         self.model = Scored(decoder, settings["budget"] if mode == "skip" else None)
         self.is_baseline = job.is_baseline
@@ -107,7 +110,10 @@ class QualityBench:
             record |= self._noise_floor(blocks, kept["hidden"], scores)
         else:
             scores = score_blocks(
-                model, blocks, (load_blocks(self.stored, blocks), self._dense_head())
+                model,
+                blocks,
+                (load_blocks(self.stored, blocks), self._dense_head()),
+                progress=self.progress,
             )
         record |= text_record(texts, scores)
         if texts.name != wanted["perplexity"][0]:
@@ -179,6 +185,7 @@ class QualityBench:
             "saved_model": saved.model,
         }
         if self.mode == "skip":
+            record["kept"] = round(self.decoder.kept_of(usage), 4)
             record["kept_shares"] = [round(share, 4) for share in usage.shares()]
         return record
 
@@ -194,7 +201,9 @@ class QualityBench:
             self.stored |= dense.tensors()
             return dense_record(dense, new_tokens)
         dense = DenseAnswers.of(self.stored, prompts)
-        return score_answers(self.model, dense, self._dense_head(), new_tokens, stops)
+        return score_answers(
+            self.model, dense, self._dense_head(), new_tokens, stops, self.progress
+        )
 
     def _tasks(self) -> dict[str, Any]:
         from compose.bench.tasks import run_tasks  # loads lm-eval
@@ -205,6 +214,7 @@ class QualityBench:
             limit=self.wanted["limit"],
             batch_size=self.wanted["batch_size"],
             cache=self.job.asset_cache,
+            progress=self.progress,
         )
         return {name: asdict(score) for name, score in scores.items()}
 

@@ -63,7 +63,7 @@ def measure_quality(run: RunState, cell: Cell) -> None:
     ):
         return
     run.worked = True
-    line = run.board.line(f"measure {cell.name}")
+    line = run.board.line(f"measure {cell.name}", cell=cell.name)
     worker: Worker | None = None
     phase: Phase = "load"
     result: dict[str, Any] = {}

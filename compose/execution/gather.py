@@ -6,6 +6,7 @@ What was measured is collected here and in `gather_speed`; what relates cells to
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def gather(
     ]
     source_map = plan.pipeline.source_map
     missing = [cell.name for cell in plan.cells if parts[cell.name] is None]
-    notes = [f"not measured in this run: {', '.join(missing)}"] if missing else []
+    notes = _source_notes(run, plan)
+    if missing:
+        notes.append(f"not measured in this run: {', '.join(missing)}")
     if session is not None and len(session.groups) > 1:
         notes.append(
             f"the cells did not fit into memory together: speed was measured in "
@@ -169,11 +172,22 @@ def _step_records(folder: Path) -> dict[str, Any]:
     curves = {name: curve for name, record in records.items() if (curve := _curve(record))}
     errors = {name: each for name, record in records.items() if (each := _errors(record))}
     peaks = {entry["name"]: entry["peak_bytes"] for entry in entries if "peak_bytes" in entry}
+    seconds = {entry["name"]: entry["wall_s"] for entry in entries if "wall_s" in entry}
     return {
         "training": curves or None,
         "layer_errors": errors or None,
         "step_peak_bytes": peaks or None,
+        "step_seconds": seconds or None,
     }
+
+
+def _source_notes(run: RunFolder, plan: Plan) -> list[str]:
+    """What a reader must know of the source model, such as that its weights once were quantized."""
+    for cell in plan.cells:
+        with contextlib.suppress(ComposeError):
+            record = lineage(run.store.model(cell.weights))[0].get("record") or {}
+            return list(record.get("notes", ()))
+    return []
 
 
 def _curve(record: dict[str, Any]) -> list[dict[str, Any]] | None:

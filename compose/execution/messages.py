@@ -18,8 +18,8 @@ Role = Literal[
 """What a worker does; `compose.workers.main` describes each."""
 
 Message = dict[str, Any]
-"""From a worker: `progress` [done, total, note], or an answer: `ok` with `result`, else with
-`error`, `kind` (a class of `compose.errors`) and `traceback`."""
+"""From a worker: `progress` [done, total, phase, {detail, numbers}], or an answer: `ok` with
+`result`, else with `error`, `kind` (a class of `compose.errors`) and `traceback`."""
 
 
 class StepRequest(TypedDict):
@@ -46,6 +46,8 @@ class StepRequest(TypedDict):
     work: str
     """Scratch that survives a kill."""
     asset_cache: str
+    tensorboard: str | None
+    """The folder for TensorBoard files of training; None for none."""
 
 
 class CheckRequest(TypedDict):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from compose.errors import StepError
-from compose.execution.board import Line
+from compose.execution.board import Line, show_progress
 from compose.execution.executors import Executor
-from compose.execution.messages import CellCommand, Message, Role
+from compose.execution.messages import CellCommand, Role
 from compose.execution.run_folder import RunFolder
 from compose.execution.worker_process import Worker, await_answer
 from compose.store import write_json
@@ -62,11 +63,7 @@ class RunWorkers:
         Raises:
             ComposeError: the work failed, or the worker died.
         """
-
-        def show(message: Message) -> None:
-            line.update(*message["progress"])
-
-        result: dict[str, Any] = await_answer(worker, show)
+        result: dict[str, Any] = await_answer(worker, partial(show_progress, line))
         return result
 
     def end(self, worker: Worker) -> None:

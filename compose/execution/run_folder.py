@@ -4,6 +4,7 @@
     runs/NAME/cells/CELL/PHASE.json     what a phase (load, quality, lossless) measured, and its key
     runs/NAME/speed/SESSION.jsonl       rounds of the cells whose speed was compared
     runs/NAME/jobs, logs                the workers' jobs, and what they and libraries printed
+    runs/NAME/tensorboard/STEP          scalars of training, where `--tensorboard` asks for them
     runs/NAME/results.json, report.*    made from the above, and from it alone
     runs/store/KEY                      model folders, shared by all runs in `runs`
 
@@ -78,6 +79,10 @@ class RunFolder:
     def job(self, name: str) -> Path:
         """The job file of a step or cell."""
         return self.root / "jobs" / f"{file_name(name)}.json"
+
+    def tensorboard(self, step: str) -> Path:
+        """TensorBoard files of a step's training."""
+        return self.root / "tensorboard" / file_name(step)
 
     def record(self, cell: str, phase: Phase) -> Path:
         """The record of a phase of a cell."""

@@ -136,7 +136,7 @@ class _Measurement:
             for first in range(0, len(cells), LOADED_AT_ONCE):
                 some = cells[first : first + LOADED_AT_ONCE]
                 names = ", ".join(cell.name for cell in some)
-                self.line.update(first, len(cells), f"loading {names}")
+                self.line.update(first, len(cells), "loading", detail=names)
                 self._load(some)
             self._measure_roofline()
             for each in missing:
@@ -186,7 +186,7 @@ class _Measurement:
         turns: dict[str, list[dict[str, Any]]] = {cell.name: [] for cell in rotated}
         while waiting := [cell for cell in rotated if self._wants_a_turn(cell, turns[cell.name])]:
             cell = min(waiting, key=lambda cell: _decoded_s(turns[cell.name]))
-            note = f"{_shown(each.shape)}, round {each.number + 1}: {cell.name}"
+            note = f"{_shown(each.shape)}, round {each.number + 1}, {cell.name}"
             answer = self._ask(cell, self._command("speed", each), each, note)
             if answer is not None:
                 turns[cell.name].append(answer)
@@ -230,7 +230,8 @@ class _Measurement:
     ) -> dict[str, Any] | None:
         """The answer of a cell's process; None where it fails, and then the cell has failed."""
         planned = self.session.planned()
-        self.line.update(planned.index(each) if each else 0, len(planned), note)
+        done = planned.index(each) if each else 0
+        self.line.update(done, len(planned), "speed", detail=note)
         ask = partial(self.run.workers.ask, self.workers[cell.name], command, self.line)
         return self._guarded(cell, ask)
 

@@ -28,6 +28,8 @@ class Settings:
     """Names of cells to measure; empty means all."""
     again: bool = False
     """Measure every cell again. Model folders stay."""
+    tensorboard: bool = False
+    """Write the training of steps as TensorBoard files in the run's folder."""
 
 
 @dataclass

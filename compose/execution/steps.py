@@ -48,7 +48,7 @@ def make_step(run: RunState, step: Step) -> None:
         return
     if run.store.has(step.key):
         return
-    line = run.board.line(_title(run, step))
+    line = run.board.line(_title(run, step), step=run.plan.title(step))
     try:
         with _locked(run, step.key, line):
             if run.store.has(step.key):  # another run made it while we waited
@@ -110,4 +110,7 @@ def _request(run: RunState, step: Step, target: Path, check: Path) -> StepReques
         "check": str(check),
         "work": str(store.work(step.key)),
         "asset_cache": str(run.settings.asset_cache.absolute()),
+        "tensorboard": str(run.folder.tensorboard(run.plan.title(step)))
+        if run.settings.tensorboard
+        else None,
     }

@@ -35,7 +35,9 @@ def load_plan(file: Path, asset_cache: Path) -> Plan:
     pipeline = load_pipeline(file)
     with context(file=file):
         require_inputs(pipeline)
-        return make_plan(pipeline, model_shape(pipeline, asset_cache), input_hashes(pipeline))
+        return make_plan(
+            pipeline, model_shape(pipeline, asset_cache), input_hashes(pipeline, asset_cache)
+        )
 
 
 def require_inputs(pipeline: Pipeline) -> None:
@@ -82,10 +84,10 @@ def model_shape(pipeline: Pipeline, asset_cache: Path) -> ModelShape | None:
         raise pipeline.locate(error, ("model", "source")) from None
 
 
-def input_hashes(pipeline: Pipeline) -> InputHashes:
+def input_hashes(pipeline: Pipeline, asset_cache: Path | None = None) -> InputHashes:
     """The pinned hashes of model and data, where they have one: part of the steps' keys."""
     hashes = InputHashes()
-    model = model_pin(pipeline.model.source)
+    model = model_pin(pipeline.model.source, asset_cache)
     if model is not None:
         hashes["model_sha256"] = model
     sources = {pipeline.data.train.source, pipeline.data.calibration.source}

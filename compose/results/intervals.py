@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -117,6 +118,7 @@ def exp_t_interval(logs: ArrayLike) -> Estimate:
     return _ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(values))
 
 
+@cache
 def t_quantile(n: int) -> float:
     """How many standard errors a 95 % interval of `n` values reaches to either side."""
     from scipy.stats import t

@@ -119,5 +119,9 @@ class Compute(Record):
     saved_net_while_timed: float | None = None
     """`saved_net` of the timed speed rounds (prompt and new tokens)."""
 
+    kept: float | None = None
+    """Share of the branches' multiply-adds that a skipping cell's own budget kept on the scored
+    text, beside the budget that was asked for."""
+
     kept_shares: tuple[float, ...] | None = None
     """Share of tokens that entered each branch (attention 0, MLP 0, ...), for cells that skip."""

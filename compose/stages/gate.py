@@ -16,7 +16,7 @@ from gateskip.training.recipe import RECIPES, TrainConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gateskip.calibration.thresholds import Calibration
+    from gateskip.calibration.budgets import CalibratedBudgets
     from gateskip.gates.base import Gates
 
 GateKind = Literal[
@@ -37,7 +37,7 @@ class Gate(Stage):
     """Attach gates to every attention and MLP branch, fine-tune them, calibrate thresholds."""
 
     role: ClassVar[Role] = "gate"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     reads_data: ClassVar[tuple[Split, ...]] = ("train", "calibration")
 
     use: Literal["gate"] = "gate"
@@ -161,7 +161,8 @@ class Gate(Stage):
     """Share of tokens that a branch keeps at most."""
 
     budgets: tuple[Budget, ...] = Field(default=DEFAULT_BUDGETS, min_length=1)
-    """The budgets for which thresholds are calibrated and stored."""
+    """The budgets for which thresholds are calibrated and stored; gaps wider than 0.1 between them,
+    and to full compute, are filled with others."""
 
     calibration_blocks: int = Field(default=16, ge=1)
     """Sequences of `length` tokens on which thresholds are calibrated."""
@@ -210,8 +211,9 @@ class Gate(Stage):
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Gates beside the model: attach, fine-tune, calibrate; the backbone moves if asked."""
-        from gateskip.checkpoint import GateFile, grid_of, save_gates
+        from gateskip.checkpoint import GateFile, save_gates
         from gateskip.model.folders import load_model
+        from gateskip.model.norms import has_folded_norms
         from gateskip.quantization.packed_linear import accelerate_linears
         from gateskip.training.loop import training_device
 
@@ -225,16 +227,17 @@ class Gate(Stage):
         curve = self._train(job, model, gates, train, calibration)
         if gates.shortcuts is not None:
             gates.shortcuts.settle()
-        calibrations = self.calibrate(job, model, gates, calibration, sensitivity)
-        grid, kept = grid_of(calibrations)
+        gates.folded = has_folded_norms(model)  # a full backbone trains its norms, too
+        found = self.calibrate(job, model, gates, calibration, sensitivity)
         self._save_backbone(job, model)
         record: dict[str, Any] = {
             "training": curve,
-            "kept": {str(budget): round(share, 4) for budget, share in kept.items()},
+            "kept": {str(budget): round(share, 4) for budget, share in sorted(found.kept.items())},
             "train_tokens": self.steps * self.accumulate * self.batch * self.length,
         }
         training = {"parameters": self.model_dump(mode="json") | {"init": Path(self.init).name}}
-        save_gates(job.target, GateFile(gates, self.kv, grid, kept, sensitivity, training))
+        file = GateFile.of(gates, self.kv, found, sensitivity, training)
+        save_gates(job.target, file)
         return record
 
     def _blocks(self, job: StageJob) -> tuple[Tensor, Tensor]:
@@ -265,7 +268,7 @@ class Gate(Stage):
             _seed(job.seed)
             gates = make_gates(self.kind, count, width, sizes, self.scales, self.place)
         else:
-            gates = self._read(sizes, count, width)
+            gates = self._read(sizes, model)
         gates.attach(model)
         if self.shortcut and gates.shortcuts is None:
             job.progress(0, 1, "fitting shortcuts")
@@ -282,11 +285,13 @@ class Gate(Stage):
             return gates, None
         return gates, sensitivities(model, train[:SENSITIVITY_BLOCKS])
 
-    def _read(self, sizes: dict[str, int], count: int, width: int) -> Gates:
-        """The gates of the file that `init` names."""
+    def _read(self, sizes: dict[str, int], model: Any) -> Gates:
+        """The gates of the file that `init` names, made to fit the model's norms."""
         from gateskip.checkpoint import read_gates
+        from gateskip.gates.norms import fit_norms
+        from gateskip.model.families import find_branches
 
-        path = Path(self.init)
+        path, count, width = Path(self.init), len(find_branches(model)), model.config.hidden_size
         try:
             gates = read_gates(path, self.kind, sizes=sizes, scales=self.scales, place=self.place)
         except ValueError as error:
@@ -299,6 +304,14 @@ class Gate(Stage):
                 f" {gates.hidden_size} inputs, but the model has {count} of {width}",
                 fix="set init: warm, or name gates that were made for this model",
             )
+        try:
+            fit_norms(gates, model)
+        except ValueError as error:
+            raise UserError(
+                f"{path.name} does not fit the model: {error}",
+                fix="set init: warm, or fold the file's model into it"
+                " (gateskip.gates.norms.fold_norms_into_gates)",
+            ) from error
         return gates
 
     def _train(
@@ -327,25 +340,26 @@ class Gate(Stage):
         blocks: Tensor,
         sensitivity: list[float] | None,
         gone: frozenset[int] = frozenset(),
-    ) -> list[Calibration]:
-        """Thresholds for every budget on blocks [N, S]; no token enters the branches `gone`."""
-        from gateskip.calibration.thresholds import calibrate
+    ) -> CalibratedBudgets:
+        """Thresholds for every budget on blocks [N, S], and for those between them; no token
+        enters the branches `gone`."""
+        from gateskip.calibration.thresholds import calibrate_everywhere
         from gateskip.model.families import find_branches
 
         kinds = [branch.kind for branch in find_branches(model)]
         skippable = kinds if self.branches == "both" else [self.branches]
-        return calibrate(
+        return calibrate_everywhere(
             model,
             gates.requires_grad_(False),
             blocks,
             self.budgets,
-            self.allocation,
             self.kv,
-            sensitivity,
-            self.least,
-            self.most,
-            frozenset(i for i, kind in enumerate(kinds) if kind not in skippable),
             gone,
+            allocation=self.allocation,
+            sensitivity=sensitivity,
+            least=self.least,
+            most=self.most,
+            closed=frozenset(i for i, kind in enumerate(kinds) if kind not in skippable),
             progress=job.progress,
         )
 

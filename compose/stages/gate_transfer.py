@@ -46,7 +46,7 @@ def keep_gates(
         return
     from transformers import AutoTokenizer
 
-    from gateskip.checkpoint import GateFile, grid_of, load_gates, save_gates
+    from gateskip.checkpoint import GateFile, load_gates, save_gates
 
     file = load_gates(job.source)
     assert file is not None, "a gated folder holds gates"
@@ -57,7 +57,8 @@ def keep_gates(
     sensitivity = file.sensitivity and [file.sensitivity[row] for row in rows]
     tokenizer = AutoTokenizer.from_pretrained(job.source)
     blocks = job.blocks("calibration", tokenizer, stage.length, stage.calibration_blocks)
-    grid, kept = grid_of(stage.calibrate(job, model, gates, blocks, sensitivity, gone))
+    found = stage.calibrate(job, model, gates, blocks, sensitivity, gone)
     training = {**file.training, "branches": rows}
-    kept_file = GateFile(gates, file.kv_rule, grid, kept, sensitivity, training, file.decode)
-    save_gates(job.target, kept_file)
+    save_gates(
+        job.target, GateFile.of(gates, file.kv_rule, found, sensitivity, training, file.decode)
+    )

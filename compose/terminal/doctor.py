@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import psutil
 
-from compose.assets import MODELS, default_cache, hub_reachable, model_config
+from compose.assets import MODELS, default_cache, hub_reachable, is_fetched, model_config
 from compose.errors import ComposeError
 from compose.execution.worker_process import ask_once
 from compose.store import file_sizes
@@ -100,9 +100,8 @@ def _cached(cache: Path) -> Iterator[Finding]:
     total = sum(file_sizes(cache).values()) if cache.is_dir() else 0
     yield Finding("cache", "ok", f"{bytes_text(total)} in {cache}")
     for alias in MODELS:
-        there = any((cache / "models").glob(f"{alias}-*")) if cache.is_dir() else False
         layers = (model_config(alias, cache) or {}).get("num_hidden_layers")
-        state = "fetched" if there else "not fetched yet: the first run does it"
+        state = "fetched" if is_fetched(alias, cache) else "not fetched yet: the first run does it"
         yield Finding(f"model {alias}", "ok", f"{layers} layers, {state}")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from compose.errors import StepError
 from compose.execution.messages import CellCommand, CellRequest
+from compose.units import Progress
 from compose.workers.protocol import Channel, answer
 from compose.workers.step import seed_everything
 
@@ -88,7 +89,7 @@ def open_bench(job: CellRequest, progress: Progress) -> CellBench | PeerBench:
         learns_from=[(source, limit) for source, limit in job["learns_from"]],
     )
     if job["peer"] is None:
-        return CellBench(described)
+        return CellBench(described, progress)
     from compose.bench.peer_cell import PeerBench
 
     return PeerBench(described, job["peer"], progress)

@@ -33,6 +33,7 @@ class Channel:
         sys.stdout.flush()
         os.dup2(2, 1)
         self._reported = 0.0
+        self._phase = ""
 
     def send(self, message: Message) -> None:
         """Send one message; that the parent is gone is no error."""
@@ -40,12 +41,15 @@ class Channel:
             self._messages.write(json.dumps(message, default=str) + "\n")
             self._messages.flush()
 
-    def progress(self, done: int, total: int, note: str = "") -> None:
-        """Report progress, at most every `PROGRESS_EVERY_S` but for the last report."""
+    def progress(
+        self, done: int, total: int, phase: str, /, *, detail: str = "", **numbers: float
+    ) -> None:
+        """Report progress, at most every `PROGRESS_EVERY_S` but for a phase's first and last."""
         now = time.monotonic()
-        if done >= total or now - self._reported >= PROGRESS_EVERY_S:
+        begins, self._phase = phase != self._phase, phase
+        if begins or done >= total or now - self._reported >= PROGRESS_EVERY_S:
             self._reported = now
-            self.send({"progress": [done, total, note]})
+            self.send({"progress": [done, total, phase, {"detail": detail, **numbers}]})
 
     def receive(self) -> Iterator[CellCommand]:
         """Commands, until the parent closes its end."""

@@ -13,17 +13,29 @@ from compose.execution.messages import StepRequest
 from compose.memory import peak_bytes
 from compose.results.environment import library_versions
 from compose.units import Progress
+from compose.workers.scalars import written
 
 
 def run_step(job: StepRequest, progress: Progress) -> dict[str, Any]:
     """Make the step's model folder with its lineage and probe logits; returns the record.
 
+    No stopwatch decides anything here: what it says is no part of the step's key.
+
     Raises as the stage, or as fetching the source model, does.
     """
+    from gateskip.kernels.autotune import by_capability
+
+    with by_capability():
+        return _run_step(job, progress)
+
+
+def _run_step(job: StepRequest, progress: Progress) -> dict[str, Any]:
     from compose.artifacts import folder as artifact
 
     target = Path(job["target"])
     target.mkdir(parents=True)
+    if (folder := job.get("tensorboard")) is not None:
+        progress = written(progress, Path(folder))
     seed_everything(job["seed"])
     started = time.perf_counter()
     if job["stage"] is None:
@@ -72,6 +84,7 @@ def _make_source(job: StepRequest, target: Path, progress: Progress) -> dict[str
         "origin": public_source(str(asset.origin)),
         "licence": licence_of(job["model"], Path(asset.path)),
         "input_sha256": asset.sha256,
+        "record": {} if asset.note is None else {"notes": [asset.note]},
     }
 
 

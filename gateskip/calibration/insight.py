@@ -67,7 +67,7 @@ def inspect_text(
 
     device = device_of(model)
     masked_forward(model, torch.tensor([list(ids)], device=device), gates, rule, kv_rule)
-    costs = torch.tensor([cost.at(len(ids) / 2) for cost in branch_costs(model)], device=device)
+    costs = torch.tensor([cost.over(len(ids)) for cost in branch_costs(model)], device=device)
     entered = torch.stack(kept)
     compute = (entered * costs.unsqueeze(1)).sum(0) / costs.sum()
     return Inspection(token_kinds(tokenizer, ids), torch.stack(importance), entered, compute)

@@ -7,8 +7,7 @@ published method takes a quantile of the running batch instead (arXiv 2510.13876
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,13 @@ import torch
 from torch import Tensor
 
 from gateskip.calibration.allocation import allocator
+from gateskip.calibration.budgets import (
+    OFF,
+    CalibratedBudgets,
+    half_way,
+    interpolate,
+    with_gaps_filled,
+)
 from gateskip.calibration.settings import DEFAULT_BUDGETS, Allocation
 from gateskip.gates.base import Gates
 from gateskip.model.compute import branch_costs
@@ -68,7 +74,7 @@ def calibrate(
     Budgets go from high to low.
     """
     device = device_of(model)
-    costs = torch.tensor([c.at(blocks.shape[1] / 2) for c in branch_costs(model)], device=device)
+    costs = torch.tensor([c.over(blocks.shape[1]) for c in branch_costs(model)], device=device)
     free = torch.ones(len(costs), dtype=torch.bool, device=device)
     free[sorted(closed | gone)] = False
     free[0] &= kv_rule != "copy"  # the first attention has nothing below it to copy from
@@ -119,27 +125,60 @@ def _collect(
     return torch.stack([torch.cat(parts) for parts in logits])
 
 
-def thresholds_at(grid: Mapping[float, Sequence[float]], budget: float) -> list[float] | None:
-    """Thresholds for any budget, interpolated between the calibrated ones. None means full compute.
+@torch.no_grad()
+def calibrate_everywhere(
+    model: Any,
+    gates: Gates,
+    blocks: Tensor,
+    budgets: Sequence[float],
+    kv_rule: str = "project",
+    gone: frozenset[int] = frozenset(),
+    batch: int = 4,
+    **settings: Any,
+) -> CalibratedBudgets:
+    """As `calibrate`, so that every budget from the lowest on can be had.
 
-    Above the grid's highest budget the thresholds of that budget are used until 1.0, which is full
-    compute. Raises ValueError below the lowest calibrated budget.
+    Gaps between budgets are filled, and what the thresholds half-way between two keep is measured;
+    where that is more than half of OFF away, the half-way budget is calibrated too.
     """
-    if budget >= 1.0:
-        return None
-    known = sorted(grid)
-    if not known or budget < known[0] - 1e-9:
-        lowest = known[0] if known else "none"
-        raise ValueError(f"budget {budget} was not calibrated; the lowest is {lowest}")
-    above = min(bisect_left(known, budget - 1e-9), len(known) - 1)
-    if abs(known[above] - budget) < 1e-9 or above == 0 or budget > known[above]:
-        return list(grid[known[above]])
-    low, high = known[above - 1], known[above]
-    part = (budget - low) / (high - low)
-    return [_between(a, b, part) for a, b in zip(grid[low], grid[high], strict=True)]
+    thresholds: dict[float, Sequence[float]] = {}
+    kept: dict[float, float] = {}
+    wanted = with_gaps_filled(budgets)
+    for _ in range(2):
+        done = calibrate(
+            model, gates, blocks, wanted, kv_rule=kv_rule, gone=gone, batch=batch, **settings
+        )
+        thresholds |= {each.budget: each.thresholds for each in done}
+        kept |= {each.budget: each.kept for each in done}
+        between = {
+            middle: kept_by(model, gates, blocks, row, kv_rule, batch)
+            for middle, row in _half_way(thresholds).items()
+        }
+        wanted = [middle for middle, share in between.items() if abs(share - middle) > OFF / 2]
+        if not wanted:
+            break
+    return CalibratedBudgets(thresholds, kept, between)
 
 
-def _between(low: float, high: float, part: float) -> float:
-    if math.isfinite(low) and math.isfinite(high):
-        return low + (high - low) * part
-    return high  # one end never skips (or always does): keep the safer end
+def _half_way(thresholds: Mapping[float, Sequence[float]]) -> dict[float, list[float]]:
+    """Interpolated thresholds half-way between each two calibrated budgets."""
+    middles = {}
+    for low, high in itertools.pairwise(sorted(thresholds)):
+        middle = half_way(low, high)
+        middles[middle] = interpolate(thresholds, low, high, middle)
+    return middles
+
+
+def kept_by(
+    model: Any,
+    gates: Gates,
+    blocks: Tensor,
+    thresholds: Sequence[float],
+    kv_rule: str = "project",
+    batch: int = 4,
+) -> float:
+    """Share of the branches' multiply-adds that thresholds keep on blocks [N, S]."""
+    device = device_of(model)
+    costs = torch.tensor([c.over(blocks.shape[1]) for c in branch_costs(model)], device=device)
+    row = torch.tensor(list(thresholds), device=device)
+    return _record(0.0, row, _collect(model, gates, blocks, row, kv_rule, batch), costs).kept

@@ -15,13 +15,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from gateskip.calibration.thresholds import thresholds_at
+from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.drafting import Draft, Drafting, Row, StopConditions
 from gateskip.decoding.sampling import GREEDY, Sampler, accept_or_resample, draw
 from gateskip.decoding.self_generate import write
 from gateskip.decoding.stats import Generation, Stats
-from gateskip.model.compute import Saving, Usage, Work, saving
+from gateskip.model.compute import Saving, Usage, Work, kept_share, saving
 from gateskip.model.families import UnsupportedModel
 from gateskip.model.gating import NEVER_SKIP
 from gateskip.quantization.draft_copy import int4_copy, int4_draft_head, nf4_copy
@@ -59,14 +59,16 @@ class Decoder:
         self,
         skipping: SkippingModel,
         tokenizer: Any,
-        grid: Mapping[float, Sequence[float]],
+        grid: CalibratedBudgets | Mapping[float, Sequence[float]],
         defaults: Mapping[str, Any] | None = None,
         kernels: Mapping[str, int] | None = None,
         fallback: str | None = None,
         kernel_times: Mapping[str, dict[str, float]] | None = None,
     ) -> None:
         self.skipping, self.tokenizer = skipping, tokenizer
-        self.grid, self.defaults = dict(grid), dict(defaults or {})
+        budgets = grid if isinstance(grid, CalibratedBudgets) else CalibratedBudgets(grid)
+        self.grid, self.defaults = dict(budgets.thresholds), dict(defaults or {})
+        self._kept, self._between = budgets.kept, budgets.between
         self.kernels, self.fallback = dict(kernels or {}), fallback
         self.kernel_times = dict(kernel_times or {})
         self._controllers: dict[Any, DraftLengthController] = {}  # by kind of draft
@@ -92,10 +94,26 @@ class Decoder:
         self._controllers = {}
 
     def thresholds(self, budget: float) -> Thresholds:
-        """Thresholds of a budget in (0, 1]. Raises ValueError when it cannot be had."""
+        """Thresholds of a budget in (0, 1].
+
+        Raises:
+            ValueError: it was not calibrated, and would keep something else.
+        """
         if budget < 1.0 and self.skipping.gates is None:
             raise ValueError("this model has no gates, so it cannot skip")
-        return thresholds_at(self.grid, budget)
+        return self._budgets.at(budget)
+
+    def kept(self, budget: float) -> float:
+        """Share of the branches' multiply-adds that a budget keeps on text like the calibration's.
+
+        Raises:
+            ValueError: it is below the lowest calibrated budget.
+        """
+        return self._budgets.kept_at(budget)
+
+    @property
+    def _budgets(self) -> CalibratedBudgets:
+        return CalibratedBudgets(self.grid, self._kept, self._between)
 
     def models(self) -> list[SkippingModel]:
         """The model, and its draft copies as far as they were made."""
@@ -290,6 +308,10 @@ class Decoder:
         return counts
 
     # -- accounting ----------------------------------------------------------------------------
+
+    def kept_of(self, usage: Usage) -> float:
+        """Share of the branches' multiply-adds that entered, of the tokens that `usage` counted."""
+        return kept_share(self.skipping.model, usage)
 
     def saved(self, usage: Usage, budget: float, dense: Work | None = None) -> Saving:
         """Multiply-adds saved over the tokens that `usage` counted at a budget: of this model's

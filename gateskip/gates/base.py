@@ -37,6 +37,8 @@ class Gates(Stacked):
 
     scales: bool = False
     place: Place = "after"
+    folded: bool = False
+    """Whether they read inputs of norms without weights (gates/norms.py)."""
     shortcuts: Shortcuts | None
     """What skipped branches add; None is nothing, as published."""
 
@@ -79,5 +81,5 @@ class Gates(Stacked):
             for name, parameter in chosen.named_parameters():
                 parameter.copy_(own[name][kept] if name in self.per_branch else own[name])
         chosen.shortcuts = None if self.shortcuts is None else self.shortcuts.rows(kept)
-        chosen.scales, chosen.place = self.scales, self.place
+        chosen.scales, chosen.place, chosen.folded = self.scales, self.place, self.folded
         return chosen

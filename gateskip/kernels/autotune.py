@@ -4,6 +4,10 @@ Some processors that have the instructions multiply twice as fast in bfloat16 as
 half as fast; a library's own kernel for packed weights may be faster than ours. Each question is
 timed once for a processor and a version of torch, and every later process reads the answer, so that
 all of them compute alike. `GATESKIP_CACHE` names the folder.
+
+What is trained, calibrated or written must not hang on a stopwatch: within `by_capability` nothing
+is timed and no stored answer is read, the processor's instructions alone decide. `made` says what
+was chosen in this process, for the record.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import os
 import tempfile
 import time
 import timeit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
@@ -33,6 +37,25 @@ CLEARLY = 1.5  # times as fast a library's kernels must be to be taken: noise mu
 Kernel = Callable[[Tensor], Tensor]
 Times = dict[str, dict[str, float]]
 """Microseconds for one row by `ours` and by the library's `own` kernel, by kind and shape."""
+
+_made: dict[str, Any] = {}
+_timing = True
+
+
+@contextlib.contextmanager
+def by_capability() -> Iterator[None]:
+    """Within this context every choice is the same for all machines with the same instructions."""
+    global _timing
+    before, _timing = _timing, False
+    try:
+        yield
+    finally:
+        _timing = before
+
+
+def made() -> dict[str, Any]:
+    """What was chosen so far in this process, by question."""
+    return dict(_made)
 
 
 def choices_file() -> Path:
@@ -68,13 +91,24 @@ def measured_once(question: str, measure: Callable[[], Any]) -> Any:
     return answer
 
 
-@cache
 def bfloat16_is_faster() -> bool:
-    """Whether a CPU's product of a layer's size is faster in bfloat16 than in float32."""
+    """Whether a CPU's product of a layer's size is faster in bfloat16 than in float32.
+
+    Within `by_capability`: whether the processor has matrix units for it (AMX), which always are.
+    """
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not _timing:
+        return bool(able.get("amx_bf16", able.get("amx_tile")))
     if not any(able.get(name) for name in ("avx512_bf16", "amx_tile", "bf16")):
         return False
     question = f"bfloat16 products are faster, {torch.get_num_threads()} threads"
+    _made[question] = _answered(question, torch.get_num_threads())
+    return bool(_made[question])
+
+
+@cache
+def _answered(question: str, threads: int) -> bool:
+    """The answer, which is asked for in every layer, without reading a file each time."""
     return bool(measured_once(question, _bfloat16_wins))
 
 
@@ -103,8 +137,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def kernel_times(pairs: Mapping[str, tuple[int, Kernel, Kernel]]) -> Times:
     """Times of one row on our kernel and on the library's, for each pair of layers.
 
-    `pairs` maps a layer's kind and shape to its inputs, our kernel, and the library's own.
+    `pairs` maps a layer's kind and shape to its inputs, our kernel, and the library's own. Empty
+    within `by_capability`: then ours are taken wherever there are any.
     """
+    if not _timing:
+        return {}
 
     def both(inputs: int, ours: Kernel, own: Kernel) -> dict[str, float]:
         x = torch.randn(1, inputs)
@@ -120,7 +157,10 @@ def kernel_times(pairs: Mapping[str, tuple[int, Kernel, Kernel]]) -> Times:
 def own_are_faster(times: Times) -> bool:
     """Whether the libraries' own kernels are clearly faster, one layer of each shape together."""
     ours, own = (sum(each[whose] for each in times.values()) for whose in ("ours", "own"))
-    return ours > CLEARLY * own
+    faster = ours > CLEARLY * own
+    if times:
+        _made["packed weights run on"] = "the library's own kernels" if faster else "our kernels"
+    return faster
 
 
 def _microseconds(run: Kernel, x: Tensor) -> float:

@@ -18,10 +18,15 @@ class BranchCost:
     linear: int
     kv: int  # the part of `linear` that makes keys and values; 0 for an MLP
     per_slot: int  # per attended slot; 0 for an MLP
+    window: int | None = None  # slots attended to at most; None for all
 
     def at(self, context: float) -> float:
         """Cost with `context` slots attended to."""
         return self.linear + self.per_slot * context
+
+    def over(self, length: int) -> float:
+        """Mean cost of the tokens of a text of `length` tokens."""
+        return self.at(attended(0, length, self.window) / length)
 
     def saved(self, kv_rule: str) -> int:
         """What skipping saves of `linear` under a KV rule."""
@@ -41,8 +46,18 @@ def branch_costs(model: Any) -> list[BranchCost]:
         shape = attention_shape(model, module)
         width = shape.heads * shape.head_dim
         kv = 2 * hidden * shape.kv_heads * shape.head_dim
-        costs.append(BranchCost(2 * hidden * width + kv, kv, 2 * width))
+        costs.append(BranchCost(2 * hidden * width + kv, kv, 2 * width, shape.window))
     return costs
+
+
+def attended(start: int, count: int, window: int | None) -> int:
+    """Slots that `count` tokens from position `start` on attend to, themselves among them.
+
+    The token at position p sees p + 1 slots, of which a sliding layer attends to `window`.
+    """
+    growing = count if window is None else max(0, min(count, window - start))
+    seen = growing * start + growing * (growing + 1) // 2
+    return seen + (count - growing) * (window or 0)
 
 
 def _linear_macs(linear: Any) -> int:
@@ -55,17 +70,33 @@ class Usage:
 
     kept: list[int]
     seen: int = 0
-    context: int = field(default=0)  # sum over tokens of the slots each could attend to
+    context: int = 0  # sum over tokens of the slots that each could attend to
+    windowed: dict[int, int] = field(default_factory=dict)
+    """The same sum for layers that attend to a window: by the window's size."""
 
     @classmethod
-    def empty(cls, branches: int) -> Usage:
-        """A count from zero."""
-        return cls([0] * branches)
+    def of(cls, model: Any) -> Usage:
+        """A count from zero of what passes a model's branches."""
+        costs = branch_costs(model)
+        windows = {cost.window for cost in costs if cost.window is not None}
+        return cls([0] * len(costs), windowed=dict.fromkeys(sorted(windows), 0))
+
+    def saw(self, start: int, count: int = 1) -> None:
+        """Count `count` tokens of a row, at positions from `start` on."""
+        self.seen += count
+        self.context += attended(start, count, None)
+        for window in self.windowed:
+            self.windowed[window] += attended(start, count, window)
+
+    def mean_context(self, window: int | None) -> float:
+        """Slots that a token attended to on average, in layers of a window."""
+        return (self.context if window is None else self.windowed[window]) / self.seen
 
     def clear(self) -> None:
         """Count from zero again."""
         self.kept = [0] * len(self.kept)
         self.seen = self.context = 0
+        self.windowed = dict.fromkeys(self.windowed, 0)
 
     def shares(self) -> list[float]:
         """Kept share of each branch, 1.0 where nothing was counted."""
@@ -86,8 +117,26 @@ class Work:
 
     def of_branches(self, usage: Usage) -> float:
         """Multiply-adds at the branches, had every token that `usage` counted entered all."""
-        context = usage.context / usage.seen
-        return usage.seen * sum(cost.at(context) for cost in self.branches)
+        return usage.seen * sum(_token_cost(cost, usage) for cost in self.branches)
+
+
+def _token_cost(cost: BranchCost, usage: Usage) -> float:
+    """A branch's mean cost of a token, at the contexts that `usage` counted."""
+    return cost.at(usage.mean_context(cost.window))
+
+
+def kept_share(model: Any, usage: Usage) -> float:
+    """Share of the branches' multiply-adds that entered, of the tokens that `usage` counted; what
+    gates, shortcuts, and keys and values of skipped tokens cost is left out.
+
+    Raises:
+        ValueError: no token was counted.
+    """
+    if not usage.seen:
+        raise ValueError("no token was counted")
+    costs = [_token_cost(cost, usage) for cost in branch_costs(model)]
+    kept = sum(n * cost for n, cost in zip(usage.kept, costs, strict=True))
+    return kept / (usage.seen * sum(costs))
 
 
 @dataclass(frozen=True)
@@ -124,10 +173,11 @@ def saving(
         raise ValueError("no token was counted")
     own = Work.of(model)
     dense = own if dense is None else dense
-    context, before = usage.context / usage.seen, dense.of_branches(usage)
+    before = dense.of_branches(usage)
     cut = before - own.of_branches(usage)
     skipped = [usage.seen - kept for kept in usage.kept]
-    gross = cut + sum(n * cost.at(context) for n, cost in zip(skipped, own.branches, strict=True))
+    costs = [_token_cost(cost, usage) for cost in own.branches]
+    gross = cut + sum(n * cost for n, cost in zip(skipped, costs, strict=True))
     projecting = len(skipped) if kv_rule == "project" else 1  # branches that go on making keys
     extra = sum(n * c.kv for n, c in zip(skipped[:projecting], own.branches, strict=False))
     if gates is not None:

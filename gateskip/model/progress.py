@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
-Progress = Callable[[int, int, str], None]
-"""Called with (done, total, what is being done) as the work goes on."""
+
+class Progress(Protocol):
+    """Called as the work goes on. Whoever is called takes any `numbers`, and may drop them."""
+
+    def __call__(
+        self, done: int, total: int, phase: str, /, *, detail: str = "", **numbers: float
+    ) -> None:
+        """`done` of `total` parts of the phase are finished; parts may be bytes.
+
+        `phase` has the same words throughout, `detail` says what is at hand now. `numbers` are
+        measured on the way: a fine-tune reports `loss` and `tokens_per_s`, and what else its
+        curve has.
+        """

@@ -60,7 +60,7 @@ class GatheredBackend:
             for b in self.branches
             if b.kind == "attention"
         }
-        self.usage = Usage.empty(len(self.branches))
+        self.usage = Usage.of(model)
         self.gated = True
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
@@ -145,8 +145,8 @@ class GatheredBackend:
             key: (cos[batch.slots].to(hidden.dtype), sin[batch.slots].to(hidden.dtype))
             for key, (cos, sin) in cache.rope.items()
         }
-        self.usage.seen += batch.tokens
-        self.usage.context += batch.context
+        for start, length in batch.spans:
+            self.usage.saw(start, length)
         parallel = any(branch.parallel for branch in self.branches)
         source = hidden
         for branch in self.branches:
@@ -348,7 +348,7 @@ class Batch:
     place: Place
     real: Tensor | None  # [B, S], None when nothing is padding
     tokens: int
-    context: int
+    spans: tuple[tuple[int, int], ...]  # of each row: its first position, and its real tokens
     from_zero: bool
     decoding: bool
 
@@ -388,7 +388,7 @@ class Batch:
             ),
             real=real if padded else None,
             tokens=sum(lengths),
-            context=sum(n * s + n * (n + 1) // 2 for s, n in zip(starts, lengths, strict=True)),
+            spans=tuple(zip(starts, lengths, strict=True)),
             from_zero=not any(starts) and not padded,
             decoding=decoding,
         )

@@ -92,8 +92,8 @@ class NativeBackend(GatheredBackend):
         return tokens, probabilities
 
     def _count(self, slots: Sequence[int]) -> None:
-        self.usage.seen += len(slots)
-        self.usage.context += sum(slots) + len(slots)
+        for slot in slots:
+            self.usage.saw(slot)
         kept = self.engine.kept.tolist()
         self.usage.kept = [a + b for a, b in zip(self.usage.kept, kept, strict=True)]
 

@@ -51,7 +51,7 @@ class ReferenceBackend:
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
         self.branches = find_branches(model)
-        self.usage = Usage.empty(len(self.branches))
+        self.usage = Usage.of(model)
         self.gated = True
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
@@ -123,8 +123,7 @@ class ReferenceBackend:
             width: int = self.model.config.hidden_size
             return torch.zeros(0, width, dtype=self.dtype, device=self.device)
         ids = torch.tensor([cache.tokens[row]], device=self.device)
-        self.usage.seen += count
-        self.usage.context += count * start + count * (count + 1) // 2
+        self.usage.saw(start, count)
         gates = self.gates if thresholds is not None or self.gated else None
         if thresholds is None:
             self.usage.kept = [kept + count for kept in self.usage.kept]

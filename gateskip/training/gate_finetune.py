@@ -106,7 +106,7 @@ class _Session(Loop):
             _Student(model, gates, config), *self.optimizer_of(groups)
         )
         self.gates, self.teacher = gates, teacher
-        costs = torch.tensor([c.at(blocks.shape[1] / 2) for c in branch_costs(model)])
+        costs = torch.tensor([c.over(blocks.shape[1]) for c in branch_costs(model)])
         self.costs = (costs / costs.sum()).to(accelerator.device)
         self.prices = self._prices().to(accelerator.device)
         kinds = [branch.kind for branch in find_branches(model)]
@@ -119,11 +119,12 @@ class _Session(Loop):
 
     def _prices(self) -> Tensor:
         """Net saving of a skipping token at each branch [branches], a share of all branches."""
-        context, shortcuts = self.blocks.shape[1] / 2, self.gates.shortcuts
+        length, shortcuts = self.blocks.shape[1], self.gates.shortcuts
         costs = branch_costs(self.model)
         instead = 0 if shortcuts is None else shortcuts.macs()
-        saved = [c.saved(self.config.kv_rule) + c.per_slot * context - instead for c in costs]
-        return torch.tensor(saved) / sum(c.at(context) for c in costs)
+        rule = self.config.kv_rule
+        saved = [c.over(length) - c.linear + c.saved(rule) - instead for c in costs]
+        return torch.tensor(saved) / sum(c.over(length) for c in costs)
 
     def advance(self) -> dict[str, float]:
         """One optimizer step: `accumulate` passes over a batch a process."""
@@ -169,10 +170,6 @@ class _Session(Loop):
         if self.validation is not None and (due or self.step == config.steps):
             row |= self._validate(self.validation)
         return row
-
-    def note(self, row: dict[str, float]) -> str:
-        """The loss, and the share of compute at which it was measured."""
-        return f"{super().note(row)} at {row['kept']:.2f}"
 
     def _mask(self, thresholds: Tensor) -> TrainMask:
         config = self.config

@@ -125,11 +125,6 @@ class _Healing(Loop):
             row = self._validated(row, self.held_out)
         return row
 
-    def note(self, row: Row) -> str:
-        """The loss, and that on held-out text where it was just measured."""
-        held_out = f", held out {row['valid']:.3f}" if "valid" in row else ""
-        return super().note(row) + held_out
-
     def _hidden(self, body: Any, block: Tensor) -> Tensor:
         """Final normed hidden states [B, S, H] of block [B, S]."""
         with self.accelerator.autocast():

@@ -6,6 +6,7 @@ that was killed resumes from its last checkpoint, which is written atomically.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,6 @@ class Loop:
         """One optimizer step; its row of the curve."""
         raise NotImplementedError
 
-    def note(self, row: Row) -> str:
-        """What is worth saying of a step while it goes on."""
-        return f"loss {row['loss']:.3f}"
-
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
         return self.step >= self.config.steps
@@ -120,13 +117,28 @@ class Loop:
         if not self.curve:
             self.begin()
         while not self.finished():
+            rates = self._rates()
+            started = time.perf_counter()
             row = self.advance()
             self.curve.append(row)
             if progress is not None:
-                progress(self.step, self.config.steps, self.note(row))
+                speed = self._tokens_of_a_step() / (time.perf_counter() - started)
+                measured = {name: value for name, value in row.items() if name != "step"}
+                numbers = measured | rates | {"tokens_per_s": speed}
+                progress(self.step, self.config.steps, "training", detail="", **numbers)
             if work is not None and self.step % self.config.checkpoint_every == 0:
                 self.save(work)
         return self.curve
+
+    def _rates(self) -> Row:
+        """The learning rate of each group of parameters, as a curve names them."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return dict(zip(("lr", "backbone_lr"), rates, strict=False))
+
+    def _tokens_of_a_step(self) -> int:
+        """Tokens that one step reads, all processes together."""
+        passes = self.config.accumulate * self.accelerator.num_processes
+        return int(passes * self.config.batch * self.blocks.shape[1])
 
     def optimizer_of(self, groups: list[dict[str, Any]]) -> tuple[Any, Any]:
         """AdamW over groups of parameters, and the schedule of their learning rates."""

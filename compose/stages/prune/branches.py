@@ -154,7 +154,13 @@ class PruneBranches(Stage):
                 spared[unit] = round(without - loss, 4)
             else:
                 gone, loss = gone | set(unit), without
-            job.progress(done + 1, len(units), f"without {_name(unit[0])}: loss {without:.3f}")
+            job.progress(
+                done + 1,
+                len(units),
+                "leaving out branches",
+                detail=_name(unit[0]),
+                loss=without,
+            )
         return gone, spared
 
     def _nothing(self, shares: list[float], spared: dict[Unit, float]) -> UserError:
@@ -184,7 +190,6 @@ def entered_shares(job: StageJob, model: Any, blocks: Tensor, budget: float) -> 
     """
     import torch
 
-    from gateskip.calibration.thresholds import thresholds_at
     from gateskip.checkpoint import load_gates
     from gateskip.model.gating import ANCHORS
     from gateskip.model.reference import masked_forward
@@ -192,7 +197,10 @@ def entered_shares(job: StageJob, model: Any, blocks: Tensor, budget: float) -> 
     file = load_gates(job.source)
     if file is None:
         raise UserError(f"{job.source} carries no gates", fix="put a gate stage before")
-    thresholds = thresholds_at(file.grid, budget)
+    try:
+        thresholds = file.budgets.at(budget)
+    except ValueError as error:
+        raise UserError(str(error), fix="name a budget that was calibrated") from error
     assert thresholds is not None, "budgets are below 1"
     gates = file.gates.to(blocks.device)
     gates.attach(model)

@@ -171,7 +171,9 @@ def greedy_drops(model: Any, blocks: Tensor, count: int, job: StageJob) -> list[
             with bypassed([layers[i] for i in (*gone, number)]):
                 losses[number] = text_loss(model, blocks)
             tried += 1
-            job.progress(tried, total, f"without layer {number}: loss {losses[number]:.3f}")
+            job.progress(
+                tried, total, "leaving out layers", detail=f"layer {number}", loss=losses[number]
+            )
         best = min(losses, key=lambda layer: losses[layer])
         rounds.append({"layer": best, "loss": losses[best], "losses": losses})
     return rounds

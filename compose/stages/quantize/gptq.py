@@ -137,18 +137,25 @@ class Gptq(Stage):
         """Quantize, and save in the AutoGPTQ format; measures what the rounding did."""
         from transformers import AutoTokenizer
 
+        from compose.stages.quantize.counted import counted
         from compose.stages.quantize.errors import layer_errors
         from compose.stages.quantize.mixed_bits import quantize_mixed
 
         blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
-        job.progress(0, 1, f"GPTQ, {self.bits} bits on {len(blocks)} blocks of text")
-        if self.is_mixed():
-            quantize_mixed(self, job, blocks)
-        else:
-            self._through_optimum(job, blocks)
+        with counted(job.progress, self._count(job), f"GPTQ, {self.bits} bits"):
+            if self.is_mixed():
+                quantize_mixed(self, job, blocks)
+            else:
+                self._through_optimum(job, blocks)
         carry_gates(job)
         errors = layer_errors(job, blocks[:ERROR_BLOCKS])
         return {"bits": self.bits, "blocks": len(blocks), "layer_errors": errors}
+
+    def _count(self, job: StageJob) -> int:
+        """How many linear layers are quantized."""
+        linears, head = linear_names(job)
+        inside = [name for name in linears if name not in head]
+        return len(inside) - len(matching(self.skip, inside)) + (self.lm_head is not None)
 
     def _through_optimum(self, job: StageJob, blocks: Tensor) -> None:
         """All layers with the same bits; optimum's GPTQ is gptqmodel's."""

@@ -1,0 +1,145 @@
+"""The same model with other weights: a Llama that no longer lies on the grid it was rounded to.
+
+A model that comes out of a 4-bit file flatters every 4-bit quantizer: groups of 32 values find the
+old grid again, and rounding seems to cost nothing. Two rewrites leave the function as it was and
+the grid behind:
+
+    norms    RMSNorm's weight w goes into the layers that read it: W (w * x) = (W diag(w)) x. The
+             norm's own weight is then one. A final norm whose LM head is the embedding stays.
+    scales   up_proj's rows times s, down_proj's columns over s, with s random and no power of two:
+             (s u) * g is s (u * g). Likewise v_proj's rows and o_proj's columns, where all query
+             heads of a group share their key-value head's scales.
+
+Products are taken in float64 and stored in float32, and the scales need only +, *, / of a generator
+that Python keeps stable, so that every machine gets the same bytes.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compose.artifacts.folder import GATES, probe_ids, require_model
+from compose.errors import AssetError, StepError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SEED = 18
+LEAST, RANGE = 0.7, 0.7  # of numerator and denominator of a scale: between 1/2 and 2
+SAME = 5e-4  # of logits that reach 30, in float32; more is another function
+WEIGHTS = "model.safetensors"
+READ_BY_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+READ_BY_MLP = ("mlp.gate_proj", "mlp.up_proj")
+
+
+def write_off_grid(source: Path, target: Path, card: str) -> float:
+    """Write the Llama in `source` to `target` with weights off the grid, and `card` as README.md.
+
+    Returns the largest difference of two logits on the probe text, both computed in float32.
+
+    Raises:
+        AssetError: `source` is no Llama in float32.
+        StepError: the folder that was written is another function.
+    """
+    from safetensors.torch import load_file, save_file
+
+    config = require_model(source)
+    if config.get("model_type") != "llama":
+        raise AssetError(f"{source} is no Llama, so its weights cannot be taken off a grid")
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copyfile(path, target / path.name)
+    shards = (path for path in source.glob("*.safetensors") if path.name != GATES)
+    weights = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    take_off_grid(weights, config)
+    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+    (target / f"{WEIGHTS}.index.json").unlink(missing_ok=True)  # one file now
+    (target / "README.md").write_text(card, encoding="utf-8")
+    difference = largest_difference(source, target)
+    if not difference <= SAME:
+        raise StepError(
+            f"the rewritten model is another one: its logits differ by {difference:.3g}"
+        )
+    return difference
+
+
+def take_off_grid(weights: dict[str, Tensor], config: dict[str, Any], seed: int = SEED) -> None:
+    """Fold norms and draw scales, in place; `weights` as a Llama's state dict names them."""
+    draw = random.Random(seed)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        _fold_norm(weights, prefix + "input_layernorm", prefix, READ_BY_ATTENTION)
+        _fold_norm(weights, prefix + "post_attention_layernorm", prefix, READ_BY_MLP)
+        _scale_mlp(weights, prefix + "mlp.", draw)
+        _scale_values(weights, prefix + "self_attn.", config, draw)
+    if not config.get("tie_word_embeddings"):
+        _fold_norm(weights, "model.norm", "", ("lm_head",))
+
+
+def _fold_norm(
+    weights: dict[str, Tensor], norm: str, prefix: str, readers: tuple[str, ...]
+) -> None:
+    """Multiply the columns of `readers` by the norm's weight [H], which becomes ones."""
+    by = weights[f"{norm}.weight"].double()
+    for reader in readers:
+        name = f"{prefix}{reader}.weight"
+        weights[name] = (weights[name].double() * by).to(weights[name].dtype)
+    weights[f"{norm}.weight"] = weights[f"{norm}.weight"].new_ones(by.shape)
+
+
+def _scale_mlp(weights: dict[str, Tensor], prefix: str, draw: random.Random) -> None:
+    """Scales between up_proj [I, H] and down_proj [H, I], one an inner channel."""
+    by = _scales(len(weights[f"{prefix}up_proj.weight"]), draw)
+    _scale_rows(weights, f"{prefix}up_proj", by)
+    _divide_columns(weights, f"{prefix}down_proj", by)
+
+
+def _scale_values(
+    weights: dict[str, Tensor], prefix: str, config: dict[str, Any], draw: random.Random
+) -> None:
+    """Scales between v_proj [K D, H] and o_proj [H, N D], one a channel of each key-value head."""
+    heads = config["num_attention_heads"]
+    groups = heads // (config.get("num_key_value_heads") or heads)
+    by = _scales(len(weights[f"{prefix}v_proj.weight"]), draw)
+    _scale_rows(weights, f"{prefix}v_proj", by)
+    head_dim = len(weights[f"{prefix}o_proj.weight"][0]) // heads
+    shared = by.view(-1, head_dim).repeat_interleave(groups, dim=0)  # [N, D]
+    _divide_columns(weights, f"{prefix}o_proj", shared.flatten())
+
+
+def _scales(count: int, draw: random.Random) -> Tensor:
+    """Random positive scales [count] in float64; their logarithms lie around 0."""
+    import torch
+
+    ratios = [
+        (LEAST + RANGE * draw.random()) / (LEAST + RANGE * draw.random()) for _ in range(count)
+    ]
+    return torch.tensor(ratios, dtype=torch.float64)
+
+
+def _scale_rows(weights: dict[str, Tensor], layer: str, by: Tensor) -> None:
+    for name, factor in ((f"{layer}.weight", by.unsqueeze(1)), (f"{layer}.bias", by)):
+        if name in weights:
+            weights[name] = (weights[name].double() * factor).to(weights[name].dtype)
+
+
+def _divide_columns(weights: dict[str, Tensor], layer: str, by: Tensor) -> None:
+    name = f"{layer}.weight"
+    weights[name] = (weights[name].double() / by).to(weights[name].dtype)
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Largest absolute difference of two models' logits on the probe text, in float32."""
+    import torch
+
+    from gateskip.model.folders import load_model
+
+    ids, logits = probe_ids(one), []
+    for folder in (one, other):
+        with torch.inference_mode():
+            logits.append(load_model(folder, "float32")(ids).logits)
+    return float((logits[0] - logits[1]).abs().max())

@@ -1,0 +1,42 @@
+"""A run as a command shows it: progress, an optional table, how it ended, events if asked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+
+from compose.execution.executors import Executor
+from compose.execution.runner import RunResult, run
+from compose.execution.state import Settings
+from compose.planning.plan import Plan
+from compose.results.schema import Results
+from compose.terminal.events import JsonLines, reported, result_event
+from compose.terminal.progress import Board
+from compose.terminal.show import print_result
+
+
+def run_shown(
+    plan: Plan,
+    settings: Settings,
+    executor: Executor,
+    *,
+    quiet: bool,
+    json_lines: bool,
+    table: Callable[[Console, Results], None] | None = None,
+) -> RunResult:
+    """Run a plan and show it on stdout; with `json_lines` text is on stderr, events on stdout.
+
+    Raises as `run`.
+    """
+    console = Console(stderr=json_lines)
+    events = JsonLines(sys.stdout) if json_lines else None
+    with reported(events), Board(console, quiet=quiet, events=events).shown() as board:
+        result = run(plan, settings, executor, board)
+    if table is not None:
+        table(console, result.results)
+    print_result(console, result)
+    if events is not None:
+        events.emit("result", **result_event(result))
+    return result

@@ -1,0 +1,139 @@
+"""What any budget becomes: thresholds between the calibrated ones, and the share they keep.
+
+Thresholds are interpolated between two calibrated budgets. What such a budget keeps is not a
+matter of course, so calibration measures it half-way between each two, and a budget that would
+keep something else is refused instead of quietly taken for another one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+OFF = 0.02  # between a budget and what it keeps: more is another budget
+STEP = 0.1  # between two calibrated budgets at most
+HIGHEST = 0.97  # of the budgets that are calibrated whatever is asked: above is full compute
+TINY = 1e-9
+
+
+@dataclass(frozen=True)
+class CalibratedBudgets:
+    """Everything that was calibrated of a model's gates."""
+
+    thresholds: Mapping[float, Sequence[float]]
+    """Thresholds, one a branch, for each calibrated budget."""
+    kept: Mapping[float, float] = field(default_factory=dict)
+    """Share of the branches' multiply-adds that each kept on the calibration text."""
+    between: Mapping[float, float] = field(default_factory=dict)
+    """The same for interpolated budgets, half-way between two calibrated ones."""
+
+    def at(self, budget: float) -> list[float] | None:
+        """Thresholds for a budget; None means full compute.
+
+        Raises:
+            ValueError: the budget is below the lowest calibrated one, what it keeps was never
+                measured, or is more than OFF away from it.
+        """
+        if budget >= 1.0:
+            return None
+        kept = self.kept_at(budget)
+        exact = _nearest(self.thresholds, budget)
+        if exact is None and abs(kept - budget) > OFF + TINY:
+            known = ", ".join(f"{each:g}" for each in sorted(self.thresholds))
+            raise ValueError(
+                f"budget {budget:g} would keep {kept:.2f} of the multiply-adds; calibrated are "
+                f"{known}: take one of them, or name {budget:g} in the gate stage's budgets"
+            )
+        if exact is not None:
+            return list(self.thresholds[exact])
+        low, high = self._around(budget)
+        if high is None:  # above all: one of its ends, whichever is nearer
+            return list(self.thresholds[low]) if kept < 1.0 else None
+        return interpolate(self.thresholds, low, high, budget)
+
+    def kept_at(self, budget: float) -> float:
+        """Share of multiply-adds that a budget keeps on text like the calibration's.
+
+        Measured at calibrated budgets and half-way between two of them; linear in between.
+
+        Raises:
+            ValueError: the budget is below the lowest calibrated one, or in a gap wider than STEP
+                of a file that measured nothing in it.
+        """
+        if budget >= 1.0:
+            return 1.0
+        exact = _nearest(self.thresholds, budget)
+        if exact is not None:
+            return self._measured(exact)
+        low, high = self._around(budget)
+        if high is None:
+            ends = (self._measured(low), 1.0)
+            return min(ends, key=lambda end: abs(end - budget))
+        middle = _nearest(self.between, half_way(low, high))
+        points = [(low, self._measured(low)), (high, self._measured(high))]
+        if middle is not None:
+            points.insert(1, (middle, self.between[middle]))
+        elif high - low > STEP + TINY:
+            raise ValueError(
+                f"what budget {budget:g} keeps, between {low:g} and {high:g}, was never measured: "
+                f"take one of these, or make the gates again with {budget:g} among their budgets"
+            )
+        for (x, y), (following, its) in itertools.pairwise(points):
+            if budget <= following:
+                return y + (its - y) * (budget - x) / (following - x)
+        raise AssertionError("a budget lies between its neighbours")
+
+    def _measured(self, budget: float) -> float:
+        """What a calibrated budget kept; the budget itself where the file does not say."""
+        known = _nearest(self.kept, budget)
+        return budget if known is None else self.kept[known]
+
+    def _around(self, budget: float) -> tuple[float, float | None]:
+        """The calibrated budgets next below and next above; None above the highest."""
+        known = sorted(self.thresholds)
+        if not known or budget < known[0]:
+            lowest = f"{known[0]:g}" if known else "none"
+            raise ValueError(f"budget {budget:g} was not calibrated; the lowest is {lowest}")
+        above = bisect_left(known, budget)
+        return known[above - 1], known[above] if above < len(known) else None
+
+
+def _nearest(values: Mapping[float, object], budget: float) -> float | None:
+    """The key that is this budget up to rounding."""
+    return next((each for each in values if abs(each - budget) < TINY), None)
+
+
+def half_way(low: float, high: float) -> float:
+    """The budget in the middle of two, in a form that reads well."""
+    return round((low + high) / 2, 4)
+
+
+def interpolate(
+    thresholds: Mapping[float, Sequence[float]], low: float, high: float, budget: float
+) -> list[float]:
+    """Thresholds of a budget between two calibrated ones."""
+    part = (budget - low) / (high - low)
+    pairs = zip(thresholds[low], thresholds[high], strict=True)
+    return [_between(a, b, part) for a, b in pairs]
+
+
+def _between(low: float, high: float, part: float) -> float:
+    if math.isfinite(low) and math.isfinite(high):
+        return low + (high - low) * part
+    return high  # one end never skips (or always does): keep the safer end
+
+
+def with_gaps_filled(budgets: Sequence[float]) -> list[float]:
+    """The budgets with others between and above them, so that no gap is wider than STEP."""
+    asked = sorted({budget for budget in budgets if budget < 1})
+    if asked and asked[-1] < HIGHEST - OFF / 2:
+        asked.append(HIGHEST)
+    filled = asked[:1]
+    for low, high in itertools.pairwise(asked):
+        parts = math.ceil((high - low) / STEP - TINY)
+        filled += [round(low + (high - low) * n / parts, 3) for n in range(1, parts)]
+        filled.append(high)
+    return filled

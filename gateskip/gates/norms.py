@@ -1,0 +1,79 @@
+"""Gates for the same model with other norms: a read-out absorbs the weights that a norm gives up.
+
+A gate reads what its branch reads, w * x / rms(x). Where w was folded into the branch's layers the
+gate has to take it over as well: W (w * x) = (W diag(w)) x. Gates in that form serve every model of
+the same function, since dividing by a model's own w gives back what its norms ask for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gateskip.gates.base import Gates
+from gateskip.model.norms import has_folded_norms, input_norms
+
+READS = {
+    "scalar": "weight",
+    "vector": "weight",
+    "low-rank": "down",
+    "mlp": "inner",
+    "random": "direction",
+    "router": "weight",
+}
+"""Gate kind -> the parameter [branches, ..., H] that its input meets. `static` has none, `exit`
+asks the model itself, and `shared` has one for many branches."""
+
+
+def scale_inputs(gates: Gates, by: Tensor) -> None:
+    """Multiply by `by` [branches, H] all that meets a branch's input, in place.
+
+    Raises:
+        ValueError: gates of this kind share weights between branches.
+    """
+    if gates.kind == "shared":
+        raise ValueError("shared gates have one weight for all branches, but each has its own norm")
+    found: list[Any] = [getattr(gates, READS[gates.kind])] if gates.kind in READS else []
+    if gates.shortcuts is not None:
+        found.append(gates.shortcuts.down)
+    with torch.no_grad():
+        for weight in found:
+            factor = by.to(weight.device)
+            weight.mul_(factor if weight.ndim == 2 else factor.unsqueeze(1))
+
+
+def fold_norms_into_gates(gates: Gates, model: Any) -> None:
+    """Make gates that were trained on `model` ones for the same model with its norms folded.
+
+    Raises:
+        ValueError: its norms add something, or gates of this kind share weights.
+    """
+    weights = input_norms(model)
+    if weights is None:
+        raise ValueError(f"norms of {model.config.model_type} also add, so they cannot be folded")
+    scale_inputs(gates, weights)
+    gates.folded = True
+
+
+def fit_norms(gates: Gates, model: Any) -> None:
+    """Make gates from a file fit the norms of `model`, in place.
+
+    Raises:
+        ValueError: they cannot: the file is for norms with weights and the model's have none, or
+            the other way round for norms that add or gates that share weights.
+    """
+    ones = has_folded_norms(model)
+    if gates.folded == ones:
+        return
+    if ones:
+        raise ValueError(
+            "these gates read the output of norms with weights, but the model's norms are folded"
+            " into its layers"
+        )
+    weights = input_norms(model)
+    if weights is None:
+        raise ValueError(f"norms of {model.config.model_type} also add, and these gates are folded")
+    scale_inputs(gates, torch.where(weights == 0, 0, 1 / weights))
+    gates.folded = False

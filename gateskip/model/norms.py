@@ -1,0 +1,40 @@
+"""Weights of the norms before branches: what a gate's input was multiplied by.
+
+RMSNorm gives w * x / rms(x). A model whose w were folded into the layers that read them has norms
+of weight one: the same function, but its branches, and so its gates, read x / rms(x).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gateskip.model.families import find_branches
+
+
+def input_norms(model: Any) -> Tensor | None:
+    """What the norm before each branch multiplies by: [branches, H], in float32.
+
+    Ones where a branch has no norm before it. None where a norm also adds something (LayerNorm's
+    bias), since no factor undoes that.
+    """
+    offset = 1.0 if "gemma" in model.config.model_type else 0.0  # Gemma stores w - 1
+    rows = []
+    for branch in find_branches(model):
+        norm: Any = branch.norm_in
+        if norm is None:
+            rows.append(torch.ones(model.config.hidden_size))
+            continue
+        bias = getattr(norm, "bias", None)
+        if bias is not None and bool(bias.any()):
+            return None
+        rows.append(norm.weight.detach().float().cpu() + offset)
+    return torch.stack(rows)
+
+
+def has_folded_norms(model: Any) -> bool:
+    """Whether no norm before a branch multiplies by anything."""
+    weights = input_norms(model)
+    return weights is not None and bool((weights == 1).all())

@@ -1,0 +1,244 @@
+"""The tables of documents, by name: each takes results and options, and gives Markdown lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from compose.errors import UserError
+from compose.results.parts import SpeedNumbers, TaskScore
+from compose.results.schema import CellResult, Results
+from reports.documents.text import DASH, factor, measured, megabytes, percent, table, with_ends
+
+
+def chosen(results: Results, cells: str | None) -> list[CellResult]:
+    """The named cells in their order, or all that were measured.
+
+    Raises:
+        UserError: a cell is unknown, or was not measured.
+    """
+    if cells is None:
+        return list(results.measured)
+    asked = [results.cell(name) for name in cells.split(",")]
+    for cell in asked:
+        if cell.status != "ok":
+            raise UserError(f"cell {cell.name!r} of {results.run} was not measured")
+    return asked
+
+
+def speed_at_equal_quality(results: Results, cells: str | None = None) -> list[str]:
+    """Quality, size and decode speed in one row: peers and cells, the closest to dense first."""
+    rows = sorted(chosen(results, cells), key=lambda cell: _loss(results, cell))
+    tasks = _task_names(results, rows, "generative")
+    head = ["", "perplexity, x dense", "KL", *tasks, "MB", "decode, tok/s", "x dense"]
+    lines = []
+    for cell in rows:
+        scores = [_task(results, cell, name) for name in tasks]
+        speed = cell.speed or SpeedNumbers()
+        lines.append(
+            [
+                f"`{cell.name}`",
+                _perplexity(results, cell),
+                _kl(results, cell),
+                *scores,
+                megabytes(cell.size.disk_bytes if cell.size else None),
+                measured(speed.decode_tokens_per_s),
+                factor(speed.decode_ratio),
+            ]
+        )
+    return table(head, lines)
+
+
+def quality(results: Results, cells: str | None = None) -> list[str]:
+    """Everything that was scored: text, tasks, answers."""
+    rows = chosen(results, cells)
+    tasks = _task_names(results, rows, None)
+    head = ["", "perplexity, x dense", "KL", "KL, median", "KL, p90", "same token first"]
+    head += [*tasks, "KL on own answers", "tokens until answers part"]
+    lines = []
+    for cell in rows:
+        scored = results.quality(cell)
+        own = scored.own_answers if scored else None
+        lines.append(
+            [
+                f"`{cell.name}`",
+                _perplexity(results, cell),
+                _kl(results, cell),
+                with_ends(scored.kl_median if scored else None, None),
+                with_ends(scored.kl_p90 if scored else None, None),
+                percent(scored.greedy_agreement if scored else None),
+                *[_task(results, cell, name) for name in tasks],
+                with_ends(own.kl, own.kl_ci95) if own else DASH,
+                with_ends(own.common_prefix, None) if own else DASH,
+            ]
+        )
+    return table(head, lines)
+
+
+def speculation(results: Results, cells: str | None = None) -> list[str]:
+    """The lossless check, and what the timed rounds drafted, in columns of their own."""
+    rows = [cell for cell in chosen(results, cells) if cell.speculates]
+    head = ["", "lossless", "timed drafts", "accepted", "tokens a pass", "plain steps", "x plain"]
+    lines = []
+    for cell in rows:
+        timed, check = cell.speculation, cell.lossless_check
+        lines.append(
+            [
+                f"`{cell.name}`",
+                DASH
+                if check is None
+                else f"{'yes' if check.lossless else 'NO'}, {check.prompts} prompts,"
+                f" {check.tokens} tokens",
+                _lengths(timed.draft_length_histogram if timed else None),
+                percent(timed.acceptance_rate if timed else None),
+                with_ends(timed.mean_accepted_tokens if timed else None, None),
+                _plain_steps(cell),
+                DASH
+                if timed is None or timed.speedup is None
+                else f"{with_ends(timed.speedup, timed.speedup_ci95)}",
+            ]
+        )
+    return table(head, lines)
+
+
+def speed(results: Results, cells: str | None = None) -> list[str]:
+    """Prefill, first token, and decoding at every batch size and context."""
+    rows = chosen(results, cells)
+    batches = sorted({b for cell in rows for b in _by(cell, "by_batch")})
+    contexts = sorted({c for cell in rows for c in _by(cell, "by_context")})
+    head = ["", "prefill, tok/s", "first token, ms", "decode, tok/s", "x dense"]
+    head += [f"batch {b}" for b in batches] + [f"context {c}" for c in contexts]
+    lines = []
+    for cell in rows:
+        own = cell.speed or SpeedNumbers()
+        first = own.ttft_s
+        others = [_by(cell, "by_batch").get(b) for b in batches]
+        others += [_by(cell, "by_context").get(c) for c in contexts]
+        lines.append(
+            [
+                f"`{cell.name}`",
+                measured(own.prefill_tokens_per_s),
+                with_ends(first.median, first.quartiles, 1000.0) if first else DASH,
+                measured(own.decode_tokens_per_s),
+                factor(own.decode_ratio),
+                *[measured(each.decode_tokens_per_s) if each else DASH for each in others],
+            ]
+        )
+    return table(head, lines)
+
+
+def skipping(results: Results, cells: str | None = None) -> list[str]:
+    """Compute that is saved beside what it costs."""
+    rows = [c for c in chosen(results, cells) if c.name == results.baseline or c.compute]
+    tasks = _task_names(results, rows, None)
+    head = ["", "saved, net", "gross", "whole model", "perplexity, x dense", "KL", *tasks]
+    lines = []
+    for cell in rows:
+        saved = cell.compute
+        lines.append(
+            [
+                f"`{cell.name}`",
+                percent(saved.saved_net if saved else None),
+                percent(saved.saved_gross if saved else None),
+                percent(saved.saved_model if saved else None),
+                _perplexity(results, cell),
+                _kl(results, cell),
+                *[_task(results, cell, name) for name in tasks],
+                factor(cell.speed.decode_ratio if cell.speed else None),
+            ]
+        )
+    return table([*head, "decode, x dense"], lines)
+
+
+def verdicts(results: Results, cells: str | None = None) -> list[str]:
+    """Whether each cell is worth shipping, and why."""
+    rows = [cell for cell in chosen(results, cells) if cell.verdict is not None]
+    judged = [(cell, cell.verdict) for cell in rows if cell.verdict is not None]
+    return table(
+        ["", "verdict", "because"],
+        [[f"`{cell.name}`", verdict.verdict, verdict.why] for cell, verdict in judged],
+    )
+
+
+def peers(results: Results, cells: str | None = None) -> list[str]:
+    """How each other engine was run."""
+    lines = []
+    for cell in chosen(results, cells):
+        if cell.peer is not None:
+            versions = ", ".join(f"{n} {v}" for n, v in (cell.peer.versions or {}).items())
+            lines.append([f"`{cell.name}`", versions or DASH, cell.peer.settings or DASH])
+    return table(["", "versions", "how it is run"], lines)
+
+
+TABLES: Mapping[str, Callable[..., list[str]]] = {
+    "peers": peers,
+    "quality": quality,
+    "skipping": skipping,
+    "speculation": speculation,
+    "speed": speed,
+    "speed-at-equal-quality": speed_at_equal_quality,
+    "verdicts": verdicts,
+}
+"""Name in a marker -> the table. Each takes `cells=A,B,…`; all measured cells without it."""
+
+
+def _loss(results: Results, cell: CellResult) -> tuple[float, float]:
+    """Order of rows: perplexity over dense, then the faster first; what was not scored is last."""
+    scored = results.quality(cell)
+    text = scored.perplexity if scored else None
+    ratio = text.ratio_to_baseline if text else None
+    if ratio is None:
+        ratio = 1.0 if cell.name == results.baseline else float("inf")
+    decode = cell.speed.decode_tokens_per_s if cell.speed else None
+    return round(ratio, 3), -(decode.median if decode else 0.0)
+
+
+def _perplexity(results: Results, cell: CellResult) -> str:
+    if cell.name == results.baseline:
+        return "1"
+    scored = results.quality(cell)
+    text = scored.perplexity if scored else None
+    return DASH if text is None else with_ends(text.ratio_to_baseline, text.ratio_ci95)
+
+
+def _kl(results: Results, cell: CellResult) -> str:
+    if cell.name == results.baseline:
+        return "0"
+    scored = results.quality(cell)
+    return DASH if scored is None else with_ends(scored.kl_to_baseline, scored.kl_ci95)
+
+
+def _tasks(results: Results, cell: CellResult) -> dict[str, TaskScore]:
+    scored = results.quality(cell)
+    return (scored.tasks or {}) if scored else {}
+
+
+def _task_names(results: Results, rows: list[CellResult], kind: str | None) -> list[str]:
+    found = {
+        name: None
+        for cell in rows
+        for name, score in _tasks(results, cell).items()
+        if kind is None or score.kind == kind
+    }
+    return list(found)
+
+
+def _task(results: Results, cell: CellResult, name: str) -> str:
+    score = _tasks(results, cell).get(name)
+    return DASH if score is None else with_ends(score.value, score.ci95, 100.0)
+
+
+def _by(cell: CellResult, shapes: str) -> dict[int, SpeedNumbers]:
+    return (getattr(cell.speed, shapes) or {}) if cell.speed else {}
+
+
+def _lengths(histogram: dict[int, int] | None) -> str:
+    """Draft lengths of the timed passes: `0: 27, 3: 1`."""
+    return ", ".join(f"{k}: {n}" for k, n in sorted((histogram or {}).items())) or DASH
+
+
+def _plain_steps(cell: CellResult) -> str:
+    timed = cell.speculation
+    if timed is None or timed.plain_steps is None:
+        return DASH
+    fell = ": fell back to plain decoding" if timed.fell_back else ""
+    return f"{percent(timed.plain_steps)}{fell}"

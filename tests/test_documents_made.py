@@ -1,0 +1,246 @@
+"""Tables and figures that documents take from results files."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from compose.errors import UserError
+from compose.results.io import save_results
+from compose.results.parts import (
+    Compute,
+    Estimate,
+    LosslessCheck,
+    Measured,
+    Peer,
+    Perplexity,
+    Quality,
+    Size,
+    Speculation,
+    Speed,
+    SpeedNumbers,
+    TaskScore,
+    Verdict,
+)
+from compose.results.schema import CellResult, Results
+from reports.documents.figures import figure
+from reports.documents.markers import fill, outside, unfinished
+from reports.documents.provenance import commits_since, missing_provenance
+from reports.documents.tables import TABLES
+
+
+def speed(median: float, ratio: Estimate | None = None) -> Speed:
+    repeats = (median - 10, median, median + 20)
+    decode = Measured(median=median, quartiles=(median - 5, median + 10), repeats=repeats)
+    return Speed(decode_tokens_per_s=decode, decode_ratio=ratio, by_batch={8: SpeedNumbers()})
+
+
+def scored(ratio: float, kl: float | None, written: float) -> Quality:
+    text = Perplexity(
+        dataset="heldout-text",
+        value=20 * ratio,
+        tokens=8176,
+        ratio_to_baseline=ratio,
+        ratio_ci95=(ratio - 0.02, ratio + 0.02),
+    )
+    tasks = {
+        "arc_easy": TaskScore(metric="acc", value=0.466, n=500, kind="likelihood"),
+        "arithmetic": TaskScore(
+            metric="exact_match", value=written, n=500, ci95=(0.1, 0.2), kind="generative"
+        ),
+    }
+    return Quality(perplexity=text, kl_to_baseline=kl, tasks=tasks)
+
+
+@pytest.fixture
+def results() -> Results:
+    faster = Estimate(value=3.9, low=3.8, high=4.02, n=5, different=True)
+    same = Estimate(value=1.01, low=0.97, high=1.05, n=5, different=False)
+    return Results(
+        run="peers",
+        environment={
+            "processor": "Some Xeon",
+            "threads": 2,
+            "versions": {"torch": "2.13"},
+            "git_commit": "0123456789abcdef",
+            "date": "2026-11-26T12:00:00",
+        },
+        command="gateskip run pipelines/peers.yaml",
+        cells=(
+            CellResult(
+                name="dense",
+                chain=(),
+                status="ok",
+                speed=speed(96.0),
+                size=Size(disk_bytes=269_000_000),
+                quality=scored(1.0, None, 0.204),
+            ),
+            CellResult(
+                name="nf4",
+                chain=("nf4",),
+                status="ok",
+                speed=speed(375.0, faster),
+                size=Size(disk_bytes=117_400_000),
+                quality=scored(1.44, 0.415, 0.086),
+                compute=Compute(saved_net=0.151),
+                verdict=Verdict(verdict="REGRESSION", why="it writes less well"),
+            ),
+            CellResult(
+                name="spec",
+                chain=("spec",),
+                status="ok",
+                speed=speed(97.0, same),
+                quality_of="dense",
+                plain="dense",
+                lossless_check=LosslessCheck(lossless=True, prompts=16, tokens=1024),
+                speculation=Speculation(
+                    draft_length_histogram={3: 1, 0: 27},
+                    plain_steps=27 / 28,
+                    fell_back=True,
+                    speedup=1.01,
+                    speedup_ci95=(0.97, 1.05),
+                ),
+            ),
+            CellResult(
+                name="llama.cpp:q4_k_m",
+                chain=(),
+                status="ok",
+                speed=speed(140.0, faster),
+                size=Size(disk_bytes=105_000_000),
+                quality=scored(1.09, 0.104, 0.168),
+                peer=Peer(engine="llama.cpp", option="q4_k_m", settings="flash attention off"),
+            ),
+        ),
+    )
+
+
+def test_speed_stands_beside_quality_and_falls_with_it(results: Results) -> None:
+    lines = TABLES["speed-at-equal-quality"](results)
+    assert lines == [
+        "|  | perplexity, x dense | KL | arithmetic | MB | decode, tok/s | x dense |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| `spec` | 1.00 (0.980 to 1.02) | – | 20.4 (10.0 to 20.0) | – | 97.0 (92.0 to 107) |"
+        " no difference (0.970 to 1.05) |",
+        "| `dense` | 1 | 0 | 20.4 (10.0 to 20.0) | 269 | 96.0 (91.0 to 106) | – |",
+        "| `llama.cpp:q4_k_m` | 1.09 (1.07 to 1.11) | 0.104 | 16.8 (10.0 to 20.0) | 105 |"
+        " 140 (135 to 150) | 3.90x (3.80 to 4.02) |",
+        "| `nf4` | 1.44 (1.42 to 1.46) | 0.415 | 8.60 (10.0 to 20.0) | 117 |"
+        " 375 (370 to 385) | 3.90x (3.80 to 4.02) |",
+    ]
+
+
+def test_the_other_tables(results: Results) -> None:
+    assert "arc_easy" in TABLES["quality"](results)[0]
+    (row,) = TABLES["speculation"](results)[2:]
+    assert row == (
+        "| `spec` | yes, 16 prompts, 1024 tokens | 0: 27, 3: 1 |"
+        " 96.4 %: fell back to plain decoding | 1.01 (0.970 to 1.05) |"
+    )
+    assert TABLES["verdicts"](results)[2:] == ["| `nf4` | REGRESSION | it writes less well |"]
+    assert "15.1 %" in TABLES["skipping"](results)[3]
+    assert TABLES["peers"](results)[2:] == ["| `llama.cpp:q4_k_m` | flash attention off |"]
+    assert len(TABLES["speed"](results, cells="dense,nf4")) == 4
+    with pytest.raises(UserError, match="no cell"):
+        TABLES["speed"](results, cells="nf5")
+
+
+@pytest.mark.parametrize(
+    ("cell", "path", "options", "text"),
+    [
+        ("nf4", "speed.decode_ratio", {}, "3.90x (3.80 to 4.02)"),
+        ("nf4", "speed.decode_ratio", {"interval": "no"}, "3.90x"),
+        ("spec", "speed.decode_ratio", {}, "no difference (0.970 to 1.05)"),
+        ("nf4", "speed.decode_tokens_per_s", {}, "375 (370 to 385)"),
+        ("nf4", "quality.perplexity.ratio_to_baseline", {"form": "x"}, "1.44x (1.42 to 1.46)"),
+        ("nf4", "quality.tasks.arithmetic.value", {"form": "points"}, "8.6 (10.0 to 20.0)"),
+        ("nf4", "compute.saved_net", {"form": "percent"}, "15.1 %"),
+        ("nf4", "size.disk_bytes", {"form": "mb"}, "117 MB"),
+        ("-", "environment.processor", {}, "Some Xeon"),
+    ],
+)
+def test_a_figure(
+    results: Results, cell: str, path: str, options: dict[str, str], text: str
+) -> None:
+    assert figure(results, cell, path, **options) == text
+
+
+def test_a_figure_that_there_is_not_is_refused(results: Results) -> None:
+    with pytest.raises(UserError, match="nothing at"):
+        figure(results, "dense", "speed.decode_ratio")
+
+
+DOCUMENT = """\
+# Page
+
+<!-- table: peers verdicts cells=nf4 -->
+old
+<!-- end -->
+
+It is <!-- figure: peers nf4 speed.decode_ratio interval=no -->5x<!-- end --> as fast.
+"""
+
+
+def test_a_document_is_filled_and_filled_again_stays(results: Results, tmp_path: Path) -> None:
+    save_results(results, tmp_path / "reports" / "published" / "peers" / "results.json")
+    filled = fill(DOCUMENT, Path("docs/page.md"), tmp_path)
+    assert "| `nf4` | REGRESSION | it writes less well |" in filled
+    assert (
+        "[reports/published/peers/results.json](../reports/published/peers/results.json):"
+        " Some Xeon, 2 threads, commit 0123456789ab, 2026-11-26,"
+        " `gateskip run pipelines/peers.yaml`"
+    ) in filled
+    assert "nf4 speed.decode_ratio interval=no -->3.90x<!-- end --> as fast" in filled
+    assert "old" not in filled
+    assert fill(filled, Path("docs/page.md"), tmp_path) == filled
+    assert outside(filled).split() == ["#", "Page", "It", "is", "as", "fast."]
+
+
+@pytest.mark.parametrize(
+    ("marker", "words"),
+    [
+        ("table: peers verdict", "verdicts"),
+        ("table: peers", "form"),
+        ("figure: peers nf4", "form"),
+        ("table: nothing quality", "cannot read"),
+        ("table: peers quality colour=red", "options"),
+    ],
+)
+def test_a_marker_that_cannot_be_filled(
+    results: Results, tmp_path: Path, marker: str, words: str
+) -> None:
+    save_results(results, tmp_path / "reports" / "published" / "peers" / "results.json")
+    with pytest.raises(UserError, match=words):
+        fill(f"<!-- {marker} -->\n<!-- end -->", Path("README.md"), tmp_path)
+
+
+def test_a_marker_without_its_end_is_found() -> None:
+    assert unfinished("<!-- table: a quality -->\n| a |\n")
+    assert not unfinished(DOCUMENT)
+
+
+def test_what_a_result_has_to_say(results: Results) -> None:
+    assert not missing_provenance(results)
+    bare = Results(run="x", cells=results.cells)
+    assert missing_provenance(bare) == ["processor", "versions", "git_commit", "date", "command"]
+
+
+def test_commits_that_touch_what_is_measured_are_counted(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        command = ["git", *identity, "-C", str(tmp_path), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    for number, folder in enumerate(("gateskip", "docs", "compose/bench", "compose/cli")):
+        file = tmp_path / folder / "file"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(str(number))
+        git("add", "-A")
+        git("commit", "-qm", folder)
+        if number == 0:
+            first = git("rev-parse", "HEAD")
+    assert commits_since(first, tmp_path) == 1
+    assert commits_since(f"{first}-dirty", tmp_path) == 1
+    assert commits_since("0" * 40, tmp_path) is None

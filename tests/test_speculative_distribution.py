@@ -1,0 +1,325 @@
+"""Speculative sampling draws from the target, at every ratio of target to draft probability.
+
+Two kinds of chi-square test, both with fixed seeds: of `accept_or_resample` on tables of
+probabilities, over three tokens; and of `Decoder.generate` end to end, where the model that drafts
+is another one. What is compared with is never sampled: it is the table, or the model's own
+probability of every sequence.
+
+They cannot pass with a wrong rule: `RULES` holds wrong ones, each built of our own parts with one
+thing changed, and for each of them the same statistic must lie far beyond the limit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gateskip.decoding import sampling
+from gateskip.decoding.decoder import Decoder
+from gateskip.decoding.sampling import Distribution, Sampler, accept_or_resample, draw
+from gateskip.gates.learned import ScalarGates
+from gateskip.model.folders import load_model
+from gateskip.runtime.skipping import SkippingModel
+
+Rule = Callable[
+    [Sequence[int], Sequence[Distribution], Iterable[Distribution], torch.Generator],
+    tuple[int, int],
+]
+
+
+def rule(
+    accept: Callable[[float, float], bool] = lambda ratio, chance: chance < ratio,
+    replace: Callable[[Any, Any], Any] = sampling._residual,
+) -> Rule:
+    """Algorithm 1 of arXiv 2211.17192 out of our own parts, with what is given changed."""
+
+    def decide(draft: Any, drawn_from: Any, targets: Any, generator: torch.Generator) -> Any:
+        remaining = iter(targets)
+        for accepted, (token, source) in enumerate(zip(draft, drawn_from, strict=True)):
+            target = next(remaining)
+            ratio = sampling._probability(target, token) / sampling._probability(source, token)
+            if not accept(ratio, float(torch.rand((), generator=generator))):
+                return accepted, draw(replace(target, source), generator)
+        return len(draft), draw(next(remaining), generator)
+
+    return decide
+
+
+RULES: dict[str, Rule] = {
+    "no draw from one half on": rule(lambda ratio, chance: ratio >= 0.5 or chance < ratio),
+    "no draw from nine tenths on": rule(lambda ratio, chance: ratio >= 0.9 or chance < ratio),
+    "no draw below one half": rule(lambda ratio, chance: ratio >= 0.5 and chance < ratio),
+    "always": rule(lambda ratio, chance: True),
+    "whatever the target could say": rule(lambda ratio, chance: ratio > 0),
+    "the draft's odds": rule(lambda ratio, chance: chance * ratio < 1),
+    "never": rule(lambda ratio, chance: False),
+    "replaced by the target": rule(replace=lambda target, source: target),
+    "replaced by the draft": rule(replace=lambda target, source: source),
+}
+
+
+def statistic(counts: Counter[tuple[int, ...]], wanted: Mapping[tuple[int, ...], float]) -> float:
+    """Chi-square of counts to probabilities, in standard deviations from what is expected of it.
+
+    Sequences expected less than 8 times count as one together. A sequence that cannot be is
+    infinitely far.
+    """
+    draws = sum(counts.values())
+    if any(wanted.get(each, 0.0) == 0.0 for each in counts):
+        return math.inf
+    rare = [each for each, share in wanted.items() if 0 < share * draws < 8]
+    cells = [(counts[each], share * draws) for each, share in wanted.items() if share * draws >= 8]
+    if rare:
+        cells.append((sum(counts[x] for x in rare), draws * sum(wanted[x] for x in rare)))
+    assert sum(expected for _, expected in cells) == pytest.approx(draws, rel=1e-4)
+    total = sum((count - expected) ** 2 / expected for count, expected in cells)
+    freedom = len(cells) - 1
+    return (total - freedom) / math.sqrt(2 * freedom)
+
+
+def part(counts: Mapping[tuple[int, ...], Any], first: int, last: int) -> Counter[tuple[int, ...]]:
+    """Counts, or probabilities, of the tokens `first` to `last` alone."""
+    total = Counter[tuple[int, ...]]()
+    for text, count in counts.items():
+        total[text[first:last]] += count
+    return total
+
+
+def furthest(
+    counts: Mapping[tuple[int, ...], int],
+    wanted: Mapping[tuple[int, ...], float],
+    spans: Sequence[tuple[int, int]],
+) -> float:
+    """The statistic of the span of tokens that is furthest off."""
+    parts = [(part(counts, *span), part(wanted, *span)) for span in spans]
+    return max(abs(statistic(own, other)) for own, other in parts)
+
+
+LIMIT = 5.0  # standard deviations; seeds are fixed, and the right rule stays below 2.5 with them
+FAR = 10.0  # what every wrong rule exceeds; the nearest of them lies at 17
+
+
+# -- tables of probabilities ------------------------------------------------------------------
+
+# After each token 0 to 5 (the first row: at the start), target p and draft q of the next token.
+# Ratios p / q: 0, 0.1, 0.4, 0.5, 0.6, 0.7, 0.9, 0.92, 0.95, 1, 1.05, 2, 4, and q = 0.
+TARGETS = torch.tensor(
+    [
+        [0.18, 0.10, 0.368, 0.01, 0.20, 0.142],
+        [0.00, 0.15, 0.21, 0.24, 0.20, 0.20],
+        [0.27, 0.19, 0.10, 0.16, 0.14, 0.14],
+        [0.02, 0.40, 0.12, 0.06, 0.20, 0.20],
+        [0.25, 0.05, 0.30, 0.20, 0.10, 0.10],
+        [0.20, 0.21, 0.09, 0.28, 0.02, 0.20],
+        [0.10, 0.24, 0.36, 0.10, 0.20, 0.00],
+    ],
+    dtype=torch.float64,
+)
+DRAFTS = torch.tensor(
+    [
+        [0.30, 0.20, 0.40, 0.10, 0.00, 0.00],
+        [0.10, 0.25, 0.30, 0.25, 0.05, 0.05],
+        [0.30, 0.20, 0.20, 0.16, 0.07, 0.07],
+        [0.20, 0.10, 0.20, 0.15, 0.19, 0.16],
+        [0.25, 0.50, 0.25, 0.00, 0.00, 0.00],
+        [0.20, 0.20, 0.10, 0.40, 0.05, 0.05],
+        [0.25, 0.30, 0.40, 0.05, 0.00, 0.00],
+    ],
+    dtype=torch.float64,
+)
+WORDS = TARGETS.shape[1]
+
+
+def after(table: torch.Tensor, text: Sequence[int]) -> torch.Tensor:
+    return table[text[-1] + 1] if text else table[0]
+
+
+def three_tokens(decide: Rule, draws: int) -> Counter[tuple[int, ...]]:
+    """The first three tokens of texts that are decoded two drafted tokens at a time."""
+    generator, counts = torch.Generator().manual_seed(0), Counter[tuple[int, ...]]()
+    for _ in range(draws):
+        text: list[int] = []
+        while len(text) < 3:
+            draft: list[int] = []
+            sources: list[Distribution] = []
+            for _ in range(2):
+                sources.append(after(DRAFTS, [*text, *draft]))
+                draft.append(draw(sources[-1], generator))
+            targets = (after(TARGETS, [*text, *draft[:i]]) for i in range(3))
+            accepted, following = decide(draft, sources, targets, generator)
+            text += [*draft[:accepted], following]
+        counts[tuple(text[:3])] += 1
+    return counts
+
+
+def sequences() -> dict[tuple[int, ...], float]:
+    return {
+        text: math.prod(float(after(TARGETS, text[:i])[text[i]]) for i in range(3))
+        for text in itertools.product(range(WORDS), repeat=3)
+    }
+
+
+def test_the_tables_have_every_ratio() -> None:
+    assert torch.allclose(TARGETS.sum(1), torch.ones(7, dtype=torch.float64))
+    assert torch.allclose(DRAFTS.sum(1), torch.ones(7, dtype=torch.float64))
+    ratios = (TARGETS / DRAFTS)[DRAFTS > 0]
+    bounds = [(0, 0), (0.01, 0.2), (0.2, 0.49), (0.5, 0.5), (0.51, 0.8), (0.8, 0.94), (0.95, 0.99)]
+    for low, high in [*bounds, (1, 1), (1.01, 1.1), (1.5, 5)]:
+        assert ((ratios >= low - 1e-6) & (ratios <= high + 1e-6)).any(), (low, high)
+    assert ((DRAFTS == 0) & (TARGETS > 0)).any(), "what the draft never says, the target does"
+
+
+TABLE_DRAWS, TABLE_SPANS = 15_000, [(0, 1), (0, 2), (0, 3)]
+
+
+def distance(decide: Rule) -> float:
+    return furthest(three_tokens(decide, TABLE_DRAWS), sequences(), TABLE_SPANS)
+
+
+def test_three_tokens_are_drawn_as_from_the_target() -> None:
+    assert distance(accept_or_resample) < LIMIT
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_wrong_rule_is_rejected(name: str) -> None:
+    assert distance(RULES[name]) > FAR
+
+
+def test_the_rules_are_ours_but_for_what_is_changed() -> None:
+    assert distance(rule()) < LIMIT
+
+
+def test_first_tokens_one_by_one() -> None:
+    """One drafted token: the shares of each by hand. p = .6 q is accepted in six of ten."""
+    target = torch.tensor([0.3, 0.3, 0.4, 0.0])
+    source = torch.tensor([0.5, 0.2, 0.2, 0.1])
+    generator, kept, given = torch.Generator().manual_seed(1), Counter[int](), Counter[int]()
+    draws = 20_000
+    for _ in range(draws):
+        token = draw(source, generator)
+        accepted, following = accept_or_resample([token], [source], [target, target], generator)
+        kept[token] += accepted
+        given[following] += not accepted
+    # accepted: min(p, q) = .3, .2, .2, 0; else max(0, p - q) = 0, .1, .2, 0: .3 in all, as .2 + .1
+    for token, (as_drafted, instead) in enumerate([(0.3, 0), (0.2, 0.1), (0.2, 0.2), (0, 0)]):
+        assert kept[token] / draws == pytest.approx(as_drafted, abs=0.012)
+        assert given[token] / draws == pytest.approx(instead, abs=0.012)
+        assert (kept[token] > 0) == (as_drafted > 0) and (given[token] > 0) == (instead > 0)
+
+
+def test_a_residual_is_what_the_draft_lacks() -> None:
+    target, source = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.7, 0.1, 0.2])
+    torch.testing.assert_close(sampling._residual(target, source), torch.tensor([0.0, 1.0, 0.0]))
+    torch.testing.assert_close(sampling._residual(target, 0), torch.tensor([0.0, 0.6, 0.4]))
+    assert sampling._residual(2, source) == 2
+    torch.testing.assert_close(target, torch.tensor([0.5, 0.3, 0.2])), "and it is not changed"
+
+
+# -- a model, end to end ----------------------------------------------------------------------
+
+SAMPLER = Sampler(temperature=1.3)
+PROMPT, ROWS, NEW = [5, 2, 0, 3], 2_000, 4
+SPANS = [(0, 2), (1, 3), (1, 4)]  # two tokens and three; the first of four comes out of prefill
+
+
+@pytest.fixture(scope="module")
+def decoder(make_tiny: Callable[..., Path]) -> Decoder:
+    """A model of six tokens; its weights disturbed draft, or its own with branches skipped."""
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "head_dim": 8}
+    models = [load_model(make_tiny("llama", **sizes), "float32") for _ in range(2)]
+    noise = torch.Generator().manual_seed(0)
+    for weight in models[1].parameters():
+        weight.data += 0.05 * torch.randn(weight.shape, generator=noise)
+    for model in models:
+        head = model.get_output_embeddings()
+        few = torch.nn.Parameter(head.weight[:WORDS].clone(), requires_grad=False)
+        head.weight = model.get_input_embeddings().weight = few
+        model.config.vocab_size = WORDS
+    gates = ScalarGates(4, 32).requires_grad_(False)
+    shut = {0.5: [math.inf] * 4}  # every token but the first skips every branch
+    decoder = Decoder(SkippingModel(models[0], gates), None, shut)
+    decoder._drafters["int4"] = SkippingModel(models[1], gates)
+    return decoder
+
+
+@pytest.fixture(scope="module")
+def probabilities(decoder: Decoder) -> dict[tuple[int, ...], float]:
+    """The model's own probability of each sequence of NEW tokens, from one pass over all."""
+    texts = list(itertools.product(range(WORDS), repeat=NEW))
+    with torch.no_grad():
+        ids = torch.tensor([[*PROMPT, *text] for text in texts])
+        logits = decoder.skipping.model(ids).logits[:, len(PROMPT) - 1 : -1].double()
+        each = (logits / SAMPLER.temperature).log_softmax(-1)
+        total = each.gather(2, ids[:, len(PROMPT) :, None]).sum((1, 2)).exp()
+    return dict(zip(texts, total.tolist(), strict=True))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {"mode": "plain"},
+    "branches skipped, 1": {"mode": "speculate", "draft_length": 1},
+    "branches skipped, 3": {"mode": "speculate", "draft_length": 3},
+    "other weights, 3": {
+        **{"mode": "speculate", "draft_length": 3},
+        **{"draft_weights": "int4", "draft_budget": 1.0},
+    },
+}
+
+
+def written(decoder: Decoder, name: str) -> Counter[tuple[int, ...]]:
+    """What `generate` writes in rows of one prompt, each with a random stream of its own."""
+    made = decoder.generate([PROMPT] * ROWS, NEW, sampler=SAMPLER, **SETTINGS[name])
+    if name != "plain":
+        rate = made.stats.acceptance_rate
+        assert rate is not None and 0 <= rate <= 1
+    return Counter(map(tuple, made.tokens))
+
+
+def test_drafts_and_the_model_differ_in_every_way(decoder: Decoder) -> None:
+    """Of the ratios p / q that these drafts have, some lie in every range that a rule may treat."""
+    ids = torch.tensor([[*PROMPT, first, 0] for first in range(WORDS)])
+    skipping, other = decoder.skipping, decoder.drafter("int4")
+    shut = [math.inf] * 4
+    rows: list[torch.Tensor] = []
+    for model, thresholds in ((skipping, None), (skipping, shut), (other, None)):
+        cache = model.new_cache(WORDS, 8)
+        states = model.forward(ids, cache, [0] * WORDS, thresholds)
+        rows.append((model.scores(states[:, -2]) / SAMPLER.temperature).softmax(-1))
+    ratios = torch.cat([rows[0] / source for source in rows[1:]]).flatten()
+    for low, high in ((0, 0.5), (0.5, 0.8), (0.8, 1.0), (1.0, 1.25), (2, 1e9)):
+        assert ((ratios > low) & (ratios < high)).any(), (low, high)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_generate_draws_from_the_model(
+    decoder: Decoder, probabilities: dict[tuple[int, ...], float], name: str
+) -> None:
+    assert furthest(written(decoder, name), probabilities, SPANS) < LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("no draw from one half on", "branches skipped, 3"),
+        ("no draw from one half on", "other weights, 3"),
+        ("no draw below one half", "other weights, 3"),
+        ("always", "other weights, 3"),
+        ("replaced by the target", "other weights, 3"),
+    ],
+)
+def test_generate_with_a_wrong_rule_is_rejected(
+    decoder: Decoder,
+    probabilities: dict[tuple[int, ...], float],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kind: str,
+) -> None:
+    monkeypatch.setattr("gateskip.decoding.decoder.accept_or_resample", RULES[name])
+    assert furthest(written(decoder, kind), probabilities, SPANS) > FAR
