@@ -20,7 +20,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check sanitize peers-test figures repeatability bench clean
+.PHONY: help quickstart test check sanitize peers-test figures mutants repeatability bench clean
 .DELETE_ON_ERROR:
 
 help:
