@@ -4,7 +4,9 @@
 #   make check         format, lint, types, import guard
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
+#   make repeatability  equal runs against each other, then planted differences (half an hour)
 #   make figures       tables and figures of README and docs anew, from reports/published
+#   make mutants       mutation testing of the files whose numbers are published: docs/mutants.md
 #   make bench         a larger matrix     make bench PIPELINE=pipelines/from-scratch.yaml
 #   make clean         removes the environment, caches, runs and exports made here
 # PYTHON names the interpreter that makes the environment: make test PYTHON=python3.12
@@ -18,7 +20,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check sanitize peers-test figures bench clean
+.PHONY: help quickstart test check sanitize peers-test figures mutants repeatability bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -68,9 +70,20 @@ peers-test: $(VENV)/.dev
 figures: $(VENV)/.run
 	$(BIN)/python -m reports.documents
 
+repeatability: $(VENV)/.run
+	$(BIN)/python tests/repeatability.py $(ARGS)
+
+# One thread a process: mutants run in forks of a process that has imported everything.
+# make mutants MUTANTS="gateskip.model.compute*" runs those of one file
+mutants: $(VENV)/.dev
+	mkdir -p build/tiny
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 GATESKIP_TINY_MODELS=$(abspath build/tiny) \
+	  $(BIN)/mutmut run $(MUTANTS)
+	$(BIN)/python tests/mutants/report.py
+
 bench: $(VENV)/.run
 	$(BIN)/gateskip run $(PIPELINE)
 
 clean:
-	rm -rf $(VENV) runs exports build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs exports build mutants dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find compose gateskip reports tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,7 +24,15 @@ from gateskip.decoding.drafting import Draft
 from gateskip.decoding.stats import Stats
 from gateskip.gates.learned import ScalarGates
 from gateskip.gates.shortcuts import Shortcuts
-from gateskip.model.compute import BranchCost, Usage, Work, branch_costs, saving
+from gateskip.model.compute import (
+    BranchCost,
+    Usage,
+    Work,
+    attended,
+    branch_costs,
+    kept_share,
+    saving,
+)
 from gateskip.model.folders import load_model
 from gateskip.runtime.skipping import SkippingModel
 
@@ -116,7 +124,7 @@ class TestComputeSaved:
         assert own.model == pytest.approx(whole)
 
     def test_nothing_counted_saves_nothing(self, small: Any) -> None:
-        with pytest.raises(ValueError, match="no token was counted"):
+        with pytest.raises(ValueError, match="^no token was counted$"):
             saving(small, Usage.of(small), None, "project", [False] * 4)
         assert Usage.of(small) == Usage([0, 0, 0, 0], 0, 0)
         assert Usage.of(small).shares() == [1.0] * 4
@@ -124,6 +132,36 @@ class TestComputeSaved:
         full = usage()
         full.clear()
         assert full == Usage.of(small)
+
+    def test_a_count_of_other_branches_is_refused(self, small: Any) -> None:
+        for kept in ([10, 4, 7], [10, 4, 7, 1, 1]):
+            with pytest.raises(ValueError, match="zip"):
+                saving(small, Usage(kept, SEEN, CONTEXT), None, "project", [False] * 4)
+            with pytest.raises(ValueError, match="zip"):
+                kept_share(small, Usage(kept, SEEN, CONTEXT))
+
+    def test_the_share_that_entered(self, small: Any) -> None:
+        entered = (10 + 7) * ATTENTION + (4 + 1) * MLP
+        assert kept_share(small, usage()) == pytest.approx(entered / DENSE)
+        with pytest.raises(ValueError, match="^no token was counted$"):
+            kept_share(small, Usage.of(small))
+
+    def test_windows_by_hand(self) -> None:
+        """Positions 2 to 6 see 3 + 4 + 5 + 6 + 7 slots, in a window of 4: 3 + 4 + 4 + 4 + 4."""
+        assert attended(2, 5, None) == 25 and attended(2, 5, 4) == 19
+        assert attended(0, 3, 4) == 6 and attended(9, 2, 4) == 8 and attended(0, 4, 4) == 10
+        assert BranchCost(100, 0, 2, 4).over(6) == pytest.approx(100 + 2 * 18 / 6)
+        assert BranchCost(100, 0, 2).over(6) == pytest.approx(100 + 2 * 21 / 6)
+        used = Usage([0], windowed={4: 0})
+        used.saw(2, 5)
+        used.saw(0)
+        assert (used.seen, used.context, used.windowed) == (6, 26, {4: 20})
+        assert used.mean_context(None) == pytest.approx(26 / 6)
+        assert used.mean_context(4) == pytest.approx(20 / 6)
+        dense = Work((BranchCost(100, 0, 2, 4), BranchCost(50, 0, 3)), 7)
+        assert dense.of_branches(used) == pytest.approx(6 * 150 + 2 * 20 + 3 * 26)
+        used.clear()
+        assert used == Usage([0], 0, 0, {4: 0})
 
     @pytest.mark.parametrize(("kv_rule", "kv"), [("project", 7 * 1024), ("copy", 0)])
     @pytest.mark.parametrize("backend", ["gathered", "reference"])
@@ -207,6 +245,10 @@ class TestSpeculation:
         # first: 3 drafts reached it, 2 stood; second: reached by 2 (4 and 3 long), 1 stood; ...
         assert stats.positions == [[3, 2], [2, 1], [1, 1], [1, 1]]
         assert (stats.draft_s, stats.verify_s) == (0.5, 0.25)
+
+    def test_a_draft_a_row(self) -> None:
+        with pytest.raises(ValueError, match="zip"):
+            Stats().add_round([draft(2)], [1, 1], 0.1, 0.1)
 
     def test_calls_add_up(self) -> None:
         first = Stats(10, 5, 1.0, 2.0, 0.75, 4, 2, 3, 0.25, 0.5, {2: 2, 0: 1}, 1, [[2, 1], [1, 1]])

@@ -76,6 +76,17 @@ class TestDraftLength:
         assert measured(0.5, draft_step=0.46, per_row=0.0).draft_length() == 1
         assert measured(0.5, draft_step=0.48, per_row=0.0).draft_length() == 0
 
+    def test_the_margin_is_relative(self) -> None:
+        """Plain steps of 2 s: 0.5 tokens a second, and drafts that cost nothing give 0.75."""
+        assert measured(0.1, plain=2.0, draft_step=0.1, per_row=0.0).draft_length() == 1
+        assert measured(0.1, plain=0.5, draft_step=0.1, per_row=0.0).draft_length() == 0
+
+    def test_what_is_not_timed_yet_is_tried(self) -> None:
+        for unknown in ("draft_step", "per_row"):
+            part = measured(0.0)
+            setattr(part, unknown, None)
+            assert part.draft_length() == 3
+
     def test_what_a_draft_must_be_worth(self) -> None:
         assert measured(0.5, plain=2.0).least() == pytest.approx(0.075)
         assert DraftLengthController().least() == 0.0
@@ -224,7 +235,7 @@ class TestLosses:
         """The sum of w h^2 over rows, and its gradient 2 w h, doubled by what follows."""
         hidden = torch.randn(rows, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
         weights = torch.arange(1.0, rows + 1).unsqueeze(1)
-        sizes = []
+        sizes: list[int] = []
 
         def loss_of(part: torch.Tensor, place: slice) -> torch.Tensor:
             sizes.append(len(part))
@@ -236,6 +247,11 @@ class TestLosses:
         torch.testing.assert_close(found, (weights * hidden.detach().square()).sum())
         torch.testing.assert_close(hidden.grad, 4 * weights * hidden.detach())
         assert sum(sizes) == rows and max(sizes) <= objectives.CHUNK
+
+    def test_chunks_of_bfloat16_add_up_in_float32(self) -> None:
+        hidden = torch.ones(3, 2, dtype=torch.bfloat16).requires_grad_()
+        found = objectives.in_chunks(hidden, lambda part, rows: part.sum())
+        assert found.dtype == torch.float32 and float(found.detach()) == 6.0
 
     def test_the_teacher_and_a_student_without_gradient(self) -> None:
         teacher = torch.randn(3, 5, requires_grad=True)

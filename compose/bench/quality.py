@@ -105,7 +105,7 @@ class QualityBench:
         usage.clear()
         record: dict[str, Any] = {}
         if self.is_baseline:
-            scores, kept = score_reference(model, blocks)
+            scores, kept = score_reference(model, blocks, progress=self.progress)
             self.stored |= kept
             record |= self._noise_floor(blocks, kept["hidden"], scores)
         else:

@@ -171,7 +171,7 @@ def _summary(rows: Sequence[_Row]) -> BlockScores:
 
 
 def score_reference(
-    model: ScoredModel, blocks: Tensor, *, batch_size: int = 1
+    model: ScoredModel, blocks: Tensor, *, batch_size: int = 1, progress: Progress | None = None
 ) -> tuple[BlockScores, dict[str, Tensor]]:
     """Score the baseline on `blocks` [N, S]; the second is what the other cells compare with.
 
@@ -179,7 +179,11 @@ def score_reference(
     """
     kept: list[Tensor] = []
     scores = score_blocks(
-        model, blocks, batch_size=batch_size, keep=lambda hidden: kept.append(hidden.cpu().clone())
+        model,
+        blocks,
+        batch_size=batch_size,
+        progress=progress,
+        keep=lambda hidden: kept.append(hidden.cpu().clone()),
     )
     return scores, {"hidden": torch.cat(kept).contiguous(), "blocks": blocks.cpu()}
 

@@ -16,7 +16,7 @@ twenty runs of unchanged code pass in nine cases of ten without one false call. 
 The noise of a speed is taken as at least that of all speeds together: five repeats alone would know
 their own noise too badly for so strict a test. A change below the tolerances is never called.
 
-What can be seen: 5 % of decode speed where a repeat varies by 1 % (5 repeats) or 1.5 % (10
+What can be seen: 5 % of decode speed where a repeat varies by 1 % (5 repeats) or 1.5 % (12
 repeats); 2 points of accuracy from 500 questions a cell on.
 """
 

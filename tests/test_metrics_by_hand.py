@@ -1,0 +1,281 @@
+"""Metrics of cells, their intervals, and what `pick` says, beside numbers worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from compose.errors import UserError
+from compose.results.intervals import exp_mean_ratio, mean_interval, paired_speed_ratio, wilson
+from compose.results.metrics import (
+    gain,
+    half_width,
+    interval_of,
+    metric_of,
+    over_seeds,
+    retained_basis,
+    task_retained,
+)
+from compose.results.pick import Constraint, Lossless, pick, retained_bound
+from compose.results.schema import CellResult, Results
+
+
+def run_of(*cells: dict[str, Any]) -> Results:
+    full = [{"chain": [], "status": "ok", **cell} for cell in cells]
+    return Results.model_validate({"run": "test", "cells": full})
+
+
+def text(value: float | None, ratio_ci95: Any = None, dataset: str = "t", **more: Any) -> Any:
+    perplexity = {"dataset": dataset, "value": value, "ratio_ci95": ratio_ci95} | more
+    return {"quality": {"perplexity": perplexity}}
+
+
+def scores(**tasks: Any) -> dict[str, Any]:
+    return {"quality": {"tasks": {n: {"metric": "acc", "value": v} for n, v in tasks.items()}}}
+
+
+SPREAD = {"value": 1.5, "low": 1.25, "high": 1.75, "n": 5}
+
+
+class TestIntervals:
+    def test_each_metric_has_its_own(self) -> None:
+        cell: dict[str, Any] = text(25.0, (1.2, 1.25))
+        cell["quality"] |= {"kl_to_baseline": 0.5, "kl_ci95": (0.4, 0.6)}
+        cell["speculation"] = {"speedup": 1.5, "speedup_ci95": (1.4, 1.6)}
+        cell["speed"] = {"decode_ratio": SPREAD, "prefill_ratio": SPREAD | {"high": 2.5}}
+        results = run_of({"name": "dense"} | text(20.0), {"name": "nf4"} | cell, {"name": "bare"})
+        own, bare = results.cell("nf4"), results.cell("bare")
+        wanted = {
+            "kl": (0.4, 0.6),
+            "speedup": (1.4, 1.6),
+            "perplexity-ratio": (1.2, 1.25),
+            "retained": (0.8, 1 / 1.2),  # one over each end, in turn
+            "decode-ratio": (1.25, 1.75),
+            "prefill-ratio": (1.25, 2.5),
+        }
+        for name, ends in wanted.items():
+            assert interval_of(results, name, own) == pytest.approx(ends), name
+            assert interval_of(results, name, bare) is None, name
+        assert interval_of(results, "decode", own) is None
+        assert metric_of(results, "decode-ratio", own) == 1.5
+        assert metric_of(results, "decode-ratio", bare) is None
+        with pytest.raises(UserError, match=r"^there is no metric 'kll'\n.*did you mean 'kl'"):
+            interval_of(results, "kll", own)
+
+    def test_of_tasks_retained(self) -> None:
+        cell = scores(a=0.4)
+        results = run_of({"name": "dense"} | scores(a=0.5), {"name": "x"} | cell)
+        assert interval_of(results, "retained", results.cell("x")) is None
+        cell["quality"]["retained"] = SPREAD
+        results = run_of({"name": "dense"} | scores(a=0.5), {"name": "x"} | cell)
+        assert interval_of(results, "retained", results.cell("x")) == (1.25, 1.75)
+        assert metric_of(results, "retained", results.cell("x")) == 1.5
+
+    def test_without_text_or_ratio(self) -> None:
+        results = run_of(
+            {"name": "dense"} | text(20.0),
+            {"name": "no ends"} | text(25.0),
+            {"name": "no text"} | scores(a=0.5),
+        )
+        for name in ("no ends", "no text"):
+            assert interval_of(results, "perplexity-ratio", results.cell(name)) is None
+            assert interval_of(results, "retained", results.cell(name)) is None
+
+    def test_two_values_are_enough(self) -> None:
+        """Student's t with one degree of freedom is 12.7062: 12.7062 x 1 / sqrt 2 x sqrt 2 = ..."""
+        found = mean_interval([1, 3])
+        assert found is not None
+        assert (found.value, found.low) == pytest.approx((2.0, 2 - 12.7062), rel=1e-4)
+        assert exp_mean_ratio([1.0, 2.0], [1.0, 2.0]) is not None
+        assert paired_speed_ratio([1.0, 2.0], [1.0, 2.0]) is not None
+        assert wilson(1.0, 1) == pytest.approx((0.2065, 1.0), abs=1e-4)
+
+    def test_seeds(self) -> None:
+        """2, 4 and 6: deviation 2, standard error 2 / sqrt 3, Student's t 4.3027."""
+        assert half_width([2.0, 4.0, 6.0]) == pytest.approx(4.3027 * 2 / 3**0.5, rel=1e-4)
+        quality = text(20.0)["quality"]
+        seeds = [
+            {"seed": 1} | text(24.0) | {"compute": {"saved_net": 0.2}},
+            {"seed": 2, "quality": {}, "compute": {"saved_net": 0.3}},
+        ]
+        cell = {"name": "x", "quality": quality, "compute": {"saved_net": 0.1}, "seeds": seeds}
+        results = run_of({"name": "dense"}, cell, {"name": "bare"})
+        assert over_seeds(results, "perplexity", results.cell("x")) == (20.0, 24.0)
+        assert over_seeds(results, "saved", results.cell("x")) == (0.1, 0.2, 0.3)
+        assert over_seeds(results, "saved", results.cell("bare")) == ()
+
+
+class TestRatios:
+    def test_of_perplexity(self) -> None:
+        """A stored ratio counts first; else the values, of one text and where both are there."""
+        dense = {"name": "dense"} | text(20.0)
+        for cell, wanted in (
+            (text(25.0), 1.25),
+            (text(25.0, ratio_to_baseline=1.5), 1.5),
+            (text(25.0, dataset="other"), None),
+            (text(None), None),
+            (scores(a=0.5), None),
+        ):
+            results = run_of(dense, {"name": "x"} | cell)
+            assert metric_of(results, "perplexity-ratio", results.cell("x")) == wanted
+        for base in (text(None), scores(a=0.5), {}):
+            results = run_of({"name": "dense"} | base, {"name": "x"} | text(25.0))
+            assert metric_of(results, "perplexity-ratio", results.cell("x")) is None
+        results = run_of({"name": "x"} | text(25.0))
+        assert metric_of(results, "perplexity-ratio", results.cell("x")) is None
+
+    def test_of_tasks(self) -> None:
+        stored = scores(a=0.4)
+        stored["quality"]["tasks"]["a"]["retained"] = 0.7
+        results = run_of(
+            {"name": "dense"} | scores(a=0.5, b=0.0),
+            {"name": "x"} | scores(a=0.4, b=0.3, c=0.1),
+            {"name": "stored"} | stored,
+            {"name": "unknown"} | scores(a=None),
+            {"name": "bare"},
+        )
+        assert task_retained(results, results.cell("x"), "a") == pytest.approx(0.8)
+        assert task_retained(results, results.cell("stored"), "a") == 0.7
+        for name, task in (("x", "b"), ("x", "c"), ("x", "d"), ("unknown", "a"), ("bare", "a")):
+            assert task_retained(results, results.cell(name), task) is None, (name, task)
+        for alone in (
+            run_of({"name": "x"} | scores(a=0.4)),
+            run_of({"name": "dense"}, {"name": "x"} | scores(a=0.4)),
+        ):
+            assert task_retained(alone, alone.cell("x"), "a") is None
+
+    def test_means_need_all_tasks(self) -> None:
+        results = run_of(
+            {"name": "dense"} | scores(a=0.5, b=0.8),
+            {"name": "x"} | scores(a=0.25, b=0.8),
+            {"name": "half"} | scores(a=0.25, b=None),
+        )
+        assert retained_basis(results) == "tasks"
+        assert metric_of(results, "retained", results.cell("x")) == pytest.approx(0.75)
+        assert metric_of(results, "accuracy", results.cell("x")) == pytest.approx(0.525)
+        assert metric_of(results, "retained", results.cell("half")) is None
+        assert metric_of(results, "accuracy", results.cell("half")) is None
+
+    def test_the_basis(self) -> None:
+        assert retained_basis(run_of({"name": "dense"} | text(20.0))) == "perplexity"
+        assert retained_basis(run_of({"name": "dense"} | text(None))) is None
+        assert retained_basis(run_of({"name": "dense"} | scores(a=0.0))) is None
+        assert retained_basis(run_of({"name": "dense"})) is None
+        assert retained_basis(run_of({"name": "x"} | text(20.0))) is None
+        both = text(20.0)
+        both["quality"] |= scores(a=0.5, b=0.0)["quality"]
+        assert retained_basis(run_of({"name": "dense"} | both)) == "perplexity"
+
+    def test_gains(self) -> None:
+        results = run_of({"name": "dense"} | text(20.0), {"name": "x"} | text(25.0), {"name": "y"})
+        assert gain(results, "perplexity", results.cell("x")) == 1.25
+        assert gain(results, "perplexity", results.cell("y")) is None
+        other = run_of({"name": "dense"}, {"name": "x"} | text(25.0))
+        assert gain(other, "perplexity", other.cell("x")) is None
+
+
+def bound(limit: float, at_least: bool, value: float | None) -> Constraint:
+    return Constraint("size", "--max-bytes", lambda cell: value, limit, at_least, "{:.1f}".format)
+
+
+CELL = CellResult(name="x", chain=(), status="ok")
+
+
+class TestConstraints:
+    @pytest.mark.parametrize(
+        ("limit", "at_least", "value", "missing"),
+        [
+            *((4.0, False, 5.0, 0.25), (4.0, False, 4.0, 0.0), (4.0, False, 1.0, 0.0)),
+            *((4.0, True, 3.0, 0.25), (4.0, True, 4.0, 0.0), (0.0, False, 0.5, 0.5)),
+            *((0.0, False, -1.0, 0.0), (-4.0, True, -5.0, 0.25), (4.0, True, None, 10.0)),
+        ],
+    )
+    def test_how_far_off(
+        self, limit: float, at_least: bool, value: float | None, missing: float
+    ) -> None:
+        assert bound(limit, at_least, value).shortfall(CELL) == missing
+
+    def test_in_words(self) -> None:
+        own = bound(4.0, True, 3.0)
+        assert (own.required(), own.seen(CELL)) == ("size >= 4.0", "size 3.0")
+        assert bound(4.0, False, None).required() == "size <= 4.0"
+        assert bound(4.0, False, None).seen(CELL) == "size not measured"
+        assert own.remedy == "loosen --max-bytes"
+
+    @pytest.mark.parametrize(
+        ("more", "missing", "words"),
+        [
+            ({}, 0.0, "no speculation"),
+            ({"lossless_check": {"lossless": True}}, 0.0, "lossless"),
+            ({"lossless_check": {"lossless": False}}, 1.0, "not lossless"),
+            ({"lossless_check": {}}, 10.0, "losslessness not measured"),
+            ({"speculation": {}}, 10.0, "losslessness not measured"),
+        ],
+    )
+    def test_lossless(self, more: dict[str, Any], missing: float, words: str) -> None:
+        cell = run_of({"name": "x"} | more).cells[0]
+        assert (Lossless().shortfall(cell), Lossless().seen(cell)) == (missing, words)
+        assert Lossless().required() == "lossless speculation"
+
+
+def fast(decode: float, size: int, **more: Any) -> dict[str, Any]:
+    speed = {"decode_tokens_per_s": {"median": decode}}
+    return {"speed": speed, "size": {"disk_bytes": size, "resident_bytes": 2 * size}} | more
+
+
+class TestPick:
+    def test_what_stands_in_the_way(self) -> None:
+        results = run_of(
+            {"name": "dense"} | fast(20.0, 500),
+            {"name": "small"} | fast(15.0, 300, lossless_check={"lossless": False}),
+            {"name": "tiny"} | fast(10.0, 300, lossless_check={"lossless": False}),
+        )
+        with pytest.raises(UserError) as caught:
+            pick(results, max_bytes=200, max_resident=500)
+        message = str(caught.value)
+        assert message.startswith(
+            "no cell meets disk <= 200 B and memory <= 500 B (3 were measured); "
+            "the nearest is 'small': disk 300 B, memory 600 B, not lossless"
+        ), message
+        assert "loosen --max-bytes, loosen --max-resident, pass --no-require-lossless" in message
+        with pytest.raises(UserError) as caught:
+            pick(results, max_bytes=300)
+        assert str(caught.value).startswith(
+            "no cell meets every constraint; alone, of 3 cells: disk <= 300 B by 2, "
+            "lossless speculation by 1; the nearest is 'dense': disk 500 B"
+        ), str(caught.value)
+
+    def test_bounds_of_the_baseline_are_one(self) -> None:
+        results = run_of({"name": "dense"} | text(20.0) | fast(20.0, 400))
+        dense = results.cell("dense")
+        assert retained_bound(results, dense) == 1.0
+        assert pick(results, min_retained=1.0, max_perplexity_ratio=1.0) == dense
+        for limits in ({"min_retained": 1.001}, {"max_perplexity_ratio": 0.999}):
+            with pytest.raises(UserError, match="the nearest is 'dense'"):
+                pick(results, **limits)
+
+    def test_what_is_unknown_is_said(self) -> None:
+        few = {"a": {"metric": "acc", "value": 0.5, "n": 199}}
+        for base, cell, words in (
+            (text(20.0), {}, "not measured"),
+            (text(20.0), text(21.0), "unknown: without an interval"),
+            (
+                text(20.0),
+                text(21.0, (1.0, 1.1)) | {"lossless_check": {"lossless": False}},
+                "unknown: not the tokens of its plain cell",
+            ),
+            ({"quality": {"tasks": few}}, {"quality": {"tasks": few}}, "unknown: 199 questions"),
+            (
+                {"quality": {"tasks": {"a": few["a"] | {"n": 200}}}},
+                {"quality": {"tasks": {"a": few["a"] | {"n": 200}}}},
+                "unknown: without an interval",
+            ),
+        ):
+            results = run_of(
+                {"name": "dense"} | fast(20.0, 9) | base, {"name": "x"} | fast(30.0, 9) | cell
+            )
+            with pytest.raises(UserError) as caught:
+                pick(results, min_retained=0.9, require_lossless=False)
+            wanted = f"no evidence for retained (at least) >= 0.900: {words}"
+            assert str(caught.value).startswith(wanted), str(caught.value)
