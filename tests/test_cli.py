@@ -180,7 +180,7 @@ def test_pick_finds_the_best_under_constraints(finished: Path) -> None:
         name: json.loads(call("pick", finished, "--json", *options)[1])["cell"]["name"]
         for name, options in {
             "fastest": (),
-            "good": ("--max-perplexity-ratio", "1.5"),
+            "good": ("--max-perplexity-ratio", "1.5", "--by-estimate"),
             "small": ("--maximize", "size"),
             "fits": ("--max-bytes", "0.3kB", "--maximize", "decode"),
         }.items()
@@ -189,6 +189,13 @@ def test_pick_finds_the_best_under_constraints(finished: Path) -> None:
     code, out, _ = call("pick", finished)
     assert code == 0
     assert "drop" in out
+
+
+def test_a_bound_of_quality_without_evidence_is_refused(finished: Path) -> None:
+    code, _, err = call("pick", finished, "--max-perplexity-ratio", "1.5")
+    assert code == 2
+    assert "no evidence for perplexity ratio (at most) <= 1.500" in err
+    assert "--by-estimate" in err
 
 
 def test_pick_names_the_constraint_that_left_nothing(finished: Path) -> None:
@@ -339,7 +346,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
     }
     wanted = [
         *("--max-bytes", "--max-perplexity-ratio", "--max-resident"),
-        *("--maximize", "--min-retained", "--require-lossless"),
+        *("--by-estimate", "--maximize", "--min-retained", "--require-lossless"),
     ]
     drawn = ["--temperature", "--top-k", "--top-p", "--seed", "--stop"]
     asked = ["--stats", "folder", "prompt"]

@@ -104,7 +104,10 @@ def test_25_questions_make_no_claim_however_good_they_look() -> None:
     few = {"tasks": {"sums": task(outcomes(11, 25))}}, {"tasks": {"sums": task(outcomes(9, 25))}}
     found = judged(*few, speed=FASTER)
     assert found.verdict == "NO EVIDENCE"
-    assert "25 questions are too few: 200 are needed" in found.why
+    assert found.why == (
+        "25 questions are too few: 200 are needed, it decodes 1.40 to 1.60 times as fast as the"
+        " baseline."
+    )
 
 
 def nll(*losses: float) -> dict[str, Any]:

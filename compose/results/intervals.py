@@ -153,7 +153,8 @@ def _resampled_means(rows: Floats, seed: int = SEED) -> Floats:
 
 def _estimate(value: float, draws: Floats, n: int) -> Estimate | None:
     """A ratio with the percentiles of its draws; None where an end is not finite."""
-    ends = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    with np.errstate(invalid="ignore"):  # between two infinite draws
+        ends = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     if not np.isfinite(ends).all():
         return None
     return _ratio(value, float(ends[0]), float(ends[1]), n)
