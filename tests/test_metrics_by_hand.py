@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from compose.errors import UserError
+from compose.results import metrics as table
 from compose.results.intervals import exp_mean_ratio, mean_interval, paired_speed_ratio, wilson
 from compose.results.metrics import (
     gain,
     half_width,
     interval_of,
     metric_of,
+    metrics,
     over_seeds,
     retained_basis,
     task_retained,
@@ -279,3 +281,65 @@ class TestPick:
                 pick(results, min_retained=0.9, require_lossless=False)
             wanted = f"no evidence for retained (at least) >= 0.900: {words}"
             assert str(caught.value).startswith(wanted), str(caught.value)
+
+
+class TestReaders:
+    """The functions that the table of metrics is made of, made anew."""
+
+    CELL: ClassVar[dict[str, Any]] = {
+        "size": {"disk_bytes": 10, "resident_bytes": 20},
+        "speed": {
+            "decode_tokens_per_s": {"median": 2.5},
+            "decode_ratio": SPREAD,
+        },
+        "quality": {"kl_to_baseline": 0.5, "own_answers": {"kl": 0.25, "answers": 7}},
+    }
+
+    def test_parts(self) -> None:
+        results = run_of({"name": "x"} | self.CELL, {"name": "bare"}, {"name": "empty", "size": {}})
+        own, bare, empty = results.cells
+        disk = table._part("size", "disk_bytes")
+        assert [disk(results, cell) for cell in (own, bare, empty)] == [10.0, None, None]
+        assert isinstance(disk(results, own), float)
+        assert table._part("size", "resident_bytes")(results, own) == 20.0
+        kl = table._part("quality", "kl_to_baseline")
+        assert [kl(results, cell) for cell in (own, bare)] == [0.5, None]
+        agreement = table._part("quality", "greedy_agreement")
+        assert agreement(results, own) is None
+
+    def test_speculation_has_the_quality_of_its_plain_cell(self) -> None:
+        spec = {"name": "spec", "quality_of": "x", "plain": "x"}
+        results = run_of({"name": "x"} | self.CELL, spec)
+        cell = results.cell("spec")
+        assert table._part("quality", "kl_to_baseline")(results, cell) == 0.5
+        assert table._own_answers("kl")(results, cell) == 0.25
+
+    def test_speeds(self) -> None:
+        results = run_of(
+            {"name": "x"} | self.CELL, {"name": "bare"}, {"name": "empty", "speed": {}}
+        )
+        own, bare, empty = results.cells
+        cells = (own, bare, empty)
+        assert [table._speed("decode_tokens_per_s")(results, c) for c in cells] == [2.5, None, None]
+        assert [table._gain("decode_ratio")(results, c) for c in cells] == [1.5, None, None]
+        ends = table._gain_interval("decode_ratio")
+        assert [ends(results, cell) for cell in cells] == [(1.25, 1.75), None, None]
+        assert table._gain("prefill_ratio")(results, own) is None
+
+    def test_own_answers(self) -> None:
+        results = run_of(
+            {"name": "x"} | self.CELL, {"name": "bare"}, {"name": "empty", "quality": {}}
+        )
+        kl, count, prefix = map(table._own_answers, ("kl", "answers", "common_prefix"))
+        assert [kl(results, cell) for cell in results.cells] == [0.25, None, None]
+        assert (count(results, results.cells[0]), prefix(results, results.cells[0])) == (7.0, None)
+
+    def test_all_of_a_cell(self) -> None:
+        results = run_of({"name": "x"} | self.CELL)
+        assert metrics(results, results.cells[0]) == {
+            **{"decode": 2.5, "size": 10.0, "resident": 20.0, "decode-ratio": 1.5},
+            **{"kl": 0.5, "answer-kl": 0.25},
+        }
+
+    def test_ranks(self) -> None:
+        assert table.METRICS["decode"].rank(2.0) == 2.0 and table.METRICS["size"].rank(2.0) == -2.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
 from compose.stages.base import DataSpec
 from compose.stages.registry import RULES, Gate, Heal, Speculate
-from compose.store import Store
+from compose.store import Store, read_json, write_json, write_text
 
 TEXT = """\
 name: t
@@ -111,6 +112,8 @@ def test_where_a_cells_model_is(tmp_path: Path) -> None:
     plan, store = plan_of(tmp_path), Store(tmp_path / "store")
     cell = plan.cell("nf4")
     assert plan.model_folder(cell, store) == tmp_path / "store" / cell.weights / "model"
+    named = replace(cell, folder="/models/m")
+    assert plan.model_folder(named, store) == Path("/models/m")
 
 
 def test_a_file_that_is_gone_is_named_at_its_line(tmp_path: Path) -> None:
@@ -247,3 +250,16 @@ def test_repeats_keep_their_chain(tmp_path: Path) -> None:
     assert (repeat.plain, repeat.repeats) == ("gates@3", "quick")
     assert cells["gates@3"].origin == "plain" and cells["gates@3"].plain is None
     assert repeat.weights == cells["gates@3"].weights != cells["gates"].weights
+
+
+def test_files_of_the_store(tmp_path: Path) -> None:
+    """JSON as people read it, in UTF-8 whatever the locale; scratch in a place of its own."""
+    path = tmp_path / "a" / "b.json"
+    write_json(path, {"name": "é", "values": [1]})
+    assert path.read_bytes() == '{\n "name": "é",\n "values": [\n  1\n ]\n}\n'.encode()
+    write_text(tmp_path / "c.txt", "ü")
+    assert (tmp_path / "c.txt").read_bytes() == "ü".encode()
+    assert read_json(path) == {"name": "é", "values": [1]}
+    store = Store(tmp_path)
+    assert store.work("0" * 16) == tmp_path / ".work" / ("0" * 16)
+    assert store.model("1") == tmp_path / "1" / "model" and store.path("1") == tmp_path / "1"

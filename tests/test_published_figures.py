@@ -18,7 +18,7 @@ import pytest
 import gateskip
 from compose.bench.speed import SpeedTurns
 from compose.bench.turns import add_turns
-from gateskip.calibration.budgets import CalibratedBudgets
+from gateskip.calibration.budgets import CalibratedBudgets, with_gaps_filled
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.drafting import Draft
 from gateskip.decoding.stats import Stats
@@ -214,6 +214,15 @@ class TestThresholds:
     def test_an_end_that_is_not_finite_keeps_the_safer_one(self) -> None:
         grid = {0.8: [math.inf, 3.0, math.inf, 5.0], 0.9: [1.0, -math.inf, math.inf, 1.0]}
         assert CalibratedBudgets(grid).at(0.825) == pytest.approx([1.0, -math.inf, math.inf, 4.0])
+
+    def test_gaps_that_calibration_fills(self) -> None:
+        """No gap above 0.1, and 0.97 at the top unless 0.96 or more is asked for."""
+        assert with_gaps_filled([0.5, 0.95]) == [0.5, 0.59, 0.68, 0.77, 0.86, 0.95, 0.97]
+        assert with_gaps_filled([0.8]) == [0.8, 0.885, 0.97]
+        assert with_gaps_filled([0.965, 0.9, 1.0]) == [0.9, 0.965]
+        assert with_gaps_filled([0.97 - 0.02 / 2]) == [0.97 - 0.02 / 2]
+        assert with_gaps_filled([0.8, 0.9, 0.8]) == [0.8, 0.9, 0.97]
+        assert with_gaps_filled([1.0]) == with_gaps_filled([]) == []
 
     def test_what_a_budget_keeps(self) -> None:
         """Between 0.6 (0.61 kept), 0.65 (0.64) and 0.7 (0.69): linear from one to the next."""

@@ -189,6 +189,14 @@ class TestRounding:
                     values[row, group], torch.tensor(wanted), atol=1e-2, rtol=0
                 )
 
+    @pytest.mark.parametrize("size", [1e-7, 1e7])
+    def test_the_size_of_all_inputs_does_not_matter(self, size: float) -> None:
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(4, 2 * GROUP, generator=generator)
+        squares = torch.rand(2 * GROUP, generator=generator).square() + 0.1
+        one, other = round_to_grid(weights, squares), round_to_grid(weights, squares * size)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
     def test_inputs_that_are_never_there_count_nothing(self) -> None:
         """All squares 0: every weight counts alike, and nothing is divided by 0."""
         weights = torch.linspace(-1, 1, GROUP).view(1, GROUP)
