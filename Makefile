@@ -3,6 +3,8 @@
 #   make test          every test          make test ARGS="tests/test_plan.py -m 'not real'"
 #   make check         format, lint, types, import guard
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make peers-test    the environments of other engines, made once (minutes), and their tests
+#   make repeatability  equal runs against each other, then planted differences (half an hour)
 #   make figures       tables and figures of README and docs anew, from reports/published
 #   make mutants       mutation testing of the files whose numbers are published: docs/mutants.md
 #   make bench         a larger matrix     make bench PIPELINE=pipelines/from-scratch.yaml
@@ -18,7 +20,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check sanitize figures bench clean
+.PHONY: help quickstart test check sanitize peers-test figures mutants repeatability bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -61,8 +63,15 @@ sanitize:
 	  -fno-sanitize-recover=all -I$(KERNELS) tests/kernels/*.cpp $(KERNELS)/*.cpp -o build/odd_sizes
 	ASAN_OPTIONS=detect_leaks=1 build/odd_sizes
 
+# llama.cpp is compiled here, which needs a C++ compiler; the others are installed.
+peers-test: $(VENV)/.dev
+	GATESKIP_BUILD_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py $(ARGS)
+
 figures: $(VENV)/.run
 	$(BIN)/python -m reports.documents
+
+repeatability: $(VENV)/.run
+	$(BIN)/python tests/repeatability.py $(ARGS)
 
 # One thread a process: mutants run in forks of a process that has imported everything.
 # make mutants MUTANTS="gateskip.model.compute*" runs those of one file

@@ -162,14 +162,25 @@ def _settings(
 
 
 @app.command()
-def report(run_dir: RunDir) -> None:
-    """Draw report.html and report.md anew from results.json."""
-    from compose.execution.run_folder import RunFolder
-    from reports.render import render
+def report(
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(help="A run's folder; of several, others are compared with the first."),
+    ],
+    fail_on_regression: Annotated[
+        bool,
+        typer.Option(
+            "--fail-on-regression", help="Exit with 1 where a number became worse beyond chance."
+        ),
+    ] = False,
+) -> None:
+    """Draw each run's report anew from results.json; compare several runs."""
+    from compose.terminal.reports import compare_and_tell, draw
 
-    folder = RunFolder.existing(run_dir)
-    render(folder.results_file, folder.root)
-    typer.echo(f"{run_dir / 'report.html'}\n{run_dir / 'report.md'}")
+    for run_dir in run_dirs:
+        typer.echo(draw(run_dir))
+    worse = compare_and_tell(run_dirs, asked=fail_on_regression, tell=typer.echo)
+    raise typer.Exit(worse and fail_on_regression)
 
 
 def _results_of(run_dir: Path) -> Results:

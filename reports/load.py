@@ -7,19 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from compose.results.io import load_results
-from compose.results.metrics import METRICS, metrics
-from compose.results.parts import StepInfo
+from compose.results.metrics import METRICS, interval_of, metrics
 from compose.results.schema import CellResult, Results
+from reports.families import NOT_QUANTIZED, Decode, decode_of, family_of, weights_of
 
-KEEPS = 0.95
-"""The share of the dense model's quality that the summary asks of a cell."""
-
-_KEEPS = f"{100 * KEEPS:.0f}\u202f%"
-
-Decode = Literal["plain", "skip", "speculate"]
+FRONTS = ("decode", "size", "saved")
+"""What quality is drawn against."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +25,14 @@ class Row:
     cell: CellResult
     values: dict[str, float]
     weights: str
+    family: str
     decode: Decode
     is_baseline: bool
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its weights are packed, as far as the chain or the peer's option tells."""
+        return self.weights != NOT_QUANTIZED
 
     def get(self, metric: str) -> float | None:
         """The metric, or None where it was not measured."""
@@ -45,15 +46,6 @@ class LeftOutGroup:
     rule: str
     reasons: tuple[str, ...]
     cells: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Best:
-    """The winner by one aim, and a remark. Without a winner the remark says why."""
-
-    aim: str
-    row: Row | None
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,8 @@ class Report:
                 number=number,
                 cell=cell,
                 values=metrics(results, cell),
-                weights=weights_of(cell.steps),
+                weights=weights_of(cell),
+                family=family_of(cell),
                 decode=decode_of(cell),
                 is_baseline=cell.name == results.baseline,
             )
@@ -114,9 +107,30 @@ class Report:
         return tuple(sorted({b for s in speeds if s is not None for b in s.by_batch or ()}))
 
     @cached_property
+    def contexts(self) -> tuple[int, ...]:
+        """Prompt lengths beside the main one that some cell ran."""
+        speeds = [row.cell.speed for row in self.rows]
+        return tuple(sorted({c for s in speeds if s is not None for c in s.by_context or ()}))
+
+    @cached_property
+    def categories(self) -> tuple[str, ...]:
+        """Categories of prompts that some cell ran apart."""
+        speeds = [row.cell.speed for row in self.rows]
+        return tuple(dict.fromkeys(c for s in speeds if s is not None for c in s.by_category or ()))
+
+    @cached_property
+    def peers(self) -> tuple[Row, ...]:
+        """The rows of other engines."""
+        return tuple(row for row in self.rows if row.cell.peer is not None)
+
+    def interval(self, row: Row, metric: str) -> tuple[float, float] | None:
+        """The 95 % interval of a row's metric (`METRICS`), where the results have one."""
+        return interval_of(self.results, metric, row.cell)
+
+    @cached_property
     def quality_axis(self) -> str | None:
         """The metric that stands for quality in the fronts: the finest that was measured."""
-        for metric in ("perplexity-ratio", "retained", "agreement"):
+        for metric in ("perplexity-ratio", "kl", "retained", "agreement"):
             if sum(row.get(metric) is not None for row in self.rows) > 1:
                 return metric
         return None
@@ -135,36 +149,8 @@ class Report:
 
     @cached_property
     def on_a_front(self) -> frozenset[int]:
-        """Numbers of the rows on the front of decode speed or of size."""
-        return frozenset(row.number for m in ("decode", "size") for row in self.front(m))
-
-    @cached_property
-    def best(self) -> tuple[Best, ...]:
-        """The winners that the summary shows."""
-        keeps = [row for row in self.rows if (row.get("retained") or 0.0) >= KEEPS]
-        lossless = [
-            row for row in self.rows if row.cell.lossless_check and row.cell.lossless_check.lossless
-        ]
-        return (
-            _best(f"Fastest that keeps {_KEEPS}", keeps, "decode", "No cell keeps so much."),
-            self._smallest(keeps),
-            _best(
-                "Fastest lossless speculation",
-                lossless,
-                "decode",
-                "No speculative cell was lossless.",
-            ),
-        )
-
-    def _smallest(self, keeps: Sequence[Row]) -> Best:
-        smallest, careful = _top(self.rows, "size"), _top(keeps, "size")
-        if smallest is None:
-            return Best("Smallest", None, "No size was measured.")
-        if smallest in keeps or careful is None:
-            return Best("Smallest", smallest)
-        size = careful.values["size"] / 1e6
-        note = f"Smallest that keeps {_KEEPS}: {careful.cell.name}, {size:.0f}\u202fMB"
-        return Best("Smallest", smallest, note)
+        """Numbers of the rows on the front of decode speed, of size or of compute."""
+        return frozenset(row.number for m in FRONTS for row in self.front(m))
 
 
 def read(path: str | Path) -> Report:
@@ -193,39 +179,3 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
             highest, holder = y, (x, y)
             front.append(index)
     return sorted(front, key=lambda i: points[i])
-
-
-def weights_of(steps: Sequence[StepInfo] | None) -> str:
-    """How the weights are stored, in words, as far as the chain's stages tell."""
-    for step in steps or ():
-        extra = step.model_extra or {}
-        if step.use == "bnb":
-            return str(extra.get("format", "bnb"))
-        if step.use == "gptq":
-            return f"gptq {extra['bits']}-bit" if "bits" in extra else "gptq"
-    return "not quantized"
-
-
-def decode_of(cell: CellResult) -> Decode:
-    """How the cell decodes: by its stages, or else by what was measured of it."""
-    uses = [step.use for step in cell.steps or ()]
-    if "speculate" in uses or cell.speculates:
-        return "speculate"
-    if cell.steps is not None:
-        return "skip" if "skip" in uses else "plain"
-    return "skip" if cell.plain not in (None, cell.name) else "plain"
-
-
-def _best(aim: str, rows: Sequence[Row], metric: str, otherwise: str) -> Best:
-    row = _top(rows, metric)
-    return Best(aim, row, "" if row is not None else otherwise)
-
-
-def _top(rows: Sequence[Row], metric: str) -> Row | None:
-    """The best row by `metric`; ties are broken by quality retained, then by speed."""
-
-    def rank(row: Row) -> tuple[float, float, float]:
-        first = METRICS[metric].rank(row.values[metric])
-        return first, row.get("retained") or 0.0, row.get("decode") or 0.0
-
-    return max((row for row in rows if metric in row.values), key=rank, default=None)

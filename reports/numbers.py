@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from compose.results.parts import Divergence
+from collections.abc import Callable
+
+from compose.results.parts import Divergence, Estimate
 
 DASH = "–"
 THIN = "\u202f"
 TIMES = "×"
+NO_DIFFERENCE = "no difference"
 
 
 def number(value: float) -> str:
-    """Three digits that count, thousands set apart: 0.034, 1.62, 23.4, 412, 12 400."""
+    """Three digits that count, thousands set apart: 0.034, 1.62, 23.4, 412, 12 400.
+
+    Small ones keep a digit that counts: 0.0004, 2e-05.
+    """
     size = abs(value)
+    if 0 < size < 0.0095:
+        return f"{value:.4f}" if size >= 0.0001 else f"{value:.0e}"
     if size >= 1e7:
         return f"{value:.1e}"
     if size >= 1000:
@@ -54,6 +62,30 @@ def millis(value: float) -> str:
 def times(value: float) -> str:
     """A factor: ×1.62."""
     return f"{TIMES}{value:.2f}" if value < 10 else f"{TIMES}{number(value)}"
+
+
+def span(low: float, high: float, show: Callable[[float], str]) -> str:
+    """The two ends of an interval or of quartiles: 1.22–1.30."""
+    return f"{show(low)}{DASH}{show(high)}"
+
+
+def estimate(own: Estimate) -> str:
+    """A ratio with its 95 % interval; one whose interval holds 1 is no difference."""
+    return factor(own.value, (own.low, own.high))
+
+
+def factor(value: float, ends: tuple[float, float] | None) -> str:
+    """The same of a value and the ends of its interval, which may be unknown."""
+    if ends is None:
+        return times(value)
+    within = span(*ends, _near_one)
+    if ends[0] <= 1 <= ends[1]:
+        return f"{NO_DIFFERENCE} ({within})"
+    return f"{times(value)} ({within})"
+
+
+def _near_one(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else number(value)
 
 
 def divergence(place: Divergence) -> str:

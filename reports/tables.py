@@ -1,59 +1,65 @@
-"""Tables of a report, as values: HTML and Markdown write the same ones.
+"""Tables of a report's cells, as values: HTML and Markdown write the same ones.
 
 A number that was not measured is an en dash. A column that no cell has is left out and named.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from compose.units import bytes_text
-from reports.columns import (
-    ACCEPTED_HELP,
-    AGREE_HELP,
-    DECODE_HELP,
-    KL_HELP,
-    LOSSLESS_HELP,
-    MEAN_HELP,
-    PREFILL_HELP,
-    RATIO_HELP,
-    ROUNDING_HELP,
-    SAVED_HELP,
-    Column,
-    Table,
-    accepted_entry,
-    arithmetic_entry,
-    batch_columns,
-    diverged_entry,
-    drafting_entry,
-    lossless_entry,
-    metric_column,
-    perplexity_entry,
-    perplexity_text,
-    position_columns,
-    retained_help,
-    rounding_entry,
-    saved_model_entry,
-    seed_count_entry,
-    seeds_mean,
-    speedup_entry,
-    spread_of,
-    table_of,
-    task_kept_column,
-    task_score_column,
-    usual_draft_entry,
-)
+from reports.columns import Column, Entry, Table, metric_column, retained_help, table_of
 from reports.load import Report, Row
 from reports.numbers import TIMES, megabytes, millis, number, ratio, share
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How often speculation drafted how many tokens; shares are of the most frequent length."""
-
-    bars: tuple[tuple[int, int, float], ...] = field(default=())
+from reports.quality_columns import (
+    AGREE_HELP,
+    KL_HELP,
+    OWN_KL_HELP,
+    PREFIX_HELP,
+    RATIO_HELP,
+    ROUNDING_HELP,
+    answers_column,
+    own_kl_entry,
+    perplexity_entry,
+    perplexity_text,
+    quality_column,
+    seed_count_entry,
+    seeds_mean,
+    task_kept_column,
+    task_score_column,
+)
+from reports.speculation_columns import (
+    ACCEPTED_HELP,
+    LOSSLESS_HELP,
+    MEAN_HELP,
+    PLAIN_HELP,
+    accepted_entry,
+    check_count_entry,
+    diverged_entry,
+    drafting_entry,
+    forced_rates,
+    lengths_entry,
+    looked_up_entry,
+    lossless_entry,
+    plain_steps_entry,
+    position_columns,
+    speedup_entry,
+    usual_draft_entry,
+)
+from reports.speed_columns import (
+    DECODE_HELP,
+    PAIRED_HELP,
+    PREFILL_HELP,
+    SAVED_HELP,
+    arithmetic_entry,
+    at_batch,
+    at_category,
+    at_context,
+    cache_entry,
+    ratio_of,
+    saved_model_entry,
+    shape_columns,
+    spread_of,
+    timed_entry,
+)
+from reports.verdicts import VERDICT_HELP, verdict_entry, why_entry
 
 
 def overview(report: Report) -> Table:
@@ -62,13 +68,14 @@ def overview(report: Report) -> Table:
         report,
         report.rows,
         [
+            Column("Verdict", "", VERDICT_HELP, verdict_entry),
             metric_column(
                 "size", "Size", "MB", "Weight files on disk.", megabytes, show_gain=True, bar=True
             ),
             metric_column(
                 "decode", "Decode", "tok/s", DECODE_HELP, number, show_gain=True, bar=True
             ),
-            metric_column("prefill", "Prefill", "tok/s", PREFILL_HELP, number, show_gain=True),
+            metric_column("prefill", "Prefill", "tok/s", PREFILL_HELP, number, show_gain="short"),
             metric_column("saved", "Saved", "net, %", SAVED_HELP, share),
             metric_column("perplexity-ratio", "Perplexity", TIMES + " dense", RATIO_HELP, ratio),
             metric_column("kl", "KL", "nats", KL_HELP, number),
@@ -83,8 +90,18 @@ def overview(report: Report) -> Table:
     )
 
 
+def verdicts(report: Report) -> Table:
+    """Every cell that was judged, with the sentence that says why."""
+    rows = tuple(row for row in report.rows if row.cell.verdict is not None)
+    columns = [
+        Column("Verdict", "", VERDICT_HELP, verdict_entry),
+        Column("Why", "", "What the verdict rests on.", why_entry, words=True),
+    ]
+    return table_of(report, rows, columns)
+
+
 def quality(report: Report) -> Table:
-    """Perplexity and every task with its interval."""
+    """Perplexity, distance to the dense model, and every task with its interval."""
     measured = tuple(row for row in report.rows if report.results.quality(row.cell) is not None)
     tasks = [(task_score_column(report, t, detail=True), task_kept_column(t)) for t in report.tasks]
     return table_of(
@@ -93,9 +110,13 @@ def quality(report: Report) -> Table:
         [
             Column("Perplexity", perplexity_text(report), "Smaller is better.", perplexity_entry),
             metric_column("perplexity-ratio", "Perplexity", TIMES + " dense", RATIO_HELP, ratio),
-            metric_column("kl", "KL", "nats", KL_HELP, number),
+            metric_column("kl", "KL", "mean", KL_HELP, number),
+            quality_column("KL", "median", "The same, median of tokens.", lambda q: q.kl_median),
+            quality_column("KL", "p90", "The same, 90th percentile.", lambda q: q.kl_p90),
             metric_column("agreement", "Agree", "%", AGREE_HELP, share),
-            Column("Rounding", "KL", ROUNDING_HELP, rounding_entry),
+            Column("Own answers", "KL", OWN_KL_HELP, own_kl_entry),
+            answers_column("Common prefix", "tokens", PREFIX_HELP, lambda own: own.common_prefix),
+            quality_column("Rounding", "KL", ROUNDING_HELP, lambda q: q.kl_of_rounding),
             *(column for pair in tasks for column in pair),
             metric_column("accuracy", "Tasks", "mean, %", "Unweighted mean of the scores.", share),
             metric_column("retained", "Keeps", "%", retained_help(report), share),
@@ -122,17 +143,44 @@ def seeds(report: Report) -> Table:
 
 
 def speed(report: Report) -> Table:
-    """Speed with its spread, other batch sizes, and memory."""
+    """Speed with quartiles and paired ratios, other batch sizes and contexts."""
+    batches = [
+        shape_columns(f"{TIMES}{b}", f"of a batch of {b}, all rows together.", at_batch(b))
+        for b in report.batches
+    ]
+    contexts = [
+        shape_columns(f"@{c}", f"after a prompt of {c} tokens.", at_context(c))
+        for c in report.contexts
+    ]
+    categories = [
+        shape_columns(c, f"of the prompts of category {c}.", at_category(c))
+        for c in report.categories
+    ]
     return table_of(
         report,
         report.rows,
         [
             Column("Decode", "tok/s", DECODE_HELP, spread_of("decode_tokens_per_s", number)),
+            Column("Decode", TIMES + " dense", PAIRED_HELP, ratio_of("decode_ratio")),
             Column("Prefill", "tok/s", PREFILL_HELP, spread_of("prefill_tokens_per_s", number)),
+            Column("Prefill", TIMES + " dense", PAIRED_HELP, ratio_of("prefill_ratio")),
             Column("First token", "ms", "From prompt to first token.", spread_of("ttft_s", millis)),
-            *(c for batch in report.batches for c in batch_columns(batch)),
+            Column("Repeat", "s, shortest", "How long a timed decode repeat lasted.", timed_entry),
+            *(column for shape in (*batches, *contexts, *categories) for column in shape),
+        ],
+    )
+
+
+def memory(report: Report) -> Table:
+    """Bytes on disk and in memory, and compute saved by every way to count it."""
+    return table_of(
+        report,
+        report.rows,
+        [
+            metric_column("size", "On disk", "MB", "Weight files.", megabytes),
             metric_column("resident", "In memory", "MB", "The loaded model.", megabytes),
             metric_column("peak", "Peak", "MB", "Most memory of the cell's process.", megabytes),
+            Column("KV cache", "MB", "Of the largest shape that was timed.", cache_entry),
             metric_column(
                 "saved-gross", "Saved", "gross, %", "Gates left out of the count.", share
             ),
@@ -144,112 +192,92 @@ def speed(report: Report) -> Table:
 
 def arithmetic(report: Report) -> Table:
     """Backend, weights, activations and accumulation of each cell, decoding and scoring."""
-    return table_of(
-        report,
-        report.rows,
-        [
-            Column("Backend", "", "What runs the model.", arithmetic_entry("backend")),
-            Column("Weights", "", "How weights are stored.", arithmetic_entry("weights")),
-            Column(
-                "Activations",
-                "decoding",
-                "What weights are multiplied with in decoding.",
-                arithmetic_entry("activations"),
-            ),
-            Column(
-                "Activations",
-                "scoring",
-                "What weights are multiplied with in prompts and scoring.",
-                arithmetic_entry("activations", scoring=True),
-            ),
-            Column(
-                "Sums",
-                "",
-                "The type in which products are summed.",
-                arithmetic_entry("accumulation"),
-            ),
-        ],
-    )
-
-
-def contamination(report: Report) -> list[tuple[str, int, int]]:
-    """Scored texts and tasks: rows, and how many share a 13-gram with a training text."""
-    baseline = report.results.find(report.results.baseline)
-    quality = None if baseline is None else baseline.quality
-    shares = None if quality is None else quality.contamination
-    return [(name, each.rows, each.contaminated) for name, each in (shares or {}).items()]
-
-
-def insight(report: Report) -> list[tuple[Row, list[tuple[str, int, float]]]]:
-    """For every cell that skips: kinds of tokens, how many were seen, their share of compute."""
-    return [
-        (row, [(kind, use.tokens, use.compute) for kind, use in row.cell.insight.kinds.items()])
-        for row in report.rows
-        if row.cell.insight is not None
+    shown = [
+        ("Backend", "", "What runs the model.", arithmetic_entry("backend")),
+        ("Weights", "", "How weights are stored.", arithmetic_entry("weights")),
+        (
+            "Activations",
+            "decoding",
+            "What weights are multiplied with in decoding.",
+            arithmetic_entry("activations"),
+        ),
+        (
+            "Activations",
+            "scoring",
+            "What weights are multiplied with in prompts and scoring.",
+            arithmetic_entry("activations", scoring=True),
+        ),
+        ("Sums", "", "The type in which products are summed.", arithmetic_entry("accumulation")),
+        ("Chosen by timing", "", "What a stopwatch chose on this machine.", choices_entry),
     ]
+    return table_of(report, report.rows, [Column(*column, words=True) for column in shown])
+
+
+def choices_entry(report: Report, row: Row) -> Entry:
+    """What a stopwatch chose once on this machine for the cell."""
+    words = ", ".join(f"{name}: {choice}" for name, choice in (row.cell.choices or {}).items())
+    return Entry(words, sort=words) if words else Entry()
 
 
 def speculation(report: Report) -> Table:
-    """What each speculative cell did."""
-    rows = tuple(row for row in report.rows if row.cell.speculates)
+    """What each speculative cell did in its timed rounds."""
+    rows = tuple(row for row in report.rows if row.cell.speculation is not None)
     return table_of(
         report,
         rows,
         [
-            metric_column("acceptance", "Accepted", "%", ACCEPTED_HELP, share, bar="unit"),
-            metric_column("accepted", "Mean", "tokens/pass", MEAN_HELP, number),
             Column(
                 "Speed-up", "over plain", "Over the same weights, decoded plainly.", speedup_entry
             ),
+            Column("Plain steps", "%", PLAIN_HELP, plain_steps_entry),
+            metric_column("acceptance", "Accepted", "%", ACCEPTED_HELP, share, bar="unit"),
+            metric_column("accepted", "Mean", "tokens/pass", MEAN_HELP, number),
             Column(
                 "Draft length", "most often", "Tokens drafted before a check.", usual_draft_entry
             ),
+            *position_columns(rows),
+            Column("Looked up", "%", "Drafted tokens that the text proposed.", looked_up_entry),
             Column(
                 "Drafting",
                 "% of time",
                 "Where decoding's time goes; the rest verifies.",
                 drafting_entry,
             ),
-            *position_columns(rows),
-            Column("Lossless", "", LOSSLESS_HELP, diverged_entry),
         ],
     )
 
 
-def histogram(row: Row) -> Histogram:
-    """The draft lengths of a speculative cell, shortest first, without gaps."""
-    lengths = row.cell.speculation.draft_length_histogram if row.cell.speculation else None
-    if not lengths or not any(lengths.values()):
-        return Histogram()
-    most = max(lengths.values())
-    rounds = [(n, lengths.get(n, 0)) for n in range(min(lengths), max(lengths) + 1)]
-    return Histogram(tuple((n, times, times / most) for n, times in rounds))
+def lossless(report: Report) -> Table:
+    """The lossless check of each speculative cell: another measurement, with forced lengths."""
+    rows = tuple(row for row in report.rows if row.cell.lossless_check is not None)
+    forced = Column(
+        "Draft length", "forced", "What the check forces.", check_count_entry("forced_draft_length")
+    )
+    accepted = Column(
+        "Accepted", "%, forced", "Under the forced length, not while timed.", _forced_rate
+    )
+    return table_of(
+        report,
+        rows,
+        [
+            Column("Lossless", "", LOSSLESS_HELP, diverged_entry),
+            Column("Prompts", "", "Prompts compared.", check_count_entry("prompts")),
+            Column("Tokens", "", "New tokens compared.", check_count_entry("tokens")),
+            Column("Diverged", "prompts", "Whose texts differ.", check_count_entry("divergences")),
+            forced,
+            Column(
+                "Passes", "forced", "By length.", lengths_entry("forced_draft_length_histogram")
+            ),
+            Column(
+                "Passes", "own lengths", "By length.", lengths_entry("own_draft_length_histogram")
+            ),
+            accepted,
+            *position_columns(rows, forced_rates),
+        ],
+    )
 
 
-def environment(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Label and text of what is known of the machine, in reading order; unknown keys last."""
-    labels = {
-        "processor": "Processor",
-        "accelerator": "Accelerator",
-        "cores": "Cores",
-        "threads": "Threads",
-        "memory_bytes": "Memory",
-        "cpu_features": "Instructions",
-        "platform": "Platform",
-        "python": "Python",
-        "git_commit": "Commit",
-        "date": "Date",
-        "versions": "Libraries",
-    }
-    order = [*(key for key in labels if key in values), *(k for k in values if k not in labels)]
-    return [(labels.get(key, key), _plain_text(key, values[key])) for key in order]
-
-
-def _plain_text(key: str, value: Any) -> str:
-    if key == "memory_bytes" and isinstance(value, int | float):
-        return bytes_text(value)
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {version}" for name, version in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return str(value)
+def _forced_rate(report: Report, row: Row) -> Entry:
+    check = row.cell.lossless_check
+    rate = None if check is None else check.acceptance_rate
+    return Entry() if rate is None else Entry(share(rate), sort=rate)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from compose.assets import default_cache
-from compose.bench.cell import CellBench, CellJob
+from compose.bench.cell import CellBench
+from compose.bench.job import CellJob
 from compose.bench.peer_cell import PeerBench, stop_ids
 from compose.bench.roofline import roofline
 from compose.bench.systems import BACKENDS, parse_system
@@ -104,7 +105,9 @@ def jobs(make_tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., CellJo
     """`jobs(name)`: a job on a tiny model, a few tokens a turn."""
     folder = make_tiny("llama", max_position_embeddings=1024)
     settings = Benchmark().model_dump(mode="json")
-    settings["quality"] |= {"perplexity": ["heldout-text"], "perplexity_tokens": 512, "tasks": []}
+    settings["quality"] |= {"perplexity": ["heldout-text"], "perplexity_tokens": 512}
+    settings["quality"] |= {"tasks": ["arithmetic"], "limit": 2}
+    settings["quality"]["own_answers"] |= {"prompts": 2, "new_tokens": 8}
     settings["speed"] |= {"prompt_tokens": 16, "new_tokens": 8}
 
     def make(name: str) -> CellJob:
@@ -136,6 +139,11 @@ def test_another_engine_is_scored_and_timed_as_ours(jobs: Callable[..., CellJob]
     assert scored["perplexity"]["tokens"] == dense["perplexity"]["tokens"]
     assert scored["kl_to_baseline"] == pytest.approx(0.0, abs=1e-4)
     assert scored["greedy_agreement"] > 0.99
+    assert scored["own_answers"]["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert scored["own_answers"]["prefixes"] == dense["own_answers"]["prefixes"], "the same answers"
+    ours_wrote, theirs_wrote = dense["tasks"]["arithmetic"], scored["tasks"]["arithmetic"]
+    assert theirs_wrote["questions"] == ours_wrote["questions"], "so outcomes pair"
+    assert theirs_wrote["outcomes"] == ours_wrote["outcomes"] and theirs_wrote["n"] == 2
     own, other = ours.warm(2, 16, "", 1), theirs.warm(2, 16, "", 1)
     for name in ("prompt_tokens", "tokens", "digest", "threads"):
         assert own[name] == other[name], name

@@ -35,6 +35,7 @@ def test_calibrated_budgets_are_what_they_are() -> None:
 def test_between_two_that_are_near() -> None:
     found = two(kept={0.7: 0.7, 0.8: 0.8}, between={0.75: 0.76})
     assert found.at(0.75) == [pytest.approx(1.0), NEVER]
+    assert found.at(0.725) == [pytest.approx(1.5), NEVER], "nearer to the lower one's"
     assert found.kept_at(0.75) == 0.76
     assert found.kept_at(0.725) == pytest.approx((0.7 + 0.76) / 2)
     assert found.kept_at(0.775) == pytest.approx((0.8 + 0.76) / 2)

@@ -180,7 +180,7 @@ def test_pick_finds_the_best_under_constraints(finished: Path) -> None:
         name: json.loads(call("pick", finished, "--json", *options)[1])["cell"]["name"]
         for name, options in {
             "fastest": (),
-            "good": ("--max-perplexity-ratio", "1.5"),
+            "good": ("--max-perplexity-ratio", "1.5", "--by-estimate"),
             "small": ("--maximize", "size"),
             "fits": ("--max-bytes", "0.3kB", "--maximize", "decode"),
         }.items()
@@ -189,6 +189,13 @@ def test_pick_finds_the_best_under_constraints(finished: Path) -> None:
     code, out, _ = call("pick", finished)
     assert code == 0
     assert "drop" in out
+
+
+def test_a_bound_of_quality_without_evidence_is_refused(finished: Path) -> None:
+    code, _, err = call("pick", finished, "--max-perplexity-ratio", "1.5")
+    assert code == 2
+    assert "no evidence for perplexity ratio (at most) <= 1.500" in err
+    assert "--by-estimate" in err
 
 
 def test_pick_names_the_constraint_that_left_nothing(finished: Path) -> None:
@@ -208,6 +215,41 @@ def test_a_report_is_drawn_again(finished: Path) -> None:
     assert (finished / "report.html").is_file()
     assert (finished / "report.md").is_file()
     assert "report.html" in out
+
+
+def _kept(folder: Path, decode: float) -> Path:
+    """A folder with results in which a cell decodes so many times as fast as the baseline."""
+    folder.mkdir()
+    ratio = {"value": decode, "low": decode * 0.99, "high": decode * 1.01, "n": 5}
+    speed = {"decode_tokens_per_s": {"median": 10 * decode}, "decode_ratio": ratio}
+    cells = [
+        {"name": "dense", "chain": [], "status": "ok"},
+        {"name": "nf4", "chain": ["nf4"], "status": "ok", "speed": speed},
+    ]
+    data = {"schema_version": 3, "run": folder.name, "cells": cells}
+    (folder / "results.json").write_text(json.dumps(data))
+    return folder
+
+
+def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
+    before, after = _kept(tmp_path / "before", 2.0), _kept(tmp_path / "after", 1.5)
+    code, out, _ = call("report", before, after)
+    assert code == 0
+    assert "worse: nf4, decode" in out
+    for kind in ("html", "md", "json"):
+        assert (after / f"comparison.{kind}").is_file()
+        assert not (before / f"comparison.{kind}").exists()
+    code, _, _ = call("report", before, after, "--fail-on-regression")
+    assert code == 1
+    code, out, _ = call("report", after, before, "--fail-on-regression")
+    assert code == 0
+    assert "1 better" in out
+
+
+def test_one_run_has_nothing_to_regress_from(tmp_path: Path) -> None:
+    code, _, err = call("report", _kept(tmp_path / "run", 2.0), "--fail-on-regression")
+    assert code == 2
+    assert "nothing to regress from" in err
 
 
 @pytest.mark.parametrize("command", ["report", "pick", "export"])
@@ -304,7 +346,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
     }
     wanted = [
         *("--max-bytes", "--max-perplexity-ratio", "--max-resident"),
-        *("--maximize", "--min-retained", "--require-lossless"),
+        *("--by-estimate", "--maximize", "--min-retained", "--require-lossless"),
     ]
     drawn = ["--temperature", "--top-k", "--top-p", "--seed", "--stop"]
     asked = ["--stats", "folder", "prompt"]
@@ -312,14 +354,15 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "validate": ["file"],
         "plan": ["--json", "--out", "file"],
         "run": ["--again", "--executor", "--only", "--out", "--workers", "file"],
-        "report": ["run_dir"],
+        "report": ["--fail-on-regression", "run_dirs"],
         "pick": sorted([*wanted, "--json", "run_dir"]),
         "export": sorted([*wanted, "--cell", "--to", "--verify", "run_dir"]),
         "gguf": ["--to", "--type", "folder"],
         "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
         "bench": [
-            *("--against", "--batch", "--context", "--limit", "--new-tokens"),
-            *("--prompts", "--repeats", "--system", "folder"),
+            *("--against", "--batch", "--context", "--limit", "--min-seconds", "--name"),
+            *("--new-tokens", "--out", "--prompts", "--quality", "--questions", "--repeats"),
+            *("--system", "--task", "--text", "--threads", "--tokens", "folders"),
         ],
         "tune-draft": ["--limit", "--new-tokens", "--prompts", "--repeats", "--write", "folder"],
         "insight": ["--budget", "--html", "--json", "--text", "folder"],

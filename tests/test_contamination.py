@@ -21,22 +21,17 @@ def test_a_run_of_thirteen_words_is_found(tmp_path: Path) -> None:
     training = write(tmp_path / "train.jsonl", [" ".join(WORDS)])
     contaminated = "Before, " + ", ".join(word.upper() for word in WORDS[5:18]) + "! after"
     clean = " ".join([*WORDS[5:17], "other", *WORDS[17:29]])
-    scored = write(tmp_path / "scored.jsonl", [contaminated, clean])
-    found = contamination([(training, None)], {scored: None}, [], None, tmp_path)
-    assert found == {scored: {"rows": 2, "contaminated": 1}}
+    scored = {"scored": [contaminated, clean]}
+    found = contamination([(training, None)], scored, [], None, tmp_path)
+    assert found == {"scored": {"rows": 2, "contaminated": 1}}
 
 
 def test_only_the_rows_that_are_learned_from_count(tmp_path: Path) -> None:
     training = write(tmp_path / "train.jsonl", ["nothing here", " ".join(WORDS)])
-    scored = write(tmp_path / "scored.jsonl", [" ".join(WORDS)])
-    assert (
-        contamination([(training, 1)], {scored: None}, [], None, tmp_path)[scored]["contaminated"]
-        == 0
-    )
-    assert (
-        contamination([(training, 2)], {scored: None}, [], None, tmp_path)[scored]["contaminated"]
-        == 1
-    )
+    scored = {"scored": [" ".join(WORDS)]}
+    for rows, count in ((1, 0), (2, 1)):
+        found = contamination([(training, rows)], scored, [], None, tmp_path)
+        assert found["scored"]["contaminated"] == count
 
 
 @pytest.mark.parametrize(("words", "count"), [(RUN - 1, 0), (RUN, 1), (RUN + 3, 4)])

@@ -80,6 +80,14 @@ def test_every_cell_is_measured(cells: dict[str, Any]) -> None:
 
 
 @pytest.mark.real
+def test_where_the_weights_are_from_is_said(done: Path, cells: dict[str, Any]) -> None:
+    notes = json.loads((done / "runs/small/results.json").read_text())["notes"]
+    assert any("once were Q4_1" in note for note in notes)
+    assert "once were Q4_1" in (done / "exports/shipped/README.md").read_text()
+    assert "packed weights run on" in cells["shipped"]["choices"]
+
+
+@pytest.mark.real
 def test_speculation_is_lossless(cells: dict[str, Any]) -> None:
     found = cells["shipped"]["speculation"]
     assert found["lossless"] and found["first_divergence"] is None
@@ -92,6 +100,7 @@ def test_speculation_is_lossless(cells: dict[str, Any]) -> None:
 def test_skipping_saves_and_keeps_sense(cells: dict[str, Any]) -> None:
     cell = cells["skipping"]
     assert 0.15 < cell["compute"]["saved_gross"] < 0.28  # 1000 tokens of another text
+    assert cell["compute"]["kept"] == pytest.approx(1 - cell["compute"]["saved_gross"], abs=1e-3)
     assert cell["compute"]["saved_net"] > 0.13
     for name in ("dense", "nf4+gates"):
         assert cells[name]["compute"]["saved_net"] == 0, "smaller, and as many multiply-adds"

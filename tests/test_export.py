@@ -6,14 +6,22 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from compose.artifacts.folder import lineage, write_lineage
+from compose.artifacts.folder import LINEAGE, lineage, write_lineage
 from compose.errors import StepError, UserError
 from compose.execution.executors import make_executor
-from compose.execution.export import assemble, decode_default, refuse_foreign, verify_tokens
+from compose.execution.export import (
+    assemble,
+    decode_default,
+    model_card,
+    refuse_foreign,
+    verify_tokens,
+)
+from compose.execution.gather import _source_notes
 from compose.execution.run_folder import RunFolder
 from compose.results.schema import CellResult, Results
 
@@ -77,6 +85,21 @@ def export(tmp_path: Path, source: Path, results: Results) -> Path:
     target.mkdir()
     assemble(target, source, results, results.cell("gates+spec"), {"weights": "k", "decode": SPEC})
     return target
+
+
+def test_that_weights_were_quantized_is_said(
+    tmp_path: Path, source: Path, results: Results
+) -> None:
+    """What the source's step notes of its weights stands in the card and in the results."""
+    note = "the weights once were Q4_1"
+    entries = lineage(source)
+    entries[0]["record"] = {"notes": [note]}
+    (source / LINEAGE).write_text(json.dumps({"schema_version": 1, "stages": entries}))
+    cell = results.cell("gates")
+    assert f"**Note:** {note}." in model_card(source, results, cell, lineage(source))
+    run: Any = SimpleNamespace(store=SimpleNamespace(model=lambda key: source))
+    plan: Any = SimpleNamespace(cells=[SimpleNamespace(weights="k")])
+    assert _source_notes(run, plan) == [note]
 
 
 def test_a_model_without_gates_drafts_too(tmp_path: Path, source: Path, results: Results) -> None:

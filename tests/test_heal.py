@@ -125,7 +125,7 @@ def test_a_broken_run_ends_as_an_unbroken_one(
     class Killed(Exception):
         pass
 
-    def kill(done: int, total: int, note: str) -> None:
+    def kill(done: int, total: int, phase: str, **_: float | str) -> None:
         if done == 7:
             raise Killed
 
@@ -139,7 +139,7 @@ def test_a_broken_run_ends_as_an_unbroken_one(
         config,
         blocks[8:],
         tmp_path,
-        lambda done, total, note: rest.append(done),
+        lambda done, total, phase, **_: rest.append(done),
     )
     assert rest[0] == 5, "goes on after the checkpoint at step 4"
     assert resumed == curve

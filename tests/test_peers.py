@@ -22,7 +22,7 @@ from compose.assets import default_cache
 from compose.bench.peers.environment import environment_folder, python_of
 from compose.bench.peers.prepare import PreparedPeer, prepare
 from compose.bench.peers.process import PeerProcess
-from compose.bench.peers.table import ENGINES, Engine, is_peer, parse_peer
+from compose.bench.peers.table import ENGINES, GGUF_TYPES, Engine, is_peer, parse_peer
 from compose.errors import StepError, UserError
 
 STOP = 2
@@ -264,3 +264,87 @@ def test_compiled_compiles_nothing_after_load(tiny_llama: Path, tmp_path: Path) 
             run = peer.generate(PROMPTS[:1], count, [], ignore_stop=True)
             assert run["tokens"] == [wanted[:count]]
             assert run["compiled_graphs"] == 0
+
+
+# --- Engines with environments of their own -------------------------------------------------------
+
+BOUNDS = {
+    "llama.cpp:bf16": 0.02,
+    "llama.cpp:bf16+fa": 0.02,
+    "llama.cpp:q8_0": 0.05,
+    "openvino:int8": 0.1,
+    **{f"llama.cpp:{kind}": 0.8 for kind in GGUF_TYPES if kind not in ("bf16", "q8_0")},
+    "openvino:int4": 0.8,
+    "onnxruntime:int4": 0.8,
+}
+"""Peer -> largest root mean square of the difference of logits, over that of the logits."""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", BOUNDS)
+def test_an_engine_runs_our_model(
+    name: str, tiny_llama: Path, tmp_path: Path, ready: Callable[[str, Path], PreparedPeer]
+) -> None:
+    """Its logits are those of the model but for rounding, and its tokens those of its logits."""
+    prepared = ready(name, tiny_llama)
+    assert prepared.disk_bytes > 0 and prepared.settings.endswith(".")
+    blocks = [PROMPTS[0] * 2, PROMPTS[1] * 2]
+    with PeerProcess(prepared, 1) as peer:
+        loaded = peer.load(64, 2)
+        assert loaded["resident_bytes"] > 0 and loaded["flags"] and loaded["versions"]
+        run = peer.generate(PROMPTS, 12, [STOP], ignore_stop=True)
+        assert [len(row) for row in run["tokens"]] == [12, 12]
+        assert run["first_tokens"] >= 2 and run["prefill_s"] == run["ttft_s"] > 0
+        stop = run["tokens"][0][3]
+        stopped = peer.generate(PROMPTS, 12, [stop])["tokens"]
+        assert stopped[0] == run["tokens"][0][: run["tokens"][0].index(stop) + 1]
+        peer.load(64, 1)
+        alone = [peer.generate([row], 12, [], True)["tokens"][0] for row in PROMPTS]
+        assert _same(alone, run["tokens"]) >= 0.8, "a row in a batch is the row alone"
+        logits = peer.logits(blocks, tmp_path / "blocks.npy")
+        written = [row + text for row, text in zip(PROMPTS, run["tokens"], strict=True)]
+        again = peer.logits(written, tmp_path / "written.npy")
+    best = again[:, len(PROMPTS[0]) - 1 : -1].argmax(-1).tolist()
+    assert _same(best, run["tokens"]) >= 0.8
+    with torch.inference_mode():
+        wanted = reference(tiny_llama)(torch.tensor(blocks)).logits.numpy()
+    assert logits.shape == wanted.shape
+    error = float(((logits - wanted) ** 2).mean() ** 0.5 / (wanted**2).mean() ** 0.5)
+    assert error < BOUNDS[name]
+
+
+def _same(left: list[list[int]], right: list[list[int]]) -> float:
+    """Share of equal tokens."""
+    pairs = [each for rows in zip(left, right, strict=True) for each in zip(*rows, strict=True)]
+    return sum(a == b for a, b in pairs) / len(pairs)
+
+
+@pytest.mark.peers
+def test_a_gguf_file_by_its_path(
+    tiny_llama: Path, ready: Callable[[str, Path], PreparedPeer]
+) -> None:
+    file = ready("llama.cpp:q8_0", tiny_llama).model
+    named = ready(f"llama.cpp:{file}", tiny_llama)
+    assert named.model == file and named.disk_bytes == file.stat().st_size
+    with pytest.raises(UserError, match="there is no file"):
+        ready("llama.cpp:missing.gguf", tiny_llama)
+
+
+@pytest.mark.peers
+def test_a_conversion_is_made_once(
+    tiny_llama: Path, ready: Callable[[str, Path], PreparedPeer]
+) -> None:
+    first = ready("llama.cpp:q4_0", tiny_llama).model
+    stamp = first.stat().st_mtime_ns
+    assert ready("llama.cpp:q4_0", tiny_llama).model == first
+    assert first.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.peers
+def test_a_prompt_that_does_not_fit_is_an_error(
+    tiny_llama: Path, ready: Callable[[str, Path], PreparedPeer]
+) -> None:
+    with PeerProcess(ready("llama.cpp:q8_0", tiny_llama), 1) as peer:
+        peer.load(16, 1)
+        with pytest.raises(StepError, match="do not fit"):
+            peer.generate([[3] * 16], 8)

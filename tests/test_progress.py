@@ -39,7 +39,7 @@ pipelines:
   skipping: [heal, gates, skip]
 benchmark:
   speed:   {prompt_tokens: 16, new_tokens: 8, repeats: 2, min_seconds: 0.05}
-  quality: {perplexity: %s, perplexity_tokens: 1024}
+  quality: {perplexity: %s, perplexity_tokens: 1024, own_answers: null}
 """
 
 

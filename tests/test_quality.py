@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def test_perplexity_is_the_models_own_loss(model: Plain, monkeypatch: pytest.Mon
 
 def test_a_model_is_at_no_distance_from_itself(model: Plain, tmp_path: Path) -> None:
     blocks, path = _blocks(3, 20), tmp_path / "deep" / "reference.safetensors"
-    own = text.save_reference(model, blocks, path, batch_size=2)
+    own, kept = text.score_reference(model, blocks, batch_size=2)
+    text.store(kept, path)
     assert own.perplexity == pytest.approx(text.score_blocks(model, blocks).perplexity, rel=1e-6)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
     hidden = text.load_reference(path, blocks)
@@ -85,7 +87,7 @@ def test_a_model_is_at_no_distance_from_itself(model: Plain, tmp_path: Path) -> 
 def test_distance_to_another_model(model: Plain, make_tiny: Any, tmp_path: Path) -> None:
     blocks = _blocks(2, 20)
     dense = Plain(make_tiny("llama", seed=1))
-    text.save_reference(dense, blocks, tmp_path / "r")
+    text.store(text.score_reference(dense, blocks)[1], tmp_path / "r")
     hidden = text.load_reference(tmp_path / "r", blocks)
     reports: list[tuple[int, int, str]] = []
     scores = text.score_blocks(
@@ -102,7 +104,7 @@ def test_distance_to_another_model(model: Plain, make_tiny: Any, tmp_path: Path)
 
 def test_a_reference_belongs_to_its_blocks(model: Plain, tmp_path: Path) -> None:
     blocks = _blocks(2, 20)
-    text.save_reference(model, blocks, tmp_path / "r")
+    text.store(text.score_reference(model, blocks)[1], tmp_path / "r")
     with pytest.raises(StepError, match="other text"):
         text.load_reference(tmp_path / "r", _blocks(2, 20, seed=1))
     with pytest.raises(StepError, match="cannot read"):
@@ -238,6 +240,9 @@ def test_tasks_score_as_lm_eval_does(model: Plain, questions: Path) -> None:
         "lambada_openai": ("acc", 6),
     }
     assert scores["arc_easy"].data == "path:arc_easy_test.jsonl"
+    for score in scores.values():
+        assert len(score.outcomes) == 6 and score.kind == "likelihood"
+        assert score.value == pytest.approx(sum(score.outcomes) / 6)
     low, high = scores["arc_easy"].ci95
     assert low < scores["arc_easy"].value < high or scores["arc_easy"].value in (0, 1)
 
@@ -261,6 +266,40 @@ def test_tasks_score_as_lm_eval_does(model: Plain, questions: Path) -> None:
         for mine, other in zip(ours["filtered_resps"], theirs["filtered_resps"], strict=True):
             assert float(mine[0]) == pytest.approx(float(other[0]), abs=1e-3)
             assert str(mine[1]) == str(other[1])
+
+
+def test_outcomes_pair_only_where_the_same_was_asked(
+    model: Plain, make_tiny: Any, questions: Path
+) -> None:
+    from compose.bench import tasks
+
+    asked = partial(tasks.run_tasks, tasks=["arc_easy"], cache=questions)
+    one, other = asked(model, limit=4), asked(Plain(make_tiny("llama", seed=1)), limit=4)
+    assert one["arc_easy"].questions == other["arc_easy"].questions
+    assert one["arc_easy"].questions != asked(model, limit=3)["arc_easy"].questions
+
+
+def test_the_metric_of_a_filtered_task() -> None:
+    from compose.bench import tasks
+
+    gsm8k = {
+        "alias": "gsm8k",
+        "exact_match,flexible-extract": 0.5,
+        "exact_match,strict-match": 0.25,
+        "exact_match_stderr,strict-match": 0.1,
+    }
+    assert tasks._metric_of("gsm8k", gsm8k) == ("exact_match", "flexible-extract")
+    assert tasks._metric_of("x", {"acc,none": 0.5, "acc_norm,none": 0.25}) == ("acc_norm", "none")
+    with pytest.raises(UserError, match="no accuracy, only perplexity"):
+        tasks._metric_of("lambada", {"perplexity,none": 3.0})
+
+
+def test_the_interval_of_scores_between_zero_and_one() -> None:
+    from compose.bench import tasks
+
+    assert tasks.score_interval(0.5, [0, 1, 1, 0]) == wilson(0.5, 4)
+    low, high = tasks.score_interval(0.5, [0.4, 0.6] * 50)
+    assert 0.4 < low < 0.5 < high < 0.6
 
 
 def test_rolling_is_the_sum_over_windows(model: Plain) -> None:

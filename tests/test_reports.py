@@ -5,9 +5,12 @@ The results here are test data, made in code; no number in them was measured.
 
 from __future__ import annotations
 
-import base64
+import csv
+import io
+import json
 import math
 import re
+import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -21,239 +24,36 @@ from hypothesis import strategies as st
 from compose.errors import UserError
 from compose.results.io import save_results
 from compose.results.schema import Results
-from reports import Report, pareto, render, tables
-from reports.columns import tone
+from reports import Report, Row, pareto, render, run_tables, tables
+from reports.columns import Entry, Table, tone
+from reports.comparison import compare_runs, line
+from reports.csv_file import to_csv
+from reports.markdown import escape_markdown, fenced
 from reports.numbers import number
 from reports.plots import Picture, pictures
-from reports.plots.scatter import side_by_side
-from reports.render import breakable, escape_markdown, fenced, to_html, to_markdown
+from reports.plots.marks import side_by_side
+from reports.plots.scatter import scale_of
+from reports.plots.spread import x_axis
+from reports.render import to_html, to_markdown
+from reports.speculation_columns import timed_histogram
+from reports.summary import NO_EVIDENCE, summary
+from reports.text import breakable
+
+sys.path.insert(0, str(Path(__file__).parent))
+from report_data import estimate, made_up_cell, made_up_results, many_cells, with_evidence
 
 NASTY = "<img src=x onerror=alert(1)>&amp;\"'`|$x$*_[a](b)#"
-
-
-def measured(median: float, spread: float = 0.02) -> dict[str, Any]:
-    """A median with five repeats around it."""
-    return {"median": median, "repeats": [median * (1 + spread * k) for k in (0, -1, 0.4, 1, -0.3)]}
-
-
-def made_up_cell(
-    name: str,
-    *,
-    decode: float,
-    disk: float,
-    ratio: float,
-    accuracy: float = 1.0,
-    saved: float | None = None,
-    speculation: dict[str, Any] | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """A measured cell; `disk` in MB, `ratio` of perplexity and `accuracy` against dense."""
-    chain = [] if name == "dense" else name.split("+")
-    uses: dict[str, tuple[str, dict[str, Any]]] = {
-        "gates": ("gate", {"kind": "scalar", "budget": 0.8}),
-        "nf4": ("bnb", {"format": "nf4"}),
-        "gptq4": ("gptq", {"bits": 4, "group_size": 64}),
-        "skip80": ("skip", {"budget": 0.8}),
-        "spec": ("speculate", {"draft_budget": 0.5, "draft_length": "auto"}),
-        "narrow": ("prune-width", {"ratio": 0.2}),
-        "heal": ("heal", {"steps": 200}),
-        "drop3": ("drop-layers", {"count": 3}),
-    }
-    scores = {"arc_easy": 0.512, "piqa": 0.668, "lambada_openai": 0.421}
-    tasks = {}
-    for task, dense in scores.items():
-        value = dense * accuracy
-        half = 1.96 * math.sqrt(value * (1 - value) / 500)
-        tasks[task] = {
-            "metric": "acc" if task == "lambada_openai" else "acc_norm",
-            "value": value,
-            "n": 500,
-            "ci95": [value - half, value + half],
-        }
-    cell: dict[str, Any] = {
-        "name": name,
-        "chain": chain,
-        "status": "ok",
-        "steps": [{"name": n, "use": uses[n][0], **uses[n][1]} for n in chain if n in uses],
-        "size": {
-            "disk_bytes": round(disk * 1e6),
-            "resident_bytes": round(disk * 1.08e6),
-            "peak_bytes": round(disk * 1e6 + 410e6),
-        },
-        "speed": {
-            "decode_tokens_per_s": measured(decode),
-            "prefill_tokens_per_s": measured(decode * 31, 0.01),
-            "ttft_s": measured(4.1 / decode),
-            "by_batch": {"8": {"decode_tokens_per_s": measured(decode * 4.2)}},
-        },
-        "quality": {
-            "perplexity": {"dataset": "wikitext2", "value": 21.4 * ratio, "tokens": 8192},
-            "kl_to_baseline": 0.9 * math.log(ratio) if ratio > 1 else 0.0,
-            "greedy_agreement": 1 / ratio**0.8,
-            "tasks": tasks,
-        },
-    }
-    cell["quality"]["perplexity"]["ratio_to_baseline"] = ratio
-    if saved is not None:
-        cell["compute"] = {
-            "saved_gross": saved + 0.01,
-            "saved_net": saved,
-            "saved_model": saved * 0.79,
-        }
-    if speculation is not None:
-        cell["lossless_check"] = {"lossless": True, "prompts": 16, "tokens": 1024}
-        cell["lossless_check"] |= {k: speculation.pop(k) for k in CHECKED & speculation.keys()}
-        cell["speculation"] = {"speedup": 1.2, **speculation}
-        cell["quality_of"] = name.removesuffix("+spec")
-        del cell["quality"]
-    if chain and chain[-1] in ("spec", "skip80"):
-        cell["plain"] = "+".join(chain[:-1]) or "dense"
-    return cell | more
-
-
-CHECKED = {"lossless", "prompts", "tokens", "first_divergence"}
-
-
-def made_up_results() -> dict[str, Any]:
-    """A run with every kind of cell: measured, speculative, pruned, ruined, failed, left out."""
-
-    def spec(rate: float, mean: float, speedup: float, **more: Any) -> dict[str, Any]:
-        lengths = {0: 41, 1: 122, 2: 310, 3: 284, 4: 133, 5: 60, 6: 17}
-        return {
-            "acceptance_rate": rate,
-            "mean_accepted_tokens": mean,
-            "speedup": speedup,
-            "draft_length_histogram": {str(k): v for k, v in lengths.items()},
-            **more,
-        }
-
-    near_tie = {"prompt": 11, "position": 37, "margin": 0.0031}
-    curve = [
-        {
-            "step": step,
-            "loss": 0.42 * math.exp(-step / 110) + 0.11 + 0.02 * math.sin(step),
-            **({"valid": 0.40 * math.exp(-step / 120) + 0.13} if step % 50 == 0 else {}),
-        }
-        for step in range(0, 301, 10)
-    ]
-    heal = [{"step": s, "loss": 2.2 * math.exp(-s / 60) + 0.35} for s in range(0, 201, 10)]
-    cells = [
-        made_up_cell("dense", decode=23.6, disk=269.1, ratio=1.0),
-        made_up_cell("nf4", decode=29.8, disk=114.2, ratio=1.082, accuracy=0.972),
-        made_up_cell("gptq4", decode=31.2, disk=109.8, ratio=1.061, accuracy=0.981),
-        made_up_cell("gates", decode=23.1, disk=269.4, ratio=1.004, accuracy=0.998, saved=0.0)
-        | {"training": {"gates": curve}},
-        made_up_cell(
-            "gates+skip80", decode=28.7, disk=269.4, ratio=1.121, accuracy=0.957, saved=0.181
-        ),
-        made_up_cell(
-            "gates+spec", decode=27.9, disk=269.4, ratio=1.0, speculation=spec(0.71, 2.31, 1.21)
-        ),
-        made_up_cell("gates+nf4", decode=29.2, disk=114.5, ratio=1.087, accuracy=0.969, saved=0.0),
-        made_up_cell(
-            "gates+nf4+skip80", decode=35.9, disk=114.5, ratio=1.229, accuracy=0.921, saved=0.180
-        ),
-        made_up_cell(
-            "gates+nf4+spec",
-            decode=31.8,
-            disk=114.5,
-            ratio=1.0,
-            speculation=spec(
-                0.64, 2.05, 1.09, lossless=False, first_divergence=near_tie, tokens=1016
-            ),
-        ),
-        made_up_cell(
-            "gates+gptq4", decode=30.6, disk=110.1, ratio=1.066, accuracy=0.979, saved=0.0
-        ),
-        made_up_cell(
-            "gates+gptq4+skip80",
-            decode=38.4,
-            disk=110.1,
-            ratio=1.192,
-            accuracy=0.938,
-            saved=0.181,
-            notes=["one repeat ran beside another process"],
-        ),
-        made_up_cell(
-            "gates+gptq4+spec",
-            decode=43.1,
-            disk=110.1,
-            ratio=1.0,
-            speculation=spec(0.78, 2.94, 1.41),
-        ),
-        made_up_cell("drop3", decode=26.1, disk=248.0, ratio=1.412, accuracy=0.861, saved=0.1),
-        made_up_cell(
-            "narrow+heal+gates+gptq4+spec",
-            decode=46.7,
-            disk=98.7,
-            ratio=1.0,
-            speculation=spec(0.69, 2.44, 1.33),
-            aliases=["shipped"],
-            training={"heal": heal},
-        ),
-        made_up_cell(
-            "narrow+heal+gates+gptq4",
-            decode=35.1,
-            disk=98.7,
-            ratio=1.338,
-            accuracy=0.884,
-            saved=0.12,
-        ),
-        made_up_cell("narrow", decode=26.8, disk=240.1, ratio=812.0, accuracy=0.41, saved=0.12),
-    ]
-    failed = {
-        "name": "drop3+gates",
-        "chain": ["drop3", "gates"],
-        "status": "failed",
-        "failed_in": "gates",
-        "reason": "RuntimeError: the loss was not finite at step 40",
-        "traceback": "Traceback (most recent call last):\n"
-        '  File "compose/workers/main.py", line 88, in step\n    record = stage.run(job)\n'
-        "RuntimeError: the loss was not finite at step 40\n",
-    }
-    rules = {
-        "decode-needs-gates": (
-            "skip has no gates to decide by: a gate stage must come before.",
-            ["skip80", "spec", "nf4+skip80", "nf4+spec", "gptq4+skip80", "gptq4+spec"],
-        ),
-        "excluded": ("excluded by the pipeline file.", ["drop3+nf4"]),
-    }
-    left_out = [
-        {
-            "name": name,
-            "chain": name.split("+"),
-            "status": "left-out",
-            "rule": rule,
-            "reason": reason,
-        }
-        for rule, (reason, names) in rules.items()
-        for name in names
-    ]
-    return {
-        "schema_version": 3,
-        "run": "made-up-for-tests",
-        "baseline": "dense",
-        "command": "gateskip run pipelines/made-up.yaml --out runs",
-        "model": "a made-up model",
-        "dtype": "bfloat16",
-        "seconds": 1930.0,
-        "pipeline": "schema: 1\nname: made-up-for-tests\n",
-        "environment": {
-            "processor": "A processor for tests",
-            "threads": 2,
-            "memory_bytes": 25_000_000_000,
-            "versions": {"torch": "2.13.0", "transformers": "5.24.0"},
-            "git_commit": "0123abc",
-            "platform": "Linux",
-            "date": "2026-11-24T17:00:00+00:00",
-        },
-        "cells": [*cells, failed, *left_out],
-    }
 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
     return Report(Results.model_validate(made_up_results()))
+
+
+@pytest.fixture(scope="module")
+def evident() -> Report:
+    """The same run with intervals, verdicts and other engines."""
+    return Report(Results.model_validate(with_evidence(made_up_results())))
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +64,7 @@ def drawn(report: Report) -> dict[str, Picture]:
 class Page(HTMLParser):
     """Collects tags, text and attributes, and checks that tags close in order."""
 
-    VOID = frozenset({"meta", "img", "source", "wbr", "br"})
+    VOID = frozenset({"meta", "link", "img", "input", "source", "wbr", "br"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -304,40 +104,65 @@ def test_render_writes_everything_and_the_same_each_time(
     assert done.html == tmp_path / "report.html"
     markdown = done.markdown.read_text("utf-8")
     linked = re.findall(r"!\[[^\]]*\]\((.+?)\)", markdown)
-    assert len(linked) == 5
-    assert {p.name for p in (tmp_path / "report-files").iterdir()} == {Path(p).name for p in linked}
+    assert set(linked) == {f"report-files/{key}.png" for key in drawn}
+    files = {p.name for p in (tmp_path / "report-files").iterdir()}
+    assert files == {f"{key}.{kind}" for key in drawn for kind in ("png", "svg")}
     for link in linked:
         assert (tmp_path / link).read_bytes().startswith(b"\x89PNG")
+        ET.fromstring((tmp_path / link).with_suffix(".svg").read_bytes())
     page = Page(done.html.read_text("utf-8"))
     assert done.html.read_text("utf-8") == to_html(report, drawn)
     assert not list(tmp_path.rglob(".*"))
+    assert done.csv.read_text("utf-8") == to_csv(report)
     for cell in made_up_results()["cells"]:
         assert cell["name"] in page.words
         assert escape_markdown(cell["name"]) in markdown
+        assert cell["name"] in done.csv.read_text("utf-8")
 
 
 def test_the_page_needs_nothing_else(report: Report, drawn: dict[str, Picture]) -> None:
     text = to_html(report, drawn)
     page = Page(text)
     links = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href", "srcset")]
-    assert links
-    assert all(link and link.startswith(("data:image/svg+xml;base64,", "#")) for link in links)
-    anchors = {link[1:] for link in links if link and link.startswith("#")}
-    assert anchors <= {a["id"] for _, a in page.tags if "id" in a}
-    assert "url(" not in text
+    beside = {"report.md", "report.csv", "results.json"}
+    beside |= {f"report-files/{key}.{kind}" for key in drawn for kind in ("png", "svg")}
+    assert {link for link in links if not (link or "").startswith(("#", "data:,"))} == beside
+    assert not [a for tag, a in page.tags if tag in ("img", "link", "script") and "src" in a]
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    anchors = {link[1:] for link in links if link and re.match("#(?!cell=)", link)}
+    assert anchors <= set(ids)
+    assert all(used[4:-1].startswith("#") for used in re.findall(r"url\([^)]*\)", text))
     assert len(text) < 3_000_000
 
 
+def test_every_name_links_to_its_cell(report: Report) -> None:
+    page = Page(to_html(report, {}))
+    rows = {a["data-cell"] for tag, a in page.tags if tag == "tr" and "data-cell" in a}
+    linked = {a["href"] for tag, a in page.tags if tag == "a"}
+    assert rows == {row.cell.name for row in report.rows}
+    assert {f"#cell={name}" for name in rows} <= linked
+
+
 def test_pictures_are_sound_and_use_the_reader_s_fonts(drawn: dict[str, Picture]) -> None:
-    assert list(drawn) == ["front-decode", "front-size", "accuracy", "repeats", "training"]
+    assert list(drawn) == ["front-decode", "front-size", "front-saved", "repeats", "training"]
     for picture in drawn.values():
-        assert set(picture.sources) == {
-            f"{theme}-{width}" for theme in ("light", "dark") for width in ("wide", "narrow")
-        }
-        for source in picture.sources.values():
-            svg = base64.b64decode(source.partition(",")[2]).decode("utf-8")
-            ET.fromstring(svg)
-            assert "DejaVu" not in svg
+        assert set(picture.inline) == {"wide", "narrow"}
+        for text in (*picture.inline.values(), picture.svg.decode("utf-8")):
+            ET.fromstring(text)
+            assert "DejaVu" not in text
+
+
+def test_inline_pictures_follow_the_theme_of_the_page(drawn: dict[str, Picture]) -> None:
+    for picture in drawn.values():
+        colours = set(re.findall(r"#[0-9a-f]{6}\b", picture.inline["wide"]))
+        assert not colours, picture.key
+        assert "var(--p-" in picture.inline["wide"]
+
+
+def test_each_mark_of_a_front_is_a_cell(report: Report, drawn: dict[str, Picture]) -> None:
+    named = re.findall(r'class="mark" data-cell="([^"]+)"', drawn["front-decode"].inline["wide"])
+    assert sorted(named) == sorted(row.cell.name for row in report.rows)
 
 
 def test_missing_results_are_the_user_s_mistake(tmp_path: Path) -> None:
@@ -348,20 +173,177 @@ def test_missing_results_are_the_user_s_mistake(tmp_path: Path) -> None:
 # --- what is shown -------------------------------------------------------------------------------
 
 
-def test_the_summary_names_the_winners(report: Report) -> None:
-    fastest, smallest, lossless = report.best
-    assert fastest.row is not None and fastest.row.cell.name == "gates+gptq4+spec"
+def test_the_summary_claims_nothing_without_intervals(report: Report) -> None:
+    dense, fastest, smallest, lossless = summary(report)
+    assert dense.row is report.baseline
+    assert fastest.row is None
+    assert fastest.figure == NO_EVIDENCE
     assert smallest.row is not None and smallest.row.cell.size is not None
     assert smallest.row.cell.size.disk_bytes == 98_700_000
-    assert "gptq4, 110\u202fMB" in smallest.note
+    assert "no evidence" in smallest.note
     assert lossless.row is not None
     assert lossless.row.cell.name == "narrow+heal+gates+gptq4+spec"
+    assert all(label != "Keeps" or NO_EVIDENCE in value for label, value, _ in lossless.facts)
+
+
+def test_what_is_kept_counts_by_its_lower_bound() -> None:
+    data = with_evidence(made_up_results())
+    for place, (low, high) in {1: (0.93, 1.0), 2: (0.96, 1.0)}.items():  # nf4, gptq4
+        kept = {"value": 0.98, "low": low, "high": high, "n": 1500}
+        data["cells"][place]["quality"]["retained"] = kept
+    report = Report(Results.model_validate(data))
+    fastest = summary(report)[1]
+    assert fastest.row is not None
+    assert fastest.row.cell.name == "gptq4"
+    shown = {
+        row.cell.name: _by_head(tables.overview(report), e)["Keeps (%)"] for row, e in _rows(report)
+    }
+    assert shown["nf4"].tone == "fair" and shown["gptq4"].tone == "good"
+    assert shown["nf4"].text == "no difference" and shown["nf4"].note == "93.0–100.0"
+    assert shown["drop3"].tone is None
 
 
 def test_a_cell_that_is_not_lossless_shows_where(report: Report) -> None:
     words = Page(to_html(report, {})).words
-    assert "First differs at prompt 11, token 37, margin 0.0031." in words
-    assert "Not lossless" in words
+    assert "prompt 11, token 37, margin 0.0031" in words
+
+
+def test_timed_speculation_and_the_lossless_check_are_two_tables(evident: Report) -> None:
+    timed, check = tables.speculation(evident), tables.lossless(evident)
+    assert {column.label for column in timed.columns}.isdisjoint({"Lossless", "Prompts"})
+    accepted = {row.cell.name: _by_head(timed, entries) for row, entries in timed.rows}
+    forced = {row.cell.name: _by_head(check, entries) for row, entries in check.rows}
+    assert accepted["gates+spec"]["Plain steps (%)"].note == "fell back to plain decoding"
+    assert accepted["gates+spec"]["Speed-up (over plain)"].text == "no difference"
+    assert accepted["gates+spec"]["Draft length (most often)"].text == "none"
+    assert forced["gates+spec"]["Accepted (%, forced)"].text == "63.0"
+    assert "Fell back to plain decoding" in Page(to_html(evident, {})).words
+    assert "fell back to plain decoding" in to_markdown(evident, {})
+
+
+def _by_head(table: Table, entries: tuple[Entry, ...]) -> dict[str, Entry]:
+    return {c.label: entry for c, entry in zip(table.columns, entries, strict=True)}
+
+
+def test_a_ratio_whose_interval_holds_1_is_no_difference(evident: Report) -> None:
+    rows = {row.cell.name: _by_head(tables.overview(evident), e) for row, e in _rows(evident)}
+    assert rows["gates"]["Decode (tok/s)"].note == "no difference (0.94–1.02)"
+    assert rows["gates+skip80"]["Decode (tok/s)"].note == "×1.22 (1.17–1.26)"
+    assert rows["gates"]["Perplexity (× dense)"].text == "no difference"
+    assert rows["nf4"]["Perplexity (× dense)"].text == "1.082"
+    assert rows["nf4"]["Perplexity (× dense)"].note == "1.060–1.104"
+
+
+def _rows(report: Report) -> tuple[tuple[Row, tuple[Entry, ...]], ...]:
+    return tables.overview(report).rows
+
+
+def test_spread_is_quartiles_and_not_the_extremes() -> None:
+    data = made_up_results()
+    speed = {"median": 20.0, "quartiles": [19.0, 21.0], "repeats": [1.0, 19.0, 20.0, 21.0, 99.0]}
+    data["cells"][0]["speed"]["decode_tokens_per_s"] = speed
+    report = Report(Results.model_validate(data))
+    table = tables.speed(report)
+    assert _by_head(table, table.rows[0][1])["Decode (tok/s)"].note == "19.0–21.0"
+
+
+def test_each_verdict_has_its_sentence_everywhere(evident: Report) -> None:
+    words, markdown = Page(to_html(evident, {})).words, to_markdown(evident, {})
+    records = list(csv.DictReader(io.StringIO(to_csv(evident))))
+    judged = [row for row in evident.rows if row.cell.verdict]
+    assert len(judged) == 15
+    for row in judged:
+        verdict = row.cell.verdict
+        assert verdict is not None
+        assert verdict.why in words
+        assert escape_markdown(verdict.why) in markdown
+        assert (records[row.number - 1]["verdict"], records[row.number - 1]["why"]) == (
+            verdict.verdict,
+            verdict.why,
+        )
+
+
+def test_other_engines_stand_in_tables_and_fronts_but_win_nothing(evident: Report) -> None:
+    drawn = pictures(evident)
+    for key in ("front-decode", "front-size"):
+        assert 'data-cell="llama.cpp:q8_0"' in drawn[key].inline["wide"]
+        assert "Pentagons are other engines" in drawn[key].caption
+        assert "95\u202f% intervals" in drawn[key].caption
+    assert all(best.row is None or best.row.cell.peer is None for best in summary(evident))
+    page = Page(to_html(evident, drawn)).words
+    assert "Flash attention off, which was faster here." in page
+    assert {row.family for row in evident.peers} == {"llama.cpp"}
+
+
+def test_whiskers_end_where_the_intervals_end(evident: Report) -> None:
+    rows = {row.cell.name: row for row in evident.rows}
+    axis = x_axis(evident, evident.rows, "decode")
+    assert axis.at(rows["dense"]) == 1.0
+    ends = axis.ends(rows["nf4"])
+    assert ends == pytest.approx((29.8 / 23.6 * 0.96, 29.8 / 23.6 * 1.04))
+    scale = scale_of(evident, "perplexity-ratio", evident.rows, evident.front("decode"))
+    up = scale.ends(rows["nf4"])
+    assert up == pytest.approx((-math.log(1.082 * 0.98), -math.log(1.082 * 1.02)))
+
+
+def test_notes_on_the_weights_stand_before_everything(evident: Report) -> None:
+    text = to_html(evident, {})
+    assert text.index("once were Q4_1") < text.index('class="summary"')
+    assert to_markdown(evident, {}).index("once were Q4") < 900
+
+
+def test_what_else_is_known_of_the_run_is_said(evident: Report) -> None:
+    words, markdown = Page(to_html(evident, {})).words, to_markdown(evident, {})
+    for known in (
+        "narrow+heal",  # a stage
+        "900.0 MB",
+        "0123456789abcdef",
+        "prompts: bfloat16",
+        "Noise floor, the dense model in float32",
+    ):
+        assert known in words
+        assert escape_markdown(known) in markdown
+    assert run_tables.curves(evident).rows == (
+        (
+            "gates, likelihood tasks",
+            "published",
+            "10.8\u202f%",
+            "50.0\u202f%",
+            "47.5\u202f%",
+            "45.0\u202f%",
+        ),
+        (
+            "gates, likelihood tasks",
+            "ours",
+            "9.0\u202f%",
+            "50.0\u202f%",
+            "47.5\u202f%",
+            "45.0\u202f%",
+        ),
+    )
+
+
+def test_csv_has_the_numbers_of_the_results(evident: Report) -> None:
+    records = list(csv.DictReader(io.StringIO(to_csv(evident))))
+    assert len(records) == len(evident.results.cells)
+    for row, record in zip(evident.rows, records, strict=False):
+        assert record["cell"] == row.cell.name
+        for metric, value in row.values.items():
+            assert float(record[metric]) == value
+    nf4 = next(record for record in records if record["cell"] == "nf4")
+    assert float(nf4["decode-ratio-low"]) == pytest.approx(29.8 / 23.6 * 0.96)
+    assert nf4["family"] == "quantized" and nf4["quantizer"] == "nf4"
+    failed = next(record for record in records if record["status"] == "failed")
+    assert "not finite" in failed["why"]
+
+
+def test_a_report_of_200_cells_stays_below_5_mb() -> None:
+    report = Report(Results.model_validate(many_cells(200)))
+    drawn = pictures(report)
+    text = to_html(report, drawn)
+    assert len(report.rows) == 200
+    assert len(text.encode("utf-8")) < 5_000_000
+    print(f"200 cells: {len(text.encode('utf-8')) / 1e6:.2f} MB")
 
 
 def test_failures_and_left_out_cells_say_why(report: Report) -> None:
@@ -489,6 +471,43 @@ def test_without_tasks_quality_is_judged_by_perplexity() -> None:
     assert "no tasks were asked" in to_html(report, {})
 
 
+# --- comparing runs ------------------------------------------------------------------------------
+
+
+def test_a_comparison_says_what_became_worse_in_every_format(tmp_path: Path) -> None:
+    before, after = (with_evidence(made_up_results()) for _ in range(2))
+    after["run"] = "later"
+    after["cells"][2]["speed"]["decode_ratio"] = estimate(0.7)
+    after["cells"][1]["size"]["disk_bytes"] //= 2
+    runs = [Results.model_validate(data) for data in (before, after)]
+    done = compare_runs(runs, tmp_path)
+    (pair,) = done.pairs
+    assert [(change.cell, change.metric) for change in pair.regressions] == [("gptq4", "decode")]
+    assert "1 worse, 1 better" in line(pair)
+    page = Page(done.html.read_text("utf-8")).words
+    for text in (page, done.markdown.read_text("utf-8")):
+        assert "×0.70" in text
+        assert "×1.32" in text
+        assert "114.2 MB" in text
+    (record,) = json.loads(done.json.read_text("utf-8"))
+    worse = [change for change in record["changes"] if change["outcome"] == "worse"]
+    assert worse[0]["after"] == 0.7
+    assert worse[0]["effect"]["high"] < 1
+
+
+def test_two_of_the_same_runs_differ_in_nothing(tmp_path: Path) -> None:
+    results = Results.model_validate(with_evidence(made_up_results()))
+    (pair,) = compare_runs([results, results], tmp_path).pairs
+    assert {change.outcome for change in pair.changes} == {"no difference", "not comparable"}
+
+
+def test_runs_with_nothing_in_common_are_said_to_have_nothing(tmp_path: Path) -> None:
+    runs = [Results(run=name, cells=()) for name in ("a", "b")]
+    done = compare_runs(runs, tmp_path)
+    assert "nothing in common" in done.html.read_text("utf-8")
+    assert "nothing in common" in done.markdown.read_text("utf-8")
+
+
 # --- escaping ------------------------------------------------------------------------------------
 
 
@@ -538,9 +557,9 @@ def test_markdown_escapes_everything(nasty: tuple[Report, dict[str, Picture]]) -
     outside = re.sub(r"(`{3,})\w*\n.*?\n\1", "", text, flags=re.S)
     assert "<img" not in outside
     lines = outside.splitlines()
-    for above, line in pairwise(lines):
-        if above.startswith("| ") and line.startswith("| "):  # rows of one table are as wide
-            assert _pipes(above) == _pipes(line)
+    for above, below in pairwise(lines):
+        if above.startswith("| ") and below.startswith("| "):  # rows of one table are as wide
+            assert _pipes(above) == _pipes(below)
 
 
 def _pipes(line: str) -> int:
@@ -549,7 +568,8 @@ def _pipes(line: str) -> int:
 
 def test_pictures_hold_any_name(nasty: tuple[Report, dict[str, Picture]]) -> None:
     for picture in nasty[1].values():
-        ET.fromstring(base64.b64decode(picture.sources["dark-wide"].partition(",")[2]))
+        ET.fromstring(picture.inline["narrow"])
+        ET.fromstring(picture.svg)
 
 
 def test_a_fence_outgrows_what_it_holds() -> None:
@@ -612,7 +632,7 @@ def test_a_histogram_has_no_gaps() -> None:
     data["cells"][5]["speculation"]["draft_length_histogram"] = {"1": 2, "4": 8}
     report = Report(Results.model_validate(data))
     row = next(row for row in report.rows if row.cell.name == "gates+spec")
-    assert tables.histogram(row).bars == ((1, 2, 0.25), (2, 0, 0.0), (3, 0, 0.0), (4, 8, 1.0))
+    assert timed_histogram(row).bars == ((1, 2, 0.25), (2, 0, 0.0), (3, 0, 0.0), (4, 8, 1.0))
 
 
 def test_marks_that_coincide_stand_side_by_side_in_their_order() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ _WORD = re.compile(r"\w+")
 
 def contamination(
     training: Iterable[tuple[str, int | None]],
-    texts: Mapping[str, int | None],
+    texts: Mapping[str, Sequence[str]],
     tasks: Iterable[str],
     limit: int | None,
     cache: Path,
@@ -31,7 +31,7 @@ def contamination(
 
     Args:
         training: source and row limit of every training text.
-        texts: name of each text that is scored -> how many of its rows, None for all.
+        texts: name of each text that is scored -> its rows.
         tasks: names of tasks, of which the first `limit` questions are scored.
 
     Raises:
@@ -41,8 +41,8 @@ def contamination(
     for source, rows in training:
         for row in load_texts(source, rows, cache).rows:
             known.update(runs(row))
-    scored = {name: load_texts(name, rows, cache).rows for name, rows in texts.items()}
-    scored |= {name: list(_questions(load_task(name, cache).path, limit)) for name in tasks}
+    questions = {name: list(_questions(load_task(name, cache).path, limit)) for name in tasks}
+    scored: dict[str, Sequence[str]] = {**texts, **questions}
     return {
         name: {"rows": len(rows), "contaminated": sum(_is_contaminated(row, known) for row in rows)}
         for name, rows in scored.items()

@@ -32,5 +32,13 @@ class CellJob:
     threads: int | None
     backend: BackendName | Literal["auto"] = "auto"
     """What runs the model."""
+    baseline_backend: str = "auto"
+    """What runs the baseline."""
     learns_from: Sequence[tuple[str, int | None]] = ()
     """Of the baseline only: source and row limit of each text that a stage of the plan reads."""
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is the cell that the others are compared with."""
+        plain = self.decode is None and self.backend == self.baseline_backend
+        return plain and self.folder == self.baseline_folder

@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compose.assets import first_available, token_blocks
+from compose.assets import TASKS, first_available, token_blocks
+from compose.bench.generate import load_prompts
 from compose.bench.job import BLOCK, CellJob
+from compose.bench.own_answers import DenseAnswers, score_answers
 from compose.bench.peers.prepare import PreparedPeer, prepare
 from compose.bench.peers.process import PeerProcess
+from compose.bench.quality import text_record
 from compose.bench.speed import usable_cores
-from compose.bench.text import load_head, load_reference, score_blocks
+from compose.bench.text import load_blocks, load_head, load_stored, score_blocks
 from compose.bench.workloads import Rows, rows_of
+from compose.errors import StepError
 from compose.memory import peak_of_children
 from compose.store import read_json
 from compose.units import Progress
@@ -59,6 +64,10 @@ class PeerBench:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.job.folder)
         return tokenizer
 
+    @cached_property
+    def _stops(self) -> list[int]:
+        return stop_ids(self.job.folder, self.tokenizer)
+
     def load(self) -> dict[str, Any]:
         """Bytes on disk and in memory, and what it is: versions, build flags, how it is run."""
         process = self._start(self.job.threads or torch.get_num_threads())
@@ -88,10 +97,12 @@ class PeerBench:
             self._loaded = None
         return self._process
 
-    def _ready(self, context: int, batch: int) -> PeerProcess:
-        """Its process, loaded for rows of `context` tokens with what follows."""
+    def _ready(self, context: int, batch: int, *, exactly: bool = False) -> PeerProcess:
+        """Its process, loaded for `batch` rows of `context` tokens with what follows, or longer
+        ones where it need not be `exactly` that."""
         assert self._process is not None, "a peer is loaded before it is asked for more"
-        if self._loaded != (context, batch):
+        positions, rows = self._loaded or (0, 0)
+        if rows != batch or positions < context or (exactly and positions != context):
             self._process.load(context, batch)
             self._loaded = (context, batch)
         return self._process
@@ -104,60 +115,102 @@ class PeerBench:
     # -- quality -------------------------------------------------------------------------------
 
     def quality(self, reference: Path) -> dict[str, Any]:
-        """Perplexity and the distance to the baseline from its own logits; tasks that it writes."""
-        wanted = self.job.benchmark["quality"]
+        """What `QualityBench` measures, as far as an engine shows it: text and answers from its own
+        logits, and those tasks whose answers are written."""
+        wanted, cache = self.job.benchmark["quality"], self.job.asset_cache
         record: dict[str, Any] = {}
-        model = _Logits(self)
+        asked = wanted["own_answers"]
+        if wanted["perplexity"] or asked:
+            stored, head = load_stored(reference), load_head(self.job.baseline_folder)
         if wanted["perplexity"]:
-            texts = first_available(wanted["perplexity"], None, self.job.asset_cache)
+            texts = first_available(wanted["perplexity"], None, cache)
             count = max(1, wanted["perplexity_tokens"] // BLOCK)
             blocks = token_blocks(texts, self.tokenizer, BLOCK, count)
-            dense = load_reference(reference, blocks), load_head(self.job.baseline_folder)
-            scores = score_blocks(model, blocks, dense, progress=self.progress)
-            record["perplexity"] = {
-                "dataset": texts.name,
-                "value": scores.perplexity,
-                "tokens": scores.tokens,
-                "origin": texts.origin,
-            }
-            record |= {"kl_to_baseline": scores.kl, "greedy_agreement": scores.agreement}
+            dense = load_blocks(stored, blocks), head
+            record |= text_record(texts, score_blocks(self, blocks, dense, progress=self.progress))
+        if asked:
+            prompts = load_prompts(self.tokenizer, asked["source"], asked["prompts"], cache)
+            answers = DenseAnswers.of(stored, prompts)
+            record["own_answers"] = score_answers(
+                self, answers, head, asked["new_tokens"], self._stops, self.progress
+            )
+        written = [name for name in wanted["tasks"] if name in TASKS and TASKS[name].writes]
+        if written:
+            from compose.bench.tasks import run_tasks  # loads lm-eval
+
+            limit, batch = wanted["limit"], wanted["batch_size"]
+            scores = run_tasks(
+                self, written, limit=limit, batch_size=batch, cache=cache, progress=self.progress
+            )
+            record["tasks"] = {name: asdict(score) for name, score in scores.items()}
         return record
 
     def lossless(self) -> dict[str, Any]:
         """Never asked of a peer: nothing of ours speculates in it."""
         raise AssertionError("a peer has no lossless check")
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits [B, S, V] after every token of ids [B, S], as the engine computes them."""
-        process = self._ready(ids.shape[1] + MARGIN, 1)
+    @property
+    def device(self) -> torch.device:
+        """Where logits come to lie."""
+        return torch.device("cpu")
+
+    def hidden(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
+        """Token ids [B, S] -> logits [B, S, V] as the engine computes them, for `head` to keep."""
+        assert lengths is None, "rows of one length"
+        process = self._ready(input_ids.shape[1] + MARGIN, 1)
         with tempfile.TemporaryDirectory(prefix="gateskip-") as scratch:
-            written = process.logits(ids.tolist(), Path(scratch) / "logits.npy")
+            written = process.logits(input_ids.tolist(), Path(scratch) / "logits.npy")
             return torch.from_numpy(written.copy())
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits as they are."""
+        return hidden
 
     def generate(
         self, prompts: Sequence[list[int]], new_tokens: int, stop_tokens: Sequence[int]
     ) -> list[list[int]]:
         """Greedy continuations, through the engine's own batching."""
         longest = max(map(len, prompts))
-        process = self._ready(_rounded(longest + new_tokens + MARGIN), len(prompts))
+        process = self._ready(longest + new_tokens + MARGIN, len(prompts))
         tokens: list[list[int]] = process.generate(prompts, new_tokens, list(stop_tokens))["tokens"]
         return tokens
+
+    def answer_logits(self, prompts: Rows, answers: Rows) -> list[Tensor]:
+        """Of each answer, the logits [T, V] that predict its T tokens, read as one prompt."""
+        led = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = torch.tensor([[*prompt, *answer[:-1]]])
+            led.append(self.hidden(ids, None)[0, len(prompt) - 1 :])
+        return led
 
     # -- speed ---------------------------------------------------------------------------------
 
     def warm(self, batch: int, context: int, category: str, threads: int) -> dict[str, Any]:
         """Load for a shape and run a whole turn that is not counted: nothing is compiled later."""
         self._start(self.job.threads or threads)
-        return self.speed(batch, context, category)
+        return self._turn(batch, context, category)
 
     def speed(self, batch: int, context: int, category: str) -> dict[str, Any]:
-        """One turn; the fields of `SpeedTurns.measure`, as far as an engine tells them."""
+        """One turn; the fields of `SpeedTurns.measure`, as far as an engine tells them.
+
+        Raises:
+            StepError: the engine compiled something while it was timed.
+        """
+        turn = self._turn(batch, context, category)
+        if turn["compiled_graphs"]:
+            raise StepError(
+                f"{self.peer} compiled {turn['compiled_graphs']} graphs in a timed turn"
+            )
+        return turn
+
+    def _turn(self, batch: int, context: int, category: str) -> dict[str, Any]:
         new_tokens = self.job.benchmark["speed"]["new_tokens"]
         batches = self._batches(batch, context, category)
         longest = max(len(row) for rows in batches for row in rows)
-        process = self._ready(longest + new_tokens + MARGIN, batch)
-        stop = stop_ids(self.job.folder, self.tokenizer) if category else []
+        process = self._ready(longest + new_tokens + MARGIN, batch, exactly=True)
+        stop = self._stops if category else []
         turn: dict[str, Any] = {"prompt_tokens": 0, "prefill_s": 0.0, "tokens": 0, "decode_s": 0.0}
+        turn["compiled_graphs"] = 0
         first_tokens, digest = [], hashlib.sha256()
         for rows in batches:
             answer = process.generate(rows, new_tokens, stop, ignore_stop=not category)
@@ -165,6 +218,7 @@ class PeerBench:
             turn["tokens"] += sum(map(len, answer["tokens"])) - answer["first_tokens"]
             turn["prefill_s"] += answer["prefill_s"]
             turn["decode_s"] += answer["decode_s"]
+            turn["compiled_graphs"] += answer.get("compiled_graphs", 0)
             first_tokens.append(answer["ttft_s"])
             digest.update(json.dumps(answer["tokens"]).encode())
         return turn | {
@@ -183,23 +237,6 @@ class PeerBench:
         return self._rows[shape]
 
 
-class _Logits:
-    """A peer as a scored model: what it calls hidden states are its logits already."""
-
-    def __init__(self, bench: PeerBench) -> None:
-        self.bench, self.tokenizer, self.device = bench, bench.tokenizer, torch.device("cpu")
-        self.generate = bench.generate
-
-    def hidden(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
-        """Token ids [B, S] -> logits [B, S, V]; rows are not padded."""
-        assert lengths is None, "a peer scores running text alone"
-        return self.bench.logits(input_ids)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits as they are."""
-        return hidden
-
-
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: the tokenizer's, and those of the folder's configs."""
     stated = [tokenizer.eos_token_id]
@@ -209,8 +246,3 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             stated += ends if isinstance(ends, list) else [ends]
             break
     return sorted({each for each in stated if each is not None})
-
-
-def _rounded(positions: int, step: int = 256) -> int:
-    """Positions up to a multiple of `step`, so that batches of like lengths share one loading."""
-    return -(-positions // step) * step

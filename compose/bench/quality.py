@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import gateskip
-from compose.assets import TASKS, TextData, contamination, first_available, token_blocks
+from compose.assets import TASKS, TextData, contamination, first_available, load_texts, token_blocks
 from compose.bench.generate import load_prompts, stop_token_ids
 from compose.bench.job import BLOCK, CellJob
 from compose.bench.own_answers import DenseAnswers, dense_record, score_answers, write_answers
@@ -28,6 +28,7 @@ from compose.bench.text import (
     load_head,
     load_stored,
     score_blocks,
+    score_reference,
     store,
 )
 from compose.units import Progress
@@ -58,9 +59,11 @@ class QualityBench:
         self.progress = progress
         self.wanted: Mapping[str, Any] = job.benchmark["quality"]
         self.model = Scored(decoder, settings["budget"] if mode == "skip" else None)
-        self.is_baseline = job.folder == job.baseline_folder and mode == "plain"
+        self.is_baseline = job.is_baseline
         self.stored: dict[str, Tensor] = {}
         """What the baseline leaves for the others, or left."""
+        self.scored: dict[str, list[str]] = {}
+        """Name of the text that was scored -> its rows."""
 
     def measure(self, reference: Path) -> dict[str, Any]:
         """The cell's `quality`, and `compute`, `insight` and `notes` that come with it.
@@ -97,12 +100,14 @@ class QualityBench:
         texts = first_available(wanted["perplexity"], None, self.job.asset_cache)
         count = max(1, wanted["perplexity_tokens"] // BLOCK)
         blocks = token_blocks(texts, self.decoder.tokenizer, BLOCK, count)
+        self.scored[texts.name] = texts.rows
         usage = self.decoder.skipping.usage
         usage.clear()
         record: dict[str, Any] = {}
         if self.is_baseline:
-            scores, hidden = self._keep_states(blocks)
-            record |= self._noise_floor(blocks, hidden, scores)
+            scores, kept = score_reference(model, blocks, progress=self.progress)
+            self.stored |= kept
+            record |= self._noise_floor(blocks, kept["hidden"], scores)
         else:
             scores = score_blocks(
                 model,
@@ -123,19 +128,6 @@ class QualityBench:
         if model.thresholds is not None:
             record["insight"] = self._insight(blocks[:INSIGHT_BLOCKS], model.thresholds)
         return record
-
-    def _keep_states(self, blocks: Tensor) -> tuple[BlockScores, Tensor]:
-        """Score the baseline, and keep its final states [N, S, H] for the others."""
-        kept: list[Tensor] = []
-        scores = score_blocks(
-            self.model,
-            blocks,
-            progress=self.progress,
-            keep=lambda hidden: kept.append(hidden.cpu().clone()),
-        )
-        hidden = torch.cat(kept).contiguous()
-        self.stored |= {"hidden": hidden, "blocks": blocks.cpu()}
-        return scores, hidden
 
     def _noise_floor(self, blocks: Tensor, hidden: Tensor, own: BlockScores) -> dict[str, Any]:
         """The same model in the other float type: what is closer than that is rounding.
@@ -231,11 +223,10 @@ class QualityBench:
     def _add_contamination(self, record: dict[str, Any]) -> None:
         """13-gram contamination of all that is scored, and a note for each text that has any."""
         wanted = self.wanted
-        texts: dict[str, int | None] = {}
-        if "perplexity" in record:
-            texts[record["perplexity"]["dataset"]] = None
+        texts = dict(self.scored)
         if asked := wanted["own_answers"]:
-            texts.setdefault(asked["source"], asked["prompts"])
+            own = load_texts(asked["source"], asked["prompts"], self.job.asset_cache)
+            texts.setdefault(own.name, own.rows)
         tasks = [name for name in wanted["tasks"] if name in TASKS]
         shares = contamination(
             self.job.learns_from, texts, tasks, wanted["limit"], self.job.asset_cache

@@ -170,6 +170,24 @@ def _summary(rows: Sequence[_Row]) -> BlockScores:
 # --- The reference: what the baseline leaves for the others ---------------------------------------
 
 
+def score_reference(
+    model: ScoredModel, blocks: Tensor, *, batch_size: int = 1, progress: Progress | None = None
+) -> tuple[BlockScores, dict[str, Tensor]]:
+    """Score the baseline on `blocks` [N, S]; the second is what the other cells compare with.
+
+    It holds `hidden` [N, S, H] in the model's type, and `blocks`.
+    """
+    kept: list[Tensor] = []
+    scores = score_blocks(
+        model,
+        blocks,
+        batch_size=batch_size,
+        progress=progress,
+        keep=lambda hidden: kept.append(hidden.cpu().clone()),
+    )
+    return scores, {"hidden": torch.cat(kept).contiguous(), "blocks": blocks.cpu()}
+
+
 def store(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write the baseline's tensors as safetensors; the file appears whole."""
     from safetensors.torch import save_file

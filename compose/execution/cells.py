@@ -123,6 +123,7 @@ def open_cell(run: RunState, cell: Cell, name: str, *, on_this_machine: bool = F
         "seed": pipeline.seed,
         "dtype": cell.dtype or pipeline.model.dtype,
         "backend": cell.backend,
+        "baseline_backend": baseline.backend,
         "peer": cell.peer,
         "asset_cache": str(run.settings.asset_cache.absolute()),
         "reference": str(run.folder.reference(baseline.key)),

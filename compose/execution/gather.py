@@ -172,10 +172,12 @@ def _step_records(folder: Path) -> dict[str, Any]:
     curves = {name: curve for name, record in records.items() if (curve := _curve(record))}
     errors = {name: each for name, record in records.items() if (each := _errors(record))}
     peaks = {entry["name"]: entry["peak_bytes"] for entry in entries if "peak_bytes" in entry}
+    seconds = {entry["name"]: entry["wall_s"] for entry in entries if "wall_s" in entry}
     return {
         "training": curves or None,
         "layer_errors": errors or None,
         "step_peak_bytes": peaks or None,
+        "step_seconds": seconds or None,
     }
 
 

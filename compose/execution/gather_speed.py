@@ -94,6 +94,9 @@ def _speed(session: Session, name: str, baseline: str) -> dict[str, Any]:
     if main is not None and main.batch == 1:
         del by_shape[main]
     texts = [own["digest"] == base["digest"] for own, base in pairs if own.get("digest")]
+    for field in ("threads", "affinity"):
+        if (most := _largest(session.main(name), field)) is not None:
+            speed[field] = most
     if name != baseline and texts:
         speed["equal_to_baseline"] = all(texts)
     for shape, numbers in by_shape.items():

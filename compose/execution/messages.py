@@ -80,6 +80,7 @@ class CellRequest(TypedDict):
     dtype: str
     backend: str
     """What runs the model; `auto` lets the folder decide."""
+    baseline_backend: str
     peer: str | None
     """The engine that is measured instead of ours, on the folder of the baseline."""
     asset_cache: str

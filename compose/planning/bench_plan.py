@@ -18,6 +18,7 @@ from compose.errors import UserError
 from compose.language.schema import Benchmark, Model, Pipeline
 from compose.planning.keys import cell_key, digest, listing
 from compose.planning.plan import Cell, Plan
+from compose.planning.prepare import require_inputs
 from compose.stages.registry import Skip, Speculate, Stage
 
 PLAIN = "plain"
@@ -36,7 +37,8 @@ def bench_plan(
     pipeline's `benchmark` section.
 
     Raises:
-        UserError: a folder is no model, a system or a peer is not known, or nothing is named twice.
+        UserError: a folder is no model, a system, a peer, a text or a task is not known, or
+            something is named twice.
     """
     for folder in folders:
         require_model(folder)
@@ -74,6 +76,7 @@ def bench_plan(
         model=Model(source=str(places[0]), dtype=_known_dtype(places[0])),
         benchmark=Benchmark.model_validate({**benchmark, "baseline": cells[0].name}),
     ).model_copy(update={"stages": stages, "matrix": None})
+    require_inputs(pipeline)
     return Plan(pipeline, (), tuple(cells), ())
 
 

@@ -71,6 +71,8 @@ def _inputs(pipeline: Pipeline) -> Iterator[tuple[Loc, Callable[[], None]]]:
         yield (*place, "own_answers", "source"), partial(require_text_name, asked.source)
     lossless = pipeline.benchmark.lossless.source
     yield ("benchmark", "lossless", "source"), partial(require_text_name, lossless)
+    if (prompts := pipeline.benchmark.speed.prompts) is not None:
+        yield ("benchmark", "speed", "prompts"), partial(require_text_name, prompts)
 
 
 def model_shape(pipeline: Pipeline, asset_cache: Path) -> ModelShape | None:

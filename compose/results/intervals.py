@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -117,6 +118,7 @@ def exp_t_interval(logs: ArrayLike) -> Estimate:
     return _ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(values))
 
 
+@cache
 def t_quantile(n: int) -> float:
     """How many standard errors a 95 % interval of `n` values reaches to either side."""
     from scipy.stats import t
@@ -151,7 +153,8 @@ def _resampled_means(rows: Floats, seed: int = SEED) -> Floats:
 
 def _estimate(value: float, draws: Floats, n: int) -> Estimate | None:
     """A ratio with the percentiles of its draws; None where an end is not finite."""
-    ends = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    with np.errstate(invalid="ignore"):  # between two infinite draws
+        ends = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     if not np.isfinite(ends).all():
         return None
     return _ratio(value, float(ends[0]), float(ends[1]), n)

@@ -56,6 +56,12 @@ class Speed(SpeedNumbers):
     """Category of the prompts -> its numbers, where prompts come from a file; then the numbers
     above are of all categories together."""
 
+    threads: int | None = None
+    """Threads of the cell's process while it was timed."""
+
+    affinity: int | None = None
+    """Cores on which the system let that process run."""
+
     equal_to_baseline: bool | None = None
     """Whether the text decoded while timed was the baseline's, in every round."""
 

@@ -126,6 +126,9 @@ class CellResult(Record):
     step_peak_bytes: dict[str, int] | None = None
     """Stage name -> the most memory that the process held which ran it."""
 
+    step_seconds: dict[str, float] | None = None
+    """Stage name -> wall time of the process that ran it."""
+
     seeds: tuple[SeedRun, ...] | None = None
     """What further seeds gave; everything else is the first seed's."""
 

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from compose.results.intervals import MIN_QUESTIONS
@@ -214,8 +215,11 @@ def _verdict(verdict: Outcome, facts: list[str], but: list[str] | None = None) -
 
 
 def _listed(facts: list[str]) -> str:
-    """Facts one after the other; only the first says `it`."""
-    return ", ".join([*facts[:1], *(fact.removeprefix("it ") for fact in facts[1:])])
+    """Facts one after the other; of those about the cell, only the first says `it`."""
+    told = facts[:1]
+    for before, fact in pairwise(facts):
+        told.append(fact.removeprefix("it ") if before.startswith("it ") else fact)
+    return ", ".join(told)
 
 
 def _percents(low: float, high: float) -> str:

@@ -48,7 +48,7 @@ class StageJob:
     dense: Path
     """The folder of the untouched source model: the teacher."""
     progress: Progress
-    """Called with (done, total, note) as the work goes on."""
+    """Called as the work goes on; a stage that only counts passes (done, total, phase)."""
     work: Path
     """Scratch that survives a kill, for checkpoints in the middle of a stage."""
     asset_cache: Path

@@ -103,7 +103,7 @@ def _shapes(results: Results, cell: CellResult) -> list[tuple[str, Any]]:
         return []
     main, batches = asked.get("prompt_tokens", 0), asked.get("batch_sizes", [1])
     first = 1 if 1 in batches else min(batches)
-    categories = getattr(speed, "by_category", None) or {}
+    categories = speed.by_category or {}
     name = "all prompts" if categories else f"{first} x {main}"
     shapes: list[tuple[str, Any]]
     shapes = [(name, speed)] if speed.decode_tokens_per_s or speed.prefill_tokens_per_s else []
@@ -168,16 +168,16 @@ def _remarks(cell: CellResult) -> list[str]:
     if spoken is not None and spoken.acceptance_rate is not None:
         fell_back = "; fell back to plain decoding" if spoken.fell_back else ""
         lines.append(f"accepts {spoken.acceptance_rate:.2f} of its drafts{fell_back}")
-    speed, size = (cell.speed.model_extra or {}) if cell.speed else {}, cell.size
-    if split := speed.get("time_split"):
-        lines.append("decoding is " + ", ".join(f"{part} {s:.0%}" for part, s in split.items()))
-    extra = (size.model_extra or {}) if size else {}
-    if size and extra.get("cache_bytes") and extra.get("beside_bytes") is not None:
+    speed, size = cell.speed, cell.size
+    if speed is not None and speed.time_split:
+        parts = (f"{part} {share:.0%}" for part, share in speed.time_split.items())
+        lines.append("decoding is " + ", ".join(parts))
+    if size is not None and size.cache_bytes and size.beside_bytes is not None:
         lines.append(
             f"memory: {(size.resident_bytes or 0) / 1e6:.0f} MB of weights,"
-            f" {extra['cache_bytes'] / 1e6:.0f} MB of cache at most, and"
-            f" {extra['beside_bytes'] / 1e6:.0f} MB beside them at its peak"
+            f" {size.cache_bytes / 1e6:.0f} MB of cache at most, and"
+            f" {size.beside_bytes / 1e6:.0f} MB beside them at its peak"
         )
-    if speed.get("equal_to_baseline") is False:
+    if speed is not None and speed.equal_to_baseline is False:
         lines.append("its text is not that of the first row")
     return lines

@@ -19,16 +19,25 @@ class PickOptions:
     """The constraints and the aim by which a cell is picked: options of `pick` and of `export`."""
 
     min_retained: Annotated[
-        float | None, typer.Option(help="Least share of the baseline's quality, 0 to 1.")
+        float | None,
+        typer.Option(
+            help="Least share of the baseline's quality, 0 to 1; the lower end of the 95 %"
+            " interval must reach it."
+        ),
     ] = None
     max_perplexity_ratio: Annotated[
-        float | None, typer.Option(help="Most perplexity, over the baseline's.")
+        float | None,
+        typer.Option(help="Most perplexity, over the baseline's; for the upper end of the 95 %."),
     ] = None
     max_bytes: Annotated[str | None, typer.Option(help="Most size on disk, as 90MB.")] = None
     max_resident: Annotated[str | None, typer.Option(help="Most size in memory, as 200MB.")] = None
     require_lossless: Annotated[
         bool, typer.Option(help="Refuse speculation that was not measured to be lossless.")
     ] = True
+    by_estimate: Annotated[
+        bool,
+        typer.Option("--by-estimate", help="Hold estimates against the bounds, not intervals."),
+    ] = False
     maximize: Annotated[
         str, typer.Option(help="What to aim for: decode, prefill, size, accuracy, ...")
     ] = "decode"

@@ -15,12 +15,19 @@ from compose.errors import UserError
 from compose.execution.run_folder import RunFolder, is_measured, only_code_changed
 from compose.execution.runner import RunResult
 from compose.planning.plan import Plan
-from compose.results.metrics import METRICS, metrics
+from compose.results.metrics import METRICS, interval_of, metrics
+from compose.results.parts import Outcome
 from compose.results.schema import CellResult, Results
 from compose.terminal.doctor import Finding
 from compose.units import bytes_text, metric_text
 
 CODE_CHANGED = "code or libraries changed"
+VERDICT_STYLES: dict[Outcome, str] = {
+    "ACCEPT": "green",
+    "TRADE-OFF": "yellow",
+    "REGRESSION": "red",
+    "NO EVIDENCE": "dim",
+}
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[red]✗[/]"}
 
 
@@ -105,26 +112,47 @@ def print_result(console: Console, result: RunResult) -> None:
         )
     done = len(cells) - len(failed)
     console.print(f"{done} of {len(cells)} cells measured.", highlight=False)
+    if any(cell.verdict is not None for cell in cells):
+        console.print(verdict_table(cells))
     for name in ("report.html", "report.md", "results.json"):
         console.print(f"  {result.folder.root / name}", highlight=False, soft_wrap=True)
 
 
+def verdict_table(cells: Sequence[CellResult]) -> Table:
+    """One line a cell: its verdict, and what it rests on."""
+    table = _table("Verdicts", "cell", "verdict", "why")
+    for cell in cells:
+        if cell.verdict is not None:
+            style = VERDICT_STYLES[cell.verdict.verdict]
+            verdict = f"[{style}]{cell.verdict.verdict}[/]"
+            table.add_row(escape(cell.name), verdict, escape(cell.verdict.why))
+    return table
+
+
 def cell_text(results: Results, cell: CellResult) -> Group:
-    """A picked cell with its numbers."""
-    table = _table(cell.name, "", "this cell", results.baseline)
+    """A picked cell with its numbers, their 95 % intervals, and its verdict."""
+    table = _table(cell.name, "", "this cell", "95 %", results.baseline)
     baseline = metrics(results, results.cell(results.baseline))
     for name, value in metrics(results, cell).items():
+        ends = interval_of(results, name, cell)
+        interval = "" if ends is None else " to ".join(metric_text(name, end) for end in ends)
         other = metric_text(name, baseline.get(name))
-        table.add_row(METRICS[name].title, metric_text(name, value), other)
-    return Group(table)
+        table.add_row(METRICS[name].title, metric_text(name, value), interval, other)
+    parts: list[RenderableType] = [table]
+    if cell.verdict is not None:
+        parts += ["", Text(f"{cell.verdict.verdict}: {cell.verdict.why}")]
+    return Group(*parts)
 
 
 def cell_json(results: Results, cell: CellResult) -> dict[str, Any]:
-    """A picked cell for scripts: its result and its metrics."""
+    """A picked cell for scripts: its result (the verdict is in it), metrics, and intervals."""
+    values = metrics(results, cell)
+    ends = {name: interval_of(results, name, cell) for name in values}
     return {
         "run": results.run,
         "cell": cell.model_dump(mode="json"),
-        "metrics": metrics(results, cell),
+        "metrics": values,
+        "ci95": {name: each for name, each in ends.items() if each is not None},
     }
 
 

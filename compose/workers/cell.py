@@ -82,6 +82,7 @@ def open_bench(job: CellRequest, progress: Progress) -> CellBench | PeerBench:
         seed=job["seed"],
         dtype=job["dtype"],
         backend=cast(Any, job["backend"]),
+        baseline_backend=job["baseline_backend"],
         asset_cache=Path(job["asset_cache"]),
         reference=Path(job["reference"]),
         threads=job["threads"],

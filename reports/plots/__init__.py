@@ -1,17 +1,18 @@
-"""Pictures of a run: fronts, accuracy against compute saved, every repeat, training curves, gates.
+"""Pictures of a run: fronts, skipping curves, every repeat, training curves, gates.
 
-Each is drawn light and dark, wide and narrow, as SVG for the page, and once as PNG for Markdown.
-Colour tells how weights are stored, shape how the cell decodes, and a number in each mark is the
-cell's number in the tables, so that nothing depends on colour alone.
+Each is drawn wide and narrow as SVG for the page, which colours it, and once as SVG and PNG file.
+Colour tells how weights are stored, shape how the cell decodes or that it is another engine, and a
+number in each mark is the cell's number in the tables, so that nothing depends on colour alone.
 """
 
 from __future__ import annotations
 
 from reports.load import Report
 from reports.plots.canvas import Picture, render
+from reports.plots.curves import curves
 from reports.plots.gates import gates
 from reports.plots.lines import repeats, training
-from reports.plots.tradeoffs import accuracy, front
+from reports.plots.tradeoffs import front
 
 __all__ = ["Picture", "pictures"]
 
@@ -21,7 +22,8 @@ def pictures(report: Report) -> dict[str, Picture]:
     specs = (
         front(report, "decode"),
         front(report, "size"),
-        accuracy(report),
+        front(report, "saved"),
+        curves(report),
         repeats(report),
         training(report),
         gates(report),

@@ -1,52 +1,21 @@
-"""How a picture is drawn: its themes, its sizes, and its rendering as SVG and PNG."""
+"""How a picture is drawn: its sizes, and its rendering as SVG for the page, SVG file and PNG."""
 
 from __future__ import annotations
 
-import base64
 import io
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
+from reports.plots.svg import inline, whole
+from reports.plots.theme import LIGHT, Theme
 
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of one theme. `series` is Okabe and Ito's palette, tuned to the ground it lies on."""
-
-    name: str
-    ground: str
-    ink: str
-    muted: str
-    grid: str
-    on_mark: str
-    series: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "light",
-    "#ffffff",
-    "#1d2329",
-    "#5d6771",
-    "#e3e7ea",
-    "#ffffff",
-    ("#3d4852", "#0072b2", "#c2570c", "#00805c", "#a8487f", "#8a6d00"),
-)
-DARK = Theme(
-    "dark",
-    "#171b20",
-    "#e8ebee",
-    "#a2acb6",
-    "#2e353d",
-    "#10151a",
-    ("#c3ccd5", "#5bb8ec", "#f59a52", "#3fcf9f", "#e497c4", "#e0c14c"),
-)
+Width = Literal["wide", "narrow"]
 
 
 @dataclass(frozen=True)
@@ -65,21 +34,20 @@ class Frame:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn picture. `sources` has the data URI for each of light/dark x wide/narrow."""
+    """A drawn picture. `inline` is the page's `<svg>` of each width; `svg` is a whole file."""
 
     key: str
     title: str
     alt: str
     caption: str
-    sources: dict[str, str]
-    width: int
-    height: int
+    inline: dict[Width, str]
+    svg: bytes
     png: bytes
 
 
 @dataclass(frozen=True)
 class PictureSpec:
-    """A picture before it is drawn."""
+    """A picture before it is drawn. `marks` is row number -> (cell's name, what its mark says)."""
 
     key: str
     title: str
@@ -87,38 +55,32 @@ class PictureSpec:
     caption: str
     height: int
     draw: Callable[[Figure, Frame], None]
+    marks: Mapping[int, tuple[str, str]] = field(default_factory=dict)
 
 
 def render(spec: PictureSpec) -> Picture:
-    """Draw a picture in every theme and width, and as PNG."""
-    frames = {
-        f"{theme.name}-{'narrow' if narrow else 'wide'}": Frame(
-            theme, 340 if narrow else 560, narrow
-        )
-        for theme in (LIGHT, DARK)
-        for narrow in (False, True)
-    }
-    wide = frames["light-wide"]
+    """Draw a picture in both widths for the page, and once each as SVG and PNG file."""
+    wide, narrow = Frame(LIGHT, 560, narrow=False), Frame(LIGHT, 340, narrow=True)
+    drawn = {w: _text(spec, frame) for w, frame in (("wide", wide), ("narrow", narrow))}
     return Picture(
         key=spec.key,
         title=spec.title,
         alt=spec.alt,
         caption=spec.caption,
-        sources={name: _svg(spec, frame) for name, frame in frames.items()},
-        width=wide.width,
-        height=spec.height,
-        png=_draw(spec, wide, "png", dpi=192),
+        inline={
+            "wide": inline(drawn["wide"], f"{spec.key}-w-", spec.marks),
+            "narrow": inline(drawn["narrow"], f"{spec.key}-n-", spec.marks),
+        },
+        svg=whole(drawn["wide"]).encode("utf-8"),
+        png=_draw(spec, wide, "png", dpi=192, ground=LIGHT.ground),
     )
 
 
-def _svg(spec: PictureSpec, frame: Frame) -> str:
-    text = _draw(spec, frame, "svg", dpi=96).decode("utf-8")
-    text = text.replace("'DejaVu Sans'", FONTS).replace("DejaVu Sans", FONTS)
-    packed = base64.b64encode(text.encode("utf-8")).decode("ascii")
-    return f"data:image/svg+xml;base64,{packed}"
+def _text(spec: PictureSpec, frame: Frame) -> str:
+    return _draw(spec, frame, "svg", dpi=96, ground="none").decode("utf-8")
 
 
-def _draw(spec: PictureSpec, frame: Frame, format: str, dpi: int) -> bytes:
+def _draw(spec: PictureSpec, frame: Frame, format: str, dpi: int, ground: str) -> bytes:
     theme = frame.theme
     style: Any = {
         "font.family": "DejaVu Sans",
@@ -143,7 +105,6 @@ def _draw(spec: PictureSpec, frame: Frame, format: str, dpi: int) -> bytes:
             "ignore", message="Glyph .* missing"
         )  # the page's fonts may have it
         size = (frame.width / 96, spec.height / 96)
-        ground = theme.ground if format == "png" else "none"
         figure = Figure(figsize=size, dpi=96, layout="constrained", facecolor=ground)
         FigureCanvasAgg(figure)
         spec.draw(figure, frame)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from reports.load import Report
@@ -22,24 +24,34 @@ def gates(report: Report) -> PictureSpec | None:
     shares += [list(group.kept) for group in insight.kinds.values()]
     caption = (
         f"Share of tokens of each kind that enter a branch, in cell {row.number} "
-        f"({row.cell.name}): dark is all of them, empty is none."
+        f"({row.cell.name}): full colour is all of them, empty is none."
     )
 
     def draw(figure: Figure, frame: Frame) -> None:
-        axes = figure.subplots(2, 1, sharex=True)
-        shade = LinearSegmentedColormap.from_list(
-            "kept", [frame.theme.ground, frame.theme.series[1]]
-        )
+        both = figure.subplots(2, 1, sharex=True)
         for place, kind in enumerate(("attention", "MLP")):
-            values = [share[place::2] for share in shares]
-            axes[place].imshow(values, aspect="auto", cmap=shade, vmin=0, vmax=1)
-            axes[place].set_yticks(range(len(names)), names, color=frame.theme.ink)
-            axes[place].set_title(kind, loc="left", fontsize=frame.text, color=frame.theme.ink)
-            axes[place].tick_params(length=0)
-            axes[place].spines[:].set_visible(False)
-        axes[1].set_xlabel("layer")
-        axes[1].xaxis.set_major_locator(MaxNLocator(min(layers, 8), integer=True))
+            axes = both[place]
+            axes.add_collection(_tiles([s[place::2] for s in shares], frame.theme.series[1]))
+            axes.set_xlim(-0.5, layers - 0.5)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_yticks(range(len(names)), names, color=frame.theme.ink)
+            axes.set_title(kind, loc="left", fontsize=frame.text, color=frame.theme.ink)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+        both[1].set_xlabel("layer")
+        both[1].xaxis.set_major_locator(MaxNLocator(min(layers, 8), integer=True))
 
     title = "What the gates let in"
     alt = f"{title}: kept shares of {len(names)} kinds of tokens at {layers} layers."
     return PictureSpec("gates", title, alt, caption, 120 + 34 * len(names), draw)
+
+
+def _tiles(shares: list[list[float]], colour: str) -> PatchCollection:
+    """A square a branch, as opaque as its share: an image would not follow the page's theme."""
+    tiles = [
+        Rectangle((x - 0.5, y - 0.5), 1, 1)
+        for y, line in enumerate(shares)
+        for x in range(len(line))
+    ]
+    faces = [to_rgba(colour, share) for line in shares for share in line]
+    return PatchCollection(tiles, facecolors=faces, linewidths=0)

@@ -10,7 +10,14 @@ from matplotlib.ticker import MaxNLocator
 from compose.results.parts import TrainingPoint
 from reports.load import Report, Row
 from reports.plots.canvas import Frame, PictureSpec
-from reports.plots.scatter import colours_of, short
+from reports.plots.marks import short
+from reports.plots.scatter import colour_of
+
+MOST_CURVES = 12
+"""Training curves in one picture."""
+
+MOST = 40
+"""Cells of which every repeat is drawn; of a larger run, those on a front and other engines."""
 
 
 def repeats(report: Report) -> PictureSpec | None:
@@ -19,12 +26,14 @@ def repeats(report: Report) -> PictureSpec | None:
     if not rows:
         return None
     caption = "Each repeat is a dot, the median a bar."
+    if len(rows) > MOST:
+        rows = [r for r in rows if r.is_baseline or r.cell.peer or r.number in report.on_a_front]
+        caption += " Only the baseline, other engines and cells on a front are drawn."
 
     def draw(figure: Figure, frame: Frame) -> None:
         axes = figure.add_subplot()
-        colours = colours_of(report, frame.theme)
         for place, row in enumerate(rows):
-            runs, colour = _runs(row), colours[row.weights]
+            runs, colour = _runs(row), colour_of(report, row, frame.theme)
             axes.plot(runs, [place] * len(runs), "o", ms=5, mfc=colour, mec="none", alpha=0.45)
             median = row.values["decode"]
             axes.plot([median] * 2, [place - 0.32, place + 0.32], color=colour, lw=2)
@@ -55,6 +64,7 @@ def training(report: Report) -> PictureSpec | None:
     curves = dict(_curves(report))
     if not curves:
         return None
+    curves = dict(list(curves.items())[:MOST_CURVES])
     caption = "Thin: training loss. With dots: loss on held-out text."
 
     def draw(figure: Figure, frame: Frame) -> None:

@@ -1,62 +1,120 @@
-"""Trade-off pictures: Pareto fronts, and quality kept against compute saved."""
+"""Trade-off pictures: fronts of quality against decode speed, size and compute saved."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from compose.results.metrics import retained_basis
-from reports.load import KEEPS, Report, Row
+from reports.load import Report, Row
+from reports.numbers import THIN, TIMES, megabytes, number, ratio, share
 from reports.plots.canvas import Frame, PictureSpec
+from reports.plots.marks import draw_marks, write_names
 from reports.plots.scatter import (
     better_corner,
-    colours_of,
-    draw_marks,
+    colour_of,
     legend,
     pad_x_axis,
     quality_axis,
     scale_of,
-    write_names,
 )
+from reports.plots.spread import XAxis, x_axis
 
 _NB = "\u00a0"
+NAMED_MOST = 8  # more names than this on a front, and the caption counts them instead
 
 
 def front(report: Report, metric: str) -> PictureSpec | None:
-    """Quality against `decode` speed or `size`, with the Pareto front through the cells."""
+    """Quality against `decode` speed, `size` or compute `saved`, with the front through the cells.
+
+    Whiskers on both axes are 95 % intervals, where the results have them.
+    """
     quality = report.quality_axis
     rows = [row for row in report.rows if {metric, quality} <= row.values.keys()]
-    if quality is None or len(rows) < 2:
+    if quality is None or len({row.values[metric] for row in rows}) < 2:
         return None
     front = report.front(metric)
-    scale = scale_of(quality, rows, front)
-    against = {"decode": "decode speed", "size": "size on disk"}[metric]
-    names = ", ".join(f"{row.number}{_NB}{row.cell.name}" for row in front)
-    caption = f"On the front: {names}. Marks that would coincide stand side by side."
-    if any(scale.beyond(row) for row in rows):
-        caption += " An arrow marks cells beyond the scale."
+    scale, xs = scale_of(report, quality, rows, front), x_axis(report, rows, metric)
+    beyond = {row.number: words for row in rows if (words := scale.beyond(row))}
 
     def draw(figure: Figure, frame: Frame) -> None:
         axes = figure.add_subplot()
-        unit = 1e6 if metric == "size" else 1.0
-        points = [(row.values[metric] / unit, scale.height(row)) for row in rows]
-        quality_axis(axes, quality, [y for _, y in points])
-        axes.set_xlabel("size on disk, MB" if metric == "size" else "decode, tokens/s")
-        _stairs(axes, frame, points, rows, front, smaller_is_better=metric == "size")
-        pad_x_axis(axes, [x for x, _ in points])
-        better_corner(axes, frame, left=metric == "size")
+        points = [(xs.at(row), scale.height(row)) for row in rows]
+        across = [end for row in rows for end in xs.ends(row) or ()]
+        up = [end for row in rows for end in scale.ends(row) or ()]
+        quality_axis(axes, quality, [*(y for _, y in points), *up])
+        axes.set_xlabel(xs.label)
+        _stairs(axes, frame, points, rows, front, smaller_is_better=xs.smaller_is_better)
+        pad_x_axis(axes, [*(x for x, _ in points), *across])
+        better_corner(axes, frame, left=xs.smaller_is_better)
         legend(figure, frame, report, rows)
-        shifts = draw_marks(axes, frame, report, rows, points, {row.number for row in front}, scale)
-        named = [row for row in rows if row in front or row.is_baseline]
+        colours = {row.number: colour_of(report, row, frame.theme) for row in rows}
+        inks = [colours[row.number] for row in rows]
+        _whiskers(axes, inks, points, [xs.ends(r) for r in rows], [scale.ends(r) for r in rows])
+        strong = {row.number for row in front}
+        shifts = draw_marks(axes, frame, rows, points, colours, strong, beyond)
+        named = [row for row in rows if row in front or row.is_baseline or row.cell.peer]
         write_names(axes, frame, rows, points, shifts, [] if frame.narrow else named)
 
-    title = f"Quality against {against}"
-    alt = f"{title}, {len(rows)} cells. {caption}"
-    return PictureSpec(f"front-{metric}", title, alt, caption, 400, draw)
+    whiskers = any(xs.ends(row) or scale.ends(row) for row in rows)
+    caption = _caption(rows, front, whiskers=whiskers, beyond=bool(beyond))
+    alt = f"{xs.title}, {len(rows)} cells. {caption}"
+    marks = {row.number: (row.cell.name, _says(report, row, xs, quality)) for row in rows}
+    return PictureSpec(f"front-{metric}", xs.title, alt, caption, 400, draw, marks)
+
+
+def _caption(rows: Sequence[Row], front: Sequence[Row], *, whiskers: bool, beyond: bool) -> str:
+    names = ", ".join(f"{row.number}{_NB}{row.cell.name}" for row in front[:NAMED_MOST])
+    more = len(front) - NAMED_MOST
+    parts = [f"On the front: {names}{f' and {more} more' if more > 0 else ''}."]
+    if whiskers:
+        parts.append(f"Whiskers are 95{THIN}% intervals: cells whose whiskers overlap may swap.")
+    if any(row.cell.peer for row in rows):
+        parts.append("Pentagons are other engines.")
+    if beyond:
+        parts.append("An arrow marks cells beyond the scale.")
+    return " ".join(parts)
+
+
+def _says(report: Report, row: Row, xs: XAxis, quality: str) -> str:
+    """What a mark says when it is pointed at."""
+    show = ratio if quality == "perplexity-ratio" else share if quality != "kl" else number
+    words = {
+        "perplexity-ratio": f"perplexity {TIMES}",
+        "kl": "KL ",
+        "retained": "keeps % ",
+        "agreement": "agrees % ",
+    }
+    ends = report.interval(row, quality)
+    spread = "" if ends is None else f" ({show(ends[0])}–{show(ends[1])})"
+    size = "" if row.get("size") is None else f", {megabytes(row.values['size'])} MB"
+    return (
+        f"{row.number} {row.cell.name}: {xs.says(row)}{size if xs.metric != 'size' else ''}, "
+        f"{words[quality]}{show(row.values[quality])}{spread}"
+    )
+
+
+def _whiskers(
+    axes: Axes,
+    colours: Sequence[str],
+    points: Sequence[tuple[float, float]],
+    across: Sequence[tuple[float, float] | None],
+    up: Sequence[tuple[float, float] | None],
+) -> None:
+    """Interval lines through the marks, as one artist: a hundred of them slow the drawing."""
+    lines, inks = [], []
+    for (x, y), colour, ends, heights in zip(points, colours, across, up, strict=True):
+        if ends is not None:
+            lines.append([(ends[0], y), (ends[1], y)])
+            inks.append(colour)
+        if heights is not None:
+            lines.append([(x, heights[0]), (x, heights[1])])
+            inks.append(colour)
+    drawn = LineCollection(lines, colors=inks, linewidths=1.1, alpha=0.55, zorder=1.5)
+    axes.add_collection(drawn, autolim=False)
 
 
 def _stairs(
@@ -73,61 +131,3 @@ def _stairs(
     style: Any = "steps-post" if smaller_is_better else "steps-pre"
     xs, ys = [x for x, _ in steps], [y for _, y in steps]
     axes.plot(xs, ys, drawstyle=style, color=frame.theme.muted, lw=1.2, alpha=0.7, zorder=1)
-
-
-def accuracy(report: Report) -> PictureSpec | None:
-    """Quality kept against compute saved; speculation is left out, for it saves time, not work."""
-    rows = [row for row in report.rows if row.decode != "speculate" and "saved" in row.values]
-    metric = next(
-        (m for m in ("retained", "agreement") if sum(m in row.values for row in rows) > 1), None
-    )
-    rows = [row for row in rows if metric in row.values]
-    if metric is None or len({row.values["saved"] for row in rows}) < 2:
-        return None
-    what = "Accuracy" if retained_basis(report.results) == "tasks" else "Quality"
-    title = f"{what} against compute saved"
-    caption = "Share of the dense model's quality that is kept, over net multiply-adds saved."
-    if any(row.decode == "skip" for row in rows):
-        caption += " Lines join a cell to the same weights without skipping."
-    if any(_half_width(report, row) for row in rows):
-        caption += " Whiskers: 95\u202f% intervals, from the number of questions."
-    scale = scale_of(metric, rows, rows)
-
-    def draw(figure: Figure, frame: Frame) -> None:
-        axes = figure.add_subplot()
-        points = [(100 * row.values["saved"], scale.height(row)) for row in rows]
-        half_widths = [100 * _half_width(report, row) for row in rows]
-        ends = [y - half for (_, y), half in zip(points, half_widths, strict=True)]
-        quality_axis(axes, metric, [*(y for _, y in points), *ends, 100.0])
-        pad_x_axis(axes, [x for x, _ in points])
-        axes.set_xlabel("compute saved, net, %")
-        axes.axhline(100 * KEEPS, color=frame.theme.muted, lw=1, ls=(0, (4, 3)), zorder=1)
-        colours = colours_of(report, frame.theme)
-        places = {row.cell.name: point for row, point in zip(rows, points, strict=True)}
-        for row, (x, y), half in zip(rows, points, half_widths, strict=True):
-            colour = colours[row.weights]
-            if half and not scale.beyond(row):
-                axes.plot([x, x], [y - half, y + half], color=colour, lw=1, alpha=0.45)
-            if row.decode == "skip" and row.cell.plain in places:
-                plain = places[row.cell.plain]
-                axes.plot([plain[0], x], [plain[1], y], color=colour, lw=1.2, alpha=0.8)
-        better_corner(axes, frame, left=False)
-        legend(figure, frame, report, rows)
-        draw_marks(axes, frame, report, rows, points, {row.number for row in rows}, scale)
-
-    return PictureSpec("accuracy", title, f"{title}, {len(rows)} cells.", caption, 400, draw)
-
-
-def _half_width(report: Report, row: Row) -> float:
-    """Half of the 95 % interval of `retained`, the tasks taken as independent; 0 when unknown."""
-    quality, baseline = report.results.quality(row.cell), report.baseline
-    dense = None if baseline is None else report.results.quality(baseline.cell)
-    if quality is None or dense is None or retained_basis(report.results) != "tasks":
-        return 0.0
-    widths = []
-    for task, score in (quality.tasks or {}).items():
-        theirs = (dense.tasks or {}).get(task)
-        if score.ci95 is None or theirs is None or not theirs.value:
-            return 0.0
-        widths.append((score.ci95[1] - score.ci95[0]) / 2 / theirs.value)
-    return math.hypot(*widths) / len(widths) if widths else 0.0

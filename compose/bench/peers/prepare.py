@@ -7,7 +7,6 @@ Converted models are made once for each folder and stay in the cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +14,14 @@ from compose.artifacts.folder import dtype_of, hash_folder, require_model
 from compose.artifacts.gguf import write_gguf
 from compose.assets.fetch import build_once
 from compose.bench.peers.environment import environment_folder, python_of, versions_of
-from compose.bench.peers.process import converted
+from compose.bench.peers.process import PreparedPeer, converted
 from compose.bench.peers.table import PeerName, parse_peer
 from compose.errors import UserError
 from compose.units import Progress
 
+__all__ = ["PreparedPeer", "prepare"]
+
 GGUF = "model.gguf"
-
-
-@dataclass(frozen=True)
-class PreparedPeer:
-    """What `PeerProcess` starts: everything is on this machine."""
-
-    name: str
-    """As the user names it: `llama.cpp:q4_k_m`."""
-    engine: str
-    option: str
-    python: Path
-    """The interpreter of its environment."""
-    script: Path
-    model: Path
-    """The folder or file that the engine reads."""
-    vocabulary: int
-    """Columns of the model folder's logits; a peer's are cut to as many."""
-    disk_bytes: int
-    """Weights and graph on disk."""
-    versions: dict[str, str]
-    settings: str
-    """How it is run, in one sentence."""
-    flash: bool = False
 
 
 def prepare(

@@ -14,20 +14,41 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy
 
 from compose.bench.peers.table import PeerName
 from compose.errors import StepError
 
-if TYPE_CHECKING:
-    from compose.bench.peers.prepare import PreparedPeer
-
 LAST_LINES = 15
 """Lines of a peer's own output that an error carries."""
 CLOSING_S = 10.0
+
+
+@dataclass(frozen=True)
+class PreparedPeer:
+    """What `PeerProcess` starts: everything is on this machine."""
+
+    name: str
+    """As the user names it: `llama.cpp:q4_k_m`."""
+    engine: str
+    option: str
+    python: Path
+    """The interpreter of its environment."""
+    script: Path
+    model: Path
+    """The folder or file that the engine reads."""
+    vocabulary: int
+    """Columns of the model folder's logits; a peer's are cut to as many."""
+    disk_bytes: int
+    """Weights and graph on disk."""
+    versions: dict[str, str]
+    settings: str
+    """How it is run, in one sentence."""
+    flash: bool = False
 
 
 class PeerProcess:

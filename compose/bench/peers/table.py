@@ -98,14 +98,16 @@ ENGINES: dict[str, Engine] = {
             "numpy>=2.0,<3",
         ),
         settings="OpenVINO GenAI on the CPU, greedy, PERFORMANCE_HINT LATENCY,"
-        " INFERENCE_NUM_THREADS as given, INFERENCE_PRECISION_HINT left at its default",
+        " INFERENCE_NUM_THREADS as given, INFERENCE_PRECISION_HINT left at its default (bf16 where"
+        " the processor has it); its continuous batching, prefix caching off",
     ),
     "onnxruntime": Engine(
         name="onnxruntime",
         script="run_onnxruntime.py",
         options={
-            "int4": "weights int4 in blocks of 32 by the model builder of onnxruntime-genai at its"
-            " defaults for the CPU (int4_accuracy_level 4: int8 products)",
+            "int4": "weights, embedding and LM head int4, symmetric in blocks of 32, by the"
+            " model builder of onnxruntime-genai at its defaults for the CPU (accuracy_level 4:"
+            " int8 products)",
         },
         distributions=("onnxruntime-genai", "onnxruntime"),
         requirements=(

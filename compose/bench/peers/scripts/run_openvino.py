@@ -1,0 +1,144 @@
+"""The peer `openvino`: OpenVINO GenAI on a folder that optimum-intel exported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from serve import cut, held_bytes, serve, timed
+
+WARM_TOKENS = 2
+KV_BLOCK = 32  # tokens of a block of the paged cache on a CPU
+GROUP = 64  # optimum-intel's own 128 does not divide widths such as 576
+MODEL = "openvino_model.xml"
+
+
+class OpenVino:
+    """One continuous-batching pipeline, which is what `LLMPipeline` runs on x86 as well."""
+
+    def __init__(self) -> None:
+        self.pipeline: Any = None
+        self.compiled: Any = None
+
+    def convert(self, source: str, target: str, option: str, threads: int) -> dict[str, Any]:
+        """Export by `optimum-cli`, as a user does; the tokenizer comes along."""
+        command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino"]
+        command += ["--model", source, "--task", "text-generation-with-past"]
+        command += ["--weight-format", option]
+        if option == "int4":
+            command += ["--group-size", str(GROUP), "--ratio", "1.0"]
+        subprocess.run([*command, target], check=True)
+        return {}
+
+    def load(self, model: str, threads: int, context: int, batch: int, **_: Any) -> dict[str, Any]:
+        """Make a pipeline whose cache holds `batch` rows of `context` tokens; run one step.
+
+        Prefix caching is off: it would answer a repeated prompt without computing it. A step takes
+        whole prompts, as `LLMPipeline` does it.
+        """
+        import openvino
+        import openvino_genai
+
+        self.api, self.openvino = openvino_genai, openvino
+        self.folder = Path(model)
+        self.properties = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+        scheduler = openvino_genai.SchedulerConfig()
+        scheduler.enable_prefix_caching = False
+        scheduler.dynamic_split_fuse = False
+        scheduler.max_num_batched_tokens = max(context * batch, 256)
+        scheduler.max_num_seqs = batch
+        scheduler.num_kv_blocks = batch * (context // KV_BLOCK + 2)
+        self.pipeline = None  # the old one's memory goes first
+        self.pipeline = openvino_genai.ContinuousBatchingPipeline(
+            model, scheduler, "CPU", self.properties
+        )
+        self.generate([[1] * min(8, context // 2)] * batch, WARM_TOKENS, [], True)
+        core = openvino.Core()
+        flags = {
+            "version": openvino.get_version(),
+            "cpu": core.get_property("CPU", "FULL_DEVICE_NAME"),
+            "capabilities": " ".join(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")),
+        }
+        stated = ", ".join(f"{name} {value}" for name, value in flags.items())
+        return {"flags": stated, "resident_bytes": held_bytes()}
+
+    def generate(
+        self, prompts: list[list[int]], new_tokens: int, stop: list[int], ignore_stop: bool
+    ) -> dict[str, Any]:
+        """Add a request for each row, then step until all are finished.
+
+        Rows whose prompts come first may be ahead when the last row has its first token; what they
+        have by then is counted in `first_tokens`.
+        """
+        import numpy
+
+        config = self.api.GenerationConfig()
+        config.max_new_tokens = new_tokens
+        config.do_sample = False
+        config.ignore_eos = ignore_stop
+        if stop and not ignore_stop:
+            config.eos_token_id = stop[0]
+            config.stop_token_ids = set(stop)
+        rows = [self.openvino.Tensor(numpy.array([row], numpy.int64)) for row in prompts]
+        pipeline = self.pipeline
+        tokens: list[list[int]] = [[] for _ in prompts]
+        started = time.perf_counter()
+        handles = [pipeline.add_request(i, row, config) for i, row in enumerate(rows)]
+        waiting = set(range(len(rows)))
+        while waiting and pipeline.has_non_finished_requests():
+            pipeline.step()
+            for index in list(waiting):
+                if handles[index].can_read():
+                    waiting.discard(index)
+        first = time.perf_counter()
+        for handle, row in zip(handles, tokens, strict=True):
+            _read(handle, row)
+        first_tokens = sum(map(len, tokens))
+        resumed = time.perf_counter()
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+        ended = first + time.perf_counter() - resumed
+        for handle, row in zip(handles, tokens, strict=True):
+            _read(handle, row)
+        if not ignore_stop:
+            tokens = [cut(row, stop) for row in tokens]
+        answer: dict[str, Any] = timed(tokens, started, first, ended, first_tokens)
+        return answer
+
+    def logits(self, blocks: list[list[int]], path: str, vocabulary: int) -> dict[str, Any]:
+        """Write float32 logits [N, S, V] as .npy: OpenVINO on the exported graph, state reset."""
+        import numpy
+
+        if self.compiled is None:
+            core = self.openvino.Core()
+            graph = core.compile_model(self.folder / MODEL, "CPU", self.properties)
+            self.compiled = graph.create_infer_request()
+        shape = (len(blocks), len(blocks[0]), vocabulary)
+        written: Any = numpy.lib.format.open_memmap(path, "w+", numpy.float32, shape)  # type: ignore[no-untyped-call]
+        for index, block in enumerate(blocks):
+            self.compiled.reset_state()
+            numbers = {
+                "input_ids": numpy.array([block], numpy.int64),
+                "attention_mask": numpy.ones((1, len(block)), numpy.int64),
+                "position_ids": numpy.arange(len(block), dtype=numpy.int64)[None],
+                "beam_idx": numpy.zeros(1, numpy.int32),
+            }
+            names = {name for each in self.compiled.model_inputs for name in each.names}
+            self.compiled.infer({name: numbers[name] for name in numbers if name in names})
+            written[index] = self.compiled.get_tensor("logits").data[0][:, :vocabulary]
+        written.flush()
+        return {"shape": shape}
+
+
+def _read(handle: Any, row: list[int]) -> None:
+    """Add to `row` what a request has written since it was last read."""
+    while handle.can_read():
+        (output,) = handle.read().values()
+        row.extend(output.generated_ids)
+
+
+if __name__ == "__main__":
+    serve(OpenVino())

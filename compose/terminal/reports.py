@@ -1,0 +1,56 @@
+"""What `gateskip report` does: draws reports, and compares runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from compose.errors import UserError
+from compose.execution.run_folder import RunFolder
+from compose.results.io import FILE_NAME, load_results
+
+
+def draw(run_dir: Path) -> str:
+    """Draw a run's report beside its results; what was written, a line a file.
+
+    Raises:
+        UserError: it is not the folder of a run, or its results cannot be read.
+    """
+    from reports.render import render
+
+    done = render(_folder(run_dir), run_dir)
+    return "\n".join(str(run_dir / path.name) for path in (done.html, done.markdown, done.csv))
+
+
+def compare_and_tell(
+    run_dirs: Sequence[Path], *, asked: bool, tell: Callable[[str], object]
+) -> bool:
+    """Compare the first run with each other; whether any number became worse beyond chance.
+
+    `asked` says that the caller insists on a comparison. It is written into the last run's folder.
+
+    Raises:
+        UserError: a comparison was insisted on, and there is one run only.
+    """
+    if len(run_dirs) < 2:
+        if asked:
+            fix = "name two: what was before, and what is to be judged"
+            raise UserError("one run has nothing to regress from", fix=fix)
+        return False
+    from reports.comparison import compare_runs, in_words, line
+
+    runs = [load_results(_folder(each)) for each in run_dirs]
+    done = compare_runs(runs, run_dirs[-1])
+    tell("\n".join(str(run_dirs[-1] / path.name) for path in (done.html, done.markdown, done.json)))
+    for pair in done.pairs:
+        tell(line(pair))
+        for change in pair.regressions:
+            tell(f"  worse: {in_words(change)}")
+    return any(pair.regressions for pair in done.pairs)
+
+
+def _folder(run_dir: Path) -> Path:
+    """The folder, which holds results: that of a run, or one kept of it."""
+    if not (run_dir / FILE_NAME).is_file():
+        RunFolder.existing(run_dir)
+    return run_dir

@@ -1,0 +1,107 @@
+"""What the templates of a run's report are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compose.results.metrics import retained_basis
+from compose.units import duration_text
+from reports import columns, plots, run_tables, tables, verdicts
+from reports.load import Report
+from reports.speculation_columns import timed_histogram
+from reports.summary import summary
+from reports.text import day
+
+PICTURES = "report-files"
+
+
+def facts_of(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
+    """Tables, pictures and sentences of a report, by the names that the templates use."""
+    results = report.results
+    shown = tables_of(report)
+    return {
+        "report": report,
+        "results": results,
+        "subtitle": subtitle(report),
+        "counts": counts(report),
+        "verdict_counts": verdicts.counts(report),
+        "verdict_tones": verdicts.TONES,
+        "best": summary(report),
+        "choices": choices(report),
+        "tables": shown,
+        "columns": {c.label: c.help for table in shown.values() for c in table.columns if c.help},
+        "histograms": [(row, h) for row in report.rows if (h := timed_histogram(row)).bars],
+        "insight": run_tables.insight(report),
+        "contamination": run_tables.contamination(report),
+        "noise_floor": run_tables.noise_floor(report),
+        "curves": run_tables.curves(report),
+        "peers": run_tables.peers(report),
+        "stages": run_tables.stages(report),
+        "fingerprints": run_tables.fingerprints(report),
+        "pictures": drawn,
+        "folder": PICTURES,
+        "environment": run_tables.environment(results.environment),
+        "notes": cell_notes(report),
+        "retained_basis": retained_basis(results),
+        "retained_help": columns.retained_help(report),
+    }
+
+
+def tables_of(report: Report) -> dict[str, columns.Table]:
+    """Every table of cells, by its section."""
+    return {
+        "cells": tables.overview(report),
+        "verdicts": tables.verdicts(report),
+        "quality": tables.quality(report),
+        "seeds": tables.seeds(report),
+        "speed": tables.speed(report),
+        "memory": tables.memory(report),
+        "speculation": tables.speculation(report),
+        "lossless": tables.lossless(report),
+        "arithmetic": tables.arithmetic(report),
+    }
+
+
+def counts(report: Report) -> str:
+    """How many cells were measured, failed and left out."""
+    left_out = sum(len(group.cells) for group in report.left_out)
+    cells = "cell" if len(report.rows) == 1 else "cells"
+    parts = [f"{len(report.rows)} {cells} measured"]
+    parts += [f"{len(report.failed)} failed"] if report.failed else []
+    parts += [f"{left_out} left out"] if left_out else []
+    return ", ".join(parts)
+
+
+def subtitle(report: Report) -> list[str]:
+    """Model, number format, processor, threads, date: what the numbers belong to."""
+    results, env = report.results, report.results.environment
+    threads, commit = env.get("threads"), env.get("git_commit")
+    parts = [
+        results.model,
+        results.dtype,
+        env.get("accelerator") or env.get("processor"),
+        None if threads is None else f"{threads} thread{'' if threads == 1 else 's'}",
+        f"commit {commit[:10]}" if isinstance(commit, str) else None,
+        day(env.get("date")),
+        None if results.seconds is None else f"took {duration_text(results.seconds)}",
+    ]
+    return [str(part) for part in parts if part]
+
+
+def choices(report: Report) -> dict[str, list[str]]:
+    """What the cells may be filtered by: verdicts, families, quantizers, in the order met."""
+    rows = report.rows
+    return {
+        "verdict": [verdict for verdict, _ in verdicts.counts(report)],
+        "family": list(dict.fromkeys(row.family for row in rows)),
+        "quantizer": list(dict.fromkeys(row.weights for row in rows)),
+    }
+
+
+def cell_notes(report: Report) -> dict[str, list[str]]:
+    """Note -> the cells that bear it; a note that all bear stands once."""
+    found: dict[str, list[str]] = {}
+    for cell in report.results.cells:
+        for note in cell.notes or ():
+            found.setdefault(note, []).append(cell.name)
+    return found

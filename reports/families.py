@@ -1,0 +1,61 @@
+"""What a cell is: its family (what its chain does), its quantizer, and how it decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from compose.results.parts import StepInfo
+from compose.results.schema import CellResult
+
+Decode = Literal["plain", "skip", "speculate", "peer"]
+
+NOT_QUANTIZED = "not quantized"
+PRUNING = frozenset(
+    {"drop-layers", "prune-width", "prune-heads", "prune-hidden", "prune-branches", "heal"}
+)
+
+
+def weights_of(cell: CellResult) -> str:
+    """How the weights are stored, in words, as far as the chain's stages or the peer tell."""
+    if cell.peer is not None:
+        return cell.peer.option or NOT_QUANTIZED
+    for step in cell.steps or ():
+        extra = step.model_extra or {}
+        if step.use == "bnb":
+            return str(extra.get("format", "bnb"))
+        if step.use == "gptq":
+            return f"gptq {extra['bits']}-bit" if "bits" in extra else "gptq"
+    return NOT_QUANTIZED
+
+
+def decode_of(cell: CellResult) -> Decode:
+    """How the cell decodes: by its stages, or else by what was measured of it."""
+    if cell.peer is not None:
+        return "peer"
+    uses = _uses(cell.steps)
+    if "speculate" in uses or cell.speculates:
+        return "speculate"
+    if cell.steps is not None:
+        return "skip" if "skip" in uses else "plain"
+    return "skip" if cell.plain not in (None, cell.name) else "plain"
+
+
+def family_of(cell: CellResult) -> str:
+    """The family that the report filters by: the last thing that the chain does to speed."""
+    if cell.peer is not None:
+        return cell.peer.engine
+    decode, uses = decode_of(cell), _uses(cell.steps)
+    if decode == "speculate":
+        return "speculation"
+    if decode == "skip":
+        return "skipping"
+    if uses & PRUNING:
+        return "pruned"
+    if "gate" in uses:
+        return "gated, all computed"
+    return "dense" if weights_of(cell) == NOT_QUANTIZED else "quantized"
+
+
+def _uses(steps: Sequence[StepInfo] | None) -> set[str]:
+    return {step.use for step in steps or ()}

@@ -1,0 +1,140 @@
+"""Columns of quality: perplexity, KL, tasks, the dense model's own answers, seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+from compose.results.metrics import half_width, over_seeds, task_retained
+from compose.results.parts import OwnAnswers, Quality, TaskScore
+from reports.columns import Column, Entry, Make, tone
+from reports.load import Report, Row
+from reports.numbers import NO_DIFFERENCE, number, share, span
+
+RATIO_HELP = "Perplexity over the dense model's; 1 is no loss. Below it: the 95 % interval."
+KL_HELP = "Mean KL divergence from the dense model, a token. Below it: the 95 % interval."
+AGREE_HELP = "Positions where the dense model puts the same token first."
+ROUNDING_HELP = (
+    "Mean KL, a token, of decoding with activations rounded to 8 bits to scoring without."
+)
+OWN_KL_HELP = "Mean KL from the dense model on the dense model's own greedy answers."
+PREFIX_HELP = "Tokens that the cell's and the dense model's greedy answers share from the start."
+
+
+def task_score_column(report: Report, task: str, *, detail: bool) -> Column:
+    """The score of a task; in detail, with its interval below it and n in the heading."""
+
+    def make(report: Report, row: Row) -> Entry:
+        score = _score(report, row, task)
+        if score is None or score.value is None:
+            return Entry()
+        ends = score.ci95 if detail else None
+        note = "" if ends is None else span(*ends, share)
+        return Entry(share(score.value), note, score.value)
+
+    scores = [score for row in report.rows if (score := _score(report, row, task)) is not None]
+    asked = sorted({score.n for score in scores if score.n is not None})
+    metric = ", ".join(dict.fromkeys(score.metric for score in scores))
+    kinds = ", ".join(dict.fromkeys(score.kind for score in scores if score.kind))
+    help = f"{task}, {metric} of lm-eval{f', {kinds}' if kinds else ''}."
+    if not detail:
+        name, _, kind = task.partition("_")
+        return Column(name, f"{kind}, %" if kind else "%", help, make)
+    unit = f"%, n {asked[0]}" if len(asked) == 1 else "%"
+    return Column(task, unit, f"{help} Below it: the 95 % interval.", make)
+
+
+def task_kept_column(task: str) -> Column:
+    """A task's score over the dense model's, for the column beside its score."""
+
+    def make(report: Report, row: Row) -> Entry:
+        kept = None if row.is_baseline else task_retained(report.results, row.cell, task)
+        if kept is None:
+            return Entry()
+        score = _score(report, row, task)
+        ends = None if score is None else score.retained_ci95
+        same = ends is not None and ends[0] <= 1 <= ends[1]
+        note = "" if ends is None else span(*ends, share)
+        text = NO_DIFFERENCE if same else share(kept)
+        return Entry(text, note, kept, tone=None if ends is None else tone("retained", ends[0]))
+
+    help = "The score to its left over the dense model's, with its paired 95 % interval."
+    return Column("Keeps", "%", help, make)
+
+
+def _score(report: Report, row: Row, task: str) -> TaskScore | None:
+    quality = report.results.quality(row.cell)
+    return None if quality is None else (quality.tasks or {}).get(task)
+
+
+def perplexity_text(report: Report) -> str:
+    """The text that perplexity was measured on, when it is one text."""
+    qualities = [report.results.quality(row.cell) for row in report.rows]
+    names = {q.perplexity.dataset for q in qualities if q is not None and q.perplexity is not None}
+    return names.pop() if len(names) == 1 else ""
+
+
+def perplexity_entry(report: Report, row: Row) -> Entry:
+    """Perplexity, with the text's name where the run measured on several."""
+    quality = report.results.quality(row.cell)
+    perplexity = None if quality is None else quality.perplexity
+    if perplexity is None or perplexity.value is None:
+        return Entry()
+    note = "" if perplexity_text(report) else perplexity.dataset
+    return Entry(number(perplexity.value), note, perplexity.value)
+
+
+def quality_column(
+    head: str, unit: str, help: str, read: Callable[[Quality], float | None]
+) -> Column:
+    """A column of one number of the quality record."""
+    return Column(head, unit, help, _number_of(read))
+
+
+def answers_column(
+    head: str, unit: str, help: str, read: Callable[[OwnAnswers], float | None]
+) -> Column:
+    """A column of one number of the dense model's own answers."""
+
+    def of_quality(quality: Quality) -> float | None:
+        return None if quality.own_answers is None else read(quality.own_answers)
+
+    return Column(head, unit, help, _number_of(of_quality))
+
+
+def _number_of(read: Callable[[Quality], float | None]) -> Make:
+    def make(report: Report, row: Row) -> Entry:
+        quality = report.results.quality(row.cell)
+        value = None if quality is None else read(quality)
+        return Entry() if value is None else Entry(number(value), sort=value)
+
+    return make
+
+
+def own_kl_entry(report: Report, row: Row) -> Entry:
+    """KL on the dense model's own answers, with its interval."""
+    quality = report.results.quality(row.cell)
+    own = None if quality is None else quality.own_answers
+    if own is None or own.kl is None:
+        return Entry()
+    note = "" if own.kl_ci95 is None or row.is_baseline else span(*own.kl_ci95, number)
+    return Entry(number(own.kl), note, own.kl)
+
+
+def seed_count_entry(report: Report, row: Row) -> Entry:
+    """How many seeds the cell was run with."""
+    number = 1 + len(row.cell.seeds or ())
+    return Entry(str(number), "", number)
+
+
+def seeds_mean(name: str, show: Callable[[float], str]) -> Make:
+    """The entry of a metric's mean over seeds, with its interval's half width."""
+
+    def make(report: Report, row: Row) -> Entry:
+        values = over_seeds(report.results, name, row.cell)
+        if len(values) < 2:
+            return Entry()
+        mean = statistics.fmean(values)
+        return Entry(show(mean), f"± {show(half_width(values))}", mean, tone=tone(name, mean))
+
+    return make

@@ -1,0 +1,174 @@
+"""Columns of speculation: what the timed rounds did, and, apart from it, the lossless check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from reports.columns import Column, Entry, Make
+from reports.load import Report, Row
+from reports.numbers import NO_DIFFERENCE, THIN, count, divergence, share, span, times
+
+POSITION_HELP = "Accepted at this place of a draft, where all before it was."
+SHOWN_POSITIONS = 6
+ACCEPTED_HELP = "Drafted tokens that the whole model confirmed, in the timed rounds."
+MEAN_HELP = "Tokens gained by one pass of the whole model; plain decoding has 1."
+PLAIN_HELP = "Timed steps in which nothing was drafted."
+LOSSLESS_HELP = "Whether speculative greedy decoding gave plain decoding's tokens, every one."
+FELL_BACK = "fell back to plain decoding"
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How often so many tokens were drafted; shares are of the most frequent length."""
+
+    bars: tuple[tuple[int, int, float], ...] = field(default=())
+
+
+def histogram(lengths: Mapping[int, int] | None) -> Histogram:
+    """Draft lengths, shortest first, without gaps."""
+    if not lengths or not any(lengths.values()):
+        return Histogram()
+    most = max(lengths.values())
+    rounds = [(n, lengths.get(n, 0)) for n in range(min(lengths), max(lengths) + 1)]
+    return Histogram(tuple((n, times, times / most) for n, times in rounds))
+
+
+def timed_histogram(row: Row) -> Histogram:
+    """The draft lengths of a cell's timed rounds."""
+    return histogram(row.cell.speculation.draft_length_histogram if row.cell.speculation else None)
+
+
+def accepted_entry(report: Report, row: Row) -> Entry:
+    """Acceptance rate of the timed rounds, or that hardly anything was drafted."""
+    rate, mean = row.get("acceptance"), row.get("accepted")
+    if row.cell.speculation is not None and row.cell.speculation.fell_back:
+        return Entry(FELL_BACK, "" if rate is None else f"{share(rate)} of few", rate or 0.0)
+    if rate is None:
+        return Entry()
+    return Entry(share(rate), "" if mean is None else f"{mean:.2f} a pass", rate)
+
+
+def plain_steps_entry(report: Report, row: Row) -> Entry:
+    """Share of the timed steps that were plain; more than half is a fall-back."""
+    own = row.cell.speculation
+    if own is None or own.plain_steps is None:
+        return Entry()
+    note = FELL_BACK if own.fell_back else ""
+    return Entry(share(own.plain_steps), note, own.plain_steps, tone="poor" if note else None)
+
+
+def drafting_entry(report: Report, row: Row) -> Entry:
+    """Share of the decoding time that went into drafts."""
+    own = row.cell.speculation
+    if own is None or own.draft_s is None or not own.verify_s:
+        return Entry()
+    part = own.draft_s / (own.draft_s + own.verify_s)
+    return Entry(share(part), sort=part)
+
+
+def looked_up_entry(report: Report, row: Row) -> Entry:
+    """Share of the drafted tokens that the text itself proposed."""
+    part = None if row.cell.speculation is None else row.cell.speculation.looked_up_share
+    return Entry() if part is None else Entry(share(part), sort=part)
+
+
+def speedup_entry(report: Report, row: Row) -> Entry:
+    """Decode speed over that of the plain cell, paired; "no difference" where that holds 1."""
+    own = row.cell.speculation
+    if own is None or own.speedup is None:
+        return Entry()
+    ends = own.speedup_ci95
+    if ends is None:
+        return Entry(times(own.speedup), sort=own.speedup)
+    text = NO_DIFFERENCE if ends[0] <= 1 <= ends[1] else times(own.speedup)
+    return Entry(text, span(*ends, "{:.2f}".format), own.speedup)
+
+
+def usual_draft_entry(report: Report, row: Row) -> Entry:
+    """The most frequent timed draft length, with its share of the rounds."""
+    lengths = row.cell.speculation.draft_length_histogram if row.cell.speculation else None
+    total = sum((lengths or {}).values())
+    if not lengths or not total:
+        return Entry()
+    usual = max(lengths, key=lambda n: (lengths[n], n))
+    return Entry(
+        str(usual) if usual else "none",
+        f"{100 * lengths[usual] / total:.0f}{THIN}% of rounds",
+        float(usual),
+    )
+
+
+def timed_rates(row: Row) -> tuple[float, ...]:
+    """Acceptance by position of the timed rounds."""
+    own = row.cell.speculation
+    return () if own is None else own.acceptance_by_position or ()
+
+
+def forced_rates(row: Row) -> tuple[float, ...]:
+    """The same of the lossless check, under its forced draft length."""
+    own = row.cell.lossless_check
+    return () if own is None else own.acceptance_by_position or ()
+
+
+def position_columns(
+    rows: tuple[Row, ...], rates: Callable[[Row], tuple[float, ...]] = timed_rates
+) -> list[Column]:
+    """Acceptance at the first places of a draft, where any cell recorded it."""
+
+    def at(place: int) -> Make:
+        def make(report: Report, row: Row) -> Entry:
+            own = rates(row)
+            return Entry(share(own[place]), sort=own[place]) if place < len(own) else Entry()
+
+        return make
+
+    longest = max((len(rates(row)) for row in rows), default=0)
+    return [
+        Column(f"{place + 1}.", "%", POSITION_HELP, at(place))
+        for place in range(min(longest, SHOWN_POSITIONS))
+    ]
+
+
+def lossless_entry(report: Report, row: Row) -> Entry:
+    """Whether speculation gave plain decoding's tokens."""
+    check = row.cell.lossless_check
+    if check is None or check.lossless is None:
+        return Entry()
+    if check.lossless:
+        return Entry("yes", "", 1.0, tone="good")
+    return Entry("no", "", 0.0, tone="poor")
+
+
+def diverged_entry(report: Report, row: Row) -> Entry:
+    """The same with the place of the first divergence."""
+    entry, check = lossless_entry(report, row), row.cell.lossless_check
+    if check is None or check.first_divergence is None or check.lossless:
+        return entry
+    return replace(entry, note=divergence(check.first_divergence))
+
+
+def check_count_entry(name: str) -> Make:
+    """How many prompts, tokens or divergences the check has."""
+
+    def make(report: Report, row: Row) -> Entry:
+        value = None if row.cell.lossless_check is None else getattr(row.cell.lossless_check, name)
+        value = len(value) if isinstance(value, tuple) else value
+        return Entry() if value is None else Entry(count(value), sort=value)
+
+    return make
+
+
+def lengths_entry(name: str) -> Make:
+    """A histogram of draft lengths in words: `0: 23, 3: 328`."""
+
+    def make(report: Report, row: Row) -> Entry:
+        lengths = (
+            None if row.cell.lossless_check is None else getattr(row.cell.lossless_check, name)
+        )
+        if not lengths:
+            return Entry()
+        words = ", ".join(f"{n}:{THIN}{count(lengths[n])}" for n in sorted(lengths))
+        return Entry(words, sort=words)
+
+    return make

@@ -1,0 +1,129 @@
+"""Columns of speed, memory, compute and arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from compose.results.parts import Estimate, Measured, SpeedNumbers
+from reports.columns import Column, Entry, Make
+from reports.load import Report, Row
+from reports.numbers import NO_DIFFERENCE, TIMES, count, megabytes, number, share, span, times
+
+DECODE_HELP = (
+    "New tokens a second at batch 1, median of the repeats; beside it, over the dense model:"
+    " paired round by round, with the 95 % interval."
+)
+PREFILL_HELP = "Prompt tokens read a second at batch 1; beside it, over the dense model."
+SAVED_HELP = (
+    "Multiply-adds of the dense model's layers not computed: cut off, or skipped with gates,"
+    " shortcuts and kept keys/values paid for."
+)
+PAIRED_HELP = "Paired round by round to the dense model; below it, the 95 % interval."
+
+Read = Callable[[Row], SpeedNumbers | None]
+
+
+def at_main(row: Row) -> SpeedNumbers | None:
+    """Batch 1 at the main context."""
+    return row.cell.speed
+
+
+def at_batch(batch: int) -> Read:
+    """Another batch size."""
+    return lambda row: (
+        None if row.cell.speed is None else (row.cell.speed.by_batch or {}).get(batch)
+    )
+
+
+def at_context(context: int) -> Read:
+    """Another prompt length."""
+    return lambda row: (
+        None if row.cell.speed is None else (row.cell.speed.by_context or {}).get(context)
+    )
+
+
+def at_category(category: str) -> Read:
+    """One category of prompts."""
+    return lambda row: (
+        None if row.cell.speed is None else (row.cell.speed.by_category or {}).get(category)
+    )
+
+
+def cache_entry(report: Report, row: Row) -> Entry:
+    """Bytes of the KV cache, in MB."""
+    held = None if row.cell.size is None else row.cell.size.cache_bytes
+    return Entry() if held is None else Entry(megabytes(held), sort=held)
+
+
+def spread_of(name: str, show: Callable[[float], str], read: Read = at_main) -> Make:
+    """The entry of a speed: its median, and below it the quartiles of the repeats."""
+
+    def make(report: Report, row: Row) -> Entry:
+        numbers = read(row)
+        measured: Measured | None = None if numbers is None else getattr(numbers, name)
+        if measured is None:
+            return Entry()
+        note = "" if measured.quartiles is None else span(*measured.quartiles, show)
+        return Entry(show(measured.median), note, measured.median)
+
+    return make
+
+
+def ratio_of(name: str, read: Read = at_main) -> Make:
+    """The entry of a paired ratio to the baseline, or "no difference", with its interval below."""
+
+    def make(report: Report, row: Row) -> Entry:
+        numbers = read(row)
+        own: Estimate | None = None if numbers is None else getattr(numbers, name)
+        if own is None or row.is_baseline:
+            return Entry()
+        text = NO_DIFFERENCE if own.low <= 1 <= own.high else times(own.value)
+        return Entry(text, span(own.low, own.high, "{:.2f}".format), own.value)
+
+    return make
+
+
+def shape_columns(head: str, help: str, read: Read) -> list[Column]:
+    """Decode and prefill speed of one shape, each with its ratio to the baseline."""
+    return [
+        Column(
+            f"Decode {head}",
+            "tok/s",
+            f"Decode {help}",
+            spread_of("decode_tokens_per_s", number, read),
+        ),
+        Column(f"Decode {head}", f"{TIMES} dense", PAIRED_HELP, ratio_of("decode_ratio", read)),
+        Column(
+            f"Prefill {head}",
+            "tok/s",
+            f"Prefill {help}",
+            spread_of("prefill_tokens_per_s", number, read),
+        ),
+    ]
+
+
+def timed_entry(report: Report, row: Row) -> Entry:
+    """How long the shortest timed repeat lasted, and how many there were."""
+    lasted = None if row.cell.speed is None else row.cell.speed.repeat_s
+    if not lasted:
+        return Entry()
+    return Entry(number(min(lasted)), f"{count(len(lasted))} repeats", min(lasted))
+
+
+def arithmetic_entry(field: str, *, scoring: bool = False) -> Make:
+    """The entry of a field of the cell's arithmetic, of decoding or of scoring."""
+
+    def make(report: Report, row: Row) -> Entry:
+        arithmetic = row.cell.scoring_arithmetic if scoring else row.cell.arithmetic
+        if arithmetic is None:
+            return Entry()
+        text = getattr(arithmetic, field)
+        return Entry(text, sort=text)
+
+    return make
+
+
+def saved_model_entry(report: Report, row: Row) -> Entry:
+    """Net share of the whole model's multiply-adds saved, the LM head counted."""
+    saved = None if row.cell.compute is None else row.cell.compute.saved_model
+    return Entry() if saved is None else Entry(share(saved), "", saved)

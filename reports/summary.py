@@ -1,0 +1,141 @@
+"""The cells that the summary shows: the baseline, and the best by each aim, from lower bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from compose.results.metrics import METRICS, gain
+from compose.results.pick import fastest_that_keeps, retained_bound
+from compose.results.verdicts import KEEP
+from compose.units import bytes_text
+from reports.columns import Tone, gain_note, sure_tone
+from reports.load import Report, Row
+from reports.numbers import DASH, THIN, TIMES, factor, number, percent, ratio, times
+
+NO_EVIDENCE = "no evidence"
+_KEEPS = f"{100 * KEEP:.0f}{THIN}%"
+Fact = tuple[str, str, Tone | None]
+
+
+@dataclass(frozen=True)
+class Best:
+    """A card: its aim, its cell, the figure in large, and facts below it. Without a cell, why."""
+
+    aim: str
+    row: Row | None
+    figure: str = DASH
+    unit: str = ""
+    facts: tuple[Fact, ...] = ()
+    note: str = ""
+
+
+def summary(report: Report) -> tuple[Best, ...]:
+    """The dense model and the winners. Other engines do not compete: they cannot be exported."""
+    own = [row for row in report.rows if row.cell.peer is None]
+    lossless = [r for r in own if r.cell.lossless_check and r.cell.lossless_check.lossless]
+    return (
+        _dense(report),
+        _fastest_that_keeps(report, own),
+        _smallest(report, own),
+        _winner(
+            report,
+            "Fastest lossless speculation",
+            _top(lossless, "decode"),
+            note="" if lossless else "No speculative cell was seen to be lossless.",
+        ),
+    )
+
+
+def keeps(report: Report, row: Row) -> bool | None:
+    """Whether the least that a cell retains reaches `KEEP`; None where that is not known."""
+    bound = retained_bound(report.results, row.cell)
+    return None if bound is None else bound >= KEEP
+
+
+def _dense(report: Report) -> Best:
+    row = report.baseline
+    if row is None:
+        return Best("Dense model", None, note="The baseline was not measured.")
+    speed = row.get("decode")
+    facts: list[Fact] = _facts(
+        ("Size", row.get("size"), bytes_text),
+        ("Prefill", row.get("prefill"), lambda value: f"{number(value)} tok/s"),
+        ("Mean task score", row.get("accuracy"), percent),
+        ("Perplexity", row.get("perplexity"), number),
+    )
+    figure = DASH if speed is None else number(speed)
+    return Best("Dense model", row, figure, "tokens/s, decode", tuple(facts))
+
+
+def _fastest_that_keeps(report: Report, own: Sequence[Row]) -> Best:
+    aim = f"Fastest that keeps {_KEEPS}"
+    if all(keeps(report, row) is None for row in own if not row.is_baseline):
+        note = "What other cells keep is not known: too few questions, or none, were asked."
+        return Best(aim, None, NO_EVIDENCE, note=note)
+    cell = fastest_that_keeps(report.results, KEEP)
+    row = next((row for row in own if row.cell is cell), None)
+    if row is None or row.is_baseline:
+        note = f"No cell faster than the dense model keeps {_KEEPS} at its lower bound."
+        return Best(aim, None, "none", note=note)
+    return _winner(report, aim, row)
+
+
+def _smallest(report: Report, own: Sequence[Row]) -> Best:
+    row = _top(own, "size")
+    if row is None:
+        return Best("Smallest", None, note="No size was measured.")
+    sure = _top([each for each in own if keeps(report, each)], "size")
+    note = ""
+    if sure is None or sure.is_baseline:
+        note = f"Whether any smaller cell keeps {_KEEPS}: {NO_EVIDENCE}."
+    elif sure != row:
+        note = f"Smallest that keeps {_KEEPS}: {sure.cell.name}, {bytes_text(sure.values['size'])}"
+    smaller = None if row.is_baseline else gain(report.results, "size", row.cell)
+    unit = "on disk" if smaller is None else f"{times(smaller)} of dense"
+    facts = _facts(("Decode", row.get("decode"), lambda value: f"{number(value)} tok/s"))
+    facts += _quality_facts(report, row)
+    return Best("Smallest", row, bytes_text(row.values["size"]), unit, tuple(facts), note)
+
+
+def _winner(report: Report, aim: str, row: Row | None, note: str = "") -> Best:
+    if row is None:
+        return Best(aim, None, note=note)
+    speed = row.get("decode")
+    figure = DASH if speed is None else number(speed)
+    against = gain_note(report, row, "decode")
+    unit = "tokens/s, decode" + (f", {against} of dense" if against.startswith(TIMES) else "")
+    if against and not against.startswith(TIMES):
+        unit += f", {against} to dense"
+    facts = _facts(("Size", row.get("size"), bytes_text)) + _quality_facts(report, row)
+    own = row.cell.speculation
+    if own is not None and own.speedup is not None:
+        facts.append(("Over plain", factor(own.speedup, own.speedup_ci95), None))
+    return Best(aim, row, figure, unit, tuple(facts), note)
+
+
+def _quality_facts(report: Report, row: Row) -> list[Fact]:
+    facts: list[Fact] = []
+    kept = row.get("retained")
+    if kept is not None and not row.is_baseline:
+        ends = report.interval(row, "retained")
+        known = retained_bound(report.results, row.cell) is not None and ends is not None
+        within = f"{100 * ends[0]:.0f}–{100 * ends[1]:.0f}" if known and ends else NO_EVIDENCE
+        facts.append(("Keeps", f"{percent(kept)} ({within})", sure_tone(report, row, "retained")))
+    return facts + _facts(
+        ("Perplexity", row.get("perplexity-ratio"), lambda value: f"{TIMES}{ratio(value)}")
+    )
+
+
+def _facts(*shown: tuple[str, float | None, Callable[[float], str]]) -> list[Fact]:
+    return [(label, show(value), None) for label, value, show in shown if value is not None]
+
+
+def _top(rows: Sequence[Row], metric: str) -> Row | None:
+    """The best row by `metric`; ties are broken by quality retained, then by speed."""
+
+    def rank(row: Row) -> tuple[float, float, float]:
+        first = METRICS[metric].rank(row.values[metric])
+        return first, row.get("retained") or 0.0, row.get("decode") or 0.0
+
+    return max((row for row in rows if metric in row.values), key=rank, default=None)

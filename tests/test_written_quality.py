@@ -1,0 +1,249 @@
+"""Quality by outcomes and by what is written, each number against one that is worked by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compose.assets.table import TASKS
+from compose.bench import own_answers, text
+from compose.bench.cell import CellBench
+from compose.bench.job import CellJob
+from compose.bench.own_answers import DenseAnswers, common_prefix, score_answers
+from compose.bench.scored import Scored
+from compose.bench.squad import f1, process_results
+from compose.language.schema import Benchmark, Quality
+from compose.results.quality import Quality as QualityResult
+
+
+class Table:
+    """A model of three words whose next-word probabilities are written down, word by word."""
+
+    device = torch.device("cpu")
+    tokenizer: Any = None
+
+    def __init__(self, rows: list[list[float]]) -> None:
+        self.rows = torch.tensor(rows)
+
+    def hidden(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
+        return torch.nn.functional.one_hot(input_ids, 3).float()
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return (hidden @ self.rows).log()
+
+
+EVEN = [[0.5, 0.25, 0.25], [0.5, 0.25, 0.25], [0.5, 0.25, 0.25]]
+SURE = [[0.25, 0.5, 0.25], [0.5, 0.25, 0.25], [0.5, 0.25, 0.25]]
+HALF = 0.25 * math.log(2)  # KL of (1/2, 1/4, 1/4) to (1/4, 1/2, 1/4): half log 2 less a quarter
+
+
+def test_perplexity_kl_and_agreement_by_hand() -> None:
+    """Block one asks for words 0 1 2 after 0 0 1, block two for 0 0 0 after 2 2 2."""
+    blocks = torch.tensor([[0, 0, 1, 2], [2, 0, 0, 0]])
+    dense, cell = Table(EVEN), Table(SURE)
+    own, kept = text.score_reference(dense, blocks)
+    two, four = math.log(2), math.log(4)
+    assert own.block_nll == pytest.approx(((two + four + four) / 3, two))
+    assert own.perplexity == pytest.approx(math.exp((2 * four + 4 * two) / 6))
+    assert own.kl is None and own.block_kl == ()
+    scores = text.score_blocks(cell, blocks, (kept["hidden"], dense.head))
+    # After word 0 the cell has 1/4, 1/2, 1/4, else it is the dense model.
+    assert scores.block_nll == pytest.approx(((four + two + four) / 3, (two + four + four) / 3))
+    assert scores.block_kl == pytest.approx((2 * HALF / 4, 3 * HALF / 4))
+    assert scores.kl == pytest.approx(5 * HALF / 8)
+    # Of 0 0 0 and five times HALF the middle of eight is HALF, and so is the 90th percentile.
+    assert scores.kl_median == pytest.approx(HALF) and scores.kl_p90 == pytest.approx(HALF)
+    assert scores.agreement == 3 / 8
+    assert scores.tokens == 6
+
+
+def test_percentiles_interpolate() -> None:
+    blocks = torch.tensor([[0, 1, 1, 1, 1]])  # KL: HALF, 0, 0, 0, 0
+    dense = Table(EVEN)
+    _, kept = text.score_reference(dense, blocks)
+    scores = text.score_blocks(Table(SURE), blocks, (kept["hidden"], dense.head))
+    assert scores.kl_median == pytest.approx(0, abs=1e-7)
+    assert scores.kl_p90 == pytest.approx(0.6 * HALF)  # place 3.6 of 0 to 4
+
+
+def test_a_bfloat16_head_multiplies_in_float32(make_tiny: Any, tmp_path: Path) -> None:
+    """Logits of the same weights in bfloat16 products differ by a percent: a KL of their own."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(make_tiny("llama"), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = hidden.float() @ model.get_input_embeddings().weight.float().T
+    torch.testing.assert_close(text.load_head(tmp_path)(hidden), wanted)
+
+
+# ---------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ([1, 2, 3], [1, 2, 3], 3),
+        ([1, 2, 3], [1, 2, 4], 2),
+        ([1, 2], [1, 2, 3], 2),
+        ([4], [1], 0),
+        ([], [1], 0),
+    ],
+)
+def test_common_prefix(first: list[int], second: list[int], shared: int) -> None:
+    assert common_prefix(first, second) == common_prefix(second, first) == shared
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "score"),
+    [
+        ("23 years", "23", 2 / 3),  # one of two words, one of one
+        ("The Grotto.", "grotto", 1),  # articles, case and signs do not count
+        ("in a wax comb", "wax combs", 0.4),  # wax: one of three, one of two
+        ("red red blue", "red", 0.5),  # a word counts as often as both have it
+        ("", "the", 1),  # nothing is left of either
+        ("", "red", 0),
+        ("blue", "red", 0),
+    ],
+)
+def test_f1_as_squad_counts(answer: str, wanted: str, score: float) -> None:
+    assert f1(answer, wanted) == pytest.approx(score)
+    assert f1(wanted, answer) == pytest.approx(score)
+
+
+def test_the_best_of_the_given_answers_counts() -> None:
+    doc = {"answers": {"text": ["Saint Bernadette Soubirous", "Bernadette"]}}
+    assert process_results(doc, ["Bernadette!"]) == {"f1": 1.0, "exact_match": 1.0}
+    assert process_results(doc, ["Saint Bernadette"]) == {"f1": 0.8, "exact_match": 0.0}
+
+
+class Answering:
+    """Answers every prompt alike; led through an answer, it has the same doubt everywhere."""
+
+    def __init__(self, answer: list[int], probabilities: list[float]) -> None:
+        self.answer, self.logits = answer, torch.tensor([probabilities]).log()
+
+    def generate(self, prompts: list[list[int]], new_tokens: int, stops: Any) -> list[list[int]]:
+        return [self.answer[:new_tokens] for _ in prompts]
+
+    def answer_logits(self, prompts: Any, answers: list[list[int]]) -> list[Tensor]:
+        return [self.logits.expand(len(answer), -1) for answer in answers]
+
+
+def test_distance_on_the_dense_models_answers_by_hand() -> None:
+    """Two answers of 1 and 3 tokens; the dense model is even on the first, sure on the second."""
+    head = Table([EVEN[0], SURE[0], EVEN[0]]).head
+    states = torch.eye(3)
+    dense = DenseAnswers([[9], [8]], [[0], [0, 1, 2]], [states[:1], states[1:2].expand(3, -1)])
+    record = score_answers(Answering([0, 1, 1], EVEN[0]), dense, head, 4, [])
+    assert record["answer_kl"] == pytest.approx([0, HALF], abs=1e-6)
+    assert record["kl"] == pytest.approx(3 * HALF / 4), "the mean is over tokens"
+    assert record["prefixes"] == [1, 2] and record["common_prefix"] == 1.5
+    assert (record["answers"], record["tokens"], record["max_tokens"]) == (2, 4, 4)
+    dense_part = own_answers.dense_record(dense, 4)
+    assert dense_part["prefixes"] == [1, 3] and dense_part["kl"] == 0
+    again = DenseAnswers.of(dense.tensors(), dense.prompts)
+    assert again.answers == dense.answers
+    for mine, theirs in zip(again.hidden, dense.hidden, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_led_answers_have_the_logits_of_decoding(tiny_llama: Path) -> None:
+    """A pass over a whole answer equals the steps in which it was written."""
+    import gateskip
+
+    decoder = gateskip.load(tiny_llama, "float32")
+    model = Scored(decoder, None)
+    prompts = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+    answers = model.generate(prompts, 6, [])
+    answers[1] = answers[1][:1]  # one that ended at once
+    for prompt, answer, logits in zip(
+        prompts, answers, model.answer_logits(prompts, answers), strict=True
+    ):
+        assert logits.argmax(-1).tolist() == answer, "greedy answers are the likeliest tokens"
+        whole = torch.tensor([prompt + answer[:-1]])
+        wanted = decoder.skipping.model(whole).logits[0, len(prompt) - 1 :]
+        torch.testing.assert_close(logits, wanted, atol=1e-3, rtol=1e-3)
+
+
+# ---------------------------------------------------------------- a cell's record
+
+
+def _bench(folder: Path, base: Path, scratch: Path, dtype: str = "float32") -> CellBench:
+    (scratch / "own.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"What does clause {n} grant?"}) + "\n" for n in range(3))
+    )
+    (scratch / "scored.txt").write_text("Each contributor grants you a licence. " * 300)
+    settings = Benchmark().model_dump(mode="json")
+    asked = {"source": str(scratch / "own.jsonl"), "prompts": 3, "new_tokens": 5}
+    settings["quality"] |= {"perplexity": [str(scratch / "scored.txt")], "own_answers": asked}
+    settings["quality"] |= {"perplexity_tokens": 1024}
+    return CellBench(
+        CellJob(
+            name="cell",
+            folder=folder,
+            baseline_folder=base,
+            decode=None,
+            benchmark=settings,
+            seed=0,
+            dtype=dtype,
+            asset_cache=scratch / "cache",
+            reference=scratch / "reference",
+            threads=None,
+            learns_from=[(str(scratch / "scored.txt"), None)] if folder == base else (),
+        )
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_cell_is_compared_on_the_same_text_and_answers(
+    dtype: str, make_tiny: Any, tmp_path: Path
+) -> None:
+    dense, other = make_tiny("llama"), make_tiny("llama", seed=1)
+    base = _bench(dense, dense, tmp_path, dtype).quality(tmp_path / "reference")
+    assert len(base["perplexity"]["block_nll"]) == 2
+    mean = sum(base["perplexity"]["block_nll"]) / 2
+    assert base["perplexity"]["value"] == pytest.approx(math.exp(mean), rel=1e-5)
+    floor = base["noise_floor"]
+    assert floor["dtype"] == {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    assert 0 < floor["kl"] < 0.01 and floor["greedy_agreement"] > 0.9
+    assert floor["ratio"] == pytest.approx(1, abs=0.01)
+    assert base["own_answers"]["prefixes"] and base["own_answers"]["max_tokens"] == 5
+    assert base["contamination"]["own.jsonl"]["rows"] == 3
+    assert base["contamination"]["scored.txt"]["contaminated"] == 1
+    assert "kl_to_baseline" not in base
+
+    same = _bench(dense, dense, tmp_path, dtype)
+    same.job = _bench(other, dense, tmp_path, dtype).job  # another cell with the same weights
+    same.decoder = _bench(dense, dense, tmp_path, dtype).decoder
+    record = same.quality(tmp_path / "reference")
+    # In bfloat16 a cell's own logits have ties, which the reference in float32 has not.
+    alike = {"float32": 1.0, "bfloat16": 0.97}[dtype]
+    assert record["kl_to_baseline"] < 1e-4 and record["greedy_agreement"] >= alike
+    assert record["own_answers"]["kl"] < 1e-4
+    assert record["own_answers"]["prefixes"] == base["own_answers"]["prefixes"]
+    assert "noise_floor" not in record
+
+    far = _bench(other, dense, tmp_path, dtype).quality(tmp_path / "reference")
+    assert far["kl_to_baseline"] == pytest.approx(sum(far["block_kl"]) / 2, rel=1e-3)
+    assert far["kl_median"] < far["kl_p90"]
+    assert far["own_answers"]["kl"] > 1 and len(far["own_answers"]["answer_kl"]) == 3
+    assert far["own_answers"]["common_prefix"] < base["own_answers"]["common_prefix"]
+    QualityResult.model_validate({k: v for k, v in far.items() if k not in ("compute", "notes")})
+
+
+# ---------------------------------------------------------------- what is asked
+
+
+def test_no_mean_goes_without_a_written_task() -> None:
+    assert Quality(tasks=("arc_easy",)).tasks == ("arc_easy", "arithmetic")
+    assert Quality(tasks=("squad", "piqa")).tasks == ("squad", "piqa")
+    assert Quality().tasks == ()
+    assert Quality().own_answers is not None
+    assert {name for name, task in TASKS.items() if task.writes} == {"arithmetic", "squad"}
