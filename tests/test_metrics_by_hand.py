@@ -343,3 +343,67 @@ class TestReaders:
 
     def test_ranks(self) -> None:
         assert table.METRICS["decode"].rank(2.0) == 2.0 and table.METRICS["size"].rank(2.0) == -2.0
+
+
+class TestBoundsInWords:
+    def bound(self, **limits: Any) -> str:
+        results = run_of(
+            {"name": "dense"} | text(20.0) | fast(20.0, 9),
+            {"name": "x"} | text(22.0, (1.05, 1.15)) | fast(30.0, 9),
+            {"name": "y"} | text(21.0, (1.02, 1.08)) | fast(30.0, 9),
+        )
+        with pytest.raises(UserError) as caught:
+            pick(results, **limits)
+        return str(caught.value)
+
+    def test_of_quality(self) -> None:
+        for limits, wanted, option in (
+            ({"min_retained": 1.5}, "retained (at least) >= 1.500", "--min-retained"),
+            ({"min_retained": 1.5, "by_estimate": True}, "retained >= 1.500", "--min-retained"),
+            (
+                {"max_perplexity_ratio": 0.5},
+                "perplexity ratio (at most) <= 0.500",
+                "--max-perplexity-ratio",
+            ),
+            (
+                {"max_perplexity_ratio": 0.5, "by_estimate": True},
+                "perplexity ratio <= 0.500",
+                "--max-perplexity-ratio",
+            ),
+        ):
+            message = self.bound(**limits)
+            assert message.startswith(f"no cell meets {wanted} (3 were measured)"), message
+            assert message.endswith(f"fix: loosen {option}"), message
+
+    def test_the_nearest_where_there_is_no_evidence(self) -> None:
+        results = run_of(
+            {"name": "dense"} | text(20.0) | fast(20.0, 9),
+            {"name": "far"} | text(25.0) | fast(30.0, 9),
+            {"name": "near"} | text(21.0) | fast(30.0, 9),
+            {"name": "zero"} | text(24.0) | fast(30.0, 9),
+        )
+        with pytest.raises(UserError) as caught:
+            pick(results, min_retained=0.9)
+        assert str(caught.value) == (
+            "no evidence for retained (at least) >= 0.900: unknown: without an interval; "
+            "the nearest by estimate is 'near': retained 0.952\n"
+            "  fix: ask more questions (benchmark.quality.limit), or pass --by-estimate"
+        )
+
+    def test_without_any_estimate(self) -> None:
+        results = run_of(
+            {"name": "dense"} | text(20.0) | fast(20.0, 9), {"name": "x"} | fast(30.0, 9)
+        )
+        with pytest.raises(UserError) as caught:
+            pick(results, min_retained=0.9)
+        first = str(caught.value).splitlines()[0]
+        assert first == "no evidence for retained (at least) >= 0.900: not measured"
+
+    def test_200_questions_are_enough(self) -> None:
+        for n, wanted in ((199, None), (200, 1.25)):
+            cell = {"tasks": {"a": {"metric": "acc", "value": 0.5, "n": n}}}
+            results = run_of(
+                {"name": "dense", "quality": cell},
+                {"name": "x", "quality": cell | {"retained": SPREAD}},
+            )
+            assert retained_bound(results, results.cell("x")) == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from compose.bench.continuations import (
     BranchingModel,
@@ -17,7 +19,13 @@ from compose.bench.continuations import (
     share_contexts,
 )
 from compose.bench.scored import Scored
-from compose.bench.text import head_chunks, load_blocks, score_blocks, score_reference
+from compose.bench.text import (
+    head_chunks,
+    load_blocks,
+    load_head,
+    score_blocks,
+    score_reference,
+)
 from compose.errors import StepError
 from gateskip.decoding.decoder import Decoder
 from gateskip.gates.learned import ScalarGates
@@ -159,3 +167,41 @@ def test_batches_of_blocks_change_no_score(decoder: Decoder) -> None:
     assert two.agreement == one.agreement and two.perplexity == pytest.approx(one.perplexity)
     with pytest.raises(StepError, match=r"^the reference was made from other text$"):
         load_blocks(stored, blocks.flip(0))
+
+
+def head_folder(folder: Path, weights: dict[str, torch.Tensor], **config: Any) -> Path:
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_a_head_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of the states (1, 2) and (0, 1) under weights of 3 tokens, of each kind of folder."""
+    monkeypatch.setattr("compose.bench.text.HEAD_ROWS", 2)  # tokens are taken in two parts
+    embedding = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
+    head = torch.tensor([[3.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    both = {"lm_head.weight": head, "model.embed_tokens.weight": embedding}
+    states = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+    tied = torch.tensor([[1.0, 2.0, 6.0], [0.0, 1.0, 2.0]])
+    own = torch.tensor([[3.0, 6.0, 3.0], [0.0, 3.0, 1.0]])
+    alone = [{name: weight} for name, weight in both.items()]
+    for number, (weights, config, wanted) in enumerate(
+        [
+            (both, {"tie_word_embeddings": True}, tied),
+            (both, {"tie_word_embeddings": False}, own),
+            (both, {}, own),
+            (alone[0], {"tie_word_embeddings": True}, own),
+            (alone[1], {"tie_word_embeddings": False}, tied),
+            (both, {"logit_scale": 4.0, "logits_scaling": 2.0}, 2 * own),
+            (both, {"final_logit_softcapping": 5.0}, 5 * torch.tanh(own / 5)),
+        ]
+    ):
+        folder = head_folder(tmp_path / str(number), weights, **config)
+        torch.testing.assert_close(load_head(folder)(states), wanted)
+        torch.testing.assert_close(load_head(folder)(states[None]), wanted[None])
+    bare = head_folder(tmp_path / "bare", {"x": head})
+    message = f"{bare} has none of the weights lm_head.weight, model.embed_tokens.weight"
+    with pytest.raises(StepError) as caught:
+        load_head(bare)
+    assert str(caught.value) == message
