@@ -205,3 +205,19 @@ def test_a_head_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(StepError) as caught:
         load_head(bare)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_padding_is_no_work(decoder: Decoder, budget: float | None) -> None:
+    """Compute saved is a share of what was read: 17 tokens, of contexts 12, of endings 6."""
+    model, usage = Scored(decoder, budget), decoder.skipping.usage
+    usage.clear()
+    ids_of_three = torch.tensor([row + [7] * (9 - len(row)) for row in CONTEXTS[:3]])
+    model.hidden(ids_of_three, torch.tensor([3, 9, 5]))
+    assert (usage.seen, usage.context) == (17, 6 + 45 + 15)
+    usage.clear()
+    model.branch(CONTEXTS[:2], [ids(1, 1), ids(4, 2), ids(1, 3)], [0, 1, 1])
+    assert (usage.seen, usage.context) == (12 + 6, 6 + 45 + 4 + (10 + 11 + 12 + 13) + 10)
+    usage.clear()
+    _, within = model.branch(CONTEXTS[:2], [ids(1, 1), ids(1, 2)], [0, 1])
+    assert within.shape == (2, 1, 64) and usage.seen == 12 + 2

@@ -373,6 +373,10 @@ class TestSampler:
         again = torch.Generator().manual_seed(0)
         assert drawn == [draw(torch.tensor([0.0, 0.25, 0.75]), again) for _ in range(400)]
 
+    def test_drafts_and_their_distributions_pair(self) -> None:
+        with pytest.raises(ValueError, match="zip"):
+            accept_or_resample([1, 2], [1], [1, 2, 3], torch.Generator())
+
     def test_single_tokens_against_probabilities(self) -> None:
         """A looked-up token is accepted as often as the target draws it, and then another comes."""
         target = torch.tensor([0.2, 0.5, 0.3])
