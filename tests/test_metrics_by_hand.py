@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from compose.errors import UserError
 from compose.results import metrics as table
-from compose.results.intervals import exp_mean_ratio, mean_interval, paired_speed_ratio, wilson
+from compose.results.intervals import (
+    _estimate,
+    exp_mean_ratio,
+    mean_interval,
+    mean_of_ratios,
+    paired_speed_ratio,
+    wilson,
+)
 from compose.results.metrics import (
     gain,
     half_width,
@@ -92,6 +101,21 @@ class TestIntervals:
         assert exp_mean_ratio([1.0, 2.0], [1.0, 2.0]) is not None
         assert paired_speed_ratio([1.0, 2.0], [1.0, 2.0]) is not None
         assert wilson(1.0, 1) == pytest.approx((0.2065, 1.0), abs=1e-4)
+
+    def test_tasks_are_drawn_by_themselves(self) -> None:
+        """Two tasks alike: the deviation of their mean is that of one over the root of two."""
+        task = [1.0, 0.0, 1.0, 0.0] * 50, [1.0, 1.0, 0.0, 0.0] * 50
+        one, two = mean_of_ratios([task]), mean_of_ratios([task, task])
+        assert one is not None and two is not None and one.value == two.value
+        share = (two.high - two.low) / (one.high - one.low)
+        assert share == pytest.approx(0.5**0.5, abs=0.04)
+
+    def test_percentiles_of_draws(self) -> None:
+        found = _estimate(0.5, np.linspace(0.0, 1.0, 1001), 7)
+        assert found is not None and found.n == 7 and found.value == 0.5
+        assert (found.low, found.high) == pytest.approx((0.025, 0.975))
+        assert found.different, "1 lies above"
+        assert _estimate(0.5, np.array([0.5, math.inf]), 7) is None
 
     def test_seeds(self) -> None:
         """2, 4 and 6: deviation 2, standard error 2 / sqrt 3, Student's t 4.3027."""
