@@ -221,3 +221,23 @@ def test_padding_is_no_work(decoder: Decoder, budget: float | None) -> None:
     usage.clear()
     _, within = model.branch(CONTEXTS[:2], [ids(1, 1), ids(1, 2)], [0, 1])
     assert within.shape == (2, 1, 64) and usage.seen == 12 + 2
+
+
+@pytest.mark.parametrize("budget", [None, 0.5])
+@pytest.mark.parametrize("sizes", [(3, 1, 2), (1, 1, 1)])
+def test_answers_are_predicted_as_one_whole_pass_predicts_them(
+    decoder: Decoder, budget: float | None, sizes: tuple[int, ...]
+) -> None:
+    """Of prompts of 3, 9 and 5 tokens and answers of several lengths; padding is no work."""
+    model, usage = Scored(decoder, budget), decoder.skipping.usage
+    answers = [ids(size, 60 + number) for number, size in enumerate(sizes)]
+    usage.clear()
+    found = model.answer_logits(CONTEXTS[:3], answers)
+    assert usage.seen == 17 + sum(sizes) - 3
+    thresholds = None if budget is None else decoder.grid[budget]
+    for logits, context, answer in zip(found, CONTEXTS[:3], answers, strict=True):
+        assert logits.shape == (len(answer), 512)
+        own = torch.tensor(answer)
+        score = float(logits.log_softmax(-1).gather(1, own[:, None]).sum())
+        wanted, _ = alone(decoder, thresholds, context, answer)
+        assert score == pytest.approx(wanted, abs=1e-4)
