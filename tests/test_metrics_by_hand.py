@@ -73,6 +73,8 @@ class TestIntervals:
         assert metric_of(results, "decode-ratio", bare) is None
         with pytest.raises(UserError, match=r"^there is no metric 'kll'\n.*did you mean 'kl'"):
             interval_of(results, "kll", own)
+        with pytest.raises(UserError, match=r"^there is no metric 'kll'\n.*did you mean 'kl'"):
+            metric_of(results, "kll", own)
 
     def test_of_tasks_retained(self) -> None:
         cell = scores(a=0.4)
@@ -413,6 +415,17 @@ class TestBoundsInWords:
             "the nearest by estimate is 'near': retained 0.952\n"
             "  fix: ask more questions (benchmark.quality.limit), or pass --by-estimate"
         )
+
+    def test_aims(self) -> None:
+        results = run_of({"name": "dense"} | text(20.0))
+        with pytest.raises(UserError) as caught:
+            pick(results, maximize="ttft")
+        assert str(caught.value) == (
+            "no cell of run 'test' has seconds to the first token measured\n  fix: aim for what "
+            "the run measured, or measure it with the pipeline's `benchmark`"
+        )
+        with pytest.raises(UserError, match=r"^cannot maximize 'tfft'\n.*did you mean 'ttft'"):
+            pick(results, maximize="tfft")
 
     def test_without_any_estimate(self) -> None:
         results = run_of(
