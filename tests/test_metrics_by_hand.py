@@ -427,6 +427,14 @@ class TestBoundsInWords:
         with pytest.raises(UserError, match=r"^cannot maximize 'tfft'\n.*did you mean 'ttft'"):
             pick(results, maximize="tfft")
 
+    def test_a_refuted_cell_has_no_ratio(self) -> None:
+        spec = text(21.0, (1.02, 1.08)) | {"lossless_check": {"lossless": False}}
+        results = run_of(
+            {"name": "dense"} | text(20.0) | fast(20.0, 9), {"name": "spec"} | spec | fast(30.0, 9)
+        )
+        with pytest.raises(UserError, match="no evidence for perplexity ratio"):
+            pick(results, max_perplexity_ratio=2.0, require_lossless=False)
+
     def test_without_any_estimate(self) -> None:
         results = run_of(
             {"name": "dense"} | text(20.0) | fast(20.0, 9), {"name": "x"} | fast(30.0, 9)
