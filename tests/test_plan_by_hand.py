@@ -236,7 +236,7 @@ def test_other_engines_are_cells_on_the_untouched_model(tmp_path: Path) -> None:
     assert cell.weights == plan.cells[0].weights == plan.steps[0].key
     recipe = {"weights": cell.weights, "decode": None, "peer": "llama.cpp:q8_0"}
     assert cell.key == hashed(recipe)
-    with pytest.raises(PlanError, match="'llama.cpp:q8_0' is another engine: name a chain"):
+    with pytest.raises(PlanError, match=r"'llama\.cpp:q8_0' is another engine: name a chain"):
         plan_of(tmp_path, text + "export: {'llama.cpp:q8_0': {to: out}}\n")
 
 
@@ -263,3 +263,18 @@ def test_files_of_the_store(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.work("0" * 16) == tmp_path / ".work" / ("0" * 16)
     assert store.model("1") == tmp_path / "1" / "model" and store.path("1") == tmp_path / "1"
+
+
+def test_a_plain_cell_that_has_a_name_gets_no_other(tmp_path: Path) -> None:
+    text = TEXT[: TEXT.index("matrix")].replace("pipelines:", "pipelines:\n  named: [gates]")
+    cells = [(cell.name, cell.aliases, cell.plain) for cell in plan_of(tmp_path, text).cells]
+    assert cells == [("dense", (), None), ("named", (), None), ("quick", (), "named")]
+
+
+def test_two_cells_of_one_name(tmp_path: Path) -> None:
+    text = TEXT.replace("quick: [gates, spec]", "nf4: [gates]")
+    with pytest.raises(PlanError) as caught:
+        plan_of(tmp_path, text)
+    message = str(caught.value)
+    assert "p.yaml:8:3: 'nf4' names two cells: ('gates',) and ('nf4',)" in message
+    assert message.endswith("fix: give the pipeline another name")

@@ -124,7 +124,7 @@ class TestComputeSaved:
         assert own.model == pytest.approx(whole)
 
     def test_nothing_counted_saves_nothing(self, small: Any) -> None:
-        with pytest.raises(ValueError, match="^no token was counted$"):
+        with pytest.raises(ValueError, match=r"^no token was counted$"):
             saving(small, Usage.of(small), None, "project", [False] * 4)
         assert Usage.of(small) == Usage([0, 0, 0, 0], 0, 0)
         assert Usage.of(small).shares() == [1.0] * 4
@@ -143,7 +143,7 @@ class TestComputeSaved:
     def test_the_share_that_entered(self, small: Any) -> None:
         entered = (10 + 7) * ATTENTION + (4 + 1) * MLP
         assert kept_share(small, usage()) == pytest.approx(entered / DENSE)
-        with pytest.raises(ValueError, match="^no token was counted$"):
+        with pytest.raises(ValueError, match=r"^no token was counted$"):
             kept_share(small, Usage.of(small))
 
     def test_windows_by_hand(self) -> None:

@@ -17,7 +17,8 @@ from compose.bench.continuations import (
     share_contexts,
 )
 from compose.bench.scored import Scored
-from compose.bench.text import head_chunks
+from compose.bench.text import head_chunks, load_blocks, score_blocks, score_reference
+from compose.errors import StepError
 from gateskip.decoding.decoder import Decoder
 from gateskip.gates.learned import ScalarGates
 from gateskip.model.folders import load_model
@@ -144,3 +145,17 @@ def test_inputs_that_begin_others_are_folded() -> None:
 def test_chunks_cover_all() -> None:
     assert list(head_chunks(600)) == [slice(0, 256), slice(256, 512), slice(512, 600)]
     assert list(head_chunks(256)) == [slice(0, 256)] and list(head_chunks(0)) == []
+
+
+def test_batches_of_blocks_change_no_score(decoder: Decoder) -> None:
+    """Five blocks by twos, against the states of the model at full compute."""
+    blocks = torch.tensor([ids(12, 40 + number) for number in range(5)])
+    plain, skipping = Scored(decoder, None), Scored(decoder, 0.5)
+    own, stored = score_reference(plain, blocks, batch_size=2)
+    one = score_blocks(skipping, blocks, (stored["hidden"], plain.head))
+    two = score_blocks(skipping, blocks, (stored["hidden"], plain.head), batch_size=2)
+    assert own.perplexity == pytest.approx(score_blocks(plain, blocks).perplexity, rel=1e-5)
+    assert two.kl == pytest.approx(one.kl, rel=1e-3) and one.kl is not None and one.kl > 1e-3
+    assert two.agreement == one.agreement and two.perplexity == pytest.approx(one.perplexity)
+    with pytest.raises(StepError, match=r"^the reference was made from other text$"):
+        load_blocks(stored, blocks.flip(0))
