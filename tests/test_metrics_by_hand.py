@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from compose.errors import UserError
 from compose.results import metrics as table
-from compose.results.intervals import exp_mean_ratio, mean_interval, paired_speed_ratio, wilson
+from compose.results.intervals import (
+    _estimate,
+    exp_mean_ratio,
+    mean_interval,
+    mean_of_ratios,
+    paired_speed_ratio,
+    wilson,
+)
 from compose.results.metrics import (
     gain,
     half_width,
@@ -64,6 +73,8 @@ class TestIntervals:
         assert metric_of(results, "decode-ratio", bare) is None
         with pytest.raises(UserError, match=r"^there is no metric 'kll'\n.*did you mean 'kl'"):
             interval_of(results, "kll", own)
+        with pytest.raises(UserError, match=r"^there is no metric 'kll'\n.*did you mean 'kl'"):
+            metric_of(results, "kll", own)
 
     def test_of_tasks_retained(self) -> None:
         cell = scores(a=0.4)
@@ -92,6 +103,21 @@ class TestIntervals:
         assert exp_mean_ratio([1.0, 2.0], [1.0, 2.0]) is not None
         assert paired_speed_ratio([1.0, 2.0], [1.0, 2.0]) is not None
         assert wilson(1.0, 1) == pytest.approx((0.2065, 1.0), abs=1e-4)
+
+    def test_tasks_are_drawn_by_themselves(self) -> None:
+        """Two tasks alike: the deviation of their mean is that of one over the root of two."""
+        task = [1.0, 0.0, 1.0, 0.0] * 50, [1.0, 1.0, 0.0, 0.0] * 50
+        one, two = mean_of_ratios([task]), mean_of_ratios([task, task])
+        assert one is not None and two is not None and one.value == two.value
+        share = (two.high - two.low) / (one.high - one.low)
+        assert share == pytest.approx(0.5**0.5, abs=0.04)
+
+    def test_percentiles_of_draws(self) -> None:
+        found = _estimate(0.5, np.linspace(0.0, 1.0, 1001), 7)
+        assert found is not None and found.n == 7 and found.value == 0.5
+        assert (found.low, found.high) == pytest.approx((0.025, 0.975))
+        assert found.different, "1 lies above"
+        assert _estimate(0.5, np.array([0.5, math.inf]), 7) is None
 
     def test_seeds(self) -> None:
         """2, 4 and 6: deviation 2, standard error 2 / sqrt 3, Student's t 4.3027."""
@@ -343,3 +369,78 @@ class TestReaders:
 
     def test_ranks(self) -> None:
         assert table.METRICS["decode"].rank(2.0) == 2.0 and table.METRICS["size"].rank(2.0) == -2.0
+
+
+class TestBoundsInWords:
+    def bound(self, **limits: Any) -> str:
+        results = run_of(
+            {"name": "dense"} | text(20.0) | fast(20.0, 9),
+            {"name": "x"} | text(22.0, (1.05, 1.15)) | fast(30.0, 9),
+            {"name": "y"} | text(21.0, (1.02, 1.08)) | fast(30.0, 9),
+        )
+        with pytest.raises(UserError) as caught:
+            pick(results, **limits)
+        return str(caught.value)
+
+    def test_of_quality(self) -> None:
+        for limits, wanted, option in (
+            ({"min_retained": 1.5}, "retained (at least) >= 1.500", "--min-retained"),
+            ({"min_retained": 1.5, "by_estimate": True}, "retained >= 1.500", "--min-retained"),
+            (
+                {"max_perplexity_ratio": 0.5},
+                "perplexity ratio (at most) <= 0.500",
+                "--max-perplexity-ratio",
+            ),
+            (
+                {"max_perplexity_ratio": 0.5, "by_estimate": True},
+                "perplexity ratio <= 0.500",
+                "--max-perplexity-ratio",
+            ),
+        ):
+            message = self.bound(**limits)
+            assert message.startswith(f"no cell meets {wanted} (3 were measured)"), message
+            assert message.endswith(f"fix: loosen {option}"), message
+
+    def test_the_nearest_where_there_is_no_evidence(self) -> None:
+        results = run_of(
+            {"name": "dense"} | text(20.0) | fast(20.0, 9),
+            {"name": "far"} | text(25.0) | fast(30.0, 9),
+            {"name": "near"} | text(21.0) | fast(30.0, 9),
+            {"name": "zero"} | text(24.0) | fast(30.0, 9),
+        )
+        with pytest.raises(UserError) as caught:
+            pick(results, min_retained=0.9)
+        assert str(caught.value) == (
+            "no evidence for retained (at least) >= 0.900: unknown: without an interval; "
+            "the nearest by estimate is 'near': retained 0.952\n"
+            "  fix: ask more questions (benchmark.quality.limit), or pass --by-estimate"
+        )
+
+    def test_aims(self) -> None:
+        results = run_of({"name": "dense"} | text(20.0))
+        with pytest.raises(UserError) as caught:
+            pick(results, maximize="ttft")
+        assert str(caught.value) == (
+            "no cell of run 'test' has seconds to the first token measured\n  fix: aim for what "
+            "the run measured, or measure it with the pipeline's `benchmark`"
+        )
+        with pytest.raises(UserError, match=r"^cannot maximize 'tfft'\n.*did you mean 'ttft'"):
+            pick(results, maximize="tfft")
+
+    def test_without_any_estimate(self) -> None:
+        results = run_of(
+            {"name": "dense"} | text(20.0) | fast(20.0, 9), {"name": "x"} | fast(30.0, 9)
+        )
+        with pytest.raises(UserError) as caught:
+            pick(results, min_retained=0.9)
+        first = str(caught.value).splitlines()[0]
+        assert first == "no evidence for retained (at least) >= 0.900: not measured"
+
+    def test_200_questions_are_enough(self) -> None:
+        for n, wanted in ((199, None), (200, 1.25)):
+            cell = {"tasks": {"a": {"metric": "acc", "value": 0.5, "n": n}}}
+            results = run_of(
+                {"name": "dense", "quality": cell},
+                {"name": "x", "quality": cell | {"retained": SPREAD}},
+            )
+            assert retained_bound(results, results.cell("x")) == wanted

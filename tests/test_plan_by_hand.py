@@ -12,12 +12,12 @@ import pytest
 
 from compose.errors import PlanError
 from compose.language.parse import load_pipeline
-from compose.language.schema import Data, Model, Pipeline, TrainSpec
-from compose.planning.keys import SOURCE_VERSION, InputHashes, StepKeys
+from compose.language.schema import Data, Matrix, Model, Pipeline, TrainSpec
+from compose.planning.keys import SOURCE_VERSION, InputHashes, StepKeys, digest
 from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
 from compose.stages.base import DataSpec
-from compose.stages.registry import RULES, Gate, Heal, Speculate
+from compose.stages.registry import RULES, Gate, Heal, ModelShape, Speculate
 from compose.store import Store, read_json, write_json, write_text
 
 TEXT = """\
@@ -278,3 +278,34 @@ def test_two_cells_of_one_name(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "p.yaml:8:3: 'nf4' names two cells: ('gates',) and ('nf4',)" in message
     assert message.endswith("fix: give the pipeline another name")
+
+
+def test_memory_of_steps_follows_the_shape(tmp_path: Path) -> None:
+    """Each step is estimated on what the steps before it left, and for the text it trains on."""
+    text = TEXT[: TEXT.index("pipelines")] + "  drop: {use: drop-layers, count: 2}\n"
+    text += "  heal: {use: heal}\npipelines: {a: [drop, heal]}\n"
+    text += "data: {train: {length: 128}}\n"
+    path = tmp_path / "p.yaml"
+    path.write_text(text, encoding="utf-8")
+    shape = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, True)
+    pipeline = load_pipeline(path)
+    source, drop, heal = make_plan(pipeline, shape).steps
+    assert source.memory is None and drop.stage is not None and heal.stage is not None
+    assert drop.memory == drop.stage.memory(shape, 128)
+    assert heal.memory == heal.stage.memory(replace(shape, num_layers=28), 128)
+    assert heal.memory != heal.stage.memory(shape, 128)
+    assert [step.memory for step in make_plan(pipeline).steps] == [None, None, None]
+
+
+def test_what_a_key_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        digest({"a": float("nan")})
+
+
+def test_mistakes_of_a_pipeline_built_by_a_program() -> None:
+    matrix = Matrix.model_validate({"gate": ["gatez"]})
+    pipeline = Pipeline(name="t", model=Model(source="m"), stages={"gates": Gate()}, matrix=matrix)
+    (problem,) = pipeline.problems()
+    with pytest.raises(PlanError) as caught:
+        make_plan(pipeline)
+    assert caught.value.fix == problem.fix and problem.message in str(caught.value)

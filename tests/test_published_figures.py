@@ -18,7 +18,7 @@ import pytest
 import gateskip
 from compose.bench.speed import SpeedTurns
 from compose.bench.turns import add_turns
-from gateskip.calibration.budgets import CalibratedBudgets, with_gaps_filled
+from gateskip.calibration.budgets import CalibratedBudgets, half_way, with_gaps_filled
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.drafting import Draft
 from gateskip.decoding.stats import Stats
@@ -221,8 +221,14 @@ class TestThresholds:
         assert with_gaps_filled([0.8]) == [0.8, 0.885, 0.97]
         assert with_gaps_filled([0.965, 0.9, 1.0]) == [0.9, 0.965]
         assert with_gaps_filled([0.97 - 0.02 / 2]) == [0.97 - 0.02 / 2]
+        assert with_gaps_filled([0.7, 0.96]) == [0.7, 0.787, 0.873, 0.96]
         assert with_gaps_filled([0.8, 0.9, 0.8]) == [0.8, 0.9, 0.97]
         assert with_gaps_filled([1.0]) == with_gaps_filled([]) == []
+
+    def test_half_way(self) -> None:
+        assert half_way(0.8, 0.9) == 0.85 and half_way(0.1, 0.10005) == 0.1
+        with pytest.raises(ValueError, match="zip"):
+            CalibratedBudgets({0.8: [1.0], 0.9: [1.0, 2.0]}).at(0.85)
 
     def test_what_a_budget_keeps(self) -> None:
         """Between 0.6 (0.61 kept), 0.65 (0.64) and 0.7 (0.69): linear from one to the next."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from compose.bench.continuations import (
     BranchingModel,
@@ -17,7 +19,13 @@ from compose.bench.continuations import (
     share_contexts,
 )
 from compose.bench.scored import Scored
-from compose.bench.text import head_chunks, load_blocks, score_blocks, score_reference
+from compose.bench.text import (
+    head_chunks,
+    load_blocks,
+    load_head,
+    score_blocks,
+    score_reference,
+)
 from compose.errors import StepError
 from gateskip.decoding.decoder import Decoder
 from gateskip.gates.learned import ScalarGates
@@ -159,3 +167,77 @@ def test_batches_of_blocks_change_no_score(decoder: Decoder) -> None:
     assert two.agreement == one.agreement and two.perplexity == pytest.approx(one.perplexity)
     with pytest.raises(StepError, match=r"^the reference was made from other text$"):
         load_blocks(stored, blocks.flip(0))
+
+
+def head_folder(folder: Path, weights: dict[str, torch.Tensor], **config: Any) -> Path:
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def test_a_head_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of the states (1, 2) and (0, 1) under weights of 3 tokens, of each kind of folder."""
+    monkeypatch.setattr("compose.bench.text.HEAD_ROWS", 2)  # tokens are taken in two parts
+    embedding = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
+    head = torch.tensor([[3.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    both = {"lm_head.weight": head, "model.embed_tokens.weight": embedding}
+    states = torch.tensor([[1.0, 2.0], [0.0, 1.0]])
+    tied = torch.tensor([[1.0, 2.0, 6.0], [0.0, 1.0, 2.0]])
+    own = torch.tensor([[3.0, 6.0, 3.0], [0.0, 3.0, 1.0]])
+    alone = [{name: weight} for name, weight in both.items()]
+    for number, (weights, config, wanted) in enumerate(
+        [
+            (both, {"tie_word_embeddings": True}, tied),
+            (both, {"tie_word_embeddings": False}, own),
+            (both, {}, own),
+            (alone[0], {"tie_word_embeddings": True}, own),
+            (alone[1], {"tie_word_embeddings": False}, tied),
+            (both, {"logit_scale": 4.0, "logits_scaling": 2.0}, 2 * own),
+            (both, {"final_logit_softcapping": 5.0}, 5 * torch.tanh(own / 5)),
+        ]
+    ):
+        folder = head_folder(tmp_path / str(number), weights, **config)
+        torch.testing.assert_close(load_head(folder)(states), wanted)
+        torch.testing.assert_close(load_head(folder)(states[None]), wanted[None])
+    bare = head_folder(tmp_path / "bare", {"x": head})
+    message = f"{bare} has none of the weights lm_head.weight, model.embed_tokens.weight"
+    with pytest.raises(StepError) as caught:
+        load_head(bare)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_padding_is_no_work(decoder: Decoder, budget: float | None) -> None:
+    """Compute saved is a share of what was read: 17 tokens, of contexts 12, of endings 6."""
+    model, usage = Scored(decoder, budget), decoder.skipping.usage
+    usage.clear()
+    ids_of_three = torch.tensor([row + [7] * (9 - len(row)) for row in CONTEXTS[:3]])
+    model.hidden(ids_of_three, torch.tensor([3, 9, 5]))
+    assert (usage.seen, usage.context) == (17, 6 + 45 + 15)
+    usage.clear()
+    model.branch(CONTEXTS[:2], [ids(1, 1), ids(4, 2), ids(1, 3)], [0, 1, 1])
+    assert (usage.seen, usage.context) == (12 + 6, 6 + 45 + 4 + (10 + 11 + 12 + 13) + 10)
+    usage.clear()
+    _, within = model.branch(CONTEXTS[:2], [ids(1, 1), ids(1, 2)], [0, 1])
+    assert within.shape == (2, 1, 64) and usage.seen == 12 + 2
+
+
+@pytest.mark.parametrize("budget", [None, 0.5])
+@pytest.mark.parametrize("sizes", [(3, 1, 2), (1, 1, 1)])
+def test_answers_are_predicted_as_one_whole_pass_predicts_them(
+    decoder: Decoder, budget: float | None, sizes: tuple[int, ...]
+) -> None:
+    """Of prompts of 3, 9 and 5 tokens and answers of several lengths; padding is no work."""
+    model, usage = Scored(decoder, budget), decoder.skipping.usage
+    answers = [ids(size, 60 + number) for number, size in enumerate(sizes)]
+    usage.clear()
+    found = model.answer_logits(CONTEXTS[:3], answers)
+    assert usage.seen == 17 + sum(sizes) - 3
+    thresholds = None if budget is None else decoder.grid[budget]
+    for logits, context, answer in zip(found, CONTEXTS[:3], answers, strict=True):
+        assert logits.shape == (len(answer), 512)
+        own = torch.tensor(answer)
+        score = float(logits.log_softmax(-1).gather(1, own[:, None]).sum())
+        wanted, _ = alone(decoder, thresholds, context, answer)
+        assert score == pytest.approx(wanted, abs=1e-4)

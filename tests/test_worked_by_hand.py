@@ -373,6 +373,26 @@ class TestSampler:
         again = torch.Generator().manual_seed(0)
         assert drawn == [draw(torch.tensor([0.0, 0.25, 0.75]), again) for _ in range(400)]
 
+    def test_drafts_and_their_distributions_pair(self) -> None:
+        with pytest.raises(ValueError, match="zip"):
+            accept_or_resample([1, 2], [1], [1, 2, 3], torch.Generator())
+
+    @pytest.mark.parametrize("target", [0.3, 1.0])
+    def test_all_chance_is_the_rows_own(self, target: float) -> None:
+        """Another seed of torch's global stream changes nothing: not what is accepted, nor what
+        replaces it, nor what follows."""
+        left = (1 - target) / 2
+        wanted, drawn = torch.tensor([left, target, left]), torch.tensor([0.0, 1.0, 0.0])
+        found = []
+        for elsewhere in (1, 2):
+            generator = torch.Generator().manual_seed(7)
+            torch.manual_seed(elsewhere)
+            free = torch.full((50,), 1 / 50)
+            found.append(
+                [accept_or_resample([1], [drawn], [wanted, free], generator) for _ in range(60)]
+            )
+        assert found[0] == found[1]
+
     def test_single_tokens_against_probabilities(self) -> None:
         """A looked-up token is accepted as often as the target draws it, and then another comes."""
         target = torch.tensor([0.2, 0.5, 0.3])
