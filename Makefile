@@ -43,7 +43,7 @@ $(VENV)/.dev: $(VENV)/.run
 
 quickstart: $(VENV)/.run
 	$(BIN)/gateskip run pipelines/quickstart.yaml
-	$(BIN)/gateskip pick runs/quickstart --maximize decode
+	$(BIN)/gateskip pick runs/quickstart --min-retained 0.95 --maximize decode
 	$(BIN)/gateskip generate exports/quickstart "$$QUESTION" --stats
 
 test: $(VENV)/.dev

@@ -13,9 +13,9 @@ from compose.results.verdicts import KEEP
 from reports.load import Report, Row
 from reports.numbers import DASH, NO_DIFFERENCE, estimate, span, times
 
-Tone = Literal["good", "fair", "poor", "unknown"]
+Tone = Literal["good", "fair", "poor", "unknown", "same"]
 
-SIGNS: dict[Tone, str] = {"good": "●", "fair": "◐", "poor": "○", "unknown": "?"}
+SIGNS: dict[Tone, str] = {"good": "●", "fair": "◐", "poor": "○", "unknown": "?", "same": "="}
 """A tone's shape: what it says must not hang on its colour."""
 
 STEPS: dict[str, tuple[float, float]] = {

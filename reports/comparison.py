@@ -26,7 +26,7 @@ TONES: dict[Outcome, Tone] = {
     "worse": "poor",
     "better": "good",
     "not comparable": "unknown",
-    "no difference": "fair",
+    "no difference": "same",
 }
 """Outcome -> its tone, in the order in which a reader wants them."""
 
