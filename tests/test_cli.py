@@ -285,7 +285,7 @@ def test_errors_become_exit_codes(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("compose.execution.runner.run", fail)
+    monkeypatch.setattr("compose.terminal.run_shown.run", fail)
     found, out, err = call("run", file)
     assert found == code
     assert out == ""

@@ -26,6 +26,7 @@ from compose.stages.prune.importance import importance_scores
 from compose.stages.prune.layers import block_influence
 from compose.stages.prune.refit import close_gaps, input_grams, refitted
 from compose.stages.registry import ModelShape, PruneHeads
+from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.fit_shortcuts import fit_shortcuts
 from gateskip.calibration.insight import inspect_text
 from gateskip.calibration.settings import ALLOCATIONS
@@ -264,7 +265,7 @@ def test_what_pruning_measures(
         assert heads.device.type == CARD
         file = SimpleNamespace(
             gates=make_gates("scalar", BRANCHES, HIDDEN),
-            grid={0.8: [0.0] * BRANCHES},
+            budgets=CalibratedBudgets({0.8: [0.0] * BRANCHES}),
             kv_rule="project",
         )
         monkeypatch.setattr("gateskip.checkpoint.load_gates", lambda folder: file)
