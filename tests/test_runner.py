@@ -769,7 +769,7 @@ def slow_run(self, job):
     return {"training": [{"step": i + 1, "loss": n} for i, n in enumerate(drawn)]}
 
 class SlowBench:
-    def __init__(self, job):
+    def __init__(self, job, progress):
         self.job = job
     def load(self):
         mark(f"load-{self.job.name}")

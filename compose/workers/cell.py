@@ -15,7 +15,6 @@ from compose.workers.step import seed_everything
 if TYPE_CHECKING:
     from compose.bench.cell import CellBench
     from compose.bench.peer_cell import PeerBench
-    from compose.units import Progress
 
 
 def serve_cell(job: CellRequest, channel: Channel) -> None:
