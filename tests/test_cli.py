@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from compose.cli import app
+from compose.cli import _settings, app
 from compose.errors import StepError, UserError
 from compose.language.schema import Pipeline
 from compose.planning.planner import make_plan
@@ -122,7 +122,7 @@ def test_the_schema_is_json_schema(file: Path) -> None:
 LIGHT = """
 import sys
 from typer.testing import CliRunner
-from compose.cli import app
+from compose.cli import _settings, app
 for arguments in {commands!r}:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, (arguments, done.output, done.exception)
@@ -291,6 +291,14 @@ def test_errors_become_exit_codes(
     assert out == ""
     assert "Traceback" not in err
     assert err.startswith("interrupted" if code == 130 else "error: ")
+
+
+def test_a_result_names_no_folder_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ["gateskip", "run", "pipelines/a.yaml", "--out", str(tmp_path / "runs")]
+    monkeypatch.setattr("sys.argv", words)
+    assert _settings(tmp_path, again=False).command == "gateskip run pipelines/a.yaml --out runs"
 
 
 def test_an_unknown_executor_or_cell_is_the_users_mistake(file: Path, tmp_path: Path) -> None:
