@@ -156,14 +156,10 @@ def _settings(
     """Settings of a run under this command line."""
     from compose.assets import default_cache
     from compose.execution.state import Settings
+    from compose.units import public_path
 
-    command = shlex.join(["gateskip", *map(_public, sys.argv[1:])])
+    command = shlex.join(["gateskip", *map(public_path, sys.argv[1:])])
     return Settings(out, default_cache(), command, only, again, tensorboard)
-
-
-def _public(word: str) -> str:
-    """A word of the command line as results may show it: of a path from the root, its last part."""
-    return Path(word).name if Path(word).is_absolute() else word
 
 
 @app.command()

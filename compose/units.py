@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -17,6 +18,12 @@ SHARES = ("saved", "saved-gross", "retained", "accuracy", "agreement", "acceptan
 """Names in `METRICS` whose values are bytes, and those whose values are 0 to 1."""
 
 _SIZE = re.compile(r"\s*\d*\.?\d+\s*([kmgt]i?)?b?\s*", re.IGNORECASE)  # ByteSize takes 1.2.3MB
+
+
+def public_path(text: str) -> str:
+    """A source or a word of a command as results may show it: of a path from the root, its last
+    part, since the folders of a machine are nobody's business."""
+    return Path(text).name if Path(text).is_absolute() else text
 
 
 def parse_bytes(text: str) -> int:

@@ -78,7 +78,7 @@ def test_a_model_is_at_no_distance_from_itself(model: Plain, tmp_path: Path) -> 
     text.store(kept, path)
     assert own.perplexity == pytest.approx(text.score_blocks(model, blocks).perplexity, rel=1e-6)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
-    hidden = text.load_reference(path, blocks)
+    hidden = text.load_blocks(text.load_stored(path), blocks)
     assert hidden.shape == (3, 20, 64)
     scores = text.score_blocks(model, blocks, (hidden, model.head))
     assert scores.kl == pytest.approx(0, abs=1e-6) and scores.agreement == 1
@@ -88,7 +88,7 @@ def test_distance_to_another_model(model: Plain, make_tiny: Any, tmp_path: Path)
     blocks = _blocks(2, 20)
     dense = Plain(make_tiny("llama", seed=1))
     text.store(text.score_reference(dense, blocks)[1], tmp_path / "r")
-    hidden = text.load_reference(tmp_path / "r", blocks)
+    hidden = text.load_blocks(text.load_stored(tmp_path / "r"), blocks)
     reports: list[tuple[int, int, str]] = []
     scores = text.score_blocks(
         model, blocks, (hidden, dense.head), batch_size=2, progress=lambda *a: reports.append(a)
@@ -106,13 +106,13 @@ def test_a_reference_belongs_to_its_blocks(model: Plain, tmp_path: Path) -> None
     blocks = _blocks(2, 20)
     text.store(text.score_reference(model, blocks)[1], tmp_path / "r")
     with pytest.raises(StepError, match="other text"):
-        text.load_reference(tmp_path / "r", _blocks(2, 20, seed=1))
+        text.load_blocks(text.load_stored(tmp_path / "r"), _blocks(2, 20, seed=1))
     with pytest.raises(StepError, match="cannot read"):
-        text.load_reference(tmp_path / "absent", blocks)
+        text.load_blocks(text.load_stored(tmp_path / "absent"), blocks)
     (tmp_path / "broken").write_bytes(b"no tensors")
     with pytest.raises(StepError, match="cannot read"):
-        text.load_reference(tmp_path / "broken", blocks)
-    hidden = text.load_reference(tmp_path / "r", blocks)
+        text.load_blocks(text.load_stored(tmp_path / "broken"), blocks)
+    hidden = text.load_blocks(text.load_stored(tmp_path / "r"), blocks)
     with pytest.raises(StepError, match=r"\[2, 20\] positions, but \[2, 10\]"):
         text.score_blocks(model, blocks[:, :10], (hidden, model.head))
 

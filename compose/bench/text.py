@@ -222,11 +222,6 @@ def load_blocks(stored: Mapping[str, Tensor], blocks: Tensor) -> Tensor:
     return stored["hidden"]
 
 
-def load_reference(path: Path, blocks: Tensor) -> Tensor:
-    """Hidden states [N, S, H] of these `blocks`, from the file: `load_stored` and `load_blocks`."""
-    return load_blocks(load_stored(path), blocks)
-
-
 def load_head(folder: Path) -> Head:
     """The LM head of an unquantized model folder, read without the rest of the model.
 

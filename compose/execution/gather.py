@@ -20,6 +20,7 @@ from compose.execution.sessions import Session
 from compose.planning.plan import Cell, Plan
 from compose.results.relate import relate
 from compose.results.schema import CellResult, Results
+from compose.units import public_path
 
 
 def gather(
@@ -61,7 +62,7 @@ def gather(
         environment=_environment(session) if session else environment,
         baseline=plan.cells[0].name,
         command=session.command if session else command,
-        model=_public(plan.pipeline.model.source),
+        model=public_path(plan.pipeline.model.source),
         dtype=plan.pipeline.model.dtype,
         pipeline=_text(source_map.file) if source_map else None,
         benchmark=plan.pipeline.benchmark.model_dump(mode="json"),
@@ -213,10 +214,6 @@ def _seconds(
         record = (run.store.manifest(step.key) or {}).get("record") or {}
         total += record.get("wall_s", 0.0)
     return round(total + (session.seconds if session else 0.0), 1)
-
-
-def _public(source: str) -> str:
-    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _text(file: str) -> str | None:

@@ -211,9 +211,7 @@ def metric_of(results: Results, name: str, cell: CellResult) -> float | None:
     Raises:
         UserError: there is no metric of that name.
     """
-    if name not in METRICS:
-        raise UserError(f"there is no metric {name!r}", fix=suggest(name, METRICS))
-    return METRICS[name].of(results, cell)
+    return _metric(name).of(results, cell)
 
 
 def interval_of(results: Results, name: str, cell: CellResult) -> Interval | None:
@@ -222,9 +220,13 @@ def interval_of(results: Results, name: str, cell: CellResult) -> Interval | Non
     Raises:
         UserError: there is no metric of that name.
     """
+    return _metric(name).interval(results, cell)
+
+
+def _metric(name: str) -> Metric:
     if name not in METRICS:
         raise UserError(f"there is no metric {name!r}", fix=suggest(name, METRICS))
-    return METRICS[name].interval(results, cell)
+    return METRICS[name]
 
 
 def over_seeds(results: Results, name: str, cell: CellResult) -> tuple[float, ...]:
