@@ -4,8 +4,8 @@ What counts is the error of a layer's output, (W - Q) H (W - Q)^T with H the sec
 inputs. Columns are rounded one after another, and the columns still to come take over what each
 lost (GPTQ, arXiv 2210.17323, section 3). Groups are taken by falling input, each gets its range
 when its turn comes, from weights that have taken over earlier errors. Then the same error is
-lowered further with what GPTQ leaves alone: scales and minima by least squares for the codes found, and
-codes one column at a time for those scales (coordinate descent).
+lowered further with what GPTQ leaves alone: scales and minima by least squares for the codes found,
+and codes one column at a time for those scales (coordinate descent).
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Allocate(BaseModel):
 
 
 class Integers(Stage):
-    """Round the linear layers to integers, with a scale and a minimum for every group of weights."""
+    """Round linear layers to integers with a scale, and a minimum, for every group of weights."""
 
     role: ClassVar[Role] = "quantize"
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
