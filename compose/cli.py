@@ -327,9 +327,9 @@ def bench(
         list[str] | None,
         typer.Option(
             "--system",
-            help="plain, skip:BUDGET, draft:BUDGET with +int4, +nf4, +int4-head, +lookup, +LENGTH;"
-            " one of these after a backend, as in gathered:plain. All is compared with the first"
-            " folder and system. plain alone by default.",
+            help="plain, skip:BUDGET, draft:BUDGET with +auto, +int4, +int3, +int2, +nf4, +int4-head,"
+            " +lookup, +LENGTH; one of these after a backend, as in gathered:plain. All is compared"
+            " with the first folder and system. plain alone by default.",
         ),
     ] = None,
     against: Annotated[

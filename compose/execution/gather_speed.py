@@ -67,6 +67,7 @@ def speculation_of(counts: dict[str, Any]) -> dict[str, Any]:
     plain = lengths.get(0, 0) / steps if steps else None
     tried = [(reached, accepted) for reached, accepted in counts["positions"] if reached]
     return {
+        "draft_weights": counts.get("draft_weights"),
         "draft_length_histogram": dict(sorted(lengths.items())),
         "acceptance_rate": counts["accepted"] / drafted if drafted else None,
         "mean_accepted_tokens": 1 + counts["accepted"] / passes if passes else None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJob
 from compose.stages.gate_transfer import carry_gates
 from compose.stages.quantize.linears import (
     Bits,
@@ -132,6 +132,10 @@ class Gptq(Stage):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
         return replace(shape, quantized="gptq")
+
+    def most_bits(self) -> int:
+        """The most of any layer, unless some stay as they are."""
+        return UNPACKED if self.skip else max([self.bits, *self.mixed.values()])
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Quantize, and save in the AutoGPTQ format; measures what the rounding did."""
