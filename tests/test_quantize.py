@@ -160,7 +160,7 @@ def test_mixed_bits_are_the_same_twice(
 
 
 def test_an_untied_lm_head_may_be_packed(tiny_qwen2: Path, quantize: Callable[..., Made]) -> None:
-    folder, record = quantize(tiny_qwen2, use="gptq", group_size=32, lm_head=8)
+    folder, record = quantize(tiny_qwen2, use="gptq", group_size=32, sym=True, lm_head=8)
     assert 0 < record["layer_errors"]["lm_head"] < 0.02
     tensors = load_file(folder / "model.safetensors")
     assert tensors["lm_head.qweight"].shape[0] == 64 // 4  # four codes of 8 bits in an int32
@@ -220,7 +220,7 @@ def test_whole_rows_need_a_symmetric_grid() -> None:
 def test_gptq_is_in_the_format_that_autogptq_reads(
     act_order: bool, quantize: Callable[..., Made]
 ) -> None:
-    folder, _ = quantize(use="gptq", group_size=32, act_order=act_order)
+    folder, _ = quantize(use="gptq", group_size=32, sym=True, act_order=act_order)
     stated = settings(folder)
     wanted = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
     assert wanted.items() <= stated.items()
@@ -238,6 +238,41 @@ def test_a_grid_that_is_not_symmetric_says_that_it_has_the_newer_format(
     folder, record = quantize(use="gptq", sym=False)
     assert settings(folder)["checkpoint_format"] == "gptq_v2"
     assert mean(record) < mean(quantize(use="gptq", sym=True)[1])
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_foem_makes_a_plain_gptq_folder(
+    sym: bool, tiny_llama: Path, quantize: Callable[..., Made]
+) -> None:
+    """Its beta reaches gptqmodel: other codes; and transformers loads what it made by itself."""
+    from transformers import AutoModelForCausalLM
+
+    settings_of = {"use": "gptq", "group_size": 32, "sym": sym}
+    some, more = (quantize(**settings_of, foem=beta) for beta in (0.05, 0.5))
+    stated = settings(some[0])
+    assert stated["checkpoint_format"] == ("gptq" if sym else "gptq_v2")
+    assert not {"dynamic", "lm_head", "foem", "meta"} & stated.keys()
+    first, second = (load_file(folder / "model.safetensors") for folder, _ in (some, more))
+    name = "model.layers.1.mlp.down_proj.qweight"
+    assert first.keys() == second.keys() and not torch.equal(first[name], second[name])
+    assert mean(some[1]) < 1.1 * mean(quantize(**settings_of)[1])
+    theirs = AutoModelForCausalLM.from_pretrained(some[0], dtype=torch.float32)
+    ours, layer = load_model(some[0], "float32"), name.removesuffix(".qweight")
+    pair = [each.get_submodule(layer).dequantize_weight() for each in (theirs, ours)]
+    assert torch.equal(*pair)
+    dense = load_model(tiny_llama, "float32").get_submodule(layer).weight.T
+    assert (pair[0] - dense).norm() < 0.15 * dense.norm()
+
+
+def test_a_gptqmodel_without_foem_is_refused_by_name(
+    quantize: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gptqmodel.quantization
+
+    monkeypatch.delattr(gptqmodel.quantization, "FOEMConfig")
+    with pytest.raises(UserError, match=r"foem: gptqmodel [\d.]+ has no FOEM") as refused:
+        quantize(use="gptq", foem=0.2)
+    assert "leave foem out" in str(refused.value.fix)
 
 
 @pytest.mark.parametrize("use", ["gptq", "bnb"])

@@ -13,6 +13,7 @@ Role = Literal[
     "insight",
     "tune",
     "gguf",
+    "compressed-tensors",
     "probe",
 ]
 """What a worker does; `compose.workers.main` describes each."""

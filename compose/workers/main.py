@@ -8,6 +8,7 @@
     insight   the compute of each token under a folder's gates    one answer
     tune      find the draft that decodes a folder fastest        progress, then one answer
     gguf      write a folder as a GGUF file and load it back      one answer
+    compressed-tensors   write a packed folder in that format and read it back   one answer
     probe     try the libraries, for `gateskip doctor`            a message a library, one answer
 
 Commands come as JSON lines on stdin; messages go out as JSON lines on what was stdout when the
@@ -78,6 +79,12 @@ def _gguf(job: Job, channel: Channel) -> dict[str, float]:
     return write_gguf(Path(job["folder"]), Path(job["file"]), job["kind"])
 
 
+def _compressed(job: Job, channel: Channel) -> dict[str, Any]:
+    from compose.artifacts.compressed_tensors import write_compressed
+
+    return write_compressed(Path(job["folder"]), Path(job["target"]))
+
+
 def _probe(job: Job, channel: Channel) -> None:
     probe_libraries(channel.send)
 
@@ -90,6 +97,7 @@ ROLES: dict[Role, Callable[[Any, Channel], Any]] = {
     "insight": _insight,
     "tune": _tune,
     "gguf": _gguf,
+    "compressed-tensors": _compressed,
     "probe": _probe,
 }
 """The roles that give one answer. `cell` gives one a command."""
