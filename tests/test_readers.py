@@ -27,7 +27,7 @@ from compose.bench.peers.environment import environment_folder, python_of
 from compose.bench.peers.table import ENGINES, Engine
 from compose.errors import ArtifactError, StepError
 from compose.stages.registry import STAGES, DataSpec, StageJob
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 
 BUILD = "GATESKIP_BUILD_PEERS"
 """Set by `make peers-test`: environments that are missing are made."""
