@@ -381,3 +381,66 @@ def test_errors_are_those_of_each_layer_on_what_it_is_given(
     assert list(record["layer_errors"])[-1] == "model.layers.3.mlp.down_proj"
     same = make_job(tiny_llama, tiny_llama)
     assert layer_errors(same, probe_ids(tiny_llama)) == {}, "nothing is packed"
+
+
+# --- autoround -----------------------------------------------------------------------------------
+
+AUTOROUND = {"use": "autoround", "iters": 12, "batch": 4}
+
+
+@pytest.fixture
+def auto_round() -> Any:
+    return pytest.importorskip("auto_round", reason="pip install 'gateskip-compose[autoround]'")
+
+
+@pytest.mark.parametrize("more", [{}, {"sym": True}, {"bits": 3}, {"bits": 8, "sym": True}], ids=str)
+def test_autoround_saves_what_the_library_learned(
+    more: dict[str, Any],
+    auto_round: Any,
+    quantize: Callable[..., Made],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The folder's weights are the library's own, bit by bit, and it saw our token ids alone."""
+    import compose.stages.quantize.autoround as stage
+
+    given: list[Any] = []
+    left: dict[str, Tensor] = {}
+    original, entry = stage.grid_of, auto_round.AutoRound
+
+    def seen(layer: Any, bits: int) -> Any:
+        grid = original(layer, bits)
+        left[str(len(left))] = layer.weight.detach().clone()
+        assert torch.equal(grid.weight(), left[str(len(left) - 1)])
+        return grid
+
+    def told(*args: Any, **settings: Any) -> Any:
+        given.append(settings)
+        return entry(*args, **settings)
+
+    monkeypatch.setattr(stage, "grid_of", seen)
+    monkeypatch.setattr(auto_round, "AutoRound", told)
+    folder, record = quantize(**AUTOROUND, **more)
+    (settings_given,) = given
+    assert len(settings_given["dataset"]) == record["blocks"] == settings_given["nsamples"]
+    assert all(row["input_ids"].shape == (1, 64) for row in settings_given["dataset"])
+    stated = settings(folder)
+    layout = "gptq" if more.get("sym") else "gptq_v2"
+    assert (stated["quant_method"], stated["checkpoint_format"]) == ("gptq", layout)
+    model = load_model(folder, "float32")
+    packed = [m for m in model.modules() if hasattr(m, "qweight")]
+    assert len(packed) == len(left) == 28
+    for layer, weight in zip(packed, left.values(), strict=True):
+        assert torch.equal(layer.dequantize_weight().T.half().float(), weight.half().float())
+    assert mean(record) < {3: 0.2, 4: 0.09, 8: 0.01}[more.get("bits", 4)]
+    decoder = gateskip.load(folder, "float32", rounded=False)
+    slow = gateskip.load(folder, "float32", backend="gathered")
+    ids = probe_ids(folder)
+    exact, other = (last_logits(each, ids) for each in (decoder, slow))
+    assert (exact - other).norm() < 0.1 * other.norm()
+
+
+def test_autoround_learns_more_in_more_steps(
+    auto_round: Any, quantize: Callable[..., Made]
+) -> None:
+    first, more = (quantize(**AUTOROUND | {"bits": 2, "iters": n})[1] for n in (1, 40))
+    assert mean(more) < mean(first)
