@@ -258,6 +258,21 @@ def gguf(
     typer.echo(f"{said}; KL of its predictions to the folder's: {kl}")
 
 
+@app.command("compressed-tensors")
+def compressed_tensors(
+    folder: Annotated[
+        Path, typer.Argument(help="A model folder packed by int4, int8, gptq or autoround.")
+    ],
+    to: Annotated[Path, typer.Option(help="The folder to make.")],
+) -> None:
+    """Write a packed model folder for vLLM, as W4A16 or W8A16; codes and scales stay the same."""
+    from compose.execution.worker_process import ask_once
+    from compose.terminal.show import compressed_text
+
+    job = {"folder": str(folder.absolute()), "target": str(to.absolute())}
+    typer.echo(compressed_text(to, ask_once("compressed-tensors", job)))
+
+
 @app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="A model folder, or a GGUF file.")],

@@ -369,6 +369,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "pick": sorted([*wanted, "--json", "run_dir"]),
         "export": sorted([*wanted, "--cell", "--to", "--verify", "run_dir"]),
         "gguf": ["--to", "--type", "folder"],
+        "compressed-tensors": ["--to", "folder"],
         "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
         "bench": [
             *("--against", "--batch", "--context", "--json-lines", "--keep-blocks", "--limit"),
