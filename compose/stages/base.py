@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict
 from compose.errors import RuleBroken
 from compose.stages.job import DataSpec, Split, StageJob
 from compose.stages.rules import FORBIDDEN, RULES, Role
-from compose.stages.shape import ModelShape
+from compose.stages.shape import ModelShape, PackedBits
 
-__all__ = ["RULES", "DataSpec", "ModelShape", "Role", "Split", "Stage", "StageJob"]
+__all__ = ["RULES", "DataSpec", "ModelShape", "PackedBits", "Role", "Split", "Stage", "StageJob"]
 
 PLACES = ("device_map",)
 """Parameters that say where a stage works, not what it makes."""
@@ -68,6 +68,11 @@ class Stage(BaseModel):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The shape of the model that the stage makes of one of `shape`."""
         return shape
+
+    def packed_bits(self, shape: ModelShape) -> PackedBits | None:
+        """Bits that a weight takes in the folder that a quantizer makes of a model of `shape`,
+        scales included; None where the stage packs nothing, or cannot tell."""
+        return None
 
     def held(self) -> float:
         """Bytes that `run` holds at its peak for each weight of the model it starts from: by

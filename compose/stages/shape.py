@@ -87,3 +87,13 @@ class ModelShape:
             "up_proj": self.hidden_size,
             "down_proj": self.intermediate_size,
         }
+
+
+@dataclass(frozen=True)
+class PackedBits:
+    """Bits of a weight in a folder of packed weights, scales and offsets included."""
+
+    layers: float
+    """Of the linear layers in the decoder layers."""
+    outer: float | None = None
+    """Of embedding and LM head; None where these stay as they were."""
