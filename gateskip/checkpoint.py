@@ -25,7 +25,7 @@ from gateskip.gates.kinds import GATE_KINDS, make_gates
 from gateskip.gates.shortcuts import STORED, Shortcuts
 from gateskip.kernels import autotune
 from gateskip.model.families import UnsupportedModel
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 from gateskip.quantization.head import INT8, head_format, round_head
 from gateskip.quantization.packed_linear import Samples, accelerate_linears, timed_pairs
 from gateskip.runtime.backend import BackendName

@@ -17,7 +17,7 @@ from compose.stages.gate import Gate
 from compose.workers.step import run_step
 from gateskip.kernels import autotune
 from gateskip.kernels.autotune import bfloat16_is_faster, product
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 from gateskip.quantization.packed_linear import DenseLinear
 from gateskip.training.loop import precision
 

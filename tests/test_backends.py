@@ -18,7 +18,7 @@ from gateskip.checkpoint import GateFile, grid_of, save_gates
 from gateskip.decoding.decoder import Decoder
 from gateskip.kernels import build
 from gateskip.model.families import UnsupportedModel
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 from gateskip.runtime.backend import BACKENDS
 from gateskip.runtime.gathered import GatheredBackend
 from gateskip.runtime.native import NativeBackend

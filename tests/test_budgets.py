@@ -16,7 +16,7 @@ from gateskip.calibration.budgets import OFF, CalibratedBudgets, with_gaps_fille
 from gateskip.calibration.thresholds import calibrate_everywhere, kept_by
 from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import META_FILE, GateFile, load_gates, save_gates
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 
 NEVER = -math.inf
 

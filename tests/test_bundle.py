@@ -19,7 +19,7 @@ from gateskip.calibration.fit_shortcuts import fit_shortcuts
 from gateskip.calibration.thresholds import calibrate
 from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import GateFile, grid_of, save_gates
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 
 SCRIPT = """
 import json, sys

@@ -21,7 +21,7 @@ from compose.artifacts.folder import copy_companions, is_gated, probe_ids, probe
 from compose.errors import RuleBroken
 from compose.planning.composition import YES, as_markdown, verdict
 from compose.stages.registry import RULES, STAGES, DataSpec, ModelShape, Stage, StageJob
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 GATES = {"use": "gate", "steps": 1, "length": 24, "backbone": "frozen", "budgets": (0.8, 0.5)}

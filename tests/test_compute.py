@@ -22,7 +22,7 @@ from gateskip.model.compute import (
     saving,
 )
 from gateskip.model.families import backbone, find_branches
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 from gateskip.runtime.skipping import SkippingModel
 
 SEEN, CONTEXT = 20, 200

@@ -18,7 +18,7 @@ from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.drafting import look_up
 from gateskip.decoding.sampling import Sampler
 from gateskip.gates.kinds import make_gates
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 from gateskip.runtime.skipping import SkippingModel
 
 BUDGETS = (0.8, 0.5)

@@ -15,8 +15,8 @@ from gateskip.gates.kinds import make_gates
 from gateskip.gates.shortcuts import Shortcuts
 from gateskip.kernels import ops
 from gateskip.model.families import UnsupportedModel, find_branches
-from gateskip.model.folders import load_model
 from gateskip.model.gating import NEVER_SKIP
+from gateskip.quantization.folders import load_model
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.skipping import SkippingModel

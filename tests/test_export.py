@@ -221,7 +221,7 @@ def test_an_export_that_is_decoded_in_another_way_gives_other_tokens(
     from gateskip.calibration.thresholds import calibrate
     from gateskip.calibration.warm_start import warm_start
     from gateskip.checkpoint import GateFile, grid_of, save_gates
-    from gateskip.model.folders import load_model
+    from gateskip.quantization.folders import load_model
 
     folder = tmp_path / "gated"
     shutil.copytree(tiny_llama, folder)

@@ -19,7 +19,7 @@ from compose.extras import EXTRAS, missing_extra, require
 from gateskip.calibration.thresholds import calibrate
 from gateskip.checkpoint import GateFile, grid_of, save_gates
 from gateskip.gates.kinds import make_gates
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent

@@ -16,8 +16,8 @@ from gateskip.checkpoint import GateFile, load_gates, read_gates, save_gates
 from gateskip.gates.base import Gates
 from gateskip.gates.kinds import GATE_KINDS, make_gates
 from gateskip.model.families import find_branches
-from gateskip.model.folders import load_model
 from gateskip.model.reference import masked_forward
+from gateskip.quantization.folders import load_model
 from gateskip.runtime.skipping import SkippingModel
 
 KINDS = tuple(GATE_KINDS)

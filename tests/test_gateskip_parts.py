@@ -23,8 +23,8 @@ from gateskip.gates.learned import ScalarGates
 from gateskip.kernels import build as native
 from gateskip.kernels.autotune import own_are_faster
 from gateskip.model.compute import branch_costs
-from gateskip.model.folders import load_model
 from gateskip.model.reference import masked_forward
+from gateskip.quantization.folders import load_model
 from gateskip.quantization.packed_linear import (
     DenseLinear,
     PackedLinear,

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 
 from compose.errors import UserError
 from compose.stages.heal import hold_out
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 from gateskip.training.heal import best_row, heal, worn_out
 from gateskip.training.loop import adapt
 from gateskip.training.recipe import HealConfig

@@ -17,9 +17,9 @@ from gateskip.checkpoint import read_gates, write_gates
 from gateskip.gates.kinds import make_gates
 from gateskip.gates.norms import fit_norms, fold_norms_into_gates
 from gateskip.gates.shortcuts import Shortcuts
-from gateskip.model.folders import load_model
 from gateskip.model.norms import has_folded_norms, input_norms
 from gateskip.model.reference import masked_forward
+from gateskip.quantization.folders import load_model
 
 H, BRANCHES = 64, 8
 KINDS = ("scalar", "vector", "low-rank", "mlp", "router", "exit", "static")

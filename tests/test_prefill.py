@@ -15,9 +15,9 @@ from gateskip.decoding import decoder as decode
 from gateskip.gates.kinds import make_gates
 from gateskip.gates.shortcuts import Shortcuts
 from gateskip.model.families import find_branches
-from gateskip.model.folders import load_model
 from gateskip.model.projections import AttentionShape, rotate
 from gateskip.model.reference import attend, causal
+from gateskip.quantization.folders import load_model
 from gateskip.runtime.attention import attend_padded, attend_rows
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.native import NativeBackend

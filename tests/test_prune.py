@@ -32,8 +32,8 @@ from compose.stages.registry import (
 )
 from gateskip.checkpoint import GateFile, load_gates, save_gates
 from gateskip.model.families import backbone
-from gateskip.model.folders import load_model
 from gateskip.model.gating import ANCHORS
+from gateskip.quantization.folders import load_model
 
 BLOCK = 32
 EXACT = {"atol": 2e-4, "rtol": 0.0}

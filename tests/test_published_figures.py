@@ -33,7 +33,7 @@ from gateskip.model.compute import (
     kept_share,
     saving,
 )
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 from gateskip.runtime.skipping import SkippingModel
 
 # -- multiply-adds ----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from compose.artifacts.folder import copy_companions, probe_ids
 from compose.errors import UserError
 from compose.stages.quantize.errors import layer_errors
 from compose.stages.registry import STAGES, DataSpec, StageJob
-from gateskip.model.folders import load_model, mixed_bits
+from gateskip.quantization.folders import load_model, mixed_bits
 
 SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
 Made = tuple[Path, dict[str, Any]]

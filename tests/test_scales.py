@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from compose.artifacts.folder import copy_companions, probe_ids, probe_logits
 from compose.errors import RuleBroken
 from compose.stages.registry import STAGES, Bnb, DataSpec, Gate, Gptq, Heal, ModelShape, StageJob
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 from gateskip.training.scales import ScaledLinear, norms, open_scales, save_scales
 
 PACKINGS: dict[str, dict[str, Any]] = {

@@ -29,7 +29,7 @@ from compose.bench.text import (
 from compose.errors import StepError
 from gateskip.decoding.decoder import Decoder
 from gateskip.gates.learned import ScalarGates
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 from gateskip.runtime.skipping import SkippingModel
 
 LENGTHS = [3, 9, 5, 9, 1]

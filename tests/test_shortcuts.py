@@ -12,8 +12,8 @@ from gateskip.gates.learned import ScalarGates
 from gateskip.gates.shortcuts import Shortcuts
 from gateskip.model.compute import Usage, saving
 from gateskip.model.families import Branch, find_branches
-from gateskip.model.folders import load_model
 from gateskip.model.reference import masked_forward
+from gateskip.quantization.folders import load_model
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:

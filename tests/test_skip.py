@@ -19,9 +19,9 @@ from gateskip.model.families import (
     find_branches,
     head,
 )
-from gateskip.model.folders import load_model
 from gateskip.model.gating import NEVER_SKIP
 from gateskip.model.reference import masked_forward
+from gateskip.quantization.folders import load_model
 from gateskip.runtime.skipping import SkippingModel
 
 TOLERANCE = 1e-4

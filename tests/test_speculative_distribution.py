@@ -25,7 +25,7 @@ from gateskip.decoding import sampling
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.sampling import Distribution, Sampler, accept_or_resample, draw
 from gateskip.gates.learned import ScalarGates
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 from gateskip.runtime.skipping import SkippingModel
 
 Rule = Callable[

@@ -215,7 +215,7 @@ def test_pruned_neurons_are_the_idle_ones(
 
 def test_int8_decodes_through_the_engine(run: Callable[..., Path]) -> None:
     """bitsandbytes' own layers round activations by rows, ours by blocks: nearly the same."""
-    from gateskip.model.folders import load_model
+    from gateskip.quantization.folders import load_model
     from gateskip.quantization.packed_linear import PackedLinear
 
     folder = run({"use": "bnb", "format": "int8"})
@@ -239,7 +239,7 @@ def test_int8_decodes_through_the_engine(run: Callable[..., Path]) -> None:
 
 def test_packed_gptq_weights_are_the_modules_own(run: Callable[..., Path]) -> None:
     """Symmetric or not: what our kernels unpack is what gptqmodel dequantizes."""
-    from gateskip.model.folders import load_model
+    from gateskip.quantization.folders import load_model
     from gateskip.quantization.packed_linear import _from_gptq
 
     for settings in ({}, {"sym": False}, {"bits": 8}, {"bits": 8, "sym": False}):

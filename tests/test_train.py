@@ -18,8 +18,8 @@ from accelerate.state import AcceleratorState
 from gateskip.calibration.thresholds import calibrate
 from gateskip.gates.kinds import make_gates
 from gateskip.gates.learned import ScalarGates
-from gateskip.model.folders import load_model
 from gateskip.model.reference import masked_forward
+from gateskip.quantization.folders import load_model
 from gateskip.training.budget_price import BudgetPrice
 from gateskip.training.gate_finetune import train_gates
 from gateskip.training.masks import TrainMask
@@ -218,7 +218,7 @@ class TestTrainOptions:
 
 TWO_PROCESSES = """
 import sys, torch
-from gateskip.model.folders import load_model
+from gateskip.quantization.folders import load_model
 from gateskip.gates.kinds import make_gates
 from gateskip.training.recipe import TrainConfig
 import gateskip.training.gate_finetune as train

@@ -227,7 +227,7 @@ def probe_logits(folder: Path) -> Tensor:
     """Logits [1, S, V] in float32 of the probe text, from the folder as transformers loads it."""
     import torch
 
-    from gateskip.model.folders import load_model
+    from gateskip.quantization.folders import load_model
 
     ids, model = probe_ids(folder), load_model(folder)
     with torch.inference_mode():

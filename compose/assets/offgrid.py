@@ -136,7 +136,7 @@ def largest_difference(one: Path, other: Path) -> float:
     """Largest absolute difference of two models' logits on the probe text, in float32."""
     import torch
 
-    from gateskip.model.folders import load_model
+    from gateskip.quantization.folders import load_model
 
     ids, logits = probe_ids(one), []
     for folder in (one, other):

@@ -230,7 +230,7 @@ def model_card(
     """README.md of the export, in the form that model hubs read."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from gateskip.model.folders import is_mixed
+    from gateskip.quantization.folders import is_mixed
 
     environment = Environment(
         loader=PackageLoader("compose"),

@@ -26,7 +26,7 @@ from compose.bench.peers.table import parse_peer
 from compose.errors import UserError, suggest
 from compose.language.positions import Error, Loc, Problem, SourceMap
 from compose.language.variants import vary_problems
-from compose.stages.registry import AnyStage, Bnb, DataSpec, Gate, Gptq, Skip, Speculate, Stage
+from compose.stages.registry import AnyStage, DataSpec, Gate, Int4, Int8, Skip, Speculate, Stage
 
 Chain = tuple[str, ...]
 """Names of stages, in the order in which they run."""
@@ -285,8 +285,8 @@ class Export(_Section):
 
 DEFAULT_STAGES: dict[str, Stage] = {
     "gates": Gate(),
-    "nf4": Bnb(format="nf4"),
-    "gptq4": Gptq(),
+    "int8": Int8(),
+    "int4": Int4(),
     "skip80": Skip(budget=0.8),
     "spec": Speculate(),
 }
@@ -295,7 +295,7 @@ DEFAULT_STAGES: dict[str, Stage] = {
 DEFAULT_MATRIX = Matrix.model_validate(
     {
         "gate": (NONE, "gates"),
-        "quantize": (NONE, "nf4", "gptq4"),
+        "quantize": (NONE, "int8", "int4"),
         "decode": (NONE, "skip80", "spec"),
     }
 )

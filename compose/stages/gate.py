@@ -212,8 +212,8 @@ class Gate(Stage):
     def run(self, job: StageJob) -> dict[str, Any]:
         """Gates beside the model: attach, fine-tune, calibrate; the backbone moves if asked."""
         from gateskip.checkpoint import GateFile, save_gates
-        from gateskip.model.folders import load_model
         from gateskip.model.norms import has_folded_norms
+        from gateskip.quantization.folders import load_model
         from gateskip.quantization.packed_linear import accelerate_linears
         from gateskip.training.loop import training_device
 
@@ -319,7 +319,7 @@ class Gate(Stage):
     ) -> list[dict[str, float]]:
         from dataclasses import fields
 
-        from gateskip.model.folders import load_model
+        from gateskip.quantization.folders import load_model
         from gateskip.training.gate_finetune import train_gates
 
         if self.steps == 0:

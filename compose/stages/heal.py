@@ -116,7 +116,7 @@ class Heal(Stage):
         """Distil on the training text; resumes from its own checkpoint after a kill."""
         from transformers import AutoTokenizer
 
-        from gateskip.model.folders import load_model
+        from gateskip.quantization.folders import load_model
         from gateskip.training.heal import best_row, heal
 
         assert job.train is not None, "heal reads the training split"

@@ -18,6 +18,7 @@ from compose.stages.prune.width import PruneWidth
 from compose.stages.quantize.bnb import Bnb
 from compose.stages.quantize.gptq import Gptq
 from compose.stages.quantize.head import PackHead
+from compose.stages.quantize.integers import Int2, Int3, Int4, Int8
 
 STAGES: dict[str, type[Stage]] = {
     "gate": Gate,
@@ -27,6 +28,10 @@ STAGES: dict[str, type[Stage]] = {
     "prune-hidden": PruneHidden,
     "prune-branches": PruneBranches,
     "heal": Heal,
+    "int8": Int8,
+    "int4": Int4,
+    "int3": Int3,
+    "int2": Int2,
     "bnb": Bnb,
     "gptq": Gptq,
     "pack-head": PackHead,
@@ -43,6 +48,10 @@ AnyStage = Annotated[
     | PruneHidden
     | PruneBranches
     | Heal
+    | Int8
+    | Int4
+    | Int3
+    | Int2
     | Bnb
     | Gptq
     | PackHead
@@ -62,6 +71,10 @@ __all__ = [
     "Gate",
     "Gptq",
     "Heal",
+    "Int2",
+    "Int3",
+    "Int4",
+    "Int8",
     "ModelShape",
     "PackHead",
     "PruneBranches",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gateskip.model.families import backbone, final_norm
 from gateskip.model.inputs import input_squares
 from gateskip.model.reference import masked_forward
+from gateskip.quantization.grid import joined
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, has_kernels, quantize_nf4
 from gateskip.quantization.rounding import GROUP, round_to_grid
 
@@ -47,8 +48,8 @@ def int4_copy(model: Any, blocks: Tensor) -> Any:
     def pack(linear: Any) -> PackedLinear | None:
         if linear.in_features % GROUP:
             return None
-        parts = round_to_grid(linear.weight.detach().float(), squares[linear])
-        return PackedLinear(*parts, None, linear.bias)
+        grid = round_to_grid(linear.weight.detach().float(), squares[linear])
+        return PackedLinear.of(grid, linear.bias)
 
     return _copy(model, pack)
 
@@ -63,12 +64,11 @@ def int4_draft_head(model: Any, blocks: Tensor) -> PackedLinear | None:
     head = model.get_output_embeddings()
     if head.weight.shape[1] % GROUP:
         return None
-    parts = [
+    grids = [
         round_to_grid(rows.float(), hidden.square().mean(0))
         for rows in head.weight.detach().split(HEAD_ROWS)
     ]
-    codes, scale, offset = (torch.cat(each) for each in zip(*parts, strict=True))
-    return PackedLinear(codes, scale, offset, None, head.bias)
+    return PackedLinear.of(joined(grids), head.bias)
 
 
 def _copy(model: Any, pack: Pack) -> Any:

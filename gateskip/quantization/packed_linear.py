@@ -23,7 +23,10 @@ from gateskip.kernels import build, ops
 from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE
 from gateskip.kernels.autotune import Kernel, bfloat16_is_faster, product
 from gateskip.model.families import final_norm
+from gateskip.quantization.grid import Grid, middle
+from gateskip.quantization.grid_linear import GridLinear
 
+BITS = (4, 8)  # of a code that has kernels
 NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
 Samples = dict[str, tuple["PackedLinear", nn.Module]]
 """One packed layer of each kind and shape: as it is here, and as its library made it."""
@@ -115,6 +118,16 @@ class PackedLinear(nn.Module):
         self.register_buffer("offset", None if offset is None else tiles(offset.float()))
         self.register_buffer("book", None if book is None else book.float().contiguous())
         self.register_buffer("bias", None if bias is None else bias.float())
+
+    @classmethod
+    def of(cls, grid: Grid, bias: Tensor | None = None) -> PackedLinear:
+        """A grid of weights [out, in]. Codes of a number of bits without a kernel get more."""
+        bits = next(each for each in BITS if each >= grid.bits)
+        low = grid.minimum
+        if low is None and bits != grid.bits:
+            low = -grid.middle * grid.scale
+        offset = None if low is None else low + middle(bits) * grid.scale
+        return cls(grid.codes, grid.scale, offset, None, bias, bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -208,6 +221,8 @@ def _faster(module: nn.Module) -> nn.Module | None:
     kind = type(module)
     if kind is nn.Linear and (module.weight.dtype == torch.float32 or not bfloat16_is_faster()):
         return DenseLinear(module)  # type: ignore[arg-type]
+    if isinstance(module, GridLinear):
+        return None if module.group % BLOCK else PackedLinear.of(module.grid(), module.bias)
     if kind.__name__ == "Linear4bit":
         return _from_bitsandbytes(module)
     if kind.__name__ == "Linear8bitLt":

@@ -1,4 +1,4 @@
-"""Rounding weights to 4-bit integers with a scale and an offset for every 32 of them.
+"""Rounding weights to integer grids, the range of each group searched.
 
 Which rounding error matters depends on what a weight is multiplied with: some inputs of a layer are
 hundreds of times larger than others. So the range of each group of weights is chosen for the least
@@ -8,55 +8,113 @@ arXiv 2306.00978; llama.cpp's importance matrices do the same).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
-GROUP = 32  # weights that share a scale and an offset
-LARGEST_CODE = 15
-CLIPPED = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2)  # parts of a group's range that may be cut off
+from gateskip.quantization.grid import Grid, Offset, exact_minimum, exact_scale, middle
+
+GROUP = 32  # weights that share a scale, where nobody says otherwise
+CUTS = {2: (0.0, 0.1, 0.2, 0.3, 0.4), 3: (0.0, 0.06, 0.12, 0.18, 0.24, 0.3)}
+USUAL_CUTS = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2)  # parts of a group's range that may be cut off
+Fit = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Error, codes, scale and lowest value of each group; [n, groups, 1 or group]."""
 
 
-def round_to_grid(weight: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [n, k], scales and offsets [n, k / GROUP] of weights [n, k], squares [k].
+def round_to_grid(
+    weight: Tensor, squares: Tensor, bits: int = 4, group: int = GROUP, offset: Offset = "real"
+) -> Grid:
+    """Weights [n, k] on a grid; squares [k] or [n, k] weigh each weight's error.
 
-    Of several ranges for each group the one with the least sum of squared errors wins, each error
-    weighted by its input's mean square. Within a range, scale and offset follow from the codes by
-    least squares. Both are rounded to bfloat16, as kernels read them, before codes are chosen.
+    Of several ranges for each group the one with the least sum of weighted squared errors wins.
+    Within a range, scale and minimum follow from the codes by least squares, are put on numbers
+    that all formats hold (grid.py), and codes are chosen again.
     """
-    groups = weight.unflatten(1, (-1, GROUP))  # [n, groups, GROUP]
-    importance = (squares / squares.mean().clamp_min(1e-12)).view(1, -1, GROUP) + 1e-6
-    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-    best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-    for cut in CLIPPED:
-        margin = (high - low) * (cut / 2)
-        candidate = _fit(groups, importance, low + margin, high - margin)
-        if best is None:
-            best = candidate
-        else:
-            better = candidate[0] < best[0]
-            best = tuple(torch.where(better, a, b) for a, b in zip(candidate, best, strict=True))  # type: ignore[assignment]
+    groups = weight.unflatten(1, (-1, group))  # [n, groups, group]
+    importance = (squares / squares.mean().clamp_min(1e-12)).view(-1, groups.shape[1], group) + 1e-6
+    fit = _FITS[offset]
+    best: Fit | None = None
+    for low, high in _ranges(groups, bits, offset):
+        candidate = fit(groups, importance, low, high, bits)
+        best = candidate if best is None else _better(candidate, best)
     assert best is not None, "there are ranges to choose from"
-    _, codes, scale, low = best
-    return codes.flatten(1).to(torch.uint8), scale.squeeze(2), (low + 8 * scale).squeeze(2)
+    _, codes, scale, lowest = best
+    minimum = None if offset == "none" else lowest.squeeze(2)
+    return Grid(codes.flatten(1).to(torch.uint8), scale.squeeze(2), minimum, bits)
 
 
-def _fit(
-    groups: Tensor, importance: Tensor, low: Tensor, high: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Error, codes, scale and lowest value of each group in a range; [n, groups, 1 or GROUP]."""
-    codes = _codes(groups, (high - low) / LARGEST_CODE, low)
+def _ranges(groups: Tensor, bits: int, offset: Offset) -> Iterator[tuple[Tensor, Tensor]]:
+    """Lowest and highest value [n, groups, 1] of each range to try; all hold zero."""
+    low = groups.amin(2, keepdim=True).clamp_max(0)
+    high = groups.amax(2, keepdim=True).clamp_min(0)
+    if offset == "none":
+        high = torch.maximum(high, -low)
+        low = -high
+    for cut in CUTS.get(bits, USUAL_CUTS):
+        margin = (high - low) * (cut / 2)
+        yield low + margin, high - margin
+
+
+def _better(candidate: Fit, best: Fit) -> Fit:
+    better = candidate[0] < best[0]
+    chosen = [torch.where(better, a, b) for a, b in zip(candidate, best, strict=True)]
+    return chosen[0], chosen[1], chosen[2], chosen[3]
+
+
+def _fit_real(groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, bits: int) -> Fit:
+    """A scale and a minimum: the line through codes and weights."""
+    most = (1 << bits) - 1
+    codes = _codes(groups, (high - low) / most, low, most)
     total = importance.sum(2, keepdim=True)
     mean_code = (importance * codes).sum(2, keepdim=True) / total
     mean = (importance * groups).sum(2, keepdim=True) / total
     spread = (importance * (codes - mean_code).square()).sum(2, keepdim=True)
     scale = (importance * (codes - mean_code) * (groups - mean)).sum(2, keepdim=True)
-    scale = (scale / spread.clamp_min(1e-20)).bfloat16().float()
-    low = (mean - scale * mean_code + 8 * scale).bfloat16().float() - 8 * scale
-    codes = _codes(groups, scale, low)
+    scale = exact_scale((scale / spread.clamp_min(1e-20)).clamp_min(0))
+    low = exact_minimum(mean - scale * mean_code, scale, bits)
+    return _rounded(groups, importance, scale, low, most)
+
+
+def _fit_integer(groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, bits: int) -> Fit:
+    """A scale and the code that stands for zero."""
+    most = (1 << bits) - 1
+    scale = ((high - low) / most).clamp_min(1e-12)
+    zero = (-low / scale).round().clamp(0, most)
+    signed = _codes(groups, scale, -zero * scale, most) - zero
+    squares = (importance * signed.square()).sum(2, keepdim=True).clamp_min(1e-20)
+    scale = exact_scale((importance * signed * groups).sum(2, keepdim=True) / squares)
+    return _rounded(groups, importance, scale, -zero * scale, most)
+
+
+def _fit_none(groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, bits: int) -> Fit:
+    """A scale alone: codes around the middle one, as many below as above."""
+    half = middle(bits) - 1
+    scale = exact_scale(high / half)
+    signed = (groups / _divisor(scale)).round().clamp(-half, half)
+    squares = (importance * signed.square()).sum(2, keepdim=True).clamp_min(1e-20)
+    scale = exact_scale((importance * signed * groups).sum(2, keepdim=True) / squares)
+    signed = (groups / _divisor(scale)).round().clamp(-half, half)
+    error = (importance * (scale * signed - groups).square()).sum(2, keepdim=True)
+    return error, signed + middle(bits), scale, scale
+
+
+_FITS: dict[Offset, Callable[[Tensor, Tensor, Tensor, Tensor, int], Fit]] = {
+    "real": _fit_real,
+    "integer": _fit_integer,
+    "none": _fit_none,
+}
+
+
+def _rounded(groups: Tensor, importance: Tensor, scale: Tensor, low: Tensor, most: int) -> Fit:
+    codes = _codes(groups, scale, low, most)
     error = (importance * (scale * codes + low - groups).square()).sum(2, keepdim=True)
     return error, codes, scale, low
 
 
-def _codes(groups: Tensor, scale: Tensor, low: Tensor) -> Tensor:
-    steps = (groups - low) / torch.where(scale == 0, torch.ones_like(scale), scale)
-    return steps.round_().clamp_(0, LARGEST_CODE)
+def _codes(groups: Tensor, scale: Tensor, low: Tensor, most: int) -> Tensor:
+    return ((groups - low) / _divisor(scale)).round_().clamp_(0, most)
+
+
+def _divisor(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -27,6 +27,7 @@ from gateskip.kernels.abi import BLOCK, PARTS, Kind, Matrix
 from gateskip.model.families import FAMILIES, PRE_NORM, UnsupportedModel, backbone, final_norm
 from gateskip.model.gating import ANCHORS
 from gateskip.model.projections import AttentionShape, attention_shape, rotate
+from gateskip.quantization.grid_linear import SharedHead
 from gateskip.quantization.head import RoundedHead, to_bytes
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, pack_bytes, tiles
 from gateskip.runtime.kv_cache import KVCache
@@ -362,7 +363,8 @@ class Engine:
         if isinstance(module, PackedLinear):
             return self._packed(module, self.rounded)
         weight = getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear | DenseLinear) or not isinstance(weight, Tensor):
+        dense = isinstance(module, nn.Linear | DenseLinear | SharedHead)
+        if not dense or not isinstance(weight, Tensor):
             raise UnsupportedModel(f"{type(module).__name__} layers run in torch")
         if weight.dtype not in DENSE_KINDS or weight.device.type != "cpu":
             raise UnsupportedModel(f"{weight.dtype} weights on {weight.device.type} run in torch")

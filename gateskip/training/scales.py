@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gateskip.model.families import backbone
+from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
+from gateskip.quantization.grid_linear import GridLinear
 from gateskip.quantization.packed_linear import bitsandbytes_functions, int8_parts
 
 
@@ -58,6 +60,10 @@ class ScaledLinear(nn.Module):
         """The scales [out, G] as they are now."""
         return self.scale * self.gain
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored anew, by its name after the layer's."""
+        return {self.key: self.learned()}
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         device = x.device.type
@@ -66,6 +72,51 @@ class ScaledLinear(nn.Module):
         weight = (self.codes.to(dtype) * self.learned().to(dtype).unsqueeze(2)).flatten(1)
         x = x if self.order is None else x[..., self.order]
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+
+class ScaledGrid(nn.Module):
+    """A layer on an integer grid (quantization/grid.py) that learns its scales and its minima.
+
+    weight = scale * (gain * (code - middle) + shift) + offset: the offset is what the middle code
+    stands for, so that gains and shifts, which begin at 1 and 0, move a weight by like amounts.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, grid: Grid, bias: Tensor | None) -> None:
+        super().__init__()
+        self.bits, self.middle = grid.bits, grid.middle
+        self.register_buffer("codes", grid.codes.unflatten(1, (-1, grid.group)))
+        self.register_buffer("scale", grid.scale)
+        self.register_buffer("offset", grid.offset())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.gain = nn.Parameter(torch.ones_like(grid.scale))
+        self.shift = None if self.offset is None else nn.Parameter(torch.zeros_like(grid.scale))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Scales and minima as they are now, on numbers that the format holds."""
+        scale = exact_scale((self.scale * self.gain.detach()).clamp_min(0))
+        if self.offset is None or self.shift is None:
+            return {"scale": scale}
+        offset = self.offset + self.scale * self.shift.detach()
+        low = offset - self.middle * self.scale * self.gain.detach()
+        return {"scale": scale, "minimum": exact_minimum(low, scale, self.bits)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        steps = self.codes.to(dtype) - self.middle
+        weight = steps * (self.scale * self.gain).to(dtype).unsqueeze(2)
+        if self.offset is not None and self.shift is not None:
+            weight = weight + (self.offset + self.scale * self.shift).to(dtype).unsqueeze(2)
+        return F.linear(x, weight.flatten(1), None if self.bias is None else self.bias.to(x.dtype))
+
+
+Opened = ScaledLinear | ScaledGrid
 
 
 def open_scales(model: Any) -> list[str]:
@@ -104,7 +155,7 @@ def save_scales(model: Any, source: Path, target: Path) -> None:
 
     Every other tensor, and how it is stored, stays as it is.
     """
-    learned = {f"{n}.{m.key}": m.learned() for n, m in _opened(model)}
+    learned = {f"{n}.{key}": t for n, m in _opened(model) for key, t in m.tensors().items()}
     known = {id(weight) for weight in norms(model)}
     learned |= {n: p.detach() for n, p in model.named_parameters() if id(p) in known}
     for path in sorted(source.glob("*.safetensors")):
@@ -122,9 +173,9 @@ def save_scales(model: Any, source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _opened(model: Any) -> Iterator[tuple[str, ScaledLinear]]:
+def _opened(model: Any) -> Iterator[tuple[str, Opened]]:
     for name, module in model.named_modules():
-        if isinstance(module, ScaledLinear):
+        if isinstance(module, Opened):
             yield name, module
 
 
@@ -135,8 +186,10 @@ def _as_stored(learned: Tensor, stored: Tensor) -> Tensor:
     return shaped.to(stored).contiguous()
 
 
-def _scaled(name: str, module: nn.Module) -> ScaledLinear | None:
+def _scaled(name: str, module: nn.Module) -> Opened | None:
     """A packed layer of any kind with its scales opened; None for a layer that is not packed."""
+    if isinstance(module, GridLinear):
+        return ScaledGrid(module.grid(), module.bias)
     if hasattr(module, "qweight") and hasattr(module, "g_idx"):
         return _from_gptq(module)
     kind = type(module).__name__

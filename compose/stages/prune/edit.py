@@ -80,7 +80,7 @@ def model_and_blocks(job: StageJob, limit: int | None = None) -> tuple[Any, Tens
     all of the split, or at most `limit`."""
     from transformers import AutoTokenizer
 
-    from gateskip.model.folders import load_model
+    from gateskip.quantization.folders import load_model
 
     assert job.calibration is not None, "pruning reads the calibration split"
     model = load_model(job.source, "float32")

@@ -19,7 +19,7 @@ def layer_errors(job: StageJob, blocks: Tensor) -> dict[str, float]:
     """
     import torch
 
-    from gateskip.model.folders import load_model
+    from gateskip.quantization.folders import load_model
 
     dense, packed = load_model(job.source, "float32"), load_model(job.target)
     packed_layers = dict(packed.named_modules())

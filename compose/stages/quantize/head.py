@@ -40,7 +40,7 @@ class PackHead(Stage):
         """The same files and a note; says how far the rounded head is from the full one."""
         from compose.artifacts.folder import copy_source
         from compose.store import write_json
-        from gateskip.model.folders import load_model
+        from gateskip.quantization.folders import load_model
         from gateskip.quantization.head import HEAD_FILE, rounded
 
         copy_source(job.source, job.target, job.dtype, link=True)

@@ -132,7 +132,7 @@ def patterns(stage: GptqSettings, job: StageJob) -> dict[str, dict[str, Any]]:
 
 def _refuse_forgotten(stage: GptqSettings, job: StageJob) -> None:
     """Raises UserError where gptqmodel passed layers over: it goes by tables of architectures."""
-    from gateskip.model.folders import packed_layers
+    from gateskip.quantization.folders import packed_layers
 
     linears, head = linear_names(job)
     wanted = {name for name in linears if name not in head or stage.lm_head}

@@ -1,4 +1,5 @@
-"""Loading model folders: what transformers loads, and GPTQ with mixed bits, which it does not.
+"""Loading model folders: what transformers loads, and what it does not by itself, our integer
+grids and GPTQ with mixed bits.
 
 A GPTQ checkpoint whose layers differ in bits says so in `dynamic` (patterns of layer names, and
 what is different there), one whose LM head is packed in `lm_head`; gptqmodel, vLLM and SGLang read
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from gateskip.extras import need
+from gateskip.quantization.grid_linear import METHOD
 
 QUANTIZER = "gptq"
 END = ".qweight"  # of the tensor that has a layer's codes
@@ -33,8 +35,12 @@ def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    from gateskip.quantization.hf_quantizer import register
+
     packed: str = _quantization(folder).get("quant_method", "")
     need(f"{folder}: loading {packed} weights", *LIBRARIES.get(packed, ()))
+    if packed == METHOD:
+        register()
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     with mixed_bits() if is_mixed(folder) else nullcontext():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()

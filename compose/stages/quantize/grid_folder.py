@@ -1,0 +1,143 @@
+"""A model folder with some of its weights as integer grids.
+
+In our own format (gateskip/quantization/hf_quantizer.py), or, where zero points are integers, as
+GPTQ, which gptqmodel, vLLM and transformers read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compose.stages.base import StageJob
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gateskip.quantization.grid import Grid
+
+Stored = Callable[["Grid"], dict[str, "Tensor"]]
+
+
+def write_grids(
+    job: StageJob, grids: Mapping[str, Grid], quantization: dict[str, Any], stored: Stored
+) -> None:
+    """`job.source` in `job.target`, each module that `grids` names stored as `stored` says."""
+    from compose.artifacts.folder import copy_companions, require_model
+    from compose.store import write_json
+
+    config = {**require_model(job.source), "dtype": job.dtype, "quantization_config": quantization}
+    config.pop("torch_dtype", None)
+    write_json(job.target / "config.json", config)
+    shards = [p for p in sorted(job.source.glob("*.safetensors")) if p.name != "gates.safetensors"]
+    where: dict[str, str] = {}
+    total = 0
+    for shard in shards:
+        tensors = _replaced(shard, grids, stored, job.dtype)
+        _save(tensors, job.target / shard.name)
+        where |= dict.fromkeys(tensors, shard.name)
+        total += sum(t.nbytes for t in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_json(job.target / "model.safetensors.index.json", index)
+    copy_companions(job.source, job.target)
+
+
+def _replaced(
+    shard: Path, grids: Mapping[str, Grid], stored: Stored, dtype: str
+) -> dict[str, Tensor]:
+    """The tensors of a file, those of rounded weights in their place."""
+    import torch
+    from safetensors import safe_open
+
+    tensors: dict[str, Tensor] = {}
+    with safe_open(shard, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            grid = grids.get(name.removesuffix(".weight"))
+            if grid is None:
+                tensor = file.get_tensor(name)
+                floats = tensor.is_floating_point()
+                tensors[name] = tensor.to(getattr(torch, dtype)) if floats else tensor
+            else:
+                module = name.removesuffix("weight")
+                tensors |= {module + key: each for key, each in stored(grid).items()}
+    return tensors
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+HEADER = 400  # bytes that a file's header and the config say of a packed layer, at most
+
+
+def bytes_beside(job: StageJob, packed: set[str], embedding: int | None) -> int:
+    """Bytes of the folder's files without the grids of the layers `packed`: what stays as it is,
+    the embedding in so many bits, headers, and the tokenizer's files."""
+    from safetensors import safe_open
+
+    from compose.artifacts.folder import COMPANIONS
+
+    total = sum(p.stat().st_size for pattern in COMPANIONS for p in job.source.glob(pattern))
+    total += (job.source / "config.json").stat().st_size + HEADER * len(packed)
+    for shard in job.source.glob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                shape = file.get_slice(name).get_shape()
+                module = name.removesuffix(".weight")
+                table = len(shape) == 2 and module.endswith(("embed_tokens", "lm_head", "embed_in"))
+                if module in packed:
+                    continue
+                plain = 32 if job.dtype == "float32" else 16
+                bits = embedding + 0.5 if embedding and table else plain
+                total += int(math.prod(shape) * bits / 8) + HEADER
+    return total
+
+
+def as_gptq(grid: Grid) -> dict[str, Tensor]:
+    """A grid with integer zero points as GPTQ stores it, format `gptq_v2`.
+
+    qweight [in / codes, out] and qzeros [groups, out / codes] hold 32 / bits codes in an int32,
+    lowest bits first; scales [groups, out] are float16; g_idx [in] is each column's group.
+    """
+    import torch
+
+    assert grid.minimum is not None, "GPTQ's zero points are codes"
+    scale = torch.where(grid.scale == 0, torch.ones_like(grid.scale), grid.scale)
+    zeros = (-grid.minimum / scale).round().to(torch.uint8)  # [out, groups]
+    columns = torch.arange(grid.codes.shape[1], dtype=torch.int32)
+    return {
+        "qweight": _ints(grid.codes.T, grid.bits),
+        "qzeros": _ints(zeros, grid.bits).T.contiguous(),
+        "scales": grid.scale.T.half().contiguous(),
+        "g_idx": columns // grid.group,
+    }
+
+
+def _ints(codes: Tensor, bits: int) -> Tensor:
+    """Codes [k, n] as int32 [k / (32 / bits), n]: of each column several rows in one number."""
+    import torch
+
+    per = 32 // bits
+    shifts = (bits * torch.arange(per)).view(1, -1, 1)
+    words = (codes.long().unflatten(0, (-1, per)) << shifts).sum(1)  # below 2**32
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).contiguous()
+
+
+def gptq_config(bits: int, group: int) -> dict[str, Any]:
+    """What such a folder's config says of its weights."""
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group,
+        "desc_act": False,
+        "sym": False,
+        "format": "gptq_v2",
+        "checkpoint_format": "gptq_v2",
+        "pack_dtype": "int32",
+        "lm_head": False,
+    }

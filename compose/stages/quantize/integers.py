@@ -1,0 +1,368 @@
+"""The stages `int8`, `int4`, `int3` and `int2`: weights on integer grids in groups.
+
+Ranges are searched by the error of the layer's output, and each rounding is made up for by the
+weights still to come (gateskip/quantization/compensate.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from compose.errors import RuleBroken, UserError
+from compose.stages.base import ModelShape, PackedBits, Role, Split, Stage, StageJob
+from compose.stages.gate_transfer import carry_gates
+from compose.stages.quantize.linears import Bits, linear_names, matching
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gateskip.quantization.compensate import Rounding
+    from gateskip.quantization.grid import Grid
+
+MOMENTS = 3 * 4 * 1536 / 3.5e6  # bytes of a layer's second moments for each of its weights, about
+EMBEDDING_ROWS = 8192  # rounded at a time
+
+
+class Allocate(BaseModel):
+    """The size that bits are shared out under: one of the two."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    size_mb: float | None = Field(default=None, gt=0)
+    """Megabytes (10**6 bytes) of all files of the folder together."""
+
+    bits_per_weight: float | None = Field(default=None, gt=0)
+    """Mean bits of the layers' linear weights, scales and minima counted."""
+
+    among: tuple[Bits, ...] = (2, 3, 4, 8)
+    """The bits that a layer may get."""
+
+    blocks: int = Field(default=2, ge=1)
+    """Calibration blocks on which the KL is measured."""
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.size_mb is None) == (self.bits_per_weight is None):
+            raise ValueError("allocate needs one of size_mb and bits_per_weight")
+        return self
+
+
+class Integers(Stage):
+    """Round linear layers to integers with a scale, and a minimum, for every group of weights."""
+
+    role: ClassVar[Role] = "quantize"
+    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
+    bits: ClassVar[Bits]
+    """Bits of one weight."""
+
+    group_size: Literal[32, 64, 128] = 32
+    """Weights that share a scale; it must divide every linear layer's inputs."""
+
+    compensate: bool = True
+    """Whether errors are made up for, layer after layer, on calibration text; without it each
+    weight is rounded by itself, which takes seconds."""
+
+    damp: float = Field(default=0.01, gt=0, lt=1)
+    """Share of the inputs' mean second moment that is added to all."""
+
+    skip: tuple[str, ...] = ()
+    """Linear layers that stay as they are, in every decoder layer, by the end of their name:
+    `down_proj`, `self_attn.v_proj`."""
+
+    mixed: dict[str, Bits] = Field(default_factory=dict)
+    """Linear layers with bits of their own, by the end of their name: `{down_proj: 8}`,
+    `{layers.0.self_attn.v_proj: 8}`. 8 bits have no minimum."""
+
+    allocate: Allocate | None = None
+    """Bits by need: a size for the whole folder, under which each layer gets 2, 3, 4 or 8 bits, as
+    they lower the KL from the unrounded model most for each byte. `mixed` stands above it."""
+
+    embedding: Literal[4, 6, 8] | None = 8
+    """Bits of the embedding, and of the LM head, in groups of 32 without a minimum; null leaves
+    both as they are."""
+
+    def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
+        """What groups of that many bits have beside their scale."""
+        return "none" if bits == 8 else "real"
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """Order rules, and `group-divides`: whole groups in every layer."""
+        super().check(shape, before)
+        if shape is None:
+            return
+        widths = {
+            name: width
+            for name, width in shape.linear_in_features().items()
+            if not any(skipped.endswith(name) for skipped in self.skip)
+        }
+        cut = {name: width for name, width in widths.items() if width % self.group_size}
+        if cut:
+            name, width = next(iter(cut.items()))
+            raise RuleBroken(
+                "group-divides",
+                f"group_size {self.group_size} does not divide the {width} inputs of {name}",
+                fix="set group_size: 32, and round_to: 32 where it was pruned",
+            )
+        if self.embedding and shape.hidden_size % 32:
+            raise RuleBroken(
+                "whole-tiles",
+                f"the embedding's rows of {shape.hidden_size} are no multiple of 32",
+                fix="set embedding: null",
+            )
+
+    def reshape(self, shape: ModelShape) -> ModelShape:
+        """The same sizes, packed."""
+        return replace(shape, quantized="gateskip")
+
+    def packed_bits(self, shape: ModelShape) -> PackedBits | None:
+        """Codes, and for each group a scale of 16 bits, with a minimum of 16 bits or a zero point;
+        of the embedding codes and scales."""
+        if self.mixed or self.skip or (self.allocate and self.allocate.size_mb is not None):
+            return None
+        beside = {"none": 16, "real": 32, "integer": 16 + self.bits}[self.grid_offset(self.bits)]
+        layers = self.bits + beside / self.group_size
+        if self.allocate is not None and self.allocate.bits_per_weight is not None:
+            layers = self.allocate.bits_per_weight
+        return PackedBits(layers, None if self.embedding is None else self.embedding + 16 / 32)
+
+    def worked_on(self, shape: ModelShape, length: int) -> float:
+        """Hidden states of all calibration text, and a layer's second moments."""
+        return MOMENTS * shape.weights
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Round layer after layer, and save the folder."""
+        from transformers import AutoTokenizer
+
+        from gateskip.quantization.folders import load_model
+        from gateskip.quantization.layerwise import round_layers
+
+        blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
+        model = load_model(job.source, "float32")
+        how = self._settings(job)
+        record: dict[str, Any] = {"bits": self.bits, "blocks": len(blocks)}
+        if self.allocate is not None:
+            costs, how = self._allocated(job, model, blocks, how)
+            record["sensitivities"] = costs
+            record["layer_bits"] = {name: each.bits for name, each in how.items()}
+        rounded = round_layers(
+            model,
+            blocks,
+            lambda name: how.get(name),
+            self.compensate,
+            lambda done, total: job.progress(done, total, f"rounding to {self.bits} bits"),
+        )
+        grids = {name: each.grid for name, each in rounded.items()}
+        embedded = self._embedding(job)
+        self._write(job, grids, embedded)
+        carry_gates(job)
+        errors = {name: float(f"{each.error:.4g}") for name, each in rounded.items()}
+        return record | {"layer_errors": errors}
+
+    def _settings(self, job: StageJob) -> dict[str, Rounding]:
+        """How each linear layer is rounded, by its name; those that are left as they are lack."""
+        linears, head = linear_names(job)
+        inside = [name for name in linears if name not in head]
+        bits: dict[str, Bits] = dict.fromkeys(inside, self.bits)
+        for end, own in self.mixed.items():
+            bits |= dict.fromkeys(matching([end], inside, "mixed"), own)
+        for name in matching(self.skip, inside):
+            del bits[name]
+        return {name: self._rounding(own) for name, own in bits.items()}
+
+    def _rounding(self, bits: Bits) -> Rounding:
+        from gateskip.quantization.compensate import Rounding
+
+        return Rounding(bits, self.group_size, self.grid_offset(bits), self.damp)
+
+    def _allocated(
+        self, job: StageJob, model: Any, blocks: Tensor, how: dict[str, Rounding]
+    ) -> tuple[dict[str, dict[int, float]], dict[str, Rounding]]:
+        """What each layer's bits cost in KL, and how layers are rounded under the size."""
+        from gateskip.quantization.allocation import allocate, measure_costs
+
+        assert self.allocate is not None, "the caller asked"
+        fixed = {n for end in self.mixed for n in matching([end], list(how), "mixed")}
+        options = [self._rounding(bits) for bits in sorted(self.allocate.among)]
+        costs = measure_costs(
+            model,
+            blocks[: self.allocate.blocks],
+            lambda name: options if name in how and name not in fixed else (),
+            lambda done, total: job.progress(done, total, "measuring what bits cost"),
+        )
+        layers = dict(model.named_modules())
+        sizes = {
+            name: {each.bits: grid_bytes(layers[name], each) for each in options} for name in costs
+        }
+        limit = self._limit(job, layers, how, fixed)
+        try:
+            bits = allocate(costs, sizes, limit)
+        except ValueError as error:
+            raise UserError(
+                f"allocate cannot be met: {error}",
+                fix="raise size_mb or bits_per_weight, give fewer bits in `among`, or pack the "
+                "embedding in fewer bits",
+            ) from error
+        chosen = {name: self._rounding(cast(Bits, own)) for name, own in bits.items()}
+        short = {n: {b: float(f"{c:.3g}") for b, c in each.items()} for n, each in costs.items()}
+        return short, {name: chosen.get(name, each) for name, each in how.items()}
+
+    def _limit(
+        self, job: StageJob, layers: dict[str, Any], how: dict[str, Rounding], fixed: set[str]
+    ) -> int:
+        """Bytes that the layers to share bits among may take together."""
+        assert self.allocate is not None, "the caller asked"
+        free = [name for name in how if name not in fixed]
+        if self.allocate.bits_per_weight is not None:
+            weights = sum(layers[name].weight.numel() for name in free)
+            return int(self.allocate.bits_per_weight * weights / 8)
+        assert self.allocate.size_mb is not None, "one of the two is given"
+        from compose.stages.quantize.grid_folder import bytes_beside
+
+        beside = bytes_beside(job, set(how), self.embedding)
+        beside += sum(grid_bytes(layers[name], how[name]) for name in fixed)
+        return int(self.allocate.size_mb * 1e6) - beside
+
+    def _embedding(self, job: StageJob) -> dict[str, Grid]:
+        """The embedding's grid by its name, and that of an LM head of its own."""
+        if self.embedding is None:
+            return {}
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.source))
+        names = {module: name for name, module in model.named_modules()}
+        tables = [names[model.get_input_embeddings()]]
+        if not model.config.get_text_config().tie_word_embeddings:
+            tables.append(names[model.get_output_embeddings()])
+        return {name: _rounded_rows(job, name, self.embedding) for name in tables}
+
+    def _write(self, job: StageJob, grids: dict[str, Grid], embedded: dict[str, Grid]) -> None:
+        from compose.stages.quantize.grid_folder import write_grids
+        from gateskip.quantization.grid_linear import stored
+
+        linears, head = linear_names(job)
+        own = {
+            name: {"bits": grid.bits, "group_size": grid.group}
+            for name, grid in grids.items()
+            if (grid.bits, grid.group) != (self.bits, self.group_size)
+        }
+        quantization = {
+            "quant_method": "gateskip",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "offset": self.grid_offset(min(self.bits, 4)),
+            "layers": own,
+            "unpacked": [name for name in linears if name not in grids and name not in head],
+            "embedding": {"bits": self.embedding, "group_size": 32} if embedded else None,
+        }
+        write_grids(job, grids | embedded, quantization, stored)
+
+
+class Int8(Integers):
+    """Round to 8 bits without minima, as GGUF's Q8_0 does."""
+
+    bits: ClassVar[Bits] = 8
+
+    use: Literal["int8"] = "int8"
+    """The stage's name."""
+
+
+class WithOffset(Integers):
+    """Few bits, where an offset for each group pays."""
+
+    offset: Literal["real", "integer"] = "real"
+    """What a group has beside its scale: a minimum, as GGUF's Q4_1 has, or an integer zero point,
+    which is all that the GPTQ format holds. The latter is written as GPTQ, embedding and LM
+    head left as they are; gptqmodel, vLLM and transformers read it."""
+
+    @model_validator(mode="after")
+    def _fits_its_format(self) -> Self:
+        if self.offset == "integer" and (self.mixed or self.bits == 3):
+            raise ValueError(
+                "offset: integer is written as GPTQ, in 4 or 2 bits for all layers: "
+                "leave mixed out, or set offset: real"
+            )
+        if self.offset == "integer" and "embedding" not in self.model_fields_set:
+            object.__setattr__(self, "embedding", None)
+        if self.offset == "integer" and self.embedding is not None:
+            raise ValueError("GPTQ holds no packed embedding: set embedding: null")
+        return self
+
+    def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
+        """As set; 8 bits do without."""
+        return "none" if bits == 8 else self.offset
+
+    def reshape(self, shape: ModelShape) -> ModelShape:
+        """The same sizes, packed."""
+        return replace(shape, quantized="gptq" if self.offset == "integer" else "gateskip")
+
+    def _write(self, job: StageJob, grids: dict[str, Grid], embedded: dict[str, Grid]) -> None:
+        if self.offset == "real":
+            super()._write(job, grids, embedded)
+            return
+        from compose.stages.quantize.grid_folder import as_gptq, gptq_config, write_grids
+
+        write_grids(job, grids, gptq_config(self.bits, self.group_size), as_gptq)
+
+
+class Int4(WithOffset):
+    """Round to 4 bits."""
+
+    bits: ClassVar[Bits] = 4
+
+    use: Literal["int4"] = "int4"
+    """The stage's name."""
+
+
+class Int3(WithOffset):
+    """Round to 3 bits."""
+
+    bits: ClassVar[Bits] = 3
+
+    use: Literal["int3"] = "int3"
+    """The stage's name."""
+
+
+class Int2(WithOffset):
+    """Round to 2 bits."""
+
+    bits: ClassVar[Bits] = 2
+
+    use: Literal["int2"] = "int2"
+    """The stage's name."""
+
+
+def grid_bytes(linear: Any, how: Rounding) -> int:
+    """What a linear layer's grid takes in a file."""
+    per_group = 4 if how.offset == "real" else 2
+    weights: int = linear.weight.numel()
+    return weights * how.bits // 8 + weights // how.group * per_group
+
+
+def _rounded_rows(job: StageJob, name: str, bits: int) -> Grid:
+    """A table [rows, hidden] of the source on a symmetric grid, all columns weighing alike."""
+    import torch
+
+    from gateskip.quantization.grid import joined
+    from gateskip.quantization.rounding import round_to_grid
+
+    table = _tensor(job, f"{name}.weight").float()
+    squares = torch.ones(table.shape[1])
+    parts = [round_to_grid(rows, squares, bits, 32, "none") for rows in table.split(EMBEDDING_ROWS)]
+    return joined(parts)
+
+
+def _tensor(job: StageJob, name: str) -> Tensor:
+    """One tensor of the source folder."""
+    from safetensors import safe_open
+
+    for shard in sorted(job.source.glob("*.safetensors")):
+        with safe_open(shard, "pt") as file:
+            if name in file.keys():  # noqa: SIM118
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
+    raise KeyError(name)

@@ -1,0 +1,121 @@
+"""Bits by need: each layer gets the bits that cost the least KL under a size.
+
+What a layer's rounding costs is measured, not guessed: its weights are rounded alone, and the KL of
+the whole model's distribution from the unrounded one is taken on text. Costs of different layers
+are added up. That is not exact, but what it is asked for is an order: where another bit helps most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gateskip.model.families import backbone, final_norm, head
+from gateskip.model.inputs import input_squares
+from gateskip.quantization.compensate import Rounding
+from gateskip.quantization.layerwise import enter, run_layer
+from gateskip.quantization.rounding import round_to_grid
+
+Costs = dict[str, dict[int, float]]
+"""Layer -> bits -> KL in nats a token when this layer alone is rounded to so many bits."""
+
+
+@torch.no_grad()
+def measure_costs(
+    model: Any,
+    blocks: Tensor,
+    options: Callable[[str], Sequence[Rounding]],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Costs:
+    """The cost of each option of each linear layer that has any, on token ids [N, S].
+
+    A layer's inputs come from the unrounded layers below it, which run once: what is rounded in
+    layer l only runs the layers from l on.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    layers = list(backbone(model).layers)
+    linears = [
+        (number, part)
+        for number, layer in enumerate(layers)
+        for part in layer.modules()
+        if isinstance(part, torch.nn.Linear) and options(names[part])
+    ]
+    squares = input_squares([part for _, part in linears], lambda: model(blocks, use_cache=False))
+    runs = _Runs(model, blocks)
+    costs: Costs = {}
+    for done, ((number, part), mean) in enumerate(zip(linears, squares, strict=True)):
+        progress(done, len(linears))
+        whole = part.weight.detach().clone()
+        costs[names[part]] = {}
+        for how in options(names[part]):
+            grid = round_to_grid(whole.float(), mean, how.bits, how.group, how.offset)
+            part.weight.copy_(grid.weight())
+            costs[names[part]][how.bits] = runs.kl_from(number)
+        part.weight.copy_(whole)
+    progress(len(linears), len(linears))
+    return costs
+
+
+class _Runs:
+    """The model's passes over one text, from any layer on."""
+
+    def __init__(self, model: Any, blocks: Tensor) -> None:
+        self.model = model
+        self.layers = list(backbone(model).layers)
+        (hidden, *_), self.settings = enter(model, blocks, len(blocks))
+        self.entered = [hidden]  # what each layer reads
+        for layer, settings in zip(self.layers, self.settings, strict=True):
+            self.entered.append(run_layer(layer, self.entered[-1], settings))
+        self.dense = self._distribution(self.entered[-1])
+
+    def kl_from(self, number: int) -> float:
+        """KL of the distribution, in nats a token, with the layers from `number` on run anew."""
+        hidden = self.entered[number]
+        for layer, settings in zip(self.layers[number:], self.settings[number:], strict=True):
+            hidden = run_layer(layer, hidden, settings)
+        found = self._distribution(hidden)
+        return float((self.dense.exp() * (self.dense - found)).sum(-1).mean())
+
+    def _distribution(self, hidden: Tensor) -> Tensor:
+        return head(self.model, final_norm(self.model)(hidden)).float().log_softmax(-1)
+
+
+def allocate(costs: Costs, sizes: Mapping[str, Mapping[int, int]], limit: int) -> dict[str, int]:
+    """Bits of each layer: the least sum of costs among those of at most `limit` bytes together.
+
+    Starts from the smallest option of each layer and buys, again and again, what lowers the cost
+    most for each byte. Options that another one beats in both are never bought.
+
+    Raises ValueError where even the smallest options are larger than `limit`.
+    """
+    chosen = {name: min(sizes[name], key=sizes[name].__getitem__) for name in costs}
+    spent = sum(sizes[name][bits] for name, bits in chosen.items())
+    if spent > limit:
+        raise ValueError(f"the smallest choice takes {spent} bytes, and {limit} are allowed")
+    while True:
+        steps = [
+            step
+            for name, bits in chosen.items()
+            for step in _steps(name, bits, costs[name], sizes[name])
+            if spent + step[2] <= limit
+        ]
+        if not steps:
+            return chosen
+        _, name, more, bits = max(steps)
+        chosen[name] = bits
+        spent += more
+
+
+def _steps(
+    name: str, bits: int, costs: Mapping[int, float], sizes: Mapping[int, int]
+) -> list[tuple[float, str, int, int]]:
+    """What more bytes bring in this layer: cost saved for each byte, name, bytes, bits."""
+    more = {other: sizes[other] - sizes[bits] for other in sizes if sizes[other] > sizes[bits]}
+    return [
+        ((costs[bits] - costs[other]) / extra, name, extra, other)
+        for other, extra in more.items()
+        if costs[other] < costs[bits]
+    ]

@@ -1,0 +1,196 @@
+"""Rounding to a grid with error compensation: each weight makes up for the errors of others.
+
+What counts is the error of a layer's output, (W - Q) H (W - Q)^T with H the second moments of its
+inputs. Columns are rounded one after another, and the columns still to come take over what each
+lost (GPTQ, arXiv 2210.17323, section 3). Groups are taken by falling input, each gets its range
+when its turn comes, from weights that have taken over earlier errors. Then the same error is
+lowered further with what GPTQ leaves alone: scales and minima by least squares for the codes found,
+and codes one column at a time for those scales (coordinate descent).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gateskip.quantization.grid import Grid, Offset, exact_minimum, exact_scale
+from gateskip.quantization.rounding import round_to_grid
+
+DAMP = 0.01  # of the mean second moment, added to all
+ROUNDS = 2  # of least squares and descent after GPTQ
+SWEEPS = 2  # of descent over all columns in each
+AT_ONCE = 1 << 25  # numbers of the largest tensor of the least squares
+HELD = 1e-4  # how strongly scales are held where the least squares leave them free
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a layer's weights are put on a grid."""
+
+    bits: int = 4
+    group: int = 32
+    offset: Offset = "real"
+    damp: float = DAMP
+    rounds: int = ROUNDS
+
+
+@torch.no_grad()
+def round_compensated(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
+    """Weights [n, k] on a grid; moments [k, k] are the mean products of the layer's inputs."""
+    moments = _damped(moments.float(), how.damp)
+    order = _by_input(moments.diagonal(), how.group)
+    back = order.argsort()
+    moments, ordered = moments[order][:, order], weight.float()[:, order]
+    grid = _gptq(ordered, moments, how)
+    for _ in range(how.rounds):
+        grid = _descend(ordered, moments, _refit(ordered, moments, grid, how.offset))
+    groups = back[:: how.group] // how.group  # where each group went
+    minimum = None if grid.minimum is None else grid.minimum[:, groups]
+    return Grid(grid.codes[:, back], grid.scale[:, groups], minimum, how.bits)
+
+
+def output_error(weight: Tensor, moments: Tensor, grid: Grid) -> float:
+    """Relative error of the layer's output, ||y' - y|| / ||y||, over the inputs of the moments."""
+    lost = weight.float() - grid.weight()
+    error = (lost @ moments * lost).sum()
+    return float(
+        (error / (weight.float() @ moments * weight.float()).sum().clamp_min(1e-30)).sqrt()
+    )
+
+
+def _damped(moments: Tensor, damp: float) -> Tensor:
+    mean = moments.diagonal().mean().clamp_min(1e-12)
+    return moments + damp * mean * torch.eye(len(moments), device=moments.device)
+
+
+def _by_input(squares: Tensor, group: int) -> Tensor:
+    """Columns [k], whole groups by falling mean square of their inputs."""
+    groups = squares.view(-1, group).mean(1).argsort(descending=True, stable=True)
+    return (groups.unsqueeze(1) * group + torch.arange(group, device=squares.device)).flatten()
+
+
+def _gptq(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
+    """Column after column; a group's grid is fitted when its first column's turn comes."""
+    left = weight.clone()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    scales, minima, codes = [], [], torch.empty_like(weight, dtype=torch.uint8)
+    for first in range(0, weight.shape[1], how.group):
+        last = first + how.group
+        here = upper[first:last, first:last]
+        part = left[:, first:last]
+        grid = round_to_grid(
+            part, here.diagonal().square().reciprocal(), how.bits, how.group, how.offset
+        )
+        scales.append(grid.scale)
+        minima.append(grid.minimum)
+        low = _lowest(grid)
+        errors = torch.empty_like(part)
+        for i in range(how.group):
+            code = _nearest(part[:, i : i + 1], grid.scale, low, grid)
+            codes[:, first + i] = code.squeeze(1).to(torch.uint8)
+            lost = (part[:, i : i + 1] - (code * grid.scale + low)) / here[i, i]
+            part[:, i:] -= lost @ here[i : i + 1, i:]
+            errors[:, i] = lost.squeeze(1)
+        left[:, last:] -= errors @ upper[first:last, last:]
+    found = None if minima[0] is None else torch.cat([m for m in minima if m is not None], 1)
+    return Grid(codes, torch.cat(scales, 1), found, how.bits)
+
+
+def _lowest(grid: Grid) -> Tensor:
+    """What code 0 stands for [n, groups]."""
+    return -grid.middle * grid.scale if grid.minimum is None else grid.minimum
+
+
+def _nearest(weight: Tensor, scale: Tensor, low: Tensor, grid: Grid) -> Tensor:
+    """The codes nearest to weights, as floats; a symmetric grid leaves its lowest code out."""
+    steps = (weight - low) / torch.where(scale == 0, torch.ones_like(scale), scale)
+    return steps.round_().clamp_(int(grid.minimum is None), (1 << grid.bits) - 1)
+
+
+def _descend(weight: Tensor, moments: Tensor, grid: Grid, sweeps: int = SWEEPS) -> Grid:
+    """Codes chosen again column by column, all others as they are: the error only falls."""
+    group, low = grid.group, _lowest(grid)
+    values = grid.weight()
+    codes = grid.codes.clone()
+    steps = moments.diagonal()
+    for _ in range(sweeps):
+        for g in range(grid.scale.shape[1]):
+            first, last = g * group, (g + 1) * group
+            here = moments[first:last, first:last]
+            # how the error falls with each value of the group: what its columns still want
+            want = (weight - values) @ moments[:, first:last]  # [n, group]
+            scale, lowest = grid.scale[:, g : g + 1], low[:, g : g + 1]
+            for i in range(group):
+                old = values[:, first + i : first + i + 1]
+                best = old + want[:, i : i + 1] / steps[first + i]
+                code = _nearest(best, scale, lowest, grid)
+                new = code * scale + lowest
+                want -= (new - old) @ here[i : i + 1]
+                values[:, first + i : first + i + 1] = new
+                codes[:, first + i] = code.squeeze(1).to(torch.uint8)
+    return Grid(codes, grid.scale, grid.minimum, grid.bits)
+
+
+def _refit(weight: Tensor, moments: Tensor, grid: Grid, offset: Offset) -> Grid:
+    """Scales and minima of least error for the codes as they are; integer zero points stay."""
+    zero = None if offset != "integer" else _zero_points(grid)
+    columns = grid.codes.float().unflatten(1, (-1, grid.group))  # [n, groups, group]
+    if grid.minimum is None:
+        columns = columns - grid.middle
+    elif zero is not None:
+        columns = columns - zero.unsqueeze(2)
+    bases = [columns] if offset != "real" else [columns, torch.ones_like(columns)]
+    known = [grid.scale] if offset != "real" else [grid.scale, _lowest(grid)]
+    found = _least_squares(weight, moments, bases, torch.cat(known, 1))
+    scale = exact_scale(found[:, : grid.scale.shape[1]].clamp_min(0))
+    if offset == "real":
+        minimum = exact_minimum(found[:, grid.scale.shape[1] :], scale, grid.bits)
+        return Grid(grid.codes, scale, minimum, grid.bits)
+    return Grid(grid.codes, scale, None if zero is None else -zero * scale, grid.bits)
+
+
+def _zero_points(grid: Grid) -> Tensor:
+    """The codes [n, groups] that stand for zero; 0 where a group has no scale."""
+    assert grid.minimum is not None, "a symmetric grid has none"
+    return (
+        -grid.minimum / torch.where(grid.scale == 0, torch.ones_like(grid.scale), grid.scale)
+    ).round()
+
+
+def _least_squares(weight: Tensor, moments: Tensor, bases: list[Tensor], known: Tensor) -> Tensor:
+    """Factors [n, bases * groups] of columns [n, groups, group] that come nearest to weights.
+
+    The normal equations of each row; they hold what the moments leave free at the values `known`.
+    """
+    solved = [
+        _solved(weight[rows], moments, [base[rows] for base in bases], known[rows])
+        for rows in _chunks(bases[0])
+    ]
+    return torch.cat(solved)
+
+
+def _chunks(base: Tensor) -> list[slice]:
+    """Rows [n] of [n, groups, group] that are solved at a time, within some 200 MB."""
+    n, groups, group = base.shape
+    step = max(1, AT_ONCE // (groups * groups * group))
+    return [slice(first, first + step) for first in range(0, n, step)]
+
+
+def _solved(weight: Tensor, moments: Tensor, bases: list[Tensor], known: Tensor) -> Tensor:
+    """The same for rows that fit into memory at once."""
+    groups, group = bases[0].shape[1:]
+    blocks = moments.view(groups, group, -1)  # [groups, group, k]
+    wanted = (weight @ moments).unflatten(1, (groups, group))
+    right = torch.cat([(wanted * base).sum(2) for base in bases], 1)  # [n, bases * groups]
+    parts = []
+    for base in bases:
+        seen = torch.einsum("ngi,gik->ngk", base, blocks).unflatten(2, (groups, group))
+        parts.append(torch.cat([(seen * other.unsqueeze(1)).sum(3) for other in bases], 2))
+    left = torch.cat(parts, 1)  # [n, bases * groups, bases * groups]
+    hold = HELD * left.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
+    left = left + torch.diag_embed(hold)
+    found: Tensor = torch.linalg.solve(left, right + hold * known)
+    return found

@@ -1,0 +1,149 @@
+"""Integer grids: what a group of weights is rounded to, and how its codes lie in a file.
+
+A weight is `scale * code + minimum`, with codes 0 to 2**bits - 1 and a scale and a minimum for
+every `group` weights of a row. A grid without minima is symmetric: its code stands for
+`code - 2**(bits - 1)`.
+
+Scales and minima are numbers that bfloat16 and float16 both hold exactly, and so is the offset at
+the middle code, `minimum + 2**(bits - 1) * scale`. So the same codes mean the same weights, bit by
+bit, in our kernels (bfloat16 minima), in a Q4_1 block of GGUF (float16 minima) and in torchao's
+int4 layout (bfloat16 offsets at code 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Offset = Literal["real", "integer", "none"]
+"""What a group has beside its scale: a minimum, a zero point (an integer code that stands for
+zero), or nothing."""
+
+SIGNIFICANT = 8  # bits of a bfloat16 number
+SMALLEST = 2.0**-24  # step of the smallest float16 numbers
+AT_ONCE = 1 << 24  # codes that are packed or unpacked at a time
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A weight [n, k] as codes in groups of k / groups columns."""
+
+    codes: Tensor
+    """uint8 [n, k]"""
+    scale: Tensor
+    """float32 [n, groups]"""
+    minimum: Tensor | None
+    """float32 [n, groups]; None where codes are symmetric around 2**(bits - 1)"""
+    bits: int
+
+    @property
+    def group(self) -> int:
+        """Weights that share a scale."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    @property
+    def middle(self) -> int:
+        """The code that stands for zero in a symmetric grid."""
+        return middle(self.bits)
+
+    def offset(self) -> Tensor | None:
+        """What the middle code stands for [n, groups]; None where that is zero."""
+        return None if self.minimum is None else self.minimum + self.middle * self.scale
+
+    def weight(self) -> Tensor:
+        """The weights [n, k] in float32."""
+        codes = self.codes.float().unflatten(1, (-1, self.group))
+        if self.minimum is None:
+            values = (codes - self.middle) * self.scale.unsqueeze(2)
+        else:
+            values = codes * self.scale.unsqueeze(2) + self.minimum.unsqueeze(2)
+        flat: Tensor = values.flatten(1)
+        return flat
+
+
+def joined(grids: Sequence[Grid]) -> Grid:
+    """Grids of the same columns, bits and groups as one, row after row."""
+    minima = [grid.minimum for grid in grids if grid.minimum is not None]
+    return Grid(
+        torch.cat([grid.codes for grid in grids]),
+        torch.cat([grid.scale for grid in grids]),
+        torch.cat(minima) if minima else None,
+        grids[0].bits,
+    )
+
+
+def middle(bits: int) -> int:
+    """The code in the middle of a grid's."""
+    return 1 << (bits - 1)
+
+
+def exact_scale(scale: Tensor) -> Tensor:
+    """The nearest numbers, in float32, that bfloat16 and float16 both hold."""
+    return scale.bfloat16().half().float()
+
+
+def exact_minimum(minimum: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Minima, in float32, that bfloat16 and float16 hold, as they do the middle code's value.
+
+    A group's range holds zero: minima lie between those of all negative and all positive weights.
+    They are multiples of what the last bit of the larger of |minimum| and middle * scale counts, of
+    which both then need eight bits at most, and so does their sum. Scales are positive and exact.
+    """
+    largest = ((1 << bits) - 1) * scale
+    minimum = torch.minimum(torch.maximum(minimum, -largest), torch.zeros_like(minimum))
+    size = torch.maximum(minimum.abs(), middle(bits) * scale)
+    step = _last_bit(size)
+    whole = (minimum / step).round() * step
+    grown = _last_bit(torch.maximum(whole.abs(), size))  # rounding may reach the next power of two
+    return torch.where(grown > step, (minimum / grown).round() * grown, whole)
+
+
+def _last_bit(size: Tensor) -> Tensor:
+    """What the eighth bit of a number counts, and no less than float16's smallest step."""
+    exponent = torch.frexp(size.clamp_min(SMALLEST)).exponent
+    return torch.ldexp(torch.ones_like(size), exponent - SIGNIFICANT).clamp_min(SMALLEST)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes [n, k] as bytes [n, k * bits / 8]: each row a stream of bits, lowest first.
+
+    Raises ValueError where eight codes do not fill whole bytes.
+    """
+    n, k = codes.shape
+    if k % 8:
+        raise ValueError(f"{k} codes a row fill no whole bytes: a multiple of 8 does")
+    packed = torch.empty(n, k * bits // 8, dtype=torch.uint8)
+    if bits == 8:
+        return packed.copy_(codes)
+    shifts = torch.arange(8) * bits
+    for rows in _parts(n, k):
+        words = (codes[rows].long().view(-1, k // 8, 8) << shifts).sum(2)  # [rows, k / 8]
+        eighths = words.unsqueeze(2) >> (8 * torch.arange(bits))
+        packed[rows] = (eighths & 255).to(torch.uint8).flatten(1)
+    return packed
+
+
+def unpack_bits(packed: Tensor, bits: int) -> Tensor:
+    """The codes, uint8 [n, k], of bytes [n, k * bits / 8]."""
+    if bits == 8:
+        return packed
+    n, k = packed.shape[0], packed.shape[1] * 8 // bits
+    codes = torch.empty(n, k, dtype=torch.uint8, device=packed.device)
+    if bits == 4:
+        codes[:, 0::2], codes[:, 1::2] = packed & 15, packed >> 4
+        return codes
+    shifts = torch.arange(8, device=packed.device) * bits
+    for rows in _parts(n, k):
+        words = packed[rows].long().view(-1, k // 8, bits)
+        words = (words << (8 * torch.arange(bits, device=packed.device))).sum(2, keepdim=True)
+        codes[rows] = ((words >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(1)
+    return codes
+
+
+def _parts(n: int, k: int) -> list[slice]:
+    step = max(1, AT_ONCE // k)
+    return [slice(first, first + step) for first in range(0, n, step)]

@@ -1,0 +1,128 @@
+"""Model folders of integer grids, as transformers loads them.
+
+`config.json` says `quant_method: gateskip`; layers that differ in bits or group size stand in
+`layers`. transformers has registers for quantizers of others, so that `from_pretrained` reads such
+a folder once `register` was called; `trust_remote_code` does that for a folder that carries this
+code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from gateskip.quantization.grid_linear import METHOD, GridEmbedding, GridLinear, SharedHead
+
+
+class GridConfig(QuantizationConfigMixin):
+    """What a folder's config says of its grids."""
+
+    def __init__(
+        self,
+        bits: int = 4,
+        group_size: int = 32,
+        offset: str = "real",
+        layers: dict[str, dict[str, int]] | None = None,
+        unpacked: list[str] | None = None,
+        embedding: dict[str, Any] | None = None,
+        **others: Any,
+    ) -> None:
+        """`layers` has the bits and group sizes of layers that differ, `unpacked` the names of
+        those that are not packed, `embedding` bits and group size of the embedding."""
+        self.quant_method: Any = METHOD
+        self.bits, self.group_size, self.offset = bits, group_size, offset
+        self.layers, self.unpacked, self.embedding = layers or {}, unpacked or [], embedding
+
+    def of(self, name: str) -> tuple[int, int]:
+        """Bits and group size of a layer."""
+        own = self.layers.get(name, {})
+        return own.get("bits", self.bits), own.get("group_size", self.group_size)
+
+    def has_minima(self, bits: int) -> bool:
+        """Whether groups of that many bits have a minimum; 8 bits are symmetric."""
+        return self.offset != "none" and bits < 8
+
+
+class GridQuantizer(HfQuantizer):
+    """Puts empty grid modules where the checkpoint has grids."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config: Any = self.quantization_config
+        embedding = model.get_input_embeddings()
+        tied = model.config.get_text_config().tie_word_embeddings
+        head = model.get_output_embeddings()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and module is not head and name not in config.unpacked:
+                model.set_submodule(name, _empty_linear(module, name, config))
+        if config.embedding is None:
+            return
+        bits, group = config.embedding["bits"], config.embedding["group_size"]
+        sizes = (embedding.num_embeddings, embedding.embedding_dim)
+        dtype = _dtype(model)
+        with torch.device(embedding.weight.device):
+            packed = GridEmbedding(*sizes, bits, group, dtype)
+        model.set_input_embeddings(packed)
+        if tied:
+            model.set_output_embeddings(SharedHead(packed))
+            model.all_tied_weights_keys = {}
+        elif head is not None:
+            name = next(name for name, module in model.named_modules() if module is head)
+            model.set_submodule(name, _head(head, bits, group))
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        embedding = model.get_input_embeddings()
+        if isinstance(embedding, GridEmbedding):
+            embedding.dtype = _dtype(model)
+            embedding.unpack()
+
+    def is_serializable(self) -> bool:
+        """Folders are written by the stage that rounded them."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes are not trained; scales are, by `heal: {backbone: scales}`."""
+        return False
+
+
+def register() -> None:
+    """Let transformers load such folders in this process."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(GridConfig)
+        register_quantizer(METHOD)(GridQuantizer)
+
+
+def _empty_linear(linear: Any, name: str, config: GridConfig) -> GridLinear:
+    bits, group = config.of(name)
+    with torch.device(linear.weight.device):
+        return GridLinear(
+            linear.in_features,
+            linear.out_features,
+            bits,
+            group,
+            config.has_minima(bits),
+            linear.bias is not None,
+            linear.weight.dtype,
+        )
+
+
+def _head(linear: Any, bits: int, group: int) -> GridLinear:
+    with torch.device(linear.weight.device):
+        sizes = (linear.in_features, linear.out_features, bits, group)
+        return GridLinear(*sizes, False, linear.bias is not None, linear.weight.dtype)
+
+
+def _dtype(model: Any) -> torch.dtype:
+    """The type that the model computes in: its norms'."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -1,0 +1,177 @@
+"""A model's linear layers rounded one after another, each for the inputs that it will then read.
+
+Token blocks pass the layers in order. Within a layer, linear modules that read the same input are
+rounded together, in the order in which they run, and what follows reads what they have become.
+Only one layer's second moments exist at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gateskip.model.families import backbone
+from gateskip.quantization.compensate import Rounding, output_error, round_compensated
+from gateskip.quantization.grid import Grid
+from gateskip.quantization.rounding import round_to_grid
+
+BATCH = 4  # blocks in a pass, at most
+
+Choose = Callable[[str], Rounding | None]
+"""Layer name -> how it is rounded; None leaves it as it is."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A layer's weights on a grid, and the relative error of its output on calibration text."""
+
+    grid: Grid
+    error: float
+
+
+class _Stop(Exception):
+    """Ends a pass of which no more is needed."""
+
+
+@torch.no_grad()
+def round_layers(
+    model: Any,
+    blocks: Tensor,
+    choose: Choose,
+    compensate: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Rounded]:
+    """Round every linear module of the layers that `choose` names, in place; blocks [N, S] are
+    token ids. The model keeps the rounded values as ordinary weights.
+
+    Without `compensate` each weight is rounded by itself (rounding.py).
+    """
+    names = {module: name for name, module in model.named_modules()}
+    hidden, settings = enter(model, blocks)
+    done: dict[str, Rounded] = {}
+    layers = list(backbone(model).layers)
+    for number, layer in enumerate(layers):
+        progress(number, len(layers))
+        for modules in _readers(layer, hidden[0], settings[number]):
+            chosen = {names[m]: (m, how) for m in modules if (how := choose(names[m])) is not None}
+            if not chosen:
+                continue
+            moments = _moments(layer, modules[0], hidden, settings[number])
+            for name, (module, how) in chosen.items():
+                done[name] = _round(module, moments, how, compensate)
+        hidden = [run_layer(layer, part, settings[number]) for part in hidden]
+    progress(len(layers), len(layers))
+    return done
+
+
+def _round(module: Any, moments: Tensor, how: Rounding, compensate: bool) -> Rounded:
+    weight = module.weight.detach().float()
+    if compensate:
+        grid = round_compensated(weight, moments, how)
+    else:
+        grid = round_to_grid(weight, moments.diagonal(), how.bits, how.group, how.offset)
+    error = output_error(weight, moments, grid)
+    module.weight.copy_(grid.weight())
+    return Rounded(grid, error)
+
+
+def enter(
+    model: Any, blocks: Tensor, batch: int | None = None
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Hidden states [B, S, H] before the first layer, batch by batch, and what each layer is given
+    beside them: masks and rotary tables, which depend on the length alone."""
+    batch = batch or math.gcd(len(blocks), BATCH)
+    layers = list(backbone(model).layers)
+    settings: list[dict[str, Any]] = [{} for _ in layers]
+
+    def note(number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            settings[number] = kwargs
+
+        return hook
+
+    hooks = [
+        layer.register_forward_pre_hook(note(number), with_kwargs=True)
+        for number, layer in enumerate(layers)
+    ]
+    try:
+        model(blocks[:batch], use_cache=False)
+    finally:
+        for each in hooks:
+            each.remove()
+    entered: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(args[0] if args else kwargs["hidden_states"])
+        raise _Stop
+
+    hook = layers[0].register_forward_pre_hook(take, with_kwargs=True)
+    try:
+        for part in blocks.split(batch):
+            _stopped(lambda part=part: model(part, use_cache=False))  # type: ignore[misc]
+    finally:
+        hook.remove()
+    for each in settings:
+        each.pop("hidden_states", None)
+    return entered, settings
+
+
+def _stopped(run: Callable[[], object]) -> None:
+    with contextlib.suppress(_Stop):
+        run()
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
+    """What a layer makes of hidden states [B, S, H]."""
+    out = layer(hidden, **settings)
+    made: Tensor = out[0] if isinstance(out, tuple) else out
+    return made
+
+
+def _readers(layer: nn.Module, hidden: Tensor, settings: dict[str, Any]) -> list[list[Any]]:
+    """The layer's linear modules in the order in which they run; those of one input together."""
+    groups: list[list[Any]] = []
+    last: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if last and args[0] is last[0]:
+            groups[-1].append(module)
+        else:
+            groups.append([module])
+        last[:] = [args[0]]
+
+    linears = [part for part in layer.modules() if isinstance(part, nn.Linear)]
+    hooks = [part.register_forward_pre_hook(note) for part in linears]
+    try:
+        run_layer(layer, hidden, settings)
+    finally:
+        for each in hooks:
+            each.remove()
+    return groups
+
+
+def _moments(layer: nn.Module, module: Any, hidden: list[Tensor], settings: Any) -> Tensor:
+    """Mean products [k, k] of a module's inputs over all hidden states."""
+    total = torch.zeros(module.in_features, module.in_features, device=hidden[0].device)
+    count = 0
+
+    def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal count
+        rows = args[0].flatten(0, -2).float()
+        total.addmm_(rows.T, rows)
+        count += len(rows)
+        raise _Stop
+
+    hook = module.register_forward_pre_hook(add)
+    try:
+        for part in hidden:
+            _stopped(lambda part=part: run_layer(layer, part, settings))  # type: ignore[misc]
+    finally:
+        hook.remove()
+    return total / max(1, count)

@@ -1,0 +1,226 @@
+"""The stages int8, int4, int3 and int2: folders that load anywhere, and cost what they say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+import gateskip
+from compose.artifacts.folder import copy_companions, probe_ids, probe_logits
+from compose.errors import RuleBroken, UserError
+from compose.stages.registry import STAGES, DataSpec, Gate, Int4, ModelShape, StageJob
+from gateskip.quantization.folders import load_model
+from gateskip.quantization.grid_linear import GridEmbedding, GridLinear, SharedHead, grids_of
+
+Made = tuple[Path, dict[str, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _one_accelerator_a_test() -> None:
+    AcceleratorState._reset_state()
+
+
+@pytest.fixture
+def round_it(
+    tmp_path: Path, tiny_llama: Path, make_job: Callable[..., StageJob]
+) -> Callable[..., Made]:
+    """`round_it(use=..., ...)` makes a folder; returns it and the stage's record."""
+    text = tmp_path / "text.txt"
+    lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
+    text.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
+    spec = DataSpec(source=str(text), limit=8, length=64)
+
+    def go(source: Path = tiny_llama, dtype: str = "float32", **parameters: Any) -> Made:
+        target = tmp_path / f"made-{len(list(tmp_path.iterdir()))}"
+        target.mkdir()
+        train = spec.model_copy(update={"limit": 40})
+        job = make_job(source, target, dtype=dtype, train=train, calibration=spec, dense=tiny_llama)
+        record = STAGES[parameters["use"]].model_validate(parameters).run(job)
+        copy_companions(source, job.target)
+        return job.target, record
+
+    return go
+
+
+def kl(folder: Path, dense: Path) -> float:
+    """Mean KL of the dense model's distribution to the folder's on the probe text."""
+    p, q = (probe_logits(each).log_softmax(-1) for each in (dense, folder))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("use", ["int8", "int4", "int3", "int2"])
+def test_a_folder_comes_back_as_it_was_rounded(
+    use: str, round_it: Callable[..., Made], tiny_llama: Path
+) -> None:
+    folder, record = round_it(use=use)
+    model = load_model(folder)
+    layers = grids_of(model)
+    assert len(layers) == len(record["layer_errors"]) > 0
+    assert {layer.bits for layer in layers.values()} == {int(use[3:])}
+    assert isinstance(model.get_input_embeddings(), GridEmbedding)
+    tensors = load_file(folder / "model.safetensors")
+    assert not any(f"{name}.weight" in tensors for name in layers)
+    for name, layer in layers.items():
+        assert torch.equal(layer.codes, tensors[f"{name}.codes"])
+    logits = model(probe_ids(folder)).logits
+    assert logits.isfinite().all()
+
+
+def test_more_bits_are_nearer_to_the_dense_model(
+    round_it: Callable[..., Made], tiny_llama: Path
+) -> None:
+    far = [kl(round_it(use=use)[0], tiny_llama) for use in ("int8", "int4", "int3", "int2")]
+    assert far == sorted(far) and far[0] < far[3] / 100
+
+
+def test_compensation_lowers_errors_in_the_model(round_it: Callable[..., Made]) -> None:
+    errors = [
+        sum(round_it(use="int3", compensate=each)[1]["layer_errors"].values())
+        for each in (False, True)
+    ]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_the_native_engine_multiplies_these_weights(round_it: Callable[..., Made]) -> None:
+    folder, _ = round_it(use="int4")
+    decoder = gateskip.load(folder, backend="native", rounded=False)
+    reference = gateskip.load(folder, backend="reference")
+    prompt = probe_ids(folder)[0].tolist()
+    assert decoder.generate([prompt], 12).tokens == reference.generate([prompt], 12).tokens
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("bits", [8, 6, 4, None])
+def test_embedding_and_head_are_packed_in_the_file(
+    tied: bool,
+    bits: int | None,
+    round_it: Callable[..., Made],
+    make_tiny: Callable[..., Path],
+) -> None:
+    source = make_tiny("llama", tie_word_embeddings=tied)
+    folder, _ = round_it(source, use="int4", embedding=bits)
+    tensors = load_file(folder / "model.safetensors")
+    model = load_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    vocabulary, hidden = config["vocab_size"], config["hidden_size"]
+    if bits is None:
+        assert "model.embed_tokens.weight" in tensors
+        return
+    codes = tensors["model.embed_tokens.codes"]
+    assert codes.shape == (vocabulary, hidden * bits // 8)
+    head = model.get_output_embeddings()
+    assert isinstance(head, SharedHead if tied else GridLinear)
+    assert ("lm_head.codes" in tensors) is not tied
+    ids = torch.tensor([[3, 5, 7]])
+    table = model.get_input_embeddings().grid().weight()
+    torch.testing.assert_close(model.get_input_embeddings()(ids).float()[0], table[ids[0]])
+
+
+def test_bits_differ_by_layer(round_it: Callable[..., Made]) -> None:
+    folder, _ = round_it(use="int4", mixed={"down_proj": 8}, skip=("v_proj",))
+    layers = grids_of(load_model(folder))
+    assert {layer.bits for name, layer in layers.items() if "down_proj" in name} == {8}
+    assert not any("v_proj" in name for name in layers)
+    assert all(layer.minimum is None for name, layer in layers.items() if "down_proj" in name)
+
+
+def test_the_same_seed_gives_the_same_file(round_it: Callable[..., Made]) -> None:
+    one, two = (round_it(use="int4")[0] / "model.safetensors" for _ in range(2))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_scales_and_minima_learn(round_it: Callable[..., Made], tiny_llama: Path) -> None:
+    folder, _ = round_it(use="int2")
+    healed, record = round_it(
+        folder, use="heal", backbone="scales", steps=20, lr=1e-2, validate_every=10
+    )
+    assert record["held_out"]["after"] < record["held_out"]["before"]
+    before, after = (load_file(each / "model.safetensors") for each in (folder, healed))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(name.endswith(".scale") for name in changed)
+    assert any(name.endswith(".minimum") for name in changed)
+    assert not any(name.endswith(".codes") for name in changed)
+    assert all(after[name].dtype == before[name].dtype for name in before)
+
+
+def test_integer_zero_points_are_a_gptq_folder(round_it: Callable[..., Made]) -> None:
+    """Read by gptqmodel through transformers: other code than what wrote it."""
+    folder, record = round_it(use="int4", offset="integer")
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["format"] == (
+        "gptq_v2"
+    )
+    model = load_model(folder)
+    layer = model.model.layers[0].mlp.down_proj
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    shifts = torch.arange(0, 32, 4)
+    words = tensors[f"{name}.qweight"].long() & 0xFFFFFFFF
+    codes = ((words.unsqueeze(1) >> shifts.view(1, -1, 1)) & 15).flatten(0, 1)  # [in, out]
+    zeros = tensors[f"{name}.qzeros"].long() & 0xFFFFFFFF
+    zeros = ((zeros.unsqueeze(2) >> shifts) & 15).flatten(1)  # [groups, out]
+    groups = tensors[f"{name}.g_idx"].long()
+    wanted = (codes - zeros[groups]) * tensors[f"{name}.scales"].float()[groups]
+    found = layer.dequantize_weight().float()[: len(wanted)]
+    torch.testing.assert_close(found, wanted, atol=2e-3, rtol=0.02)
+    assert set(record["layer_errors"]) and probe_logits(folder).isfinite().all()
+
+
+def test_gates_go_along(round_it: Callable[..., Made]) -> None:
+    gated, _ = round_it(use="gate", steps=2, length=32, budgets=[0.8])
+    folder, _ = round_it(gated, use="int4")
+    assert gateskip.load(folder).gates is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"offset": "integer", "embedding": 8}, "embedding: null"),
+        ({"offset": "integer", "mixed": {"down_proj": 8}}, "offset: real"),
+    ],
+)
+def test_what_gptq_cannot_hold_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Int4.model_validate({"use": "int4", **settings})
+
+
+def test_groups_divide() -> None:
+    shape = ModelShape("llama", 64, 96, 2, 4, 2, 16, 100, True)
+    with pytest.raises(RuleBroken, match="96 inputs"):
+        Int4(use="int4", group_size=64).check(shape, ())
+    with pytest.raises(RuleBroken, match="beside the gates"):
+        Gate(use="gate").check(shape, (Int4(use="int4"),))
+
+
+def test_bits_are_shared_out_under_a_size(
+    round_it: Callable[..., Made], make_tiny: Callable[..., Path]
+) -> None:
+    source = make_tiny("llama", num_hidden_layers=3)
+    sizes = {
+        use: sum(f.stat().st_size for f in round_it(source, use=use)[0].iterdir() if f.is_file())
+        for use in ("int2", "int8")
+    }
+    limit = (sizes["int2"] + sizes["int8"]) / 2
+    folder, record = round_it(
+        source, use="int4", allocate={"size_mb": limit / 1e6, "among": [2, 4, 8]}
+    )
+    taken = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
+    assert 0.85 * limit < taken <= limit
+    layers = grids_of(load_model(folder))
+    assert {name: layer.bits for name, layer in layers.items()} == record["layer_bits"]
+    assert len(set(record["layer_bits"].values())) > 1
+    assert record["sensitivities"].keys() == record["layer_bits"].keys()
+
+
+def test_a_size_that_cannot_be_met_is_refused(round_it: Callable[..., Made]) -> None:
+    with pytest.raises(UserError, match="allocate cannot be met"):
+        round_it(use="int4", allocate={"size_mb": 0.001})
+    with pytest.raises(ValidationError, match="one of size_mb and bits_per_weight"):
+        Int4.model_validate({"use": "int4", "allocate": {}})
