@@ -214,9 +214,11 @@ def test_a_space_without_stages_is_refused(file: Path) -> None:
         ([{"use": "bnb", "format": "int8"}], 164),
         ([{"use": "gptq", "group_size": 64}], 115),
         ([{"use": "gptq", "group_size": 32}], 119),
+        ([{"use": "int4"}], 96.5),  # 5 bits a weight of the layers, 8.5 of the embedding
+        ([{"use": "int3", "group_size": 64, "embedding": None}], 103),  # 3.5 and 16 bits
     ],
 )
-def test_bytes_are_known_from_the_plan(chain: list[Answer], megabytes: int) -> None:
+def test_bytes_are_known_from_the_plan(chain: list[Answer], megabytes: float) -> None:
     stages = [STAGES[each["use"]].model_validate(each) for each in chain]
     predicted = predicted_bytes(smollm2_shape(), stages, "bfloat16")
     assert predicted is not None
@@ -224,8 +226,9 @@ def test_bytes_are_known_from_the_plan(chain: list[Answer], megabytes: int) -> N
 
 
 def test_bytes_that_the_plan_cannot_tell() -> None:
-    mixed = STAGES["gptq"].model_validate({"use": "gptq", "mixed": {"down_proj": 8}})
-    assert predicted_bytes(smollm2_shape(), [mixed], "bfloat16") is None
+    for use in ("gptq", "int4"):
+        mixed = STAGES[use].model_validate({"use": use, "mixed": {"down_proj": 8}})
+        assert predicted_bytes(smollm2_shape(), [mixed], "bfloat16") is None
     branches = STAGES["prune-branches"].model_validate({"use": "prune-branches", "budget": 0.8})
     assert predicted_bytes(smollm2_shape(), [branches], "bfloat16") is None
     assert predicted_bytes(smollm2_shape(quantized="gptq"), [], "bfloat16") is None
@@ -581,7 +584,9 @@ def test_a_search_again_measures_nothing_and_another_target_little(short: Path) 
 @pytest.fixture
 def short(file: Path) -> Path:
     """The file with a space of eleven chains in batches of four."""
-    text = FILE.replace("    width:    [none, narrow]\n", "").replace("  axes:", "  batch: 4\n  axes:")
+    text = FILE.replace("    width:    [none, narrow]\n", "").replace(
+        "  axes:", "  batch: 4\n  axes:"
+    )
     file.write_text(text)
     return file
 
