@@ -20,9 +20,9 @@ from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.draft_choice import PLAIN, fingerprint
 from gateskip.decoding.draft_models import candidates, draft_copies
 from gateskip.kernels import autotune
-from gateskip.quantization.folders import load_model
 from gateskip.quantization.dequantize import dense_weight, linear_layers, stored_bits
 from gateskip.quantization.draft_copy import COPIES, integer_copy, nf4_copy, read_text
+from gateskip.quantization.folders import load_model
 from gateskip.quantization.packed_linear import PackedLinear
 
 FORMATS: dict[str, dict[str, Any]] = {

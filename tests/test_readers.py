@@ -251,7 +251,6 @@ def test_compressed_tensors_reads_our_weights(
     assert (found["logits"] - ours).abs().mean() < 0.05 * ours.std()
 
 
-
 @pytest.mark.peers
 @pytest.mark.parametrize("group", [32, 64])
 def test_onnxruntimes_model_builder_reads_our_gptq_folders(
