@@ -43,7 +43,7 @@ class AutoRound(Stage):
     """Weights that share a scale; it must divide every linear layer's inputs."""
 
     sym: bool = False
-    """Whether the grid is symmetric around zero: less exact, but in the older of GPTQ's two formats,
+    """Whether the grid is symmetric around zero: less exact, but in the older of GPTQ's formats,
     which AutoGPTQ, ONNX Runtime's model builder and more kernels read."""
 
     iters: int = Field(default=200, ge=1)
