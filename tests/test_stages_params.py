@@ -16,6 +16,7 @@ from compose.stages.registry import (
     RULES,
     STAGES,
     AnyStage,
+    AutoRound,
     Bnb,
     DropLayers,
     Gate,
@@ -44,6 +45,7 @@ EXAMPLES: tuple[Stage, ...] = (
     Heal(),
     Bnb(format="nf4"),
     Gptq(),
+    AutoRound(),
     PackHead(),
     Skip(),
     Speculate(),
@@ -120,6 +122,11 @@ def test_stages_are_frozen_values() -> None:
         (Heal, {"backbone": "frozen"}),
         (Gptq, {"bits": 5}),
         (Gptq, {"group_size": 48}),
+        (Gptq, {"group_size": -1}),
+        (Gptq, {"foem": 0.0}),
+        (Gptq, {"foem": 0.2, "device_map": "auto"}),
+        (AutoRound, {"iters": 0}),
+        (AutoRound, {"group_size": -1}),
         (Skip, {"budget": 1.1}),
         (Speculate, {"draft_length": 17}),
         (Speculate, {"draft_length": "fast"}),
@@ -200,7 +207,7 @@ def test_a_head_is_packed_once() -> None:
         assert rule_of(quantizer, PackHead(), shape=untied) == "head-packed-twice"
 
 
-@pytest.mark.parametrize("asked", [{"mixed": {"down_proj": 8}}, {"lm_head": 8}])
+@pytest.mark.parametrize("asked", [{"mixed": {"down_proj": 8}}, {"lm_head": 8}, {"foem": 0.2}])
 def test_architectures_that_gptqmodel_does_not_know(asked: dict[str, Any]) -> None:
     phi3 = replace(SHAPE, model_type="phi3", tie_embeddings=False)
     assert rule_of(Gptq(**asked), shape=phi3) == "layout-known"
@@ -213,7 +220,7 @@ def test_architectures_that_gptqmodel_does_not_know(asked: dict[str, Any]) -> No
         (PruneWidth(ratio=0.2), Heal(), Gate(), Gptq(), Speculate()),
         (DropLayers(count=3), PruneWidth(ratio=0.2), Bnb(format="nf4")),
         (Gptq(), Gate(backbone="frozen"), Skip()),
-        (Gptq(group_size=-1),),
+        (Gptq(group_size=-1, sym=True),),
         (Heal(),),
         (DropLayers(layers=(0, 29)),),
         (PruneHeads(count=3), PruneHeads(count=3), Gptq()),
@@ -225,6 +232,62 @@ def test_architectures_that_gptqmodel_does_not_know(asked: dict[str, Any]) -> No
 )
 def test_chain_that_breaks_no_rule(chain: tuple[Stage, ...]) -> None:
     assert rule_of(*chain) is None
+
+
+def drafted_by(weights: str) -> Speculate:
+    return Speculate(draft_budget=1, draft_weights=weights)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "copies"),
+    [
+        (None, {"int4", "nf4", "int3", "int2"}),
+        (Bnb(format="int8"), {"int4", "nf4", "int3", "int2"}),
+        (Gptq(bits=8), {"int4", "nf4", "int3", "int2"}),
+        (Gptq(mixed={"down_proj": 8}), {"int4", "nf4", "int3", "int2"}),
+        (Gptq(skip=("down_proj",)), {"int4", "nf4", "int3", "int2"}),
+        (Bnb(format="nf4"), {"int3", "int2"}),
+        (Gptq(), {"int3", "int2"}),
+        (Gptq(bits=3), {"int2"}),
+        (Gptq(bits=2), set()),
+    ],
+)
+def test_a_copy_that_drafts_has_fewer_bits(quantizer: Stage | None, copies: set[str]) -> None:
+    chain = () if quantizer is None else (quantizer,)
+    for weights in ("int4", "nf4", "int3", "int2"):
+        rule = None if weights in copies else "draft-of-packed"
+        assert rule_of(*chain, drafted_by(weights)) == rule, weights
+    for weights in ("own", "int4-head", "auto"):
+        assert rule_of(*chain, drafted_by(weights)) is None
+
+
+def test_what_can_draft_instead_is_named() -> None:
+    with pytest.raises(RuleBroken, match="4 bits of weights in 4 bits") as refused:
+        drafted_by("int4").check(SHAPE, (Gptq(),))
+    assert "int3, int2, int4-head, own or auto" in str(refused.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, 8),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"^x$": {"bits": 8}, "-:^y$": {}}}, 8),
+        ({"quant_method": "gptq", "bits": 3}, 3),
+        ({"quant_method": "fp8"}, None),
+        (None, None),
+    ],
+)
+def test_a_packed_source_states_its_bits(quantization: dict[str, Any] | None, bits: Any) -> None:
+    """And what drafts for it has fewer; where it states none, what drafts is seen once it loads."""
+    config = {
+        **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "vocab_size": 100, "quantization_config": quantization},
+    }
+    shape = ModelShape.from_config(config)
+    assert shape.packed_bits == bits
+    broken = "draft-of-packed" if bits is not None and bits <= 4 else None
+    assert rule_of(drafted_by("int4"), shape=shape) == broken
 
 
 def test_every_order_rule_has_its_sentence() -> None:
@@ -281,13 +344,14 @@ def test_untied_head_is_packed() -> None:
 def test_group_rule_sees_the_pruned_width() -> None:
     fitting, cut = PruneWidth(ratio=0.2), PruneWidth(ratio=0.22, round_to=32)
     assert fitting.kept_width(1536) == 19 * 64
-    assert rule_of(fitting, Gptq()) is None
+    assert rule_of(fitting, Gptq(group_size=64)) is None
     assert cut.kept_width(1536) == 18 * 64 + 32
-    assert rule_of(cut, Gptq()) == "group-divides"
+    assert rule_of(cut, Gptq(group_size=64)) == "group-divides"
+    assert rule_of(cut, Gptq()) is None, "groups of 32"
 
 
 def test_group_rule_falls_back_to_a_whole_row() -> None:
-    with pytest.raises(RuleBroken, match="set group_size: -1"):
+    with pytest.raises(RuleBroken, match="set group_size: -1 and sym: true"):
         Gptq(group_size=32).check(replace(SHAPE, intermediate_size=1001), ())
 
 

@@ -35,6 +35,7 @@ from compose.planning.plan import Plan
 from compose.results.environment import capture_environment
 from compose.results.io import load_results, save_results
 from compose.results.schema import Results
+from compose.results.spread import stored_spread
 from compose.store import write_json
 
 
@@ -80,7 +81,7 @@ def _run(run: RunState) -> RunResult:
     if run.settings.again:
         shutil.rmtree(run.folder.root / "cells", ignore_errors=True)
         shutil.rmtree(run.folder.speed, ignore_errors=True)
-    environment = capture_environment(run.plan.pipeline.benchmark.threads)
+    environment = _with_spread(capture_environment(run.plan.pipeline.benchmark.threads))
     with thread_pool(slots) as pool:
         try:
             tasks = [*step_tasks(run, cells), *quality_tasks(run, cells)]
@@ -89,6 +90,14 @@ def _run(run: RunState) -> RunResult:
         finally:
             run.workers.end_all()
     return _conclude(run, session, environment)
+
+
+def _with_spread(environment: dict[str, Any]) -> dict[str, Any]:
+    """The environment, and how far equal runs lie apart on this machine, where that is known."""
+    from gateskip.kernels.build import cache_folder
+
+    spread = stored_spread(cache_folder(), environment)
+    return environment if spread is None else environment | {"between_runs": spread}
 
 
 def _conclude(run: RunState, session: Session | None, environment: dict[str, Any]) -> RunResult:

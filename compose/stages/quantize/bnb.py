@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, PackedBits, Role, Stage, StageJob
+from compose.stages.base import UNPACKED, ModelShape, PackedBits, Role, Stage, StageJob
 from compose.stages.gate_transfer import carry_gates
 from compose.stages.quantize.linears import DeviceMap, linear_names, matching, refuse_tied_head
 
@@ -75,6 +75,11 @@ class Bnb(Stage):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
         return replace(shape, quantized="bitsandbytes")
+
+    def most_bits(self) -> int:
+        """8 or 4, unless some layers stay as they are."""
+        packed = 8 if self.format == "int8" else 4
+        return UNPACKED if self.skip else packed
 
     def packed_bits(self, shape: ModelShape) -> PackedBits | None:
         """Codes and float32 scales: one a row, or one for 64 weights, which `double_quant` packs
