@@ -41,6 +41,9 @@ from compose.stages.base import ModelShape
 from compose.stages.registry import STAGES
 from compose.terminal.progress import Board
 from compose.terminal.search import print_found
+from compose.workers.cell import _Cell
+from compose.workers.main import ROLES
+from compose.workers.protocol import answer
 
 Answer = dict[str, Any]
 
@@ -735,36 +738,79 @@ benchmark:
 """
 
 
-@pytest.mark.slow
-@pytest.mark.real
-def test_a_tiny_model_is_searched(tiny_llama: Path, tmp_path: Path) -> None:
+class Here:
+    """An executor whose workers do their work in this process: torch is imported once."""
+
+    slots, local, timed_threads = 1, True, 1
+
+    def start(
+        self, role: str, job: Path, log: Path, *, on_this_machine: bool = False
+    ) -> WorkerHere:
+        return WorkerHere(role, json.loads(job.read_text()))
+
+    def close(self) -> None:
+        pass
+
+
+class WorkerHere:
+    """A worker's own code, called where it is asked."""
+
+    def __init__(self, role: str, job: Answer) -> None:
+        self.answers: list[Answer] = []
+        if role == "cell":
+            self.cell = _Cell(job, self.progress)  # type: ignore[arg-type]
+        else:
+            self.answers = [answer(lambda: ROLES[role](job, self))]  # type: ignore[index,arg-type]
+
+    def progress(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def send(self, message: Answer) -> None:
+        told = answer(lambda: self.cell.measure(message))  # type: ignore[arg-type]
+        self.answers.append(json.loads(json.dumps(told)))
+
+    def receive(self) -> Answer:
+        return self.answers.pop(0)
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.mark.real  # texts come from the user's own cache
+def test_a_tiny_model_is_searched(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At least as good as the whole matrix, in a file that validates and runs."""
-    file = tmp_path / "tiny.yaml"
+
+    def call(*words: str | Path) -> Any:
+        return CliRunner().invoke(app, [str(word) for word in words])
+
+    monkeypatch.setattr("compose.execution.executors.make_executor", lambda *_: Here())
+    file, runs = tmp_path / "tiny.yaml", tmp_path / "runs"
     file.write_text(f"schema: 1\nname: tiny\nmodel: {{source: {tiny_llama}}}\n{TINY}")
-    runs = tmp_path / "runs"
-    words = ["search", str(file), "--at-most-mb", "0.6", "--minimize", "kl", "--out", str(runs)]
-    done = CliRunner().invoke(app, words)
+    words = ["search", file, "--minimize", "kl", "--out", runs, "--at-most-mb"]
+    done = call(*words, "0.6")
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout.splitlines()[-1])
-    assert CliRunner().invoke(app, ["validate", told["file"]]).exit_code == 0
-    again = CliRunner().invoke(app, ["run", told["file"], "--out", str(runs)])
+    assert told["probed"] == 3
+    assert call("validate", told["file"]).exit_code == 0
+    again = call("run", told["file"], "--out", runs)
     assert again.exit_code == 0
     assert "Nothing to do" in again.stdout
 
     matrix = "matrix: {prune: [none, narrow], quantize: [none, nf4]}\n"
     section = TINY[TINY.index("search:") : TINY.index("benchmark:")]
-    text = file.read_text().replace(section, matrix).replace("name: tiny", "name: whole")
-    (tmp_path / "whole.yaml").write_text(text)
-    words_of_run = ["run", str(tmp_path / "whole.yaml"), "--out", str(runs)]
-    assert CliRunner().invoke(app, words_of_run).exit_code == 0
+    whole = tmp_path / "whole.yaml"
+    text = file.read_text().replace(section, matrix)
+    whole.write_text(text.replace("name: tiny", "name: whole"))
+    assert call("run", whole, "--out", runs).exit_code == 0
     options = ["--max-bytes", "0.6MB", "--maximize", "kl", "--json"]
-    picked = CliRunner().invoke(app, ["pick", str(runs / "whole"), *options])
-    best = json.loads(picked.stdout)
+    best = json.loads(call("pick", runs / "whole", *options).stdout)
     assert told["winner"] == best["cell"]["name"]
     found = next(each for each in told["front"] if each["cell"] == told["winner"])
     assert found["kl"] == pytest.approx(best["metrics"]["kl"], rel=1e-6)
     assert found["size"] <= 0.6e6
 
-    nothing = CliRunner().invoke(app, [*words[:3], "0.1", *words[4:]])
+    nothing = call(*words, "0.1")
     assert nothing.exit_code == 2
     assert "the nearest is" in nothing.stderr and "--at-most-mb" in nothing.stderr
