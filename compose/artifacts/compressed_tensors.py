@@ -207,7 +207,7 @@ def _dense_linears(folder: Path) -> list[str]:
 
 
 def _config(schemes: dict[str, Scheme], dense: list[str]) -> dict[str, Any]:
-    """`quantization_config`: a group for each scheme, of all linear layers or, if several, by name."""
+    """`quantization_config`: a group for each scheme, of all linear layers or by their names."""
     groups: dict[Scheme, list[str]] = defaultdict(list)
     for name, scheme in schemes.items():
         groups[scheme].append(name)
