@@ -312,8 +312,8 @@ def bench(
         list[str] | None,
         typer.Option(
             "--system",
-            help="plain, skip:BUDGET, draft:BUDGET with +auto, +int4, +int3, +int2, +nf4, +int4-head,"
-            " +lookup, +LENGTH; one of these after a backend, as in gathered:plain. All is compared"
+            help="plain, skip:BUDGET, draft:BUDGET with +auto, +int4, +int3, +int2, +nf4 or"
+            " +int4-head, +lookup, +LENGTH; any after a backend, as in gathered:plain. All is compared"
             " with the first folder and system. plain alone by default.",
         ),
     ] = None,

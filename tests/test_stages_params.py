@@ -21,6 +21,9 @@ from compose.stages.registry import (
     Gate,
     Gptq,
     Heal,
+    Int3,
+    Int4,
+    Int8,
     ModelShape,
     PackHead,
     PruneBranches,
@@ -243,6 +246,10 @@ def drafted_by(weights: str) -> Speculate:
         (Gptq(), {"int3", "int2"}),
         (Gptq(bits=3), {"int2"}),
         (Gptq(bits=2), set()),
+        (Int8(), {"int4", "nf4", "int3", "int2"}),
+        (Int4(), {"int3", "int2"}),
+        (Int4(mixed={"down_proj": 8}), {"int4", "nf4", "int3", "int2"}),
+        (Int3(), {"int2"}),
     ],
 )
 def test_a_copy_that_drafts_has_fewer_bits(quantizer: Stage | None, copies: set[str]) -> None:
