@@ -357,7 +357,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
         *("--by-estimate", "--maximize", "--min-retained", "--require-lossless"),
     ]
     drawn = ["--temperature", "--top-k", "--top-p", "--seed", "--stop"]
-    asked = ["--stats", "folder", "prompt"]
+    asked = ["--keep-blocks", "--stats", "folder", "prompt"]
     assert options == {
         "validate": ["file"],
         "plan": ["--json", "--out", "file"],
@@ -371,7 +371,8 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "gguf": ["--to", "--type", "folder"],
         "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
         "bench": [
-            *("--against", "--batch", "--context", "--json-lines", "--limit", "--min-seconds"),
+            *("--against", "--batch", "--context", "--json-lines", "--keep-blocks", "--limit"),
+            "--min-seconds",
             *("--name", "--new-tokens", "--out", "--prompts", "--quality", "--questions"),
             *("--quiet", "--repeats"),
             *("--system", "--task", "--text", "--threads", "--tokens", "folders"),

@@ -18,12 +18,18 @@ import numpy
 import pytest
 import torch
 
+from compose.artifacts.from_gguf import write_folder
+from compose.artifacts.gguf import write_gguf
 from compose.assets import default_cache
 from compose.bench.peers.environment import environment_folder, python_of
 from compose.bench.peers.prepare import PreparedPeer, prepare
 from compose.bench.peers.process import PeerProcess
 from compose.bench.peers.table import ENGINES, GGUF_TYPES, Engine, is_peer, parse_peer
 from compose.errors import StepError, UserError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gguf_files import ARCHITECTURES
+from gguf_files import converted as written_like_llama_cpp
 
 STOP = 2
 BUILD = "GATESKIP_BUILD_PEERS"
@@ -348,3 +354,82 @@ def test_a_prompt_that_does_not_fit_is_an_error(
         peer.load(16, 1)
         with pytest.raises(StepError, match="do not fit"):
             peer.generate([[3] * 16], 8)
+
+
+# --- GGUF files, read and written -----------------------------------------------------------------
+
+LONG = [[(7 * step + 3 * row) % 500 for step in range(48)] for row in (1, 2)]
+"""Longer than the window of the tiny models."""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_llama_cpp_runs_what_our_reader_reads(
+    family: str,
+    make_tiny: Callable[..., Path],
+    tmp_path: Path,
+    ready: Callable[[str, Path], PreparedPeer],
+) -> None:
+    """One file, two readers: what differs is the float16 of llama.cpp's KV cache."""
+    more: dict[str, Any] = {}
+    if family == "gemma3_text":
+        more = {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        }
+    file = written_like_llama_cpp(make_tiny(family, **more), tmp_path / "a.gguf")
+    write_folder(file, tmp_path / "model")
+    with PeerProcess(ready(f"llama.cpp:{file}", tmp_path / "model"), 1) as peer:
+        peer.load(64, 1)
+        logits = peer.logits(LONG, tmp_path / "logits.npy")
+    with torch.inference_mode():
+        wanted = reference(tmp_path / "model")(torch.tensor(LONG)).logits.numpy()
+    seen = 32 if family == "phi3" else 48  # llama.cpp leaves Phi3's window out
+    assert relative(logits[:, :seen], wanted[:, :seen]) < 5e-3
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("use", ["int4", "int8", "int3"])
+def test_llama_cpp_runs_our_integers(
+    use: str,
+    make_tiny: Callable[..., Path],
+    grid_folder: Callable[..., Path],
+    tmp_path: Path,
+    ready: Callable[[str, Path], PreparedPeer],
+) -> None:
+    """The same codes: what differs is that llama.cpp rounds activations to 8 bits, and with that
+    done to ours nearly nothing does."""
+    from gateskip.quantization.folders import load_model
+
+    folder, file = grid_folder(make_tiny("llama"), use), tmp_path / "a.gguf"
+    write_gguf(folder, file, None)
+    with PeerProcess(ready(f"llama.cpp:{file}", folder), 1) as peer:
+        peer.load(64, 1)
+        logits = peer.logits(LONG, tmp_path / "logits.npy")
+    model = load_model(folder, "float32")
+    with torch.inference_mode():
+        exact = model(torch.tensor(LONG)).logits.numpy()
+        round_activations(model)
+        alike = model(torch.tensor(LONG)).logits.numpy()
+    assert relative(logits, exact) < 0.05
+    assert relative(logits, alike) < 0.2 * relative(logits, exact)
+
+
+def relative(logits: Any, wanted: Any) -> float:
+    """Root mean square of the difference over that of the logits."""
+    return float(((logits - wanted) ** 2).mean() ** 0.5 / (wanted**2).mean() ** 0.5)
+
+
+def round_activations(model: Any) -> None:
+    """Let every linear layer see its inputs as llama.cpp's Q8_0 and Q8_1: in blocks of 32, rounded
+    to -127 .. 127 times a float16 scale."""
+
+    def rounded(module: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        blocks = given[0].unflatten(-1, (-1, 32))
+        scale = blocks.abs().amax(-1, keepdim=True) / 127
+        codes = (blocks / scale.clamp_min(1e-30)).round()
+        return ((codes * scale.half().float()).flatten(-2), *given[1:])
+
+    for module in model.modules():
+        if hasattr(module, "in_features"):
+            module.register_forward_pre_hook(rounded)

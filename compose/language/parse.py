@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from compose.artifacts.gguf_file import is_gguf
 from compose.errors import PipelineError, suggest
 from compose.language.mistakes import first_mistake, refusals
 from compose.language.positions import Loc, Problem
@@ -118,7 +119,9 @@ class _Paths:
         return self.file(source, (*loc, "source"))
 
     def model(self, source: str) -> str:
-        """A model source: a folder when there is one, else an alias or hub id."""
+        """A model source: a GGUF file, a folder when there is one, else an alias or hub id."""
+        if is_gguf(source):
+            return self.file(source, ("model", "source"))
         absolute = self._absolute(source)
         if (absolute / "config.json").is_file():
             return str(absolute)

@@ -98,7 +98,11 @@ class Model(_Section):
     """Which model is compressed."""
 
     source: Text
-    """An alias, a hub id, or a local folder (relative to this file)."""
+    """An alias, a hub id, a local folder or a GGUF file (relative to this file)."""
+
+    keep_blocks: bool = False
+    """Of a GGUF file: keep the weights in its Q4_0, Q4_1 and Q8_0 blocks, not rounded again. Else,
+    and where they are stored in other ways, weights are dequantized."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The type in which weights that are not quantized are kept and computed."""
