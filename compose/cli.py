@@ -328,8 +328,8 @@ def bench(
         typer.Option(
             "--system",
             help="plain, skip:BUDGET, draft:BUDGET with +auto, +int4, +int3, +int2, +nf4 or"
-            " +int4-head, +lookup, +LENGTH; any after a backend, as in gathered:plain. All is compared"
-            " with the first folder and system. plain alone by default.",
+            " +int4-head, +lookup, +LENGTH; any after a backend, as in gathered:plain. All is"
+            " compared with the first folder and system. plain alone by default.",
         ),
     ] = None,
     against: Annotated[
