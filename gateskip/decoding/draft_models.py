@@ -11,6 +11,7 @@ from gateskip.model.families import UnsupportedModel
 from gateskip.quantization.dequantize import stored_bits
 from gateskip.quantization.draft_copy import (
     COPIES,
+    COPY_HEAD,
     HEAD,
     can_copy,
     copy_bits,
@@ -49,7 +50,8 @@ def make_draft(own: SkippingModel, weights: Weights, blocks: Tensor | None) -> S
     except UnsupportedModel:
         return SkippingModel(copied, own.gates, own.kv_rule)
     if draft.engine is not None and own.engine is not None and inputs is not None:
-        draft.engine.use_draft_head(draft_head(own.model, inputs), own.engine.head)
+        how = COPY_HEAD if weights in COPIES else HEAD
+        draft.engine.use_draft_head(draft_head(own.model, inputs, how), own.engine.head)
     return draft
 
 
