@@ -65,7 +65,7 @@ sanitize:
 
 # llama.cpp is compiled here, which needs a C++ compiler; the others are installed.
 peers-test: $(VENV)/.dev
-	GATESKIP_BUILD_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py $(ARGS)
+	GATESKIP_BUILD_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py tests/test_readers.py $(ARGS)
 
 figures: $(VENV)/.run
 	$(BIN)/python -m reports.documents

@@ -154,6 +154,67 @@ def run(
     raise typer.Exit(result.exit_code)
 
 
+@app.command()
+def search(
+    file: PipelineFile,
+    at_most_kl: Annotated[
+        float | None, typer.Option(help="A bound: KL to the baseline, nats a token.")
+    ] = None,
+    at_most_perplexity_ratio: Annotated[
+        float | None, typer.Option(help="A bound: perplexity over the baseline's.")
+    ] = None,
+    at_most_mb: Annotated[
+        float | None, typer.Option(help="A bound: megabytes of weight files.")
+    ] = None,
+    min_retained: Annotated[
+        float | None, typer.Option(help="A bound: share of the baseline's quality, 0 to 1.")
+    ] = None,
+    maximize: Annotated[str | None, typer.Option(help="The aim: decode or prefill.")] = None,
+    minimize: Annotated[
+        str | None, typer.Option(help="The aim: size_mb, kl or perplexity.")
+    ] = None,
+    budget_minutes: Annotated[
+        float | None, typer.Option(min=0, help="When to stop proposing, and finish.")
+    ] = None,
+    out: Out = Path("runs"),
+    executor: Annotated[str, typer.Option(help="Where work runs: local or ray.")] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps and cells side by side; 1 gives each all cores."),
+    ] = None,
+    quiet: Quiet = False,
+    json_lines: AsEvents = False,
+) -> None:
+    """Find the chain that meets bounds and is best in one number (docs/search.md)."""
+    from compose.execution.executors import make_executor
+    from compose.extras import require
+    from compose.language.parse import load_pipeline
+    from compose.search.target import make_target
+    from compose.terminal.search import require_found, search_shown
+
+    target = make_target(
+        maximize=maximize,
+        minimize=minimize,
+        at_most_kl=at_most_kl,
+        at_most_perplexity_ratio=at_most_perplexity_ratio,
+        at_most_mb=at_most_mb,
+        min_retained=min_retained,
+    )
+    benchmark = load_pipeline(file).benchmark
+    require("report", *(["eval"] if benchmark.quality.tasks else []))
+    found = search_shown(
+        file,
+        target,
+        _settings(out, again=False),
+        make_executor(executor, benchmark.threads, workers),
+        budget_minutes=budget_minutes,
+        quiet=quiet,
+        json_lines=json_lines,
+        echo=typer.echo,
+    )
+    require_found(found)
+
+
 def _settings(
     out: Path, only: tuple[str, ...] = (), *, again: bool, tensorboard: bool = False
 ) -> Settings:
@@ -258,6 +319,21 @@ def gguf(
     typer.echo(f"{said}; KL of its predictions to the folder's: {kl}")
 
 
+@app.command("compressed-tensors")
+def compressed_tensors(
+    folder: Annotated[
+        Path, typer.Argument(help="A model folder packed by int4, int8, gptq or autoround.")
+    ],
+    to: Annotated[Path, typer.Option(help="The folder to make.")],
+) -> None:
+    """Write a packed model folder for vLLM, as W4A16 or W8A16; codes and scales stay the same."""
+    from compose.execution.worker_process import ask_once
+    from compose.terminal.show import compressed_text
+
+    job = {"folder": str(folder.absolute()), "target": str(to.absolute())}
+    typer.echo(compressed_text(to, ask_once("compressed-tensors", job)))
+
+
 @app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="A model folder, or a GGUF file.")],
@@ -327,9 +403,9 @@ def bench(
         list[str] | None,
         typer.Option(
             "--system",
-            help="plain, skip:BUDGET, draft:BUDGET with +auto, +int4, +int3, +int2, +nf4 or"
-            " +int4-head, +lookup, +LENGTH; any after a backend, as in gathered:plain. All is"
-            " compared with the first folder and system. plain alone by default.",
+            help="plain, skip:BUDGET, draft:BUDGET with +auto, +int4, +int3, +int2, +nf4,"
+            " +int4-head, +lookup, +LENGTH; one of these after a backend, as in gathered:plain."
+            " All is compared with the first folder and system. plain alone by default.",
         ),
     ] = None,
     against: Annotated[

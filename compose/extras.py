@@ -29,6 +29,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "report": ("markupsafe", "matplotlib"),
     "ray": ("ray",),
     "tensorboard": ("tensorboard",),
+    "autoround": ("auto_round",),
 }
 """Top-level import names by the extra of pyproject.toml that installs them.
 

@@ -26,7 +26,7 @@ stages:
   heal:   {use: heal}
   gates:  {use: gate}
   nf4:    {use: bnb, format: nf4}
-  gptq4:  {use: gptq}
+  gptq4:  {use: gptq, group_size: 64}
   wide:   {use: gptq, group_size: 128}
   skip80: {use: skip}
   spec:   {use: speculate}

@@ -160,7 +160,7 @@ def test_mixed_bits_are_the_same_twice(
 
 
 def test_an_untied_lm_head_may_be_packed(tiny_qwen2: Path, quantize: Callable[..., Made]) -> None:
-    folder, record = quantize(tiny_qwen2, use="gptq", group_size=32, lm_head=8)
+    folder, record = quantize(tiny_qwen2, use="gptq", group_size=32, sym=True, lm_head=8)
     assert 0 < record["layer_errors"]["lm_head"] < 0.02
     tensors = load_file(folder / "model.safetensors")
     assert tensors["lm_head.qweight"].shape[0] == 64 // 4  # four codes of 8 bits in an int32
@@ -220,7 +220,7 @@ def test_whole_rows_need_a_symmetric_grid() -> None:
 def test_gptq_is_in_the_format_that_autogptq_reads(
     act_order: bool, quantize: Callable[..., Made]
 ) -> None:
-    folder, _ = quantize(use="gptq", group_size=32, act_order=act_order)
+    folder, _ = quantize(use="gptq", group_size=32, sym=True, act_order=act_order)
     stated = settings(folder)
     wanted = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
     assert wanted.items() <= stated.items()
@@ -238,6 +238,41 @@ def test_a_grid_that_is_not_symmetric_says_that_it_has_the_newer_format(
     folder, record = quantize(use="gptq", sym=False)
     assert settings(folder)["checkpoint_format"] == "gptq_v2"
     assert mean(record) < mean(quantize(use="gptq", sym=True)[1])
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_foem_makes_a_plain_gptq_folder(
+    sym: bool, tiny_llama: Path, quantize: Callable[..., Made]
+) -> None:
+    """Its beta reaches gptqmodel: other codes; and transformers loads what it made by itself."""
+    from transformers import AutoModelForCausalLM
+
+    settings_of = {"use": "gptq", "group_size": 32, "sym": sym}
+    some, more = (quantize(**settings_of, foem=beta) for beta in (0.05, 0.5))
+    stated = settings(some[0])
+    assert stated["checkpoint_format"] == ("gptq" if sym else "gptq_v2")
+    assert not {"dynamic", "lm_head", "foem", "meta"} & stated.keys()
+    first, second = (load_file(folder / "model.safetensors") for folder, _ in (some, more))
+    name = "model.layers.1.mlp.down_proj.qweight"
+    assert first.keys() == second.keys() and not torch.equal(first[name], second[name])
+    assert mean(some[1]) < 1.1 * mean(quantize(**settings_of)[1])
+    theirs = AutoModelForCausalLM.from_pretrained(some[0], dtype=torch.float32)
+    ours, layer = load_model(some[0], "float32"), name.removesuffix(".qweight")
+    pair = [each.get_submodule(layer).dequantize_weight() for each in (theirs, ours)]
+    assert torch.equal(*pair)
+    dense = load_model(tiny_llama, "float32").get_submodule(layer).weight.T
+    assert (pair[0] - dense).norm() < 0.15 * dense.norm()
+
+
+def test_a_gptqmodel_without_foem_is_refused_by_name(
+    quantize: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gptqmodel.quantization
+
+    monkeypatch.delattr(gptqmodel.quantization, "FOEMConfig")
+    with pytest.raises(UserError, match=r"foem: gptqmodel [\d.]+ has no FOEM") as refused:
+        quantize(use="gptq", foem=0.2)
+    assert "leave foem out" in str(refused.value.fix)
 
 
 @pytest.mark.parametrize("use", ["gptq", "bnb"])
@@ -346,3 +381,68 @@ def test_errors_are_those_of_each_layer_on_what_it_is_given(
     assert list(record["layer_errors"])[-1] == "model.layers.3.mlp.down_proj"
     same = make_job(tiny_llama, tiny_llama)
     assert layer_errors(same, probe_ids(tiny_llama)) == {}, "nothing is packed"
+
+
+# --- autoround -----------------------------------------------------------------------------------
+
+AUTOROUND = {"use": "autoround", "iters": 12, "batch": 4}
+
+
+@pytest.fixture
+def auto_round() -> Any:
+    return pytest.importorskip("auto_round", reason="pip install 'gateskip-compose[autoround]'")
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"sym": True}, {"bits": 3}, {"bits": 8, "sym": True}], ids=str
+)
+def test_autoround_saves_what_the_library_learned(
+    more: dict[str, Any],
+    auto_round: Any,
+    quantize: Callable[..., Made],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The folder's weights are the library's own, bit by bit, and it saw our token ids alone."""
+    import compose.stages.quantize.autoround as stage
+
+    given: list[Any] = []
+    left: dict[str, Tensor] = {}
+    original, entry = stage.grid_of, auto_round.AutoRound
+
+    def seen(layer: Any, bits: int) -> Any:
+        grid = original(layer, bits)
+        left[str(len(left))] = layer.weight.detach().clone()
+        assert torch.equal(grid.weight(), left[str(len(left) - 1)])
+        return grid
+
+    def told(*args: Any, **settings: Any) -> Any:
+        given.append(settings)
+        return entry(*args, **settings)
+
+    monkeypatch.setattr(stage, "grid_of", seen)
+    monkeypatch.setattr(auto_round, "AutoRound", told)
+    folder, record = quantize(**AUTOROUND, **more)
+    (settings_given,) = given
+    assert len(settings_given["dataset"]) == record["blocks"] == settings_given["nsamples"]
+    assert all(row["input_ids"].shape == (1, 64) for row in settings_given["dataset"])
+    stated = settings(folder)
+    layout = "gptq" if more.get("sym") else "gptq_v2"
+    assert (stated["quant_method"], stated["checkpoint_format"]) == ("gptq", layout)
+    model = load_model(folder, "float32")
+    packed = [m for m in model.modules() if hasattr(m, "qweight")]
+    assert len(packed) == len(left) == 28
+    for layer, weight in zip(packed, left.values(), strict=True):
+        assert torch.equal(layer.dequantize_weight().T.half().float(), weight.half().float())
+    assert mean(record) < {3: 0.2, 4: 0.09, 8: 0.01}[more.get("bits", 4)]
+    decoder = gateskip.load(folder, "float32", rounded=False)
+    slow = gateskip.load(folder, "float32", backend="gathered")
+    ids = probe_ids(folder)
+    exact, other = (last_logits(each, ids) for each in (decoder, slow))
+    assert (exact - other).norm() < 0.1 * other.norm()
+
+
+def test_autoround_learns_more_in_more_steps(
+    auto_round: Any, quantize: Callable[..., Made]
+) -> None:
+    first, more = (quantize(**AUTOROUND | {"bits": 2, "iters": n})[1] for n in (1, 40))
+    assert mean(more) < mean(first)

@@ -27,7 +27,7 @@ PACKINGS: dict[str, dict[str, Any]] = {
     "gptq3": {"use": "gptq", "group_size": 32, "bits": 3},
     "act-order": {"use": "gptq", "group_size": 32, "act_order": True},
     "not symmetric": {"use": "gptq", "group_size": 32, "sym": False},
-    "whole rows": {"use": "gptq", "group_size": -1},
+    "whole rows": {"use": "gptq", "group_size": -1, "sym": True},
     "mixed": {"use": "gptq", "group_size": 32, "mixed": {"down_proj": 8}},
 }
 HEALED = {"use": "heal", "backbone": "scales", "steps": 12, "lr": 3e-3, "validate_every": 6}

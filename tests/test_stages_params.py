@@ -16,6 +16,7 @@ from compose.stages.registry import (
     RULES,
     STAGES,
     AnyStage,
+    AutoRound,
     Bnb,
     DropLayers,
     Gate,
@@ -47,6 +48,7 @@ EXAMPLES: tuple[Stage, ...] = (
     Heal(),
     Bnb(format="nf4"),
     Gptq(),
+    AutoRound(),
     PackHead(),
     Skip(),
     Speculate(),
@@ -123,6 +125,11 @@ def test_stages_are_frozen_values() -> None:
         (Heal, {"backbone": "frozen"}),
         (Gptq, {"bits": 5}),
         (Gptq, {"group_size": 48}),
+        (Gptq, {"group_size": -1}),
+        (Gptq, {"foem": 0.0}),
+        (Gptq, {"foem": 0.2, "device_map": "auto"}),
+        (AutoRound, {"iters": 0}),
+        (AutoRound, {"group_size": -1}),
         (Skip, {"budget": 1.1}),
         (Speculate, {"draft_length": 17}),
         (Speculate, {"draft_length": "fast"}),
@@ -203,7 +210,7 @@ def test_a_head_is_packed_once() -> None:
         assert rule_of(quantizer, PackHead(), shape=untied) == "head-packed-twice"
 
 
-@pytest.mark.parametrize("asked", [{"mixed": {"down_proj": 8}}, {"lm_head": 8}])
+@pytest.mark.parametrize("asked", [{"mixed": {"down_proj": 8}}, {"lm_head": 8}, {"foem": 0.2}])
 def test_architectures_that_gptqmodel_does_not_know(asked: dict[str, Any]) -> None:
     phi3 = replace(SHAPE, model_type="phi3", tie_embeddings=False)
     assert rule_of(Gptq(**asked), shape=phi3) == "layout-known"
@@ -216,7 +223,7 @@ def test_architectures_that_gptqmodel_does_not_know(asked: dict[str, Any]) -> No
         (PruneWidth(ratio=0.2), Heal(), Gate(), Gptq(), Speculate()),
         (DropLayers(count=3), PruneWidth(ratio=0.2), Bnb(format="nf4")),
         (Gptq(), Gate(backbone="frozen"), Skip()),
-        (Gptq(group_size=-1),),
+        (Gptq(group_size=-1, sym=True),),
         (Heal(),),
         (DropLayers(layers=(0, 29)),),
         (PruneHeads(count=3), PruneHeads(count=3), Gptq()),
@@ -344,13 +351,14 @@ def test_untied_head_is_packed() -> None:
 def test_group_rule_sees_the_pruned_width() -> None:
     fitting, cut = PruneWidth(ratio=0.2), PruneWidth(ratio=0.22, round_to=32)
     assert fitting.kept_width(1536) == 19 * 64
-    assert rule_of(fitting, Gptq()) is None
+    assert rule_of(fitting, Gptq(group_size=64)) is None
     assert cut.kept_width(1536) == 18 * 64 + 32
-    assert rule_of(cut, Gptq()) == "group-divides"
+    assert rule_of(cut, Gptq(group_size=64)) == "group-divides"
+    assert rule_of(cut, Gptq()) is None, "groups of 32"
 
 
 def test_group_rule_falls_back_to_a_whole_row() -> None:
-    with pytest.raises(RuleBroken, match="set group_size: -1"):
+    with pytest.raises(RuleBroken, match="set group_size: -1 and sym: true"):
         Gptq(group_size=32).check(replace(SHAPE, intermediate_size=1001), ())
 
 

@@ -46,7 +46,8 @@ def read_blocks(stored: NDArray[numpy.uint8], kind: str) -> Blocks:
     nibbles = (body & 15, body >> 4)
     codes = body ^ 128 if bits == 8 else numpy.concatenate(nibbles, axis=2)  # signed, plus 128
     minimum = head[:, :, 1].copy() if numbers == 2 else None
-    return Blocks(codes.reshape(n, -1), head[:, :, 0].copy(), minimum, bits)
+    flat: Any = codes.reshape(n, -1)
+    return Blocks(flat, head[:, :, 0].copy(), minimum, bits)
 
 
 def write_blocks(blocks: Blocks) -> tuple[str, NDArray[numpy.uint8]]:

@@ -101,7 +101,7 @@ def _built(parts: list[dict[str, Any]]) -> Any:
     """A pre-tokenizer of the tokenizers library from the parts that its JSON has."""
     from tokenizers import Regex, pre_tokenizers
 
-    made = []
+    made: list[Any] = []
     for part in parts:
         if part["type"] == "Digits":
             made.append(pre_tokenizers.Digits(individual_digits=part["individual_digits"]))

@@ -42,7 +42,7 @@ def save_shards(
     if len(written) == 1:
         written[0][0].rename(folder / ONE)
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, (path, names) in enumerate(written, 1):
         final = f"model-{number:05}-of-{len(written):05}.safetensors"
         path.rename(folder / final)

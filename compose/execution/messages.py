@@ -14,6 +14,7 @@ Role = Literal[
     "tune",
     "gguf",
     "convert",
+    "compressed-tensors",
     "probe",
 ]
 """What a worker does; `compose.workers.main` describes each."""

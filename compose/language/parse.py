@@ -6,6 +6,7 @@ values strictly (no text for a number), and what it refuses is worded anew (`mis
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ class _Paths:
         self.missing: list[Problem] = []
 
     def _absolute(self, path: str | Path) -> Path:
-        return self._folder / Path(path).expanduser()
+        """From the root, without `..`: a path that is part of a key has one spelling."""
+        return Path(os.path.normpath(self._folder / Path(path).expanduser()))
 
     def file(self, path: str | Path, loc: Loc) -> str:
         """A file that must exist."""

@@ -23,6 +23,7 @@ LIBRARIES = (
     "safetensors",
     "bitsandbytes",
     "gptqmodel",
+    "auto-round",
     "optimum",
     "torch-pruning",
     "lm-eval",

@@ -15,6 +15,7 @@ from compose.stages.prune.heads import PruneHeads
 from compose.stages.prune.hidden import PruneHidden
 from compose.stages.prune.layers import DropLayers
 from compose.stages.prune.width import PruneWidth
+from compose.stages.quantize.autoround import AutoRound
 from compose.stages.quantize.bnb import Bnb
 from compose.stages.quantize.gptq import Gptq
 from compose.stages.quantize.head import PackHead
@@ -34,6 +35,7 @@ STAGES: dict[str, type[Stage]] = {
     "int2": Int2,
     "bnb": Bnb,
     "gptq": Gptq,
+    "autoround": AutoRound,
     "pack-head": PackHead,
     "skip": Skip,
     "speculate": Speculate,
@@ -54,6 +56,7 @@ AnyStage = Annotated[
     | Int2
     | Bnb
     | Gptq
+    | AutoRound
     | PackHead
     | Skip
     | Speculate,
@@ -65,6 +68,7 @@ __all__ = [
     "RULES",
     "STAGES",
     "AnyStage",
+    "AutoRound",
     "Bnb",
     "DataSpec",
     "DropLayers",

@@ -100,3 +100,13 @@ def _packed_bits(quantization: Mapping[str, Any]) -> int | None:
     own = [each for named in layers for each in named.values()]
     stated = [each.get("bits") for each in (quantization, *own)]
     return max((bits for bits in stated if isinstance(bits, int)), default=None)
+
+
+@dataclass(frozen=True)
+class PackedBits:
+    """Bits of a weight in a folder of packed weights, scales and offsets included."""
+
+    layers: float
+    """Of the linear layers in the decoder layers."""
+    outer: float | None = None
+    """Of embedding and LM head; None where these stay as they were."""

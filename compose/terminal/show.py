@@ -181,6 +181,17 @@ def stats_text(answer: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def compressed_text(to: Path, written: dict[str, Any]) -> str:
+    """What a folder in the format of compressed-tensors holds, in one line."""
+    schemes, size = " and ".join(written["schemes"]), bytes_text(written["bytes"])
+    text = f"{to}: {schemes}, {written['layers']} layers, {size}, read back: the same codes"
+    if written["floats"]:
+        text += f"; floats again: {', '.join(written['floats'])}"
+    if written["rounded_scales"]:
+        text += "; scales are finer than the folder's float type, in which vLLM keeps them"
+    return text
+
+
 def read_text(text: str) -> str:
     """The text itself, or the content of the file that `@FILE` names.
 

@@ -9,6 +9,7 @@
     tune      find the draft that decodes a folder fastest        progress, then one answer
     gguf      write a folder as a GGUF file and load it back      one answer
     convert   make a GGUF file a folder in the cache              progress, then one answer
+    compressed-tensors   write a packed folder in that format and read it back   one answer
     probe     try the libraries, for `gateskip doctor`            a message a library, one answer
 
 Commands come as JSON lines on stdin; messages go out as JSON lines on what was stdout when the
@@ -86,6 +87,12 @@ def _convert(job: Job, channel: Channel) -> str:
     return str(resolve_model(job["source"], cache, channel.progress, keep_blocks=keep).path)
 
 
+def _compressed(job: Job, channel: Channel) -> dict[str, Any]:
+    from compose.artifacts.compressed_tensors import write_compressed
+
+    return write_compressed(Path(job["folder"]), Path(job["target"]))
+
+
 def _probe(job: Job, channel: Channel) -> None:
     probe_libraries(channel.send)
 
@@ -99,6 +106,7 @@ ROLES: dict[Role, Callable[[Any, Channel], Any]] = {
     "tune": _tune,
     "gguf": _gguf,
     "convert": _convert,
+    "compressed-tensors": _compressed,
     "probe": _probe,
 }
 """The roles that give one answer. `cell` gives one a command."""

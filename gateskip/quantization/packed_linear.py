@@ -303,7 +303,8 @@ def _from_gptq(module: Any) -> PackedLinear | None:
     # now: its own dequantized weights tell, at the first row of each group.
     first = torch.arange(0, k, group)
     weights = module.dequantize_weight().float()[first]  # [groups, n]
-    zeros = (codes[first] - weights / scale.clamp_min(1e-12)).round()
+    steps = torch.where(scale == 0, torch.ones_like(scale), scale)  # auto-round has negative ones
+    zeros = (codes[first] - weights / steps).round()
     offset = (2 ** (bits - 1) - zeros) * scale
     return PackedLinear(
         codes.T,

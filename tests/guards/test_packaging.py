@@ -28,6 +28,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "gateskip": (),
     "gateskip/training": ("compress",),
     "compose": ("compress",),
+    "compose/stages/quantize": ("compress", "autoround"),
     "compose/assets": ("compress", "eval"),
     "compose/bench": ("compress", "eval"),
     "compose/execution": ("compress", "ray"),

@@ -9,37 +9,46 @@ from typing import Any
 
 from compose.units import Progress
 
+METHODS = ("GPTQ", "FOEM")
+"""Classes of gptqmodel that quantize a layer; older versions lack the second."""
+
 
 @contextmanager
 def counted(progress: Progress, total: int, phase: str) -> Iterator[None]:
     """Report each of `total` linear layers that gptqmodel quantizes while the block runs.
 
-    Both ways into gptqmodel end in `GPTQ.quantize`, once a layer, perhaps in several threads. It
-    calls itself where a layer has to be quantized again, which counts once.
+    Both ways into gptqmodel end in the `quantize` of GPTQ, or of FOEM, once a layer, perhaps in
+    several threads. It calls itself where a layer has to be quantized again, which counts once.
     """
-    from gptqmodel.quantization.gptq import GPTQ
+    from gptqmodel import quantization
 
-    original, lock = GPTQ.quantize, threading.Lock()
-    done = 0
+    lock, done = threading.Lock(), 0
     under_way = threading.local()
 
-    def quantize(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        if getattr(under_way, "layer", None) is self:
-            return original(self, *args, **kwargs)
-        under_way.layer = self
-        try:
-            result = original(self, *args, **kwargs)
-        finally:
-            under_way.layer = None
-        with lock:
-            done += 1
-            progress(min(done, total), total, phase)
-        return result
+    def counting(original: Any) -> Any:
+        def quantize(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            if getattr(under_way, "layer", None) is self:
+                return original(self, *args, **kwargs)
+            under_way.layer = self
+            try:
+                result = original(self, *args, **kwargs)
+            finally:
+                under_way.layer = None
+            with lock:
+                done += 1
+                progress(min(done, total), total, phase)
+            return result
+
+        return quantize
 
     progress(0, total, phase)
-    GPTQ.quantize = quantize
+    methods = (vars(quantization).get(name) for name in METHODS)
+    originals = {each: each.quantize for each in methods if "quantize" in vars(each or object)}
+    for method, original in originals.items():
+        method.quantize = counting(original)
     try:
         yield
     finally:
-        GPTQ.quantize = original
+        for method, original in originals.items():
+            method.quantize = original

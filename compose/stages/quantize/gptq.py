@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from compose.errors import RuleBroken
-from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJob
+from compose.stages.base import UNPACKED, ModelShape, PackedBits, Role, Split, Stage, StageJob
 from compose.stages.gate_transfer import carry_gates
+from compose.stages.quantize.gptq_rules import WHOLE_ROW, refuse_cut_groups, refuse_odd_tiles
 from compose.stages.quantize.linears import (
     Bits,
     DeviceMap,
@@ -22,9 +22,6 @@ from compose.stages.quantize.linears import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-TILE_OUTPUTS = 32  # of a GPTQ layer, that a kernel takes at a time
-GROUP_SIZES = (32, 64, 128, 256, 512, 1024)  # the ones that GPTQ kernels are written for
-WHOLE_ROW = -1
 UNKNOWN = ("phi3",)  # architectures whose MLP gptqmodel's table does not have
 ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
 
@@ -33,7 +30,7 @@ class Gptq(Stage):
     """Quantize the linear layers one by one, making up for each rounding in the next weights."""
 
     role: ClassVar[Role] = "quantize"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
     use: Literal["gptq"] = "gptq"
@@ -42,17 +39,22 @@ class Gptq(Stage):
     bits: Bits = 4
     """Bits of one weight."""
 
-    group_size: Literal[-1, 32, 64, 128, 256, 512, 1024] = 64
+    group_size: Literal[-1, 32, 64, 128, 256, 512, 1024] = 32
     """Weights that share a scale; it must divide every linear layer's inputs. -1: a whole row."""
 
-    sym: bool = True
-    """Whether the grid is symmetric around zero, which more kernels can read."""
+    sym: bool = False
+    """Whether the grid is symmetric around zero: less exact, but in the older of GPTQ's formats,
+    which AutoGPTQ, ONNX Runtime's model builder and more kernels read."""
 
     act_order: bool = False
     """Whether columns are quantized by falling activation; more exact, slower to decode."""
 
     damp: float = Field(default=0.01, gt=0, lt=1)
     """Share of the Hessian's mean diagonal that is added to its diagonal."""
+
+    foem: float | None = Field(default=None, gt=0, le=1)
+    """FOEM's beta, which also makes up for errors of first order: how far a weight that earlier
+    roundings moved is drawn back to where it was. Its authors use 0.1 to 0.25; without: GPTQ."""
 
     skip: tuple[str, ...] = ()
     """Linear layers that stay as they are, in every decoder layer, by the end of their name:
@@ -83,6 +85,8 @@ class Gptq(Stage):
             )
         if self.device_map and self.is_mixed():
             raise ValueError("device_map is optimum's, which gives all layers the same bits")
+        if self.device_map and self.foem:
+            raise ValueError("device_map is optimum's, which has no foem")
         return self
 
     def groups_know_activation(self) -> bool:
@@ -92,6 +96,10 @@ class Gptq(Stage):
     def is_mixed(self) -> bool:
         """Whether layers differ in bits, or the LM head is one of them."""
         return bool(self.mixed or self.lm_head)
+
+    def by_gptqmodel(self) -> bool:
+        """Whether gptqmodel is asked itself: optimum has no word for mixed bits and for FOEM."""
+        return self.is_mixed() or self.foem is not None
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, `group-divides` (whole groups in every layer), and `whole-tiles`."""
@@ -103,31 +111,18 @@ class Gptq(Stage):
             for name, width in shape.linear_in_features().items()
             if not any(skipped.endswith(name) for skipped in self.skip)
         }
-        if (width := shape.num_kv_heads * shape.head_dim) % TILE_OUTPUTS:
-            raise RuleBroken(
-                "whole-tiles",
-                f"keys and values are {width} wide, no multiple of {TILE_OUTPUTS}",
-                fix="keep more KV heads, or use bnb",
-            )
-        if self.is_mixed() and shape.model_type in UNKNOWN:
+        refuse_odd_tiles(shape)
+        if self.by_gptqmodel() and shape.model_type in UNKNOWN:
             raise RuleBroken(
                 "layout-known",
-                f"gptqmodel, which mixes bits, does not know the layers of {shape.model_type}",
-                fix="leave mixed and lm_head out: the same bits go through optimum",
+                f"gptqmodel, which mixes bits and has FOEM, does not know the layers of"
+                f" {shape.model_type}",
+                fix="leave mixed, lm_head and foem out: all else goes through optimum",
             )
         if self.lm_head:
             widths["lm_head"] = shape.hidden_size
             refuse_tied_head(shape)
-        if self.group_size == WHOLE_ROW:
-            return
-        cut = {name: width for name, width in widths.items() if width % self.group_size}
-        if cut:
-            name, width = next(iter(cut.items()))
-            raise RuleBroken(
-                "group-divides",
-                f"group_size {self.group_size} does not divide the {width} inputs of {name}",
-                fix=f"set group_size: {_nearest_group(self.group_size, widths)}",
-            )
+        refuse_cut_groups(self.group_size, widths)
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
@@ -137,18 +132,25 @@ class Gptq(Stage):
         """The most of any layer, unless some stay as they are."""
         return UNPACKED if self.skip else max([self.bits, *self.mixed.values()])
 
+    def packed_bits(self, shape: ModelShape) -> PackedBits | None:
+        """Codes, and for each group a float16 scale and a zero point."""
+        if self.is_mixed() or self.skip:
+            return None
+        shared = 0.0 if self.group_size == WHOLE_ROW else (16 + self.bits) / self.group_size
+        return PackedBits(self.bits + shared)
+
     def run(self, job: StageJob) -> dict[str, Any]:
         """Quantize, and save in the AutoGPTQ format; measures what the rounding did."""
         from transformers import AutoTokenizer
 
+        from compose.stages.quantize.by_gptqmodel import quantize_by_gptqmodel
         from compose.stages.quantize.counted import counted
         from compose.stages.quantize.errors import layer_errors
-        from compose.stages.quantize.mixed_bits import quantize_mixed
 
         blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
         with counted(job.progress, self._count(job), f"GPTQ, {self.bits} bits"):
-            if self.is_mixed():
-                quantize_mixed(self, job, blocks)
+            if self.by_gptqmodel():
+                quantize_by_gptqmodel(self, job, blocks)
             else:
                 self._through_optimum(job, blocks)
         carry_gates(job)
@@ -223,10 +225,3 @@ def as_autogptq(model: Any) -> None:
     if converted:
         config.format = "gptq"
     config.dataset, config.tokenizer = None, None
-
-
-def _nearest_group(wanted: int, widths: dict[str, int]) -> int:
-    """The group size nearest to `wanted` that divides all `widths`; a whole row when none does."""
-    common = math.gcd(*widths.values())
-    fitting = [size for size in GROUP_SIZES if common % size == 0]
-    return min(fitting, key=lambda size: abs(size - wanted), default=WHOLE_ROW)

@@ -98,8 +98,9 @@ def bytes_beside(job: StageJob, packed: set[str], embedding: int | None) -> int:
     return total
 
 
-def as_gptq(grid: Grid) -> dict[str, Tensor]:
-    """A grid with integer zero points as GPTQ stores it, format `gptq_v2`.
+def as_gptq(grid: Grid, older: bool = False) -> dict[str, Tensor]:
+    """A grid with integer zero points as GPTQ stores it, in the format `gptq_v2`, or in the older
+    one, whose zero points stand one lower in the file and therefore begin at 1.
 
     qweight [in / codes, out] and qzeros [groups, out / codes] hold 32 / bits codes in an int32,
     lowest bits first; scales [groups, out] are float16; g_idx [in] is each column's group.
@@ -107,8 +108,12 @@ def as_gptq(grid: Grid) -> dict[str, Tensor]:
     import torch
 
     assert grid.minimum is not None, "GPTQ's zero points are codes"
-    scale = torch.where(grid.scale == 0, torch.ones_like(grid.scale), grid.scale)
-    zeros = (-grid.minimum / scale).round().to(torch.uint8)  # [out, groups]
+    flat = grid.scale == 0  # a group of zeros, whatever its codes
+    scale = torch.where(flat, torch.ones_like(grid.scale), grid.scale)
+    zeros = torch.where(flat, grid.middle, (-grid.minimum / scale).round()).to(torch.uint8)
+    if older:
+        assert bool(zeros.all()), "the older format has no zero point of 0"
+        zeros -= 1
     columns = torch.arange(grid.codes.shape[1], dtype=torch.int32)
     return {
         "qweight": _ints(grid.codes.T, grid.bits),
@@ -119,25 +124,25 @@ def as_gptq(grid: Grid) -> dict[str, Tensor]:
 
 
 def _ints(codes: Tensor, bits: int) -> Tensor:
-    """Codes [k, n] as int32 [k / (32 / bits), n]: of each column several rows in one number."""
+    """Codes [k, n] as int32 [k * bits / 32, n]: each column a stream of bits, lowest first."""
     import torch
 
-    per = 32 // bits
-    shifts = (bits * torch.arange(per)).view(1, -1, 1)
-    words = (codes.long().unflatten(0, (-1, per)) << shifts).sum(1)  # below 2**32
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).contiguous()
+    from gateskip.quantization.grid import pack_bits
+
+    return pack_bits(codes.T.contiguous(), bits).view(torch.int32).T.contiguous()
 
 
-def gptq_config(bits: int, group: int) -> dict[str, Any]:
+def gptq_config(bits: int, group: int, sym: bool = False) -> dict[str, Any]:
     """What such a folder's config says of its weights."""
+    layout = "gptq" if sym else "gptq_v2"
     return {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group,
         "desc_act": False,
-        "sym": False,
-        "format": "gptq_v2",
-        "checkpoint_format": "gptq_v2",
+        "sym": sym,
+        "format": layout,
+        "checkpoint_format": layout,
         "pack_dtype": "int32",
         "lm_head": False,
     }

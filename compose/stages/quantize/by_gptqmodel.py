@@ -1,7 +1,8 @@
-"""GPTQ with other bits for some layers, or for the LM head: by gptqmodel itself.
+"""GPTQ by gptqmodel itself: other bits for some layers or for the LM head, and FOEM.
 
-optimum, through which uniform bits go, has no word for it. gptqmodel writes what differs into the
-quantization config as `dynamic`, which vLLM and SGLang read as well.
+optimum, through which all else goes, has no word for them. gptqmodel writes what differs into the
+quantization config as `dynamic`, which vLLM and SGLang read as well. FOEM (first-order error
+compensation, AAAI 2026) is an option of its GPTQ, and leaves nothing in the checkpoint.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import os
 import re
 from collections.abc import Mapping
+from importlib import metadata
 from typing import TYPE_CHECKING, Any, Protocol
 
 from compose.errors import UserError
@@ -55,6 +57,11 @@ class GptqSettings(Protocol):
         ...
 
     @property
+    def foem(self) -> float | None:
+        """FOEM's beta; None is plain GPTQ."""
+        ...
+
+    @property
     def skip(self) -> tuple[str, ...]:
         """Ends of the names of layers that stay as they are."""
         ...
@@ -79,7 +86,7 @@ class GptqSettings(Protocol):
         ...
 
 
-def quantize_mixed(stage: GptqSettings, job: StageJob, blocks: Tensor) -> None:
+def quantize_by_gptqmodel(stage: GptqSettings, job: StageJob, blocks: Tensor) -> None:
     """Quantize `job.source` into `job.target`, calibrated on token blocks [N, S]."""
     import torch
 
@@ -95,6 +102,9 @@ def quantize_mixed(stage: GptqSettings, job: StageJob, blocks: Tensor) -> None:
         damp_percent=stage.damp,
         dynamic=patterns(stage, job),
         lm_head=stage.lm_head is not None,
+        foem=_foem(stage.foem),
+        # the older format cannot hold a zero point of 0
+        format="gptq" if stage.sym else "gptq_v2",
         offload_to_disk=True,  # layers come in for their turn alone
         offload_to_disk_path=str(job.work / "layers"),
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -111,6 +121,25 @@ def quantize_mixed(stage: GptqSettings, job: StageJob, blocks: Tensor) -> None:
     model.save(str(job.target))
     _tidy(job)
     _refuse_forgotten(stage, job)
+
+
+def _foem(beta: float | None) -> Any:
+    """FOEM's settings as gptqmodel takes them; None is plain GPTQ.
+
+    Raises:
+        UserError: this gptqmodel has no FOEM.
+    """
+    if beta is None:
+        return None
+    try:
+        from gptqmodel.quantization import FOEMConfig
+    except ImportError:
+        found = metadata.version("gptqmodel")
+        raise UserError(
+            f"foem: gptqmodel {found} has no FOEM",
+            fix="pip install --upgrade 'gptqmodel>=7,<8', or leave foem out",
+        ) from None
+    return FOEMConfig(alpha=0, beta=beta)  # alpha above 0 is GPTAQ beside it
 
 
 def patterns(stage: GptqSettings, job: StageJob) -> dict[str, dict[str, Any]]:
@@ -153,7 +182,11 @@ def _tidy(job: StageJob) -> None:
 
     made = require_model(job.target)["quantization_config"]
     config = {**require_model(job.source), "dtype": job.dtype}
-    config["quantization_config"] = {name: made[name] for name in STATED if name in made}
+    stated = {name: made[name] for name in STATED if name in made}
+    for differing in ("dynamic", "lm_head"):  # where nothing does, transformers loads it by itself
+        if not stated.get(differing):
+            stated.pop(differing, None)
+    config["quantization_config"] = stated
     write_json(job.target / "config.json", config)
     for log in ("quant_log.csv", "quantize_config.json"):
         (job.target / log).unlink(missing_ok=True)

@@ -1,0 +1,242 @@
+"""A packed model folder in the format of compressed-tensors, which vLLM and transformers read.
+
+The same codes and scales in other tensors (`pack-quantized`: W4A16 and W8A16), so nothing is
+rounded again. Of a layer NAME with weights [n, k] in groups of g:
+
+    NAME.weight_packed      int32 [n, k * bits / 32], codes along the row, lowest bits first
+    NAME.weight_scale       [n, k / g]
+    NAME.weight_zero_point  int32 [n * bits / 32, k / g], packed down the column; asymmetric alone
+    NAME.weight_shape       int64 [2]
+
+Embedding and LM head have no form there, and are written as floats.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compose.artifacts.folder import COMPANIONS, dtype_of, is_gated, place_file
+from compose.artifacts.packed_folder import (
+    IntegerLayer,
+    PackedFolder,
+    packed,
+    tensors_of,
+    unpacked,
+)
+from compose.errors import ArtifactError, StepError
+from compose.store import new_folder, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BITS = (4, 8)
+"""What kernels for these tensors exist for."""
+SHARD = 4 << 30  # bytes of tensors in one file
+WHOLE_ROW = -1
+OUTER = ("embed_tokens", "lm_head")
+WEIGHTS = "model.safetensors"
+
+Scheme = tuple[int, int, bool]
+"""Bits, weights in a group (-1: a whole row), and whether the grid is symmetric around zero."""
+
+
+def write_compressed(folder: Path, target: Path) -> dict[str, Any]:
+    """Write the packed model in `folder` to the new folder `target`, and read it back.
+
+    Gives `schemes` (as vLLM calls them: W4A16 ...), `layers`, `floats` (what was packed and is not
+    any more), `rounded_scales` (whether a reader in the folder's float type rounds the scales), and
+    `bytes`.
+
+    Raises:
+        ArtifactError: the folder cannot be written in this format, or `target` exists.
+        StepError: the tensors do not read back as what was written.
+    """
+    if target.exists():
+        raise ArtifactError(f"{target} exists, and is not replaced", fix="name another folder")
+    source = PackedFolder(folder)
+    _refuse_gates(folder)
+    inner = [name for name in source.layers if not name.endswith(OUTER)]
+    floats = [*source.embeddings, *(name for name in source.layers if name not in inner)]
+    schemes = _schemes(source, inner)
+    with new_folder(target) as made:
+        _save(made, _tensors(source, inner, floats, schemes))
+        rounded = _read_back(made, source, inner, schemes)
+        dense = _dense_linears(made)
+        config = {**source.config, "quantization_config": _config(schemes, dense)}
+        write_json(made / "config.json", config)
+        for pattern in COMPANIONS:
+            for path in sorted(folder.glob(pattern)):
+                place_file(path, made / path.name, link=False)
+        size = sum(path.stat().st_size for path in made.glob("*.safetensors"))
+    return {
+        "schemes": sorted({f"W{bits}A16" for bits, _, _ in schemes.values()}),
+        "layers": len(inner),
+        "floats": floats,
+        "rounded_scales": rounded,
+        "bytes": size,
+    }
+
+
+def _refuse_gates(folder: Path) -> None:
+    if is_gated(folder):
+        raise ArtifactError(
+            f"{folder} has gates, which readers of compressed-tensors cannot run",
+            fix="name the folder of a chain without gates",
+        )
+
+
+def _schemes(source: PackedFolder, names: list[str]) -> dict[str, Scheme]:
+    """The scheme of each layer; all are symmetric, or none, because readers fuse q, k and v."""
+    found = {}
+    for name in names:
+        layer = source.layer(name)
+        if layer.bits not in BITS:
+            raise ArtifactError(
+                f"{name} has {layer.bits} bits, and readers of compressed-tensors have kernels for"
+                f" {' and '.join(map(str, BITS))}",
+                fix="make the folder with bits of 4 or 8 alone",
+            )
+        group = WHOLE_ROW if source.stated.get("group_size") == WHOLE_ROW else layer.group
+        found[name] = (layer.bits, group, layer.zeros is None)
+    symmetric = all(each for _, _, each in found.values())
+    return {name: (bits, group, symmetric) for name, (bits, group, _) in found.items()}
+
+
+def _tensors(
+    source: PackedFolder, names: list[str], floats: list[str], schemes: dict[str, Scheme]
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor of the folder to be written."""
+    import torch
+
+    for name in names:
+        layer = source.layer(name)
+        yield f"{name}.weight_packed", packed(layer.codes, layer.bits)
+        yield f"{name}.weight_scale", layer.scale.contiguous()
+        if not schemes[name][2]:
+            zeros = packed(_zeros(layer).T, layer.bits).T.contiguous()
+            yield f"{name}.weight_zero_point", zeros
+        yield f"{name}.weight_shape", torch.tensor(layer.codes.shape)
+    dtype = getattr(torch, dtype_of(source.folder))
+    for name in floats:
+        yield f"{name}.weight", source.layer(name).weight().to(dtype)
+    yield from source.others()
+
+
+def _zeros(layer: IntegerLayer) -> Tensor:
+    """Zero points [n, k / group], those of a symmetric layer written out."""
+    import torch
+
+    if layer.zeros is not None:
+        return layer.zeros
+    return torch.full(layer.scale.shape, 2 ** (layer.bits - 1), dtype=torch.uint8)
+
+
+def _save(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """Save in files of at most SHARD bytes, with an index where there are several."""
+    from safetensors.torch import save_file
+
+    names: list[list[str]] = []
+    total = 0
+    for shard in _shards(tensors):
+        save_file(shard, folder / f"part-{len(names)}.safetensors", {"format": "pt"})
+        names.append(list(shard))
+        total += sum(value.nbytes for value in shard.values())
+    if len(names) == 1:
+        (folder / "part-0.safetensors").rename(folder / WEIGHTS)
+        return
+    places: dict[str, str] = {}
+    for index, own in enumerate(names):
+        file = f"model-{index + 1:05}-of-{len(names):05}.safetensors"
+        (folder / f"part-{index}.safetensors").rename(folder / file)
+        places |= dict.fromkeys(own, file)
+    index_file = folder / f"{WEIGHTS}.index.json"
+    write_json(index_file, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The tensors in lots of at most SHARD bytes, one lot in memory at a time."""
+    shard: dict[str, Tensor] = {}
+    for name, value in tensors:
+        if shard and sum(each.nbytes for each in shard.values()) + value.nbytes > SHARD:
+            yield shard
+            shard = {}
+        shard[name] = value.contiguous()
+    yield shard
+
+
+def _read_back(
+    folder: Path, source: PackedFolder, names: list[str], schemes: dict[str, Scheme]
+) -> bool:
+    """Compare codes and zero points with the source's; whether the float type rounds scales.
+
+    Raises:
+        StepError: they differ.
+    """
+    import torch
+
+    written, rounded = tensors_of(folder), False
+    dtype = getattr(torch, dtype_of(source.folder))
+    for name in names:
+        layer, (bits, _, symmetric) = source.layer(name), schemes[name]
+        codes = unpacked(written(f"{name}.weight_packed"), bits)
+        same = torch.equal(codes[:, : layer.codes.shape[1]], layer.codes)
+        if not symmetric:
+            zeros = unpacked(written(f"{name}.weight_zero_point").T, bits).T
+            same &= torch.equal(zeros[: len(layer.codes)], _zeros(layer))
+        if not same:
+            raise StepError(f"the codes of {name} do not read back as what was written")
+        rounded |= not torch.equal(layer.scale.to(dtype).to(layer.scale), layer.scale)
+    return rounded
+
+
+def _dense_linears(folder: Path) -> list[str]:
+    """Layers with a matrix of floats, by name: what is not packed. An embedding is no linear layer,
+    and naming it does no harm."""
+    from safetensors import safe_open
+
+    found = {"lm_head"}  # also where it shares the embedding's weights, and is in no file
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.endswith(".weight") and len(file.get_slice(name).get_shape()) == 2:
+                    found.add(name.removesuffix(".weight"))
+    return sorted(found)
+
+
+def _config(schemes: dict[str, Scheme], dense: list[str]) -> dict[str, Any]:
+    """`quantization_config`: a group for each scheme, of all linear layers or by their names."""
+    groups: dict[Scheme, list[str]] = defaultdict(list)
+    for name, scheme in schemes.items():
+        groups[scheme].append(name)
+    one = len(groups) == 1
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{index}": {
+                "targets": ["Linear"] if one else names,
+                "weights": {
+                    "num_bits": bits,
+                    "type": "int",
+                    "symmetric": symmetric,
+                    **_strategy(group),
+                    "dynamic": False,
+                },
+                "input_activations": None,
+                "output_activations": None,
+            }
+            for index, ((bits, group, symmetric), names) in enumerate(groups.items())
+        },
+        "ignore": dense,
+        "kv_cache_scheme": None,
+    }
+
+
+def _strategy(group: int) -> dict[str, Any]:
+    if group == WHOLE_ROW:
+        return {"strategy": "channel"}
+    return {"strategy": "group", "group_size": group}

@@ -1,0 +1,189 @@
+"""Packed linear layers of a model folder as integers: GPTQ's tensors, and gateskip's own.
+
+    weight[i, j] = scale[i, j / group] * (code[i, j] - zero[i, j / group])
+
+Read straight from the files, one layer at a time, without building a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compose.artifacts.folder import GATES, require_model
+from compose.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GPTQ = ("qweight", "qzeros", "scales", "g_idx")
+GRID = ("codes", "scale", "minimum")
+"""What the tensors of a packed layer are called, after its name: the first one has the codes."""
+
+WORD = 32  # bits of an int32 that codes are packed in
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """One packed layer [n, k]."""
+
+    bits: int
+    codes: Tensor
+    """uint8 [n, k], 0 to 2**bits - 1."""
+    scale: Tensor
+    """[n, k / group], in the type of the file."""
+    zeros: Tensor | None
+    """uint8 [n, k / group]: the code that stands for zero; None where it is 2**(bits - 1)."""
+
+    @property
+    def group(self) -> int:
+        """Weights that share a scale."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    def weight(self) -> Tensor:
+        """The weights, float32 [n, k]."""
+        codes = self.codes.float().unflatten(1, (-1, self.group))
+        zeros = 2 ** (self.bits - 1) if self.zeros is None else self.zeros.float().unsqueeze(2)
+        return ((codes - zeros) * self.scale.float().unsqueeze(2)).flatten(1)
+
+
+class PackedFolder:
+    """The tensors of a folder whose weights GPTQ's tensors or gateskip's hold.
+
+    Raises:
+        ArtifactError: it is no such folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.config = folder, require_model(folder)
+        self.stated: dict[str, Any] = self.config.get("quantization_config") or {}
+        self.method = str(self.stated.get("quant_method") or "")
+        if self.method not in ("gptq", "gateskip"):
+            raise ArtifactError(
+                f"the weights in {folder} are {self.method or 'not packed'}, and not by int4, int8,"
+                " gptq or autoround",
+                fix="put one of these stages at the end of the chain",
+            )
+        self._files, self._tensor = _tensor_files(folder), tensors_of(folder)
+        self._parts = GPTQ if self.method == "gptq" else GRID
+        ends = f".{self._parts[0]}"
+        names = [name.removesuffix(ends) for name in self._files if name.endswith(ends)]
+        self.embeddings = [name for name in names if name.endswith("embed_tokens")]
+        """Packed input embeddings."""
+        self.layers = [name for name in names if name not in self.embeddings]
+        """Packed linear layers."""
+
+    def tensor(self, name: str) -> Tensor | None:
+        """A tensor by its name in the files; None where there is none."""
+        return self._tensor(name) if name in self._files else None
+
+    def others(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of every tensor that is not part of a packed layer."""
+        packed = {f"{layer}.{part}" for layer in self.layers for part in self._parts}
+        packed |= {f"{layer}.{part}" for layer in self.embeddings for part in self._parts}
+        for name in self._files:
+            if name not in packed:
+                yield name, self._tensor(name)
+
+    def layer(self, name: str) -> IntegerLayer:
+        """A packed layer as integers.
+
+        Raises:
+            ArtifactError: its groups have real minima, or are scattered over the row.
+        """
+        parts = [self.tensor(f"{name}.{part}") for part in self._parts]
+        if self.method == "gptq":
+            return self._from_gptq(name, *parts)
+        return self._from_grid(name, *parts)
+
+    def _from_gptq(
+        self, name: str, packed: Any, packed_zeros: Any, scales: Any, groups: Any
+    ) -> IntegerLayer:
+        """qweight [k * bits / 32, n], qzeros [k / group, n * bits / 32], scales [k / group, n]."""
+        import torch
+
+        inputs = len(groups)
+        bits = packed.shape[0] * WORD // inputs
+        if not torch.equal(groups.long(), torch.arange(inputs) // (inputs // len(scales))):
+            raise ArtifactError(
+                f"the groups of {name} are scattered over the row (act_order)",
+                fix="make the folder with act_order: false",
+            )
+        codes = unpacked(packed.T, bits)[:, :inputs]
+        zeros = unpacked(packed_zeros, bits)[:, : scales.shape[1]].T.int()
+        if self.stated.get("checkpoint_format", self.stated.get("format", "gptq")) == "gptq":
+            zeros = zeros + 1  # the older format stores them one lower
+        if int(zeros.max()) >= 2**bits:
+            raise ArtifactError(
+                f"zero points of {name} lie outside its {bits} bits: {self.folder} states a format"
+                " that it does not have"
+            )
+        middle = bool((zeros == 2 ** (bits - 1)).all())
+        zeros = zeros.to(torch.uint8)
+        return IntegerLayer(bits, codes, scales.T.contiguous(), None if middle else zeros)
+
+    def _from_grid(self, name: str, packed: Any, scale: Any, minimum: Any) -> IntegerLayer:
+        """codes [n, k * bits / 8] as a stream of bits, scale [n, k / group]."""
+        if minimum is not None:
+            raise ArtifactError(
+                f"{self.folder} holds a real minimum for each group (offset: real), and the format"
+                " holds integer zero points alone",
+                fix="make the folder with offset: integer, or write it with `gateskip gguf --type"
+                " q4_1`, whose blocks hold real minima",
+            )
+        from gateskip.quantization.grid import unpack_bits
+
+        own = (self.stated.get("layers") or {}).get(name, {})
+        outer = name in self.embeddings or name.endswith("lm_head")
+        embedding = (self.stated.get("embedding") or {}) if outer else {}
+        bits = int({**self.stated, **own, **embedding}["bits"])
+        return IntegerLayer(bits, unpack_bits(packed, bits), scale, None)
+
+
+def unpacked(words: Tensor, bits: int) -> Tensor:
+    """int32 words [n, w] -> the codes in them, uint8 [n, w * 32 / bits]: a row is a stream of bits,
+    lowest first."""
+    import torch
+
+    from gateskip.quantization.grid import unpack_bits
+
+    return unpack_bits(words.contiguous().view(torch.uint8), bits)
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """Codes [n, k] -> int32 words [n, k * bits / 32], the last one filled up with zeros."""
+    import torch
+
+    from gateskip.quantization.grid import pack_bits
+
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % WORD))
+    words = pack_bits(padded, bits).view(torch.int32)
+    return words[:, : math.ceil(codes.shape[1] * bits / WORD)].contiguous()
+
+
+def tensors_of(folder: Path) -> Callable[[str], Tensor]:
+    """A function that gives a tensor of the folder by its name."""
+    from safetensors import safe_open
+
+    files = _tensor_files(folder)
+
+    def get(name: str) -> Tensor:
+        with safe_open(files[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    return get
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """The file that has each tensor, gates aside."""
+    from safetensors import safe_open
+
+    files: dict[str, Path] = {}
+    for path in sorted(path for path in folder.glob("*.safetensors") if path.name != GATES):
+        with safe_open(path, "pt") as file:
+            files |= dict.fromkeys(file.keys(), path)
+    return files

@@ -1,0 +1,160 @@
+"""The stage `autoround`: which way each weight is rounded is learned (arXiv 2309.05516)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.gate_transfer import carry_gates
+from compose.stages.quantize.gptq_rules import refuse_cut_groups, refuse_odd_tiles
+from compose.stages.quantize.linears import Bits
+from compose.units import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gateskip.quantization.grid import Grid
+
+ERROR_BLOCKS = 1  # calibration block on which the rounding is measured
+
+
+class AutoRound(Stage):
+    """Learn how the linear layers are rounded, block by block, by the auto-round library.
+
+    Signed gradients move each weight up or down by at most a step of the grid, and the ends of each
+    group's range, until the block's output is nearest to that of the weights as they were.
+    """
+
+    role: ClassVar[Role] = "quantize"
+    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
+
+    use: Literal["autoround"] = "autoround"
+    """The stage's name."""
+
+    bits: Bits = 4
+    """Bits of one weight."""
+
+    group_size: Literal[32, 64, 128] = 32
+    """Weights that share a scale; it must divide every linear layer's inputs."""
+
+    sym: bool = False
+    """Whether the grid is symmetric around zero: less exact, but in the older of GPTQ's formats,
+    which AutoGPTQ, ONNX Runtime's model builder and more kernels read."""
+
+    iters: int = Field(default=200, ge=1)
+    """Steps of signed gradient descent for each decoder layer; 1000 is better and takes five times
+    as long."""
+
+    batch: int = Field(default=8, ge=1)
+    """Calibration sequences in one step."""
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """Order rules, `group-divides` (whole groups in every layer), and `whole-tiles`."""
+        super().check(shape, before)
+        if shape is not None:
+            refuse_odd_tiles(shape)
+            refuse_cut_groups(self.group_size, shape.linear_in_features())
+
+    def reshape(self, shape: ModelShape) -> ModelShape:
+        """The same sizes, packed."""
+        return replace(shape, quantized="gptq")
+
+    def held(self) -> float:
+        """The model in float32 and its inputs to a layer; one layer learns at a time."""
+        return 12.0
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Learn, and save in the GPTQ format; measures what the rounding did."""
+        from transformers import AutoTokenizer
+
+        from compose.stages.quantize.errors import layer_errors
+        from compose.stages.quantize.grid_folder import as_gptq, gptq_config, write_grids
+
+        tokenizer = AutoTokenizer.from_pretrained(job.source)
+        blocks = job.blocks("calibration", tokenizer)
+        with _counted(job.progress, f"AutoRound, {self.bits} bits, {self.iters} steps a layer"):
+            grids = self._learned(job, blocks, tokenizer)
+        config = gptq_config(self.bits, self.group_size, self.sym)
+        write_grids(job, grids, config, lambda grid: as_gptq(grid, self.sym))
+        carry_gates(job)
+        errors = layer_errors(job, blocks[:ERROR_BLOCKS])
+        return {"bits": self.bits, "blocks": len(blocks), "layer_errors": errors}
+
+    def _learned(self, job: StageJob, blocks: Tensor, tokenizer: Any) -> dict[str, Grid]:
+        """Each layer's grid by its name, learned on token blocks [N, S]."""
+        import auto_round
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        # 8 bits are told from weights that it leaves in the type it computed in: not in bfloat16.
+        exact = self.bits == 8 or job.dtype == "float32"
+        dtype = torch.float32 if exact else getattr(torch, job.dtype)
+        model = AutoModelForCausalLM.from_pretrained(job.source, dtype=dtype)
+        rows = [
+            {"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in blocks
+        ]
+        rounding = auto_round.AutoRound(
+            model,
+            tokenizer=tokenizer,
+            scheme=f"W{self.bits}A16",
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            iters=self.iters,
+            dataset=rows,
+            seqlen=blocks.shape[1],
+            nsamples=len(rows),
+            batch_size=min(self.batch, len(rows)),
+            device_map="cuda" if torch.cuda.is_available() else "cpu",
+            amp=not exact,
+            enable_torch_compile=False,  # compilers round in ways of their own
+            low_cpu_mem_usage=False,
+            seed=job.seed,
+        )
+        made, _ = rounding.quantize()
+        layers = {name: layer for name, layer in made.named_modules() if hasattr(layer, "scale")}
+        return {name: grid_of(layer, self.bits) for name, layer in layers.items()}
+
+
+@contextmanager
+def _counted(progress: Progress, phase: str) -> Iterator[None]:
+    """Report each decoder layer that auto-round finishes: it tells a progress bar alone."""
+    from auto_round.compressors import orchestrator
+
+    class Reporting(orchestrator.tqdm):  # type: ignore[misc]
+        def update(self, n: float = 1) -> Any:
+            shown = super().update(n)
+            progress(int(self.n), int(self.total), phase)
+            return shown
+
+    original = orchestrator.tqdm
+    orchestrator.tqdm = Reporting
+    try:
+        yield
+    finally:
+        orchestrator.tqdm = original
+
+
+def grid_of(layer: Any, bits: int) -> Grid:
+    """The grid of a layer [n, k] that auto-round has finished.
+
+    It leaves the rounded weights in the type that it computed in, float16 scales [n, groups], which
+    may be negative, and zero points: [n, groups], or one number for a symmetric grid.
+    """
+    import torch
+
+    from gateskip.quantization.grid import Grid
+
+    weight = layer.weight.detach().float().cpu()
+    scale = layer.scale.detach().float().cpu().view(len(weight), -1)
+    zeros = torch.as_tensor(layer.zp, dtype=torch.float32).cpu().broadcast_to(scale.numel())
+    zeros = zeros.view(scale.shape)
+    steps = torch.where(scale == 0, torch.ones_like(scale), scale).unsqueeze(2)
+    codes = weight.unflatten(1, (scale.shape[1], -1)) / steps + zeros.unsqueeze(2)
+    codes = codes.round().clamp_(0, 2**bits - 1).to(torch.uint8)
+    return Grid(codes.flatten(1), scale, -zeros * scale, bits)

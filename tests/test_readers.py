@@ -1,0 +1,277 @@
+"""Other libraries read our packed folders to the same weights, and folders written for them.
+
+What needs a library in an environment of its own is marked `peers` and skipped where that has not
+been made: `make peers-test` makes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from compose.artifacts import compressed_tensors
+from compose.artifacts.compressed_tensors import write_compressed
+from compose.artifacts.folder import copy_companions, probe_ids
+from compose.artifacts.packed_folder import IntegerLayer, PackedFolder, packed, unpacked
+from compose.assets import default_cache
+from compose.bench.peers.environment import environment_folder, python_of
+from compose.bench.peers.table import ENGINES, Engine
+from compose.errors import ArtifactError, StepError
+from compose.stages.registry import STAGES, DataSpec, StageJob
+from gateskip.quantization.folders import load_model
+
+BUILD = "GATESKIP_BUILD_PEERS"
+"""Set by `make peers-test`: environments that are missing are made."""
+USERS_CACHE = default_cache()
+SCRIPTS = Path(__file__).with_name("readers")
+
+COMPRESSED_TENSORS = Engine(
+    name="compressed-tensors",
+    script="",
+    options={},
+    distributions=("compressed-tensors", "transformers"),
+    requirements=(
+        "compressed-tensors>=0.15,<1",
+        "transformers>=5.20,<6",
+        "accelerate>=1.10,<2",
+        "torch>=2.9,<3",
+        "numpy>=2.0,<3",
+    ),
+)
+Quantize = Callable[..., Path]
+
+PACKED: dict[str, dict[str, Any]] = {
+    "gptq": {"use": "gptq"},
+    "gptq-sym-64": {"use": "gptq", "group_size": 64, "sym": True},
+    "gptq-8": {"use": "gptq", "bits": 8},
+    "gptq-8-sym": {"use": "gptq", "bits": 8, "sym": True},
+    "gptq-some": {"use": "gptq", "skip": ("o_proj", "1.mlp.up_proj")},
+    "gptq-mixed": {"use": "gptq", "mixed": {"down_proj": 8}},
+    "gptq-rows": {"use": "gptq", "group_size": -1, "sym": True},
+}
+"""Stages whose folders compressed-tensors can hold."""
+
+
+@pytest.fixture
+def quantize(tmp_path: Path, tiny_llama: Path, make_job: Callable[..., StageJob]) -> Quantize:
+    """`quantize(use=..., ...)` makes a packed folder of the tiny Llama, the rest in bfloat16."""
+    text = tmp_path / "text.txt"
+    lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
+    text.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
+
+    def go(source: Path = tiny_llama, **parameters: Any) -> Path:
+        target = tmp_path / f"packed-{len(list(tmp_path.iterdir()))}"
+        target.mkdir()
+        spec = DataSpec(source=str(text), limit=8, length=64)
+        job = make_job(source, target, dtype="bfloat16", calibration=spec)
+        STAGES[parameters["use"]].model_validate(parameters).run(job)
+        copy_companions(source, target)
+        return target
+
+    return go
+
+
+# --- Packed layers as integers -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_are_packed_lowest_bits_first(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, 64), dtype=torch.uint8)
+    words = packed(codes, bits)
+    assert words.dtype == torch.int32 and words.shape == (3, 64 * bits // 32)
+    assert int(words[1, 0]) & (2**bits - 1) == int(codes[1, 0])
+    assert torch.equal(unpacked(words, bits), codes)
+    odd = packed(codes[:, :5], bits)
+    assert torch.equal(unpacked(odd, bits)[:, :5], codes[:, :5]), "the last word is filled up"
+
+
+@pytest.mark.parametrize("case", [*PACKED, "gptq-3"])
+def test_integers_give_the_weights_that_gptqmodel_multiplies_by(
+    case: str, quantize: Quantize
+) -> None:
+    folder = quantize(**PACKED.get(case, {"use": "gptq", "bits": 3}))
+    source, model = PackedFolder(folder), load_model(folder, "float32")
+    kept = 5 if case == "gptq-some" else 0
+    assert len(source.layers) == 4 * 7 - kept and not source.embeddings
+    for name in source.layers:
+        layer = source.layer(name)
+        found = model.get_submodule(name).dequantize_weight().T.float()
+        assert torch.equal(layer.weight().to(torch.float16), found.to(torch.float16)), name
+        assert (layer.zeros is None) == bool(PACKED.get(case, {}).get("sym"))
+    assert {name for name, _ in source.others()} >= {"model.embed_tokens.weight"}
+
+
+# --- Folders for compressed-tensors --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_a_folder_for_compressed_tensors_holds_the_same_integers(
+    case: str, quantize: Quantize, tmp_path: Path
+) -> None:
+    """By the format's description: signed codes and zero points, shifted up to be packed."""
+    source = PackedFolder(quantize(**PACKED[case]))
+    target = tmp_path / "made"
+    record = write_compressed(source.folder, target)
+    tensors = load_file(target / "model.safetensors")
+    stated = json.loads((target / "config.json").read_text())["quantization_config"]
+    groups = stated["config_groups"].values()
+    assert stated["quant_method"] == "compressed-tensors" and stated["format"] == "pack-quantized"
+    for name in source.layers:
+        layer = source.layer(name)
+        scheme = next(g for g in groups if g["targets"] == ["Linear"] or name in g["targets"])
+        bits, half = scheme["weights"]["num_bits"], 2 ** (scheme["weights"]["num_bits"] - 1)
+        assert tensors[f"{name}.weight_shape"].tolist() == list(layer.codes.shape)
+        codes = unpacked(tensors[f"{name}.weight_packed"], bits).int() - half
+        zeros = torch.zeros_like(layer.scale, dtype=torch.int32)
+        assert scheme["weights"]["symmetric"] == (f"{name}.weight_zero_point" not in tensors)
+        if not scheme["weights"]["symmetric"]:
+            zeros = unpacked(tensors[f"{name}.weight_zero_point"].T, bits).T.int() - half
+        scale = tensors[f"{name}.weight_scale"].float()
+        spread = [each.repeat_interleave(layer.group, 1) for each in (scale, zeros)]
+        assert torch.equal(spread[0] * (codes - spread[1]), layer.weight()), name
+    dense = {name.removesuffix(".weight") for name, each in source.others() if each.ndim == 2}
+    assert set(stated["ignore"]) == dense | {"lm_head"}
+    wanted = {8: "W8A16", 4: "W4A16"}
+    assert record["schemes"] == sorted({wanted[g["weights"]["num_bits"]] for g in groups})
+    assert len(groups) == (2 if case == "gptq-mixed" else 1)
+    assert record["layers"] == len(source.layers) and record["floats"] == []
+    assert record["rounded_scales"], "gptqmodel's scales are float16"
+    assert (target / "tokenizer.json").is_file()
+
+
+def test_an_untied_head_is_written_as_floats(
+    tiny_qwen2: Path, quantize: Quantize, tmp_path: Path
+) -> None:
+    folder = quantize(tiny_qwen2, use="gptq", lm_head=8)
+    assert write_compressed(folder, tmp_path / "made")["floats"] == ["lm_head"]
+    head = load_file(tmp_path / "made" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(head, PackedFolder(folder).layer("lm_head").weight().bfloat16())
+
+
+def test_large_folders_are_written_in_parts(
+    quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = quantize(use="gptq")
+    write_compressed(folder, tmp_path / "one")
+    monkeypatch.setattr(compressed_tensors, "SHARD", 40_000)
+    write_compressed(folder, tmp_path / "many")
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    assert index["weight_map"].keys() == whole.keys()
+    assert index["metadata"]["total_size"] == sum(each.nbytes for each in whole.values())
+    for file in set(index["weight_map"].values()):
+        for name, value in load_file(tmp_path / "many" / file).items():
+            assert index["weight_map"][name] == file and torch.equal(value, whole[name])
+
+
+def test_what_the_format_cannot_hold_is_refused(
+    quantize: Quantize, tiny_llama: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "made"
+
+    def refusal(folder: Path) -> ArtifactError:
+        with pytest.raises(ArtifactError) as refused:
+            write_compressed(folder, target)
+        assert not target.exists()
+        return refused.value
+
+    assert "are not packed" in str(refusal(tiny_llama))
+    assert "are bitsandbytes" in str(refusal(quantize(use="bnb", format="nf4")))
+    assert "has 3 bits" in str(refusal(quantize(use="gptq", bits=3)))
+    scattered = refusal(quantize(use="gptq", act_order=True))
+    assert "act_order: false" in str(scattered.fix)
+    gated = quantize(use="gptq")
+    (gated / "gates.safetensors").write_bytes(b"")
+    assert "has gates" in str(refusal(gated))
+    target.mkdir()
+    with pytest.raises(ArtifactError, match="exists, and is not replaced"):
+        write_compressed(gated, target)
+
+
+def test_a_folder_that_does_not_read_back_is_not_left(
+    quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = quantize(use="gptq")
+    wrong = lambda codes, bits: packed(codes.flip(1), bits)  # noqa: E731
+    monkeypatch.setattr(compressed_tensors, "packed", wrong)
+    with pytest.raises(StepError, match=r"codes of model\.layers\.0\..* do not read back"):
+        write_compressed(folder, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+# --- Other libraries -----------------------------------------------------------------------------
+
+
+def read_by(engine: Engine, script: str, *arguments: Path) -> None:
+    """Run a script of `readers/` in an engine's environment; skip where that has not been made."""
+    made = environment_folder(engine, USERS_CACHE) / "asset.json"
+    if BUILD not in os.environ and not made.is_file():
+        pytest.skip(f"no environment of {engine.name}: make peers-test")
+    command = [python_of(engine, USERS_CACHE), SCRIPTS / script, *arguments]
+    alone = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, env=alone, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("case", PACKED)
+def test_compressed_tensors_reads_our_weights(
+    case: str, quantize: Quantize, tmp_path: Path
+) -> None:
+    """Its compressor gives our weights bit by bit; transformers with it, in the float type."""
+    folder = quantize(**PACKED[case])
+    source, target = PackedFolder(folder), tmp_path / "made"
+    write_compressed(folder, target)
+    ids = probe_ids(folder)
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    result = tmp_path / "result.safetensors"
+    script = "compressed_tensors_weights.py"
+    read_by(COMPRESSED_TENSORS, script, target, tmp_path / "ids.safetensors", result)
+    found = load_file(result)
+    names = {name.partition("/")[2] for name in found if "/" in name}
+    assert names == set(source.layers)
+    for name in names:
+        layer = source.layer(name)
+        assert torch.equal(found[f"float32/{name}"], layer.weight()), name
+        loaded = IntegerLayer(layer.bits, layer.codes, layer.scale.bfloat16(), layer.zeros)
+        assert torch.equal(found[f"library/{name}"], loaded.weight().bfloat16().float()), name
+    with torch.inference_mode():
+        ours = load_model(folder, "bfloat16")(ids).logits.float()
+    assert (found["logits"] - ours).abs().mean() < 0.05 * ours.std()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("group", [32, 64])
+def test_onnxruntimes_model_builder_reads_our_gptq_folders(
+    group: int, quantize: Quantize, tmp_path: Path
+) -> None:
+    """Its MatMulNBits nodes have our weights, bit by bit. It knows the older GPTQ format alone."""
+    folder = quantize(use="gptq", group_size=group, sym=True)
+    result = tmp_path / "weights.npz"
+    read_by(ENGINES["onnxruntime"], "onnxruntime_weights.py", folder, tmp_path / "onnx", result)
+    source = PackedFolder(folder)
+    with numpy.load(result) as found:
+        nodes = {name: torch.from_numpy(found[name]) for name in found.files}
+    for index in range(4):
+        own = {
+            name.rpartition(".")[2]: source.layer(name).weight()
+            for name in source.layers
+            if name.startswith(f"model.layers.{index}.")
+        }
+        own["qkv_proj"] = torch.cat([own[f"{part}_proj"] for part in "qkv"])
+        theirs = {n: w for n, w in nodes.items() if f"layers.{index}/" in n}
+        assert theirs
+        for name, weight in theirs.items():
+            kind = name.split("/")[-2]
+            assert torch.equal(weight, own[kind]), name
