@@ -65,7 +65,8 @@ def draft_copies(own: SkippingModel) -> list[Weights]:
 def candidates(own: SkippingModel, budget: float = 1.0) -> list[Weights]:
     """Drafts at a budget that may pay for a model: integer copies where the compiled kernels run
     them, and at less than full compute the model's own weights."""
-    found = [] if own.engine is None else [name for name in draft_copies(own) if name != "nf4"]
+    copies = [] if own.engine is None else draft_copies(own)
+    found: list[Weights] = [name for name in copies if name != "nf4"]
     if budget < 1:
         head = own.model.get_output_embeddings()
         ranks = own.engine is not None and stored_bits(head) > HEAD.bits

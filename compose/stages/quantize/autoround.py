@@ -64,6 +64,10 @@ class AutoRound(Stage):
         """The same sizes, packed."""
         return replace(shape, quantized="gptq")
 
+    def most_bits(self) -> int:
+        """Those of all layers."""
+        return self.bits
+
     def held(self) -> float:
         """The model in float32 and its inputs to a layer; one layer learns at a time."""
         return 12.0
