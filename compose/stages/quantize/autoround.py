@@ -68,6 +68,10 @@ class AutoRound(Stage):
         """Codes, and for each group a float16 scale and a zero point."""
         return StoredBits(self.bits + (16 + self.bits) / self.group_size)
 
+    def most_bits(self) -> int:
+        """Those of all layers."""
+        return self.bits
+
     def held(self) -> float:
         """The model in float32 and its inputs to a layer; one layer learns at a time."""
         return 12.0

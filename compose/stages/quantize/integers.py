@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compose.errors import RuleBroken, UserError
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob, StoredBits
+from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJob, StoredBits
 from compose.stages.gate_transfer import carry_gates
 from compose.stages.quantize.linears import Bits, linear_names, matching
 
@@ -116,6 +116,11 @@ class Integers(Stage):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
         return replace(shape, quantized="gateskip")
+
+    def most_bits(self) -> int:
+        """The most that any layer may get, unless some stay as they are."""
+        among = () if self.allocate is None else self.allocate.among
+        return UNPACKED if self.skip else max(self.bits, *self.mixed.values(), *among, 0)
 
     def stored_bits(self, shape: ModelShape) -> StoredBits | None:
         """Codes, and for each group a scale of 16 bits, with a minimum of 16 bits or a zero point;
