@@ -393,7 +393,9 @@ def auto_round() -> Any:
     return pytest.importorskip("auto_round", reason="pip install 'gateskip-compose[autoround]'")
 
 
-@pytest.mark.parametrize("more", [{}, {"sym": True}, {"bits": 3}, {"bits": 8, "sym": True}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"sym": True}, {"bits": 3}, {"bits": 8, "sym": True}], ids=str
+)
 def test_autoround_saves_what_the_library_learned(
     more: dict[str, Any],
     auto_round: Any,

@@ -69,7 +69,7 @@ def quantize(
     make_tiny: Callable[..., Path],
     make_job: Callable[..., StageJob],
 ) -> Quantize:
-    """`quantize(use=..., ...)` makes a packed folder, the rest in bfloat16: each once, so that a test
+    """`quantize(use=..., ...)` makes a packed folder, the rest in bfloat16: each once, so a test
     that changes one copies it first."""
     text = tmp_path_factory.mktemp("text") / "text.txt"
     lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
@@ -109,8 +109,7 @@ def test_codes_are_packed_lowest_bits_first(bits: int) -> None:
 def test_integers_give_the_weights_that_gptqmodel_multiplies_by(
     case: str, quantize: Quantize
 ) -> None:
-    """As transformers, optimum and gptqmodel load the folder, in float16; int4's integer zero points,
-    too."""
+    """As transformers, optimum and gptqmodel load the folder, in float16: int4's, too."""
     folder = quantize(**PACKED[case])
     source, model = PackedFolder(folder), load_model(folder, "float32")
     packed_ones = [name for name, module in model.named_modules() if hasattr(module, "qweight")]
@@ -172,9 +171,7 @@ def test_a_folder_for_compressed_tensors_holds_the_same_integers(
     assert (target / "tokenizer.json").is_file()
 
 
-def test_an_untied_head_is_written_as_floats(
-    quantize: Quantize, tmp_path: Path
-) -> None:
+def test_an_untied_head_is_written_as_floats(quantize: Quantize, tmp_path: Path) -> None:
     folder = quantize("qwen2", use="gptq", sym=True, lm_head=8)
     assert write_compressed(folder, tmp_path / "made")["floats"] == ["lm_head"]
     head = load_file(tmp_path / "made" / "model.safetensors")["lm_head.weight"]
@@ -262,7 +259,7 @@ def read_by(engine: Engine, script: str, *arguments: Path) -> None:
 def test_compressed_tensors_reads_our_weights(
     case: str, quantize: Quantize, tmp_path: Path
 ) -> None:
-    """Its compressor gives our weights bit by bit; transformers with it, those in the float type."""
+    """Its compressor gives our weights bit by bit; transformers with it, those rounded once."""
     folder = quantize(**PACKED[case])
     source, target = PackedFolder(folder), tmp_path / "made"
     write_compressed(folder, target)
@@ -281,11 +278,12 @@ def test_compressed_tensors_reads_our_weights(
         if f"{name}.weight_zero_point" not in written:  # kept packed beside bfloat16 weights
             stored = stored.bfloat16()
         loaded = IntegerLayer(layer.bits, layer.codes, stored, layer.zeros).weight()
-        assert torch.equal(found[f"library/{name}"], loaded.to(stored.dtype).bfloat16().float()), name
+        assert torch.equal(found[f"library/{name}"], loaded.to(stored.dtype).bfloat16().float()), (
+            name
+        )
     with torch.inference_mode():
         ours = load_model(folder, "bfloat16")(ids).logits.float()
     assert (found["logits"] - ours).abs().mean() < 0.05 * ours.std()
-
 
 
 @pytest.mark.peers

@@ -207,9 +207,7 @@ def test_a_head_is_packed_once() -> None:
         assert rule_of(quantizer, PackHead(), shape=untied) == "head-packed-twice"
 
 
-@pytest.mark.parametrize(
-    "asked", [{"mixed": {"down_proj": 8}}, {"lm_head": 8}, {"foem": 0.2}]
-)
+@pytest.mark.parametrize("asked", [{"mixed": {"down_proj": 8}}, {"lm_head": 8}, {"foem": 0.2}])
 def test_architectures_that_gptqmodel_does_not_know(asked: dict[str, Any]) -> None:
     phi3 = replace(SHAPE, model_type="phi3", tie_embeddings=False)
     assert rule_of(Gptq(**asked), shape=phi3) == "layout-known"

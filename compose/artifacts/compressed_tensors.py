@@ -1,6 +1,6 @@
 """A packed model folder in the format of compressed-tensors, which vLLM and transformers read.
 
-The same codes and scales in other tensors (`pack-quantized`: W4A16 and W8A16), so nothing is rounded
+The same codes and scales in other tensors (`pack-quantized`, as W4A16 or W8A16): nothing is rounded
 again. Of a layer NAME with weights [n, k] in groups of g:
 
     NAME.weight_packed      int32 [n, k * bits / 32], codes along the row, lowest bits first
@@ -171,7 +171,8 @@ def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
 def _read_back(
     folder: Path, source: PackedFolder, names: list[str], schemes: dict[str, Scheme]
 ) -> bool:
-    """Compare codes and zero points with the source's; whether the folder's float type rounds scales.
+    """Compare codes and zero points with the source's; whether the folder's float type rounds
+    scales.
 
     Raises:
         StepError: they differ.
@@ -213,7 +214,7 @@ def _dense_linears(folder: Path) -> list[str]:
 
 
 def _config(schemes: dict[str, Scheme], dense: list[str]) -> dict[str, Any]:
-    """`quantization_config`. A group for each scheme: all linear layers, or by name where several."""
+    """`quantization_config`: a group for each scheme, of all linear layers or by their names."""
     groups: dict[Scheme, list[str]] = defaultdict(list)
     for name, scheme in schemes.items():
         groups[scheme].append(name)

@@ -25,7 +25,7 @@ def main(folder: str, ids_file: str, result: str) -> None:
     config = AutoConfig.from_pretrained(folder)
     stated = dict(config.quantization_config)
     groups = stated["config_groups"].values()
-    # Kept packed, asymmetric weights do not load: compressed-tensors 0.20 makes room for zero points
+    # Kept packed, asymmetric weights do not load: compressed-tensors 0.20 has room for zero points
     # that are not packed, where its own compressor packs them.
     stated["dequantize"] = not all(group["weights"]["symmetric"] for group in groups)
     config.quantization_config = stated

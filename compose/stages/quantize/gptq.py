@@ -43,8 +43,8 @@ class Gptq(Stage):
     """Weights that share a scale; it must divide every linear layer's inputs. -1: a whole row."""
 
     sym: bool = False
-    """Whether the grid is symmetric around zero: less exact, but in the older of GPTQ's two formats,
-    which AutoGPTQ, ONNX Runtime's model builder and more kernels read."""
+    """Whether the grid is symmetric around zero: less exact, but in the older of GPTQ's two
+    formats, which AutoGPTQ, ONNX Runtime's model builder and more kernels read."""
 
     act_order: bool = False
     """Whether columns are quantized by falling activation; more exact, slower to decode."""
@@ -54,7 +54,7 @@ class Gptq(Stage):
 
     foem: float | None = Field(default=None, gt=0, le=1)
     """FOEM's beta, which also makes up for errors of first order: how far a weight that earlier
-    roundings moved is drawn back to where it was. Its authors use 0.1 to 0.25; plain GPTQ without."""
+    roundings moved is drawn back to where it was. Its authors use 0.1 to 0.25. Without: GPTQ."""
 
     skip: tuple[str, ...] = ()
     """Linear layers that stay as they are, in every decoder layer, by the end of their name:
