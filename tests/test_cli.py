@@ -353,17 +353,22 @@ def test_the_options_of_every_command_are_frozen() -> None:
         for name, sub in command.commands.items()  # type: ignore[attr-defined]
     }
     wanted = [
-        *("--max-bytes", "--max-perplexity-ratio", "--max-resident"),
+        *("--max-bytes", "--max-kl", "--max-perplexity-ratio", "--max-resident"),
         *("--by-estimate", "--maximize", "--min-retained", "--require-lossless"),
     ]
     drawn = ["--temperature", "--top-k", "--top-p", "--seed", "--stop"]
-    asked = ["--stats", "folder", "prompt"]
+    asked = ["--keep-blocks", "--stats", "folder", "prompt"]
     assert options == {
         "validate": ["file"],
         "plan": ["--json", "--out", "file"],
         "run": [
             *("--again", "--executor", "--json-lines", "--only", "--out", "--quiet"),
             *("--tensorboard", "--workers", "file"),
+        ],
+        "search": [
+            *("--at-most-kl", "--at-most-mb", "--at-most-perplexity-ratio", "--budget-minutes"),
+            *("--executor", "--json-lines", "--maximize", "--min-retained", "--minimize"),
+            *("--out", "--quiet", "--workers", "file"),
         ],
         "report": ["--fail-on-regression", "run_dirs"],
         "pick": sorted([*wanted, "--json", "run_dir"]),
@@ -372,7 +377,8 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "compressed-tensors": ["--to", "folder"],
         "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
         "bench": [
-            *("--against", "--batch", "--context", "--json-lines", "--limit", "--min-seconds"),
+            *("--against", "--batch", "--context", "--json-lines", "--keep-blocks", "--limit"),
+            "--min-seconds",
             *("--name", "--new-tokens", "--out", "--prompts", "--quality", "--questions"),
             *("--quiet", "--repeats"),
             *("--system", "--task", "--text", "--threads", "--tokens", "folders"),

@@ -15,7 +15,7 @@ from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import GateFile, grid_of, load_gates, save_gates
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.draft_length import DraftLengthController
-from gateskip.decoding.drafting import look_up
+from gateskip.decoding.lookup import Lookup
 from gateskip.decoding.sampling import Sampler
 from gateskip.gates.kinds import make_gates
 from gateskip.quantization.folders import load_model
@@ -126,11 +126,11 @@ def test_what_is_looked_up_is_verified(
     (prompt,) = prompts(1)
     plain = decoder.generate([prompt], 25).tokens[0]
 
-    def proposed(text: list[int], count: int) -> list[int]:
+    def proposed(_: Lookup, text: list[int], count: int) -> list[int]:
         following = plain[len(text) - len(prompt) :][:count]
         return following if honest else [7 for _ in following]
 
-    monkeypatch.setattr("gateskip.decoding.drafting.look_up", proposed)
+    monkeypatch.setattr(Lookup, "propose", proposed)
     own = decoder.generate([prompt], 25, "speculate", draft_budget=1.0, draft_length=4, lookup=True)
     assert own.tokens == [plain]
     assert own.stats.looked_up == own.stats.drafted > 0
@@ -179,9 +179,25 @@ def test_a_stop_string_ends_the_row(decoder: Decoder, mode: Any) -> None:
 
 
 def test_what_was_said_before_is_looked_up() -> None:
-    assert look_up([1, 2, 3, 4, 5, 1, 2, 3], 2) == [4, 5]
-    assert look_up([7, 2, 3, 9, 8, 1, 2, 3], 3) == [9, 8, 1], "two tokens are enough"
-    assert look_up([1, 2, 3, 4], 2) == [] == look_up([1, 1, 1, 1], 0)
+    assert Lookup().propose([1, 2, 3, 4, 5, 1, 2, 3], 2) == [4, 5]
+    assert Lookup().propose([7, 2, 3, 9, 8, 1, 2, 3], 3) == [9, 8, 1], "two tokens are enough"
+    assert Lookup().propose([1, 2, 3, 4], 2) == [] == Lookup().propose([1, 1, 1, 1], 0)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_growing_text_is_looked_up_as_if_searched(step: int) -> None:
+    """What the last earlier occurrence of three tokens, else of two, was followed by."""
+    text = torch.randint(0, 4, (120,), generator=torch.Generator().manual_seed(0)).tolist()
+    lookup, hits = Lookup(), 0
+    for length in range(1, len(text) + 1, step):
+        own, wanted = text[:length], list[int]()
+        for n in (2, 3):
+            for start in range(length - n):
+                if own[start : start + n] == own[-n:]:
+                    wanted = own[start + n : start + n + 5]
+        assert lookup.propose(own, 5) == wanted
+        hits += bool(wanted)
+    assert hits > 10
 
 
 def test_a_useless_draft_is_lossless_too(decoder: Decoder) -> None:

@@ -1,4 +1,4 @@
-"""4-bit copies that draft, and drafts made in one call of the engine."""
+"""Copies in fewer bits that draft, and drafts made in one call of the engine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.model.inputs import input_squares
 from gateskip.quantization.draft_copy import (
-    int4_copy,
-    int4_draft_head,
+    COPIES,
+    draft_head,
+    integer_copy,
     nf4_copy,
+    read_text,
 )
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.quantization.rounding import GROUP, round_to_grid
@@ -32,7 +34,7 @@ def weights(rows: int = 40, columns: int = 96) -> torch.Tensor:
 
 
 def rounded(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    return PackedLinear(*round_to_grid(weight, squares), None, None).unpacked()
+    return PackedLinear.of(round_to_grid(weight, squares)).unpacked()
 
 
 def test_what_lies_on_a_grid_is_kept() -> None:
@@ -63,7 +65,7 @@ def test_errors_go_where_inputs_are_small() -> None:
 @pytest.mark.parametrize("n", [16, 40, 7])
 def test_tiles_hold_any_number_of_rows(n: int, rows: int) -> None:
     torch.manual_seed(0)
-    layer = PackedLinear(*round_to_grid(weights(n), torch.ones(96)), None, torch.arange(n).float())
+    layer = PackedLinear.of(round_to_grid(weights(n), torch.ones(96)), torch.arange(n).float())
     x = torch.randn(rows, 96)
     with torch.inference_mode():
         wanted = F.linear(x, layer.unpacked(), layer.bias)
@@ -73,13 +75,14 @@ def test_tiles_hold_any_number_of_rows(n: int, rows: int) -> None:
 def test_a_draft_copy_shares_all_but_its_layers(decoder: Decoder) -> None:
     model = decoder.skipping.model
     blocks = torch.randint(3, 512, (2, 20))
-    for copied in (nf4_copy(model), int4_copy(model, blocks)):
+    inputs = read_text(model, blocks)
+    for copied in (nf4_copy(model), integer_copy(model, inputs, COPIES["int4"])):
         assert copied.get_input_embeddings().weight is model.get_input_embeddings().weight
         packed = [part for part in copied.modules() if isinstance(part, PackedLinear)]
         assert len(packed) == 7 * len(model.model.layers)
     assert not any(isinstance(part, PackedLinear) for part in model.modules())
     with pytest.raises(ValueError, match="no weight of this model"):
-        int4_copy(copied, blocks)
+        integer_copy(copied, inputs, COPIES["int4"])
 
 
 def test_inputs_are_those_of_the_layers(decoder: Decoder) -> None:
@@ -101,7 +104,7 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
     drafter = decoder.drafter(weights)  # type: ignore[arg-type]
     assert drafter.engine is not None
     if exact:
-        head = int4_draft_head(drafter.model, torch.randint(3, 512, (2, 20)))
+        head = draft_head(drafter.model, read_text(drafter.model, torch.randint(3, 512, (2, 20))))
         drafter.engine.use_draft_head(head, decoder.skipping.engine.head)  # type: ignore[union-attr]
     else:
         drafter.engine.draft_head, drafter.engine.rerank_head = drafter.engine.head, None

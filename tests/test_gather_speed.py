@@ -86,6 +86,7 @@ def drafts(lengths: dict[str, int], drafted: int, accepted: int) -> dict[str, An
     positions = [[drafted, accepted]]
     counts = {"drafted": drafted, "accepted": accepted, "passes": sum(lengths.values())}
     more = {"looked_up": 0, "draft_s": 0.5, "verify_s": 1.0, "positions": positions}
+    more["draft_weights"] = "int4"
     return {"speculation": {"draft_length_histogram": lengths, **counts, **more}}
 
 
@@ -98,6 +99,7 @@ def test_speculation_is_of_all_timed_rounds() -> None:
     parts = timed_parts(session(*rounds), "spec", "gates", "gates")
     speculation = Speculation.model_validate(parts["speculation"])
     assert speculation.acceptance_rate == 0.5
+    assert speculation.draft_weights == "int4"
     assert speculation.mean_accepted_tokens == pytest.approx((25 + 10) / 25)
     assert speculation.draft_length_histogram == {0: 5, 1: 20}
     assert (speculation.plain_steps, speculation.fell_back) == (0.2, False)

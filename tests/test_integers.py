@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 import gateskip
+from compose.artifacts.bundle import write_loader
 from compose.artifacts.folder import copy_companions, probe_ids, probe_logits
 from compose.errors import RuleBroken, UserError
 from compose.stages.registry import STAGES, DataSpec, Gate, Int4, ModelShape, StageJob
@@ -176,7 +180,8 @@ def test_integer_zero_points_are_a_gptq_folder(round_it: Callable[..., Made]) ->
 def test_gates_go_along(round_it: Callable[..., Made]) -> None:
     gated, _ = round_it(use="gate", steps=2, length=32, budgets=[0.8])
     folder, _ = round_it(gated, use="int4")
-    assert gateskip.load(folder).gates is not None
+    decoder = gateskip.load(folder)
+    assert decoder.kept(0.8) == gateskip.load(gated).kept(0.8)
 
 
 @pytest.mark.parametrize(
@@ -224,3 +229,25 @@ def test_a_size_that_cannot_be_met_is_refused(round_it: Callable[..., Made]) -> 
         round_it(use="int4", allocate={"size_mb": 0.001})
     with pytest.raises(ValidationError, match="one of size_mb and bits_per_weight"):
         Int4.model_validate({"use": "int4", "allocate": {}})
+
+
+def test_transformers_alone_loads_what_carries_its_code(
+    round_it: Callable[..., Made], tmp_path: Path
+) -> None:
+    """In a process that cannot import this package."""
+    folder, _ = round_it(use="int4", mixed={"down_proj": 8})
+    write_loader(folder)
+    script = (
+        "import sys, torch; sys.modules['gateskip'] = sys.modules['compose'] = None\n"
+        "from transformers import AutoModelForCausalLM as Auto\n"
+        "model = Auto.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "ids = torch.tensor([[3, 5, 7, 9]])\n"
+        "torch.save(model(ids).logits, sys.argv[2])\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-c", script, str(folder), str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path)
+    found = torch.load(tmp_path / "logits.pt")
+    with torch.no_grad():
+        ours = load_model(folder)(torch.tensor([[3, 5, 7, 9]])).logits
+    torch.testing.assert_close(found, ours)

@@ -12,14 +12,17 @@ import pytest
 import torch
 
 from compose.artifacts import gguf as llamacpp
-from compose.artifacts.gguf import KINDS, pre_tokenizer_name, refuse, write_gguf
+from compose.artifacts import gguf_tokenizer
+from compose.artifacts.gguf import KINDS, refuse, write_gguf
+from compose.artifacts.gguf_names import paired
+from compose.artifacts.gguf_tokenizer import pre_tokenizer_name
 from compose.errors import ArtifactError, StepError
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
 LLAMA3 = {
     "type": "Split",
-    "pattern": {"Regex": llamacpp.LLAMA3},
+    "pattern": {"Regex": gguf_tokenizer.LLAMA3},
     "behavior": "Isolated",
     "invert": False,
 }
@@ -80,11 +83,11 @@ def test_a_pair_that_rotates_together_lies_together() -> None:
     """Of a head of 4: channels 0 and 2, 1 and 3."""
     config = {"num_attention_heads": 2, "num_key_value_heads": 1}
     rows = torch.arange(8).view(8, 1).numpy()
-    queries = llamacpp._permuted("layers.0.self_attn.q_proj.weight", rows, config)
+    queries = paired("layers.0.self_attn.q_proj.weight", rows, config)
     assert queries[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    keys = llamacpp._permuted("layers.0.self_attn.k_proj.weight", rows[:4], config)
+    keys = paired("layers.0.self_attn.k_proj.weight", rows[:4], config)
     assert keys[:, 0].tolist() == [0, 2, 1, 3]
-    assert llamacpp._permuted("layers.0.self_attn.v_proj.weight", rows, config) is rows
+    assert paired("layers.0.self_attn.v_proj.weight", rows, config) is rows
 
 
 def test_rows_that_are_no_whole_blocks_stay_in_half_precision(
@@ -102,7 +105,7 @@ def test_a_file_that_does_not_load_to_the_same_model_is_not_left(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What forgetting to reorder the heads would do."""
-    monkeypatch.setattr(llamacpp, "_permuted", lambda name, data, config: data)
+    monkeypatch.setattr(llamacpp, "paired", lambda name, data, config: data)
     with pytest.raises(StepError, match="does not load to the model"):
         write_gguf(tiny_llama, tmp_path / "out" / "a.gguf", "q8_0")
     assert list((tmp_path / "out").iterdir()) == []
@@ -111,7 +114,7 @@ def test_a_file_that_does_not_load_to_the_same_model_is_not_left(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantized"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantized by 'gptq'"),
         ({"model_type": "qwen2"}, "'qwen2', and only 'llama'"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "positions are scaled"),
         ({"hidden_act": "gelu"}, "not SiLU"),
@@ -157,3 +160,94 @@ def test_pre_tokenizers_that_have_a_name(parts: list[dict[str, Any]], name: str)
     ):
         with pytest.raises(ArtifactError, match="cuts text in another way"):
             pre_tokenizer_name(other)
+
+
+# --- Integer grids -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("use", "settings", "kinds"),
+    [
+        ("int4", {}, {"Q4_1", "Q8_0"}),
+        ("int4", {"embedding": 6, "group_size": 64}, {"Q4_1", "Q8_0"}),
+        ("int4", {"embedding": 4, "mixed": {"down_proj": 8}}, {"Q4_0", "Q4_1", "Q8_0"}),
+        ("int4", {"embedding": None, "skip": ["o_proj"]}, {"F32", "Q4_1"}),
+        ("int3", {}, {"Q4_1", "Q8_0"}),
+        ("int2", {}, {"Q4_1", "Q8_0"}),
+        ("int8", {}, {"Q8_0"}),
+    ],
+)
+def test_integer_grids_are_written_as_they_are(
+    use: str,
+    settings: dict[str, Any],
+    kinds: set[str],
+    tiny_llama: Path,
+    grid_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """The weights are the folder's, bit by bit, read by the gguf package and by our reader."""
+    import gguf
+
+    from compose.artifacts.from_gguf import write_folder
+    from gateskip.quantization.folders import load_model
+
+    folder, file = grid_folder(tiny_llama, use, **settings), tmp_path / "a.gguf"
+    found = write_gguf(folder, file, None)
+    assert abs(found["kl"]) < 1e-6 and found["kind"] == ("q8_0" if use == "int8" else "q4_1")
+    _, tensors = read(file)
+    stored = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    assert {kind for name, kind in stored.items() if not name.endswith("norm.weight")} == kinds
+    model = load_model(folder, "float32")
+    up = tensors["blk.1.ffn_up.weight"]
+    ours = model.model.layers[1].mlp.up_proj.grid().weight()
+    theirs = gguf.dequantize(up.data, up.tensor_type)
+    assert torch.equal(ours, torch.from_numpy(theirs.reshape(ours.shape)))
+    ids = torch.arange(60).view(1, -1)
+    for keep in (False, True):
+        write_folder(file, tmp_path / str(keep), keep_blocks=keep)
+        again = load_model(tmp_path / str(keep), "float32")
+        with torch.inference_mode():
+            assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_file_that_we_wrote_and_keep_is_the_folder_again(
+    tiny_llama: Path, grid_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Codes byte for byte; scales and minima in float16 what they were in bfloat16."""
+    from safetensors.torch import load_file
+
+    from compose.artifacts.from_gguf import write_folder
+
+    folder = grid_folder(tiny_llama, "int4")
+    write_gguf(folder, tmp_path / "a.gguf", None)
+    write_folder(tmp_path / "a.gguf", tmp_path / "again", keep_blocks=True)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
+    assert after["model.layers.0.mlp.up_proj.minimum"].dtype == torch.float16
+
+
+def test_grids_that_have_no_blocks_are_refused(
+    tiny_llama: Path, grid_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from compose.artifacts.gguf_grids import as_blocks
+
+    folder = grid_folder(tiny_llama, "int4")
+    with pytest.raises(ArtifactError, match=r"written as they are"):
+        write_gguf(folder, tmp_path / "a.gguf", "q4_1")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["group_size"] = 16
+    with pytest.raises(ArtifactError, match=r"groups of 16 are no whole blocks of 32"):
+        refuse(folder, config)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.scale"] *= 1e-9
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"layers\.2\.mlp\.up_proj: scales or minima are no"):
+        write_gguf(copy, tmp_path / "a.gguf", None)
+    codes, scale = torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1)
+    with pytest.raises(ArtifactError, match="no GGUF block has 8 bits and a minimum"):
+        as_blocks("x", codes, scale, scale, 8)
+    assert not (tmp_path / "a.gguf").exists()

@@ -18,12 +18,18 @@ import numpy
 import pytest
 import torch
 
+from compose.artifacts.from_gguf import write_folder
+from compose.artifacts.gguf import write_gguf
 from compose.assets import default_cache
 from compose.bench.peers.environment import environment_folder, python_of
 from compose.bench.peers.prepare import PreparedPeer, prepare
 from compose.bench.peers.process import PeerProcess
 from compose.bench.peers.table import ENGINES, GGUF_TYPES, Engine, is_peer, parse_peer
 from compose.errors import StepError, UserError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gguf_files import ARCHITECTURES
+from gguf_files import converted as written_like_llama_cpp
 
 STOP = 2
 BUILD = "GATESKIP_BUILD_PEERS"
@@ -348,3 +354,70 @@ def test_a_prompt_that_does_not_fit_is_an_error(
         peer.load(16, 1)
         with pytest.raises(StepError, match="do not fit"):
             peer.generate([[3] * 16], 8)
+
+
+# --- GGUF files, read and written -----------------------------------------------------------------
+
+LONG = [[(7 * step + 3 * row) % 500 for step in range(48)] for row in (1, 2)]
+"""Longer than the window of the tiny models."""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_llama_cpp_runs_what_our_reader_reads(
+    family: str,
+    make_tiny: Callable[..., Path],
+    tmp_path: Path,
+    ready: Callable[[str, Path], PreparedPeer],
+) -> None:
+    """One file, two readers: what differs is the float16 of llama.cpp's KV cache."""
+    more: dict[str, Any] = {}
+    if family == "gemma3_text":
+        more = {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        }
+    file = written_like_llama_cpp(make_tiny(family, **more), tmp_path / "a.gguf")
+    write_folder(file, tmp_path / "model")
+    with PeerProcess(ready(f"llama.cpp:{file}", tmp_path / "model"), 1) as peer:
+        peer.load(64, 1)
+        logits = peer.logits(LONG, tmp_path / "logits.npy")
+    with torch.inference_mode():
+        wanted = reference(tmp_path / "model")(torch.tensor(LONG)).logits.numpy()
+    seen = 32 if family == "phi3" else 48  # llama.cpp leaves Phi3's window out
+    assert relative(logits[:, :seen], wanted[:, :seen]) < 5e-3
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("use", ["int4", "int8", "int3"])
+def test_llama_cpp_runs_our_integers(
+    use: str,
+    make_tiny: Callable[..., Path],
+    grid_folder: Callable[..., Path],
+    tmp_path: Path,
+    ready: Callable[[str, Path], PreparedPeer],
+) -> None:
+    """The same weights: what differs is that llama.cpp rounds activations to 8 bits. So its logits
+    are as far from ours as from its own on these weights in float32, and those are ours."""
+    from gateskip.quantization.folders import load_model
+
+    folder, file = grid_folder(make_tiny("llama"), use), tmp_path / "a.gguf"
+    write_gguf(folder, file, None)
+    write_folder(file, tmp_path / "floats")
+    write_gguf(tmp_path / "floats", tmp_path / "floats.gguf", "f32")
+    logits = []
+    for each in (file, tmp_path / "floats.gguf"):
+        with PeerProcess(ready(f"llama.cpp:{each}", folder), 1) as peer:
+            peer.load(64, 1)
+            logits.append(peer.logits(LONG, tmp_path / f"{each.stem}.npy"))
+    with torch.inference_mode():
+        ours = load_model(folder, "float32")(torch.tensor(LONG)).logits.numpy()
+    integers, floats = logits
+    assert relative(floats, ours) < 5e-3
+    rounding = relative(integers, floats)
+    assert rounding < 0.05 and relative(integers, ours) == pytest.approx(rounding, rel=0.1)
+
+
+def relative(logits: Any, wanted: Any) -> float:
+    """Root mean square of the difference over that of the logits."""
+    return float(((logits - wanted) ** 2).mean() ** 0.5 / (wanted**2).mean() ** 0.5)

@@ -166,6 +166,29 @@ def test_the_upper_end_of_the_perplexity_ratio_decides() -> None:
     assert pick(results, max_perplexity_ratio=1.05, by_estimate=True).name == "int4"
 
 
+def test_the_upper_end_of_the_kl_decides() -> None:
+    cells = [
+        made_up_cell("dense", 20.0, 270, 1.0),
+        made_up_cell("nf4", 28.0, 110, 1.04),
+        made_up_cell("int4", 30.0, 110, 1.03),
+        made_up_cell(
+            "spec", 40.0, 110, None, quality_of="dense", lossless_check={"lossless": True}
+        ),
+        made_up_cell("lost", 90.0, 110, 1.0),
+    ]
+    cells[1]["quality"] |= {"kl_to_baseline": 0.04, "kl_ci95": (0.035, 0.045)}
+    cells[2]["quality"] |= {"kl_to_baseline": 0.03, "kl_ci95": (0.0, 0.06)}
+    results = Results.model_validate({"run": "test", "cells": cells})
+    assert pick(results, max_kl=0.05).name == "spec", (
+        "the baseline's predictions are at no distance"
+    )
+    assert pick(results, max_kl=0.05, max_bytes=200e6, maximize="kl").name == "nf4"
+    estimated = pick(results, max_kl=0.05, maximize="kl", by_estimate=True)
+    assert estimated.name == "int4"
+    with pytest.raises(UserError, match=r"no cell meets KL \(at most\) <= 0.030.*nearest is 'nf4'"):
+        pick(results, max_kl=0.03, maximize="kl")
+
+
 def test_a_ratio_without_interval_is_no_evidence() -> None:
     cells = [made_up_cell("dense", 20.0, 270, 1.0), made_up_cell("nf4", 28.0, 110, 1.0)]
     del cells[1]["quality"]["perplexity"]["ratio_ci95"]

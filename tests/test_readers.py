@@ -259,7 +259,7 @@ def read_by(engine: Engine, script: str, *arguments: Path) -> None:
 def test_compressed_tensors_reads_our_weights(
     case: str, quantize: Quantize, tmp_path: Path
 ) -> None:
-    """Its compressor gives our weights bit by bit; transformers with it, those rounded once."""
+    """Its compressor gives our weights bit by bit; transformers with it, in the float type."""
     folder = quantize(**PACKED[case])
     source, target = PackedFolder(folder), tmp_path / "made"
     write_compressed(folder, target)

@@ -25,6 +25,7 @@ from gateskip.decoding import sampling
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.sampling import Distribution, Sampler, accept_or_resample, draw
 from gateskip.gates.learned import ScalarGates
+from gateskip.quantization.draft_copy import CopyFormat, integer_copy, read_text
 from gateskip.quantization.folders import load_model
 from gateskip.runtime.skipping import SkippingModel
 
@@ -229,6 +230,15 @@ PROMPT, ROWS, NEW = [5, 2, 0, 3], 2_000, 4
 SPANS = [(0, 2), (1, 3), (1, 4)]  # two tokens and three; the first of four comes out of prefill
 
 
+def with_few_words(model: Any) -> Any:
+    """The model with WORDS tokens alone."""
+    head = model.get_output_embeddings()
+    few = torch.nn.Parameter(head.weight[:WORDS].clone(), requires_grad=False)
+    head.weight = model.get_input_embeddings().weight = few
+    head.out_features = model.config.vocab_size = WORDS
+    return model
+
+
 @pytest.fixture(scope="module")
 def decoder(make_tiny: Callable[..., Path]) -> Decoder:
     """A model of six tokens; its weights disturbed draft, or its own with branches skipped."""
@@ -238,10 +248,7 @@ def decoder(make_tiny: Callable[..., Path]) -> Decoder:
     for weight in models[1].parameters():
         weight.data += 0.05 * torch.randn(weight.shape, generator=noise)
     for model in models:
-        head = model.get_output_embeddings()
-        few = torch.nn.Parameter(head.weight[:WORDS].clone(), requires_grad=False)
-        head.weight = model.get_input_embeddings().weight = few
-        model.config.vocab_size = WORDS
+        with_few_words(model)
     gates = ScalarGates(4, 32).requires_grad_(False)
     shut = {0.5: [math.inf] * 4}  # every token but the first skips every branch
     decoder = Decoder(SkippingModel(models[0], gates), None, shut)
@@ -251,6 +258,11 @@ def decoder(make_tiny: Callable[..., Path]) -> Decoder:
 
 @pytest.fixture(scope="module")
 def probabilities(decoder: Decoder) -> dict[tuple[int, ...], float]:
+    """What the decoder must draw."""
+    return of_sequences(decoder)
+
+
+def of_sequences(decoder: Decoder) -> dict[tuple[int, ...], float]:
     """The model's own probability of each sequence of NEW tokens, from one pass over all."""
     texts = list(itertools.product(range(WORDS), repeat=NEW))
     with torch.no_grad():
@@ -323,3 +335,40 @@ def test_generate_with_a_wrong_rule_is_rejected(
 ) -> None:
     monkeypatch.setattr("gateskip.decoding.decoder.accept_or_resample", RULES[name])
     assert furthest(written(decoder, kind), probabilities, SPANS) > FAR
+
+
+# -- a packed model, drafted for by its copy in fewer bits --------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(make_tiny: Callable[..., Path]) -> Decoder:
+    """A model of six tokens whose layers have 8 bits; 2 bits draft."""
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 32, "head_dim": 8}
+    model = with_few_words(load_model(make_tiny("llama", **sizes), "float32"))
+    text = torch.randint(0, WORDS, (4, 32), generator=torch.Generator().manual_seed(0))
+    eight = integer_copy(model, read_text(model, text), CopyFormat(8, 32))
+    return Decoder(SkippingModel(eight), None, {})
+
+
+BY_COPY: dict[str, Any] = {"draft_weights": "int2", "draft_budget": 1.0}
+
+
+def test_a_packed_model_is_drawn_from(packed: Decoder) -> None:
+    made = packed.generate(
+        [PROMPT] * ROWS, NEW, "speculate", draft_length=3, sampler=SAMPLER, **BY_COPY
+    )
+    rate = made.stats.acceptance_rate
+    assert rate is not None and 0.3 < rate < 0.95, "the copy is another model"
+    assert furthest(Counter(map(tuple, made.tokens)), of_sequences(packed), SPANS) < LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["always", "replaced by the target", "no draw from one half on"])
+def test_a_packed_model_with_a_wrong_rule_is_rejected(
+    packed: Decoder, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("gateskip.decoding.decoder.accept_or_resample", RULES[name])
+    made = packed.generate(
+        [PROMPT] * ROWS, NEW, "speculate", draft_length=3, sampler=SAMPLER, **BY_COPY
+    )
+    assert furthest(Counter(map(tuple, made.tokens)), of_sequences(packed), SPANS) > FAR

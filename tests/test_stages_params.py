@@ -234,6 +234,62 @@ def test_chain_that_breaks_no_rule(chain: tuple[Stage, ...]) -> None:
     assert rule_of(*chain) is None
 
 
+def drafted_by(weights: str) -> Speculate:
+    return Speculate(draft_budget=1, draft_weights=weights)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "copies"),
+    [
+        (None, {"int4", "nf4", "int3", "int2"}),
+        (Bnb(format="int8"), {"int4", "nf4", "int3", "int2"}),
+        (Gptq(bits=8), {"int4", "nf4", "int3", "int2"}),
+        (Gptq(mixed={"down_proj": 8}), {"int4", "nf4", "int3", "int2"}),
+        (Gptq(skip=("down_proj",)), {"int4", "nf4", "int3", "int2"}),
+        (Bnb(format="nf4"), {"int3", "int2"}),
+        (Gptq(), {"int3", "int2"}),
+        (Gptq(bits=3), {"int2"}),
+        (Gptq(bits=2), set()),
+    ],
+)
+def test_a_copy_that_drafts_has_fewer_bits(quantizer: Stage | None, copies: set[str]) -> None:
+    chain = () if quantizer is None else (quantizer,)
+    for weights in ("int4", "nf4", "int3", "int2"):
+        rule = None if weights in copies else "draft-of-packed"
+        assert rule_of(*chain, drafted_by(weights)) == rule, weights
+    for weights in ("own", "int4-head", "auto"):
+        assert rule_of(*chain, drafted_by(weights)) is None
+
+
+def test_what_can_draft_instead_is_named() -> None:
+    with pytest.raises(RuleBroken, match="4 bits of weights in 4 bits") as refused:
+        drafted_by("int4").check(SHAPE, (Gptq(),))
+    assert "int3, int2, int4-head, own or auto" in str(refused.value.fix)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}, 8),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"^x$": {"bits": 8}, "-:^y$": {}}}, 8),
+        ({"quant_method": "gptq", "bits": 3}, 3),
+        ({"quant_method": "fp8"}, None),
+        (None, None),
+    ],
+)
+def test_a_packed_source_states_its_bits(quantization: dict[str, Any] | None, bits: Any) -> None:
+    """And what drafts for it has fewer; where it states none, what drafts is seen once it loads."""
+    config = {
+        **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "vocab_size": 100, "quantization_config": quantization},
+    }
+    shape = ModelShape.from_config(config)
+    assert shape.packed_bits == bits
+    broken = "draft-of-packed" if bits is not None and bits <= 4 else None
+    assert rule_of(drafted_by("int4"), shape=shape) == broken
+
+
 def test_every_order_rule_has_its_sentence() -> None:
     assert set(FORBIDDEN.values()) <= set(RULES)
 

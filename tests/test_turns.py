@@ -44,12 +44,13 @@ def test_counts_of_speculation_are_added() -> None:
     two = {
         "draft_length_histogram": {0: 1, 1: 4},
         **{"drafted": 4, "accepted": 1, "passes": 5, "looked_up": 4},
-        **{"positions": [[4, 1]], "draft_s": 0.25, "verify_s": 0.5},
+        **{"positions": [[4, 1]], "draft_s": 0.25, "verify_s": 0.5, "draft_weights": "int4"},
     }
     both = add_speculation([one, two])
     assert both == {
         "draft_length_histogram": {"0": 3, "3": 1, "1": 4},
         **{"drafted": 7, "accepted": 3, "passes": 8, "looked_up": 4},
         **{"positions": [[5, 2], [1, 1], [1, 0]], "draft_s": 0.75, "verify_s": 1.5},
+        "draft_weights": "int4",
     }
     assert add_turns([turn(speculation=one), turn(speculation=two)])["speculation"] == both

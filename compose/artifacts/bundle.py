@@ -1,16 +1,21 @@
-"""The decoding code that an export carries: our own modules, rewritten to lie in one folder.
+"""The code that an export carries: our own modules, rewritten to lie in one folder.
 
 With `trust_remote_code=True` transformers loads `custom_generate/generate.py` of a folder, and
-what that imports beside itself. So the modules that decoding needs are copied there with their
-imports made relative: the same implementation, not a second one.
+what that imports beside itself; so it does the model class that `auto_map` in config.json names.
+The modules that decoding, or loading integer grids, needs are copied there with their imports made
+relative: the same implementation, not a second one.
 """
 
 from __future__ import annotations
 
 import importlib.resources
 import re
+from collections.abc import Sequence
 from importlib import metadata, util
 from pathlib import Path
+
+from compose.artifacts.folder import require_model
+from compose.store import write_json
 
 ROOTS = (
     "checkpoint",
@@ -20,16 +25,38 @@ ROOTS = (
     "runtime.skipping",
 )
 ENTRY = "custom_generate/generate.py"
+LOADER_ROOTS = ("quantization.hf_quantizer",)
+LOADER = "modeling_grid.py"
+GRIDS = "gateskip"  # the quant_method of integer grids
 _IMPORT = re.compile(r"^(\s*)from gateskip(?:\.([\w.]+))? import (\(|.+$)", re.MULTILINE)
 
 
 def write_bundle(folder: Path) -> list[Path]:
     """Put `custom_generate/` into a model folder; the files written."""
-    target = folder / ENTRY
+    return _carry(folder / ENTRY, "custom_generate.py.txt", ROOTS)
+
+
+def write_loader(folder: Path) -> list[Path]:
+    """Put the code that loads integer grids into a model folder, and name it in its config."""
+    written = _carry(folder / LOADER, "modeling_grid.py.txt", LOADER_ROOTS)
+    config = require_model(folder)
+    named = {"AutoModelForCausalLM": f"{LOADER.removesuffix('.py')}.GridCausalLM"}
+    write_json(folder / "config.json", {**config, "auto_map": named})
+    return written
+
+
+def needs_loader(folder: Path) -> bool:
+    """Whether transformers alone cannot load the folder's weights."""
+    packed = require_model(folder).get("quantization_config") or {}
+    return bool(packed.get("quant_method") == GRIDS)
+
+
+def _carry(target: Path, template: str, roots: Sequence[str]) -> list[Path]:
+    """Write an entry file and, beside it, the modules `roots` and all that they import."""
     target.parent.mkdir(exist_ok=True)
-    entry = importlib.resources.files("compose") / "templates" / "custom_generate.py.txt"
+    entry = importlib.resources.files("compose") / "templates" / template
     text = entry.read_text(encoding="utf-8")
-    carried = sorted(sources().items())
+    carried = sorted(sources(roots).items())
     lines = [f"from .{flat_name(name)} import __name__ as _  # noqa: F401" for name, _ in carried]
     text = text.replace("VERSION", metadata.version("gateskip-compose"))
     target.write_text(text.replace("# CARRIED", "\n".join(lines)), "utf-8")
@@ -41,9 +68,9 @@ def write_bundle(folder: Path) -> list[Path]:
     return written
 
 
-def sources() -> dict[str, str]:
-    """Dotted module name below gateskip -> source, of all that decoding imports from it."""
-    waiting, texts = list(ROOTS), dict[str, str]()
+def sources(roots: Sequence[str] = ROOTS) -> dict[str, str]:
+    """Dotted module name below gateskip -> source, of `roots` and all that they import from it."""
+    waiting, texts = list(roots), dict[str, str]()
     while waiting:
         name = waiting.pop()
         if name not in texts:

@@ -1,7 +1,7 @@
 """A packed model folder in the format of compressed-tensors, which vLLM and transformers read.
 
-The same codes and scales in other tensors (`pack-quantized`, as W4A16 or W8A16): nothing is rounded
-again. Of a layer NAME with weights [n, k] in groups of g:
+The same codes and scales in other tensors (`pack-quantized`: W4A16 and W8A16), so nothing is
+rounded again. Of a layer NAME with weights [n, k] in groups of g:
 
     NAME.weight_packed      int32 [n, k * bits / 32], codes along the row, lowest bits first
     NAME.weight_scale       [n, k / g]
@@ -171,8 +171,7 @@ def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
 def _read_back(
     folder: Path, source: PackedFolder, names: list[str], schemes: dict[str, Scheme]
 ) -> bool:
-    """Compare codes and zero points with the source's; whether the folder's float type rounds
-    scales.
+    """Compare codes and zero points with the source's; whether the float type rounds scales.
 
     Raises:
         StepError: they differ.

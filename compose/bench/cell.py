@@ -42,11 +42,14 @@ class CellBench:
         """The cell's model, ready to decode."""
         decoder = self._load()
         budget = self.settings.get("budget", self.settings.get("draft_budget"))
-        if budget is not None:
-            try:
+        weights = self.settings.get("draft_weights", "auto")
+        try:
+            if budget is not None:
                 decoder.thresholds(budget)
-            except ValueError as error:
-                raise StepError(f"{self.mode}: {error}") from error
+            if weights != "auto":  # which is chosen while nothing else runs
+                decoder.drafter(weights)
+        except ValueError as error:
+            raise StepError(f"{self.mode}: {error}") from error
         return decoder
 
     def _load(self) -> Decoder:

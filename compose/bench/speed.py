@@ -127,7 +127,7 @@ class SpeedTurns:
 
 
 def speculation_counts(stats: Stats) -> dict[str, Any]:
-    """What became of drafts, as counts that can be added up."""
+    """What drafted, and what became of drafts as counts that can be added up."""
     return {
         "draft_length_histogram": {str(n): times for n, times in stats.draft_lengths.items()},
         "drafted": stats.drafted,
@@ -135,6 +135,7 @@ def speculation_counts(stats: Stats) -> dict[str, Any]:
         "passes": stats.passes,
         "positions": [list(pair) for pair in stats.positions],
         "looked_up": stats.looked_up,
+        "draft_weights": stats.draft_weights,
         "draft_s": stats.draft_s,
         "verify_s": stats.verify_s,
     }

@@ -10,6 +10,8 @@ from compose.errors import UserError, suggest
 BACKENDS = ("reference", "gathered", "native")
 """Those of `gateskip.runtime.backend`, which imports torch."""
 KINDS = ("plain", "skip", "draft", *BACKENDS)
+DRAFTS = ("auto", "int4", "int3", "int2", "nf4", "int4-head")
+"""What drafts, where it is not the model itself: `Weights` of `gateskip.decoding`."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class System:
 
 
 def parse_system(text: str) -> System:
-    """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+int4`, `+nf4` or `+int4-head`, `+lookup`,
-    `+LENGTH`; any of these after a backend, as in `gathered:skip:0.8`.
+    """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+auto`, `+int4`, `+int3`, `+int2`, `+nf4` or
+    `+int4-head`, `+lookup`, `+LENGTH`; any of these after a backend, as in `gathered:skip:0.8`.
 
     Raises UserError for anything else.
     """
@@ -47,7 +49,7 @@ def parse_system(text: str) -> System:
             return System(text, {"mode": "skip", "budget": budget})
         settings: dict[str, Any] = {"mode": "speculate", "draft_budget": budget}
         for word in words[1:]:
-            if word in ("int4-head", "nf4", "int4"):
+            if word in DRAFTS:
                 settings["draft_weights"] = word
             elif word == "lookup":
                 settings["lookup"] = True

@@ -32,6 +32,7 @@ from gateskip.calibration.settings import ALLOCATIONS
 from gateskip.calibration.thresholds import calibrate
 from gateskip.checkpoint import META_FILE, load_gates, save_gates
 from gateskip.decoding.decoder import Decoder
+from gateskip.decoding.draft_models import draft_copies
 
 PLAIN = "plain"
 FIRST_PROMPTS, FINALISTS = 4, 3  # prompts of the first round, and drafts that go on to the second
@@ -95,7 +96,7 @@ def candidates(decoder: Decoder) -> list[str]:
     """Every draft that this folder can make, as systems of `gateskip bench`."""
     budgets = [1.0, *sorted((b for b in decoder.grid if b < 1.0), reverse=True)]
     kinds = ["", *(["+int4-head"] if decoder.skipping.engine else [])]
-    kinds += ["+int4", "+nf4"] if _has_draft_copy(decoder) else []
+    kinds += [f"+{name}" for name in draft_copies(decoder.skipping)]
     names = []
     for kind in kinds:
         for budget in budgets:
@@ -140,14 +141,6 @@ def with_thresholds(decoder: Decoder, budget: float, row: Sequence[float]) -> De
     other.grid = {**decoder.grid, budget: list(row)}
     other.forget_draft_costs()
     return other
-
-
-def _has_draft_copy(decoder: Decoder) -> bool:
-    try:
-        decoder.drafter("nf4")
-    except ValueError:
-        return False
-    return True
 
 
 def _first(workloads: Workloads, count: int) -> Workloads:

@@ -49,7 +49,8 @@ def add_turns(turns: Sequence[Turn]) -> dict[str, Any]:
 
 
 def add_speculation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of speculation, added up: of the turns of a repeat, or of the repeats of a cell."""
+    """Counts of speculation, added up: of the turns of a repeat, or of the repeats of a cell; with
+    what drafted in the last one."""
     longest = max(len(record["positions"]) for record in records)
     positions = [[0, 0] for _ in range(longest)]
     for record in records:
@@ -62,6 +63,7 @@ def add_speculation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ),
         **{name: sum(record[name] for record in records) for name in COUNTS},
         "positions": positions,
+        "draft_weights": records[-1].get("draft_weights"),
     }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compose.artifacts.bundle import write_bundle
+from compose.artifacts.bundle import needs_loader, write_bundle, write_loader
 from compose.artifacts.folder import (
     LINEAGE,
     dtype_of,
@@ -123,6 +123,8 @@ def assemble(
         write_json(folder / GATE_SETTINGS, {"decode": decode})
     if (folder / GATE_SETTINGS).exists():
         write_bundle(folder)
+    if needs_loader(folder):
+        write_loader(folder)
     write_json(folder / MEASUREMENTS, measurements(results, cell, planned))
     before = lineage(source)
     (folder / CARD).write_text(model_card(folder, results, cell, before), encoding="utf-8")

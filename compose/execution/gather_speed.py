@@ -14,10 +14,14 @@ from compose.bench.turns import add_counts, add_speculation
 from compose.execution.sessions import Numbers, Session, Shape
 from compose.results.intervals import paired_speed_ratio
 from compose.results.parts import Estimate
+from compose.results.spread import Kind, Spread, spread_in, widened
 
 SPEED_NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s")
 SIZES = ("peak_bytes", "cache_bytes", "beside_bytes")
-RATIOS = {"decode_ratio": "decode_tokens_per_s", "prefill_ratio": "prefill_tokens_per_s"}
+RATIOS: dict[str, tuple[Kind, str]] = {
+    "decode_ratio": ("decode", "decode_tokens_per_s"),
+    "prefill_ratio": ("prefill", "prefill_tokens_per_s"),
+}
 
 Pairs = Sequence[tuple[Numbers, Numbers]]
 """The numbers of two cells in the same rounds, in the order of the rounds."""
@@ -45,7 +49,8 @@ def timed_parts(
         counts = add_speculation([own["speculation"] for own in main])
         parts["speculation"] = speculation_of(counts)
         if plain is not None:
-            found = _ratio(session.main_paired(name, plain), "decode_tokens_per_s")
+            pairs, spread = session.main_paired(name, plain), spread_in(session.environment)
+            found = _ratio(pairs, "decode", "decode_tokens_per_s", spread)
             parts["speculation"] |= _speedup(session, name, plain, found)
     return parts
 
@@ -62,6 +67,7 @@ def speculation_of(counts: dict[str, Any]) -> dict[str, Any]:
     plain = lengths.get(0, 0) / steps if steps else None
     tried = [(reached, accepted) for reached, accepted in counts["positions"] if reached]
     return {
+        "draft_weights": counts.get("draft_weights"),
         "draft_length_histogram": dict(sorted(lengths.items())),
         "acceptance_rate": counts["accepted"] / drafted if drafted else None,
         "mean_accepted_tokens": 1 + counts["accepted"] / passes if passes else None,
@@ -83,21 +89,22 @@ def _speedup(session: Session, name: str, plain: str, found: Estimate | None) ->
 
 def _speed(session: Session, name: str, baseline: str) -> dict[str, Any]:
     """The main shape, and the others by batch, context or category."""
+    related, spread = name != baseline, spread_in(session.environment)
     by_shape = {
-        shape: _numbers(own, session.paired(name, baseline).get(shape, []), name != baseline)
+        shape: _numbers(own, session.paired(name, baseline).get(shape, []), related, spread)
         for shape, own in session.of_cell(name).items()
     }
     main, pairs = session.main_shape, session.main_paired(name, baseline)
     speed: dict[str, Any] = {}
     if main is None or main.batch == 1:
-        speed = _numbers(session.main(name), pairs, name != baseline)
+        speed = _numbers(session.main(name), pairs, related, spread)
     if main is not None and main.batch == 1:
         del by_shape[main]
     texts = [own["digest"] == base["digest"] for own, base in pairs if own.get("digest")]
     for field in ("threads", "affinity"):
         if (most := _largest(session.main(name), field)) is not None:
             speed[field] = most
-    if name != baseline and texts:
+    if related and texts:
         speed["equal_to_baseline"] = all(texts)
     for shape, numbers in by_shape.items():
         section, key = _place(shape)
@@ -112,7 +119,9 @@ def _place(shape: Shape) -> tuple[str, int | str]:
     return ("by_batch", shape.batch) if shape.batch != 1 else ("by_context", shape.context)
 
 
-def _numbers(repeats: Sequence[Numbers], pairs: Pairs, related: bool) -> dict[str, Any]:
+def _numbers(
+    repeats: Sequence[Numbers], pairs: Pairs, related: bool, spread: Spread | None
+) -> dict[str, Any]:
     """The fields of `compose.results.parts.SpeedNumbers` from the repeats of one shape."""
     numbers: dict[str, Any] = {}
     for name in SPEED_NUMBERS:
@@ -125,7 +134,7 @@ def _numbers(repeats: Sequence[Numbers], pairs: Pairs, related: bool) -> dict[st
     if spent := [own["spent"] for own in repeats if "spent" in own]:
         numbers["time_split"] = _time_split(add_counts(spent), sum(lasted))
     if related:
-        ratios = {field: _ratio(pairs, name) for field, name in RATIOS.items()}
+        ratios = {field: _ratio(pairs, *what, spread) for field, what in RATIOS.items()}
         numbers |= {field: each for field, each in ratios.items() if each is not None}
     return numbers
 
@@ -139,13 +148,14 @@ def measured(values: Sequence[float]) -> dict[str, Any]:
     return found
 
 
-def _ratio(pairs: Pairs, name: str) -> Estimate | None:
+def _ratio(pairs: Pairs, kind: Kind, name: str, spread: Spread | None) -> Estimate | None:
     """Speed over the other cell's, where both have it in at least two rounds."""
     both = [(own[name], base[name]) for own, base in pairs if own.get(name) and base.get(name)]
     if len(both) < 2:
         return None
     own, base = zip(*both, strict=True)
-    return paired_speed_ratio(own, base)
+    found = paired_speed_ratio(own, base)
+    return None if found is None else widened(found, kind, spread)
 
 
 def _time_split(spent: dict[str, float], decode_s: float) -> dict[str, float]:

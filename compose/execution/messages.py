@@ -13,6 +13,7 @@ Role = Literal[
     "insight",
     "tune",
     "gguf",
+    "convert",
     "compressed-tensors",
     "probe",
 ]
@@ -32,6 +33,8 @@ class StepRequest(TypedDict):
     """The stage's parameters; None for the source model."""
     model: str
     """The pipeline's source model."""
+    keep_blocks: bool
+    """Whether the source's GGUF blocks are kept."""
     dtype: str
     seed: int
     data: dict[str, Any]

@@ -36,11 +36,13 @@ class RunFolder:
     """Where everything of a run is."""
 
     root: Path
+    models: Path | None = None
+    """The folder of model folders; `store` beside this run where it is None."""
 
     @classmethod
-    def of(cls, plan: Plan, out: Path) -> RunFolder:
-        """The folder of a plan's run under `out`."""
-        return cls(out.absolute() / plan.pipeline.name)
+    def of(cls, plan: Plan, out: Path, models: Path | None = None) -> RunFolder:
+        """The folder of a plan's run under `out`, whose model folders are in `models`."""
+        return cls(out.absolute() / plan.pipeline.name, models)
 
     @classmethod
     def existing(cls, folder: Path) -> RunFolder:
@@ -59,8 +61,8 @@ class RunFolder:
 
     @property
     def store(self) -> Store:
-        """Model folders, shared by all runs beside this one."""
-        return Store(self.root.parent / "store")
+        """Model folders, shared by all runs beside this one, or wherever `models` says."""
+        return Store(self.models or self.root.parent / "store")
 
     @property
     def plan_file(self) -> Path:

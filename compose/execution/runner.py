@@ -35,6 +35,7 @@ from compose.planning.plan import Plan
 from compose.results.environment import capture_environment
 from compose.results.io import load_results, save_results
 from compose.results.schema import Results
+from compose.results.spread import stored_spread
 from compose.store import write_json
 
 
@@ -59,7 +60,7 @@ def run(plan: Plan, settings: Settings, executor: Executor, board: Board) -> Run
         UserError: the source model cannot be had, a name in `only` is unknown, or another process
             is at work on this run.
     """
-    folder = RunFolder.of(plan, settings.out)
+    folder = RunFolder.of(plan, settings.out, settings.store)
     folder.root.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.root / ".lock", timeout=0):
@@ -80,7 +81,7 @@ def _run(run: RunState) -> RunResult:
     if run.settings.again:
         shutil.rmtree(run.folder.root / "cells", ignore_errors=True)
         shutil.rmtree(run.folder.speed, ignore_errors=True)
-    environment = capture_environment(run.plan.pipeline.benchmark.threads)
+    environment = _with_spread(capture_environment(run.plan.pipeline.benchmark.threads))
     with thread_pool(slots) as pool:
         try:
             tasks = [*step_tasks(run, cells), *quality_tasks(run, cells)]
@@ -89,6 +90,14 @@ def _run(run: RunState) -> RunResult:
         finally:
             run.workers.end_all()
     return _conclude(run, session, environment)
+
+
+def _with_spread(environment: dict[str, Any]) -> dict[str, Any]:
+    """The environment, and how far equal runs lie apart on this machine, where that is known."""
+    from gateskip.kernels.build import cache_folder
+
+    spread = stored_spread(cache_folder(), environment)
+    return environment if spread is None else environment | {"between_runs": spread}
 
 
 def _conclude(run: RunState, session: Session | None, environment: dict[str, Any]) -> RunResult:
@@ -101,10 +110,11 @@ def _conclude(run: RunState, session: Session | None, environment: dict[str, Any
         environment=environment,
         command=run.settings.command,
     )
-    if run.worked or not _is_written(results, run.folder):
+    if run.worked or not _is_written(results, run):
         run.worked = True
         save_results(results, run.folder.results_file)
-        draw_report(run.folder)
+        if run.settings.report:
+            draw_report(run.folder)
     _export(run, results)
     _remove_old_references(run)
     failed = [cell for cell in results.cells if cell.status == "failed"]
@@ -119,12 +129,13 @@ def _remove_old_references(run: RunState) -> None:
             file.unlink()
 
 
-def _is_written(results: Results, folder: RunFolder) -> bool:
-    """Whether the folder has a report, and just these results."""
-    if not (folder.results_file.is_file() and (folder.root / "report.html").is_file()):
+def _is_written(results: Results, run: RunState) -> bool:
+    """Whether the folder has just these results, and the report where one is wanted."""
+    file, report = run.folder.results_file, run.folder.root / "report.html"
+    if not file.is_file() or (run.settings.report and not report.is_file()):
         return False
     try:
-        return load_results(folder.results_file).model_dump() == results.model_dump()
+        return load_results(file).model_dump() == results.model_dump()
     except UserError:
         return False
 

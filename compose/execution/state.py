@@ -30,6 +30,10 @@ class Settings:
     """Measure every cell again. Model folders stay."""
     tensorboard: bool = False
     """Write the training of steps as TensorBoard files in the run's folder."""
+    store: Path | None = None
+    """The folder of model folders; that of all runs in `out` where it is None."""
+    report: bool = True
+    """Whether the report is drawn in the end."""
 
 
 @dataclass

@@ -101,6 +101,7 @@ def _request(run: RunState, step: Step, target: Path, check: Path) -> StepReques
         "name": step.name,
         "stage": None if step.stage is None else step.stage.model_dump(mode="json"),
         "model": pipeline.model.source,
+        "keep_blocks": pipeline.model.keep_blocks,
         "dtype": pipeline.model.dtype,
         "seed": step.seed,
         "data": pipeline.data.model_dump(mode="json"),

@@ -6,11 +6,13 @@ values strictly (no text for a number), and what it refuses is worded anew (`mis
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from compose.artifacts.gguf_file import is_gguf
 from compose.errors import PipelineError, suggest
 from compose.language.mistakes import first_mistake, refusals
 from compose.language.positions import Loc, Problem
@@ -101,7 +103,8 @@ class _Paths:
         self.missing: list[Problem] = []
 
     def _absolute(self, path: str | Path) -> Path:
-        return self._folder / Path(path).expanduser()
+        """From the root, without `..`: a path that is part of a key has one spelling."""
+        return Path(os.path.normpath(self._folder / Path(path).expanduser()))
 
     def file(self, path: str | Path, loc: Loc) -> str:
         """A file that must exist."""
@@ -118,7 +121,9 @@ class _Paths:
         return self.file(source, (*loc, "source"))
 
     def model(self, source: str) -> str:
-        """A model source: a folder when there is one, else an alias or hub id."""
+        """A model source: a GGUF file, a folder when there is one, else an alias or hub id."""
+        if is_gguf(source):
+            return self.file(source, ("model", "source"))
         absolute = self._absolute(source)
         if (absolute / "config.json").is_file():
             return str(absolute)

@@ -25,6 +25,7 @@ from compose.assets.table import TASKS, WRITTEN_TASK
 from compose.bench.peers.table import parse_peer
 from compose.errors import UserError, suggest
 from compose.language.positions import Error, Loc, Problem, SourceMap
+from compose.language.variants import vary_problems
 from compose.stages.registry import AnyStage, DataSpec, Gate, Int4, Int8, Skip, Speculate, Stage
 
 Chain = tuple[str, ...]
@@ -98,7 +99,11 @@ class Model(_Section):
     """Which model is compressed."""
 
     source: Text
-    """An alias, a hub id, or a local folder (relative to this file)."""
+    """An alias, a hub id, a local folder or a GGUF file (relative to this file)."""
+
+    keep_blocks: bool = False
+    """Of a GGUF file: keep the weights in its Q4_0, Q4_1 and Q8_0 blocks, not rounded again. Else,
+    and where they are stored in other ways, weights are dequantized."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The type in which weights that are not quantized are kept and computed."""
@@ -137,6 +142,31 @@ class Matrix(BaseModel):
         """Axis -> its choices as chains; `none` is the empty chain."""
         extra = self.__pydantic_extra__
         return {axis: tuple(map(as_chain, choices)) for axis, choices in extra.items()}
+
+
+class Search(_Section):
+    """What `gateskip search` may make chains of, and how many of them it measures."""
+
+    axes: dict[Text, Annotated[tuple[Choice, ...], Field(min_length=1)]] = {}
+    """One choice of each axis, in chain order, as in a matrix. When left out: the axes of the
+    matrix, or else one axis for each kind of stage, with `none`."""
+
+    vary: dict[Text, dict[Text, tuple[Any, ...]]] = {}
+    """Stage -> parameter -> the values that it may take: `{narrow: {ratio: [0.05, 0.1]}}`. Where
+    the axes are left out, too, widths and layers vary around their own values."""
+
+    probes: Count = 48
+    """Chains measured on the first rung, at most. A space that is not larger is measured whole."""
+
+    batch: Count = 8
+    """Chains that are proposed and measured together; the next ones follow from what was found."""
+
+    tokens: Annotated[int, Field(ge=2)] = 2048
+    """Tokens on which the first rung scores; each further rung has four times as many, and the last
+    is the file's own benchmark."""
+
+    finalists: Count = 6
+    """Chains that come to the last rung, more where intervals still reach the bound."""
 
 
 class Speed(_Section):
@@ -309,7 +339,10 @@ class Pipeline(_Section):
         BeforeValidator(_matrix, json_schema_input_type=Literal["default"] | Matrix | None),
     ] = None
     """Every combination; those that break a rule are left out. `default`: gates, quantizers and
-    decoders, which is also what a file without matrix and pipelines means."""
+    decoders, which is also what a file without matrix, pipelines and search means."""
+
+    search: Search | None = None
+    """What `gateskip search` may make chains of; `gateskip run` passes it over."""
 
     benchmark: Benchmark = Benchmark()
     """What is measured of every cell."""
@@ -326,7 +359,8 @@ class Pipeline(_Section):
         if not isinstance(raw, Mapping):
             return raw
         matrix, stages = raw.get("matrix"), raw.get("stages", {})
-        expands = matrix == "default" or (matrix is None and not raw.get("pipelines"))
+        named = raw.get("pipelines") or raw.get("search") is not None
+        expands = matrix == "default" or (matrix is None and not named)
         if not expands or not isinstance(stages, Mapping):
             return raw
         return {**raw, "matrix": DEFAULT_MATRIX, "stages": {**DEFAULT_STAGES, **stages}}
@@ -356,7 +390,11 @@ class Pipeline(_Section):
         for name, chain in self.pipelines.items():
             yield from self._unknown_stages(chain, ("pipelines", name))
         if self.matrix is not None:
+            yield from self._axes_problems(self.matrix.__pydantic_extra__, ("matrix",))
             yield from self._matrix_problems(self.matrix)
+        if self.search is not None:
+            yield from self._axes_problems(self.search.axes, ("search", "axes"))
+            yield from vary_problems(self.search.vary, self.stages, ("search", "vary"))
         for index, peer in enumerate(self.benchmark.against):
             try:
                 parse_peer(peer)
@@ -370,18 +408,23 @@ class Pipeline(_Section):
                 hint = suggest(name, self.stages)
                 yield Problem(place, f"no stage is named {name!r}: {hint}")
 
-    def _matrix_problems(self, matrix: Matrix) -> Iterator[Problem]:
-        axes = matrix.__pydantic_extra__
-        if not axes:
-            yield Problem(("matrix",), "the matrix has no axis", at_key=True)
+    def _axes_problems(
+        self, axes: Mapping[str, tuple[Choice, ...]], place: Loc
+    ) -> Iterator[Problem]:
+        """Of axes that stand at `place`: stages that do not exist, and choices listed twice."""
         for axis, choices in axes.items():
             chains = [as_chain(choice) for choice in choices]
             for index, choice in enumerate(choices):
-                loc: Loc = ("matrix", axis, index)
+                loc: Loc = (*place, axis, index)
                 if choice != NONE:
                     yield from self._unknown_stages(choice, loc)
                 if chains[index] in chains[:index]:
                     yield Problem(loc, f"axis {axis!r} has the choice {_shown(choice)} twice")
+
+    def _matrix_problems(self, matrix: Matrix) -> Iterator[Problem]:
+        axes = matrix.__pydantic_extra__
+        if not axes:
+            yield Problem(("matrix",), "the matrix has no axis", at_key=True)
         for index, entry in enumerate(matrix.exclude):
             yield from _exclude_problems(entry, axes, ("matrix", "exclude", index))
 

@@ -59,6 +59,7 @@ class StepKeys:
                 "version": SOURCE_VERSION,
                 "model": self._model_identity(model.source),
                 "dtype": model.dtype,
+                **({"keep_blocks": True} if model.keep_blocks else {}),
             }
         )
 

@@ -14,7 +14,7 @@ from compose.assets import (
     require_task_name,
     require_text_name,
 )
-from compose.errors import AssetError, PlanError, context
+from compose.errors import ArtifactError, AssetError, PlanError, context
 from compose.language.parse import load_pipeline
 from compose.language.positions import Loc
 from compose.language.schema import Pipeline
@@ -77,19 +77,21 @@ def _inputs(pipeline: Pipeline) -> Iterator[tuple[Loc, Callable[[], None]]]:
 
 def model_shape(pipeline: Pipeline, asset_cache: Path) -> ModelShape | None:
     """The sizes of the source model; None when its config cannot be had now."""
+    model = pipeline.model
     try:
-        config = model_config(pipeline.model.source, asset_cache)
+        config = model_config(model.source, asset_cache, keep_blocks=model.keep_blocks)
         return None if config is None else ModelShape.from_config(config)
-    except PlanError as error:
+    except (PlanError, AssetError, ArtifactError) as error:
         raise pipeline.locate(error, ("model", "source")) from None
 
 
 def input_hashes(pipeline: Pipeline, asset_cache: Path | None = None) -> InputHashes:
     """The pinned hashes of model and data, where they have one: part of the steps' keys."""
     hashes = InputHashes()
-    model = model_pin(pipeline.model.source, asset_cache)
-    if model is not None:
-        hashes["model_sha256"] = model
+    model = pipeline.model
+    pin = model_pin(model.source, asset_cache, keep_blocks=model.keep_blocks)
+    if pin is not None:
+        hashes["model_sha256"] = pin
     sources = {pipeline.data.train.source, pipeline.data.calibration.source}
     pins = {source: data_pin(source) for source in sources}
     hashes["data_sha256"] = {source: pin for source, pin in pins.items() if pin is not None}

@@ -23,6 +23,7 @@ AIMS = (
     "retained",
     "accuracy",
     "perplexity",
+    "kl",
     "agreement",
     "saved",
 )
@@ -98,6 +99,7 @@ def pick(
     *,
     min_retained: float | None = None,
     max_perplexity_ratio: float | None = None,
+    max_kl: float | None = None,
     max_bytes: float | None = None,
     max_resident: float | None = None,
     require_lossless: bool = True,
@@ -107,10 +109,10 @@ def pick(
     """The best measured cell by `maximize` (one of `AIMS`) among those that meet all constraints.
 
     `min_retained` is a share of the baseline's quality, 0 to 1 (`metrics.retained_basis` says of
-    what), and bounds the lower end of the interval; `max_perplexity_ratio` bounds the upper end.
-    With `by_estimate` they bound the estimates themselves. Sizes are in bytes. Other engines are
-    not picked; the baseline may be. Ties are broken by quality, speed, size and at last by their
-    place in the results.
+    what), and bounds the lower end of the interval; `max_perplexity_ratio` and `max_kl` (nats a
+    token from the baseline) bound the upper end. With `by_estimate` they bound the estimates
+    themselves. Sizes are in bytes. Other engines are not picked; the baseline may be. Ties are
+    broken by quality, speed, size and at last by their place in the results.
 
     Raises:
         UserError: unknown aim, nothing measured, no cell whose quality is known well enough for a
@@ -127,7 +129,7 @@ def pick(
             f"no cell of run {results.run!r} has {METRICS[aim].title} measured",
             fix="aim for what the run measured, or measure it with the pipeline's `benchmark`",
         )
-    of_quality = _quality_bounds(results, min_retained, max_perplexity_ratio, by_estimate)
+    of_quality = _quality_bounds(results, min_retained, max_perplexity_ratio, max_kl, by_estimate)
     for bound in of_quality:
         _require_evidence(results, cells, bound)
     constraints: list[Constraint | Lossless] = [
@@ -185,6 +187,17 @@ def _ratio_bound(results: Results, cell: CellResult) -> float | None:
     return None if ends is None else ends[1]
 
 
+def _kl_bound(results: Results, cell: CellResult) -> float | None:
+    """The mean KL to the baseline that a cell has at most, at 95 % confidence."""
+    quality = results.quality(cell)
+    if quality is None or _is_refuted(cell):
+        return None
+    if gives_baselines_predictions(results, quality):
+        return 0.0
+    ends = interval_of(results, "kl", cell)
+    return None if ends is None else ends[1]
+
+
 def _why_unknown(results: Results, cell: CellResult) -> str:
     quality = results.quality(cell)
     if quality is None:
@@ -196,7 +209,11 @@ def _why_unknown(results: Results, cell: CellResult) -> str:
 
 
 def _quality_bounds(
-    results: Results, min_retained: float | None, max_ratio: float | None, by_estimate: bool
+    results: Results,
+    min_retained: float | None,
+    max_ratio: float | None,
+    max_kl: float | None,
+    by_estimate: bool,
 ) -> list[Constraint]:
     show = "{:.3f}".format
     bounds = []
@@ -205,11 +222,15 @@ def _quality_bounds(
         words = "retained" if by_estimate else "retained (at least)"
         why = partial(_why_unknown, results)
         bounds.append(Constraint(words, "--min-retained", value, min_retained, True, show, why))
-    if max_ratio is not None:
-        metric = "perplexity-ratio"
-        value = _reader(results, metric) if by_estimate else partial(_ratio_bound, results)
-        words = "perplexity ratio" if by_estimate else "perplexity ratio (at most)"
-        bounds.append(Constraint(words, "--max-perplexity-ratio", value, max_ratio, False, show))
+    at_most = [
+        ("perplexity-ratio", "perplexity ratio", "--max-perplexity-ratio", max_ratio, _ratio_bound),
+        ("kl", "KL", "--max-kl", max_kl, _kl_bound),
+    ]
+    for metric, words, option, limit, upper in at_most:
+        if limit is not None:
+            value = _reader(results, metric) if by_estimate else partial(upper, results)
+            words = words if by_estimate else f"{words} (at most)"
+            bounds.append(Constraint(words, option, value, limit, False, show))
     return bounds
 
 

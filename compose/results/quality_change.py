@@ -37,8 +37,6 @@ class Tested:
     """A change up to here counts as none."""
     exact_p: float | None = None
     """Probability by counting, where it was counted."""
-    own: tuple[float, float] | None = None
-    """Variance and degrees of this change alone, where `variance` was raised to that of others."""
     is_log: bool = True
 
     @cached_property
@@ -58,15 +56,14 @@ class Tested:
         """The change with its own 95 % interval: a ratio, or a difference of accuracies."""
         from scipy.stats import t
 
-        variance, degrees = self.own or (self.variance, self.degrees)
-        half = float(t.ppf(0.5 + LEVEL / 2, degrees)) * math.sqrt(variance * self.per)
+        half = float(t.ppf(0.5 + LEVEL / 2, self.degrees)) * math.sqrt(self.variance * self.per)
         low, high = self.value - half, self.value + half
         ends = [math.exp(each) if self.is_log else each for each in (self.value, low, high)]
         return Estimate(
             value=ends[0],
             low=ends[1],
             high=ends[2],
-            n=round(1 / self.per),
+            n=max(1, round(1 / self.per)),
             different=not low <= 0 <= high,
         )
 

@@ -73,6 +73,10 @@ class LosslessCheck(Record):
 class Speculation(Record):
     """What self-speculative decoding did in the timed rounds, all of them together."""
 
+    draft_weights: str | None = None
+    """What drafted, the measured choice where the cell says `auto`; `none` where no draft was
+    measured to be faster than plain decoding."""
+
     draft_length_histogram: dict[int, int] | None = None
     """Draft length -> timed passes in which so many tokens were drafted; 0 is a plain step."""
 

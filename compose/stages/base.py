@@ -16,14 +16,15 @@ from pydantic import BaseModel, ConfigDict
 from compose.errors import RuleBroken
 from compose.stages.job import DataSpec, Split, StageJob
 from compose.stages.rules import FORBIDDEN, RULES, Role
-from compose.stages.shape import ModelShape
+from compose.stages.shape import ModelShape, PackedBits
 
-__all__ = ["RULES", "DataSpec", "ModelShape", "Role", "Split", "Stage", "StageJob"]
+__all__ = ["RULES", "DataSpec", "ModelShape", "PackedBits", "Role", "Split", "Stage", "StageJob"]
 
 PLACES = ("device_map",)
 """Parameters that say where a stage works, not what it makes."""
 
 LIBRARIES = 0.8e9  # bytes of a process that has torch and transformers, and works on some text
+UNPACKED = 16  # bits of a weight that no quantizer packed
 
 
 class Stage(BaseModel):
@@ -68,6 +69,15 @@ class Stage(BaseModel):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The shape of the model that the stage makes of one of `shape`."""
         return shape
+
+    def most_bits(self) -> int:
+        """Bits of the largest weights that the stage leaves in a model's layers."""
+        return UNPACKED
+
+    def packed_bits(self, shape: ModelShape) -> PackedBits | None:
+        """Bits that a weight takes in the folder that a quantizer makes of a model of `shape`,
+        scales included; None where the stage packs nothing, or cannot tell."""
+        return None
 
     def held(self) -> float:
         """Bytes that `run` holds at its peak for each weight of the model it starts from: by

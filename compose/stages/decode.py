@@ -7,7 +7,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Role, Stage
+from compose.stages.base import UNPACKED, ModelShape, Role, Stage
+
+COPY_BITS = {"int4": 4, "nf4": 4, "int3": 3, "int2": 2}
+"""Bits of a weight in each copy that drafts."""
 
 
 class DecodeStage(Stage):
@@ -46,10 +49,12 @@ class Speculate(DecodeStage):
     draft_budget: float = Field(default=0.5, gt=0, le=1)
     """The share of multiply-adds that a draft computes; 1 skips nothing."""
 
-    draft_weights: Literal["own", "int4-head", "nf4", "int4"] = "own"
+    draft_weights: Literal["own", "int4-head", "nf4", "int4", "int3", "int2", "auto"] = "own"
     """What drafts: the model's own weights; these but for a 4-bit copy of the LM head
-    (`int4-head`); or a 4-bit copy of all of them that is made while loading: bitsandbytes' `nf4`,
-    or `int4`, whose rounding is fitted to what the model reads."""
+    (`int4-head`); or a copy of all of them that is made while loading, of packed weights too:
+    bitsandbytes' `nf4`, or integers of 4, 3 or 2 bits (`int4`, `int3`, `int2`), whose rounding is
+    fitted to what the model reads. `auto` is the draft that is fastest on the machine, which is
+    measured once for each model; where none beats plain decoding, nothing is drafted."""
 
     lookup: bool = False
     """Whether what followed the last tokens earlier in the text is proposed ahead of a draft."""
@@ -68,12 +73,12 @@ class Speculate(DecodeStage):
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """As for all decoders, and `draft-of-packed`, `original-is-gone`."""
         super().check(shape, before)
-        copied = self.draft_weights in ("nf4", "int4")
-        if copied and any(stage.role == "quantize" for stage in before):
+        bits, most = COPY_BITS.get(self.draft_weights), _most_bits(shape, before)
+        if bits is not None and most <= bits:
             raise RuleBroken(
                 "draft-of-packed",
-                "after a quantizer, no 4-bit copy can draft",
-                fix="set draft_weights: own or int4-head",
+                f"a copy in {bits} bits of weights in {most} bits is no cheaper to draft with",
+                fix=f"set draft_weights: {_cheaper(most)}",
             )
         trained = [stage for stage in before if getattr(stage, "backbone", "frozen") != "frozen"]
         if self.target == "original" and any(stage.role == "gate" for stage in trained):
@@ -82,3 +87,17 @@ class Speculate(DecodeStage):
                 "target: original after gates whose backbone learned along",
                 fix="set backbone: frozen in the gate stage, or leave target out",
             )
+
+
+def _most_bits(shape: ModelShape | None, before: tuple[Stage, ...]) -> int:
+    """Bits of the model's largest weights: of the last quantizer, or as its config states them."""
+    quantizers = [stage for stage in before if stage.role == "quantize"]
+    if quantizers:
+        return quantizers[-1].most_bits()
+    return (shape and shape.packed_bits) or UNPACKED
+
+
+def _cheaper(most: int) -> str:
+    """Drafts for weights of so many bits, in words."""
+    copies = [name for name, bits in COPY_BITS.items() if bits < most]
+    return ", ".join([*copies, "int4-head", "own"]) + " or auto"

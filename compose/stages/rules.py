@@ -9,7 +9,7 @@ Role = Literal["prune", "heal", "gate", "quantize", "head", "decode"]
 
 RULES: dict[str, str] = {
     "decode-needs-gates": "what is skipped is decided by gates, so a gate stage must come before.",
-    "draft-of-packed": "a quantized model has no wide weights to draft a 4-bit copy of.",
+    "draft-of-packed": "a draft copy has fewer bits than the weights that it is made of.",
     "original-is-gone": "a backbone that learned beside the gates is the original no more.",
     "head-last": "the LM head is packed when all other weights are finished.",
     "decode-last": "a decode stage only sets how the model is run; no weight stage may follow it.",

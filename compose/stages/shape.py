@@ -24,6 +24,8 @@ class ModelShape:
     tie_embeddings: bool
     quantized: str | None = None
     """The quantizer that made the weights (`bitsandbytes`, `gptq`, ...), or None."""
+    packed_bits: int | None = None
+    """Bits of the largest weights that it packed, where the source model's config states them."""
     long_rope: bool = False
     """Whether each rotary frequency has a factor of its own, as in the long-context Phi3."""
 
@@ -65,6 +67,7 @@ class ModelShape:
                 config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
             ),
             quantized=quantization.get("quant_method", "unknown") if quantization else None,
+            packed_bits=_packed_bits(quantization or {}),
             long_rope="short_factor" in rope,
         )
 
@@ -87,3 +90,23 @@ class ModelShape:
             "up_proj": self.hidden_size,
             "down_proj": self.intermediate_size,
         }
+
+
+def _packed_bits(quantization: Mapping[str, Any]) -> int | None:
+    """The most bits that a quantization config gives a layer; None where it does not say."""
+    if quantization.get("load_in_8bit") or quantization.get("load_in_4bit"):
+        return 8 if quantization.get("load_in_8bit") else 4
+    layers = [quantization.get(key) or {} for key in ("dynamic", "layers")]
+    own = [each for named in layers for each in named.values()]
+    stated = [each.get("bits") for each in (quantization, *own)]
+    return max((bits for bits in stated if isinstance(bits, int)), default=None)
+
+
+@dataclass(frozen=True)
+class PackedBits:
+    """Bits of a weight in a folder of packed weights, scales and offsets included."""
+
+    layers: float
+    """Of the linear layers in the decoder layers."""
+    outer: float | None = None
+    """Of embedding and LM head; None where these stay as they were."""

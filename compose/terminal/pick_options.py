@@ -29,6 +29,10 @@ class PickOptions:
         float | None,
         typer.Option(help="Most perplexity, over the baseline's; for the upper end of the 95 %."),
     ] = None
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Most KL to the baseline, nats a token; for the upper end of the 95 %."),
+    ] = None
     max_bytes: Annotated[str | None, typer.Option(help="Most size on disk, as 90MB.")] = None
     max_resident: Annotated[str | None, typer.Option(help="Most size in memory, as 200MB.")] = None
     require_lossless: Annotated[

@@ -8,6 +8,7 @@
     insight   the compute of each token under a folder's gates    one answer
     tune      find the draft that decodes a folder fastest        progress, then one answer
     gguf      write a folder as a GGUF file and load it back      one answer
+    convert   make a GGUF file a folder in the cache              progress, then one answer
     compressed-tensors   write a packed folder in that format and read it back   one answer
     probe     try the libraries, for `gateskip doctor`            a message a library, one answer
 
@@ -73,10 +74,17 @@ def _tune(job: Job, channel: Channel) -> dict[str, Any]:
     return tune(Path(job.pop("folder")), progress=channel.progress, **job)
 
 
-def _gguf(job: Job, channel: Channel) -> dict[str, float]:
+def _gguf(job: Job, channel: Channel) -> dict[str, Any]:
     from compose.artifacts.gguf import write_gguf
 
     return write_gguf(Path(job["folder"]), Path(job["file"]), job["kind"])
+
+
+def _convert(job: Job, channel: Channel) -> str:
+    from compose.assets import resolve_model
+
+    cache, keep = Path(job["cache"]), job["keep_blocks"]
+    return str(resolve_model(job["source"], cache, channel.progress, keep_blocks=keep).path)
 
 
 def _compressed(job: Job, channel: Channel) -> dict[str, Any]:
@@ -97,6 +105,7 @@ ROLES: dict[Role, Callable[[Any, Channel], Any]] = {
     "insight": _insight,
     "tune": _tune,
     "gguf": _gguf,
+    "convert": _convert,
     "compressed-tensors": _compressed,
     "probe": _probe,
 }

@@ -74,13 +74,15 @@ def _make_source(job: StepRequest, target: Path, progress: Progress) -> dict[str
     from compose.assets import resolve_model
 
     progress(0, 1, "fetching")
-    asset = resolve_model(job["model"], Path(job["asset_cache"]), progress)
+    cache, keep = Path(job["asset_cache"]), job["keep_blocks"]
+    asset = resolve_model(job["model"], cache, progress, keep_blocks=keep)
+    stated = {"source": public_source(job["model"])}
     progress(0, 1, "placing")
     linkable = not str(asset.origin).startswith("path:")
     artifact.copy_source(Path(asset.path), target, job["dtype"], link=linkable)
     return {
         "use": "source",
-        "parameters": {"source": public_source(job["model"])},
+        "parameters": stated | ({"keep_blocks": True} if keep else {}),
         "origin": public_source(str(asset.origin)),
         "licence": licence_of(job["model"], Path(asset.path)),
         "input_sha256": asset.sha256,

@@ -1,7 +1,7 @@
 """Decoding: plain, skipping and self-speculative, behind one `generate`.
 
-Speculation drafts cheaply (with an aggressive skip budget, with 4-bit copies of the same weights,
-by looking up what the text said before) and verifies at full compute. Both write the same cache:
+Speculation drafts cheaply (with an aggressive skip budget, with copies of the weights in fewer
+bits, by looking up what the text said before) and verifies at full compute. Both write the cache:
 drafts attend to the committed, fully computed entries, a verify pass overwrites what the drafts
 left, and what it rejects lies beyond the row's length and is overwritten in turn.
 """
@@ -16,25 +16,24 @@ import torch
 from torch import Tensor
 
 from gateskip.calibration.budgets import CalibratedBudgets
+from gateskip.decoding.draft_choice import fastest
 from gateskip.decoding.draft_length import DraftLengthController
+from gateskip.decoding.draft_models import Weights, make_draft, reads_text
 from gateskip.decoding.drafting import Draft, Drafting, Row, StopConditions
 from gateskip.decoding.sampling import GREEDY, Sampler, accept_or_resample, draw
 from gateskip.decoding.self_generate import write
 from gateskip.decoding.stats import Generation, Stats
 from gateskip.model.compute import Saving, Usage, Work, kept_share, saving
-from gateskip.model.families import UnsupportedModel
 from gateskip.model.gating import NEVER_SKIP
-from gateskip.quantization.draft_copy import int4_copy, int4_draft_head, nf4_copy
 from gateskip.runtime.backend import Arithmetic, BackendName, Cache, Thresholds
 from gateskip.runtime.skipping import SkippingModel
 
 Mode = Literal["plain", "skip", "speculate"]
-Weights = Literal["own", "int4-head", "nf4", "int4"]
 Target = Literal["gated", "original"]
 MAX_DRAFT = 16
 PREFILL = 4096  # tokens of all prompts together in one pass: bounds what lies beside the cache
 PIECE = 1024  # and of one of them: what branches hold then is a tenth of a small model at most
-SELF_WRITTEN = (8, 96)  # rows and tokens of the text to which an int4 draft is fitted
+SELF_WRITTEN = (8, 96)  # rows and tokens of the text to which a draft copy is fitted
 
 
 def cache_capacity(prompt: int, new_tokens: int) -> int:
@@ -73,6 +72,7 @@ class Decoder:
         self.kernel_times = dict(kernel_times or {})
         self._controllers: dict[Any, DraftLengthController] = {}  # by kind of draft
         self._drafters: dict[str, SkippingModel] = {"own": skipping}
+        self._fastest: dict[float, tuple[Weights | None, bool]] = {}  # draft, if it pays, by budget
 
     @property
     def backend(self) -> BackendName:
@@ -91,7 +91,7 @@ class Decoder:
 
     def forget_draft_costs(self) -> None:
         """Measure again what drafting costs and brings: for another number of threads, say."""
-        self._controllers = {}
+        self._controllers, self._fastest = {}, {}
 
     def thresholds(self, budget: float) -> Thresholds:
         """Thresholds of a budget in (0, 1].
@@ -119,33 +119,31 @@ class Decoder:
         """The model, and its draft copies as far as they were made."""
         return list(self._drafters.values())
 
-    def drafter(self, weights: Weights) -> SkippingModel:
-        """What drafts: the model itself, or its quantized copy, which is made on first use.
+    def drafter(self, weights: Weights, budget: float = 1.0) -> SkippingModel:
+        """What drafts: the model itself, or its quantized copy, which is made on first use; `auto`
+        is the fastest draft at a budget.
 
         Raises ValueError where there can be no copy.
         """
+        if weights not in get_args(Weights):
+            known = ", ".join(get_args(Weights))
+            raise ValueError(f"draft_weights {weights!r}: one of {known}")
+        if weights == "auto":
+            weights = self.fastest_draft(budget)[0] or "own"
         if weights not in self._drafters:
-            if weights not in get_args(Weights):
-                known = ", ".join(get_args(Weights))
-                raise ValueError(f"draft_weights {weights!r}: one of {known}")
-            self._drafters[weights] = self._draft_copy(weights)
+            blocks = write(self, *SELF_WRITTEN) if reads_text(weights) else None
+            self._drafters[weights] = make_draft(self.skipping, weights, blocks)
         return self._drafters[weights]
 
-    def _draft_copy(self, weights: Weights) -> SkippingModel:
-        own = self.skipping
-        blocks = None if weights == "nf4" else write(self, *SELF_WRITTEN)
-        with torch.inference_mode():
-            copied = own.model
-            if weights != "int4-head":
-                copied = nf4_copy(own.model) if blocks is None else int4_copy(own.model, blocks)
-        name = own.backend.name
-        try:
-            copy = SkippingModel(copied, own.gates, own.kv_rule, name)
-        except UnsupportedModel:
-            return SkippingModel(copied, own.gates, own.kv_rule)
-        if copy.engine is not None and own.engine is not None and blocks is not None:
-            copy.engine.use_draft_head(int4_draft_head(own.model, blocks), own.engine.head)
-        return copy
+    def fastest_draft(self, budget: float = 1.0) -> tuple[Weights | None, bool]:
+        """The fastest draft at a budget, None where there is none, and whether it is faster than
+        plain decoding. Measured once a machine; other copies that were tried are dropped."""
+        if budget not in self._fastest:
+            before = set(self._drafters)
+            self._fastest[budget] = fastest(self, budget)
+            for name in self._drafters.keys() - before - {self._fastest[budget][0]}:
+                del self._drafters[name]
+        return self._fastest[budget]
 
     def generate(
         self,
@@ -173,8 +171,9 @@ class Decoder:
             draft_budget: how much of the branches a draft computes; 1 skips nothing.
             draft_length: drafted tokens a verify pass, 1 to 16, or `auto`: set by measured costs
                 and acceptance, 0 while speculation does not pay.
-            draft_weights: `own`; `int4-head`, where a 4-bit copy of the LM head ranks tokens; or a
-                4-bit copy of all weights, `int4` (that head, too) or `nf4`.
+            draft_weights: `own`; `int4-head`, where a 4-bit LM head ranks tokens; a copy
+                of all weights in fewer bits, `int4`, `int3`, `int2` (that head, too) or `nf4`; or
+                `auto`, the one that is fastest here, which is measured once a machine.
             lookup: before drafting, propose what followed the last tokens earlier in the text.
             target: what full compute means where gates scale what branches add: the `gated` model,
                 or the `original`, without them. Other gates leave the model what it was.
@@ -194,26 +193,52 @@ class Decoder:
             raise ValueError(f"mode {mode!r}: one of plain, skip, speculate")
         if target not in ("gated", "original"):
             raise ValueError(f"target {target!r}: gated or original")
-        self.skipping.gated = target == "gated"
         stops = StopConditions(
             frozenset(eos), tuple(stop), self.tokenizer, max_new_tokens, tuple(criteria)
         )
         rows = [Row(i, list(p), stops, seed, on_token) for i, p in enumerate(prompts)]
         stats = Stats(prompt_tokens=sum(map(len, prompts)))
+        thresholds = self.thresholds(budget) if mode == "skip" else None
+        drafting = None
         if mode == "speculate":
-            thresholds = self.thresholds(draft_budget)
-            drafting = Drafting(self.drafter(draft_weights), thresholds, draft_length, lookup)
-            if draft_length == "auto":
-                drafting.controller = self._controller(draft_weights, draft_budget, len(prompts))
-                drafting.lookup_controller = self._controller("lookup", len(prompts))
-            with torch.inference_mode():
-                self._speculate(rows, drafting, sampler, stats)
-        else:
-            thresholds = self.thresholds(budget) if mode == "skip" else None
-            with torch.inference_mode():
+            settings = (draft_weights, draft_budget, draft_length, lookup)
+            drafting = self._drafting(*settings, len(prompts))
+            stats.draft_weights = "none" if drafting is None else drafting.weights
+        self.skipping.gated = target == "gated"  # after copies were made, whose text is gated
+        with torch.inference_mode():
+            if drafting is None:
                 self._decode(rows, thresholds, sampler, stats)
+                stats.draft_lengths = {0: stats.passes} if mode == "speculate" else {}
+            else:
+                self._speculate(rows, drafting, sampler, stats)
         stats.new_tokens = sum(len(row.tokens) for row in rows)
         return Generation([row.tokens for row in rows], stats)
+
+    def _drafting(
+        self,
+        weights: Weights,
+        budget: float,
+        length: int | Literal["auto"],
+        lookup: bool,
+        batch: int,
+    ) -> Drafting | None:
+        """How one call drafts; None where it decodes plainly, since no draft is faster here."""
+        thresholds = self.thresholds(budget)
+        pays = weights != "own" or thresholds is not None  # else the draft is the model itself
+        if weights == "auto":
+            chosen, pays = self.fastest_draft(budget)
+            weights = chosen or "own"
+        pays = pays or length != "auto"  # what is forced is drafted whatever it costs
+        if not pays and not lookup:
+            return None
+        name = weights if pays else "none"
+        drafting = Drafting(
+            self.drafter(weights if pays else "own"), thresholds, length, lookup, weights=name
+        )
+        if length == "auto":
+            drafting.controller = self._controller(name, budget, batch)
+            drafting.lookup_controller = self._controller("lookup", batch)
+        return drafting
 
     def _controller(self, *kind: Any) -> DraftLengthController:
         return self._controllers.setdefault(kind, DraftLengthController())

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from gateskip.decoding.draft_length import DraftLengthController
+from gateskip.decoding.lookup import Lookup
 from gateskip.decoding.sampling import GREEDY, Distribution, Sampler, draw
 from gateskip.runtime.backend import Cache
 from gateskip.runtime.skipping import SkippingModel
 
 Tokens = list[int]
-LOOKUP = (3, 2)  # lengths of the n-grams that a look-up tries, the longer first
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Row:
         self.tokens: Tokens = []
         self.text = list(prompt)
         self.ended = False
+        self.lookup = Lookup()
         self.generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
 
     @property
@@ -113,6 +114,7 @@ class Drafting:
     """How drafts are made in one call: by `model` under `thresholds`, `length` tokens each.
 
     With `lookup`, what the text itself proposes comes first. Controllers, if any, set the lengths.
+    `weights` names the model; `none` never drafts, so that look-up alone does.
     """
 
     model: SkippingModel
@@ -121,6 +123,7 @@ class Drafting:
     lookup: bool
     controller: DraftLengthController | None = None
     lookup_controller: DraftLengthController | None = None
+    weights: str = "own"
 
     def make(self, rows: list[Row], sampler: Sampler, cache: Cache) -> list[Draft]:
         """A draft for every row: looked up where the text repeats itself, else decoded."""
@@ -159,11 +162,11 @@ class Drafting:
         if self.lookup:
             count = self._length(self.lookup_controller)
             for i, row in enumerate(rows):
-                if proposed := look_up(row.text, min(count, left[i])):
+                if proposed := row.lookup.propose(row.text, min(count, left[i])):
                     drafts[i] = Draft(len(proposed), proposed)
         if all(draft is not None for draft in drafts):
             return [draft for draft in drafts if draft is not None]
-        count = self._length(self.controller)
+        count = 0 if self.weights == "none" else self._length(self.controller)
         return [draft or Draft(min(count, left[i])) for i, draft in enumerate(drafts)]
 
     def _length(self, controller: DraftLengthController | None) -> int:
@@ -188,19 +191,3 @@ class Drafting:
         elif len(looked_up) == 1:  # the times of a mixed round belong to neither
             own = self.lookup_controller if looked_up == {True} else self.controller
             own.observe(longest, accepted, draft_s, verify_s)
-
-
-def look_up(text: Sequence[int], count: int) -> Tokens:
-    """Up to `count` tokens that followed the last earlier occurrence of the text's last n-gram.
-
-    Prompt look-up decoding (Saxena 2023): nothing is computed, and where a text repeats its prompt
-    it is often right.
-    """
-    if count < 1:
-        return []
-    for n in LOOKUP:
-        tail = list(text[-n:])
-        for start in range(len(text) - n - 1, -1, -1):
-            if text[start] == tail[0] and list(text[start : start + n]) == tail:
-                return list(text[start + n : start + n + count])
-    return []

@@ -68,5 +68,5 @@ def opening(tokenizer: Any) -> list[int]:
         ids: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
         if found and ids:
             return ids
-    first = tokenizer.bos_token_id
+    first = getattr(tokenizer, "bos_token_id", None)
     return [0 if first is None else first]

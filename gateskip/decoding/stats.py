@@ -34,6 +34,8 @@ class Stats:
     verify_s: float = 0.0
     draft_lengths: dict[int, int] = field(default_factory=dict)
     """How often each draft length was tried; 0 is a plain step."""
+    draft_weights: str | None = None
+    """What drafted; `none` where no draft was measured to be faster than plain decoding."""
     looked_up: int = 0
     """Drafted tokens that came from the text itself."""
     positions: list[list[int]] = field(default_factory=list)

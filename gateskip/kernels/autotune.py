@@ -91,6 +91,14 @@ def measured_once(question: str, measure: Callable[[], Any]) -> Any:
     return answer
 
 
+def choice(question: str, measure: Callable[[], Any]) -> Any:
+    """The answer to a question, recorded in `made`; None within `by_capability`."""
+    if not _timing:
+        return None
+    _made[question] = measured_once(question, measure)
+    return _made[question]
+
+
 def bfloat16_is_faster() -> bool:
     """Whether a CPU's product of a layer's size is faster in bfloat16 than in float32.
 

@@ -73,30 +73,55 @@ def _by_input(squares: Tensor, group: int) -> Tensor:
 
 def _gptq(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
     """Column after column; a group's grid is fitted when its first column's turn comes."""
-    left = weight.clone()
+    left = weight.T.contiguous()  # [k, n]: a column of weights lies together
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    scales, minima, codes = [], [], torch.empty_like(weight, dtype=torch.uint8)
-    for first in range(0, weight.shape[1], how.group):
+    grids, codes = [], torch.empty(left.shape, dtype=torch.uint8)
+    for first in range(0, len(left), how.group):
         last = first + how.group
-        here = upper[first:last, first:last]
-        part = left[:, first:last]
-        grid = round_to_grid(
-            part, here.diagonal().square().reciprocal(), how.bits, how.group, how.offset
-        )
-        scales.append(grid.scale)
-        minima.append(grid.minimum)
-        low = _lowest(grid)
+        here, part = upper[first:last, first:last], left[first:last]
+        needs = here.diagonal().square().reciprocal()
+        grid = round_to_grid(part.T, needs, how.bits, how.group, how.offset)
+        grids.append(grid)
+        steps = _Steps.of(grid, 0)
         errors = torch.empty_like(part)
         for i in range(how.group):
-            code = _nearest(part[:, i : i + 1], grid.scale, low, grid)
-            codes[:, first + i] = code.squeeze(1).to(torch.uint8)
-            lost = (part[:, i : i + 1] - (code * grid.scale + low)) / here[i, i]
-            part[:, i:] -= lost @ here[i : i + 1, i:]
-            errors[:, i] = lost.squeeze(1)
-        left[:, last:] -= errors @ upper[first:last, last:]
-    found = None if minima[0] is None else torch.cat([m for m in minima if m is not None], 1)
-    return Grid(codes, torch.cat(scales, 1), found, how.bits)
+            code, value = steps.nearest(part[i])
+            codes[first + i] = code
+            errors[i] = (part[i] - value) / here[i, i]
+            part[i + 1 :] -= torch.outer(here[i, i + 1 :], errors[i])
+        left[last:] -= upper[first:last, last:].T @ errors
+    minima = [grid.minimum for grid in grids if grid.minimum is not None]
+    return Grid(
+        codes.T.contiguous(),
+        torch.cat([grid.scale for grid in grids], 1),
+        torch.cat(minima, 1) if minima else None,
+        how.bits,
+    )
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The values of one group of columns, for all rows [n]."""
+
+    scale: Tensor
+    inverse: Tensor
+    lowest: Tensor
+    """What code 0 stands for."""
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, grid: Grid, group: int) -> _Steps:
+        scale = grid.scale[:, group].contiguous()
+        inverse = torch.where(scale == 0, torch.zeros_like(scale), scale.reciprocal())
+        least = int(grid.minimum is None)  # a symmetric grid leaves its lowest code out
+        return cls(scale, inverse, _lowest(grid)[:, group], least, (1 << grid.bits) - 1)
+
+    def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes nearest to weights [n], as floats, and their values."""
+        code = ((weight - self.lowest) * self.inverse).round_().clamp_(self.least, self.most)
+        return code, code * self.scale + self.lowest
 
 
 def _lowest(grid: Grid) -> Tensor:
@@ -104,34 +129,24 @@ def _lowest(grid: Grid) -> Tensor:
     return -grid.middle * grid.scale if grid.minimum is None else grid.minimum
 
 
-def _nearest(weight: Tensor, scale: Tensor, low: Tensor, grid: Grid) -> Tensor:
-    """The codes nearest to weights, as floats; a symmetric grid leaves its lowest code out."""
-    steps = (weight - low) / torch.where(scale == 0, torch.ones_like(scale), scale)
-    return steps.round_().clamp_(int(grid.minimum is None), (1 << grid.bits) - 1)
-
-
 def _descend(weight: Tensor, moments: Tensor, grid: Grid, sweeps: int = SWEEPS) -> Grid:
     """Codes chosen again column by column, all others as they are: the error only falls."""
-    group, low = grid.group, _lowest(grid)
-    values = grid.weight()
-    codes = grid.codes.clone()
-    steps = moments.diagonal()
+    left, values = weight.T.contiguous(), grid.weight().T.contiguous()  # [k, n]
+    codes = grid.codes.T.contiguous()
+    steps = [_Steps.of(grid, group) for group in range(grid.scale.shape[1])]
+    curves = moments.diagonal().reciprocal()
     for _ in range(sweeps):
-        for g in range(grid.scale.shape[1]):
-            first, last = g * group, (g + 1) * group
+        for number, step in enumerate(steps):
+            first, last = number * grid.group, (number + 1) * grid.group
             here = moments[first:last, first:last]
-            # how the error falls with each value of the group: what its columns still want
-            want = (weight - values) @ moments[:, first:last]  # [n, group]
-            scale, lowest = grid.scale[:, g : g + 1], low[:, g : g + 1]
-            for i in range(group):
-                old = values[:, first + i : first + i + 1]
-                best = old + want[:, i : i + 1] / steps[first + i]
-                code = _nearest(best, scale, lowest, grid)
-                new = code * scale + lowest
-                want -= (new - old) @ here[i : i + 1]
-                values[:, first + i : first + i + 1] = new
-                codes[:, first + i] = code.squeeze(1).to(torch.uint8)
-    return Grid(codes, grid.scale, grid.minimum, grid.bits)
+            # half the slope of the error in each value of the group: what its columns still want
+            want = moments[first:last] @ (left - values)  # [group, n]
+            for i in range(grid.group):
+                old = values[first + i]
+                code, new = step.nearest(old + want[i] * curves[first + i])
+                want[i + 1 :] -= torch.outer(here[i + 1 :, i], new - old)
+                values[first + i], codes[first + i] = new, code
+    return Grid(codes.T.contiguous(), grid.scale, grid.minimum, grid.bits)
 
 
 def _refit(weight: Tensor, moments: Tensor, grid: Grid, offset: Offset) -> Grid:

@@ -1,92 +1,133 @@
-"""4-bit copies of a model's weights that draft for it, made while loading.
+"""Copies of a model's weights in fewer bits that draft for it, made while loading.
 
-The copy `int4` is rounded by the mean squares of its layers' inputs (rounding.py). Those are
-measured on text that the model writes itself, so a copy asks for no data (arXiv 2305.17888). `nf4`
-is bitsandbytes' format, which looks at weights alone.
+An integer copy (`int4`, `int3`, `int2`) is rounded by the mean squares of its layers' inputs
+(rounding.py). Those are measured on text that the model writes itself, so a copy asks for no data
+(arXiv 2305.17888). `nf4` is bitsandbytes' format, which looks at weights alone. What is copied may
+be packed itself: layers are unpacked one at a time, and those that a copy would not make smaller
+are shared.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gateskip.model.families import backbone, final_norm
+from gateskip.model.families import final_norm
 from gateskip.model.inputs import input_squares
 from gateskip.model.reference import masked_forward
+from gateskip.quantization.dequantize import dense_weight, linear_layers, stored_bits
 from gateskip.quantization.grid import joined
-from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, has_kernels, quantize_nf4
-from gateskip.quantization.rounding import GROUP, round_to_grid
+from gateskip.quantization.packed_linear import PackedLinear, has_kernels, quantize_nf4
+from gateskip.quantization.rounding import round_to_grid
 
-HEAD_ROWS = 4096  # of the LM head, rounded at a time
+ROWS = 4096  # rounded at a time: an LM head has many
 Pack = Callable[[Any], PackedLinear | None]  # of a linear layer
+
+
+@dataclass(frozen=True)
+class CopyFormat:
+    """How an integer copy is stored."""
+
+    bits: int
+    """Of one weight."""
+    group: int
+    """Weights that share a scale and an offset."""
+
+
+COPIES = {"int4": CopyFormat(4, 32), "int3": CopyFormat(3, 32), "int2": CopyFormat(2, 32)}
+"""Integer copies by name."""
+HEAD = CopyFormat(4, 32)
+"""The LM head that ranks a draft's tokens; the model's own one chooses among the best."""
+NF4_BITS = 4
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Mean squares [in] of what linear layers read, and of what the LM head reads."""
+
+    layers: Mapping[Any, Tensor]
+    head: Tensor
+
+
+def copy_bits(name: str) -> int | None:
+    """Bits of a weight in the copy of this name; None for what drafts without a copy."""
+    return NF4_BITS if name == "nf4" else COPIES[name].bits if name in COPIES else None
+
+
+def can_copy(model: Any, bits: int) -> bool:
+    """Whether a copy in so many bits has fewer of them than the model, and kernels that run it."""
+    kernels = has_kernels(final_norm(model).weight)
+    return kernels and any(stored_bits(layer) > bits for layer in linear_layers(model))
+
+
+@torch.no_grad()
+def read_text(model: Any, blocks: Tensor) -> Inputs:
+    """What the model's linear layers and its LM head read in token ids blocks [N, S]."""
+    layers, states = linear_layers(model), list[Tensor]()
+    squares = input_squares(layers, lambda: states.append(masked_forward(model, blocks)))
+    head = states[0].float().flatten(0, 1).square().mean(0)
+    return Inputs(dict(zip(layers, squares, strict=True)), head)
 
 
 def nf4_copy(model: Any) -> Any:
     """The model once more with its layers' linear weights in NF4; all other tensors are shared.
 
-    Raises ValueError where no weight can be packed, as when they have 4 bits already.
+    Raises ValueError where none of them can be packed in fewer bits than it has.
     """
-    return _copy(model, lambda linear: quantize_nf4(linear.weight, linear.bias))
+    return _copy(model, NF4_BITS, lambda linear: quantize_nf4(dense_weight(linear), linear.bias))
 
 
-def int4_copy(model: Any, blocks: Tensor) -> Any:
-    """The same in 4-bit integers with a scale and an offset for every 32 weights.
+def integer_copy(model: Any, inputs: Inputs, how: CopyFormat) -> Any:
+    """The same in integers with a scale and an offset for every group of weights.
 
-    blocks [N, S] are token ids of text on which the layers' inputs are measured.
-
-    Raises ValueError where no weight can be packed, as when they have 4 bits already.
+    Raises ValueError as `nf4_copy` does.
     """
-    layers = _layers(model)
-    with torch.no_grad():
-        measured = input_squares(layers, lambda: masked_forward(model, blocks))
-    squares = dict(zip(layers, measured, strict=True))
 
     def pack(linear: Any) -> PackedLinear | None:
-        if linear.in_features % GROUP:
+        squares = inputs.layers[linear]
+        if linear.in_features % how.group or not len(squares):  # nothing passed it
             return None
-        grid = round_to_grid(linear.weight.detach().float(), squares[linear])
-        return PackedLinear.of(grid, linear.bias)
+        return _packed(dense_weight(linear), squares, linear.bias, how)
 
-    return _copy(model, pack)
+    return _copy(model, how.bits, pack)
 
 
 @torch.no_grad()
-def int4_draft_head(model: Any, blocks: Tensor) -> PackedLinear | None:
-    """The LM head in the same 4 bits, for ranking a draft's tokens; blocks [N, S].
+def draft_head(model: Any, inputs: Inputs, how: CopyFormat = HEAD) -> PackedLinear | None:
+    """The LM head in such integers, for ranking a draft's tokens.
 
-    None where its inputs are no whole groups of 32: then the model's own head ranks them.
+    None where its inputs are no whole groups, or it has as few bits already: then the model's own
+    head ranks them.
     """
-    hidden = masked_forward(model, blocks).float().flatten(0, 1)
     head = model.get_output_embeddings()
-    if head.weight.shape[1] % GROUP:
+    if head.in_features % how.group or stored_bits(head) <= how.bits:
         return None
-    grids = [
-        round_to_grid(rows.float(), hidden.square().mean(0))
-        for rows in head.weight.detach().split(HEAD_ROWS)
-    ]
-    return PackedLinear.of(joined(grids), head.bias)
+    return _packed(dense_weight(head), inputs.head, head.bias, how)
 
 
-def _copy(model: Any, pack: Pack) -> Any:
+def _packed(weight: Tensor, squares: Tensor, bias: Tensor | None, how: CopyFormat) -> PackedLinear:
+    """Weights [n, k] rounded by the mean squares [k] of their inputs, some rows at a time."""
+    grids = [round_to_grid(rows, squares, how.bits, how.group) for rows in weight.split(ROWS)]
+    return PackedLinear.of(joined(grids), bias)
+
+
+@torch.no_grad()
+def _copy(model: Any, bits: int, pack: Pack) -> Any:
     if not has_kernels(final_norm(model).weight):
-        raise ValueError("4-bit drafts run on the native kernels: float32 or bfloat16 on a CPU")
+        raise ValueError("draft copies run on the native kernels: float32 or bfloat16 on a CPU")
+    names = {module: name for name, module in model.named_modules()}
+    larger = [layer for layer in linear_layers(model) if stored_bits(layer) > bits]
+    packed = {names[layer]: pack(layer) for layer in larger}
+    if not any(packed.values()):
+        raise ValueError(f"no weight of this model can be drafted with in {bits} bits")
     tensors = (*model.parameters(), *model.buffers())
     copied = copy.deepcopy(model, {id(each): each for each in tensors})
-    names = {module: name for name, module in model.named_modules()}
-    packed = {names[layer]: pack(layer) for layer in _layers(model)}
     for name, layer in packed.items():
         if layer is not None:
             copied.set_submodule(name, layer)
-    if not any(packed.values()):
-        raise ValueError("no weight of this model can be drafted with in 4 bits")
     return copied
-
-
-def _layers(model: Any) -> list[nn.Module]:
-    """The linear modules of a model's layers."""
-    parts = backbone(model).layers.modules()
-    return [part for part in parts if isinstance(part, nn.Linear | DenseLinear)]

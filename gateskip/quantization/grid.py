@@ -54,6 +54,12 @@ class Grid:
         """What the middle code stands for [n, groups]; None where that is zero."""
         return None if self.minimum is None else self.minimum + self.middle * self.scale
 
+    def split(self, rows: Sequence[int]) -> list[Grid]:
+        """The grid in parts of so many rows."""
+        minima = [None] * len(rows) if self.minimum is None else self.minimum.split(list(rows))
+        parts = zip(self.codes.split(list(rows)), self.scale.split(list(rows)), minima, strict=True)
+        return [Grid(*part, self.bits) for part in parts]
+
     def weight(self) -> Tensor:
         """The weights [n, k] in float32."""
         codes = self.codes.float().unflatten(1, (-1, self.group))

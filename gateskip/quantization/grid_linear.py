@@ -78,7 +78,13 @@ class GridEmbedding(nn.Module):
     weight: Tensor
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, bits: int, group: int, dtype: torch.dtype
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        group: int,
+        dtype: torch.dtype,
+        stored: torch.dtype = STORED,
     ) -> None:
         """Empty buffers of the sizes that a checkpoint fills; `dtype` is the unpacked table's."""
         super().__init__()
@@ -86,7 +92,7 @@ class GridEmbedding(nn.Module):
         self.bits, self.group, self.dtype = bits, group, dtype
         self.register_buffer("codes", _empty(num_embeddings, embedding_dim * bits // 8))
         groups = embedding_dim // group
-        self.register_buffer("scale", torch.empty(num_embeddings, groups, dtype=STORED))
+        self.register_buffer("scale", torch.empty(num_embeddings, groups, dtype=stored))
         self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
 
     def grid(self) -> Grid:

@@ -31,25 +31,35 @@ class GridConfig(QuantizationConfigMixin):
         bits: int = 4,
         group_size: int = 32,
         offset: str = "real",
-        layers: dict[str, dict[str, int]] | None = None,
+        layers: dict[str, dict[str, Any]] | None = None,
         unpacked: list[str] | None = None,
         embedding: dict[str, Any] | None = None,
+        scales: str = "bfloat16",
         **others: Any,
     ) -> None:
-        """`layers` has the bits and group sizes of layers that differ, `unpacked` the names of
-        those that are not packed, `embedding` bits and group size of the embedding."""
+        """`layers` has the bits, group sizes and offsets of layers that differ, `unpacked` the
+        names of those that are not packed, `embedding` bits and group size of the embedding;
+        `scales` is the type of scales and minima in the file: float16 where they are not ours."""
         self.quant_method: Any = METHOD
         self.bits, self.group_size, self.offset = bits, group_size, offset
         self.layers, self.unpacked, self.embedding = layers or {}, unpacked or [], embedding
+        self.scales = scales
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The type of scales and minima."""
+        found: torch.dtype = getattr(torch, self.scales)
+        return found
 
     def of(self, name: str) -> tuple[int, int]:
         """Bits and group size of a layer."""
         own = self.layers.get(name, {})
         return own.get("bits", self.bits), own.get("group_size", self.group_size)
 
-    def has_minima(self, bits: int) -> bool:
-        """Whether groups of that many bits have a minimum; 8 bits are symmetric."""
-        return self.offset != "none" and bits < 8
+    def has_minima(self, name: str) -> bool:
+        """Whether a layer's groups have a minimum; 8 bits are symmetric."""
+        own = self.layers.get(name, {}).get("offset", self.offset)
+        return own != "none" and self.of(name)[0] < 8
 
 
 class GridQuantizer(HfQuantizer):
@@ -71,14 +81,14 @@ class GridQuantizer(HfQuantizer):
         sizes = (embedding.num_embeddings, embedding.embedding_dim)
         dtype = _dtype(model)
         with torch.device(embedding.weight.device):
-            packed = GridEmbedding(*sizes, bits, group, dtype)
+            packed = GridEmbedding(*sizes, bits, group, dtype, config.stored)
         model.set_input_embeddings(packed)
         if tied:
             model.set_output_embeddings(SharedHead(packed))
             model.all_tied_weights_keys = {}
         elif head is not None:
             name = next(name for name, module in model.named_modules() if module is head)
-            model.set_submodule(name, _head(head, bits, group))
+            model.set_submodule(name, _head(head, bits, group, config.stored))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         embedding = model.get_input_embeddings()
@@ -111,16 +121,17 @@ def _empty_linear(linear: Any, name: str, config: GridConfig) -> GridLinear:
             linear.out_features,
             bits,
             group,
-            config.has_minima(bits),
+            config.has_minima(name),
             linear.bias is not None,
             linear.weight.dtype,
+            config.stored,
         )
 
 
-def _head(linear: Any, bits: int, group: int) -> GridLinear:
+def _head(linear: Any, bits: int, group: int, stored: torch.dtype) -> GridLinear:
     with torch.device(linear.weight.device):
         sizes = (linear.in_features, linear.out_features, bits, group)
-        return GridLinear(*sizes, False, linear.bias is not None, linear.weight.dtype)
+        return GridLinear(*sizes, False, linear.bias is not None, linear.weight.dtype, stored)
 
 
 def _dtype(model: Any) -> torch.dtype:

@@ -98,7 +98,7 @@ class ScaledGrid(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Scales and minima as they are now, on numbers that the format holds."""
-        scale = exact_scale((self.scale * self.gain.detach()).clamp_min(0))
+        scale = exact_scale(self.scale * self.gain.detach().clamp_min(0))
         if self.offset is None or self.shift is None:
             return {"scale": scale}
         offset = self.offset + self.scale * self.shift.detach()

@@ -37,6 +37,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("compose.language",),
     ("compose.planning",),
     ("compose.execution",),
+    ("compose.search",),
     ("compose.terminal", "compose.workers"),
     ("compose.cli",),
     ("compose.__main__",),

@@ -92,7 +92,7 @@ def _gguf(folder: Path, models: Path, content: str, option: str, progress: Progr
     def build(made: Path) -> dict[str, Any]:
         if progress is not None:
             progress(0, 1, f"writing a GGUF file ({kind})")
-        return {key: float(value) for key, value in write_gguf(folder, made / GGUF, kind).items()}
+        return write_gguf(folder, made / GGUF, kind)
 
     build_once(target, build, note="the GGUF file")
     return target / GGUF

@@ -43,8 +43,8 @@ class AutoRound(Stage):
     """Weights that share a scale; it must divide every linear layer's inputs."""
 
     sym: bool = False
-    """Whether the grid is symmetric around zero: less exact, but in the older of GPTQ's two
-    formats, which AutoGPTQ, ONNX Runtime's model builder and more kernels read."""
+    """Whether the grid is symmetric around zero: less exact, but in the older of GPTQ's formats,
+    which AutoGPTQ, ONNX Runtime's model builder and more kernels read."""
 
     iters: int = Field(default=200, ge=1)
     """Steps of signed gradient descent for each decoder layer; 1000 is better and takes five times

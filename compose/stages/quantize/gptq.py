@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.base import UNPACKED, ModelShape, PackedBits, Role, Split, Stage, StageJob
 from compose.stages.gate_transfer import carry_gates
 from compose.stages.quantize.gptq_rules import WHOLE_ROW, refuse_cut_groups, refuse_odd_tiles
 from compose.stages.quantize.linears import (
@@ -43,8 +43,8 @@ class Gptq(Stage):
     """Weights that share a scale; it must divide every linear layer's inputs. -1: a whole row."""
 
     sym: bool = False
-    """Whether the grid is symmetric around zero: less exact, but in the older of GPTQ's two
-    formats, which AutoGPTQ, ONNX Runtime's model builder and more kernels read."""
+    """Whether the grid is symmetric around zero: less exact, but in the older of GPTQ's formats,
+    which AutoGPTQ, ONNX Runtime's model builder and more kernels read."""
 
     act_order: bool = False
     """Whether columns are quantized by falling activation; more exact, slower to decode."""
@@ -54,7 +54,7 @@ class Gptq(Stage):
 
     foem: float | None = Field(default=None, gt=0, le=1)
     """FOEM's beta, which also makes up for errors of first order: how far a weight that earlier
-    roundings moved is drawn back to where it was. Its authors use 0.1 to 0.25. Without: GPTQ."""
+    roundings moved is drawn back to where it was. Its authors use 0.1 to 0.25; without: GPTQ."""
 
     skip: tuple[str, ...] = ()
     """Linear layers that stay as they are, in every decoder layer, by the end of their name:
@@ -127,6 +127,17 @@ class Gptq(Stage):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
         return replace(shape, quantized="gptq")
+
+    def most_bits(self) -> int:
+        """The most of any layer, unless some stay as they are."""
+        return UNPACKED if self.skip else max([self.bits, *self.mixed.values()])
+
+    def packed_bits(self, shape: ModelShape) -> PackedBits | None:
+        """Codes, and for each group a float16 scale and a zero point."""
+        if self.is_mixed() or self.skip:
+            return None
+        shared = 0.0 if self.group_size == WHOLE_ROW else (16 + self.bits) / self.group_size
+        return PackedBits(self.bits + shared)
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Quantize, and save in the AutoGPTQ format; measures what the rounding did."""

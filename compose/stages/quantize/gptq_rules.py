@@ -40,7 +40,7 @@ def refuse_cut_groups(group: int, widths: Mapping[str, int]) -> None:
 
 
 def _fitting_group(wanted: int, widths: Mapping[str, int]) -> str:
-    """The setting nearest to groups of `wanted` that divide all `widths`; none do: whole rows."""
+    """The setting nearest to groups of `wanted` that divide all `widths`, else whole rows."""
     common = math.gcd(*widths.values())
     fitting = [size for size in GROUP_SIZES if common % size == 0]
     if not fitting:

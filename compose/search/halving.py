@@ -1,0 +1,135 @@
+"""Successive halving: many chains on a few tokens, few chains on the file's own benchmark.
+
+After a rung a chain is dropped for two reasons only. Its interval lies wholly beyond a bound; or
+enough chains that surely meet every bound are better in what is aimed for. A chain whose interval
+still reaches the bound is never dropped for the bound, and counts for no other chain's drop: the
+next rung, with four times the tokens, tells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from compose.language.schema import Benchmark, Chain, Lossless, Quality, Speed
+from compose.search.probes import Probe
+from compose.search.target import Target
+
+FACTOR = 4
+"""How many times the tokens of a rung the next one has."""
+
+TURN = Speed(prompt_tokens=128, new_tokens=64, min_seconds=0.5, repeats=2)
+"""The speed of a cheap rung, at most: two rounds, since a ratio to the baseline needs two. It is
+timed whatever is aimed for, so that a search with another aim finds the probes."""
+
+CHECKED = Lossless(prompts=2, new_tokens=16)
+"""How speculation is checked on a cheap rung."""
+
+LEAST_QUESTIONS = 24
+"""Of a task on a cheap rung."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One round of measuring."""
+
+    number: int
+    """From 1."""
+    benchmark: Benchmark
+    """What is measured of each chain."""
+
+
+def cheap_rungs(benchmark: Benchmark, tokens: int, target: Target) -> tuple[Rung, ...]:
+    """The rungs before the last one, whose benchmark is the file's own: at least one.
+
+    The first scores `tokens` tokens; each further one has `FACTOR` times as many, as long as the
+    file's benchmark has at least twice as many again.
+    """
+    whole = benchmark.quality.perplexity_tokens
+    sizes = [min(tokens, whole)]
+    while sizes[-1] * FACTOR * 2 <= whole:
+        sizes.append(sizes[-1] * FACTOR)
+    return tuple(
+        Rung(number, _cheap(benchmark, size, len(sizes) - number + 1, target))
+        for number, size in enumerate(sizes, 1)
+    )
+
+
+def _cheap(benchmark: Benchmark, tokens: int, before_last: int, target: Target) -> Benchmark:
+    """A benchmark of `tokens` tokens, `before_last` rungs before the file's own."""
+    tasks = benchmark.quality.tasks if target.bounds_of("retained") else ()
+    limit = benchmark.quality.limit
+    quality = Quality(
+        perplexity=benchmark.quality.perplexity,
+        perplexity_tokens=tokens,
+        tasks=tasks,
+        limit=min(limit, max(LEAST_QUESTIONS, limit // FACTOR**before_last)),
+        batch_size=benchmark.quality.batch_size,
+        own_answers=None,
+    )
+    asked = benchmark.lossless
+    lossless = asked.model_copy(
+        update={
+            "prompts": min(asked.prompts, CHECKED.prompts),
+            "new_tokens": min(asked.new_tokens, CHECKED.new_tokens),
+        }
+    )
+    update = {"quality": quality, "lossless": lossless, "against": ()}
+    return benchmark.model_copy(update={**update, "speed": _turn(benchmark.speed)})
+
+
+def _turn(asked: Speed) -> Speed:
+    """A short turn of the file's first shape."""
+    return Speed(
+        prompt_tokens=min(asked.prompt_tokens, TURN.prompt_tokens),
+        new_tokens=min(asked.new_tokens, TURN.new_tokens),
+        min_seconds=min(asked.min_seconds, TURN.min_seconds),
+        repeats=TURN.repeats,
+        batch_sizes=(1 if 1 in asked.batch_sizes else min(asked.batch_sizes),),
+        prompts=asked.prompts,
+        prompts_per_category=None if asked.prompts is None else 1,
+    )
+
+
+@dataclass(frozen=True)
+class Halved:
+    """What a rung leaves for the next one."""
+
+    kept: tuple[Probe, ...]
+    """The best first."""
+    dropped: dict[Chain, str]
+    """Chain -> why it was dropped."""
+
+
+def halve(probes: Iterable[Probe], target: Target, keep: int) -> Halved:
+    """Drop what misses a bound, and what `keep` chains that surely meet all of them surpass.
+
+    Where every chain misses, the `keep` nearest stay: they answer what can be had.
+    """
+    known = list(probes)
+    able = [probe for probe in known if probe.failure is None]
+    dropped = {probe.chain: f"failed: {probe.failure}" for probe in known if probe.failure}
+    missed = [probe for probe in able if target.standing(probe) == "missed"]
+    ranked = sorted(able, key=lambda probe: (-target.rank(probe), probe.chain))
+    if len(missed) == len(able):
+        nearest = sorted(ranked, key=target.shortfall)
+        dropped |= {probe.chain: target.why_missed(probe) for probe in nearest[keep:]}
+        return Halved(tuple(nearest[:keep]), dropped)
+    dropped |= {probe.chain: target.why_missed(probe) for probe in missed}
+    kept, sure = [], 0
+    for probe in ranked:
+        if probe.chain in dropped:
+            continue
+        if sure >= keep:
+            dropped[probe.chain] = f"{keep} chains that surely meet the bound are better"
+            continue
+        kept.append(probe)
+        sure += target.standing(probe) == "met"
+    return Halved(tuple(kept), dropped)
+
+
+def kept_after(count: int, finalists: int, *, is_last: bool) -> int:
+    """How many chains that surely meet the bound go on from a rung of `count`: one in `FACTOR`,
+    at least the finalists; from the last cheap rung these alone."""
+    return finalists if is_last else max(finalists, math.ceil(count / FACTOR))

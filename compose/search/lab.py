@@ -1,0 +1,131 @@
+"""Measures chains on one rung: those that have no probe become a plan, and the plan is run.
+
+It is what `gateskip run` runs: the same steps, cells, speed rounds and records, under
+`runs/NAME-search/probes`, with the model folders in the store that all runs share. A search that
+was ended goes on inside the batch that was at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from compose.execution.board import Board
+from compose.execution.executors import Executor
+from compose.execution.messages import Role
+from compose.execution.runner import RunResult, run
+from compose.execution.sessions import speed_settings
+from compose.execution.state import Settings
+from compose.execution.worker_process import Worker
+from compose.language.schema import Chain
+from compose.planning.fingerprint import fingerprint
+from compose.planning.keys import InputHashes, digest
+from compose.planning.plan import Cell, Plan
+from compose.results.environment import capture_environment
+from compose.search.halving import Rung
+from compose.search.probes import Probe, ProbeStore, probe_key, probe_of
+from compose.search.space import Space, plan_chains
+from compose.stages.base import ModelShape
+from compose.store import Store
+
+
+class Shared:
+    """An executor for several runs: a run's end does not close it."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.slots, self.local = executor.slots, executor.local
+        self.timed_threads = executor.timed_threads
+
+    def start(self, role: Role, job: Path, log: Path, *, on_this_machine: bool = False) -> Worker:
+        """Start a worker."""
+        return self._executor.start(role, job, log, on_this_machine=on_this_machine)
+
+    def close(self) -> None:
+        """Nothing: who made the executor closes it."""
+
+
+class Lab:
+    """Runs plans of a search's chains, and keeps their probes."""
+
+    def __init__(
+        self,
+        space: Space,
+        shape: ModelShape | None,
+        known: InputHashes,
+        settings: Settings,
+        executor: Executor,
+        board: Board,
+    ) -> None:
+        self.space, self.settings, self.board = space, settings, board
+        self._shape, self._known, self._executor = shape, known, Shared(executor)
+        self.folder = settings.out.absolute() / f"{space.pipeline.name}-search"
+        self.store = Store(settings.out.absolute() / "store")
+        self.probes = ProbeStore(self.store)
+
+    def measure(self, chains: Sequence[Chain], rung: Rung) -> dict[Chain, Probe]:
+        """The probes of these chains on a rung, and of the plain cells of those that skip or
+        speculate, which are measured with them.
+
+        Raises:
+            UserError: the source model, or the baseline's data, cannot be had.
+        """
+        keys = self._keys(self._plan(chains, rung))
+        found = {chain: self.probes.get(key) for chain, key in keys.items()}
+        known = {chain: probe for chain, probe in found.items() if probe is not None}
+        missing = [chain for chain in keys if chain not in known]
+        return known | (self._measured(missing, rung) if missing else {})
+
+    def _measured(self, chains: Sequence[Chain], rung: Rung) -> dict[Chain, Probe]:
+        """Run a plan of chains that have no probe, and keep what it measured of them."""
+        plan = self._plan(chains, rung)
+        keys = self._keys(plan)
+        recipe = {"chains": chains, "benchmark": rung.benchmark.model_dump(mode="json")}
+        name = f"rung{rung.number}-{digest(recipe)}"
+        renamed = replace(plan, pipeline=plan.pipeline.model_copy(update={"name": name}))
+        settings = replace(
+            self.settings, out=self.folder / "probes", store=self.store.root, report=False
+        )
+        results = run(renamed, settings, self._executor, self.board).results
+        probes = {}
+        for cell in _probed(plan):
+            measured = results.find(cell.name)
+            if measured is None:
+                probe = Probe(cell.chain, failure="it was not measured")
+            else:
+                probe = replace(probe_of(results, measured), chain=cell.chain)
+            self.probes.put(keys[cell.chain], probe)
+            probes[cell.chain] = probe
+        return probes
+
+    def _plan(self, chains: Sequence[Chain], rung: Rung) -> Plan:
+        update = {"benchmark": rung.benchmark, "more_seeds": ()}
+        pipeline = self.space.pipeline.model_copy(update=update)
+        return plan_chains(pipeline, chains, self._shape, self._known)
+
+    def _keys(self, plan: Plan) -> dict[Chain, str]:
+        """Chain -> the key of its probe."""
+        speed = speed_settings(plan, self._environment, fingerprint())
+        return {cell.chain: probe_key(plan, cell, speed) for cell in _probed(plan)}
+
+    @cached_property
+    def _environment(self) -> dict[str, Any]:
+        return capture_environment(self.space.pipeline.benchmark.threads)
+
+    def finish(self, plan: Plan, *, report: bool = True) -> RunResult:
+        """Run a plan as `gateskip run` does, in a folder of its own beside the other runs."""
+        settings = replace(self.settings, report=report)
+        return run(plan, settings, self._executor, self.board)
+
+    def plan_finalists(self, chains: Sequence[Chain], name: str) -> Plan:
+        """The plan of the last rung: chains under the file's own benchmark."""
+        pipeline = self.space.pipeline.model_copy(update={"name": name})
+        return plan_chains(pipeline, chains, self._shape, self._known)
+
+
+def _probed(plan: Plan) -> list[Cell]:
+    """The cells of a plan that get a probe: all but the baseline, dense and other engines."""
+    return [cell for cell in plan.cells[1:] if cell.chain and cell.peer is None]

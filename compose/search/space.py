@@ -1,0 +1,214 @@
+"""The search space: every chain that a pipeline file allows and no order rule forbids.
+
+Axes come from the file's `search` section, from its matrix, or from its stages, one axis for each
+kind. Varied stages (`compose.language.variants`) replace themselves in every choice. Planning says
+which chains break a rule, and which are one and the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+from compose.errors import PlanError
+from compose.language.schema import Chain, Choice, Matrix, Pipeline, Search, as_chain
+from compose.language.variants import Values, variants
+from compose.planning.keys import InputHashes
+from compose.planning.plan import Plan
+from compose.planning.planner import cell_name, make_plan
+from compose.search.sizes import predicted_bytes
+from compose.stages.base import ModelShape, Role, Stage
+
+MOST_CHAINS = 4000
+"""Chains of a space, at most: planning them takes seconds."""
+
+AROUND = (0.5, 1.0, 1.5)
+"""What widths and numbers of layers are multiplied with where a file says no values."""
+
+Choices = tuple[Chain, ...]
+"""What a chain takes of each axis, without the axes of which it takes nothing."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A chain that may be proposed."""
+
+    name: str
+    """The name of its cell: the stages joined by `+`."""
+    chain: Chain
+    choices: Choices
+    predicted_bytes: int | None
+    """Bytes of its weight files as its plan says; None where a stage cannot tell."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """The candidates of a search, and the stages that they are made of."""
+
+    pipeline: Pipeline
+    """The file, with varied stages among its stages."""
+    candidates: tuple[Candidate, ...]
+    """In the order of the axes; chains that equal another one are left out."""
+    bases: Mapping[str, str]
+    """Stage -> the stage of the file that it is a variant of."""
+    left_out: int
+    """Chains that break an order rule."""
+
+    def candidate(self, chain: Chain) -> Candidate | None:
+        """The candidate with this chain."""
+        return next((each for each in self.candidates if each.chain == chain), None)
+
+    def siblings(self, choice: Chain) -> Chain:
+        """The choice with every variant's name replaced by that of the stage in the file."""
+        return tuple(self.bases.get(name, name) for name in choice)
+
+
+def build_space(
+    pipeline: Pipeline, shape: ModelShape | None = None, known: InputHashes | None = None
+) -> Space:
+    """The space of a pipeline file on a model of `shape`.
+
+    Raises:
+        PlanError: the file has nothing to choose from, or more chains than `MOST_CHAINS`.
+    """
+    (axes, excluded), vary = _axes(pipeline), _vary(pipeline)
+    made = {
+        name: variants(name, stage, vary[name]) if name in vary else {name: stage}
+        for name, stage in pipeline.stages.items()
+    }
+    stages = {name: stage for each in made.values() for name, stage in each.items()}
+    bases = {variant: name for name, each in made.items() for variant in each}
+    widened = pipeline.model_copy(update={"stages": {**pipeline.stages, **stages}})
+    choices = _all_choices(axes, {name: tuple(each) for name, each in made.items()}, excluded)
+    for chain in pipeline.pipelines.values():
+        choices.setdefault(chain, tuple((name,) for name in chain))
+    plan = plan_chains(widened, tuple(choices), shape, known)
+    candidates = tuple(_candidates(plan, choices, shape))
+    if not candidates:
+        raise PlanError(
+            f"{pipeline.name!r} has no chain to search among",
+            fix="name stages, and under `search` the axes and values to choose from",
+        )
+    return Space(widened, candidates, bases, len(plan.left_out))
+
+
+def plan_chains(
+    pipeline: Pipeline,
+    chains: Sequence[Chain],
+    shape: ModelShape | None,
+    known: InputHashes | None,
+) -> Plan:
+    """The plan of exactly these chains, beside the cells that they are compared with.
+
+    A chain that the file's baseline names is planned under its own name.
+    """
+    baseline = pipeline.benchmark.baseline
+    named = {name: chain for name, chain in pipeline.pipelines.items() if name == baseline}
+    every = [chain for chain in dict.fromkeys((*baseline_chain(pipeline), *chains)) if chain]
+    update = {
+        "pipelines": named,
+        "matrix": Matrix.model_validate({"chains": tuple(every)}) if every else None,
+        "search": None,
+        "export": {},
+    }
+    return make_plan(pipeline.model_copy(update=update), shape, known)
+
+
+def baseline_chain(pipeline: Pipeline) -> tuple[Chain, ...]:
+    """The chain of a baseline that is named by its stages, as in `nf4` or `narrow+nf4`."""
+    chain = tuple(pipeline.benchmark.baseline.split("+"))
+    return (chain,) if all(name in pipeline.stages for name in chain) else ()
+
+
+def _all_choices(
+    axes: Mapping[str, Sequence[Chain]],
+    made: Mapping[str, tuple[str, ...]],
+    excluded: Sequence[Mapping[str, Choice]],
+) -> dict[Chain, Choices]:
+    """Chain -> its choices, for one choice of every axis; the empty chain is left out.
+
+    `excluded` are entries of a matrix, in the names of the file: they leave out every variant.
+    """
+    widened = [
+        [
+            (choice, variant)
+            for choice in choices
+            for variant in itertools.product(*(made.get(name, (name,)) for name in choice))
+        ]
+        for choices in axes.values()
+    ]
+    count = math.prod(map(len, widened))
+    if count > MOST_CHAINS:
+        raise PlanError(
+            f"the space has {count} chains, more than {MOST_CHAINS}",
+            fix="name fewer axes, or fewer values under search.vary",
+        )
+    found: dict[Chain, Choices] = {}
+    for pairs in itertools.product(*widened):
+        written = dict(zip(axes, (choice for choice, _ in pairs), strict=True))
+        if any(
+            all(written[axis] == as_chain(unwanted) for axis, unwanted in entry.items())
+            for entry in excluded
+        ):
+            continue
+        taken = tuple(variant for _, variant in pairs if variant)
+        chain = tuple(itertools.chain.from_iterable(taken))
+        if chain:
+            found.setdefault(chain, taken)
+    return found
+
+
+def _candidates(
+    plan: Plan, choices: Mapping[Chain, Choices], shape: ModelShape | None
+) -> Iterator[Candidate]:
+    """Every cell of the plan but the baseline, repeats and other engines."""
+    dtype = plan.pipeline.model.dtype
+    for cell in plan.cells[1:]:
+        if cell.peer is not None or cell.repeats is not None or not cell.chain:
+            continue
+        taken = choices.get(cell.chain) or tuple((name,) for name in cell.chain)
+        stages = [plan.pipeline.stages[name] for name in cell.chain]
+        size = None if shape is None else predicted_bytes(shape, stages, dtype)
+        yield Candidate(cell_name(cell.chain), cell.chain, taken, size)
+
+
+def _axes(
+    pipeline: Pipeline,
+) -> tuple[dict[str, tuple[Chain, ...]], tuple[Mapping[str, Choice], ...]]:
+    """The axes that the file names, or those of its matrix with what that excludes, or one for
+    each kind of stage."""
+    asked = pipeline.search or Search()
+    if asked.axes:
+        return Matrix.model_validate(dict(asked.axes)).axes, ()
+    if pipeline.matrix is not None:
+        return pipeline.matrix.axes, pipeline.matrix.exclude
+    by_role: dict[str, tuple[Chain, ...]] = {}
+    for role in get_args(Role):  # in the order in which stages of a chain follow each other
+        names = [name for name, stage in pipeline.stages.items() if stage.role == role]
+        if names:
+            by_role[role] = ((), *((name,) for name in names))
+    return by_role, ()
+
+
+def _vary(pipeline: Pipeline) -> Mapping[str, Values]:
+    """The values that the file names; where it names neither axes nor values, sensible ones."""
+    asked = pipeline.search or Search()
+    if asked.axes or asked.vary:
+        return asked.vary
+    around = {name: _around(stage) for name, stage in pipeline.stages.items()}
+    return {name: values for name, values in around.items() if values}
+
+
+def _around(stage: Stage) -> dict[str, tuple[float | int, ...]]:
+    """Values around a stage's own: of widths by share, of layers by number."""
+    ratio, count = getattr(stage, "ratio", None), getattr(stage, "count", None)
+    if isinstance(ratio, float):
+        ratios = (round(factor * ratio, 4) for factor in AROUND)
+        return {"ratio": tuple(each for each in ratios if each < 1)}
+    if isinstance(count, int) and not isinstance(count, bool):
+        counts = (max(1, round(factor * count)) for factor in AROUND)
+        return {"count": tuple(dict.fromkeys(counts))}
+    return {}
