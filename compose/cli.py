@@ -148,6 +148,8 @@ def run(
     planned = load_plan(file, default_cache())
     require("report", *(["eval"] if planned.pipeline.benchmark.quality.tasks else []))
     require(*(["tensorboard"] if tensorboard else []))
+    stages = {step.stage.use for step in planned.steps if step.stage is not None}
+    require(*(["autoround"] if "autoround" in stages else []))
     settings = _settings(out, tuple(only or ()), again=again, tensorboard=tensorboard)
     where = make_executor(executor, planned.pipeline.benchmark.threads, workers)
     result = run_shown(planned, settings, where, quiet=quiet, json_lines=json_lines)

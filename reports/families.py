@@ -24,8 +24,8 @@ def weights_of(cell: CellResult) -> str:
         extra = step.model_extra or {}
         if step.use == "bnb":
             return str(extra.get("format", "bnb"))
-        if step.use == "gptq":
-            return f"gptq {extra['bits']}-bit" if "bits" in extra else "gptq"
+        if step.use in ("gptq", "autoround"):
+            return f"{step.use} {extra['bits']}-bit" if "bits" in extra else step.use
     return NOT_QUANTIZED
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -50,32 +51,42 @@ COMPRESSED_TENSORS = Engine(
 Quantize = Callable[..., Path]
 
 PACKED: dict[str, dict[str, Any]] = {
+    "int4": {"use": "int4", "offset": "integer", "compensate": False},
+    "int4-64": {"use": "int4", "offset": "integer", "compensate": False, "group_size": 64},
+    "int8": {"use": "int8", "compensate": False},
     "gptq": {"use": "gptq"},
-    "gptq-sym-64": {"use": "gptq", "group_size": 64, "sym": True},
-    "gptq-8": {"use": "gptq", "bits": 8},
-    "gptq-8-sym": {"use": "gptq", "bits": 8, "sym": True},
-    "gptq-some": {"use": "gptq", "skip": ("o_proj", "1.mlp.up_proj")},
-    "gptq-mixed": {"use": "gptq", "mixed": {"down_proj": 8}},
-    "gptq-rows": {"use": "gptq", "group_size": -1, "sym": True},
+    "gptq-mixed": {"use": "gptq", "sym": True, "mixed": {"down_proj": 8}, "skip": ("o_proj",)},
 }
 """Stages whose folders compressed-tensors can hold."""
+GPTQ = [case for case in PACKED if case != "int8"]
+"""Those whose folders are in the GPTQ format."""
+LAYERS = 2
 
 
-@pytest.fixture
-def quantize(tmp_path: Path, tiny_llama: Path, make_job: Callable[..., StageJob]) -> Quantize:
-    """`quantize(use=..., ...)` makes a packed folder of the tiny Llama, the rest in bfloat16."""
-    text = tmp_path / "text.txt"
+@pytest.fixture(scope="module")
+def quantize(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_tiny: Callable[..., Path],
+    make_job: Callable[..., StageJob],
+) -> Quantize:
+    """`quantize(use=..., ...)` makes a packed folder, the rest in bfloat16: each once, so a test
+    that changes one copies it first."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
     lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
     text.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
+    made: dict[str, Path] = {}
 
-    def go(source: Path = tiny_llama, **parameters: Any) -> Path:
-        target = tmp_path / f"packed-{len(list(tmp_path.iterdir()))}"
-        target.mkdir()
-        spec = DataSpec(source=str(text), limit=8, length=64)
-        job = make_job(source, target, dtype="bfloat16", calibration=spec)
-        STAGES[parameters["use"]].model_validate(parameters).run(job)
-        copy_companions(source, target)
-        return target
+    def go(family: str = "llama", **parameters: Any) -> Path:
+        key = json.dumps([family, parameters], sort_keys=True)
+        if key not in made:
+            source = make_tiny(family, num_hidden_layers=LAYERS)
+            target = tmp_path_factory.mktemp("packed")
+            spec = DataSpec(source=str(text), limit=8, length=64)
+            job = make_job(source, target, dtype="bfloat16", calibration=spec)
+            STAGES[parameters["use"]].model_validate(parameters).run(job)
+            copy_companions(source, target)
+            made[key] = target
+        return made[key]
 
     return go
 
@@ -94,20 +105,30 @@ def test_codes_are_packed_lowest_bits_first(bits: int) -> None:
     assert torch.equal(unpacked(odd, bits)[:, :5], codes[:, :5]), "the last word is filled up"
 
 
-@pytest.mark.parametrize("case", [*PACKED, "gptq-3"])
+@pytest.mark.parametrize("case", GPTQ)
 def test_integers_give_the_weights_that_gptqmodel_multiplies_by(
     case: str, quantize: Quantize
 ) -> None:
-    folder = quantize(**PACKED.get(case, {"use": "gptq", "bits": 3}))
+    """As transformers, optimum and gptqmodel load the folder, in float16: int4's, too."""
+    folder = quantize(**PACKED[case])
     source, model = PackedFolder(folder), load_model(folder, "float32")
-    kept = 5 if case == "gptq-some" else 0
-    assert len(source.layers) == 4 * 7 - kept and not source.embeddings
+    packed_ones = [name for name, module in model.named_modules() if hasattr(module, "qweight")]
+    assert sorted(source.layers) == sorted(packed_ones) and not source.embeddings
+    assert len(packed_ones) == LAYERS * (6 if case == "gptq-mixed" else 7)
     for name in source.layers:
         layer = source.layer(name)
         found = model.get_submodule(name).dequantize_weight().T.float()
-        assert torch.equal(layer.weight().to(torch.float16), found.to(torch.float16)), name
-        assert (layer.zeros is None) == bool(PACKED.get(case, {}).get("sym"))
+        assert torch.equal(layer.weight().half().float(), found.half().float()), name
+        assert (layer.zeros is None) == (case == "gptq-mixed")
     assert {name for name, _ in source.others()} >= {"model.embed_tokens.weight"}
+
+
+def test_integers_of_our_own_format_are_its_grids(quantize: Quantize) -> None:
+    folder = quantize(**PACKED["int8"])
+    source, model = PackedFolder(folder), load_model(folder, "float32")
+    assert source.embeddings == ["model.embed_tokens"] and len(source.layers) == LAYERS * 7
+    for name in (*source.layers, *source.embeddings):
+        assert torch.equal(source.layer(name).weight(), model.get_submodule(name).grid().weight())
 
 
 # --- Folders for compressed-tensors --------------------------------------------------------------
@@ -138,20 +159,20 @@ def test_a_folder_for_compressed_tensors_holds_the_same_integers(
         scale = tensors[f"{name}.weight_scale"].float()
         spread = [each.repeat_interleave(layer.group, 1) for each in (scale, zeros)]
         assert torch.equal(spread[0] * (codes - spread[1]), layer.weight()), name
-    dense = {name.removesuffix(".weight") for name, each in source.others() if each.ndim == 2}
+    dense = set(source.embeddings) | {
+        name.removesuffix(".weight") for name, each in source.others() if each.ndim == 2
+    }
     assert set(stated["ignore"]) == dense | {"lm_head"}
     wanted = {8: "W8A16", 4: "W4A16"}
     assert record["schemes"] == sorted({wanted[g["weights"]["num_bits"]] for g in groups})
     assert len(groups) == (2 if case == "gptq-mixed" else 1)
-    assert record["layers"] == len(source.layers) and record["floats"] == []
-    assert record["rounded_scales"], "gptqmodel's scales are float16"
+    assert record["layers"] == len(source.layers) and record["floats"] == source.embeddings
+    assert record["rounded_scales"] == case.startswith("gptq"), "those of gptqmodel are float16"
     assert (target / "tokenizer.json").is_file()
 
 
-def test_an_untied_head_is_written_as_floats(
-    tiny_qwen2: Path, quantize: Quantize, tmp_path: Path
-) -> None:
-    folder = quantize(tiny_qwen2, use="gptq", lm_head=8)
+def test_an_untied_head_is_written_as_floats(quantize: Quantize, tmp_path: Path) -> None:
+    folder = quantize("qwen2", use="gptq", sym=True, lm_head=8)
     assert write_compressed(folder, tmp_path / "made")["floats"] == ["lm_head"]
     head = load_file(tmp_path / "made" / "model.safetensors")["lm_head.weight"]
     assert torch.equal(head, PackedFolder(folder).layer("lm_head").weight().bfloat16())
@@ -160,7 +181,7 @@ def test_an_untied_head_is_written_as_floats(
 def test_large_folders_are_written_in_parts(
     quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = quantize(use="gptq")
+    folder = quantize(**PACKED["int4"])
     write_compressed(folder, tmp_path / "one")
     monkeypatch.setattr(compressed_tensors, "SHARD", 40_000)
     write_compressed(folder, tmp_path / "many")
@@ -176,6 +197,7 @@ def test_large_folders_are_written_in_parts(
 def test_what_the_format_cannot_hold_is_refused(
     quantize: Quantize, tiny_llama: Path, tmp_path: Path
 ) -> None:
+    """Each by name, and nothing is left."""
     target = tmp_path / "made"
 
     def refusal(folder: Path) -> ArtifactError:
@@ -186,10 +208,18 @@ def test_what_the_format_cannot_hold_is_refused(
 
     assert "are not packed" in str(refusal(tiny_llama))
     assert "are bitsandbytes" in str(refusal(quantize(use="bnb", format="nf4")))
-    assert "has 3 bits" in str(refusal(quantize(use="gptq", bits=3)))
-    scattered = refusal(quantize(use="gptq", act_order=True))
-    assert "act_order: false" in str(scattered.fix)
-    gated = quantize(use="gptq")
+    real = refusal(quantize(use="int4", compensate=False))
+    assert "real minimum for each group" in str(real) and "offset: integer" in str(real.fix)
+    assert "has 2 bits" in str(refusal(quantize(use="int2", offset="integer", compensate=False)))
+    scattered = tmp_path / "scattered"
+    shutil.copytree(quantize(**PACKED["int4"]), scattered)
+    tensors = load_file(scattered / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.g_idx"
+    tensors[name] = tensors[name].flip(0).contiguous()  # as act_order leaves them
+    save_file(tensors, scattered / "model.safetensors", {"format": "pt"})
+    assert "act_order: false" in str(refusal(scattered).fix)
+    gated = tmp_path / "gated"
+    shutil.copytree(quantize(**PACKED["int4"]), gated)
     (gated / "gates.safetensors").write_bytes(b"")
     assert "has gates" in str(refusal(gated))
     target.mkdir()
@@ -200,7 +230,7 @@ def test_what_the_format_cannot_hold_is_refused(
 def test_a_folder_that_does_not_read_back_is_not_left(
     quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = quantize(use="gptq")
+    folder = quantize(**PACKED["int4"])
     wrong = lambda codes, bits: packed(codes.flip(1), bits)  # noqa: E731
     monkeypatch.setattr(compressed_tensors, "packed", wrong)
     with pytest.raises(StepError, match=r"codes of model\.layers\.0\..* do not read back"):
@@ -238,32 +268,36 @@ def test_compressed_tensors_reads_our_weights(
     result = tmp_path / "result.safetensors"
     script = "compressed_tensors_weights.py"
     read_by(COMPRESSED_TENSORS, script, target, tmp_path / "ids.safetensors", result)
-    found = load_file(result)
+    found, written = load_file(result), load_file(target / "model.safetensors")
     names = {name.partition("/")[2] for name in found if "/" in name}
     assert names == set(source.layers)
     for name in names:
         layer = source.layer(name)
         assert torch.equal(found[f"float32/{name}"], layer.weight()), name
-        loaded = IntegerLayer(layer.bits, layer.codes, layer.scale.bfloat16(), layer.zeros)
-        assert torch.equal(found[f"library/{name}"], loaded.weight().bfloat16().float()), name
+        stored = written[f"{name}.weight_scale"]
+        if f"{name}.weight_zero_point" not in written:  # kept packed beside bfloat16 weights
+            stored = stored.bfloat16()
+        loaded = IntegerLayer(layer.bits, layer.codes, stored, layer.zeros).weight()
+        assert torch.equal(found[f"library/{name}"], loaded.to(stored.dtype).bfloat16().float()), (
+            name
+        )
     with torch.inference_mode():
         ours = load_model(folder, "bfloat16")(ids).logits.float()
     assert (found["logits"] - ours).abs().mean() < 0.05 * ours.std()
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("group", [32, 64])
 def test_onnxruntimes_model_builder_reads_our_gptq_folders(
-    group: int, quantize: Quantize, tmp_path: Path
+    quantize: Quantize, tmp_path: Path
 ) -> None:
     """Its MatMulNBits nodes have our weights, bit by bit. It knows the older GPTQ format alone."""
-    folder = quantize(use="gptq", group_size=group, sym=True)
+    folder = quantize(use="gptq", sym=True)
     result = tmp_path / "weights.npz"
     read_by(ENGINES["onnxruntime"], "onnxruntime_weights.py", folder, tmp_path / "onnx", result)
     source = PackedFolder(folder)
     with numpy.load(result) as found:
         nodes = {name: torch.from_numpy(found[name]) for name in found.files}
-    for index in range(4):
+    for index in range(LAYERS):
         own = {
             name.rpartition(".")[2]: source.layer(name).weight()
             for name in source.layers

@@ -111,15 +111,16 @@ def _tensors(
     """Name and value of every tensor of the folder to be written."""
     import torch
 
+    dtype = getattr(torch, dtype_of(source.folder))
     for name in names:
         layer = source.layer(name)
         yield f"{name}.weight_packed", packed(layer.codes, layer.bits)
-        yield f"{name}.weight_scale", layer.scale.contiguous()
+        exact = not _rounds(layer.scale, dtype)
+        yield f"{name}.weight_scale", layer.scale.to(dtype) if exact else layer.scale
         if not schemes[name][2]:
             zeros = packed(_zeros(layer).T, layer.bits).T.contiguous()
             yield f"{name}.weight_zero_point", zeros
         yield f"{name}.weight_shape", torch.tensor(layer.codes.shape)
-    dtype = getattr(torch, dtype_of(source.folder))
     for name in floats:
         yield f"{name}.weight", source.layer(name).weight().to(dtype)
     yield from source.others()
@@ -188,8 +189,13 @@ def _read_back(
             same &= torch.equal(zeros[: len(layer.codes)], _zeros(layer))
         if not same:
             raise StepError(f"the codes of {name} do not read back as what was written")
-        rounded |= not torch.equal(layer.scale.to(dtype).to(layer.scale), layer.scale)
+        rounded |= _rounds(layer.scale, dtype)
     return rounded
+
+
+def _rounds(scale: Tensor, dtype: Any) -> bool:
+    """Whether a float type does not hold scales exactly."""
+    return not bool((scale.to(dtype).double() == scale.double()).all())
 
 
 def _dense_linears(folder: Path) -> list[str]:

@@ -160,8 +160,8 @@ def grid_of(layer: Any, bits: int) -> Grid:
 
     weight = layer.weight.detach().float().cpu()
     scale = layer.scale.detach().float().cpu().view(len(weight), -1)
-    zeros = torch.as_tensor(layer.zp, dtype=torch.float32).cpu().broadcast_to(scale.numel())
-    zeros = zeros.view(scale.shape)
+    zeros = torch.as_tensor(layer.zp, dtype=torch.float32).cpu()
+    zeros = zeros.view(scale.shape) if zeros.numel() > 1 else zeros.expand_as(scale)
     steps = torch.where(scale == 0, torch.ones_like(scale), scale).unsqueeze(2)
     codes = weight.unflatten(1, (scale.shape[1], -1)) / steps + zeros.unsqueeze(2)
     codes = codes.round().clamp_(0, 2**bits - 1).to(torch.uint8)
