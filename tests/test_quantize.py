@@ -18,6 +18,7 @@ from compose.errors import UserError
 from compose.stages.quantize.errors import layer_errors
 from compose.stages.registry import STAGES, DataSpec, StageJob
 from gateskip.quantization.folders import load_model, mixed_bits
+from gateskip.quantization.packed_linear import accelerate_linears
 
 SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
 Made = tuple[Path, dict[str, Any]]
@@ -383,6 +384,7 @@ def test_errors_are_those_of_each_layer_on_what_it_is_given(
     assert layer_errors(same, probe_ids(tiny_llama)) == {}, "nothing is packed"
 
 
+
 # --- autoround -----------------------------------------------------------------------------------
 
 AUTOROUND = {"use": "autoround", "iters": 12, "batch": 4}
@@ -446,3 +448,22 @@ def test_autoround_learns_more_in_more_steps(
 ) -> None:
     first, more = (quantize(**AUTOROUND | {"bits": 2, "iters": n})[1] for n in (1, 40))
     assert mean(more) < mean(first)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("sym", [True, False])
+def test_gptq_of_few_bits_runs_on_our_kernels(
+    bits: int, sym: bool, quantize: Callable[..., Made]
+) -> None:
+    folder, _ = quantize(use="gptq", group_size=32, bits=bits, sym=sym)
+    model = load_model(folder, "float32")
+    wanted = {
+        name: module.dequantize_weight().T.float()
+        for name, module in model.named_modules()
+        if hasattr(module, "qweight")
+    }
+    assert accelerate_linears(model) == {"PackedLinear": len(wanted)} and len(wanted) == 4 * 7
+    for name, weight in wanted.items():
+        layer = model.get_submodule(name)
+        assert layer.bits == bits
+        torch.testing.assert_close(layer.unpacked(), weight, atol=1e-3, rtol=1e-3)
