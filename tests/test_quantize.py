@@ -384,7 +384,6 @@ def test_errors_are_those_of_each_layer_on_what_it_is_given(
     assert layer_errors(same, probe_ids(tiny_llama)) == {}, "nothing is packed"
 
 
-
 # --- autoround -----------------------------------------------------------------------------------
 
 AUTOROUND = {"use": "autoround", "iters": 12, "batch": 4}
