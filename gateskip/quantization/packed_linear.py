@@ -274,9 +274,9 @@ def _from_int8(module: Any) -> PackedLinear | None:
 
 def _from_gptq(module: Any) -> PackedLinear | None:
     """GPTQ weights in group order: a column's codes are a stream of bits, lowest first, in integers
-    of 32 bits."""
+    of 32 bits; gptqmodel also knows planes of bits, which run in torch."""
     bits, group = module.bits, module.group_size
-    if bits not in BITS or group <= 0 or group % BLOCK:
+    if bits not in BITS or group <= 0 or group % BLOCK or getattr(module, "planar", False):
         return None
     k = module.in_features
     groups = torch.arange(k) // group
