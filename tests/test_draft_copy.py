@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import gateskip
 from gateskip.decoding.decoder import Decoder
+from gateskip.decoding.draft_gain import LEVELS, expected_rounds
 from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.model.inputs import input_squares
 from gateskip.quantization.draft_copy import (
@@ -133,3 +134,55 @@ def test_acceptance_is_learned_by_chance() -> None:
     assert controller.expected(0.55) == DraftLengthController().expected(0.55), (
         "nothing was seen there"
     )
+
+
+def test_what_drafts_bring_by_hand() -> None:
+    """Half of the tokens are sure (0.9), half are not (0.4); a draft goes on above 0.5."""
+    shares, rates = [0.5, 0.5], [0.4, 0.9]
+    one, two = expected_rounds(shares, rates, 0.5, 2)[1:]
+    assert one == pytest.approx((1 + 0.65, 1))
+    level = round(0.9 * LEVELS) / LEVELS
+    assert two == pytest.approx((1.65 + 0.5 * level * 0.65, 1.5))
+    assert expected_rounds(shares, rates, 0.95, 3)[3] == pytest.approx((1.65, 1)), "none goes on"
+
+
+def test_drafts_that_are_always_accepted_go_on() -> None:
+    assert expected_rounds([1.0], [1.0], 0.9, 4) == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4)]
+
+
+def test_expectations_agree_with_drafts_that_are_drawn() -> None:
+    generator, bins = torch.Generator().manual_seed(0), [0.3, 0.3, 0.4]
+    rates, least, longest = [0.5, 0.8, 0.97], 0.6, 4
+    tokens = drafted = 0
+    for _ in range(20_000):
+        likely, count, stands = 1.0, 0, True
+        while count < longest:
+            which = int(torch.multinomial(torch.tensor(bins), 1, generator=generator))
+            count, likely = count + 1, likely * rates[which]
+            stands = stands and float(torch.rand((), generator=generator)) < rates[which]
+            tokens += stands
+            if likely <= least:
+                break
+        drafted += count
+    wanted = (1 + tokens / 20_000, drafted / 20_000)
+    assert expected_rounds(bins, rates, least, longest)[longest] == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.parametrize(("sure", "longer"), [(0.98, True), (0.55, False)])
+def test_sure_drafts_are_longer_at_equal_acceptance(sure: float, longer: bool) -> None:
+    """Eight of ten are accepted: all sure ones and few others, or all alike."""
+    generator, lengths = torch.Generator().manual_seed(0), []
+    controller = DraftLengthController()
+    for _ in range(400):
+        k = controller.draft_length()
+        lengths.append(k)
+        draws = torch.rand(k, 2, generator=generator)
+        chances = [0.95 if a < 0.8 else 0.15 for a in draws[:, 0].tolist()]
+        taken = [
+            b < (sure if chance > 0.5 else 0.8 - 0.2 * (sure > 0.9))
+            for chance, b in zip(chances, draws[:, 1].tolist(), strict=True)
+        ]
+        accepted = taken.index(False) if False in taken else k
+        controller.learn(chances, accepted)
+        controller.observe(k, [accepted] if k else [], 0.35 * k, 1 + 0.1 * k)
+    assert (sum(lengths[-100:]) / 100 > 2) == longer

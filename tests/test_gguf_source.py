@@ -24,7 +24,7 @@ from compose.artifacts.gguf_file import open_gguf
 from compose.artifacts.gguf_names import paired, unpaired
 from compose.artifacts.shards import save_shards
 from compose.assets.table import MODELS
-from compose.errors import ArtifactError, AssetError
+from compose.errors import ArtifactError, AssetError, RuleBroken
 from compose.execution.source_folder import as_folders
 from compose.planning.prepare import load_plan
 
@@ -190,6 +190,8 @@ def test_a_plan_follows_the_content(file_of: Callable[..., Path], tmp_path: Path
     shutil.copy(file_of("llama", "Q4_1"), tmp_path / "b.gguf")
     shutil.copy(file_of("llama", "Q8_0"), tmp_path / "c.gguf")
     assert keys("a.gguf") == keys("b.gguf") != keys("c.gguf")
+    with pytest.raises(RuleBroken, match="the source model is quantized"):
+        keys("a.gguf", ", keep_blocks: true")
     assert not (tmp_path / "cache").exists(), "a plan converts nothing"
 
 
@@ -295,6 +297,48 @@ def test_a_file_of_several_kinds(tiny_llama: Path, tmp_path: Path) -> None:
     with torch.inference_mode():
         kept, dense = (load_model(tmp_path / name)(ids).logits for name in ("kept", "dense"))
     assert torch.equal(kept, dense)
+
+
+def test_a_step_makes_the_source_of_a_file(file_of: Callable[..., Path], tmp_path: Path) -> None:
+    """With blocks kept, what is not packed is cast, and scales stay float16."""
+    from compose.workers.step import run_step
+    from gateskip.quantization.folders import load_model
+
+    file = file_of("llama", "Q8_0")
+    for keep in (False, True):
+        work = tmp_path / str(keep)
+        run_step(
+            {
+                "key": "0" * 16,
+                "name": "source",
+                "stage": None,
+                "model": str(file),
+                "keep_blocks": keep,
+                "dtype": "bfloat16",
+                "seed": 0,
+                "data": {},
+                "source": None,
+                "dense": str(work / "model"),
+                "target": str(work / "model"),
+                "check": str(work / "check.safetensors"),
+                "work": str(work / "work"),
+                "asset_cache": str(tmp_path / "cache"),
+                "tensorboard": None,
+            },
+            lambda *_, **__: None,
+        )
+        entry = json.loads((work / "model/compose.json").read_text())["stages"][0]
+        assert entry["origin"].startswith("gguf:tiny-llama.gguf#")
+        assert entry["parameters"].get("keep_blocks", False) == keep
+        assert str(file.parent) not in json.dumps(entry)
+        weights = load_file(work / "model/model.safetensors")
+        assert weights["model.norm.weight"].dtype == torch.bfloat16
+        name = "model.layers.0.mlp.up_proj"
+        if keep:
+            assert weights[f"{name}.scale"].dtype == torch.float16
+        else:
+            assert weights[f"{name}.weight"].dtype == torch.bfloat16
+        assert load_model(work / "model").dtype == torch.bfloat16
 
 
 # --- The real files ------------------------------------------------------------------------------

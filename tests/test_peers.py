@@ -22,7 +22,7 @@ from compose.artifacts.from_gguf import write_folder
 from compose.artifacts.gguf import write_gguf
 from compose.assets import default_cache
 from compose.bench.peers.environment import environment_folder, python_of
-from compose.bench.peers.prepare import PreparedPeer, prepare
+from compose.bench.peers.prepare import PreparedPeer, _gguf, prepare
 from compose.bench.peers.process import PeerProcess
 from compose.bench.peers.table import ENGINES, GGUF_TYPES, Engine, is_peer, parse_peer
 from compose.errors import StepError, UserError
@@ -421,3 +421,10 @@ def test_llama_cpp_runs_our_integers(
 def relative(logits: Any, wanted: Any) -> float:
     """Root mean square of the difference over that of the logits."""
     return float(((logits - wanted) ** 2).mean() ** 0.5 / (wanted**2).mean() ** 0.5)
+
+
+def test_llama_cpp_does_not_quantize_integers(
+    tiny_llama: Path, grid_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"(?s)holds integers.*gateskip gguf"):
+        _gguf(grid_folder(tiny_llama, "int4"), tmp_path, "content", "q4_0", None)

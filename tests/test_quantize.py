@@ -18,6 +18,7 @@ from compose.errors import UserError
 from compose.stages.quantize.errors import layer_errors
 from compose.stages.registry import STAGES, DataSpec, StageJob
 from gateskip.quantization.folders import load_model, mixed_bits
+from gateskip.quantization.packed_linear import accelerate_linears
 
 SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
 Made = tuple[Path, dict[str, Any]]
@@ -440,3 +441,22 @@ def test_autoround_saves_what_the_library_learned(
     ids = probe_ids(folder)
     exact, other = (last_logits(each, ids) for each in (decoder, slow))
     assert (exact - other).norm() < 0.15 * other.norm()  # one multiplies in bfloat16
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("sym", [True, False])
+def test_gptq_of_few_bits_runs_on_our_kernels(
+    bits: int, sym: bool, quantize: Callable[..., Made]
+) -> None:
+    folder, _ = quantize(use="gptq", group_size=32, bits=bits, sym=sym)
+    model = load_model(folder, "float32")
+    wanted = {
+        name: module.dequantize_weight().T.float()
+        for name, module in model.named_modules()
+        if hasattr(module, "qweight")
+    }
+    assert accelerate_linears(model) == {"PackedLinear": len(wanted)} and len(wanted) == 4 * 7
+    for name, weight in wanted.items():
+        layer = model.get_submodule(name)
+        assert layer.bits == bits
+        torch.testing.assert_close(layer.unpacked(), weight, atol=1e-3, rtol=1e-3)

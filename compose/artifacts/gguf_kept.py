@@ -1,8 +1,11 @@
 """A GGUF file's own blocks as the grids of a model folder: nothing is rounded again.
 
 Blocks of Q4_0, Q4_1 and Q8_0 are grids (gguf_blocks.py). Their float16 scales and minima stay
-float16 in the folder, so that the weights are the file's, bit by bit. An embedding, and an LM head
-of its own, stay in blocks where both are symmetric and of the same kind; all else is dequantized.
+float16 in the folder, so that the weights are the file's, bit by bit, wherever torch or a kernel
+multiplies in float32. Native products of 8-bit activations round scales and minima to bfloat16: KL
+0.0007 on SmolLM2's Q4_1 file, a fifth of what rounding the activations costs. An embedding, and an
+LM head of its own, stay in blocks where both are symmetric and of the same kind; all else is
+dequantized.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ class IntegerLayer:
         """The weights, float32 [n, k]."""
         codes = self.codes.float().unflatten(1, (-1, self.group))
         zeros = 2 ** (self.bits - 1) if self.zeros is None else self.zeros.float().unsqueeze(2)
-        return ((codes - zeros) * self.scale.float().unsqueeze(2)).flatten(1)
+        whole: Tensor = ((codes - zeros) * self.scale.float().unsqueeze(2)).flatten(1)
+        return whole
 
 
 class PackedFolder:

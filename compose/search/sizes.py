@@ -22,7 +22,7 @@ def predicted_bytes(shape: ModelShape, chain: Sequence[Stage], dtype: str) -> in
     outer: float = BITS[dtype]
     for stage in chain:
         if stage.role == "quantize":
-            packed = stage.packed_bits(shape)
+            packed = stage.stored_bits(shape)
             if packed is None:
                 return None
             layers, outer = packed.layers, packed.outer or outer

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict
 from compose.errors import RuleBroken
 from compose.stages.job import DataSpec, Split, StageJob
 from compose.stages.rules import FORBIDDEN, RULES, Role
-from compose.stages.shape import ModelShape, PackedBits
+from compose.stages.shape import ModelShape, StoredBits
 
-__all__ = ["RULES", "DataSpec", "ModelShape", "PackedBits", "Role", "Split", "Stage", "StageJob"]
+__all__ = ["RULES", "DataSpec", "ModelShape", "Role", "Split", "Stage", "StageJob", "StoredBits"]
 
 PLACES = ("device_map",)
 """Parameters that say where a stage works, not what it makes."""
@@ -74,7 +74,7 @@ class Stage(BaseModel):
         """Bits of the largest weights that the stage leaves in a model's layers."""
         return UNPACKED
 
-    def packed_bits(self, shape: ModelShape) -> PackedBits | None:
+    def stored_bits(self, shape: ModelShape) -> StoredBits | None:
         """Bits that a weight takes in the folder that a quantizer makes of a model of `shape`,
         scales included; None where the stage packs nothing, or cannot tell."""
         return None

@@ -103,7 +103,7 @@ def _packed_bits(quantization: Mapping[str, Any]) -> int | None:
 
 
 @dataclass(frozen=True)
-class PackedBits:
+class StoredBits:
     """Bits of a weight in a folder of packed weights, scales and offsets included."""
 
     layers: float

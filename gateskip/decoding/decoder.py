@@ -172,7 +172,7 @@ class Decoder:
             draft_length: drafted tokens a verify pass, 1 to 16, or `auto`: set by measured costs
                 and acceptance, 0 while speculation does not pay.
             draft_weights: `own`; `int4-head`, where a 4-bit LM head ranks tokens; a copy
-                of all weights in fewer bits, `int4`, `int3`, `int2` (that head, too) or `nf4`; or
+                of all weights in fewer bits, `int4`, `int3`, `int2` (3-bit head) or `nf4`; or
                 `auto`, the one that is fastest here, which is measured once a machine.
             lookup: before drafting, propose what followed the last tokens earlier in the text.
             target: what full compute means where gates scale what branches add: the `gated` model,

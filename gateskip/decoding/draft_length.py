@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gateskip.decoding.draft_gain import expected_rounds
+
 
 class DraftLengthController:
     """Chooses the draft length that measured costs and acceptance promise most tokens a second for.
 
-    With acceptance a, k drafted tokens yield (1 - a^(k + 1)) / (1 - a) tokens a pass (arXiv
+    Drafts end early where they grow unlikely, which draft_gain.py expects from what was drafted so
+    far. Until enough was, and for drafts that do not say how sure they are, acceptance a counts: k
+    drafted tokens yield (1 - a^(k + 1)) / (1 - a) tokens a pass (arXiv
     2211.17192, equation 1) for the time of k draft steps and one verify pass. Length 0 is plain
     decoding; while it is best, drafting is tried again after ever longer pauses. A decoder keeps
     its controllers from one call to the next: what speculation costs does not change with the
@@ -21,17 +25,23 @@ class DraftLengthController:
     PAUSE, LONGEST_PAUSE = 32, 512  # rounds
     FRESH = 24  # rounds of drafting after which a plain step is timed again, against drift
     BINS = 10  # of a drafted token's probability, each with an acceptance rate of its own
+    KNOWN = 10  # drafted tokens after which the bins' shares are known well enough
+    RENEW = 16  # rounds of drafting after which what drafts bring is expected anew
 
     def __init__(self) -> None:
         self.acceptance = 0.6
         # A draft's own probabilities are no acceptance rates: greedy tokens are accepted far more
         # often. So the rate of each bin is learned, starting from something in between.
         self.acceptance_by_bin = [0.5 + (n + 0.5) / 2 / self.BINS for n in range(self.BINS)]
+        self.share_by_bin = [1.0] * self.BINS  # how often a token falls into each, not yet divided
+        self.seen = 0  # drafted tokens of which the draft said how sure it is
+        self.expected_rounds: list[tuple[float, float]] = []  # by limit; empty: to be made
         self.draft_step: float | None = None  # seconds
         self.plain: float | None = None
         self.per_row: float | None = None  # what one more row adds to a verify pass, seconds
         self.pause, self.wait = self.PAUSE, 0
         self.since_plain = 0  # rounds
+        self.rounds = 0  # of drafting
 
     def draft_length(self) -> int:
         """Tokens to draft next."""
@@ -47,6 +57,7 @@ class DraftLengthController:
         if self.wait < self.pause:
             return 0
         self.wait, self.pause = 0, min(2 * self.pause, self.LONGEST_PAUSE)
+        self.rounds = -1  # expect anew after it
         return self.TRIAL
 
     def least(self) -> float:
@@ -66,6 +77,9 @@ class DraftLengthController:
             number = self._bin(probability)
             before = self.acceptance_by_bin[number]
             self.acceptance_by_bin[number] += 0.05 * ((position < accepted) - before)
+            self.share_by_bin = [0.98 * share for share in self.share_by_bin]
+            self.share_by_bin[number] += 1
+            self.seen += 1
 
     def _bin(self, probability: float) -> int:
         return min(int(probability * self.BINS), self.BINS - 1)
@@ -75,9 +89,21 @@ class DraftLengthController:
         if k == 0:
             return 1 / self.plain
         assert self.draft_step is not None and self.per_row is not None
-        a = min(self.acceptance, 0.99)
-        tokens = (1 - a ** (k + 1)) / (1 - a)
-        return tokens / (k * self.draft_step + self.plain + k * self.per_row)
+        tokens, drafted = self._round(k)
+        return tokens / (self.plain + drafted * (self.draft_step + self.per_row))
+
+    def _round(self, k: int) -> tuple[float, float]:
+        """Tokens that a round with a limit of k is expected to yield, and to draft."""
+        if self.seen < self.KNOWN:  # or drafts do not say how sure they are: looked up
+            a = min(self.acceptance, 0.99)
+            return (1 - a ** (k + 1)) / (1 - a), k
+        if not self.expected_rounds:
+            total = sum(self.share_by_bin)
+            shares = [share / total for share in self.share_by_bin]
+            self.expected_rounds = expected_rounds(
+                shares, self.acceptance_by_bin, self.least(), self.LONGEST
+            )
+        return self.expected_rounds[k]
 
     def observe(self, count: int, accepted: Sequence[int], draft_s: float, verify_s: float) -> None:
         """Update from a round: `count` tokens drafted a row, and how many each row accepted."""
@@ -85,6 +111,9 @@ class DraftLengthController:
         if count == 0:
             self.plain = _blend(self.plain, verify_s, 0.3)
             return
+        self.rounds += 1
+        if self.rounds % self.RENEW == 0:
+            self.expected_rounds = []
         self.draft_step = _blend(self.draft_step, draft_s / count, 0.3)
         self.per_row = _blend(
             self.per_row, max(0.0, verify_s - (self.plain or verify_s)) / count, 0.3

@@ -11,6 +11,7 @@ from gateskip.model.families import UnsupportedModel
 from gateskip.quantization.dequantize import stored_bits
 from gateskip.quantization.draft_copy import (
     COPIES,
+    COPY_HEAD,
     HEAD,
     can_copy,
     copy_bits,
@@ -49,7 +50,8 @@ def make_draft(own: SkippingModel, weights: Weights, blocks: Tensor | None) -> S
     except UnsupportedModel:
         return SkippingModel(copied, own.gates, own.kv_rule)
     if draft.engine is not None and own.engine is not None and inputs is not None:
-        draft.engine.use_draft_head(draft_head(own.model, inputs), own.engine.head)
+        how = COPY_HEAD if weights in COPIES else HEAD
+        draft.engine.use_draft_head(draft_head(own.model, inputs, how), own.engine.head)
     return draft
 
 
@@ -63,7 +65,8 @@ def draft_copies(own: SkippingModel) -> list[Weights]:
 def candidates(own: SkippingModel, budget: float = 1.0) -> list[Weights]:
     """Drafts at a budget that may pay for a model: integer copies where the compiled kernels run
     them, and at less than full compute the model's own weights."""
-    found = [] if own.engine is None else [name for name in draft_copies(own) if name != "nf4"]
+    copies = [] if own.engine is None else draft_copies(own)
+    found: list[Weights] = [name for name in copies if name != "nf4"]
     if budget < 1:
         head = own.model.get_output_embeddings()
         ranks = own.engine is not None and stored_bits(head) > HEAD.bits

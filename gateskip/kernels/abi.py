@@ -35,19 +35,23 @@ class Kind(IntEnum):
 
     FP32 = 0
     BF16 = 1
-    INT4 = 2
-    INT4_TABLE = 3
-    INT8 = 4
-    INT4_A8 = 5
-    INT4_TABLE_A8 = 6
-    INT8_A8 = 7
+    INT2 = 2
+    INT3 = 3
+    INT4 = 4
+    INT4_TABLE = 5
+    INT8 = 6
+    INT2_A8 = 7
+    INT3_A8 = 8
+    INT4_A8 = 9
+    INT4_TABLE_A8 = 10
+    INT8_A8 = 11
 
 
 class Matrix(ctypes.Structure):
     """A weight [n, k] and its bias, dense or packed."""
 
     _fields_ = (
-        *((name, Int) for name in ("kind", "n", "k", "group")),
+        *((name, Int) for name in ("kind", "n", "k", "group", "zero")),
         *((name, Pointer) for name in ("weights", "scale", "offset", "table", "bias")),
     )
 

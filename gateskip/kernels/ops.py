@@ -53,7 +53,7 @@ def packed(
     n: int,
     x: Tensor,
 ) -> Tensor:
-    """x [m, k], float32, times w [n, k] transposed, w of 4 or 8 bits and laid out as in
+    """x [m, k], float32, times w [n, k] transposed, w of 2, 3, 4 or 8 bits and laid out as in
     PackedLinear."""
     (rows, k), groups = x.shape, scale.shape[1]
     out, scratch = torch.empty(rows, n), torch.empty(rows, groups)
@@ -68,8 +68,8 @@ def packed(
 def unpack(
     codes: Tensor, scale: Tensor, offset: Tensor | None, table: Tensor | None, bits: int, n: int
 ) -> Tensor:
-    """The float32 weights [n, k] that packed weights of 4 or 8 bits stand for."""
-    k = 8 // bits * codes[0].numel() // abi.ROWS_PER_TILE
+    """The float32 weights [n, k] that packed weights of 2, 3, 4 or 8 bits stand for."""
+    k = 8 * codes[0].numel() // (bits * abi.ROWS_PER_TILE)
     out = torch.empty(n, k)
     _library().gateskip_unpack(
         *map(_at, (codes, scale, offset, table)),

@@ -23,7 +23,7 @@ from gateskip.model.reference import masked_forward
 from gateskip.quantization.dequantize import dense_weight, linear_layers, stored_bits
 from gateskip.quantization.grid import joined
 from gateskip.quantization.packed_linear import PackedLinear, has_kernels, quantize_nf4
-from gateskip.quantization.rounding import round_to_grid
+from gateskip.quantization.rounding import GROUP, round_to_grid
 
 ROWS = 4096  # rounded at a time: an LM head has many
 Pack = Callable[[Any], PackedLinear | None]  # of a linear layer
@@ -42,7 +42,10 @@ class CopyFormat:
 COPIES = {"int4": CopyFormat(4, 32), "int3": CopyFormat(3, 32), "int2": CopyFormat(2, 32)}
 """Integer copies by name."""
 HEAD = CopyFormat(4, 32)
-"""The LM head that ranks a draft's tokens; the model's own one chooses among the best."""
+"""The LM head that ranks tokens where the model's own layers draft."""
+COPY_HEAD = CopyFormat(3, 64)
+"""The LM head of a copy. The model's own head chooses among the eight best of each thread, so that
+fewer bits cost nothing: 0.908 of drafts accepted with 3, 0.910 with 4, 0.861 with 2 (SmolLM2)."""
 NF4_BITS = 4
 
 
@@ -99,12 +102,13 @@ def integer_copy(model: Any, inputs: Inputs, how: CopyFormat) -> Any:
 
 @torch.no_grad()
 def draft_head(model: Any, inputs: Inputs, how: CopyFormat = HEAD) -> PackedLinear | None:
-    """The LM head in such integers, for ranking a draft's tokens.
+    """The LM head in such integers, for ranking a draft's tokens; in groups of 32 where larger ones
+    do not divide its inputs.
 
-    None where its inputs are no whole groups, or it has as few bits already: then the model's own
-    head ranks them.
+    None where 32 does not, or it has as few bits already: then the model's own head ranks them.
     """
     head = model.get_output_embeddings()
+    how = how if head.in_features % how.group == 0 else CopyFormat(how.bits, GROUP)
     if head.in_features % how.group or stored_bits(head) <= how.bits:
         return None
     return _packed(dense_weight(head), inputs.head, head.bias, how)

@@ -20,13 +20,14 @@ from torch.nn import functional as F
 
 from gateskip.extras import need
 from gateskip.kernels import build, ops
-from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE
+from gateskip.kernels.abi import BLOCK
 from gateskip.kernels.autotune import Kernel, bfloat16_is_faster, product
 from gateskip.model.families import final_norm
-from gateskip.quantization.grid import Grid, middle
+from gateskip.quantization.grid import Grid, middle, unpack_bits
 from gateskip.quantization.grid_linear import GridLinear
+from gateskip.quantization.tiles import pack_codes, tiles
 
-BITS = (4, 8)  # of a code that has kernels
+BITS = (2, 3, 4, 8)  # of a code that has kernels
 NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
 Samples = dict[str, tuple["PackedLinear", nn.Module]]
 """One packed layer of each kind and shape: as it is here, and as its library made it."""
@@ -82,10 +83,10 @@ class DenseLinear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of 4 or 8 bits, made of codes [out, in], scale and offset [out, in / group].
+    """A linear layer of 2, 3, 4 or 8 bits: codes [out, in], scale and offset [out, in / group].
 
     A weight is scale * value(code) + offset, with value the codebook's entry (NF4), or the code
-    less 8 or 128. All are kept in tiles of 16 rows: see `tiles` and src/matvec.h.
+    less `middle`, half of 2**bits. All are kept in tiles of 16 rows: see tiles.py.
     """
 
     codes: Tensor
@@ -103,7 +104,8 @@ class PackedLinear(nn.Module):
         bias: Tensor | None,
         bits: int = 4,
     ) -> None:
-        """Raises ValueError where the inputs of a group are no multiple of 32."""
+        """Raises ValueError where the inputs of a group are no multiple of 32, or codes of so many
+        bits have no kernels."""
         super().__init__()
         self.out_features, self.in_features = codes.shape
         group, left = divmod(self.in_features, scale.shape[1])
@@ -112,8 +114,10 @@ class PackedLinear(nn.Module):
                 f"{self.in_features} inputs in {scale.shape[1]} groups cannot be packed: "
                 f"a group is a multiple of {BLOCK} inputs"
             )
-        self.bits = bits
-        self.register_buffer("codes", pack(codes) if bits == 4 else pack_bytes(codes.byte()))
+        if bits not in BITS:
+            raise ValueError(f"codes of {bits} bits have no kernels: of 2, 3, 4 and 8 bits they do")
+        self.bits, self.middle = bits, middle(bits)
+        self.register_buffer("codes", pack_codes(codes, bits))
         self.register_buffer("scale", tiles(scale.float()))
         self.register_buffer("offset", None if offset is None else tiles(offset.float()))
         self.register_buffer("book", None if book is None else book.float().contiguous())
@@ -121,13 +125,13 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def of(cls, grid: Grid, bias: Tensor | None = None) -> PackedLinear:
-        """A grid of weights [out, in]. Codes of a number of bits without a kernel get more."""
+        """A grid of weights [out, in]. Where codes have no kernel they get more bits: codes of
+        6 bits move to the middle of 8, and weights stay what they are."""
         bits = next(each for each in BITS if each >= grid.bits)
-        low = grid.minimum
-        if low is None and bits != grid.bits:
-            low = -grid.middle * grid.scale
-        offset = None if low is None else low + middle(bits) * grid.scale
-        return cls(grid.codes, grid.scale, offset, None, bias, bits)
+        codes, offset = grid.codes, grid.offset()
+        if bits != grid.bits:
+            codes = codes + (middle(bits) - grid.middle)
+        return cls(codes, grid.scale, offset, None, bias, bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -148,25 +152,6 @@ class PackedLinear(nn.Module):
         return self.codes, self.scale, self.offset, self.book, self.bits, self.out_features
 
 
-def tiles(table: Tensor) -> Tensor:
-    """A table [n, m] as [tiles, m, 16]: sixteen rows side by side, the last ones filled with 0."""
-    filled = F.pad(table, (0, 0, 0, -len(table) % ROWS_PER_TILE))
-    return filled.view(-1, ROWS_PER_TILE, table.shape[1]).transpose(1, 2).contiguous()
-
-
-def pack_bytes(values: Tensor) -> Tensor:
-    """Bytes [n, k] -> [tiles, k / 4, 16, 4]: of every row four columns after the other."""
-    columns = tiles(values)  # [tiles, k, 16]
-    return columns.view(len(columns), -1, 4, ROWS_PER_TILE).transpose(2, 3).contiguous()
-
-
-def pack(codes: Tensor) -> Tensor:
-    """Codes 0..15 [n, k] -> uint8 [tiles, k / 8, 16, 4]: of eight columns the last four lie in the
-    higher bits of the first four."""
-    fours = pack_bytes(codes.to(torch.uint8))
-    return fours[:, 0::2] | (fours[:, 1::2] << 4)
-
-
 def accelerate_linears(model: Any, samples: Samples | None = None) -> dict[str, int]:
     """Replace linear layers in place; returns how many of each kind now run on native kernels.
 
@@ -179,7 +164,8 @@ def accelerate_linears(model: Any, samples: Samples | None = None) -> dict[str, 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             faster = _faster(child)
-            if samples is not None and isinstance(faster, PackedLinear):
+            library = not isinstance(child, GridLinear)  # which has no kernels of its own to time
+            if samples is not None and library and isinstance(faster, PackedLinear):
                 samples.setdefault(_named(child, faster), (faster, child))
             if faster is not None:
                 setattr(parent, name, faster)
@@ -287,17 +273,17 @@ def _from_int8(module: Any) -> PackedLinear | None:
 
 
 def _from_gptq(module: Any) -> PackedLinear | None:
-    """GPTQ weights of 4 or 8 bits in group order: codes in an int32, lowest bits first."""
+    """GPTQ weights in group order: a column's codes are a stream of bits, lowest first, in integers
+    of 32 bits."""
     bits, group = module.bits, module.group_size
-    if bits not in (4, 8) or group <= 0 or group % BLOCK:
+    if bits not in BITS or group <= 0 or group % BLOCK:
         return None
-    k, rows = module.in_features, module.out_features
+    k = module.in_features
     groups = torch.arange(k) // group
     if not torch.equal(module.g_idx[:k].long().cpu(), groups):
         return None  # act-order: groups are scattered over the row
-    shifts, most = torch.arange(0, 32, bits, dtype=torch.int32), 2**bits - 1
-    codes = (module.qweight.unsqueeze(1) >> shifts.view(1, -1, 1)) & most  # [k / codes, codes, n]
-    codes = codes.reshape(-1, rows)[:k]
+    streams = module.qweight.T.contiguous().view(torch.uint8)  # [n, bytes]
+    codes = unpack_bits(streams, bits).T[:k]  # [k, n]
     scale = module.scales.float()  # [groups, n]
     # Two stored formats of zero points differ by one, and a module does not say which it holds by
     # now: its own dequantized weights tell, at the first row of each group.

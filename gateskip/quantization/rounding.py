@@ -71,7 +71,9 @@ def _fit_real(groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, bit
     mean = (importance * groups).sum(2, keepdim=True) / total
     spread = (importance * (codes - mean_code).square()).sum(2, keepdim=True)
     scale = (importance * (codes - mean_code) * (groups - mean)).sum(2, keepdim=True)
-    scale = exact_scale((scale / spread.clamp_min(1e-20)).clamp_min(0))
+    alike = spread == 0  # one code for the whole group: no line goes through one point
+    scale = torch.where(alike, (high - low) / most, scale / spread.clamp_min(1e-20))
+    scale = exact_scale(scale.clamp_min(0))
     low = exact_minimum(mean - scale * mean_code, scale, bits)
     return _rounded(groups, importance, scale, low, most)
 

@@ -29,7 +29,8 @@ from gateskip.model.gating import ANCHORS
 from gateskip.model.projections import AttentionShape, attention_shape, rotate
 from gateskip.quantization.grid_linear import SharedHead
 from gateskip.quantization.head import RoundedHead, to_bytes
-from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, pack_bytes, tiles
+from gateskip.quantization.packed_linear import DenseLinear, PackedLinear
+from gateskip.quantization.tiles import pack_codes, tiles
 from gateskip.runtime.kv_cache import KVCache
 
 MOST_ROWS = 64  # of one pass over the weights, as MAX_ROWS in simd.h; `step` takes any number
@@ -60,7 +61,8 @@ class Engine:
         self.held: list[Any] = []  # tensors that the structures point into
         # A branch's shortcut for many rows: down [H, r], up [r, H], bias [H]
         self.around: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.rounded = rounded and any(isinstance(part, PackedLinear) for part in model.modules())
+        packed = any(isinstance(part, PackedLinear | SharedHead) for part in model.modules())
+        self.rounded = rounded and packed
         self.rounded |= isinstance(model.get_output_embeddings(), RoundedHead)
         self.model = self._model(model, gates)
         self.head = self.draft_head = self._head(model)
@@ -371,40 +373,33 @@ class Engine:
         n, k = weight.shape
         kind, bias = DENSE_KINDS[weight.dtype], module.bias
         parts = (self._at(weight), None, None, None, None if bias is None else self._floats(bias))
-        return Matrix(kind, n, k, k, *parts)
+        return Matrix(kind, n, k, k, 0, *parts)
 
     def _head(self, model: Any) -> Matrix:
-        """The LM head: in 8 bits where the layers have 4, else it would cost more than they do."""
+        """The LM head: as it is where it is packed or on a grid, in 8 bits where the layers are
+        packed, since it would cost more than they do."""
         module = model.get_output_embeddings()
+        grid = module.grid() if isinstance(module, SharedHead) else None
+        if grid is not None and not grid.group % BLOCK:
+            return self._packed(PackedLinear.of(grid), self.rounded)
         packed = isinstance(module, PackedLinear)
         if packed or not self.rounded or module.weight.shape[1] % BLOCK:
             return self._matrix(module)
         codes, scale = to_bytes(module.weight)
         n, k = module.weight.shape
-        stored = pack_bytes((codes + ZERO_POINT).to(torch.uint8))
+        stored = pack_codes(codes + ZERO_POINT, 8)
         parts = (stored, tiles(scale).bfloat16(), None, None, module.bias)
-        return Matrix(Kind.INT8_A8, n, k, BLOCK, *(self._maybe(x) for x in parts))
+        return Matrix(Kind.INT8_A8, n, k, BLOCK, ZERO_POINT, *(self._maybe(x) for x in parts))
 
     def _packed(self, module: PackedLinear, rounded: bool) -> Matrix:
         n, k = module.out_features, module.in_features
-        scale, offset, book = module.scale, module.offset, module.book
-        group = k // scale.shape[1]
-        if not rounded:
-            four = Kind.INT4 if book is None else Kind.INT4_TABLE
-            kind, table = Kind.INT8 if module.bits == 8 else four, book
-        elif module.bits == 8:
-            kind, table = Kind.INT8_A8, None
-        elif book is None:  # codes 0..15 stand for code - 8: an offset takes the 8 away as well
-            kind, table = Kind.INT4_A8, None
-            offset = None if offset is None else offset - 8 * scale
-        else:
-            kind, largest = Kind.INT4_TABLE_A8, book.abs().max()
-            table = ((book / largest * 127).round() + ZERO_POINT).to(torch.uint8)
-            scale = scale * (largest / 127)
+        scale, offset, table, zero = module.scale, module.offset, module.book, module.middle
         if rounded:
-            scale, offset = scale.bfloat16(), None if offset is None else offset.bfloat16()
+            scale, offset, table, zero = _rounded_parts(module)
+        kind = f"INT{module.bits}{'' if table is None else '_TABLE'}{'_A8' if rounded else ''}"
         parts = (module.codes, scale, offset, table, module.bias)
-        return Matrix(kind, n, k, group, *(self._maybe(x) for x in parts))
+        whole = (self._maybe(part) for part in parts)
+        return Matrix(Kind[kind], n, k, k // scale.shape[1], zero, *whole)
 
     def _floats(self, tensor: Tensor) -> int:
         return self._at(tensor.float())
@@ -417,6 +412,24 @@ class Engine:
         whole = tensor.detach().contiguous()
         self.held.append(whole)
         return whole.data_ptr()
+
+
+def _rounded_parts(module: PackedLinear) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    """Scale, offset, table and zero point as kernels of 8-bit activations read them.
+
+    Scale and offset are bfloat16. The offset is what code 0 stands for, or the middle code where
+    bfloat16 holds that better: a grid's minima are exact, a GPTQ layer's are not.
+    """
+    scale, offset, book = module.scale.bfloat16(), module.offset, module.book
+    if book is not None:
+        largest = book.abs().max()
+        table = ((book / largest * 127).round() + ZERO_POINT).to(torch.uint8)
+        return (module.scale * (largest / 127)).bfloat16(), None, table, ZERO_POINT
+    if offset is None:
+        return scale, None, None, module.middle
+    choices = ((offset - module.middle * scale.float(), 0), (offset, module.middle))
+    best, zero = min(choices, key=lambda each: float((each[0].bfloat16() - each[0]).abs().sum()))
+    return scale, best.bfloat16(), None, zero
 
 
 def _epsilon(norm: Any) -> float:

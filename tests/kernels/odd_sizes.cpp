@@ -76,17 +76,42 @@ struct Dense {
   }
 };
 
+int bits_of(int kind) {
+  switch (kind) {
+    case INT2: case INT2_A8: return 2;
+    case INT3: case INT3_A8: return 3;
+    case INT8: case INT8_A8: return 8;
+    default: return 4;
+  }
+}
+
+// The code of a row and column of packed weights, from the drawing in codes.h
+int code_at(const std::vector<uint8_t>& codes, int bits, int k, int row, int column) {
+  const int four = column % 32 / 4;
+  auto byte = [&](int vector) {
+    const size_t block = (size_t(row / 16) * (k / 32) + column / 32) * bits + vector;
+    return int(codes[(block * 16 + row % 16) * 4 + column % 4]);
+  };
+  if (bits == 8) return byte(four);
+  if (bits == 4) return byte(four / 2) >> four % 2 * 4 & 15;
+  if (bits == 2) return byte(four / 4) >> four % 4 * 2 & 3;
+  if (four < 6) return byte(four / 2) >> four % 2 * 3 & 7;
+  return byte(four - 6) >> 6 | (byte(2) >> four & 1) << 2;
+}
+
 // A packed weight of some kind, its Matrix, and what it stands for
 struct Packed {
   std::vector<uint8_t> codes, bytes;
   std::vector<float> scale, offset, table, weights;
   std::vector<uint16_t> small_scale, small_offset;
   Matrix matrix{};
-  Packed(int n, int k, int group, int kind, bool shifted) : weights(size_t(n) * k) {
-    const bool eight = kind == INT8 || kind == INT8_A8, rounded = kind >= INT4_A8;
+  Packed(int n, int k, int group, int kind, bool shifted, int zero = -1) : weights(size_t(n) * k) {
+    const bool rounded = kind >= INT2_A8;
     const bool looked_up = kind == INT4_TABLE || kind == INT4_TABLE_A8;
     const int tiles = (n + 15) / 16, groups = k / group;
-    codes.resize(size_t(tiles) * 16 * k / (eight ? 1 : 2));
+    const int bits = bits_of(kind);
+    codes.resize(size_t(tiles) * 2 * k * bits);
+    if (zero < 0) zero = 1 << (bits - 1);
     scale = normal(size_t(tiles) * groups * 16, 0.01f);
     if (shifted) offset = normal(scale.size(), 0.01f);
     if (rounded) small_scale = bf16(scale), small_offset = bf16(offset);
@@ -98,16 +123,13 @@ struct Packed {
     for (auto& each : codes) each = uint8_t(generator());
     for (int row = 0; row < n; row++)
       for (int c = 0; c < k; c++) {
-        const int tile = row / 16, r = row % 16;
-        int code;
-        if (eight) code = codes[((size_t(tile) * (k / 4) + c / 4) * 16 + r) * 4 + c % 4];
-        else code = codes[((size_t(tile) * (k / 8) + c / 8) * 16 + r) * 4 + c % 4] >> (c % 8 / 4 * 4) & 15;
-        const size_t place = (size_t(tile) * groups + c / group) * 16 + r;
-        // codes of INT4_A8 with an offset stand for themselves
-        const float value = looked_up ? table[code] : eight ? code - 128 : kind == INT4_A8 && shifted ? code : code - 8;
+        const int code = code_at(codes, bits, k, row, c);
+        const size_t place = (size_t(row / 16) * groups + c / group) * 16 + row % 16;
+        const float value = looked_up ? table[code] : code - zero;
         weights[size_t(row) * k + c] = scale[place] * value + (shifted ? offset[place] : 0);
       }
     matrix.kind = kind, matrix.n = n, matrix.k = k, matrix.group = group, matrix.weights = codes.data();
+    matrix.zero = looked_up ? 128 : zero;
     matrix.scale = rounded ? static_cast<const void*>(small_scale.data()) : scale.data();
     if (shifted) matrix.offset = rounded ? static_cast<const void*>(small_offset.data()) : offset.data();
     if (looked_up) matrix.table = rounded ? static_cast<const void*>(bytes.data()) : table.data();
@@ -146,15 +168,16 @@ void products() {
         const float last = product(&single.weights[size_t(n - 1) * k], &x[size_t(rows - 1) * k], k);
         check(near(y.back(), last, 1e-4f), "dense", n, k, rows);
       }
-  for (int kind : {INT4, INT4_TABLE, INT8, INT4_A8, INT4_TABLE_A8, INT8_A8})
+  for (int kind : {INT2, INT3, INT4, INT4_TABLE, INT8, INT2_A8, INT3_A8, INT4_A8, INT4_TABLE_A8, INT8_A8})
     for (bool shifted : {false, true})
       for (int n : {1, 15, 16, 23})
         for (int k : {32, 96, 192}) {
           if (shifted && (kind == INT4_TABLE || kind == INT4_TABLE_A8)) continue;
-          const Packed w(n, k, k % 64 ? 32 : 64, kind, shifted);
-          for (int rows : {1, 5, 9}) check_product("packed", w.matrix, w.weights, rows, kind >= INT4_A8 ? 0.03f : 1e-4f, arena.get());
-          if (kind >= INT4_A8) continue;
-          const int bits = kind == INT8 ? 8 : 4, rows = 5, groups = k / w.matrix.group;
+          const bool rounded = kind >= INT2_A8;
+          const Packed w(n, k, k % 64 ? 32 : 64, kind, shifted, rounded && shifted && n % 2 ? 0 : -1);
+          for (int rows : {1, 5, 9}) check_product("packed", w.matrix, w.weights, rows, rounded ? 0.03f : 1e-4f, arena.get());
+          if (rounded) continue;
+          const int bits = bits_of(kind), rows = 5, groups = k / w.matrix.group;
           const float *offset = shifted ? w.offset.data() : nullptr, *table = w.table.empty() ? nullptr : w.table.data();
           std::vector<float> out(size_t(n) * k), y(size_t(rows) * n), scratch(size_t(rows) * groups);
           gateskip_unpack(w.codes.data(), w.scale.data(), offset, table, bits, n, k, w.matrix.group, out.data(), 2);

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compose.artifacts.folder import dtype_of, hash_folder, require_model
-from compose.artifacts.gguf import write_gguf
+from compose.artifacts.gguf import is_grid, write_gguf
 from compose.assets.fetch import build_once
 from compose.bench.peers.environment import environment_folder, python_of, versions_of
 from compose.bench.peers.process import PreparedPeer, converted
@@ -86,6 +86,11 @@ def _model(
 
 def _gguf(folder: Path, models: Path, content: str, option: str, progress: Progress | None) -> Path:
     """The folder as a GGUF file in its own float type, or as bf16 where that is asked for."""
+    if is_grid(require_model(folder)):
+        raise UserError(
+            f"llama.cpp:{option} quantizes floats, and {folder} holds integers",
+            fix="write it by `gateskip gguf FOLDER --to F.gguf`, and name llama.cpp:F.gguf",
+        )
     kind = "bf16" if option == "bf16" or dtype_of(folder) == "bfloat16" else "f32"
     target = models / f"{content}-gguf-{kind}"
 

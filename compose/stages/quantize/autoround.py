@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob, StoredBits
 from compose.stages.gate_transfer import carry_gates
 from compose.stages.quantize.gptq_rules import refuse_cut_groups, refuse_odd_tiles
 from compose.stages.quantize.linears import Bits
@@ -69,6 +69,14 @@ class AutoRound(Stage):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
         return replace(shape, quantized="gptq")
+
+    def stored_bits(self, shape: ModelShape) -> StoredBits | None:
+        """Codes, and for each group a float16 scale and a zero point."""
+        return StoredBits(self.bits + (16 + self.bits) / self.group_size)
+
+    def most_bits(self) -> int:
+        """Those of all layers."""
+        return self.bits
 
     def held(self) -> float:
         """The model in float32 and its inputs to a layer; one layer learns at a time."""

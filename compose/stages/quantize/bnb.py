@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from compose.errors import RuleBroken
-from compose.stages.base import UNPACKED, ModelShape, PackedBits, Role, Stage, StageJob
+from compose.stages.base import UNPACKED, ModelShape, Role, Stage, StageJob, StoredBits
 from compose.stages.gate_transfer import carry_gates
 from compose.stages.quantize.linears import DeviceMap, linear_names, matching, refuse_tied_head
 
@@ -81,15 +81,15 @@ class Bnb(Stage):
         packed = 8 if self.format == "int8" else 4
         return UNPACKED if self.skip else packed
 
-    def packed_bits(self, shape: ModelShape) -> PackedBits | None:
+    def stored_bits(self, shape: ModelShape) -> StoredBits | None:
         """Codes and float32 scales: one a row, or one for 64 weights, which `double_quant` packs
         into 8 bits of their own."""
         if self.skip or self.lm_head:
             return None
         if self.format == "int8":
-            return PackedBits(8.0)
+            return StoredBits(8.0)
         scales = 8 / BLOCK_INPUTS if self.double_quant else 32 / BLOCK_INPUTS
-        return PackedBits(4 + scales)
+        return StoredBits(4 + scales)
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Load through bitsandbytes, save what it made, and measure what the rounding did."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from compose.errors import RuleBroken
-from compose.stages.base import UNPACKED, ModelShape, PackedBits, Role, Split, Stage, StageJob
+from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJob, StoredBits
 from compose.stages.gate_transfer import carry_gates
 from compose.stages.quantize.gptq_rules import WHOLE_ROW, refuse_cut_groups, refuse_odd_tiles
 from compose.stages.quantize.linears import (
@@ -132,12 +132,12 @@ class Gptq(Stage):
         """The most of any layer, unless some stay as they are."""
         return UNPACKED if self.skip else max([self.bits, *self.mixed.values()])
 
-    def packed_bits(self, shape: ModelShape) -> PackedBits | None:
+    def stored_bits(self, shape: ModelShape) -> StoredBits | None:
         """Codes, and for each group a float16 scale and a zero point."""
         if self.is_mixed() or self.skip:
             return None
         shared = 0.0 if self.group_size == WHOLE_ROW else (16 + self.bits) / self.group_size
-        return PackedBits(self.bits + shared)
+        return StoredBits(self.bits + shared)
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Quantize, and save in the AutoGPTQ format; measures what the rounding did."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compose.errors import RuleBroken, UserError
-from compose.stages.base import ModelShape, PackedBits, Role, Split, Stage, StageJob
+from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJob, StoredBits
 from compose.stages.gate_transfer import carry_gates
 from compose.stages.quantize.linears import Bits, linear_names, matching
 
@@ -117,7 +117,12 @@ class Integers(Stage):
         """The same sizes, packed."""
         return replace(shape, quantized="gateskip")
 
-    def packed_bits(self, shape: ModelShape) -> PackedBits | None:
+    def most_bits(self) -> int:
+        """The most that any layer may get, unless some stay as they are."""
+        among = () if self.allocate is None else self.allocate.among
+        return UNPACKED if self.skip else max(self.bits, *self.mixed.values(), *among, 0)
+
+    def stored_bits(self, shape: ModelShape) -> StoredBits | None:
         """Codes, and for each group a scale of 16 bits, with a minimum of 16 bits or a zero point;
         of the embedding codes and scales."""
         if self.mixed or self.skip or (self.allocate and self.allocate.size_mb is not None):
@@ -126,7 +131,7 @@ class Integers(Stage):
         layers = self.bits + beside / self.group_size
         if self.allocate is not None and self.allocate.bits_per_weight is not None:
             layers = self.allocate.bits_per_weight
-        return PackedBits(layers, None if self.embedding is None else self.embedding + 16 / 32)
+        return StoredBits(layers, None if self.embedding is None else self.embedding + 16 / 32)
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
         """Hidden states of all calibration text, and a layer's second moments."""

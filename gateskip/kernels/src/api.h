@@ -11,22 +11,27 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 1 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 2 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-/* How a matrix is stored. A8: activations are rounded to 8 bits, and products are summed in integers. */
+/* How a matrix is stored. A8: activations are rounded to 8 bits, and products are summed in integers. A code of b
+ * bits stands for itself less `zero`, which is 2^(b - 1) where activations are float32. */
 enum MatrixKind {
   FP32 = 0,
   BF16 = 1,
-  INT4 = 2,           /* a code 0..15 stands for code - 8 */
-  INT4_TABLE = 3,     /* a code stands for an entry of a table of 16 (NF4) */
-  INT8 = 4,           /* a code 0..255 stands for code - 128 */
-  INT4_A8 = 5,        /* a code 0..15 stands for itself where there is an offset, else for code - 8 */
-  INT4_TABLE_A8 = 6,
-  INT8_A8 = 7,
+  INT2 = 2,
+  INT3 = 3,
+  INT4 = 4,
+  INT4_TABLE = 5, /* a code stands for an entry of a table of 16 (NF4) */
+  INT8 = 6,
+  INT2_A8 = 7,
+  INT3_A8 = 8,
+  INT4_A8 = 9,
+  INT4_TABLE_A8 = 10,
+  INT8_A8 = 11,
 };
 
 /* What time is spent on, as indices of Step.spent. GATES: norms, gates and shortcuts. */
@@ -38,12 +43,14 @@ enum Part {
   PARTS = 4,
 };
 
-/* A weight [n, k] and its bias. Packed weights lie in tiles of 16 rows: see matvec.h. */
+/* A weight [n, k] and its bias. Packed weights lie in tiles of 16 rows: see codes.h. A weight is scale times what its
+ * code stands for, plus offset. */
 typedef struct Matrix {
   int32_t kind;        /* a MatrixKind */
   int32_t n;
   int32_t k;
   int32_t group;       /* columns that share a scale */
+  int32_t zero;        /* what is taken off a code */
   const void* weights; /* [n, k], or codes */
   const void* scale;   /* [tiles, k / group, 16] float32, bfloat16 for A8 kinds; null for dense kinds */
   const void* offset;  /* as scale, or null */
@@ -149,7 +156,7 @@ int32_t gateskip_has_decoder(void);
 
 /* y [m, n] = x [m, k] times w [n, k] transposed */
 void gateskip_dense(const float* w, int32_t n, int32_t k, const float* x, int32_t m, float* y, int32_t threads);
-/* the same for packed weights of 4 or 8 bits; table [16], or null; scratch [m, k / group] */
+/* the same for packed weights of 2, 3, 4 or 8 bits; table [16], or null; scratch [m, k / group] */
 void gateskip_packed(const uint8_t* codes, const float* scale, const float* offset, const float* table, int32_t bits,
                      int32_t n, int32_t k, int32_t group, const float* x, int32_t m, float* y, float* scratch,
                      int32_t threads);

@@ -54,9 +54,9 @@ void gateskip_packed(const uint8_t* codes, const float* scale, const float* offs
         scratch[r * (k / group) + g] = total;
       }
   const Table16 values = table_of(table);
-  if (table) packed_rows<TABLE>(w, values, x, scratch, m, y, threads);
-  else if (bits == 8) packed_rows<BYTE>(w, values, x, scratch, m, y, threads);
-  else packed_rows<NUMBER>(w, values, x, scratch, m, y, threads);
+  with_coding(coding_of(bits, table), [&](auto coding) {
+    packed_rows<coding.value>(w, values, x, scratch, m, y, threads);
+  });
 }
 
 void gateskip_unpack(const uint8_t* codes, const float* scale, const float* offset, const float* table, int32_t bits,
@@ -66,9 +66,7 @@ void gateskip_unpack(const uint8_t* codes, const float* scale, const float* offs
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int tile = 0; tile < (n + ROWS_PER_TILE - 1) / ROWS_PER_TILE; tile++) {
     float* to = out + int64_t(tile) * ROWS_PER_TILE * k;
-    if (table) unpack_tile<TABLE>(w, tile, values, to);
-    else if (bits == 8) unpack_tile<BYTE>(w, tile, values, to);
-    else unpack_tile<NUMBER>(w, tile, values, to);
+    with_coding(coding_of(bits, table), [&](auto coding) { unpack_tile<coding.value>(w, tile, values, to); });
   }
 }
 

@@ -1,10 +1,10 @@
-// Matrix times a few rows of activations: dense weights, and packed ones of 4 and 8 bits.
+// Matrix times a few rows of activations: dense weights, and packed ones of 2, 3, 4 and 8 bits.
 //
 // Decoding reads every weight once a token, so these kernels are written to stream weights, not to reuse them.
 // Each row's sum runs in the same order whatever the number of rows beside it: a verify pass over several tokens
 // gives bit for bit the linear layers of decoding them one by one.
 #pragma once
-#include "simd.h"
+#include "codes.h"
 
 // y[r] = w . x[r] for `rows` rows; for any k
 template <int rows>
@@ -25,41 +25,10 @@ static void dense_row(const float* w, const float* x, int k, float* y, int64_t s
   }
 }
 
-// -- weights of 4 and 8 bits ---------------------------------------------------------------------
-//
-// Sixteen rows of weights are a tile. A tile's columns lie in blocks of 32, a block's in fours: four
-// bytes of each row after the other, so that one vector holds the same four columns of all rows. It
-// meets four activations at a time, and sums never leave their lane. A byte has two codes of 4 bits:
-// the lower ones are four columns, the higher ones the next four.
-
-static inline I32X8 load_ints(const uint8_t* p) {
-  I32X8 v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-// What a code stands for: code - 8 of 4 bits, one of 16 values in a table, code - 128 of 8 bits
-enum Coding { NUMBER, TABLE, BYTE };
-
-// The 16 values a code can stand for, as two vectors
-struct Table16 {
-  F32X8 low, high;
-};
-
-template <Coding coding>
-static inline F32X8 decode(I32X8 code, const Table16& table) {
-  if (coding != TABLE) return __builtin_convertvector(code - (coding == BYTE ? 128 : 8), F32X8);
-#ifdef __clang__
-  F32X8 out;
-  for (int i = 0; i < 8; i++) out[i] = code[i] < 8 ? table.low[code[i]] : table.high[code[i] - 8];
-  return out;
-#else
-  return __builtin_shuffle(table.low, table.high, code);
-#endif
-}
+// -- weights of 2, 3, 4 and 8 bits: codes.h says where they lie ------------------------------------
 
 struct Packed {
-  const uint8_t* codes;  // [tiles, k / BLOCK, 4, ROWS_PER_TILE, 4], bytes [.., 8, ROWS_PER_TILE, 4]
+  const uint8_t* codes;  // [tiles, k / BLOCK, bits, ROWS_PER_TILE, 4]
   const float* scale;    // [tiles, k / group, ROWS_PER_TILE]
   const float* offset;   // the same, or null when every offset is 0
   int n, k, group;
@@ -70,20 +39,25 @@ struct Packed {
 template <int rows, Coding coding>
 static void packed_tile(const Packed& w, int tile, const Table16& table, const float* x,
                         const float* sums, int stride, float (*y)[ROWS_PER_TILE]) {
-  constexpr int columns = coding == BYTE ? 4 : 8;  // that four bytes of a row hold
+  constexpr int bits = bits_of(coding);
   const int groups = w.k / w.group;
   for (int half = 0; half < ROWS_PER_TILE; half += 8) {
-    const uint8_t* q = w.codes + int64_t(tile) * w.k * (4 * ROWS_PER_TILE / columns) + half * 4;
+    const uint8_t* q = w.codes + int64_t(tile) * (w.k / BLOCK) * (bits * VECTOR_BYTES) + half * 4;
     F32X8 total[rows] = {};
     for (int g = 0; g < groups; g++) {
       F32X8 part[rows] = {};
-      for (int i = g * w.group; i < (g + 1) * w.group; i += columns, q += ROWS_PER_TILE * 4) {
-        const I32X8 raw = load_ints(q);
+      for (int b = g * w.group; b < (g + 1) * w.group; b += BLOCK, q += bits * VECTOR_BYTES) {
+#pragma GCC unroll 1
+        for (int c = 0; c < 4; c++) {  // of every four
+          I32X8 column[bits];
 #pragma GCC unroll 8
-        for (int c = 0; c < columns; c++) {  // from i on
-          const I32X8 code = (raw >> ((c & 3) * 8 + (c & 4))) & (coding == BYTE ? 255 : 15);
-          const F32X8 value = decode<coding>(code, table);
-          for (int r = 0; r < rows; r++) part[r] = fma(value, broadcast(x[int64_t(r) * w.k + i + c]), part[r]);
+          for (int v = 0; v < bits; v++) column[v] = load_ints(q + v * VECTOR_BYTES) >> 8 * c;
+#pragma GCC unroll 8
+          for (int i = 0; i < FOURS; i++) {
+            const F32X8 value = decode<coding>(codes_of<coding>(column, i), table);
+            for (int r = 0; r < rows; r++)
+              part[r] = fma(value, broadcast(x[int64_t(r) * w.k + b + 4 * i + c]), part[r]);
+          }
         }
       }
       const int64_t place = (int64_t(tile) * groups + g) * ROWS_PER_TILE + half;
@@ -99,19 +73,18 @@ static void packed_tile(const Packed& w, int tile, const Table16& table, const f
 // The float32 weights [ROWS_PER_TILE, k] of a tile; those beyond the last row are not written.
 template <Coding coding>
 static void unpack_tile(const Packed& w, int tile, const Table16& table, float* out) {
-  constexpr int vectors = coding == BYTE ? 2 : 1;  // vectors that hold eight columns
+  constexpr int block = bits_of(coding) * VECTOR_BYTES;
   const int groups = w.k / w.group, real = std::min(ROWS_PER_TILE, w.n - tile * ROWS_PER_TILE);
-  const uint8_t* q = w.codes + int64_t(tile) * w.k * (vectors * ROWS_PER_TILE / 2);
-  for (int i = 0; i < w.k; i += 8, q += vectors * ROWS_PER_TILE * 4) {
-    const int64_t place = (int64_t(tile) * groups + i / w.group) * ROWS_PER_TILE;
+  const uint8_t* q = w.codes + int64_t(tile) * (w.k / BLOCK) * block;
+  for (int b = 0; b < w.k; b += BLOCK, q += block) {
+    const int64_t place = (int64_t(tile) * groups + b / w.group) * ROWS_PER_TILE;
     for (int row = 0; row < real; row++) {
-      I32X8 codes;
-      for (int c = 0; c < 8; c++)
-        codes[c] = coding == BYTE ? q[(c / 4) * ROWS_PER_TILE * 4 + row * 4 + (c & 3)]
-                                  : (q[row * 4 + (c & 3)] >> (c & 4)) & 15;
-      F32X8 value = w.scale[place + row] * decode<coding>(codes, table);
-      if (w.offset) value = value + w.offset[place + row];
-      std::memcpy(out + int64_t(row) * w.k + i, &value, sizeof value);
+#pragma GCC unroll 4
+      for (int i = 0; i < FOURS; i += 2) {
+        F32X8 value = w.scale[place + row] * decode<coding>(eight_at<coding>(q + row * 4, i), table);
+        if (w.offset) value = value + w.offset[place + row];
+        std::memcpy(out + int64_t(row) * w.k + b + 4 * i, &value, sizeof value);
+      }
     }
   }
 }
@@ -136,7 +109,7 @@ struct Activations8 {
   int sums_stride;
 };
 
-// Weights are stored `zero` too large: `correction` takes it off the sum of a block's products.
+// Codes are `zero` larger than what they stand for: `correction` takes it off the sum of a block's products.
 static inline void round_to_int8(const float* x, int k, int group, int zero, int8_t* values, float* scale,
                                  int32_t* correction, float* sums) {
   for (int g = 0; g < k / group; g++) sums[g] = 0;
@@ -167,33 +140,41 @@ static inline void round_to_int8(const float* x, int k, int group, int zero, int
   }
 }
 
-// Weights are stored as 0 or more, since the instructions multiply unsigned with signed bytes; each stands for a
-// value that is smaller by the zero point.
-static inline int zero_point(Coding coding, bool has_offset) {
-#if !defined(__AVX512VNNI__)
-  if (coding != NUMBER) return 0;  // dot_bytes makes them signed itself
-#endif
-  return coding != NUMBER ? 128 : has_offset ? 0 : 8;  // an offset takes a code's zero point off, group by group
-}
-
+// Codes are 0 or more, since the instructions multiply unsigned with signed bytes.
 struct PackedA8 {
-  const uint8_t* weights;  // [tiles, k / BLOCK, 4, ROWS_PER_TILE, 4] codes, or bytes [.., 8, ROWS_PER_TILE, 4]
+  const uint8_t* weights;  // codes, [tiles, k / BLOCK, bits, ROWS_PER_TILE, 4]
   const uint16_t* scale;   // [tiles, k / group, ROWS_PER_TILE] bfloat16
   const uint16_t* offset;  // the same, or null: what a group adds for each unit of activation
   const uint8_t* table;    // [16] for TABLE
   int n, k, group;
 };
 
+constexpr bool whole_bytes(Coding coding) { return coding == TABLE || coding == BITS8; }
+
+#ifdef __GFNI__
+// What GF2P8AFFINEQB multiplies bytes by to move bits of them: byte 7 - i of it says which bits make up bit i
+constexpr uint64_t moving(Piece p) {
+  const uint64_t shifted = uint64_t(0x0102040810204080) << 8 * (p.shift - p.to);
+  return shifted & ((uint64_t(1) << 8 * p.count) - 1) << 8 * (8 - p.to - p.count);
+}
+#endif
+
 // Vectors of SIMD_WIDTH lanes
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 typedef __m512 FloatV;
 typedef __m512i IntV;
+typedef uint16_t WordsV __attribute__((vector_size(64)));
 static inline FloatV zero_v() { return _mm512_setzero_ps(); }
 static inline IntV repeat_v(int32_t v) { return _mm512_set1_epi32(v); }
 static inline FloatV repeat_v(float v) { return _mm512_set1_ps(v); }
 static inline IntV load_bytes_v(const uint8_t* p) { return _mm512_loadu_si512(p); }
-static inline IntV low_bits_v(IntV v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
-static inline IntV high_bits_v(IntV v) { return low_bits_v(_mm512_srli_epi16(v, 4)); }
+static inline IntV mask_v(IntV v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8(char(mask))); }
+static inline IntV or_v(IntV a, IntV b) { return _mm512_or_si512(a, b); }
+#ifdef __GFNI__
+static inline IntV move_v(IntV v, uint64_t matrix) {
+  return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(int64_t(matrix)), 0);
+}
+#endif
 static inline IntV look_up_v(IntV codes, __m128i table) {
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), codes);
 }
@@ -209,15 +190,23 @@ template <Coding coding>
 static inline IntV dot_bytes(IntV sum, IntV w, IntV x) {
   return _mm512_dpbusd_epi32(sum, w, x);
 }
+// What dot_bytes takes off every code
+constexpr int taken_off(Coding) { return 0; }
 #else
 typedef __m256 FloatV;
 typedef __m256i IntV;
+typedef uint16_t WordsV __attribute__((vector_size(32)));
 static inline FloatV zero_v() { return _mm256_setzero_ps(); }
 static inline IntV repeat_v(int32_t v) { return _mm256_set1_epi32(v); }
 static inline FloatV repeat_v(float v) { return _mm256_set1_ps(v); }
 static inline IntV load_bytes_v(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-static inline IntV low_bits_v(IntV v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
-static inline IntV high_bits_v(IntV v) { return low_bits_v(_mm256_srli_epi16(v, 4)); }
+static inline IntV mask_v(IntV v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8(char(mask))); }
+static inline IntV or_v(IntV a, IntV b) { return _mm256_or_si256(a, b); }
+#ifdef __GFNI__
+static inline IntV move_v(IntV v, uint64_t matrix) {
+  return _mm256_gf2p8affine_epi64_epi8(v, _mm256_set1_epi64x(int64_t(matrix)), 0);
+}
+#endif
 static inline IntV look_up_v(IntV codes, __m128i table) {
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
 }
@@ -227,51 +216,71 @@ static inline FloatV fma_v(FloatV a, FloatV b, FloatV c) { return _mm256_fmadd_p
 static inline void store_v(float* p, FloatV v) { _mm256_storeu_ps(p, v); }
 static inline FloatV load_bf16_v(const uint16_t* p) { return (__m256)load(p); }
 // Pairs are summed in 16 bits, which two products of whole bytes would overflow: those are made
-// signed again, and their signs move to x.
+// signed, and their signs move to x.
 template <Coding coding>
 static inline IntV dot_bytes(IntV sum, IntV w, IntV x) {
   const __m256i ones = _mm256_set1_epi16(1);
-  if (coding == NUMBER) return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones));
+  if (!whole_bytes(coding)) return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), ones));
   const __m256i less = _mm256_xor_si256(w, _mm256_set1_epi8(-128));  // w - 128
   const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(less), _mm256_sign_epi8(x, less));
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
 }
+// What dot_bytes takes off every code
+constexpr int taken_off(Coding coding) { return whole_bytes(coding) ? 128 : 0; }
 #endif
+
+// Bits of every byte, moved and the others cleared: one instruction where the processor has one for it
+static inline IntV take_v(IntV v, Piece p) {
+  if (p.shift == p.to) return mask_v(v, ((1 << p.count) - 1) << p.to);
+#ifdef __GFNI__
+  return move_v(v, moving(p));
+#else
+  return mask_v((IntV)((WordsV)v >> (p.shift - p.to)), ((1 << p.count) - 1) << p.to);
+#endif
+}
+
+// The codes of four i, from the vectors of its block
+template <Coding coding>
+static inline IntV four_v(const IntV* vectors, int i) {
+  const Piece p = piece(coding, i);
+  if (coding == BITS8) return vectors[p.vector];
+  const IntV low = take_v(vectors[p.vector], p);
+  return in_two_pieces(coding, i) ? or_v(low, take_v(vectors[rest(i).vector], rest(i))) : low;
+}
 
 // y[r] [ROWS_PER_TILE] for `rows` rows of activations. What is added in which order does not depend on `rows`.
 template <int rows, Coding coding>
 static void packed_a8_tile(const PackedA8& w, int tile, const Activations8& x, float (*y)[ROWS_PER_TILE]) {
-  constexpr int fours = coding == BYTE ? 1 : 2;  // columns, by fours, that a vector of weights holds
+  constexpr int bits = bits_of(coding);
   const int groups = w.k / w.group, blocks = w.k / BLOCK, in_group = w.group / BLOCK;
-  const int64_t step = BLOCK * ROWS_PER_TILE / fours;  // bytes of a block
   const __m128i table = coding == TABLE ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.table)) : __m128i{};
   for (int half = 0; half < ROWS_PER_TILE; half += SIMD_WIDTH) {
-    const uint8_t* q = w.weights + tile * blocks * step + half * 4;
+    const uint8_t* q = w.weights + int64_t(tile) * blocks * (bits * VECTOR_BYTES) + half * 4;
     FloatV total[rows];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) total[r] = zero_v();
     for (int g = 0; g < groups; g++) {
       const int64_t place = (int64_t(tile) * groups + g) * ROWS_PER_TILE + half;
       const FloatV scale = load_bf16_v(w.scale + place);
-      for (int b = g * in_group; b < (g + 1) * in_group; b++) {
-        IntV sum[rows];
+      for (int b = g * in_group; b < (g + 1) * in_group; b++, q += bits * VECTOR_BYTES) {
+        IntV sum[rows], vectors[bits];
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) sum[r] = repeat_v(x.correction[r * blocks + b]);
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; i += fours, q += ROWS_PER_TILE * 4) {
-          if (half == 0) prefetch(q);
-          const IntV bytes = load_bytes_v(q);
-          IntV part[2] = {coding == BYTE ? bytes : low_bits_v(bytes), coding == BYTE ? bytes : high_bits_v(bytes)};
-          if (coding == TABLE)
-            for (auto& each : part) each = look_up_v(each, table);
-#pragma GCC unroll 2
-          for (int f = 0; f < fours; f++)
+        for (int i = 0; i < FOURS; i++) {
+          const int own = piece(coding, i).vector;
+          if (opens_vector(coding, i)) {
+            if (half == 0) prefetch(q + own * VECTOR_BYTES);
+            vectors[own] = load_bytes_v(q + own * VECTOR_BYTES);
+          }
+          IntV codes = four_v<coding>(vectors, i);
+          if (coding == TABLE) codes = look_up_v(codes, table);
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) {
-              int32_t four;
-              std::memcpy(&four, x.values + int64_t(r) * w.k + b * BLOCK + (i + f) * 4, sizeof four);
-              sum[r] = dot_bytes<coding>(sum[r], part[f], repeat_v(four));
-            }
+          for (int r = 0; r < rows; r++) {
+            int32_t four;
+            std::memcpy(&four, x.values + int64_t(r) * w.k + b * BLOCK + i * 4, sizeof four);
+            sum[r] = dot_bytes<coding>(sum[r], codes, repeat_v(four));
+          }
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++)

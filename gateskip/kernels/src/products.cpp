@@ -8,11 +8,6 @@ namespace {
 
 int groups_of(const Matrix& w) { return w.k / std::max(1, w.group); }
 
-int zero_point(const Matrix& w) {
-  const Coding coding = w.kind == INT4_A8 ? NUMBER : w.kind == INT4_TABLE_A8 ? TABLE : BYTE;
-  return zero_point(coding, w.offset != nullptr);
-}
-
 Bf16Activation activation(float value) {
 #ifdef GATESKIP_BF16
   return float_to_bf16(value);
@@ -37,12 +32,12 @@ Input Share::prepare(const Matrix& w, const float* x, int rows) {
   for (int r = 0; r < rows; r++) {
     const float* row = x + int64_t(r) * w.k;
     float* sums = sums_ + int64_t(r) * groups_of(w);
-    if (w.kind >= INT4_A8)
-      round_to_int8(row, w.k, w.group, zero_point(w), values_ + int64_t(r) * w.k, scales_ + r * blocks,
-                    corrections_ + r * blocks, sums);
+    if (rounds(w))
+      round_to_int8(row, w.k, w.group, zero_of(w), values_ + int64_t(r) * w.k,
+                    scales_ + r * blocks, corrections_ + r * blocks, sums);
     else if (w.kind == BF16)
       for (int i = 0; i < w.k; i++) bf16_[size_t(r) * w.k + i] = activation(row[i]);
-    else if (w.kind != FP32 && w.offset)
+    else if (w.offset)
       for (int g = 0; g < w.k / w.group; g++) {
         float total = 0;
         for (int i = 0; i < w.group; i++) total += row[g * w.group + i];
@@ -54,9 +49,9 @@ Input Share::prepare(const Matrix& w, const float* x, int rows) {
 
 float Share::single(const Matrix& w, int n, const Input& in, int r) const {
   float y[ROWS_PER_TILE];
-  const int place = w.kind <= BF16 ? 0 : n % ROWS_PER_TILE;
-  if (w.kind <= BF16) dense<1>(w, n, 1, in, r, &y);
-  else rows_of_tile<1>(w, n - place, in, r, &y);
+  const int place = is_packed(w) ? n % ROWS_PER_TILE : 0;
+  if (is_packed(w)) rows_of_tile<1>(w, n - place, in, r, &y);
+  else dense<1>(w, n, 1, in, r, &y);
   return y[place] + (w.bias ? w.bias[n] : 0);
 }
 
@@ -75,8 +70,8 @@ void Share::tile(const Matrix& w, int n, int count, const Input& in, int r, floa
 
 template <int rows>
 void Share::rows_of_tile(const Matrix& w, int n, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const {
-  if (w.kind >= INT4_A8) packed_a8<rows>(w, n / ROWS_PER_TILE, r, y);
-  else if (w.kind >= INT4) packed<rows>(w, n / ROWS_PER_TILE, in, r, y);
+  if (rounds(w)) packed_a8<rows>(w, n / ROWS_PER_TILE, r, y);
+  else if (is_packed(w)) packed<rows>(w, n / ROWS_PER_TILE, in, r, y);
   else dense<rows>(w, n, std::min(ROWS_PER_TILE, w.n - n), in, r, y);
 }
 
@@ -90,9 +85,7 @@ void Share::packed_a8(const Matrix& w, int tile, int r, float (*y)[ROWS_PER_TILE
   const int blocks = w.k / BLOCK, groups = groups_of(w);
   const Activations8 x{values_ + int64_t(r) * w.k, scales_ + r * blocks, corrections_ + r * blocks,
                        sums_ + int64_t(r) * groups, groups};
-  if (w.kind == INT4_A8) packed_a8_tile<rows, NUMBER>(weights, tile, x, y);
-  else if (w.kind == INT4_TABLE_A8) packed_a8_tile<rows, TABLE>(weights, tile, x, y);
-  else packed_a8_tile<rows, BYTE>(weights, tile, x, y);
+  with_coding(coding_of(w), [&](auto coding) { packed_a8_tile<rows, coding.value>(weights, tile, x, y); });
 }
 
 // Packed weights times float32 activations
@@ -104,14 +97,11 @@ void Share::packed(const Matrix& w, int tile, const Input& in, int r, float (*y)
                        w.n, w.k, w.group};
   const int groups = groups_of(w);
   const float *x = in.x + int64_t(r) * w.k, *sums = sums_ + int64_t(r) * groups;
-  if (w.kind == INT4) {
-    packed_tile<rows, NUMBER>(weights, tile, Table16{}, x, sums, groups, y);
-  } else if (w.kind == INT8) {
-    packed_tile<rows, BYTE>(weights, tile, Table16{}, x, sums, groups, y);
-  } else {
-    const float* table = static_cast<const float*>(w.table);
-    packed_tile<rows, TABLE>(weights, tile, Table16{load(table), load(table + 8)}, x, sums, groups, y);
-  }
+  const float* values = static_cast<const float*>(w.table);
+  const Table16 table = values ? Table16{load(values), load(values + 8)} : Table16{};
+  with_coding(coding_of(w), [&](auto coding) {
+    packed_tile<rows, coding.value>(weights, tile, table, x, sums, groups, y);
+  });
 }
 
 template <int rows>

@@ -7,6 +7,31 @@
 
 constexpr int ROWS_AT_ONCE = 8;  // rows of activations that meet a weight at a time
 
+inline bool is_packed(const Matrix& w) { return w.kind >= INT2; }
+
+// Whether activations are rounded to 8 bits; scales and offsets are bfloat16 then
+inline bool rounds(const Matrix& w) { return w.kind >= INT2_A8; }
+
+// Of a packed matrix
+inline Coding coding_of(const Matrix& w) {
+  switch (w.kind) {
+    case INT2: case INT2_A8: return BITS2;
+    case INT3: case INT3_A8: return BITS3;
+    case INT4: case INT4_A8: return BITS4;
+    case INT4_TABLE: case INT4_TABLE_A8: return TABLE;
+    default: return BITS8;
+  }
+}
+
+// What is left to take off a code once activations of 8 bits are multiplied
+inline int zero_of(const Matrix& w) { return w.zero - taken_off(coding_of(w)); }
+
+// Whether both multiply the same form of their activations
+inline bool alike(const Matrix& a, const Matrix& b) {
+  if (a.group != b.group || rounds(a) != rounds(b)) return false;
+  return rounds(a) ? zero_of(a) == zero_of(b) : a.kind == b.kind && !a.offset == !b.offset;
+}
+
 // Passes over the weights that `rows` rows need: equal parts of at most MAX_ROWS
 inline int passes_of(int rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
 
@@ -24,10 +49,9 @@ class Share {
   // Rows x [rows, k] in the form that w's kind multiplies with
   Input prepare(const Matrix& w, const float* x, int rows);
 
-  // The same input for other weights, prepared anew where those are of another kind
+  // The same input for other weights, prepared anew where those need another form of it
   Input again(const Matrix& w, const Matrix& before, const Input& in) {
-    const bool alike = w.kind == before.kind && w.group == before.group && !w.offset == !before.offset;
-    return alike ? in : prepare(w, in.x, in.rows);
+    return alike(w, before) ? in : prepare(w, in.x, in.rows);
   }
 
   // Call `use(n, r, value)` for this thread's rows of weights and every row of the input

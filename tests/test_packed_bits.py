@@ -1,0 +1,216 @@
+"""Packed weights of 2, 3, 4 and 8 bits against float64, alone and in a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gateskip.kernels import ops
+from gateskip.kernels.abi import Kind
+from gateskip.quantization.folders import load_model
+from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
+from gateskip.quantization.grid_linear import GridEmbedding, GridLinear, SharedHead, stored
+from gateskip.quantization.packed_linear import PackedLinear, accelerate_linears, streaming
+from gateskip.quantization.rounding import round_to_grid
+from gateskip.runtime.engine import Engine
+from gateskip.runtime.skipping import SkippingModel
+
+BLOCK = 32
+pytestmark = pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here")
+every_grid = pytest.mark.parametrize(
+    ("bits", "group", "offset"),
+    [
+        (bits, group, offset)
+        for bits in (2, 3, 4, 8)
+        for group in (32, 64, 128)
+        for offset in (False, True)
+    ],
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Any:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def random_grid(bits: int, group: int, offset: bool, n: int = 41, k: int = 384) -> Grid:
+    """All codes, in rows that fill no whole tile."""
+    generator = torch.Generator().manual_seed(bits * group)
+    codes = torch.randint(0, 1 << bits, (n, k), generator=generator).to(torch.uint8)
+    scale = exact_scale((torch.rand(n, k // group, generator=generator) + 0.1) / (1 << bits))
+    low = -torch.rand(n, k // group, generator=generator)
+    return Grid(codes, scale, exact_minimum(low, scale, bits) if offset else None, bits)
+
+
+def inputs(rows: int, k: int = 384) -> Tensor:
+    return torch.randn(rows, k, generator=torch.Generator().manual_seed(rows))
+
+
+def to_8_bits(x: Tensor) -> Tensor:
+    """Activations as the kernels round them, in blocks of 32; float64."""
+    blocks = x.unflatten(1, (-1, BLOCK))
+    most = blocks.abs().amax(2, keepdim=True)
+    codes = (blocks * (127 / most)).round()
+    return (codes.double() * (most / 127).double()).flatten(1)
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_llama: Path) -> dict[bool, Engine]:
+    """Native engines that keep activations in float32, and that round them to 8 bits."""
+    model = load_model(tiny_llama, "float32")
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = PackedLinear.of(
+        round_to_grid(attention.q_proj.weight.detach(), torch.ones(64))
+    )
+    return {rounded: Engine(model, None, rounded=rounded) for rounded in (False, True)}
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@every_grid
+def test_unpacked_weights_are_the_grids(bits: int, group: int, offset: bool) -> None:
+    grid = random_grid(bits, group, offset)
+    layer = PackedLinear.of(grid)
+    assert torch.equal(layer.unpacked(), grid.weight())
+    assert layer.codes.numel() == 48 * 384 * bits // 8, "three tiles, no bit unused"
+
+
+@every_grid
+def test_a_product_is_float64s(bits: int, group: int, offset: bool) -> None:
+    grid, x = random_grid(bits, group, offset), inputs(9)
+    with streaming():
+        found = PackedLinear.of(grid)(x)
+    assert error(found, x.double() @ grid.weight().double().T) < 1e-6
+
+
+@every_grid
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_engines_product_is_float64s_of_the_same_activations(
+    engines: dict[bool, Engine], bits: int, group: int, offset: bool, rounded: bool, threads: int
+) -> None:
+    """Rounded activations meet the grid's own numbers: nothing else is rounded. A row has the same
+    bits alone, with 7 and with 47 others."""
+    grid, x = random_grid(bits, group, offset), inputs(48)
+    multiply = engines[rounded].multiplier(PackedLinear.of(grid))
+    whole = multiply(x)
+    given = to_8_bits(x) if rounded else x.double()
+    assert error(whole, given @ grid.weight().double().T) < 2e-6
+    assert torch.equal(multiply(x[8:16]), whole[8:16])
+    for row in (0, 11, 47):
+        assert torch.equal(multiply(x[row : row + 1])[0], whole[row])
+
+
+def test_any_number_of_threads_gives_the_same_bits(engines: dict[bool, Engine]) -> None:
+    layer, x = PackedLinear.of(random_grid(3, 32, True)), inputs(5)
+    multiply, before, found = engines[True].multiplier(layer), torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(multiply(x))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_bits_without_kernels_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 bits"):
+        PackedLinear(torch.zeros(8, 32), torch.ones(8, 1), None, None, None, 5)
+
+
+# -- whole models -----------------------------------------------------------------------------
+
+
+def on_grids(model: Any, bits: dict[str, int], embedding: int, group: int = 32) -> Any:
+    """A model with its linear layers on grids, of some bits by the end of their names, and its
+    embedding, which the head shares, on a symmetric one."""
+    for name, linear in list(model.model.layers.named_modules()):
+        if isinstance(linear, nn.Linear):
+            own = next(n for end, n in bits.items() if name.endswith(end))
+            grid = round_to_grid(linear.weight, torch.ones(linear.in_features), own, group)
+            model.model.layers.set_submodule(name, GridLinear.of(grid))
+    weight = model.get_input_embeddings().weight
+    grid = round_to_grid(weight, torch.ones(weight.shape[1]), embedding, 32, "none")
+    table = GridEmbedding(*weight.shape, embedding, 32, weight.dtype)
+    for name, value in stored(grid).items():
+        setattr(table, name, value)
+    table.unpack()
+    model.set_input_embeddings(table)
+    model.set_output_embeddings(SharedHead(table))
+    return model
+
+
+MIXED = {"q_proj": 4, "k_proj": 3, "v_proj": 8, "up_proj": 2, "": 3}
+
+
+@pytest.mark.parametrize("embedding", [4, 6, 8])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_model_of_mixed_bits(
+    tiny_llama: Path, embedding: int, rounded: bool, threads: int
+) -> None:
+    """The native engine has torch's states: exactly but for the order of sums without rounding,
+    and within the error of 8 bits with it; rows are the same together and alone."""
+    plain = SkippingModel(on_grids(load_model(tiny_llama, "float32"), MIXED, embedding))
+    model = on_grids(load_model(tiny_llama, "float32"), MIXED, embedding)
+    assert accelerate_linears(model) == {"PackedLinear": 4 * 7}
+    fast = SkippingModel(model, None, "project", "native", rounded)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 512, (1, 40), generator=generator)
+    caches = [each.new_cache(1, 64) for each in (plain, fast, fast)]
+    for each, cache in zip((plain, fast, fast), caches, strict=True):
+        each.forward(ids[:, :20], cache, [0])
+    rest = ids[:, 20:].tolist()
+    wanted, found = (
+        plain.decode(rest, caches[0], [0], [20]),
+        fast.decode(rest, caches[1], [0], [20]),
+    )
+    bound = 0.06 if rounded else 1e-5
+    assert error(found, wanted.double()) < bound
+    steps = [fast.decode([[n]], caches[2], [0], [20 + i]) for i, n in enumerate(rest[0])]
+    assert torch.equal(torch.cat(steps), found)
+    assert torch.equal(fast.head(found)[3:4], fast.head(steps[3]))
+
+
+@pytest.mark.parametrize(("embedding", "kind"), [(4, "INT4"), (6, "INT8"), (8, "INT8")])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_head_on_a_grid_is_not_rounded_again(
+    tiny_llama: Path, embedding: int, kind: str, rounded: bool
+) -> None:
+    model = on_grids(load_model(tiny_llama, "float32"), {"": 4}, embedding)
+    accelerate_linears(model)
+    engine = Engine(model, None, rounded=rounded)
+    assert Kind(engine.head.kind).name == kind + ("_A8" if rounded else "")
+    hidden = inputs(9, 64)
+    given = to_8_bits(hidden) if rounded else hidden.double()
+    weight = model.get_output_embeddings().grid().weight().double()
+    assert error(engine.logits(hidden), given @ weight.T) < 1e-6
+
+
+def test_a_draft_looks_tokens_up_in_the_embedding(tiny_llama: Path) -> None:
+    """A native draft is the greedy tokens of single steps."""
+    model = on_grids(load_model(tiny_llama, "float32"), {"": 3}, 6)
+    accelerate_linears(model)
+    fast = SkippingModel(model, None, "project", "native", True)
+    ids = torch.randint(3, 512, (1, 12), generator=torch.Generator().manual_seed(2))
+    cache = fast.new_cache(1, 40)
+    fast.forward(ids, cache, [0])
+    assert fast.engine is not None
+    tokens, _ = fast.engine.draft(9, 5, (0.0, [1.0]), (cache, 0, 12), None)
+    last, stepped = 9, []
+    for slot in range(12, 17):
+        last = int(fast.head(fast.decode([[last]], cache, [0], [slot]))[0].argmax())
+        stepped.append(last)
+    assert tokens == stepped
