@@ -134,6 +134,7 @@ def test_stages_are_frozen_values() -> None:
         (Gptq, {"foem": 0.0}),
         (Gptq, {"foem": 0.2, "device_map": "auto"}),
         (AutoRound, {"iters": 0}),
+        (AutoRound, {"bits": 8}),
         (AutoRound, {"group_size": -1}),
         (Skip, {"budget": 1.1}),
         (Speculate, {"draft_length": 17}),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob, StoredBits
 from compose.stages.gate_transfer import carry_gates
@@ -52,6 +52,12 @@ class AutoRound(Stage):
 
     batch: int = Field(default=8, ge=1)
     """Calibration sequences in one step."""
+
+    @model_validator(mode="after")
+    def _has_a_grid(self) -> Self:
+        if self.bits == 8 and not self.sym:
+            raise ValueError("auto-round has 8 bits on a symmetric grid alone: set sym: true")
+        return self
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, `group-divides` (whole groups in every layer), and `whole-tiles`."""
