@@ -178,7 +178,8 @@ def test_tuning_makes_the_fastest_draft_the_folders_way(tiny_llama: Path, tmp_pa
     file.write_text("\n".join(json.dumps(row) for row in rows))
     found = tune(folder, str(file), None, 8, 2)
     tried = {each["system"] for each in found["first"]}
-    kinds = ("+int4", "+nf4", "+int4+lookup", "+nf4+lookup", "+lookup", "+int4-head+lookup")
+    copies = ("+int4", "+int3", "+nf4")
+    kinds = ("+lookup", "+int4-head+lookup", *copies, *(f"{copy}+lookup" for copy in copies))
     assert tried == {"plain", *(f"draft:1{kind}" for kind in kinds)}
     assert all(each["equal_to_first"] for each in found["second"]), "drafts change no token"
     assert found["best"] in {each["system"] for each in found["second"]}

@@ -367,8 +367,8 @@ def test_worked_example_plans() -> None:
     assert len(plan.cells) == 32  # 3 prunings x (3 + 3 x 3), less 4 excluded
     assert len(plan.steps) == 17
     shipped = plan.cell("shipped")
-    assert shipped.aliases == ("narrow+heal+gates+gptq4+spec",)
-    assert shipped.plain == "narrow+heal+gates+gptq4"
+    assert shipped.aliases == ("narrow+heal+gates+int4+spec",)
+    assert shipped.plain == "narrow+heal+gates+int4"
     assert {left.rule for left in plan.left_out} == {"decode-needs-gates", "exclude"}
 
 

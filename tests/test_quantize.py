@@ -262,7 +262,7 @@ def test_foem_makes_a_plain_gptq_folder(
     pair = [each.get_submodule(layer).dequantize_weight() for each in (theirs, ours)]
     assert torch.equal(*pair)
     dense = load_model(tiny_llama, "float32").get_submodule(layer).weight.T
-    assert (pair[0] - dense).norm() < 0.15 * dense.norm()
+    assert (pair[0] - dense).norm() < 0.2 * dense.norm()
 
 
 def test_a_gptqmodel_without_foem_is_refused_by_name(

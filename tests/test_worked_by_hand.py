@@ -9,7 +9,7 @@ import torch
 
 from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.sampling import GREEDY, Sampler, accept_or_resample, draw
-from gateskip.quantization.rounding import CLIPPED, GROUP, round_to_grid
+from gateskip.quantization.rounding import GROUP, USUAL_CUTS, round_to_grid
 from gateskip.training import objectives
 
 
@@ -139,9 +139,10 @@ def rounded_by_hand(weights: list[float], importance: list[float]) -> tuple[floa
     """Weighted squared error of the best of all ranges, and the rounded weights: one number at a
     time, as the docstring of `round_to_grid` says it."""
     best: tuple[float, list[float]] = (math.inf, [])
-    for cut in CLIPPED:
-        margin = (max(weights) - min(weights)) * cut / 2
-        low, high = min(weights) + margin, max(weights) - margin
+    for cut in USUAL_CUTS:
+        low, high = min(0.0, *weights), max(0.0, *weights)
+        margin = (high - low) * cut / 2
+        low, high = low + margin, high - margin
         scale = (high - low) / 15
         codes = [min(15, max(0, round((w - low) / scale))) for w in weights]
         total = sum(importance)
@@ -150,7 +151,9 @@ def rounded_by_hand(weights: list[float], importance: list[float]) -> tuple[floa
         pairs = list(zip(importance, codes, weights, strict=True))
         fitted = sum(i * (c - code) * (w - mean) for i, c, w in pairs)
         scale = bf16(fitted / sum(i * (c - code) ** 2 for i, c, _ in pairs))
-        low = bf16(mean - scale * code + 8 * scale) - 8 * scale
+        low = min(0.0, max(mean - scale * code, -15 * scale))
+        step = 2.0 ** (math.frexp(max(-low, 8 * scale))[1] - 8)  # of the eighth bit
+        low = round(low / step) * step
         codes = [min(15, max(0, round((w - low) / scale))) for w in weights]
         values = [scale * c + low for c in codes]
         error = sum(i * (v - w) ** 2 for i, v, w in zip(importance, values, weights, strict=True))
@@ -160,14 +163,14 @@ def rounded_by_hand(weights: list[float], importance: list[float]) -> tuple[floa
 
 class TestRounding:
     def test_a_grid_is_found_again(self) -> None:
-        """Weights 0.5 c - 3 of codes c: scale 0.5, and an offset of -3 + 8 x 0.5 = 1."""
+        """Weights 0.5 c - 3 of codes c: scale 0.5 and minimum -3."""
         codes = torch.arange(GROUP).remainder(16).repeat(3, 2)
         codes[:, GROUP:] = codes[:, GROUP:].flip(1)
-        found, scale, offset = round_to_grid(codes * 0.5 - 3, torch.ones(2 * GROUP))
-        assert found.dtype == torch.uint8 and torch.equal(found.long(), codes)
-        assert scale.shape == offset.shape == (3, 2)
-        assert torch.equal(scale, torch.full((3, 2), 0.5))
-        assert torch.equal(offset, torch.full((3, 2), 1.0))
+        found = round_to_grid(codes * 0.5 - 3, torch.ones(2 * GROUP))
+        assert found.codes.dtype == torch.uint8 and torch.equal(found.codes.long(), codes)
+        assert torch.equal(found.scale, torch.full((3, 2), 0.5))
+        assert found.minimum is not None
+        assert torch.equal(found.minimum, torch.full((3, 2), -3.0))
 
     @pytest.mark.parametrize("seed", range(3))
     def test_the_best_range_by_weighted_error(self, seed: int) -> None:
@@ -175,9 +178,7 @@ class TestRounding:
         weights = torch.randn(4, 2 * GROUP, generator=generator)
         weights[:, ::7] *= 4  # some far out, so that cutting a range pays
         squares = torch.rand(2 * GROUP, generator=generator).square() * 10
-        codes, scale, offset = round_to_grid(weights, squares)
-        steps = codes.float().unflatten(1, (-1, GROUP)) - 8
-        values = steps * scale.unsqueeze(2) + offset.unsqueeze(2)
+        values = round_to_grid(weights, squares).weight().unflatten(1, (-1, GROUP))
         importance = (squares / squares.mean()).view(2, GROUP)
         for row in range(4):
             for group in range(2):
@@ -195,7 +196,7 @@ class TestRounding:
         weights = torch.randn(4, 2 * GROUP, generator=generator)
         squares = torch.rand(2 * GROUP, generator=generator).square() + 0.1
         one, other = round_to_grid(weights, squares), round_to_grid(weights, squares * size)
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        assert torch.equal(one.weight(), other.weight())
 
     def test_inputs_that_are_never_there_count_nothing(self) -> None:
         """All squares 0: every weight counts alike, and nothing is divided by 0."""
@@ -204,14 +205,15 @@ class TestRounding:
             round_to_grid(weights, torch.zeros(GROUP)),
             round_to_grid(weights, torch.ones(GROUP)),
         )
-        for a, b in zip(one, other, strict=True):
-            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(one.weight(), other.weight())
 
     def test_a_constant_group(self) -> None:
-        """Weights of 0.5: no scale, an offset of 0.5."""
-        codes, scale, offset = round_to_grid(torch.full((1, GROUP), 0.5), torch.ones(GROUP))
-        assert (scale.item(), offset.item()) == (0.0, 0.5)
-        assert int(codes.max()) == 0
+        """Weights of 0.5 come back, and so do weights of 0."""
+        for value in (0.5, -0.5, 0.0):
+            grid = round_to_grid(torch.full((1, GROUP), value), torch.ones(GROUP))
+            torch.testing.assert_close(
+                grid.weight(), torch.full((1, GROUP), value), rtol=0.01, atol=0
+            )
 
 
 # -- losses -----------------------------------------------------------------------------------

@@ -68,9 +68,10 @@ def _carry(target: Path, template: str, roots: Sequence[str]) -> list[Path]:
     return written
 
 
-def sources(roots: Sequence[str] = ROOTS) -> dict[str, str]:
-    """Dotted module name below gateskip -> source, of `roots` and all that they import from it."""
-    waiting, texts = list(roots), dict[str, str]()
+def sources(roots: Sequence[str] | None = None) -> dict[str, str]:
+    """Dotted module name below gateskip -> source, of `roots` (what decoding needs, where none are
+    named) and all that they import from it."""
+    waiting, texts = list(ROOTS if roots is None else roots), dict[str, str]()
     while waiting:
         name = waiting.pop()
         if name not in texts:

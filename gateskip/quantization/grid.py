@@ -104,6 +104,7 @@ def exact_minimum(minimum: Tensor, scale: Tensor, bits: int) -> Tensor:
     size = torch.maximum(minimum.abs(), middle(bits) * scale)
     step = _last_bit(size)
     whole = (minimum / step).round() * step
+    whole = torch.where(whole < -largest, whole + step, whole)
     grown = _last_bit(torch.maximum(whole.abs(), size))  # rounding may reach the next power of two
     return torch.where(grown > step, (minimum / grown).round() * grown, whole)
 
