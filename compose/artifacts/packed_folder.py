@@ -68,7 +68,7 @@ class PackedFolder:
                 " gptq or autoround",
                 fix="put one of these stages at the end of the chain",
             )
-        self._files, self._tensor = _tensor_files(folder), tensors_of(folder)
+        self._files, self._tensor = tensor_files(folder), tensors_of(folder)
         self._parts = GPTQ if self.method == "gptq" else GRID
         ends = f".{self._parts[0]}"
         names = [name.removesuffix(ends) for name in self._files if name.endswith(ends)]
@@ -169,7 +169,7 @@ def tensors_of(folder: Path) -> Callable[[str], Tensor]:
     """A function that gives a tensor of the folder by its name."""
     from safetensors import safe_open
 
-    files = _tensor_files(folder)
+    files = tensor_files(folder)
 
     def get(name: str) -> Tensor:
         with safe_open(files[name], "pt") as file:
@@ -179,7 +179,7 @@ def tensors_of(folder: Path) -> Callable[[str], Tensor]:
     return get
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
+def tensor_files(folder: Path) -> dict[str, Path]:
     """The file that has each tensor, gates aside."""
     from safetensors import safe_open
 

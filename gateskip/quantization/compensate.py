@@ -151,7 +151,7 @@ def _descend(weight: Tensor, moments: Tensor, grid: Grid, sweeps: int = SWEEPS) 
 
 def _refit(weight: Tensor, moments: Tensor, grid: Grid, offset: Offset) -> Grid:
     """Scales and minima of least error for the codes as they are; integer zero points stay."""
-    zero = None if offset != "integer" else _zero_points(grid)
+    zero = None if offset != "integer" else grid.zero_points()
     columns = grid.codes.float().unflatten(1, (-1, grid.group))  # [n, groups, group]
     if grid.minimum is None:
         columns = columns - grid.middle
@@ -165,14 +165,6 @@ def _refit(weight: Tensor, moments: Tensor, grid: Grid, offset: Offset) -> Grid:
         minimum = exact_minimum(found[:, grid.scale.shape[1] :], scale, grid.bits)
         return Grid(grid.codes, scale, minimum, grid.bits)
     return Grid(grid.codes, scale, None if zero is None else -zero * scale, grid.bits)
-
-
-def _zero_points(grid: Grid) -> Tensor:
-    """The codes [n, groups] that stand for zero; 0 where a group has no scale."""
-    assert grid.minimum is not None, "a symmetric grid has none"
-    return (
-        -grid.minimum / torch.where(grid.scale == 0, torch.ones_like(grid.scale), grid.scale)
-    ).round()
 
 
 def _least_squares(weight: Tensor, moments: Tensor, bases: list[Tensor], known: Tensor) -> Tensor:

@@ -54,6 +54,13 @@ class Grid:
         """What the middle code stands for [n, groups]; None where that is zero."""
         return None if self.minimum is None else self.minimum + self.middle * self.scale
 
+    def zero_points(self) -> Tensor:
+        """The codes [n, groups], whole numbers as floats, nearest to what stands for zero; 0 where
+        a group has no scale."""
+        assert self.minimum is not None, "the middle code of a symmetric grid stands for zero"
+        scale = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
+        return (-self.minimum / scale).round()
+
     def split(self, rows: Sequence[int]) -> list[Grid]:
         """The grid in parts of so many rows."""
         minima = [None] * len(rows) if self.minimum is None else self.minimum.split(list(rows))

@@ -7,8 +7,7 @@ GPTQ, which gptqmodel, vLLM and transformers read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from compose.stages.base import StageJob
@@ -26,50 +25,34 @@ def write_grids(
 ) -> None:
     """`job.source` in `job.target`, each module that `grids` names stored as `stored` says."""
     from compose.artifacts.folder import copy_companions, require_model
+    from compose.artifacts.shards import save_shards
     from compose.store import write_json
 
     config = {**require_model(job.source), "dtype": job.dtype, "quantization_config": quantization}
     config.pop("torch_dtype", None)
     write_json(job.target / "config.json", config)
-    shards = [p for p in sorted(job.source.glob("*.safetensors")) if p.name != "gates.safetensors"]
-    where: dict[str, str] = {}
-    total = 0
-    for shard in shards:
-        tensors = _replaced(shard, grids, stored, job.dtype)
-        _save(tensors, job.target / shard.name)
-        where |= dict.fromkeys(tensors, shard.name)
-        total += sum(t.nbytes for t in tensors.values())
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        write_json(job.target / "model.safetensors.index.json", index)
+    save_shards(job.target, _replaced(job, grids, stored))
     copy_companions(job.source, job.target)
 
 
 def _replaced(
-    shard: Path, grids: Mapping[str, Grid], stored: Stored, dtype: str
-) -> dict[str, Tensor]:
-    """The tensors of a file, those of rounded weights in their place."""
+    job: StageJob, grids: Mapping[str, Grid], stored: Stored
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the source, grids in place of the weights that they round."""
     import torch
-    from safetensors import safe_open
 
-    tensors: dict[str, Tensor] = {}
-    with safe_open(shard, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            grid = grids.get(name.removesuffix(".weight"))
-            if grid is None:
-                tensor = file.get_tensor(name)
-                floats = tensor.is_floating_point()
-                tensors[name] = tensor.to(getattr(torch, dtype)) if floats else tensor
-            else:
-                module = name.removesuffix("weight")
-                tensors |= {module + key: each for key, each in stored(grid).items()}
-    return tensors
+    from compose.artifacts.packed_folder import tensor_files, tensors_of
 
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, path, metadata={"format": "pt"})
+    tensor_of = tensors_of(job.source)
+    for name in tensor_files(job.source):
+        grid = grids.get(name.removesuffix(".weight"))
+        if grid is None:
+            tensor = tensor_of(name)
+            floats = tensor.is_floating_point()
+            yield name, tensor.to(getattr(torch, job.dtype)) if floats else tensor
+        else:
+            module = name.removesuffix("weight")
+            yield from ((module + key, each) for key, each in stored(grid).items())
 
 
 HEADER = 400  # bytes that a file's header and the config say of a packed layer, at most
@@ -107,29 +90,21 @@ def as_gptq(grid: Grid, older: bool = False) -> dict[str, Tensor]:
     """
     import torch
 
+    from compose.artifacts.packed_folder import packed
+
     assert grid.minimum is not None, "GPTQ's zero points are codes"
     flat = grid.scale == 0  # a group of zeros, whatever its codes
-    scale = torch.where(flat, torch.ones_like(grid.scale), grid.scale)
-    zeros = torch.where(flat, grid.middle, (-grid.minimum / scale).round()).to(torch.uint8)
+    zeros = torch.where(flat, grid.middle, grid.zero_points()).to(torch.uint8)
     if older:
         assert bool(zeros.all()), "the older format has no zero point of 0"
         zeros -= 1
     columns = torch.arange(grid.codes.shape[1], dtype=torch.int32)
     return {
-        "qweight": _ints(grid.codes.T, grid.bits),
-        "qzeros": _ints(zeros, grid.bits).T.contiguous(),
+        "qweight": packed(grid.codes, grid.bits).T.contiguous(),
+        "qzeros": packed(zeros.T.contiguous(), grid.bits),
         "scales": grid.scale.T.half().contiguous(),
         "g_idx": columns // grid.group,
     }
-
-
-def _ints(codes: Tensor, bits: int) -> Tensor:
-    """Codes [k, n] as int32 [k * bits / 32, n]: each column a stream of bits, lowest first."""
-    import torch
-
-    from gateskip.quantization.grid import pack_bits
-
-    return pack_bits(codes.T.contiguous(), bits).view(torch.int32).T.contiguous()
 
 
 def gptq_config(bits: int, group: int, sym: bool = False) -> dict[str, Any]:

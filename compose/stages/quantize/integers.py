@@ -352,22 +352,11 @@ def _rounded_rows(job: StageJob, name: str, bits: int) -> Grid:
     """A table [rows, hidden] of the source on a symmetric grid, all columns weighing alike."""
     import torch
 
+    from compose.artifacts.packed_folder import tensors_of
     from gateskip.quantization.grid import joined
     from gateskip.quantization.rounding import round_to_grid
 
-    table = _tensor(job, f"{name}.weight").float()
+    table = tensors_of(job.source)(f"{name}.weight").float()
     squares = torch.ones(table.shape[1])
     parts = [round_to_grid(rows, squares, bits, 32, "none") for rows in table.split(EMBEDDING_ROWS)]
     return joined(parts)
-
-
-def _tensor(job: StageJob, name: str) -> Tensor:
-    """One tensor of the source folder."""
-    from safetensors import safe_open
-
-    for shard in sorted(job.source.glob("*.safetensors")):
-        with safe_open(shard, "pt") as file:
-            if name in file.keys():  # noqa: SIM118
-                tensor: Tensor = file.get_tensor(name)
-                return tensor
-    raise KeyError(name)
