@@ -6,6 +6,7 @@
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
 #   make repeatability  equal runs against each other, then planted differences (half an hour)
 #   make figures       tables and figures of README and docs anew, from reports/published
+#   make fuzz       mutated pipelines, gates, GGUF files, results: make fuzz SECONDS=1800 ARGS="--target gguf"
 #   make mutants       mutation testing of the files whose numbers are published: docs/mutants.md
 #   make bench         a larger matrix     make bench PIPELINE=pipelines/from-scratch.yaml
 #   make clean         removes the environment, caches, runs and exports made here
@@ -20,7 +21,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check sanitize peers-test figures mutants repeatability bench clean
+.PHONY: help quickstart test check sanitize fuzz peers-test figures mutants repeatability bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -69,6 +70,10 @@ peers-test: $(VENV)/.dev
 
 figures: $(VENV)/.run
 	$(BIN)/python -m reports.documents
+
+SECONDS ?= 60
+fuzz: $(VENV)/.run
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(ARGS)
 
 repeatability: $(VENV)/.run
 	$(BIN)/python tests/repeatability.py $(ARGS)

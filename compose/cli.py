@@ -11,31 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
 
-from compose.errors import ComposeError
+from compose.terminal.cache import cache
+from compose.terminal.commands import Commands
 from compose.terminal.pick_options import PickOptions, with_pick_options
+from compose.units import printable
 
 if TYPE_CHECKING:
     from compose.execution.state import Settings
     from compose.results.schema import Results
-
-INTERRUPTED = 130
-
-
-class Commands(TyperGroup):
-    """Commands whose errors become one message and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command; 1 for what failed, 2 for the user's mistakes, 130 for Ctrl-C."""
-        try:
-            return super().invoke(ctx)
-        except ComposeError as error:
-            typer.secho(f"error: {error}", err=True, fg=None)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            typer.secho("interrupted: the same command goes on from here", err=True)
-            raise typer.Exit(INTERRUPTED) from None
 
 
 app = typer.Typer(
@@ -46,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(cache, name="cache")
 
 PipelineFile = Annotated[Path, typer.Argument(help="The pipeline file (YAML).", metavar="FILE")]
 RunDir = Annotated[Path, typer.Argument(help="A run's folder: runs/NAME.", metavar="RUN_DIR")]
@@ -85,6 +70,9 @@ def main_options(
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where in the code an error arose.")
     ] = False,
 ) -> None:
     """Take the options before the command."""
@@ -368,7 +356,7 @@ def generate(
     job |= {"max_new_tokens": max_new_tokens, "speculate": speculate, "seed": seed}
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     answer = ask_once("answer", {**job, "sampling": sampling, "stop": stop or []})
-    typer.echo(answer["text"])
+    typer.echo(printable(answer["text"]) if sys.stdout.isatty() else answer["text"])
     if stats:
         typer.echo(stats_text(answer), err=True)
 

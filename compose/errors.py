@@ -18,6 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
+MOST_LISTED = 200
+"""Names that a hint compares and lists, and letters of a name that it compares."""
+
 
 class ComposeError(Exception):
     """Root of the tree: one message, what puts it right, and where it happened.
@@ -147,7 +150,15 @@ def suggest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     if not names:
         return "none are known here"
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    names = names[:MOST_LISTED]
     lowered = {each.lower(): each for each in names}
-    near = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
-    listing = f"known: {', '.join(names)}"
+    near = difflib.get_close_matches(name[:MOST_LISTED].lower(), lowered, n=1, cutoff=0.6)
+    listing = f"known: {', '.join(names)}{more}"
     return f"did you mean {lowered[near[0]]!r}? {listing}" if near else listing
+
+
+def shortened(text: str, most: int = 100) -> str:
+    """Text for a message: at most `most` characters of it, on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 3]}..."

@@ -5,24 +5,30 @@ root/KEY/model/          the model folder of the step
 root/.temp/.KEY-*        an entry being written; renamed into place, or removed after a kill
 root/.work/KEY           scratch of an unfinished step; survives a kill
 root/.locks/KEY.lock     one writer a key, over all processes of the machine
+root/.hashes/KEY.json    hashes that were read, by inode, size and time; may be removed at any time
 
+The manifest has the size and the SHA-256 of every file, and a digest of itself. `damage` compares.
 `new_file` and `new_folder` put a single file or folder in place in the same way.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+
+from compose.hashes import hash_files
 
 MANIFEST = "manifest.json"
 MODEL = "model"
@@ -39,9 +45,9 @@ def new_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -50,18 +56,53 @@ def new_file(path: Path) -> Iterator[Path]:
 def new_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
     """An empty folder to fill; it replaces the folder `path` when the block ends well.
 
-    It is made in `within`, else beside `path`. A block that raises leaves `path` as it was.
+    It is made in `within`, else beside `path`. A block that raises leaves `path` as it was. All
+    files are on the disk before the folder has its name.
     """
     within = within or path.parent
     within.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=within, prefix=f".{path.name}-"))
+    temporary = within / f".{path.name}-{secrets.token_hex(4)}"
+    replaced = temporary.with_name(f"{temporary.name}-old")
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
+        sync_all(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, replaced)  # quicker than removing: hardly a moment without either
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(replaced, path)
+            raise
+        sync(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in (temporary, replaced):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk before going on."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def sync_all(folder: Path) -> None:
+    """`sync` of every file and folder below `folder`, and of itself last."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_file() or path.is_dir():
+            sync(path)
+    sync(folder)
+
+
+def private_folder(path: Path) -> None:
+    """Make a folder that only this user gets into, or close one of ours that is there."""
+    path.mkdir(parents=True, exist_ok=True)
+    if path.stat().st_uid == os.geteuid():
+        path.chmod(0o700)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -80,7 +121,7 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file, or None when it is absent or not whole."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -104,20 +145,65 @@ class Store:
         """The model folder in the entry."""
         return self.root / key / MODEL
 
+    def all_keys(self) -> list[str]:
+        """The keys of all entries, damaged ones among them."""
+        if not self.root.is_dir():
+            return []
+        folders = (path for path in self.root.iterdir() if path.is_dir() and not path.is_symlink())
+        return sorted(path.name for path in folders if not path.name.startswith("."))
+
     def manifest(self, key: str) -> dict[str, Any] | None:
         """The manifest of a whole entry: every file it lists is there with its size; else None."""
-        manifest = read_json(self.path(key) / MANIFEST)
-        if not isinstance(manifest, dict) or manifest.get("key") != key:
-            return None
-        try:
-            sizes = {name: (self.path(key) / name).stat().st_size for name in manifest["files"]}
-        except (OSError, KeyError, TypeError):
-            return None
-        return manifest if sizes == manifest["files"] else None
+        manifest, wrong = self._read(key)
+        return manifest if wrong is None else None
 
     def has(self, key: str) -> bool:
-        """Whether the entry is there and whole."""
+        """Whether the entry is there, with every file in its size; contents are not read."""
         return self.manifest(key) is not None
+
+    def damage(self, key: str, *, again: bool = False) -> str | None:
+        """What is wrong with an entry that is there; None for a whole one, or where there is none.
+
+        Files are hashed once and remembered by inode, size and time; with `again` all are read.
+        """
+        if not self.path(key).exists():
+            return None
+        manifest, wrong = self._read(key)
+        if manifest is None or wrong is not None:
+            return wrong
+        stored: Mapping[str, str] = manifest.get("sha256", {})
+        added = [name for name in file_sizes(self.path(key)) if _is_foreign(name, manifest)]
+        if added:
+            return f"{added[0]} was not stored with it{_more(added)}"
+        memory = self.root / ".hashes" / f"{key}.json"
+        try:
+            found = hash_files(self.path(key), stored, memory, again=again)
+        except OSError as error:
+            return f"{error.filename} cannot be read: {error.strerror}"
+        changed = [name for name in stored if found[name] != stored[name]]
+        if changed:
+            return f"{changed[0]} is not what was stored{_more(changed)}"
+        return None
+
+    def _read(self, key: str) -> tuple[dict[str, Any] | None, str | None]:
+        """An entry's manifest, and what is wrong with it or with its files' names and sizes."""
+        manifest = read_json(self.path(key) / MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("key") != key:
+            return None, f"its {MANIFEST} cannot be read"
+        hashed = "digest" in manifest or "sha256" in manifest  # not in an older store
+        if hashed and manifest.get("digest") != _digest(manifest):
+            return None, f"its {MANIFEST} is not what was stored"
+        wanted = manifest.get("files")
+        if not isinstance(wanted, dict):
+            return None, f"its {MANIFEST} lists no files"
+        for name, size in wanted.items():
+            try:
+                found = (self.path(key) / name).stat().st_size
+            except OSError:
+                return manifest, f"{name} is missing"
+            if found != size:
+                return manifest, f"{name} has {found} bytes, not {size}"
+        return manifest, None
 
     @contextmanager
     def locked(self, key: str, timeout: float = -1) -> Iterator[None]:
@@ -144,14 +230,30 @@ class Store:
         """
         with new_folder(self.path(key), within=self.root / TEMPORARY) as folder:
             yield folder
+            sizes = file_sizes(folder)
+            sync_all(folder)
             manifest = {
                 "key": key,
                 "made": datetime.now(UTC).isoformat(timespec="seconds"),
-                "files": file_sizes(folder),
+                "files": sizes,
+                "sha256": hash_files(folder, sizes),
                 "record": record or {},
             }
-            write_json(folder / MANIFEST, manifest)
+            write_json(folder / MANIFEST, manifest | {"digest": _digest(manifest)})
         shutil.rmtree(self._work(key), ignore_errors=True)
+
+    def remove(self, key: str) -> None:
+        """Remove an entry, and the scratch of its step. Hold `locked(key)` around it.
+
+        It loses its name first: a kill in between leaves no half entry.
+        """
+        going = self.root / TEMPORARY / f".{key}-removed"
+        going.parent.mkdir(parents=True, exist_ok=True)
+        if self.path(key).exists():
+            os.replace(self.path(key), going)
+        for left in (going, self._work(key)):
+            shutil.rmtree(left, ignore_errors=True)
+        (self.root / ".hashes" / f"{key}.json").unlink(missing_ok=True)
 
     def work(self, key: str) -> Path:
         """Scratch for the key's step. It survives a kill and is removed once the entry is there."""
@@ -159,5 +261,26 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def unfinished(self) -> dict[str, Path]:
+        """Key -> scratch of steps that were begun and never stored."""
+        folder = self.root / ".work"
+        return {path.name: path for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+
     def _work(self, key: str) -> Path:
         return self.root / ".work" / key
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 over a manifest's content but its digest, as JSON gives it back."""
+    content = json.loads(json.dumps({k: v for k, v in manifest.items() if k != "digest"}))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_foreign(name: str, manifest: Mapping[str, Any]) -> bool:
+    """Whether a file came to an entry later; file managers and networks leave hidden ones."""
+    hidden = name.rpartition("/")[2].startswith(".")
+    return not hidden and name != MANIFEST and name not in manifest["files"]
+
+
+def _more(names: list[str]) -> str:
+    return f", nor {len(names) - 1} more" if len(names) > 1 else ""

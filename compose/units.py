@@ -18,6 +18,20 @@ SHARES = ("saved", "saved-gross", "retained", "accuracy", "agreement", "acceptan
 """Names in `METRICS` whose values are bytes, and those whose values are 0 to 1."""
 
 _SIZE = re.compile(r"\s*\d*\.?\d+\s*([kmgt]i?)?b?\s*", re.IGNORECASE)  # ByteSize takes 1.2.3MB
+_CODES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text that a terminal or a page shows as it is: without control sequences and characters.
+
+    Lines and tabs stay. What turns the direction of writing goes, and halves of surrogate pairs.
+    Names, reasons, tokens and logs come from elsewhere and may hold any of these.
+
+    >>> printable("a\\x1b[31mb\\x1b]0;title\\x07c\\r\\u202e")
+    'abc'
+    """
+    return _CONTROL.sub("", _CODES.sub("", text))
 
 
 def public_path(text: str) -> str:

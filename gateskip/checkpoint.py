@@ -7,6 +7,7 @@ KV rule, thresholds a budget, training record, how to decode by default).
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,17 +15,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.thresholds import Calibration
 from gateskip.decoding.decoder import Decoder
+from gateskip.errors import FormatError
 from gateskip.gates.base import Gates
 from gateskip.gates.kinds import GATE_KINDS, make_gates
 from gateskip.gates.shortcuts import STORED, Shortcuts
 from gateskip.kernels import autotune
-from gateskip.model.families import UnsupportedModel
+from gateskip.model.families import UnsupportedModel, find_branches
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.head import INT8, head_format, round_head
 from gateskip.quantization.packed_linear import Samples, accelerate_linears, timed_pairs
@@ -128,39 +131,82 @@ def _finite(value: Any) -> Any:
 
 
 def _number(value: float | str) -> float:
-    return (
-        {"never": float("-inf"), "always": float("inf")}[value] if isinstance(value, str) else value
-    )
+    """A number of a file. Raises KeyError, TypeError or ValueError for what is none."""
+    words = {"never": float("-inf"), "always": float("inf")}
+    number = words[value] if isinstance(value, str) else float(value)
+    if math.isnan(number):
+        raise ValueError("nan is no number")
+    return number
 
 
 def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
     """Gates of a kind from a gates.safetensors file; `settings` as for `make_gates`.
 
-    Raises ValueError when the file holds something else.
+    Raises FormatError when the file holds something else.
     """
-    with safe_open(str(path), "pt") as file:
-        found = (file.metadata() or {}).get("gates", "nothing").split()
-    if found[0] != kind:
-        raise ValueError(f"{path} holds no {kind} gates: found {found[0]}")
-    gates = make_gates(kind, int(found[1]), int(found[2]), **settings)
-    gates.folded = "folded" in found[3:]
-    state = load_file(str(path))
-    if "shortcuts.down" in state:
-        gates.shortcuts = Shortcuts(int(found[1]), int(found[2]), state["shortcuts.down"].shape[1])
     try:
+        with safe_open(str(path), "pt") as file:
+            found = (file.metadata() or {}).get("gates", "nothing").split()
+        state = load_file(str(path))
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path} cannot be read as gates: {error}") from error
+    if not found or found[0] != kind:
+        raise FormatError(f"{path} holds no {kind} gates: found {' '.join(found[:1]) or 'nothing'}")
+    try:
+        branches, hidden = int(found[1]), int(found[2])
+        _require_as_large(state, kind, branches, hidden, settings)
+        gates = make_gates(kind, branches, hidden, **settings)
+        gates.folded = "folded" in found[3:]
+        if "shortcuts.down" in state:
+            gates.shortcuts = Shortcuts(branches, hidden, state["shortcuts.down"].shape[1])
         gates.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} holds {kind} gates of other sizes: {error}") from error
+    except (IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise FormatError(f"{path} holds {kind} gates of other sizes: {error}") from error
+    broken = [name for name, value in state.items() if not bool(value.float().isfinite().all())]
+    if broken:
+        raise FormatError(f"{path} holds numbers that are not finite, in {broken[0]}")
     return gates
 
 
+def _require_as_large(
+    state: dict[str, Tensor], kind: str, branches: int, hidden: int, settings: dict[str, Any]
+) -> None:
+    """ValueError where a file states more gates than it holds: they would fill the memory."""
+    with torch.device("meta"):
+        wanted = make_gates(kind, branches, hidden, **settings).state_dict()
+    held = sum(value.numel() for value in state.values())
+    if sum(value.numel() for value in wanted.values()) > held:
+        raise ValueError(f"{branches} branches of {hidden} inputs are stated, {held} numbers held")
+
+
 def load_gates(folder: Path) -> GateFile | None:
-    """What a folder says of its gates; None where it has none."""
+    """What a folder says of its gates; None where it has none.
+
+    Raises FormatError where they are damaged or of another version.
+    """
     if not (folder / META_FILE).exists() or not (folder / GATES_FILE).exists():
         return None
-    meta = json.loads((folder / META_FILE).read_text())
-    if meta["kind"] not in GATE_KINDS or meta["format"] != FORMAT:
-        raise ValueError(f"{folder}: gates of kind {meta['kind']!r}, format {meta['format']}")
+    meta = _meta(folder)
+    known = isinstance(meta.get("kind"), str) and meta["kind"] in GATE_KINDS
+    if not known or meta.get("format") != FORMAT:
+        raise FormatError(
+            f"{folder}: gates of kind {meta.get('kind')!r}, format {meta.get('format')!r}; this"
+            f" version reads format {FORMAT}"
+        )
+    try:
+        file = _described(folder, meta)
+    except FormatError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise FormatError(f"{folder / META_FILE} does not describe gates ({what})") from error
+    if any(len(row) != file.gates.branches for row in file.grid.values()):
+        raise FormatError(f"{folder / META_FILE} has thresholds for other branches than its gates")
+    return file
+
+
+def _described(folder: Path, meta: dict[str, Any]) -> GateFile:
+    scores = meta["sensitivity"]
     return GateFile(
         gates=read_gates(
             folder / GATES_FILE,
@@ -169,21 +215,34 @@ def load_gates(folder: Path) -> GateFile | None:
             scales=meta["scales"],
             place=meta["place"],
         ).requires_grad_(False),
-        kv_rule=meta["kv_rule"],
+        kv_rule=str(meta["kv_rule"]),
         grid={float(b): [_number(v) for v in row] for b, row in meta["thresholds"].items()},
-        kept={float(b): share for b, share in meta["kept"].items()},
-        sensitivity=meta["sensitivity"],
-        training=meta["training"],
-        decode=meta["decode"],
-        between={float(b): share for b, share in meta.get("kept_between", {}).items()},
+        kept={float(b): _number(share) for b, share in meta["kept"].items()},
+        sensitivity=None if scores is None else [_number(score) for score in scores],
+        training=dict(meta["training"]),
+        decode=dict(meta["decode"]),
+        between={float(b): _number(s) for b, s in meta.get("kept_between", {}).items()},
     )
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    """What gateskip.json says. Raises FormatError where it is no JSON mapping."""
+    try:
+        meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{folder / META_FILE} is not readable JSON: {error}") from error
+    if not isinstance(meta, dict):
+        raise FormatError(f"{folder / META_FILE} is not a mapping")
+    return meta
 
 
 def stored_decode(folder: Path) -> dict[str, Any]:
     """How a folder is decoded when nobody says otherwise; it may draft without having gates."""
     if not (folder / META_FILE).exists():
         return {}
-    decode: dict[str, Any] = json.loads((folder / META_FILE).read_text()).get("decode") or {}
+    decode = _meta(folder).get("decode") or {}
+    if not isinstance(decode, dict):
+        raise FormatError(f"{folder / META_FILE} says nothing readable of decoding")
     return decode
 
 
@@ -207,6 +266,7 @@ def load(
         device: where the model runs; anything but a CPU has `gathered` and `reference` alone.
 
     Raises:
+        FormatError: its gates are damaged, or of another version or model.
         UnsupportedModel: the architecture is not known, or the named backend cannot run the model
             on this device.
     """
@@ -227,7 +287,7 @@ def _in_torch(
         raise UnsupportedModel(f"packed weights are decoded on a CPU, not on {device}")
     if head_format(folder) == INT8:
         round_head(model)
-    gates, kv_rule = _gates(file)
+    gates, kv_rule = _gates(folder, file, model)
     gates = None if gates is None else gates.to(device)
     return _decoder(folder, SkippingModel(model.to(device), gates, kv_rule, backend), file)
 
@@ -244,7 +304,7 @@ def _on_cpu(
     kernels = accelerate_linears(model, samples)
     if head_format(folder) == INT8:
         round_head(model)
-    gates, kv_rule = _gates(file)
+    gates, kv_rule = _gates(folder, file, model)
     fallback = None
     try:
         skipping = SkippingModel(model, gates, kv_rule, "native", rounded)
@@ -265,9 +325,20 @@ def _on_cpu(
     return decoder
 
 
-def _gates(file: GateFile | None) -> tuple[Gates | None, str]:
-    """Gates and KV rule of a folder; without gates the rule changes nothing."""
-    return (None, "project") if file is None else (file.gates, file.kv_rule)
+def _gates(folder: Path, file: GateFile | None, model: Any) -> tuple[Gates | None, str]:
+    """Gates and KV rule of a folder; without gates the rule changes nothing.
+
+    Raises FormatError for gates of another model.
+    """
+    if file is None:
+        return None, "project"
+    branches, hidden = len(find_branches(model)), model.config.get_text_config().hidden_size
+    if (file.gates.branches, file.gates.hidden_size) != (branches, hidden):
+        raise FormatError(
+            f"{folder / GATES_FILE} is of another model: {file.gates.branches} branches of"
+            f" {file.gates.hidden_size} inputs, and this one has {branches} of {hidden}"
+        )
+    return file.gates, file.kv_rule
 
 
 def _decoder(folder: Path, skipping: SkippingModel, file: GateFile | None) -> Decoder:

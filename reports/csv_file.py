@@ -9,9 +9,9 @@ from typing import Any
 from compose.results.metrics import METRICS
 from compose.results.parts import Speculation
 from compose.results.schema import CellResult
+from compose.units import printable
 from reports.families import family_of, weights_of
 from reports.load import Report, Row
-from reports.text import plain
 
 WITH_INTERVALS = ("decode-ratio", "retained", "perplexity-ratio", "kl")
 """Metrics whose interval has its columns even where no cell has one."""
@@ -74,5 +74,5 @@ def _text(value: Any) -> Any:
     """A value as it is written; a name that a spreadsheet would compute is set in quotes."""
     if not isinstance(value, str):
         return value
-    text = plain(value)
+    text = printable(value)
     return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from compose.units import printable
 from reports import columns, numbers
 from reports.load import Row
 from reports.run_tables import Lines
 from reports.speculation_columns import Histogram
-from reports.text import plain
 
 
 class Raw(str):
@@ -18,7 +18,7 @@ class Raw(str):
 
 def escape_markdown(text: str) -> str:
     """Text that Markdown and the HTML inside it leave as it is, on one line."""
-    text = plain(text)
+    text = printable(text)
     flat = " ".join(text.split()) if "\n" in text or "\r" in text else text
     flat = flat.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#~$!])", r"\\\1", flat)
@@ -31,7 +31,7 @@ def escaped_unless_raw(value: Any) -> Any:
 
 def fenced(text: str, language: str = "") -> Raw:
     """A code block whose fence is longer than any run of backticks in the text."""
-    text = plain(text)
+    text = printable(text)
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return Raw(f"{fence}{language}\n{text.rstrip()}\n{fence}")

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup, escape
 
-
-def plain(text: str) -> str:
-    """Text without colour codes and other control characters; lines and tabs stay."""
-    uncoloured = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", uncoloured)
+from compose.units import printable
 
 
 def plain_unless_markup(value: Any) -> Any:
     """What the environment of the HTML templates does to every value before it escapes it."""
-    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def breakable(name: str) -> Markup:
     """A cell's name, escaped, that may break after each plus."""
-    return Markup("+<wbr>").join(escape(part) for part in plain(name).split("+"))
+    return Markup("+<wbr>").join(escape(part) for part in printable(name).split("+"))
 
 
 def anchor(name: str) -> str:
     """A cell's name in the page's address: report.html#cell=NAME."""
-    return quote(plain(name), safe="+:.-_")
+    return quote(printable(name), safe="+:.-_")
 
 
 def day(date: Any) -> str | None:

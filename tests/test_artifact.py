@@ -21,13 +21,12 @@ from compose.artifacts.folder import (
     hash_folder,
     is_gated,
     lineage,
-    probe_logits,
     reload_check,
     require_model,
     save_probe,
     write_lineage,
 )
-from compose.errors import ArtifactError, StepError
+from compose.errors import ArtifactError, AssetError, StepError
 
 
 @pytest.fixture
@@ -85,15 +84,22 @@ def test_a_sharded_source_keeps_its_shards_and_states_its_size(
     )
 
 
-def test_a_pickled_source_becomes_safetensors(tiny_llama: Path, tmp_path: Path) -> None:
-    pickled, target = tmp_path / "pickled", tmp_path / "placed"
-    shutil.copytree(tiny_llama, pickled)
-    target.mkdir()
-    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
-    (pickled / "model.safetensors").unlink()
-    copy_source(pickled, target, "float32", link=False)
-    assert (target / "model.safetensors").is_file()
-    assert torch.equal(probe_logits(target), probe_logits(tiny_llama))
+def test_a_pickled_source_is_refused_and_code_stays_behind(copy: Path, tmp_path: Path) -> None:
+    target, other = tmp_path / "placed", tmp_path / "other"
+    target.mkdir(), other.mkdir()
+    config = json.loads((copy / "config.json").read_text())
+    own = {"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}
+    (copy / "config.json").write_text(json.dumps(config | own))
+    (copy / "modeling.py").write_text("raise SystemExit('it ran')")
+    copy_source(copy, target, "float32", link=False)
+    clean_config(target)
+    assert not list(target.glob("*.py"))
+    assert "auto_map" not in require_model(target)
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(AssetError, match=r"pickled weights \(pytorch_model\.bin\)"):
+        copy_source(copy, other, "float32", link=False)
+    assert not list(other.iterdir())
 
 
 def test_a_quantized_source_and_gates_are_never_cast(copy: Path, tmp_path: Path) -> None:

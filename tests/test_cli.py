@@ -293,6 +293,37 @@ def test_errors_become_exit_codes(
     assert err.startswith("interrupted" if code == 130 else "error: ")
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(28, "No space left on device", "a.json"),
+            "error: a.json: No space left on device",
+        ),
+        (PermissionError(13, "Permission denied"), "error: Permission denied"),
+        (KeyError("x"), "error: KeyError: 'x'\n  fix: this is a mistake of ours"),
+        (RecursionError("deep"), "error: RecursionError: deep"),
+    ],
+)
+def test_no_traceback_without_debug(
+    file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("compose.terminal.run_shown.run", fail)
+    code, _, err = call("run", file)
+    assert code == 1 and err.startswith(words)
+    assert "Traceback" not in err
+    code, _, err = call("--debug", "run", file)
+    assert code == 1 and "Traceback" in err and words in err
+
+
+def test_a_misspelt_option_is_clicks_own_message(file: Path) -> None:
+    code, _, err = call("run", file, "--agian")
+    assert code == 2 and "No such option" in err
+
+
 def test_a_result_names_no_folder_of_the_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -390,10 +421,19 @@ def test_the_options_of_every_command_are_frozen() -> None:
             *("--quiet", "--repeats", "--write", "folder"),
         ],
         "insight": ["--budget", "--html", "--json", "--text", "folder"],
+        "cache": [],
         "doctor": [],
         "stages": [],
         "schema": [],
     }
+    assert {
+        name: sorted(option for each in sub.params for option in each.opts)
+        for name, sub in command.commands["cache"].commands.items()  # type: ignore[attr-defined]
+    } == {"list": ["--json", "--out"], "prune": ["--dry-run", "--out"], "verify": ["--out"]}
+    assert sorted(option for each in command.params for option in each.opts) == [
+        "--debug",
+        "--version",
+    ]
 
 
 def test_generate_refuses_what_is_no_model(tmp_path: Path) -> None:

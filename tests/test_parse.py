@@ -218,7 +218,7 @@ def test_mistake_is_reported_at_its_place(tmp_path: Path, old: str, new: str, me
         ("\nsmollm2\n", "p.yaml:2:1: a pipeline is a mapping of keys, not 'smollm2'"),
         ("a: [1\nb: 2\n", "p.yaml:2:2: not YAML: expected ',' or ']'"),
         ("a: 1\n---\nb: 2\n", "p.yaml:2:1: not YAML: but found another document"),
-        ("a: \x07\n", "p.yaml: not YAML: unacceptable character"),
+        ("a: \x07\n", "p.yaml:1:4: not YAML: unacceptable character U+0007"),
         ("a: *b\n", "p.yaml:1:4: not YAML: found undefined alias 'b'"),
         ("a: &a [*a]\n", "p.yaml:1:4: this alias stands inside its own anchor"),
         ("a: !x 1\n", "p.yaml:1:4: the tag '!x' means nothing here"),

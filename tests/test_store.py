@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -10,10 +11,20 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from compose.store import MANIFEST, Store, new_file, new_folder, read_json, write_json
+from compose import hashes
+from compose.store import (
+    MANIFEST,
+    Store,
+    new_file,
+    new_folder,
+    private_folder,
+    read_json,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "0123456789abcdef"
@@ -163,3 +174,182 @@ def test_a_file_and_a_folder_replace_the_old_one_or_leave_it(tmp_path: Path) -> 
         (new / "d.txt").write_text("new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b"]
     assert [path.name for path in folder.iterdir()] == ["d.txt"]
+
+
+# --- Damage ---------------------------------------------------------------------------------------
+
+
+def flip(path: Path, at: int = -1, *, keep_times: bool = False) -> None:
+    """Turn one bit of a file round; with `keep_times` nothing else tells of it."""
+    times = path.stat()
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    if keep_times:
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def age(store: Store, seconds: float = 10) -> None:
+    """Let all files of the entry seem to be older: fresh ones are never remembered."""
+    for path in store.path(KEY).rglob("*"):
+        if path.is_file():
+            stamp = time.time() - seconds
+            os.utime(path, (stamp, stamp))
+
+
+def test_the_manifest_has_sizes_and_hashes(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store)
+    manifest = store.manifest(KEY)
+    assert manifest is not None
+    assert manifest["sha256"] == {"model/a.bin": hashlib.sha256(b"weights").hexdigest()}
+    assert store.damage(KEY) is None
+    assert store.damage("f" * 16) is None, "what is not there is not damaged"
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+def test_a_flipped_byte_is_noticed(tmp_path: Path, remembered: bool) -> None:
+    store = Store(tmp_path)
+    fill(store)
+    if remembered:
+        age(store)
+        assert store.damage(KEY) is None
+    flip(store.model(KEY) / "a.bin")
+    assert store.has(KEY), "sizes alone do not show it"
+    assert store.damage(KEY) == "model/a.bin is not what was stored"
+    fill(store, text="new")
+    assert store.damage(KEY) is None
+
+
+def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.locked(KEY), store.write(KEY, {"wall_s": 1.5}) as folder:
+        (folder / "a.bin").write_text("weights")
+    path = store.path(KEY) / MANIFEST
+    whole = path.read_bytes()
+    for at, byte in enumerate(whole):
+        if chr(byte).isspace():
+            continue  # between the values, where JSON does not care
+        path.write_bytes(whole)
+        flip(path, at)
+        assert store.damage(KEY) is not None, f"byte {at}: {chr(byte)!r}"
+    path.write_bytes(whole)
+    assert store.damage(KEY) is None
+
+
+def test_a_file_that_came_later_is_damage_and_a_hidden_one_is_not(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store)
+    (store.model(KEY) / ".DS_Store").write_text("x")
+    assert store.damage(KEY) is None
+    (store.model(KEY) / "adapter_config.json").write_text("{}")
+    assert store.damage(KEY) == "model/adapter_config.json was not stored with it"
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda entry: (entry / "model" / "a.bin").unlink(), "model/a.bin is missing"),
+        (lambda entry: (entry / "model" / "a.bin").write_text("x"), "has 1 bytes, not 7"),
+        (lambda entry: (entry / MANIFEST).unlink(), "its manifest.json cannot be read"),
+        (lambda entry: (entry / MANIFEST).write_text("[]"), "its manifest.json cannot be read"),
+    ],
+)
+def test_damage_is_said(tmp_path: Path, harm: Any, message: str) -> None:
+    store = Store(tmp_path)
+    fill(store)
+    harm(store.path(KEY))
+    assert message in (store.damage(KEY) or "")
+    assert not store.has(KEY)
+
+
+def test_what_was_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read = Store(tmp_path), []
+    whole = hashes.hash_file
+
+    def counted(path: Path) -> str:
+        read.append(path.name)
+        return whole(path)
+
+    monkeypatch.setattr(hashes, "hash_file", counted)
+    fill(store)
+    assert store.damage(KEY) is None
+    assert read == ["a.bin"] * 2, "a file of this second could change within the clock's tick"
+    monkeypatch.setattr(hashes, "TOO_FRESH_NS", -(10**12))  # as if long ago
+    assert store.damage(KEY) is None and store.damage(KEY) is None
+    assert read == ["a.bin"] * 3
+    assert store.damage(KEY, again=True) is None
+    assert read == ["a.bin"] * 4
+    (tmp_path / ".hashes" / f"{KEY}.json").write_text("{")
+    assert store.damage(KEY) is None
+    assert read == ["a.bin"] * 5
+
+
+def test_bits_that_a_disk_lost_show_when_everything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times of the file are kept, and that of its status is taken for kept, as on a bad disk."""
+    monkeypatch.setattr(hashes, "TOO_FRESH_NS", -(10**12))
+    whole = hashes._mark
+    monkeypatch.setattr(hashes, "_mark", lambda path: [*whole(path)[:-1], 0])
+    store = Store(tmp_path)
+    fill(store)
+    assert store.damage(KEY) is None
+    flip(store.model(KEY) / "a.bin", keep_times=True)
+    assert store.damage(KEY) is None
+    assert store.damage(KEY, again=True) == "model/a.bin is not what was stored"
+
+
+def test_an_entry_of_an_older_version_is_taken_by_its_sizes(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store)
+    manifest = read_json(store.path(KEY) / MANIFEST)
+    write_json(
+        store.path(KEY) / MANIFEST, {k: v for k, v in manifest.items() if k in ("key", "files")}
+    )
+    assert store.has(KEY)
+    assert store.damage(KEY) is None
+
+
+def test_a_removed_entry_is_gone_with_its_scratch(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store)
+    assert store.damage(KEY) is None
+    (store.work(KEY) / "checkpoint").write_text("step 100")
+    assert store.all_keys() == [KEY] and list(store.unfinished()) == [KEY]
+    with store.locked(KEY):
+        store.remove(KEY)
+    assert store.all_keys() == [] and store.unfinished() == {}
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == [f"{KEY}.lock"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0o002, 0o775)])
+def test_the_umask_decides_who_reads_an_entry(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        store = Store(tmp_path / "store")
+        fill(store)
+    finally:
+        os.umask(before)
+    assert store.path(KEY).stat().st_mode & 0o777 == mode
+    lock = tmp_path / "store" / ".locks" / f"{KEY}.lock"
+    assert lock.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_folder_that_cannot_take_its_name_leaves_the_old_one(tmp_path: Path) -> None:
+    folder = tmp_path / "b"
+    with new_folder(folder) as new:
+        (new / "c.txt").write_text("old")
+    with pytest.raises(OSError), new_folder(folder) as new:
+        (new / "c.txt").write_text("new")
+        new.rename(new.with_name("gone"))
+    assert (folder / "c.txt").read_text() == "old"
+
+
+def test_a_private_folder_is_closed(tmp_path: Path) -> None:
+    folder = tmp_path / "jobs"
+    folder.mkdir()
+    folder.chmod(0o777)
+    private_folder(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700

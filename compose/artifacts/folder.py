@@ -13,7 +13,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compose.artifacts.intake import GATES, require_weights, weight_files
 from compose.errors import ArtifactError, StepError
+from compose.hashes import hash_files
 from compose.store import read_json, write_json
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 LINEAGE = "compose.json"
 GRIDS = "gateskip"  # quant_method of our integer grids
 GRID_NUMBERS = (".scale", ".minimum")  # whose type is part of the format
-GATES = "gates.safetensors"
 PROBE_TOKENS = 48
 PROBE_TEXT = (
     "The river rose in the night, and by morning the lower road was under water. "
@@ -99,19 +100,17 @@ def write_lineage(
     write_json(folder / LINEAGE, {"schema_version": 1, "stages": [*(before or []), done]})
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hash_folder(folder: Path, memory: Path | None = None) -> str:
+    """SHA-256 over the names and contents of the folder's files, except its lineage.
 
-
-def hash_folder(folder: Path) -> str:
-    """SHA-256 over the names and contents of the folder's files, except its lineage."""
+    Hashes of files are kept in the file `memory`, where it is given.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    hashes = hash_files(folder, (name for name in names if name != LINEAGE), memory)
     total = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if name != LINEAGE:
-            total.update(f"{name}\0{hash_file(path)}\n".encode())
+    for name, sha256 in hashes.items():
+        total.update(f"{name}\0{sha256}\n".encode())
     return total.hexdigest()
 
 
@@ -140,14 +139,17 @@ def copy_source(source: Path, target: Path, dtype: str, *, link: bool) -> None:
 
     Weights are cast tensor by tensor, a file at a time. A quantized source stays as it is, but for
     what is not packed beside integer grids of our own. Files that need no change are linked when
-    `link` is set: only for folders that nobody edits.
+    `link` is set: only for folders that nobody edits. Code stays behind.
+
+    Raises:
+        AssetError: it has no weights in safetensors.
     """
     config = require_model(source)
-    packed = (config.get("quantization_config") or {}).get("quant_method")
-    shards = sorted(path for path in source.glob("*.safetensors") if path.name != GATES)
-    if not shards:
-        _convert_pickled(source, target, dtype)
-    elif packed not in (None, GRIDS) or dtype_of(source) == dtype:
+    packed = config.get("quantization_config") or {}
+    method = packed.get("quant_method", "unknown") if isinstance(packed, dict) else "unknown"
+    shards = weight_files(source)
+    require_weights(source)
+    if (packed and method != GRIDS) or dtype_of(source) == dtype:
         _place_all(source, target, link=link)
     else:
         for shard in shards:
@@ -159,7 +161,7 @@ def copy_source(source: Path, target: Path, dtype: str, *, link: bool) -> None:
 
 
 def _place_all(source: Path, target: Path, *, link: bool) -> None:
-    wanted = ("*.json", "*.safetensors", "*.py")
+    wanted = ("*.json", "*.safetensors")
     for path in sorted(path for pattern in wanted for path in source.glob(pattern)):
         if path.name != LINEAGE and not (target / path.name).exists():
             place_file(path, target / path.name, link=link)
@@ -200,21 +202,15 @@ def _place_index(source: Path, target: Path, shards: list[Path]) -> None:
         write_json(target / "model.safetensors.index.json", index)
 
 
-def _convert_pickled(source: Path, target: Path, dtype: str) -> None:
-    """A checkpoint that is not in safetensors goes through the model class."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
-    model.save_pretrained(target)
-
-
 def clean_config(folder: Path) -> None:
-    """Take this machine's paths out of config.json; where a model is from stands in its lineage."""
+    """Take this machine's paths out of config.json, and what asks for code of the folder.
+
+    Where a model is from stands in its lineage.
+    """
     config = require_model(folder)
-    if "_name_or_path" in config:
-        config.pop("_name_or_path")
-        write_json(folder / "config.json", config)
+    kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map")}
+    if kept != config:
+        write_json(folder / "config.json", kept)
 
 
 def probe_ids(folder: Path) -> Tensor:

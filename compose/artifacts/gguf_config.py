@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compose.artifacts.gguf_file import GgufFile
-from compose.errors import suggest
+from compose.errors import ArtifactError, shortened, suggest
 
 SIZES = {
     "context_length": "max_position_embeddings",
@@ -37,6 +37,8 @@ SILENT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", *EXPERTS
 
 SPECIALS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 ROPE_FACTORS = "rope_freqs.weight"
+MOST_SIZE = 1 << 20  # of layers, heads and widths; far beyond what there is
+MOST_CONTEXT = 1 << 40
 LLAMA3_FACTORS = (8.0, 32.0)  # Llama 3.1 and 3.3, and the small ones of 3.2
 LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -99,17 +101,27 @@ def config_of(file: GgufFile) -> dict[str, Any]:
     Raises:
         ArtifactError: its architecture is not read here, or it says what no config can.
     """
+    try:
+        return _config_of(file)
+    except ArtifactError:
+        raise
+    except (ArithmeticError, IndexError, TypeError, ValueError) as error:  # a text for a number
+        file.refuse(f"what it states of its architecture is no config ({shortened(str(error))})")
+
+
+def _config_of(file: GgufFile) -> dict[str, Any]:
     prefix = file.metadata.get("general.architecture")
     if not isinstance(prefix, str):
         file.refuse("it does not state its architecture")
     family = FAMILIES.get(prefix)
     if family is None:
-        file.refuse(f"its architecture is {prefix!r}: {suggest(prefix, FAMILIES)}")
+        file.refuse(f"its architecture is {shortened(repr(prefix))}: {suggest(prefix, FAMILIES)}")
     reading = _Reading(file, prefix)
     _refuse_unknown(reading, family)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         file.refuse("it has no tensor token_embd.weight: it is a part of a model, or an adapter")
+    _refuse_sizes(reading)
     config: dict[str, Any] = {name: reading.need(key) for key, name in SIZES.items()}
     config |= {
         "architectures": [family.model_class],
@@ -124,13 +136,22 @@ def config_of(file: GgufFile) -> dict[str, Any]:
     return config | family.more(reading)
 
 
+def _refuse_sizes(reading: _Reading) -> None:
+    """Refuse sizes that are no counts, or that no model has: they would fill the memory."""
+    sizes = {key: reading.need(key) for key in SIZES} | {KEYS: reading.head_dim}
+    for key, size in sizes.items():
+        most = MOST_CONTEXT if key == "context_length" else MOST_SIZE
+        if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= most:
+            reading.file.refuse(f"{reading.prefix}.{key} is {shortened(repr(size))}")
+
+
 def _refuse_unknown(reading: _Reading, family: Family) -> None:
     """Refuse a file that states, under its architecture, what is not read here."""
     start = f"{reading.prefix}."
     own = [key.removeprefix(start) for key in reading.file.metadata if key.startswith(start)]
     unknown = sorted(set(own) - {*KNOWN, *SILENT, *family.keys})
     if unknown:
-        reading.file.refuse(f"it states {start}{unknown[0]}, which is not read here")
+        reading.file.refuse(f"it states {start}{shortened(unknown[0])}, which is not read here")
     if any(reading.get(key) for key in EXPERTS):
         reading.file.refuse("it is a mixture of experts")
     values = reading.get(VALUES, reading.head_dim)
@@ -153,7 +174,9 @@ def _rope(reading: _Reading, *, partial: bool = False) -> dict[str, Any]:
     if scaled == "linear":
         rope |= {"rope_type": "linear", "factor": reading.need(FACTOR)}
     elif scaled != "none":
-        reading.file.refuse(f"its positions are scaled by {scaled!r} (read are none and linear)")
+        reading.file.refuse(
+            f"its positions are scaled by {shortened(repr(scaled))} (read are none and linear)"
+        )
     if any(reading.has(f"rope_factors_{each}.weight") for each in ("long", "short")):
         reading.file.refuse("it has factors for long contexts (rope_factors_long.weight)")
     return rope

@@ -6,23 +6,31 @@
     data, from the next multiple of `general.alignment`
 
 Planning reads sizes from here, so it is quick and imports no numpy; and a broken file is
-the user's mistake, with a message that says what is broken. Layout: docs/gguf.md of ggml.
+the user's mistake, with a message that says what is broken. Lengths and counts may lie: none is
+believed beyond what the file's size allows, so that libraries may trust a file that was read here.
+Layout: docs/gguf.md of ggml.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from compose.errors import ArtifactError
+from compose.errors import ArtifactError, shortened
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # of version 1, which counted in 32 bits, no file is around any more
 ALIGNMENT = 32
+MOST_ALIGNMENT = 1 << 20
+MOST_NAME = 1 << 16  # bytes of a key, or of a tensor's name
+MOST_DIMENSIONS = 4
+MOST_VALUES = 1 << 24  # of a list in the metadata: vocabularies have less than a million
+MOST_NESTED = 4  # lists in lists
 STRING, ARRAY = 8, 9
 NUMBERS = {
     0: "B",
@@ -171,28 +179,39 @@ class _Header:
             said = "its numbers are big-endian" if swapped else f"it is GGUF version {version}"
             raise _refused(self._path, said, f"versions that are read: {VERSIONS}, little-endian")
         tensors, entries = self._number("Q"), self._number("Q")
+        if max(tensors, entries) > self._size:  # each takes bytes
+            self._cut_short(f"it states {tensors} tensors and {entries} entries")
         metadata: dict[str, Any] = {}
         for _ in range(entries):
-            key = self._string()
+            key = self._string(MOST_NAME)
             metadata[key] = self._value(self._number("I"))
         found = [self._tensor() for _ in range(tensors)]
-        align = metadata.get("general.alignment", ALIGNMENT)
-        data = -(-self._file.tell() // align) * align
-        placed = (GgufTensor(name, shape, kind, data + at) for name, shape, kind, at in found)
-        return GgufFile(self._path, metadata, {each.name: self._whole(each) for each in placed})
+        data = self._data_start(metadata.get("general.alignment", ALIGNMENT))
+        placed = [GgufTensor(name, shape, kind, data + at) for name, shape, kind, at in found]
+        held = {each.name: self._whole(each) for each in placed}
+        if len(held) < len(placed):
+            twice = Counter(each.name for each in placed).most_common(1)[0][0]
+            raise _refused(self._path, f"{shortened(twice)} stands in it twice", None)
+        return GgufFile(self._path, metadata, held)
+
+    def _data_start(self, align: object) -> int:
+        """The first byte of tensors."""
+        if not isinstance(align, int) or not 1 <= align <= MOST_ALIGNMENT:
+            raise _refused(self._path, f"its alignment is {shortened(repr(align))}", None)
+        return -(-self._file.tell() // align) * align
 
     def _whole(self, tensor: GgufTensor) -> GgufTensor:
         """The tensor, if it is stored in a known way and the file holds all of it."""
-        storage = STORAGES.get(tensor.type)
+        storage, name = STORAGES.get(tensor.type), shortened(tensor.name)
         if storage is None:
             known = ", ".join(each.name for each in STORAGES.values())
-            said = f"{tensor.name} is stored as GGML type {tensor.type}"
+            said = f"{name} is stored as GGML type {tensor.type}"
             raise _refused(self._path, said, f"types that are read: {known}")
         if not tensor.shape or tensor.shape[-1] % storage.weights:
-            raise _refused(self._path, f"{tensor.name} has the sizes {tensor.shape}", None)
+            raise _refused(self._path, f"{name} has the sizes {tensor.shape}", None)
         end = tensor.start + tensor.rows * tensor.row_bytes
         if end > self._size:
-            self._cut_short(f"{tensor.name} would end at byte {end:,}")
+            self._cut_short(f"{name} would end at byte {end:,}")
         return tensor
 
     def _cut_short(self, where: str) -> NoReturn:
@@ -209,10 +228,13 @@ class _Header:
         (value,) = struct.unpack(f"<{code}", self._bytes(struct.calcsize(f"<{code}")))
         return value
 
-    def _string(self) -> str:
-        return self._bytes(self._number("Q")).decode("utf-8", "replace")
+    def _string(self, most: int | None = None) -> str:
+        length = self._number("Q")
+        if most is not None and most < length <= self._size:
+            raise _refused(self._path, f"a name in it has {length:,} bytes", None)
+        return self._bytes(length).decode("utf-8", "replace")
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, depth: int = 0) -> Any:
         """A metadata value: a number, a text, or a list of them."""
         if kind in NUMBERS:
             return self._number(NUMBERS[kind])
@@ -220,17 +242,23 @@ class _Header:
             return self._string()
         if kind != ARRAY:
             raise _refused(self._path, f"its metadata has a value of type {kind}", None)
+        if depth == MOST_NESTED:
+            raise _refused(self._path, "its metadata has lists in lists in lists", None)
         inner, count = self._number("I"), self._number("Q")
-        if inner in NUMBERS:
-            layout = f"<{count}{NUMBERS[inner]}"
-            width = struct.calcsize(f"<{NUMBERS[inner]}")
-            return list(struct.unpack(layout, self._bytes(count * width)))
-        if count > self._size:  # each takes bytes
+        width = struct.calcsize(f"<{NUMBERS[inner]}") if inner in NUMBERS else 1
+        if count * width > self._size:
             self._cut_short("its header does not end")
-        return [self._value(inner) for _ in range(count)]
+        if count > MOST_VALUES:
+            raise _refused(self._path, f"its metadata has a list of {count:,} values", None)
+        if inner in NUMBERS:
+            return list(struct.unpack(f"<{count}{NUMBERS[inner]}", self._bytes(count * width)))
+        return [self._value(inner, depth + 1) for _ in range(count)]
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, sizes, type, and first byte after the data's start."""
-        name = self._string()
-        sizes = tuple(self._number("Q") for _ in range(self._number("I")))
+        name, dimensions = self._string(MOST_NAME), self._number("I")
+        if dimensions > MOST_DIMENSIONS:
+            said = f"{shortened(name)} has {dimensions} dimensions"
+            raise _refused(self._path, said, None)
+        sizes = tuple(self._number("Q") for _ in range(dimensions))
         return name, sizes[::-1], self._number("I"), self._number("Q")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compose.artifacts.gguf_file import GgufFile
-from compose.errors import ArtifactError
+from compose.errors import ArtifactError, shortened
 from compose.store import read_json
 
 GPT2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
@@ -62,7 +62,7 @@ def require_tokenizer(file: GgufFile) -> None:
             "it carries no tokenizer", "name a file that does, as llama.cpp's converter writes"
         )
     if model not in MODELS:
-        file.refuse(f"its tokenizer is {model!r} (read are {', '.join(MODELS)})")
+        file.refuse(f"its tokenizer is {shortened(repr(model))} (read are {', '.join(MODELS)})")
     if model == BYTE_LEVEL:
         _pre_tokenizer_of(file)
 
@@ -72,7 +72,7 @@ def _pre_tokenizer_of(file: GgufFile) -> list[dict[str, Any]]:
     parts = PRE_TOKENIZERS.get(OTHER_NAMES.get(name, name))
     if parts is None:
         known = ", ".join((*PRE_TOKENIZERS, *OTHER_NAMES))
-        file.refuse(f"its pre-tokenizer is {name!r} (read are {known})")
+        file.refuse(f"its pre-tokenizer is {shortened(repr(name))} (read are {known})")
     return parts
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compose.artifacts.folder import GATES, require_model
+from compose.artifacts.folder import require_model
+from compose.artifacts.intake import weight_files
 from compose.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     from safetensors import safe_open
 
     files: dict[str, Path] = {}
-    for path in sorted(path for path in folder.glob("*.safetensors") if path.name != GATES):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             files |= dict.fromkeys(file.keys(), path)
     return files

@@ -21,9 +21,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
-from compose.artifacts.folder import hash_file
 from compose.assets.table import Wheel
 from compose.errors import AssetError
+from compose.hashes import hash_file
 from compose.units import Progress
 
 T = TypeVar("T")
@@ -52,22 +52,27 @@ def local_copy(stem: str) -> Path | None:
 
 
 def build_once(
-    target: Path, build: Callable[[Path], dict[str, Any]], *, note: str = ""
+    target: Path,
+    build: Callable[[Path], dict[str, Any]],
+    *,
+    note: str = "",
+    whole: Callable[[dict[str, Any]], bool] = lambda record: True,
 ) -> dict[str, Any]:
     """Return the record of the cached folder `target`; where there is none, `build` makes it.
 
     `build` fills an empty folder and returns the record. The folder is renamed into place when it
     is complete, so `target` is whole or absent, also after a kill. One process builds at a time.
+    Where `whole` finds what lies there damaged, by its record, it is built anew.
     """
-    if (record := read_record(target)) is not None:
+    if (record := read_record(target)) is not None and whole(record):
         return record
     from filelock import FileLock
 
     partial = target.with_name(f".{target.name}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_private(target.parent)
         with FileLock(target.with_name(f".{target.name}.lock")):
-            if (record := read_record(target)) is not None:
+            if (record := read_record(target)) is not None and whole(record):
                 return record
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -85,6 +90,14 @@ def build_once(
             fix="free some space there, or name another folder in GATESKIP_CACHE",
         ) from error
     return record
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder and those above it; those that are new are closed to other users."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(new):
+        path.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(exist_ok=True)  # OSError where something else stands there
 
 
 def read_record(target: Path) -> dict[str, Any] | None:

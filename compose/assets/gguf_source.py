@@ -10,10 +10,11 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from compose.artifacts.folder import hash_file, hash_folder
+from compose.artifacts.folder import hash_folder
 from compose.artifacts.from_gguf import check_gguf_source, main_storage, write_folder
 from compose.assets.fetch import build_once, read_record
-from compose.assets.model_asset import ModelAsset, digest, read_config
+from compose.assets.model_asset import ModelAsset, digest, is_whole, read_config
+from compose.hashes import hash_file
 from compose.units import Progress
 
 CONVERSION = 1  # raised when the same GGUF file begins to give another folder
@@ -40,10 +41,10 @@ def gguf_pin(file: Path, *, keep_blocks: bool) -> str:
 
 
 def converted(file: Path, cache: Path, *, keep_blocks: bool) -> Path | None:
-    """The file's folder, where it has been made; files that changed since have another one."""
+    """The file's folder, where it has been made and is whole; a file that changed has another."""
     target = _target(file, cache, keep_blocks=keep_blocks)
     record = read_record(target)
-    return None if record is None else target / record["folder"]
+    return target / record["folder"] if record is not None and _whole(target, record) else None
 
 
 def from_gguf(
@@ -65,7 +66,7 @@ def from_gguf(
         return {"folder": name, "sha256": hash_folder(made / name), "stored": stored}
 
     target = _target(file, cache, keep_blocks=keep_blocks)
-    record = build_once(target, build, note=file.name)
+    record = build_once(target, build, note=file.name, whole=functools.partial(_whole, target))
     folder = target / record["folder"]
     note = _note(record["stored"], keep_blocks=keep_blocks)
     origin = f"gguf:{file.name}#{_sha256(file)}"
@@ -82,6 +83,12 @@ def _note(stored: str, *, keep_blocks: bool) -> str | None:
         f"the weights once were {stored}, and lie on that grid: a quantizer of as many bits finds "
         "much of it again, so what it loses is understated"
     )
+
+
+def _whole(target: Path, record: dict[str, Any]) -> bool:
+    """Whether the folder is as it was made; its name is part of the record, and stays inside."""
+    name = str(record.get("folder"))
+    return Path(name).name == name and is_whole(target / name, record)
 
 
 def _target(file: Path, cache: Path, *, keep_blocks: bool) -> Path:

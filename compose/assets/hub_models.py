@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from compose.artifacts.intake import require_weights, weight_files
 from compose.assets import fetch
 from compose.assets.fetch import Unavailable, require_hub
 from compose.assets.model_asset import ModelAsset, asset_of
 from compose.assets.table import MODELS
 from compose.errors import AssetError, suggest
+from compose.hashes import hash_file
 
-_CODE_AND_TEXT = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*")
+_TEXT = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+_SHA256 = re.compile("[0-9a-f]{64}")
 _LETTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
 
@@ -54,13 +58,30 @@ def from_hub(source: str) -> ModelAsset:
     """A snapshot in the hub's own cache, as transformers would make it."""
     name, _, revision = source.partition("@")
     if (folder := cached_snapshot(name, revision or None)) is not None:
-        return asset_of(folder, f"hub:{name}@{folder.name}")
+        return _asset(name, folder)
     require_hub(name)
     try:
         folder = _snapshot(name, revision or None, offline=False)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise Unavailable(f"the Hugging Face hub refuses {source} ({reason[0]})") from error
+    require_weights(folder)
+    return _asset(name, folder)
+
+
+def _asset(name: str, folder: Path) -> ModelAsset:
+    """A snapshot, its large files compared with their names: the hub stores them under their hash.
+
+    Raises:
+        AssetError: one of them is damaged.
+    """
+    for path in weight_files(folder):
+        stored = path.resolve()
+        if _SHA256.fullmatch(stored.name) and hash_file(stored) != stored.name:
+            raise AssetError(
+                f"{path.name} of {name} in the hub's cache is not what was downloaded",
+                fix=f"remove {stored} and run again",
+            )
     return asset_of(folder, f"hub:{name}@{folder.name}")
 
 
@@ -70,23 +91,14 @@ def cached_snapshot(name: str, revision: str | None = None) -> Path | None:
         folder = _snapshot(name, revision, offline=True)
     except Exception:  # nothing, or not all of it, is cached
         return None
-    weights = (*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin"))
-    return folder if weights else None
+    return folder if weight_files(folder) else None
 
 
 def _snapshot(name: str, revision: str | None, *, offline: bool) -> Path:
-    """Safetensors where the repository has them, else the older pickled weights."""
+    """The text files and the safetensors of a repository: no code, and nothing pickled."""
     from huggingface_hub import snapshot_download
 
-    for weights in ("*.safetensors", "pytorch_model*.bin"):
-        folder = Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=[*_CODE_AND_TEXT, weights],
-                local_files_only=offline,
-            )
-        )
-        if any(folder.glob(weights)):
-            break
-    return folder
+    wanted = [*_TEXT, "*.safetensors"]
+    return Path(
+        snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline)
+    )

@@ -34,6 +34,15 @@ def asset_of(folder: Path, origin: str) -> ModelAsset:
     return ModelAsset(folder, origin, hash_folder(folder), read_config(folder))
 
 
+def is_whole(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a folder that was made here has the hash that its record states.
+
+    Hashes are remembered beside the folder, so an unchanged one is not read again.
+    """
+    memory = folder.parent / ".hashes.json"
+    return hash_folder(folder, memory) == record.get("sha256")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json.
 
@@ -47,7 +56,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is not a model folder: it has no config.json",
             fix="name a folder that save_pretrained wrote",
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AssetError(f"{folder / 'config.json'} is not readable JSON: {error}") from error
     if not isinstance(config, dict):
         raise AssetError(f"{folder / 'config.json'} is not a mapping")

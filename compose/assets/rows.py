@@ -61,7 +61,7 @@ def pack_rows(name: str, items: Iterable[Any], origin: str) -> TextData:
     Raises:
         AssetError: a row is none of these, or none is left.
     """
-    rows_in = ((_parse(item, name, number), item) for number, item in enumerate(items, 1))
+    rows_in = ((_whole(item, name, number), item) for number, item in enumerate(items, 1))
     kept = [(row, item) for row, item in rows_in if row]
     parsed = [row for row, _ in kept]
     if not parsed:
@@ -74,6 +74,19 @@ def pack_rows(name: str, items: Iterable[Any], origin: str) -> TextData:
     named = [str(item["category"]) for _, item in kept if "category" in item]
     categories = named if len(named) == len(rows) else None
     return TextData(name, rows, prompts, chats, origin, _hash(rows), categories)
+
+
+def _whole(item: Any, name: str, number: int) -> str | list[Message]:
+    """A row whose text can be written as UTF-8: JSON can state halves of surrogate pairs."""
+    row = _parse(item, name, number)
+    try:
+        (row if isinstance(row, str) else _plain(row)).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise AssetError(
+            f"row {number} of {name} holds half of a surrogate pair ({error.reason})",
+            fix="write the character itself, or its whole pair",
+        ) from error
+    return row
 
 
 def _parse(item: Any, name: str, number: int) -> str | list[Message]:

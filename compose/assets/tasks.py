@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compose.artifacts.folder import hash_file
 from compose.assets.fetch import (
     Unavailable,
     build_once,
@@ -23,6 +22,7 @@ from compose.assets.fetch import (
 )
 from compose.assets.table import TASK_DATA, TASKS, TaskAlias
 from compose.errors import AssetError, suggest
+from compose.hashes import hash_file
 from compose.units import Progress
 
 Row = dict[str, Any]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import io
 import json
 import lzma
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,9 @@ from compose.units import Progress
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+MOST_UNPACKED = 4 << 30
+"""Bytes of text in one .xz file."""
 
 _CALIBRATION_DATA = "exllamav3/conversion/standard_cal_data"
 _ROWS = {
@@ -282,10 +286,26 @@ def _from_file(path: Path, name: str) -> TextData:
 
 def _read(path: Path) -> str:
     try:
-        data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-        return data.decode("utf-8")
-    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
+        packed = path.suffix == ".xz"
+        data = _unpacked(path.read_bytes(), path) if packed else path.read_bytes()
+    except (OSError, EOFError, lzma.LZMAError) as error:
         raise AssetError(f"cannot read {path}: {error}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise AssetError(
+            f"the text is not UTF-8 ({error.reason})", fix="save it as UTF-8", file=path, line=line
+        ) from error
+
+
+def _unpacked(data: bytes, path: Path) -> bytes:
+    """What an .xz file holds, up to a limit: a few kilobytes can be packed from terabytes."""
+    with lzma.open(io.BytesIO(data)) as packed:
+        text = packed.read(MOST_UNPACKED + 1)
+    if len(text) > MOST_UNPACKED:
+        raise AssetError(f"{path.name} unpacks to more than {MOST_UNPACKED >> 30} GiB")
+    return text
 
 
 def _packaged(name: str) -> str:
@@ -298,7 +318,7 @@ def _json_lines(text: str, name: str) -> list[Any]:
         if line.strip():
             try:
                 items.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise AssetError(f"not JSON: {error}", file=name, line=number) from error
     return items
 
@@ -306,7 +326,7 @@ def _json_lines(text: str, name: str) -> list[Any]:
 def _json_list(text: str, name: str) -> list[Any]:
     try:
         items = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AssetError(f"not JSON: {error}", file=name) from error
     if isinstance(items, dict):  # one named list inside, as in {"data": [...]}
         lists = [value for value in items.values() if isinstance(value, list)]

@@ -29,8 +29,8 @@ from compose.results.io import load_results
 from compose.results.metrics import METRICS, metrics
 from compose.results.parts import TaskScore
 from compose.results.schema import CellResult, Results
-from compose.store import new_folder, read_json, write_json
-from compose.units import metric_text
+from compose.store import new_folder, private_folder, read_json, write_json
+from compose.units import metric_text, printable
 
 MEASUREMENTS = "measurements.json"
 CARD = "README.md"
@@ -60,9 +60,11 @@ def export_cell(
         raise UserError(f"cell {name!r} cannot be exported: it is {cell.status} ({cell.reason})")
     planned = planned_cell(run, cell.name)
     source = run.store.model(planned["weights"])
-    if not run.store.has(planned["weights"]):
+    damage = run.store.damage(planned["weights"])
+    if damage is not None or not run.store.has(planned["weights"]):
+        state = "no longer" if damage is None else f"damaged ({damage})"
         raise ArtifactError(
-            f"the model folder of cell {cell.name!r} is no longer in the store {run.store.root}",
+            f"the model folder of cell {cell.name!r} is {state} in the store {run.store.root}",
             fix="run the pipeline again: only what is missing is made",
         )
     refuse_foreign(target)
@@ -215,6 +217,7 @@ def _ask(
 ) -> Any:
     """The answer of one worker."""
     file = run.job(f"export-{weights}.{role}")
+    private_folder(file.parent)
     write_json(file, request)
     worker = executor.start(role, file, run.log(f"export-{weights}"))
     try:
@@ -240,6 +243,7 @@ def model_card(
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_on_card,
     )
     return environment.get_template("model_card.md.j2").render(
         cell=cell,
@@ -256,6 +260,14 @@ def model_card(
         base_model=base_model(stages[0]),
         parameters=_parameters,
     )
+
+
+def _on_card(value: Any) -> Any:
+    """A value as the card may print it: on one line, and neither markup nor the end of a cell."""
+    if not isinstance(value, str):
+        return value
+    flat = " ".join(printable(value).split()) if "\n" in value else printable(value)
+    return flat.replace("`", "'").replace("<", "&lt;").replace("|", "\\|")
 
 
 def base_model(source: dict[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ from compose.execution.executors import Executor
 from compose.execution.messages import CellCommand, Role
 from compose.execution.run_folder import RunFolder
 from compose.execution.worker_process import Worker, await_answer
-from compose.store import write_json
+from compose.store import private_folder, write_json
 
 
 class RunWorkers:
@@ -35,6 +35,7 @@ class RunWorkers:
             StepError: `end_all` was called before.
         """
         file = self._folder.job(f"{name}.{role}")
+        private_folder(file.parent)  # a worker does what stands in it
         write_json(file, job)
         log = self._folder.log(name)
         with self._lock:

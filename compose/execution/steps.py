@@ -12,6 +12,7 @@ from filelock import Timeout
 
 from compose.errors import AssetError, ComposeError
 from compose.execution.board import Line
+from compose.execution.disk import needed_bytes, require_space
 from compose.execution.failures import failure_of, first_line
 from compose.execution.graph import Task
 from compose.execution.messages import CheckRequest, StepRequest
@@ -38,7 +39,7 @@ def step_tasks(run: RunState, cells: list[Cell]) -> list[Task]:
 
 
 def make_step(run: RunState, step: Step) -> None:
-    """Make a step's folder, unless it is stored or its parent could not be made.
+    """Make a step's folder, unless it is stored whole or its parent could not be made.
 
     Raises:
         AssetError: the source model cannot be had, so nothing can run.
@@ -46,23 +47,34 @@ def make_step(run: RunState, step: Step) -> None:
     if step.parent in run.failed_steps:
         run.failed_steps[step.key] = run.failed_steps[step.parent]
         return
-    if run.store.has(step.key):
+    if _is_whole(run, step):
         return
     line = run.board.line(_title(run, step), step=run.plan.title(step))
     try:
         with _locked(run, step.key, line):
-            if run.store.has(step.key):  # another run made it while we waited
+            damage = run.store.damage(step.key)
+            if damage is None and run.store.has(step.key):  # made while we waited
                 line.done("made by another run")
                 return
             run.worked = True
+            require_space(run.store.root, needed_bytes(run, step), run.plan.title(step))
             _write(run, step, line)
-    except ComposeError as error:
+    except (ComposeError, OSError) as error:  # a full disk, or a store that is not ours to write
         line.failed(first_line(error))
         if isinstance(error, AssetError) and step.stage is None:
             raise
         run.failed_steps[step.key] = failure_of(error, step.name)
     else:
         line.done()
+
+
+def _is_whole(run: RunState, step: Step) -> bool:
+    """Whether a step is stored just as it was made; that it is damaged is said."""
+    damage = run.store.damage(step.key)
+    if damage is not None:
+        where = f"store/{step.key}"
+        run.board.print(f"! {run.plan.title(step)} is made again, {where} is damaged: {damage}")
+    return damage is None and run.store.has(step.key)
 
 
 def _title(run: RunState, step: Step) -> str:

@@ -20,9 +20,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from compose.errors import ArtifactError, AssetError, ComposeError, StepError
+import psutil
+
+from compose.errors import ArtifactError, AssetError, ComposeError, StepError, UserError
 from compose.execution.messages import Message, Role
 from compose.store import write_json
+from compose.units import bytes_text
 
 LOG_TAIL_LINES = 25
 GRACE_S = 5.0
@@ -86,6 +89,7 @@ class LocalWorker:
         self.log = log
         self.stopped = False
         self._received = b""
+        self.most_bytes = 0  # of memory, as far as it was seen
         self.log_start = log.stat().st_size if log.exists() else 0
         with log.open("ab") as output:
             self.process = subprocess.Popen(
@@ -123,11 +127,18 @@ class LocalWorker:
             while not select.select([self.process.stdout], [], [], POLL_S)[0]:
                 if self._ended():
                     return False
+                self._look()
             data = os.read(self.process.stdout.fileno(), 1 << 16)
         except (OSError, ValueError):  # another thread stopped the worker and closed the pipe
             return False
         self._received += data
         return bool(data)
+
+    def _look(self) -> None:
+        """Note how much memory the worker holds: after an out-of-memory kill nobody knows."""
+        with contextlib.suppress(psutil.Error):
+            held = psutil.Process(self.process.pid).memory_info().rss
+            self.most_bytes = max(self.most_bytes, held)
 
     def stop(self) -> None:
         """End the worker's whole process group, by SIGTERM and then by SIGKILL."""
@@ -174,7 +185,8 @@ class LocalWorker:
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
             if -code == signal.SIGKILL:
-                how += " (out of memory is the usual reason)"
+                seen = f"; it held {bytes_text(self.most_bytes)}" if self.most_bytes else ""
+                how += f" (out of memory is the usual reason{seen})"
         else:
             how = f"ended with exit code {code}"
         return f"the worker {how} without an answer; its log {self.log.name} ends:\n{self._tail()}"
@@ -207,7 +219,7 @@ def await_answer(worker: Worker, on_message: Callable[[Message], None] | None = 
 def raised_by_worker(message: Message) -> ComposeError:
     """The exception in a worker's answer that is not ok."""
     kinds: dict[str, type[ComposeError]] = {
-        each.__name__: each for each in (AssetError, ArtifactError)
+        each.__name__: each for each in (AssetError, ArtifactError, UserError)
     }
     error = kinds.get(message["kind"], StepError)(message["error"])
     error.add_note(message["traceback"])

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from compose.errors import PipelineError, suggest
+from compose.errors import PipelineError, shortened, suggest
 from compose.language.positions import Loc, Problem, SourceMap
 from compose.language.schema import Export, Pipeline
 from compose.language.yaml_values import kind_of
@@ -39,6 +39,7 @@ def refusals(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem
     """
     details = error.errors(include_url=False)
     misspelt = {detail["loc"][:-1] for detail in details if detail["type"] == "extra_forbidden"}
+    details = [each for each in details if not _only_counts_the_good(each)]
     details = [
         each for each in details if each["type"] != "missing" or each["loc"][:-1] not in misspelt
     ]
@@ -49,6 +50,12 @@ def refusals(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem
 
     for loc, group in groupby(sorted(details, key=lambda each: str(place(each))), key=place):
         yield _refusal(loc, list(group), raw)
+
+
+def _only_counts_the_good(detail: ErrorDetails) -> bool:
+    """Whether a list is called too short because items of it are wrong, which is said by itself."""
+    wanted = detail.get("ctx", {}).get("min_length", 0)
+    return detail["type"] == "too_short" and len(detail["input"]) >= wanted
 
 
 def _in_file(loc: Loc, raw: Any) -> Loc:
@@ -72,7 +79,7 @@ def _refusal(loc: Loc, details: list[ErrorDetails], raw: Mapping[str, Any]) -> P
     if kind == "extra_forbidden":
         hint = suggest(str(loc[-1]), _known_keys(loc[:-1], raw))
         where = f" in {parent}" if parent else ""
-        return Problem(loc, f"unknown key {str(loc[-1])!r}{where}: {hint}", at_key=True)
+        return Problem(loc, f"unknown key {shortened(repr(loc[-1]))}{where}: {hint}", at_key=True)
     if kind == "missing":
         where = f"{parent} lacks" if parent else "the file lacks"
         return Problem(loc, f"{where} the key {str(loc[-1])!r}")
@@ -80,10 +87,14 @@ def _refusal(loc: Loc, details: list[ErrorDetails], raw: Mapping[str, Any]) -> P
         return Problem(loc, f"{_dotted(loc)} lacks the key 'use': known: {', '.join(STAGES)}")
     if kind == "union_tag_invalid":
         named = str(value.get("use")) if isinstance(value, Mapping) else str(value)
-        return Problem((*loc, "use"), f"unknown stage {named!r}: {suggest(named, STAGES)}")
+        return Problem(
+            (*loc, "use"), f"unknown stage {shortened(repr(named))}: {suggest(named, STAGES)}"
+        )
     if kind == "value_error":
         at_key = detail["loc"][-1] == "[key]"
-        return Problem(loc, f"{_dotted(loc)}: {detail['ctx']['error']}", at_key=at_key)
+        return Problem(
+            loc, f"{_dotted(loc)}: {shortened(str(detail['ctx']['error']), 300)}", at_key=at_key
+        )
     wanted = " or ".join(dict.fromkeys(_expected(each) for each in details))
     return Problem(loc, f"{_dotted(loc)}: expected {wanted}, not {kind_of(value)}")
 
@@ -132,6 +143,7 @@ def _dotted(loc: Loc) -> str:
     """`("matrix", "prune", 2)` -> `matrix.prune[2]`."""
     text = ""
     for part in loc:
+        part = part if isinstance(part, int) else shortened(part, 60)
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
 

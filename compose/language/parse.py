@@ -7,6 +7,7 @@ values strictly (no text for a number), and what it refuses is worded anew (`mis
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from compose.language.schema import Pipeline
 from compose.language.yaml_values import read_yaml
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".xz")
+MOST_BYTES = 1 << 16
+"""Of a pipeline file: twenty times the longest that ships."""
+MOST_PROBLEMS = 1000
+"""Mistakes of which the first is looked for; each may cost a comparison with many names."""
 
 
 def load_pipeline(path: str | Path) -> Pipeline:
@@ -36,7 +41,7 @@ def load_pipeline(path: str | Path) -> Pipeline:
     except ValidationError as error:
         raise first_mistake(refusals(error, raw), source_map) from None
     resolved, missing = _resolve_paths(pipeline, file.absolute().parent)
-    problems = [*pipeline.problems(), *missing]
+    problems = [*islice(pipeline.problems(), MOST_PROBLEMS), *missing]
     if problems:
         raise first_mistake(problems, source_map)
     return resolved.with_source_map(source_map)
@@ -50,15 +55,27 @@ def to_json_schema() -> dict[str, Any]:
 
 def _text_of(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open("rb") as stream:
+            data = stream.read(MOST_BYTES + 1)
     except FileNotFoundError:
         beside = sorted(each.name for each in file.absolute().parent.glob("*.yaml"))
         hint = suggest(file.name, beside) if beside else None
         raise PipelineError("there is no such file", file=file, fix=hint) from None
-    except UnicodeDecodeError as error:
-        raise PipelineError(f"the file is not UTF-8 text ({error.reason})", file=file) from None
     except OSError as error:
         raise PipelineError(f"cannot read it: {error.strerror}", file=file) from None
+    if len(data) > MOST_BYTES:
+        kib = MOST_BYTES >> 10
+        raise PipelineError(f"the file has more than {kib} KiB: no pipeline is as long", file=file)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise PipelineError(
+            f"the file is not UTF-8 text ({error.reason})",
+            fix="save it as UTF-8",
+            file=file,
+            line=line,
+        ) from None
 
 
 def _resolve_paths(pipeline: Pipeline, folder: Path) -> tuple[Pipeline, list[Problem]]:

@@ -23,7 +23,7 @@ from pydantic import (
 
 from compose.assets.table import TASKS, WRITTEN_TASK
 from compose.bench.peers.table import parse_peer
-from compose.errors import UserError, suggest
+from compose.errors import UserError, shortened, suggest
 from compose.language.positions import Error, Loc, Problem, SourceMap
 from compose.language.variants import vary_problems
 from compose.stages.registry import AnyStage, DataSpec, Gate, Int4, Int8, Skip, Speculate, Stage
@@ -40,7 +40,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 def _name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"{name!r} is not a name: take letters, digits, '_', '.' and '-', "
+            f"{shortened(repr(name))} is not a name: take letters, digits, '_', '.' and '-', "
             "a letter or digit first"
         )
     return name
@@ -76,6 +76,11 @@ def _matrix(value: object) -> object:
     if isinstance(value, str):
         raise ValueError(f"{value!r} is not a matrix: write 'default', or a mapping of axes")
     return value
+
+
+def _no_bool(value: object) -> object:
+    """In Python, true is the number 1."""
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 Name = Annotated[str, AfterValidator(_name)]
@@ -308,7 +313,9 @@ DEFAULT_MATRIX = Matrix.model_validate(
 class Pipeline(_Section):
     """A whole pipeline file."""
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
+    schema_version: Annotated[Literal[1], BeforeValidator(_no_bool)] = Field(
+        default=1, alias="schema"
+    )
     """Version of this language."""
 
     name: Name
@@ -406,7 +413,7 @@ class Pipeline(_Section):
         for name, place in names:
             if name not in self.stages:
                 hint = suggest(name, self.stages)
-                yield Problem(place, f"no stage is named {name!r}: {hint}")
+                yield Problem(place, f"no stage is named {shortened(repr(name))}: {hint}")
 
     def _axes_problems(
         self, axes: Mapping[str, tuple[Choice, ...]], place: Loc

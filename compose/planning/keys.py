@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from compose.artifacts.folder import hash_file
 from compose.errors import PlanError
+from compose.hashes import hash_file
 from compose.language.positions import Loc
 from compose.language.schema import Pipeline
 from compose.planning.plan import SOURCE

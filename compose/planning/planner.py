@@ -7,15 +7,21 @@ content is part of a step's key.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from compose.errors import PlanError, RuleBroken
+from compose.errors import PlanError, RuleBroken, shortened
 from compose.language.positions import Loc
 from compose.language.schema import DENSE, Chain, Pipeline, as_chain
 from compose.planning.keys import InputHashes, StepKeys, cell_key
 from compose.planning.plan import SOURCE, Cell, LeftOut, Origin, Plan, Step, speculates
 from compose.stages.base import RULES, ModelShape, Stage
+
+MOST_COMBINATIONS = 10_000
+"""Chains of a matrix: planning more takes minutes, running them years."""
+MOST_STAGES = 100
+"""Stages of one chain."""
 
 
 def make_plan(
@@ -32,6 +38,7 @@ def make_plan(
     for problem in pipeline.problems():
         error = PlanError(problem.message, fix=problem.fix)
         raise pipeline.locate(error, problem.loc, at_key=problem.at_key)
+    _refuse_endless(pipeline)
     planner = _Planner(pipeline, shape, known or {})
     planner.add((), (DENSE,), "baseline")
     for name, chain in pipeline.pipelines.items():
@@ -42,6 +49,29 @@ def make_plan(
     planner.add_repeats()
     planner.add_peers()
     return planner.plan()
+
+
+def _refuse_endless(pipeline: Pipeline) -> None:
+    """Refuse a matrix or a chain that would keep the planner busy for minutes, at its line."""
+    matrix = pipeline.matrix
+    axes = {} if matrix is None else matrix.axes
+    excluded = 0 if matrix is None else len(matrix.exclude)
+    count = math.prod(map(len, axes.values())) if axes else 0
+    chained = (count + len(pipeline.pipelines)) * (1 + len(pipeline.more_seeds))
+    if max(chained, count * excluded // 100) > MOST_COMBINATIONS:
+        error = PlanError(
+            f"the file asks for {shortened(str(chained), 20)} chains, with {excluded} entries that "
+            f"exclude some; at most {MOST_COMBINATIONS} chains can be planned",
+            fix="shorten the axes of the matrix, or split it over several files",
+        )
+        most: Loc = ("more_seeds",) if len(pipeline.more_seeds) > count else ("matrix",)
+        raise pipeline.locate(error, most, at_key=True)
+    chains = [(("pipelines", name), chain) for name, chain in pipeline.pipelines.items()]
+    chains += [(("matrix", axis), chain) for axis, choices in axes.items() for chain in choices]
+    for place, chain in chains:
+        if len(chain) > MOST_STAGES:
+            error = PlanError(f"a chain of {len(chain)} stages: at most {MOST_STAGES} are planned")
+            raise pipeline.locate(error, place)
 
 
 def combinations(pipeline: Pipeline) -> Iterator[tuple[Chain, bool]]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from compose.artifacts.gguf_file import is_gguf
+from compose.artifacts.intake import require_source
 from compose.assets import (
     SELF_WRITTEN,
     data_pin,
@@ -35,18 +37,18 @@ def load_plan(file: Path, asset_cache: Path) -> Plan:
     pipeline = load_pipeline(file)
     with context(file=file):
         require_inputs(pipeline)
-        return make_plan(
-            pipeline, model_shape(pipeline, asset_cache), input_hashes(pipeline, asset_cache)
-        )
+        shape = model_shape(pipeline, asset_cache)
+        refuse_longer(pipeline, shape)
+        return make_plan(pipeline, shape, input_hashes(pipeline, asset_cache))
 
 
 def require_inputs(pipeline: Pipeline) -> None:
-    """Refuse the first text or task that does not exist, at its line.
+    """Refuse the first model, text or task that does not exist or cannot be read, at its line.
 
     What only the hub knows is not refused: `owner/name` may be there when it is read.
 
     Raises:
-        AssetError: there is no text or task of that name.
+        AssetError: there is no text or task of that name, or the model's folder is not whole.
     """
     for loc, check in _inputs(pipeline):
         try:
@@ -56,7 +58,10 @@ def require_inputs(pipeline: Pipeline) -> None:
 
 
 def _inputs(pipeline: Pipeline) -> Iterator[tuple[Loc, Callable[[], None]]]:
-    """Every name of a text or a task: its place in the file, and what refuses it."""
+    """Every name of a model, a text or a task: its place in the file, and what refuses it."""
+    folder = Path(pipeline.model.source)
+    if folder.is_absolute() and not is_gguf(folder):  # a file's header is read for its sizes
+        yield ("model", "source"), partial(require_source, folder)
     for split in ("train", "calibration"):
         source = getattr(pipeline.data, split).source
         if source != SELF_WRITTEN:
@@ -73,6 +78,39 @@ def _inputs(pipeline: Pipeline) -> Iterator[tuple[Loc, Callable[[], None]]]:
     yield ("benchmark", "lossless", "source"), partial(require_text_name, lossless)
     if (prompts := pipeline.benchmark.speed.prompts) is not None:
         yield ("benchmark", "speed", "prompts"), partial(require_text_name, prompts)
+
+
+def refuse_longer(pipeline: Pipeline, shape: ModelShape | None) -> None:
+    """Refuse text longer than the context that the model was made for, at its line.
+
+    Raises:
+        PlanError: with the length, and the model's.
+    """
+    positions = None if shape is None else shape.positions
+    if positions is None:
+        return
+    for loc, length in _lengths(pipeline):
+        if length > positions:
+            error = PlanError(
+                f"{length} tokens are more than the {positions} positions of this model",
+                fix="take a shorter length",
+            )
+            raise pipeline.locate(error, loc)
+
+
+def _lengths(pipeline: Pipeline) -> Iterator[tuple[Loc, int]]:
+    """Every length of text that the file asks for, and its place."""
+    stages = pipeline.stages.items()
+    for split in sorted({split for _, stage in stages for split in stage.reads_data}):
+        yield ("data", split, "length"), getattr(pipeline.data, split).length
+    for name, stage in stages:
+        if isinstance(length := getattr(stage, "length", None), int):
+            yield ("stages", name, "length"), length
+    speed = pipeline.benchmark.speed
+    if speed.prompts is None:
+        yield ("benchmark", "speed", "prompt_tokens"), speed.prompt_tokens + speed.new_tokens
+    for index, length in enumerate(speed.contexts):
+        yield ("benchmark", "speed", "contexts", index), length + speed.new_tokens
 
 
 def model_shape(pipeline: Pipeline, asset_cache: Path) -> ModelShape | None:

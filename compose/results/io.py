@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compose.errors import UserError
+from compose.errors import UserError, shortened
 from compose.results.schema import SCHEMA_VERSION, Results
 from compose.store import write_json
 
@@ -29,8 +29,8 @@ def load_results(path: str | Path) -> Results:
         why = error.strerror or str(error)
         fix = "give a run's folder or its results.json"
         raise UserError(f"cannot read the results: {why}", fix=fix, file=file) from error
-    except ValueError as error:
-        raise UserError(f"this is not JSON: {error}", file=file) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"this is not JSON: {shortened(str(error))}", file=file) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version != SCHEMA_VERSION:
         newer = version > SCHEMA_VERSION
@@ -44,6 +44,8 @@ def load_results(path: str | Path) -> Results:
         return Results.model_validate(data)
     except ValidationError as error:
         raise UserError(_first_mistake(data, error), file=file) from error
+    except (TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"this is not the result of a run: {error}", file=file) from error
 
 
 def save_results(results: Results, path: str | Path) -> None:

@@ -24,7 +24,13 @@ from compose.execution.runner import RunResult
 from compose.execution.state import Settings
 from compose.language.parse import load_pipeline
 from compose.language.schema import Chain, Pipeline, Search
-from compose.planning.prepare import input_hashes, load_plan, model_shape, require_inputs
+from compose.planning.prepare import (
+    input_hashes,
+    load_plan,
+    model_shape,
+    refuse_longer,
+    require_inputs,
+)
 from compose.results.schema import CellResult, Results
 from compose.search.found import SHOWN, found_pipeline, front, to_yaml
 from compose.search.halving import Rung, cheap_rungs, halve, kept_after
@@ -133,6 +139,7 @@ class _Search:
         require_inputs(self.pipeline)
         self.asked = self.pipeline.search or Search()
         shape = model_shape(self.pipeline, settings.asset_cache)
+        refuse_longer(self.pipeline, shape)
         known = input_hashes(self.pipeline, settings.asset_cache)
         self.space = build_space(self.pipeline, shape, known)
         self.lab = Lab(self.space, shape, known, settings, executor, board)

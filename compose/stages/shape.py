@@ -28,6 +28,8 @@ class ModelShape:
     """Bits of the largest weights that it packed, where the source model's config states them."""
     long_rope: bool = False
     """Whether each rotary frequency has a factor of its own, as in the long-context Phi3."""
+    positions: int | None = None
+    """Most tokens of a text, where the config states it."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -36,7 +38,7 @@ class ModelShape:
         Raises:
             PlanError: the config names no size that a decoder of the Llama family has.
         """
-        text: Mapping[str, Any] = config.get("text_config") or config
+        text = _mapping(config.get("text_config")) or config
         wanted = (
             "hidden_size",
             "intermediate_size",
@@ -44,7 +46,7 @@ class ModelShape:
             "num_attention_heads",
             "vocab_size",
         )
-        absent = [key for key in wanted if not isinstance(text.get(key), int)]
+        absent = [key for key in wanted if _count(text, key) is None]
         if absent:
             kind = text.get("model_type", "unknown")
             raise PlanError(
@@ -52,23 +54,25 @@ class ModelShape:
                 fix="take a decoder-only model of the Llama family",
             )
         hidden, heads = text["hidden_size"], text["num_attention_heads"]
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        quantization = config.get("quantization_config") or text.get("quantization_config")
+        rope = _mapping(text.get("rope_parameters")) or _mapping(text.get("rope_scaling"))
+        quantization = _mapping(config.get("quantization_config"))
+        quantization = quantization or _mapping(text.get("quantization_config"))
         return cls(
             model_type=str(text.get("model_type", "unknown")),
             hidden_size=hidden,
             intermediate_size=text["intermediate_size"],
             num_layers=text["num_hidden_layers"],
             num_heads=heads,
-            num_kv_heads=text.get("num_key_value_heads") or heads,
-            head_dim=text.get("head_dim") or hidden // heads,
+            num_kv_heads=_count(text, "num_key_value_heads") or heads,
+            head_dim=_count(text, "head_dim") or hidden // heads,
             vocab_size=text["vocab_size"],
             tie_embeddings=bool(
                 config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
             ),
-            quantized=quantization.get("quant_method", "unknown") if quantization else None,
-            packed_bits=_packed_bits(quantization or {}),
+            quantized=str(quantization.get("quant_method", "unknown")) if quantization else None,
+            packed_bits=_packed_bits(quantization),
             long_rope="short_factor" in rope,
+            positions=_count(text, "max_position_embeddings"),
         )
 
     @property
@@ -92,14 +96,25 @@ class ModelShape:
         }
 
 
+def _mapping(value: object) -> Mapping[str, Any]:
+    """A mapping of a config; empty where something else stands there."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _count(text: Mapping[str, Any], key: str) -> int | None:
+    """A positive whole number of a config; None where something else stands there."""
+    value = text.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
 def _packed_bits(quantization: Mapping[str, Any]) -> int | None:
     """The most bits that a quantization config gives a layer; None where it does not say."""
     if quantization.get("load_in_8bit") or quantization.get("load_in_4bit"):
         return 8 if quantization.get("load_in_8bit") else 4
-    layers = [quantization.get(key) or {} for key in ("dynamic", "layers")]
-    own = [each for named in layers for each in named.values()]
-    stated = [each.get("bits") for each in (quantization, *own)]
-    return max((bits for bits in stated if isinstance(bits, int)), default=None)
+    layers = [_mapping(quantization.get(key)) for key in ("dynamic", "layers")]
+    own = [_mapping(each) for named in layers for each in named.values()]
+    stated = [_count(each, "bits") for each in (quantization, *own)]
+    return max((bits for bits in stated if bits is not None), default=None)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compose.results.schema import CellResult, Results
+from compose.terminal.shown import shown
 
 PROMPTS_CHECKED = 4
 """Prompts on which speculation is compared with plain decoding."""
@@ -65,7 +66,7 @@ def print_bench(out: Console, results: Results) -> None:
         out.print(_quality_table(results, measured))
     for cell in measured:
         for line in _remarks(cell):
-            out.print(f"{cell.name}: {line}", highlight=False, soft_wrap=True)
+            out.print(f"{shown(cell.name)}: {shown(line)}", highlight=False, soft_wrap=True)
     roof = results.environment.get("roofline")
     if roof:
         out.print(
@@ -85,8 +86,8 @@ def _speed_table(results: Results, cells: Sequence[CellResult]) -> Table:
             decode, prefill = numbers.decode_tokens_per_s, numbers.prefill_tokens_per_s
             quartiles = decode.quartiles if decode else None
             table.add_row(
-                cell.name,
-                shape,
+                shown(cell.name),
+                shown(shape),
                 f"{prefill.median:.0f}" if prefill else "",
                 _ratio(numbers.prefill_ratio),
                 f"{decode.median:.1f}" if decode else "",
@@ -123,14 +124,14 @@ def _quality_table(results: Results, cells: Sequence[CellResult]) -> Table:
     table = Table(title="Quality, on one text", title_justify="left")
     scored = [results.quality(cell) for cell in cells]
     tasks = sorted({name for each in scored if each for name in each.tasks or {}})
-    for name in ("cell", "perplexity", "x (95 %)", "KL", "agreement", *tasks, "MB"):
+    for name in ("cell", "perplexity", "x (95 %)", "KL", "agreement", *map(shown, tasks), "MB"):
         table.add_column(name)
     for cell, quality in zip(cells, scored, strict=True):
         perplexity = quality.perplexity if quality else None
         size = cell.size.disk_bytes if cell.size else None
         scores = (quality.tasks or {}) if quality else {}
         table.add_row(
-            cell.name,
+            shown(cell.name),
             _number(perplexity.value if perplexity else None, ".2f"),
             _with_interval(perplexity),
             _number(quality.kl_to_baseline if quality else None, ".3f"),

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 from compose.errors import ComposeError
 from compose.execution.runner import RunResult
+from compose.terminal.stopping import exit_code, resuming_command
 
 
 class JsonLines:
@@ -32,12 +33,16 @@ class JsonLines:
 
 @contextmanager
 def reported(events: JsonLines | None) -> Iterator[None]:
-    """Emit `error` for what ends the run inside the block, and let it pass on."""
+    """Emit `error` or `interrupted` for what ends the run inside the block, and let it pass on."""
     try:
         yield
     except ComposeError as error:
         if events is not None:
             events.emit("error", message=str(error), exit_code=error.exit_code)
+        raise
+    except KeyboardInterrupt as stop:
+        if events is not None:
+            events.emit("interrupted", exit_code=exit_code(stop), resume=resuming_command())
         raise
 
 

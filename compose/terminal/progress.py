@@ -11,14 +11,14 @@ from functools import partial
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from compose.execution.board import show_progress
 from compose.execution.messages import Role
 from compose.terminal.events import JsonLines
+from compose.terminal.shown import shown
 from compose.terminal.timing import Smoothed, TimeLeft
-from compose.units import duration_text, progress_text
+from compose.units import duration_text, printable, progress_text
 
 PLAIN_EVERY_S = 20.0
 """How often a job's progress is printed where there is no terminal."""
@@ -81,8 +81,8 @@ class Line:
     def _close(self, sign: str, note: str) -> str:
         if self._task is not None:
             self._board.close(self._task)
-        noted = f" [dim]{escape(note)}[/]" if note else ""
-        return f"{sign} {escape(self.name)} [dim]{duration_text(self._seconds())}[/]{noted}"
+        noted = f" [dim]{shown(note)}[/]" if note else ""
+        return f"{sign} {shown(self.name)} [dim]{duration_text(self._seconds())}[/]{noted}"
 
     def _tell(self, event: str, **fields: Any) -> None:
         if self._board.events is not None:
@@ -133,7 +133,9 @@ class Board:
     def print(self, text: str, *, markup: bool = False) -> None:
         """Print a line that stays."""
         with self._lock:
-            self.console.print(text, markup=markup, highlight=False, soft_wrap=True)
+            self.console.print(
+                text if markup else printable(text), markup=markup, highlight=False, soft_wrap=True
+            )
 
     def remark(self, text: str, *, markup: bool = False) -> None:
         """Print a line that stays, unless only failures are wanted."""
@@ -144,13 +146,13 @@ class Board:
         """A live line, or None when there is no terminal."""
         if self._live is None:
             return None
-        return self._live.add_task(escape(name), total=None, note="")
+        return self._live.add_task(shown(name), total=None, note="")
 
     def move(self, task: TaskID, done: int, total: int, text: str) -> None:
         """Move a live line."""
         if self._live is not None:
             known = total if total > 1 else None  # the progress of a job of one part is not known
-            self._live.update(task, completed=done, total=known, note=escape(text))
+            self._live.update(task, completed=done, total=known, note=shown(text))
 
     def close(self, task: TaskID) -> None:
         """Take a live line away."""

@@ -15,6 +15,7 @@ from compose.results.schema import Results
 from compose.terminal.events import JsonLines, reported, result_event
 from compose.terminal.progress import Board
 from compose.terminal.show import print_result
+from compose.terminal.stopping import orderly_stop
 
 
 def run_shown(
@@ -32,7 +33,8 @@ def run_shown(
     """
     console = Console(stderr=json_lines)
     events = JsonLines(sys.stdout) if json_lines else None
-    with reported(events), Board(console, quiet=quiet, events=events).shown() as board:
+    shown = Board(console, quiet=quiet, events=events).shown()
+    with reported(events), orderly_stop(), shown as board:
         result = run(plan, settings, executor, board)
     if table is not None:
         table(console, result.results)

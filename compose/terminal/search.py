@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from compose.errors import UserError
@@ -21,6 +20,7 @@ from compose.search.search import Found, search
 from compose.search.target import Target
 from compose.terminal.events import JsonLines, reported, result_event
 from compose.terminal.progress import Board
+from compose.terminal.shown import shown
 from compose.units import metric_text
 
 COLUMNS = ("decode", "prefill", "size", "kl", "perplexity-ratio", "retained")
@@ -70,25 +70,25 @@ def print_found(console: Console, found: Found) -> None:
     title = (
         f"Found by {found.probed} probes of {len(found.space.candidates)} chains: {found.target}"
     )
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=None)
+    table = Table(title=shown(title), title_justify="left", title_style="bold", box=None)
     names = [name for name in COLUMNS if any(_known(found, name, cell) for cell in _cells(found))]
     for column in ("", "chain", *names):
         table.add_column(column, overflow="fold", header_style="dim")
     for cell in _cells(found):
         row = (_shown(found, name, cell) for name in names)
-        table.add_row(_sign(found, cell), escape(cell.name), *row)
+        table.add_row(_sign(found, cell), shown(cell.name), *row)
     console.print(table)
     console.print("* winner   + on the front, which no chain surpasses", highlight=False)
     if found.winner is not None and not found.winner.chain:
         console.print("No chain meets the bounds, only the baseline itself does.", highlight=False)
     for chain, why in list(found.fates.items())[:FATES_SHOWN]:
         line = f"  {cell_name(chain)}: {why}"
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        console.print(shown(line), highlight=False, soft_wrap=True)
     if len(found.fates) > FATES_SHOWN:
         console.print(f"  and {len(found.fates) - FATES_SHOWN} others", highlight=False)
-    console.print(f"gateskip run {found.file}", highlight=False, soft_wrap=True)
+    console.print(f"gateskip run {shown(str(found.file))}", highlight=False, soft_wrap=True)
     report = found.run.folder.root / "report.html"
-    console.print(f"  {report}", highlight=False, soft_wrap=True)
+    console.print(f"  {shown(str(report))}", highlight=False, soft_wrap=True)
 
 
 def _cells(found: Found) -> list[CellResult]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +18,8 @@ from compose.results.metrics import METRICS, interval_of, metrics
 from compose.results.parts import Outcome
 from compose.results.schema import CellResult, Results
 from compose.terminal.doctor import Finding
-from compose.units import bytes_text, metric_text
+from compose.terminal.shown import shown
+from compose.units import bytes_text, metric_text, printable
 
 CODE_CHANGED = "code or libraries changed"
 VERDICT_STYLES: dict[Outcome, str] = {
@@ -65,10 +65,17 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
     steps = _table("Steps", "step", "stage", "after", "key", "memory", "state")
     names = {step.key: plan.title(step) for step in plan.steps}
     for step in state["steps"]:
-        use = step["stage"]["use"] if step["stage"] else plan.pipeline.model.source
+        use = step["stage"]["use"] if step["stage"] else shown(plan.pipeline.model.source)
         after = names.get(step["parent"], "")
         memory = _memory(step["memory"], step["peak_bytes"])
-        steps.add_row(names[step["key"]], use, after, step["key"], memory, _state(step["cached"]))
+        steps.add_row(
+            shown(names[step["key"]]),
+            use,
+            shown(after),
+            step["key"],
+            memory,
+            _state(step["cached"]),
+        )
     cells = _table("Cells", "cell", "weights", "decode", "also called", "state")
     for cell in state["cells"]:
         decode = cell["decode"]["use"] if cell["decode"] else "plain"
@@ -79,7 +86,7 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
     if plan.left_out:
         left_out = _table("Left out", "chain", "rule", "why")
         for left in plan.left_out:
-            left_out.add_row(left.name, left.rule, left.message)
+            left_out.add_row(shown(left.name), left.rule, shown(left.message))
         parts += ["", left_out]
     return Group(*parts, "", Text(plan_counts(plan)))
 
@@ -104,9 +111,9 @@ def print_result(console: Console, result: RunResult) -> None:
     if not result.worked:
         console.print(f"Nothing to do: all {len(cells)} cells are measured.", highlight=False)
     for cell in failed:
-        where = f" in {cell.failed_in}" if cell.failed_in else ""
+        where = f" in {shown(cell.failed_in)}" if cell.failed_in else ""
         console.print(
-            f"[red]✗[/] {escape(cell.name)} failed{where}: {escape(cell.reason or '')}",
+            f"[red]✗[/] {shown(cell.name)} failed{where}: {shown(cell.reason or '')}",
             highlight=False,
             soft_wrap=True,
         )
@@ -125,13 +132,13 @@ def verdict_table(cells: Sequence[CellResult]) -> Table:
         if cell.verdict is not None:
             style = VERDICT_STYLES[cell.verdict.verdict]
             verdict = f"[{style}]{cell.verdict.verdict}[/]"
-            table.add_row(escape(cell.name), verdict, escape(cell.verdict.why))
+            table.add_row(shown(cell.name), verdict, shown(cell.verdict.why))
     return table
 
 
 def cell_text(results: Results, cell: CellResult) -> Group:
     """A picked cell with its numbers, their 95 % intervals, and its verdict."""
-    table = _table(cell.name, "", "this cell", "95 %", results.baseline)
+    table = _table(shown(cell.name), "", "this cell", "95 %", shown(results.baseline))
     baseline = metrics(results, results.cell(results.baseline))
     for name, value in metrics(results, cell).items():
         ends = interval_of(results, name, cell)
@@ -140,7 +147,7 @@ def cell_text(results: Results, cell: CellResult) -> Group:
         table.add_row(METRICS[name].title, metric_text(name, value), interval, other)
     parts: list[RenderableType] = [table]
     if cell.verdict is not None:
-        parts += ["", Text(f"{cell.verdict.verdict}: {cell.verdict.why}")]
+        parts += ["", Text(printable(f"{cell.verdict.verdict}: {cell.verdict.why}"))]
     return Group(*parts)
 
 
@@ -161,11 +168,11 @@ def print_findings(console: Console, findings: Sequence[Finding]) -> None:
     width = max(len(finding.name) for finding in findings)
     for finding in findings:
         name = finding.name.ljust(width)
-        line = f"{SIGNS[finding.status]} {name}  {escape(finding.detail)}"
+        line = f"{SIGNS[finding.status]} {name}  {shown(finding.detail)}"
         console.print(line, highlight=False, soft_wrap=True)
         if finding.fix is not None:
             console.print(
-                f"  {' ' * width}  fix: {escape(finding.fix)}", highlight=False, soft_wrap=True
+                f"  {' ' * width}  fix: {shown(finding.fix)}", highlight=False, soft_wrap=True
             )
 
 
@@ -213,11 +220,13 @@ def print_insight(console: Console, found: dict[str, Any]) -> None:
     shares = [token["compute"] for token in found["tokens"]]
     line = Text()
     for token in found["tokens"]:
-        line.append(token["text"], style=_background(intensity(token["compute"], shares)))
+        line.append(
+            printable(token["text"]), style=_background(intensity(token["compute"], shares))
+        )
     console.print(line)
     kinds = _table("Compute by kind of token", "kind", "tokens", "share of compute")
     for kind, use in found["summary"]["kinds"].items():
-        kinds.add_row(kind, str(use["tokens"]), f"{use['compute']:.0%}")
+        kinds.add_row(shown(kind), str(use["tokens"]), f"{use['compute']:.0%}")
     console.print(kinds)
     mean = sum(shares) / len(shares)
     console.print(f"budget {found['budget']:g}: {mean:.0%} of the branches' compute was spent")
@@ -265,8 +274,8 @@ def _measurements(rows: list[dict[str, Any]]) -> Table:
         decode, prefill = row["decode_tokens_per_s"], row["prefill_tokens_per_s"]
         rate = row["acceptance_rate"]
         table.add_row(
-            row["system"],
-            row["workload"],
+            shown(row["system"]),
+            shown(row["workload"]),
             f"{prefill['median']:.0f}",
             speedup(row, "prefill_tokens_per_s"),
             f"{decode['median']:.1f}",

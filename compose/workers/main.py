@@ -27,12 +27,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
+from compose.errors import UserError
 from compose.execution.messages import CheckRequest, ContinueRequest, Role, StepRequest
-from compose.store import read_json
 from compose.workers.cell import serve_cell
+from compose.workers.job_file import read_job
 from compose.workers.lifetime import die_with_parent
 from compose.workers.probe import probe_libraries
-from compose.workers.protocol import Channel, answer
+from compose.workers.protocol import Channel, answer, failure_message
 from compose.workers.step import run_step
 
 Job = dict[str, Any]
@@ -119,8 +120,12 @@ def main(role: Role, job_file: str) -> int:
     channel = Channel()
     # int8 layers warn at every multiplication that they cast its input.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    job = read_json(Path(job_file))
     print(f"--- {role} {job_file} {datetime.now(UTC).isoformat(timespec='seconds')}", flush=True)
+    try:
+        job = read_job(Path(job_file))
+    except UserError as error:
+        channel.send(failure_message(error))
+        return error.exit_code
     if role == "cell":
         serve_cell(job, channel)
         return 0

@@ -11,9 +11,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from compose.errors import ComposeError, StepError
+from compose.errors import ArtifactError, ComposeError, StepError
 from compose.execution.messages import CellCommand, Message
 from compose.extras import missing_extra
+from gateskip.errors import FormatError
 
 PROGRESS_EVERY_S = 0.2
 
@@ -69,10 +70,13 @@ def answer(work: Callable[[], Any]) -> Message:
 def failure_message(error: Exception) -> Message:
     """An exception as a message: its text, its class in `compose.errors`, and its traceback.
 
-    A library that is not installed is a UserError that names its extra.
+    A library that is not installed is a UserError that names its extra; a file that the engine
+    refuses is an ArtifactError.
     """
     missing = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
     shown = missing or error
+    if isinstance(error, FormatError):  # the engine's word for it
+        shown = ArtifactError(str(error))
     ours = isinstance(shown, ComposeError)
     text = str(shown) if ours else f"{type(shown).__name__}: {shown}"
     return {

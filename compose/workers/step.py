@@ -9,11 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from compose.errors import AssetError
 from compose.execution.messages import StepRequest
 from compose.memory import peak_bytes
 from compose.results.environment import library_versions
 from compose.units import Progress
 from compose.workers.scalars import written
+from gateskip.errors import FormatError
 
 
 def run_step(job: StepRequest, progress: Progress) -> dict[str, Any]:
@@ -64,22 +66,30 @@ def _run_step(job: StepRequest, progress: Progress) -> dict[str, Any]:
     }
     artifact.write_lineage(target, entry, before)
     progress(1, 1, "storing the logits of the probe text")
-    artifact.save_probe(target, Path(job["check"]))
+    try:
+        artifact.save_probe(target, Path(job["check"]))
+    except FormatError as error:
+        if job["stage"] is None:
+            raise AssetError(f"{job['model']}: {error}") from error
+        raise
     return {"wall_s": entry["wall_s"], "peak_bytes": peak, "record": entry.get("record", {})}
 
 
 def _make_source(job: StepRequest, target: Path, progress: Progress) -> dict[str, Any]:
     """Fetch the source model and place it, in the pipeline's dtype; its entry in the lineage."""
     from compose.artifacts import folder as artifact
+    from compose.artifacts.intake import require_source, require_values
     from compose.assets import resolve_model
 
     progress(0, 1, "fetching")
     cache, keep = Path(job["asset_cache"]), job["keep_blocks"]
     asset = resolve_model(job["model"], cache, progress, keep_blocks=keep)
     stated = {"source": public_source(job["model"])}
+    require_source(Path(asset.path))
     progress(0, 1, "placing")
     linkable = not str(asset.origin).startswith("path:")
     artifact.copy_source(Path(asset.path), target, job["dtype"], link=linkable)
+    require_values(target)
     return {
         "use": "source",
         "parameters": stated | ({"keep_blocks": True} if keep else {}),

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from gateskip.errors import FormatError
 from gateskip.extras import need
 from gateskip.quantization.grid_linear import METHOD
 
@@ -32,6 +33,7 @@ def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
 
     Raises ModuleNotFoundError, with the extra's name, where its packed weights need a library that
     is not installed.
+    Raises FormatError where a tensor is missing, or has a shape that the config does not ask for.
     """
     from transformers import AutoModelForCausalLM
 
@@ -42,8 +44,30 @@ def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
     if packed == METHOD:
         register()
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if not packed:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        _refuse_random(folder, loaded[1])
+        return loaded[0].eval()
     with mixed_bits() if is_mixed(folder) else nullcontext():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
+
+
+def _refuse_random(folder: str | Path, info: dict[str, Any]) -> None:
+    """FormatError where transformers filled a tensor with random numbers, for which it only warns.
+
+    `info` is its loading info: names of missing tensors, and (name, stored shape, wanted shape).
+    """
+    for name, stored, wanted in info.get("mismatched_keys") or ():
+        raise FormatError(
+            f"{folder}: the tensor {name} has the shape {list(stored)}, and the config asks for"
+            f" {list(wanted)}"
+        )
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FormatError(f"{folder}: the weights lack the tensor {missing[0]}{more}")
 
 
 def is_mixed(folder: str | Path) -> bool:

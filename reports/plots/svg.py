@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from html import escape
 
+from compose.units import printable
 from reports.plots.theme import FONTS, LIGHT, Theme
-from reports.text import plain
 
 MARK = "mark-"
 """A group of this id and a row's number is that row's mark."""
@@ -47,7 +47,7 @@ def inline(text: str, prefix: str, marks: Mapping[int, tuple[str, str]]) -> str:
 
 
 def _mark(number: int, marks: Mapping[int, tuple[str, str]]) -> str:
-    name, says = (plain(text) for text in marks[number])
+    name, says = (printable(text) for text in marks[number])
     return f'<g class="mark" data-cell="{escape(name)}"><title>{escape(says)}</title>'
 
 

@@ -17,7 +17,7 @@ PACKAGES = ("gateskip", "compose", "reports")
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     # the engine
-    ("gateskip.extras",),
+    ("gateskip.extras", "gateskip.errors"),
     ("gateskip.kernels",),
     ("gateskip.model",),
     ("gateskip.gates",),
@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("gateskip",),
     # the pipeline around it
     ("compose.errors",),
+    ("compose.hashes",),
     ("compose.store", "compose.units", "compose.memory", "compose.extras"),
     ("compose.results", "compose.artifacts"),
     ("reports", "compose.assets"),

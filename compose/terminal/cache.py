@@ -1,0 +1,82 @@
+"""`gateskip cache`: what the store of runs holds, whether it is whole, and what may go."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from compose.execution import stored
+from compose.terminal.shown import shown
+from compose.units import bytes_text
+
+cache = typer.Typer(help="Look after the stored model folders of runs.", no_args_is_help=True)
+
+Out = Annotated[Path, typer.Option(help="Where runs and model folders are kept.")]
+
+
+@cache.command("list")
+def list_entries(
+    out: Out = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show every stored step: its stages, size, and the runs that name it."""
+    found = stored.entries(out)
+    if as_json:
+        typer.echo(json.dumps([asdict(entry) for entry in found], indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    for title in ("key", "stages", "size", "made", "runs"):
+        table.add_column(title, overflow="fold", header_style="dim")
+    for entry in found:
+        runs = ", ".join(map(shown, entry.runs)) or "[yellow]none[/]"
+        table.add_row(entry.key, _chain(entry), bytes_text(entry.size), entry.made, runs)
+    console = Console()
+    if found:
+        console.print(table)
+    total = sum(entry.size for entry in found)
+    console.print(f"{len(found)} steps, {bytes_text(total)} in {out / 'store'}", highlight=False)
+
+
+@cache.command()
+def prune(
+    out: Out = Path("runs"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be removed.")
+    ] = False,
+) -> None:
+    """Remove the steps that no run in the folder names, and scratch of unfinished ones."""
+    freed = 0
+    for entry in stored.prunable(out):
+        if not dry_run and not stored.remove(out, entry):
+            typer.echo(f"{entry.key} stays: a run is at work on it")
+            continue
+        freed += entry.size
+        typer.echo(f"{entry.key} {bytes_text(entry.size)}")
+    done = "would be" if dry_run else "were"
+    typer.echo(f"{bytes_text(freed)} {done} freed")
+
+
+@cache.command()
+def verify(out: Out = Path("runs")) -> None:
+    """Read every stored file again and compare it with its hash; exit with 1 where one differs."""
+    console, worst = Console(), 0
+    for entry, damage in stored.damaged(out):
+        if damage is not None:
+            worst = 1
+            line = f"[red]✗[/] {entry.key} {shown(damage)}; the next run makes it again"
+        elif stored.hashed(out, entry):
+            line = f"[green]✓[/] {entry.key} {_chain(entry)}"
+        else:
+            line = f"[yellow]![/] {entry.key} has sizes alone: it is of an older version"
+        console.print(line, highlight=False, soft_wrap=True)
+    raise typer.Exit(worst)
+
+
+def _chain(entry: stored.Entry) -> str:
+    return shown(" > ".join(entry.chain)) if entry.chain else "unfinished"
