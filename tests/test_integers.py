@@ -141,18 +141,32 @@ def test_the_same_seed_gives_the_same_file(round_it: Callable[..., Made]) -> Non
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_scales_and_minima_learn(round_it: Callable[..., Made], tiny_llama: Path) -> None:
+@pytest.mark.parametrize("learning", ["scales", "codes"])
+def test_scales_and_minima_learn_and_codes_where_asked(
+    learning: str, round_it: Callable[..., Made]
+) -> None:
     folder, _ = round_it(use="int2")
     healed, record = round_it(
-        folder, use="heal", backbone="scales", steps=20, lr=1e-2, validate_every=10
+        folder, use="heal", backbone=learning, steps=20, lr=1e-2, validate_every=10
     )
     assert record["held_out"]["after"] < record["held_out"]["before"]
     before, after = (load_file(each / "model.safetensors") for each in (folder, healed))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any(name.endswith(".scale") for name in changed)
     assert any(name.endswith(".minimum") for name in changed)
-    assert not any(name.endswith(".codes") for name in changed)
+    assert any(name.endswith(".codes") for name in changed) is (learning == "codes")
     assert all(after[name].dtype == before[name].dtype for name in before)
+
+
+def test_codes_bring_more_than_scales_alone(round_it: Callable[..., Made]) -> None:
+    folder, _ = round_it(use="int2")
+    settings = {"use": "heal", "steps": 40, "lr": 1e-2, "validate_every": 20}
+    scales, codes = (
+        round_it(folder, backbone=learning, **settings)[1]["held_out"]
+        for learning in ("scales", "codes")
+    )
+    assert scales["before"] == codes["before"], "both begin with the codes of the folder"
+    assert codes["after"] < scales["after"]
 
 
 def test_integer_zero_points_are_a_gptq_folder(round_it: Callable[..., Made]) -> None:

@@ -39,6 +39,10 @@ class Estimate(Record):
     n: int
     """Pairs (or values) it rests on."""
 
+    rounds_ci95: tuple[float, float] | None = None
+    """For a speed ratio whose interval also holds the spread between equal runs: the 95 % interval
+    of the rounds of this run alone. Two versions that share a run's rounds are compared by it."""
+
     different: bool | None = None
     """For a ratio: whether the interval leaves 1 out. None where nothing is compared."""
 

@@ -96,7 +96,8 @@ def widened(ratio: Estimate, kind: Kind, spread: Spread | None) -> Estimate:
     if half <= own:
         return ratio
     low, high = ratio.value * math.exp(-half), ratio.value * math.exp(half)
-    return ratio.model_copy(update={"low": low, "high": high, "different": not low <= 1 <= high})
+    wide = {"low": low, "high": high, "different": not low <= 1 <= high}
+    return ratio.model_copy(update=wide | {"rounds_ci95": ratio.ci95})
 
 
 def store_spread(folder: Path, spread: Spread, environment: Mapping[str, Any]) -> Path:

@@ -11,7 +11,7 @@ from compose.errors import RuleBroken, UserError
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.gate_transfer import carry_gates
 from compose.stages.memory import TRAINED, training_bytes
-from gateskip.training.recipe import HealConfig
+from gateskip.training.recipe import PACKED, HealConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +33,11 @@ class Heal(Stage):
     steps: int = Field(default=HEAL.steps, ge=1)
     """Optimizer steps, at most."""
 
-    backbone: Literal["full", "lora", "scales"] = "full"
+    backbone: Literal["full", "lora", "scales", "codes"] = "full"
     """What learns: all weights but the embeddings, or low-rank updates of the linear layers, which
     are merged into them at the end; of a quantized model `scales`, those that its weights share in
-    groups, and its norms. Format, size and speed stay as they are."""
+    groups, and its norms; of integer grids (`int4`) `codes` as well, which brings more and takes
+    longer. Format, size and speed stay as they are."""
 
     lora_rank: int = Field(default=HEAL.lora_rank, ge=1)
     """Rank of those updates."""
@@ -81,20 +82,28 @@ class Heal(Stage):
     """Validations in a row that may bring nothing before training stops; 0 goes on to the end."""
 
     def tolerates(self, rule: str) -> bool:
-        """Scales are what packed weights learn by; gates bear that as they bear quantization."""
-        return self.backbone == "scales" and rule in ("heal-after-quantize", "heal-after-gate")
+        """Scales and codes are what packed weights learn by; gates bear that as they bear
+        quantization."""
+        return self.backbone in PACKED and rule in ("heal-after-quantize", "heal-after-gate")
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, and `scales-are-packing`: scales exist, and are not packed themselves."""
         super().check(shape, before)
-        if self.backbone != "scales":
+        if self.backbone not in PACKED:
             return
         quantizer = next((stage for stage in before if stage.role == "quantize"), None)
         if quantizer is None and not (shape and shape.quantized):
             raise RuleBroken(
                 "scales-are-packing",
-                "heal with backbone: scales works on packed weights, and these are not",
+                f"heal with backbone: {self.backbone} works on packed weights, and these are not",
                 fix="put a quantizer before, or set backbone: full or lora",
+            )
+        format_ = shape.quantized if shape else None
+        if self.backbone == "codes" and format_ not in (None, "gateskip"):
+            raise RuleBroken(
+                "codes-are-grids",
+                f"backbone: codes works on integer grids, and these are {format_} weights",
+                fix="quantize with int8, int4, int3 or int2 (offset: real), or heal scales",
             )
         if getattr(quantizer, "double_quant", False):
             raise RuleBroken(
@@ -147,7 +156,7 @@ class Heal(Stage):
 
         from gateskip.training.scales import save_scales
 
-        if self.backbone == "scales":
+        if self.backbone in PACKED:
             save_scales(model, job.source, job.target)
             carry_gates(job)
         else:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from compose.stages.shape import ModelShape
 
-TRAINED = {"frozen": 4.0, "lora": 9.0, "scales": 9.0, "full": 20.0}
+TRAINED = {"frozen": 4.0, "lora": 9.0, "scales": 9.0, "full": 20.0, "codes": 26.0}
 """Bytes a weight of the model in a fine-tune, by what learns, in float32: itself, and where
-anything of it learns a teacher, gradients and AdamW's two moments."""
+anything of it learns a teacher, gradients and AdamW's two moments; where codes learn, their places,
+and the weights that these stand for."""
 
 
 def training_bytes(shape: ModelShape, tokens: int, seen: int = 0) -> float:

@@ -117,6 +117,9 @@ def _ratio(estimate: Any) -> str:
     if estimate is None:
         return ""
     interval = f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
+    if estimate.rounds_ci95 is not None:
+        low, high = estimate.rounds_ci95
+        interval += f", in these rounds {low:.2f} to {high:.2f}"
     return interval if estimate.different else f"{interval}, no difference"
 
 

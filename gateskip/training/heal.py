@@ -15,7 +15,7 @@ from gateskip.model.families import backbone, head
 from gateskip.model.progress import Progress
 from gateskip.training.loop import Loop, Row, adapt, precision, training_device
 from gateskip.training.objectives import distill_loss, in_chunks
-from gateskip.training.recipe import HealConfig
+from gateskip.training.recipe import PACKED, HealConfig
 
 
 def heal(
@@ -40,7 +40,7 @@ def heal(
         gradient_accumulation_steps=config.accumulate,
     )
     set_seed(config.seed)
-    adapted = adapt(model, config)
+    adapted = adapt(model, config, teacher)
     if config.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train(config.checkpointing)  # transformers recomputes in training mode alone
@@ -51,7 +51,7 @@ def heal(
         model.gradient_checkpointing_disable()
     if adapted is not None:
         adapted.merge_and_unload()
-    model.requires_grad_(config.backbone != "scales")
+    model.requires_grad_(config.backbone not in PACKED)
     model.eval()
     return curve
 

@@ -18,7 +18,7 @@ from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.families import backbone
 from gateskip.model.progress import Progress
 from gateskip.quantization.packed_linear import PackedLinear
-from gateskip.training.recipe import LoopConfig
+from gateskip.training.recipe import PACKED, LoopConfig
 from gateskip.training.scales import open_scales
 
 Row = dict[str, float]
@@ -56,10 +56,13 @@ def refuse_cpu_layers(model: nn.Module, device: torch.device) -> None:
             )
 
 
-def adapt(model: Any, config: LoopConfig) -> Any | None:
-    """Choose which parameters get gradients, as the config says; peft's wrapper under `lora`."""
-    if config.backbone == "scales":
-        open_scales(model)
+def adapt(model: Any, config: LoopConfig, dense: Any | None = None) -> Any | None:
+    """Choose which parameters get gradients, as the config says; peft's wrapper under `lora`.
+
+    `dense` is the model that was packed, from whose weights codes begin to learn.
+    """
+    if config.backbone in PACKED:
+        open_scales(model, dense if config.backbone == "codes" else None)
         return None
     model.requires_grad_(config.backbone == "full")
     if config.backbone == "full":  # the loss passes no gradient into the LM head

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Backbone = Literal["frozen", "lora", "full", "scales"]
+Backbone = Literal["frozen", "lora", "full", "scales", "codes"]
 """What of the model's own weights learns: nothing, low-rank updates that are merged at the end, all
-but the embeddings and the LM head, or the scales and norms of a packed model."""
+but the embeddings and the LM head; of a packed model scales and norms, or these and the codes of
+its integer grids."""
+
+
+PACKED: tuple[Backbone, ...] = ("scales", "codes")
+"""Those with which a packed model learns, and stays packed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
-"""Fine-tuning of packed weights by their scales and norms alone.
+"""Fine-tuning of packed weights, which stay packed.
 
 A packed weight is a code times a scale that a group of codes shares. The codes stay fixed and the
-scales are trained: one or two for every hundred weights (PEQA, arXiv 2305.14152, eq. 2). Format,
-size and speed of the checkpoint stay as they are, so it loads wherever the packed model did. Norms,
-which are never packed, are trained too.
+scales are trained: one or two for every hundred weights (PEQA, arXiv 2305.14152, eq. 2). The codes
+of an integer grid can be trained, too (grids.py). Format, size and speed of the checkpoint stay as
+they are, so it loads wherever the packed model did. Norms, which are never packed, are trained too.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gateskip.model.families import backbone
-from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
 from gateskip.quantization.grid_linear import GridLinear
 from gateskip.quantization.packed_linear import bitsandbytes_functions, int8_parts
+from gateskip.training.grids import LearnedGrid, ScaledGrid
 
 
 class ScaledLinear(nn.Module):
@@ -74,63 +74,24 @@ class ScaledLinear(nn.Module):
         return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
 
 
-class ScaledGrid(nn.Module):
-    """A layer on an integer grid (quantization/grid.py) that learns its scales and its minima.
-
-    weight = scale * (gain * (code - middle) + shift) + offset: the offset is what the middle code
-    stands for, so that gains and shifts, which begin at 1 and 0, move a weight by like amounts.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    offset: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, grid: Grid, bias: Tensor | None) -> None:
-        super().__init__()
-        self.bits, self.middle = grid.bits, grid.middle
-        self.register_buffer("codes", grid.codes.unflatten(1, (-1, grid.group)))
-        self.register_buffer("scale", grid.scale)
-        self.register_buffer("offset", grid.offset())
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.gain = nn.Parameter(torch.ones_like(grid.scale))
-        self.shift = None if self.offset is None else nn.Parameter(torch.zeros_like(grid.scale))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Scales and minima as they are now, on numbers that the format holds."""
-        scale = exact_scale(self.scale * self.gain.detach().clamp_min(0))
-        if self.offset is None or self.shift is None:
-            return {"scale": scale}
-        offset = self.offset + self.scale * self.shift.detach()
-        low = offset - self.middle * self.scale * self.gain.detach()
-        return {"scale": scale, "minimum": exact_minimum(low, scale, self.bits)}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        steps = self.codes.to(dtype) - self.middle
-        weight = steps * (self.scale * self.gain).to(dtype).unsqueeze(2)
-        if self.offset is not None and self.shift is not None:
-            weight = weight + (self.offset + self.scale * self.shift).to(dtype).unsqueeze(2)
-        return F.linear(x, weight.flatten(1), None if self.bias is None else self.bias.to(x.dtype))
-
-
 Opened = ScaledLinear | ScaledGrid
 
 
-def open_scales(model: Any) -> list[str]:
-    """Make a packed model's scales and norms its only trainable parameters, in place.
+def open_scales(model: Any, dense: Any | None = None) -> list[str]:
+    """Make a packed model's scales and norms its only trainable parameters, in place; with `dense`,
+    the model that was packed, the codes of its integer grids as well.
 
-    Returns the names of the layers whose scales are trained.
+    Returns the names of the layers that are trained.
 
     Raises:
-        ValueError: it has no packed layer, or one whose scales are packed themselves.
+        ValueError: it has no packed layer, or one whose scales are packed themselves, or codes are
+            to be trained of a layer that is no integer grid.
     """
     model.requires_grad_(False)
     opened = []
+    weights = {} if dense is None else dict(dense.named_parameters())
     for name, module in list(model.named_modules()):
-        scaled = _scaled(name, module)
+        scaled = _scaled(name, module) if dense is None else _learned(name, module, weights)
         if scaled is not None:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, scaled)
@@ -151,7 +112,7 @@ def norms(model: Any) -> Iterator[Tensor]:
 
 
 def save_scales(model: Any, source: Path, target: Path) -> None:
-    """Write the packed folder `source` again into `target`, with the scales and norms of `model`.
+    """Write the packed folder `source` again into `target`, with what `model` learned.
 
     Every other tensor, and how it is stored, stays as it is.
     """
@@ -196,6 +157,15 @@ def _scaled(name: str, module: nn.Module) -> Opened | None:
     if kind == "Linear4bit":
         return _from_four_bits(name, module)
     return _from_int8(module) if kind == "Linear8bitLt" else None
+
+
+def _learned(name: str, module: nn.Module, weights: dict[str, Tensor]) -> Opened | None:
+    """An integer grid with its codes opened; None for a layer that is not packed."""
+    if isinstance(module, GridLinear):
+        return LearnedGrid(module.grid(), module.bias, weights.get(f"{name}.weight"))
+    if hasattr(module, "qweight") or type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+        raise ValueError(f"{name} is no integer grid, and only the codes of those are trained")
+    return None
 
 
 def _from_gptq(module: Any) -> ScaledLinear:

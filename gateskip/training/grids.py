@@ -1,0 +1,131 @@
+"""Integer grids that learn: their scales and minima, and their codes as well.
+
+Codes are trained as quantization-aware training does: each weight has a place on its group's grid,
+a real number that is rounded in the forward pass, and the gradient passes the rounding as if it was
+not there (straight-through, arXiv 1308.3432). Scales and minima learn at the same time (arXiv
+1902.08153), and the dense model's predictions are the target (arXiv 2305.17888). A group's codes,
+scale and minimum are stored as before: format, size and speed of the checkpoint do not change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gateskip.quantization.grid import Grid, exact_minimum, exact_scale, pack_bits
+
+WITHIN = 0.49
+"""How far, in steps of the grid, a weight's place begins at most from its code."""
+
+
+class ScaledGrid(nn.Module):
+    """A layer on an integer grid (quantization/grid.py) that learns its scales and its minima.
+
+    weight = scale * (gain * (code - middle) + shift) + offset: the offset is what the middle code
+    stands for, so that gains and shifts, which begin at 1 and 0, move a weight by like amounts.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, grid: Grid, bias: Tensor | None) -> None:
+        super().__init__()
+        self.bits, self.middle = grid.bits, grid.middle
+        self.register_buffer("codes", grid.codes.unflatten(1, (-1, grid.group)))
+        self.register_buffer("scale", grid.scale)
+        self.register_buffer("offset", grid.offset())
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.gain = nn.Parameter(torch.ones_like(grid.scale))
+        self.shift = None if self.offset is None else nn.Parameter(torch.zeros_like(grid.scale))
+
+    def learned(self) -> tuple[Tensor, Tensor | None]:
+        """The scales, and what middle codes stand for, [out, G] each."""
+        scale = self.scale * self.gain
+        if self.offset is None or self.shift is None:
+            return scale, None
+        return scale, self.offset + self.scale * self.shift
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Scales and minima as they are now, on numbers that the format holds."""
+        raw, offset = (None if each is None else each.detach() for each in self.learned())
+        assert raw is not None, "only minima may lack"
+        scale = exact_scale(raw.clamp_min(0))
+        if offset is None:
+            return {"scale": scale}
+        return {
+            "scale": scale,
+            "minimum": exact_minimum(offset - self.middle * raw, scale, self.bits),
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        weight = self._weight(dtype).flatten(1)
+        return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        """[out, G, group]"""
+        scale, offset = self.learned()
+        weight = (self.codes.to(dtype) - self.middle) * scale.to(dtype).unsqueeze(2)
+        return weight if offset is None else weight + offset.to(dtype).unsqueeze(2)
+
+
+class LearnedGrid(ScaledGrid):
+    """A layer on an integer grid that learns its codes, too.
+
+    Begins with the codes that it is given: a weight's place is that of the dense weight, or as near
+    to it as its code allows, so that weights which lie between two codes change first.
+    """
+
+    def __init__(self, grid: Grid, bias: Tensor | None, dense: Tensor | None = None) -> None:
+        """dense [out, in] are the weights that were rounded; None where they are not known."""
+        super().__init__(grid, bias)
+        codes = self.codes.float()
+        within = torch.zeros_like(codes)
+        if dense is not None:
+            away = (dense.detach().float() - grid.weight()).view_as(codes)
+            scale = torch.where(grid.scale == 0, torch.inf, grid.scale).unsqueeze(2)
+            within = (away / scale).clamp(-WITHIN, WITHIN)
+        self.place = nn.Parameter(codes + within)
+        del self.codes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Scales, minima and codes as they are now."""
+        codes = self.place.detach().round().clamp(0, (1 << self.bits) - 1).to(torch.uint8)
+        return super().tensors() | {"codes": pack_bits(codes.flatten(1), self.bits)}
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        scale, offset = self.learned()
+        offset = torch.zeros_like(scale) if offset is None else offset
+        weight: Tensor = _Rounded.apply(self.place, scale, offset, self.bits, dtype)  # type: ignore[no-untyped-call]
+        return weight
+
+
+class _Rounded(torch.autograd.Function):
+    """Weights [out, G, group] of places on a grid. A place gets the gradient of its weight for one
+    step of the grid, unless it lies beyond the grid's ends."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, place: Tensor, scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype
+    ) -> Tensor:
+        most = (1 << bits) - 1
+        codes = place.round()
+        inside = (codes >= 0) & (codes <= most)
+        codes = codes.clamp_(0, most).sub_(1 << (bits - 1))
+        ctx.save_for_backward(codes.to(torch.int8), inside, scale)
+        weight: Tensor = torch.addcmul(offset.unsqueeze(2), codes, scale.unsqueeze(2)).to(dtype)
+        return weight
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        codes, inside, scale = ctx.saved_tensors
+        gradient = upstream[0].float()
+        of_scale, of_offset = (gradient * codes).sum(2), gradient.sum(2)
+        return (gradient * scale.unsqueeze(2)).mul_(inside), of_scale, of_offset, None, None
