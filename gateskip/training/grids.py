@@ -17,8 +17,13 @@ from torch.nn import functional as F
 
 from gateskip.quantization.grid import Grid, exact_minimum, exact_scale, pack_bits
 
-WITHIN = 0.49
-"""How far, in steps of the grid, a weight's place begins at most from its code."""
+WITHIN = 0.3
+"""How far, in steps of the grid, a weight's place begins at most from its code. At half a step the
+noise of the first gradients alone would change codes: KL 0.108 became 0.185 in 25 steps."""
+
+PACE = 6.0
+"""The learning rate of places over that of scales: a hundred steps at 1e-3 carry a place, whose
+gradient always points one way, across a third of a step."""
 
 
 class ScaledGrid(nn.Module):

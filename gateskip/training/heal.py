@@ -13,9 +13,11 @@ from torch import Tensor
 
 from gateskip.model.families import backbone, head
 from gateskip.model.progress import Progress
+from gateskip.training.grids import PACE
 from gateskip.training.loop import Loop, Row, adapt, precision, training_device
 from gateskip.training.objectives import distill_loss, in_chunks
 from gateskip.training.recipe import PACKED, HealConfig
+from gateskip.training.scales import places
 
 
 def heal(
@@ -89,7 +91,11 @@ class _Healing(Loop):
         super().__init__(model, blocks, config, accelerator)
         self.teacher = teacher.requires_grad_(False).to(accelerator.device)
         self.held_out, self.best = held_out, dict[str, Tensor]()
-        groups = [{"params": list(self.trained.values()), "lr": config.lr}]
+        placed = places(model)
+        others = [p for p in self.trained.values() if id(p) not in placed]
+        groups: list[dict[str, Any]] = [{"params": others, "lr": config.lr}]
+        if placed:
+            groups.append({"params": list(placed.values()), "lr": PACE * config.lr})
         self.body, self.optimizer, self.schedule = accelerator.prepare(
             backbone(model), *self.optimizer_of(groups)
         )

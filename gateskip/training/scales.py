@@ -111,6 +111,12 @@ def norms(model: Any) -> Iterator[Tensor]:
             yield weight
 
 
+def places(model: Any) -> dict[int, Tensor]:
+    """Where weights whose codes learn stand on their grids, by the identity of the parameter."""
+    found = (m.place for m in model.modules() if isinstance(m, LearnedGrid))
+    return {id(place): place for place in found}
+
+
 def save_scales(model: Any, source: Path, target: Path) -> None:
     """Write the packed folder `source` again into `target`, with what `model` learned.
 
