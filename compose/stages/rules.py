@@ -17,7 +17,7 @@ RULES: dict[str, str] = {
     "two-gates": "a model carries one set of gates: one gate stage a chain.",
     "two-quantizers": "a model carries one quantization config: one quantizer a chain.",
     "prune-after-quantize": "packed weights cannot be cut: prune before quantizing.",
-    "heal-after-quantize": "packed weights learn by `backbone: scales` or `codes`: else heal first.",
+    "heal-after-quantize": "packed weights learn by `backbone: scales` or `codes`: heal first.",
     "scales-are-packing": "scales belong to packed weights: quantize first, in another way.",
     "codes-are-grids": "codes are learned on integer grids: quantize with int4 and its kin.",
     "gate-after-quantize": "packed weights cannot be trained beside the gates: gate first.",
