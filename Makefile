@@ -5,6 +5,7 @@
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
 #   make repeatability  equal runs against each other, then planted differences (half an hour)
+#   make side-by-side FOLDER=DIR  a model against its copy, then 5 % slower (a quarter of an hour)
 #   make figures       tables and figures of README and docs anew, from reports/published
 #   make fuzz       mutated pipelines, gates, GGUF files, results: make fuzz SECONDS=1800 ARGS="--target gguf"
 #   make mutants       mutation testing of the files whose numbers are published: docs/mutants.md
@@ -21,7 +22,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check sanitize fuzz peers-test figures mutants repeatability bench clean
+.PHONY: help quickstart test check sanitize fuzz peers-test figures mutants repeatability side-by-side bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -77,6 +78,9 @@ fuzz: $(VENV)/.run
 
 repeatability: $(VENV)/.run
 	$(BIN)/python tests/repeatability.py $(ARGS)
+
+side-by-side: $(VENV)/.run
+	$(BIN)/python tests/side_by_side.py $(FOLDER) $(ARGS)
 
 # One thread a process: mutants run in forks of a process that has imported everything.
 # make mutants MUTANTS="gateskip.model.compute*" runs those of one file

@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="a model folder, for instance one of 4 bits")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each copy in a round")
     parser.add_argument("--out", type=Path, default=Path("runs/side-by-side"))
     options = parser.parse_args()
     runs = [_measure(options, number) for number in range(options.runs)]
@@ -71,6 +72,7 @@ def _measure(options: argparse.Namespace, number: int) -> Results:
             shutil.copytree(options.folder, copy, dirs_exist_ok=True)
         shutil.rmtree(options.out / "run", ignore_errors=True)
         shape = ["--context", "64", "--new-tokens", "64", "--repeats", str(options.rounds)]
+        shape += ["--min-seconds", str(options.seconds)]
         command = [sys.executable, "-m", "compose", "bench", *map(str, copies), *shape]
         command += ["--out", str(options.out / "run"), "--name", "pair", "--quiet"]
         subprocess.run(command, check=True)
