@@ -73,11 +73,12 @@ def engine(backend: NativeBackend) -> Engine:
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("softcap", [None, 2.0])
 def test_a_native_softmax_is_torchs(
-    backend: NativeBackend, kind: torch.dtype, window: int | None
+    backend: NativeBackend, kind: torch.dtype, window: int | None, softcap: float | None
 ) -> None:
     torch.manual_seed(0)
-    shape = AttentionShape(HEADS, KV_HEADS, WIDTH, WIDTH**-0.5, None, window)
+    shape = AttentionShape(HEADS, KV_HEADS, WIDTH, WIDTH**-0.5, softcap, window)
     slots = torch.tensor([70, 71, 90, 127, 300, 301, 302])
     keys, values = (torch.randn(1, KV_HEADS, 320, WIDTH, dtype=kind) for _ in range(2))
     queries = torch.randn(len(slots), HEADS, WIDTH, dtype=kind)
@@ -89,13 +90,14 @@ def test_a_native_softmax_is_torchs(
 
 
 @pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("sizes", [(9, 3, 64), (14, 2, 64), (8, 8, 128), (32, 1, 96), (6, 2, 16)])
 def test_native_attention_is_nearer_to_float32_than_torchs(
-    engine: Engine, sizes: tuple[int, int, int], window: int | None
+    engine: Engine, sizes: tuple[int, int, int], window: int | None, softcap: float | None
 ) -> None:
     heads, kv_heads, width = sizes
     torch.manual_seed(0)
-    shape = AttentionShape(heads, kv_heads, width, width**-0.5, None, window)
+    shape = AttentionShape(heads, kv_heads, width, width**-0.5, softcap, window)
     capacity, lengths = 301, torch.tensor([300, 7, 0, 261])  # the last block of keys is cut short
     slots = torch.arange(300).expand(4, -1)
     keep = (torch.rand(4, 300) < 0.5) & (slots < lengths.unsqueeze(1))

@@ -127,7 +127,7 @@ class ExitGates(Gates):
     def attach(self, model: Any) -> None:
         """Take the model whose LM head is asked; `UnsupportedModel` where norms do not tell it."""
         branches = find_branches(model)
-        if branches[0].norm_in is None or "gemma" in model.config.model_type:
+        if branches[0].norm_in is None or branches[0].family.norm.offset:
             raise UnsupportedModel("early exit needs an RMS norm before every branch")
         layers = len(branches) // 2
         places = [round((i + 1) * layers / (CHECKS + 1)) for i in range(CHECKS)]

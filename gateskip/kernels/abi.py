@@ -47,12 +47,45 @@ class Kind(IntEnum):
     INT8_A8 = 11
 
 
+class Activation(IntEnum):
+    """What an MLP does to its gate, or to its only projection."""
+
+    SILU = 0
+    GELU_TANH = 1
+    GELU = 2
+
+
+class NormKind(IntEnum):
+    """How rows are normed."""
+
+    RMS_NORM = 0
+    RMS_NORM_FP32 = 1
+    LAYER_NORM = 2
+
+
+ENUMS: dict[str, type[IntEnum]] = {
+    "MatrixKind": Kind,
+    "Activation": Activation,
+    "NormKind": NormKind,
+}
+
+
 class Matrix(ctypes.Structure):
     """A weight [n, k] and its bias, dense or packed."""
 
     _fields_ = (
-        *((name, Int) for name in ("kind", "n", "k", "group", "zero")),
+        *((name, Int) for name in ("kind", "n", "k", "group", "zero", "run", "stride")),
         *((name, Pointer) for name in ("weights", "scale", "offset", "table", "bias")),
+    )
+
+
+class Norm(ctypes.Structure):
+    """A norm of rows [width]; without a weight nothing is normed."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("weight", "bias")),
+        *((name, Int) for name in ("kind", "width")),
+        ("epsilon", Float),
     )
 
 
@@ -67,11 +100,12 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, Pointer) for name in ("norm_attention", "norm_mlp", "norm_q", "norm_k")),
+        *((name, Norm) for name in ("norm_attention", "norm_mlp")),
+        *((name, Norm) for name in ("after_attention", "after_mlp", "norm_q", "norm_k")),
         *((name, Pointer) for name in ("weight_attention", "weight_mlp")),
         *((name, Shortcut) for name in ("short_attention", "short_mlp")),
-        *((name, Float) for name in ("bias_attention", "bias_mlp")),
-        *((name, Int) for name in ("rotates", "window")),
+        *((name, Float) for name in ("bias_attention", "bias_mlp", "scaling", "softcap")),
+        *((name, Int) for name in ("window", "rope", "rotary_dim", "activation", "parallel")),
     )
 
 
@@ -80,15 +114,14 @@ class Model(ctypes.Structure):
 
     _fields_ = (
         *((name, Int) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")),
-        *((name, Int) for name in ("inner", "rotary_dim", "anchors", "widest_shortcut")),
-        *((name, Float) for name in ("epsilon", "scaling")),
-        ("norm_final", Pointer),
+        *((name, Int) for name in ("inner", "anchors", "widest_shortcut")),
+        ("norm_final", Norm),
         ("layer", ctypes.POINTER(Layer)),
     )
 
 
 class CacheView(ctypes.Structure):
-    """Where a KV cache and its rope table are."""
+    """Where a KV cache and its rope tables are."""
 
     _fields_ = (
         *((name, Pointer) for name in ("keys", "values", "cos", "sin")),
@@ -116,13 +149,14 @@ class Draft(ctypes.Structure):
         ("levels", Int),
         ("embedding", Pointer),
         ("bf16", Int),
+        *((name, Float) for name in ("scale", "cap")),
         *((name, ctypes.POINTER(Matrix)) for name in ("draft_head", "rerank_head")),
         *((name, Pointer) for name in ("tokens", "chances")),
     )
 
 
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
-    each.__name__: each for each in (Matrix, Shortcut, Layer, Model, CacheView, Step, Draft)
+    each.__name__: each for each in (Matrix, Norm, Shortcut, Layer, Model, CacheView, Step, Draft)
 }
 _SCALARS: dict[str, Any] = {
     "int32_t": ctypes.c_int32,
@@ -148,25 +182,32 @@ class Header:
     structures: dict[str, list[tuple[str, str]]]
     """Name and C type of each field, by structure."""
     functions: dict[str, Function]
-    kinds: dict[str, int]
-    """Entries of MatrixKind."""
+    enums: dict[str, dict[str, int]]
+    """Entries of those that `ENUMS` has here, by name."""
 
 
 def read_header(path: Path = HEADER) -> Header:
     """Parse src/api.h. Raises OSError where it is missing, AbiMismatch for what cannot be read."""
     text = re.sub(r"/\*.*?\*/", " ", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     version = re.search(r"#define GATESKIP_ABI_VERSION (\d+)", text)
-    kinds = re.search(r"enum MatrixKind \{(.*?)\}", text, re.DOTALL)
-    if version is None or kinds is None:
-        raise AbiMismatch(f"{path.name} has no GATESKIP_ABI_VERSION, or no enum MatrixKind")
+    enums = dict(re.findall(r"enum (\w+) \{(.*?)\}", text, re.DOTALL))
+    missing = sorted(ENUMS.keys() - enums.keys())
+    if version is None or missing:
+        lacks = f"enum {missing[0]}" if missing else "GATESKIP_ABI_VERSION"
+        raise AbiMismatch(f"{path.name} has no {lacks}")
     bodies = re.findall(r"typedef struct (\w+) \{(.*?)\} \w+;", text, re.DOTALL)
     prototypes = re.findall(r"^([\w *]+?)\b(gateskip_\w+)\(([^)]*)\);", text, re.MULTILINE)
     return Header(
         int(version[1]),
         {name: _fields(body) for name, body in bodies},
         {name: Function(_type(out), _arguments(given)) for out, name, given in prototypes},
-        {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", kinds[1])},
+        {name: _entries(enums[name]) for name in ENUMS},
     )
+
+
+def _entries(body: str) -> dict[str, int]:
+    """`FP32 = 0, BF16 = 1,` -> name and value of each."""
+    return {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", body)}
 
 
 def _fields(body: str) -> list[tuple[str, str]]:
@@ -204,8 +245,9 @@ def check(library: Any, header: Header) -> None:
     if set(header.structures) != set(STRUCTURES):
         odd = sorted(set(header.structures) ^ set(STRUCTURES))
         raise AbiMismatch(f"structures of {HEADER.name} and abi.py differ: {', '.join(odd)}")
-    if header.kinds != {kind.name: kind.value for kind in Kind}:
-        raise AbiMismatch(f"enum MatrixKind of {HEADER.name} is not Kind of abi.py")
+    for name, entries in header.enums.items():
+        if entries != {entry.name: entry.value for entry in ENUMS[name]}:
+            raise AbiMismatch(f"enum {name} of {HEADER.name} is not {ENUMS[name].__name__}")
     built = library.gateskip_abi_version()
     if built != header.version:
         raise AbiMismatch(f"the library has ABI version {built}, {HEADER.name} {header.version}")

@@ -137,20 +137,19 @@ def multiply(matrix: abi.Matrix, x: Tensor, arena: Arena) -> Tensor:
 
 def norm(
     x: Tensor,
-    weight: int,
-    epsilon: float,
+    how: abi.Norm,
     out: Tensor,
     gate: int | None = None,
     bias: float = 0.0,
     logits: Tensor | None = None,
 ) -> None:
-    """RMSNorm of x [..., width] into out; with a gate, its logits [...] of what comes out.
+    """x [..., width], normed, into out; with a gate, its logits [...] of what comes out.
 
-    `weight` and `gate` are addresses of float32 numbers [width].
+    `gate` is the address of float32 numbers [width].
     """
     width = x.shape[-1]
     _library().gateskip_norm(
-        *(_at(x), weight, epsilon, x.numel() // width, width, _bf16(x), _at(out)),
+        *(_at(x), ctypes.byref(how), x.numel() // width, width, _bf16(x), _at(out)),
         *(gate, bias, _at(logits), torch.get_num_threads()),
     )
 
@@ -185,7 +184,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def softmax(
-    scores: Tensor, slots: Tensor, group: int, begin: int, window: int | None, scaling: float
+    scores: Tensor,
+    slots: Tensor,
+    group: int,
+    begin: int,
+    window: int | None,
+    scaling: float,
+    softcap: float | None = None,
 ) -> None:
     """Causal softmax in place of scores [blocks, Q * group, T], T a multiple of 8.
 
@@ -195,14 +200,14 @@ def softmax(
     assert width % 8 == 0, f"{width} keys: a multiple of 8 is needed"
     _library().gateskip_softmax(
         *(_at(scores), _bf16(scores), blocks, rows, len(slots), group, width),
-        *(_at(slots), begin, window or 0, scaling, torch.get_num_threads()),
+        *(_at(slots), begin, window or 0, scaling, softcap or 0.0, torch.get_num_threads()),
     )
 
 
-def swiglu(gate: Tensor, up: Tensor) -> None:
-    """gate = silu(gate) * up, in place."""
+def activate(gate: Tensor, up: Tensor | None, how: abi.Activation) -> None:
+    """gate = activation(gate), times up where there is one, in place."""
     threads = torch.get_num_threads()
-    _library().gateskip_swiglu(_at(gate), _at(up), gate.numel(), _bf16(gate), threads)
+    _library().gateskip_activate(_at(gate), _at(up), gate.numel(), how, _bf16(gate), threads)
 
 
 # -- attention over a bfloat16 cache ----------------------------------------------------------
@@ -231,6 +236,7 @@ def attend(
     kv_heads: int,
     window: int | None,
     scaling: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention of queries [N, heads, D], counts[b] of them in row b, at ascending slots [N], over
     what `pack` made -> [N, heads, D]; rows beyond the counts are zero."""
@@ -239,6 +245,7 @@ def attend(
     rows = torch.tensor(counts)
     _library().gateskip_attend(
         *(_at(queries), _at(slots), _at(rows), len(counts), heads, kv_heads, width),
-        *(window or 0, scaling, packed.shape[2], _at(packed), _at(out), torch.get_num_threads()),
+        *(window or 0, scaling, softcap or 0.0, packed.shape[2], _at(packed), _at(out)),
+        torch.get_num_threads(),
     )
     return out

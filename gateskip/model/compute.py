@@ -43,7 +43,7 @@ def branch_costs(model: Any) -> list[BranchCost]:
             linears = (x for x in module.children() if hasattr(x, "in_features"))
             costs.append(BranchCost(sum(_linear_macs(x) for x in linears), 0, 0))
             continue
-        shape = attention_shape(model, module)
+        shape = attention_shape(model, branch)
         width = shape.heads * shape.head_dim
         kv = 2 * hidden * shape.kv_heads * shape.head_dim
         costs.append(BranchCost(2 * hidden * width + kv, kv, 2 * width, shape.window))

@@ -1,7 +1,9 @@
-"""Where the attention and MLP branches of each architecture are.
+"""What is particular to each architecture: one table row an architecture, data alone.
 
-One table row an architecture. Everything else in the package speaks of a `Branch`: a residual
-update `h' = h + norm_out(module(norm_in(h)))` that can be entered or skipped, token by token.
+Everything else in the package speaks of a `Branch`: a residual update
+`h' = h + norm_out(module(norm_in(h)))` that can be entered or skipped, token by token. The passes
+in torch (projections.py, reference.py) and the descriptors of the compiled kernels
+(runtime/descriptors.py) read the same rows.
 """
 
 from __future__ import annotations
@@ -23,14 +25,45 @@ class UnsupportedModel(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Norm:
+    """What norms do beside dividing by a row's root mean square."""
+
+    centered: bool = False
+    """Whether the mean is taken off first, and a bias added last: LayerNorm."""
+    offset: float = 0.0
+    """What is added to a stored weight: Gemma stores w - 1."""
+    weight_in_fp32: bool = False
+    """Whether rows meet the weight before they are rounded to the model's type; after it else."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """Attribute names, inside one decoder layer, of what a branch is made of."""
+    """Attribute names, inside one decoder layer, of what a branch is made of, and what they do."""
 
     attention: str = "self_attn"
     attention_in: str | None = "input_layernorm"
     attention_out: str | None = None
     mlp_in: str | None = "post_attention_layernorm"
     mlp_out: str | None = None
+    final_norm: str = "norm"
+    norm: Norm = Norm()
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """Queries, keys and values: three linear layers, or one with all of them."""
+    qkv_by_head: bool = False
+    """Where they are one layer: whether each head's three follow each other in its rows. Else all
+    queries come first, then all keys."""
+    output: str = "o_proj"
+    gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    """An MLP's gate and what it multiplies: two linear layers, or one, the gate's rows first."""
+    gated: bool = True
+    """Whether an MLP has such a gate; without, `gate_up` is the layer before the activation."""
+    down: str = "down_proj"
+    activation: str = "hidden_act"
+    """Where the config has its name."""
+    head_dim: str = "head_dim"
+    """Where an attention module has the width of a head."""
+    one_window: bool = False
+    """Whether all layers attend to `config.sliding_window`; else each says so itself, or none."""
     rope_by_layer_type: bool = False
     """Whether layers of different types (sliding, full) rotate differently."""
     may_be_parallel: bool = False
@@ -38,28 +71,43 @@ class Family:
 
 
 PRE_NORM = Family()
-SANDWICH: dict[str, Any] = {
+GEMMA: dict[str, Any] = {
     "attention_out": "post_attention_layernorm",
     "mlp_in": "pre_feedforward_layernorm",
     "mlp_out": "post_feedforward_layernorm",
+    "norm": Norm(offset=1.0, weight_in_fp32=True),
+    "activation": "hidden_activation",
 }
 
 FAMILIES: dict[str, Family] = {
     "llama": PRE_NORM,
-    "mistral": PRE_NORM,
+    "mistral": Family(one_window=True),
     "qwen2": PRE_NORM,
     "qwen3": PRE_NORM,
-    "phi3": PRE_NORM,
     "smollm3": PRE_NORM,
-    "gemma2": Family(**SANDWICH),
-    "gemma3_text": Family(**SANDWICH, rope_by_layer_type=True),
+    "phi3": Family(qkv=("qkv_proj",), gate_up=("gate_up_proj",), one_window=True),
+    "gemma2": Family(**GEMMA),
+    "gemma3_text": Family(**GEMMA, rope_by_layer_type=True),
     "olmo2": Family(
         attention_in=None,
         attention_out="post_attention_layernorm",
         mlp_in=None,
         mlp_out="post_feedforward_layernorm",
+        norm=Norm(weight_in_fp32=True),
     ),
-    "gpt_neox": Family(attention="attention", may_be_parallel=True),
+    "gpt_neox": Family(
+        attention="attention",
+        final_norm="final_layer_norm",
+        norm=Norm(centered=True),
+        qkv=("query_key_value",),
+        qkv_by_head=True,
+        output="dense",
+        gate_up=("dense_h_to_4h",),
+        gated=False,
+        down="dense_4h_to_h",
+        head_dim="head_size",
+        may_be_parallel=True,
+    ),
 }
 
 
@@ -71,6 +119,7 @@ class Branch:
     layer: int
     kind: BranchKind
     module: nn.Module
+    family: Family
     norm_in: nn.Module | None
     norm_out: nn.Module | None
     rope: str = ""
@@ -92,13 +141,18 @@ def find_branches(model: Any) -> list[Branch]:
 
     Raises `UnsupportedModel` for an architecture that has no row.
     """
+    return list(_walk(model, family_of(model)))
+
+
+def family_of(model: Any) -> Family:
+    """A causal LM's row. Raises `UnsupportedModel` where there is none."""
     family = FAMILIES.get(model.config.model_type)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedModel(
             f"model type {model.config.model_type!r} is not supported; supported: {known}"
         )
-    return list(_walk(model, family))
+    return family
 
 
 def _walk(model: Any, family: Family) -> Iterator[Branch]:
@@ -110,6 +164,7 @@ def _walk(model: Any, family: Family) -> Iterator[Branch]:
             number,
             "attention",
             getattr(layer, family.attention),
+            family,
             _named(layer, family.attention_in),
             _named(layer, family.attention_out),
             config.layer_types[number] if family.rope_by_layer_type else "",
@@ -119,6 +174,7 @@ def _walk(model: Any, family: Family) -> Iterator[Branch]:
             number,
             "mlp",
             layer.mlp,
+            family,
             _named(layer, family.mlp_in),
             _named(layer, family.mlp_out),
             parallel=parallel,
@@ -145,8 +201,8 @@ def device_of(model: Any) -> torch.device:
 
 def final_norm(model: Any) -> Any:
     """The norm between the last layer and the LM head."""
-    body = backbone(model)
-    return body.final_layer_norm if hasattr(body, "final_layer_norm") else body.norm
+    family = FAMILIES.get(model.config.model_type, PRE_NORM)
+    return getattr(backbone(model), family.final_norm)
 
 
 def embed(model: Any, input_ids: Tensor) -> Tensor:
@@ -155,11 +211,24 @@ def embed(model: Any, input_ids: Tensor) -> Tensor:
     return embedded
 
 
+def embedding_scale(model: Any) -> float:
+    """What `embed` multiplies a row of the embedding's table by, in the table's type."""
+    scale = getattr(model.get_input_embeddings(), "embed_scale", None)
+    weight: Tensor = model.get_input_embeddings().weight
+    return 1.0 if scale is None else float(torch.as_tensor(scale).to(weight.dtype))
+
+
 def head(model: Any, hidden: Tensor) -> Tensor:
     """Final hidden states [..., H] (already normed) -> logits [..., V]."""
     logits: Tensor = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    cap = logit_cap(model)
     return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def logit_cap(model: Any) -> float | None:
+    """What `head` squeezes logits between, above and below 0; None for no cap."""
+    cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+    return cap
 
 
 def rope_at(model: Any, positions: Tensor, dtype: torch.dtype) -> Rope:
@@ -169,7 +238,7 @@ def rope_at(model: Any, positions: Tensor, dtype: torch.dtype) -> Rope:
     """
     like = torch.empty(0, dtype=dtype, device=positions.device)
     rotary = backbone(model).rotary_emb
-    if FAMILIES[model.config.model_type].rope_by_layer_type:
+    if family_of(model).rope_by_layer_type:
         kinds = sorted(set(model.config.layer_types))
         return {kind: _cast(rotary(like, positions, kind), dtype) for kind in kinds}
     return {"": _cast(rotary(like, positions), dtype)}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gateskip.model.families import find_branches
+from gateskip.model.families import family_of, find_branches
 
 
 def input_norms(model: Any) -> Tensor | None:
@@ -20,7 +20,7 @@ def input_norms(model: Any) -> Tensor | None:
     Ones where a branch has no norm before it. None where a norm also adds something (LayerNorm's
     bias), since no factor undoes that.
     """
-    offset = 1.0 if "gemma" in model.config.model_type else 0.0  # Gemma stores w - 1
+    offset = family_of(model).norm.offset
     rows = []
     for branch in find_branches(model):
         norm: Any = branch.norm_in

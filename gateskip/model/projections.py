@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gateskip.model.families import Branch
+
 Turn = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
 """What `rotate` does, done in another way."""
 
@@ -26,91 +28,107 @@ class AttentionShape:
     window: int | None
 
 
-def attention_shape(model: Any, attention: Any) -> AttentionShape:
-    """Read the shape off the module first, and off the config where the module is silent."""
+def attention_shape(model: Any, branch: Branch) -> AttentionShape:
+    """Read an attention branch's shape off its module first, and off the config where that is
+    silent."""
     config = model.config
+    attention: Any = branch.module
+    own_window = None if branch.family.one_window else getattr(attention, "sliding_window", None)
     return AttentionShape(
         heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=_head_dim(attention),
+        head_dim=_head_dim(branch),
         scaling=attention.scaling,
         softcap=getattr(attention, "attn_logit_softcapping", None),
-        window=_window(config, attention),
+        window=config.sliding_window if branch.family.one_window else own_window,
     )
 
 
-def _head_dim(attention: Any) -> int:
-    size: int = attention.head_dim if hasattr(attention, "head_dim") else attention.head_size
+def _head_dim(branch: Branch) -> int:
+    size: int = getattr(branch.module, branch.family.head_dim)
     return size
 
 
-def _window(config: Any, attention: Any) -> int | None:
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window  # type: ignore[no-any-return]
-    if config.model_type in ("mistral", "phi3"):  # one window for all layers, in the config alone
-        return config.sliding_window  # type: ignore[no-any-return]
-    return None
+# -- linear layers, and parts of fused ones ---------------------------------------------------
 
 
-def project_queries(
-    attention: Any, x: Tensor, rope: tuple[Tensor, Tensor], turn: Turn | None = None
-) -> Tensor:
-    """Rotated queries. x [..., H], rope two of [..., D] -> [..., heads, head_dim].
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a fused weight: `count` in runs of `run`, which begin `stride` apart from `first`."""
 
-    `turn` may stand in for `rotate`.
-    """
-    queries = _heads(attention, _project(attention, x, 0), getattr(attention, "q_norm", None))
-    return _rotated(attention, queries, rope, turn)
+    first: int
+    count: int
+    run: int
+    stride: int
 
+    def of(self, tensor: Tensor) -> Tensor:
+        """These rows of a tensor [n, ...]: a view where they lie together."""
+        if self.run == self.count:
+            return tensor[self.first : self.first + self.count]
+        runs = tensor.unflatten(0, (-1, self.stride))
+        return runs[:, self.first : self.first + self.run].flatten(0, 1)
 
-def project_keys_values(
-    attention: Any, x: Tensor, rope: tuple[Tensor, Tensor], turn: Turn | None = None
-) -> tuple[Tensor, Tensor]:
-    """Rotated keys, and values. x [..., H], rope two of [..., D] -> two of [..., kv_heads, D].
-
-    `turn` may stand in for `rotate`.
-    """
-    keys = _heads(attention, _project(attention, x, 1), getattr(attention, "k_norm", None))
-    values = _heads(attention, _project(attention, x, 2), None)
-    return _rotated(attention, keys, rope, turn), values
-
-
-def project_out(attention: Any, mixed: Tensor) -> Tensor:
-    """The output projection: what the heads attended to [..., heads * head_dim] -> [..., H]."""
-    module = attention.o_proj if hasattr(attention, "o_proj") else attention.dense
-    output: Tensor = module(mixed)
-    return output
+    def columns(self, x: Tensor) -> Tensor:
+        """What these rows gave, of all outputs x [..., n]."""
+        if self.run == self.count:
+            return x[..., self.first : self.first + self.count]
+        runs = x.unflatten(-1, (-1, self.stride))
+        return runs[..., self.first : self.first + self.run].flatten(-2)
 
 
-def _project(attention: Any, x: Tensor, part: int) -> Tensor:
-    """Queries (0), keys (1) or values (2) of x [..., H], not yet cut into heads."""
-    if hasattr(attention, "q_proj"):
-        module = (attention.q_proj, attention.k_proj, attention.v_proj)[part]
-        return module(x)  # type: ignore[no-any-return]
-    if hasattr(attention, "qkv_proj"):  # Phi3: queries, keys, values, one below the other
-        fused, head_dim = attention.qkv_proj, attention.head_dim
-        width = attention.num_key_value_heads * head_dim
-        ends = (fused.out_features - 2 * width, fused.out_features - width, fused.out_features)
-        rows = slice(ends[part - 1] if part else 0, ends[part])
-        if _is_plain(fused):
-            return F.linear(x, fused.weight[rows], _rows(fused.bias, rows))
-        return fused(x)[..., rows]  # type: ignore[no-any-return]
-    return _interleaved(attention, x, part)
+@dataclass(frozen=True)
+class Part:
+    """A projection: a linear layer, or some rows of one."""
+
+    module: Any
+    rows: Rows | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        module, rows = self.module, self.rows
+        if rows is None:
+            return module(x)  # type: ignore[no-any-return]
+        if hasattr(module, "part"):  # packed for our kernels
+            return module.part(x, rows)  # type: ignore[no-any-return]
+        if not _is_plain(module):
+            return rows.columns(module(x))
+        bias = None if module.bias is None else rows.of(module.bias)
+        return F.linear(x, rows.of(module.weight), bias)
 
 
-def _interleaved(attention: Any, x: Tensor, part: int) -> Tensor:
-    """GPT-NeoX: each head has its queries, keys and values side by side in one matrix."""
-    fused, head_dim = attention.query_key_value, attention.head_size
-    cut = slice(part * head_dim, (part + 1) * head_dim)
-    if not _is_plain(fused):
-        part_of_all: Tensor = fused(x).unflatten(-1, (-1, 3 * head_dim))[..., cut].flatten(-2)
-        return part_of_all
-    weight = fused.weight.view(-1, 3 * head_dim, x.shape[-1])[:, cut]  # [heads, D, H]
-    flat = x.reshape(-1, x.shape[-1])
-    found: Tensor = (flat @ weight.transpose(1, 2)).transpose(0, 1)  # [N, heads, D]
-    if fused.bias is not None:
-        found = found + fused.bias.view(-1, 3 * head_dim)[:, cut]
-    return found.reshape(*x.shape[:-1], -1)
+def attention_parts(branch: Branch) -> tuple[Part, Part, Part, Part]:
+    """The projections of an attention branch: queries, keys, values and output."""
+    attention: Any = branch.module
+    family = branch.family
+    output = Part(getattr(attention, family.output))
+    if len(family.qkv) > 1:
+        queries, keys, values = (Part(getattr(attention, name)) for name in family.qkv)
+        return queries, keys, values, output
+    fused, width = getattr(attention, family.qkv[0]), _head_dim(branch)
+    heads = output.module.in_features // width
+    rest = fused.out_features // width - heads  # heads of keys and values
+    if family.qkv_by_head:
+        every = [Rows(i * width, heads * width, width, 3 * width) for i in range(3)]
+    else:
+        counts = (heads * width, rest // 2 * width, rest // 2 * width)
+        every = [Rows(sum(counts[:i]), n, n, n) for i, n in enumerate(counts)]
+    queries, keys, values = (Part(fused, rows) for rows in every)
+    return queries, keys, values, output
+
+
+def mlp_parts(branch: Branch) -> tuple[Part | None, Part, Part]:
+    """The projections of an MLP branch: gate, up and down; None for no gate."""
+    mlp: Any = branch.module
+    family = branch.family
+    down = Part(getattr(mlp, family.down))
+    first, *second = (getattr(mlp, name) for name in family.gate_up)
+    if not family.gated:
+        return None, Part(first), down
+    if second:
+        return Part(first), Part(second[0]), down
+    width = down.module.in_features
+    gate, up = (Part(first, Rows(i * width, width, width, width)) for i in range(2))
+    return gate, up, down
 
 
 def _is_plain(linear: Any) -> bool:
@@ -120,21 +138,54 @@ def _is_plain(linear: Any) -> bool:
     return linear.weight.is_floating_point() and linear.weight.ndim == 2
 
 
-def _rows(bias: Tensor | None, rows: slice) -> Tensor | None:
-    return None if bias is None else bias[rows]
+# -- queries, keys, values and output ---------------------------------------------------------
 
 
-def _heads(attention: Any, x: Tensor, norm: Any | None) -> Tensor:
+def project_queries(
+    branch: Branch, x: Tensor, rope: tuple[Tensor, Tensor], turn: Turn | None = None
+) -> Tensor:
+    """Rotated queries. x [..., H], rope two of [..., D] -> [..., heads, head_dim].
+
+    `turn` may stand in for `rotate`.
+    """
+    queries = _heads(branch, attention_parts(branch)[0](x), "q_norm")
+    return _rotated(branch, queries, rope, turn)
+
+
+def project_keys_values(
+    branch: Branch, x: Tensor, rope: tuple[Tensor, Tensor], turn: Turn | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rotated keys, and values. x [..., H], rope two of [..., D] -> two of [..., kv_heads, D].
+
+    `turn` may stand in for `rotate`.
+    """
+    _, keys, values, _ = attention_parts(branch)
+    turned = _rotated(branch, _heads(branch, keys(x), "k_norm"), rope, turn)
+    return turned, _heads(branch, values(x), None)
+
+
+def project_out(branch: Branch, mixed: Tensor) -> Tensor:
+    """The output projection: what the heads attended to [..., heads * head_dim] -> [..., H]."""
+    return attention_parts(branch)[3](mixed)
+
+
+def _heads(branch: Branch, x: Tensor, name: str | None) -> Tensor:
     """[..., heads * D] -> [..., heads, D], normed by head (Qwen3) or before the cut (OLMo2)."""
-    head_dim = _head_dim(attention)
+    head_dim = _head_dim(branch)
+    norm = None if name is None else getattr(branch.module, name, None)
     if norm is not None and norm.weight.shape[-1] != head_dim:
         x, norm = norm(x), None
     cut: Tensor = x.unflatten(-1, (-1, head_dim))
     return cut if norm is None else norm(cut)
 
 
-def _rotated(attention: Any, x: Tensor, rope: tuple[Tensor, Tensor], turn: Turn | None) -> Tensor:
-    return (turn or rotate)(x, rope) if getattr(attention, "use_rope", True) else x
+def rotates(branch: Branch) -> bool:
+    """Whether an attention branch rotates queries and keys: some layers of SmolLM3 do not."""
+    return bool(getattr(branch.module, "use_rope", True))
+
+
+def _rotated(branch: Branch, x: Tensor, rope: tuple[Tensor, Tensor], turn: Turn | None) -> Tensor:
+    return (turn or rotate)(x, rope) if rotates(branch) else x
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

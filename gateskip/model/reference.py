@@ -119,21 +119,20 @@ def _attention(
     kv_rule: str,
     below: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    attention: Any = branch.module
-    keys, values = project_keys_values(attention, x, rope)  # [B, S, kv_heads, D]
+    keys, values = project_keys_values(branch, x, rope)  # [B, S, kv_heads, D]
     if kv_rule == "copy" and keep is not None and below is not None:
         own = keep[..., None, None].to(keys)
         keys = keys * own + below[0] * (1 - own)
         values = values * own + below[1] * (1 - own)
-    queries = project_queries(attention, x, rope)
+    queries = project_queries(branch, x, rope)
     mixed = attend(
         queries.transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attention_shape(model, attention),
+        attention_shape(model, branch),
         None,
     )
-    return project_out(attention, mixed.transpose(1, 2).flatten(-2)), (keys, values)
+    return project_out(branch, mixed.transpose(1, 2).flatten(-2)), (keys, values)
 
 
 def attend(

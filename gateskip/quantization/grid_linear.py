@@ -85,9 +85,12 @@ class GridEmbedding(nn.Module):
         group: int,
         dtype: torch.dtype,
         stored: torch.dtype = STORED,
+        embed_scale: float | None = None,
     ) -> None:
-        """Empty buffers of the sizes that a checkpoint fills; `dtype` is the unpacked table's."""
+        """Empty buffers of the sizes that a checkpoint fills; `dtype` is the unpacked table's.
+        Rows that are looked up are multiplied by `embed_scale`, as Gemma does."""
         super().__init__()
+        self.embed_scale = embed_scale
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.bits, self.group, self.dtype = bits, group, dtype
         self.register_buffer("codes", _empty(num_embeddings, embedding_dim * bits // 8))
@@ -105,7 +108,8 @@ class GridEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., hidden]."""
-        return F.embedding(ids, self.weight)
+        rows = F.embedding(ids, self.weight)
+        return rows if self.embed_scale is None else rows * rows.new_tensor(self.embed_scale)
 
 
 class SharedHead(nn.Module):

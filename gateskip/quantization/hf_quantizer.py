@@ -80,8 +80,9 @@ class GridQuantizer(HfQuantizer):
         bits, group = config.embedding["bits"], config.embedding["group_size"]
         sizes = (embedding.num_embeddings, embedding.embedding_dim)
         dtype = _dtype(model)
+        scale = getattr(embedding, "scalar_embed_scale", None)
         with torch.device(embedding.weight.device):
-            packed = GridEmbedding(*sizes, bits, group, dtype, config.stored)
+            packed = GridEmbedding(*sizes, bits, group, dtype, config.stored, scale)
         model.set_input_embeddings(packed)
         if tied:
             model.set_output_embeddings(SharedHead(packed))

@@ -23,6 +23,7 @@ from gateskip.kernels import build, ops
 from gateskip.kernels.abi import BLOCK
 from gateskip.kernels.autotune import Kernel, bfloat16_is_faster, product
 from gateskip.model.families import final_norm
+from gateskip.model.projections import Rows
 from gateskip.quantization.grid import Grid, middle, unpack_bits
 from gateskip.quantization.grid_linear import GridLinear
 from gateskip.quantization.tiles import pack_codes, tiles
@@ -71,15 +72,26 @@ class DenseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        if self._fp32_weight is not None:
-            return product(x, self._fp32_weight, self.bias)
-        if not _streaming() or x.dtype != self.weight.dtype:
-            return product(x, self.weight, self.bias)
-        if self.weight.dtype != torch.float32:
-            return F.linear(x, self.weight, self.bias)
+        return self._multiply(x, self._fp32_weight, self.weight, self.bias)
+
+    def part(self, x: Tensor, rows: Rows) -> Tensor:
+        """x [..., in] -> some of the outputs."""
+        wide = None if self._fp32_weight is None else rows.of(self._fp32_weight)
+        bias = None if self.bias is None else rows.of(self.bias)
+        return self._multiply(x, wide, rows.of(self.weight), bias)
+
+    def _multiply(
+        self, x: Tensor, wide: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        if wide is not None:
+            return product(x, wide, bias)
+        if not _streaming() or x.dtype != weight.dtype:
+            return product(x, weight, bias)
+        if weight.dtype != torch.float32:
+            return F.linear(x, weight, bias)
         flat = x.reshape(-1, self.in_features).contiguous()
-        out: Tensor = ops.dense(self.weight, flat).view(*x.shape[:-1], self.out_features)
-        return out if self.bias is None else out + self.bias
+        out: Tensor = ops.dense(weight, flat).view(*x.shape[:-1], len(weight))
+        return out if bias is None else out + bias
 
 
 class PackedLinear(nn.Module):
@@ -136,6 +148,13 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         return self.streamed(x) if _streaming() else product(x, self.unpacked(), self.bias)
+
+    def part(self, x: Tensor, rows: Rows) -> Tensor:
+        """x [..., in] -> some of the outputs."""
+        if _streaming():
+            return rows.columns(self.streamed(x))
+        bias = None if self.bias is None else rows.of(self.bias)
+        return product(x, rows.of(self.unpacked()), bias)
 
     def streamed(self, x: Tensor) -> Tensor:
         """The same by the compiled kernel, which multiplies in float32 and reads the codes once."""

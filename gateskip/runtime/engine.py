@@ -18,26 +18,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gateskip.gates.base import Gates
-from gateskip.gates.learned import ScalarGates
 from gateskip.kernels import abi, build, ops
-from gateskip.kernels.abi import BLOCK, PARTS, Kind, Matrix
-from gateskip.model.families import FAMILIES, PRE_NORM, UnsupportedModel, backbone, final_norm
-from gateskip.model.gating import ANCHORS
-from gateskip.model.projections import AttentionShape, attention_shape, rotate
-from gateskip.quantization.grid_linear import SharedHead
-from gateskip.quantization.head import RoundedHead, to_bytes
-from gateskip.quantization.packed_linear import DenseLinear, PackedLinear
-from gateskip.quantization.tiles import pack_codes, tiles
+from gateskip.kernels.abi import PARTS, Matrix
+from gateskip.model.families import Branch, UnsupportedModel, embedding_scale, logit_cap
+from gateskip.model.projections import AttentionShape, mlp_parts, rotate
+from gateskip.quantization.packed_linear import PackedLinear
+from gateskip.runtime.descriptors import Descriptors
 from gateskip.runtime.kv_cache import KVCache
 
 MOST_ROWS = 64  # of one pass over the weights, as MAX_ROWS in simd.h; `step` takes any number
-DENSE_KINDS = {torch.float32: Kind.FP32, torch.bfloat16: Kind.BF16}
-CHANNELS = 8  # what divides hidden states and heads
 KEYS = 16  # of a vector of attention.cpp: what divides its packed keys, and its heads' channels
-ZERO_POINT = 128  # what makes signed bytes unsigned; the kernels take it off again
 
 
 class Engine:
@@ -54,20 +47,12 @@ class Engine:
         """Raises UnsupportedModel when the kernels cannot run this model here."""
         if not ops.has_decoder():
             raise UnsupportedModel(build.problem() or "the processor has no AVX2")
-        if FAMILIES.get(model.config.model_type) is not PRE_NORM:
-            raise UnsupportedModel(f"architecture {model.config.model_type} runs in torch")
-        if gates is not None and (type(gates) is not ScalarGates or gates.scales):
-            raise UnsupportedModel("only scalar gates that do not scale run natively")
-        self.held: list[Any] = []  # tensors that the structures point into
-        # A branch's shortcut for many rows: down [H, r], up [r, H], bias [H]
-        self.around: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        packed = any(isinstance(part, PackedLinear | SharedHead) for part in model.modules())
-        self.rounded = rounded and packed
-        self.rounded |= isinstance(model.get_output_embeddings(), RoundedHead)
-        self.model = self._model(model, gates)
-        self.head = self.draft_head = self._head(model)
+        self._parts = Descriptors(model, gates, rounded)
+        self.rounded, self.model = self._parts.rounded, self._parts.model
+        self.head = self.draft_head = self._parts.head
         self.rerank_head: Matrix | None = None
         self.embedding = model.get_input_embeddings().weight
+        self._scale, self._cap = embedding_scale(model), logit_cap(model)
         self.copies = int(kv_rule == "copy")
         self.kept = torch.zeros(2 * self.model.layers, dtype=torch.int64)
         self._spent = torch.zeros(len(PARTS), dtype=torch.float64)
@@ -122,6 +107,8 @@ class Engine:
             levels=len(accepted),
             embedding=self.embedding.data_ptr(),
             bf16=int(self.embedding.dtype == torch.bfloat16),
+            scale=self._scale,
+            cap=self._cap or 0.0,
             draft_head=ctypes.pointer(self.draft_head),
             rerank_head=self.rerank_head and ctypes.pointer(self.rerank_head),
             tokens=tokens.data_ptr(),
@@ -136,19 +123,21 @@ class Engine:
         """Rank a draft's tokens by an LM head in 4 bits, and choose among the best by another one;
         without the first the model's own head does both."""
         if draft_head is not None:
-            self.draft_head = self._packed(draft_head, rounded=True)
+            self.draft_head = self._parts.packed(draft_head, rounded=True)
             self.rerank_head = rerank_head
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [rows, H] -> logits [rows, V]."""
         started = time.perf_counter()
         out = self._multiply(self.head, hidden)
+        if self._cap is not None:
+            out.div_(self._cap).tanh_().mul_(self._cap)
         self._spent[PARTS.index("lm head")] += time.perf_counter() - started
         return out
 
     def multiplier(self, layer: PackedLinear) -> Callable[[Tensor], Tensor]:
         """What the engine does with rows x [rows, in] at such a layer: a call that can be timed."""
-        matrix = self._packed(layer, self.rounded)
+        matrix = self._parts.packed(layer, self.rounded)
         return lambda x: self._multiply(matrix, x)
 
     def _multiply(self, matrix: Matrix, x: Tensor) -> Tensor:
@@ -175,20 +164,30 @@ class Engine:
         """What a branch reads, its norm of hidden states x [..., H] in their own type, and its
         gate's logits [...], if it has a gate. The next call writes over the first."""
         layer, mlp = self.model.layer[branch // 2], branch % 2
-        weight, gate, bias = (
+        norm, gate, bias = (
             (layer.norm_mlp, layer.weight_mlp, layer.bias_mlp)
             if mlp
             else (layer.norm_attention, layer.weight_attention, layer.bias_attention)
         )
         x, out = x.contiguous(), self._buffer("normed", x.shape, x.dtype)
         logits = torch.empty(x.shape[:-1]) if gate else None
-        ops.norm(x, weight, self.model.epsilon, out, gate, bias, logits)
+        ops.norm(x, norm, out, gate, bias, logits)
         return out, logits
+
+    def left(self, branch: int, x: Tensor) -> Tensor:
+        """What a branch adds, of its output x [..., H]: the norm after it, if there is one."""
+        layer = self.model.layer[branch // 2]
+        norm = layer.after_mlp if branch % 2 else layer.after_attention
+        if not norm.weight:
+            return x
+        x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        ops.norm(x, norm, out)
+        return out
 
     def final(self, x: Tensor) -> Tensor:
         """The norm before the LM head, of hidden states x [..., H] in their own type."""
         x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-        ops.norm(x, self.model.norm_final, self.model.epsilon, out)
+        ops.norm(x, self.model.norm_final, out)
         return out
 
     def add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
@@ -198,7 +197,7 @@ class Engine:
     def add_shortcuts(self, branch: int, hidden: Tensor, x: Tensor, places: Tensor) -> None:
         """hidden [..., H] at flat places [N] += what tokens get that skip a branch which reads x
         [..., H], in place."""
-        ops.add_shortcut(hidden, x, places, *self.around[branch])
+        ops.add_shortcut(hidden, x, places, *self._parts.around[branch])
 
     def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """families.rotate of x [..., heads, head_dim], rope two of [..., D], in one native pass."""
@@ -211,7 +210,7 @@ class Engine:
     def attends(self, queries: Tensor, shape: AttentionShape) -> bool:
         """Whether `attend` can do it: in bfloat16, where the processor multiplies pairs of it."""
         known = queries.dtype == torch.bfloat16 and ops.attends()
-        return known and shape.head_dim % KEYS == 0 and shape.softcap is None
+        return known and shape.head_dim % KEYS == 0
 
     def pack(self, kv: tuple[Tensor, Tensor], used: int) -> Tensor:
         """Keys and values [B, kv_heads, T, D] of the first `used` slots as `attend` reads them. The
@@ -234,7 +233,7 @@ class Engine:
 
         `packed` is what `pack` made of keys and values, up to the last of the slots at least.
         """
-        sizes = (shape.kv_heads, shape.window, shape.scaling)
+        sizes = (shape.kv_heads, shape.window, shape.scaling, shape.softcap)
         return ops.attend(queries.contiguous(), counts, slots, packed, *sizes).flatten(1)
 
     def soften(self, scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> None:
@@ -245,14 +244,16 @@ class Engine:
         slot stay as they are.
         """
         group = shape.heads // shape.kv_heads
-        ops.softmax(scores, slots, group, begin, shape.window, shape.scaling)
+        how = (shape.window, shape.scaling, shape.softcap)
+        ops.softmax(scores, slots, group, begin, *how)
 
-    def mlp(self, module: Any, x: Tensor) -> Tensor:
+    def mlp(self, branch: Branch, x: Tensor) -> Tensor:
         """An MLP's output for x [..., H]; what lies between its products is one native pass."""
-        gate, up = module.gate_proj(x).contiguous(), module.up_proj(x).contiguous()
-        ops.swiglu(gate, up)
-        out: Tensor = module.down_proj(gate)
-        return out
+        gate, up, down = mlp_parts(branch)
+        inner = (up if gate is None else gate)(x).contiguous()
+        times = None if gate is None else up(x).contiguous()
+        ops.activate(inner, times, self._parts.activation)
+        return down(inner)
 
     def _buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory of a shape that is used again under its name: what the system gives anew it has to
@@ -276,162 +277,14 @@ class Engine:
 
     def _view(self, cache: KVCache) -> abi.CacheView:
         if self._cache is None or self._cache[0]() is not cache:
-            (rope,) = cache.rope.values()
-            stores = [
+            ropes = [cache.rope[key] for key in self._parts.rotary_dims]
+            tables = [[rope[part].float().contiguous() for rope in ropes] for part in (0, 1)]
+            lists = [
                 (abi.Pointer * len(part))(*(x.data_ptr() for x in part))
-                for part in (cache.keys, cache.values)
+                for part in (cache.keys, cache.values, *tables)
             ]
-            tables = [x.float().contiguous() for x in rope]
-            addresses = [ctypes.addressof(x) for x in stores] + [x.data_ptr() for x in tables]
             bf16 = int(cache.keys[0].dtype == torch.bfloat16)
-            view = abi.CacheView(*addresses, cache.capacity, bf16)
-            view.held = (stores, tables)
+            view = abi.CacheView(*map(ctypes.addressof, lists), cache.capacity, bf16)
+            view.held = (lists, tables)
             self._cache = (weakref.ref(cache), view)  # its memory goes when its text is done
         return self._cache[1]
-
-    # -- the model as structures ----------------------------------------------------------------
-
-    def _model(self, model: Any, gates: Gates | None) -> abi.Model:
-        config, body = model.config, backbone(model)
-        shape = attention_shape(model, body.layers[0].self_attn)
-        norm = final_norm(model)
-        if config.hidden_act not in ("silu", "swish"):
-            raise UnsupportedModel(f"activation {config.hidden_act} runs in torch")
-        if shape.softcap is not None:
-            raise UnsupportedModel("softcapped attention runs in torch")
-        for name, width in (("hidden_size", config.hidden_size), ("head_dim", shape.head_dim)):
-            if width % CHANNELS:
-                raise UnsupportedModel(f"{name} {width} runs in torch: no multiple of {CHANNELS}")
-        rotary = int(body.rotary_emb.inv_freq.shape[0]) * 2
-        layers = (abi.Layer * len(body.layers))(
-            *(self._layer(model, layer, number, gates) for number, layer in enumerate(body.layers))
-        )
-        return abi.Model(
-            len(body.layers),
-            config.hidden_size,
-            shape.heads,
-            shape.kv_heads,
-            shape.head_dim,
-            layers[0].gate.n,
-            rotary,
-            ANCHORS,
-            max(max(x.short_attention.rank, x.short_mlp.rank) for x in layers),
-            _epsilon(norm),
-            shape.scaling,
-            self._floats(norm.weight),
-            layers,
-        )
-
-    def _layer(self, model: Any, layer: Any, number: int, gates: Gates | None) -> abi.Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        if not hasattr(attention, "q_proj") or not hasattr(mlp, "up_proj"):
-            raise UnsupportedModel("fused projections run in torch")
-        shape = attention_shape(model, attention)
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        matrices = [self._matrix(x) for x in (*parts, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-        norms = (layer.input_layernorm, layer.post_attention_layernorm)
-        heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        weights: list[Any] = [None, None]
-        biases = [0.0, 0.0]
-        around = [self._shortcut(gates, 2 * number + i) for i in range(2)]
-        if gates is not None:
-            rows = [gates.weight[2 * number + i] for i in range(2)]  # type: ignore[index]
-            weights = [self._floats(row) for row in rows]
-            biases = [float(gates.bias[2 * number + i].detach()) for i in range(2)]  # type: ignore[index]
-        return abi.Layer(
-            *matrices,
-            *(self._floats(x.weight) for x in norms),
-            *(None if x is None else self._floats(x.weight) for x in heads),
-            *weights,
-            *around,
-            *biases,
-            int(bool(getattr(attention, "use_rope", True))),
-            shape.window or 0,
-        )
-
-    def _shortcut(self, gates: Gates | None, branch: int) -> abi.Shortcut:
-        """A branch's shortcut, its rank filled up with zeros to a multiple of 8."""
-        if gates is None or gates.shortcuts is None:
-            return abi.Shortcut()
-        own = gates.shortcuts
-        padding = -own.rank % 8
-        down = nn.functional.pad(own.down[branch], (0, 0, 0, padding))
-        up = nn.functional.pad(own.up[branch], (0, padding))
-        bias = own.bias[branch].float()
-        self.around[branch] = (down.T.float().contiguous(), up.T.float().contiguous(), bias)
-        return abi.Shortcut(*(self._floats(part) for part in (down, up, bias)), own.rank + padding)
-
-    def _matrix(self, module: Any) -> Matrix:
-        if isinstance(module, PackedLinear):
-            return self._packed(module, self.rounded)
-        weight = getattr(module, "weight", None)
-        dense = isinstance(module, nn.Linear | DenseLinear | SharedHead)
-        if not dense or not isinstance(weight, Tensor):
-            raise UnsupportedModel(f"{type(module).__name__} layers run in torch")
-        if weight.dtype not in DENSE_KINDS or weight.device.type != "cpu":
-            raise UnsupportedModel(f"{weight.dtype} weights on {weight.device.type} run in torch")
-        n, k = weight.shape
-        kind, bias = DENSE_KINDS[weight.dtype], module.bias
-        parts = (self._at(weight), None, None, None, None if bias is None else self._floats(bias))
-        return Matrix(kind, n, k, k, 0, *parts)
-
-    def _head(self, model: Any) -> Matrix:
-        """The LM head: as it is where it is packed or on a grid, in 8 bits where the layers are
-        packed, since it would cost more than they do."""
-        module = model.get_output_embeddings()
-        grid = module.grid() if isinstance(module, SharedHead) else None
-        if grid is not None and not grid.group % BLOCK:
-            return self._packed(PackedLinear.of(grid), self.rounded)
-        packed = isinstance(module, PackedLinear)
-        if packed or not self.rounded or module.weight.shape[1] % BLOCK:
-            return self._matrix(module)
-        codes, scale = to_bytes(module.weight)
-        n, k = module.weight.shape
-        stored = pack_codes(codes + ZERO_POINT, 8)
-        parts = (stored, tiles(scale).bfloat16(), None, None, module.bias)
-        return Matrix(Kind.INT8_A8, n, k, BLOCK, ZERO_POINT, *(self._maybe(x) for x in parts))
-
-    def _packed(self, module: PackedLinear, rounded: bool) -> Matrix:
-        n, k = module.out_features, module.in_features
-        scale, offset, table, zero = module.scale, module.offset, module.book, module.middle
-        if rounded:
-            scale, offset, table, zero = _rounded_parts(module)
-        kind = f"INT{module.bits}{'' if table is None else '_TABLE'}{'_A8' if rounded else ''}"
-        parts = (module.codes, scale, offset, table, module.bias)
-        whole = (self._maybe(part) for part in parts)
-        return Matrix(Kind[kind], n, k, k // scale.shape[1], zero, *whole)
-
-    def _floats(self, tensor: Tensor) -> int:
-        return self._at(tensor.float())
-
-    def _maybe(self, tensor: Tensor | None) -> int | None:
-        return None if tensor is None else self._at(tensor)
-
-    def _at(self, tensor: Tensor) -> int:
-        """The address of a tensor, which is held from now on."""
-        whole = tensor.detach().contiguous()
-        self.held.append(whole)
-        return whole.data_ptr()
-
-
-def _rounded_parts(module: PackedLinear) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-    """Scale, offset, table and zero point as kernels of 8-bit activations read them.
-
-    Scale and offset are bfloat16. The offset is what code 0 stands for, or the middle code where
-    bfloat16 holds that better: a grid's minima are exact, a GPTQ layer's are not.
-    """
-    scale, offset, book = module.scale.bfloat16(), module.offset, module.book
-    if book is not None:
-        largest = book.abs().max()
-        table = ((book / largest * 127).round() + ZERO_POINT).to(torch.uint8)
-        return (module.scale * (largest / 127)).bfloat16(), None, table, ZERO_POINT
-    if offset is None:
-        return scale, None, None, module.middle
-    choices = ((offset - module.middle * scale.float(), 0), (offset, module.middle))
-    best, zero = min(choices, key=lambda each: float((each[0].bfloat16() - each[0]).abs().sum()))
-    return scale, best.bfloat16(), None, zero
-
-
-def _epsilon(norm: Any) -> float:
-    found = getattr(norm, "variance_epsilon", None)
-    return float(norm.eps if found is None else found)

@@ -56,9 +56,7 @@ class GatheredBackend:
             self.shortcuts = deepcopy(self.shortcuts).to(self.dtype)
         self.branches = find_branches(model)
         self.shapes = {
-            b.index: attention_shape(model, b.module)
-            for b in self.branches
-            if b.kind == "attention"
+            b.index: attention_shape(model, b) for b in self.branches if b.kind == "attention"
         }
         self.usage = Usage.of(model)
         self.gated = True
@@ -232,10 +230,10 @@ class GatheredBackend:
         slots = batch.slots.flatten()
         for kept in self._parts(keep):
             own, at = self._gathered(x, rope, kept, batch)
-            queries = project_queries(branch.module, own, at, self.turn)[0].to(self.dtype)
+            queries = project_queries(branch, own, at, self.turn)[0].to(self.dtype)
             counts = torch.bincount(kept // keep.shape[1], minlength=len(keep)).tolist()
             mixed = attend(queries, counts, slots[kept]).to(x.dtype).unsqueeze(0)
-            output = branch.leave(project_out(branch.module, mixed))[0, : len(kept)]
+            output = self.leave(branch, project_out(branch, mixed))[0, : len(kept)]
             output = output if scale is None else output * rows_at(scale, kept)
             self.add_rows(hidden, kept, output)
 
@@ -250,7 +248,7 @@ class GatheredBackend:
     ) -> None:
         """Keys and values of all tokens, by the KV rule."""
         if keep is None or self.kv_rule == "project" or branch.layer == 0:
-            keys, values = project_keys_values(branch.module, x, rope, self.turn)
+            keys, values = project_keys_values(branch, x, rope, self.turn)
             cache.write(branch.layer, batch.place, keys, values)
             return
         cache.copy_below(branch.layer, batch.place)
@@ -258,7 +256,7 @@ class GatheredBackend:
         if not len(kept):
             return
         own, at = self._gathered(x, rope, kept, batch)
-        keys, values = project_keys_values(branch.module, own, at, self.turn)
+        keys, values = project_keys_values(branch, own, at, self.turn)
         rows = batch.place.row_index.squeeze(1)[kept // keep.shape[1]]
         slots = batch.slots.flatten()[kept]
         cache.keys[branch.layer][rows, :, slots] = keys[0, : len(kept)].to(self.dtype)
@@ -313,7 +311,11 @@ class GatheredBackend:
 
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
         """What an MLP branch adds to tokens x [N, H]."""
-        return branch.leave(branch.module(x))
+        return self.leave(branch, branch.module(x))
+
+    def leave(self, branch: Branch, output: Tensor) -> Tensor:
+        """What a branch adds, of its module's output [..., H]: the norm after it, if any."""
+        return branch.leave(output)
 
     def attention(self, branch: Branch, cache: KVCache, batch: Batch, whole: bool) -> Attend:
         """Attention of a branch over a cache; `whole` says that every token of the batch enters."""

@@ -146,7 +146,11 @@ class NativeBackend(GatheredBackend):
 
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
         """torch's products with a native activation between them."""
-        return self.engine.mlp(branch.module, x)
+        return self.leave(branch, self.engine.mlp(branch, x))
+
+    def leave(self, branch: Branch, output: Tensor) -> Tensor:
+        """The norm after a branch in one native pass."""
+        return self.engine.left(branch.index, output)
 
     def attention(self, branch: Branch, cache: KVCache, batch: Batch, whole: bool) -> Attend:
         """In bfloat16 one native call; else torch's products with a native softmax between them."""

@@ -68,7 +68,8 @@ struct Dense {
   std::vector<uint16_t> stored;
   Matrix matrix{};
   Dense(int n, int k, bool half) : weights(normal(size_t(n) * k, 1 / std::sqrt(float(k)))) {
-    matrix.kind = half ? BF16 : FP32, matrix.n = n, matrix.k = matrix.group = k, matrix.weights = weights.data();
+    matrix.kind = half ? BF16 : FP32, matrix.n = matrix.run = matrix.stride = n;
+    matrix.k = matrix.group = k, matrix.weights = weights.data();
     if (!half) return;
     stored = bf16(weights);
     for (size_t i = 0; i < weights.size(); i++) weights[i] = to_float(stored[i]);
@@ -128,7 +129,7 @@ struct Packed {
         const float value = looked_up ? table[code] : code - zero;
         weights[size_t(row) * k + c] = scale[place] * value + (shifted ? offset[place] : 0);
       }
-    matrix.kind = kind, matrix.n = n, matrix.k = k, matrix.group = group, matrix.weights = codes.data();
+    matrix.kind = kind, matrix.n = matrix.run = matrix.stride = n, matrix.k = k, matrix.group = group, matrix.weights = codes.data();
     matrix.zero = looked_up ? 128 : zero;
     matrix.scale = rounded ? static_cast<const void*>(small_scale.data()) : scale.data();
     if (shifted) matrix.offset = rounded ? static_cast<const void*>(small_offset.data()) : offset.data();
@@ -200,22 +201,51 @@ struct Both {
   float at(size_t i, bool half) const { return half ? to_float(small[i]) : wide[i]; }
 };
 
+double active(int kind, double x) {
+  if (kind == SILU) return x / (1 + std::exp(-x));
+  if (kind == GELU) return x / 2 * (1 + std::erf(x / std::sqrt(2.0)));
+  return x / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+}
+
+// What activations and soft caps are where exp would overflow
+void extremes() {
+  for (int kind : {SILU, GELU_TANH, GELU}) {
+    std::vector<float> x{-3000, -100, -20, -1e-3f, 0, 1e-3f, 20, 3000};
+    const std::vector<float> was = x;
+    gateskip_activate(x.data(), nullptr, int64_t(x.size()), kind, 0, 1);
+    for (size_t i = 0; i < x.size(); i++) check(near(x[i], float(active(kind, was[i])), 1e-6f), "extreme", kind, int(i), 0);
+  }
+}
+
 void between_products() {
   for (bool half : {false, true}) {
     const float by = half ? 0.02f : 1e-4f;
     for (int64_t n : {1, 7, 8, 9, 131, 1531}) {
       Both gate(n), up(n);
       const std::vector<float> g = gate.wide, u = up.wide;
-      gateskip_swiglu(gate.data(half), up.data(half), n, half, 2);
-      for (int64_t i = 0; i < n; i++)
-        check(near(gate.at(i, half), g[i] / (1 + std::exp(-g[i])) * u[i], by), "swiglu", int(n), int(i), half);
+      for (int kind : {SILU, GELU_TANH, GELU})
+        for (bool gated : {true, false}) {
+          Both inner(n);
+          inner.small = bf16(inner.wide = g);
+          gateskip_activate(inner.data(half), gated ? up.data(half) : nullptr, n, kind, half, 2);
+          for (int64_t i = 0; i < n; i++)
+            check(near(inner.at(i, half), active(kind, g[i]) * (gated ? u[i] : 1), by), "activation", int(n), kind, half);
+        }
     }
     for (int width : {8, 24, 72}) {
       const int rows = 3;
       Both x(size_t(rows) * width), out(size_t(rows) * width), added(size_t(2) * width);
-      const std::vector<float> weight = normal(width), gate = normal(width), before = x.wide;
+      const std::vector<float> weight = normal(width), gate = normal(width), shift = normal(width), before = x.wide;
       std::vector<float> logits(rows);
-      gateskip_norm(x.data(half), weight.data(), 1e-5f, rows, width, half, out.data(half), gate.data(), 0.5f, logits.data(), 2);
+      const Norm centered{weight.data(), shift.data(), LAYER_NORM, width, 1e-5f};
+      gateskip_norm(x.data(half), &centered, rows, width, half, out.data(half), nullptr, 0, nullptr, 2);
+      float mean = 0, spread = 0;
+      for (int i = 0; i < width; i++) mean += before[width + i] / width;
+      for (int i = 0; i < width; i++) spread += std::pow(before[width + i] - mean, 2.0f) / width;
+      const float wanted = (before[2 * width - 1] - mean) / std::sqrt(spread + 1e-5f) * weight[width - 1] + shift[width - 1];
+      check(near(out.at(2 * width - 1, half), wanted, by), "layer norm", width, 0, half);
+      const Norm norm{weight.data(), nullptr, width == 24 ? RMS_NORM_FP32 : RMS_NORM, width, 1e-5f};
+      gateskip_norm(x.data(half), &norm, rows, width, half, out.data(half), gate.data(), 0.5f, logits.data(), 2);
       const float size = std::sqrt(product(&before[width], &before[width], width) / width + 1e-5f);
       check(near(out.at(2 * width - 1, half), before[2 * width - 1] / size * weight[width - 1], by), "norm", width, 0, half);
       const int64_t places[] = {2, 0};
@@ -239,9 +269,10 @@ void between_products() {
     for (int width : {8, 40})
       for (int window : {0, 5}) {
         const int group = 2, real = 3, rows = group * real + 2, blocks = 2;
+        const float cap = window ? 0.7f : 0;
         Both scores(size_t(blocks) * rows * width);
         const int64_t slots[] = {0, 3, 7};
-        gateskip_softmax(scores.data(half), half, blocks, rows, real, group, width, slots, 0, window, 0.5f, 2);
+        gateskip_softmax(scores.data(half), half, blocks, rows, real, group, width, slots, 0, window, 0.5f, cap, 2);
         float total = 0;
         for (int t = 0; t < width; t++) total += scores.at(size_t(group) * 2 * width + t, half);
         check(near(total, 1, by), "softmax", width, window, half);
@@ -250,27 +281,52 @@ void between_products() {
   }
 }
 
+// What families differ by, as Llama, Gemma, OLMo and GPT-NeoX have it
+enum Form { PRE, SANDWICH, POST, PARALLEL };
+
 // A model of odd sizes: rows of a batch are what they are alone, and a draft is its steps.
-void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool half, bool skips) {
+void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool half, bool skips, Form form) {
   const int layers = 2, vocabulary = 37, capacity = 21, rotary = head_dim - head_dim % 4, rank = 8;
   std::vector<std::unique_ptr<Dense>> weights;
   std::vector<std::vector<float>> vectors;
   auto dense = [&](int n, int k) { return weights.emplace_back(new Dense(n, k, half))->matrix; };
   auto vector = [&](size_t n) { return vectors.emplace_back(normal(n)).data(); };
-  vectors.reserve(100);
+  vectors.reserve(200);
+  auto norm = [&](int width) {
+    const float* shift = form == PARALLEL ? vector(width) : nullptr;
+    return Norm{vector(width), shift, form == PARALLEL ? LAYER_NORM : form == PRE ? RMS_NORM : RMS_NORM_FP32, width, 1e-5f};
+  };
   std::vector<Layer> layer(layers);
   for (auto& l : layer) {
     l = Layer{};
     l.q = dense(heads * head_dim, hidden), l.k = dense(kv_heads * head_dim, hidden), l.v = dense(kv_heads * head_dim, hidden);
     l.o = dense(hidden, heads * head_dim), l.gate = dense(inner, hidden), l.up = dense(inner, hidden), l.down = dense(hidden, inner);
+    if (form == PARALLEL) {  // queries, keys and values of a head lie together in one weight
+      const int width = head_dim % 16 ? heads * head_dim : head_dim;
+      const Matrix fused = dense(3 * heads * head_dim, hidden);
+      Matrix* parts[] = {&l.q, &l.k, &l.v};
+      for (int i = 0; i < 3; i++) {
+        Matrix& part = *parts[i] = fused;
+        part.n = heads * head_dim, part.run = width, part.stride = 3 * width;
+        const size_t first = size_t(i) * width * hidden;
+        part.weights = half ? static_cast<const void*>(static_cast<const uint16_t*>(fused.weights) + first)
+                            : static_cast<const float*>(fused.weights) + first;
+      }
+      l.gate = Matrix{};
+    }
     l.q.bias = vector(l.q.n);
-    l.norm_attention = vector(hidden), l.norm_mlp = vector(hidden), l.norm_q = vector(head_dim), l.norm_k = vector(head_dim);
+    if (form != POST) l.norm_attention = norm(hidden), l.norm_mlp = norm(hidden);
+    if (form == SANDWICH || form == POST) l.after_attention = norm(hidden), l.after_mlp = norm(hidden);
+    const bool whole = form == POST;
+    if (form != PARALLEL) l.norm_q = norm(whole ? heads * head_dim : head_dim), l.norm_k = norm(whole ? kv_heads * head_dim : head_dim);
     l.weight_attention = vector(hidden), l.weight_mlp = vector(hidden);
     l.short_attention = {vector(size_t(rank) * hidden), vector(size_t(rank) * hidden), vector(hidden), rank};
     l.short_mlp = l.short_attention;
-    l.rotates = 1, l.window = &l == &layer[0] ? 5 : 0;
+    l.rope = form == SANDWICH && &l == &layer[0], l.rotary_dim = rotary, l.window = &l == &layer[0] ? 5 : 0;
+    l.scaling = 0.3f, l.softcap = form == SANDWICH ? 2.0f : 0, l.activation = form, l.parallel = form == PARALLEL;
+    if (form == PARALLEL) l.activation = GELU, l.rope = &l == &layer[0] ? 0 : -1;
   }
-  const Model m{layers, hidden, heads, kv_heads, head_dim, inner, rotary, 4, rank, 1e-5f, 0.3f, vector(hidden), layer.data()};
+  const Model m{layers, hidden, heads, kv_heads, head_dim, inner, 4, rank, norm(hidden), layer.data()};
   Memory arena(gateskip_arena_new());
   auto run = [&](int rows, int threads, const std::vector<float>& given, const std::vector<int>& slots) {
     const size_t size = size_t(rows) * kv_heads * capacity * head_dim;
@@ -278,7 +334,8 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
     std::vector<void*> keys, values;
     for (int l = 0; l < layers; l++) keys.push_back(stores[2 * l].data()), values.push_back(stores[2 * l + 1].data());
     std::vector<float> turns(size_t(capacity) * rotary, 0.6f);
-    const CacheView cache{keys.data(), values.data(), turns.data(), turns.data(), capacity, half};
+    const void* tables[] = {turns.data(), turns.data()};
+    const CacheView cache{keys.data(), values.data(), tables, tables, capacity, half};
     std::vector<int32_t> row, slot(slots.begin(), slots.end());
     for (int r = 0; r < rows; r++) row.push_back(r);
     std::vector<float> states = given, thresholds(2 * layers, 0.1f);
@@ -305,7 +362,8 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
   std::vector<void*> keys, values;
   for (int l = 0; l < layers; l++) keys.push_back(stores[2 * l].data()), values.push_back(stores[2 * l + 1].data());
   std::vector<float> turns(size_t(capacity) * rotary, 0.6f), state(hidden), accepted{1.0f};
-  const CacheView cache{keys.data(), values.data(), turns.data(), turns.data(), capacity, half};
+  const void* tables[] = {turns.data(), turns.data()};
+  const CacheView cache{keys.data(), values.data(), tables, tables, capacity, half};
   int32_t row = 0, slot = 4;
   std::vector<int64_t> kept(2 * layers);
   std::vector<double> spent(PARTS);
@@ -316,7 +374,7 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
   std::vector<int32_t> tokens(6);
   std::vector<float> chances(6);
   for (const Matrix* second : {static_cast<const Matrix*>(nullptr), &head.matrix, hidden % 32 ? nullptr : &rerank.matrix}) {
-    Draft draft{5, 6, 0.0f, accepted.data(), 1, embedding.data(half), half, &head.matrix, second, tokens.data(), chances.data()};
+    Draft draft{5, 6, 0.0f, accepted.data(), 1, embedding.data(half), half, 8.5f, form == SANDWICH ? 3.0f : 0.0f, &head.matrix, second, tokens.data(), chances.data()};
     slot = 4;
     gateskip_draft(&m, &cache, &step, &draft, arena.get(), 3);
     check(draft.count == 6 && tokens[5] >= 0 && tokens[5] < vocabulary, "draft", hidden, inner, half);
@@ -334,7 +392,7 @@ void attention() {
       gateskip_pack(keys.small.data(), values.small.data(), rows, kv_heads, width, kv_heads * capacity * width,
                     capacity * width, capacity, used, packed.data(), 2);
       const int64_t slots[] = {0, 7, 31, 2, 30}, counts[] = {3, 2};
-      gateskip_attend(queries.small.data(), slots, counts, rows, heads, kv_heads, width, 0, 0.2f, used, packed.data(), out.data(), 2);
+      gateskip_attend(queries.small.data(), slots, counts, rows, heads, kv_heads, width, 0, 0.2f, heads == 3 ? 1.5f : 0.0f, used, packed.data(), out.data(), 2);
       for (int d = 0; d < width; d++) check(near(to_float(out[d]), values.wide[d], 0.01f), "first token", width, heads, d);
     }
 }
@@ -347,12 +405,14 @@ int main() {
   if (gateskip_has_decoder()) {
     products();
     between_products();
+    extremes();
     for (bool half : {false, true})
-      for (bool skips : {false, true}) {
-        decoder(40, 37, 5, 1, 8, half, skips);
-        decoder(72, 131, 9, 3, 24, half, skips);
-        decoder(64, 12, 4, 2, 40, half, skips);
-      }
+      for (bool skips : {false, true})
+        for (Form form : {PRE, SANDWICH, POST, PARALLEL}) {
+          decoder(40, 37, 5, form == PARALLEL ? 5 : 1, 8, half, skips, form);
+          decoder(72, 131, 9, form == PARALLEL ? 9 : 3, 24, half, skips, form);
+          decoder(64, 12, 4, form == PARALLEL ? 4 : 2, form == PARALLEL ? 16 : 40, half, skips, form);
+        }
     attention();
   }
   std::printf("%d checks, %d failed\n", checks, failures);

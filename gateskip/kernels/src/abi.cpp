@@ -12,9 +12,9 @@ int64_t gateskip_struct_size(const char* name) {
     const char* name;
     int64_t size;
   } sizes[] = {
-      {"Matrix", sizeof(Matrix)}, {"Shortcut", sizeof(Shortcut)},   {"Layer", sizeof(Layer)},
-      {"Model", sizeof(Model)},   {"CacheView", sizeof(CacheView)}, {"Step", sizeof(Step)},
-      {"Draft", sizeof(Draft)},
+      {"Matrix", sizeof(Matrix)}, {"Norm", sizeof(Norm)},   {"Shortcut", sizeof(Shortcut)},
+      {"Layer", sizeof(Layer)},   {"Model", sizeof(Model)}, {"CacheView", sizeof(CacheView)},
+      {"Step", sizeof(Step)},     {"Draft", sizeof(Draft)},
   };
   for (const auto& each : sizes)
     if (!std::strcmp(each.name, name)) return each.size;

@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 2 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 3 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -34,6 +34,21 @@ enum MatrixKind {
   INT8_A8 = 11,
 };
 
+/* What an MLP does to its gate, or to its only projection. GELU_TANH is its approximation by tanh. */
+enum Activation {
+  SILU = 0,
+  GELU_TANH = 1,
+  GELU = 2,
+};
+
+/* RMS_NORM rounds rows of a bfloat16 model to that type before they meet the weight, RMS_NORM_FP32 after. LAYER_NORM
+ * takes the mean off first and adds a bias last. */
+enum NormKind {
+  RMS_NORM = 0,
+  RMS_NORM_FP32 = 1,
+  LAYER_NORM = 2,
+};
+
 /* What time is spent on, as indices of Step.spent. GATES: norms, gates and shortcuts. */
 enum Part {
   PART_LINEAR = 0,
@@ -51,12 +66,23 @@ typedef struct Matrix {
   int32_t k;
   int32_t group;       /* columns that share a scale */
   int32_t zero;        /* what is taken off a code */
-  const void* weights; /* [n, k], or codes */
+  int32_t run;         /* rows that lie together: n, or a multiple of 16 where they are parts of a larger weight */
+  int32_t stride;      /* rows from the beginning of one run to that of the next */
+  const void* weights; /* [n, k], or codes: the first row's */
   const void* scale;   /* [tiles, k / group, 16] float32, bfloat16 for A8 kinds; null for dense kinds */
   const void* offset;  /* as scale, or null */
   const void* table;   /* INT4_TABLE: 16 floats; INT4_TABLE_A8: 16 bytes, each 128 too large */
   const float* bias;   /* [n], or null */
 } Matrix;
+
+/* A norm of rows [width], a multiple of 8; nothing is normed where the weight is null */
+typedef struct Norm {
+  const float* weight; /* [width]: all that is multiplied by */
+  const float* bias;   /* [width], or null */
+  int32_t kind;        /* a NormKind */
+  int32_t width;
+  float epsilon;
+} Norm;
 
 /* What a row gets that skips a branch: up (down x) + bias. All null where there is none. */
 typedef struct Shortcut {
@@ -71,21 +97,28 @@ typedef struct Layer {
   Matrix k;
   Matrix v;
   Matrix o;
-  Matrix gate;
+  Matrix gate; /* n is 0 where the MLP has none */
   Matrix up;
   Matrix down;
-  const float* norm_attention;   /* [H] */
-  const float* norm_mlp;         /* [H] */
-  const float* norm_q;           /* [D], or null */
-  const float* norm_k;           /* [D], or null */
+  Norm norm_attention;  /* of what the attention branch reads */
+  Norm norm_mlp;
+  Norm after_attention; /* of what the attention branch adds */
+  Norm after_mlp;
+  Norm norm_q;          /* of a head's queries, or of all of a token's */
+  Norm norm_k;
   const float* weight_attention; /* the attention branch's gate [H], or null */
   const float* weight_mlp;       /* the MLP branch's gate [H], or null */
   Shortcut short_attention;
   Shortcut short_mlp;
   float bias_attention;
   float bias_mlp;
-  int32_t rotates; /* whether queries and keys are rotated */
-  int32_t window;  /* of attention, in tokens; 0 is none */
+  float scaling;      /* of attention scores */
+  float softcap;      /* which scores do not exceed, above or below 0; 0 is none */
+  int32_t window;     /* of attention, in tokens; 0 is none */
+  int32_t rope;       /* which of the cache's tables rotates queries and keys; -1 for none */
+  int32_t rotary_dim; /* channels of a head that are rotated */
+  int32_t activation; /* an Activation */
+  int32_t parallel;   /* whether the MLP branch reads what the attention branch read */
 } Layer;
 
 typedef struct Model {
@@ -95,21 +128,18 @@ typedef struct Model {
   int32_t kv_heads;
   int32_t head_dim; /* D, a multiple of 8 */
   int32_t inner;    /* neurons of an MLP, any number */
-  int32_t rotary_dim;
   int32_t anchors; /* first positions of a text, which enter every branch */
   int32_t widest_shortcut;
-  float epsilon; /* of the norms */
-  float scaling; /* of attention scores */
-  const float* norm_final; /* [H] */
-  const Layer* layer;      /* [layers] */
+  Norm norm_final;
+  const Layer* layer; /* [layers] */
 } Model;
 
 /* A KV cache: a layer's keys and values [B, kv_heads, capacity, D]. */
 typedef struct CacheView {
   void* const* keys;   /* [layers] */
   void* const* values; /* [layers] */
-  const float* cos;    /* [capacity, rotary_dim] */
-  const float* sin;
+  const void* const* cos; /* one table a Layer.rope: [capacity, rotary_dim] float32 */
+  const void* const* sin;
   int32_t capacity;
   int32_t bf16;
 } CacheView;
@@ -135,6 +165,8 @@ typedef struct Draft {
   int32_t levels;
   const void* embedding; /* [V, H] */
   int32_t bf16;          /* the embedding's type */
+  float scale;           /* of an embedding, rounded to its type */
+  float cap;             /* which logits do not exceed, above or below 0; 0 is none */
   const Matrix* draft_head;  /* ranks the vocabulary */
   const Matrix* rerank_head; /* chooses among the best, or null */
   int32_t* tokens; /* [count]: out */
@@ -178,9 +210,9 @@ void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, 
 
 /* -- between a prompt's matrix products: prefill.cpp -- */
 
-/* RMSNorm of x [rows, width] into out; with a gate [width], its logits [rows] of what comes out */
-void gateskip_norm(const void* x, const float* weight, float epsilon, int64_t rows, int32_t width, int32_t bf16,
-                   void* out, const float* gate, float bias, float* logits, int32_t threads);
+/* rows x [rows, width], normed, into out; with a gate [width], its logits [rows] of what comes out */
+void gateskip_norm(const void* x, const Norm* norm, int64_t rows, int32_t width, int32_t bf16, void* out,
+                   const float* gate, float bias, float* logits, int32_t threads);
 /* hidden [.., width] at `places` += added [count, width]; no place comes twice */
 void gateskip_add_rows(void* hidden, const int64_t* places, int64_t count, int32_t width, int32_t bf16,
                        const void* added, int32_t threads);
@@ -190,12 +222,13 @@ void gateskip_shortcut(void* hidden, const void* x, int32_t bf16, const int64_t*
 /* rotary positions in place: x [rows, heads, width] by cos and sin [rows, turned] */
 void gateskip_rotate(void* x, int32_t bf16, int64_t rows, int32_t heads, int32_t width, int32_t turned,
                      const void* cos, const void* sin, int32_t threads);
-/* causal softmax in place of scores [blocks, rows, width] times `scaling`; width a multiple of 8 */
+/* causal softmax in place of scores [blocks, rows, width] times `scaling`, then capped where `softcap` is not 0;
+ * width a multiple of 8 */
 void gateskip_softmax(void* scores, int32_t bf16, int64_t blocks, int32_t rows, int32_t real, int32_t group,
                       int32_t width, const int64_t* slots, int64_t begin, int32_t window, float scaling,
-                      int32_t threads);
-/* gate [n] = silu(gate) * up */
-void gateskip_swiglu(void* gate, const void* up, int64_t n, int32_t bf16, int32_t threads);
+                      float softcap, int32_t threads);
+/* gate [n] = activation(gate), times up [n] where that is not null */
+void gateskip_activate(void* gate, const void* up, int64_t n, int32_t activation, int32_t bf16, int32_t threads);
 
 /* -- attention over a bfloat16 cache: attention.cpp -- */
 
@@ -207,8 +240,8 @@ void gateskip_pack(const uint16_t* keys, const uint16_t* values, int64_t rows, i
                    int32_t threads);
 /* queries [N, heads, width], counts[b] of them in row b, at ascending slots [N] -> out [N, heads, width] */
 void gateskip_attend(const uint16_t* queries, const int64_t* slots, const int64_t* counts, int64_t rows, int64_t heads,
-                     int64_t kv_heads, int64_t width, int64_t window, float scaling, int64_t used, uint32_t* packed,
-                     uint16_t* out, int32_t threads);
+                     int64_t kv_heads, int64_t width, int64_t window, float scaling, float softcap, int64_t used,
+                     uint32_t* packed, uint16_t* out, int32_t threads);
 
 #ifdef __cplusplus
 }

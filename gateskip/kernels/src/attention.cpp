@@ -6,7 +6,7 @@
 // each other, so that keys and values that were packed once serve all of them. Blocks of keys begin at
 // fixed slots, and a block that hides from a query changes nothing for it: what a token gets does not
 // depend on which others are beside it, nor on how a prompt was cut.
-#include "simd.h"
+#include "rows.h"
 
 #ifdef GATESKIP_BF16
 #include <type_traits>
@@ -24,6 +24,7 @@ struct Shape {
   int64_t heads, kv_heads, width;  // of a token's queries; of its keys; channels of one
   int64_t window;                  // 0 is none
   float scaling;
+  float softcap;  // 0 is none
   int64_t group() const { return heads / kv_heads; }
 };
 
@@ -174,7 +175,9 @@ class Worker {
     const __m512 scaling = _mm512_set1_ps(s.scaling), none = _mm512_set1_ps(-INFINITY);
     __m512 most = none;
     for (int64_t t = 0; t < width; t += SIMD_WIDTH) {
-      const __m512 v = _mm512_mask_mul_ps(none, within(t, first, last), _mm512_loadu_ps(score + t), scaling);
+      __m512 v = _mm512_mul_ps(_mm512_loadu_ps(score + t), scaling);
+      if (s.softcap) v = capped<Sixteen>(v, s.softcap);
+      v = _mm512_mask_mov_ps(none, within(t, first, last), v);
       _mm512_storeu_ps(score + t, v);
       most = _mm512_max_ps(most, v);
     }
@@ -241,9 +244,9 @@ void gateskip_pack(const uint16_t* keys, const uint16_t* values, int64_t rows, i
 // queries [N, heads, width], counts[b] of them in row b at ascending slots [N], over what gateskip_pack made
 // -> out [N, heads, width], both bfloat16
 void gateskip_attend(const uint16_t* queries, const int64_t* slots, const int64_t* counts, int64_t rows,
-                     int64_t heads, int64_t kv_heads, int64_t width, int64_t window, float scaling, int64_t used,
-                     uint32_t* packed, uint16_t* out, int32_t threads) {
-  const Shape s{heads, kv_heads, width, window, scaling};
+                     int64_t heads, int64_t kv_heads, int64_t width, int64_t window, float scaling,
+                     float softcap, int64_t used, uint32_t* packed, uint16_t* out, int32_t threads) {
+  const Shape s{heads, kv_heads, width, window, scaling, softcap};
   const PackedCache cache{packed, kv_heads, width, used};
   std::vector<Tile> tiles;
   const int64_t together = Worker::queries_of(s);

@@ -1,12 +1,19 @@
 // One thread of a decoder's forward pass over a few tokens: every branch of every layer, with a KV cache.
 #pragma once
 #include "products.h"
+#include "rows.h"
 
 #ifdef __AVX2__
 
+// Whether something holds for any layer
+template <class Question>
+inline bool any(const Model& m, Question question) {
+  return std::any_of(m.layer, m.layer + m.layers, question);
+}
+
 // What all threads of a pass write and read: [rows, ...] each
 struct SharedRows {
-  float *q, *k, *v, *mixed, *inner, *up;
+  float *q, *k, *v, *mixed, *inner, *up, *out;  // `out` only for norms after branches
   SharedRows(const Model& m, int rows, Slices& memory) {
     auto take = [&](int width) { return memory.take<float>(size_t(rows) * width); };
     q = take(m.heads * m.head_dim);
@@ -15,8 +22,11 @@ struct SharedRows {
     mixed = take(m.heads * m.head_dim);
     inner = take(m.inner);
     up = take(m.inner);
+    out = take(any(m, [](const Layer& l) { return l.after_attention.weight || l.after_mlp.weight; }) ? m.hidden : 0);
   }
 };
+
+constexpr int HEADS_AT_ONCE = 4;  // queries that share one pass over the keys and values
 
 class Pass : Share {
  public:
@@ -31,16 +41,17 @@ class Pass : Share {
   void clock(Part part);
 
  private:
-  void norm(const float* h, const float* weight, float* out) const;
-  void prepare_branch(int branch, const float* weight, const float* gate, float bias, const Shortcut& around);
+  void prepare_branch(int branch, const float* source, const Norm& norm, const float* gate, float bias,
+                      const Shortcut& around);
   void shortcut_down(const float* x, int row, const Shortcut& around);
   void shortcut_up(const Shortcut& around) const;
   void gather();
   void write(const Matrix& w, const Input& in, const int* row, float* out) const;
-  void add(const Matrix& w, const Input& in) const;
+  void add(const Matrix& w, const Input& in, const Norm& after) const;
   void attention(int l);
   void mlp(int l);
-  void activate(int64_t row, int n) const;
+  void activate(const Layer& a) const;
+  void turn(const Layer& a, const Norm& norm, const float* all, int first, int count, int slot, float* out) const;
 
   template <class Stored>
   Stored* entry(void* const* store, int l, int row, int head, int slot) const;
@@ -52,7 +63,7 @@ class Pass : Share {
   void attend_heads(int l, int place, int head);
   template <class Stored, int n>
   void score(const float* query, const Stored* keys, int seen);
-  float softmax(float* scores, int seen) const;
+  float softmax(const Layer& a, float* scores, int seen) const;
   template <class Stored, int n>
   void mix(const Stored* values, int seen, const float* inverse, float* out) const;
 
@@ -61,7 +72,7 @@ class Pass : Share {
   const Step& s;
   const SharedRows at;
   const int64_t stride_;  // from one head's scores to the next one's
-  float *x_, *scores_, *query_, *low_;
+  float *x_, *source_, *scores_, *query_, *low_;
   int *kept_, count_ = 0;     // rows that enter the branch at hand
   int *skipped_, skips_ = 0;  // rows that take its shortcut
   bool* enters_;

@@ -9,7 +9,7 @@ namespace {
 struct Choice {  // a thread's best token
   float most, mass;  // its largest logit, and the sum of all exp(logit - most)
   int32_t token;
-  float ranked, reranked;  // the token's logits, of the draft head and of the rerank head
+  float ranked, reranked;  // the token's logits, of the draft head and, before a cap, of the rerank head
 };
 
 // The most rows of n that one of `threads` has: whole tiles
@@ -54,9 +54,12 @@ class Drafter {
   static constexpr int BEST = 8;  // tokens that a thread asks the rerank head about
 
   float embedded(int64_t at) const {
-    if (d.bf16) return bf16_to_float(static_cast<const uint16_t*>(d.embedding)[at]);
-    return static_cast<const float*>(d.embedding)[at];
+    if (!d.bf16) return static_cast<const float*>(d.embedding)[at] * d.scale;
+    return bf16_to_float(float_to_bf16(bf16_to_float(static_cast<const uint16_t*>(d.embedding)[at]) * d.scale));
   }
+
+  // A logit, as the head of this model gives it
+  float logit(float value) const { return d.cap ? capped(broadcast(value), d.cap)[0] : value; }
 
   // The best token of this thread's part of the vocabulary, and the part's weight in the softmax.
   Choice choose() {
@@ -71,17 +74,19 @@ class Drafter {
       for (; place && best[place - 1] < value; place--) best[place] = best[place - 1], at[place] = at[place - 1];
       best[place] = value, at[place] = n;
     });
-    Choice choice{best[0], 0, 0, 0, -INFINITY};
+    const float most = logit(best[0]);
+    Choice choice{most, 0, 0, 0, -INFINITY};
     const int count = rank_.own(d.draft_head->n).second - first;
+    for (int n = 0; d.cap && n < count; n += 8) store(logits_ + n, capped(load(logits_ + n), d.cap));
     for (int n = count; n % 8; n++) logits_[n] = -INFINITY;
     F32X8 mass = {};
-    for (int n = 0; n < count; n += 8) mass += exp_of(load(logits_ + n) - broadcast(best[0]));
+    for (int n = 0; n < count; n += 8) mass += exp_of(load(logits_ + n) - broadcast(most));
     choice.mass = sum(mass);
-    if (!d.rerank_head) return {best[0], choice.mass, at[0], best[0], best[0]};
+    if (!d.rerank_head) return {most, choice.mass, at[0], most, best[0]};
     const Input in = rank_.prepare(*d.rerank_head, s.hidden, 1);
     for (int i = 0; i < BEST && best[i] > -INFINITY; i++) {
-      const float logit = rank_.single(*d.rerank_head, at[i], in, 0);
-      if (logit > choice.reranked) choice = {choice.most, choice.mass, at[i], best[i], logit};
+      const float reranked = rank_.single(*d.rerank_head, at[i], in, 0);
+      if (reranked > choice.reranked) choice = {most, choice.mass, at[i], logit(best[i]), reranked};
     }
     return choice;
   }

@@ -1,5 +1,5 @@
-// What lies between a prompt's matrix products: norms, shortcuts, rotary positions, softmax and SwiGLU.
-#include "simd.h"
+// What lies between a prompt's matrix products: norms, shortcuts, rotary positions, softmax and activations.
+#include "rows.h"
 
 #ifdef __AVX2__
 #include <vector>
@@ -45,12 +45,12 @@ void product(const float* x, int k, const float* w, int n, const float* start, f
 
 extern "C" {
 
-void gateskip_norm(const void* x, const float* weight, float epsilon, int64_t rows, int32_t width, int32_t bf16,
-                   void* out, const float* gate, float bias, float* logits, int32_t threads) {
+void gateskip_norm(const void* x, const Norm* norm, int64_t rows, int32_t width, int32_t bf16, void* out,
+                   const float* gate, float bias, float* logits, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
     auto each = [&](auto* from, auto* to) {
-      rms_norm(from, weight, epsilon, width, to);
+      norm_row(*norm, from, width, to);
       if (gate) logits[r] = dot(gate, to, width) + bias;
     };
     if (bf16) each(static_cast<const uint16_t*>(x) + r * width, static_cast<uint16_t*>(out) + r * width);
@@ -115,7 +115,7 @@ void gateskip_rotate(void* x, int32_t bf16, int64_t rows, int32_t heads, int32_t
 // column for slot `begin`; a window hides what lies further back. Rows beyond the `real` queries only fill up.
 void gateskip_softmax(void* scores, int32_t bf16, int64_t blocks, int32_t rows, int32_t real, int32_t group,
                       int32_t width, const int64_t* slots, int64_t begin, int32_t window, float scaling,
-                      int32_t threads) {
+                      float softcap, int32_t threads) {
 #pragma omp parallel num_threads(threads)
   {
     Arena memory;
@@ -125,6 +125,7 @@ void gateskip_softmax(void* scores, int32_t bf16, int64_t blocks, int32_t rows, 
       F32X8 most = broadcast(-INFINITY), mass = {};
       for (int t = from; t < to; t += 8) {
         F32X8 v = load(row + t) * broadcast(scaling);
+        if (softcap) v = capped(v, softcap);
         if (t < first || t + 7 > last)
           for (int i = 0; i < 8; i++) v[i] = t + i < first || t + i > last ? -INFINITY : v[i];
         store(seen + t, v);
@@ -155,18 +156,24 @@ void gateskip_softmax(void* scores, int32_t bf16, int64_t blocks, int32_t rows, 
 }
 
 // Rounded as a bfloat16 model does
-void gateskip_swiglu(void* gate, const void* up, int64_t n, int32_t bf16, int32_t threads) {
-  auto each = [&](auto* g, const auto* u) {
-    auto product = [&](F32X8 gates, F32X8 ups) { return rounded_as(g, silu(gates)) * ups; };
+void gateskip_activate(void* gate, const void* up, int64_t n, int32_t activation, int32_t bf16, int32_t threads) {
+  auto every = [&](auto* g, const auto* u, auto act) {
+    auto product = [&](F32X8 gates, int64_t i, int count) {
+      const F32X8 active = act.of(gates);
+      if (!u) return active;
+      return rounded_as(g, active) * (count == 8 ? load(u + i) : load_some(u + i, count));
+    };
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < n / 8; i++) store(g + 8 * i, product(load(g + 8 * i), load(u + 8 * i)));
+    for (int64_t i = 0; i < n / 8 * 8; i += 8) store(g + i, product(load(g + i), i, 8));
     if (const int rest = n % 8) {
-      auto *last = g + n - rest;
-      store_some(last, product(load_some(last, rest), load_some(u + n - rest, rest)), rest);
+      const int64_t i = n - rest;
+      store_some(g + i, product(load_some(g + i, rest), i, rest), rest);
     }
   };
-  if (bf16) each(static_cast<uint16_t*>(gate), static_cast<const uint16_t*>(up));
-  else each(static_cast<float*>(gate), static_cast<const float*>(up));
+  with_activation(activation, [&](auto act) {
+    if (bf16) every(static_cast<uint16_t*>(gate), static_cast<const uint16_t*>(up), act);
+    else every(static_cast<float*>(gate), static_cast<const float*>(up), act);
+  });
 }
 
 }  // extern "C"

@@ -70,8 +70,8 @@ void Share::tile(const Matrix& w, int n, int count, const Input& in, int r, floa
 
 template <int rows>
 void Share::rows_of_tile(const Matrix& w, int n, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const {
-  if (rounds(w)) packed_a8<rows>(w, n / ROWS_PER_TILE, r, y);
-  else if (is_packed(w)) packed<rows>(w, n / ROWS_PER_TILE, in, r, y);
+  if (rounds(w)) packed_a8<rows>(w, place_of(w, n) / ROWS_PER_TILE, r, y);
+  else if (is_packed(w)) packed<rows>(w, place_of(w, n) / ROWS_PER_TILE, in, r, y);
   else dense<rows>(w, n, std::min(ROWS_PER_TILE, w.n - n), in, r, y);
 }
 
@@ -106,8 +106,9 @@ void Share::packed(const Matrix& w, int tile, const Input& in, int r, float (*y)
 
 template <int rows>
 void Share::dense(const Matrix& w, int n, int count, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const {
+  const int64_t first = place_of(w, n);
   for (int i = 0; i < count; i++) {
-    const int64_t row = int64_t(n + i) * w.k;
+    const int64_t row = (first + i) * w.k;
     float out[rows];
     if (w.kind == BF16)
       bf16_row<rows>(static_cast<const uint16_t*>(w.weights) + row, bf16_ + int64_t(r) * w.k, w.k, out);

@@ -23,6 +23,11 @@ inline Coding coding_of(const Matrix& w) {
   }
 }
 
+// Where row n of a weight lies, counted from its first row
+inline int64_t place_of(const Matrix& w, int n) {
+  return w.run == w.n ? n : int64_t(n / w.run) * w.stride + n % w.run;
+}
+
 // What is left to take off a code once activations of 8 bits are multiplied
 inline int zero_of(const Matrix& w) { return w.zero - taken_off(coding_of(w)); }
 

@@ -105,6 +105,8 @@ struct Eight {
   typedef __m256 V;
   static V all(float v) { return _mm256_set1_ps(v); }
   static V larger(V a, V b) { return _mm256_max_ps(a, b); }
+  static V smaller(V a, V b) { return _mm256_min_ps(a, b); }
+  static V over(V a, V b) { return _mm256_div_ps(a, b); }
   static V times(V a, V b) { return _mm256_mul_ps(a, b); }
   static V plus(V a, V b) { return _mm256_add_ps(a, b); }
   static V fused(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
@@ -119,6 +121,8 @@ struct Sixteen {
   typedef __m512 V;
   static V all(float v) { return _mm512_set1_ps(v); }
   static V larger(V a, V b) { return _mm512_max_ps(a, b); }
+  static V smaller(V a, V b) { return _mm512_min_ps(a, b); }
+  static V over(V a, V b) { return _mm512_div_ps(a, b); }
   static V times(V a, V b) { return _mm512_mul_ps(a, b); }
   static V plus(V a, V b) { return _mm512_add_ps(a, b); }
   static V fused(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
@@ -144,45 +148,6 @@ static inline typename Lanes::V exp_of(typename Lanes::V x) {
 }
 
 static inline F32X8 exp_of(F32X8 x) { return (F32X8)exp_of<Eight>((__m256)x); }
-
-// -- one row, between its products ---------------------------------------------------------------
-
-static inline F32X8 silu(F32X8 x) { return x / (broadcast(1.0f) + exp_of(-x)); }
-
-template <class T>
-static inline float dot(const float* a, const T* b, int n) {  // n a multiple of 8
-  F32X8 total = {};
-  for (int i = 0; i < n; i += 8) total = fma(load(a + i), load(b + i), total);
-  return sum(total);
-}
-
-// RMSNorm of a row [width], a multiple of 8. As in a bfloat16 model, what is normed is rounded before it meets its
-// weight.
-template <class T>
-static inline void rms_norm(const T* from, const float* weight, float epsilon, int width, T* to) {
-  F32X8 squares = {};
-  for (int i = 0; i < width; i += 8) squares = fma(load(from + i), load(from + i), squares);
-  const F32X8 scale = broadcast(1.0f / std::sqrt(sum(squares) / float(width) + epsilon));
-  for (int i = 0; i < width; i += 8) store(to + i, rounded_as(to, load(from + i) * scale) * load(weight + i));
-}
-
-// Rotary positions of one head in place (arXiv 2104.09864): channels i and i + turned / 2 are a pair, for the
-// first `turned` channels. cos and sin [turned].
-template <class T, class Table>
-static inline void rotate_head(T* x, int turned, const Table* cos, const Table* sin) {
-  const int half = turned / 2;
-  auto pair = [&](int i, F32X8 a, F32X8 b, auto read, auto write) {
-    write(x + i, a * read(cos + i) - b * read(sin + i));
-    write(x + half + i, b * read(cos + half + i) + a * read(sin + half + i));
-  };
-  int i = 0;
-  auto read = [](auto* p) { return load(p); };
-  auto write = [](T* p, F32X8 v) { store(p, v); };
-  for (; i + 8 <= half; i += 8) pair(i, load(x + i), load(x + half + i), read, write);
-  if (const int rest = half - i)
-    pair(i, load_some(x + i, rest), load_some(x + half + i, rest), [&](auto* p) { return load_some(p, rest); },
-         [&](T* p, F32X8 v) { store_some(p, v, rest); });
-}
 #endif
 
 // -- memory ----------------------------------------------------------------------------------------

@@ -1,0 +1,293 @@
+"""A model as the structures that the compiled kernels read: what is particular to a family as data.
+
+Weights are the torch modules' own memory, float32, bfloat16 or packed: nothing is copied but norms,
+gates, and rows of fused weights that lie neither together nor in whole tiles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gateskip.gates.base import Gates
+from gateskip.gates.learned import ScalarGates
+from gateskip.kernels import abi
+from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE, Activation, Kind, Matrix, NormKind
+from gateskip.model.families import (
+    Branch,
+    Family,
+    UnsupportedModel,
+    family_of,
+    final_norm,
+    find_branches,
+    rope_at,
+)
+from gateskip.model.gating import ANCHORS
+from gateskip.model.projections import (
+    AttentionShape,
+    Part,
+    Rows,
+    attention_parts,
+    attention_shape,
+    mlp_parts,
+    rotates,
+)
+from gateskip.quantization.grid_linear import SharedHead
+from gateskip.quantization.head import ROWS, RoundedHead, to_bytes
+from gateskip.quantization.packed_linear import DenseLinear, PackedLinear
+from gateskip.quantization.tiles import pack_codes, tiles
+
+ACTIVATIONS = {
+    "silu": Activation.SILU,
+    "swish": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
+}
+"""What configs call them."""
+DENSE_KINDS = {torch.float32: Kind.FP32, torch.bfloat16: Kind.BF16}
+CHANNELS = 8  # what divides hidden states and heads
+ZERO_POINT = 128  # what makes signed bytes unsigned; the kernels take it off again
+
+
+class Descriptors:
+    """The structures of a model and its gates, and the tensors that they point into.
+
+    `rounded` asks for activations of 8 bits where weights are packed, and says afterwards whether
+    there are any.
+    """
+
+    def __init__(self, model: Any, gates: Gates | None, rounded: bool) -> None:
+        """Raises UnsupportedModel for what the kernels do not know."""
+        if gates is not None and (type(gates) is not ScalarGates or gates.scales):
+            raise UnsupportedModel("only scalar gates that do not scale run natively")
+        self._held: list[Any] = []
+        self._fused: dict[PackedLinear, Matrix] = {}
+        self.around: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        """A branch's shortcut for many rows: down [H, r], up [r, H], bias [H]."""
+        packed = any(isinstance(part, PackedLinear | SharedHead) for part in model.modules())
+        self.rounded = rounded and packed
+        self.rounded |= isinstance(model.get_output_embeddings(), RoundedHead)
+        self.family = family_of(model)
+        self.activation = _activation(model.config, self.family)
+        self.rotary_dims = _rotary_dims(model)
+        """Channels of a head that are rotated, by the key of a rope table, in the tables' order."""
+        self.model = self._model(model, gates)
+        self.head = self._head(model.get_output_embeddings())
+
+    # -- the model ------------------------------------------------------------------------------
+
+    def _model(self, model: Any, gates: Gates | None) -> abi.Model:
+        branches = find_branches(model)
+        shapes = [attention_shape(model, b) for b in branches if b.kind == "attention"]
+        hidden, shape = model.config.hidden_size, shapes[0]
+        for name, width in (("hidden_size", hidden), ("head_dim", shape.head_dim)):
+            if width % CHANNELS:
+                raise UnsupportedModel(f"{name} {width} runs in torch: no multiple of {CHANNELS}")
+        pairs = zip(branches[::2], branches[1::2], shapes, strict=True)
+        layers = (abi.Layer * len(shapes))(*(self._layer(*pair, gates) for pair in pairs))
+        return abi.Model(
+            len(shapes),
+            hidden,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            max(layer.up.n for layer in layers),
+            ANCHORS,
+            max(max(x.short_attention.rank, x.short_mlp.rank) for x in layers),
+            self._norm(final_norm(model), self.family),
+            layers,
+        )
+
+    def _layer(
+        self, attention: Branch, mlp: Branch, shape: AttentionShape, gates: Gates | None
+    ) -> abi.Layer:
+        module: Any = attention.module
+        heads = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
+        norms = (attention.norm_in, mlp.norm_in, attention.norm_out, mlp.norm_out, *heads)
+        weights: list[Any] = [None, None]
+        biases = [0.0, 0.0]
+        indices = (attention.index, mlp.index)
+        if gates is not None:
+            weights = [self._floats(gates.weight[i]) for i in indices]  # type: ignore[index]
+            biases = [float(gates.bias[i].detach()) for i in indices]  # type: ignore[index]
+        rope = list(self.rotary_dims).index(attention.rope) if rotates(attention) else -1
+        return abi.Layer(
+            *(self._part(part) for part in (*attention_parts(attention), *mlp_parts(mlp))),
+            *(self._norm(norm, attention.family) for norm in norms),
+            *weights,
+            *(self._shortcut(gates, i) for i in indices),
+            *biases,
+            shape.scaling,
+            shape.softcap or 0.0,
+            shape.window or 0,
+            rope,
+            self.rotary_dims[attention.rope],
+            self.activation,
+            int(mlp.parallel),
+        )
+
+    def _norm(self, norm: Any, family: Family) -> abi.Norm:
+        if norm is None:
+            return abi.Norm()
+        how, bias = family.norm, getattr(norm, "bias", None)
+        kind = NormKind.RMS_NORM_FP32 if how.weight_in_fp32 else NormKind.RMS_NORM
+        kind = NormKind.LAYER_NORM if how.centered else kind
+        weight = self._floats(norm.weight.detach().float() + how.offset)
+        epsilon = getattr(norm, "variance_epsilon", None)
+        epsilon = float(norm.eps if epsilon is None else epsilon)
+        biased = None if bias is None else self._floats(bias)
+        return abi.Norm(weight, biased, kind, norm.weight.shape[-1], epsilon)
+
+    def _shortcut(self, gates: Gates | None, branch: int) -> abi.Shortcut:
+        """A branch's shortcut, its rank filled up with zeros to a multiple of 8."""
+        if gates is None or gates.shortcuts is None:
+            return abi.Shortcut()
+        own = gates.shortcuts
+        padding = -own.rank % 8
+        down = nn.functional.pad(own.down[branch], (0, 0, 0, padding))
+        up = nn.functional.pad(own.up[branch], (0, padding))
+        bias = own.bias[branch].float()
+        self.around[branch] = (down.T.float().contiguous(), up.T.float().contiguous(), bias)
+        return abi.Shortcut(*(self._floats(part) for part in (down, up, bias)), own.rank + padding)
+
+    # -- matrices -------------------------------------------------------------------------------
+
+    def _part(self, part: Part | None) -> Matrix:
+        if part is None:
+            return Matrix()
+        if part.rows is None:
+            return self._matrix(part.module)
+        if isinstance(part.module, PackedLinear):
+            return self._packed_part(part.module, part.rows)
+        return self._dense(part.module, part.rows)
+
+    def _matrix(self, module: Any) -> Matrix:
+        return (
+            self.packed(module, self.rounded)
+            if isinstance(module, PackedLinear)
+            else self._dense(module)
+        )
+
+    def _dense(self, module: Any, rows: Rows | None = None) -> Matrix:
+        weight = getattr(module, "weight", None)
+        dense = isinstance(module, nn.Linear | DenseLinear | SharedHead)
+        if not dense or not isinstance(weight, Tensor):
+            raise UnsupportedModel(f"{type(module).__name__} layers run in torch")
+        if weight.dtype not in DENSE_KINDS or weight.device.type != "cpu":
+            raise UnsupportedModel(f"{weight.dtype} weights on {weight.device.type} run in torch")
+        kind, bias, (n, k) = DENSE_KINDS[weight.dtype], module.bias, weight.shape
+        place = (n, n)
+        if rows is not None:
+            n, place = rows.count, (rows.run, rows.stride)
+            bias = None if bias is None else rows.of(bias)
+            if rows.run % ROWS_PER_TILE and rows.run != rows.count:
+                weight, place = rows.of(weight), (n, n)
+            else:
+                weight = weight[rows.first :]
+        biased = None if bias is None else self._floats(bias)
+        return Matrix(kind, n, k, k, 0, *place, self._at(weight), None, None, None, biased)
+
+    def packed(self, module: PackedLinear, rounded: bool) -> Matrix:
+        """A packed layer; `rounded` multiplies with activations of 8 bits."""
+        n, k = module.out_features, module.in_features
+        scale, offset, table, zero = module.scale, module.offset, module.book, module.middle
+        if rounded:
+            scale, offset, table, zero = _rounded_parts(module)
+        kind = f"INT{module.bits}{'' if table is None else '_TABLE'}{'_A8' if rounded else ''}"
+        parts = (module.codes, scale, offset, table, module.bias)
+        whole = (self._maybe(part) for part in parts)
+        return Matrix(Kind[kind], n, k, k // scale.shape[1], zero, n, n, *whole)
+
+    def _packed_part(self, module: PackedLinear, rows: Rows) -> Matrix:
+        """Some rows of a packed layer, which are whole tiles of it."""
+        together = rows.run == rows.count
+        if rows.first % ROWS_PER_TILE or (not together and rows.run % ROWS_PER_TILE):
+            raise UnsupportedModel(
+                f"packed projections of {rows.run} rows in one run in torch: no whole tiles of"
+                f" {ROWS_PER_TILE}"
+            )
+        if module not in self._fused:
+            self._fused[module] = self.packed(module, self.rounded)
+        part = Matrix.from_buffer_copy(self._fused[module])
+        scales = module.scale[0].numel() * (2 if self.rounded else 4)  # bytes of a tile
+        for name, size in (
+            ("weights", module.codes[0].numel()),
+            ("scale", scales),
+            ("offset", scales),
+        ):
+            whole = getattr(part, name)
+            if whole is not None:
+                setattr(part, name, whole + rows.first // ROWS_PER_TILE * size)
+        part.n, part.run, part.stride = rows.count, rows.run, rows.stride
+        if module.bias is not None:
+            part.bias = self._at(rows.of(module.bias))
+        return part
+
+    def _head(self, module: Any) -> Matrix:
+        """The LM head: as it is where it is packed or on a grid, in 8 bits where the layers are
+        packed, since it would cost more than they do."""
+        grid = module.grid() if isinstance(module, SharedHead) else None
+        if grid is not None and not grid.group % BLOCK:
+            return self.packed(PackedLinear.of(grid), self.rounded)
+        packed = isinstance(module, PackedLinear)
+        if packed or not self.rounded or module.weight.shape[1] % BLOCK:
+            return self._matrix(module)
+        n, k = module.weight.shape
+        codes, scales = zip(*map(_head_bytes, module.weight.split(ROWS)), strict=True)
+        parts = (torch.cat(codes), torch.cat(scales), None, None, module.bias)
+        whole = (self._maybe(x) for x in parts)
+        return Matrix(Kind.INT8_A8, n, k, BLOCK, ZERO_POINT, n, n, *whole)
+
+    # -- addresses ------------------------------------------------------------------------------
+
+    def _floats(self, tensor: Tensor) -> int:
+        return self._at(tensor.float())
+
+    def _maybe(self, tensor: Tensor | None) -> int | None:
+        return None if tensor is None else self._at(tensor)
+
+    def _at(self, tensor: Tensor) -> int:
+        """The address of a tensor, which is held from now on."""
+        whole = tensor.detach().contiguous()
+        self._held.append(whole)
+        return whole.data_ptr()
+
+
+def _activation(config: Any, family: Family) -> Activation:
+    name = getattr(config, family.activation)
+    if name not in ACTIVATIONS:
+        raise UnsupportedModel(f"activation {name} runs in torch")
+    return ACTIVATIONS[name]
+
+
+def _rotary_dims(model: Any) -> dict[str, int]:
+    rope = rope_at(model, torch.zeros(1, 1, dtype=torch.long), torch.float32)
+    return {key: cos.shape[-1] for key, (cos, _) in rope.items()}
+
+
+def _head_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Some rows of an LM head, whole tiles or the last ones, packed in 8 bits."""
+    codes, scale = to_bytes(rows)
+    return pack_codes(codes + ZERO_POINT, 8), tiles(scale).bfloat16()
+
+
+def _rounded_parts(module: PackedLinear) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    """Scale, offset, table and zero point as kernels of 8-bit activations read them.
+
+    Scale and offset are bfloat16. The offset is what code 0 stands for, or the middle code where
+    bfloat16 holds that better: a grid's minima are exact, a GPTQ layer's are not.
+    """
+    scale, offset, book = module.scale.bfloat16(), module.offset, module.book
+    if book is not None:
+        largest = book.abs().max()
+        table = ((book / largest * 127).round() + ZERO_POINT).to(torch.uint8)
+        return (module.scale * (largest / 127)).bfloat16(), None, table, ZERO_POINT
+    if offset is None:
+        return scale, None, None, module.middle
+    choices = ((offset - module.middle * scale.float(), 0), (offset, module.middle))
+    best, zero = min(choices, key=lambda each: float((each[0].bfloat16() - each[0]).abs().sum()))
+    return scale, best.bfloat16(), None, zero
