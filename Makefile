@@ -8,6 +8,7 @@
 #   make side-by-side FOLDER=DIR  a model against its copy, then 5 % slower (a quarter of an hour)
 #   make figures       tables and figures of README and docs anew, from reports/published
 #   make fuzz       mutated pipelines, gates, GGUF files, results: make fuzz SECONDS=1800 ARGS="--target gguf"
+#   make chaos      runs that are killed, starved of disk, damaged, stopped, and resumed: ARGS="--kills 5"
 #   make mutants       mutation testing of the files whose numbers are published: docs/mutants.md
 #   make bench         a larger matrix     make bench PIPELINE=pipelines/from-scratch.yaml
 #   make clean         removes the environment, caches, runs and exports made here
@@ -22,7 +23,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check sanitize fuzz peers-test figures mutants repeatability side-by-side bench clean
+.PHONY: help quickstart test check sanitize fuzz chaos peers-test figures mutants repeatability side-by-side bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -75,6 +76,10 @@ figures: $(VENV)/.run
 SECONDS ?= 60
 fuzz: $(VENV)/.run
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(ARGS)
+
+# A full disk is a tmpfs, so that part asks for root, and is skipped by name without it.
+chaos: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py $(ARGS)
 
 repeatability: $(VENV)/.run
 	$(BIN)/python tests/repeatability.py $(ARGS)

@@ -19,6 +19,8 @@ def main() -> None:
             raise
         print(f"error: {known}", file=sys.stderr)
         sys.exit(known.exit_code)
+    except KeyboardInterrupt:  # before a command began, which would say how it goes on
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,16 +90,33 @@ def validate(file: PipelineFile) -> None:
 
 
 @app.command()
-def plan(file: PipelineFile, out: Out = Path("runs"), as_json: AsJson = False) -> None:
+def plan(
+    file: PipelineFile,
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Time, memory and disk, from what was measured here."),
+    ] = False,
+) -> None:
     """Show steps and cells, what is cached, and what is left out by which rule."""
     from compose.assets import default_cache
     from compose.execution.run_folder import RunFolder
-    from compose.planning.prepare import load_plan
+    from compose.planning.prepare import load_plan, model_shape
     from compose.terminal.show import plan_state, plan_tables
 
     planned = load_plan(file, default_cache())
     folder = RunFolder.of(planned, out)
-    if as_json:
+    if estimate:
+        from compose.execution.estimate import estimate as estimate_of
+        from compose.terminal.estimate import estimate_tables
+
+        found = estimate_of(planned, folder, model_shape(planned.pipeline, default_cache()))
+        if as_json:
+            typer.echo(json.dumps(found.to_json(), indent=1))
+        else:
+            console().print(estimate_tables(found))
+    elif as_json:
         typer.echo(json.dumps(plan_state(planned, folder), indent=1))
     else:
         console().print(plan_tables(planned, folder))
@@ -115,6 +133,10 @@ def run(
     ] = None,
     again: Annotated[
         bool, typer.Option("--again", help="Measure every cell again; model folders stay.")
+    ] = False,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Try again what crashed, hung or hit a limit before."),
     ] = False,
     workers: Annotated[
         int | None,
@@ -138,7 +160,10 @@ def run(
     require(*(["tensorboard"] if tensorboard else []))
     stages = {step.stage.use for step in planned.steps if step.stage is not None}
     require(*(["autoround"] if "autoround" in stages else []))
-    settings = _settings(out, tuple(only or ()), again=again, tensorboard=tensorboard)
+    settings = replace(
+        _settings(out, tuple(only or ()), again=again, tensorboard=tensorboard),
+        retry_failed=retry_failed,
+    )
     where = make_executor(executor, planned.pipeline.benchmark.threads, workers)
     result = run_shown(planned, settings, where, quiet=quiet, json_lines=json_lines)
     raise typer.Exit(result.exit_code)

@@ -8,6 +8,7 @@ ComposeError            the root: a message, and what to do about it
 │   ├── AssetError      a model or data set cannot be had
 │   └── ArtifactError   a folder is not the artifact it should be
 └── StepError           a step or cell failed while it ran (exit code 1)
+    └── WorkerLost      its process ended without an answer; carries how
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 MOST_LISTED = 200
 """Names that a hint compares and lists, and letters of a name that it compares."""
@@ -109,6 +110,18 @@ class ArtifactError(UserError):
 
 class StepError(ComposeError):
     """A step or a cell failed while it ran."""
+
+
+class WorkerLost(StepError):
+    """A worker ended without an answer: it crashed, was killed, hit a limit, or its node went.
+
+    `ending` is how, as far as it is known: a dictionary as `compose.execution.endings.Ending` has
+    fields.
+    """
+
+    def __init__(self, message: str, ending: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.ending = ending or {}
 
 
 @contextmanager

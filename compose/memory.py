@@ -30,6 +30,18 @@ def peak_of_children() -> int | None:
     return max((peak for peak in peaks if peak is not None), default=None)
 
 
+def most_held_by(process: int) -> int | None:
+    """The most memory that a process, or one that it started itself, has held; None where it is
+    gone. On systems that do not tell (Linux does), what the process holds now."""
+    with contextlib.suppress(OSError):
+        started = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii")
+        peaks = [_high_water(each) for each in (str(process), *started.split())]
+        return max((peak for peak in peaks if peak is not None), default=None)
+    with contextlib.suppress(psutil.Error):
+        return int(psutil.Process(process).memory_info().rss)
+    return None
+
+
 def _high_water(process: int | str) -> int | None:
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():

@@ -14,9 +14,11 @@ The manifest has the size and the SHA-256 of every file, and a digest of itself.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import threading
@@ -26,13 +28,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+import psutil
+from filelock import FileLock, Timeout
 
 from compose.hashes import hash_files
 
 MANIFEST = "manifest.json"
 MODEL = "model"
 TEMPORARY = ".temp"
+_UNFINISHED = re.compile(r"\.\d+-\d+-.+")
+"""Names that `new_file` and `compose.hashes` write to: process, thread or time, and the name."""
 
 
 @contextmanager
@@ -79,6 +84,32 @@ def new_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
     finally:
         for left in (temporary, replaced):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what `new_file` and `new_folder` left below a folder when their process was killed.
+
+    Hold a lock that keeps every other process from writing there.
+    """
+    if not folder.is_dir():
+        return
+    for path in list(folder.rglob(".*")):
+        if _UNFINISHED.fullmatch(path.name):
+            _remove(path)
+
+
+def remove_unfinished_of(path: Path) -> None:
+    """Remove what a killed `new_folder(path)` left beside `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}-*"):
+        if re.fullmatch(r"-[0-9a-f]{8}(-old)?", left.name[len(path.name) + 1 :]):
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -181,6 +212,9 @@ class Store:
         except OSError as error:
             return f"{error.filename} cannot be read: {error.strerror}"
         changed = [name for name in stored if found[name] != stored[name]]
+        if changed and not again:  # what is remembered may itself be damaged
+            found = hash_files(self.path(key), stored, memory, again=True)
+            changed = [name for name in stored if found[name] != stored[name]]
         if changed:
             return f"{changed[0]} is not what was stored{_more(changed)}"
         return None
@@ -260,6 +294,23 @@ class Store:
         folder = self._work(key)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def sweep(self) -> None:
+        """Remove what killed processes left behind, but for the scratch of unfinished steps.
+
+        What another process is at work on stays.
+        """
+        temporary = self.root / TEMPORARY
+        left = temporary.iterdir() if temporary.is_dir() else ()
+        done = [key for key in self.unfinished() if self.path(key).exists()]
+        for key in {*(path.name[1:].partition("-")[0] for path in left), *done}:
+            with contextlib.suppress(Timeout), self.locked(key, timeout=0):  # it sweeps the rest
+                if self.has(key):
+                    shutil.rmtree(self._work(key), ignore_errors=True)
+        for path in (self.root / ".hashes").glob(".*"):
+            process = path.name[1:].partition("-")[0]
+            if process.isdigit() and not psutil.pid_exists(int(process)):
+                path.unlink(missing_ok=True)
 
     def unfinished(self) -> dict[str, Path]:
         """Key -> scratch of steps that were begun and never stored."""

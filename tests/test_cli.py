@@ -391,9 +391,17 @@ def test_the_options_of_every_command_are_frozen() -> None:
     asked = ["--keep-blocks", "--stats", "folder", "prompt"]
     assert options == {
         "validate": ["file"],
-        "plan": ["--json", "--out", "file"],
+        "plan": ["--estimate", "--json", "--out", "file"],
         "run": [
-            *("--again", "--executor", "--json-lines", "--only", "--out", "--quiet"),
+            *(
+                "--again",
+                "--executor",
+                "--json-lines",
+                "--only",
+                "--out",
+                "--quiet",
+                "--retry-failed",
+            ),
             *("--tensorboard", "--workers", "file"),
         ],
         "search": [

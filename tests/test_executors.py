@@ -19,6 +19,7 @@ from compose.errors import ArtifactError, StepError, UserError
 from compose.execution import worker_process
 from compose.execution.executors import LocalExecutor, make_executor
 from compose.execution.messages import Role
+from compose.execution.needs import Needs
 from compose.execution.worker_process import (
     LocalWorker,
     Worker,
@@ -289,7 +290,7 @@ def test_the_same_worker_runs_under_ray(tmp_path: Path) -> None:
         write_json(tmp_path / "job.json", {"name": "dense"})
         for here in (False, True):
             worker = executor.start(
-                "cell", tmp_path / "job.json", tmp_path / "log", on_this_machine=here
+                "cell", tmp_path / "job.json", tmp_path / "log", Needs(here=here)
             )
             worker.send({"do": "speed", "round": 0, "batch": 1})
             assert "before it was loaded" in worker.receive()["error"]

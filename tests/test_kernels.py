@@ -126,3 +126,69 @@ def test_no_compiler_and_kernels_turned_off_are_said(
     build._loaded.cache_clear()
     monkeypatch.setenv("GATESKIP_NATIVE", "0")
     assert "GATESKIP_NATIVE" in str(build.problem())
+
+
+@pytest.mark.parametrize(
+    ("folder_mode", "file_mode", "refused"),
+    [
+        (0o700, 0o755, None),
+        (0o755, 0o755, None),
+        (0o775, 0o755, "native can be written to by other users"),
+        (0o757, 0o755, "native can be written to by other users"),
+        (0o700, 0o775, "kernels.so can be written to by other users"),
+        (0o700, 0o757, "kernels.so can be written to by other users"),
+    ],
+)
+def test_a_cache_that_others_write_to_is_refused(
+    folder_mode: int, file_mode: int, refused: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "native" / "kernels.so"
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    file.chmod(file_mode)
+    file.parent.chmod(folder_mode)
+    if refused is None:
+        build.require_private(file)
+        return
+    with pytest.raises(build.BuildError, match=refused):
+        build.require_private(file)
+
+
+def test_another_users_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    if tmp_path.stat().st_uid == 0:
+        build.require_private(tmp_path / "kernels.so")  # root's own may be used by all
+        return
+    with pytest.raises(build.BuildError, match="is another user's"):
+        build.require_private(tmp_path / "kernels.so")
+
+
+def test_a_refused_cache_is_the_problem_that_is_told(
+    fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATESKIP_CACHE", str(tmp_path))
+    monkeypatch.delenv("GATESKIP_NATIVE", raising=False)
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native").chmod(0o777)
+    assert build.library() is None
+    if build.compilers():
+        assert "not taken from it" in (build.problem() or "")
+
+
+def test_a_new_cache_is_private(tmp_path: Path) -> None:
+    import os
+    import stat
+
+    if not build.compilers():
+        pytest.skip("no compiler")
+    before = os.umask(0)
+    try:
+        target = tmp_path / "native" / "kernels.so"
+        source = tmp_path / "empty.cpp"
+        source.write_text('extern "C" int one() { return 1; }\n')
+        assert build.compile_kernels(build.compilers()[0], [source], target) is None
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(target.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
+    build.require_private(target)

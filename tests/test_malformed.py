@@ -527,6 +527,37 @@ def test_a_tensor_is_never_made_up(case: str, model: Path) -> None:
     assert message in str(caught.value)
 
 
+LAYER = "model.layers.1.mlp.up_proj"
+PACKED: list[tuple[str, str]] = [
+    ("int4", f"{LAYER}.codes"),
+    ("int4", f"{LAYER}.scale"),
+    ("int4", f"{LAYER}.minimum"),
+    ("int8", f"{LAYER}.codes"),
+    ("int8", f"{LAYER}.scale"),
+    ("int4", NORM),
+    ("int4", "model.embed_tokens.codes"),
+]
+
+
+@pytest.mark.parametrize(("use", "tensor"), PACKED)
+def test_a_packed_tensor_that_is_missing_is_refused_by_name(
+    use: str,
+    tensor: str,
+    tiny_llama: Path,
+    grid_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "packed"
+    shutil.copytree(grid_folder(tiny_llama, use), folder)
+    load_model(folder)  # whole, it passes
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[tensor]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError) as caught:
+        load_model(folder)
+    assert f"lack the tensor {tensor}" in str(caught.value)
+
+
 def test_a_whole_model_passes(tiny_llama: Path) -> None:
     require_source(tiny_llama)
     require_values(tiny_llama)
@@ -878,3 +909,14 @@ def test_results_are_refused_by_name(content: bytes, message: str, tmp_path: Pat
         load_results(tmp_path)
     assert message in str(caught.value)
     assert caught.value.file == str(tmp_path / "results.json")
+
+
+def test_the_tables_have_250_rows() -> None:
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    file = Path(__file__).with_name("count_malformed.py")
+    spec = spec_from_file_location("count_malformed", file)
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert sum(module.counted(Path(__file__)).values()) >= module.WANTED

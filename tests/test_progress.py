@@ -289,7 +289,8 @@ def test_a_plain_run_has_no_control_codes_and_a_quiet_one_only_its_end(pipeline:
     assert quiet.returncode == 0, quiet.stderr
     shown = quiet.stdout.splitlines()
     assert "cells measured." in shown[0]
-    assert len(shown) == 4, shown
+    assert len(shown) == 5, shown
+    assert json.loads(shown[-1])["event"] == "result"
 
 
 @pytest.mark.slow

@@ -107,6 +107,7 @@ class Script:
     slots = 1
     local = False
     timed_threads = 2
+    attempts = 1
 
     def __init__(self) -> None:
         self.log: list[tuple[str, ...]] = []
@@ -123,9 +124,7 @@ class Script:
         }
         self.interrupt_at: tuple[str, ...] | None = None
 
-    def start(
-        self, role: str, job: Path, log: Path, *, on_this_machine: bool = False
-    ) -> ScriptedWorker:
+    def start(self, role: str, job: Path, log: Path, needs: Any = None) -> ScriptedWorker:
         self.live += 1
         self.most_live = max(self.most_live, self.live)
         return ScriptedWorker(self, role, json.loads(job.read_text()))

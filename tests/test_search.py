@@ -431,6 +431,7 @@ class Script:
     slots = 1
     local = False
     timed_threads = 1
+    attempts = 1
 
     def __init__(self) -> None:
         self.log: list[tuple[str, ...]] = []
@@ -440,7 +441,7 @@ class Script:
         self.broken: set[str] = set()
         """Names of stages whose step fails."""
 
-    def start(self, role: str, job: Path, log: Path, *, on_this_machine: bool = False) -> Scripted:
+    def start(self, role: str, job: Path, log: Path, needs: Any = None) -> Scripted:
         return Scripted(self, role, json.loads(job.read_text()))
 
     def close(self) -> None:
@@ -741,11 +742,9 @@ benchmark:
 class Here:
     """An executor whose workers do their work in this process: torch is imported once."""
 
-    slots, local, timed_threads = 1, True, 1
+    slots, local, timed_threads, attempts = 1, True, 1, 1
 
-    def start(
-        self, role: str, job: Path, log: Path, *, on_this_machine: bool = False
-    ) -> WorkerHere:
+    def start(self, role: str, job: Path, log: Path, needs: Any = None) -> WorkerHere:
         return WorkerHere(role, json.loads(job.read_text()))
 
     def close(self) -> None:

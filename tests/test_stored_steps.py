@@ -6,6 +6,8 @@ Workers are scripted as in test_runner.py; the last test starts real ones on a t
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,11 +17,12 @@ from typing import Any
 
 import pytest
 
+from compose import hashes
 from compose.errors import StepError
 from compose.execution import disk
 from compose.execution import runner as runner_module
 from compose.planning.planner import make_plan
-from compose.store import Store
+from compose.store import Store, write_json
 
 _spec = importlib.util.spec_from_file_location(
     "scripted_runs", Path(__file__).with_name("test_runner.py")
@@ -28,6 +31,8 @@ assert _spec and _spec.loader
 scripted: Any = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = scripted
 _spec.loader.exec_module(scripted)
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
 
 
 @pytest.fixture(autouse=True)
@@ -162,3 +167,113 @@ def test_two_processes_on_one_store_train_once(tmp_path: Path, tiny_llama: Path)
         assert process.returncode == 0, err
     assert [one.count(f"train-{step}") for step in range(6)] == [1] * 6
     assert isinstance(started[0], subprocess.Popen)
+
+
+READ_ONLY = """
+import sys
+from compose.cli import app
+app(sys.argv[1:])
+"""
+
+
+def closed(folder: Path) -> None:
+    """Take the right to write from everything below a folder."""
+    for path in [*folder.rglob("*"), folder]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+
+def opened(folder: Path) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def without_roots_rights() -> list[str]:
+    """What a command begins with so that modes count for root, too."""
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("modes say nothing to root, and setpriv is missing")
+    return ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
+
+
+def test_a_read_only_store_can_be_reported_from(tmp_path: Path) -> None:
+    scripted.go(tmp_path, scripted.Script())
+    store = tmp_path / "store"
+    closed(store)
+    try:
+        command = [*without_roots_rights(), sys.executable, "-c", READ_ONLY]
+        probe = [*command[:-2], "-c", f"open({str(store / 'x')!r}, 'w')"]
+        assert subprocess.run(probe, capture_output=True).returncode != 0, "it is read-only"
+        for asked in (
+            ["report", str(tmp_path / "small")],
+            ["pick", str(tmp_path / "small"), "--maximize", "decode"],
+            ["cache", "list", "--out", str(tmp_path)],
+            ["cache", "verify", "--out", str(tmp_path)],
+        ):
+            done = subprocess.run(
+                [*command, *asked], capture_output=True, text=True, env=ENVIRONMENT
+            )
+            assert done.returncode == 0, (asked, done.stdout, done.stderr)
+        again = scripted.Script()
+        assert scripted.go(tmp_path, again).exit_code == 0
+        assert again.log == []
+    finally:
+        opened(store)
+
+
+def test_a_store_that_cannot_be_written_is_a_failed_step_and_no_traceback(tmp_path: Path) -> None:
+    scripted.go(tmp_path, scripted.Script())
+    (tmp_path / "store" / ".temp").rmdir()
+    (tmp_path / "store" / ".temp").write_text("in the way")
+    other = scripted.pipeline(name="other", seed=5)
+    result = scripted.go(tmp_path, scripted.Script(), make_plan(other))
+    assert result.exit_code == 1
+    assert result.results.cell("gates").failed_in == "gates"
+    assert result.results.cell("dense").status == "ok"
+
+
+def test_what_a_killed_run_left_is_swept(tmp_path: Path) -> None:
+    scripted.go(tmp_path, scripted.Script())
+    run, store = tmp_path / "small", Store(tmp_path / "store")
+    key = store.all_keys()[0]
+    left = [
+        run / ".123-456-plan.json",
+        run / "cells" / "dense" / ".9-9-load.json",
+        run / "logs" / ".scratch" / "gateskip-tasks-x" / "a",
+        store.root / ".temp" / f".{key}-0123abcd" / "model" / "a",
+        store.root / ".temp" / f".{key}-0123abcd-old" / "a",
+        store.root / ".work" / key / "checkpoint",
+        store.root / ".hashes" / ".999999999-1-x.json",
+    ]
+    kept = [run / "cells" / ".reference-x", store.root / ".work" / "unfinished" / "checkpoint"]
+    for path in (*left, kept[1]):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("left")
+    again = scripted.Script()
+    assert scripted.go(tmp_path, again).exit_code == 0
+    assert again.log == []
+    assert [path for path in left if path.exists()] == []
+    assert kept[1].exists(), "an unfinished step goes on from its scratch"
+
+
+def test_what_another_run_is_at_work_on_is_not_swept(tmp_path: Path) -> None:
+    scripted.go(tmp_path, scripted.Script())
+    store = Store(tmp_path / "store")
+    key = store.all_keys()[0]
+    at_work = store.root / ".temp" / f".{key}-0123abcd"
+    at_work.mkdir(parents=True)
+    with store.locked("other"):
+        other = store.root / ".temp" / ".other-0123abcd"
+        other.mkdir()
+        Store(tmp_path / "store").sweep()
+        assert other.exists() and not at_work.exists()
+
+
+def test_a_damaged_memory_of_hashes_is_no_damage(tmp_path: Path) -> None:
+    scripted.go(tmp_path, scripted.Script())
+    store = Store(tmp_path / "store")
+    key = store.all_keys()[0]
+    memory = store.root / ".hashes" / f"{key}.json"
+    marks = {name: hashes._mark(store.path(key) / name) for name in store.manifest(key)["sha256"]}
+    write_json(memory, {name: [mark, "0" * 64] for name, mark in marks.items()})
+    assert store.damage(key) is None

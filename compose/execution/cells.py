@@ -9,9 +9,13 @@ from typing import Any
 import psutil
 
 from compose.errors import AssetError, ComposeError
-from compose.execution.failures import failure_of, first_line
+from compose.execution.attempts import attempted
+from compose.execution.board import Line
+from compose.execution.failures import first_line
 from compose.execution.graph import Task
+from compose.execution.kept_failures import cell_failed, pass_over_cell
 from compose.execution.messages import CellCommand, CellRequest
+from compose.execution.needs import cell_needs
 from compose.execution.run_folder import (
     Phase,
     is_measured,
@@ -58,38 +62,57 @@ def measure_quality(run: RunState, cell: Cell) -> None:
     if cell.weights in run.failed_steps:
         run.failed_cells[cell.name] = run.failed_steps[cell.weights]
         return
+    if pass_over_cell(run, cell):
+        return
     if is_measured(run.folder, run.plan, cell) and not (
         cell is run.baseline and _lacks_reference(run)
     ):
         return
     run.worked = True
     line = run.board.line(f"measure {cell.name}", cell=cell.name)
-    worker: Worker | None = None
-    phase: Phase = "load"
-    result: dict[str, Any] = {}
+    measurement = _Measurement(run, cell, line)
     try:
-        worker = open_cell(run, cell, f"cell-{cell.name}")
-        for phase in phases_of(cell):
-            line.update(0, 1, phase)
-            command: CellCommand = {"do": phase}
-            if phase == "quality":
-                command["reference"] = str(run.folder.reference(run.baseline.key))
-            started = time.monotonic()
-            result = run.workers.ask(worker, command, line)
-            write_phase(run.folder, run.plan, cell, phase, result, time.monotonic() - started)
+        result = attempted(run, cell.name, line, measurement.measure)
     except ComposeError as error:
         line.failed(first_line(error))
         if isinstance(error, AssetError) and cell is run.baseline:
             raise
-        run.failed_cells[cell.name] = failure_of(error, phase)
+        cell_failed(run, cell, error, measurement.phase)
     else:
         line.done(_note(result))
-        if _keeps(run, cell):
-            run.loaded[cell.name] = worker
-            worker = None
-    finally:
-        if worker is not None:
-            run.workers.end(worker)
+
+
+class _Measurement:
+    """Loading and scoring one cell in one process, and the phase that it is in."""
+
+    def __init__(self, run: RunState, cell: Cell, line: Line) -> None:
+        self.run, self.cell, self.line = run, cell, line
+        self.phase: Phase = "load"
+
+    def measure(self) -> dict[str, Any]:
+        """Run all phases and keep their records; the result of the last one.
+
+        The process stays for speed where memory allows, else it is ended.
+        """
+        run, cell, result = self.run, self.cell, dict[str, Any]()
+        self.phase = "load"
+        worker = open_cell(run, cell, f"cell-{cell.name}")
+        try:
+            for self.phase in phases_of(cell):
+                self.line.update(0, 1, self.phase)
+                command: CellCommand = {"do": self.phase}
+                if self.phase == "quality":
+                    command["reference"] = str(run.folder.reference(run.baseline.key))
+                started = time.monotonic()
+                result = run.workers.ask(worker, command, self.line)
+                seconds = time.monotonic() - started
+                write_phase(run.folder, run.plan, cell, self.phase, result, seconds)
+            if _keeps(run, cell):
+                run.loaded[cell.name] = worker
+            return result
+        finally:
+            if run.loaded.get(cell.name) is not worker:
+                run.workers.end(worker)
 
 
 def _keeps(run: RunState, cell: Cell) -> bool:
@@ -111,7 +134,7 @@ def _lacks_reference(run: RunState) -> bool:
     return not all(is_measured(run.folder, run.plan, cell) for cell in run.wanted_cells())
 
 
-def open_cell(run: RunState, cell: Cell, name: str, *, on_this_machine: bool = False) -> Worker:
+def open_cell(run: RunState, cell: Cell, name: str, *, here: bool = False) -> Worker:
     """Start a cell's process under the log `name`; it loads nothing before it is asked to."""
     pipeline, baseline = run.plan.pipeline, run.baseline
     request: CellRequest = {
@@ -130,7 +153,8 @@ def open_cell(run: RunState, cell: Cell, name: str, *, on_this_machine: bool = F
         "threads": pipeline.benchmark.threads,
         "learns_from": learns_from(run.plan) if cell is baseline else [],
     }
-    return run.workers.start("cell", name, request, on_this_machine=on_this_machine)
+    needs = cell_needs(run.plan, cell, run.store, here=here)
+    return run.workers.start("cell", name, request, needs)
 
 
 def _note(result: dict[str, Any]) -> str:

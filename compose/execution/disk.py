@@ -35,7 +35,7 @@ def needed_bytes(run: RunState, step: Step) -> int:
     manifest = run.store.manifest(step.parent) or {}
     parent: int = sum(manifest.get("files", {}).values())
     assert step.stage is not None, "only the source has no stage"
-    return round(parent * (share_written(step.stage) + _trained(step.stage) * CHECKPOINT / width))
+    return round(parent * (share_written(step.stage) + trains_all(step.stage) * CHECKPOINT / width))
 
 
 def share_written(stage: Stage) -> float:
@@ -43,7 +43,7 @@ def share_written(stage: Stage) -> float:
     return 0.6 if stage.role == "quantize" else 1.0
 
 
-def _trained(stage: Stage) -> bool:
+def trains_all(stage: Stage) -> bool:
     """Whether a stage trains all weights of its model, and so keeps checkpoints of them."""
     steps = getattr(stage, "steps", 0)
     return bool(steps) and getattr(stage, "backbone", None) == "full"

@@ -11,6 +11,7 @@ import psutil
 
 from compose.errors import UserError, suggest
 from compose.execution.messages import Role
+from compose.execution.needs import ANYWHERE, Needs
 from compose.execution.worker_process import LocalWorker, Worker
 
 MAX_WORKERS = 2
@@ -28,11 +29,11 @@ class Executor(Protocol):
     timed_threads: int
     """Threads of a worker while it is timed."""
 
-    def start(self, role: Role, job: Path, log: Path, *, on_this_machine: bool = False) -> Worker:
-        """Start a worker on a job file; `log` takes what it prints.
+    attempts: int
+    """How often a worker that is taken away (its node, or it by SIGKILL) is started in all."""
 
-        `on_this_machine` asks for the machine that this process runs on.
-        """
+    def start(self, role: Role, job: Path, log: Path, needs: Needs = ANYWHERE) -> Worker:
+        """Start a worker on a job file, where `needs` are met; `log` takes what it prints."""
 
     def close(self) -> None:
         """End what the executor itself started."""
@@ -43,10 +44,11 @@ class LocalExecutor:
 
     Much of a worker's time is single-threaded (imports, loading, tokenizing), so two workers with
     one core each end sooner than one after the other with two. A worker that is timed
-    (`on_this_machine`) runs alone and has all threads.
+    (`Needs.here`) runs alone and has all threads.
     """
 
     local = True
+    attempts = 1  # what took it away once would do so again
 
     def __init__(self, threads: int | None = None, workers: int | None = None) -> None:
         self.threads = threads
@@ -55,9 +57,10 @@ class LocalExecutor:
         self.slots = workers or max(1, min(cores, fitting, MAX_WORKERS))
         self.share = max(1, cores // self.slots)
 
-    def start(self, role: Role, job: Path, log: Path, *, on_this_machine: bool = False) -> Worker:
+    def start(self, role: Role, job: Path, log: Path, needs: Needs = ANYWHERE) -> Worker:
         """Start a worker as a child process."""
-        return LocalWorker(role, job, log, self.threads if on_this_machine else self.share)
+        threads = self.threads if needs.here else self.share
+        return LocalWorker(role, job, log, threads, needs.allowed)
 
     def close(self) -> None:
         """Nothing to end: workers end with `stop`."""

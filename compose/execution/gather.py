@@ -64,6 +64,7 @@ def gather(
         command=session.command if session else command,
         model=public_path(plan.pipeline.model.source),
         dtype=plan.pipeline.model.dtype,
+        seed=plan.pipeline.seed,
         pipeline=_text(source_map.file) if source_map else None,
         benchmark=plan.pipeline.benchmark.model_dump(mode="json"),
         seconds=_seconds(run, plan, known, session),

@@ -11,6 +11,7 @@ from compose.errors import StepError
 from compose.execution.board import Line, show_progress
 from compose.execution.executors import Executor
 from compose.execution.messages import CellCommand, Role
+from compose.execution.needs import ANYWHERE, Needs
 from compose.execution.run_folder import RunFolder
 from compose.execution.worker_process import Worker, await_answer
 from compose.store import private_folder, write_json
@@ -27,7 +28,7 @@ class RunWorkers:
         self._ending = False
 
     def start(
-        self, role: Role, name: str, job: Mapping[str, Any], *, on_this_machine: bool = False
+        self, role: Role, name: str, job: Mapping[str, Any], needs: Needs = ANYWHERE
     ) -> Worker:
         """Start a worker on a job, with the job file and log of `name`.
 
@@ -41,13 +42,15 @@ class RunWorkers:
         with self._lock:
             if self._ending:
                 raise StepError("the run is ending")
-            worker = self.executor.start(role, file, log, on_this_machine=on_this_machine)
+            worker = self.executor.start(role, file, log, needs)
             self._live.add(worker)
         return worker
 
-    def call(self, role: Role, name: str, job: Mapping[str, Any], line: Line) -> dict[str, Any]:
+    def call(
+        self, role: Role, name: str, job: Mapping[str, Any], line: Line, needs: Needs = ANYWHERE
+    ) -> dict[str, Any]:
         """Start a worker, wait for its one answer, and end it. Raises as `answer`."""
-        worker = self.start(role, name, job)
+        worker = self.start(role, name, job, needs)
         try:
             return self.answer(worker, line)
         finally:
@@ -78,5 +81,8 @@ class RunWorkers:
         with self._lock:
             self._ending = True
             left = list(self._live)
-        for worker in left:
-            worker.stop()
+        stopping = [threading.Thread(target=worker.stop) for worker in left]
+        for each in stopping:  # one that does not listen keeps no other waiting
+            each.start()
+        for each in stopping:
+            each.join()

@@ -1,4 +1,9 @@
-"""Workers on a Ray cluster: each is the same process as a local one, started by an actor."""
+"""Workers on a Ray cluster: each is the same process as a local one, started by an actor.
+
+An actor asks for the CPUs, the memory and the GPU that its worker needs, so Ray places it where
+they are free. Where a node goes, or a worker is killed on one, the work is begun again
+(`attempts`), on another node where one is alive.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +14,32 @@ from pathlib import Path
 from typing import Any
 
 from compose.errors import StepError, UserError
+from compose.execution.endings import Ending, lost
 from compose.execution.messages import Message, Role
+from compose.execution.needs import ANYWHERE, Needs
 from compose.execution.worker_process import GRACE_S, LocalWorker, Worker
+from compose.units import bytes_text
+
+ATTEMPTS = 3
+
+
+class HostedWorker(LocalWorker):
+    """A worker on the node of the actor that holds it."""
+
+    def node(self) -> str:
+        """The name of that node in the cluster."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
 
 class RayWorker:
     """A worker that is a child of a Ray actor."""
 
-    def __init__(self, ray: Any, actor: Any) -> None:
-        self.ray, self.actor = ray, actor
+    def __init__(self, executor: RayExecutor, actor: Any, job: Path) -> None:
+        self.executor, self.actor, self.job = executor, actor, job
+        self.ray = executor.ray
+        self.node: str | None = None
         self.stopped = False
 
     def send(self, message: Mapping[str, Any]) -> None:
@@ -25,7 +47,9 @@ class RayWorker:
         self._call(self.actor.send, message)
 
     def receive(self) -> Message:
-        """The worker's next message; StepError when it, or its node, died."""
+        """The worker's next message; WorkerLost when it, or its node, went."""
+        if self.node is None:
+            self.node = self._call(self.actor.node)
         message: Message = self._call(self.actor.receive)
         return message
 
@@ -40,14 +64,25 @@ class RayWorker:
         self.ray.kill(self.actor)
 
     def _call(self, method: Any, *arguments: Any) -> Any:
+        """What a method of the actor returns.
+
+        Raises:
+            StepError: the worker's own; WorkerLost where the actor went with its node.
+        """
         try:
             return self.ray.get(method.remote(*arguments))
         except self.ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, StepError):
-                raise StepError(error.cause.message) from None
-            raise
+            if not isinstance(error.cause, StepError):
+                raise
+            self.executor.note_lost(self.job, self.node)
+            raise error.cause from None
         except self.ray.exceptions.RayError as error:
-            raise StepError(f"the Ray node of a worker failed: {error}") from error
+            if self.stopped:
+                raise StepError("the worker was stopped") from None
+            self.executor.note_lost(self.job, self.node)
+            why = str(error).strip().splitlines() or [type(error).__name__]
+            ending = Ending(node=self.node, node_lost=True)
+            raise lost(ending, f": {type(error).__name__}\n    {why[0]}") from error
 
 
 class RayExecutor:
@@ -58,6 +93,7 @@ class RayExecutor:
     """
 
     local = False
+    attempts = ATTEMPTS
 
     def __init__(
         self, threads: int | None = None, workers: int | None = None, address: str | None = None
@@ -70,21 +106,82 @@ class RayExecutor:
             self.ray.init(address=address, log_to_driver=False, include_dashboard=False)
         cores = int(self.ray.cluster_resources().get("CPU", 1))
         self.slots = workers or max(1, cores // self.threads)
+        self._left: dict[Path, set[str]] = {}
+        """Job file -> nodes on which its worker was lost."""
 
-    def start(self, role: Role, job: Path, log: Path, *, on_this_machine: bool = False) -> Worker:
-        """Start an actor that starts the worker; one `on_this_machine` reserves no core."""
-        options: dict[str, Any] = {"num_cpus": self.threads, "max_restarts": 0}
-        if on_this_machine:
-            strategy = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    def start(self, role: Role, job: Path, log: Path, needs: Needs = ANYWHERE) -> Worker:
+        """Start an actor that starts the worker; one that needs this machine reserves no core.
+
+        Raises:
+            StepError: no node of the cluster is large enough.
+        """
+        # Two threads: `stop` must get through while `receive` waits.
+        options: dict[str, Any] = {"max_restarts": 0, "max_concurrency": 2}
+        if needs.here:
             node = self.ray.get_runtime_context().get_node_id()
-            options |= {"num_cpus": 0, "scheduling_strategy": strategy(node, soft=False)}
-        actor = self.ray.remote(LocalWorker).options(**options)
-        return RayWorker(self.ray, actor.remote(role, job.resolve(), log.resolve(), self.threads))
+            options |= {"num_cpus": 0, "scheduling_strategy": self._on(node, soft=False)}
+        else:
+            options |= self._asked(needs)
+            if (other := self._other_node(job, options)) is not None:
+                options["scheduling_strategy"] = self._on(other, soft=True)
+        actor = self.ray.remote(HostedWorker).options(**options)
+        arguments = (role, job.resolve(), log.resolve(), self.threads, needs.allowed)
+        return RayWorker(self, actor.remote(*arguments), job)
+
+    def note_lost(self, job: Path, node: str | None) -> None:
+        """Note that a job's worker ended on a node: the next attempt looks for another."""
+        if node is not None:
+            self._left.setdefault(job, set()).add(node)
 
     def close(self) -> None:
         """Leave the cluster, if this executor joined it."""
         if self.started:
             self.ray.shutdown()
+
+    def _asked(self, needs: Needs) -> dict[str, Any]:
+        """What an actor asks of its node: CPUs, memory and a GPU, where the cluster has any.
+
+        Raises:
+            StepError: no node has as much, so that Ray would wait for ever.
+        """
+        asked: dict[str, Any] = {"num_cpus": self.threads}
+        if needs.memory is not None:
+            asked["memory"] = needs.memory
+        nodes = self._nodes()
+        if needs.gpu and any(node["Resources"].get("GPU", 0) >= 1 for node in nodes):
+            asked["num_gpus"] = 1
+        if not any(_fits(node, asked) for node in nodes):
+            most = max((node["Resources"].get("memory", 0) for node in nodes), default=0)
+            memory = "" if needs.memory is None else f" and {bytes_text(needs.memory)} of memory"
+            raise StepError(
+                f"no node of the Ray cluster has {self.threads} CPUs{memory}; the largest has "
+                f"{bytes_text(most)} to give",
+                fix="add a larger node (`ray start --memory=...`), or set a lower "
+                "limits.step.memory_mb or limits.cell.memory_mb",
+            )
+        return asked
+
+    def _other_node(self, job: Path, asked: Mapping[str, Any]) -> str | None:
+        """A node that is alive and large enough, where a job was lost on others; else None."""
+        left = self._left.get(job, set())
+        fit = [node["NodeID"] for node in self._nodes() if left and _fits(node, asked)]
+        return next((node for node in fit if node not in left), None)
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        return [node for node in self.ray.nodes() if node["Alive"]]
+
+    def _on(self, node: str, *, soft: bool) -> Any:
+        strategies = self.ray.util.scheduling_strategies
+        return strategies.NodeAffinitySchedulingStrategy(node, soft=soft)
+
+
+def _fits(node: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Whether a node could ever give what is asked."""
+    has = node["Resources"]
+    return all(
+        has.get(name, 0) >= asked.get(key, 0)
+        for name, key in (("CPU", "num_cpus"), ("memory", "memory"), ("GPU", "num_gpus"))
+    )
 
 
 def _import_ray() -> Any:

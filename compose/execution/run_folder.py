@@ -3,13 +3,14 @@
     runs/NAME/plan.json                 the plan it followed
     runs/NAME/cells/CELL/PHASE.json     what a phase (load, quality, lossless) measured, and its key
     runs/NAME/speed/SESSION.jsonl       rounds of the cells whose speed was compared
+    runs/NAME/failed/NAME.json          crashes and limits that were hit: see `kept_failures`
     runs/NAME/jobs, logs                the workers' jobs, and what they and libraries printed
     runs/NAME/tensorboard/STEP          scalars of training, where `--tensorboard` asks for them
     runs/NAME/results.json, report.*    made from the above, and from it alone
     runs/store/KEY                      model folders, shared by all runs in `runs`
 
 A phase's key covers all that decides what it measures, the code and the libraries among it, so a
-record under another key is out of date. Failures are never kept: the next run tries again.
+record under another key is out of date. What a worker raised is not kept: the next run tries again.
 """
 
 from __future__ import annotations

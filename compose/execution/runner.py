@@ -6,11 +6,13 @@
     result    results.json, the report, and the exports that the pipeline names
 
 A failure becomes data: what depends on it fails with the same reason, everything else goes on.
+Crashes and limits that were hit are kept (`kept_failures`); other failures are tried again.
 After an end of this process, the next run goes on from the last finished step, phase or round.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +26,21 @@ from compose.execution.cells import quality_tasks
 from compose.execution.executors import Executor
 from compose.execution.gather import gather
 from compose.execution.graph import run_graph, thread_pool
+from compose.execution.kept_failures import forget_failures
 from compose.execution.processes import RunWorkers
 from compose.execution.run_folder import RunFolder
 from compose.execution.sessions import Session
 from compose.execution.speed import measure_speed
 from compose.execution.state import RunState, Settings
 from compose.execution.steps import step_tasks
+from compose.execution.worker_process import remove_scratch
 from compose.planning.fingerprint import fingerprint
 from compose.planning.plan import Plan
 from compose.results.environment import capture_environment
 from compose.results.io import load_results, save_results
 from compose.results.schema import Results
 from compose.results.spread import stored_spread
-from compose.store import write_json
+from compose.store import remove_unfinished, remove_unfinished_of, write_json
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,10 @@ def run(plan: Plan, settings: Settings, executor: Executor, board: Board) -> Run
 def _run(run: RunState) -> RunResult:
     """All phases; on the way out, however that is, no worker is left."""
     cells, slots = run.wanted_cells(), run.workers.executor.slots
+    _sweep(run)
     write_json(run.folder.plan_file, run.plan.to_json())
+    if run.settings.again or run.settings.retry_failed:
+        forget_failures(run)
     if run.settings.again:
         shutil.rmtree(run.folder.root / "cells", ignore_errors=True)
         shutil.rmtree(run.folder.speed, ignore_errors=True)
@@ -89,7 +96,18 @@ def _run(run: RunState) -> RunResult:
             session = measure_speed(run, cells, environment, fingerprint())
         finally:
             run.workers.end_all()
+            remove_scratch(run.folder.log("any"))
     return _conclude(run, session, environment)
+
+
+def _sweep(run: RunState) -> None:
+    """Remove what a killed process of this run, or of one that shares its store, left behind."""
+    remove_unfinished(run.folder.root)
+    remove_scratch(run.folder.log("any"))
+    with contextlib.suppress(OSError):  # a store that is not ours to write
+        run.store.sweep()
+    for export in run.plan.pipeline.export.values():
+        remove_unfinished_of(Path(export.to).absolute())
 
 
 def _with_spread(environment: dict[str, Any]) -> dict[str, Any]:

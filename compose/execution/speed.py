@@ -19,7 +19,8 @@ from compose.bench.turns import add_turns
 from compose.bench.workloads import categories
 from compose.errors import ComposeError
 from compose.execution.cells import open_cell
-from compose.execution.failures import failure_of, first_line
+from compose.execution.failures import first_line
+from compose.execution.kept_failures import cell_failed
 from compose.execution.messages import CellCommand
 from compose.execution.run_folder import read_phase
 from compose.execution.sessions import (
@@ -164,7 +165,7 @@ class _Measurement:
             if cell.name in self.run.loaded:
                 self.workers[cell.name] = self.run.loaded.pop(cell.name)
         for cell in absent:
-            worker = open_cell(self.run, cell, f"speed-{cell.name}", on_this_machine=True)
+            worker = open_cell(self.run, cell, f"speed-{cell.name}", here=True)
             self.workers[cell.name] = worker
             worker.send({"do": "load"})
         for cell in absent:
@@ -240,7 +241,7 @@ class _Measurement:
         try:
             return work()
         except ComposeError as error:
-            self.run.failed_cells[cell.name] = failure_of(error, "speed")
+            cell_failed(self.run, cell, error, "speed")
             self.run.board.print(f"✗ speed of {cell.name}: {first_line(error)}")
             return None
 

@@ -32,6 +32,8 @@ class Settings:
     """Write the training of steps as TensorBoard files in the run's folder."""
     store: Path | None = None
     """The folder of model folders; that of all runs in `out` where it is None."""
+    retry_failed: bool = False
+    """Try again what crashed, was killed or hit a limit in an earlier run."""
     report: bool = True
     """Whether the report is drawn in the end."""
 

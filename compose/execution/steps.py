@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from typing import Any
 from filelock import Timeout
 
 from compose.errors import AssetError, ComposeError
+from compose.execution.attempts import attempted
 from compose.execution.board import Line
 from compose.execution.disk import needed_bytes, require_space
-from compose.execution.failures import failure_of, first_line
+from compose.execution.failures import first_line
 from compose.execution.graph import Task
+from compose.execution.kept_failures import pass_over_step, step_failed
 from compose.execution.messages import CheckRequest, StepRequest
+from compose.execution.needs import step_needs
 from compose.execution.state import RunState
 from compose.planning.plan import Cell, Step
 
@@ -47,7 +51,7 @@ def make_step(run: RunState, step: Step) -> None:
     if step.parent in run.failed_steps:
         run.failed_steps[step.key] = run.failed_steps[step.parent]
         return
-    if _is_whole(run, step):
+    if _is_whole(run, step) or pass_over_step(run, step):
         return
     line = run.board.line(_title(run, step), step=run.plan.title(step))
     try:
@@ -58,12 +62,12 @@ def make_step(run: RunState, step: Step) -> None:
                 return
             run.worked = True
             require_space(run.store.root, needed_bytes(run, step), run.plan.title(step))
-            _write(run, step, line)
+            attempted(run, run.plan.title(step), line, partial(_write, run, step, line))
     except (ComposeError, OSError) as error:  # a full disk, or a store that is not ours to write
         line.failed(first_line(error))
         if isinstance(error, AssetError) and step.stage is None:
             raise
-        run.failed_steps[step.key] = failure_of(error, step.name)
+        step_failed(run, step, error)
     else:
         line.done()
 
@@ -100,10 +104,11 @@ def _write(run: RunState, step: Step, line: Line) -> None:
     with run.store.write(step.key, record) as entry:
         check = entry / "check.safetensors"
         request = _request(run, step, entry / "model", check)
-        record |= run.workers.call("step", name, request, line)
+        needs = step_needs(run.plan, step)
+        record |= run.workers.call("step", name, request, line, needs)
         line.update(1, 1, "loading it again")
         again: CheckRequest = {"folder": str(entry / "model"), "reference": str(check)}
-        record["reload"] = run.workers.call("check", name, again, line)
+        record["reload"] = run.workers.call("check", name, again, line, replace(needs, gpu=False))
 
 
 def _request(run: RunState, step: Step, target: Path, check: Path) -> StepRequest:

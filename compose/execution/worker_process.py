@@ -11,28 +11,36 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-
-from compose.errors import ArtifactError, AssetError, ComposeError, StepError, UserError
+from compose.errors import (
+    ArtifactError,
+    AssetError,
+    ComposeError,
+    StepError,
+    UserError,
+    WorkerLost,
+)
+from compose.execution.endings import UNLIMITED, Allowed, Ending, ending_of_code, lost, oom_kills
 from compose.execution.messages import Message, Role
+from compose.memory import most_held_by, peak_bytes
 from compose.store import write_json
-from compose.units import bytes_text
 
 LOG_TAIL_LINES = 25
 GRACE_S = 5.0
 """How long a worker that was asked to stop may take before it is killed."""
 
 POLL_S = 1.0
-"""How often a silent worker is checked for its end."""
+"""How often a worker is checked for its end, for its memory and for its time."""
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -54,16 +62,29 @@ class Worker(Protocol):
         """Wait for its next message.
 
         Raises:
-            StepError: the worker died; the message has how, and the end of its log.
+            WorkerLost: the worker ended; the message has how, and the end of its log.
         """
 
     def stop(self) -> None:
         """End it and everything it started; a second call does nothing."""
 
 
-def worker_environment(threads: int | None) -> dict[str, str]:
-    """The environment of a worker: this one's, with the thread count and the path of this code."""
+def scratch_of(log: Path) -> Path:
+    """Where the workers that log beside `log` keep temporary files: a kill leaves them there."""
+    return log.parent / ".scratch"
+
+
+def remove_scratch(log: Path) -> None:
+    """Remove the temporary files of workers that have ended."""
+    shutil.rmtree(scratch_of(log), ignore_errors=True)
+
+
+def worker_environment(threads: int | None, scratch: Path | None = None) -> dict[str, str]:
+    """The environment of a worker: this one's, with the thread count, the path of this code, and
+    the folder for its temporary files."""
     environment = dict(os.environ)
+    if scratch is not None:
+        environment["TMPDIR"] = str(scratch)
     if threads is not None:
         environment.update(dict.fromkeys(THREAD_VARIABLES, str(threads)))
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -84,20 +105,29 @@ def worker_command(role: Role, job: Path) -> list[str]:
 class LocalWorker:
     """A worker that is a child of this process, in a process group of its own."""
 
-    def __init__(self, role: Role, job: Path, log: Path, threads: int | None) -> None:
+    def __init__(
+        self, role: Role, job: Path, log: Path, threads: int | None, allowed: Allowed = UNLIMITED
+    ) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.log = log
+        self.log, self.allowed = log, allowed
         self.stopped = False
         self._received = b""
-        self.most_bytes = 0  # of memory, as far as it was seen
+        self._ending = threading.Lock()
+        self.limit: str | None = None  # that it hit
+        self.most_bytes: int | None = None  # of memory, as far as it was seen
+        self.worked = 0.0  # seconds in which an answer was waited for
+        self._looked = time.monotonic()
+        self._own_peak, self._oom_kills = peak_bytes(), oom_kills()
         self.log_start = log.stat().st_size if log.exists() else 0
+        scratch = scratch_of(log.absolute())
+        scratch.mkdir(exist_ok=True, mode=0o700)
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 worker_command(role, job),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
-                env=worker_environment(threads) | {"GATESKIP_PARENT": str(os.getpid())},
+                env=worker_environment(threads, scratch) | {"GATESKIP_PARENT": str(os.getpid())},
                 bufsize=0,
                 start_new_session=True,  # Ctrl-C is for the runner, which then ends its workers
             )
@@ -109,36 +139,60 @@ class LocalWorker:
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> Message:
-        """The worker's next message; StepError when it died without one."""
+        """The worker's next message; WorkerLost when it ended, or was ended, without one."""
         while b"\n" not in self._received:
-            if not self._read():
-                raise StepError(self._how_it_ended())
+            started = time.monotonic()
+            whole = self._read()
+            self.worked += time.monotonic() - started
+            if not whole:
+                raise self._how_it_ended()
         line, _, self._received = self._received.partition(b"\n")
         message: Message = json.loads(line)
         return message
 
     def _read(self) -> bool:
-        """Read from the worker's pipe; False when it is dead and everything was read.
+        """Read from the worker's pipe; False when it is dead and everything was read, or when it
+        takes more than it may.
 
         A closed pipe is no sure sign: children that the worker forked may hold it open.
         """
         assert self.process.stdout is not None
+        began = time.monotonic()
         try:
-            while not select.select([self.process.stdout], [], [], POLL_S)[0]:
-                if self._ended():
+            while not select.select([self.process.stdout], [], [], self._patience(began))[0]:
+                if self._ended() or self._is_over(began):
                     return False
-                self._look()
+            if self._is_over(began):
+                return False
             data = os.read(self.process.stdout.fileno(), 1 << 16)
         except (OSError, ValueError):  # another thread stopped the worker and closed the pipe
             return False
         self._received += data
         return bool(data)
 
-    def _look(self) -> None:
-        """Note how much memory the worker holds: after an out-of-memory kill nobody knows."""
-        with contextlib.suppress(psutil.Error):
-            held = psutil.Process(self.process.pid).memory_info().rss
-            self.most_bytes = max(self.most_bytes, held)
+    def _patience(self, began: float) -> float:
+        """Seconds until the worker is to be looked at again."""
+        left = POLL_S
+        if self.allowed.seconds is not None:
+            left = self.allowed.seconds - self.worked - (time.monotonic() - began)
+        return min(POLL_S, max(left, 0.0) + 0.01)
+
+    def _is_over(self, began: float) -> bool:
+        """Whether the worker has taken more than it may; how much it holds is noted on the way:
+        after an out-of-memory kill nobody knows."""
+        now, allowed = time.monotonic(), self.allowed
+        if now - self._looked >= POLL_S:
+            self._looked = now
+            self._note(most_held_by(self.process.pid))
+        if allowed.seconds is not None and self.worked + now - began > allowed.seconds:
+            self.limit = f"{allowed.name}.seconds"
+        elif allowed.memory is not None and (self.most_bytes or 0) > allowed.memory:
+            self.limit = f"{allowed.name}.memory_mb"
+        return self.limit is not None
+
+    def _note(self, held: int | None) -> None:
+        if held is not None:
+            self.most_bytes = max(self.most_bytes or 0, held)
 
     def stop(self) -> None:
         """End the worker's whole process group, by SIGTERM and then by SIGKILL."""
@@ -149,7 +203,7 @@ class LocalWorker:
             self._signal(signal.SIGTERM)
             self._exited(GRACE_S)
         self._signal(signal.SIGKILL)  # also whatever the worker itself had started
-        self.process.wait()
+        self._reap()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):  # a command that it never read
@@ -178,18 +232,35 @@ class LocalWorker:
         except ChildProcessError:  # another thread has waited for it
             return True
 
-    def _how_it_ended(self) -> str:
-        self._exited(GRACE_S)
+    def _reap(self) -> int:
+        """The worker's return code, and note the memory that the kernel has counted for it.
+
+        The kernel's count begins with that of the process that forked: lower ones are not its own.
+        """
+        with self._ending:
+            if self.process.returncode is None and hasattr(os, "wait4"):
+                with contextlib.suppress(ChildProcessError):
+                    _, status, usage = os.wait4(self.process.pid, 0)
+                    self.process.returncode = os.waitstatus_to_exitcode(status)
+                    unit = 1 if sys.platform == "darwin" else 1024
+                    if (held := usage.ru_maxrss * unit) > self._own_peak:
+                        self._note(held)
+            return self.process.wait()
+
+    def _how_it_ended(self) -> WorkerLost | StepError:
+        if self.stopped:  # by us: that is no ending of its own
+            return StepError("the worker was stopped")
+        by_itself = self.limit is None and self._exited(GRACE_S)
         self.stop()
-        code = self.process.wait()
-        if code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-            if -code == signal.SIGKILL:
-                seen = f"; it held {bytes_text(self.most_bytes)}" if self.most_bytes else ""
-                how += f" (out of memory is the usual reason{seen})"
-        else:
-            how = f"ended with exit code {code}"
-        return f"the worker {how} without an answer; its log {self.log.name} ends:\n{self._tail()}"
+        code, worked = self._reap(), round(self.worked, 3)
+        if by_itself:
+            kills = (oom_kills() - self._oom_kills) or None
+            ending = ending_of_code(
+                code, seconds=worked, most_bytes=self.most_bytes, oom_kills=kills
+            )
+        else:  # then its last signal was ours
+            ending = Ending(limit=self.limit, seconds=worked, most_bytes=self.most_bytes)
+        return lost(ending, f"; its log {self.log.name} ends:\n{self._tail()}")
 
     def _tail(self) -> str:
         with self.log.open("rb") as file:
@@ -203,7 +274,7 @@ def await_answer(worker: Worker, on_message: Callable[[Message], None] | None = 
 
     Raises:
         ComposeError: what the worker raised, with its traceback as a note.
-        StepError: the worker died.
+        WorkerLost: the worker ended.
     """
     while True:
         message = worker.receive()

@@ -24,7 +24,9 @@ from pydantic import (
 from compose.assets.table import TASKS, WRITTEN_TASK
 from compose.bench.peers.table import parse_peer
 from compose.errors import UserError, shortened, suggest
+from compose.language.limits import Limits
 from compose.language.positions import Error, Loc, Problem, SourceMap
+from compose.language.section import SECTION
 from compose.language.variants import vary_problems
 from compose.stages.registry import AnyStage, DataSpec, Gate, Int4, Int8, Skip, Speculate, Stage
 
@@ -91,13 +93,7 @@ Choice = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        populate_by_name=True,
-    )
+    model_config = SECTION
 
 
 class Model(_Section):
@@ -353,6 +349,9 @@ class Pipeline(_Section):
 
     benchmark: Benchmark = Benchmark()
     """What is measured of every cell."""
+
+    limits: Limits = Limits()
+    """What a step and a cell may take: time and memory. Not limited when left out."""
 
     export: dict[Text, Export] = {}
     """Cells to export when the run ends: name -> where to."""

@@ -131,6 +131,7 @@ class Plan:
             "schema_version": 1,
             "run": self.pipeline.name,
             "baseline": self.cells[0].name,
+            "limits": self.pipeline.limits.model_dump(mode="json"),
             "steps": [_step_json(step) for step in self.steps],
             "cells": [_cell_json(cell) for cell in self.cells],
             "left_out": [vars(left) | {"chain": list(left.chain)} for left in self.left_out],

@@ -63,6 +63,10 @@ class CellResult(Record):
     traceback: str | None = None
     """The traceback of the failure."""
 
+    ending: dict[str, Any] | None = None
+    """How its process ended without an answer: `exit_code` or `signal`, the `limit` that it hit,
+    `seconds` of work, `most_bytes` held, `oom_kills` that the kernel counted meanwhile, `node`."""
+
     aliases: tuple[str, ...] | None = None
     """Other names of the same chain."""
 
@@ -180,6 +184,10 @@ class Results(Record):
 
     dtype: str | None = None
     """Number format of what is not quantized."""
+
+    seed: int | None = None
+    """Seed of everything that draws numbers; further seeds stand with their cells' numbers, and
+    each stored step's own in its lineage."""
 
     pipeline: str | None = None
     """The pipeline file's text."""

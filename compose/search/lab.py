@@ -16,6 +16,7 @@ from typing import Any
 from compose.execution.board import Board
 from compose.execution.executors import Executor
 from compose.execution.messages import Role
+from compose.execution.needs import ANYWHERE, Needs
 from compose.execution.runner import RunResult, run
 from compose.execution.sessions import speed_settings
 from compose.execution.state import Settings
@@ -38,11 +39,11 @@ class Shared:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self.slots, self.local = executor.slots, executor.local
-        self.timed_threads = executor.timed_threads
+        self.timed_threads, self.attempts = executor.timed_threads, executor.attempts
 
-    def start(self, role: Role, job: Path, log: Path, *, on_this_machine: bool = False) -> Worker:
+    def start(self, role: Role, job: Path, log: Path, needs: Needs = ANYWHERE) -> Worker:
         """Start a worker."""
-        return self._executor.start(role, job, log, on_this_machine=on_this_machine)
+        return self._executor.start(role, job, log, needs)
 
     def close(self) -> None:
         """Nothing: who made the executor closes it."""

@@ -46,6 +46,9 @@ class Stage(BaseModel):
     reads_data: ClassVar[tuple[Split, ...]] = ()
     """The entries of `data` that `run` reads; they are then part of the step's key."""
 
+    on_gpu: ClassVar[bool] = False
+    """Whether `run` works on a GPU where there is one."""
+
     use: str
     """Which stage this is: a key of `compose.stages.registry.STAGES`."""
 

@@ -37,6 +37,7 @@ class Gate(Stage):
     """Attach gates to every attention and MLP branch, fine-tune them, calibrate thresholds."""
 
     role: ClassVar[Role] = "gate"
+    on_gpu: ClassVar[bool] = True
     version: ClassVar[int] = 6
     reads_data: ClassVar[tuple[Split, ...]] = ("train", "calibration")
 

@@ -24,6 +24,7 @@ class Heal(Stage):
     """Train the weights on the dense model's own predictions."""
 
     role: ClassVar[Role] = "heal"
+    on_gpu: ClassVar[bool] = True
     version: ClassVar[int] = 2
     reads_data: ClassVar[tuple[Split, ...]] = ("train",)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from compose.errors import ComposeError
 from compose.execution.runner import RunResult
+from compose.terminal.commands import told
 from compose.terminal.stopping import exit_code, resuming_command
 
 
@@ -36,14 +36,26 @@ def reported(events: JsonLines | None) -> Iterator[None]:
     """Emit `error` or `interrupted` for what ends the run inside the block, and let it pass on."""
     try:
         yield
-    except ComposeError as error:
+    except Exception as error:  # also one that nobody foresaw: a last line is promised
         if events is not None:
-            events.emit("error", message=str(error), exit_code=error.exit_code)
+            message, code = told(error)
+            events.emit("error", message=message, exit_code=code)
         raise
     except KeyboardInterrupt as stop:
         if events is not None:
             events.emit("interrupted", exit_code=exit_code(stop), resume=resuming_command())
         raise
+
+
+def last_line(result: RunResult) -> dict[str, Any]:
+    """The fields of the `result` line that a run without `--json-lines` ends with: `result_event`
+    with counts, and the names of what failed, for `cells`."""
+    event = result_event(result)
+    cells = event.pop("cells")
+    return event | {
+        "measured": sum(cell["status"] == "ok" for cell in cells),
+        "failed": [cell["cell"] for cell in cells if cell["status"] == "failed"],
+    }
 
 
 def result_event(result: RunResult) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from compose.execution.runner import RunResult, run
 from compose.execution.state import Settings
 from compose.planning.plan import Plan
 from compose.results.schema import Results
-from compose.terminal.events import JsonLines, reported, result_event
+from compose.terminal.events import JsonLines, last_line, reported, result_event
 from compose.terminal.progress import Board
 from compose.terminal.show import print_result
 from compose.terminal.stopping import orderly_stop
@@ -29,16 +29,20 @@ def run_shown(
 ) -> RunResult:
     """Run a plan and show it on stdout; with `json_lines` text is on stderr, events on stdout.
 
+    Where stdout is no terminal, the last line is an event also without `json_lines`.
+
     Raises as `run`.
     """
     console = Console(stderr=json_lines)
-    events = JsonLines(sys.stdout) if json_lines else None
+    stdout = JsonLines(sys.stdout)
+    events = stdout if json_lines else None
+    ends = stdout if json_lines or not sys.stdout.isatty() else None
     shown = Board(console, quiet=quiet, events=events).shown()
-    with reported(events), orderly_stop(), shown as board:
+    with reported(ends), orderly_stop(), shown as board:
         result = run(plan, settings, executor, board)
     if table is not None:
         table(console, result.results)
     print_result(console, result)
-    if events is not None:
-        events.emit("result", **result_event(result))
+    if ends is not None:
+        ends.emit("result", **(result_event(result) if json_lines else last_line(result)))
     return result

@@ -21,6 +21,7 @@ from compose.search.target import Target
 from compose.terminal.events import JsonLines, reported, result_event
 from compose.terminal.progress import Board
 from compose.terminal.shown import shown
+from compose.terminal.stopping import orderly_stop
 from compose.units import metric_text
 
 COLUMNS = ("decode", "prefill", "size", "kl", "perplexity-ratio", "retained")
@@ -52,7 +53,8 @@ def search_shown(
     console = Console(stderr=json_lines)
     events = JsonLines(sys.stdout) if json_lines else None
     budget_s = None if budget_minutes is None else 60 * budget_minutes
-    with reported(events), Board(console, quiet=quiet, events=events).shown() as board:
+    shown_board = Board(console, quiet=quiet, events=events).shown()
+    with reported(events), orderly_stop(), shown_board as board:
         found = search(file, target, settings, executor, board, budget_s=budget_s)
     print_found(console, found)
     if events is None:

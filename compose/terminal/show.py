@@ -13,13 +13,14 @@ from rich.text import Text
 from compose.errors import UserError
 from compose.execution.run_folder import RunFolder, is_measured, only_code_changed
 from compose.execution.runner import RunResult
+from compose.language.limits import Limits
 from compose.planning.plan import Plan
 from compose.results.metrics import METRICS, interval_of, metrics
 from compose.results.parts import Outcome
 from compose.results.schema import CellResult, Results
 from compose.terminal.doctor import Finding
 from compose.terminal.shown import shown
-from compose.units import bytes_text, metric_text, printable
+from compose.units import bytes_text, duration_text, metric_text, printable
 
 CODE_CHANGED = "code or libraries changed"
 VERDICT_STYLES: dict[Outcome, str] = {
@@ -52,11 +53,25 @@ def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
     return shown
 
 
-def _memory(estimated: int | None, measured: int | None) -> str:
-    """A step's peak memory: as it was measured, else as it is estimated."""
-    if measured is not None:
-        return bytes_text(measured)
-    return "" if estimated is None else f"~{bytes_text(estimated)}"
+def _memory(estimated: int | None, measured: int | None, limit: float | None) -> str:
+    """A step's peak memory: as it was measured, else as it is estimated; and whether that is more
+    than the limit, in megabytes."""
+    known = measured if measured is not None else estimated
+    if known is None:
+        return ""
+    text = bytes_text(known) if measured is not None else f"~{bytes_text(known)}"
+    return f"{text}, over the limit" if limit is not None and known > limit * 1e6 else text
+
+
+def limits_text(limits: Limits) -> str:
+    """What a step and a cell may take, in one line; empty where nothing is limited."""
+    parts = []
+    for what, limit in (("step", limits.step), ("cell", limits.cell)):
+        most = [] if limit.seconds is None else [duration_text(limit.seconds)]
+        most += [] if limit.memory_mb is None else [bytes_text(limit.memory_mb * 1e6)]
+        if most:
+            parts.append(f"a {what} {' and '.join(most)}")
+    return f"limits: {', '.join(parts)}" if parts else ""
 
 
 def plan_tables(plan: Plan, run: RunFolder) -> Group:
@@ -67,7 +82,7 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
     for step in state["steps"]:
         use = step["stage"]["use"] if step["stage"] else shown(plan.pipeline.model.source)
         after = names.get(step["parent"], "")
-        memory = _memory(step["memory"], step["peak_bytes"])
+        memory = _memory(step["memory"], step["peak_bytes"], plan.pipeline.limits.step.memory_mb)
         steps.add_row(
             shown(names[step["key"]]),
             use,
@@ -88,7 +103,8 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
         for left in plan.left_out:
             left_out.add_row(shown(left.name), left.rule, shown(left.message))
         parts += ["", left_out]
-    return Group(*parts, "", Text(plan_counts(plan)))
+    limits = [Text(text)] if (text := limits_text(plan.pipeline.limits)) else []
+    return Group(*parts, "", *limits, Text(plan_counts(plan)))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -109,7 +125,8 @@ def print_result(console: Console, result: RunResult) -> None:
     cells = [cell for cell in result.results.cells if cell.status != "left-out"]
     failed = [cell for cell in cells if cell.status == "failed"]
     if not result.worked:
-        console.print(f"Nothing to do: all {len(cells)} cells are measured.", highlight=False)
+        tried = f"{len(failed)} failed before" if failed else f"all {len(cells)} cells are measured"
+        console.print(f"Nothing to do: {tried}.", highlight=False)
     for cell in failed:
         where = f" in {shown(cell.failed_in)}" if cell.failed_in else ""
         console.print(

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import lru_cache
@@ -98,7 +99,7 @@ def build() -> Path:
     """Compile the sources unless a build for them, this compiler and processor is cached.
 
     Compilers are tried in turn: clang++ may lack OpenMP, or $CXX be too old. Raises BuildError when
-    there is none, or none succeeds.
+    there is none, or none succeeds, or the cache is open to other users.
     """
     sources = sorted(FOLDER.glob("*.cpp"))
     if not sources:
@@ -111,6 +112,7 @@ def build() -> Path:
     for tool in tools:
         stamp = hashlib.sha256(code + processor() + " ".join((tool, *FLAGS)).encode())
         target = cache_folder() / f"kernels-{stamp.hexdigest()[:16]}.so"
+        require_private(target)
         if target.exists():
             return target
         error = compile_kernels(tool, sources, target)
@@ -120,9 +122,31 @@ def build() -> Path:
     raise BuildError("; ".join(errors))
 
 
+def require_private(file: Path) -> None:
+    """Refuse a cached library that another user could have written: it runs with our rights.
+
+    The file and its folder must belong to this user or root, and nobody else may write to either.
+    Raises BuildError, with the place and what puts it right.
+    """
+    if not hasattr(os, "geteuid"):
+        return  # Windows keeps a user's own folders private
+    for place in (file.parent, file):
+        try:
+            facts = place.stat()
+        except FileNotFoundError:
+            continue
+        foreign = facts.st_uid not in (os.geteuid(), 0)
+        if foreign or stat.S_IMODE(facts.st_mode) & 0o022:
+            why = "is another user's" if foreign else "can be written to by other users"
+            raise BuildError(
+                f"{place} {why}, so compiled kernels are not taken from it: remove it (it is made "
+                "again, for you alone), or name another folder in GATESKIP_CACHE"
+            )
+
+
 def compile_kernels(tool: str, sources: list[Path], target: Path) -> str | None:
     """Compile sources with a compiler into one library; None, or the compiler's error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         compiled = Path(folder) / "kernels.so"
         command = [tool, *FLAGS, *map(str, sources), "-o", str(compiled)]
@@ -130,9 +154,9 @@ def compile_kernels(tool: str, sources: list[Path], target: Path) -> str | None:
         if ended.returncode:
             lines = ended.stderr.strip().splitlines()[:ERROR_LINES]
             return "\n".join(lines) or f"exit status {ended.returncode}"
-        compiled.replace(
-            target
-        )  # atomic: processes that build side by side end with one whole file
+        compiled.chmod(0o755)  # whatever the umask: others may not write to it
+        # Atomic: processes that build side by side end with one whole file.
+        compiled.replace(target)
     return None
 
 

@@ -10,6 +10,7 @@ it is asked once for each number of bits.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,6 +29,11 @@ LIBRARIES = {QUANTIZER: ("optimum", "gptqmodel"), "bitsandbytes": ("accelerate",
 """What transformers loads packed weights with, by `quant_method`."""
 
 
+_MADE_ANEW = re.compile(r"\.(g_idx|bias)$")
+"""Tensors that layers which other libraries packed need not have in a file: the usual order of a
+layer's inputs, and biases of zero."""
+
+
 def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
     """A transformers causal LM from a folder, in evaluation mode.
 
@@ -44,14 +50,19 @@ def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
     if packed == METHOD:
         register()
     wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if not packed:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        _refuse_random(folder, loaded[1])
-        return loaded[0].eval()
+    # Packed tensors of another shape are refused by who places them.
+    given = {} if packed else {"ignore_mismatched_sizes": True}
     with mixed_bits() if is_mixed(folder) else nullcontext():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=wanted).eval()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, output_loading_info=True, **given
+        )
+    found = loaded[1]
+    if packed:
+        missing, ours = found.get("missing_keys") or (), packed == METHOD
+        kept = [name for name in missing if ours or not _MADE_ANEW.search(name)]
+        found = {"missing_keys": kept}
+    _refuse_random(folder, found)
+    return loaded[0].eval()
 
 
 def _refuse_random(folder: str | Path, info: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ class AutoRound(Stage):
     """
 
     role: ClassVar[Role] = "quantize"
+    on_gpu: ClassVar[bool] = True
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
     use: Literal["autoround"] = "autoround"

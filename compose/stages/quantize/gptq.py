@@ -30,6 +30,7 @@ class Gptq(Stage):
     """Quantize the linear layers one by one, making up for each rounding in the next weights."""
 
     role: ClassVar[Role] = "quantize"
+    on_gpu: ClassVar[bool] = True
     version: ClassVar[int] = 3
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 

@@ -1,0 +1,133 @@
+"""How a worker ended without an answer: what the kernel says of it, and what is not known.
+
+The kernel gives the exit status or the signal, the most memory that the process held, and how many
+processes it has ended for want of memory. Who sent a signal it does not tell, so nobody is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compose.errors import WorkerLost
+from compose.units import bytes_text, duration_text
+
+REQUESTS = ("SIGTERM", "SIGINT", "SIGHUP")
+"""Signals by which someone asks for an end: they say nothing about the work."""
+UNASKED = ("SIGKILL", *REQUESTS)
+"""Signals from outside the process; others follow from what it did itself."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a worker may take at most; None is no limit."""
+
+    seconds: float | None = None
+    memory: int | None = None
+    """Bytes that one of its processes may hold."""
+    name: str = "limits"
+    """Where the limit stands in the pipeline file, as in `limits.step`."""
+
+
+UNLIMITED = Allowed()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a worker ended; None where that is not known, or did not happen."""
+
+    exit_code: int | None = None
+    signal: str | None = None
+    """Name of the signal that ended it, as in `SIGKILL`."""
+    limit: str | None = None
+    """The limit of the pipeline file that it hit, as in `limits.cell.seconds`."""
+    seconds: float | None = None
+    """How long it had worked."""
+    most_bytes: int | None = None
+    """The most memory that it was seen to hold."""
+    oom_kills: int | None = None
+    """Processes that the kernel ended for want of memory while it ran; it may be one of them."""
+    node: str | None = None
+    """The node of a cluster on which it ran."""
+    node_lost: bool = False
+    """Whether the node, or what connects it, went away."""
+
+    @property
+    def lasting(self) -> bool:
+        """Whether it is likely to come again: kept as a result until it is asked for again."""
+        return not self.node_lost and self.signal not in REQUESTS
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether the worker was taken away: what it did may well succeed elsewhere."""
+        return self.limit is None and (self.node_lost or self.signal in UNASKED)
+
+    def as_text(self) -> str:
+        """How it ended, in one sentence without a subject."""
+        if self.limit is not None:
+            return self._limit_text()
+        if self.node_lost:
+            return "was lost with its node, or with the connection to it"
+        if self.signal is None and self.exit_code is None:
+            how = "closed its pipe without an answer and did not end"
+        elif self.signal is None:
+            how = f"ended with exit code {self.exit_code} without an answer"
+        else:
+            how = f"was killed by {self.signal} without an answer"
+        return "; ".join([how, *self._seen()])
+
+    def _limit_text(self) -> str:
+        assert self.limit is not None
+        if self.limit.endswith("seconds"):
+            worked = duration_text(self.seconds or 0.0)
+            return "; ".join([f"was ended after {worked} of work by {self.limit}", *self._seen()])
+        held = bytes_text(self.most_bytes or 0)
+        return f"was ended by {self.limit}: it held {held} of memory"
+
+    def _seen(self) -> list[str]:
+        seen = []
+        if self.most_bytes is not None:
+            seen.append(f"it was seen to hold {bytes_text(self.most_bytes)} of memory at most")
+        if self.oom_kills:
+            seen.append(f"the kernel ended {self.oom_kills} process(es) for want of memory")
+        return seen
+
+
+def lost(ending: Ending, log: str = "") -> WorkerLost:
+    """The error of a worker that ended; `log` is the end of what it printed."""
+    text = f"the worker {ending.as_text()}"
+    known = {k: v for k, v in asdict(ending).items() if v is not None and v is not False}
+    return WorkerLost(f"{text}{log}", known)
+
+
+def ending_of(error: WorkerLost) -> Ending:
+    """The ending that an error carries."""
+    return Ending(**error.ending)
+
+
+def ending_of_code(code: int, **known: Any) -> Ending:
+    """An ending from the return code of a process, which is negative after a signal."""
+    if code >= 0:
+        return Ending(exit_code=code, **known)
+    name = f"signal {-code}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-code).name
+    return Ending(signal=name, **known)
+
+
+def oom_kills() -> int:
+    """Processes that the kernel has ended for want of memory since it began to count: in this
+    control group where that is told, else on this machine. 0 where nothing is told."""
+    for file, key in (
+        (Path("/sys/fs/cgroup/memory.events"), "oom_kill"),
+        (Path("/sys/fs/cgroup/memory/memory.oom_control"), "oom_kill"),
+        (Path("/proc/vmstat"), "oom_kill"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            for line in file.read_text(encoding="ascii").splitlines():
+                if line.startswith(f"{key} "):
+                    return int(line.split()[1])
+    return 0

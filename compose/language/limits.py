@@ -1,0 +1,38 @@
+"""The section `limits`: what a step and a cell may take of the machine. No part of any key."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from compose.language.section import SECTION
+
+Amount = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = SECTION
+
+
+class Limit(_Section):
+    """What one step or one cell may take; what is left out is not limited."""
+
+    seconds: Amount | None = None
+    """How long one of its processes may work, in seconds. Time in which a process waits for its
+    turn is not counted."""
+
+    memory_mb: Amount | None = None
+    """The most memory that one of its processes may hold, in megabytes. It is looked at once a
+    second."""
+
+
+class Limits(_Section):
+    """Where a step or a cell that takes too long, or too much, is ended. What was hit is its
+    result; the others go on, and `gateskip run --retry-failed` tries it again."""
+
+    step: Limit = Limit()
+    """Of making one model folder, and of loading it again."""
+
+    cell: Limit = Limit()
+    """Of loading and scoring one cell, and of its turns of speed."""

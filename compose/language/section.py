@@ -1,0 +1,14 @@
+"""What every section of the pipeline language is: frozen, unknown keys refused."""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict
+
+SECTION = ConfigDict(
+    frozen=True,
+    extra="forbid",
+    use_attribute_docstrings=True,
+    allow_inf_nan=False,
+    populate_by_name=True,
+)
+"""The settings of the models that a pipeline file is read into."""
