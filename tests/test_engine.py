@@ -207,7 +207,10 @@ def test_folders_of_integers_run(
     make_tiny: Callable[..., Path], grid_folder: Callable[..., Path], family: str
 ) -> None:
     """As the stage `int8` writes them, the embedding among it: near the dense model."""
-    folder, ids = grid_folder(make_tiny(family), "int8"), tokens(1, 40)
+    some = (
+        {"embedding": None} if family == "gpt_neox" else {}
+    )  # whose file calls its head otherwise
+    folder, ids = grid_folder(make_tiny(family), "int8", **some), tokens(1, 40)
     decoder = gateskip.load(folder, backend="native")
     cache = decoder.skipping.new_cache(1, 40)
     decoder.skipping.forward(ids[:, :20], cache, [0])
