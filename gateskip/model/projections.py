@@ -65,14 +65,14 @@ class Rows:
         """These rows of a tensor [n, ...]: a view where they lie together."""
         if self.run == self.count:
             return tensor[self.first : self.first + self.count]
-        runs = tensor.unflatten(0, (-1, self.stride))
+        runs: Tensor = tensor.unflatten(0, (-1, self.stride))
         return runs[:, self.first : self.first + self.run].flatten(0, 1)
 
     def columns(self, x: Tensor) -> Tensor:
         """What these rows gave, of all outputs x [..., n]."""
         if self.run == self.count:
             return x[..., self.first : self.first + self.count]
-        runs = x.unflatten(-1, (-1, self.stride))
+        runs: Tensor = x.unflatten(-1, (-1, self.stride))
         return runs[..., self.first : self.first + self.run].flatten(-2)
 
 
