@@ -90,7 +90,15 @@ def test_the_plan_for_scripts(tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     data = plan.to_json()
     assert data["schema_version"] == 1 and data["run"] == "t" and data["baseline"] == "dense"
-    assert set(data) == {"schema_version", "run", "baseline", "steps", "cells", "left_out"}
+    assert set(data) == {
+        "schema_version",
+        "run",
+        "baseline",
+        "limits",
+        "steps",
+        "cells",
+        "left_out",
+    }
     assert [step["name"] for step in data["steps"]] == ["source", "gates", "nf4"]
     assert data["steps"][0]["stage"] is None and data["steps"][2]["stage"]["format"] == "nf4"
     assert data["steps"][2]["stage"]["skip"] == [] and data["steps"][1]["chain"] == ["gates"]
