@@ -210,6 +210,15 @@ def test_what_gptq_cannot_hold_is_refused(settings: dict[str, Any], message: str
         Int4.model_validate({"use": "int4", **settings})
 
 
+def test_a_head_of_another_name_is_refused(
+    round_it: Callable[..., Made], make_tiny: Callable[..., Path]
+) -> None:
+    """GPT-NeoX files call it `embed_out`, its model `lm_head`."""
+    with pytest.raises(UserError, match="has another name") as caught:
+        round_it(make_tiny("gpt_neox"), use="int8")
+    assert "embedding: null" in str(caught.value.fix)
+
+
 def test_groups_divide() -> None:
     shape = ModelShape("llama", 64, 96, 2, 4, 2, 16, 100, True)
     with pytest.raises(RuleBroken, match="96 inputs"):

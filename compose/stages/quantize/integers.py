@@ -145,6 +145,7 @@ class Integers(Stage):
         from gateskip.quantization.layerwise import round_layers
 
         blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
+        embedded = self._embedding(job)  # first: what it refuses costs no minutes then
         model = load_model(job.source, "float32")
         how = self._settings(job)
         record: dict[str, Any] = {"bits": self.bits, "blocks": len(blocks)}
@@ -160,7 +161,6 @@ class Integers(Stage):
             lambda done, total: job.progress(done, total, f"rounding to {self.bits} bits"),
         )
         grids = {name: each.grid for name, each in rounded.items()}
-        embedded = self._embedding(job)
         self._write(job, grids, embedded)
         carry_gates(job)
         errors = {name: float(f"{each.error:.4g}") for name, each in rounded.items()}
@@ -237,12 +237,21 @@ class Integers(Stage):
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from compose.artifacts.packed_folder import tensor_files
+
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(job.source))
         names = {module: name for name, module in model.named_modules()}
         tables = [names[model.get_input_embeddings()]]
         if not model.config.get_text_config().tie_word_embeddings:
             tables.append(names[model.get_output_embeddings()])
+        stored = tensor_files(job.source)
+        for name in tables:
+            if f"{name}.weight" not in stored:
+                raise UserError(
+                    f"{name} has another name in this model's files, so that it cannot be packed",
+                    fix="set embedding: null",
+                )
         return {name: _rounded_rows(job, name, self.embedding) for name in tables}
 
     def _write(self, job: StageJob, grids: dict[str, Grid], embedded: dict[str, Grid]) -> None:
