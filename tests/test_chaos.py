@@ -22,7 +22,7 @@ def chaos() -> Any:
 
 @pytest.mark.slow
 def test_nothing_is_lost_repeated_or_left(chaos: Any, tmp_path: Path) -> None:
-    counts = ["--kills", "1", "--flips", "1", "--full", "0", "--stops", "0"]
+    counts = ["--kills", "1", "--flips", "0", "--full", "0", "--stops", "0"]
     assert chaos.main([*counts, "--folder", str(tmp_path)]) == 0
 
 
