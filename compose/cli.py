@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -160,9 +159,8 @@ def run(
     require(*(["tensorboard"] if tensorboard else []))
     stages = {step.stage.use for step in planned.steps if step.stage is not None}
     require(*(["autoround"] if "autoround" in stages else []))
-    settings = replace(
-        _settings(out, tuple(only or ()), again=again, tensorboard=tensorboard),
-        retry_failed=retry_failed,
+    settings = _settings(
+        out, tuple(only or ()), again=again, tensorboard=tensorboard, retry_failed=retry_failed
     )
     where = make_executor(executor, planned.pipeline.benchmark.threads, workers)
     result = run_shown(planned, settings, where, quiet=quiet, json_lines=json_lines)
@@ -231,7 +229,12 @@ def search(
 
 
 def _settings(
-    out: Path, only: tuple[str, ...] = (), *, again: bool, tensorboard: bool = False
+    out: Path,
+    only: tuple[str, ...] = (),
+    *,
+    again: bool,
+    tensorboard: bool = False,
+    retry_failed: bool = False,
 ) -> Settings:
     """Settings of a run under this command line."""
     from compose.assets import default_cache
@@ -239,7 +242,9 @@ def _settings(
     from compose.units import public_path
 
     command = shlex.join(["gateskip", *map(public_path, sys.argv[1:])])
-    return Settings(out, default_cache(), command, only, again, tensorboard)
+    return Settings(
+        out, default_cache(), command, only, again, tensorboard, retry_failed=retry_failed
+    )
 
 
 @app.command()

@@ -168,6 +168,11 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    @classmethod
+    def beside(cls, out: Path) -> Store:
+        """The store that the runs in the folder `out` share."""
+        return cls(out / "store")
+
     def path(self, key: str) -> Path:
         """The entry's folder, whether or not it exists."""
         return self.root / key
@@ -265,7 +270,6 @@ class Store:
         with new_folder(self.path(key), within=self.root / TEMPORARY) as folder:
             yield folder
             sizes = file_sizes(folder)
-            sync_all(folder)
             manifest = {
                 "key": key,
                 "made": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -41,6 +41,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import save_tiny  # noqa: E402
 
+from compose.results.environment import git_commit  # noqa: E402
+
 PUBLISHED = ROOT / "reports" / "published" / "chaos" / "summary.json"
 MARK = "GATESKIP_CHAOS"
 """A variable that all processes of a run inherit, by which those that are left are found."""
@@ -421,21 +423,13 @@ def summary(arguments: argparse.Namespace, outcomes: list[Outcome], skipped: dic
     asked = " ".join(f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in options)
     return {
         "command": f"python tests/chaos.py {asked}",
-        "commit": commit(),
+        "commit": git_commit(),
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
         "counts": counts,
         "skipped": skipped,
         "outcomes": [asdict(each) | {"holds": each.holds} for each in outcomes],
     }
-
-
-def commit() -> str | None:
-    """The commit of this source tree, with `+` where files differ from it."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "") or None
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:

@@ -97,6 +97,23 @@ def _folders_of_its_own(
     monkeypatch.delenv("GATESKIP_DATA", raising=False)
 
 
+@pytest.fixture
+def one_accelerator() -> None:
+    """accelerate as a new process has it: one process trains with one precision."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def licence_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with this project's licence, a paragraph a line: some English to train on."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = (ROOT / "LICENSE").read_text().splitlines()
+    file.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
+    return file
+
+
 def _tiny_tokenizer(vocab_size: int) -> Any:
     """A byte-level BPE tokenizer trained on this project's licence text, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -22,7 +22,7 @@ from compose.execution.costs import (  # noqa: E402
     step_passes,
 )
 from compose.execution.disk import WIDTHS  # noqa: E402
-from compose.execution.estimate import folder_size, seconds_of, step_shapes  # noqa: E402
+from compose.execution.estimate import folder_size, seconds_of  # noqa: E402
 from compose.execution.needs import FOLDERS_HELD, PROCESS_BYTES  # noqa: E402
 from compose.language.schema import Pipeline  # noqa: E402
 from compose.planning.plan import SOURCE, speculates  # noqa: E402
@@ -157,7 +157,7 @@ def tables() -> str:
     costs = published_costs(results)
     machine = results.environment
     plan = make_plan(matrix(results), LARGE)
-    shapes = step_shapes(plan, LARGE)
+    shapes = plan.shapes(LARGE)
     data = {"train": plan.pipeline.data.train, "calibration": plan.pipeline.data.calibration}
     benchmark = plan.pipeline.benchmark.model_dump(mode="json")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pretend_device import DEVICE, PretendTensor, onto_device, pretend_device
 
 import gateskip
 from gateskip.calibration.fit_shortcuts import fit_shortcuts
@@ -23,9 +23,6 @@ from gateskip.runtime.backend import BACKENDS
 from gateskip.runtime.gathered import GatheredBackend
 from gateskip.runtime.native import NativeBackend
 from gateskip.runtime.skipping import SkippingModel, require_one_device
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pretend_device import DEVICE, PretendTensor, onto_device, pretend_device
 
 needs_native = pytest.mark.skipif(build.library() is None, reason="no compiled kernels here")
 PROMPTS = [[5, 9, 200, 31, 7, 90], [17, 4, 66], [300, 2, 11, 8]]

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from typing import Any
 
+import chaos
 import pytest
 
 
-@pytest.fixture(scope="module")
-def chaos() -> Any:
-    spec = importlib.util.spec_from_file_location("chaos", Path(__file__).with_name("chaos.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
-def test_nothing_is_lost_repeated_or_left(chaos: Any, tmp_path: Path) -> None:
+def test_nothing_is_lost_repeated_or_left(tmp_path: Path) -> None:
     counts = ["--kills", "1", "--flips", "0", "--full", "0", "--stops", "0"]
     assert chaos.main([*counts, "--folder", str(tmp_path)]) == 0
 
 
-def test_what_differs_is_found(chaos: Any) -> None:
+def test_what_differs_is_found() -> None:
     wanted = {"cells": [{"name": "a", "seconds": 1.0, "quality": {"value": 2.0}}]}
     found = {"cells": [{"name": "a", "seconds": 9.0, "quality": {"value": 2.5}}]}
     same = chaos.without_timings(wanted)
@@ -36,7 +24,7 @@ def test_what_differs_is_found(chaos: Any) -> None:
     ]
 
 
-def test_an_outcome_holds_only_where_nothing_is_wrong(chaos: Any) -> None:
+def test_an_outcome_holds_only_where_nothing_is_wrong() -> None:
     good = chaos.Outcome("kill", "the run", 1.0, -9, 0)
     assert good.holds and chaos.problems(good) == []
     for bad in ("repeated", "differences", "processes_left", "files_left", "tracebacks"):

@@ -52,28 +52,20 @@ UNEQUAL: dict[str, str] = {}
 """Runs whose folders differ from time to time, and why; empty, as it should stay."""
 
 
-@pytest.fixture(autouse=True)
-def _one_accelerator_a_test() -> None:
-    AcceleratorState._reset_state()  # one process trains with one precision
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
-    file.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
-    return file
+pytestmark = pytest.mark.usefixtures("one_accelerator")
 
 
 @pytest.fixture(scope="module")
 def gated(
-    text: Path,
+    licence_text: Path,
     tiny_llama: Path,
     make_job: Callable[..., StageJob],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A folder with gates, for stages that need them."""
-    return made(FROZEN, tiny_llama, tmp_path_factory.mktemp("gated") / "made", text, make_job)
+    return made(
+        FROZEN, tiny_llama, tmp_path_factory.mktemp("gated") / "made", licence_text, make_job
+    )
 
 
 def made(
@@ -96,7 +88,7 @@ def made(
 @pytest.mark.parametrize("name", RUNS)
 def test_the_same_seed_makes_the_same_folder(
     name: str,
-    text: Path,
+    licence_text: Path,
     tiny_llama: Path,
     gated: Path,
     make_job: Callable[..., StageJob],
@@ -105,7 +97,7 @@ def test_the_same_seed_makes_the_same_folder(
     if RUNS[name]["use"] == "autoround":
         pytest.importorskip("auto_round")
     source = gated if name in AFTER_GATES else tiny_llama
-    read = "self-written" if name.endswith("own-text") else text
+    read = "self-written" if name.endswith("own-text") else licence_text
     folders = []
     for number in range(2):
         folders.append(made(RUNS[name], source, tmp_path / str(number) / "m", read, make_job))
@@ -141,7 +133,7 @@ def test_every_weight_stage_is_made_twice() -> None:
 
 
 def test_another_seed_draws_other_numbers(
-    text: Path, tiny_llama: Path, make_job: Callable[..., StageJob], tmp_path: Path
+    licence_text: Path, tiny_llama: Path, make_job: Callable[..., StageJob], tmp_path: Path
 ) -> None:
     """Else the test above would hold of a stage that draws from nothing at all."""
     hashes = set()
@@ -151,7 +143,7 @@ def test_another_seed_draws_other_numbers(
         target.mkdir(parents=True)
         AcceleratorState._reset_state()
         seed_everything(seed)
-        spec = DataSpec(source=str(text), limit=16, length=32)
+        spec = DataSpec(source=str(licence_text), limit=16, length=32)
         stage.run(make_job(tiny_llama, target, train=spec, calibration=spec, seed=seed))
         hashes.add(hash_folder(target))
     assert len(hashes) == 2

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scale
 
 from compose.execution.costs import (
     COMPARED,
@@ -167,17 +166,7 @@ def test_a_cell_that_speculates_is_another_kind() -> None:
     assert {SCORED, COMPARED} == {"cell", "speculating cell"}
 
 
-@pytest.fixture(scope="module")
-def scale() -> Any:
-    spec = importlib.util.spec_from_file_location("scale", Path(__file__).with_name("scale.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_has_the_numbers_of_now(scale: Any) -> None:
+def test_the_page_has_the_numbers_of_now() -> None:
     page = scale.PAGE.read_text("utf-8")
     assert scale.filled(page) == page, "python tests/scale.py --write"
     assert "1,000 cells on 70B weights" in page

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,12 @@ from typing import Any
 import gguf
 import numpy
 import pytest
+from gguf_files import raw_gguf
 
 from compose.artifacts.from_gguf import check_gguf_source
 from compose.artifacts.gguf_config import llama3_factors
 from compose.artifacts.gguf_file import STORAGES, is_gguf, open_gguf
 from compose.errors import ArtifactError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from gguf_files import raw_gguf
 
 SIZES = {
     "general.architecture": "llama",

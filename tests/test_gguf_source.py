@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import gguf
 import numpy
 import pytest
 import torch
+from gguf_files import ARCHITECTURES, converted
 from safetensors.torch import load_file, save_file
 
 from compose import assets
@@ -27,9 +27,6 @@ from compose.assets.table import MODELS
 from compose.errors import ArtifactError, AssetError, RuleBroken
 from compose.execution.source_folder import as_folders
 from compose.planning.prepare import load_plan
-
-sys.path.insert(0, str(Path(__file__).parent))
-from gguf_files import ARCHITECTURES, converted
 
 RAW = "smollm2-135m-instruct-q4_1"
 PLAN = """\

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from compose.errors import UserError
 from compose.stages.heal import hold_out
@@ -22,9 +21,7 @@ from gateskip.training.recipe import HealConfig
 CONFIG = HealConfig(steps=12, lr=1e-3, precision="no", validate_every=4, checkpoint_every=4)
 
 
-@pytest.fixture(autouse=True)
-def _one_accelerator_a_test() -> None:
-    AcceleratorState._reset_state()  # one process trains with one precision
+pytestmark = pytest.mark.usefixtures("one_accelerator")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from report_data import made_up_results, with_evidence
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -30,9 +31,6 @@ from compose.terminal.progress import Board
 from compose.terminal.shown import shown
 from compose.units import printable
 from compose.workers.job_file import read_job
-
-sys.path.insert(0, str(Path(__file__).parent))
-from report_data import made_up_results, with_evidence
 
 ROOT = Path(__file__).resolve().parents[1]
 ESCAPES = "\x1b[31m\x1b]0;title\x07\x9b2J\r\x00\u202e"

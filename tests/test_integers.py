@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -27,20 +26,15 @@ from gateskip.quantization.grid_linear import GridEmbedding, GridLinear, SharedH
 Made = tuple[Path, dict[str, Any]]
 
 
-@pytest.fixture(autouse=True)
-def _one_accelerator_a_test() -> None:
-    AcceleratorState._reset_state()
+pytestmark = pytest.mark.usefixtures("one_accelerator")
 
 
 @pytest.fixture
 def round_it(
-    tmp_path: Path, tiny_llama: Path, make_job: Callable[..., StageJob]
+    tmp_path: Path, licence_text: Path, tiny_llama: Path, make_job: Callable[..., StageJob]
 ) -> Callable[..., Made]:
     """`round_it(use=..., ...)` makes a folder; returns it and the stage's record."""
-    text = tmp_path / "text.txt"
-    lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
-    text.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
-    spec = DataSpec(source=str(text), limit=8, length=64)
+    spec = DataSpec(source=str(licence_text), limit=8, length=64)
 
     def go(source: Path = tiny_llama, dtype: str = "float32", **parameters: Any) -> Made:
         target = tmp_path / f"made-{len(list(tmp_path.iterdir()))}"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_runner as scripted
 
 from compose.errors import PipelineError, StepError, WorkerLost
 from compose.execution import runner as runner_module
@@ -22,14 +21,6 @@ from compose.execution.worker_process import LocalWorker
 from compose.language.parse import load_pipeline
 from compose.planning.planner import make_plan
 from compose.store import Store, write_json
-
-_spec = importlib.util.spec_from_file_location(
-    "scripted_runs", Path(__file__).with_name("test_runner.py")
-)
-assert _spec and _spec.loader
-scripted: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = scripted
-_spec.loader.exec_module(scripted)
 
 LIMITS = {"step": {"seconds": 60.0}, "cell": {"memory_mb": 500.0}}
 

@@ -39,19 +39,17 @@ Pack = Callable[[str], Path]
 def pack(
     make_tiny: Callable[..., Path],
     make_job: Callable[..., StageJob],
+    licence_text: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Pack:
     """`pack("int8")`: the folder of a tiny Llama in that format, made once."""
     source, made = make_tiny("llama"), dict[str, Path]()
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
-    text.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
 
     def make(name: str) -> Path:
         if name not in made:
             target = tmp_path_factory.mktemp(name) / "model"
             target.mkdir()
-            spec = DataSpec(source=str(text), limit=8, length=64)
+            spec = DataSpec(source=str(licence_text), limit=8, length=64)
             stage = STAGES[FORMATS[name]["use"]].model_validate(FORMATS[name])
             stage.run(make_job(source, target, calibration=spec))
             copy_companions(source, target)

@@ -17,6 +17,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from gguf_files import ARCHITECTURES
+from gguf_files import converted as written_like_llama_cpp
 
 from compose.artifacts.from_gguf import write_folder
 from compose.artifacts.gguf import write_gguf
@@ -26,10 +28,6 @@ from compose.bench.peers.prepare import PreparedPeer, _gguf, prepare
 from compose.bench.peers.process import PeerProcess
 from compose.bench.peers.table import ENGINES, GGUF_TYPES, Engine, is_peer, parse_peer
 from compose.errors import StepError, UserError
-
-sys.path.insert(0, str(Path(__file__).parent))
-from gguf_files import ARCHITECTURES
-from gguf_files import converted as written_like_llama_cpp
 
 STOP = 2
 BUILD = "GATESKIP_BUILD_PEERS"

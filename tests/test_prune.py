@@ -44,11 +44,8 @@ Tiny = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> DataSpec:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
-    file.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
-    return DataSpec(source=str(file), limit=6, length=BLOCK)
+def spec(licence_text: Path) -> DataSpec:
+    return DataSpec(source=str(licence_text), limit=6, length=BLOCK)
 
 
 def job_of(source: Path, target: Path, spec: DataSpec) -> StageJob:

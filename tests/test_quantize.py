@@ -26,17 +26,14 @@ Made = tuple[Path, dict[str, Any]]
 
 @pytest.fixture
 def quantize(
-    tmp_path: Path, tiny_llama: Path, make_job: Callable[..., StageJob]
+    tmp_path: Path, licence_text: Path, tiny_llama: Path, make_job: Callable[..., StageJob]
 ) -> Callable[..., Made]:
     """`quantize(use=..., ...)` makes a folder; returns it and the stage's record."""
-    text = tmp_path / "text.txt"
-    lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
-    text.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
 
     def go(source: Path = tiny_llama, dtype: str = "float32", **parameters: Any) -> Made:
         target = tmp_path / f"made-{len(list(tmp_path.iterdir()))}"
         target.mkdir()
-        spec = DataSpec(source=str(text), limit=8, length=64)
+        spec = DataSpec(source=str(licence_text), limit=8, length=64)
         job = make_job(source, target, dtype=dtype, calibration=spec)
         record = STAGES[parameters["use"]].model_validate(parameters).run(job)
         copy_companions(source, job.target)

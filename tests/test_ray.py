@@ -7,29 +7,22 @@ compare the run with a local one. They are skipped where the package ray is miss
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import signal
 import subprocess
-import sys
 import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import chaos
 import psutil
 import pytest
 
 from compose.errors import StepError, WorkerLost
 from compose.execution.endings import Allowed, Ending, ending_of, lost
 from compose.execution.needs import Needs
-
-_spec = importlib.util.spec_from_file_location("chaos", Path(__file__).with_name("chaos.py"))
-assert _spec and _spec.loader
-chaos: Any = importlib.util.module_from_spec(_spec)
-sys.modules.setdefault(_spec.name, chaos)
-_spec.loader.exec_module(chaos)
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 900.0

@@ -65,15 +65,13 @@ LAYERS = 2
 
 @pytest.fixture(scope="module")
 def quantize(
+    licence_text: Path,
     tmp_path_factory: pytest.TempPathFactory,
     make_tiny: Callable[..., Path],
     make_job: Callable[..., StageJob],
 ) -> Quantize:
     """`quantize(use=..., ...)` makes a packed folder, the rest in bfloat16: each once, so a test
     that changes one copies it first."""
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
-    text.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
     made: dict[str, Path] = {}
 
     def go(family: str = "llama", **parameters: Any) -> Path:
@@ -81,7 +79,7 @@ def quantize(
         if key not in made:
             source = make_tiny(family, num_hidden_layers=LAYERS)
             target = tmp_path_factory.mktemp("packed")
-            spec = DataSpec(source=str(text), limit=8, length=64)
+            spec = DataSpec(source=str(licence_text), limit=8, length=64)
             job = make_job(source, target, dtype="bfloat16", calibration=spec)
             STAGES[parameters["use"]].model_validate(parameters).run(job)
             copy_companions(source, target)

@@ -9,20 +9,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report_data import made_up_results, many_cells, with_evidence
 
 from compose.results.io import save_results
 from compose.results.schema import Results
 from reports.render import render
-
-sys.path.insert(0, str(Path(__file__).parent))
-from report_data import made_up_results, many_cells, with_evidence
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)

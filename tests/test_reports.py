@@ -10,7 +10,6 @@ import io
 import json
 import math
 import re
-import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_data import estimate, made_up_cell, made_up_results, many_cells, with_evidence
 
 from compose.errors import UserError
 from compose.results.io import save_results
@@ -38,9 +38,6 @@ from reports.render import to_html, to_markdown
 from reports.speculation_columns import timed_histogram
 from reports.summary import NO_EVIDENCE, summary
 from reports.text import breakable
-
-sys.path.insert(0, str(Path(__file__).parent))
-from report_data import estimate, made_up_cell, made_up_results, many_cells, with_evidence
 
 NASTY = "<img src=x onerror=alert(1)>&amp;\"'`|$x$*_[a](b)#"
 

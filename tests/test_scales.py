@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -34,18 +33,15 @@ HEALED = {"use": "heal", "backbone": "scales", "steps": 12, "lr": 3e-3, "validat
 Run = Callable[..., tuple[Path, dict[str, Any]]]
 
 
-@pytest.fixture(autouse=True)
-def _one_accelerator_a_test() -> None:
-    AcceleratorState._reset_state()
+pytestmark = pytest.mark.usefixtures("one_accelerator")
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny_llama: Path, make_job: Callable[..., StageJob]) -> Run:
+def run(
+    tmp_path: Path, licence_text: Path, tiny_llama: Path, make_job: Callable[..., StageJob]
+) -> Run:
     """`run(source, use=..., ...)` makes a folder; returns it and the stage's record."""
-    text = tmp_path / "text.txt"
-    lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
-    text.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
-    spec = DataSpec(source=str(text), limit=8, length=64)
+    spec = DataSpec(source=str(licence_text), limit=8, length=64)
 
     def go(source: Path, **parameters: Any) -> tuple[Path, dict[str, Any]]:
         target = tmp_path / f"made-{len(list(tmp_path.iterdir()))}"

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 import gateskip
 from compose.artifacts.folder import copy_companions, probe_logits
@@ -42,22 +41,12 @@ RUNS: dict[str, dict[str, Any]] = {
 ROUNDING = {"int8": 0.2, "gptq4": 0.15, "head8": 0.15}
 
 
-@pytest.fixture(autouse=True)
-def _one_accelerator_a_test() -> None:
-    AcceleratorState._reset_state()  # one process trains with one precision
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    lines = (Path(__file__).resolve().parents[1] / "LICENSE").read_text().splitlines()
-    file.write_text("\n\n".join(line.strip() for line in lines if line.strip()))
-    return file
+pytestmark = pytest.mark.usefixtures("one_accelerator")
 
 
 @pytest.fixture
 def run(
-    text: Path, tmp_path: Path, tiny_llama: Path, make_job: Callable[..., StageJob]
+    licence_text: Path, tmp_path: Path, tiny_llama: Path, make_job: Callable[..., StageJob]
 ) -> Callable[..., Path]:
     """`run(stage, source)` makes a folder as the worker does."""
 
@@ -65,7 +54,7 @@ def run(
         stage: Stage = STAGES[parameters["use"]].model_validate(parameters)
         target = tmp_path / f"made-{len(list(tmp_path.iterdir()))}"
         target.mkdir()
-        spec = DataSpec(source=str(text), limit=200, length=32)
+        spec = DataSpec(source=str(licence_text), limit=200, length=32)
         go.records[target.name] = stage.run(
             make_job(source, target, train=spec, calibration=spec, dense=dense)
         )

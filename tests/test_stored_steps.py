@@ -5,7 +5,6 @@ Workers are scripted as in test_runner.py; the last test starts real ones on a t
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_runner as scripted
 
 from compose import hashes
 from compose.errors import StepError
@@ -23,14 +23,6 @@ from compose.execution import disk
 from compose.execution import runner as runner_module
 from compose.planning.planner import make_plan
 from compose.store import Store, write_json
-
-_spec = importlib.util.spec_from_file_location(
-    "scripted_runs", Path(__file__).with_name("test_runner.py")
-)
-assert _spec and _spec.loader
-scripted: Any = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = scripted
-_spec.loader.exec_module(scripted)
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
 

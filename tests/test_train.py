@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from gateskip.calibration.thresholds import calibrate
 from gateskip.gates.kinds import make_gates
@@ -124,12 +123,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("one_accelerator")
 class TestTrainOptions:
     """Every option trains: numbers stay finite, and what should learn has moved."""
-
-    @pytest.fixture(autouse=True)
-    def _one_accelerator_a_test(self) -> None:
-        AcceleratorState._reset_state()  # one process trains with one precision
 
     def run(
         self, folder: Path, blocks: torch.Tensor, gates: Any, **options: Any

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from compose.artifacts.folder import LINEAGE
 from compose.errors import ComposeError
+from compose.execution.disk import WIDTHS
 from compose.planning.plan import SOURCE
 from compose.results.io import load_results
 from compose.results.schema import CellResult, Results
@@ -161,7 +162,6 @@ def _weights_of(results: Results, cell: CellResult) -> int | None:
     """About how many weights a cell's model has: from the bytes of the baseline's files."""
     baseline = results.find(results.baseline)
     size = None if baseline is None else baseline.size
-    widths = {"float32": 4, "bfloat16": 2, "float16": 2}
-    if size is None or size.disk_bytes is None or results.dtype not in widths:
+    if size is None or size.disk_bytes is None or results.dtype not in WIDTHS:
         return None
-    return size.disk_bytes // widths[results.dtype]
+    return size.disk_bytes // WIDTHS[results.dtype]

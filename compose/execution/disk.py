@@ -15,12 +15,14 @@ from compose.planning.plan import Step
 from compose.planning.prepare import model_shape
 from compose.stages.base import Stage
 from compose.units import bytes_text
+from gateskip.training.recipe import WHOLE
 
 SPARE_BYTES = 64_000_000
 """What else is written meanwhile: logs, logits of the probe text, records."""
 CHECKPOINT = 24
 """Bytes a trained weight in a checkpoint: it and Adam's two moments in float32, old beside new."""
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a weight in each type that a pipeline may name."""
 
 
 def needed_bytes(run: RunState, step: Step) -> int:
@@ -35,7 +37,8 @@ def needed_bytes(run: RunState, step: Step) -> int:
     manifest = run.store.manifest(step.parent) or {}
     parent: int = sum(manifest.get("files", {}).values())
     assert step.stage is not None, "only the source has no stage"
-    return round(parent * (share_written(step.stage) + trains_all(step.stage) * CHECKPOINT / width))
+    written = parent * share_written(step.stage)
+    return round(written + checkpoint_bytes(step.stage, parent / width))
 
 
 def share_written(stage: Stage) -> float:
@@ -43,10 +46,11 @@ def share_written(stage: Stage) -> float:
     return 0.6 if stage.role == "quantize" else 1.0
 
 
-def trains_all(stage: Stage) -> bool:
-    """Whether a stage trains all weights of its model, and so keeps checkpoints of them."""
-    steps = getattr(stage, "steps", 0)
-    return bool(steps) and getattr(stage, "backbone", None) == "full"
+def checkpoint_bytes(stage: Stage | None, weights: float) -> float:
+    """Bytes of the checkpoints of a stage that trains all of so many weights, or their codes; 0 for
+    any other stage."""
+    trains_all = getattr(stage, "steps", 0) and getattr(stage, "backbone", None) in WHOLE
+    return CHECKPOINT * weights if trains_all else 0.0
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

@@ -10,6 +10,7 @@ Nothing is invented: where there is no record there is no time, and the total sa
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from compose.execution.costs import (
     step_costs,
     step_passes,
 )
-from compose.execution.disk import CHECKPOINT, WIDTHS, share_written, trains_all
+from compose.execution.disk import WIDTHS, checkpoint_bytes, share_written
 from compose.execution.needs import FOLDERS_HELD, PROCESS_BYTES
 from compose.execution.run_folder import RunFolder
 from compose.planning.plan import SOURCE, Plan, Step, speculates
@@ -86,7 +87,7 @@ class Estimates:
 def estimate(plan: Plan, run: RunFolder, shape: ModelShape | None) -> Estimates:
     """What a plan takes, on a source model of `shape`, from the records beside `run`."""
     known = list(step_costs(run.store))
-    shapes = step_shapes(plan, shape)
+    shapes = plan.shapes(shape)
     steps = tuple(_step(plan, run, step, shapes[step.key], known) for step in plan.steps)
     sizes = {step.key: each.disk_bytes for step, each in zip(plan.steps, steps, strict=True)}
     costs = list(cell_costs(run.root.parent))
@@ -106,16 +107,6 @@ def estimate(plan: Plan, run: RunFolder, shape: ModelShape | None) -> Estimates:
     return Estimates(steps, tuple(cells), speed_seconds(plan))
 
 
-def step_shapes(plan: Plan, shape: ModelShape | None) -> dict[str, ModelShape | None]:
-    """Step key -> the shape of the model that the step makes."""
-    shapes: dict[str, ModelShape | None] = {}
-    for step in plan.steps:
-        before = shape if step.parent is None else shapes[step.parent]
-        stage = step.stage
-        shapes[step.key] = before if before is None or stage is None else stage.reshape(before)
-    return shapes
-
-
 def _step(
     plan: Plan, run: RunFolder, step: Step, shape: ModelShape | None, known: Sequence[Cost]
 ) -> Estimate:
@@ -131,7 +122,7 @@ def _step(
     seconds, count = seconds_of(step_passes(step.stage, shape, data), same)
     width = WIDTHS[plan.pipeline.model.dtype]
     disk = folder_size(plan, step, shape)
-    scratch = CHECKPOINT * shape.weights if step.stage and trains_all(step.stage) else 0
+    scratch = round(checkpoint_bytes(step.stage, shape.weights))
     peak = step.memory if step.stage is not None else shape.weights * width
     basis: Basis = "shape" if seconds is None else "scaled"
     return Estimate(title, seconds, peak, disk, scratch, basis, count)
@@ -164,15 +155,11 @@ def seconds_of(passes: float, costs: Sequence[Cost]) -> tuple[float | None, int]
     if not costs:
         return None, 0
     xs, ys = [cost.passes for cost in costs], [cost.seconds for cost in costs]
-    count = len(costs)
-    mean_x, mean_y = sum(xs) / count, sum(ys) / count
-    spread = sum((x - mean_x) ** 2 for x in xs)
-    if spread > 0:
-        slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
-        start = mean_y - slope * mean_x
-        if slope > 0 and start >= 0:
-            return start + slope * passes, count
-    return passes * sum(ys) / sum(xs), count
+    if len(set(xs)) > 1:
+        line = statistics.linear_regression(xs, ys)
+        if line.slope > 0 and line.intercept >= 0:
+            return line.intercept + line.slope * passes, len(costs)
+    return passes * sum(ys) / sum(xs), len(costs)
 
 
 def speed_seconds(plan: Plan) -> float:

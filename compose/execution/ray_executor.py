@@ -15,6 +15,7 @@ from typing import Any
 
 from compose.errors import StepError, UserError
 from compose.execution.endings import Ending, lost
+from compose.execution.failures import first_line
 from compose.execution.messages import Message, Role
 from compose.execution.needs import ANYWHERE, Needs
 from compose.execution.worker_process import GRACE_S, LocalWorker, Worker
@@ -80,9 +81,8 @@ class RayWorker:
             if self.stopped:
                 raise StepError("the worker was stopped") from None
             self.executor.note_lost(self.job, self.node)
-            why = str(error).strip().splitlines() or [type(error).__name__]
             ending = Ending(node=self.node, node_lost=True)
-            raise lost(ending, f": {type(error).__name__}\n    {why[0]}") from error
+            raise lost(ending, f": {type(error).__name__}\n    {first_line(error)}") from error
 
 
 class RayExecutor:

@@ -63,7 +63,7 @@ class RunFolder:
     @property
     def store(self) -> Store:
         """Model folders, shared by all runs beside this one, or wherever `models` says."""
-        return Store(self.models or self.root.parent / "store")
+        return Store(self.models) if self.models else Store.beside(self.root.parent)
 
     @property
     def plan_file(self) -> Path:

@@ -32,7 +32,7 @@ class Entry:
 
 def store_of(out: Path) -> Store:
     """The store that the runs in the folder `out` share."""
-    return Store(out.absolute() / "store")
+    return Store.beside(out.absolute())
 
 
 def entries(out: Path) -> list[Entry]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from compose.errors import PlanError, suggest
 from compose.language.schema import Chain, Pipeline
-from compose.stages.base import Stage
+from compose.stages.base import ModelShape, Stage
 from compose.store import Store
 
 SOURCE = "source"
@@ -105,6 +105,15 @@ class Plan:
         """The steps from the source up to and with the one with this key."""
         step = self.step(key)
         return (step,) if step.parent is None else (*self.lineage(step.parent), step)
+
+    def shapes(self, source: ModelShape | None) -> dict[str, ModelShape | None]:
+        """Step key -> the shape of the model that the step makes, from that of the source."""
+        shapes: dict[str, ModelShape | None] = {}
+        for step in self.steps:
+            before = source if step.parent is None else shapes[step.parent]
+            stage = step.stage
+            shapes[step.key] = before if before is None or stage is None else stage.reshape(before)
+        return shapes
 
     def model_folder(self, cell: Cell, store: Store) -> Path:
         """The model folder of a cell: the one it names, or the one that its step makes."""

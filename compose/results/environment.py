@@ -66,7 +66,7 @@ def capture_environment(threads: int | None = None) -> dict[str, Any]:
         "platform": platform.platform(terse=True),
         "python": platform.python_version(),
         "versions": library_versions(),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     return {key: value for key, value in facts.items() if value not in (None, [], {})}
@@ -113,7 +113,7 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the source tree, `-dirty` with changes; None for an installed copy."""
     root = Path(__file__).resolve().parents[2]
 

@@ -64,7 +64,7 @@ class Lab:
         self.space, self.settings, self.board = space, settings, board
         self._shape, self._known, self._executor = shape, known, Shared(executor)
         self.folder = settings.out.absolute() / f"{space.pipeline.name}-search"
-        self.store = Store(settings.out.absolute() / "store")
+        self.store = Store.beside(settings.out.absolute())
         self.probes = ProbeStore(self.store)
 
     def measure(self, chains: Sequence[Chain], rung: Rung) -> dict[Chain, Probe]:

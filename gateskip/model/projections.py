@@ -166,7 +166,8 @@ def project_keys_values(
 
 def project_out(branch: Branch, mixed: Tensor) -> Tensor:
     """The output projection: what the heads attended to [..., heads * head_dim] -> [..., H]."""
-    return attention_parts(branch)[3](mixed)
+    output: Tensor = getattr(branch.module, branch.family.output)(mixed)
+    return output
 
 
 def _heads(branch: Branch, x: Tensor, name: str | None) -> Tensor:

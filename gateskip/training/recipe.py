@@ -14,6 +14,9 @@ its integer grids."""
 PACKED: tuple[Backbone, ...] = ("scales", "codes")
 """Those with which a packed model learns, and stays packed."""
 
+WHOLE: tuple[Backbone, ...] = ("full", "codes")
+"""Those with which every weight of the layers has a number that learns."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:

@@ -169,7 +169,7 @@ def _learned(name: str, module: nn.Module, weights: dict[str, Tensor]) -> Opened
     """An integer grid with its codes opened; None for a layer that is not packed."""
     if isinstance(module, GridLinear):
         return LearnedGrid(module.grid(), module.bias, weights.get(f"{name}.weight"))
-    if hasattr(module, "qweight") or type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+    if _scaled(name, module) is not None:
         raise ValueError(f"{name} is no integer grid, and only the codes of those are trained")
     return None
 
