@@ -89,6 +89,8 @@ class TextAlias:
     wheel: Wheel | None = None
     packaged: str | None = None
     """File below compose/data."""
+    drawn: bool = False
+    """Whether this package draws its rows from a seed."""
     version: int = 1
     """Raised when the same source begins to give other rows."""
 
@@ -327,6 +329,10 @@ TEXTS: dict[str, TextAlias] = {
         summary="the raw test set of WikiText-2",
         local="wikitext2_raw_test",
         hub=HubData(id="Salesforce/wikitext", config="wikitext-2-raw-v1", split="test"),
+    ),
+    "sums": TextAlias(
+        summary="sums in figures and words, and short word problems, with their answers",
+        drawn=True,
     ),
     "prompts": TextAlias(
         summary="instructions of eight kinds, written for this project",

@@ -28,6 +28,7 @@ from compose.assets.fetch import (
 )
 from compose.assets.names import require_text_name
 from compose.assets.rows import TextData, cut_rows, pack_rows
+from compose.assets.sums import sums_rows
 from compose.assets.table import TEXTS, HubData, TextAlias
 from compose.errors import AssetError
 from compose.units import Progress
@@ -45,6 +46,7 @@ _ROWS = {
     "training-text": training_rows,
     "heldout-text": heldout_rows,
 }
+_DRAWN = {"sums": sums_rows}
 
 
 def load_texts(
@@ -110,6 +112,8 @@ def data_pin(source: str) -> str | None:
         return None
     if alias.packaged is not None:
         return hashlib.sha256(_packaged(alias.packaged).encode()).hexdigest()
+    if alias.drawn:
+        return hashlib.sha256(f"{source} {alias.version}".encode()).hexdigest()
     if alias.wheel is not None:
         text = f"{source} {alias.wheel.sha256} {alias.version}"
         return hashlib.sha256(text.encode()).hexdigest()
@@ -186,6 +190,8 @@ def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _load_alias(source: str, alias: TextAlias, cache: Path, progress: Progress | None) -> TextData:
     sources: list[Callable[[], TextData]] = []
+    if alias.drawn:
+        return pack_rows(source, _DRAWN[source](), f"package:{source}")
     if alias.packaged is not None:
         name = alias.packaged
         items = _json_lines(_packaged(name), name)

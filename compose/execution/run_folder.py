@@ -135,9 +135,10 @@ def learns_from(plan: Plan) -> list[tuple[str, int | None]]:
     splits = sorted({split for stage in stages for split in stage.reads_data})
     specs = [getattr(plan.pipeline.data, split) for split in splits]
     return [
-        (spec.source, spec.limit)
+        (source, spec.limit)
         for spec in specs
-        if spec is not None and spec.source != SELF_WRITTEN
+        for source in (spec.weights if spec is not None else ())
+        if source != SELF_WRITTEN
     ]
 
 

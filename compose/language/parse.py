@@ -19,6 +19,7 @@ from compose.language.mistakes import first_mistake, refusals
 from compose.language.positions import Loc, Problem
 from compose.language.schema import Pipeline
 from compose.language.yaml_values import read_yaml
+from compose.stages.job import DataSpec
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".xz")
 MOST_BYTES = 1 << 16
@@ -83,7 +84,7 @@ def _resolve_paths(pipeline: Pipeline, folder: Path) -> tuple[Pipeline, list[Pro
     paths = _Paths(folder)
     data, benchmark = pipeline.data, pipeline.benchmark
     splits = {
-        split: spec.model_copy(update={"source": paths.text(spec.source, ("data", split))})
+        split: paths.texts(spec, ("data", split))
         for split, spec in (("train", data.train), ("calibration", data.calibration))
     }
     place = ("benchmark", "quality", "perplexity")
@@ -136,6 +137,16 @@ class _Paths:
         if not source.endswith(TEXT_SUFFIXES) and not _looks_local(source):
             return source
         return self.file(source, (*loc, "source"))
+
+    def texts(self, spec: DataSpec, loc: Loc) -> DataSpec:
+        """The sources of a split."""
+        named = {source: self.text(source, loc) for source in spec.weights}
+        changes: dict[str, Any] = {"answered": tuple(named[name] for name in spec.answered)}
+        if spec.mix:
+            changes["mix"] = {named[source]: weight for source, weight in spec.mix.items()}
+        else:
+            changes["source"] = named[spec.source]
+        return spec.model_copy(update=changes)
 
     def model(self, source: str) -> str:
         """A model source: a GGUF file, a folder when there is one, else an alias or hub id."""

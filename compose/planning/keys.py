@@ -94,11 +94,22 @@ class StepKeys:
     def _data_identity(self, split: Literal["train", "calibration"]) -> dict[str, Any]:
         spec: DataSpec = getattr(self._pipeline.data, split)
         identity: dict[str, Any] = {"limit": spec.limit, "length": spec.length}
-        if Path(spec.source).is_absolute():
-            known = self._data.get(spec.source)
-            sha256 = known or self._file_sha256(Path(spec.source), ("data", split, "source"))
-            return identity | {"sha256": sha256}
-        return identity | {"source": spec.source, "sha256": self._data.get(spec.source)}
+        if spec.answered:
+            identity["answered"] = [list(spec.weights).index(name) for name in spec.answered]
+        if not spec.mix:
+            return identity | self._text_identity(spec.source, ("data", split, "source"))
+        mix = [
+            {"weight": weight, **self._text_identity(source, ("data", split, "mix"))}
+            for source, weight in spec.mix.items()
+        ]
+        return identity | {"mix": mix}
+
+    def _text_identity(self, source: str, loc: Loc) -> dict[str, Any]:
+        """What stands for a text: the hash of a file, or a name and its pin."""
+        if Path(source).is_absolute():
+            known = self._data.get(source)
+            return {"sha256": known or self._file_sha256(Path(source), loc)}
+        return {"source": source, "sha256": self._data.get(source)}
 
     def _file_sha256(self, path: Path, loc: Loc) -> str:
         if str(path) not in self._files:

@@ -63,11 +63,13 @@ def _inputs(pipeline: Pipeline) -> Iterator[tuple[Loc, Callable[[], None]]]:
     if folder.is_absolute() and not is_gguf(folder):  # a file's header is read for its sizes
         yield ("model", "source"), partial(require_source, folder)
     for split in ("train", "calibration"):
-        source = getattr(pipeline.data, split).source
-        if source != SELF_WRITTEN:
-            yield ("data", split, "source"), partial(require_text_name, source)
+        spec = getattr(pipeline.data, split)
+        for source in spec.weights:
+            place: Loc = ("data", split, "mix", source) if spec.mix else ("data", split, "source")
+            if source != SELF_WRITTEN:
+                yield place, partial(require_text_name, source)
     quality = pipeline.benchmark.quality
-    place: Loc = ("benchmark", "quality")
+    place = ("benchmark", "quality")
     for index, source in enumerate(quality.perplexity):
         yield (*place, "perplexity", index), partial(require_text_name, source)
     for index, name in enumerate(quality.tasks):
@@ -130,7 +132,7 @@ def input_hashes(pipeline: Pipeline, asset_cache: Path | None = None) -> InputHa
     pin = model_pin(model.source, asset_cache, keep_blocks=model.keep_blocks)
     if pin is not None:
         hashes["model_sha256"] = pin
-    sources = {pipeline.data.train.source, pipeline.data.calibration.source}
+    sources = {*pipeline.data.train.weights, *pipeline.data.calibration.weights}
     pins = {source: data_pin(source) for source in sources}
     hashes["data_sha256"] = {source: pin for source, pin in pins.items() if pin is not None}
     return hashes

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from compose.errors import UserError
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.memory import TRAINED, training_bytes
+from compose.stages.on_policy import OnPolicyText, as_settings, require_room
 from gateskip.calibration.settings import DEFAULT_BUDGETS, Allocation
 from gateskip.training.recipe import RECIPES, TrainConfig
 
@@ -144,6 +145,10 @@ class Gate(Stage):
     """Mixed precision of the training, as accelerate names it; `auto` is bf16 where the device is
     fast at it."""
 
+    on_policy: OnPolicyText | None = None
+    """A second phase, in which the skipping model writes some of the text itself and the dense one
+    corrects it; `{}` is that phase with its defaults."""
+
     validate_every: int = Field(default=100, ge=0)
     """Steps between validations on two blocks of the calibration text; 0 validates at the end."""
 
@@ -182,6 +187,9 @@ class Gate(Stage):
             raise ValueError("masks: hard teach gates nothing unless they scale: set scales: true")
         if self.scales and self.init == WARM:
             raise ValueError("gates that scale must start open: set init: open")
+        require_room(self.on_policy, self.length)
+        if self.on_policy is not None and self.loss == "cross-entropy":
+            raise ValueError("on_policy learns from the dense model: set loss: distill or both")
         if self.least > self.most:
             raise ValueError(f"least: {self.least} is above most: {self.most}")
         return self
@@ -326,8 +334,9 @@ class Gate(Stage):
         if self.steps == 0:
             return []
         shared = {field.name for field in fields(TrainConfig)} & set(type(self).model_fields)
+        chosen = {name: getattr(self, name) for name in shared - {"on_policy"}}
         config = TrainConfig(
-            **{name: getattr(self, name) for name in shared}, kv_rule=self.kv, seed=job.seed
+            **chosen, kv_rule=self.kv, seed=job.seed, on_policy=as_settings(self.on_policy)
         )
         teacher = None if self.backbone == "frozen" else load_model(job.dense, "float32")
         validation = calibration[:VALIDATION_BLOCKS]

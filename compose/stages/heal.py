@@ -11,6 +11,7 @@ from compose.errors import RuleBroken, UserError
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.gate_transfer import carry_gates
 from compose.stages.memory import TRAINED, training_bytes
+from compose.stages.on_policy import OnPolicyText, as_settings, require_room
 from gateskip.training.recipe import PACKED, HealConfig
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ class Heal(Stage):
 
     temperature: float = Field(default=HEAL.temperature, gt=0)
     """Softens the teacher's and the student's distributions before they are compared."""
+
+    on_policy: OnPolicyText | None = None
+    """A second phase, in which the model that learns writes some of the text itself and the dense
+    one corrects it; `{}` is that phase with its defaults."""
 
     checkpointing: bool = HEAL.checkpointing
     """Recompute layers in the backward pass: less memory, more time."""
@@ -131,6 +136,7 @@ class Heal(Stage):
 
         assert job.train is not None, "heal reads the training split"
         length = self.length or job.train.length
+        require_room(self.on_policy, length)
         sequences = self.steps * self.accumulate * self.batch
         held = HELD_OUT if self.validate_every else 0
         tokenizer = AutoTokenizer.from_pretrained(job.source)
@@ -138,7 +144,8 @@ class Heal(Stage):
         train, held_out = hold_out(blocks, held)
         model = load_model(job.source, "float32")
         shared = {field.name for field in fields(HealConfig)} & set(type(self).model_fields)
-        config = HealConfig(**{name: getattr(self, name) for name in shared}, seed=job.seed)
+        chosen = {name: getattr(self, name) for name in shared - {"on_policy"}}
+        config = HealConfig(**chosen, seed=job.seed, on_policy=as_settings(self.on_policy))
         teacher = load_model(job.dense, "float32")
         curve = heal(model, teacher, train, config, held_out, job.work, job.progress)
         self._save(job, model)

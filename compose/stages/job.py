@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compose.units import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Weight = Annotated[float, Field(gt=0)]
 Split = Literal["train", "calibration"]
 """An entry of a pipeline's `data`."""
 
@@ -25,11 +26,33 @@ class DataSpec(BaseModel):
     source: str = Field(default="calibration-text", min_length=1)
     """An alias, a hub data set id, or a path (from the YAML file) to .txt, .jsonl, .json or .xz."""
 
+    mix: dict[str, Weight] = {}
+    """Several sources instead of one, and the weight of each: `{training-text: 1, sums: 1}`. So
+    many of the blocks come from it."""
+
+    answered: tuple[str, ...] = ()
+    """Those sources whose prompts the untouched model answers: what follows a prompt or the user's
+    words of a chat, and what follows the first quarter of a block of other text."""
+
     limit: int = Field(default=128, ge=1)
-    """How many rows of text are taken, in a fixed order."""
+    """How many rows of text are taken of each source, in a fixed order."""
 
     length: int = Field(default=512, ge=8)
     """Tokens in one block."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Every source and its weight."""
+        return self.mix or {self.source: 1.0}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.mix and "source" in self.model_fields_set:
+            raise ValueError("source and mix name the text twice: leave one out")
+        for name in self.answered:
+            if name not in self.weights:
+                raise ValueError(f"answered: {name} is no source of this text")
+        return self
 
 
 @dataclass(frozen=True)
@@ -58,21 +81,9 @@ class StageJob:
         self, split: Split, tokenizer: Any, length: int | None = None, limit: int | None = None
     ) -> Tensor:
         """Token blocks [N, length] of a split; its own length and row limit where none is given."""
-        from compose.assets import SELF_WRITTEN, load_texts, token_blocks
+        from compose.stages.split_text import SplitText
 
         spec = self.train if split == "train" else self.calibration
         assert spec is not None, f"a stage names {split} in reads_data to be given it"
-        if spec.source == SELF_WRITTEN:
-            from compose.stages.own_text import written_once
-
-            count, length = min(limit or spec.limit, spec.limit), length or spec.length
-            return written_once(
-                self.dense,
-                self.work / f"self-written-{split}-{count}-{length}.safetensors",
-                count,
-                length,
-                2 * self.seed + (split == "train"),
-                lambda done, total: self.progress(done, total, f"writing {split} text"),
-            )
-        texts = load_texts(spec.source, spec.limit, self.asset_cache)
-        return token_blocks(texts, tokenizer, length or spec.length, limit or spec.limit)
+        text = SplitText(self, split, spec, tokenizer, length or spec.length)
+        return text.blocks(limit or spec.limit)

@@ -18,6 +18,7 @@ from gateskip.decoding.sampling import Sampler
 from gateskip.decoding.stats import Generation
 
 TOGETHER = 32  # rows written at a time
+ANSWER = 160  # tokens of an answer, at most
 SAMPLER = Sampler(temperature=0.8)
 PLACE = "(what the user says)"
 
@@ -28,7 +29,13 @@ class Writer(Protocol):
     tokenizer: Any
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, sampler: Sampler, seed: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        sampler: Sampler,
+        seed: int,
+        eos: Sequence[int] = (),
     ) -> Generation:
         """Continue prompts (token ids, one list a row)."""
         ...
@@ -48,16 +55,73 @@ def write(
     first = opening(decoder.tokenizer)
     if len(first) >= length:
         raise ValueError(f"a text of {length} tokens ends before its opening of {len(first)}")
+    return go_on(decoder, torch.tensor([first] * count), length, seed, progress)
+
+
+def go_on(
+    decoder: Writer,
+    given: Tensor,
+    length: int,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Token ids [N, length] that begin as `given` [N, P], P < length; a decoder goes on."""
     rows: list[list[int]] = []
-    while len(rows) < count:
-        some = [first] * min(TOGETHER, count - len(rows))
+    for some in given.split(TOGETHER):
+        prompts = some.tolist()
         found = decoder.generate(
-            some, length - len(first), sampler=SAMPLER, seed=seed * 1_000_003 + len(rows)
+            prompts, length - given.shape[1], sampler=SAMPLER, seed=seed * 1_000_003 + len(rows)
         )
-        rows += [[*first, *row] for row in found.tokens]
+        rows += [[*prompt, *row] for prompt, row in zip(prompts, found.tokens, strict=True)]
         if progress is not None:
-            progress(len(rows), count)
+            progress(len(rows), len(given))
     return torch.tensor(rows)
+
+
+def answer(
+    decoder: Writer,
+    prompts: Sequence[str],
+    count: int,
+    length: int,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Token ids [N, length], N at most `count`, of prompts and a decoder's answers, end to end.
+
+    A prompt stands in the tokenizer's chat template where there is one. An answer ends at the
+    end-of-text token, or after ANSWER tokens. What is left over at the end is dropped.
+
+    Raises ValueError where all answers together do not fill one block.
+    """
+    stream: list[int] = []
+    end = getattr(decoder.tokenizer, "eos_token_id", None)
+    stops = [] if end is None else [end]
+    for start in range(0, len(prompts), TOGETHER):
+        asked = [_asked(decoder.tokenizer, each) for each in prompts[start : start + TOGETHER]]
+        found = decoder.generate(
+            asked, ANSWER, sampler=SAMPLER, seed=seed * 1_000_003 + start, eos=stops
+        )
+        for prompt, own in zip(asked, found.tokens, strict=True):
+            closing = stops if own[-1:] != stops else []
+            stream += [*prompt, *own, *closing]
+        if progress is not None:
+            progress(min(count, len(stream) // length), count)
+        if len(stream) >= count * length:
+            break
+    whole = min(count, len(stream) // length)
+    if whole == 0:
+        raise ValueError(f"answers to {len(prompts)} prompts do not fill a block of {length}")
+    return torch.tensor(stream[: whole * length]).view(whole, length)
+
+
+def _asked(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt, up to where its answer begins."""
+    if getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return ids
+    return list(tokenizer(prompt + "\n")["input_ids"])
 
 
 def opening(tokenizer: Any) -> list[int]:

@@ -31,11 +31,13 @@ from gateskip.training.masks import TrainMask, scheduled_budget
 from gateskip.training.objectives import (
     SPARSITY,
     distill_loss,
+    divergence,
     hidden_loss,
     in_chunks,
     next_token_loss,
 )
 from gateskip.training.recipe import TrainConfig
+from gateskip.training.rollouts import Write, rollout_writer
 
 WINDOW = 4  # steps whose gate logits set the thresholds
 GAIN = 0.2  # of the feedback on the skipped share: part of the log error that a step corrects
@@ -60,6 +62,8 @@ def train_gates(
     is scored every `validate_every` steps; those rows of the curve carry `kl@BUDGET` for each of
     `validate_budgets`, and their mean `valid`.
     """
+    if config.on_policy is not None and config.loss == "cross-entropy":
+        raise ValueError("on_policy learns from a teacher: it needs loss: distill or both")
     if teacher is None and config.backbone != "frozen" and config.loss != "cross-entropy":
         raise ValueError("a trained backbone needs the dense model as a teacher of its own")
     accelerator = Accelerator(
@@ -140,7 +144,7 @@ class _Session(Loop):
             with accelerator.accumulate(self.student):
                 block = self._block(part)
                 rule = self._mask(thresholds)
-                loss = self._loss(block, rule, budget)
+                loss = self._loss(block, rule, budget, self.own_text(part))
                 price.add_cost(rule)
                 accelerator.backward(loss)
                 price.add_loss(rule)
@@ -154,7 +158,7 @@ class _Session(Loop):
                     self.schedule.step()
                 self.optimizer.zero_grad()
             losses.append(float(loss.detach()))
-            shares.append(float(rule.share))
+            shares.append(accelerator.reduce(rule.share, "mean").item())
             logits.append(torch.stack(rule.logits))
         self._remember(torch.cat(logits, 1))
         self.step += 1
@@ -182,8 +186,8 @@ class _Session(Loop):
             self.prices,
         )
 
-    def _loss(self, block: Tensor, rule: TrainMask, budget: float) -> Tensor:
-        """The step's loss on one block [B, S]."""
+    def _loss(self, block: Tensor, rule: TrainMask, budget: float, own: bool = False) -> Tensor:
+        """The step's loss on one block [B, S]; `own` says that the student wrote it."""
         config = self.config
         hidden, gates = self.student(block, rule)
         dense = None
@@ -191,7 +195,7 @@ class _Session(Loop):
             with torch.no_grad(), self.accelerator.autocast():
                 dense = masked_forward(self.teacher, block)
         with self.accelerator.autocast():
-            loss = self._head_loss(hidden, dense, block)
+            loss = self._head_loss(hidden, dense, block, own)
         if config.hidden_weight and dense is not None:
             loss = loss + config.hidden_weight * hidden_loss(hidden, dense)
         if config.sparsity != "none":
@@ -199,18 +203,20 @@ class _Session(Loop):
             loss = loss + config.sparsity_weight * pull
         return loss
 
-    def _head_loss(self, hidden: Tensor, dense: Tensor | None, block: Tensor) -> Tensor:
+    def _head_loss(self, hidden: Tensor, dense: Tensor | None, block: Tensor, own: bool) -> Tensor:
         """Loss of the logits of hidden [B, S, H] against the teacher's logits and the next tokens.
 
-        `dense` [B, S, H] is the teacher's final state, needed to distil; block [B, S].
+        `dense` [B, S, H] is the teacher's final state, needed to distil; block [B, S]. On text that
+        the student wrote there are no right next tokens: only the teacher counts.
         """
         config, count = self.config, block.numel()
+        policy = config.on_policy if own else None
         following = torch.cat((block[:, 1:], torch.full_like(block[:, :1], -100)), 1).flatten()
 
         def loss_of(part: Tensor, rows: slice) -> Tensor:
             logits = head(self.model, part)
             loss = torch.zeros((), device=part.device)
-            if config.loss != "distill":
+            if config.loss != "distill" and policy is None:
                 followed = int((following[rows] >= 0).sum())
                 share = followed / (count - len(block))
                 loss = loss + share * next_token_loss(logits, following[rows])
@@ -218,16 +224,27 @@ class _Session(Loop):
                 assert dense is not None, "distillation has a teacher"
                 with torch.no_grad():
                     target = head(self.teacher, dense.flatten(0, 1)[rows])
-                near = distill_loss(logits, target, config.loss_temperature)
+                if policy is None:
+                    near = distill_loss(logits, target, config.loss_temperature)
+                else:
+                    near = divergence(logits, target, policy.divergence, policy.top_k)
                 loss = loss + near * (len(part) / count)
             return loss
 
         return in_chunks(hidden.flatten(0, 1), loss_of)
 
+    def writer(self, draw: float) -> Write:
+        """What continues prompts as the gated model does at a budget that it trains at."""
+        budget = self._drawn_budget(draw)
+        thresholds = self._thresholds(budget).tolist()
+        return rollout_writer(self.model, self.gates, self.config.kv_rule, thresholds)
+
     def _budget(self) -> float:
+        seeded = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        return self._drawn_budget(torch.rand((), generator=seeded).item())
+
+    def _drawn_budget(self, draw: float) -> float:
         config = self.config
-        seeded = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-        draw = torch.rand((), generator=seeded).item()
         return scheduled_budget(config.schedule, config.budget, self.step, config.steps, draw)
 
     def _thresholds(self, budget: float) -> Tensor:

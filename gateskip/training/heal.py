@@ -15,8 +15,9 @@ from gateskip.model.families import backbone, head
 from gateskip.model.progress import Progress
 from gateskip.training.grids import PACE
 from gateskip.training.loop import Loop, Row, adapt, precision, training_device
-from gateskip.training.objectives import distill_loss, in_chunks
+from gateskip.training.objectives import distill_loss, divergence, in_chunks
 from gateskip.training.recipe import PACKED, HealConfig
+from gateskip.training.rollouts import Write, rollout_writer
 from gateskip.training.scales import places
 
 
@@ -115,7 +116,7 @@ class _Healing(Loop):
         losses = []
         for part in range(self.config.accumulate):
             with self.accelerator.accumulate(self.body):
-                loss = self._loss(self._block(part))
+                loss = self._loss(self._block(part), self.own_text(part))
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.trained.values(), self.config.clip)
@@ -137,8 +138,14 @@ class _Healing(Loop):
             hidden: Tensor = body(input_ids=block, use_cache=False).last_hidden_state
         return hidden
 
-    def _loss(self, block: Tensor) -> Tensor:
-        """Mean KL(teacher || model) over the tokens of block [B, S]."""
+    def writer(self, draw: float) -> Write:
+        """What continues prompts as the model does."""
+        return rollout_writer(self.model)
+
+    def _loss(self, block: Tensor, own: bool) -> Tensor:
+        """Mean divergence from the teacher over the tokens of block [B, S]; `own` says that the
+        student wrote it."""
+        policy = self.config.on_policy if own else None
         hidden = self._hidden(self.body, block).flatten(0, 1)
         with torch.no_grad():
             dense = self._hidden(backbone(self.teacher), block).flatten(0, 1)
@@ -146,7 +153,11 @@ class _Healing(Loop):
         def loss_of(part: Tensor, rows: slice) -> Tensor:
             with torch.no_grad():
                 target = head(self.teacher, dense[rows])
-            near = distill_loss(head(self.model, part), target, self.config.temperature)
+            logits = head(self.model, part)
+            if policy is None:
+                near = distill_loss(logits, target, self.config.temperature)
+            else:
+                near = divergence(logits, target, policy.divergence, policy.top_k)
             return near * (len(part) / block.numel())
 
         with self.accelerator.autocast():

@@ -19,6 +19,7 @@ from gateskip.model.families import backbone
 from gateskip.model.progress import Progress
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.training.recipe import PACKED, LoopConfig
+from gateskip.training.rollouts import Rollouts, Write
 from gateskip.training.scales import open_scales
 
 Row = dict[str, float]
@@ -100,6 +101,8 @@ class Loop:
         self.config, self.accelerator = config, accelerator
         self.step, self.curve = 0, list[Row]()
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        policy = config.on_policy
+        self.rollouts = None if policy is None else Rollouts(policy, config, blocks, accelerator)
         self.optimizer: Any = None  # set by the fine-tune, which knows its groups of parameters
         self.schedule: Any = None
 
@@ -108,6 +111,11 @@ class Loop:
 
     def advance(self) -> Row:
         """One optimizer step; its row of the curve."""
+        raise NotImplementedError
+
+    def writer(self, draw: float) -> Write:
+        """What continues prompts as the model does now; `draw`, uniform in [0, 1), chooses between
+        its ways to decode where it has several."""
         raise NotImplementedError
 
     def finished(self) -> bool:
@@ -122,6 +130,8 @@ class Loop:
         while not self.finished():
             rates = self._rates()
             started = time.perf_counter()
+            if self.rollouts is not None and self.rollouts.due(self.step):
+                self.rollouts.renew(self.step, self.writer)
             row = self.advance()
             self.curve.append(row)
             if progress is not None:
@@ -160,16 +170,23 @@ class Loop:
             left = (1 - torch.cos(torch.tensor(left * torch.pi)).item()) / 2
         return 0.1 + 0.9 * left
 
+    def own_text(self, part: int) -> bool:
+        """Whether one pass of this step reads what the student wrote."""
+        return self.rollouts is not None and self.rollouts.reads(self.step, part)
+
     def _block(self, part: int) -> Tensor:
         """Blocks [batch, S] of one pass of this step; each walk over the text is reordered."""
-        config, count = self.config, len(self.blocks)
+        config = self.config
+        own = self.rollouts if self.own_text(part) else None
+        blocks = self.blocks if own is None else own.blocks
+        count = len(blocks)
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         done = (self.step * config.accumulate + part) * world + rank
         rows = []
         for number in range(done * config.batch, (done + 1) * config.batch):
             order = torch.Generator().manual_seed(config.seed * 7_919 + number // count)
             rows.append(torch.randperm(count, generator=order)[number % count])
-        return self.blocks[torch.stack(rows)].to(self.accelerator.device)
+        return blocks[torch.stack(rows)].to(self.accelerator.device)
 
     # -- checkpoints
 
@@ -181,6 +198,7 @@ class Loop:
             "trained": {name: p.detach() for name, p in self.trained.items()},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "rollouts": None if self.rollouts is None else self.rollouts.blocks,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -189,6 +207,8 @@ class Loop:
         self.put_back(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        if self.rollouts is not None:
+            self.rollouts.blocks = state["rollouts"]
 
     def put_back(self, weights: dict[str, Tensor]) -> None:
         """Set the trained parameters to these values, by name."""

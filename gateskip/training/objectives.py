@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gateskip.training.recipe import Divergence
+
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 CHUNK = 128  # tokens whose logits exist at once
 SLICE = 8  # of them, whose distributions do
+LEAST = 1e-6  # probability that tokens outside of the most likely ones have together
 
 # -- losses -----------------------------------------------------------------------------------
 
@@ -94,6 +97,33 @@ def distill_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
     student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)  # [N, V]
     total: Tensor = _Divergence.apply(student, teacher, temperature)  # type: ignore[no-untyped-call]
     return total * (temperature**2 / len(student))
+
+
+def divergence(student: Tensor, teacher: Tensor, kind: Divergence, top_k: int = 0) -> Tensor:
+    """Mean divergence over tokens, in nats. Logits [N, V] of both -> scalar.
+
+    With `top_k`, distributions are over the teacher's so many most likely tokens and one place for
+    all others. The teacher gets no gradient.
+    """
+    if kind == "forward" and not top_k:
+        return distill_loss(student, teacher)
+    log_q, log_p = (F.log_softmax(each.float(), dim=-1) for each in (student, teacher))
+    if top_k:
+        kept = log_p.topk(min(top_k, log_p.shape[-1] - 1), dim=-1).indices
+        log_q, log_p = _with_rest(log_q, kept), _with_rest(log_p, kept)
+    loss = torch.zeros((), device=student.device)
+    if kind != "reverse":
+        loss = loss + F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    if kind != "forward":
+        loss = loss + F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+    return loss / 2 if kind == "mixed" else loss
+
+
+def _with_rest(log_probs: Tensor, kept: Tensor) -> Tensor:
+    """Log probabilities [N, V] at `kept` [N, K], and that of all other tokens -> [N, K + 1]."""
+    own = log_probs.gather(-1, kept)
+    rest = torch.log1p(-own.exp().sum(-1, keepdim=True).clamp(max=1 - LEAST))
+    return torch.cat((own, rest), -1)
 
 
 def next_token_loss(logits: Tensor, following: Tensor) -> Tensor:

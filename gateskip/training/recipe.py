@@ -18,6 +18,33 @@ WHOLE: tuple[Backbone, ...] = ("full", "codes")
 """Those with which every weight of the layers has a number that learns."""
 
 
+Divergence = Literal["forward", "reverse", "mixed"]
+"""How far a student is from its teacher: KL(teacher || student), KL(student || teacher), or the
+mean of both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicy:
+    """A second phase of a fine-tune, in which the model that trains writes some of the text itself
+    (generalized knowledge distillation, arXiv 2306.13649)."""
+
+    after: float = 0.5
+    """Share of the steps that come before it."""
+    share: float = 0.5
+    """Share of its passes that read what the student wrote."""
+    every: int = 50
+    """Steps between two times that the student writes."""
+    tokens: int = 100
+    """Tokens that it writes at the end of a block; what comes before them is training text."""
+    temperature: float = 0.8
+    """Of its sampling; 0 is greedy."""
+    divergence: Divergence = "forward"
+    """Between teacher and student on such text."""
+    top_k: int = 0
+    """Of each distribution on such text only the teacher's most likely tokens count, and all others
+    together as one; 0 is the whole vocabulary."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long, in which steps and how exactly a fine-tune goes on, whatever it trains."""
@@ -50,6 +77,8 @@ class LoopConfig:
     """Order of the blocks, and what is drawn."""
     checkpoint_every: int = 50
     """Steps between resumable checkpoints, when a folder for them is given."""
+    on_policy: OnPolicy | None = None
+    """The phase in which the student writes text for itself; none when left out."""
 
 
 @dataclass(frozen=True, kw_only=True)

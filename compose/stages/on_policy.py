@@ -1,0 +1,62 @@
+"""Settings of on-policy training, as stages take them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from compose.errors import UserError
+from gateskip.training.recipe import Divergence, OnPolicy
+
+DEFAULT = OnPolicy()
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class OnPolicyText(BaseModel):
+    """How a fine-tune reads what the model in training writes itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    after: Share = DEFAULT.after
+    """Share of the steps that come before this phase."""
+
+    share: Share = DEFAULT.share
+    """Share of its passes that read what the model wrote."""
+
+    every: int = Field(default=DEFAULT.every, ge=1)
+    """Steps between two times that it writes."""
+
+    tokens: int = Field(default=DEFAULT.tokens, ge=1)
+    """Tokens that it writes at the end of a block of training text."""
+
+    temperature: float = Field(default=DEFAULT.temperature, ge=0)
+    """Of its sampling; 0 is greedy."""
+
+    divergence: Divergence = DEFAULT.divergence
+    """From the dense model on such text: KL(dense || model) is `forward`, KL(model || dense)
+    `reverse`, the mean of both `mixed`."""
+
+    top_k: int = Field(default=DEFAULT.top_k, ge=0)
+    """Tokens, the dense model's most likely ones, that count in it, all others as one; 0 is all."""
+
+
+def as_settings(text: OnPolicyText | None) -> OnPolicy | None:
+    """The same for the training loop."""
+    if text is None:
+        return None
+    return OnPolicy(**{field.name: getattr(text, field.name) for field in fields(OnPolicy)})
+
+
+def require_room(text: OnPolicyText | None, length: int) -> None:
+    """Refuse to write all of a block.
+
+    Raises:
+        UserError: `length` tokens of a block are no more than what is written of it.
+    """
+    if text is not None and text.tokens >= length:
+        raise UserError(
+            f"on_policy writes {text.tokens} tokens at the end of blocks of length {length}",
+            fix="take fewer tokens, or longer blocks",
+        )

@@ -1,0 +1,86 @@
+"""The text of one split as token blocks: read, mixed from sources, or written by the model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from compose.assets import SELF_WRITTEN, load_texts, token_blocks
+from compose.stages.own_text import Progress, answered_once, continued_once, written_once
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from compose.stages.job import DataSpec, Split, StageJob
+
+GIVEN = 4  # one part in so many of a block is given, where the untouched model goes on
+
+
+@dataclass(frozen=True)
+class SplitText:
+    """The text of a split, for blocks of `length` tokens."""
+
+    job: StageJob
+    split: Split
+    spec: DataSpec
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+
+    def blocks(self, count: int) -> Tensor:
+        """Token blocks [N, length], N at most `count`.
+
+        Of a mix there are `count`: each source gives its share, repeated where it has less, and
+        any beginning of the blocks has about the proportions of the whole.
+        """
+        weights = self.spec.weights
+        if len(weights) == 1:
+            return self._of(next(iter(weights)), count)
+        total = sum(weights.values())
+        parts = []
+        for source, weight in weights.items():
+            wanted = math.ceil(count * weight / total)
+            part = self._of(source, wanted)
+            parts.append(part.repeat(math.ceil(wanted / len(part)), 1)[:wanted])
+        return interleaved(parts)[:count]
+
+    def _of(self, source: str, count: int) -> Tensor:
+        """Blocks of one source, at most `count`."""
+        job, limit = self.job, self.spec.limit
+        if source == SELF_WRITTEN:
+            count = min(count, limit)
+            kept = self._kept(source, count)
+            return written_once(
+                job.dense, kept, count, self.length, self._seed(), self._progress("writing")
+            )
+        texts = load_texts(source, limit, job.asset_cache)
+        if source not in self.spec.answered:
+            return token_blocks(texts, self.tokenizer, self.length, count)
+        kept, progress = self._kept(source, count), self._progress("answering")
+        if texts.prompts is not None:
+            return answered_once(
+                job.dense, kept, texts.prompts, count, self.length, self._seed(), progress
+            )
+        given = token_blocks(texts, self.tokenizer, self.length, count)[:, : self.length // GIVEN]
+        return continued_once(job.dense, kept, given, self.length, self._seed(), progress)
+
+    def _kept(self, source: str, count: int) -> Path:
+        """Where the model's text stays while the stage runs, so that a killed one finds it."""
+        name = f"{Path(source).name}-{self.split}-{count}-{self.length}.safetensors"
+        return self.job.work / name
+
+    def _seed(self) -> int:
+        return 2 * self.job.seed + (self.split == "train")
+
+    def _progress(self, doing: str) -> Progress:
+        return lambda done, total: self.job.progress(done, total, f"{doing} {self.split} text")
+
+
+def interleaved(parts: list[Tensor]) -> Tensor:
+    """Blocks [N_i, S] of several sources as one [sum N_i, S], evenly mixed and in their order."""
+    places = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])
+    return torch.cat(parts)[torch.argsort(places, stable=True)]

@@ -1,0 +1,127 @@
+"""Text that the model in training writes itself, on which its teacher corrects it.
+
+A student that only reads other text never meets what follows from its own mistakes; a teacher's
+distribution on what the student wrote teaches it to go on from there (arXiv 2306.13649). A rollout
+is a block of training text whose last tokens the student has written anew. Blocks are written in
+groups; a process writes every so many of them, and all processes get all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from gateskip.decoding.decoder import Decoder, Mode
+from gateskip.decoding.sampling import GREEDY, Sampler
+from gateskip.gates.base import Gates
+from gateskip.model.families import UnsupportedModel
+from gateskip.runtime.skipping import SkippingModel
+
+if TYPE_CHECKING:
+    from gateskip.training.recipe import LoopConfig, OnPolicy
+
+TOGETHER = 16  # blocks that are written at a time
+BUDGET = 0.5  # stands for the thresholds of one group, whatever they keep
+
+Write = Callable[[list[list[int]], int, Sampler, int], list[list[int]]]
+"""(prompts, new tokens, sampler, seed) -> the tokens that follow each prompt."""
+
+
+class Rollouts:
+    """The student's own blocks of one stretch of steps, and which passes read them."""
+
+    def __init__(
+        self, policy: OnPolicy, passes: LoopConfig, blocks: Tensor, accelerator: Accelerator
+    ) -> None:
+        """Blocks [N, S] of training text.
+
+        Raises ValueError where a block is no longer than what is to be written of it.
+        """
+        if policy.tokens >= blocks.shape[1]:
+            raise ValueError(
+                f"on_policy writes {policy.tokens} tokens at the end of blocks of"
+                f" {blocks.shape[1]}: nothing is left to go on from"
+            )
+        self.policy, self.passes, self.accelerator = policy, passes, accelerator
+        self.texts = blocks
+        self.first = math.ceil(policy.after * passes.steps)
+        self.blocks = blocks[:0]
+
+    def due(self, step: int) -> bool:
+        """Whether the student writes anew before this step."""
+        return step >= self.first and (step - self.first) % self.policy.every == 0
+
+    def reads(self, step: int, part: int) -> bool:
+        """Whether a pass of a step reads the student's text; the same in all processes."""
+        if step < self.first:
+            return False
+        number = step * self.passes.accumulate + part
+        return self._draw(number, 1) < self.policy.share
+
+    def renew(self, step: int, writer: Callable[[float], Write]) -> None:
+        """Let the student write all blocks that are read before it writes again.
+
+        `writer` gives what writes, for a number in [0, 1) that is drawn for each group.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        steps = min(self.policy.every, self.passes.steps - step)
+        wanted = steps * self.passes.accumulate * self.passes.batch * world * self.policy.share
+        count = max(1, math.ceil(wanted))
+        order = torch.Generator().manual_seed(self.passes.seed * 6_151 + step)
+        chosen = torch.randperm(len(self.texts), generator=order)[:count]
+        kept = self.texts[chosen, : -self.policy.tokens]  # [count, S - tokens]
+        own: list[tuple[int, list[list[int]]]] = []
+        for group, prompts in enumerate(kept.split(TOGETHER)):
+            if group % world == rank:
+                write = writer(self._draw(step * 1_000 + group, 2))
+                seed = self.passes.seed * 1_000_003 + step * 1_000 + group
+                own.append((group, self._write(write, prompts, seed)))
+        everyones = sorted(gather_object(own)) if world > 1 else own
+        self.blocks = torch.tensor([row for _, rows in everyones for row in rows])
+
+    def _write(self, write: Write, prompts: Tensor, seed: int) -> list[list[int]]:
+        """Blocks that begin as prompts [B, P] and end as the student goes on."""
+        policy, given = self.policy, prompts.tolist()
+        sampler = Sampler(temperature=policy.temperature) if policy.temperature else GREEDY
+        written = write(given, policy.tokens, sampler, seed)
+        return [[*begun, *rest] for begun, rest in zip(given, written, strict=True)]
+
+    def _draw(self, number: int, stream: int) -> float:
+        seeded = torch.Generator().manual_seed((self.passes.seed * 4 + stream) * 999_983 + number)
+        return torch.rand((), generator=seeded).item()
+
+
+def rollout_writer(
+    model: Any,
+    gates: Gates | None = None,
+    kv_rule: str = "project",
+    thresholds: Sequence[float] | None = None,
+) -> Write:
+    """What continues prompts as a model in training decodes now, under thresholds [branches]."""
+    grid = {} if thresholds is None else {BUDGET: thresholds}
+    decoder = Decoder(_runnable(model, gates, kv_rule), None, grid)
+    mode: Mode = "plain" if thresholds is None else "skip"
+
+    def write(
+        prompts: list[list[int]], new_tokens: int, sampler: Sampler, seed: int
+    ) -> list[list[int]]:
+        found = decoder.generate(
+            prompts, new_tokens, mode=mode, budget=BUDGET, sampler=sampler, seed=seed
+        )
+        return found.tokens
+
+    return write
+
+
+def _runnable(model: Any, gates: Gates | None, kv_rule: str) -> SkippingModel:
+    """The model as its weights are now: on compiled kernels, where they can run it."""
+    try:
+        return SkippingModel(model, gates, kv_rule, "native")
+    except UnsupportedModel:  # another device, or layers that only torch runs
+        return SkippingModel(model, gates, kv_rule, "gathered")
