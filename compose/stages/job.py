@@ -47,7 +47,7 @@ class DataSpec(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.mix and "source" in self.model_fields_set:
+        if self.mix and self.source != type(self).model_fields["source"].default:
             raise ValueError("source and mix name the text twice: leave one out")
         for name in self.answered:
             if name not in self.weights:
