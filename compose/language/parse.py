@@ -19,7 +19,7 @@ from compose.language.mistakes import first_mistake, refusals
 from compose.language.positions import Loc, Problem
 from compose.language.schema import Pipeline
 from compose.language.yaml_values import read_yaml
-from compose.stages.job import DataSpec
+from compose.stages.data_spec import DataSpec
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".xz")
 MOST_BYTES = 1 << 16

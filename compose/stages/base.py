@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from compose.errors import RuleBroken
-from compose.stages.job import DataSpec, Split, StageJob
+from compose.stages.data_spec import DataSpec, Split
+from compose.stages.job import StageJob
 from compose.stages.rules import FORBIDDEN, RULES, Role
 from compose.stages.shape import ModelShape, StoredBits
 

@@ -16,20 +16,28 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from compose.stages.job import DataSpec, Split, StageJob
+    from compose.stages.data_spec import DataSpec, Split
+    from compose.units import Progress as Shown
 
 GIVEN = 4  # one part in so many of a block is given, where the untouched model goes on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SplitText:
     """The text of a split, for blocks of `length` tokens."""
 
-    job: StageJob
-    split: Split
     spec: DataSpec
+    split: Split
     tokenizer: PreTrainedTokenizerBase
     length: int
+    dense: Path
+    """The folder of the untouched model, which writes."""
+    work: Path
+    """Where its text stays while the stage runs, so that a killed one finds it."""
+    cache: Path
+    """Where data is downloaded to."""
+    seed: int
+    progress: Shown
 
     def blocks(self, count: int) -> Tensor:
         """Token blocks [N, length], N at most `count`.
@@ -50,34 +58,27 @@ class SplitText:
 
     def _of(self, source: str, count: int) -> Tensor:
         """Blocks of one source, at most `count`."""
-        job, limit = self.job, self.spec.limit
+        limit, seed = self.spec.limit, self.seed
         if source == SELF_WRITTEN:
             count = min(count, limit)
-            kept = self._kept(source, count)
-            return written_once(
-                job.dense, kept, count, self.length, self._seed(), self._progress("writing")
-            )
-        texts = load_texts(source, limit, job.asset_cache)
+            kept, progress = self._kept(source, count), self._told("writing")
+            return written_once(self.dense, kept, count, self.length, seed, progress)
+        texts = load_texts(source, limit, self.cache)
         if source not in self.spec.answered:
             return token_blocks(texts, self.tokenizer, self.length, count)
-        kept, progress = self._kept(source, count), self._progress("answering")
+        kept, progress = self._kept(source, count), self._told("answering")
         if texts.prompts is not None:
-            return answered_once(
-                job.dense, kept, texts.prompts, count, self.length, self._seed(), progress
-            )
+            asked, length = texts.prompts, self.length
+            return answered_once(self.dense, kept, asked, count, length, seed, progress)
         given = token_blocks(texts, self.tokenizer, self.length, count)[:, : self.length // GIVEN]
-        return continued_once(job.dense, kept, given, self.length, self._seed(), progress)
+        return continued_once(self.dense, kept, given, self.length, seed, progress)
 
     def _kept(self, source: str, count: int) -> Path:
-        """Where the model's text stays while the stage runs, so that a killed one finds it."""
         name = f"{Path(source).name}-{self.split}-{count}-{self.length}.safetensors"
-        return self.job.work / name
+        return self.work / name
 
-    def _seed(self) -> int:
-        return 2 * self.job.seed + (self.split == "train")
-
-    def _progress(self, doing: str) -> Progress:
-        return lambda done, total: self.job.progress(done, total, f"{doing} {self.split} text")
+    def _told(self, doing: str) -> Progress:
+        return lambda done, total: self.progress(done, total, f"{doing} {self.split} text")
 
 
 def interleaved(parts: list[Tensor]) -> Tensor:
