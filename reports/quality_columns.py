@@ -18,6 +18,8 @@ ROUNDING_HELP = (
     "Mean KL, a token, of decoding with activations rounded to 8 bits to scoring without."
 )
 OWN_KL_HELP = "Mean KL from the dense model on the dense model's own greedy answers."
+WRITTEN_HELP = "Mean share kept of the scores of tasks whose answers the cell writes."
+RANKED_HELP = "The same of the tasks whose given answers are ranked by likelihood."
 PREFIX_HELP = "Tokens that the cell's and the dense model's greedy answers share from the start."
 
 

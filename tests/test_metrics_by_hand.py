@@ -29,6 +29,7 @@ from compose.results.metrics import (
     task_retained,
 )
 from compose.results.pick import Constraint, Lossless, pick, retained_bound
+from compose.results.relate import relate
 from compose.results.schema import CellResult, Results
 
 
@@ -347,10 +348,38 @@ class TestReaders:
         own, bare, empty = results.cells
         cells = (own, bare, empty)
         assert [table._speed("decode_tokens_per_s")(results, c) for c in cells] == [2.5, None, None]
-        assert [table._gain("decode_ratio")(results, c) for c in cells] == [1.5, None, None]
-        ends = table._gain_interval("decode_ratio")
+        gained = table._gain("decode_ratio")
+        assert [table._value_of(gained)(results, c) for c in cells] == [1.5, None, None]
+        ends = table._ends_of(gained)
         assert [ends(results, cell) for cell in cells] == [(1.25, 1.75), None, None]
         assert table._gain("prefill_ratio")(results, own) is None
+
+    def test_written_and_ranked_tasks_are_retained_apart(self) -> None:
+        def tasks(sums: list[float], passages: list[float], ranked: list[float]) -> dict[str, Any]:
+            kinds = {"sums": "generative", "passages": "generative", "ranked": "likelihood"}
+            many = [10 * each for each in (sums, passages, ranked)]
+            rows = zip(kinds.items(), many, strict=True)
+            scores = {
+                name: {
+                    "metric": "acc",
+                    "value": sum(outcomes) / len(outcomes),
+                    "kind": kind,
+                    "outcomes": outcomes,
+                    "questions": name,
+                }
+                for (name, kind), outcomes in rows
+            }
+            return {"quality": {"tasks": scores}}
+
+        dense = {"name": "dense"} | tasks([1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0])
+        cell = {"name": "x"} | tasks([1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0])
+        results = relate(run_of(dense, cell))
+        found = results.cell("x")
+        assert metric_of(results, "written", found) == pytest.approx(0.75)
+        assert metric_of(results, "ranked", found) == pytest.approx(1.0)
+        assert metric_of(results, "retained", found) == pytest.approx((0.5 + 1 + 1) / 3)
+        low, high = interval_of(results, "written", found) or (1.0, 0.0)
+        assert low < 0.75 < high
 
     def test_own_answers(self) -> None:
         results = run_of(

@@ -250,6 +250,7 @@ def test_every_metric_reads_an_empty_and_a_full_cell() -> None:
     full = Results.model_validate(json.loads(SKELETON))
     assert metrics(run_of({"name": "dense"}), CellResult(name="x", chain=(), status="ok")) == {}
     relative = {"retained", "perplexity-ratio", "decode-ratio", "prefill-ratio"}
+    relative |= {"written", "ranked"}
     assert set(METRICS) - set(metrics(full, full.cells[0])) <= relative
 
 

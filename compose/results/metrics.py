@@ -112,6 +112,36 @@ def _retained_interval(results: Results, cell: CellResult) -> Interval | None:
     return None if quality.retained is None else quality.retained.ci95
 
 
+def _kept(field: str) -> Callable[[Results, CellResult], Estimate | None]:
+    """Reads a share retained of the tasks of one kind."""
+
+    def read(results: Results, cell: CellResult) -> Estimate | None:
+        quality = results.quality(cell)
+        return None if quality is None else getattr(quality, field)
+
+    return read
+
+
+def _value_of(
+    read: Callable[[Results, CellResult], Estimate | None],
+) -> Callable[[Results, CellResult], float | None]:
+    def value(results: Results, cell: CellResult) -> float | None:
+        estimate = read(results, cell)
+        return None if estimate is None else estimate.value
+
+    return value
+
+
+def _ends_of(
+    read: Callable[[Results, CellResult], Estimate | None],
+) -> Callable[[Results, CellResult], Interval | None]:
+    def ends(results: Results, cell: CellResult) -> Interval | None:
+        estimate = read(results, cell)
+        return None if estimate is None else estimate.ci95
+
+    return ends
+
+
 def _ratio_interval(results: Results, cell: CellResult) -> Interval | None:
     quality = results.quality(cell)
     return None if quality is None or quality.perplexity is None else quality.perplexity.ratio_ci95
@@ -126,18 +156,11 @@ def _speedup_interval(results: Results, cell: CellResult) -> Interval | None:
     return None if cell.speculation is None else cell.speculation.speedup_ci95
 
 
-def _gain(field: str) -> Callable[[Results, CellResult], float | None]:
-    def read(results: Results, cell: CellResult) -> float | None:
-        estimate = None if cell.speed is None else getattr(cell.speed, field)
-        return None if estimate is None else float(estimate.value)
+def _gain(field: str) -> Callable[[Results, CellResult], Estimate | None]:
+    """Reads a ratio of speeds."""
 
-    return read
-
-
-def _gain_interval(field: str) -> Callable[[Results, CellResult], Interval | None]:
-    def read(results: Results, cell: CellResult) -> Interval | None:
-        estimate: Estimate | None = None if cell.speed is None else getattr(cell.speed, field)
-        return None if estimate is None else estimate.ci95
+    def read(results: Results, cell: CellResult) -> Estimate | None:
+        return None if cell.speed is None else getattr(cell.speed, field)
 
     return read
 
@@ -171,16 +194,28 @@ METRICS: dict[str, Metric] = {
     "decode-ratio": Metric(
         "decode speed over the baseline's",
         "higher",
-        _gain("decode_ratio"),
-        _gain_interval("decode_ratio"),
+        _value_of(_gain("decode_ratio")),
+        _ends_of(_gain("decode_ratio")),
     ),
     "prefill-ratio": Metric(
         "prefill speed over the baseline's",
         "higher",
-        _gain("prefill_ratio"),
-        _gain_interval("prefill_ratio"),
+        _value_of(_gain("prefill_ratio")),
+        _ends_of(_gain("prefill_ratio")),
     ),
     "retained": Metric("share of quality retained", "higher", _retained, _retained_interval),
+    "written": Metric(
+        "share of written tasks retained",
+        "higher",
+        _value_of(_kept("written_retained")),
+        _ends_of(_kept("written_retained")),
+    ),
+    "ranked": Metric(
+        "share of tasks ranked by likelihood retained",
+        "higher",
+        _value_of(_kept("ranked_retained")),
+        _ends_of(_kept("ranked_retained")),
+    ),
     "accuracy": Metric("mean task score", "higher", _accuracy),
     "perplexity": Metric("perplexity", "lower", _perplexity),
     "perplexity-ratio": Metric("perplexity ratio", "lower", _perplexity_ratio, _ratio_interval),

@@ -10,6 +10,9 @@ from typing import Literal
 
 from compose.results.record import Estimate, Record
 
+TaskKind = Literal["likelihood", "generative"]
+"""Whether a task's answers are ranked by their likelihood, or written by the cell."""
+
 
 class Perplexity(Record):
     """Perplexity on held-out text."""
@@ -48,7 +51,7 @@ class TaskScore(Record):
     ci95: tuple[float, float] | None = None
     """95 % interval of the score."""
 
-    kind: Literal["likelihood", "generative"] | None = None
+    kind: TaskKind | None = None
     """Whether answers were ranked by likelihood, or written by the cell's own decoder."""
 
     outcomes: tuple[float, ...] | None = None
@@ -148,6 +151,12 @@ class Quality(Record):
     retained: Estimate | None = None
     """Mean over the baseline's tasks of the share of its score, with its interval and all
     questions; absent where outcomes do not pair, and for the baseline."""
+
+    written_retained: Estimate | None = None
+    """The same over the tasks whose answers the cell writes; absent where there is none."""
+
+    ranked_retained: Estimate | None = None
+    """The same over the tasks whose answers are ranked by likelihood."""
 
     own_answers: OwnAnswers | None = None
     """Distance to the dense model on the dense model's own greedy answers."""

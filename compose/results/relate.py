@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from compose.results.intervals import exp_mean_ratio, mean_interval, mean_of_ratios, paired_ratio
 from compose.results.parts import Estimate, OwnAnswers, Perplexity, Quality, Record, TaskScore
 from compose.results.published_metrics import skipping_curves
+from compose.results.quality import TaskKind
 from compose.results.schema import Results
 from compose.results.verdicts import verdict_of
 
@@ -54,6 +55,8 @@ def _related(quality: Quality | None, base: Quality | None, *, is_baseline: bool
             }
         if not is_baseline:
             fields["retained"] = _retained(quality, base)
+            fields["written_retained"] = _retained(quality, base, "generative")
+            fields["ranked_retained"] = _retained(quality, base, "likelihood")
     return _with(quality, **fields)
 
 
@@ -89,9 +92,12 @@ def paired_questions(own: TaskScore, base: TaskScore) -> bool:
     return same and bool(ours) and len(ours) == len(theirs)
 
 
-def _retained(own: Quality, base: Quality) -> Estimate | None:
+def _retained(own: Quality, base: Quality, kind: TaskKind | None = None) -> Estimate | None:
+    """Over all of the baseline's tasks, or over those of one kind."""
     pairs = []
     for name, theirs in (base.tasks or {}).items():
+        if kind not in (None, theirs.kind):
+            continue
         score = (own.tasks or {}).get(name)
         if score is None or not paired_questions(score, theirs):
             return None
