@@ -20,6 +20,8 @@ from compose.artifacts.bundle import write_loader
 from compose.artifacts.folder import copy_companions, probe_ids, probe_logits
 from compose.errors import RuleBroken, UserError
 from compose.stages.registry import STAGES, DataSpec, Gate, Int4, ModelShape, StageJob
+from compose.stages.shape import FUSED_QKV
+from gateskip.model.families import FAMILIES
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.grid_linear import GridEmbedding, GridLinear, SharedHead, grids_of
 
@@ -62,7 +64,9 @@ def test_a_folder_comes_back_as_it_was_rounded(
     model = load_model(folder)
     layers = grids_of(model)
     assert len(layers) == len(record["layer_errors"]) > 0
-    assert {layer.bits for layer in layers.values()} == {int(use[3:])}
+    values = {name for name in layers if name.endswith("v_proj")}
+    assert {layers[name].bits for name in layers.keys() - values} == {int(use[3:])}
+    assert len(values) == 4 and {layers[name].bits for name in values} == {8}
     assert isinstance(model.get_input_embeddings(), GridEmbedding)
     tensors = load_file(folder / "model.safetensors")
     assert not any(f"{name}.weight" in tensors for name in layers)
@@ -128,6 +132,48 @@ def test_bits_differ_by_layer(round_it: Callable[..., Made]) -> None:
     assert {layer.bits for name, layer in layers.items() if "down_proj" in name} == {8}
     assert not any("v_proj" in name for name in layers)
     assert all(layer.minimum is None for name, layer in layers.items() if "down_proj" in name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        ({"values": None}, {4}),
+        ({"values": 3}, {3}),
+        ({"mixed": {"layers.1.self_attn.v_proj": 4}}, {4, 8}),
+        ({"offset": "integer"}, None),
+    ],
+)
+def test_values_have_bits_of_their_own(
+    settings: dict[str, Any], bits: set[int] | None, round_it: Callable[..., Made]
+) -> None:
+    folder, _ = round_it(use="int4", compensate=False, **settings)
+    if bits is None:
+        words = load_file(folder / "model.safetensors")["model.layers.0.self_attn.v_proj.qweight"]
+        assert words.shape[0] * 8 == 64, "eight codes of 4 bits in a word"
+        return
+    layers = grids_of(load_model(folder))
+    assert {layer.bits for name, layer in layers.items() if name.endswith("v_proj")} == bits
+    assert {layer.bits for name, layer in layers.items() if name.endswith("k_proj")} == {4}
+
+
+def test_values_in_eight_bits_are_nearer_to_the_dense_model(
+    round_it: Callable[..., Made], tiny_llama: Path
+) -> None:
+    near, far = (kl(round_it(use="int2", **each)[0], tiny_llama) for each in ({}, {"values": None}))
+    assert near < far
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_fused_values_have_the_bits_of_the_rest(
+    family: str, round_it: Callable[..., Made], make_tiny: Callable[..., Path]
+) -> None:
+    """And the plan knows in which families these are no layer of their own."""
+    assert (len(FAMILIES[family].qkv) == 1) is (family in FUSED_QKV)
+    if family not in FUSED_QKV:
+        return
+    embedding = None if family == "gpt_neox" else 8
+    folder, _ = round_it(make_tiny(family), use="int4", compensate=False, embedding=embedding)
+    assert {layer.bits for layer in grids_of(load_model(folder)).values()} == {4}
 
 
 def test_the_same_seed_gives_the_same_file(round_it: Callable[..., Made]) -> None:
@@ -197,6 +243,7 @@ def test_gates_go_along(round_it: Callable[..., Made]) -> None:
     [
         ({"offset": "integer", "embedding": 8}, "embedding: null"),
         ({"offset": "integer", "mixed": {"down_proj": 8}}, "offset: real"),
+        ({"offset": "integer", "values": 8}, "leave mixed and values out"),
     ],
 )
 def test_what_gptq_cannot_hold_is_refused(settings: dict[str, Any], message: str) -> None:

@@ -31,6 +31,10 @@ FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"use": "bnb", "format": "nf4"},
     "gptq4": {"use": "gptq", "bits": 4, "group_size": 32, "sym": False},
 }
+GRIDS: dict[str, dict[str, Any]] = {
+    "grid8": {"use": "int8", "compensate": False},
+    "grid4": {"use": "int4", "compensate": False},
+}
 BITS = {"int8": 8, "gptq8": 8, "nf4": 4, "gptq4": 4}
 Pack = Callable[[str], Path]
 
@@ -50,7 +54,8 @@ def pack(
             target = tmp_path_factory.mktemp(name) / "model"
             target.mkdir()
             spec = DataSpec(source=str(licence_text), limit=8, length=64)
-            stage = STAGES[FORMATS[name]["use"]].model_validate(FORMATS[name])
+            settings = (FORMATS | GRIDS)[name]
+            stage = STAGES[settings["use"]].model_validate(settings)
             stage.run(make_job(source, target, calibration=spec))
             copy_companions(source, target)
             made[name] = target
@@ -128,7 +133,17 @@ def test_no_copy_of_four_bits_in_four_bits(pack: Pack, name: str) -> None:
     assert "int4" not in draft_copies(decoder.skipping)
 
 
+def test_values_in_more_bits_make_no_draft_of_equal_bits(pack: Pack) -> None:
+    """A copy in 4 bits of a grid in 4 bits would make its value projections smaller alone."""
+    decoder = gateskip.load(pack("grid4"))
+    assert {stored_bits(layer) for layer in linear_layers(decoder.skipping.model)} == {4, 8}
+    assert "int4" not in draft_copies(decoder.skipping)
+    assert {"int3", "int2"} <= set(draft_copies(decoder.skipping))
+
+
 DRAFTS = [
+    *(("grid8", each) for each in ("int4", "int3")),
+    ("grid4", "int3"),
     *(("int8", each) for each in ("int4", "int3", "nf4", "int4-head")),
     *(("gptq8", each) for each in ("int4", "int2")),
     *((name, each) for name in ("nf4", "gptq4") for each in ("int3", "int2", "int4-head")),

@@ -8,6 +8,14 @@ from typing import Any
 
 from compose.errors import PlanError
 
+FUSED_QKV = ("phi3", "gpt_neox")
+"""Model types whose queries, keys and values are one linear layer."""
+
+
+def is_value(name: str) -> bool:
+    """Whether a layer's name is that of a value projection."""
+    return name.rpartition(".")[2] == "v_proj"
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -25,7 +33,8 @@ class ModelShape:
     quantized: str | None = None
     """The quantizer that made the weights (`bitsandbytes`, `gptq`, ...), or None."""
     packed_bits: int | None = None
-    """Bits of the largest weights that it packed, where the source model's config states them."""
+    """Bits of the largest weights that it packed, where the source model's config states them;
+    value projections with more bits than the rest are not counted."""
     long_rope: bool = False
     """Whether each rotary frequency has a factor of its own, as in the long-context Phi3."""
     positions: int | None = None
@@ -83,6 +92,16 @@ class ModelShape:
         outer = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
         return outer + self.num_layers * layer
 
+    @property
+    def value_share(self) -> float:
+        """Share of the value projections in the layers' weights; 0 where they are no layers of
+        their own."""
+        if self.model_type in FUSED_QKV:
+            return 0.0
+        outer = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+        values = self.num_layers * self.hidden_size * self.num_kv_heads * self.head_dim
+        return values / (self.weights - outer)
+
     def linear_in_features(self) -> dict[str, int]:
         """Input width of each kind of linear layer in a decoder layer; the LM head is not one."""
         return {
@@ -108,11 +127,12 @@ def _count(text: Mapping[str, Any], key: str) -> int | None:
 
 
 def _packed_bits(quantization: Mapping[str, Any]) -> int | None:
-    """The most bits that a quantization config gives a layer; None where it does not say."""
+    """The most bits that a quantization config gives a layer, value projections left out; None
+    where it does not say."""
     if quantization.get("load_in_8bit") or quantization.get("load_in_4bit"):
         return 8 if quantization.get("load_in_8bit") else 4
     layers = [_mapping(quantization.get(key)) for key in ("dynamic", "layers")]
-    own = [_mapping(each) for named in layers for each in named.values()]
+    own = [_mapping(each) for named in layers for name, each in named.items() if not is_value(name)]
     stated = [_count(each, "bits") for each in (quantization, *own)]
     return max((bits for bits in stated if bits is not None), default=None)
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from compose.errors import RuleBroken, UserError
 from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJob, StoredBits
 from compose.stages.gate_transfer import carry_gates
-from compose.stages.quantize.linears import Bits, linear_names, matching
+from compose.stages.quantize.linears import Bits, linear_names, matching, value_projections
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,6 +88,10 @@ class Integers(Stage):
         """What groups of that many bits have beside their scale."""
         return "none" if bits == 8 else "real"
 
+    def value_bits(self) -> Bits:
+        """Bits of value projections, where neither `mixed` nor `allocate` gives them others."""
+        return self.bits
+
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, and `group-divides`: whole groups in every layer."""
         super().check(shape, before)
@@ -118,7 +122,8 @@ class Integers(Stage):
         return replace(shape, quantized="gateskip")
 
     def most_bits(self) -> int:
-        """The most that any layer may get, unless some stay as they are."""
+        """The most that any layer may get, unless some stay as they are. More bits for values alone
+        are not counted: a copy that makes no more than these smaller drafts no faster."""
         among = () if self.allocate is None else self.allocate.among
         return UNPACKED if self.skip else max(self.bits, *self.mixed.values(), *among, 0)
 
@@ -127,11 +132,16 @@ class Integers(Stage):
         of the embedding codes and scales."""
         if self.mixed or self.skip or (self.allocate and self.allocate.size_mb is not None):
             return None
-        beside = {"none": 16, "real": 32, "integer": 16 + self.bits}[self.grid_offset(self.bits)]
-        layers = self.bits + beside / self.group_size
+        values = shape.value_share * (self._in_file(self.value_bits()) - self._in_file(self.bits))
+        layers = self._in_file(self.bits) + values
         if self.allocate is not None and self.allocate.bits_per_weight is not None:
             layers = self.allocate.bits_per_weight
         return StoredBits(layers, None if self.embedding is None else self.embedding + 16 / 32)
+
+    def _in_file(self, bits: int) -> float:
+        """Bits of a weight with its share of what its group has."""
+        beside = {"none": 16, "real": 32, "integer": 16 + bits}[self.grid_offset(bits)]
+        return bits + beside / self.group_size
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
         """Hidden states of all calibration text, and a layer's second moments."""
@@ -171,6 +181,7 @@ class Integers(Stage):
         linears, head = linear_names(job)
         inside = [name for name in linears if name not in head]
         bits: dict[str, Bits] = dict.fromkeys(inside, self.bits)
+        bits |= dict.fromkeys(value_projections(inside), self.value_bits())
         for end, own in self.mixed.items():
             bits |= dict.fromkeys(matching([end], inside, "mixed"), own)
         for name in matching(self.skip, inside):
@@ -190,6 +201,8 @@ class Integers(Stage):
 
         assert self.allocate is not None, "the caller asked"
         fixed = {n for end in self.mixed for n in matching([end], list(how), "mixed")}
+        if "values" in self.model_fields_set:
+            fixed |= set(value_projections(how))
         options = [self._rounding(bits) for bits in sorted(self.allocate.among)]
         costs = measure_costs(
             model,
@@ -286,25 +299,41 @@ class Int8(Integers):
 
 
 class WithOffset(Integers):
-    """Few bits, where an offset for each group pays."""
+    """Few bits, where an offset for each group pays, and values keep more bits than the rest."""
+
+    version: ClassVar[int] = 2
 
     offset: Literal["real", "integer"] = "real"
     """What a group has beside its scale: a minimum, as GGUF's Q4_1 has, or an integer zero point,
-    which is all that the GPTQ format holds. The latter is written as GPTQ, embedding and LM
-    head left as they are; gptqmodel, vLLM and transformers read it."""
+    which is all that the GPTQ format holds. The latter is written as GPTQ, values in the bits of
+    the rest, embedding and LM head left as they are; gptqmodel, vLLM and transformers read it."""
+
+    values: Bits | None = 8
+    """Bits of the value projections (`v_proj`), which are 3 % of SmolLM2's weights and cause a
+    quarter of the KL of 4 bits; null gives them those of all layers. `mixed` and `skip` stand
+    above it, and `allocate` chooses for itself where this is left out. Families that fuse
+    queries, keys and values in one layer (phi3, gpt_neox) have no `v_proj`: there it does
+    nothing."""
 
     @model_validator(mode="after")
     def _fits_its_format(self) -> Self:
-        if self.offset == "integer" and (self.mixed or self.bits == 3):
+        given = self.model_fields_set
+        if "values" not in given and (self.offset == "integer" or self.allocate is not None):
+            object.__setattr__(self, "values", None)
+        if self.offset == "integer" and (self.mixed or self.values or self.bits == 3):
             raise ValueError(
                 "offset: integer is written as GPTQ, in 4 or 2 bits for all layers: "
-                "leave mixed out, or set offset: real"
+                "leave mixed and values out, or set offset: real"
             )
-        if self.offset == "integer" and "embedding" not in self.model_fields_set:
+        if self.offset == "integer" and "embedding" not in given:
             object.__setattr__(self, "embedding", None)
         if self.offset == "integer" and self.embedding is not None:
             raise ValueError("GPTQ holds no packed embedding: set embedding: null")
         return self
+
+    def value_bits(self) -> Bits:
+        """As set, else the stage's own."""
+        return self.values or self.bits
 
     def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
         """As set; 8 bits do without."""

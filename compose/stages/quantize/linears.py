@@ -7,6 +7,7 @@ from typing import Literal
 
 from compose.errors import RuleBroken, UserError, suggest
 from compose.stages.base import ModelShape, StageJob
+from compose.stages.shape import is_value
 
 DeviceMap = Literal["auto", "balanced", "sequential", "cpu"]
 """How accelerate places layers, as `from_pretrained` takes it."""
@@ -49,3 +50,9 @@ def matching(ends: Iterable[str], names: list[str], key: str = "skip") -> list[s
             known = sorted({name.rpartition(".")[2] for name in names})
             raise UserError(f"{key}: no linear layer is called {end!r}: {suggest(end, known)}")
     return [name for fitting in found.values() for name in fitting]
+
+
+def value_projections(names: Iterable[str]) -> list[str]:
+    """Those of the layers' names that are value projections; none where queries, keys and values
+    are one layer."""
+    return [name for name in names if is_value(name)]
