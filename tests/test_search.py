@@ -594,6 +594,16 @@ def test_a_search_again_measures_nothing_and_another_target_little(short: Path) 
     assert len(asked) < 8, "only what comes to a later rung for the first time"
 
 
+def test_the_baseline_is_scored_once_a_rung(short: Path) -> None:
+    """And so is a plain cell, whichever batches its drafting chains fall into."""
+    script = Script()
+    go(short, decode_within(0.06), script)
+    scored = [event[1] for event in script.log if event[0] == "quality"]
+    rungs = len(list((short.parent / "runs" / "small-search" / "probes").iterdir()))
+    assert scored.count("dense") == rungs + 1, "and once in the last rung"
+    assert all(scored.count(name) <= rungs + 1 for name in scored)
+
+
 @pytest.fixture
 def short(file: Path) -> Path:
     """The file with a space of eleven chains in batches of four."""

@@ -81,11 +81,14 @@ class Lab:
         return known | (self._measured(missing, rung) if missing else {})
 
     def _measured(self, chains: Sequence[Chain], rung: Rung) -> dict[Chain, Probe]:
-        """Run a plan of chains that have no probe, and keep what it measured of them."""
+        """Run a plan of chains that have no probe, and keep what it measured of them.
+
+        All batches of a rung share one run folder, so that the baseline, and the plain cells of
+        those that draft, are scored once.
+        """
         plan = self._plan(chains, rung)
         keys = self._keys(plan)
-        recipe = {"chains": chains, "benchmark": rung.benchmark.model_dump(mode="json")}
-        name = f"rung{rung.number}-{digest(recipe)}"
+        name = f"rung{rung.number}-{digest(rung.benchmark.model_dump(mode='json'))}"
         renamed = replace(plan, pipeline=plan.pipeline.model_copy(update={"name": name}))
         settings = replace(
             self.settings, out=self.folder / "probes", store=self.store.root, report=False
