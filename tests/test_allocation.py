@@ -16,6 +16,7 @@ from gateskip.quantization.allocation import EVERY, allocate, measure_costs
 from gateskip.quantization.compensate import Rounding
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.rounding import round_to_grid
+from gateskip.quantization.sensitivity import SEQUENCE, TOKENS, estimate_costs, sequences
 
 BITS = (2, 4, 8)
 
@@ -48,6 +49,36 @@ def test_a_cost_is_the_kl_of_that_layer_alone(tiny_llama: Path) -> None:
     each = (dense.exp() * (dense - found)).sum(-1)[:, EVERY - 1 :: EVERY]
     kl = float(each.mean())
     assert costs[name][2] == pytest.approx(kl, rel=1e-3)
+
+
+def test_an_estimate_is_near_what_is_measured(tiny_llama: Path) -> None:
+    """Where errors are small, and within a factor of two where 2 bits make them large."""
+    model = load_model(tiny_llama, "float32")
+    model.model.norm.weight.requires_grad_(False)
+    asking = [name for name, each in model.named_parameters() if each.requires_grad]
+    before = copy.deepcopy(model.state_dict())
+    ids = torch.randint(3, 512, (32, 64), generator=torch.Generator().manual_seed(1))
+    found, measured = estimate_costs(model, ids, options), measure_costs(model, ids, options)
+    assert found.keys() == measured.keys() and len(found) == 8
+    for bits, spread in ((2, 2.0), (4, 1.5), (8, 1.5)):
+        for name, each in measured.items():
+            assert each[bits] / spread < found[name][bits] < each[bits] * spread
+        total, wanted = (sum(each[bits] for each in costs.values()) for costs in (found, measured))
+        assert total == pytest.approx(wanted, rel=0.3 if bits == 2 else 0.12)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert [name for name, each in model.named_parameters() if each.requires_grad] == asking
+    assert all(each.grad is None for each in model.parameters())
+    assert estimate_costs(model, ids, options) == found, "the seed decides"
+
+
+def test_gradients_are_taken_of_short_sequences_from_all_over_the_text() -> None:
+    blocks = torch.arange(40 * 512).view(40, 512)
+    found = sequences(blocks)
+    assert found.shape == (TOKENS // SEQUENCE, SEQUENCE)
+    assert torch.equal(found[0], blocks[0, :SEQUENCE])
+    assert found[-1, 0] > blocks[34, 0], "the end of the text is among them"
+    assert torch.equal(sequences(blocks[:1, :40]), blocks[:1, :40]), "shorter ones as they are"
 
 
 @given(

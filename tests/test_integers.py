@@ -268,8 +268,9 @@ def test_groups_divide() -> None:
         Gate(use="gate").check(shape, (Int4(use="int4"),))
 
 
+@pytest.mark.parametrize("by", ["gradients", "measured"])
 def test_bits_are_shared_out_under_a_size(
-    round_it: Callable[..., Made], make_tiny: Callable[..., Path]
+    by: str, round_it: Callable[..., Made], make_tiny: Callable[..., Path]
 ) -> None:
     source = make_tiny("llama", num_hidden_layers=3)
     sizes = {
@@ -278,14 +279,28 @@ def test_bits_are_shared_out_under_a_size(
     }
     limit = (sizes["int2"] + sizes["int8"]) / 2
     folder, record = round_it(
-        source, use="int4", allocate={"size_mb": limit / 1e6, "among": [2, 4, 8]}
+        source,
+        use="int4",
+        compensate=False,
+        allocate={"size_mb": limit / 1e6, "among": [2, 4, 8], "by": by},
     )
     taken = sum(f.stat().st_size for f in folder.iterdir() if f.is_file())
     assert 0.85 * limit < taken <= limit
     layers = grids_of(load_model(folder))
     assert {name: layer.bits for name, layer in layers.items()} == record["layer_bits"]
     assert len(set(record["layer_bits"].values())) > 1
-    assert record["sensitivities"].keys() == record["layer_bits"].keys()
+    found = record["allocation"]
+    assert found["by"] == by
+    assert found["sensitivities"].keys() == record["layer_bits"].keys(), "values are not set apart"
+    assert found["predicted_kl"] / 2 < found["kl"] < 2 * found["predicted_kl"]
+
+
+def test_values_that_are_asked_for_stand_above_bits_by_need(round_it: Callable[..., Made]) -> None:
+    asked = {"bits_per_weight": 4, "among": [2, 4]}
+    folder, record = round_it(use="int4", compensate=False, values=8, allocate=asked)
+    layers = grids_of(load_model(folder))
+    assert {layer.bits for name, layer in layers.items() if name.endswith("v_proj")} == {8}
+    assert not any(name.endswith("v_proj") for name in record["allocation"]["sensitivities"])
 
 
 def test_a_size_that_cannot_be_met_is_refused(round_it: Callable[..., Made]) -> None:

@@ -102,6 +102,14 @@ class ModelShape:
         values = self.num_layers * self.hidden_size * self.num_kv_heads * self.head_dim
         return values / (self.weights - outer)
 
+    @property
+    def tapped(self) -> int:
+        """Numbers that the linear layers of all decoder layers read and give for one token, what
+        several read counted once."""
+        queries, values = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = 2 * queries + 2 * values + 2 * self.hidden_size
+        return self.num_layers * (attention + 3 * self.intermediate_size + 2 * self.hidden_size)
+
     def linear_in_features(self) -> dict[str, int]:
         """Input width of each kind of linear layer in a decoder layer; the LM head is not one."""
         return {

@@ -1,7 +1,8 @@
 """Bits by need: each layer gets the bits that cost the least KL under a size.
 
-What a layer's rounding costs is measured, not guessed: its weights are rounded alone, and the KL of
-the whole model's distribution from the unrounded one is taken on text, at every fourth token. Costs
+What a layer's rounding costs is measured here: its weights are rounded alone, and the KL of the
+whole model's distribution from the unrounded one is taken on text, at every fourth token. That
+takes a pass for each option of each layer; sensitivity.py estimates the same from few passes. Costs
 of different layers are added up. That is not exact, but what it is asked for is an order: where
 another bit helps most.
 """
@@ -79,12 +80,23 @@ class _Runs:
         hidden = self.entered[number]
         for layer, settings in zip(self.layers[number:], self.settings[number:], strict=True):
             hidden = run_layer(layer, hidden, settings)
-        found = self._distribution(hidden)
-        return float((self.dense.exp() * (self.dense - found)).sum(-1).mean())
+        return mean_kl(self.dense, self._distribution(hidden))
 
     def _distribution(self, hidden: Tensor) -> Tensor:
-        at = hidden[:, EVERY - 1 :: EVERY]
-        return head(self.model, final_norm(self.model)(at)).float().log_softmax(-1)
+        at = final_norm(self.model)(hidden[:, EVERY - 1 :: EVERY])
+        return head(self.model, at).float().log_softmax(-1)
+
+
+@torch.no_grad()
+def distribution(model: Any, blocks: Tensor) -> Tensor:
+    """Log-probabilities [N, S / 4, V] at every fourth token of token ids [N, S]."""
+    hidden = backbone(model)(blocks, use_cache=False).last_hidden_state
+    return head(model, hidden[:, EVERY - 1 :: EVERY]).float().log_softmax(-1)
+
+
+def mean_kl(target: Tensor, found: Tensor) -> float:
+    """KL in nats a token of log-probabilities `found` [..., V] from those of the target."""
+    return float((target.exp() * (target - found)).sum(-1).mean())
 
 
 def allocate(costs: Costs, sizes: Mapping[str, Mapping[int, int]], limit: int) -> dict[str, int]:
