@@ -284,7 +284,9 @@ class Engine:
                 for part in (cache.keys, cache.values, *tables)
             ]
             bf16 = int(cache.keys[0].dtype == torch.bfloat16)
-            view = abi.CacheView(*map(ctypes.addressof, lists), cache.capacity, bf16)
-            view.held = (lists, tables)
+            slots = (abi.Int * len(cache.slots))(*cache.slots)
+            places = map(ctypes.addressof, (*lists, slots))
+            view = abi.CacheView(*places, cache.capacity, bf16)
+            view.held = (lists, tables, slots)
             self._cache = (weakref.ref(cache), view)  # its memory goes when its text is done
         return self._cache[1]

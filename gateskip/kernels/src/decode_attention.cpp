@@ -39,7 +39,7 @@ void Pass::turn(const Layer& a, const Norm& norm, const float* all, int first, i
 
 template <class Stored>
 Stored* Pass::entry(void* const* store, int l, int row, int head, int slot) const {
-  const int64_t line = (int64_t(s.cache_row[row]) * m.kv_heads + head) * c.capacity + slot;
+  const int64_t line = (int64_t(s.cache_row[row]) * m.kv_heads + head) * c.slots[l] + slot % c.slots[l];
   return static_cast<Stored*>(store[l]) + line * m.head_dim;
 }
 
@@ -123,21 +123,24 @@ void Pass::attend_heads(int l, int place, int head) {
   const Layer& a = m.layer[l];
   turn(a, a.norm_q, at.q + int64_t(row) * m.heads * d, head, n, slot, query_);
   const int first = a.window ? std::max(0, slot + 1 - a.window) : 0, seen = slot + 1 - first;
+  const int whole = std::min(seen, c.slots[l] - first % c.slots[l]);  // those before positions come around
   const Stored* keys = entry<Stored>(c.keys, l, row, kv, first);
   const Stored* values = entry<Stored>(c.values, l, row, kv, first);
-  score<Stored, n>(query_, keys, seen);
+  const int64_t around = int64_t(c.slots[l]) * d;
+  score<Stored, n>(query_, keys, 0, whole);
+  score<Stored, n>(query_, keys - around, whole, seen);
   float* out = at.mixed + (int64_t(place) * m.heads + head) * d;
   float inverse[n];
   for (int i = 0; i < n; i++) inverse[i] = 1.0f / softmax(a, scores_ + i * stride_, seen);
-  mix<Stored, n>(values, seen, inverse, out);
+  mix<Stored, n>(values, whole, around, seen, inverse, out);
 }
 
-// scores_ [n, stride_]: queries [n, d] times keys [seen, d], four slots at a time
+// scores_ [n, stride_] from place `first` to `last`: queries [n, d] times keys [last, d], four at a time
 template <class Stored, int n>
-void Pass::score(const float* query, const Stored* keys, int seen) {
+void Pass::score(const float* query, const Stored* keys, int first, int last) {
   const int d = m.head_dim;
-  int t = 0;
-  for (; t + 4 <= seen; t += 4) {
+  int t = first;
+  for (; t + 4 <= last; t += 4) {
     F32X8 total[n][4] = {};
     for (int i = 0; i < d; i += 8) {
       F32X8 each[n];
@@ -152,7 +155,7 @@ void Pass::score(const float* query, const Stored* keys, int seen) {
     }
     for (int h = 0; h < n; h++) sum_four(total[h], scores_ + h * stride_ + t);
   }
-  for (; t < seen; t++)
+  for (; t < last; t++)
     for (int h = 0; h < n; h++) scores_[h * stride_ + t] = dot(query + h * d, keys + int64_t(t) * d, d);
 }
 
@@ -173,15 +176,15 @@ float Pass::softmax(const Layer& a, float* scores, int seen) const {
   return sum(mass);
 }
 
-// out [n, d]: values [seen, d] weighted by scores_ and `inverse` [n]
+// out [n, d]: values [seen, d] weighted by scores_ and `inverse` [n]; from place `whole` on they lie `around` earlier
 template <class Stored, int n>
-void Pass::mix(const Stored* values, int seen, const float* inverse, float* out) const {
+void Pass::mix(const Stored* values, int whole, int64_t around, int seen, const float* inverse, float* out) const {
   const int d = m.head_dim;
   for (int i = 0; i < d; i += 32) {
     const int vectors = std::min(4, (d - i) / 8);
     F32X8 total[n][4] = {};
     for (int t = 0; t < seen; t++) {
-      const Stored* value = values + int64_t(t) * d + i;
+      const Stored* value = values + int64_t(t) * d + i - (t < whole ? 0 : around);
       F32X8 share[n];
 #pragma GCC unroll 4
       for (int h = 0; h < n; h++) share[h] = broadcast(scores_[h * stride_ + t]);

@@ -62,10 +62,10 @@ class Pass : Share {
   template <class Stored, int n>
   void attend_heads(int l, int place, int head);
   template <class Stored, int n>
-  void score(const float* query, const Stored* keys, int seen);
+  void score(const float* query, const Stored* keys, int first, int last);
   float softmax(const Layer& a, float* scores, int seen) const;
   template <class Stored, int n>
-  void mix(const Stored* values, int seen, const float* inverse, float* out) const;
+  void mix(const Stored* values, int whole, int64_t around, int seen, const float* inverse, float* out) const;
 
   const Model& m;
   const CacheView& c;
