@@ -149,7 +149,8 @@ class CacheView(ctypes.Structure):
     """Where a KV cache and its rope tables are."""
 
     _fields_ = (
-        *((name, Pointer) for name in ("keys", "values", "cos", "sin", "slots")),
+        *((name, Pointer) for name in ("keys", "values", "cos", "sin")),
+        *((name, Pointer) for name in ("key_scales", "value_scales", "slots")),
         *((name, Int) for name in ("capacity", "bf16")),
     )
 

@@ -33,7 +33,7 @@ from gateskip.quantization.formats import has_packed, weight_format
 from gateskip.quantization.packed_linear import streaming
 from gateskip.runtime.attention import attend_padded, attend_rows
 from gateskip.runtime.backend import Arithmetic, BackendName, Thresholds, dtype_name
-from gateskip.runtime.kv_cache import KVCache, Place, Visible, slots_of
+from gateskip.runtime.kv_cache import SCALE_BYTES, KVCache, KVFormat, Place, Visible, slots_of
 from gateskip.runtime.sizes import EVEN, few_sizes, filled
 
 Attend = Callable[[Tensor, Sequence[int], Tensor], Tensor]
@@ -60,6 +60,7 @@ class GatheredBackend:
         }
         self.usage = Usage.of(model)
         self.gated = True
+        self.kv_cache: KVFormat = "model"
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """torch multiplies with activations of the model's own type; packed weights are unpacked
@@ -77,11 +78,15 @@ class GatheredBackend:
             raise ValueError(f"{capacity} tokens do not fit: the model has {limit} positions")
         sizes = self._cache_sizes(batch, capacity)
         windows = [shape.window for shape in self.shapes.values()]
-        return KVCache.empty(self.model, sizes, self._positions(capacity), windows)
+        positions = self._positions(capacity)
+        return KVCache.empty(self.model, sizes, positions, windows, self.kv_cache)
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
         """What `new_cache` takes, in bytes."""
-        return sum(map(math.prod, self._cache_sizes(batch, capacity))) * self.dtype.itemsize
+        sizes = self._cache_sizes(batch, capacity)
+        if self.kv_cache == "model":
+            return sum(map(math.prod, sizes)) * self.dtype.itemsize
+        return sum(math.prod(size) + SCALE_BYTES * math.prod(size[:3]) for size in sizes)
 
     def _cache_sizes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
         """[B, kv_heads, slots, D] of every layer's keys, then of its values. Under the KV rule
@@ -270,8 +275,8 @@ class GatheredBackend:
         keys, values = project_keys_values(branch, own, at, self.turn)
         rows = batch.place.row_index.squeeze(1)[kept // keep.shape[1]]
         slots = batch.slots.flatten()[kept]
-        cache.keys[branch.layer][rows, :, slots] = keys[0, : len(kept)].to(self.dtype)
-        cache.values[branch.layer][rows, :, slots] = values[0, : len(kept)].to(self.dtype)
+        index = (rows, slice(None), slots)
+        cache.put(branch.layer, index, keys[0, : len(kept)], values[0, : len(kept)])
         return cache.visible(branch.layer, batch.place)
 
     # -- gathering ------------------------------------------------------------------------------

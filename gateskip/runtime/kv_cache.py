@@ -2,14 +2,18 @@
 
 A layer with a sliding window keeps the positions that the window reaches and some more: a position
 lies at its remainder by the layer's slots, over the one that the window has left.
+
+In the format `int8` keys and values are bytes times a scale for each token and head; prompts attend
+to what those stand for, as decoding does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,6 +28,14 @@ overwritten no position that the tokens after it see."""
 TOGETHER = (
     256  # keys that kernels take in at once begin at multiples of this: KEYS in attention.cpp
 )
+
+
+KVFormat = Literal["model", "int8"]
+"""How keys and values are kept: in the model's float type, or in 8 bits."""
+KV_FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
+SCALE_BYTES = 4  # of a token and head
+Scales = list[Tensor] | None
+"""One of [B, kv_heads, slots] a layer, float32; None for numbers that need none."""
 
 
 def slots_of(window: int | None, capacity: int) -> int:
@@ -69,8 +81,10 @@ class KVCache:
     keys: list[Tensor]
     values: list[Tensor]
     rope: Rope  # two of [capacity, D] a kind of layer
-    windows: tuple[int | None, ...] = ()  # of each layer
-    reached: list[int] = field(default_factory=list)  # positions that each row was written up to
+    windows: tuple[int | None, ...]  # of each layer
+    reached: list[int]  # positions that each row was written up to
+    scales: tuple[Scales, Scales]  # of keys, and of values
+    dtype: torch.dtype  # of what is attended to
 
     @classmethod
     def empty(
@@ -79,6 +93,7 @@ class KVCache:
         sizes: Sequence[tuple[int, ...]],
         capacity: int,
         windows: Sequence[int | None],
+        kind: KVFormat = "model",
     ) -> KVCache:
         """Zeros of `sizes` [B, kv_heads, slots, D], those of keys and of values by turns, for
         `capacity` positions a row.
@@ -87,14 +102,27 @@ class KVCache:
         """
         weight = final_norm(model).weight
         counts = [math.prod(size) for size in sizes]
-        store = torch.zeros(sum(counts), dtype=weight.dtype, device=weight.device)
+        stored = torch.int8 if kind == "int8" else weight.dtype
+        store = torch.zeros(sum(counts), dtype=stored, device=weight.device)
         cut = zip(store.split(counts), sizes, strict=True)
         parts = [part.view(size) for part, size in cut]
         positions = torch.arange(capacity, device=weight.device).unsqueeze(0)
         rope = {
             key: (c[0], s[0]) for key, (c, s) in rope_at(model, positions, weight.dtype).items()
         }
-        return cls(parts[0::2], parts[1::2], rope, tuple(windows), [0] * sizes[0][0])
+        scales: list[Scales] = [None, None]
+        if kind == "int8":
+            every = [torch.zeros(size[:3], device=weight.device) for size in sizes]
+            scales = [every[0::2], every[1::2]]
+        return cls(
+            parts[0::2],
+            parts[1::2],
+            rope,
+            tuple(windows),
+            [0] * sizes[0][0],
+            (scales[0], scales[1]),
+            weight.dtype,
+        )
 
     @property
     def batch(self) -> int:
@@ -106,7 +134,7 @@ class KVCache:
         """Positions a row has."""
         return len(next(iter(self.rope.values()))[0])
 
-    @property
+    @cached_property
     def slots(self) -> list[int]:
         """Slots that each layer has of a row."""
         return [keys.shape[2] for keys in self.keys]
@@ -128,24 +156,48 @@ class KVCache:
 
     def store(self, layer: int, place: Place, keys: Tensor, values: Tensor) -> Visible:
         """Keep keys and values [B, S, kv_heads, D] of a layer at a place: what its tokens see."""
-        if place.used > self.keys[layer].shape[2]:
+        if place.used > self.slots[layer]:
             return self._store_around(layer, place, keys, values)
-        stores = zip((self.keys[layer], self.values[layer]), (keys, values), strict=True)
-        for store, part in stores:
-            part = part.to(store.dtype)
-            if place.together is not None:
-                store[:, :, place.together] = part.transpose(1, 2)
-            else:
-                store[place.row_index, :, place.slots] = part
+        if place.together is not None:
+            index = (slice(None), slice(None), place.together)
+            self.put(layer, index, keys.transpose(1, 2), values.transpose(1, 2))
+        else:
+            self.put(layer, (place.row_index, slice(None), place.slots), keys, values)
         return self.visible(layer, place)
+
+    def put(self, layer: int, index: tuple[Any, ...], keys: Tensor, values: Tensor) -> None:
+        """Keys and values [..., D] into a layer's [B, kv_heads, slots] at an index."""
+        for store, scales, part in self._stores(layer, keys, values):
+            if scales is None:
+                store[index] = part.to(store.dtype)
+            else:
+                store[index], scales[index] = to_int8(part)
 
     def visible(self, layer: int, place: Place) -> Visible:
         """What tokens see of a layer that holds every position at its own slot."""
-        return Visible((self.keys[layer], self.values[layer]), place.rows, place.slots, place.used)
+        keys, values = self.keys[layer], self.values[layer]
+        if self.scales[0] is not None:
+            used = slice(0, min(place.used + -place.used % EVEN, self.slots[layer]))
+            keys, values = (
+                from_int8(store[:, :, used], scales[:, :, used], self.dtype)
+                for store, scales, _ in self._stores(layer, keys, values)
+                if scales is not None
+            )
+        return Visible((keys, values), place.rows, place.slots, place.used)
+
+    def _stores(
+        self, layer: int, keys: Tensor, values: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """For keys, then for values: where a layer keeps them, their scales, and what is given."""
+        parts = zip((self.keys, self.values), self.scales, (keys, values), strict=True)
+        for store, scales, part in parts:
+            yield store[layer], None if scales is None else scales[layer], part
 
     def copy_below(self, layer: int, place: Place) -> None:
         """KV rule `copy`: a layer shows its predecessor's entries at a place."""
-        for store in (self.keys, self.values):
+        for store in (self.keys, self.values, *self.scales):
+            if store is None:
+                continue
             if place.together is not None:
                 store[layer][:, :, place.together] = store[layer - 1][:, :, place.together]
             else:
@@ -155,39 +207,67 @@ class KVCache:
     def _store_around(self, layer: int, place: Place, keys: Tensor, values: Tensor) -> Visible:
         """The same where positions come around: what is seen is put in order, beside the cache,
         before the last tokens overwrite what their window has left."""
-        window, slots = self.windows[layer], self.keys[layer].shape[2]
-        assert window is not None, "only layers with a window have fewer slots than positions"
-        starts = place.slots[:, :1]
-        first = (starts + 1 - window).clamp_min(0) // TOGETHER * TOGETHER  # [B, 1]
-        before, count = starts - first, place.slots.shape[1]
-        most = int(before.max())
-        width = -(-(most + count) // EVEN) * EVEN
-        earlier = (first + torch.arange(most, device=first.device)) % slots  # [B, most]
-        shifted = place.slots - first
+        seen = self._in_order(layer, place, keys, values)
+        slots = self.slots[layer]
         row, column = _last(place, slots)
         at = place.slots[row, column] % slots
-        seen = []
-        for store, part in (
-            (self.keys[layer], keys.to(self.keys[layer].dtype)),
-            (self.values[layer], values.to(self.values[layer].dtype)),
-        ):
-            whole = store.new_zeros(len(part), part.shape[2], width, part.shape[3])
-            whole[:, :, :most] = store[place.row_index, :, earlier].transpose(1, 2)
-            each = torch.arange(len(part), device=first.device).unsqueeze(1)
-            whole[each, :, shifted] = part
-            store[place.row_index.squeeze(1)[row], :, at] = part[row, column]
+        index = (place.row_index.squeeze(1)[row], slice(None), at)
+        self.put(layer, index, keys[row, column], values[row, column])
+        return seen
+
+    def _in_order(self, layer: int, place: Place, keys: Tensor, values: Tensor) -> Visible:
+        """What a window reaches of the positions before a place, and behind it the keys and values
+        [B, S, kv_heads, D] that belong there."""
+        window = self.windows[layer]
+        assert window is not None, "only layers with a window have fewer slots than positions"
+        starts, count = place.slots[:, :1], place.slots.shape[1]
+        first = (starts + 1 - window).clamp_min(0) // TOGETHER * TOGETHER  # [B, 1]
+        most, shifted = int((starts - first).max()), place.slots - first
+        earlier = (first + torch.arange(most, device=first.device)) % self.slots[layer]
+        old = (place.row_index, slice(None), earlier)  # [B, most]
+        new = (torch.arange(len(keys), device=first.device).unsqueeze(1), slice(None), shifted)
+        width, seen = -(-(most + count) // EVEN) * EVEN, []
+        for store, scales, part in self._stores(layer, keys, values):
+            before = store[old]  # [B, most, kv_heads, D]
+            if scales is not None:
+                before = from_int8(before, scales[old], self.dtype)
+                part = from_int8(*to_int8(part), self.dtype)
+            sizes = (len(part), part.shape[2], width, part.shape[3])
+            whole = torch.zeros(sizes, dtype=self.dtype, device=first.device)
+            whole[:, :, :most] = before.transpose(1, 2)
+            whole[new] = part.to(self.dtype)
             seen.append(whole)
         return Visible((seen[0], seen[1]), None, shifted, most + count)
 
     def rows(self, numbers: Sequence[int]) -> KVCache:
         """Copies of rows, in the given order; a row may come more than once."""
         chosen = list(numbers)
-        stores = ([part[chosen] for part in store] for store in (self.keys, self.values))
-        return KVCache(*stores, self.rope, self.windows, [self.reached[row] for row in chosen])
+        keys, values, *scales = (
+            None if store is None else [part[chosen] for part in store]
+            for store in (self.keys, self.values, *self.scales)
+        )
+        assert keys is not None and values is not None
+        reached = [self.reached[row] for row in chosen]
+        both = (scales[0], scales[1])
+        return KVCache(keys, values, self.rope, self.windows, reached, both, self.dtype)
 
     def nbytes(self) -> int:
         """Memory held, in bytes."""
-        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
+        stores = (self.keys, self.values, *(scales or [] for scales in self.scales))
+        return sum(x.numel() * x.element_size() for store in stores for x in store)
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers [..., D] as bytes whose largest is 127, and scales [...]: as the kernels do it."""
+    x = x.float()
+    most = x.abs().amax(-1)
+    inverse = torch.where(most > 0, 127 / most, torch.zeros_like(most))
+    return (x * inverse.unsqueeze(-1)).round().to(torch.int8), most / 127
+
+
+def from_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What bytes [..., D] and scales [...] stand for."""
+    return (codes.float() * scales.unsqueeze(-1)).to(dtype)
 
 
 def _last(place: Place, slots: int) -> tuple[Tensor, Tensor]:

@@ -360,7 +360,7 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
     std::vector<float> turns(size_t(capacity) * rotary, 0.6f);
     const void* tables[] = {turns.data(), turns.data()};
     const std::vector<int32_t> all(layers, capacity);
-    const CacheView cache{keys.data(), values.data(), tables, tables, all.data(), capacity, half};
+    const CacheView cache{keys.data(), values.data(), tables, tables, nullptr, nullptr, all.data(), capacity, half};
     std::vector<int32_t> row, slot(slots.begin(), slots.end());
     for (int r = 0; r < rows; r++) row.push_back(r);
     std::vector<float> states = given, thresholds(2 * layers, 0.1f);
@@ -389,7 +389,7 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
   std::vector<float> turns(size_t(capacity) * rotary, 0.6f), state(hidden), accepted{1.0f};
   const void* tables[] = {turns.data(), turns.data()};
   const std::vector<int32_t> all(layers, capacity);
-  const CacheView cache{keys.data(), values.data(), tables, tables, all.data(), capacity, half};
+  const CacheView cache{keys.data(), values.data(), tables, tables, nullptr, nullptr, all.data(), capacity, half};
   int32_t row = 0, slot = 4;
   std::vector<int64_t> kept(2 * layers);
   std::vector<double> spent(PARTS);

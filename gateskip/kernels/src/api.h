@@ -135,15 +135,18 @@ typedef struct Model {
 } Model;
 
 /* A KV cache: a layer's keys and values [B, kv_heads, slots, D]. A position lies at its remainder by the layer's slots,
- * of which a layer with a window has at least MAX_ROWS more than the window. */
+ * of which a layer with a window has at least MAX_ROWS more than the window. Where there are scales, keys and values are
+ * signed bytes times the scale of their position and head. */
 typedef struct CacheView {
   void* const* keys;   /* [layers] */
   void* const* values; /* [layers] */
   const void* const* cos; /* one table a Layer.rope: [capacity, rotary_dim] float32 */
   const void* const* sin;
+  float* const* key_scales;   /* [layers] of [B, kv_heads, slots], or null */
+  float* const* value_scales; /* the same */
   const int32_t* slots; /* [layers] */
   int32_t capacity;     /* positions of a row */
-  int32_t bf16;
+  int32_t bf16;         /* else float32, or bytes where there are scales */
 } CacheView;
 
 /* Tokens of one forward pass, each a row with its own place in the cache. */
