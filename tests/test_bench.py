@@ -22,6 +22,7 @@ from compose.language.schema import Benchmark, Pipeline
 from compose.planning.bench_plan import bench_plan, decode_stage
 from compose.planning.planner import make_plan
 from compose.results.io import load_results
+from compose.stages.registry import Plain, Speculate
 from gateskip.runtime.backend import BACKENDS as RUNNABLE
 
 SETTINGS: dict[str, Any] = {"speed": {"repeats": 1}}
@@ -37,6 +38,11 @@ def test_systems_are_named_in_words() -> None:
         "draft_length": 4,
     }
     assert parse_system("gathered:skip:0.8").settings == {"mode": "skip", "budget": 0.8}
+    assert parse_system("plain+int8-kv").settings == {"mode": "plain", "kv_cache": "int8"}
+    kept = decode_stage(parse_system("native:draft:1+int4+int8-kv"))
+    assert isinstance(kept, Speculate) and kept.kv_cache == "int8"
+    assert decode_stage(parse_system("plain")) is None
+    assert decode_stage(parse_system("plain+int8-kv")) == Plain()
     assert parse_system("reference").backend == "reference"
     assert parse_system("plain").backend is None
     assert BACKENDS == RUNNABLE

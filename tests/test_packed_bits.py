@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from gateskip.kernels import ops
 from gateskip.kernels.abi import Kind
+from gateskip.model.projections import Rows
+from gateskip.quantization import packed_linear
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
 from gateskip.quantization.grid_linear import GridEmbedding, GridLinear, SharedHead, stored
@@ -89,6 +91,67 @@ def test_unpacked_weights_are_the_grids(bits: int, group: int, offset: bool) -> 
     layer = PackedLinear.of(grid)
     assert torch.equal(layer.unpacked(), grid.weight())
     assert layer.codes.numel() == 48 * 384 * bits // 8, "three tiles, no bit unused"
+
+
+@every_grid
+def test_weights_are_rounded_to_bfloat16_as_torch_does(bits: int, group: int, offset: bool) -> None:
+    layer = PackedLinear.of(random_grid(bits, group, offset))
+    assert torch.equal(layer.unpacked(torch.bfloat16), layer.unpacked().bfloat16())
+
+
+def prompt_layer(bits: int, group: int, offset: bool, n: int = 41) -> PackedLinear:
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    return PackedLinear.of(random_grid(bits, group, offset, n), bias)
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts in bfloat16 go through our kernel, whatever the stopwatch says here."""
+    if not ops.multiplies_prompts():
+        pytest.skip("torch multiplies prompts here")
+    monkeypatch.setattr(packed_linear, "bfloat16_is_faster", lambda: True)
+
+
+@every_grid
+def test_a_prompts_product_is_that_of_weights_in_bfloat16(
+    prompts: None, bits: int, group: int, offset: bool, threads: int
+) -> None:
+    """But for the order of sums and the last rounding; a row has the same bits alone."""
+    layer, x = prompt_layer(bits, group, offset), inputs(19).bfloat16()
+    found = layer(x)
+    weight, bias = layer.unpacked().bfloat16().double(), layer.bias
+    assert bias is not None
+    wanted = x.double() @ weight.T + bias.double()
+    assert found.dtype == torch.bfloat16 and error(found, wanted) < 2.5e-3
+    for row in (0, 8, 18):
+        assert torch.equal(layer(x[row : row + 1])[0], found[row])
+    assert torch.equal(layer(x.view(1, 19, -1))[0], found)
+
+
+def test_a_prompts_product_with_a_table(prompts: None) -> None:
+    generator = torch.Generator().manual_seed(3)
+    codes, scale = torch.randint(0, 16, (70, 128), generator=generator), torch.rand(70, 2)
+    book = torch.randn(16, generator=generator)
+    layer, x = PackedLinear(codes, scale, None, book, None), inputs(9, 128).bfloat16()
+    wanted = x.double() @ layer.unpacked().bfloat16().double().T
+    assert error(layer(x), wanted) < 2.5e-3
+
+
+@pytest.mark.parametrize(
+    "rows", [Rows(16, 64, 64, 64), Rows(8, 64, 64, 64), Rows(16, 32, 16, 48), Rows(8, 16, 8, 48)]
+)
+def test_parts_of_a_fused_weight(prompts: None, rows: Rows) -> None:
+    """Whole tiles are multiplied alone, others are taken out of all."""
+    layer, x = prompt_layer(4, 32, True, 96), inputs(5).bfloat16()
+    assert torch.equal(layer.part(x, rows), rows.columns(layer(x)))
+
+
+def test_gradients_pass_a_prompts_product(prompts: None) -> None:
+    layer = prompt_layer(4, 32, False)
+    with torch.inference_mode(False), torch.enable_grad():
+        x = inputs(3).bfloat16().clone().requires_grad_()
+        layer(x).sum().backward()
+        assert x.grad is not None and bool(x.grad.any())
 
 
 @every_grid

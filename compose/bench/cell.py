@@ -25,6 +25,7 @@ from gateskip.decoding.decoder import Decoder, Mode
 from gateskip.kernels import autotune
 from gateskip.model.compute import Saving, Usage
 from gateskip.model.families import UnsupportedModel
+from gateskip.runtime.kv_cache import KVFormat
 
 
 class CellBench:
@@ -34,6 +35,7 @@ class CellBench:
         self.job, self.progress = job, progress
         self.settings = dict(job.decode or {"use": "plain"})
         self.mode: Mode = self.settings.pop("use")
+        self.kv_cache: KVFormat = self.settings.pop("kv_cache", "model")
         if job.threads is not None:
             torch.set_num_threads(job.threads)
 
@@ -57,6 +59,7 @@ class CellBench:
             decoder: Decoder = gateskip.load(self.job.folder, self.job.dtype, self.job.backend)
         except UnsupportedModel as error:
             raise StepError(f"{self.job.backend}: {error}") from error
+        decoder.skipping.kv_cache = self.kv_cache  # of what is scored, too
         return decoder
 
     def load(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def decode_settings(
     """
     require_model(folder)
     stored = (read_json(folder / "gateskip.json") or {}).get("decode") or {"mode": "plain"}
+    kept = {key: value for key, value in stored.items() if key == "kv_cache"}
     drafts_whole = stored["mode"] == "speculate" and stored.get("draft_budget") == 1
     if not is_gated(folder):
         if budget is None and speculate is not False and drafts_whole:
@@ -39,14 +40,14 @@ def decode_settings(
                 f"{folder} has no gates, so it can neither skip nor speculate",
                 fix="leave --budget and --speculate out, or name a folder made with a gate stage",
             )
-        return {"mode": "plain"}
+        return {"mode": "plain", **kept}
     mode: Mode = stored["mode"]
     if speculate is not None:
         mode = "speculate" if speculate else "skip" if budget is not None else "plain"
     elif budget is not None and mode == "plain":
         mode = "skip"
     own = {key: value for key, value in stored.items() if stored["mode"] == mode}
-    settings: dict[str, Any] = {**own, "mode": mode}
+    settings: dict[str, Any] = {**kept, **own, "mode": mode}
     if budget is not None:
         settings["draft_budget" if mode == "speculate" else "budget"] = budget
     return settings

@@ -12,6 +12,7 @@ BACKENDS = ("reference", "gathered", "native")
 KINDS = ("plain", "skip", "draft", *BACKENDS)
 DRAFTS = ("auto", "int4", "int3", "int2", "nf4", "int4-head")
 """What drafts, where it is not the model itself: `Weights` of `gateskip.decoding`."""
+KV_SUFFIX = "+int8-kv"
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,14 @@ class System:
 
 def parse_system(text: str) -> System:
     """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+auto`, `+int4`, `+int3`, `+int2`, `+nf4` or
-    `+int4-head`, `+lookup`, `+LENGTH`; any of these after a backend, as in `gathered:skip:0.8`.
+    `+int4-head`, `+lookup`, `+LENGTH`; any of these before `+int8-kv` (keys and values in 8 bits),
+    and after a backend, as in `gathered:skip:0.8`.
 
     Raises UserError for anything else.
     """
+    if text.endswith(KV_SUFFIX):
+        system = parse_system(text.removesuffix(KV_SUFFIX))
+        return replace(system, name=text, settings={**system.settings, "kv_cache": "int8"})
     kind, _, rest = text.partition(":")
     if kind not in KINDS:
         raise UserError(f"system {text!r}: {suggest(kind, KINDS)}", fix=parse_system.__doc__)

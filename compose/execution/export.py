@@ -121,7 +121,7 @@ def assemble(
     if is_gated(source):
         settings = read_json(folder / GATE_SETTINGS) or {}
         write_json(folder / GATE_SETTINGS, {**settings, "decode": decode})
-    elif decode["mode"] != "plain":  # it drafts without gates
+    elif decode != {"mode": "plain"}:  # it drafts without gates, or keeps keys in 8 bits
         write_json(folder / GATE_SETTINGS, {"decode": decode})
     if (folder / GATE_SETTINGS).exists():
         write_bundle(folder)
@@ -147,6 +147,8 @@ def decode_default(decode: dict[str, Any] | None) -> dict[str, Any]:
     if decode is None:
         return {"mode": "plain"}
     settings = {key: value for key, value in decode.items() if key != "use"}
+    if settings.get("kv_cache") == "model":  # as where nothing is said
+        del settings["kv_cache"]
     return {"mode": decode["use"], **settings}
 
 
@@ -255,7 +257,7 @@ def model_card(
         quantized="quantization_config" in require_model(folder),
         mixed=is_mixed(folder),
         dtype=dtype_of(folder),
-        decode=[step for step in cell.steps or () if step.use in ("skip", "speculate")],
+        decode=[step for step in cell.steps or () if step.use in ("plain", "skip", "speculate")],
         rows=card_rows(results, cell),
         base_model=base_model(stages[0]),
         parameters=_parameters,

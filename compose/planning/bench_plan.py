@@ -19,7 +19,7 @@ from compose.language.schema import Benchmark, Model, Pipeline
 from compose.planning.keys import cell_key, digest, listing
 from compose.planning.plan import Cell, Plan
 from compose.planning.prepare import require_inputs
-from compose.stages.registry import Skip, Speculate, Stage
+from compose.stages.registry import Plain, Skip, Speculate, Stage
 
 PLAIN = "plain"
 
@@ -90,7 +90,9 @@ def decode_stage(system: System) -> Stage | None:
     try:
         if mode == "skip":
             return Skip.model_validate(own)
-        return Speculate.model_validate(own) if mode == "speculate" else None
+        if mode == "speculate":
+            return Speculate.model_validate(own)
+        return Plain.model_validate(own) if own else None
     except ValueError as error:
         raise UserError(f"system {system.name!r}: {error}", fix="as in draft:0.8+nf4+4") from error
 

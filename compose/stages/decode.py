@@ -19,6 +19,10 @@ class DecodeStage(Stage):
     acts: ClassVar[Literal["weights", "decode"]] = "decode"
     role: ClassVar[Role] = "decode"
 
+    kv_cache: Literal["model", "int8"] = "model"
+    """How keys and values are kept: in the model's float type, or in 8 bits with a scale for each
+    token and head, about half of what bfloat16 takes. What is scored attends to the same."""
+
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, and `decode-needs-gates`: a gate stage came before."""
         super().check(shape, before)
@@ -28,6 +32,21 @@ class DecodeStage(Stage):
     def skips(self) -> bool:
         """Whether any branch is skipped."""
         return True
+
+
+class Plain(DecodeStage):
+    """Compute every branch; what is set is how keys and values are kept."""
+
+    use: Literal["plain"] = "plain"
+    """The stage's name."""
+
+    kv_cache: Literal["model", "int8"] = "int8"
+    """How keys and values are kept: in 8 bits with a scale for each token and head, or in the
+    model's float type, as without this stage."""
+
+    def skips(self) -> bool:
+        """None is."""
+        return False
 
 
 class Skip(DecodeStage):

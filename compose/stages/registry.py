@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from compose.stages.base import RULES, DataSpec, ModelShape, Stage, StageJob
-from compose.stages.decode import Skip, Speculate
+from compose.stages.decode import Plain, Skip, Speculate
 from compose.stages.gate import Gate
 from compose.stages.heal import Heal
 from compose.stages.prune.branches import PruneBranches
@@ -37,6 +37,7 @@ STAGES: dict[str, type[Stage]] = {
     "gptq": Gptq,
     "autoround": AutoRound,
     "pack-head": PackHead,
+    "plain": Plain,
     "skip": Skip,
     "speculate": Speculate,
 }
@@ -58,6 +59,7 @@ AnyStage = Annotated[
     | Gptq
     | AutoRound
     | PackHead
+    | Plain
     | Skip
     | Speculate,
     Field(discriminator="use"),
@@ -81,6 +83,7 @@ __all__ = [
     "Int8",
     "ModelShape",
     "PackHead",
+    "Plain",
     "PruneBranches",
     "PruneHeads",
     "PruneHidden",

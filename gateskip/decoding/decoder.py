@@ -26,6 +26,7 @@ from gateskip.decoding.stats import Generation, Stats
 from gateskip.model.compute import Saving, Usage, Work, kept_share, saving
 from gateskip.model.gating import NEVER_SKIP
 from gateskip.runtime.backend import Arithmetic, BackendName, Cache, Thresholds
+from gateskip.runtime.kv_cache import KVFormat
 from gateskip.runtime.skipping import SkippingModel
 
 Mode = Literal["plain", "skip", "speculate"]
@@ -156,6 +157,7 @@ class Decoder:
         draft_weights: Weights = "own",
         lookup: bool = False,
         target: Target = "gated",
+        kv_cache: KVFormat | None = None,
         sampler: Sampler = GREEDY,
         seed: int = 0,
         eos: Sequence[int] = (),
@@ -177,6 +179,8 @@ class Decoder:
             lookup: before drafting, propose what followed the last tokens earlier in the text.
             target: what full compute means where gates scale what branches add: the `gated` model,
                 or the `original`, without them. Other gates leave the model what it was.
+            kv_cache: how keys and values are kept: in the `model`'s float type, or in 8 bits with a
+                scale for each token and head (`int8`); None is as `skipping.kv_cache` says.
             sampler, seed: how tokens are drawn; each row has a random stream of its own.
             eos: token ids that end a row; the ending token is part of the result.
             stop: strings that end a row as soon as its text holds one.
@@ -205,7 +209,7 @@ class Decoder:
             drafting = self._drafting(*settings, len(prompts))
             stats.draft_weights = "none" if drafting is None else drafting.weights
         self.skipping.gated = target == "gated"  # after copies were made, whose text is gated
-        with torch.inference_mode():
+        with torch.inference_mode(), self.skipping.keeping(kv_cache):
             if drafting is None:
                 self._decode(rows, thresholds, sampler, stats)
                 stats.draft_lengths = {0: stats.passes} if mode == "speculate" else {}

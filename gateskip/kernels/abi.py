@@ -46,6 +46,17 @@ class Kind(IntEnum):
     INT4_TABLE_A8 = 10
     INT8_A8 = 11
 
+    @classmethod
+    def packed(cls, bits: int, table: bool, rounded: bool) -> Kind:
+        """That of codes of some bits, which may look values up in a table, with activations that
+        may be rounded to 8 bits."""
+        return cls[f"INT{bits}{'_TABLE' * table}{'_A8' * rounded}"]
+
+    @property
+    def bits(self) -> int:
+        """Of a code."""
+        return int(self.name[3])
+
 
 class Activation(IntEnum):
     """What an MLP does to its gate, or to its only projection."""
@@ -77,6 +88,20 @@ class Matrix(ctypes.Structure):
         *((name, Int) for name in ("kind", "n", "k", "group", "zero", "run", "stride")),
         *((name, Pointer) for name in ("weights", "scale", "offset", "table", "bias")),
     )
+
+    def part(self, first: int, count: int, run: int, stride: int) -> Matrix:
+        """Rows of a packed weight in runs of `run`, which begin `stride` apart from row `first`:
+        whole tiles. Its bias is left out."""
+        kind = Kind(self.kind)
+        part = Matrix.from_buffer_copy(self)
+        groups = self.k // self.group * ROWS_PER_TILE  # scales of a tile
+        sizes = (2 * self.k * kind.bits, *[groups * (2 if kind.name.endswith("_A8") else 4)] * 2)
+        for name, size in zip(("weights", "scale", "offset"), sizes, strict=True):
+            whole = getattr(self, name)
+            if whole is not None:
+                setattr(part, name, whole + first // ROWS_PER_TILE * size)
+        part.n, part.run, part.stride, part.bias = count, run, stride, None
+        return part
 
 
 class Norm(ctypes.Structure):
@@ -125,6 +150,7 @@ class CacheView(ctypes.Structure):
 
     _fields_ = (
         *((name, Pointer) for name in ("keys", "values", "cos", "sin")),
+        *((name, Pointer) for name in ("key_scales", "value_scales", "slots")),
         *((name, Int) for name in ("capacity", "bf16")),
     )
 

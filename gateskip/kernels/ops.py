@@ -66,14 +66,42 @@ def packed(
 
 
 def unpack(
-    codes: Tensor, scale: Tensor, offset: Tensor | None, table: Tensor | None, bits: int, n: int
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    n: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The float32 weights [n, k] that packed weights of 2, 3, 4 or 8 bits stand for."""
+    """The weights [n, k] that packed weights of 2, 3, 4 or 8 bits stand for, in float32 or rounded
+    to bfloat16."""
     k = 8 * codes[0].numel() // (bits * abi.ROWS_PER_TILE)
-    out = torch.empty(n, k)
+    out = torch.empty(n, k, dtype=dtype)
     _library().gateskip_unpack(
         *map(_at, (codes, scale, offset, table)),
-        *(bits, n, k, k // scale.shape[1], _at(out), torch.get_num_threads()),
+        *(bits, n, k, k // scale.shape[1], _bf16(out), _at(out), torch.get_num_threads()),
+    )
+    return out
+
+
+def multiplies_prompts() -> bool:
+    """Whether `prompt_product` is the fastest way to multiply packed weights in bfloat16 here."""
+    return bool(_library().gateskip_multiplies_prompts())
+
+
+def prompt_product(matrix: abi.Matrix, x: Tensor) -> Tensor:
+    """x [m, k], bfloat16, times a packed matrix [n, k] transposed, plus its bias -> [m, n].
+
+    The weights are rounded to bfloat16, each product is summed up in float32.
+    """
+    rows, k = x.shape
+    threads = torch.get_num_threads()
+    side_by_side = torch.empty(-(-rows // 8) * 8, k // 2, dtype=torch.int32)
+    out = torch.empty(rows, matrix.n, dtype=torch.bfloat16)
+    _library().gateskip_interleave(_at(x), rows, k, _at(side_by_side), threads)
+    _library().gateskip_prompt_product(
+        ctypes.byref(matrix), _at(side_by_side), rows, _at(out), threads
     )
     return out
 

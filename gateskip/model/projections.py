@@ -61,6 +61,10 @@ class Rows:
     run: int
     stride: int
 
+    def whole(self, tile: int) -> bool:
+        """Whether runs begin and, if there are several, end where tiles of `tile` rows do."""
+        return not self.first % tile and (self.run == self.count or not self.run % tile)
+
     def of(self, tensor: Tensor) -> Tensor:
         """These rows of a tensor [n, ...]: a view where they lie together."""
         if self.run == self.count:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from gateskip.extras import need
 from gateskip.kernels import build, ops
-from gateskip.kernels.abi import BLOCK
+from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE, Kind, Matrix
 from gateskip.kernels.autotune import Kernel, bfloat16_is_faster, product
 from gateskip.model.families import final_norm
 from gateskip.model.projections import Rows
@@ -49,6 +49,21 @@ def streaming() -> Iterator[None]:
 
 def _streaming() -> bool:
     return _streams.get() and not torch.is_grad_enabled()
+
+
+def _of(rows: Rows | None, tensor: Any) -> Any:
+    """Some rows of a tensor, if there is one; all of them for None."""
+    return tensor if tensor is None or rows is None else rows.of(tensor)
+
+
+def _needs_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def prompt_kernel() -> bool:
+    """Whether a prompt's rows in bfloat16 meet packed weights in a kernel of ours, which knows any
+    number of rows; else torch multiplies by unpacked ones."""
+    return bfloat16_is_faster() and ops.multiplies_prompts()
 
 
 class DenseLinear(nn.Module):
@@ -147,14 +162,40 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return self.streamed(x) if _streaming() else product(x, self.unpacked(), self.bias)
+        return self.streamed(x) if _streaming() else self._multiply(x, None)
 
     def part(self, x: Tensor, rows: Rows) -> Tensor:
         """x [..., in] -> some of the outputs."""
         if _streaming():
             return rows.columns(self.streamed(x))
-        bias = None if self.bias is None else rows.of(self.bias)
-        return product(x, rows.of(self.unpacked()), bias)
+        return self._multiply(x, rows)
+
+    def _multiply(self, x: Tensor, rows: Rows | None) -> Tensor:
+        """x [..., in] -> all outputs, or those of some rows, in x's type."""
+        if x.dtype != torch.bfloat16 or not prompt_kernel() or _needs_gradient(x):
+            fast = x.dtype == torch.bfloat16 and bfloat16_is_faster()
+            weight = self.unpacked(x.dtype if fast else torch.float32)
+            return product(x, *(_of(rows, part) for part in (weight, self.bias)))
+        if rows is None or not rows.whole(ROWS_PER_TILE):
+            out = self._product(x, self._matrix(), self.bias)
+            return out if rows is None else rows.columns(out)
+        part = self._matrix().part(rows.first, rows.count, rows.run, rows.stride)
+        return self._product(x, part, _of(rows, self.bias))
+
+    def _product(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
+        """x [..., in] times a matrix, in bfloat16: each tile is unpacked once for all rows."""
+        matrix.bias = None if bias is None else bias.data_ptr()
+        out = ops.prompt_product(matrix, x.reshape(-1, self.in_features).contiguous())
+        return out.view(*x.shape[:-1], matrix.n)
+
+    def _matrix(self) -> Matrix:
+        """What kernels read that do not round activations, but for the bias; it points to this
+        layer's memory."""
+        n, k = self.out_features, self.in_features
+        codes, scale, offset, book = self._parts()[:4]
+        kind = Kind.packed(self.bits, book is not None, rounded=False)
+        places = (None if x is None else x.data_ptr() for x in (codes, scale, offset, book))
+        return Matrix(kind, n, k, k // scale.shape[1], self.middle, n, n, *places, None)
 
     def streamed(self, x: Tensor) -> Tensor:
         """The same by the compiled kernel, which multiplies in float32 and reads the codes once."""
@@ -163,9 +204,9 @@ class PackedLinear(nn.Module):
         out = out.view(*x.shape[:-1], self.out_features)
         return (out if self.bias is None else out + self.bias).to(x.dtype)
 
-    def unpacked(self) -> Tensor:
-        """The weights [out, in] in float32."""
-        return ops.unpack(*self._parts())
+    def unpacked(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights [out, in] in float32, or rounded to bfloat16."""
+        return ops.unpack(*self._parts(), dtype)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
         return self.codes, self.scale, self.offset, self.book, self.bits, self.out_features

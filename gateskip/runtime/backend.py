@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gateskip.model.compute import Usage
+from gateskip.runtime.kv_cache import KVFormat
 
 BackendName = Literal["reference", "gathered", "native"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
@@ -81,6 +82,8 @@ class Backend(Protocol[CacheT]):
     """How many tokens entered each branch, counted over all calls."""
     gated: bool
     """Whether gates that scale do so at full compute, too."""
+    kv_cache: KVFormat
+    """How caches made from now on keep keys and values."""
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """The arithmetic of decoding, or of prompts and scoring."""

@@ -197,32 +197,21 @@ class Descriptors:
         scale, offset, table, zero = module.scale, module.offset, module.book, module.middle
         if rounded:
             scale, offset, table, zero = _rounded_parts(module)
-        kind = f"INT{module.bits}{'' if table is None else '_TABLE'}{'_A8' if rounded else ''}"
+        kind = Kind.packed(module.bits, table is not None, rounded)
         parts = (module.codes, scale, offset, table, module.bias)
         whole = (self._maybe(part) for part in parts)
-        return Matrix(Kind[kind], n, k, k // scale.shape[1], zero, n, n, *whole)
+        return Matrix(kind, n, k, k // scale.shape[1], zero, n, n, *whole)
 
     def _packed_part(self, module: PackedLinear, rows: Rows) -> Matrix:
         """Some rows of a packed layer, which are whole tiles of it."""
-        together = rows.run == rows.count
-        if rows.first % ROWS_PER_TILE or (not together and rows.run % ROWS_PER_TILE):
+        if not rows.whole(ROWS_PER_TILE):
             raise UnsupportedModel(
                 f"packed projections of {rows.run} rows in one run in torch: no whole tiles of"
                 f" {ROWS_PER_TILE}"
             )
         if module not in self._fused:
             self._fused[module] = self.packed(module, self.rounded)
-        part = Matrix.from_buffer_copy(self._fused[module])
-        scales = module.scale[0].numel() * (2 if self.rounded else 4)  # bytes of a tile
-        for name, size in (
-            ("weights", module.codes[0].numel()),
-            ("scale", scales),
-            ("offset", scales),
-        ):
-            whole = getattr(part, name)
-            if whole is not None:
-                setattr(part, name, whole + rows.first // ROWS_PER_TILE * size)
-        part.n, part.run, part.stride = rows.count, rows.run, rows.stride
+        part = self._fused[module].part(rows.first, rows.count, rows.run, rows.stride)
         if module.bias is not None:
             part.bias = self._at(rows.of(module.bias))
         return part

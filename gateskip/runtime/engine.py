@@ -279,12 +279,18 @@ class Engine:
         if self._cache is None or self._cache[0]() is not cache:
             ropes = [cache.rope[key] for key in self._parts.rotary_dims]
             tables = [[rope[part].float().contiguous() for rope in ropes] for part in (0, 1)]
-            lists = [
-                (abi.Pointer * len(part))(*(x.data_ptr() for x in part))
-                for part in (cache.keys, cache.values, *tables)
-            ]
+            lists = [_pointers(part) for part in (cache.keys, cache.values, *tables)]
             bf16 = int(cache.keys[0].dtype == torch.bfloat16)
-            view = abi.CacheView(*map(ctypes.addressof, lists), cache.capacity, bf16)
-            view.held = (lists, tables)
+            slots = (abi.Int * len(cache.slots))(*cache.slots)
+            scales = [None if part is None else _pointers(part) for part in cache.scales]
+            parts = (*lists, *scales, slots)
+            places = (None if part is None else ctypes.addressof(part) for part in parts)
+            view = abi.CacheView(*places, cache.capacity, bf16)
+            view.held = (lists, scales, tables, slots)
             self._cache = (weakref.ref(cache), view)  # its memory goes when its text is done
         return self._cache[1]
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    """Addresses of tensors, as an array that a structure points to."""
+    return (abi.Pointer * len(tensors))(*(x.data_ptr() for x in tensors))

@@ -33,7 +33,7 @@ from gateskip.quantization.formats import has_packed, weight_format
 from gateskip.quantization.packed_linear import streaming
 from gateskip.runtime.attention import attend_padded, attend_rows
 from gateskip.runtime.backend import Arithmetic, BackendName, Thresholds, dtype_name
-from gateskip.runtime.kv_cache import KVCache, Place
+from gateskip.runtime.kv_cache import SCALE_BYTES, KVCache, KVFormat, Place, Visible, slots_of
 from gateskip.runtime.sizes import EVEN, few_sizes, filled
 
 Attend = Callable[[Tensor, Sequence[int], Tensor], Tensor]
@@ -60,6 +60,7 @@ class GatheredBackend:
         }
         self.usage = Usage.of(model)
         self.gated = True
+        self.kv_cache: KVFormat = "model"
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """torch multiplies with activations of the model's own type; packed weights are unpacked
@@ -75,18 +76,33 @@ class GatheredBackend:
         limit = self.model.config.max_position_embeddings
         if capacity > limit:
             raise ValueError(f"{capacity} tokens do not fit: the model has {limit} positions")
-        return KVCache.empty(self.model, self._cache_sizes(batch, capacity))
+        sizes = self._cache_sizes(batch, capacity)
+        windows = [shape.window for shape in self.shapes.values()]
+        positions = self._positions(capacity)
+        return KVCache.empty(self.model, sizes, positions, windows, self.kv_cache)
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
         """What `new_cache` takes, in bytes."""
-        return sum(map(math.prod, self._cache_sizes(batch, capacity))) * self.dtype.itemsize
+        sizes = self._cache_sizes(batch, capacity)
+        if self.kv_cache == "model":
+            return sum(map(math.prod, sizes)) * self.dtype.itemsize
+        return sum(math.prod(size) + SCALE_BYTES * math.prod(size[:3]) for size in sizes)
 
     def _cache_sizes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
-        """[B, kv_heads, slots, D] of every layer's keys, then of its values; aligned rows."""
+        """[B, kv_heads, slots, D] of every layer's keys, then of its values. Under the KV rule
+        `copy` a layer's slots are those of the one below."""
+        positions = self._positions(capacity)
+        windowed = self.kv_rule != "copy"
+        return [
+            (batch, s.kv_heads, slots_of(s.window if windowed else None, positions), s.head_dim)
+            for s in self.shapes.values()
+            for _ in range(2)
+        ]
+
+    def _positions(self, capacity: int) -> int:
+        """Positions of a cache for `capacity` tokens: aligned, where the model has as many."""
         limit: int = self.model.config.max_position_embeddings
-        slots = max(capacity, min(capacity + -capacity % EVEN, limit))
-        shapes = self.shapes.values()
-        return [(batch, s.kv_heads, slots, s.head_dim) for s in shapes for _ in range(2)]
+        return max(capacity, min(capacity + -capacity % EVEN, limit))
 
     # -- the two phases -------------------------------------------------------------------------
 
@@ -137,6 +153,7 @@ class GatheredBackend:
         self, input_ids: Tensor, cache: KVCache, batch: Batch, thresholds: Thresholds
     ) -> Tensor:
         """Token ids [B, S] -> the last layer's states [B, S, H], to which branches add in place."""
+        cache.begin(batch.place.row_numbers, *zip(*batch.spans, strict=True))
         hidden = embed(self.model, input_ids)
         hidden = hidden.float() if self.fp32_activations else hidden
         ropes = {  # two of [B, S, D] a kind of layer
@@ -224,10 +241,10 @@ class GatheredBackend:
         keep: Tensor | None,
         scale: Tensor | None,
     ) -> None:
-        self._store(branch, x, rope, cache, batch, keep)
-        attend = self.attention(branch, cache, batch, whole=keep is None)
+        seen = self._store(branch, x, rope, cache, batch, keep)
+        attend = self.attention(branch, seen, batch, whole=keep is None)
         keep = torch.ones_like(batch.slots, dtype=torch.bool) if keep is None else keep
-        slots = batch.slots.flatten()
+        slots = seen.slots.flatten()
         for kept in self._parts(keep):
             own, at = self._gathered(x, rope, kept, batch)
             queries = project_queries(branch, own, at, self.turn)[0].to(self.dtype)
@@ -245,22 +262,22 @@ class GatheredBackend:
         cache: KVCache,
         batch: Batch,
         keep: Tensor | None,
-    ) -> None:
-        """Keys and values of all tokens, by the KV rule."""
+    ) -> Visible:
+        """Keep keys and values of all tokens, by the KV rule: what they see then."""
         if keep is None or self.kv_rule == "project" or branch.layer == 0:
             keys, values = project_keys_values(branch, x, rope, self.turn)
-            cache.write(branch.layer, batch.place, keys, values)
-            return
+            return cache.store(branch.layer, batch.place, keys, values)
         cache.copy_below(branch.layer, batch.place)
         kept = keep.flatten().nonzero().squeeze(1)  # [N]
         if not len(kept):
-            return
+            return cache.visible(branch.layer, batch.place)
         own, at = self._gathered(x, rope, kept, batch)
         keys, values = project_keys_values(branch, own, at, self.turn)
         rows = batch.place.row_index.squeeze(1)[kept // keep.shape[1]]
         slots = batch.slots.flatten()[kept]
-        cache.keys[branch.layer][rows, :, slots] = keys[0, : len(kept)].to(self.dtype)
-        cache.values[branch.layer][rows, :, slots] = values[0, : len(kept)].to(self.dtype)
+        index = (rows, slice(None), slots)
+        cache.put(branch.layer, index, keys[0, : len(kept)], values[0, : len(kept)])
+        return cache.visible(branch.layer, batch.place)
 
     # -- gathering ------------------------------------------------------------------------------
 
@@ -317,13 +334,10 @@ class GatheredBackend:
         """What a branch adds, of its module's output [..., H]: the norm after it, if any."""
         return branch.leave(output)
 
-    def attention(self, branch: Branch, cache: KVCache, batch: Batch, whole: bool) -> Attend:
-        """Attention of a branch over a cache; `whole` says that every token of the batch enters."""
-        kv, shape = (
-            (cache.keys[branch.layer], cache.values[branch.layer]),
-            self.shapes[branch.index],
-        )
-        rows = batch.place.rows
+    def attention(self, branch: Branch, seen: Visible, batch: Batch, whole: bool) -> Attend:
+        """Attention of a branch over what its tokens see; `whole` says that every token of the
+        batch enters."""
+        kv, rows, shape = seen.kv, seen.rows, self.shapes[branch.index]
         if self.device.type == "cpu":
             return partial(attend_rows, kv=kv, shape=shape, rows=rows)
         from_zero = whole and batch.from_zero and shape.window is None
@@ -359,11 +373,6 @@ class Batch:
         """Positions [B, S]."""
         return self.place.slots
 
-    @property
-    def used(self) -> int:
-        """Slots of the cache that are in use once the pass is done, at most."""
-        return self.place.used
-
     @classmethod
     def of(
         cls,
@@ -387,6 +396,7 @@ class Batch:
                 rows=rows,
                 together=slice(starts[0], starts[0] + columns) if same else None,
                 used=max(starts) + columns,
+                lengths=tuple(lengths),
             ),
             real=real if padded else None,
             tokens=sum(lengths),

@@ -1,56 +1,128 @@
-"""KV cache indexed by token position; truncating only lowers a length."""
+"""KV cache indexed by token position; truncating only lowers a length.
+
+A layer with a sliding window keeps the positions that the window reaches and some more: a position
+lies at its remainder by the layer's slots, over the one that the window has left.
+
+In the format `int8` keys and values are bytes times a scale for each token and head; prompts attend
+to what those stand for, as decoding does.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from gateskip.model.families import Rope, final_norm, rope_at
+from gateskip.runtime.sizes import EVEN
+
+SLACK = 64
+"""Positions that a layer keeps beyond its window. A pass of the kernels writes so many rows before
+the first one attends (MAX_ROWS in simd.h), and so far a row may go back: a rejected draft has
+overwritten no position that the tokens after it see."""
+TOGETHER = (
+    256  # keys that kernels take in at once begin at multiples of this: KEYS in attention.cpp
+)
+
+
+KVFormat = Literal["model", "int8"]
+"""How keys and values are kept: in the model's float type, or in 8 bits."""
+KV_FORMATS: tuple[KVFormat, ...] = get_args(KVFormat)
+SCALE_BYTES = 4  # of a token and head
+Scales = list[Tensor] | None
+"""One of [B, kv_heads, slots] a layer, float32; None for numbers that need none."""
+
+
+def slots_of(window: int | None, capacity: int) -> int:
+    """Slots that a layer needs of a row of `capacity` positions."""
+    return capacity if window is None else min(capacity, -(-(window + SLACK) // EVEN) * EVEN)
 
 
 @dataclass(frozen=True)
 class Place:
     """Where the tokens [B, S] of a pass stand in a cache."""
 
-    slots: Tensor  # [B, S], ascending
+    slots: Tensor  # positions [B, S], ascending
     rows: tuple[int, ...] | None  # the cache's row of each row here; None for all, in order
-    together: slice | None  # the slots, where all rows of the cache have the same
-    used: int  # slots up to the last one
+    together: slice | None  # the positions, where all rows of the cache have the same
+    used: int  # positions up to the last one
+    lengths: tuple[int, ...]  # real tokens of each row, padding on the right
 
     @property
     def row_index(self) -> Tensor:
         """Cache rows [B, 1], to index with beside `slots`."""
-        rows = range(len(self.slots)) if self.rows is None else self.rows
-        return torch.tensor(list(rows), device=self.slots.device).unsqueeze(1)
+        return torch.tensor(self.row_numbers, device=self.slots.device).unsqueeze(1)
+
+    @property
+    def row_numbers(self) -> list[int]:
+        """Cache rows, one a row here."""
+        return list(range(len(self.slots)) if self.rows is None else self.rows)
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What the tokens [B, S] of a pass attend to in one layer."""
+
+    kv: tuple[Tensor, Tensor]  # two of [rows, kv_heads, T, D]
+    rows: tuple[int, ...] | None  # the row of each row here; None for all, in order
+    slots: Tensor  # [B, S]: where in T each token's own key stands
+    used: int  # of T, up to the last one
 
 
 @dataclass
 class KVCache:
-    """Keys and values of every layer, [B, kv_heads, capacity, D] each, and the rope table."""
+    """Keys and values of every layer, [B, kv_heads, slots, D] each, and the rope table."""
 
     keys: list[Tensor]
     values: list[Tensor]
     rope: Rope  # two of [capacity, D] a kind of layer
+    windows: tuple[int | None, ...]  # of each layer
+    reached: list[int]  # positions that each row was written up to
+    scales: tuple[Scales, Scales]  # of keys, and of values
+    dtype: torch.dtype  # of what is attended to
 
     @classmethod
-    def empty(cls, model: Any, sizes: Sequence[tuple[int, ...]]) -> KVCache:
-        """Zeros of `sizes` [B, kv_heads, slots, D], those of keys and of values by turns.
+    def empty(
+        cls,
+        model: Any,
+        sizes: Sequence[tuple[int, ...]],
+        capacity: int,
+        windows: Sequence[int | None],
+        kind: KVFormat = "model",
+    ) -> KVCache:
+        """Zeros of `sizes` [B, kv_heads, slots, D], those of keys and of values by turns, for
+        `capacity` positions a row.
 
         In one piece, which goes back to the system whole.
         """
         weight = final_norm(model).weight
         counts = [math.prod(size) for size in sizes]
-        store = torch.zeros(sum(counts), dtype=weight.dtype, device=weight.device)
+        stored = torch.int8 if kind == "int8" else weight.dtype
+        store = torch.zeros(sum(counts), dtype=stored, device=weight.device)
         cut = zip(store.split(counts), sizes, strict=True)
         parts = [part.view(size) for part, size in cut]
-        positions = torch.arange(sizes[0][2], device=weight.device).unsqueeze(0)
-        rope = rope_at(model, positions, weight.dtype)
-        return cls(parts[0::2], parts[1::2], {key: (c[0], s[0]) for key, (c, s) in rope.items()})
+        positions = torch.arange(capacity, device=weight.device).unsqueeze(0)
+        rope = {
+            key: (c[0], s[0]) for key, (c, s) in rope_at(model, positions, weight.dtype).items()
+        }
+        scales: list[Scales] = [None, None]
+        if kind == "int8":
+            every = [torch.zeros(size[:3], device=weight.device) for size in sizes]
+            scales = [every[0::2], every[1::2]]
+        return cls(
+            parts[0::2],
+            parts[1::2],
+            rope,
+            tuple(windows),
+            [0] * sizes[0][0],
+            (scales[0], scales[1]),
+            weight.dtype,
+        )
 
     @property
     def batch(self) -> int:
@@ -59,33 +131,148 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Slots a row has."""
-        return self.keys[0].shape[2]
+        """Positions a row has."""
+        return len(next(iter(self.rope.values()))[0])
 
-    def write(self, layer: int, place: Place, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [B, S, kv_heads, D] of a layer at a place."""
-        stores = zip((self.keys[layer], self.values[layer]), (keys, values), strict=True)
-        for store, part in stores:
-            part = part.to(store.dtype)
-            if place.together is not None:
-                store[:, :, place.together] = part.transpose(1, 2)
+    @cached_property
+    def slots(self) -> list[int]:
+        """Slots that each layer has of a row."""
+        return [keys.shape[2] for keys in self.keys]
+
+    def begin(self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
+        """Take note of `counts` tokens from position `starts` on, which rows are about to hold.
+
+        Raises ValueError where a row goes back further than layers with a window remember.
+        """
+        least = min(self.slots)
+        for row, start, count in zip(rows, starts, counts, strict=True):
+            back = self.reached[row] - start
+            if start and back > SLACK and self.reached[row] > least:
+                raise ValueError(
+                    f"row {row} goes back {back} positions to {start}, but layers with a sliding"
+                    f" window keep {SLACK} beyond it: run the row again from position 0"
+                )
+            self.reached[row] = max(self.reached[row] if start else 0, start + count)
+
+    def store(self, layer: int, place: Place, keys: Tensor, values: Tensor) -> Visible:
+        """Keep keys and values [B, S, kv_heads, D] of a layer at a place: what its tokens see."""
+        if place.used > self.slots[layer]:
+            return self._store_around(layer, place, keys, values)
+        if place.together is not None:
+            index = (slice(None), slice(None), place.together)
+            self.put(layer, index, keys.transpose(1, 2), values.transpose(1, 2))
+        else:
+            self.put(layer, (place.row_index, slice(None), place.slots), keys, values)
+        return self.visible(layer, place)
+
+    def put(self, layer: int, index: tuple[Any, ...], keys: Tensor, values: Tensor) -> None:
+        """Keys and values [..., D] into a layer's [B, kv_heads, slots] at an index."""
+        for store, scales, part in self._stores(layer, keys, values):
+            if scales is None:
+                store[index] = part.to(store.dtype)
             else:
-                store[place.row_index, :, place.slots] = part
+                store[index], scales[index] = to_int8(part)
+
+    def visible(self, layer: int, place: Place) -> Visible:
+        """What tokens see of a layer that holds every position at its own slot."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self.scales[0] is not None:
+            used = slice(0, min(place.used + -place.used % EVEN, self.slots[layer]))
+            keys, values = (
+                from_int8(store[:, :, used], scales[:, :, used], self.dtype)
+                for store, scales, _ in self._stores(layer, keys, values)
+                if scales is not None
+            )
+        return Visible((keys, values), place.rows, place.slots, place.used)
+
+    def _stores(
+        self, layer: int, keys: Tensor, values: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """For keys, then for values: where a layer keeps them, their scales, and what is given."""
+        parts = zip((self.keys, self.values), self.scales, (keys, values), strict=True)
+        for store, scales, part in parts:
+            yield store[layer], None if scales is None else scales[layer], part
 
     def copy_below(self, layer: int, place: Place) -> None:
         """KV rule `copy`: a layer shows its predecessor's entries at a place."""
-        for store in (self.keys, self.values):
+        for store in (self.keys, self.values, *self.scales):
+            if store is None:
+                continue
             if place.together is not None:
                 store[layer][:, :, place.together] = store[layer - 1][:, :, place.together]
             else:
                 index = (place.row_index, slice(None), place.slots)
                 store[layer][index] = store[layer - 1][index]
 
+    def _store_around(self, layer: int, place: Place, keys: Tensor, values: Tensor) -> Visible:
+        """The same where positions come around: what is seen is put in order, beside the cache,
+        before the last tokens overwrite what their window has left."""
+        seen = self._in_order(layer, place, keys, values)
+        slots = self.slots[layer]
+        row, column = _last(place, slots)
+        at = place.slots[row, column] % slots
+        index = (place.row_index.squeeze(1)[row], slice(None), at)
+        self.put(layer, index, keys[row, column], values[row, column])
+        return seen
+
+    def _in_order(self, layer: int, place: Place, keys: Tensor, values: Tensor) -> Visible:
+        """What a window reaches of the positions before a place, and behind it the keys and values
+        [B, S, kv_heads, D] that belong there."""
+        window = self.windows[layer]
+        assert window is not None, "only layers with a window have fewer slots than positions"
+        starts, count = place.slots[:, :1], place.slots.shape[1]
+        first = (starts + 1 - window).clamp_min(0) // TOGETHER * TOGETHER  # [B, 1]
+        most, shifted = int((starts - first).max()), place.slots - first
+        earlier = (first + torch.arange(most, device=first.device)) % self.slots[layer]
+        old = (place.row_index, slice(None), earlier)  # [B, most]
+        new = (torch.arange(len(keys), device=first.device).unsqueeze(1), slice(None), shifted)
+        width, seen = -(-(most + count) // EVEN) * EVEN, []
+        for store, scales, part in self._stores(layer, keys, values):
+            before = store[old]  # [B, most, kv_heads, D]
+            if scales is not None:
+                before = from_int8(before, scales[old], self.dtype)
+                part = from_int8(*to_int8(part), self.dtype)
+            sizes = (len(part), part.shape[2], width, part.shape[3])
+            whole = torch.zeros(sizes, dtype=self.dtype, device=first.device)
+            whole[:, :, :most] = before.transpose(1, 2)
+            whole[new] = part.to(self.dtype)
+            seen.append(whole)
+        return Visible((seen[0], seen[1]), None, shifted, most + count)
+
     def rows(self, numbers: Sequence[int]) -> KVCache:
         """Copies of rows, in the given order; a row may come more than once."""
         chosen = list(numbers)
-        return KVCache([k[chosen] for k in self.keys], [v[chosen] for v in self.values], self.rope)
+        keys, values, *scales = (
+            None if store is None else [part[chosen] for part in store]
+            for store in (self.keys, self.values, *self.scales)
+        )
+        assert keys is not None and values is not None
+        reached = [self.reached[row] for row in chosen]
+        both = (scales[0], scales[1])
+        return KVCache(keys, values, self.rope, self.windows, reached, both, self.dtype)
 
     def nbytes(self) -> int:
         """Memory held, in bytes."""
-        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
+        stores = (self.keys, self.values, *(scales or [] for scales in self.scales))
+        return sum(x.numel() * x.element_size() for store in stores for x in store)
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers [..., D] as bytes whose largest is 127, and scales [...]: as the kernels do it."""
+    x = x.float()
+    most = x.abs().amax(-1)
+    inverse = torch.where(most > 0, 127 / most, torch.zeros_like(most))
+    return (x * inverse.unsqueeze(-1)).round().to(torch.int8), most / 127
+
+
+def from_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What bytes [..., D] and scales [...] stand for."""
+    return (codes.float() * scales.unsqueeze(-1)).to(dtype)
+
+
+def _last(place: Place, slots: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns [N] of the last real tokens of a pass, `slots` of each row at most."""
+    column = torch.arange(place.slots.shape[1], device=place.slots.device)
+    length = torch.tensor(place.lengths, device=place.slots.device).unsqueeze(1)
+    row, last = ((column < length) & (column >= length - slots)).nonzero(as_tuple=True)
+    return row, last

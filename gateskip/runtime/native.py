@@ -20,12 +20,12 @@ from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.families import Branch, embed
 from gateskip.model.projections import AttentionShape, Turn
 from gateskip.quantization.formats import weight_format
-from gateskip.quantization.packed_linear import DenseLinear
+from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, prompt_kernel
 from gateskip.runtime.attention import attend_rows, causal_softmax
 from gateskip.runtime.backend import Arithmetic, BackendName, Thresholds, dtype_name
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.gathered import Attend, Batch, GatheredBackend
-from gateskip.runtime.kv_cache import KVCache
+from gateskip.runtime.kv_cache import KVCache, Visible
 from gateskip.runtime.sizes import EVEN, equal_sizes, few_sizes
 
 
@@ -68,6 +68,7 @@ class NativeBackend(GatheredBackend):
         flat = torch.tensor([token for ids in tokens for token in ids])
         cache_rows = [row for row, n in zip(rows, counts, strict=True) for _ in range(n)]
         slots = [start + i for start, n in zip(starts, counts, strict=True) for i in range(n)]
+        cache.begin(rows, starts, counts)
         hidden = embed(self.model, flat)
         states = self.engine.step(hidden, cache, cache_rows, slots, thresholds)
         self._count(slots)
@@ -86,8 +87,9 @@ class NativeBackend(GatheredBackend):
         thresholds: Thresholds,
     ) -> tuple[list[int], list[float]]:
         """See `GreedyDrafter.draft`."""
+        cache, row, slot = place
+        cache.begin([row], [slot], [count])
         tokens, probabilities = self.engine.draft(token, count, wanted, place, thresholds)
-        slot = place[-1]
         self._count(range(slot, slot + len(tokens)))
         return tokens, probabilities
 
@@ -109,14 +111,28 @@ class NativeBackend(GatheredBackend):
             type(part) is nn.Linear for b in self.branches for part in b.module.modules()
         )
 
+    @cached_property
+    def _any_size(self) -> bool:
+        """Whether a prompt's products take any number of rows as it is: in float32, and where all
+        weights are packed for a kernel of ours."""
+        return self.fp32_activations or (
+            prompt_kernel()
+            and all(
+                isinstance(part, PackedLinear)
+                for b in self.branches
+                for part in b.module.modules()
+                if hasattr(part, "in_features")
+            )
+        )
+
     @property
     def even(self) -> int:
-        """One in float32, whose products know all sizes."""
-        return 1 if self.fp32_activations else EVEN
+        """One where products take any number of rows."""
+        return 1 if self._any_size else EVEN
 
     def sizes(self, count: int) -> list[int]:
-        """Equal parts in float32, few sizes else."""
-        return equal_sizes(count) if self.fp32_activations else few_sizes(count)
+        """Equal parts where products take any number of rows, few sizes else."""
+        return equal_sizes(count) if self._any_size else few_sizes(count)
 
     def entering(self, branch: Branch, tokens: int) -> AbstractContextManager[None]:
         """Where several parts of `tokens` enter in float32, the weights are converted once."""
@@ -152,17 +168,17 @@ class NativeBackend(GatheredBackend):
         """The norm after a branch in one native pass."""
         return self.engine.left(branch.index, output)
 
-    def attention(self, branch: Branch, cache: KVCache, batch: Batch, whole: bool) -> Attend:
+    def attention(self, branch: Branch, seen: Visible, batch: Batch, whole: bool) -> Attend:
         """In bfloat16 one native call; else torch's products with a native softmax between them."""
         engine, shape = self.engine, self.shapes[branch.index]
-        kv, rows = (cache.keys[branch.layer], cache.values[branch.layer]), batch.place.rows
+        kv, rows = seen.kv, seen.rows
         packed: list[Tensor] = []  # keys and values as the kernel reads them, made once a branch
 
         def attend(queries: Tensor, counts: Sequence[int], slots: Tensor) -> Tensor:
             if rows is not None or not engine.attends(queries, shape):
                 return attend_rows(queries, counts, slots, kv, shape, rows, self._softmax)
             if not packed:
-                packed.append(engine.pack(kv, batch.used))
+                packed.append(engine.pack(kv, seen.used))
             return engine.attend(queries, counts, slots, packed[0], shape)
 
         return attend

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from gateskip.gates.base import Gates
 from gateskip.model.compute import Usage
-from gateskip.model.families import Branch, final_norm, find_branches, head
+from gateskip.model.families import Branch, UnsupportedModel, final_norm, find_branches, head
 from gateskip.model.gating import ANCHORS
 from gateskip.model.reference import masked_forward
 from gateskip.quantization.formats import weight_format
 from gateskip.runtime.backend import Arithmetic, BackendName, Thresholds, dtype_name
+from gateskip.runtime.kv_cache import KVFormat
 
 TOKEN_BYTES = 8
 
@@ -53,13 +54,22 @@ class ReferenceBackend:
         self.branches = find_branches(model)
         self.usage = Usage.of(model)
         self.gated = True
+        self.kv_cache: KVFormat = "model"
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """The same for decoding and scoring."""
         return Arithmetic(self.name, weight_format(self.model), dtype_name(self.dtype), "float32")
 
     def new_cache(self, batch: int, capacity: int) -> TokenCache:
-        """No tokens yet. Raises ValueError where the model has fewer positions."""
+        """No tokens yet.
+
+        Raises ValueError where the model has fewer positions, UnsupportedModel for keys and values
+        in 8 bits: there are none.
+        """
+        if self.kv_cache != "model":
+            raise UnsupportedModel(
+                "the reference backend keeps no keys and values: kv_cache: model"
+            )
         limit = self.model.config.max_position_embeddings
         if capacity > limit:
             raise ValueError(f"{capacity} tokens do not fit: the model has {limit} positions")

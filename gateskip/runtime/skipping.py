@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from gateskip.runtime.backend import (
 )
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.gathered import GatheredBackend
+from gateskip.runtime.kv_cache import KV_FORMATS, KVFormat
 from gateskip.runtime.native import NativeBackend
 from gateskip.runtime.reference import ReferenceBackend
 
@@ -107,6 +109,27 @@ class SkippingModel:
     @gated.setter
     def gated(self, value: bool) -> None:
         self.backend.gated = value
+
+    @property
+    def kv_cache(self) -> KVFormat:
+        """How caches made from now on keep keys and values."""
+        return self.backend.kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, value: KVFormat) -> None:
+        if value not in KV_FORMATS:
+            raise ValueError(f"kv_cache {value!r}: one of {', '.join(KV_FORMATS)}")
+        self.backend.kv_cache = value
+
+    @contextmanager
+    def keeping(self, kind: KVFormat | None) -> Iterator[None]:
+        """Within this context caches are made in a format; None changes nothing."""
+        before = self.kv_cache
+        self.kv_cache = before if kind is None else kind
+        try:
+            yield
+        finally:
+            self.kv_cache = before
 
     @property
     def engine(self) -> Engine | None:

@@ -155,6 +155,29 @@ void check_product(const char* what, const Matrix& w, const std::vector<float>& 
   check(!std::memcmp(one.data(), y.data() + size_t(rows - 1) * w.n, sizeof(float) * w.n), "alone", w.n, w.k, rows);
 }
 
+// Packed weights times a prompt's rows, weights and activations rounded to bfloat16
+void check_prompt(const Packed& w, int rows) {
+  if (!gateskip_multiplies_prompts()) return;
+  const int n = w.matrix.n, k = w.matrix.k;
+  const std::vector<uint16_t> x = bf16(normal(size_t(rows) * k));
+  const std::vector<float> bias = normal(n);
+  std::vector<uint32_t> side_by_side(size_t(rows + 7) / 8 * 8 * k / 2);
+  std::vector<uint16_t> out(size_t(rows) * n);
+  Matrix matrix = w.matrix;
+  matrix.bias = bias.data();
+  gateskip_interleave(x.data(), rows, k, side_by_side.data(), 2);
+  gateskip_prompt_product(&matrix, side_by_side.data(), rows, out.data(), 2);
+  for (int r = 0; r < rows; r++)
+    for (int i = 0; i < n; i++) {
+      double total = bias[i], size = 1;
+      for (int c = 0; c < k; c++) {
+        const double each = double(to_float(x[size_t(r) * k + c])) * to_float(to_bf16(w.weights[size_t(i) * k + c]));
+        total += each, size += std::fabs(each);
+      }
+      check(std::fabs(to_float(out[size_t(r) * n + i]) - total) < 0.004 * (std::fabs(total) + size), "prompt", n, k, rows);
+    }
+}
+
 void products() {
   Memory arena(gateskip_arena_new());
   for (int k : {1, 3, 7, 8, 12, 15, 17, 31, 33, 63, 72, 100, 131, 1531})
@@ -178,10 +201,11 @@ void products() {
           const Packed w(n, k, k % 64 ? 32 : 64, kind, shifted, rounded && shifted && n % 2 ? 0 : -1);
           for (int rows : {1, 5, 9}) check_product("packed", w.matrix, w.weights, rows, rounded ? 0.03f : 1e-4f, arena.get());
           if (rounded) continue;
+          for (int rows : {1, 9}) check_prompt(w, rows);
           const int bits = bits_of(kind), rows = 5, groups = k / w.matrix.group;
           const float *offset = shifted ? w.offset.data() : nullptr, *table = w.table.empty() ? nullptr : w.table.data();
           std::vector<float> out(size_t(n) * k), y(size_t(rows) * n), scratch(size_t(rows) * groups);
-          gateskip_unpack(w.codes.data(), w.scale.data(), offset, table, bits, n, k, w.matrix.group, out.data(), 2);
+          gateskip_unpack(w.codes.data(), w.scale.data(), offset, table, bits, n, k, w.matrix.group, 0, out.data(), 2);
           for (size_t i = 0; i < out.size(); i++) check(near(out[i], w.weights[i], 1e-5f), "unpacked", n, k, kind);
           const std::vector<float> x = normal(size_t(rows) * k);
           gateskip_packed(w.codes.data(), w.scale.data(), offset, table, bits, n, k, w.matrix.group, x.data(), rows,
@@ -335,7 +359,8 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
     for (int l = 0; l < layers; l++) keys.push_back(stores[2 * l].data()), values.push_back(stores[2 * l + 1].data());
     std::vector<float> turns(size_t(capacity) * rotary, 0.6f);
     const void* tables[] = {turns.data(), turns.data()};
-    const CacheView cache{keys.data(), values.data(), tables, tables, capacity, half};
+    const std::vector<int32_t> all(layers, capacity);
+    const CacheView cache{keys.data(), values.data(), tables, tables, nullptr, nullptr, all.data(), capacity, half};
     std::vector<int32_t> row, slot(slots.begin(), slots.end());
     for (int r = 0; r < rows; r++) row.push_back(r);
     std::vector<float> states = given, thresholds(2 * layers, 0.1f);
@@ -363,7 +388,8 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
   for (int l = 0; l < layers; l++) keys.push_back(stores[2 * l].data()), values.push_back(stores[2 * l + 1].data());
   std::vector<float> turns(size_t(capacity) * rotary, 0.6f), state(hidden), accepted{1.0f};
   const void* tables[] = {turns.data(), turns.data()};
-  const CacheView cache{keys.data(), values.data(), tables, tables, capacity, half};
+  const std::vector<int32_t> all(layers, capacity);
+  const CacheView cache{keys.data(), values.data(), tables, tables, nullptr, nullptr, all.data(), capacity, half};
   int32_t row = 0, slot = 4;
   std::vector<int64_t> kept(2 * layers);
   std::vector<double> spent(PARTS);

@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 3 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 4 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -134,14 +134,19 @@ typedef struct Model {
   const Layer* layer; /* [layers] */
 } Model;
 
-/* A KV cache: a layer's keys and values [B, kv_heads, capacity, D]. */
+/* A KV cache: a layer's keys and values [B, kv_heads, slots, D]. A position lies at its remainder by the layer's slots,
+ * of which a layer with a window has at least MAX_ROWS more than the window. Where there are scales, keys and values are
+ * signed bytes times the scale of their position and head. */
 typedef struct CacheView {
   void* const* keys;   /* [layers] */
   void* const* values; /* [layers] */
   const void* const* cos; /* one table a Layer.rope: [capacity, rotary_dim] float32 */
   const void* const* sin;
-  int32_t capacity;
-  int32_t bf16;
+  float* const* key_scales;   /* [layers] of [B, kv_heads, slots], or null */
+  float* const* value_scales; /* the same */
+  const int32_t* slots; /* [layers] */
+  int32_t capacity;     /* positions of a row */
+  int32_t bf16;         /* else float32, or bytes where there are scales */
 } CacheView;
 
 /* Tokens of one forward pass, each a row with its own place in the cache. */
@@ -192,9 +197,9 @@ void gateskip_dense(const float* w, int32_t n, int32_t k, const float* x, int32_
 void gateskip_packed(const uint8_t* codes, const float* scale, const float* offset, const float* table, int32_t bits,
                      int32_t n, int32_t k, int32_t group, const float* x, int32_t m, float* y, float* scratch,
                      int32_t threads);
-/* the float32 weights [n, k] that codes stand for */
+/* the weights [n, k] that codes stand for */
 void gateskip_unpack(const uint8_t* codes, const float* scale, const float* offset, const float* table, int32_t bits,
-                     int32_t n, int32_t k, int32_t group, float* out, int32_t threads);
+                     int32_t n, int32_t k, int32_t group, int32_t bf16, void* out, int32_t threads);
 
 /* -- whole tokens: decoder.cpp, draft.cpp, products.cpp -- */
 
@@ -207,6 +212,16 @@ void gateskip_draft(const Model* model, const CacheView* cache, const Step* step
                     int32_t threads);
 /* y [rows, n] of one matrix, such as the LM head, for any number of rows x [rows, k] */
 void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, Arena* arena, int32_t threads);
+
+/* -- packed weights times a prompt's rows in bfloat16: prompt_products.cpp -- */
+
+/* whether the functions below are the fastest that the processor has: it multiplies pairs of bfloat16, and has no
+ * units for whole matrices */
+int32_t gateskip_multiplies_prompts(void);
+/* rows x [rows, k] as products read them, eight side by side: [rows rounded up to 8, k / 2] pairs */
+void gateskip_interleave(const uint16_t* x, int64_t rows, int32_t k, uint32_t* out, int32_t threads);
+/* out [rows, n] of interleaved rows times a packed w [n, k] whose kind does not round activations */
+void gateskip_prompt_product(const Matrix* w, const uint32_t* x, int64_t rows, uint16_t* out, int32_t threads);
 
 /* -- between a prompt's matrix products: prefill.cpp -- */
 

@@ -2,12 +2,28 @@
 #include "decoder.h"
 
 #ifdef __AVX2__
+#include <type_traits>
 
 namespace {
 
 void put(const float* from, float* to, int n) { std::memcpy(to, from, sizeof(float) * n); }
 void put(const float* from, uint16_t* to, int n) {
   for (int i = 0; i < n; i++) to[i] = float_to_bf16(from[i]);
+}
+
+// Bytes whose largest is 127, times what is returned; n is a multiple of 8
+float put(const float* from, int8_t* to, int n) {
+  F32X8 most = {};
+  for (int i = 0; i < n; i += 8)
+    most = (F32X8)_mm256_max_ps((__m256)most, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), (__m256)load(from + i)));
+  float largest = most[0];
+  for (int i = 1; i < 8; i++) largest = std::max(largest, most[i]);
+  const F32X8 inverse = broadcast(largest > 0 ? 127.0f / largest : 0.0f);
+  for (int i = 0; i < n; i += 8) {
+    const I32X8 codes = (I32X8)_mm256_cvtps_epi32((__m256)(load(from + i) * inverse));
+    for (int j = 0; j < 8; j++) to[i + j] = int8_t(codes[j]);
+  }
+  return largest / 127.0f;
 }
 
 // y[i] = sum(v[i]) for four vectors, in the same order and so to the same bits
@@ -37,10 +53,14 @@ void Pass::turn(const Layer& a, const Norm& norm, const float* all, int first, i
   for (int i = 0; i < count; i++) rotate_head(out + i * d, a.rotary_dim, cos, sin);
 }
 
+// Where the position `slot` of a row lies in a layer's cache, counted in vectors
+int64_t Pass::line(int l, int row, int head, int slot) const {
+  return (int64_t(s.cache_row[row]) * m.kv_heads + head) * c.slots[l] + slot % c.slots[l];
+}
+
 template <class Stored>
 Stored* Pass::entry(void* const* store, int l, int row, int head, int slot) const {
-  const int64_t line = (int64_t(s.cache_row[row]) * m.kv_heads + head) * c.capacity + slot;
-  return static_cast<Stored*>(store[l]) + line * m.head_dim;
+  return static_cast<Stored*>(store[l]) + line(l, row, head, slot) * m.head_dim;
 }
 
 // Write a row's key and value of one head, its own or, where it skips, those of the layer below.
@@ -52,12 +72,20 @@ void Pass::remember(int l, int r, int head) {
   if (s.copies && l > 0 && !enters_[r]) {
     std::memcpy(key, entry<Stored>(c.keys, l - 1, r, head, slot), sizeof(Stored) * d);
     std::memcpy(value, entry<Stored>(c.values, l - 1, r, head, slot), sizeof(Stored) * d);
+    for (float* const* scales : {c.key_scales, c.value_scales})
+      if (scales) scales[l][line(l, r, head, slot)] = scales[l - 1][line(l - 1, r, head, slot)];
     return;
   }
   const Layer& a = m.layer[l];
   turn(a, a.norm_k, at.k + int64_t(r) * m.kv_heads * d, head, 1, slot, query_);
-  put(query_, key, d);
-  put(at.v + (int64_t(r) * m.kv_heads + head) * d, value, d);
+  const float* own = at.v + (int64_t(r) * m.kv_heads + head) * d;
+  if constexpr (std::is_same_v<Stored, int8_t>) {
+    c.key_scales[l][line(l, r, head, slot)] = put(query_, key, d);
+    c.value_scales[l][line(l, r, head, slot)] = put(own, value, d);
+  } else {
+    put(query_, key, d);
+    put(own, value, d);
+  }
 }
 
 void Pass::attention(int l) {
@@ -85,15 +113,18 @@ void Pass::attention(int l) {
   shortcut_up(a.short_attention);
   clock(PART_GATES);
   for (int task = id; task < s.rows * m.kv_heads; task += threads) {
-    if (c.bf16) remember<uint16_t>(l, task / m.kv_heads, task % m.kv_heads);
+    if (c.key_scales) remember<int8_t>(l, task / m.kv_heads, task % m.kv_heads);
+    else if (c.bf16) remember<uint16_t>(l, task / m.kv_heads, task % m.kv_heads);
     else remember<float>(l, task / m.kv_heads, task % m.kv_heads);
   }
 #pragma omp barrier
   clock(PART_ATTENTION);
   if (!count_) return;
   const int tasks = count_ * m.heads, first = tasks * id / threads, last = tasks * (id + 1) / threads;
-  for (int task = first; task < last;)
-    task += c.bf16 ? attend<uint16_t>(l, task, last) : attend<float>(l, task, last);
+  for (int task = first; task < last;) {
+    if (c.key_scales) task += attend<int8_t>(l, task, last);
+    else task += c.bf16 ? attend<uint16_t>(l, task, last) : attend<float>(l, task, last);
+  }
 #pragma omp barrier
   clock(PART_ATTENTION);
   add(a.o, prepare(a.o, at.mixed, count_), a.after_attention);
@@ -123,21 +154,26 @@ void Pass::attend_heads(int l, int place, int head) {
   const Layer& a = m.layer[l];
   turn(a, a.norm_q, at.q + int64_t(row) * m.heads * d, head, n, slot, query_);
   const int first = a.window ? std::max(0, slot + 1 - a.window) : 0, seen = slot + 1 - first;
+  const int whole = std::min(seen, c.slots[l] - first % c.slots[l]);  // those before positions come around
   const Stored* keys = entry<Stored>(c.keys, l, row, kv, first);
   const Stored* values = entry<Stored>(c.values, l, row, kv, first);
-  score<Stored, n>(query_, keys, seen);
+  const int64_t around = int64_t(c.slots[l]) * d;
+  score<Stored, n>(query_, keys, 0, whole);
+  score<Stored, n>(query_, keys - around, whole, seen);
+  if (c.key_scales) scale<n>(c.key_scales[l] + line(l, row, kv, first), whole, c.slots[l], seen);
   float* out = at.mixed + (int64_t(place) * m.heads + head) * d;
   float inverse[n];
   for (int i = 0; i < n; i++) inverse[i] = 1.0f / softmax(a, scores_ + i * stride_, seen);
-  mix<Stored, n>(values, seen, inverse, out);
+  if (c.value_scales) scale<n>(c.value_scales[l] + line(l, row, kv, first), whole, c.slots[l], seen);
+  mix<Stored, n>(values, whole, around, seen, inverse, out);
 }
 
-// scores_ [n, stride_]: queries [n, d] times keys [seen, d], four slots at a time
+// scores_ [n, stride_] from place `first` to `last`: queries [n, d] times keys [last, d], four at a time
 template <class Stored, int n>
-void Pass::score(const float* query, const Stored* keys, int seen) {
+void Pass::score(const float* query, const Stored* keys, int first, int last) {
   const int d = m.head_dim;
-  int t = 0;
-  for (; t + 4 <= seen; t += 4) {
+  int t = first;
+  for (; t + 4 <= last; t += 4) {
     F32X8 total[n][4] = {};
     for (int i = 0; i < d; i += 8) {
       F32X8 each[n];
@@ -152,8 +188,15 @@ void Pass::score(const float* query, const Stored* keys, int seen) {
     }
     for (int h = 0; h < n; h++) sum_four(total[h], scores_ + h * stride_ + t);
   }
-  for (; t < seen; t++)
+  for (; t < last; t++)
     for (int h = 0; h < n; h++) scores_[h * stride_ + t] = dot(query + h * d, keys + int64_t(t) * d, d);
+}
+
+// scores_ [n, seen] times the scales of their positions, which from place `whole` on lie `around` earlier
+template <int n>
+void Pass::scale(const float* scales, int whole, int around, int seen) {
+  for (int h = 0; h < n; h++)
+    for (int t = 0; t < seen; t++) scores_[h * stride_ + t] *= scales[t < whole ? t : t - around];
 }
 
 // Scores [seen] become shares before they are divided by what is returned: their sum.
@@ -173,15 +216,15 @@ float Pass::softmax(const Layer& a, float* scores, int seen) const {
   return sum(mass);
 }
 
-// out [n, d]: values [seen, d] weighted by scores_ and `inverse` [n]
+// out [n, d]: values [seen, d] weighted by scores_ and `inverse` [n]; from place `whole` on they lie `around` earlier
 template <class Stored, int n>
-void Pass::mix(const Stored* values, int seen, const float* inverse, float* out) const {
+void Pass::mix(const Stored* values, int whole, int64_t around, int seen, const float* inverse, float* out) const {
   const int d = m.head_dim;
   for (int i = 0; i < d; i += 32) {
     const int vectors = std::min(4, (d - i) / 8);
     F32X8 total[n][4] = {};
     for (int t = 0; t < seen; t++) {
-      const Stored* value = values + int64_t(t) * d + i;
+      const Stored* value = values + int64_t(t) * d + i - (t < whole ? 0 : around);
       F32X8 share[n];
 #pragma GCC unroll 4
       for (int h = 0; h < n; h++) share[h] = broadcast(scores_[h * stride_ + t]);

@@ -53,6 +53,7 @@ class Pass : Share {
   void activate(const Layer& a) const;
   void turn(const Layer& a, const Norm& norm, const float* all, int first, int count, int slot, float* out) const;
 
+  int64_t line(int l, int row, int head, int slot) const;
   template <class Stored>
   Stored* entry(void* const* store, int l, int row, int head, int slot) const;
   template <class Stored>
@@ -62,10 +63,12 @@ class Pass : Share {
   template <class Stored, int n>
   void attend_heads(int l, int place, int head);
   template <class Stored, int n>
-  void score(const float* query, const Stored* keys, int seen);
+  void score(const float* query, const Stored* keys, int first, int last);
+  template <int n>
+  void scale(const float* scales, int whole, int around, int seen);
   float softmax(const Layer& a, float* scores, int seen) const;
   template <class Stored, int n>
-  void mix(const Stored* values, int seen, const float* inverse, float* out) const;
+  void mix(const Stored* values, int whole, int64_t around, int seen, const float* inverse, float* out) const;
 
   const Model& m;
   const CacheView& c;

@@ -60,13 +60,18 @@ void gateskip_packed(const uint8_t* codes, const float* scale, const float* offs
 }
 
 void gateskip_unpack(const uint8_t* codes, const float* scale, const float* offset, const float* table, int32_t bits,
-                     int32_t n, int32_t k, int32_t group, float* out, int32_t threads) {
+                     int32_t n, int32_t k, int32_t group, int32_t bf16, void* out, int32_t threads) {
   const Packed w{codes, scale, offset, n, k, group};
   const Table16 values = table_of(table);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int tile = 0; tile < (n + ROWS_PER_TILE - 1) / ROWS_PER_TILE; tile++) {
-    float* to = out + int64_t(tile) * ROWS_PER_TILE * k;
-    with_coding(coding_of(bits, table), [&](auto coding) { unpack_tile<coding.value>(w, tile, values, to); });
+    auto each = [&](auto* to) {
+      with_coding(coding_of(bits, table), [&](auto coding) {
+        unpack_tile<coding.value>(w, tile, values, to + int64_t(tile) * ROWS_PER_TILE * k);
+      });
+    };
+    if (bf16) each(static_cast<uint16_t*>(out));
+    else each(static_cast<float*>(out));
   }
 }
 

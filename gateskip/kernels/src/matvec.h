@@ -70,9 +70,9 @@ static void packed_tile(const Packed& w, int tile, const Table16& table, const f
   }
 }
 
-// The float32 weights [ROWS_PER_TILE, k] of a tile; those beyond the last row are not written.
-template <Coding coding>
-static void unpack_tile(const Packed& w, int tile, const Table16& table, float* out) {
+// The weights [ROWS_PER_TILE, k] of a tile, rounded to the type of `out`; those beyond the last row are not written.
+template <Coding coding, class T>
+static void unpack_tile(const Packed& w, int tile, const Table16& table, T* out) {
   constexpr int block = bits_of(coding) * VECTOR_BYTES;
   const int groups = w.k / w.group, real = std::min(ROWS_PER_TILE, w.n - tile * ROWS_PER_TILE);
   const uint8_t* q = w.codes + int64_t(tile) * (w.k / BLOCK) * block;
@@ -83,7 +83,7 @@ static void unpack_tile(const Packed& w, int tile, const Table16& table, float* 
       for (int i = 0; i < FOURS; i += 2) {
         F32X8 value = w.scale[place + row] * decode<coding>(eight_at<coding>(q + row * 4, i), table);
         if (w.offset) value = value + w.offset[place + row];
-        std::memcpy(out + int64_t(row) * w.k + b + 4 * i, &value, sizeof value);
+        store(out + int64_t(row) * w.k + b + 4 * i, value);
       }
     }
   }
