@@ -36,6 +36,7 @@ class KVCache:
     keys: list[Tensor]
     values: list[Tensor]
     rope: Rope  # two of [capacity, D] a kind of layer
+    drift: Tensor | None = None  # see governor.Tracked
 
     @classmethod
     def empty(cls, model: Any, sizes: Sequence[tuple[int, ...]]) -> KVCache:
@@ -84,8 +85,11 @@ class KVCache:
     def rows(self, numbers: Sequence[int]) -> KVCache:
         """Copies of rows, in the given order; a row may come more than once."""
         chosen = list(numbers)
-        return KVCache([k[chosen] for k in self.keys], [v[chosen] for v in self.values], self.rope)
+        keys, values = ([x[chosen] for x in part] for part in (self.keys, self.values))
+        drift = None if self.drift is None else self.drift[chosen]
+        return KVCache(keys, values, self.rope, drift)
 
     def nbytes(self) -> int:
         """Memory held, in bytes."""
-        return sum(x.numel() * x.element_size() for x in (*self.keys, *self.values))
+        parts = (*self.keys, *self.values, *(() if self.drift is None else (self.drift,)))
+        return sum(x.numel() * x.element_size() for x in parts)

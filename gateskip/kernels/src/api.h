@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 3 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 4 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -154,6 +154,8 @@ typedef struct Step {
   const float* thresholds;  /* [2 * layers], or null: every branch is entered */
   int64_t* kept;            /* [2 * layers]: counts of rows that entered, added up */
   double* spent;            /* [PARTS]: seconds, added up */
+  uint8_t* entered;         /* [rows, 2 * layers], or null: becomes 1 where a row enters a branch */
+  int32_t stride;           /* from one row's thresholds to the next one's; 0 where all rows share them */
 } Step;
 
 /* Tokens that one row drafts greedily, one after the other. */
