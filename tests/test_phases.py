@@ -80,7 +80,7 @@ def test_a_row_is_what_it_is_alone(decoder: Decoder, way: str) -> None:
     assert together == alone
 
 
-@pytest.mark.parametrize(("way", "length"), [*zip(WAYS, (1, 5, 16, 7), strict=True), ("held", 16)])
+@pytest.mark.parametrize(("way", "length"), [*zip(WAYS, (1, 5, 16, 7), strict=True), ("held", 3)])
 def test_drafts_change_nothing(decoder: Decoder, way: str, length: int) -> None:
     """Verified at the budget, whatever is drafted; drafts are rejected, and blocks are crossed."""
     wanted = decoder.generate(PROMPTS, 36, "skip", 0.7, **WAYS[way]).tokens
