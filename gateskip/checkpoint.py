@@ -55,6 +55,8 @@ class GateFile:
     """How the folder is decoded when nobody says otherwise: mode and its settings."""
     between: dict[float, float] = field(default_factory=dict)
     """What interpolated budgets kept there, half-way between two calibrated ones."""
+    phases: dict[float, dict[str, float]] = field(default_factory=dict)
+    """What each budget kept of prompts and of answers: see `CalibratedBudgets.phases`."""
 
     @classmethod
     def of(
@@ -69,12 +71,14 @@ class GateFile:
         """From what was calibrated."""
         grid = {budget: list(row) for budget, row in budgets.thresholds.items()}
         kept, between = dict(budgets.kept), dict(budgets.between)
-        return cls(gates, kv_rule, grid, kept, sensitivity, training or {}, decode or {}, between)
+        phases = {budget: dict(shares) for budget, shares in budgets.phases.items()}
+        given = (training or {}, decode or {}, between, phases)
+        return cls(gates, kv_rule, grid, kept, sensitivity, *given)
 
     @property
     def budgets(self) -> CalibratedBudgets:
         """What was calibrated, to be asked for any budget."""
-        return CalibratedBudgets(self.grid, self.kept, self.between)
+        return CalibratedBudgets(self.grid, self.kept, self.between, self.phases)
 
 
 def grid_of(
@@ -102,11 +106,17 @@ def save_gates(folder: Path, file: GateFile) -> None:
         "thresholds": {str(budget): row for budget, row in sorted(file.grid.items())},
         "kept": {str(budget): share for budget, share in sorted(file.kept.items())},
         "kept_between": {str(budget): share for budget, share in sorted(file.between.items())},
+        **({"kept_phases": _by_text(file.phases)} if file.phases else {}),
         "sensitivity": file.sensitivity,
         "training": file.training,
         "decode": file.decode,
     }
     (folder / META_FILE).write_text(json.dumps(_finite(described), indent=1) + "\n")
+
+
+def _by_text(values: dict[float, Any]) -> dict[str, Any]:
+    """The same by budgets as text, in their order."""
+    return {str(budget): value for budget, value in sorted(values.items())}
 
 
 def write_gates(path: Path, gates: Gates) -> None:
@@ -222,6 +232,10 @@ def _described(folder: Path, meta: dict[str, Any]) -> GateFile:
         training=dict(meta["training"]),
         decode=dict(meta["decode"]),
         between={float(b): _number(s) for b, s in meta.get("kept_between", {}).items()},
+        phases={
+            float(b): {str(phase): _number(share) for phase, share in shares.items()}
+            for b, shares in meta.get("kept_phases", {}).items()
+        },
     )
 
 

@@ -7,7 +7,7 @@ import io
 from typing import Any
 
 from compose.results.metrics import METRICS
-from compose.results.parts import Speculation
+from compose.results.parts import Speculation, TextCompute
 from compose.results.schema import CellResult
 from compose.units import printable
 from reports.families import family_of, weights_of
@@ -67,7 +67,20 @@ def _measured(report: Report, row: Row) -> dict[str, Any]:
         record |= {task: None if score is None else score.value}
         record |= {f"{task}-low": low, f"{task}-high": high}
         record |= {f"{task}-n": None if score is None else score.n}
-    return record
+        record |= _spent(task, None if score is None else score.compute)
+    own = None if quality is None else quality.own_answers
+    return record | _spent("own-answers", None if own is None else own.compute)
+
+
+def _spent(name: str, compute: TextCompute | None) -> dict[str, float]:
+    """What was saved and kept on text that was scored; nothing where nothing skipped."""
+    if compute is None:
+        return {}
+    phases = {"prompt": compute.prompt, "answer": compute.answer}
+    kept = {phase: own.kept for phase, own in phases.items() if own is not None}
+    return {f"{name}-saved": compute.saved_net, f"{name}-kept": compute.kept} | {
+        f"{name}-{phase}-kept": share for phase, share in kept.items()
+    }
 
 
 def _text(value: Any) -> Any:

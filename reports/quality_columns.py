@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 
 from compose.results.metrics import half_width, over_seeds, task_retained
-from compose.results.parts import OwnAnswers, Quality, TaskScore
+from compose.results.parts import OwnAnswers, Quality, TaskScore, TextCompute
 from reports.columns import Column, Entry, Make, tone
 from reports.load import Report, Row
 from reports.numbers import NO_DIFFERENCE, number, share, span
@@ -62,6 +62,46 @@ def task_kept_column(task: str) -> Column:
 
     help = "The score to its left over the dense model's, with its paired 95 % interval."
     return Column("Keeps", "%", help, make)
+
+
+def spent_columns(report: Report) -> list[Column]:
+    """What cells that skip saved on the very text that was scored: a column a written task, and
+    one of the dense model's own answers."""
+    found = [_spent_column(task, _of_task(task)) for task in report.tasks]
+    found.append(_spent_column("Own answers", _of_answers))
+    filled = [
+        any(not column.make(report, row).is_absent for row in report.rows) for column in found
+    ]
+    return [column for column, has in zip(found, filled, strict=True) if has]
+
+
+def _spent_column(name: str, read: Callable[[Quality], TextCompute | None]) -> Column:
+    def make(report: Report, row: Row) -> Entry:
+        quality = report.results.quality(row.cell)
+        spent = None if quality is None else read(quality)
+        if spent is None:
+            return Entry()
+        phases = {"prompt": spent.prompt, "answer": spent.answer}
+        kept = [f"{phase} {share(own.kept)}" for phase, own in phases.items() if own is not None]
+        return Entry(share(spent.saved_net), f"kept {', '.join(kept)}", spent.saved_net)
+
+    help = (
+        f"Multiply-adds saved on the prompts and answers of {name} itself, net. Below it: the share"
+        " of the branches' multiply-adds that each phase kept."
+    )
+    return Column(f"{name} saved", "net, %", help, make)
+
+
+def _of_task(task: str) -> Callable[[Quality], TextCompute | None]:
+    def read(quality: Quality) -> TextCompute | None:
+        score = (quality.tasks or {}).get(task)
+        return None if score is None else score.compute
+
+    return read
+
+
+def _of_answers(quality: Quality) -> TextCompute | None:
+    return None if quality.own_answers is None else quality.own_answers.compute
 
 
 def _score(report: Report, row: Row, task: str) -> TaskScore | None:

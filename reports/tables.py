@@ -24,6 +24,7 @@ from reports.quality_columns import (
     quality_column,
     seed_count_entry,
     seeds_mean,
+    spent_columns,
     task_kept_column,
     task_score_column,
 )
@@ -121,6 +122,7 @@ def quality(report: Report) -> Table:
             answers_column("Common prefix", "tokens", PREFIX_HELP, lambda own: own.common_prefix),
             quality_column("Rounding", "KL", ROUNDING_HELP, lambda q: q.kl_of_rounding),
             *(column for pair in tasks for column in pair),
+            *spent_columns(report),
             metric_column("accuracy", "Tasks", "mean, %", "Unweighted mean of the scores.", share),
             metric_column("written", "Written", "keeps, %", WRITTEN_HELP, share),
             metric_column("ranked", "Ranked", "keeps, %", RANKED_HELP, share),

@@ -30,6 +30,8 @@ SETTINGS: dict[str, Any] = {"speed": {"repeats": 1}}
 
 def test_systems_are_named_in_words() -> None:
     assert parse_system("skip:0.8").settings == {"mode": "skip", "budget": 0.8}
+    held = {"mode": "skip", "budget": 0.8, "prompt": "full", "hold": True}
+    assert parse_system("skip:0.8+full-prompt+hold").settings == held
     assert parse_system("draft:1.0+nf4+lookup+4").settings == {
         "mode": "speculate",
         "draft_budget": 1.0,
@@ -46,7 +48,14 @@ def test_systems_are_named_in_words() -> None:
     assert parse_system("reference").backend == "reference"
     assert parse_system("plain").backend is None
     assert BACKENDS == RUNNABLE
-    for wrong in ("dense", "skip:much", "draft:0.5+fast", "native:transformers", "native:native"):
+    for wrong in (
+        "dense",
+        "skip:much",
+        "skip:0.8+fast",
+        "draft:0.5+fast",
+        "native:transformers",
+        "native:native",
+    ):
         with pytest.raises(UserError, match="system"):
             parse_system(wrong)
     with pytest.raises(UserError, match=r"skip:1\.5"):

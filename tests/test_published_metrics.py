@@ -87,6 +87,18 @@ def test_both_definitions_on_one_family_worked_by_hand() -> None:
     assert ours.accuracy_at == pytest.approx({0: 0.40, 5: 0.37, 10: 0.32})
 
 
+def test_written_tasks_compare_at_what_their_own_text_kept() -> None:
+    """The sums' own prompts and answers saved more than running text: their curve says so."""
+    data = run().model_dump()
+    for cell, saved in ((data["cells"][2], 0.07), (data["cells"][3], 0.18)):
+        phase = {"tokens": 10, "kept": 0.9, "saved_net": saved}
+        cell["quality"]["tasks"]["sums"]["compute"] = {**phase, "prompt": phase}
+    curve, likelihood = skipping_curves(Results.model_validate(data))
+    assert curve.ours is not None and likelihood.ours is not None
+    assert [point.saved for point in curve.ours.points] == [0.0, 0.07, 0.18]
+    assert [point.saved for point in likelihood.ours.points] == [0.0, 0.04, 0.12]
+
+
 def test_curves_are_part_of_the_results() -> None:
     related = relate(run())
     assert related.skipping_curves == skipping_curves(run())

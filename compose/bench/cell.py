@@ -43,10 +43,12 @@ class CellBench:
     def decoder(self) -> Decoder:
         """The cell's model, ready to decode."""
         decoder = self._load()
-        budget = self.settings.get("budget", self.settings.get("draft_budget"))
+        budget = self.settings.get("draft_budget")
         weights = self.settings.get("draft_weights", "auto")
         try:
-            if budget is not None:
+            if self.mode == "skip":
+                decoder.phases(**self.settings)
+            elif budget is not None:
                 decoder.thresholds(budget)
             if weights != "auto":  # which is chosen while nothing else runs
                 decoder.drafter(weights)

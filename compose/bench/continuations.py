@@ -19,6 +19,10 @@ Pair = tuple[list[int], list[int]]
 class BranchingModel(ScoredModel, Protocol):
     """A model that can read a context once for all continuations of it."""
 
+    parts: bool
+    """Whether contexts and what follows them are computed differently, so that every context is
+    read by itself."""
+
     def branch(
         self, contexts: Sequence[list[int]], endings: Sequence[list[int]], owner: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
@@ -48,7 +52,7 @@ def score_continuations(
     done = 0
     with torch.inference_mode():
         if isinstance(model, BranchingModel):
-            families = share_contexts(pairs, max_length)
+            families = share_contexts(pairs, max_length, least=1 if model.parts else 2)
             for start in range(0, len(families), batch_size):
                 batch = families[start : start + batch_size]
                 for pair, score in _score_families(model, pairs, batch):
@@ -65,13 +69,14 @@ def score_continuations(
     return scores
 
 
-def share_contexts(pairs: Sequence[Pair], max_length: int) -> list[list[int]]:
-    """Pairs that have a context in common and fit whole: groups of two and more, longest first."""
+def share_contexts(pairs: Sequence[Pair], max_length: int, least: int = 2) -> list[list[int]]:
+    """Pairs that have a context in common and fit whole: groups of `least` and more, the longest
+    context first."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, (context, ending) in enumerate(pairs):
         if context and len(context) + len(ending) <= max_length:
             groups.setdefault(tuple(context), []).append(index)
-    shared = [(len(key), group) for key, group in groups.items() if len(group) > 1]
+    shared = [(len(key), group) for key, group in groups.items() if len(group) >= least]
     return [group for _, group in sorted(shared, key=lambda each: -each[0])]
 
 

@@ -20,7 +20,7 @@ from compose.assets import TASKS, TextData, contamination, first_available, load
 from compose.bench.generate import load_prompts, stop_token_ids
 from compose.bench.job import BLOCK, CellJob
 from compose.bench.own_answers import DenseAnswers, dense_record, score_answers, write_answers
-from compose.bench.scored import Scored
+from compose.bench.scored import Scored, added
 from compose.bench.text import (
     BlockScores,
     Head,
@@ -31,9 +31,11 @@ from compose.bench.text import (
     score_reference,
     store,
 )
+from compose.bench.text_compute import text_compute
 from compose.units import Progress
 from gateskip.calibration.insight import inspect_text, summarize
 from gateskip.decoding.decoder import Decoder, Mode
+from gateskip.decoding.phases import Phase
 from gateskip.model.compute import Saving, Usage
 
 ROUNDING_TOKENS = 129  # on which the engine's rounding is compared
@@ -58,7 +60,7 @@ class QualityBench:
         self.job, self.decoder, self.mode, self.saving = job, decoder, mode, saving
         self.progress = progress
         self.wanted: Mapping[str, Any] = job.benchmark["quality"]
-        self.model = Scored(decoder, settings["budget"] if mode == "skip" else None)
+        self.model = Scored(decoder, **settings) if mode == "skip" else Scored(decoder, None)
         self.is_baseline = job.is_baseline
         self.stored: dict[str, Tensor] = {}
         """What the baseline leaves for the others, or left."""
@@ -201,13 +203,30 @@ class QualityBench:
             self.stored |= dense.tensors()
             return dense_record(dense, new_tokens)
         dense = DenseAnswers.of(self.stored, prompts)
-        return score_answers(
+        self.model.clear_used()
+        record = score_answers(
             self.model, dense, self._dense_head(), new_tokens, stops, self.progress
         )
+        spent = self._spent()
+        return record if spent is None else {**record, "compute": spent}
+
+    def _spent(self) -> dict[str, Any] | None:
+        """What was spent on text that was written since `clear_used`; None where none skips."""
+        if self.mode != "skip":
+            return None
+        return text_compute(self.model.used, self.decoder, self.saving)
 
     def _tasks(self) -> dict[str, Any]:
         from compose.bench.tasks import run_tasks  # loads lm-eval
 
+        used: dict[str, dict[Phase, Usage]] = {}
+
+        def written(task: str) -> None:
+            """What was written since the last call belongs to this task."""
+            used[task] = added(used.get(task, {}), self.model.used)
+            self.model.clear_used()
+
+        self.model.clear_used()
         scores = run_tasks(
             self.model,
             self.wanted["tasks"],
@@ -215,8 +234,13 @@ class QualityBench:
             batch_size=self.wanted["batch_size"],
             cache=self.job.asset_cache,
             progress=self.progress,
+            written=written,
         )
-        return {name: asdict(score) for name, score in scores.items()}
+        records = {name: asdict(score) for name, score in scores.items()}
+        for name, own in used.items():
+            if self.mode == "skip" and name in records:
+                records[name]["compute"] = text_compute(own, self.decoder, self.saving)
+        return records
 
     # -- contamination -------------------------------------------------------------------------
 

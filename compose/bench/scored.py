@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from compose.bench.continuations import BranchingModel
 from gateskip.decoding.decoder import Decoder, Mode
+from gateskip.decoding.phases import FULL, Phase
+from gateskip.model.compute import Usage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,9 +23,22 @@ Rows = list[list[int]]
 class Scored(BranchingModel):
     """The decoder of a cell, plain or skipping at a budget."""
 
-    def __init__(self, decoder: Decoder, budget: float | None) -> None:
-        self.decoder, self.budget = decoder, budget
+    def __init__(self, decoder: Decoder, budget: float | None, **skipping: Any) -> None:
+        """`skipping` are `prompt`, `answer` and `hold` of `Decoder.generate`."""
+        self.decoder, self.budget, self.skipping = decoder, budget, skipping
         self.thresholds = None if budget is None else decoder.thresholds(budget)
+        """Those of the budget, calibrated."""
+        self.phases = FULL if budget is None else decoder.phases(budget, **skipping)
+        self.parts = self.phases.differ
+        self.used: dict[Phase, Usage] = {}
+        """What the tokens of prompts and of answers entered since `clear_used`."""
+
+    def clear_used(self) -> None:
+        """Count what is written from zero."""
+        self.used = {}
+
+    def _count(self, used: Mapping[Phase, Usage]) -> None:
+        self.used = added(self.used, used)
 
     @property
     def device(self) -> torch.device:
@@ -41,7 +56,7 @@ class Scored(BranchingModel):
         skipping = self.decoder.skipping
         cache = skipping.new_cache(*input_ids.shape)
         counts = None if lengths is None else lengths.tolist()
-        return skipping.forward(input_ids, cache, [0] * len(input_ids), self.thresholds, counts)
+        return skipping.forward(input_ids, cache, [0] * len(input_ids), self.phases.text, counts)
 
     def generate(
         self, prompts: Sequence[list[int]], new_tokens: int, stop_tokens: Sequence[int]
@@ -49,7 +64,11 @@ class Scored(BranchingModel):
         """Greedy continuations, decoded as the cell decodes."""
         mode: Mode = "plain" if self.thresholds is None else "skip"
         budget = 1.0 if self.budget is None else self.budget
-        return self.decoder.generate(prompts, new_tokens, mode, budget, eos=stop_tokens).tokens
+        written = self.decoder.generate(
+            prompts, new_tokens, mode, budget, eos=stop_tokens, **self.skipping
+        )
+        self._count(written.usage)
+        return written.tokens
 
     def branch(
         self, contexts: Sequence[list[int]], endings: Sequence[list[int]], owner: Sequence[int]
@@ -60,7 +79,7 @@ class Scored(BranchingModel):
         cache = skipping.new_cache(len(contexts), slots)
         zeros = [0] * len(contexts)
         read = skipping.forward(
-            padded(contexts).to(self.device), cache, zeros, self.thresholds, lengths
+            padded(contexts).to(self.device), cache, zeros, self.phases.prompt, lengths
         )
         after = read[torch.arange(len(contexts)), torch.tensor(lengths) - 1]
         copies = cache.rows(owner)
@@ -69,7 +88,7 @@ class Scored(BranchingModel):
         if ids.shape[1] == 0:
             return after, read.new_zeros(len(owner), 0, read.shape[-1])
         counts = [len(ending) for ending in endings]
-        return after, skipping.forward(ids, copies, starts, self.thresholds, counts)
+        return after, skipping.forward(ids, copies, starts, self.phases.answer, counts)
 
     def answer_states(self, prompts: Rows, answers: Rows) -> list[Tensor]:
         """Of each answer, the final states [T, H] that predict its T tokens, as the cell decodes.
@@ -77,18 +96,22 @@ class Scored(BranchingModel):
         The first token is predicted by the prompt's last state, each further one by a decoding
         step: a pass over an answer has the bits of its tokens one by one.
         """
-        skipping, thresholds = self.decoder.skipping, self.thresholds
+        skipping, phases = self.decoder.skipping, self.phases
+        before = skipping.usage.copy()
         lengths = [len(prompt) for prompt in prompts]
         cache = skipping.new_cache(len(prompts), max(lengths) + max(map(len, answers)))
         ids = padded(prompts).to(self.device)
-        read = skipping.forward(ids, cache, [0] * len(prompts), thresholds, lengths)  # [B, S, H]
+        read = skipping.forward(ids, cache, [0] * len(prompts), phases.prompt, lengths)  # [B, S, H]
+        after = skipping.usage.copy()
+        self._count({"prompt": after.since(before)})
         states = [read[row, length - 1 : length] for row, length in enumerate(lengths)]
         rows = [row for row, answer in enumerate(answers) if len(answer) > 1]
         if not rows:
             return states
         steps = [answers[row][:-1] for row in rows]
         starts = [lengths[row] for row in rows]
-        found = skipping.decode(steps, cache, rows, starts, thresholds)
+        found = skipping.decode(steps, cache, rows, starts, phases.answer)
+        self._count({"answer": skipping.usage.since(after)})
         for row, own in zip(rows, found.split([len(ids) for ids in steps]), strict=True):
             states[row] = torch.cat((states[row], own.to(read.dtype)))
         return states
@@ -101,6 +124,12 @@ class Scored(BranchingModel):
     def head(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., H] -> logits [..., V]."""
         return self.decoder.skipping.scores(hidden)
+
+
+def added(first: Mapping[Phase, Usage], second: Mapping[Phase, Usage]) -> dict[Phase, Usage]:
+    """Both counts of each phase together."""
+    both = first.keys() & second.keys()
+    return {**first, **second, **{phase: first[phase].plus(second[phase]) for phase in both}}
 
 
 def padded(rows: Sequence[list[int]]) -> Tensor:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from compose.bench.generate import stop_token_ids
+from compose.bench.scored import added
 from compose.bench.workloads import Rows, rows_of
 from compose.memory import peak_bytes, reset_peak, resident_bytes
 from gateskip.decoding.decoder import Decoder, Mode, cache_capacity
+from gateskip.decoding.phases import Phase
 from gateskip.decoding.stats import Generation, Stats
 from gateskip.model.compute import Saving, Usage
 
@@ -69,10 +71,12 @@ class SpeedTurns:
         usage, before = self.decoder.skipping.usage, self._engine_seconds()
         usage.clear()
         stats, first_tokens, decoded = Stats(), list[float](), 0
+        used: dict[Phase, Usage] = {}
         digest = hashlib.sha256()
         for rows in batches:
             generation = self._generate(rows, self.wanted["new_tokens"], category)
             stats.add(generation.stats)
+            used = added(used, generation.usage)
             first_tokens.append(generation.stats.ttft_s)
             decoded += generation.stats.new_tokens - len(rows)
             digest.update(json.dumps(generation.tokens).encode())
@@ -93,7 +97,11 @@ class SpeedTurns:
         if spent := self._engine_seconds():
             turn["spent"] = {part: spent[part] - before.get(part, 0.0) for part in spent}
         if self.mode == "skip":
-            turn["compute"] = {"saved_net_while_timed": self.saving(usage).net}
+            turn["compute"] = {"saved_net_while_timed": self.saving(usage).net} | {
+                f"{phase}_saved_while_timed": self.saving(own).net
+                for phase, own in used.items()
+                if own.seen
+            }
         if self.mode == "speculate":
             turn["speculation"] = speculation_counts(stats)
         return turn

@@ -10,6 +10,12 @@ from compose.errors import UserError, suggest
 BACKENDS = ("reference", "gathered", "native")
 """Those of `gateskip.runtime.backend`, which imports torch."""
 KINDS = ("plain", "skip", "draft", *BACKENDS)
+SKIPS: dict[str, dict[str, Any]] = {
+    "full-prompt": {"prompt": "full"},
+    "full-answer": {"answer": "full"},
+    "hold": {"hold": True},
+}
+"""Settings of a system that skips, by the word that names them."""
 DRAFTS = ("auto", "int4", "int3", "int2", "nf4", "int4-head")
 """What drafts, where it is not the model itself: `Weights` of `gateskip.decoding`."""
 KV_SUFFIX = "+int8-kv"
@@ -28,9 +34,9 @@ class System:
 
 
 def parse_system(text: str) -> System:
-    """`plain`, `skip:BUDGET`, `draft:BUDGET` with `+auto`, `+int4`, `+int3`, `+int2`, `+nf4` or
-    `+int4-head`, `+lookup`, `+LENGTH`; any of these before `+int8-kv` (keys and values in 8 bits),
-    and after a backend, as in `gathered:skip:0.8`.
+    """`plain`, `skip:BUDGET` with `+full-prompt`, `+full-answer` or `+hold`, `draft:BUDGET` with
+    `+auto`, `+int4`, `+int3`, `+int2`, `+nf4` or `+int4-head`, `+lookup`, `+LENGTH`; any of these
+    before `+int8-kv` (keys and values in 8 bits), and after a backend, as in `gathered:skip:0.8`.
 
     Raises UserError for anything else.
     """
@@ -51,7 +57,7 @@ def parse_system(text: str) -> System:
     try:
         budget = float(words[0])
         if kind == "skip":
-            return System(text, {"mode": "skip", "budget": budget})
+            return System(text, {"mode": "skip", "budget": budget, **_skip_settings(words[1:])})
         settings: dict[str, Any] = {"mode": "speculate", "draft_budget": budget}
         for word in words[1:]:
             if word in DRAFTS:
@@ -63,3 +69,11 @@ def parse_system(text: str) -> System:
     except ValueError as error:
         raise UserError(f"system {text!r}: {error}", fix="as in draft:0.8+nf4+4") from error
     return System(text, settings)
+
+
+def _skip_settings(words: list[str]) -> dict[str, Any]:
+    """What the words after a budget ask for. Raises ValueError for an unknown one."""
+    for word in words:
+        if word not in SKIPS:
+            raise ValueError(f"{word!r}: {suggest(word, SKIPS)}")
+    return {name: value for word in words for name, value in SKIPS[word].items()}

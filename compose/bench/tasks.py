@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -72,8 +72,11 @@ def run_tasks(
     batch_size: int = 8,
     cache: Path | None = None,
     progress: Progress | None = None,
+    written: Callable[[str], None] | None = None,
 ) -> dict[str, TaskScore]:
     """Score `model` on tasks of lm-eval: its prompts and metrics, the first `limit` questions.
+
+    `written` is called with the name of a task after each batch of its answers.
 
     The tasks in `compose.assets.TASKS` are read from files here; others go through the hub.
 
@@ -89,7 +92,7 @@ def run_tasks(
         manager = _manager(Path(scratch), tasks)
         try:
             evaluation = lm_eval.simple_evaluate(
-                model=Scorer(model, batch_size=batch_size, progress=progress),
+                model=Scorer(model, batch_size=batch_size, progress=progress, written=written),
                 tasks=list(tasks),
                 limit=limit,
                 bootstrap_iters=0,
@@ -228,9 +231,15 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
     """A scored model as a model class of lm-eval."""
 
     def __init__(
-        self, model: ScoredModel, *, batch_size: int, progress: Progress | None = None
+        self,
+        model: ScoredModel,
+        *,
+        batch_size: int,
+        progress: Progress | None = None,
+        written: Callable[[str], None] | None = None,
     ) -> None:
         super().__init__()
+        self._written = written
         self.model = model
         self.tokenizer = model.tokenizer
         self.batch_size = batch_size
@@ -294,9 +303,8 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
             raise NotImplementedError(f"{', '.join(names)}: this model cannot generate answers")
         asked = [_Request.of(self, index, request) for index, request in enumerate(requests)]
         answers = [""] * len(asked)
-        asked.sort(key=lambda each: (each.limit, each.stops, -len(each.prompt)))
-        for start in range(0, len(asked), self.batch_size):
-            batch = asked[start : start + self.batch_size]
+        done = 0
+        for batch in _batches(asked, self.batch_size):
             limit, stops = max(each.limit for each in batch), batch[0].stops
             if any(each.stops != stops for each in batch):
                 stops = ()
@@ -305,8 +313,11 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
             for each, tokens in zip(batch, generated, strict=True):
                 text = self.tokenizer.decode(tokens[: each.limit], skip_special_tokens=True)
                 answers[each.index] = _cut(str(text), each.stops)
+            if self._written is not None:
+                self._written(batch[0].task)
+            done += len(batch)
             if self._progress is not None:
-                self._progress(start + len(batch), len(asked), "generating answers")
+                self._progress(done, len(asked), "generating answers")
         return answers
 
     def _stop_ids(self, stops: tuple[str, ...]) -> list[int]:
@@ -335,6 +346,7 @@ class _Request:
     prompt: list[int]
     limit: int
     stops: tuple[str, ...]
+    task: str
 
     @classmethod
     def of(cls, scorer: Scorer, index: int, request: Any) -> _Request:
@@ -345,7 +357,15 @@ class _Request:
         until = settings.get("until") or []
         stops = tuple([until] if isinstance(until, str) else until)
         ids = scorer.tok_encode(context)[-(scorer.max_length - limit) :]
-        return cls(index, ids, limit, stops)
+        return cls(index, ids, limit, stops, str(request.task_name))
+
+
+def _batches(asked: Sequence[_Request], size: int) -> Iterator[list[_Request]]:
+    """Requests of one task by `size`, those alike together and the longest prompts first."""
+    for task in sorted({each.task for each in asked}):
+        own = [each for each in asked if each.task == task]
+        own.sort(key=lambda each: (each.limit, each.stops, -len(each.prompt)))
+        yield from (own[start : start + size] for start in range(0, len(own), size))
 
 
 def _cut(text: str, stops: tuple[str, ...]) -> str:

@@ -41,11 +41,18 @@ def add_turns(turns: Sequence[Turn]) -> dict[str, Any]:
     if "spent" in turns[0]:
         numbers["spent"] = add_counts(turn["spent"] for turn in turns)
     if "compute" in turns[0]:
-        saved = [turn["compute"]["saved_net_while_timed"] for turn in turns]
-        numbers["compute"] = {"saved_net_while_timed": statistics.mean(saved)}
+        numbers["compute"] = mean_compute([turn["compute"] for turn in turns])
     if "speculation" in turns[0]:
         numbers["speculation"] = add_speculation([turn["speculation"] for turn in turns])
     return numbers
+
+
+def mean_compute(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each share of compute over the records that have it."""
+    return {
+        name: statistics.mean(each[name] for each in records if name in each)
+        for name in dict.fromkeys(name for each in records for name in each)
+    }
 
 
 def add_speculation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from compose.bench.turns import add_counts, add_speculation
+from compose.bench.turns import add_counts, add_speculation, mean_compute
 from compose.execution.sessions import Numbers, Session, Shape
 from compose.results.intervals import paired_speed_ratio
 from compose.results.parts import Estimate
@@ -42,9 +42,9 @@ def timed_parts(
     every = [own for repeats in session.of_cell(name).values() for own in repeats]
     size = {field: _largest(every, field) for field in SIZES}
     parts["size"] = {field: value for field, value in size.items() if value}
-    saved = [own["compute"]["saved_net_while_timed"] for own in main if "compute" in own]
+    saved = [own["compute"] for own in main if "compute" in own]
     if saved:
-        parts["compute"] = {"saved_net_while_timed": statistics.mean(saved)}
+        parts["compute"] = mean_compute(saved)
     if "speculation" in main[0]:
         counts = add_speculation([own["speculation"] for own in main])
         parts["speculation"] = speculation_of(counts)

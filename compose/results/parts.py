@@ -9,7 +9,16 @@ from __future__ import annotations
 from compose.results.curves import SkippingCurve, SkippingFigures, SkippingPoint
 from compose.results.history import Outcome, Peer, SeedRun, StepInfo, TrainingPoint, Verdict
 from compose.results.insight import BranchUse, GroupUse, Insight
-from compose.results.performance import Arithmetic, Compute, Measured, Size, Speed, SpeedNumbers
+from compose.results.performance import (
+    Arithmetic,
+    Compute,
+    Measured,
+    PhaseCompute,
+    Size,
+    Speed,
+    SpeedNumbers,
+    TextCompute,
+)
 from compose.results.quality import (
     Contamination,
     NoiseFloor,
@@ -37,6 +46,7 @@ __all__ = [
     "OwnAnswers",
     "Peer",
     "Perplexity",
+    "PhaseCompute",
     "Quality",
     "Record",
     "SeedRun",
@@ -49,6 +59,7 @@ __all__ = [
     "SpeedNumbers",
     "StepInfo",
     "TaskScore",
+    "TextCompute",
     "TrainingPoint",
     "Verdict",
 ]

@@ -119,9 +119,39 @@ class Compute(Record):
     saved_net_while_timed: float | None = None
     """`saved_net` of the timed speed rounds (prompt and new tokens)."""
 
+    prompt_saved_while_timed: float | None = None
+    """The same of their prompts alone."""
+
+    answer_saved_while_timed: float | None = None
+    """The same of their new tokens alone."""
+
     kept: float | None = None
     """Share of the branches' multiply-adds that a skipping cell's own budget kept on the scored
     text, beside the budget that was asked for."""
 
     kept_shares: tuple[float, ...] | None = None
     """Share of tokens that entered each branch (attention 0, MLP 0, ...), for cells that skip."""
+
+
+class PhaseCompute(Record):
+    """What tokens of one phase were computed at, 0 to 1."""
+
+    tokens: int
+    """Tokens that were read, or written but for the first of each answer, which its prompt gives.
+    """
+
+    kept: float
+    """Share of the branches' multiply-adds."""
+
+    saved_net: float
+    """Share of the dense model's that was not spent; gates, shortcuts and keys/values paid for."""
+
+
+class TextCompute(PhaseCompute):
+    """What a cell that skips spent on the very text that was scored."""
+
+    prompt: PhaseCompute | None = None
+    """On prompts."""
+
+    answer: PhaseCompute | None = None
+    """On what was written."""

@@ -4,7 +4,8 @@ A *curve* is made of the cells that skip with the same weights at several budget
 of those weights that skips nothing. The published way counts as saved the mean over branches of the
 share of tokens that skipped it, and compares a point with the curve's own first point; so gates and
 the keys and values of skipped tokens cost nothing, and what training the gates has lost is no loss.
-Our way counts multiply-adds net, and compares with the dense model.
+Our way counts multiply-adds net, and compares with the dense model; tasks whose answers are written
+count what was spent on their own prompts and answers, since other text keeps another share.
 
 - *Saved @90 %*: the most saved by a measured point that keeps 90 % of the reference.
 - *Accuracy at 0, 5, ... 60 %*: linear between neighbouring points, nothing beyond the outermost.
@@ -82,7 +83,10 @@ def _curve(
     for cell in cells:
         accuracy = _accuracy(results, cell, tasks)
         assert accuracy is not None, "cells without these tasks are left out before"
-        for points, saved in ((gross, skipped_share(cell)), (net, _saved_net(cell))):
+        for points, saved in (
+            (gross, skipped_share(cell)),
+            (net, _saved_net(results, cell, tasks)),
+        ):
             if saved is not None:
                 points.append(SkippingPoint(cell=cell.name, saved=saved, accuracy=accuracy))
     return SkippingCurve(
@@ -114,7 +118,13 @@ def _skips(cell: CellResult) -> bool:
     return cell.compute is not None and cell.compute.kept_shares is not None
 
 
-def _saved_net(cell: CellResult) -> float | None:
+def _saved_net(results: Results, cell: CellResult, tasks: Sequence[str]) -> float | None:
+    """Saved on the tasks' own text where all of them tell, else on the running text."""
+    quality = results.quality(cell)
+    scores = {} if quality is None else quality.tasks or {}
+    own = [compute.saved_net for task in tasks if (compute := scores[task].compute) is not None]
+    if own and len(own) == len(tasks):
+        return statistics.fmean(own)
     return None if cell.compute is None else cell.compute.saved_net
 
 

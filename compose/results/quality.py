@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from compose.results.performance import TextCompute
 from compose.results.record import Estimate, Record
 
 TaskKind = Literal["likelihood", "generative"]
@@ -66,6 +67,9 @@ class TaskScore(Record):
     retained_ci95: tuple[float, float] | None = None
     """95 % interval of `retained`: bootstrap over questions, paired with the baseline's."""
 
+    compute: TextCompute | None = None
+    """What a cell that skips spent on these prompts and answers; of written tasks only."""
+
 
 class OwnAnswers(Record):
     """Distance to the dense model along its own greedy answers, and how soon answers part."""
@@ -93,6 +97,10 @@ class OwnAnswers(Record):
 
     max_tokens: int | None = None
     """Most tokens of an answer, which bounds `common_prefix`."""
+
+    compute: TextCompute | None = None
+    """What a cell that skips spent on the prompts, on the dense model's answers that it was led
+    through, and on its own."""
 
 
 class NoiseFloor(Record):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compose.errors import RuleBroken
 from compose.stages.base import UNPACKED, ModelShape, Role, Stage
@@ -57,6 +57,22 @@ class Skip(DecodeStage):
 
     budget: float = Field(default=0.8, gt=0, le=1)
     """The share of the branches' multiply-adds that is computed."""
+
+    prompt: Literal["budget", "full"] = "budget"
+    """What prompts are computed at: the budget, or full compute."""
+
+    answer: Literal["budget", "full"] = "budget"
+    """What is written is computed at: the budget, or full compute."""
+
+    hold: bool = False
+    """Whether every row holds the budget: its thresholds move with what its own earlier tokens
+    kept, every 16 tokens. Prompts are then read 16 tokens at a time, which is slower."""
+
+    @model_validator(mode="after")
+    def _some_phase_skips(self) -> Self:
+        if self.prompt == self.answer == "full":
+            raise ValueError("prompt: full and answer: full skip nothing: leave one of them out")
+        return self
 
 
 class Speculate(DecodeStage):

@@ -11,6 +11,7 @@ from compose.errors import UserError
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.memory import TRAINED, training_bytes
 from compose.stages.on_policy import OnPolicyText, as_settings, require_room
+from compose.stages.prompts import prompts_to_answer
 from gateskip.calibration.settings import DEFAULT_BUDGETS, Allocation
 from gateskip.training.recipe import RECIPES, TrainConfig
 
@@ -173,6 +174,17 @@ class Gate(Stage):
     calibration_blocks: int = Field(default=16, ge=1)
     """Sequences of `length` tokens on which thresholds are calibrated."""
 
+    calibrate_on: Literal["text", "written", "both"] = "text"
+    """What thresholds are calibrated on: the calibration text; answers that the model writes itself
+    while it skips at each budget; or both. Prompts are those of the calibration text or of the
+    training text, where one has any, else what the model itself asks in a user's place."""
+
+    written_prompts: int = Field(default=32, ge=1)
+    """Prompts that are answered at each budget."""
+
+    written_tokens: int = Field(default=64, ge=2)
+    """Tokens of an answer, at most."""
+
     @model_validator(mode="before")
     @classmethod
     def _fill_from_recipe(cls, values: Any) -> Any:
@@ -244,6 +256,9 @@ class Gate(Stage):
             "kept": {str(budget): round(share, 4) for budget, share in sorted(found.kept.items())},
             "train_tokens": self.steps * self.accumulate * self.batch * self.length,
         }
+        if found.phases:
+            apart = sorted(found.phases.items())
+            record["kept_phases"] = {str(budget): dict(shares) for budget, shares in apart}
         training = {"parameters": self.model_dump(mode="json") | {"init": Path(self.init).name}}
         file = GateFile.of(gates, self.kv, found, sensitivity, training)
         save_gates(job.target, file)
@@ -351,26 +366,40 @@ class Gate(Stage):
         sensitivity: list[float] | None,
         gone: frozenset[int] = frozenset(),
     ) -> CalibratedBudgets:
-        """Thresholds for every budget on blocks [N, S], and for those between them; no token
-        enters the branches `gone`."""
+        """Thresholds for every budget on blocks [N, S] or on what the model writes, and for those
+        between them; no token enters the branches `gone`."""
         from gateskip.calibration.thresholds import calibrate_everywhere
         from gateskip.model.families import find_branches
+        from gateskip.training.written_calibration import calibrate_written
 
         kinds = [branch.kind for branch in find_branches(model)]
         skippable = kinds if self.branches == "both" else [self.branches]
-        return calibrate_everywhere(
+        gates = gates.requires_grad_(False)
+        settings: dict[str, Any] = {
+            "allocation": self.allocation,
+            "sensitivity": sensitivity,
+            "least": self.least,
+            "most": self.most,
+            "closed": frozenset(i for i, kind in enumerate(kinds) if kind not in skippable),
+            "progress": job.progress,
+        }
+        found = calibrate_everywhere(model, gates, blocks, self.budgets, self.kv, gone, **settings)
+        if self.calibrate_on == "text":
+            return found
+        prompts, stops = prompts_to_answer(job, model, blocks, self.written_prompts)
+        return calibrate_written(
             model,
-            gates.requires_grad_(False),
-            blocks,
+            gates,
+            found,
+            prompts,
             self.budgets,
-            self.kv,
-            gone,
-            allocation=self.allocation,
-            sensitivity=sensitivity,
-            least=self.least,
-            most=self.most,
-            closed=frozenset(i for i, kind in enumerate(kinds) if kind not in skippable),
-            progress=job.progress,
+            new_tokens=self.written_tokens,
+            stops=stops,
+            text=blocks if self.calibrate_on == "both" else None,
+            kv_rule=self.kv,
+            gone=gone,
+            seed=job.seed,
+            **settings,
         )
 
     def _save_backbone(self, job: StageJob, model: Any) -> None:

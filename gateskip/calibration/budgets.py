@@ -29,6 +29,9 @@ class CalibratedBudgets:
     """Share of the branches' multiply-adds that each kept on the calibration text."""
     between: Mapping[float, float] = field(default_factory=dict)
     """The same for interpolated budgets, half-way between two calibrated ones."""
+    phases: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
+    """What each kept of prompts (`prompt`) and of the answers written at it (`answer`), where
+    thresholds were calibrated on written text."""
 
     def at(self, budget: float) -> list[float] | None:
         """Thresholds for a budget; None means full compute.
@@ -85,6 +88,26 @@ class CalibratedBudgets:
             if budget <= following:
                 return y + (its - y) * (budget - x) / (following - x)
         raise AssertionError("a budget lies between its neighbours")
+
+    def curve(self, count: int) -> tuple[float, float, list[list[float]]]:
+        """The lowest and the highest calibrated budget, and thresholds at `count` budgets in equal
+        steps from one to the other.
+
+        Raises:
+            ValueError: fewer than two budgets are calibrated.
+        """
+        known = sorted(self.thresholds)
+        if len(known) < 2:
+            raise ValueError(
+                f"a budget is held by thresholds of several budgets, and {len(known)} calibrated:"
+                " make the gates again with more among their budgets"
+            )
+        low, high, rows = known[0], known[-1], list[list[float]]()
+        for number in range(count):
+            budget = low + (high - low) * number / (count - 1)
+            above = min(max(1, bisect_left(known, budget)), len(known) - 1)
+            rows.append(interpolate(self.thresholds, known[above - 1], known[above], budget))
+        return low, high, rows
 
     def _measured(self, budget: float) -> float:
         """What a calibrated budget kept; the budget itself where the file does not say."""

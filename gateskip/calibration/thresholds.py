@@ -8,7 +8,7 @@ published method takes a quantile of the running batch instead (arXiv 2510.13876
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,30 @@ DAMPING = 0.8  # skipping more lowers later logits, so that full corrections ove
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Rows of text, and which of their tokens thresholds are calibrated on."""
+
+    ids: Tensor  # [N, S], padded on the right
+    counted: Tensor  # bool [N, S]; the first tokens of rows never count, since they never skip
+
+    @classmethod
+    def whole(cls, blocks: Tensor) -> Sample:
+        """All tokens of blocks [N, S]."""
+        return cls(blocks, torch.ones_like(blocks, dtype=torch.bool))
+
+
+Samples = Sequence[Sample]
+TextOf = Callable[[float], Samples]
+"""A budget -> the text that its thresholds are calibrated on, the same object for the same text."""
+
+
+def text_of(blocks: Tensor) -> TextOf:
+    """The same blocks [N, S] for every budget."""
+    samples = [Sample.whole(blocks)]
+    return lambda _: samples
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What one budget became on the calibration text."""
 
@@ -49,7 +73,7 @@ class Calibration:
 def calibrate(
     model: Any,
     gates: Gates,
-    blocks: Tensor,
+    blocks: Tensor | TextOf,
     budgets: Sequence[float] = DEFAULT_BUDGETS,
     allocation: Allocation = "global",
     kv_rule: str = "project",
@@ -62,7 +86,7 @@ def calibrate(
     batch: int = 4,
     progress: Progress | None = None,
 ) -> list[Calibration]:
-    """Thresholds for each budget on blocks [N, S] of token ids.
+    """Thresholds for each budget on blocks [N, S] of token ids, or on text of each budget's own.
 
     Every branch keeps at least a share `least` of its tokens and at most `most`; `closed` branches
     never skip. `gone` branches always do: where they alone save more than a budget asks for, less
@@ -74,7 +98,10 @@ def calibrate(
     Budgets go from high to low.
     """
     device = device_of(model)
-    costs = torch.tensor([c.over(blocks.shape[1]) for c in branch_costs(model)], device=device)
+    text = text_of(blocks) if isinstance(blocks, Tensor) else blocks
+    wanted = sorted(set(budgets), reverse=True)
+    samples = text(wanted[0])
+    costs = _costs(model, samples)
     free = torch.ones(len(costs), dtype=torch.bool, device=device)
     free[sorted(closed | gone)] = False
     free[0] &= kv_rule != "copy"  # the first attention has nothing below it to copy from
@@ -82,22 +109,25 @@ def calibrate(
     thresholds = torch.full((gates.branches,), NEVER_SKIP, device=device)
     thresholds[sorted(gone)] = torch.inf
     spared = float(costs[sorted(gone)].sum() / costs.sum())
-    logits = _collect(model, gates, blocks, thresholds, kv_rule, batch)
+    logits = _collect(model, gates, samples, thresholds, kv_rule, batch)
     calibrations = []
-    wanted = sorted(set(budgets), reverse=True)
     for done, budget in enumerate(wanted):
+        if text(budget) is not samples:  # the neighbour's thresholds, on this budget's text
+            samples = text(budget)
+            logits = _collect(model, gates, samples, thresholds, kv_rule, batch)
         tried: list[tuple[Calibration, Tensor]] = []
         skip = max(0.0, 1 - budget - spared)  # what is asked for
         for _ in range(rounds):
             thresholds = allocate(logits, 1 - skip)
             thresholds[sorted(gone)] = torch.inf
-            left = _collect(model, gates, blocks, thresholds, kv_rule, batch)
+            left = _collect(model, gates, samples, thresholds, kv_rule, batch)
             tried.append((_record(budget, thresholds, left, costs), left))
             kept = tried[-1][0].kept
             if abs(kept - budget) < CLOSE:
                 break
             skip = min(1.0, skip * ((1 - budget) / max(1e-6, 1 - kept)) ** DAMPING)
         best, logits = min(tried, key=lambda each: abs(each[0].kept - budget))
+        thresholds = torch.tensor(best.thresholds, device=device)
         calibrations.append(best)
         if progress is not None:
             progress(done + 1, len(wanted), "calibrating budgets")
@@ -110,18 +140,27 @@ def _record(budget: float, thresholds: Tensor, logits: Tensor, costs: Tensor) ->
     return Calibration(budget, tuple(thresholds.tolist()), kept, tuple(shares.tolist()))
 
 
+def _costs(model: Any, samples: Samples) -> Tensor:
+    """Multiply-adds [branches] of a token, at the mean context of the longest rows."""
+    longest = max(sample.ids.shape[1] for sample in samples)
+    return torch.tensor([c.over(longest) for c in branch_costs(model)], device=device_of(model))
+
+
 def _collect(
-    model: Any, gates: Gates, blocks: Tensor, thresholds: Tensor, kv_rule: str, batch: int
+    model: Any, gates: Gates, samples: Samples, thresholds: Tensor, kv_rule: str, batch: int
 ) -> Tensor:
-    """Gate logits [branches, tokens] while skipping by `thresholds`."""
+    """Gate logits [branches, tokens] of the tokens that count, while skipping by `thresholds`."""
     logits: list[list[Tensor]] = [[] for _ in range(gates.branches)]
+    counted = torch.empty(0)  # of the rows at hand, without the anchors
 
     def rule(branch: Branch, z: Tensor) -> Tensor:
-        logits[branch.index].append(z[:, ANCHORS:].flatten())
+        logits[branch.index].append(z[:, ANCHORS:][counted])
         return (z >= thresholds[branch.index]).to(z.dtype)
 
-    for part in blocks.split(batch):
-        masked_forward(model, part, gates, rule, kv_rule)
+    for sample in samples:
+        for part, own in zip(sample.ids.split(batch), sample.counted.split(batch), strict=True):
+            counted = own[:, ANCHORS:].to(thresholds.device)
+            masked_forward(model, part, gates, rule, kv_rule)
     return torch.stack([torch.cat(parts) for parts in logits])
 
 
@@ -129,7 +168,7 @@ def _collect(
 def calibrate_everywhere(
     model: Any,
     gates: Gates,
-    blocks: Tensor,
+    blocks: Tensor | TextOf,
     budgets: Sequence[float],
     kv_rule: str = "project",
     gone: frozenset[int] = frozenset(),
@@ -141,17 +180,18 @@ def calibrate_everywhere(
     Gaps between budgets are filled, and what the thresholds half-way between two keep is measured;
     where that is more than half of OFF away, the half-way budget is calibrated too.
     """
+    text = text_of(blocks) if isinstance(blocks, Tensor) else blocks
     thresholds: dict[float, Sequence[float]] = {}
     kept: dict[float, float] = {}
     wanted = with_gaps_filled(budgets)
     for _ in range(2):
         done = calibrate(
-            model, gates, blocks, wanted, kv_rule=kv_rule, gone=gone, batch=batch, **settings
+            model, gates, text, wanted, kv_rule=kv_rule, gone=gone, batch=batch, **settings
         )
         thresholds |= {each.budget: each.thresholds for each in done}
         kept |= {each.budget: each.kept for each in done}
         between = {
-            middle: kept_by(model, gates, blocks, row, kv_rule, batch)
+            middle: kept_by(model, gates, text(middle), row, kv_rule, batch)
             for middle, row in _half_way(thresholds).items()
         }
         wanted = [middle for middle, share in between.items() if abs(share - middle) > OFF / 2]
@@ -172,13 +212,14 @@ def _half_way(thresholds: Mapping[float, Sequence[float]]) -> dict[float, list[f
 def kept_by(
     model: Any,
     gates: Gates,
-    blocks: Tensor,
+    blocks: Tensor | Samples,
     thresholds: Sequence[float],
     kv_rule: str = "project",
     batch: int = 4,
 ) -> float:
-    """Share of the branches' multiply-adds that thresholds keep on blocks [N, S]."""
-    device = device_of(model)
-    costs = torch.tensor([c.over(blocks.shape[1]) for c in branch_costs(model)], device=device)
-    row = torch.tensor(list(thresholds), device=device)
-    return _record(0.0, row, _collect(model, gates, blocks, row, kv_rule, batch), costs).kept
+    """Share of the branches' multiply-adds that thresholds keep on blocks [N, S], or on the tokens
+    that count of samples."""
+    samples = [Sample.whole(blocks)] if isinstance(blocks, Tensor) else blocks
+    row = torch.tensor(list(thresholds), device=device_of(model))
+    logits = _collect(model, gates, samples, row, kv_rule, batch)
+    return _record(0.0, row, logits, _costs(model, samples)).kept

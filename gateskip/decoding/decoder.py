@@ -20,14 +20,16 @@ from gateskip.decoding.draft_choice import fastest
 from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.draft_models import Weights, make_draft, reads_text
 from gateskip.decoding.drafting import Draft, Drafting, Row, StopConditions
+from gateskip.decoding.phases import FULL, Compute, Phase, Phases, check_phases
 from gateskip.decoding.sampling import GREEDY, Sampler, accept_or_resample, draw
 from gateskip.decoding.self_generate import write
 from gateskip.decoding.stats import Generation, Stats
-from gateskip.model.compute import Saving, Usage, Work, kept_share, saving
+from gateskip.model.compute import Saving, Usage, Work, branch_costs, kept_share, saving
 from gateskip.model.gating import NEVER_SKIP
 from gateskip.runtime.backend import Arithmetic, BackendName, Cache, Thresholds
+from gateskip.runtime.governor import STEPS, Hold
 from gateskip.runtime.kv_cache import KVFormat
-from gateskip.runtime.skipping import SkippingModel
+from gateskip.runtime.skipping import Limits, SkippingModel
 
 Mode = Literal["plain", "skip", "speculate"]
 Target = Literal["gated", "original"]
@@ -112,6 +114,34 @@ class Decoder:
         """
         return self._budgets.kept_at(budget)
 
+    def phases(
+        self,
+        budget: float,
+        prompt: Compute = "budget",
+        answer: Compute = "budget",
+        hold: bool = False,
+    ) -> Phases:
+        """What decides who enters, phase by phase: see `generate`.
+
+        Raises:
+            ValueError: no phase would skip, the budget was not calibrated, or too few budgets were
+                for one to be held.
+        """
+        check_phases(prompt, answer)
+        thresholds = self.thresholds(budget)
+        if thresholds is None:
+            return FULL
+        limits: Limits = self._hold(budget) if hold else thresholds
+        full = [NEVER_SKIP] * len(thresholds)  # not None: gates that scale do so in both phases
+        return Phases(
+            full if prompt == "full" else limits, full if answer == "full" else limits, limits
+        )
+
+    def _hold(self, budget: float) -> Hold:
+        low, high, rows = self._budgets.curve(STEPS)
+        curve = torch.tensor(rows, device=self.skipping.device)
+        return Hold(budget, low, high, curve, tuple(branch_costs(self.skipping.model)))
+
     @property
     def _budgets(self) -> CalibratedBudgets:
         return CalibratedBudgets(self.grid, self._kept, self._between)
@@ -158,6 +188,10 @@ class Decoder:
         lookup: bool = False,
         target: Target = "gated",
         kv_cache: KVFormat | None = None,
+        prompt: Compute = "budget",
+        answer: Compute = "budget",
+        hold: bool = False,
+        verify_budget: float = 1.0,
         sampler: Sampler = GREEDY,
         seed: int = 0,
         eos: Sequence[int] = (),
@@ -169,7 +203,8 @@ class Decoder:
 
         Args:
             mode: `plain` (full compute), `skip` (at `budget`), or `speculate` (drafted, verified at
-                full compute: the tokens of `plain`, or when sampling its distribution).
+                `verify_budget`: the tokens of `plain`, or when sampling its distribution; below a
+                `verify_budget` of 1 those of `skip` at that budget).
             draft_budget: how much of the branches a draft computes; 1 skips nothing.
             draft_length: drafted tokens a verify pass, 1 to 16, or `auto`: set by measured costs
                 and acceptance, 0 while speculation does not pay.
@@ -181,6 +216,10 @@ class Decoder:
                 or the `original`, without them. Other gates leave the model what it was.
             kv_cache: how keys and values are kept: in the `model`'s float type, or in 8 bits with a
                 scale for each token and head (`int8`); None is as `skipping.kv_cache` says.
+            prompt, answer: what each phase is computed at where tokens skip: the `budget`, or
+                `full` compute.
+            hold: let every row hold the budget by thresholds that move with its own past: see
+                runtime/governor.py.
             sampler, seed: how tokens are drawn; each row has a random stream of its own.
             eos: token ids that end a row; the ending token is part of the result.
             stop: strings that end a row as soon as its text holds one.
@@ -202,21 +241,25 @@ class Decoder:
         )
         rows = [Row(i, list(p), stops, seed, on_token) for i, p in enumerate(prompts)]
         stats = Stats(prompt_tokens=sum(map(len, prompts)))
-        thresholds = self.thresholds(budget) if mode == "skip" else None
+        phases = FULL
+        if mode == "skip" or verify_budget < 1.0:
+            own = budget if mode == "skip" else verify_budget
+            phases = self.phases(own, prompt, answer, hold)
         drafting = None
         if mode == "speculate":
             settings = (draft_weights, draft_budget, draft_length, lookup)
             drafting = self._drafting(*settings, len(prompts))
             stats.draft_weights = "none" if drafting is None else drafting.weights
         self.skipping.gated = target == "gated"  # after copies were made, whose text is gated
+        used: dict[Phase, Usage] = {}
         with torch.inference_mode(), self.skipping.keeping(kv_cache):
             if drafting is None:
-                self._decode(rows, thresholds, sampler, stats)
+                used = self._decode(rows, phases, sampler, stats)
                 stats.draft_lengths = {0: stats.passes} if mode == "speculate" else {}
             else:
-                self._speculate(rows, drafting, sampler, stats)
+                self._speculate(rows, phases, drafting, sampler, stats)
         stats.new_tokens = sum(len(row.tokens) for row in rows)
-        return Generation([row.tokens for row in rows], stats)
+        return Generation([row.tokens for row in rows], stats, used)
 
     def _drafting(
         self,
@@ -250,9 +293,13 @@ class Decoder:
     # -- plain and skipping --------------------------------------------------------------------
 
     def _decode(
-        self, rows: list[Row], thresholds: Thresholds, sampler: Sampler, stats: Stats
-    ) -> None:
-        cache = self._prefill(rows, thresholds, sampler, stats)
+        self, rows: list[Row], phases: Phases, sampler: Sampler, stats: Stats
+    ) -> dict[Phase, Usage]:
+        """Decode until all rows have ended; what each phase entered."""
+        usage = self.skipping.usage
+        before = usage.copy()
+        cache = self._prefill(rows, phases.prompt, sampler, stats)
+        read = usage.copy()
         started = time.perf_counter()
         while live := [row for row in rows if not row.ended]:
             states = self.skipping.decode(
@@ -260,14 +307,15 @@ class Decoder:
                 cache,
                 [row.number for row in live],
                 [row.slot for row in live],
-                thresholds,
+                phases.answer,
             )
             self._choose(live, self.skipping.head(states), sampler)
             stats.passes += 1
         stats.decode_s = time.perf_counter() - started
+        return {"prompt": read.since(before), "answer": usage.since(read)}
 
     def _prefill(
-        self, rows: list[Row], thresholds: Thresholds, sampler: Sampler, stats: Stats
+        self, rows: list[Row], thresholds: Limits, sampler: Sampler, stats: Stats
     ) -> Cache:
         """A cache that holds the prompts; the first token of every row is committed."""
         started = time.perf_counter()
@@ -302,29 +350,38 @@ class Decoder:
     # -- self-speculation ----------------------------------------------------------------------
 
     def _speculate(
-        self, rows: list[Row], drafting: Drafting, sampler: Sampler, stats: Stats
+        self,
+        rows: list[Row],
+        phases: Phases,
+        drafting: Drafting,
+        sampler: Sampler,
+        stats: Stats,
     ) -> None:
         """Draft, verify, commit, each row by its own number of tokens, until all have ended."""
-        cache = self._prefill(rows, None, sampler, stats)
+        cache = self._prefill(rows, phases.prompt, sampler, stats)
         started = time.perf_counter()
         while live := [row for row in rows if not row.ended]:
             begun = time.perf_counter()
             drafts = drafting.make(live, sampler, cache)
             drafted = time.perf_counter()
-            accepted = self._verify(live, drafts, sampler, cache)
+            accepted = self._verify(live, drafts, sampler, cache, phases.answer)
             verified = time.perf_counter()
             drafting.observe(drafts, accepted, drafted - begun, verified - drafted)
             stats.add_round(drafts, accepted, drafted - begun, verified - drafted)
         stats.decode_s = time.perf_counter() - started
 
     def _verify(
-        self, rows: list[Row], drafts: list[Draft], sampler: Sampler, cache: Cache
+        self,
+        rows: list[Row],
+        drafts: list[Draft],
+        sampler: Sampler,
+        cache: Cache,
+        limits: Limits,
     ) -> list[int]:
-        """One full pass over each row's last token and draft; commits, counts accepted tokens."""
+        """One pass over each row's last token and draft; commits, counts accepted tokens."""
         tokens = [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
-        states = self.skipping.decode(
-            tokens, cache, [row.number for row in rows], [row.slot for row in rows]
-        )
+        numbers, slots = [row.number for row in rows], [row.slot for row in rows]
+        states = self.skipping.decode(tokens, cache, numbers, slots, limits)
         logits = self.skipping.head(states).split([len(ids) for ids in tokens])
         counts = []
         for row, draft, own in zip(rows, drafts, logits, strict=True):

@@ -97,7 +97,7 @@ def answer(
     end = getattr(decoder.tokenizer, "eos_token_id", None)
     stops = [] if end is None else [end]
     for start in range(0, len(prompts), TOGETHER):
-        asked = [_asked(decoder.tokenizer, each) for each in prompts[start : start + TOGETHER]]
+        asked = [asked_ids(decoder.tokenizer, each) for each in prompts[start : start + TOGETHER]]
         found = decoder.generate(
             asked, ANSWER, sampler=SAMPLER, seed=seed * 1_000_003 + start, eos=stops
         )
@@ -114,7 +114,23 @@ def answer(
     return torch.tensor(stream[: whole * length]).view(whole, length)
 
 
-def _asked(tokenizer: Any, prompt: str) -> list[int]:
+def ask(
+    decoder: Writer, count: int, length: int, stops: Sequence[int], seed: int = 0
+) -> list[list[int]]:
+    """Token ids of `count` chats up to where an answer begins: the decoder, whose tokenizer has a
+    chat template, asks in the user's place, in at most `length` tokens."""
+    tokenizer, first = decoder.tokenizer, opening(decoder.tokenizer)
+    prompts: list[list[int]] = []
+    while len(prompts) < count:
+        some = [first] * min(TOGETHER, count - len(prompts))
+        drawn = seed * 1_000_003 + len(prompts)
+        found = decoder.generate(some, length, sampler=SAMPLER, seed=drawn, eos=stops)
+        words = (tokenizer.decode(own, skip_special_tokens=True).strip() for own in found.tokens)
+        prompts += [asked_ids(tokenizer, text) for text in words]
+    return prompts
+
+
+def asked_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt, up to where its answer begins."""
     if getattr(tokenizer, "chat_template", None):
         turn = [{"role": "user", "content": prompt}]

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gateskip.decoding.drafting import Draft
+from gateskip.decoding.phases import Phase
+from gateskip.model.compute import Usage
 
 Tokens = list[int]
 ADDED = (
@@ -98,3 +100,5 @@ class Generation:
 
     tokens: list[Tokens]
     stats: Stats
+    usage: dict[Phase, Usage] = field(default_factory=dict)
+    """How many tokens of each phase entered each branch; empty where drafts were verified."""

@@ -161,7 +161,8 @@ class Step(ctypes.Structure):
     _fields_ = (
         *((name, Int) for name in ("rows", "copies")),
         *((name, Pointer) for name in ("cache_row", "slot", "hidden", "thresholds", "kept")),
-        ("spent", Pointer),
+        *((name, Pointer) for name in ("spent", "entered")),
+        ("stride", Int),
     )
 
 

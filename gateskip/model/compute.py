@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gateskip.model.families import find_branches
@@ -73,6 +73,8 @@ class Usage:
     context: int = 0  # sum over tokens of the slots that each could attend to
     windowed: dict[int, int] = field(default_factory=dict)
     """The same sum for layers that attend to a window: by the window's size."""
+    ungated: int = 0
+    """Tokens that passed at full compute, so that no gate was asked about them."""
 
     @classmethod
     def of(cls, model: Any) -> Usage:
@@ -95,8 +97,30 @@ class Usage:
     def clear(self) -> None:
         """Count from zero again."""
         self.kept = [0] * len(self.kept)
-        self.seen = self.context = 0
+        self.seen = self.context = self.ungated = 0
         self.windowed = dict.fromkeys(self.windowed, 0)
+
+    def copy(self) -> Usage:
+        """What was counted so far."""
+        return replace(self, kept=list(self.kept), windowed=dict(self.windowed))
+
+    def since(self, earlier: Usage) -> Usage:
+        """What was counted after `earlier`, a copy of this count."""
+        return self._with(earlier, -1)
+
+    def plus(self, other: Usage) -> Usage:
+        """Both counts together."""
+        return self._with(other, 1)
+
+    def _with(self, other: Usage, sign: int) -> Usage:
+        kept = [a + sign * b for a, b in zip(self.kept, other.kept, strict=True)]
+        windowed = {size: n + sign * other.windowed[size] for size, n in self.windowed.items()}
+        sums = (a + sign * b for a, b in zip(self._sums(), other._sums(), strict=True))
+        seen, context, ungated = sums
+        return Usage(kept, seen, context, windowed, ungated)
+
+    def _sums(self) -> tuple[int, int, int]:
+        return self.seen, self.context, self.ungated
 
     def shares(self) -> list[float]:
         """Kept share of each branch, 1.0 where nothing was counted."""
@@ -163,8 +187,9 @@ def saving(
 ) -> Saving:
     """What was saved over the tokens that `usage` counted.
 
-    `gated[i]` says whether branch i's gate was evaluated. `dense` is the work of the model that
-    this one was cut from: what is not there any more was saved, too. Without it the model's own.
+    `gated[i]` says whether branch i's gate was evaluated, of tokens that were not at full compute.
+    `dense` is the work of the model that this one was cut from: what is not there any more was
+    saved, too. Without it the model's own.
 
     Raises:
         ValueError: no token was counted.
@@ -181,7 +206,7 @@ def saving(
     projecting = len(skipped) if kv_rule == "project" else 1  # branches that go on making keys
     extra = sum(n * c.kv for n, c in zip(skipped[:projecting], own.branches, strict=False))
     if gates is not None:
-        extra += gates.macs() * usage.seen * sum(gated)
+        extra += gates.macs() * (usage.seen - usage.ungated) * sum(gated)
         if gates.shortcuts is not None:
             extra += gates.shortcuts.macs() * sum(skipped)
     net, narrower = gross - extra, usage.seen * (dense.head - own.head)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gateskip.model.compute import Usage
+from gateskip.runtime.governor import RowThresholds
 from gateskip.runtime.kv_cache import KVFormat
 
 BackendName = Literal["reference", "gathered", "native"]
@@ -27,6 +28,8 @@ BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 KV_RULES = ("project", "copy")
 Thresholds = Sequence[float] | None
 """One number a branch: a token enters where its gate's logit reaches it. None is full compute."""
+PassThresholds = Thresholds | RowThresholds
+"""Of one pass: the same for all tokens, or each row's own."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,17 @@ class Cache(Protocol):
     A position that is run again is overwritten, so truncating a row only lowers its length.
     """
 
+    drift: Tensor | None
+    """What the governor knows of each position: see `governor.Tracked`."""
+
     @property
     def capacity(self) -> int:
         """Positions of a row."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
         ...
 
     def rows(self, numbers: Sequence[int]) -> Self:
@@ -105,12 +116,14 @@ class Backend(Protocol[CacheT]):
         input_ids: Tensor,
         cache: CacheT,
         starts: Sequence[int],
-        thresholds: Thresholds = None,
+        thresholds: PassThresholds = None,
         lengths: Sequence[int] | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Tensor:
-        """Run input_ids [B, S], one row of the cache each, from positions `starts` on -> final
-        normed states [B, S, H]. `lengths` gives the real tokens of right-padded rows; states at
-        padding are undefined."""
+        """Run input_ids [B, S], one row of the cache each (or `rows` of it), from positions
+        `starts` on -> final normed states [B, S, H]. `lengths` gives the real tokens of
+        right-padded rows; states at padding are undefined. Rows with thresholds of their own are
+        not padded."""
         ...
 
     def decode(
@@ -119,11 +132,12 @@ class Backend(Protocol[CacheT]):
         cache: CacheT,
         rows: Sequence[int],
         starts: Sequence[int],
-        thresholds: Thresholds = None,
+        thresholds: PassThresholds = None,
     ) -> Tensor:
         """Continue `rows` of a cache, each by tokens of its own from position `starts[i]` on.
 
-        -> final normed states [N, H] of all tokens, those of the first row first."""
+        -> final normed states [N, H] of all tokens, those of the first row first. Rows with
+        thresholds of their own are continued by equally many tokens."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

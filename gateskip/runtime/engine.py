@@ -59,6 +59,7 @@ class Engine:
         self._arena = ops.Arena()
         self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._thresholds: tuple[Any, Tensor] | None = None
+        self._row_thresholds: Tensor | None = None
         self._cache: tuple[weakref.ref[KVCache], abi.CacheView] | None = None
 
     def step(
@@ -67,17 +68,23 @@ class Engine:
         cache: KVCache,
         cache_rows: Sequence[int],
         slots: Sequence[int],
-        thresholds: Sequence[float] | None,
+        thresholds: Sequence[float] | Tensor | None,
+        entered: Tensor | None = None,
     ) -> Tensor:
         """Embeddings [rows, H] at `slots` of `cache_rows` -> final normed hidden states [rows, H],
         float32 whatever the weights are.
 
         Any number of rows, whose bits do not depend on each other; of a cache row, later slots come
-        after earlier ones. `kept` then counts, branch by branch, how many rows entered.
+        after earlier ones. `kept` then counts, branch by branch, how many rows entered. Thresholds
+        may be those of each row, float32 [rows, branches]; `entered`, uint8 [rows, branches] and
+        zero, becomes 1 where a row entered.
         """
         out = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         where = torch.tensor([[*cache_rows], [*slots]], dtype=torch.int32)
-        ops.step(self.model, self._view(cache), self._step(out, where, thresholds), self._arena)
+        step = self._step(out, where, thresholds)
+        if entered is not None:
+            step.entered = entered.data_ptr()
+        ops.step(self.model, self._view(cache), step, self._arena)
         return out
 
     def draft(
@@ -144,9 +151,12 @@ class Engine:
         """Rows x [rows, k] -> [rows, n]."""
         return ops.multiply(matrix, x.float().contiguous(), self._arena)
 
-    def _step(self, hidden: Tensor, where: Tensor, thresholds: Sequence[float] | None) -> abi.Step:
+    def _step(
+        self, hidden: Tensor, where: Tensor, thresholds: Sequence[float] | Tensor | None
+    ) -> abi.Step:
         """A pass over hidden [rows, H], cache rows and slots `where` [2, rows]."""
         self.kept.zero_()
+        of_rows = isinstance(thresholds, Tensor)
         return abi.Step(
             rows=len(hidden),
             copies=self.copies,
@@ -154,6 +164,8 @@ class Engine:
             slot=where[1].data_ptr(),
             hidden=hidden.data_ptr(),
             thresholds=None if thresholds is None else self._tensor(thresholds).data_ptr(),
+            stride=2 * self.model.layers if of_rows else 0,
+            entered=None,
             kept=self.kept.data_ptr(),
             spent=self._spent.data_ptr(),
         )
@@ -270,7 +282,11 @@ class Engine:
 
     # -- what a call points to ------------------------------------------------------------------
 
-    def _tensor(self, thresholds: Sequence[float]) -> Tensor:
+    def _tensor(self, thresholds: Sequence[float] | Tensor) -> Tensor:
+        """As the kernels read them; held until the next call at least."""
+        if isinstance(thresholds, Tensor):
+            self._row_thresholds = thresholds.contiguous()
+            return self._row_thresholds
         if self._thresholds is None or self._thresholds[0] is not thresholds:
             self._thresholds = (thresholds, torch.tensor(list(thresholds), dtype=torch.float32))
         return self._thresholds[1]

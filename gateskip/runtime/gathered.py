@@ -32,7 +32,8 @@ from gateskip.model.projections import (
 from gateskip.quantization.formats import has_packed, weight_format
 from gateskip.quantization.packed_linear import streaming
 from gateskip.runtime.attention import attend_padded, attend_rows
-from gateskip.runtime.backend import Arithmetic, BackendName, Thresholds, dtype_name
+from gateskip.runtime.backend import Arithmetic, BackendName, PassThresholds, dtype_name
+from gateskip.runtime.governor import RowThresholds
 from gateskip.runtime.kv_cache import SCALE_BYTES, KVCache, KVFormat, Place, Visible, slots_of
 from gateskip.runtime.sizes import EVEN, few_sizes, filled
 
@@ -111,11 +112,12 @@ class GatheredBackend:
         input_ids: Tensor,
         cache: KVCache,
         starts: Sequence[int],
-        thresholds: Thresholds = None,
+        thresholds: PassThresholds = None,
         lengths: Sequence[int] | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Tensor:
         """See `Backend.prompt`."""
-        batch = Batch.of(input_ids, starts, lengths)
+        batch = Batch.of(input_ids, starts, lengths, None if rows is None else tuple(rows))
         return self.final(self._run(input_ids, cache, batch, thresholds))
 
     def decode(
@@ -124,7 +126,7 @@ class GatheredBackend:
         cache: KVCache,
         rows: Sequence[int],
         starts: Sequence[int],
-        thresholds: Thresholds = None,
+        thresholds: PassThresholds = None,
     ) -> Tensor:
         """See `Backend.decode`: all rows in one pass, padded to the one with most tokens."""
         lengths = [len(own) for own in tokens]
@@ -150,7 +152,7 @@ class GatheredBackend:
     # -- one pass -------------------------------------------------------------------------------
 
     def _run(
-        self, input_ids: Tensor, cache: KVCache, batch: Batch, thresholds: Thresholds
+        self, input_ids: Tensor, cache: KVCache, batch: Batch, thresholds: PassThresholds
     ) -> Tensor:
         """Token ids [B, S] -> the last layer's states [B, S, H], to which branches add in place."""
         cache.begin(batch.place.row_numbers, *zip(*batch.spans, strict=True))
@@ -170,6 +172,8 @@ class GatheredBackend:
             x, logits = self.read(branch, source)  # [B, S, H], [B, S]
             keep = self._kept(branch, x, logits, batch, thresholds)  # [B, S] or None for all
             self.usage.kept[branch.index] += batch.tokens if keep is None else int(keep.sum())
+            if isinstance(thresholds, RowThresholds):
+                thresholds.count(branch.index, keep)
             entered, scale = self._scaled(branch, x, thresholds)
             with self.entering(branch, batch.slots.numel()):
                 if branch.kind == "mlp":
@@ -187,20 +191,21 @@ class GatheredBackend:
         x: Tensor,
         logits: Tensor | None,
         batch: Batch,
-        thresholds: Thresholds,
+        thresholds: PassThresholds,
     ) -> Tensor | None:
         """Which tokens enter: bool [B, S], or None where all do."""
-        if thresholds is None or thresholds[branch.index] == NEVER_SKIP:
+        least = limits_of(thresholds, branch.index)
+        if least is None:
             return batch.real
         assert self.gates is not None, "thresholds without gates"
         if logits is None:
             logits = self.gates.logit(branch.index, x)
-        keep = logits >= thresholds[branch.index]
+        keep = logits >= least
         keep |= batch.slots < ANCHORS
         return keep if batch.real is None else keep & batch.real
 
     def _scaled(
-        self, branch: Branch, x: Tensor, thresholds: Thresholds
+        self, branch: Branch, x: Tensor, thresholds: PassThresholds
     ) -> tuple[Tensor, Tensor | None]:
         """What the branch reads, and what multiplies its output: gates that scale do either."""
         if self.gates is None or not self.gates.scales:
@@ -404,6 +409,16 @@ class Batch:
             from_zero=not any(starts) and not padded,
             decoding=decoding,
         )
+
+
+def limits_of(thresholds: PassThresholds, branch: int) -> float | Tensor | None:
+    """What a gate's logits must reach: a number, or [rows, 1]; None where every token enters."""
+    if thresholds is None:
+        return None
+    if isinstance(thresholds, RowThresholds):
+        own = thresholds.values[:, branch : branch + 1]
+        return None if bool((own == NEVER_SKIP).all()) else own
+    return None if thresholds[branch] == NEVER_SKIP else thresholds[branch]
 
 
 def rows_at(x: Tensor, places: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ class KVCache:
     reached: list[int]  # positions that each row was written up to
     scales: tuple[Scales, Scales]  # of keys, and of values
     dtype: torch.dtype  # of what is attended to
+    drift: Tensor | None = None  # see governor.Tracked
 
     @classmethod
     def empty(
@@ -249,12 +250,15 @@ class KVCache:
         assert keys is not None and values is not None
         reached = [self.reached[row] for row in chosen]
         both = (scales[0], scales[1])
-        return KVCache(keys, values, self.rope, self.windows, reached, both, self.dtype)
+        drift = None if self.drift is None else self.drift[chosen]
+        return KVCache(keys, values, self.rope, self.windows, reached, both, self.dtype, drift)
 
     def nbytes(self) -> int:
         """Memory held, in bytes."""
         stores = (self.keys, self.values, *(scales or [] for scales in self.scales))
-        return sum(x.numel() * x.element_size() for store in stores for x in store)
+        parts = [part for store in stores for part in store]
+        parts += [] if self.drift is None else [self.drift]
+        return sum(x.numel() * x.element_size() for x in parts)
 
 
 def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:

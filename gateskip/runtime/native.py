@@ -22,9 +22,16 @@ from gateskip.model.projections import AttentionShape, Turn
 from gateskip.quantization.formats import weight_format
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, prompt_kernel
 from gateskip.runtime.attention import attend_rows, causal_softmax
-from gateskip.runtime.backend import Arithmetic, BackendName, Thresholds, dtype_name
+from gateskip.runtime.backend import (
+    Arithmetic,
+    BackendName,
+    PassThresholds,
+    Thresholds,
+    dtype_name,
+)
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.gathered import Attend, Batch, GatheredBackend
+from gateskip.runtime.governor import RowThresholds
 from gateskip.runtime.kv_cache import KVCache, Visible
 from gateskip.runtime.sizes import EVEN, equal_sizes, few_sizes
 
@@ -61,7 +68,7 @@ class NativeBackend(GatheredBackend):
         cache: KVCache,
         rows: Sequence[int],
         starts: Sequence[int],
-        thresholds: Thresholds = None,
+        thresholds: PassThresholds = None,
     ) -> Tensor:
         """See `Backend.decode`; a row has the same bits alone and beside any others."""
         counts = [len(ids) for ids in tokens]
@@ -70,7 +77,15 @@ class NativeBackend(GatheredBackend):
         slots = [start + i for start, n in zip(starts, counts, strict=True) for i in range(n)]
         cache.begin(rows, starts, counts)
         hidden = embed(self.model, flat)
-        states = self.engine.step(hidden, cache, cache_rows, slots, thresholds)
+        if isinstance(thresholds, RowThresholds):
+            width = thresholds.entered.shape[1]
+            values = thresholds.values.repeat_interleave(width, 0)  # [rows, branches]
+            entered = torch.zeros(values.shape, dtype=torch.uint8)
+            states = self.engine.step(hidden, cache, cache_rows, slots, values, entered)
+            weights = thresholds.weights.repeat_interleave(width, 0)
+            thresholds.entered += (entered * weights).sum(1).view(-1, width)
+        else:
+            states = self.engine.step(hidden, cache, cache_rows, slots, thresholds)
         self._count(slots)
         return states
 

@@ -7,7 +7,7 @@ model/reference.py. It is slow and simple: what the other backends are held to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 from gateskip.gates.base import Gates
 from gateskip.model.compute import Usage
 from gateskip.model.families import Branch, UnsupportedModel, final_norm, find_branches, head
-from gateskip.model.gating import ANCHORS
+from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.model.reference import masked_forward
 from gateskip.quantization.formats import weight_format
-from gateskip.runtime.backend import Arithmetic, BackendName, Thresholds, dtype_name
+from gateskip.runtime.backend import Arithmetic, BackendName, PassThresholds, dtype_name
+from gateskip.runtime.governor import RowThresholds
 from gateskip.runtime.kv_cache import KVFormat
 
 TOKEN_BYTES = 8
@@ -27,14 +28,30 @@ TOKEN_BYTES = 8
 
 @dataclass
 class TokenCache:
-    """The tokens of every row so far: all that recomputing needs."""
+    """The tokens of every row so far, and the thresholds that each was computed at: all that
+    recomputing needs."""
 
     tokens: list[list[int]]
     capacity: int
+    thresholds: list[list[Tensor | None]] = field(default_factory=list)
+    """[branches] of each token of each row; None is full compute."""
+    drift: Tensor | None = None
+    """See `governor.Tracked`."""
+
+    def __post_init__(self) -> None:
+        self.thresholds = self.thresholds or [[None] * len(own) for own in self.tokens]
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return len(self.tokens)
 
     def rows(self, numbers: Sequence[int]) -> Self:
         """Copies of rows, in the given order; a row may come more than once."""
-        return type(self)([list(self.tokens[number]) for number in numbers], self.capacity)
+        tokens = [list(self.tokens[number]) for number in numbers]
+        thresholds = [list(self.thresholds[number]) for number in numbers]
+        drift = None if self.drift is None else self.drift[list(numbers)]
+        return type(self)(tokens, self.capacity, thresholds, drift)
 
     def nbytes(self) -> int:
         """Memory that the tokens take at most, in bytes."""
@@ -84,19 +101,20 @@ class ReferenceBackend:
         input_ids: Tensor,
         cache: TokenCache,
         starts: Sequence[int],
-        thresholds: Thresholds = None,
+        thresholds: PassThresholds = None,
         lengths: Sequence[int] | None = None,
+        rows: Sequence[int] | None = None,
     ) -> Tensor:
         """See `Backend.prompt`."""
         columns = input_ids.shape[1]
         lengths = [columns] * len(input_ids) if lengths is None else lengths
         tokens = [ids[:n].tolist() for ids, n in zip(input_ids, lengths, strict=True)]
-        found = [
-            self._row(own, cache, row, start, thresholds)
-            for row, (own, start) in enumerate(zip(tokens, starts, strict=True))
+        rows = range(len(tokens)) if rows is None else rows
+        found = self._rows(tokens, cache, rows, starts, thresholds)
+        padded = [
+            torch.cat((own, own.new_zeros(columns - len(own), own.shape[1]))) for own in found
         ]
-        rows = [torch.cat((own, own.new_zeros(columns - len(own), own.shape[1]))) for own in found]
-        return torch.stack(rows)
+        return torch.stack(padded)
 
     def decode(
         self,
@@ -104,11 +122,10 @@ class ReferenceBackend:
         cache: TokenCache,
         rows: Sequence[int],
         starts: Sequence[int],
-        thresholds: Thresholds = None,
+        thresholds: PassThresholds = None,
     ) -> Tensor:
         """See `Backend.decode`."""
-        each = zip(tokens, rows, starts, strict=True)
-        return torch.cat([self._row(ids, cache, r, s, thresholds) for ids, r, s in each])
+        return torch.cat(self._rows(tokens, cache, rows, starts, thresholds))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Backend.logits`."""
@@ -118,31 +135,55 @@ class ReferenceBackend:
         """See `Backend.scores`."""
         return head(self.model, hidden)
 
-    def _row(
+    def _rows(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[Sequence[int]],
         cache: TokenCache,
-        row: int,
-        start: int,
-        thresholds: Thresholds,
-    ) -> Tensor:
-        """States [n, H] of a row's tokens at positions from `start` on."""
-        cache.tokens[row][start:] = tokens
-        count = len(tokens)
+        rows: Sequence[int],
+        starts: Sequence[int],
+        thresholds: PassThresholds,
+    ) -> list[Tensor]:
+        """States [n, H] of each row's tokens at positions from its start on."""
+        found = []
+        for number, (own, row, start) in enumerate(zip(tokens, rows, starts, strict=True)):
+            limits: Tensor | None = None
+            if isinstance(thresholds, RowThresholds):
+                limits = thresholds.values[number]
+            elif thresholds is not None:
+                limits = torch.tensor(list(thresholds), device=self.device)
+            cache.tokens[row][start:] = own
+            cache.thresholds[row][start:] = [limits] * len(own)
+            states, entered = self._row(cache, row, start)
+            if isinstance(thresholds, RowThresholds):
+                thresholds.entered[number] += (entered.long() * thresholds.weights[number]).sum(1)
+            found.append(states)
+        return found
+
+    def _row(self, cache: TokenCache, row: int, start: int) -> tuple[Tensor, Tensor]:
+        """States [n, H] of a row's tokens from position `start` on, and what they entered, bool
+        [n, branches]."""
+        ids, limits = cache.tokens[row], cache.thresholds[row]
+        count, branches = len(ids) - start, len(self.branches)
+        entered = torch.ones(len(ids), branches, dtype=torch.bool, device=self.device)
         if not count:
             width: int = self.model.config.hidden_size
-            return torch.zeros(0, width, dtype=self.dtype, device=self.device)
-        ids = torch.tensor([cache.tokens[row]], device=self.device)
+            return torch.zeros(0, width, dtype=self.dtype, device=self.device), entered[start:]
+        batch = torch.tensor([ids], device=self.device)
         self.usage.saw(start, count)
-        gates = self.gates if thresholds is not None or self.gated else None
-        if thresholds is None:
-            self.usage.kept = [kept + count for kept in self.usage.kept]
-            return masked_forward(self.model, ids, gates, None, self.kv_rule)[0, start:]
+        skipping = [each is not None for each in limits]
+        gates = self.gates if skipping[-1] or self.gated else None
+        rule = None
+        if any(skipping) and gates is not None:
+            full = torch.full((branches,), NEVER_SKIP, device=self.device)
+            least = torch.stack([full if each is None else each for each in limits])
 
-        def rule(branch: Branch, logits: Tensor) -> Tensor:
-            keep = logits >= thresholds[branch.index]
-            entered = keep | (torch.arange(keep.shape[1], device=keep.device) < ANCHORS)
-            self.usage.kept[branch.index] += int(entered[:, start:].sum())
-            return keep.to(logits.dtype)
+            def rule(branch: Branch, logits: Tensor) -> Tensor:
+                keep = logits >= least[:, branch.index]
+                entered[:, branch.index] = keep[0]
+                return keep.to(logits.dtype)
 
-        return masked_forward(self.model, ids, gates, rule, self.kv_rule)[0, start:]
+        states = masked_forward(self.model, batch, gates, rule, self.kv_rule)[0, start:]
+        entered[:ANCHORS] = True
+        kept = entered[start:].sum(0).tolist()
+        self.usage.kept = [a + b for a, b in zip(self.usage.kept, kept, strict=True)]
+        return states, entered[start:]

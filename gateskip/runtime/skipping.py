@@ -12,6 +12,7 @@ from torch import Tensor
 from gateskip.gates.base import Gates
 from gateskip.model.compute import Usage
 from gateskip.model.families import UnsupportedModel, final_norm, find_branches
+from gateskip.model.gating import NEVER_SKIP
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.runtime.backend import (
     BACKENDS,
@@ -25,9 +26,14 @@ from gateskip.runtime.backend import (
 )
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.gathered import GatheredBackend
+from gateskip.runtime.governor import Hold, next_width
 from gateskip.runtime.kv_cache import KV_FORMATS, KVFormat
 from gateskip.runtime.native import NativeBackend
 from gateskip.runtime.reference import ReferenceBackend
+
+Limits = Thresholds | Hold
+"""What decides which tokens enter a branch: thresholds, one a branch; a budget that every row holds
+by thresholds of its own; or None, full compute."""
 
 
 def make_backend(
@@ -158,13 +164,16 @@ class SkippingModel:
         input_ids: Tensor,
         cache: Cache,
         starts: Sequence[int],
-        thresholds: Thresholds = None,
+        thresholds: Limits = None,
         lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Prompts, and what is scored: input_ids [B, S] -> final states [B, S, H].
 
-        See `Backend.prompt`.
+        See `Backend.prompt`. A held budget takes passes of at most a governor's block.
         """
+        if isinstance(thresholds, Hold):
+            return self._hold_prompt(input_ids, cache, starts, thresholds, lengths)
+        self._count_full(thresholds, input_ids.numel() if lengths is None else sum(lengths))
         return self.backend.prompt(input_ids, cache, starts, thresholds, lengths)
 
     @torch.inference_mode()
@@ -174,13 +183,75 @@ class SkippingModel:
         cache: Cache,
         rows: Sequence[int],
         starts: Sequence[int],
-        thresholds: Thresholds = None,
+        thresholds: Limits = None,
     ) -> Tensor:
         """The next tokens of some rows -> final states [N, H], row after row.
 
         See `Backend.decode`.
         """
+        if isinstance(thresholds, Hold):
+            return self._hold_decode(tokens, cache, rows, starts, thresholds)
+        self._count_full(thresholds, sum(map(len, tokens)))
         return self.backend.decode(tokens, cache, rows, starts, thresholds)
+
+    def _count_full(self, thresholds: Thresholds, tokens: int) -> None:
+        """Count tokens of which no gate is asked; gates that scale are asked even then."""
+        asked = self.gated or thresholds is not None  # as every backend asks gates that scale
+        scales = self.gates is not None and self.gates.scales and asked
+        if not scales and (thresholds is None or max(thresholds) == NEVER_SKIP):
+            self.usage.ungated += tokens
+
+    def _hold_prompt(
+        self,
+        input_ids: Tensor,
+        cache: Cache,
+        starts: Sequence[int],
+        hold: Hold,
+        lengths: Sequence[int] | None,
+    ) -> Tensor:
+        """As `forward`, in passes that end where any row comes to a new block of the governor."""
+        batch, columns = input_ids.shape
+        counts = [columns] * batch if lengths is None else list(lengths)
+        done, out = [0] * batch, torch.empty(0)
+        while live := [row for row in range(batch) if done[row] < counts[row]]:
+            places = [starts[row] + done[row] for row in live]
+            width = next_width(places, [counts[row] - done[row] for row in live])
+            own = torch.tensor(live, device=input_ids.device).unsqueeze(1)
+            first = torch.tensor([done[row] for row in live], device=input_ids.device)
+            index = first.unsqueeze(1) + torch.arange(width, device=input_ids.device)
+            limits = hold.rows(cache, live, places, width)
+            some = None if len(live) == cache.batch else live
+            states = self.backend.prompt(input_ids[own, index], cache, places, limits, None, some)
+            hold.record(cache, live, places, limits)
+            if not len(out):
+                out = states.new_zeros(batch, columns, states.shape[-1])
+            out[own, index] = states
+            for row in live:
+                done[row] += width
+        return out
+
+    def _hold_decode(
+        self,
+        tokens: Sequence[Sequence[int]],
+        cache: Cache,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        hold: Hold,
+    ) -> Tensor:
+        """As `decode`, in passes that end where any row comes to a new block of the governor."""
+        done = [0] * len(tokens)
+        parts: list[list[Tensor]] = [[] for _ in tokens]
+        while live := [i for i, own in enumerate(tokens) if done[i] < len(own)]:
+            places, cache_rows = [starts[i] + done[i] for i in live], [rows[i] for i in live]
+            width = next_width(places, [len(tokens[i]) - done[i] for i in live])
+            limits = hold.rows(cache, cache_rows, places, width)
+            some = [list(tokens[i][done[i] : done[i] + width]) for i in live]
+            states = self.backend.decode(some, cache, cache_rows, places, limits)
+            hold.record(cache, cache_rows, places, limits)
+            for i, own in zip(live, states.split(width), strict=True):
+                parts[i].append(own)
+                done[i] += width
+        return torch.cat([part for own in parts for part in own])
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def rollout_writer(
 ) -> Write:
     """What continues prompts as a model in training decodes now, under thresholds [branches]."""
     grid = {} if thresholds is None else {BUDGET: thresholds}
-    decoder = Decoder(_runnable(model, gates, kv_rule), None, grid)
+    decoder = Decoder(runnable(model, gates, kv_rule), None, grid)
     mode: Mode = "plain" if thresholds is None else "skip"
 
     def write(
@@ -119,7 +119,7 @@ def rollout_writer(
     return write
 
 
-def _runnable(model: Any, gates: Gates | None, kv_rule: str) -> SkippingModel:
+def runnable(model: Any, gates: Gates | None, kv_rule: str) -> SkippingModel:
     """The model as its weights are now: on compiled kernels, where they can run it."""
     try:
         return SkippingModel(model, gates, kv_rule, "native")

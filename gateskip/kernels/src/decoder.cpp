@@ -55,10 +55,12 @@ void Pass::prepare_branch(int branch, const float* source, const Norm& norm, con
   for (int r = 0; r < s.rows; r++) {
     float* x = x_ + int64_t(r) * m.hidden;
     norm_row(norm, source + int64_t(r) * m.hidden, m.hidden, x);
-    const bool asked = s.thresholds && gate && s.slot[r] >= m.anchors && s.thresholds[branch] > -INFINITY;
-    enters_[r] = !asked || dot(x, gate, m.hidden) + bias >= s.thresholds[branch];
+    const float least = s.thresholds ? s.thresholds[int64_t(r) * s.stride + branch] : -INFINITY;
+    const bool asked = gate && s.slot[r] >= m.anchors && least > -INFINITY;
+    enters_[r] = !asked || dot(x, gate, m.hidden) + bias >= least;
     if (enters_[r]) kept_[count_++] = r;
     else if (around.down) shortcut_down(x, r, around);
+    if (id == 0 && s.entered) s.entered[int64_t(r) * 2 * m.layers + branch] = enters_[r];
   }
   if (id == 0) s.kept[branch] += count_;
 }
@@ -160,6 +162,8 @@ extern "C" void gateskip_step(const Model* m, const CacheView* c, const Step* s,
     Step part = *s;
     part.rows = last - first;
     part.cache_row += first, part.slot += first, part.hidden += int64_t(first) * m->hidden;
+    if (part.thresholds) part.thresholds += int64_t(first) * part.stride;
+    if (part.entered) part.entered += int64_t(first) * 2 * m->layers;
     Slices counted{nullptr}, each{nullptr};
     const SharedRows nothing(*m, part.rows, counted);
     Pass(*m, *c, part, nothing, 0, threads, each);

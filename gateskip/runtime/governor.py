@@ -1,0 +1,120 @@
+"""A budget that every row holds: thresholds that move with what the row's own past kept.
+
+Thresholds are calibrated on some text, and other text keeps another share under them (prompts full
+of digits kept 0.743 of the multiply-adds where 0.8 was asked). The governor is an integral
+controller for each row. At every BLOCK-th position it adds up how far the row's earlier tokens were
+from the budget, and moves along the calibrated thresholds by that:
+
+    budget of the block = budget + GAIN / BLOCK * sum over earlier tokens (budget - kept share)
+
+It reads nothing but the row's own earlier tokens, at positions that do not depend on how the text
+comes in: a row has the same thresholds alone and in a batch, in chunks and token by token. What the
+tokens kept is stored by position, as the KV cache is, so truncating a row truncates it, too. Sums
+are of integers, and so the same in every order and in every backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gateskip.model.compute import BranchCost
+from gateskip.model.gating import ANCHORS
+
+BLOCK = 16  # positions between two updates
+GAIN = 0.5  # the share of an offset that a block's update takes away
+STEPS = 256  # budgets between the lowest and the highest calibrated one
+UNIT = 1 << 20  # a token's multiply-adds at all branches together, as an integer
+
+
+class Tracked(Protocol):
+    """A cache, as far as the governor knows it."""
+
+    drift: Tensor | None
+    """int64 [B, capacity]: budget - kept share of the token at each position, in UNITs; 0 where
+    the token was not governed."""
+
+    @property
+    def capacity(self) -> int:
+        """Positions of a row."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        ...
+
+
+@dataclass
+class RowThresholds:
+    """Thresholds of each row of one pass, and what its tokens entered."""
+
+    values: Tensor  # float32 [rows, branches]
+    weights: Tensor  # int64 [rows, branches]: a branch's share of a token's multiply-adds, in UNITs
+    entered: Tensor  # int64 [rows, S]: filled by the backend, what each token entered, in UNITs
+
+    def count(self, branch: int, keep: Tensor | None) -> None:
+        """Tokens that enter a branch: bool [rows, S], or None for all."""
+        weight = self.weights[:, branch : branch + 1]
+        self.entered += weight if keep is None else weight * keep
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Hold `budget` in every row, by thresholds `curve` [STEPS, branches] of budgets in equal steps
+    from `low` to `high`."""
+
+    budget: float
+    low: float
+    high: float
+    curve: Tensor
+    costs: tuple[BranchCost, ...] = field(repr=False)
+
+    def rows(
+        self, cache: Tracked, rows: Sequence[int], starts: Sequence[int], width: int
+    ) -> RowThresholds:
+        """Thresholds of `width` tokens of cache rows, from positions `starts` on, which are in one
+        block."""
+        device = self.curve.device
+        if cache.drift is None:
+            cache.drift = torch.zeros(cache.batch, cache.capacity, dtype=torch.long, device=device)
+        blocks = [start // BLOCK for start in starts]
+        ends = torch.tensor(blocks, device=device).unsqueeze(1) * BLOCK
+        places = torch.arange(cache.capacity, device=device)
+        own = cache.drift[torch.tensor(list(rows), device=device)]
+        past = own.masked_fill(places >= ends, 0).sum(1).double() / UNIT  # in tokens
+        asked = self.budget + GAIN / BLOCK * past
+        step = ((asked - self.low) / (self.high - self.low) * (STEPS - 1)).round()
+        values = self.curve[step.clamp(0, STEPS - 1).long()]
+        weights = torch.tensor([shares(self.costs, block) for block in blocks], device=device)
+        entered = torch.zeros(len(blocks), width, dtype=torch.long, device=device)
+        return RowThresholds(values, weights, entered)
+
+    def record(
+        self, cache: Tracked, rows: Sequence[int], starts: Sequence[int], found: RowThresholds
+    ) -> None:
+        """Store what the tokens of a pass kept."""
+        assert cache.drift is not None, "`rows` made it"
+        wanted = round(self.budget * UNIT) * found.weights.sum(1, keepdim=True) // UNIT
+        drift, width = wanted - found.entered, found.entered.shape[1]
+        for row, start, own in zip(rows, starts, drift, strict=True):
+            own[: max(0, ANCHORS - start)] = 0  # anchors enter whatever the thresholds are
+            cache.drift[row, start : start + width] = own
+
+
+@lru_cache(maxsize=4096)
+def shares(costs: tuple[BranchCost, ...], block: int) -> list[int]:
+    """Each branch's share of a token's multiply-adds in the middle of a block, in UNITs."""
+    middle = block * BLOCK + BLOCK // 2
+    each = [cost.at(min(middle, cost.window or middle)) for cost in costs]
+    return [round(cost / sum(each) * UNIT) for cost in each]
+
+
+def next_width(starts: Sequence[int], left: Sequence[int]) -> int:
+    """Tokens that all rows at `starts`, which have so many left, take before one changes block."""
+    return min(min(BLOCK - start % BLOCK, count) for start, count in zip(starts, left, strict=True))

@@ -1,0 +1,187 @@
+"""Phases of skipping and held budgets: in every backend, batch, cut and kind of draft the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gateskip.calibration.fit_shortcuts import fit_shortcuts
+from gateskip.calibration.thresholds import calibrate
+from gateskip.calibration.warm_start import warm_start
+from gateskip.checkpoint import grid_of
+from gateskip.decoding.decoder import Decoder
+from gateskip.kernels import build
+from gateskip.model.compute import kept_share
+from gateskip.quantization.folders import load_model
+from gateskip.runtime.backend import BACKENDS, BackendName
+from gateskip.runtime.governor import BLOCK
+from gateskip.runtime.skipping import SkippingModel
+
+BUDGETS = (0.9, 0.7, 0.5)
+NAMES = [name for name in BACKENDS if name != "native" or build.library() is not None]
+WAYS: dict[str, dict[str, Any]] = {
+    "full prompt": {"prompt": "full"},
+    "full answer": {"answer": "full"},
+    "held": {"hold": True},
+    "held answer": {"prompt": "full", "hold": True},
+}
+
+
+def ids(count: int, seed: int) -> list[int]:
+    return torch.randint(3, 512, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PROMPTS = [ids(37, 1), ids(5, 2), ids(18, 3)]
+
+
+@pytest.fixture(scope="module")
+def made(make_tiny: Callable[..., Path]) -> Any:
+    """A tiny model, its gates, and thresholds."""
+    model = load_model(make_tiny("llama"), "float32")
+    blocks = torch.tensor([ids(48, 10 + row) for row in range(6)])
+    gates, _ = warm_start(model, blocks)
+    gates.shortcuts = fit_shortcuts(model, blocks, 8)
+    gates.shortcuts.settle()
+    grid, _ = grid_of(calibrate(model, gates.requires_grad_(False), blocks, BUDGETS))
+    return model, gates, grid
+
+
+def decoder_of(made: Any, name: BackendName, rule: str = "project") -> Decoder:
+    model, gates, grid = made
+    return Decoder(SkippingModel(model, gates, rule, name), None, grid)
+
+
+@pytest.fixture(scope="module", params=[name for name in NAMES if name != "reference"])
+def decoder(made: Any, request: pytest.FixtureRequest) -> Decoder:
+    return decoder_of(made, request.param)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("rule", ["project", "copy"])
+def test_backends_write_the_same(made: Any, way: str, rule: str) -> None:
+    found = []
+    for name in NAMES:
+        one = decoder_of(made, name, rule)
+        written = one.generate(PROMPTS, 14, "skip", 0.7, **WAYS[way])
+        found.append((written.tokens, written.usage, one.skipping.usage))
+    assert all(each == found[0] for each in found)
+    plain = decoder_of(made, "gathered", rule).generate(PROMPTS, 14, "skip", 0.7)
+    assert plain.tokens != found[0][0], "it does something"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_row_is_what_it_is_alone(decoder: Decoder, way: str) -> None:
+    together = decoder.generate(PROMPTS, 24, "skip", 0.7, **WAYS[way]).tokens
+    alone = [decoder.generate([p], 24, "skip", 0.7, **WAYS[way]).tokens[0] for p in PROMPTS]
+    assert together == alone
+
+
+@pytest.mark.parametrize(("way", "length"), [*zip(WAYS, (1, 5, 16, 7), strict=True), ("held", 3)])
+def test_drafts_change_nothing(decoder: Decoder, way: str, length: int) -> None:
+    """Verified at the budget, whatever is drafted; drafts are rejected, and blocks are crossed."""
+    wanted = decoder.generate(PROMPTS, 36, "skip", 0.7, **WAYS[way]).tokens
+    how: dict[str, Any] = {"draft_length": length, "verify_budget": 0.7, **WAYS[way]}
+    found = decoder.generate(PROMPTS, 36, "speculate", draft_budget=0.5, **how)
+    assert found.tokens == wanted
+    assert 0 < found.stats.accepted < found.stats.drafted
+
+
+def test_compute_of_each_phase(decoder: Decoder) -> None:
+    def kept(**settings: Any) -> list[float]:
+        used = decoder.generate(PROMPTS, 24, "skip", 0.5, **settings).usage
+        return [kept_share(decoder.skipping.model, used[phase]) for phase in ("prompt", "answer")]
+
+    both = kept()
+    assert kept(prompt="full")[0] == 1.0 == kept(answer="full")[1]
+    assert kept(answer="full")[0] == both[0] < 0.7 and kept(prompt="full")[1] < 0.7
+
+
+def test_full_phases_pay_for_no_gate(decoder: Decoder) -> None:
+    usage = decoder.skipping.usage
+    usage.clear()
+    used = decoder.generate(PROMPTS, 24, "skip", 0.5, prompt="full").usage
+    assert used["prompt"].ungated == used["prompt"].seen == sum(map(len, PROMPTS))
+    assert decoder.saved(used["prompt"], 0.5).net == 0 == used["answer"].ungated
+    assert usage == used["prompt"].plus(used["answer"])
+    both, saved = decoder.saved(usage, 0.5), decoder.saved(used["answer"], 0.5)
+    assert 0 < both.net < saved.net
+
+
+def test_phases_that_cannot_be(decoder: Decoder, made: Any) -> None:
+    for settings, message in (
+        ({"prompt": "full", "answer": "full"}, "skip nothing"),
+        ({"prompt": "half"}, "prompt 'half': one of budget, full"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder.generate(PROMPTS, 4, "skip", 0.7, **settings)
+    one = Decoder(decoder.skipping, None, {0.5: made[2][0.5]})
+    with pytest.raises(ValueError, match="several budgets, and 1 calibrated"):
+        one.generate(PROMPTS, 4, "skip", 0.5, hold=True)
+
+
+# -- the governor -----------------------------------------------------------------------------
+
+
+def states(decoder: Decoder, text: list[int], cuts: list[int], decode_from: int) -> torch.Tensor:
+    """Final states [S, H] of a held text that comes in pieces, decoded from a place on."""
+    skipping, limits = decoder.skipping, decoder.phases(0.7, hold=True).text
+    cache, found = skipping.new_cache(1, len(text)), []
+    for start, end in zip((0, *cuts), (*cuts, len(text)), strict=True):
+        piece = text[start:end]
+        if start >= decode_from:
+            found.append(skipping.decode([piece], cache, [0], [start], limits))
+        else:
+            found.append(skipping.forward(torch.tensor([piece]), cache, [start], limits)[0])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(
+    ("cuts", "decode_from"), [([7, 33], 33), ([1, 16, 17, 48], 99), (list(range(1, 60)), 0)]
+)
+def test_cuts_do_not_matter(decoder: Decoder, cuts: list[int], decode_from: int) -> None:
+    text = ids(60, 7)
+    whole = states(decoder, text, [], 61)
+    pieces = states(decoder, text, cuts, decode_from)
+    torch.testing.assert_close(pieces, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_that_start_anywhere(decoder: Decoder) -> None:
+    """A batch whose rows change block at different times, and whose cache has not a slot more."""
+    skipping, limits = decoder.skipping, decoder.phases(0.7, hold=True).text
+    texts = [ids(50, 20), ids(50, 21), ids(50, 22)]
+    lengths = [50, 9, 31]
+    cache = skipping.new_cache(3, 50)
+    first = skipping.forward(torch.tensor(texts), cache, [0] * 3, limits, lengths)
+    rest = [text[length:] for text, length in zip(texts, lengths, strict=True)]
+    second = skipping.decode(rest[1:], cache, [1, 2], lengths[1:], limits)
+    parts = dict(zip((1, 2), second.split([len(own) for own in rest[1:]]), strict=True))
+    for row, text in enumerate(texts):
+        own = torch.cat((first[row, : lengths[row]], *([parts[row]] if row in parts else [])))
+        torch.testing.assert_close(own, states(decoder, text, [], 99), atol=1e-4, rtol=1e-4)
+
+
+def test_a_held_budget_is_kept(decoder: Decoder, made: Any) -> None:
+    """Thresholds that keep too little by themselves; held, the share comes to the budget."""
+    grid = {b: [t + 0.25 for t in row] for b, row in made[2].items()}
+    off = Decoder(decoder.skipping, None, grid)
+    text, kept = torch.tensor([ids(400, 5)]), []
+    for hold in (False, True):
+        decoder.skipping.usage.clear()
+        limits = off.phases(0.7, hold=hold).text
+        decoder.skipping.forward(text, decoder.skipping.new_cache(1, 400), [0], limits)
+        kept.append(off.kept_of(decoder.skipping.usage))
+    assert abs(kept[1] - 0.7) < 0.02 < abs(kept[0] - 0.7)
+
+
+def test_the_past_decides_alone(decoder: Decoder) -> None:
+    """Later tokens change nothing, and a rejected past is forgotten."""
+    skipping, limits = decoder.skipping, decoder.phases(0.7, hold=True).text
+    text, other = ids(3 * BLOCK, 8), ids(2 * BLOCK, 9)
+    cache = skipping.new_cache(1, 3 * BLOCK)
+    skipping.decode([text[:BLOCK] + other], cache, [0], [0], limits)
+    again = skipping.decode([text[BLOCK:]], cache, [0], [BLOCK], limits)
+    torch.testing.assert_close(again, states(decoder, text, [], 99)[BLOCK:], atol=1e-4, rtol=1e-4)
