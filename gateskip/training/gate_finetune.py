@@ -39,7 +39,7 @@ from gateskip.training.objectives import (
 from gateskip.training.recipe import TrainConfig
 from gateskip.training.rollouts import Write, rollout_writer
 
-WINDOW = 4  # steps whose gate logits set the thresholds
+WINDOW = 8  # steps whose gate logits set the thresholds: a mix of texts needs more than a few
 GAIN = 0.2  # of the feedback on the skipped share: part of the log error that a step corrects
 MOST_DRIFT = 1.5
 

@@ -107,7 +107,7 @@ class TrainConfig(LoopConfig):
     """How the budget runs from 1 to `budget`."""
     budget: float = 0.7
     """Lowest share of multiply-adds that training visits."""
-    lr: float = 2e-3
+    lr: float = 1e-3
     """Learning rate of the gates and their shortcuts."""
     backbone_lr: float = 3e-5
     """Learning rate of the backbone or its updates, when it trains."""
