@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -146,11 +147,16 @@ def run(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write training as TensorBoard files.")
     ] = False,
+    mirror: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Fetch finished steps from there, and send them."),
+    ] = None,
 ) -> None:
     """Make and measure every cell; what was finished before is kept."""
     from compose.assets import default_cache
     from compose.execution.executors import make_executor
     from compose.extras import require
+    from compose.mirror import Mirror
     from compose.planning.prepare import load_plan
     from compose.terminal.run_shown import run_shown
 
@@ -162,6 +168,8 @@ def run(
     settings = _settings(
         out, tuple(only or ()), again=again, tensorboard=tensorboard, retry_failed=retry_failed
     )
+    if mirror is not None:
+        settings = replace(settings, mirror=Mirror.at(mirror))
     where = make_executor(executor, planned.pipeline.benchmark.threads, workers)
     result = run_shown(planned, settings, where, quiet=quiet, json_lines=json_lines)
     raise typer.Exit(result.exit_code)

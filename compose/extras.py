@@ -11,6 +11,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "accelerate",
         "bitsandbytes",
         "filelock",
+        "fsspec",
         "gguf",
         "gptqmodel",
         "huggingface_hub",

@@ -31,6 +31,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
+from compose.errors import StepError
 from compose.hashes import hash_files
 
 MANIFEST = "manifest.json"
@@ -226,9 +227,10 @@ class Store:
 
     def _read(self, key: str) -> tuple[dict[str, Any] | None, str | None]:
         """An entry's manifest, and what is wrong with it or with its files' names and sizes."""
-        manifest = read_json(self.path(key) / MANIFEST)
+        file = self.path(key) / MANIFEST
+        manifest = read_json(file)
         if not isinstance(manifest, dict) or manifest.get("key") != key:
-            return None, f"its {MANIFEST} cannot be read"
+            return None, f"its {MANIFEST} cannot be read{_closed(file)}"
         hashed = "digest" in manifest or "sha256" in manifest  # not in an older store
         if hashed and manifest.get("digest") != _digest(manifest):
             return None, f"its {MANIFEST} is not what was stored"
@@ -280,6 +282,25 @@ class Store:
             write_json(folder / MANIFEST, manifest | {"digest": _digest(manifest)})
         shutil.rmtree(self._work(key), ignore_errors=True)
 
+    @contextmanager
+    def receive(self, key: str, manifest: Mapping[str, Any]) -> Iterator[Path]:
+        """A new folder for an entry that was made elsewhere, to be filled with its files; moved
+        into place where they are what its manifest says. Hold `locked(key)` around it.
+
+        Raises:
+            StepError: a file is missing or is another one; the store is as it was.
+        """
+        with new_folder(self.path(key), within=self.root / TEMPORARY) as folder:
+            yield folder
+            stored = manifest["sha256"]
+            found = hash_files(folder, file_sizes(folder))
+            wrong = sorted(name for name in stored if found.get(name) != stored[name])
+            if wrong or found.keys() != stored.keys():
+                name = wrong[0] if wrong else min(found.keys() - stored.keys())
+                raise StepError(f"{name} of {key} is not what its manifest says")
+            write_json(folder / MANIFEST, dict(manifest))
+        shutil.rmtree(self._work(key), ignore_errors=True)
+
     def remove(self, key: str) -> None:
         """Remove an entry, and the scratch of its step. Hold `locked(key)` around it.
 
@@ -323,6 +344,22 @@ class Store:
 
     def _work(self, key: str) -> Path:
         return self.root / ".work" / key
+
+
+def _closed(file: Path) -> str:
+    """Why a file cannot be opened, where that is a matter of rights; they differ by umask."""
+    try:
+        file.open("rb").close()
+    except PermissionError as error:
+        return f": {error.strerror}"
+    except OSError:
+        return ""
+    return ""
+
+
+def is_sound(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest is as it was written."""
+    return manifest.get("digest") == _digest(manifest)
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

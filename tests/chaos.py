@@ -126,6 +126,7 @@ class Chaos:
         self.folder, self.random = folder, random.Random(seed)
         self.stop_seconds = stop_seconds
         self.token = uuid.uuid4().hex
+        self.cache = os.environ.get("GATESKIP_CACHE") or str(folder / "cache")
         self.file = folder / "chaos.yaml"
         model = save_tiny(folder / "model", "llama")
         text = ROOT / "docs" / "structure.md"
@@ -144,7 +145,7 @@ class Chaos:
         scratch = self.folder / "scratch"
         scratch.mkdir(exist_ok=True)
         environment = {**os.environ, MARK: self.token, "TMPDIR": str(scratch)}
-        environment |= {"PYTHONPATH": str(ROOT), "GATESKIP_CACHE": str(self.folder / "cache")}
+        environment |= {"PYTHONPATH": str(ROOT), "GATESKIP_CACHE": self.cache}
         command = [sys.executable, "-m", "compose", "run", str(self.file), "--out", str(out)]
         return subprocess.Popen(
             [*command, "--workers", "2", *more],

@@ -7,10 +7,12 @@ test that asks for it is marked `real` by itself, and such tests run last.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,16 +87,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
+KERNELS = ROOT / "build" / "kernels"
+"""Compiled kernels of earlier tests. Their names say what they were built of; compiling takes a
+core half a minute, in each process that has a cache of its own."""
+
+
 @pytest.fixture(autouse=True)
 def _folders_of_its_own(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[None]:
     """Keep a test out of the user's caches and away from local data, unless it is `real`."""
     if request.node.get_closest_marker("real") is not None:
+        yield
         return
-    monkeypatch.setenv("GATESKIP_CACHE", str(tmp_path / "cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("GATESKIP_CACHE", str(cache))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.delenv("GATESKIP_DATA", raising=False)
+    _share_kernels(KERNELS, cache / "native")
+    yield
+    _share_kernels(cache / "native", KERNELS)
+
+
+def _share_kernels(source: Path, target: Path) -> None:
+    """Have the compiled kernels of one folder in another, too."""
+    for file in source.glob("kernels-*.so"):
+        with contextlib.suppress(OSError):  # two tests at once, or a tree that is read-only
+            target.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not (target / file.name).exists():
+                shutil.copy2(file, target / f".{os.getpid()}-{file.name}")
+                (target / f".{os.getpid()}-{file.name}").replace(target / file.name)
 
 
 @pytest.fixture

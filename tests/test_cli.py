@@ -397,6 +397,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
                 "--again",
                 "--executor",
                 "--json-lines",
+                "--mirror",
                 "--only",
                 "--out",
                 "--quiet",

@@ -20,9 +20,10 @@ import chaos
 import psutil
 import pytest
 
-from compose.errors import StepError, WorkerLost
+from compose.errors import StepError, UserError, WorkerLost
 from compose.execution.endings import Allowed, Ending, ending_of, lost
 from compose.execution.needs import Needs
+from compose.execution.ray_nodes import SPEED
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 900.0
@@ -49,6 +50,7 @@ class PretendedRay:
     def __init__(self, *nodes: dict[str, float]) -> None:
         self._nodes = nodes
         self.asked: list[dict[str, Any]] = []
+        self.processors: dict[str, str] = {}
         self.arguments: list[tuple[Any, ...]] = []
         self.util = self
         self.scheduling_strategies = self
@@ -68,6 +70,11 @@ class PretendedRay:
     def remote(self, *arguments: Any) -> Any:
         self.arguments.append(arguments)
         return self
+
+    def get(self, _: Any) -> dict[str, Any]:
+        """The environment of the node that was asked last."""
+        node, _ = self.asked[-1]["scheduling_strategy"]
+        return {"processor": self.processors[node], "threads": 2}
 
     def options(self, **options: Any) -> Any:
         self.asked.append(options)
@@ -114,6 +121,50 @@ def test_a_worker_that_is_timed_runs_where_the_run_does(tmp_path: Path) -> None:
     executor.start("cell", tmp_path / "a.json", tmp_path / "a.log", Needs(here=True, memory=10**15))
     assert ray.asked[-1]["scheduling_strategy"] == ("driver", False)
     assert ray.asked[-1]["num_cpus"] == 0
+
+
+def start_timed(executor: Any, folder: Path) -> str:
+    """The node on which a timed worker is started."""
+    executor.start("cell", folder / "a.json", folder / "a.log", Needs(here=True))
+    node, soft = executor.ray.asked[-1]["scheduling_strategy"]
+    assert not soft, "there or nowhere"
+    return str(node)
+
+
+MARKED = SMALL | {SPEED: 1.0}
+MARKED_A100 = LARGE | {SPEED: 1.0, "accelerator_type:A100": 1.0}
+
+
+def test_cells_are_timed_on_one_marked_node_and_then_on_another_of_its_kind(tmp_path: Path) -> None:
+    executor, ray = executor_on(SMALL, MARKED, MARKED)
+    ray.processors = {"n1": "EPYC", "n2": "EPYC"}
+    assert [start_timed(executor, tmp_path) for _ in range(2)] == ["n1", "n1"]
+    assert executor.environment(2) == {"processor": "EPYC", "threads": 2}
+    ray._nodes = (SMALL, SMALL, MARKED)
+    assert start_timed(executor, tmp_path) == "n2"
+    ray._nodes, ray.processors["n3"] = (SMALL, SMALL, SMALL, MARKED), "Xeon"
+    with pytest.raises(StepError, match="the kind EPYC, and none is left"):
+        start_timed(executor, tmp_path)
+    ray._nodes = (SMALL,)
+    with pytest.raises(StepError, match="the kind EPYC, and none is left"):
+        start_timed(executor, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "processors", "told"),
+    [
+        ([MARKED, MARKED], ["EPYC", "Xeon"], r"2 kinds.*EPYC \(1 nodes\); Xeon \(1 nodes\)"),
+        ([MARKED, MARKED_A100], ["EPYC", "EPYC"], "EPYC with A100"),
+    ],
+    ids=["processor", "accelerator"],
+)
+def test_nodes_of_two_kinds_are_not_timed_on(
+    nodes: list[dict[str, float]], processors: list[str], told: str, tmp_path: Path
+) -> None:
+    executor, ray = executor_on(*nodes)
+    ray.processors = {f"n{number}": each for number, each in enumerate(processors)}
+    with pytest.raises(UserError, match=told):
+        start_timed(executor, tmp_path)
 
 
 def test_limits_travel_to_the_worker(tmp_path: Path) -> None:
@@ -182,16 +233,17 @@ def test_what_ended_a_worker_comes_over_from_its_node(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cluster() -> Iterator[Any]:
-    """A head without cores, and two nodes with one each."""
+    """A head without cores, and two nodes with one each, the second marked for speed."""
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     sizes = {"object_store_memory": 80_000_000, "memory": 4_000_000_000}
+    marked: dict[str, Any] = {"resources": {SPEED: 1}}
     made = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **sizes}
     )
     try:
-        made.workers = [made.add_node(num_cpus=1, **sizes) for _ in range(2)]
+        made.workers = [made.add_node(num_cpus=1, **sizes, **more) for more in ({}, marked)]
         made.wait_for_nodes()
         yield made
     finally:
@@ -241,6 +293,9 @@ def test_a_matrix_on_a_cluster_whose_workers_and_nodes_go_ends_like_a_local_one(
     run.wait_for_worker("cell", "cell-")
     cluster.remove_node(cluster.workers[0], allow_graceful=False)
     run.wait_for_worker("cell", "cell-").send_signal(signal.SIGKILL)
+    timed = run.wait_for_worker("cell", "speed-")
+    (raylet,) = cluster.workers[1].all_processes["raylet"]
+    assert raylet.process.pid in {parent.pid for parent in timed.parents()}, "the marked node"
     told = run.finish()
     assert "attempt 1 of 3" in told and "SIGKILL" in told
     assert chaos.differences(whole.wanted, chaos.comparable(out)) == []

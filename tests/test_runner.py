@@ -29,6 +29,7 @@ from compose.errors import AssetError, PlanError, StepError, UserError
 from compose.execution import cells as cells_module
 from compose.execution import runner as runner_module
 from compose.execution import speed as speed_module
+from compose.execution.executors import TimedHere
 from compose.execution.run_folder import RunFolder, file_name, phase_key, read_phase
 from compose.execution.runner import RunResult, run
 from compose.execution.sessions import Round, Session, Shape, find_session, new_session
@@ -101,7 +102,7 @@ def speed_numbers(number: int) -> Answer:
     return add_turns([turn_of(number)])
 
 
-class Script:
+class Script(TimedHere):
     """A scripted executor: what workers answer, and a log of everything that was asked of them."""
 
     slots = 1
@@ -495,6 +496,24 @@ def test_a_cell_that_fails_in_a_round_drops_out_and_the_others_finish(tmp_path: 
     assert len(again.done("speed", "dense")) == 5, "all rounds but the one that was complete"
 
 
+def test_a_cell_whose_process_cannot_be_started_for_speed_drops_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, start = Script(), Script.start
+
+    def refuses(role: str, job: Path, log: Path, needs: Any = None) -> ScriptedWorker:
+        if log.name == "speed-cut.log":
+            raise StepError("no node of that kind is left")
+        return start(script, role, job, log, needs)
+
+    monkeypatch.setattr(script, "start", refuses)
+    result = go(tmp_path, script)
+    assert result.exit_code == 1
+    cut = result.results.cell("cut")
+    assert cut.status == "failed" and cut.reason == "no node of that kind is left"
+    assert result.results.cell("dense").speed is not None
+
+
 def test_a_source_that_cannot_be_had_is_the_users_to_put_right(tmp_path: Path) -> None:
     script = Script()
     script.break_at[("step", "source")] = AssetError("no such model", fix="name another")
@@ -692,11 +711,8 @@ def test_cells_that_do_not_fit_together_are_measured_in_groups(
 ) -> None:
     free = 2.5 * speed_module.PROCESS_BYTES / speed_module.MEMORY_SHARE
 
-    class Memory:
-        total = available = free
-
-    monkeypatch.setattr(speed_module.psutil, "virtual_memory", lambda: Memory)
     script = Script()
+    monkeypatch.setattr(script, "free_bytes", lambda: free)
     assert go(tmp_path, script).exit_code == 0
     assert script.most_live == 2
     assert len(script.done("speed", "dense")) == 4 * 6, "the baseline is in every group"
@@ -852,8 +868,8 @@ class SlowRun:
         assert "printed by" not in out + err, "what libraries print goes to the log"
         return out
 
-    def end_at(self, mark: str, number: signal.Signals) -> tuple[int, str]:
-        """Run until `mark` is left, end it by the signal; exit code and stderr."""
+    def end_at(self, mark: str, *numbers: signal.Signals) -> tuple[int, str]:
+        """Run until `mark` is left, end it by signals in a row; exit code and stderr."""
         process = self.start(1.0)
         end = time.monotonic() + 120
         while not (self.marks / mark).is_file():
@@ -862,7 +878,9 @@ class SlowRun:
             time.sleep(0.02)
         family = psutil.Process(process.pid).children(recursive=True)
         assert family, "it works in processes of their own"
-        process.send_signal(number)
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.1)  # as fast as a hand is; equal ones at once would be one
         _, err = process.communicate(timeout=60)
         _, alive = psutil.wait_procs(family, timeout=15)
         assert alive == [], "no worker outlives the run"
@@ -885,7 +903,7 @@ def test_a_run_that_is_ended_again_and_again_ends_like_an_unbroken_one(
 
     code, _ = broken.end_at("train-2", signal.SIGKILL)
     assert code == -signal.SIGKILL
-    code, err = broken.end_at("train-4", signal.SIGINT)
+    code, err = broken.end_at("train-4", signal.SIGINT, signal.SIGINT, signal.SIGTERM)
     assert code == 130
     assert "goes on from here" in err
     assert "Traceback" not in err

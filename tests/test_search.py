@@ -21,6 +21,7 @@ from compose.artifacts.folder import write_lineage
 from compose.cli import app
 from compose.errors import PipelineError, PlanError, StepError, UserError
 from compose.execution import runner as runner_module
+from compose.execution.executors import TimedHere
 from compose.execution.run_folder import RunFolder
 from compose.execution.state import Settings
 from compose.language.parse import load_pipeline
@@ -434,7 +435,7 @@ def _size(chain: Any) -> float:
     return 117e6 if packed else 269e6
 
 
-class Script:
+class Script(TimedHere):
     """A scripted executor: numbers by the names of a cell's stages, and a log of what was asked."""
 
     slots = 1
@@ -758,7 +759,7 @@ benchmark:
 """
 
 
-class Here:
+class Here(TimedHere):
     """An executor whose workers do their work in this process: torch is imported once."""
 
     slots, local, timed_threads, attempts = 1, True, 1, 1

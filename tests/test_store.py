@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -353,3 +355,88 @@ def test_a_private_folder_is_closed(tmp_path: Path) -> None:
     folder.chmod(0o777)
     private_folder(folder)
     assert folder.stat().st_mode & 0o777 == 0o700
+
+
+GROUP, ONE, TWO = 60_000, 60_001, 60_002
+
+
+def as_user(user: int, umask: int, work: Callable[[], None]) -> str:
+    """Do work as another user of one group, in a fork; what it raised, or nothing."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reads)
+        try:
+            os.setgroups([])
+            os.setgid(GROUP)
+            os.setuid(user)
+            os.umask(umask)
+            work()
+        except BaseException as error:
+            os.write(writes, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(writes)
+    with os.fdopen(reads) as told:
+        text = told.read()
+    os.waitpid(child, 0)
+    return text
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that belongs to a group of two users."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become two users")
+    with tempfile.TemporaryDirectory(prefix="gateskip-shared-") as name:
+        folder = Path(name)
+        os.chown(folder, 0, GROUP)
+        folder.chmod(0o2770)
+        yield folder
+
+
+def put(store: Store, key: str) -> None:
+    with store.locked(key, timeout=5), store.write(key) as folder:
+        (folder / "model").mkdir()
+        (folder / "model" / "model.safetensors").write_text("weights")
+
+
+def test_two_users_of_a_group_share_a_store(shared: Path) -> None:
+    store = Store(shared / "store")
+
+    def goes_on() -> None:
+        assert store.has("a") and store.damage("a") is None, "what the other made is used"
+        put(store, "b")
+        with store.locked("a", timeout=5):
+            store.remove("a")
+        store.sweep()
+        put(store, "a")
+
+    assert as_user(ONE, 0o002, lambda: put(store, "a")) == ""
+    assert as_user(TWO, 0o002, goes_on) == ""
+    assert as_user(ONE, 0o002, goes_on) == "", "and back"
+    assert store.all_keys() == ["a", "b"]
+
+
+def test_a_user_whose_umask_lets_the_group_read_alone_is_read(shared: Path) -> None:
+    store = Store(shared / "store")
+
+    def reads() -> None:
+        assert store.has("a") and store.damage("a") is None
+        assert store.damage("a", again=True) is None
+
+    assert as_user(ONE, 0o027, lambda: put(store, "a")) == ""
+    assert as_user(TWO, 0o002, reads) == ""
+    assert as_user(TWO, 0o002, lambda: put(store, "b")).startswith("PermissionError")
+
+
+def test_an_entry_that_its_umask_closed_is_said_to_be_closed(shared: Path) -> None:
+    store = Store(shared / "store")
+
+    def sees() -> None:
+        assert not store.has("a")
+        assert store.damage("a") == "its manifest.json cannot be read: Permission denied"
+
+    assert as_user(ONE, 0o077, lambda: put(store, "a")) == ""
+    store.root.chmod(0o2770)  # the folder is shared, its entries are not
+    assert as_user(TWO, 0o002, sees) == ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import psutil
 
@@ -13,6 +13,7 @@ from compose.errors import UserError, suggest
 from compose.execution.messages import Role
 from compose.execution.needs import ANYWHERE, Needs
 from compose.execution.worker_process import LocalWorker, Worker
+from compose.results.environment import capture_environment
 
 MAX_WORKERS = 2
 BYTES_PER_WORKER = 6_000_000_000
@@ -35,11 +36,29 @@ class Executor(Protocol):
     def start(self, role: Role, job: Path, log: Path, needs: Needs = ANYWHERE) -> Worker:
         """Start a worker on a job file, where `needs` are met; `log` takes what it prints."""
 
+    def environment(self, threads: int | None) -> dict[str, Any]:
+        """The machine that timed workers run on: see `capture_environment`."""
+
+    def free_bytes(self) -> int:
+        """Free memory of that machine."""
+
     def close(self) -> None:
         """End what the executor itself started."""
 
 
-class LocalExecutor:
+class TimedHere:
+    """Of an executor whose timed workers run on this machine."""
+
+    def environment(self, threads: int | None) -> dict[str, Any]:
+        """This machine."""
+        return capture_environment(threads)
+
+    def free_bytes(self) -> int:
+        """Free memory of this machine."""
+        return int(psutil.virtual_memory().available)
+
+
+class LocalExecutor(TimedHere):
     """Workers on this machine: a few side by side, with the cores shared out between them.
 
     Much of a worker's time is single-threaded (imports, loading, tokenizing), so two workers with

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from compose.errors import StepError, UserError
 from compose.execution.endings import Ending, lost
 from compose.execution.failures import first_line
 from compose.execution.messages import Message, Role
 from compose.execution.needs import ANYWHERE, Needs
+from compose.execution.ray_nodes import Kind, Node, TimedNodes, accelerator_of
 from compose.execution.worker_process import GRACE_S, LocalWorker, Worker
+from compose.results.environment import capture_environment
 from compose.units import bytes_text
 
 ATTEMPTS = 3
@@ -89,7 +94,7 @@ class RayExecutor:
     """Workers on a Ray cluster. Runs, store and caches must be in folders that all nodes share.
 
     Steps and quality measurements run side by side, as many as the cluster has cores for. Speed is
-    measured on the node where `gateskip run` runs, so that cells stay comparable.
+    measured on one node (`ray_nodes`), so that cells stay comparable.
     """
 
     local = False
@@ -110,16 +115,17 @@ class RayExecutor:
         """Job file -> nodes on which its worker was lost."""
 
     def start(self, role: Role, job: Path, log: Path, needs: Needs = ANYWHERE) -> Worker:
-        """Start an actor that starts the worker; one that needs this machine reserves no core.
+        """Start an actor that starts the worker; one that is timed reserves no core.
 
         Raises:
-            StepError: no node of the cluster is large enough.
+            StepError: no node of the cluster is large enough, or none of the kind that speed is
+                measured on is left.
         """
         # Two threads: `stop` must get through while `receive` waits.
         options: dict[str, Any] = {"max_restarts": 0, "max_concurrency": 2}
         if needs.here:
-            node = self.ray.get_runtime_context().get_node_id()
-            options |= {"num_cpus": 0, "scheduling_strategy": self._on(node, soft=False)}
+            timed = self._timed.choose(self._nodes())
+            options |= {"num_cpus": 0, "scheduling_strategy": self._on(timed, soft=False)}
         else:
             options |= self._asked(needs)
             if (other := self._other_node(job, options)) is not None:
@@ -127,6 +133,21 @@ class RayExecutor:
         actor = self.ray.remote(HostedWorker).options(**options)
         arguments = (role, job.resolve(), log.resolve(), self.threads, needs.allowed)
         return RayWorker(self, actor.remote(*arguments), job)
+
+    def environment(self, threads: int | None) -> dict[str, Any]:
+        """The machine that timed workers run on."""
+        timed = self._timed.choose(self._nodes())
+        if timed == self._own:
+            return capture_environment(threads)
+        found = dict(self._ask_node(timed, capture_environment, threads))
+        (node,) = (node for node in self._nodes() if node["NodeID"] == timed)
+        accelerator = found.get("accelerator") or accelerator_of(node)
+        return found | ({"accelerator": accelerator} if accelerator else {})
+
+    def free_bytes(self) -> int:
+        """Free memory of that machine."""
+        timed = self._timed.choose(self._nodes())
+        return int(self._ask_node(timed, available_bytes))
 
     def note_lost(self, job: Path, node: str | None) -> None:
         """Note that a job's worker ended on a node: the next attempt looks for another."""
@@ -170,9 +191,32 @@ class RayExecutor:
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self.ray.nodes() if node["Alive"]]
 
+    @cached_property
+    def _timed(self) -> TimedNodes:
+        return TimedNodes(self._own, self._kind_of)
+
+    @property
+    def _own(self) -> str:
+        """The id of the node that this process runs on."""
+        return str(self.ray.get_runtime_context().get_node_id())
+
+    def _kind_of(self, node: Node) -> Kind:
+        found = self._ask_node(node["NodeID"], capture_environment, self.threads)
+        return Kind(found.get("processor", "unknown"), accelerator_of(node))
+
+    def _ask_node(self, node: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function returns on a node."""
+        options = {"num_cpus": 0, "scheduling_strategy": self._on(node, soft=False)}
+        return self.ray.get(self.ray.remote(function).options(**options).remote(*arguments))
+
     def _on(self, node: str, *, soft: bool) -> Any:
         strategies = self.ray.util.scheduling_strategies
         return strategies.NodeAffinitySchedulingStrategy(node, soft=soft)
+
+
+def available_bytes() -> int:
+    """Free memory of the machine that this is called on."""
+    return int(psutil.virtual_memory().available)
 
 
 def _fits(node: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:

@@ -36,7 +36,6 @@ from compose.execution.steps import step_tasks
 from compose.execution.worker_process import remove_scratch
 from compose.planning.fingerprint import fingerprint
 from compose.planning.plan import Plan
-from compose.results.environment import capture_environment
 from compose.results.io import load_results, save_results
 from compose.results.schema import Results
 from compose.results.spread import stored_spread
@@ -88,7 +87,7 @@ def _run(run: RunState) -> RunResult:
     if run.settings.again:
         shutil.rmtree(run.folder.root / "cells", ignore_errors=True)
         shutil.rmtree(run.folder.speed, ignore_errors=True)
-    environment = _with_spread(capture_environment(run.plan.pipeline.benchmark.threads))
+    environment = _with_spread(_environment(run))
     with thread_pool(slots) as pool:
         try:
             tasks = [*step_tasks(run, cells), *quality_tasks(run, cells)]
@@ -108,6 +107,11 @@ def _sweep(run: RunState) -> None:
         run.store.sweep()
     for export in run.plan.pipeline.export.values():
         remove_unfinished_of(Path(export.to).absolute())
+
+
+def _environment(run: RunState) -> dict[str, Any]:
+    """The machine that speed is measured on."""
+    return run.workers.executor.environment(run.plan.pipeline.benchmark.threads)
 
 
 def _with_spread(environment: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
-
-import psutil
+from typing import Any, Literal, TypeVar
 
 from compose.bench.turns import add_turns
 from compose.bench.workloads import categories
@@ -34,6 +32,8 @@ from compose.execution.sessions import (
 from compose.execution.state import RunState
 from compose.execution.worker_process import Worker
 from compose.planning.plan import Cell
+
+Done = TypeVar("Done")
 
 PROCESS_BYTES = 600_000_000
 """Memory of a cell's process beside its model: interpreter, torch, compiled code."""
@@ -86,7 +86,7 @@ def memory_groups(run: RunState, cells: list[Cell]) -> list[list[str]]:
     """
     sizes = {cell.name: _bytes_of(run, cell) for cell in cells}
     held = sum(sizes[name] for name in run.loaded if name in sizes)
-    limit = MEMORY_SHARE * (psutil.virtual_memory().available + held)
+    limit = MEMORY_SHARE * (run.workers.executor.free_bytes() + held)
     first = [cell.name for cell in cells if cell is run.baseline]
     groups: list[list[str]] = [list(first)]
     for cell in cells:
@@ -165,12 +165,15 @@ class _Measurement:
             if cell.name in self.run.loaded:
                 self.workers[cell.name] = self.run.loaded.pop(cell.name)
         for cell in absent:
-            worker = open_cell(self.run, cell, f"speed-{cell.name}", here=True)
-            self.workers[cell.name] = worker
-            worker.send({"do": "load"})
+            start = partial(open_cell, self.run, cell, f"speed-{cell.name}", here=True)
+            worker = self._guarded(cell, start)
+            if worker is not None:
+                self.workers[cell.name] = worker
+                worker.send({"do": "load"})
         for cell in absent:
-            worker = self.workers[cell.name]
-            self._guarded(cell, partial(self.run.workers.answer, worker, self.line))
+            if cell.name in self.workers:
+                worker = self.workers[cell.name]
+                self._guarded(cell, partial(self.run.workers.answer, worker, self.line))
 
     def _measure_round(self, each: Round, cells: list[Cell]) -> None:
         """Turns of all cells until each has decoded for long enough.
@@ -236,7 +239,7 @@ class _Measurement:
         ask = partial(self.run.workers.ask, self.workers[cell.name], command, self.line)
         return self._guarded(cell, ask)
 
-    def _guarded(self, cell: Cell, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    def _guarded(self, cell: Cell, work: Callable[[], Done]) -> Done | None:
         """What `work` returns; None where it fails, and then the cell has failed."""
         try:
             return work()

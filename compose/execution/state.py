@@ -10,6 +10,7 @@ from compose.execution.failures import Failure
 from compose.execution.processes import RunWorkers
 from compose.execution.run_folder import RunFolder
 from compose.execution.worker_process import Worker
+from compose.mirror import Mirror
 from compose.planning.plan import Cell, Plan
 from compose.store import Store
 
@@ -36,6 +37,8 @@ class Settings:
     """Try again what crashed, was killed or hit a limit in an earlier run."""
     report: bool = True
     """Whether the report is drawn in the end."""
+    mirror: Mirror | None = None
+    """Where finished steps are fetched from and sent to, beside the store."""
 
 
 @dataclass

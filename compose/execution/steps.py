@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import Timeout
 
-from compose.errors import AssetError, ComposeError
+from compose.errors import AssetError, ComposeError, StepError
 from compose.execution.attempts import attempted
 from compose.execution.board import Line
 from compose.execution.disk import needed_bytes, require_space
@@ -51,7 +51,10 @@ def make_step(run: RunState, step: Step) -> None:
     if step.parent in run.failed_steps:
         run.failed_steps[step.key] = run.failed_steps[step.parent]
         return
-    if _is_whole(run, step) or pass_over_step(run, step):
+    if _is_whole(run, step):
+        _send(run, step)
+        return
+    if pass_over_step(run, step):
         return
     line = run.board.line(_title(run, step), step=run.plan.title(step))
     try:
@@ -62,6 +65,9 @@ def make_step(run: RunState, step: Step) -> None:
                 return
             run.worked = True
             require_space(run.store.root, needed_bytes(run, step), run.plan.title(step))
+            if _fetched(run, step, line):
+                line.done("from the mirror")
+                return
             attempted(run, run.plan.title(step), line, partial(_write, run, step, line))
     except (ComposeError, OSError) as error:  # a full disk, or a store that is not ours to write
         line.failed(first_line(error))
@@ -70,6 +76,30 @@ def make_step(run: RunState, step: Step) -> None:
         step_failed(run, step, error)
     else:
         line.done()
+        _send(run, step)
+
+
+def _fetched(run: RunState, step: Step, line: Line) -> bool:
+    """Whether the mirror had the step; where it cannot be read, that is said, and the step made."""
+    if run.settings.mirror is None:
+        return False
+    line.update(0, 1, "asking the mirror")
+    try:
+        return run.settings.mirror.fetch(step.key, run.store)
+    except StepError as error:
+        run.board.print(f"! {run.plan.title(step)} is made here: {first_line(error)}")
+        return False
+
+
+def _send(run: RunState, step: Step) -> None:
+    """Have the step at the mirror, too; where that fails, it is said, and the run goes on."""
+    if run.settings.mirror is None:
+        return
+    try:
+        if run.settings.mirror.send(step.key, run.store):
+            run.board.print(f"{run.plan.title(step)} is at the mirror")
+    except StepError as error:
+        run.board.print(f"! {run.plan.title(step)} is not at the mirror: {first_line(error)}")
 
 
 def _is_whole(run: RunState, step: Step) -> bool:

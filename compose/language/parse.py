@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from compose.artifacts.gguf_file import is_gguf
-from compose.errors import PipelineError, suggest
+from compose.errors import PipelineError, shortened, suggest
 from compose.language.mistakes import first_mistake, refusals
 from compose.language.positions import Loc, Problem
 from compose.language.schema import Pipeline
@@ -24,6 +24,8 @@ from compose.stages.data_spec import DataSpec
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".xz")
 MOST_BYTES = 1 << 16
 """Of a pipeline file: twenty times the longest that ships."""
+LONGEST_NAME = 255
+"""Bytes of a file's name, on every file system in use."""
 MOST_PROBLEMS = 1000
 """Mistakes of which the first is looked for; each may cost a comparison with many names."""
 
@@ -122,12 +124,13 @@ class _Paths:
 
     def _absolute(self, path: str | Path) -> Path:
         """From the root, without `..`: a path that is part of a key has one spelling."""
-        return Path(os.path.normpath(self._folder / Path(path).expanduser()))
+        home = os.path.expanduser(path)  # unlike Path's, it leaves `~nobody` as it stands
+        return Path(os.path.normpath(self._folder / home))
 
     def file(self, path: str | Path, loc: Loc) -> str:
         """A file that must exist."""
         absolute = self._absolute(path)
-        if not absolute.is_file():
+        if not os.path.isfile(absolute):  # unlike Path's, it bears a name that is too long
             fix = "paths are taken from the folder of this YAML file"
             self.missing.append(Problem(loc, f"there is no file {str(absolute)!r}", fix))
         return str(absolute)
@@ -135,6 +138,7 @@ class _Paths:
     def text(self, source: str, loc: Loc) -> str:
         """A data source: a path when it ends like a file of text, else an alias or hub id."""
         if not source.endswith(TEXT_SUFFIXES) and not _looks_local(source):
+            self._refuse_long(source, (*loc, "source"))
             return source
         return self.file(source, (*loc, "source"))
 
@@ -153,12 +157,19 @@ class _Paths:
         if is_gguf(source):
             return self.file(source, ("model", "source"))
         absolute = self._absolute(source)
-        if (absolute / "config.json").is_file():
+        if os.path.isfile(absolute / "config.json"):
             return str(absolute)
         if _looks_local(source):
             message = f"there is no model (config.json) in {str(absolute)!r}"
             self.missing.append(Problem(("model", "source"), message))
+        self._refuse_long(source, ("model", "source"))
         return source
+
+    def _refuse_long(self, source: str, loc: Loc) -> None:
+        """Refuse an alias or hub id that no file system could hold as a name."""
+        if max(len(os.fsencode(part)) for part in source.split("/")) > LONGEST_NAME:
+            message = f"{shortened(source)!r} is longer than the name of any model or data set"
+            self.missing.append(Problem(loc, message))
 
 
 def _looks_local(source: str) -> bool:

@@ -45,6 +45,14 @@ class Shared:
         """Start a worker."""
         return self._executor.start(role, job, log, needs)
 
+    def environment(self, threads: int | None) -> dict[str, Any]:
+        """The machine that timed workers run on."""
+        return self._executor.environment(threads)
+
+    def free_bytes(self) -> int:
+        """Free memory of that machine."""
+        return self._executor.free_bytes()
+
     def close(self) -> None:
         """Nothing: who made the executor closes it."""
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from compose.units import printable
 
@@ -21,20 +22,37 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def orderly_stop() -> Iterator[None]:
-    """Within this context SIGTERM ends the work as Ctrl-C does; a second one changes nothing."""
+    """Within this context Ctrl-C and SIGTERM end the work in order; further ones change nothing.
+
+    Ending takes seconds (workers are asked, and then killed), and a second Ctrl-C in between would
+    leave what was not yet put away. Once one has come the program ends, so they stay without effect
+    when the context is left.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread can take signals
         return
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is to be ignored
+        numbers.append(signal.SIGINT)
 
-    def stop(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
+    def stop(number: int, _: object) -> None:
+        before.update(dict.fromkeys(numbers, _nothing))
+        for each in numbers:
+            signal.signal(each, _nothing)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before: dict[signal.Signals, Any] = {each: signal.getsignal(each) for each in numbers}
+    for each in numbers:
+        signal.signal(each, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _nothing(*_: object) -> None:
+    """A handler and not SIG_IGN, which programs that are started meanwhile would inherit."""
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:

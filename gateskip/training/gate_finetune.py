@@ -38,6 +38,7 @@ from gateskip.training.objectives import (
 )
 from gateskip.training.recipe import TrainConfig
 from gateskip.training.rollouts import Write, rollout_writer
+from gateskip.training.sharding import asked
 
 WINDOW = 8  # steps whose gate logits set the thresholds: a mix of texts needs more than a few
 GAIN = 0.2  # of the feedback on the skipped share: part of the log error that a step corrects
@@ -66,6 +67,7 @@ def train_gates(
         raise ValueError("on_policy learns from a teacher: it needs loss: distill or both")
     if teacher is None and config.backbone != "frozen" and config.loss != "cross-entropy":
         raise ValueError("a trained backbone needs the dense model as a teacher of its own")
+    asked()  # before accelerate looks
     accelerator = Accelerator(
         cpu=training_device().type == "cpu",
         mixed_precision=precision(config.precision),
@@ -76,6 +78,7 @@ def train_gates(
     adapted = adapt(model, config)
     session = _Session(model, gates, blocks, config, teacher or model, accelerator, validation)
     curve = session.run(work, progress)
+    session.collect()
     if adapted is not None:
         adapted.merge_and_unload()
     model.requires_grad_(True)
@@ -102,13 +105,13 @@ class _Session(Loop):
         self.validation = validation
         if teacher is not model:
             teacher.requires_grad_(False).to(accelerator.device)
+        student = self.shard(_Student(model, gates, config), gates.parameters())
         self.backbone = list(self.trained.values())
         groups = [{"params": list(gates.parameters()), "lr": config.lr, "weight_decay": 0.0}]
         if self.backbone:
             groups.append({"params": self.backbone, "lr": config.backbone_lr})
-        self.student, self.optimizer, self.schedule = accelerator.prepare(
-            _Student(model, gates, config), *self.optimizer_of(groups)
-        )
+        optimizer, self.schedule = self.optimizer_of(groups)
+        self.student, self.optimizer = self.prepare(student, optimizer)
         self.gates, self.teacher = gates, teacher
         costs = torch.tensor([c.over(blocks.shape[1]) for c in branch_costs(model)])
         self.costs = (costs / costs.sum()).to(accelerator.device)
@@ -149,27 +152,23 @@ class _Session(Loop):
                 accelerator.backward(loss)
                 price.add_loss(rule)
                 if accelerator.sync_gradients:
+                    self.average(self.gates.parameters())
                     price.apply(accelerator)
                     accelerator.clip_grad_norm_(self.gates.parameters(), config.clip)
                     if self.backbone:
                         accelerator.clip_grad_norm_(self.backbone, config.clip)
                 self.optimizer.step()
                 if accelerator.sync_gradients:
-                    self.schedule.step()
+                    self.step_rates()
                 self.optimizer.zero_grad()
             losses.append(float(loss.detach()))
             shares.append(accelerator.reduce(rule.share, "mean").item())
             logits.append(torch.stack(rule.logits))
         self._remember(torch.cat(logits, 1))
         self.step += 1
-        kept = sum(shares) / len(shares)
+        loss_of_all, kept = self.mean(sum(losses) / len(losses), sum(shares) / len(shares))
         self._correct(budget, kept)
-        row = {
-            "step": float(self.step),
-            "loss": sum(losses) / len(losses),
-            "budget": budget,
-            "kept": kept,
-        }
+        row = {"step": float(self.step), "loss": loss_of_all, "budget": budget, "kept": kept}
         due = config.validate_every and self.step % config.validate_every == 0
         if self.validation is not None and (due or self.step == config.steps):
             row |= self._validate(self.validation)
@@ -276,7 +275,7 @@ class _Session(Loop):
         """Fill the window by a pass that skips nothing."""
         rule = self._mask(torch.full((self.gates.branches,), -torch.inf))
         with torch.no_grad(), self.accelerator.autocast():
-            masked_forward(self.model, block, self.gates, rule, self.config.kv_rule)
+            self.student(block, rule)
         self._remember(torch.stack(rule.logits))
 
     def _validate(self, blocks: Tensor) -> dict[str, float]:
@@ -289,7 +288,7 @@ class _Session(Loop):
                     target = head(self.teacher, masked_forward(self.teacher, part))
                     rule = self._mask(thresholds)
                     rule.form = "hard"
-                    hidden = masked_forward(self.model, part, self.gates, rule, self.config.kv_rule)
+                    hidden, _ = self.student(part, rule)
                     total += float(distill_loss(head(self.model, hidden), target))
                     kept += float(rule.share)
                 row[f"kl@{budget}"] = total / len(blocks)

@@ -19,6 +19,7 @@ from gateskip.training.objectives import distill_loss, divergence, in_chunks
 from gateskip.training.recipe import PACKED, HealConfig
 from gateskip.training.rollouts import Write, rollout_writer
 from gateskip.training.scales import places
+from gateskip.training.sharding import asked, whole
 
 
 def heal(
@@ -37,6 +38,7 @@ def heal(
     row brought nothing, and the weights of the best one stay: the model is never left further from
     the teacher than it was. With `work`, a killed run goes on from its last checkpoint there.
     """
+    asked()  # before accelerate looks
     accelerator = Accelerator(
         cpu=training_device().type == "cpu",
         mixed_precision=precision(config.precision),
@@ -50,6 +52,7 @@ def heal(
     healing = _Healing(model, teacher, blocks, config, accelerator, held_out)
     curve = healing.run(work, progress)
     healing.keep_best()
+    healing.collect()
     if config.checkpointing:
         model.gradient_checkpointing_disable()
     if adapted is not None:
@@ -92,14 +95,14 @@ class _Healing(Loop):
         super().__init__(model, blocks, config, accelerator)
         self.teacher = teacher.requires_grad_(False).to(accelerator.device)
         self.held_out, self.best = held_out, dict[str, Tensor]()
+        body = self.shard(backbone(model))
         placed = places(model)
         others = [p for p in self.trained.values() if id(p) not in placed]
         groups: list[dict[str, Any]] = [{"params": others, "lr": config.lr}]
         if placed:
             groups.append({"params": list(placed.values()), "lr": PACE * config.lr})
-        self.body, self.optimizer, self.schedule = accelerator.prepare(
-            backbone(model), *self.optimizer_of(groups)
-        )
+        optimizer, self.schedule = self.optimizer_of(groups)
+        self.body, self.optimizer = self.prepare(body, optimizer)
         model.to(accelerator.device)  # the LM head, too
 
     def begin(self) -> None:
@@ -122,11 +125,12 @@ class _Healing(Loop):
                     self.accelerator.clip_grad_norm_(self.trained.values(), self.config.clip)
                 self.optimizer.step()
                 if self.accelerator.sync_gradients:
-                    self.schedule.step()
+                    self.step_rates()
                 self.optimizer.zero_grad()
             losses.append(float(loss.detach()))
         self.step += 1
-        row = {"step": float(self.step), "loss": sum(losses) / len(losses)}
+        (loss_of_all,) = self.mean(sum(losses) / len(losses))
+        row = {"step": float(self.step), "loss": loss_of_all}
         due = self.config.validate_every and self.step % self.config.validate_every == 0
         if self.held_out is not None and (due or self.step == self.config.steps):
             row = self._validated(row, self.held_out)
@@ -185,7 +189,7 @@ class _Healing(Loop):
 
     def state(self) -> dict[str, Any]:
         """Beside a loop's own: the best weights."""
-        return super().state() | {"best": self.best}
+        return super().state() | {"best": whole(self.best)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Become what `state` says."""

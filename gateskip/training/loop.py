@@ -2,11 +2,16 @@
 
 A fine-tune defines one step (`advance`) and the state that it adds to a checkpoint (`state`). A run
 that was killed resumes from its last checkpoint, which is written atomically.
+
+Several processes (`accelerate launch`) train one model: each takes its own blocks of a step, and
+gradients are averaged. By default each holds everything (DDP); with `--use_fsdp` what trains is
+shared out (`sharding`).
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.families import backbone
 from gateskip.model.progress import Progress
 from gateskip.quantization.packed_linear import PackedLinear
+from gateskip.training import sharding
 from gateskip.training.recipe import PACKED, LoopConfig
 from gateskip.training.rollouts import Rollouts, Write
 from gateskip.training.scales import open_scales
@@ -105,6 +111,56 @@ class Loop:
         self.rollouts = None if policy is None else Rollouts(policy, config, blocks, accelerator)
         self.optimizer: Any = None  # set by the fine-tune, which knows its groups of parameters
         self.schedule: Any = None
+        self.shards: sharding.Shards | None = None
+
+    def shard(self, module: nn.Module, kept: Iterable[nn.Parameter] = ()) -> nn.Module:
+        """The module that trains: with `--use_fsdp` one of which each process holds a share.
+
+        `trained` becomes those shares. Parameters in `kept` stay whole; `average` their gradients.
+        """
+        if not sharding.asked() or self.accelerator.num_processes == 1:
+            return module
+        sharding.refuse(self.config, self.accelerator.mixed_precision)
+        self.model.to(self.accelerator.device)
+        self.shards = sharding.Shards(module, self.accelerator.device, kept)
+        self.trained = {name: self.shards.share_of(p) for name, p in self.trained.items()}
+        return self.shards.module  # type: ignore[no-any-return]
+
+    def prepare(self, module: nn.Module, optimizer: Any) -> tuple[Any, Any]:
+        """Both as accelerate trains them; a module that is shared out is not copied."""
+        if self.shards is None:
+            prepared: tuple[Any, Any] = self.accelerator.prepare(module, optimizer)
+            return prepared
+        single = self.accelerator.prepare_model(module, evaluation_mode=True)  # precision alone
+        return single, self.accelerator.prepare(optimizer)
+
+    def step_rates(self) -> None:
+        """Go on in the schedule by one, after a step of the optimizer.
+
+        accelerate's own schedule goes on by the number of processes, as if each step of one process
+        were a step: two would warm up and decay twice as fast.
+        """
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.schedule.step()
+
+    def average(self, parameters: Iterable[Tensor]) -> None:
+        """Average over processes the gradients of parameters that no wrapper averages."""
+        for parameter in parameters if self.shards is not None else ():
+            if parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+
+    def mean(self, *values: float) -> list[float]:
+        """Each number's mean over all processes."""
+        if self.accelerator.num_processes == 1:
+            return list(values)
+        numbers = torch.tensor(values, device=self.accelerator.device)
+        means: list[float] = self.accelerator.reduce(numbers, "mean").tolist()
+        return means
+
+    def collect(self) -> None:
+        """In every process: the model has all of what was trained so far."""
+        if self.shards is not None:
+            self.shards.collect()
 
     def begin(self) -> None:
         """What is done once, before the first step."""
@@ -131,6 +187,7 @@ class Loop:
             rates = self._rates()
             started = time.perf_counter()
             if self.rollouts is not None and self.rollouts.due(self.step):
+                self.collect()  # the model itself writes
                 self.rollouts.renew(self.step, self.writer)
             row = self.advance()
             self.curve.append(row)
@@ -195,8 +252,8 @@ class Loop:
         return {
             "step": self.step,
             "curve": self.curve,
-            "trained": {name: p.detach() for name, p in self.trained.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "trained": sharding.whole(self.trained),
+            "optimizer": sharding.whole(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
             "rollouts": None if self.rollouts is None else self.rollouts.blocks,
         }
@@ -206,23 +263,31 @@ class Loop:
         self.step, self.curve = state["step"], state["curve"]
         self.put_back(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.shards is not None:
+            sharding.share_out_state(self.optimizer.optimizer)
         self.schedule.load_state_dict(state["schedule"])
         if self.rollouts is not None:
             self.rollouts.blocks = state["rollouts"]
 
     def put_back(self, weights: dict[str, Tensor]) -> None:
         """Set the trained parameters to these values, by name."""
+        if self.shards is not None:
+            self.shards.module.reshard()  # else a forward pass would still see the old ones
         with torch.no_grad():
             for name, parameter in self.trained.items():
-                parameter.copy_(weights[name])
+                parameter.copy_(sharding.like(weights[name], parameter))
 
     def save(self, work: Path) -> None:
         """Write the state; the old checkpoint stays until the new one is whole."""
-        if not self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if not main and self.shards is None:
+            return
+        state = self.state()  # gathered from all processes, where shared out
+        if not main:
             return
         work.mkdir(parents=True, exist_ok=True)
         unfinished = (work / CHECKPOINT).with_suffix(".tmp")
-        torch.save(self.state(), unfinished)
+        torch.save(state, unfinished)
         unfinished.replace(work / CHECKPOINT)
 
     def resume(self, work: Path | None) -> None:

@@ -32,7 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("compose.errors",),
     ("compose.hashes",),
     ("compose.store", "compose.units", "compose.memory", "compose.extras"),
-    ("compose.results", "compose.artifacts"),
+    ("compose.results", "compose.artifacts", "compose.mirror"),
     ("reports", "compose.assets"),
     ("compose.stages", "compose.bench"),
     ("compose.language",),

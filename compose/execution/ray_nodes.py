@@ -1,0 +1,92 @@
+"""Which node of a Ray cluster times cells, and of which kind it is.
+
+Speeds are comparable on equal machines alone. Timed workers run on one node: that of `gateskip
+run`, or one that was marked for it (`ray start --resources='{"gateskip_speed": 1}'`). All marked
+nodes must be of one kind, processor model and accelerator, so that another may stand in for one
+that went.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from compose.errors import StepError, UserError
+
+SPEED = "gateskip_speed"
+"""The resource that marks a node on which speed is to be measured."""
+_TYPE = "accelerator_type:"
+"""How Ray names a resource that says which accelerators a node has."""
+
+Node = Mapping[str, Any]
+
+
+@dataclass(frozen=True, order=True)
+class Kind:
+    """What two nodes must share for speeds on them to be compared."""
+
+    processor: str
+    """The model, as its kernel names it."""
+    accelerator: str = ""
+    """The type, as Ray names it; empty where there is none."""
+
+    def __str__(self) -> str:
+        return f"{self.processor} with {self.accelerator}" if self.accelerator else self.processor
+
+
+def accelerator_of(node: Node) -> str:
+    """The accelerators of a node, as the cluster knows them."""
+    resources = node["Resources"]
+    named = sorted(name.removeprefix(_TYPE) for name in resources if name.startswith(_TYPE))
+    return ", ".join(named) or ("GPU" if resources.get("GPU", 0) > 0 else "")
+
+
+class TimedNodes:
+    """Chooses the node that timed workers run on, and stays with it and its kind."""
+
+    def __init__(self, own: str, kind_of: Callable[[Node], Kind]) -> None:
+        self._own, self._kind_of = own, kind_of
+        self._kinds: dict[str, Kind] = {}
+        self._kind: Kind | None = None
+        self._chosen: str | None = None
+
+    def choose(self, alive: Sequence[Node]) -> str:
+        """The node's id: the one chosen before, while it is there.
+
+        Raises:
+            UserError: the marked nodes are of several kinds.
+            StepError: none of the kind that was measured on before is left.
+        """
+        marked = {node["NodeID"]: node for node in alive if node["Resources"].get(SPEED, 0) > 0}
+        if not marked and self._kind is None:
+            return self._own
+        for name, node in marked.items():
+            if name not in self._kinds:
+                self._kinds[name] = self._kind_of(node)
+        if self._kind is None:
+            self._kind = _only({name: self._kinds[name] for name in marked})
+        able = [name for name in marked if self._kinds[name] == self._kind]
+        if self._chosen not in able:
+            self._chosen = next(iter(able), None)
+        if self._chosen is None:
+            raise StepError(
+                f"speed is measured on nodes of the kind {self._kind}, and none is left in the "
+                "Ray cluster",
+                fix=f"add one (`ray start --resources='{{\"{SPEED}\": 1}}'`), and run it again",
+            )
+        return self._chosen
+
+
+def _only(kinds: Mapping[str, Kind]) -> Kind:
+    found = sorted(set(kinds.values()))
+    if len(found) == 1:
+        return found[0]
+    listed = "; ".join(
+        f"{kind} ({sum(each == kind for each in kinds.values())} nodes)" for kind in found
+    )
+    raise UserError(
+        f"the nodes that are marked {SPEED} are of {len(found)} kinds, and speeds on them cannot "
+        f"be compared: {listed}",
+        fix="mark nodes of one kind alone",
+    )
