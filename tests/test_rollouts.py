@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,6 @@ from gateskip.training.recipe import HealConfig, LoopConfig, OnPolicy, TrainConf
 from gateskip.training.rollouts import Rollouts, rollout_writer
 
 pytestmark = pytest.mark.usefixtures("one_accelerator")
-ROOT = Path(__file__).resolve().parents[1]
 POLICY = OnPolicy(after=0.5, share=0.5, every=3, tokens=12)
 
 
@@ -157,66 +153,6 @@ class TestTraining:
             heal(model, teacher, blocks, HealConfig(steps=3, validate_every=0, on_policy=policy))
             weights.append(model.model.layers[1].mlp.up_proj.weight.detach())
         assert not torch.equal(*weights)
-
-    def test_two_processes_learn_as_one_with_the_same_global_batch(
-        self, tiny_llama: Path, tmp_path: Path
-    ) -> None:
-        """To 1e-3, rollouts included: each process writes a part of them and reads all."""
-        script = tmp_path / "train.py"
-        script.write_text(GLOBAL_BATCH)
-        curves = []
-        for processes, batch in ((1, 2), (2, 1)):
-            run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command = [*run, "--nproc_per_node", str(processes), str(script)]
-            done = subprocess.run(
-                [*command, str(tiny_llama), str(tmp_path / "curve.pt"), str(batch)],
-                capture_output=True,
-                text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                timeout=120,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr[-2000:]
-            curves.append(torch.load(tmp_path / "curve.pt"))
-        one, two = curves
-        assert one["rollouts"] == two["rollouts"]
-        for first, second in zip(one["losses"], two["losses"], strict=True):
-            assert abs(first - second) < 1e-3 * first
-
-
-GLOBAL_BATCH = """
-import sys, torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-from gateskip.quantization.folders import load_model
-from gateskip.gates.kinds import make_gates
-from gateskip.training import gate_finetune
-from gateskip.training.recipe import OnPolicy, TrainConfig
-
-folder, out, batch = sys.argv[1:]
-kept = []
-state = gate_finetune._Session.state
-finish = gate_finetune._Session.run
-def run(self, *args):
-    curve = finish(self, *args)
-    kept.append(self.rollouts.blocks.tolist())
-    return curve
-gate_finetune._Session.run = run
-torch.manual_seed(0)
-model, gates = load_model(folder, "float32"), make_gates("scalar", 8, 64)
-teacher = load_model(folder, "float32")
-blocks = torch.randint(3, 500, (8, 48), generator=torch.Generator().manual_seed(1))
-config = TrainConfig(
-    steps=6, batch=int(batch), backbone="full", lr=1e-5, backbone_lr=1e-6, budget=0.6,
-    on_policy=OnPolicy(after=0.3, every=2, tokens=12, share=0.6),
-)
-curve = gate_finetune.train_gates(model, gates, blocks, config, teacher)
-losses = gather_object([[row["loss"] for row in curve]])
-if PartialState().is_main_process:
-    means = [sum(each) / len(each) for each in zip(*losses)]
-    torch.save({"losses": means, "rollouts": kept[0]}, out)
-PartialState().destroy_process_group()
-"""
 
 
 class TestDivergence:

@@ -203,7 +203,10 @@ class TestTrainOptions:
 ALONE = {"GATESKIP_NATIVE": "0"}
 """Students write on torch's kernels: compiling others takes longer than all that is tested here."""
 PROCESSES = Path(__file__).parent / "two_processes.py"
-TRAININGS = ("gate-frozen", "gate-full", "gate-lora", "heal", "heal-on-policy", "heal-resumed")
+TRAININGS = (
+    *("gate-frozen", "gate-full", "gate-lora", "gate-on-policy"),
+    *("heal", "heal-on-policy", "heal-resumed"),
+)
 
 
 @pytest.fixture(scope="module")

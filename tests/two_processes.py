@@ -154,6 +154,7 @@ TRAININGS: dict[str, Any] = {
     "gate-frozen": lambda batch: gate(batch, backbone="frozen"),
     "gate-full": lambda batch: gate(batch, backbone="full"),
     "gate-lora": lambda batch: gate(batch, backbone="lora", lora_rank=2),
+    "gate-on-policy": lambda batch: gate(batch, backbone="full", on_policy=OWN),
     "heal": heal,
     "heal-on-policy": lambda batch: heal(batch, on_policy=OWN),
     "heal-resumed": lambda batch: heal(batch, resumed=True),

@@ -162,7 +162,7 @@ class _Session(Loop):
                     self.step_rates()
                 self.optimizer.zero_grad()
             losses.append(float(loss.detach()))
-            shares.append(accelerator.reduce(rule.share, "mean").item())
+            shares.append(float(rule.share))
             logits.append(torch.stack(rule.logits))
         self._remember(torch.cat(logits, 1))
         self.step += 1
