@@ -349,8 +349,8 @@ class TestReaders:
         cells = (own, bare, empty)
         assert [table._speed("decode_tokens_per_s")(results, c) for c in cells] == [2.5, None, None]
         gained = table._gain("decode_ratio")
-        assert [table._value_of(gained)(results, c) for c in cells] == [1.5, None, None]
-        ends = table._ends_of(gained)
+        assert [table._field(gained, "value")(results, c) for c in cells] == [1.5, None, None]
+        ends = table._field(gained, "ci95")
         assert [ends(results, cell) for cell in cells] == [(1.25, 1.75), None, None]
         assert table._gain("prefill_ratio")(results, own) is None
 

@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from gateskip.training.gate_finetune import _Session, train_gates
 from gateskip.training.heal import _Healing
 from gateskip.training.loop import Loop
 from gateskip.training.masks import TrainMask
-from gateskip.training.recipe import TrainConfig
+from gateskip.training.recipe import OnPolicy, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,11 +81,13 @@ class TestTrain:
         with pytest.raises(ValueError, match="teacher"):
             train_gates(model, gates, blocks, config)
 
+    @pytest.mark.parametrize("policy", [None, OnPolicy(after=0.3, every=3, tokens=12)])
     def test_a_broken_run_ends_as_an_unbroken_one(
-        self, tiny_llama: Path, blocks: torch.Tensor, tmp_path: Path
+        self, tiny_llama: Path, blocks: torch.Tensor, tmp_path: Path, policy: OnPolicy | None
     ) -> None:
+        config = replace(self.CONFIG, on_policy=policy)
         model, whole = self.fresh(tiny_llama)
-        curve = train_gates(model, whole, blocks, self.CONFIG)
+        curve = train_gates(model, whole, blocks, config)
 
         class Killed(Exception):
             pass
@@ -95,14 +98,14 @@ class TestTrain:
 
         model, broken = self.fresh(tiny_llama)
         with pytest.raises(Killed):
-            train_gates(model, broken, blocks, self.CONFIG, work=tmp_path, progress=kill)
+            train_gates(model, broken, blocks, config, work=tmp_path, progress=kill)
         model, again = self.fresh(tiny_llama)
         rest: list[int] = []
         resumed = train_gates(
             model,
             again,
             blocks,
-            self.CONFIG,
+            config,
             work=tmp_path,
             progress=lambda done, total, phase, **_: rest.append(done),
         )

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from compose.errors import UserError, suggest
 from compose.results.parts import Estimate
@@ -122,24 +122,16 @@ def _kept(field: str) -> Callable[[Results, CellResult], Estimate | None]:
     return read
 
 
-def _value_of(
-    read: Callable[[Results, CellResult], Estimate | None],
-) -> Callable[[Results, CellResult], float | None]:
-    def value(results: Results, cell: CellResult) -> float | None:
+def _field(
+    read: Callable[[Results, CellResult], Estimate | None], name: str
+) -> Callable[[Results, CellResult], Any]:
+    """Reads a part of an estimate: its `value` or its `ci95`."""
+
+    def field(results: Results, cell: CellResult) -> Any:
         estimate = read(results, cell)
-        return None if estimate is None else estimate.value
+        return None if estimate is None else getattr(estimate, name)
 
-    return value
-
-
-def _ends_of(
-    read: Callable[[Results, CellResult], Estimate | None],
-) -> Callable[[Results, CellResult], Interval | None]:
-    def ends(results: Results, cell: CellResult) -> Interval | None:
-        estimate = read(results, cell)
-        return None if estimate is None else estimate.ci95
-
-    return ends
+    return field
 
 
 def _ratio_interval(results: Results, cell: CellResult) -> Interval | None:
@@ -194,27 +186,27 @@ METRICS: dict[str, Metric] = {
     "decode-ratio": Metric(
         "decode speed over the baseline's",
         "higher",
-        _value_of(_gain("decode_ratio")),
-        _ends_of(_gain("decode_ratio")),
+        _field(_gain("decode_ratio"), "value"),
+        _field(_gain("decode_ratio"), "ci95"),
     ),
     "prefill-ratio": Metric(
         "prefill speed over the baseline's",
         "higher",
-        _value_of(_gain("prefill_ratio")),
-        _ends_of(_gain("prefill_ratio")),
+        _field(_gain("prefill_ratio"), "value"),
+        _field(_gain("prefill_ratio"), "ci95"),
     ),
     "retained": Metric("share of quality retained", "higher", _retained, _retained_interval),
     "written": Metric(
         "share of written tasks retained",
         "higher",
-        _value_of(_kept("written_retained")),
-        _ends_of(_kept("written_retained")),
+        _field(_kept("written_retained"), "value"),
+        _field(_kept("written_retained"), "ci95"),
     ),
     "ranked": Metric(
         "share of tasks ranked by likelihood retained",
         "higher",
-        _value_of(_kept("ranked_retained")),
-        _ends_of(_kept("ranked_retained")),
+        _field(_kept("ranked_retained"), "value"),
+        _field(_kept("ranked_retained"), "ci95"),
     ),
     "accuracy": Metric("mean task score", "higher", _accuracy),
     "perplexity": Metric("perplexity", "lower", _perplexity),
