@@ -28,6 +28,7 @@ from compose.stages.registry import (
     Int8,
     ModelShape,
     PackHead,
+    Plain,
     PruneBranches,
     PruneHeads,
     PruneHidden,
@@ -55,6 +56,7 @@ EXAMPLES: tuple[Stage, ...] = (
     Gptq(),
     AutoRound(),
     PackHead(),
+    Plain(),
     Skip(),
     Speculate(),
 )

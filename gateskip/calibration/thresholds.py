@@ -154,12 +154,12 @@ def _collect(
     counted = torch.empty(0)  # of the rows at hand, without the anchors
 
     def rule(branch: Branch, z: Tensor) -> Tensor:
-        logits[branch.index].append(z[:, ANCHORS:][counted])
+        logits[branch.index].append(z[:, ANCHORS:].flatten()[counted])
         return (z >= thresholds[branch.index]).to(z.dtype)
 
     for sample in samples:
         for part, own in zip(sample.ids.split(batch), sample.counted.split(batch), strict=True):
-            counted = own[:, ANCHORS:].to(thresholds.device)
+            counted = own[:, ANCHORS:].flatten().to(thresholds.device)
             masked_forward(model, part, gates, rule, kv_rule)
     return torch.stack([torch.cat(parts) for parts in logits])
 
