@@ -36,7 +36,7 @@ def orderly_stop() -> Iterator[None]:
         numbers.append(signal.SIGINT)
 
     def stop(number: int, _: object) -> None:
-        before.update(dict.fromkeys(numbers, _nothing))
+        before.update(dict.fromkeys(numbers, signal.SIG_IGN))  # holds to the interpreter's own end
         for each in numbers:
             signal.signal(each, _nothing)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
