@@ -458,6 +458,9 @@ def bench(
     min_seconds: Annotated[
         float, typer.Option(min=0, help="How long each decodes in a round, in turns.")
     ] = 2.0,
+    fresh_processes: Annotated[
+        bool, typer.Option(help="New processes in every round: where memory lies differs by start.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; all cores if unset.")] = None,
     quality: Annotated[
         bool, typer.Option(help="Score perplexity, KL and tasks, peers included.")
@@ -492,6 +495,7 @@ def bench(
         new_tokens=new_tokens,
         repeats=repeats,
         min_seconds=min_seconds,
+        fresh_processes=fresh_processes,
         threads=threads,
         quality=quality,
         texts=text or [],

@@ -259,6 +259,21 @@ def test_steps_then_quality_then_interleaved_rounds(tmp_path: Path) -> None:
     assert script.most_live == len(cells), "the cells of a group are alive together"
 
 
+def test_every_round_may_have_processes_of_its_own(tmp_path: Path) -> None:
+    script = Script()
+    speed = {"repeats": 3, "min_seconds": 0, "fresh_processes": True}
+    go(tmp_path, script, make_plan(pipeline(benchmark={"threads": 1, "speed": speed})))
+    cells = ["dense", "cut", "gates", "gates+skip", "gates+spec"]
+    timed = [event[:2] for event in script.log if event[0] in ("load", "speed")]
+    first = timed.index(("speed", "dense"))
+    rounds = [timed[first + start : first + start + 10] for start in (5, 15)]
+    for number, events in enumerate(rounds, 1):
+        order = [*cells[number:], *cells[:number]]
+        assert events == [("load", name) for name in order] + [("speed", name) for name in order]
+    assert script.most_live == len(cells), "those of the round before are gone"
+    assert len(results_of(tmp_path).cell("dense").speed.decode_tokens_per_s.repeats) == 3
+
+
 def test_the_result_is_typed_and_compared_with_the_baseline(tmp_path: Path) -> None:
     go(tmp_path, Script())
     results = results_of(tmp_path)

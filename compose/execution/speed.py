@@ -134,19 +134,29 @@ class _Measurement:
             return
         cells = [self.cells[name] for name in session.groups[group]]
         try:
-            for first in range(0, len(cells), LOADED_AT_ONCE):
-                some = cells[first : first + LOADED_AT_ONCE]
-                names = ", ".join(cell.name for cell in some)
-                self.line.update(first, len(cells), "loading", detail=names)
-                self._load(some)
+            self._load_all(cells)
             self._measure_roofline()
-            for each in missing:
+            for count, each in enumerate(missing):
+                if count and session.settings["speed"]["fresh_processes"]:
+                    self._end_all()
+                    able = [cell for cell in cells if self._goes_on(cell.name)]
+                    self._load_all(_rotated(able, each.number))
                 self._measure_round(each, cells)
         finally:
-            for worker in self.workers.values():
-                self.run.workers.end(worker)
-            self.workers.clear()
-            self.warm.clear()
+            self._end_all()
+
+    def _load_all(self, cells: list[Cell]) -> None:
+        for first in range(0, len(cells), LOADED_AT_ONCE):
+            some = cells[first : first + LOADED_AT_ONCE]
+            names = ", ".join(cell.name for cell in some)
+            self.line.update(first, len(cells), "loading", detail=names)
+            self._load(some)
+
+    def _end_all(self) -> None:
+        for worker in self.workers.values():
+            self.run.workers.end(worker)
+        self.workers.clear()
+        self.warm.clear()
 
     def _measure_roofline(self) -> None:
         """Once a session, before anything is timed, in a process of ours."""
@@ -181,8 +191,7 @@ class _Measurement:
         The cell that decoded least goes next. Each round begins with another cell, so that none is
         favoured.
         """
-        offset = each.number % len(cells)
-        rotated = [*cells[offset:], *cells[:offset]]
+        rotated = _rotated(cells, each.number)
         load_average = _load_average()
         started = time.monotonic()
         for cell in rotated:
@@ -247,6 +256,12 @@ class _Measurement:
             cell_failed(self.run, cell, error, "speed")
             self.run.board.print(f"✗ speed of {cell.name}: {first_line(error)}")
             return None
+
+
+def _rotated(cells: list[Cell], number: int) -> list[Cell]:
+    """Cells in their order, beginning with another one for each number."""
+    offset = number % len(cells) if cells else 0
+    return [*cells[offset:], *cells[:offset]]
 
 
 def _decoded_s(turns: Sequence[dict[str, Any]]) -> float:
