@@ -88,8 +88,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 KERNELS = ROOT / "build" / "kernels"
-"""Compiled kernels of earlier tests. Their names say what they were built of; compiling takes a
-core half a minute, in each process that has a cache of its own."""
+"""Compiled kernels of earlier tests. Their names say what they were built of; compiling takes eight
+seconds of a core, in each process that has a cache of its own."""
 
 
 @pytest.fixture(autouse=True)
