@@ -417,7 +417,15 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "compressed-tensors": ["--to", "folder"],
         "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
         "bench": [
-            *("--against", "--batch", "--context", "--json-lines", "--keep-blocks", "--limit"),
+            *(
+                "--against",
+                "--batch",
+                "--context",
+                "--fresh-processes",
+                "--json-lines",
+                "--keep-blocks",
+                "--limit",
+            ),
             "--min-seconds",
             *("--name", "--new-tokens", "--out", "--prompts", "--quality", "--questions"),
             *("--quiet", "--repeats"),
