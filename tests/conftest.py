@@ -275,6 +275,15 @@ def grid_folder(
     return make
 
 
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    """Nothing is recorded for a backward pass, as while decoding."""
+    import torch
+
+    with torch.inference_mode():
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(make_tiny: Callable[..., Path]) -> Path:
     """Four Llama layers, hidden 64, grouped-query attention, tied embeddings as in SmolLM2."""

@@ -21,10 +21,13 @@ from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.skipping import SkippingModel
 
-pytestmark = pytest.mark.skipif(
-    not ops.has_decoder(),
-    reason="no native engine here",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not ops.has_decoder(),
+        reason="no native engine here",
+    ),
+    pytest.mark.usefixtures("no_gradients"),
+]
 
 
 ODD: dict[str, dict[str, Any]] = {
@@ -46,12 +49,6 @@ ODD: dict[str, dict[str, Any]] = {
     "gpt_neox": {"hidden_size": 96, "use_parallel_residual": False, "hidden_act": "gelu_fast"},
 }
 """Settings that a family's other models have."""
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.inference_mode():
-        yield
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:

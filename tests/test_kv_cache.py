@@ -26,10 +26,7 @@ needs_engine = pytest.mark.skipif(not ops.has_decoder(), reason="no native engin
 native = pytest.param("native", marks=needs_engine)
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def text(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -348,11 +348,11 @@ class TestReaders:
         own, bare, empty = results.cells
         cells = (own, bare, empty)
         assert [table._speed("decode_tokens_per_s")(results, c) for c in cells] == [2.5, None, None]
-        gained = table._gain("decode_ratio")
+        gained = table._estimate("speed", "decode_ratio")
         assert [table._field(gained, "value")(results, c) for c in cells] == [1.5, None, None]
         ends = table._field(gained, "ci95")
         assert [ends(results, cell) for cell in cells] == [(1.25, 1.75), None, None]
-        assert table._gain("prefill_ratio")(results, own) is None
+        assert table._estimate("speed", "prefill_ratio")(results, own) is None
 
     def test_written_and_ranked_tasks_are_retained_apart(self) -> None:
         def tasks(sums: list[float], passages: list[float], ranked: list[float]) -> dict[str, Any]:

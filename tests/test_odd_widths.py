@@ -21,7 +21,10 @@ from gateskip.quantization.folders import load_model
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.runtime.engine import MOST_ROWS, Engine
 
-pytestmark = pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here")
+pytestmark = [
+    pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here"),
+    pytest.mark.usefixtures("no_gradients"),
+]
 
 LAYERS = 3
 SOME, WHOLE = 0.8, 0.6
@@ -34,12 +37,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "hidden 40, heads of 24": {"hidden_size": 40, "head_dim": 24, "intermediate_size": 37},
     "heads of 8": {"head_dim": 8, "intermediate_size": 131},
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,10 @@ from gateskip.runtime.engine import Engine
 from gateskip.runtime.skipping import SkippingModel
 
 BLOCK = 32
-pytestmark = pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here")
+pytestmark = [
+    pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here"),
+    pytest.mark.usefixtures("no_gradients"),
+]
 every_grid = pytest.mark.parametrize(
     ("bits", "group", "offset"),
     [
@@ -33,12 +36,6 @@ every_grid = pytest.mark.parametrize(
         for offset in (False, True)
     ],
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.inference_mode():
-        yield
 
 
 @pytest.fixture(params=[1, 2])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,10 +24,7 @@ LENGTHS = [200, 140, 90]  # of prompts; windows are of 32 tokens, in 128 slots
 AFTER = 30  # tokens that follow each
 
 
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def text(rows: int, length: int, seed: int = 0) -> Tensor:

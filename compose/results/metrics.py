@@ -112,12 +112,12 @@ def _retained_interval(results: Results, cell: CellResult) -> Interval | None:
     return None if quality.retained is None else quality.retained.ci95
 
 
-def _kept(field: str) -> Callable[[Results, CellResult], Estimate | None]:
-    """Reads a share retained of the tasks of one kind."""
+def _estimate(part: str, field: str) -> Callable[[Results, CellResult], Estimate | None]:
+    """Reads an estimate of a part of a cell: of its speed, or of its quality."""
 
     def read(results: Results, cell: CellResult) -> Estimate | None:
-        quality = results.quality(cell)
-        return None if quality is None else getattr(quality, field)
+        record = results.quality(cell) if part == "quality" else getattr(cell, part)
+        return None if record is None else getattr(record, field)
 
     return read
 
@@ -134,6 +134,11 @@ def _field(
     return field
 
 
+def _estimated(title: str, read: Callable[[Results, CellResult], Estimate | None]) -> Metric:
+    """A metric that is an estimate with an interval, and better when higher."""
+    return Metric(title, "higher", _field(read, "value"), _field(read, "ci95"))
+
+
 def _ratio_interval(results: Results, cell: CellResult) -> Interval | None:
     quality = results.quality(cell)
     return None if quality is None or quality.perplexity is None else quality.perplexity.ratio_ci95
@@ -146,15 +151,6 @@ def _kl_interval(results: Results, cell: CellResult) -> Interval | None:
 
 def _speedup_interval(results: Results, cell: CellResult) -> Interval | None:
     return None if cell.speculation is None else cell.speculation.speedup_ci95
-
-
-def _gain(field: str) -> Callable[[Results, CellResult], Estimate | None]:
-    """Reads a ratio of speeds."""
-
-    def read(results: Results, cell: CellResult) -> Estimate | None:
-        return None if cell.speed is None else getattr(cell.speed, field)
-
-    return read
 
 
 def _own_answers(field: str) -> Callable[[Results, CellResult], float | None]:
@@ -183,30 +179,18 @@ METRICS: dict[str, Metric] = {
     "peak": Metric("peak bytes", "lower", _part("size", "peak_bytes")),
     "saved": Metric("compute saved, net", "higher", _part("compute", "saved_net")),
     "saved-gross": Metric("compute saved, gross", "higher", _part("compute", "saved_gross")),
-    "decode-ratio": Metric(
-        "decode speed over the baseline's",
-        "higher",
-        _field(_gain("decode_ratio"), "value"),
-        _field(_gain("decode_ratio"), "ci95"),
+    "decode-ratio": _estimated(
+        "decode speed over the baseline's", _estimate("speed", "decode_ratio")
     ),
-    "prefill-ratio": Metric(
-        "prefill speed over the baseline's",
-        "higher",
-        _field(_gain("prefill_ratio"), "value"),
-        _field(_gain("prefill_ratio"), "ci95"),
+    "prefill-ratio": _estimated(
+        "prefill speed over the baseline's", _estimate("speed", "prefill_ratio")
     ),
     "retained": Metric("share of quality retained", "higher", _retained, _retained_interval),
-    "written": Metric(
-        "share of written tasks retained",
-        "higher",
-        _field(_kept("written_retained"), "value"),
-        _field(_kept("written_retained"), "ci95"),
+    "written": _estimated(
+        "share of written tasks retained", _estimate("quality", "written_retained")
     ),
-    "ranked": Metric(
-        "share of tasks ranked by likelihood retained",
-        "higher",
-        _field(_kept("ranked_retained"), "value"),
-        _field(_kept("ranked_retained"), "ci95"),
+    "ranked": _estimated(
+        "share of tasks ranked by likelihood retained", _estimate("quality", "ranked_retained")
     ),
     "accuracy": Metric("mean task score", "higher", _accuracy),
     "perplexity": Metric("perplexity", "lower", _perplexity),

@@ -31,7 +31,6 @@ from gateskip.training.masks import TrainMask, scheduled_budget
 from gateskip.training.objectives import (
     SPARSITY,
     distill_loss,
-    divergence,
     hidden_loss,
     in_chunks,
     next_token_loss,
@@ -209,13 +208,12 @@ class _Session(Loop):
         the student wrote there are no right next tokens: only the teacher counts.
         """
         config, count = self.config, block.numel()
-        policy = config.on_policy if own else None
         following = torch.cat((block[:, 1:], torch.full_like(block[:, :1], -100)), 1).flatten()
 
         def loss_of(part: Tensor, rows: slice) -> Tensor:
             logits = head(self.model, part)
             loss = torch.zeros((), device=part.device)
-            if config.loss != "distill" and policy is None:
+            if config.loss != "distill" and not own:
                 followed = int((following[rows] >= 0).sum())
                 share = followed / (count - len(block))
                 loss = loss + share * next_token_loss(logits, following[rows])
@@ -223,10 +221,7 @@ class _Session(Loop):
                 assert dense is not None, "distillation has a teacher"
                 with torch.no_grad():
                     target = head(self.teacher, dense.flatten(0, 1)[rows])
-                if policy is None:
-                    near = distill_loss(logits, target, config.loss_temperature)
-                else:
-                    near = divergence(logits, target, policy.divergence, policy.top_k)
+                near = self.distance(logits, target, config.loss_temperature, own)
                 loss = loss + near * (len(part) / count)
             return loss
 

@@ -15,7 +15,7 @@ from gateskip.model.families import backbone, head
 from gateskip.model.progress import Progress
 from gateskip.training.grids import PACE
 from gateskip.training.loop import Loop, Row, adapt, precision, training_device
-from gateskip.training.objectives import distill_loss, divergence, in_chunks
+from gateskip.training.objectives import distill_loss, in_chunks
 from gateskip.training.recipe import PACKED, HealConfig
 from gateskip.training.rollouts import Write, rollout_writer
 from gateskip.training.scales import places
@@ -149,7 +149,6 @@ class _Healing(Loop):
     def _loss(self, block: Tensor, own: bool) -> Tensor:
         """Mean divergence from the teacher over the tokens of block [B, S]; `own` says that the
         student wrote it."""
-        policy = self.config.on_policy if own else None
         hidden = self._hidden(self.body, block).flatten(0, 1)
         with torch.no_grad():
             dense = self._hidden(backbone(self.teacher), block).flatten(0, 1)
@@ -158,10 +157,7 @@ class _Healing(Loop):
             with torch.no_grad():
                 target = head(self.teacher, dense[rows])
             logits = head(self.model, part)
-            if policy is None:
-                near = distill_loss(logits, target, self.config.temperature)
-            else:
-                near = divergence(logits, target, policy.divergence, policy.top_k)
+            near = self.distance(logits, target, self.config.temperature, own)
             return near * (len(part) / block.numel())
 
         with self.accelerator.autocast():

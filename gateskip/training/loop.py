@@ -24,6 +24,7 @@ from gateskip.model.families import backbone
 from gateskip.model.progress import Progress
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.training import sharding
+from gateskip.training.objectives import distill_loss, divergence
 from gateskip.training.recipe import PACKED, LoopConfig
 from gateskip.training.rollouts import Rollouts, Write
 from gateskip.training.scales import open_scales
@@ -230,6 +231,14 @@ class Loop:
     def own_text(self, part: int) -> bool:
         """Whether one pass of this step reads what the student wrote."""
         return self.rollouts is not None and self.rollouts.reads(self.step, part)
+
+    def distance(self, student: Tensor, teacher: Tensor, temperature: float, own: bool) -> Tensor:
+        """Mean divergence of the student's logits [N, V] from the teacher's: the distillation's, or
+        on text of its `own` the one that `on_policy` names."""
+        policy = self.config.on_policy
+        if policy is None or not own:
+            return distill_loss(student, teacher, temperature)
+        return divergence(student, teacher, policy.divergence, policy.top_k)
 
     def _block(self, part: int) -> Tensor:
         """Blocks [batch, S] of one pass of this step; each walk over the text is reordered."""
