@@ -142,6 +142,48 @@ def test_a_draft_is_its_steps(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_continuation_is_its_steps(
+    make_tiny: Callable[..., Path], family: str, dtype: str, skips: bool
+) -> None:
+    """Greedy tokens of one call, what it leaves in the cache, and who entered: as one by one."""
+    _, fast, some = pair(loaded(make_tiny(family, **ODD.get(family, {})), dtype), "project")
+    levels = some if skips else None
+    together, alone = fast.new_cache(1, 64), fast.new_cache(1, 64)
+    for cache in (together, alone):
+        fast.forward(tokens(1, 40), cache, [0])
+    before, found = fast.usage.copy(), []
+    fast.continue_greedily(7, 9, (together, 0, 40), levels, lambda x: found.append(x) or x < 0)
+    in_one_call, before = fast.usage.since(before), fast.usage.copy()
+    wanted = [7]
+    for place in range(9):
+        states = fast.decode([[wanted[-1]]], alone, [0], [40 + place], levels)
+        wanted.append(int(fast.head(states)[0].argmax()))
+    assert found == wanted[1:] and in_one_call == fast.usage.since(before)
+    assert torch.equal(*(fast.decode([[5]], each, [0], [49]) for each in (together, alone)))
+
+
+def test_a_continuation_ends_where_it_is_told_to(make_tiny: Callable[..., Path]) -> None:
+    """By an answer or by an exception, which comes through; the next call goes on."""
+    fast = SkippingModel(loaded(make_tiny("llama")), None, "project", "native")
+    cache, found = fast.new_cache(1, 64), list[int]()
+    fast.forward(tokens(1, 40), cache, [0])
+
+    def third(token: int) -> bool:
+        found.append(token)
+        if len(found) == 5:
+            raise KeyboardInterrupt
+        return len(found) == 3
+
+    fast.continue_greedily(7, 9, (cache, 0, 40), None, third)
+    assert len(found) == 3
+    with pytest.raises(KeyboardInterrupt):
+        fast.continue_greedily(found[-1], 9, (cache, 0, 43), None, third)
+    assert len(found) == 5 and fast.usage.ungated == 40 + 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_rows_are_the_same_bits_together_and_alone(
     make_tiny: Callable[..., Path], family: str, threads: int

@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from gateskip.runtime.huge_pages import setting as huge_pages
+
 LIBRARIES = (
     "gateskip-compose",
     "torch",
@@ -64,6 +66,7 @@ def capture_environment(threads: int | None = None) -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "accelerator": _accelerator(torch),
         "platform": platform.platform(terse=True),
+        "huge_pages": huge_pages(),
         "python": platform.python_version(),
         "versions": library_versions(),
         "git_commit": git_commit(),

@@ -34,6 +34,7 @@ from gateskip.runtime.skipping import Limits, SkippingModel
 Mode = Literal["plain", "skip", "speculate"]
 Target = Literal["gated", "original"]
 MAX_DRAFT = 16
+IN_ONE_CALL = 32  # greedy tokens of a row
 PREFILL = 4096  # tokens of all prompts together in one pass: bounds what lies beside the cache
 PIECE = 1024  # and of one of them: what branches hold then is a tenth of a small model at most
 SELF_WRITTEN = (8, 96)  # rows and tokens of the text to which a draft copy is fitted
@@ -301,6 +302,9 @@ class Decoder:
         cache = self._prefill(rows, phases.prompt, sampler, stats)
         read = usage.copy()
         started = time.perf_counter()
+        alone = len(rows) == 1 and sampler == GREEDY and self.skipping.continues(phases.answer)
+        while alone and not rows[0].ended:
+            stats.passes += self._continue(rows[0], IN_ONE_CALL, cache, phases.answer)
         while live := [row for row in rows if not row.ended]:
             states = self.skipping.decode(
                 [[row.last] for row in live],
@@ -313,6 +317,20 @@ class Decoder:
             stats.passes += 1
         stats.decode_s = time.perf_counter() - started
         return {"prompt": read.since(before), "answer": usage.since(read)}
+
+    def _continue(self, row: Row, most: int, cache: Cache, limits: Limits) -> int:
+        """Commit up to `most` greedy tokens, computed in one native call; how many."""
+        before = len(row.tokens)
+
+        def commit(token: int) -> bool:
+            row.commit([token])
+            return row.ended
+
+        count = min(most, row.stops.limit - before)
+        self.skipping.continue_greedily(
+            row.last, count, (cache, row.number, row.slot), limits, commit
+        )
+        return len(row.tokens) - before
 
     def _prefill(
         self, rows: list[Row], thresholds: Limits, sampler: Sampler, stats: Stats
@@ -379,6 +397,10 @@ class Decoder:
         limits: Limits,
     ) -> list[int]:
         """One pass over each row's last token and draft; commits, counts accepted tokens."""
+        undrafted = len(rows) == 1 and not drafts[0].tokens
+        if undrafted and sampler == GREEDY and self.skipping.continues(limits):
+            self._continue(rows[0], 1, cache, limits)
+            return [0]
         tokens = [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
         numbers, slots = [row.number for row in rows], [row.slot for row in rows]
         states = self.skipping.decode(tokens, cache, numbers, slots, limits)

@@ -166,6 +166,9 @@ class Step(ctypes.Structure):
     )
 
 
+OnToken = ctypes.CFUNCTYPE(Int, Int)
+
+
 class Draft(ctypes.Structure):
     """Tokens that one row drafts greedily."""
 
@@ -179,6 +182,8 @@ class Draft(ctypes.Structure):
         *((name, Float) for name in ("scale", "cap")),
         *((name, ctypes.POINTER(Matrix)) for name in ("draft_head", "rerank_head")),
         *((name, Pointer) for name in ("tokens", "chances")),
+        ("on_token", OnToken),
+        ("ended", Int),
     )
 
 

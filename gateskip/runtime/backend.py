@@ -12,7 +12,7 @@ depends on how many rows there happen to be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol, Self, TypeVar, get_args, runtime_checkable
 
@@ -151,7 +151,7 @@ class Backend(Protocol[CacheT]):
 
 @runtime_checkable
 class GreedyDrafter(Protocol[GivenCache]):
-    """A backend that makes a whole greedy draft in one call."""
+    """A backend that runs several greedy steps of a row in one call."""
 
     def draft(
         self,
@@ -167,6 +167,18 @@ class GreedyDrafter(Protocol[GivenCache]):
         the least probability that it is accepted as a whole, and how likely a token is accepted by
         its probability, in equal steps from 0 to 1.
         """
+        ...
+
+    def continue_greedily(
+        self,
+        token: int,
+        count: int,
+        place: tuple[GivenCache, int, int],
+        thresholds: Thresholds,
+        on_token: Callable[[int], bool],
+    ) -> int:
+        """Call `on_token` with up to `count` tokens that greedily follow `token`, until it returns
+        true or raises: how many there were. `place` is token's, as in `draft`."""
         ...
 
 

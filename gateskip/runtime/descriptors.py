@@ -38,6 +38,7 @@ from gateskip.quantization.grid_linear import SharedHead
 from gateskip.quantization.head import ROWS, RoundedHead, to_bytes
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear
 from gateskip.quantization.tiles import pack_codes, tiles
+from gateskip.runtime.huge_pages import collapse
 
 ACTIVATIONS = {
     "silu": Activation.SILU,
@@ -77,6 +78,7 @@ class Descriptors:
         """Channels of a head that are rotated, by the key of a rope table, in the tables' order."""
         self.model = self._model(model, gates)
         self.head = self._head(model.get_output_embeddings())
+        collapse(self._held)
 
     # -- the model ------------------------------------------------------------------------------
 

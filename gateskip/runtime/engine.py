@@ -101,30 +101,69 @@ class Engine:
         least probability that it is accepted as a whole, and how likely a token is accepted by its
         probability, in equal steps from 0 to 1. `kept` then counts over all steps.
         """
-        cache, cache_row, slot = place
-        least, accepted = wanted[0], torch.tensor(list(wanted[1]))
-        where = torch.tensor([[cache_row], [slot]], dtype=torch.int32)
-        tokens, chances = torch.empty(count, dtype=torch.int32), torch.empty(count)
-        hidden = torch.empty(1, self.model.hidden)
-        order = abi.Draft(
+        accepted, chances = torch.tensor(list(wanted[1])), torch.empty(count)
+        order = self._order(token, count, self.draft_head)
+        order.least, order.accepted, order.levels = wanted[0], accepted.data_ptr(), len(accepted)
+        order.chances = chances.data_ptr()
+        order.rerank_head = self.rerank_head and ctypes.pointer(self.rerank_head)
+        tokens = self._follow(order, place, thresholds)
+        return tokens, chances[: len(tokens)].tolist()
+
+    def continue_greedily(
+        self,
+        token: int,
+        count: int,
+        place: tuple[KVCache, int, int],
+        thresholds: Sequence[float] | None,
+        on_token: Callable[[int], bool],
+    ) -> int:
+        """Tell of up to `count` tokens that greedily follow `token`, one after the other; how many.
+
+        `place` is as in `draft`. The tokens end where `on_token` says so, or raises, which this
+        call does then. `kept` counts over all steps.
+        """
+        raised: list[BaseException] = []
+
+        def told(following: int) -> int:
+            try:
+                return int(on_token(following))
+            except BaseException as error:  # which may not pass through the kernels
+                raised.append(error)
+                return 1
+
+        order = self._order(token, count, self.head)
+        order.on_token = abi.OnToken(told)
+        followed = len(self._follow(order, place, thresholds))
+        if raised:
+            raise raised[0]
+        return followed
+
+    def _order(self, token: int, count: int, head: Matrix) -> abi.Draft:
+        """What follows a token, ranked by a head."""
+        return abi.Draft(
             token=token,
             count=count,
-            least=least,
-            accepted=accepted.data_ptr(),
-            levels=len(accepted),
             embedding=self.embedding.data_ptr(),
             bf16=int(self.embedding.dtype == torch.bfloat16),
             scale=self._scale,
             cap=self._cap or 0.0,
-            draft_head=ctypes.pointer(self.draft_head),
-            rerank_head=self.rerank_head and ctypes.pointer(self.rerank_head),
-            tokens=tokens.data_ptr(),
-            chances=chances.data_ptr(),
+            draft_head=ctypes.pointer(head),
         )
+
+    def _follow(
+        self,
+        order: abi.Draft,
+        place: tuple[KVCache, int, int],
+        thresholds: Sequence[float] | None,
+    ) -> list[int]:
+        """The tokens of an order whose first token stands at a place."""
+        cache, cache_row, slot = place
+        where = torch.tensor([[cache_row], [slot]], dtype=torch.int32)
+        tokens, hidden = torch.empty(order.count, dtype=torch.int32), torch.empty(1, self.model.hidden)
+        order.tokens = tokens.data_ptr()
         step = self._step(hidden, where, thresholds)
         ops.draft(self.model, self._view(cache), step, order, self._arena)
-        drafted = int(order.count)
-        return tokens[:drafted].tolist(), chances[:drafted].tolist()
+        return tokens[: order.count].tolist()
 
     def use_draft_head(self, draft_head: PackedLinear | None, rerank_head: Matrix) -> None:
         """Rank a draft's tokens by an LM head in 4 bits, and choose among the best by another one;

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gateskip.model.families import Rope, final_norm, rope_at
+from gateskip.runtime.huge_pages import prefer
 from gateskip.runtime.sizes import EVEN
 
 SLACK = 64
@@ -105,6 +106,7 @@ class KVCache:
         counts = [math.prod(size) for size in sizes]
         stored = torch.int8 if kind == "int8" else weight.dtype
         store = torch.zeros(sum(counts), dtype=stored, device=weight.device)
+        prefer(store)
         cut = zip(store.split(counts), sizes, strict=True)
         parts = [part.view(size) for part, size in cut]
         positions = torch.arange(capacity, device=weight.device).unsqueeze(0)

@@ -7,7 +7,7 @@ between operators, a skipped branch costs its gate alone. In prompts torch multi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -107,6 +107,21 @@ class NativeBackend(GatheredBackend):
         tokens, probabilities = self.engine.draft(token, count, wanted, place, thresholds)
         self._count(range(slot, slot + len(tokens)))
         return tokens, probabilities
+
+    def continue_greedily(
+        self,
+        token: int,
+        count: int,
+        place: tuple[KVCache, int, int],
+        thresholds: Thresholds,
+        on_token: Callable[[int], bool],
+    ) -> int:
+        """See `GreedyDrafter.continue_greedily`."""
+        cache, row, slot = place
+        cache.begin([row], [slot], [count])
+        followed = self.engine.continue_greedily(token, count, place, thresholds, on_token)
+        self._count(range(slot, slot + followed))
+        return followed
 
     def _count(self, slots: Sequence[int]) -> None:
         for slot in slots:

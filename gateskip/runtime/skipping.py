@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -193,6 +193,24 @@ class SkippingModel:
             return self._hold_decode(tokens, cache, rows, starts, thresholds)
         self._count_full(thresholds, sum(map(len, tokens)))
         return self.backend.decode(tokens, cache, rows, starts, thresholds)
+
+    def continues(self, thresholds: Limits) -> bool:
+        """Whether `continue_greedily` can be asked."""
+        return self.drafter is not None and not isinstance(thresholds, Hold)
+
+    @torch.inference_mode()
+    def continue_greedily(
+        self,
+        token: int,
+        count: int,
+        place: tuple[Cache, int, int],
+        thresholds: Limits,
+        on_token: Callable[[int], bool],
+    ) -> None:
+        """Up to `count` greedy steps of one row in one call: see `GreedyDrafter`."""
+        assert self.drafter is not None and not isinstance(thresholds, Hold), "ask `continues`"
+        followed = self.drafter.continue_greedily(token, count, place, thresholds, on_token)
+        self._count_full(thresholds, followed)
 
     def _count_full(self, thresholds: Thresholds, tokens: int) -> None:
         """Count tokens of which no gate is asked; gates that scale are asked even then."""

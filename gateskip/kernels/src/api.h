@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 4 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 5 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -163,6 +163,9 @@ typedef struct Step {
   int32_t stride;           /* from one row's thresholds to the next one's; 0 where all rows share them */
 } Step;
 
+/* Told of each token; a draft ends where it returns 1. */
+typedef int32_t OnToken(int32_t token);
+
 /* Tokens that one row drafts greedily, one after the other. */
 typedef struct Draft {
   int32_t token;         /* the last committed one */
@@ -177,7 +180,9 @@ typedef struct Draft {
   const Matrix* draft_head;  /* ranks the vocabulary */
   const Matrix* rerank_head; /* chooses among the best, or null */
   int32_t* tokens; /* [count]: out */
-  float* chances;  /* [count]: out, each token's probability as the draft sees it */
+  float* chances;  /* [count]: out, each token's probability as the draft sees it; or null, and `least` is not asked */
+  OnToken* on_token; /* called with each token; or null */
+  int32_t ended;     /* what it returned last */
 } Draft;
 
 /* Memory that the calls of one model use again and again; not for two calls at a time. */

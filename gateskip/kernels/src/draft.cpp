@@ -41,9 +41,9 @@ class Drafter {
       choices_[id] = choose();
 #pragma omp barrier
       token = settle(i);
-      likely *= d.accepted[std::min(d.levels - 1, int(d.chances[i] * d.levels))];
+      if (d.chances) likely *= d.accepted[std::min(d.levels - 1, int(d.chances[i] * d.levels))];
       pass_.clock(PART_HEAD);
-      if (likely <= d.least) {
+      if (tell(token) || (d.chances && likely <= d.least)) {
         if (id == 0) d.count = i + 1;
         break;
       }
@@ -51,6 +51,14 @@ class Drafter {
   }
 
  private:
+  // Whether whom it may concern ends the draft with this token
+  bool tell(int32_t token) const {
+    if (!d.on_token) return false;
+    if (id == 0) d.ended = d.on_token(token);
+#pragma omp barrier
+    return d.ended;
+  }
+
   static constexpr int BEST = 8;  // tokens that a thread asks the rerank head about
 
   float embedded(int64_t at) const {
@@ -76,7 +84,7 @@ class Drafter {
     });
     const float most = logit(best[0]);
     Choice choice{most, 0, 0, 0, -INFINITY};
-    const int count = rank_.own(d.draft_head->n).second - first;
+    const int count = d.chances ? rank_.own(d.draft_head->n).second - first : 0;
     for (int n = 0; d.cap && n < count; n += 8) store(logits_ + n, capped(load(logits_ + n), d.cap));
     for (int n = count; n % 8; n++) logits_[n] = -INFINITY;
     F32X8 mass = {};
@@ -100,9 +108,8 @@ class Drafter {
       most = std::max(most, choices_[t].most);
     }
     for (int t = 0; t < threads; t++) mass += choices_[t].mass * std::exp(choices_[t].most - most);
-    const float chance = std::exp(chosen->ranked - most) / mass;
-    d.tokens[i] = chosen->token;
-    d.chances[i] = chance;  // all write the same
+    d.tokens[i] = chosen->token;  // all write the same
+    if (d.chances) d.chances[i] = std::exp(chosen->ranked - most) / mass;
     return chosen->token;
   }
 

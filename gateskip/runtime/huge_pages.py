@@ -1,0 +1,76 @@
+"""Weights on huge pages: a token reads all of them, and 4 KiB pages cost it address translations.
+
+Linux moves memory that is in use onto pages of 2 MiB when it is asked to (`MADV_COLLAPSE`, since
+6.1), addresses and contents unchanged. Elsewhere, and where the system forbids it, nothing happens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # results name the setting without torch
+    from torch import Tensor
+
+HUGE = 2 << 20  # bytes of a huge page
+COLLAPSE = 25  # MADV_COLLAPSE, which the mmap module does not name
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@cache
+def setting() -> str | None:
+    """`always`, `madvise` or `never`, as this system is set; None where there is no such thing."""
+    try:
+        words = _SETTING.read_text(encoding="ascii").split()
+    except OSError:
+        return None
+    return next((word.strip("[]") for word in words if word.startswith("[")), None)
+
+
+def collapse(tensors: Iterable[Tensor]) -> int:
+    """Move the memory of tensors onto huge pages where they fill at least half of one: bytes moved.
+
+    It is a request: what the system refuses stays where it is.
+    """
+    madvise = _madvise()
+    if madvise is None:
+        return 0
+    blocks = [block for block, filled in sorted(_filled(tensors).items()) if filled >= HUGE // 2]
+    return HUGE * sum(madvise(block * HUGE, HUGE, COLLAPSE) == 0 for block in blocks)
+
+
+def prefer(tensor: Tensor) -> None:
+    """Ask for huge pages under memory that nothing was written to yet, as far as it fills them."""
+    madvise = _madvise()
+    begin, end = _span(tensor)
+    first, last = -(-begin // HUGE) * HUGE, end // HUGE * HUGE
+    if madvise is not None and first < last and tensor.device.type == "cpu":
+        madvise(first, last - first, mmap.MADV_HUGEPAGE)
+
+
+def _madvise() -> ctypes._NamedFuncPointer | None:
+    if not sys.platform.startswith("linux") or setting() in (None, "never"):
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+def _filled(tensors: Iterable[Tensor]) -> Counter[int]:
+    """Number of an aligned block of memory -> how many of its bytes the tensors are."""
+    filled: Counter[int] = Counter()
+    for begin, end in {_span(tensor) for tensor in tensors if tensor.device.type == "cpu"}:
+        for block in range(begin // HUGE, -(-end // HUGE)):
+            filled[block] += min(end, (block + 1) * HUGE) - max(begin, block * HUGE)
+    return filled
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    begin = tensor.data_ptr()
+    return begin, begin + tensor.numel() * tensor.element_size()
