@@ -1,11 +1,13 @@
 """How fast the native engine decodes with weights of each number of bits: random ones of a shape.
 
     python tests/decode_times.py --bits 2 3 4 8 --group 32 --rows 1 8 --threads 2
+    python tests/decode_times.py --bits bf16 4 --context 64 7000 --kv-cache model int8
 
 Models of one shape whose codes differ in nothing but their bits decode in turns, so that a drift of
 the machine hits all alike. Each prints tokens a second, median with quartiles, and the bytes that a
 token reads; `--head` gives the bits of the LM head, which the embedding shares. `int8` is
-what bitsandbytes' format becomes here: a scale a row. The last line is JSON.
+what bitsandbytes' format becomes here: a scale a row; `bf16` is not packed. Before the first token
+the cache holds `--context` positions of random keys and values. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import json
 import statistics
 import time
+from itertools import product
 from typing import Any
 
 import torch
@@ -22,7 +25,10 @@ from torch import Tensor, nn
 from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
 from gateskip.quantization.grid_linear import GridEmbedding, SharedHead, stored
 from gateskip.quantization.packed_linear import PackedLinear
+from gateskip.runtime.kv_cache import KVFormat
 from gateskip.runtime.skipping import SkippingModel
+
+Turn = tuple[str, int, int, KVFormat]  # bits, rows, context, cache
 
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -42,7 +48,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
     },
 }
-PROMPT, CAPACITY = 128, 512
+AT_ONCE = 64  # tokens from one depth on, before decoding goes back to it
 
 
 def main() -> None:
@@ -56,6 +62,8 @@ def main() -> None:
     parser.add_argument("--head", type=int, choices=(4, 6, 8), default=8)
     parser.add_argument("--symmetric", action="store_true", help="no offsets")
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
+    parser.add_argument("--context", type=int, nargs="+", default=[128])
+    parser.add_argument("--kv-cache", choices=("model", "int8"), nargs="+", default=["model"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="of a turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -63,33 +71,39 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with torch.inference_mode():
         models = {bits: make(options, bits) for bits in options.bits}
-        turns = [f"{bits} x {rows}" for bits in models for rows in options.rows]
-        speeds: dict[str, list[float]] = {turn: [] for turn in turns}
+        turns = list(product(models, options.rows, options.context, options.kv_cache))
+        speeds: dict[Turn, list[float]] = {turn: [] for turn in turns}
         for _ in range(options.rounds + 1):
-            for bits, model in models.items():
-                for rows in options.rows:
-                    speeds[f"{bits} x {rows}"].append(speed(model, rows, options.seconds))
-    table = {name: quartiles(found[1:]) for name, found in speeds.items()}  # the first warms up
-    for name, (low, median, high) in table.items():
-        size = megabytes(models[name.split()[0]])
-        print(f"{name:>10} rows: {median:8.1f} tokens/s ({low:.1f} to {high:.1f}), {size:.1f} MB")
+            for turn in turns:
+                speeds[turn].append(speed(models[turn[0]], *turn[1:], options.seconds))
+    table = {"{} x {} after {} ({})".format(*turn): quartiles(speeds[turn][1:]) for turn in turns}
+    for (name, (low, median, high)), turn in zip(table.items(), turns, strict=True):
+        size = megabytes(models[turn[0]])
+        print(f"{name:>28}: {median:8.1f} tokens/s ({low:.1f} to {high:.1f}), {size:.1f} MB")
     print(json.dumps({"options": vars(options), "tokens_per_s": table}))
 
 
 def make(options: Any, bits: str) -> SkippingModel:
-    """A model of random codes behind the native backend."""
+    """A model of random weights behind the native backend."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=1 << 17)
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(LlamaConfig(**SHAPES[options.shape]))
+        model: Any = LlamaForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
-    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     for name, part in list(model.model.named_modules()):
-        if isinstance(part, nn.Linear):
+        if isinstance(part, nn.Linear) and bits == "bf16":
+            part.weight.normal_(std=part.in_features**-0.5)
+        elif isinstance(part, nn.Linear):
             model.model.set_submodule(name, random_layer(part, options, bits))
         elif type(part).__name__.endswith("Norm"):
             part.weight.fill_(1)
     rows, width = model.get_input_embeddings().weight.shape
+    if bits == "bf16":
+        model.get_input_embeddings().weight.normal_(std=width**-0.5)
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        return SkippingModel(model, None, "project", "native")
     table = GridEmbedding(rows, width, options.head, 32, torch.bfloat16)
     for name, value in stored(random_grid(rows, width, options.head, 32, False)).items():
         setattr(table, name, value)
@@ -118,26 +132,45 @@ def random_grid(n: int, k: int, bits: int, group: int, with_offsets: bool) -> Gr
     )
 
 
-def speed(model: SkippingModel, rows: int, seconds: float) -> float:
-    """Tokens a second of `rows` rows that decode from the same depth on."""
-    ids = torch.randint(3, 1000, (rows, PROMPT))
-    cache = model.new_cache(rows, CAPACITY)
-    model.forward(ids, cache, [0] * rows)
-    tokens, done, slot = [[5]] * rows, 0, PROMPT
-    begin = time.perf_counter()
+def speed(model: SkippingModel, rows: int, context: int, kind: KVFormat, seconds: float) -> float:
+    """Tokens a second of `rows` rows that greedily decode from the same depth on."""
+    model.kv_cache = kind
+    cache = model.new_cache(rows, context + AT_ONCE)
+    fill(cache)
+    done, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < seconds:
+        if rows == 1:
+            model.continue_greedily(5, AT_ONCE, (cache, 0, context), None, lambda _: False)
+        else:
+            step_by_step(model, cache, rows, context)
+        done += rows * AT_ONCE
+    return done / (time.perf_counter() - begin)
+
+
+def step_by_step(model: SkippingModel, cache: Any, rows: int, context: int) -> None:
+    """Tokens of several rows."""
+    tokens = [[5]] * rows
+    for slot in range(context, context + AT_ONCE):
         states: Tensor = model.decode(tokens, cache, range(rows), [slot] * rows)
         tokens = [[int(best)] for best in model.head(states).argmax(-1)]
-        done += rows
-        slot = slot + 1 if slot + 1 < 2 * PROMPT else PROMPT
-    return done / (time.perf_counter() - begin)
+
+
+def fill(cache: Any) -> None:
+    """Keys and values without a meaning, of the size that normed ones have."""
+    for part in (*cache.keys, *cache.values):
+        part.random_(-127, 128) if part.dtype == torch.int8 else part.normal_()
+    for scales in cache.scales:
+        for part in scales or ():
+            part.fill_(1 / 64)
 
 
 def megabytes(model: SkippingModel) -> float:
     """What a token reads of the layers' codes, scales (bfloat16) and offsets (bfloat16)."""
+    dense = [part for part in model.model.model.modules() if isinstance(part, nn.Linear)]
     packed = [part for part in model.model.modules() if isinstance(part, PackedLinear)]
     small = sum(2 * part.scale.numel() * (1 if part.offset is None else 2) for part in packed)
-    return (small + sum(part.codes.numel() for part in packed)) / 1e6
+    whole = sum(part.weight.nbytes for part in dense)
+    return (small + whole + sum(part.codes.numel() for part in packed)) / 1e6
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

@@ -159,7 +159,10 @@ class Engine:
         """The tokens of an order whose first token stands at a place."""
         cache, cache_row, slot = place
         where = torch.tensor([[cache_row], [slot]], dtype=torch.int32)
-        tokens, hidden = torch.empty(order.count, dtype=torch.int32), torch.empty(1, self.model.hidden)
+        tokens, hidden = (
+            torch.empty(order.count, dtype=torch.int32),
+            torch.empty(1, self.model.hidden),
+        )
         order.tokens = tokens.data_ptr()
         step = self._step(hidden, where, thresholds)
         ops.draft(self.model, self._view(cache), step, order, self._arena)

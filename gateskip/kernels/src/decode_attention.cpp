@@ -1,5 +1,7 @@
-// Attention of one token a row over the cache, a part of decoder.cpp's pass: threads share out heads.
+// Attention of one token a row over the cache, a part of decoder.cpp's pass. Threads share out heads, and parts of
+// the slots where those are many: a row's parts are the same whatever threads and rows there are.
 #include "decoder.h"
+#include "int8_cache.h"
 
 #ifdef __AVX2__
 #include <type_traits>
@@ -33,6 +35,37 @@ void sum_four(const F32X8* v, float* y) {
     part[i] = _mm_add_ps(_mm256_castps256_ps128((__m256)v[i]), _mm256_extractf128_ps((__m256)v[i], 1));
   _MM_TRANSPOSE4_PS(part[0], part[1], part[2], part[3]);
   _mm_storeu_ps(y, _mm_add_ps(_mm_add_ps(part[0], part[2]), _mm_add_ps(part[1], part[3])));
+}
+
+template <int count>
+using Count = std::integral_constant<int, count>;
+
+// total [n, count]: queries [n, d] times keys [count, d], not summed up yet; the same for a key alone and beside others
+template <int n, int count, class Stored>
+void products(const float* query, const Stored* keys, int d, F32X8 (*total)[count]) {
+  typedef Widest V;
+  constexpr int width = sizeof(V) / sizeof(float);
+  V wide[n][count] = {};
+  int i = 0;
+  for (; i + width <= d; i += width) {
+    V each[n];
+#pragma GCC unroll 4
+    for (int h = 0; h < n; h++) each[h] = load_as<V>(query + h * d + i);
+#pragma GCC unroll 4
+    for (int j = 0; j < count; j++) {
+      const V key = load_as<V>(keys + j * d + i);
+#pragma GCC unroll 4
+      for (int h = 0; h < n; h++) wide[h][j] = fma(each[h], key, wide[h][j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < n; h++)
+#pragma GCC unroll 4
+    for (int j = 0; j < count; j++) total[h][j] = in_eight(wide[h][j]);
+  for (; i < d; i += 8)  // what is less than the widest vector
+    for (int h = 0; h < n; h++)
+      for (int j = 0; j < count; j++)
+        total[h][j] = fma(load(query + h * d + i), load(keys + j * d + i), total[h][j]);
 }
 
 }  // namespace
@@ -120,11 +153,9 @@ void Pass::attention(int l) {
 #pragma omp barrier
   clock(PART_ATTENTION);
   if (!count_) return;
-  const int tasks = count_ * m.heads, first = tasks * id / threads, last = tasks * (id + 1) / threads;
-  for (int task = first; task < last;) {
-    if (c.key_scales) task += attend<int8_t>(l, task, last);
-    else task += c.bf16 ? attend<uint16_t>(l, task, last) : attend<float>(l, task, last);
-  }
+  if (c.key_scales) attend_all<int8_t>(l);
+  else if (c.bf16) attend_all<uint16_t>(l);
+  else attend_all<float>(l);
 #pragma omp barrier
   clock(PART_ATTENTION);
   add(a.o, prepare(a.o, at.mixed, count_), a.after_attention);
@@ -132,116 +163,244 @@ void Pass::attention(int l) {
   clock(PART_LINEAR);
 }
 
-// From head `task % heads` of the row at place `task / heads` on, as many heads as share keys and
-// values; returns how many.
+// The first position that a row sees in a layer
+int Pass::first_seen(int l, int row) const {
+  const int window = m.layer[l].window;
+  return window ? std::max(0, s.slot[row] + 1 - window) : 0;
+}
+
+// In how many parts a row's slots are attended to
+int Pass::parts_of(int l, int row) const {
+  return (s.slot[row] - first_seen(l, row)) / SLOTS_AT_ONCE + 1;
+}
+
+// This thread's share of all rows' heads, or of their parts, which are then put together
 template <class Stored>
-int Pass::attend(int l, int task, int last) {
-  const int group = m.heads / m.kv_heads, head = task % m.heads;
-  const int together = std::min({group - head % group, last - task, HEADS_AT_ONCE});
+void Pass::attend_all(int l) {
+  int most = 1, every = 0;
+  for (int i = 0; i < count_; i++) {
+    const int parts = parts_of(l, kept_[i]);
+    most = std::max(most, parts), every += parts;
+  }
+  if (most == 1) {
+    const int tasks = count_ * m.heads, last = tasks * (id + 1) / threads;
+    for (int task = tasks * id / threads; task < last;)
+      task += attend<Stored>(l, task / m.heads, task % m.heads, last - task, 0);
+    return;
+  }
+  const int group = m.heads / m.kv_heads, runs = (group + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE;
+  every *= m.kv_heads * runs;
+  int task = 0;
+  for (int i = 0; i < count_; i++)
+    for (int run = 0; run < m.kv_heads * runs; run++)
+      for (int part = 0; part < parts_of(l, kept_[i]); part++, task++)
+        if (task >= every * id / threads && task < every * (id + 1) / threads)
+          attend<Stored>(l, i, run / runs * group + run % runs * HEADS_AT_ONCE, HEADS_AT_ONCE, part);
+#pragma omp barrier
+  for (task = id; task < count_ * m.heads; task += threads) join(l, task / m.heads, task % m.heads);
+}
+
+// One part of the slots of the row at a place, from a head on, for as many heads as share keys and values, at most so
+// many; returns how many.
+template <class Stored>
+int Pass::attend(int l, int place, int head, int most, int part) {
+  const int group = m.heads / m.kv_heads;
+  const int together = std::min({group - head % group, most, HEADS_AT_ONCE});
   switch (together) {
-    case 1: attend_heads<Stored, 1>(l, task / m.heads, head); break;
-    case 2: attend_heads<Stored, 2>(l, task / m.heads, head); break;
-    case 3: attend_heads<Stored, 3>(l, task / m.heads, head); break;
-    default: attend_heads<Stored, HEADS_AT_ONCE>(l, task / m.heads, head);
+    case 1: attend_heads<Stored, 1>(l, place, head, part); break;
+    case 2: attend_heads<Stored, 2>(l, place, head, part); break;
+    case 3: attend_heads<Stored, 3>(l, place, head, part); break;
+    default: attend_heads<Stored, HEADS_AT_ONCE>(l, place, head, part);
   }
   return together;
 }
 
-// Heads `head` to `head + n` over all slots up to the row's own; the result goes to `mixed`.
+// Heads `head` to `head + n` over a part of the slots up to the row's own. The result goes to `mixed`, or to `parts`
+// where there are several: not yet divided by the sum of its shares, with that and the largest score behind it.
 template <class Stored, int n>
-void Pass::attend_heads(int l, int place, int head) {
+void Pass::attend_heads(int l, int place, int head, int part) {
   const int row = kept_[place], d = m.head_dim, slot = s.slot[row], kv = head / (m.heads / m.kv_heads);
   const Layer& a = m.layer[l];
   turn(a, a.norm_q, at.q + int64_t(row) * m.heads * d, head, n, slot, query_);
-  const int first = a.window ? std::max(0, slot + 1 - a.window) : 0, seen = slot + 1 - first;
+  const int first = first_seen(l, row) + part * SLOTS_AT_ONCE, seen = std::min(slot + 1 - first, SLOTS_AT_ONCE);
   const int whole = std::min(seen, c.slots[l] - first % c.slots[l]);  // those before positions come around
   const Stored* keys = entry<Stored>(c.keys, l, row, kv, first);
   const Stored* values = entry<Stored>(c.values, l, row, kv, first);
   const int64_t around = int64_t(c.slots[l]) * d;
-  score<Stored, n>(query_, keys, 0, whole);
-  score<Stored, n>(query_, keys - around, whole, seen);
-  if (c.key_scales) scale<n>(c.key_scales[l] + line(l, row, kv, first), whole, c.slots[l], seen);
-  float* out = at.mixed + (int64_t(place) * m.heads + head) * d;
-  float inverse[n];
-  for (int i = 0; i < n; i++) inverse[i] = 1.0f / softmax(a, scores_ + i * stride_, seen);
-  if (c.value_scales) scale<n>(c.value_scales[l] + line(l, row, kv, first), whole, c.slots[l], seen);
-  mix<Stored, n>(values, whole, around, seen, inverse, out);
+  const bool bytes = std::is_same_v<Stored, int8_t> && multiplies_bytes();
+  const int64_t at_scale = line(l, row, kv, first);
+  if (bytes) {
+    score_bytes<n>(keys, c.key_scales[l] + at_scale, whole, c.slots[l], seen);
+  } else {
+    score<Stored, n>(query_, keys, 0, whole);
+    score<Stored, n>(query_, keys - around, whole, seen);
+    if (c.key_scales) scale<n>(c.key_scales[l] + at_scale, whole, c.slots[l], seen);
+  }
+  const bool alone = parts_of(l, row) == 1;
+  float* out = alone ? at.mixed + (int64_t(place) * m.heads + head) * d : part_of(place, head, part);
+  const int64_t step = alone ? d : part_of(place, head + 1, part) - out;
+  float factor[n];
+  for (int i = 0; i < n; i++) {
+    float most;
+    const float mass = softmax(a, scores_ + i * STRIDE, seen, most);
+    factor[i] = alone ? 1.0f / mass : 1.0f;
+    if (!alone) out[i * step + d] = most, out[i * step + d + 1] = mass;
+  }
+  if (bytes) {
+    mix_bytes<n>(values, c.value_scales[l] + at_scale, whole, c.slots[l], seen, factor, out, step);
+  } else {
+    if (c.value_scales) scale<n>(c.value_scales[l] + at_scale, whole, c.slots[l], seen);
+    mix<Stored, n>(values, whole, around, seen, factor, out, step);
+  }
 }
 
-// scores_ [n, stride_] from place `first` to `last`: queries [n, d] times keys [last, d], four at a time
+// Whether a cache of 8 bits is multiplied as it is
+bool Pass::multiplies_bytes() const {
+#ifdef GATESKIP_INT8_CACHE
+  return m.head_dim % int8_cache::CHANNELS == 0;
+#else
+  return false;
+#endif
+}
+
+// As `score`, with queries of 8 bits, and the keys' scales: from place `whole` on, both lie `around` slots earlier
+template <int n>
+void Pass::score_bytes([[maybe_unused]] const void* keys, [[maybe_unused]] const float* scales,
+                       [[maybe_unused]] int whole, [[maybe_unused]] int around, [[maybe_unused]] int seen) {
+#ifdef GATESKIP_INT8_CACHE
+  const int d = m.head_dim;
+  float step[n];
+  int8_cache::round_queries<n>(query_, d, bytes_, step);
+  auto some = [&](int first, int count, int back) {
+    const int8_t* from = static_cast<const int8_t*>(keys) + int64_t(first - back) * d;
+    int8_cache::score<n>(bytes_, step, from, scales + first - back, d, count, scores_ + first, STRIDE);
+  };
+  some(0, whole, 0);
+  some(whole, seen - whole, around);
+#endif
+}
+
+// As `mix`, with shares of 16 bits, and the values' scales: from place `whole` on, both lie `around` slots earlier
+template <int n>
+void Pass::mix_bytes([[maybe_unused]] const void* values, [[maybe_unused]] const float* scales,
+                     [[maybe_unused]] int whole, [[maybe_unused]] int around, [[maybe_unused]] int seen,
+                     [[maybe_unused]] const float* factor, [[maybe_unused]] float* out, [[maybe_unused]] int64_t step) {
+#ifdef GATESKIP_INT8_CACHE
+  static_assert(SLOTS_AT_ONCE <= int8_cache::MOST_SLOTS);
+  float scaled[n];
+  for (int h = 0; h < n; h++) {
+    float* shares = scores_ + h * STRIDE;
+    scaled[h] = factor[h] * int8_cache::round_shares(shares, scales, whole, around, seen, shares_ + h * STRIDE);
+  }
+  int8_cache::mix<n>(static_cast<const int8_t*>(values), m.head_dim, whole, int64_t(around) * m.head_dim, seen,
+                     shares_, STRIDE, scaled, out, step);
+#endif
+}
+
+// Where a part of a head of the row at a place is kept: [D] and two numbers
+float* Pass::part_of(int place, int head, int part) const {
+  return at.parts + ((int64_t(place) * m.heads + head) * at.most_parts + part) * (m.head_dim + 2);
+}
+
+// A head's parts, put together in `mixed`
+void Pass::join(int l, int place, int head) const {
+  const int d = m.head_dim, parts = parts_of(l, kept_[place]);
+  if (parts == 1) return;
+  float most = -INFINITY, mass = 0, *out = at.mixed + (int64_t(place) * m.heads + head) * d;
+  for (int p = 0; p < parts; p++) most = std::max(most, part_of(place, head, p)[d]);
+  for (int p = 0; p < parts; p++) {
+    const float *part = part_of(place, head, p), weight = std::exp(part[d] - most);
+    mass += weight * part[d + 1];
+    for (int i = 0; i < d; i += 8)
+      store(out + i, fma(broadcast(weight), load(part + i), p ? load(out + i) : F32X8{}));
+  }
+  for (int i = 0; i < d; i += 8) store(out + i, load(out + i) * broadcast(1.0f / mass));
+}
+
+// scores_ [n, STRIDE] from place `first` to `last`: queries [n, d] times keys [last, d], four at a time
 template <class Stored, int n>
 void Pass::score(const float* query, const Stored* keys, int first, int last) {
   const int d = m.head_dim;
   int t = first;
   for (; t + 4 <= last; t += 4) {
-    F32X8 total[n][4] = {};
-    for (int i = 0; i < d; i += 8) {
-      F32X8 each[n];
-#pragma GCC unroll 4
-      for (int h = 0; h < n; h++) each[h] = load(query + h * d + i);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) {
-        const F32X8 key = load(keys + int64_t(t + j) * d + i);
-#pragma GCC unroll 4
-        for (int h = 0; h < n; h++) total[h][j] = fma(each[h], key, total[h][j]);
-      }
-    }
-    for (int h = 0; h < n; h++) sum_four(total[h], scores_ + h * stride_ + t);
+    F32X8 total[n][4];
+    fetch_ahead(keys + int64_t(t) * d, 4 * d);
+    products<n, 4>(query, keys + int64_t(t) * d, d, total);
+    for (int h = 0; h < n; h++) sum_four(total[h], scores_ + h * STRIDE + t);
   }
-  for (; t < last; t++)
-    for (int h = 0; h < n; h++) scores_[h * stride_ + t] = dot(query + h * d, keys + int64_t(t) * d, d);
+  for (; t < last; t++) {
+    F32X8 total[n][1];
+    products<n, 1>(query, keys + int64_t(t) * d, d, total);
+    for (int h = 0; h < n; h++) scores_[h * STRIDE + t] = sum(total[h][0]);
+  }
 }
 
 // scores_ [n, seen] times the scales of their positions, which from place `whole` on lie `around` earlier
 template <int n>
 void Pass::scale(const float* scales, int whole, int around, int seen) {
-  for (int h = 0; h < n; h++)
-    for (int t = 0; t < seen; t++) scores_[h * stride_ + t] *= scales[t < whole ? t : t - around];
+  for (int h = 0; h < n; h++) {
+    float* own = scores_ + h * STRIDE;
+    for (int t = 0; t < whole; t++) own[t] *= scales[t];
+    for (int t = whole; t < seen; t++) own[t] *= scales[t - around];
+  }
 }
 
-// Scores [seen] become shares before they are divided by what is returned: their sum.
-float Pass::softmax(const Layer& a, float* scores, int seen) const {
-  if (a.softcap)
-    for (int t = 0; t < seen; t += 8) store(scores + t, capped(load(scores + t) * broadcast(a.scaling), a.softcap));
-  const float scaling = a.softcap ? 1 : a.scaling;
-  float most = -INFINITY;
-  for (int t = 0; t < seen; t++) most = std::max(most, scores[t] *= scaling);
-  for (int t = seen; t % 8; t++) scores[t] = -INFINITY;
-  F32X8 mass = {};
+// Scores [seen] become shares before they are divided by what is returned: their sum. `largest` was the largest score.
+float Pass::softmax(const Layer& a, float* scores, int seen, float& largest) const {
+  const F32X8 scaling = broadcast(a.scaling);
+  F32X8 most = broadcast(-INFINITY), mass = {};
+  for (int t = seen; t % 8; t++) scores[t] = scores[0];  // so that the largest is one of those that are seen
   for (int t = 0; t < seen; t += 8) {
-    const F32X8 share = exp_of(load(scores + t) - broadcast(most));
+    const F32X8 score = load(scores + t) * scaling;
+    store(scores + t, a.softcap ? capped(score, a.softcap) : score);
+    most = (F32X8)_mm256_max_ps((__m256)most, (__m256)load(scores + t));
+  }
+  for (int t = seen; t % 8; t++) scores[t] = -INFINITY;
+  largest = most[0];
+  for (int i = 1; i < 8; i++) largest = std::max(largest, most[i]);
+  for (int t = 0; t < seen; t += 8) {
+    const F32X8 share = exp_of(load(scores + t) - broadcast(largest));
     store(scores + t, share);
     mass += share;
   }
   return sum(mass);
 }
 
-// out [n, d]: values [seen, d] weighted by scores_ and `inverse` [n]; from place `whole` on they lie `around` earlier
+// out [n, step], d of each: values [seen, d] weighted by scores_ and `factor` [n]; from place `whole` on they lie
+// `around` earlier
 template <class Stored, int n>
-void Pass::mix(const Stored* values, int whole, int64_t around, int seen, const float* inverse, float* out) const {
+void Pass::mix(const Stored* values, int whole, int64_t around, int seen, const float* factor, float* out,
+               int64_t step) const {
   const int d = m.head_dim;
-  for (int i = 0; i < d; i += 32) {
-    const int vectors = std::min(4, (d - i) / 8);
-    F32X8 total[n][4] = {};
-    for (int t = 0; t < seen; t++) {
-      const Stored* value = values + int64_t(t) * d + i - (t < whole ? 0 : around);
-      F32X8 share[n];
+  int i = 0;
+  auto some = [&](auto vectors, auto wide) {  // of so many vectors' channels, a sum over all places
+    typedef decltype(wide) V;
+    constexpr int count = decltype(vectors)::value, width = sizeof(V) / sizeof(float);
+    for (; i + count * width <= d; i += count * width) {
+      V total[n][count] = {};
+      auto add = [&](const Stored* value, int first, int last) {
+        for (int t = first; t < last; t++, value += d) {
+          fetch_ahead(value, count * width);
+          V share[n];
 #pragma GCC unroll 4
-      for (int h = 0; h < n; h++) share[h] = broadcast(scores_[h * stride_ + t]);
-      if (vectors == 4) {
+          for (int h = 0; h < n; h++) share[h] = all<V>(scores_[h * STRIDE + t]);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-          const F32X8 v = load(value + 8 * j);
+          for (int j = 0; j < count; j++) {
+            const V v = load_as<V>(value + width * j);
 #pragma GCC unroll 4
-          for (int h = 0; h < n; h++) total[h][j] = fma(share[h], v, total[h][j]);
+            for (int h = 0; h < n; h++) total[h][j] = fma(share[h], v, total[h][j]);
+          }
         }
-      } else {
-        for (int j = 0; j < vectors; j++)
-          for (int h = 0; h < n; h++) total[h][j] = fma(share[h], load(value + 8 * j), total[h][j]);
-      }
+      };
+      add(values + i, 0, whole);
+      add(values + i + int64_t(whole) * d - around, whole, seen);
+      for (int h = 0; h < n; h++)
+        for (int j = 0; j < count; j++)
+          store(out + h * step + i + width * j, total[h][j] * all<V>(factor[h]));
     }
-    for (int h = 0; h < n; h++)
-      for (int j = 0; j < vectors; j++) store(out + h * d + i + 8 * j, total[h][j] * broadcast(inverse[h]));
-  }
+  };
+  some(Count<4>{}, Widest{});
+  some(Count<1>{}, Widest{});
+  some(Count<1>{}, F32X8{});
 }
 #endif

@@ -16,12 +16,13 @@ int widest(const Model& m) { return std::max({m.hidden, m.inner, m.heads * m.hea
 
 Pass::Pass(const Model& model, const CacheView& cache, const Step& step, const SharedRows& shared, int id, int threads,
            Slices& own)
-    : Share(id, threads, step.rows, widest(model), own), m(model), c(cache), s(step), at(shared),
-      stride_((cache.capacity + 15) / 8 * 8) {
+    : Share(id, threads, step.rows, widest(model), own), m(model), c(cache), s(step), at(shared) {
   x_ = own.take<float>(size_t(s.rows) * m.hidden);
   source_ = own.take<float>(any(m, [](const Layer& l) { return l.parallel; }) ? size_t(s.rows) * m.hidden : 0);
-  scores_ = own.take<float>(HEADS_AT_ONCE * stride_);
+  scores_ = own.take<float>(HEADS_AT_ONCE * STRIDE);
   query_ = own.take<float>(HEADS_AT_ONCE * m.head_dim);
+  bytes_ = own.take<uint8_t>(HEADS_AT_ONCE * m.head_dim);
+  shares_ = own.take<int16_t>(HEADS_AT_ONCE * STRIDE);
   low_ = own.take<float>(size_t(s.rows) * m.widest_shortcut);
   kept_ = own.take<int>(s.rows);
   skipped_ = own.take<int>(s.rows);
@@ -165,10 +166,10 @@ extern "C" void gateskip_step(const Model* m, const CacheView* c, const Step* s,
     if (part.thresholds) part.thresholds += int64_t(first) * part.stride;
     if (part.entered) part.entered += int64_t(first) * 2 * m->layers;
     Slices counted{nullptr}, each{nullptr};
-    const SharedRows nothing(*m, part.rows, counted);
+    const SharedRows nothing(*m, *c, part.rows, counted);
     Pass(*m, *c, part, nothing, 0, threads, each);
     Slices memory{arena->reserve(counted.used + each.used * threads)};
-    const SharedRows shared(*m, part.rows, memory);
+    const SharedRows shared(*m, *c, part.rows, memory);
 #pragma omp parallel num_threads(threads)
     {
       Slices own{memory.start + memory.used + each.used * omp_get_thread_num()};

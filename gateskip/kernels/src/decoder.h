@@ -11,10 +11,17 @@ inline bool any(const Model& m, Question question) {
   return std::any_of(m.layer, m.layer + m.layers, question);
 }
 
+constexpr int HEADS_AT_ONCE = 4;            // queries that share one pass over the keys and values
+constexpr int SLOTS_AT_ONCE = 512;          // of a row, whose scores stay in the first cache
+constexpr int STRIDE = SLOTS_AT_ONCE + 16;  // from one head's scores to the next one's
+
 // What all threads of a pass write and read: [rows, ...] each
 struct SharedRows {
   float *q, *k, *v, *mixed, *inner, *up, *out;  // `out` only for norms after branches
-  SharedRows(const Model& m, int rows, Slices& memory) {
+  float* parts;  // [rows, heads, most_parts, head_dim + 2], where slots come in parts
+  int most_parts;
+  SharedRows(const Model& m, const CacheView& c, int rows, Slices& memory) {
+    most_parts = (c.capacity - 1) / SLOTS_AT_ONCE + 1;
     auto take = [&](int width) { return memory.take<float>(size_t(rows) * width); };
     q = take(m.heads * m.head_dim);
     k = take(m.kv_heads * m.head_dim);
@@ -23,10 +30,9 @@ struct SharedRows {
     inner = take(m.inner);
     up = take(m.inner);
     out = take(any(m, [](const Layer& l) { return l.after_attention.weight || l.after_mlp.weight; }) ? m.hidden : 0);
+    parts = take(most_parts > 1 ? m.heads * most_parts * (m.head_dim + 2) : 0);
   }
 };
-
-constexpr int HEADS_AT_ONCE = 4;  // queries that share one pass over the keys and values
 
 class Pass : Share {
  public:
@@ -58,24 +64,38 @@ class Pass : Share {
   Stored* entry(void* const* store, int l, int row, int head, int slot) const;
   template <class Stored>
   void remember(int l, int r, int head);
+  int first_seen(int l, int row) const;
+  int parts_of(int l, int row) const;
   template <class Stored>
-  int attend(int l, int task, int last);
+  void attend_all(int l);
+  template <class Stored>
+  int attend(int l, int place, int head, int most, int part);
   template <class Stored, int n>
-  void attend_heads(int l, int place, int head);
+  void attend_heads(int l, int place, int head, int part);
+  float* part_of(int place, int head, int part) const;
+  void join(int l, int place, int head) const;
+  bool multiplies_bytes() const;
+  template <int n>
+  void score_bytes(const void* keys, const float* scales, int whole, int around, int seen);
+  template <int n>
+  void mix_bytes(const void* values, const float* scales, int whole, int around, int seen, const float* factor,
+                 float* out, int64_t step);
   template <class Stored, int n>
   void score(const float* query, const Stored* keys, int first, int last);
   template <int n>
   void scale(const float* scales, int whole, int around, int seen);
-  float softmax(const Layer& a, float* scores, int seen) const;
+  float softmax(const Layer& a, float* scores, int seen, float& most) const;
   template <class Stored, int n>
-  void mix(const Stored* values, int whole, int64_t around, int seen, const float* inverse, float* out) const;
+  void mix(const Stored* values, int whole, int64_t around, int seen, const float* factor, float* out,
+           int64_t step) const;
 
   const Model& m;
   const CacheView& c;
   const Step& s;
   const SharedRows at;
-  const int64_t stride_;  // from one head's scores to the next one's
   float *x_, *source_, *scores_, *query_, *low_;
+  uint8_t* bytes_;   // [HEADS_AT_ONCE, head_dim]: queries of 8 bits
+  int16_t* shares_;  // [HEADS_AT_ONCE, STRIDE]: of attention, of 16 bits
   int *kept_, count_ = 0;     // rows that enter the branch at hand
   int *skipped_, skips_ = 0;  // rows that take its shortcut
   bool* enters_;

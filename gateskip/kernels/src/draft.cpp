@@ -128,11 +128,11 @@ class Drafter {
 extern "C" void gateskip_draft(const Model* m, const CacheView* c, const Step* s, Draft* draft, Arena* arena,
                                int32_t threads) {
   Slices counted{nullptr}, each{nullptr};
-  const SharedRows nothing(*m, 1, counted);
+  const SharedRows nothing(*m, *c, 1, counted);
   counted.take<Choice>(threads);
   Drafter(*m, *c, *s, *draft, nothing, nullptr, 0, threads, each);
   Slices memory{arena->reserve(counted.used + each.used * threads)};
-  const SharedRows shared(*m, 1, memory);
+  const SharedRows shared(*m, *c, 1, memory);
   Choice* choices = memory.take<Choice>(threads);
 #pragma omp parallel num_threads(threads)
   {

@@ -72,6 +72,52 @@ static inline F32X8 load(const int8_t* p) {
   return (F32X8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
+// -- the widest vector that the processor has --
+
+#ifdef __AVX512F__
+typedef float Widest __attribute__((vector_size(64), aligned(4)));
+
+static inline Widest fma(Widest a, Widest b, Widest c) {
+  return (Widest)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+static inline Widest wide_load(const float* p) { return *reinterpret_cast<const Widest*>(p); }
+
+static inline Widest wide_load(const uint16_t* p) {  // bfloat16
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (Widest)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+
+static inline Widest wide_load(const int8_t* p) {
+  return (Widest)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+static inline void store(float* p, Widest v) { *reinterpret_cast<Widest*>(p) = v; }
+
+// Its halves, added up
+static inline F32X8 in_eight(Widest v) {
+  const __m512d halves = _mm512_castps_pd((__m512)v);
+  return (F32X8)_mm512_castps512_ps256((__m512)v) + (F32X8)_mm256_castpd_ps(_mm512_extractf64x4_pd(halves, 1));
+}
+#else
+typedef F32X8 Widest;
+static inline F32X8 in_eight(F32X8 v) { return v; }
+#endif
+
+// Numbers at p, or one number everywhere, as a vector of some width
+template <class V, class T>
+static inline V load_as(const T* p) {
+#ifdef __AVX512F__
+  if constexpr (sizeof(V) == sizeof(Widest)) return wide_load(p);
+#endif
+  if constexpr (sizeof(V) == sizeof(F32X8)) return (V)load(p);
+}
+
+template <class V>
+static inline V all(float v) {
+  return v - V{};
+}
+
 static inline void store(uint16_t* to, F32X8 v) {
 #ifdef GATESKIP_BF16
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), (__m128i)_mm256_cvtneps_pbh((__m256)v));
@@ -152,6 +198,17 @@ static inline typename Lanes::V exp_of(typename Lanes::V x) {
 }
 
 static inline F32X8 exp_of(F32X8 x) { return (F32X8)exp_of<Eight>((__m256)x); }
+#endif
+
+#ifdef __AVX2__
+constexpr int AHEAD = 8192;  // bytes: what the processor fetches ahead by itself ends with a page of 4 KiB
+
+// Fetch what a stream of keys or values will reach soon, as much of it as `count` numbers at p are
+template <class T>
+static inline void fetch_ahead(const T* p, int count) {
+  const char* begin = reinterpret_cast<const char*>(p) + AHEAD;
+  for (int i = 0; i < count * int(sizeof(T)); i += 64) _mm_prefetch(begin + i, _MM_HINT_T0);
+}
 #endif
 
 // -- memory ----------------------------------------------------------------------------------------
