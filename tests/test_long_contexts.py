@@ -1,4 +1,4 @@
-"""Decoding after many tokens, whose slots come in parts: as torch attends, and each row by itself."""
+"""Decoding after many tokens, whose slots come in parts: as torch attends, each row by itself."""
 
 from __future__ import annotations
 

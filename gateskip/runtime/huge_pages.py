@@ -42,7 +42,7 @@ def collapse(tensors: Iterable[Tensor]) -> int:
     if madvise is None:
         return 0
     blocks = [block for block, filled in sorted(_filled(tensors).items()) if filled >= HUGE // 2]
-    return HUGE * sum(madvise(block * HUGE, HUGE, COLLAPSE) == 0 for block in blocks)
+    return HUGE * sum(1 for block in blocks if madvise(block * HUGE, HUGE, COLLAPSE) == 0)
 
 
 def prefer(tensor: Tensor) -> None:
