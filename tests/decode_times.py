@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
     parser.add_argument("--context", type=int, nargs="+", default=[128])
     parser.add_argument("--kv-cache", choices=("model", "int8"), nargs="+", default=["model"])
+    parser.add_argument("--step-by-step", action="store_true", help="a call for every token")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0, help="of a turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -75,7 +76,7 @@ def main() -> None:
         speeds: dict[Turn, list[float]] = {turn: [] for turn in turns}
         for _ in range(options.rounds + 1):
             for turn in turns:
-                speeds[turn].append(speed(models[turn[0]], *turn[1:], options.seconds))
+                speeds[turn].append(speed(models[turn[0]], *turn[1:], options))
     table = {"{} x {} after {} ({})".format(*turn): quartiles(speeds[turn][1:]) for turn in turns}
     for (name, (low, median, high)), turn in zip(table.items(), turns, strict=True):
         size = megabytes(models[turn[0]])
@@ -132,14 +133,14 @@ def random_grid(n: int, k: int, bits: int, group: int, with_offsets: bool) -> Gr
     )
 
 
-def speed(model: SkippingModel, rows: int, context: int, kind: KVFormat, seconds: float) -> float:
+def speed(model: SkippingModel, rows: int, context: int, kind: KVFormat, options: Any) -> float:
     """Tokens a second of `rows` rows that greedily decode from the same depth on."""
     model.kv_cache = kind
     cache = model.new_cache(rows, context + AT_ONCE)
     fill(cache)
     done, begin = 0, time.perf_counter()
-    while time.perf_counter() - begin < seconds:
-        if rows == 1:
+    while time.perf_counter() - begin < options.seconds:
+        if rows == 1 and not options.step_by_step:
             model.continue_greedily(5, AT_ONCE, (cache, 0, context), None, lambda _: False)
         else:
             step_by_step(model, cache, rows, context)
