@@ -458,8 +458,8 @@ def bench(
     min_seconds: Annotated[
         float, typer.Option(min=0, help="How long each decodes in a round, in turns.")
     ] = 2.0,
-    fresh_processes: Annotated[
-        bool, typer.Option(help="New processes in every round: where memory lies differs by start.")
+    one_process: Annotated[
+        bool, typer.Option(help="Folders in turns in one process: no process is the luckier one.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; all cores if unset.")] = None,
     quality: Annotated[
@@ -479,7 +479,8 @@ def bench(
     quiet: Quiet = False,
     json_lines: AsEvents = False,
 ) -> None:
-    """Measure folders, ways of decoding and other engines side by side, each in its own process."""
+    """Measure folders, ways of decoding and other engines side by side, each in its own process
+    unless they are told to share one."""
     from compose.assets import default_cache
     from compose.execution.executors import make_executor
     from compose.execution.source_folder import as_folders
@@ -495,7 +496,7 @@ def bench(
         new_tokens=new_tokens,
         repeats=repeats,
         min_seconds=min_seconds,
-        fresh_processes=fresh_processes,
+        one_process=one_process,
         threads=threads,
         quality=quality,
         texts=text or [],

@@ -2,13 +2,12 @@
 
     python tests/side_by_side.py        (`--help` has its options)
 
-Two copies of one 4-bit folder are timed in turns by `gateskip bench --fresh-processes`, again and
-again: every round has processes of its own. They are the same, so every difference that is called
-is a false one. Then the second copy's decode speed is taken at 95 % in the numbers of the same
-rounds, and must be called slower. A difference is called at the level at which `compare` calls one
-(`SPEED_ERROR`).
+Two copies of one 4-bit folder are timed in turns by `gateskip bench --one-process`, again and
+again. They are the same, so every difference that is called is a false one. Then the second copy's
+decode speed is taken at 95 % in the numbers of the same rounds, and must be called slower. A
+difference is called at the level at which `compare` calls one (`SPEED_ERROR`).
 
-Writes `side-by-side.json`. Takes four minutes a run on a machine that does nothing else.
+Writes `side-by-side.json`. Takes a minute a run on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def _measure(options: argparse.Namespace, number: int) -> Results:
             shutil.copytree(options.folder, copy, dirs_exist_ok=True)
         shutil.rmtree(options.out / "run", ignore_errors=True)
         shape = ["--context", "64", "--new-tokens", "64", "--repeats", str(options.rounds)]
-        shape += ["--min-seconds", str(options.seconds), "--fresh-processes"]
+        shape += ["--min-seconds", str(options.seconds), "--one-process"]
         command = [sys.executable, "-m", "compose", "bench", *map(str, copies), *shape]
         command += ["--out", str(options.out / "run"), "--name", "pair", "--quiet"]
         subprocess.run(command, check=True)

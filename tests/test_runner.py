@@ -164,9 +164,13 @@ class ScriptedWorker:
         return {"ok": True, "result": self.measure(self.commands.pop(0))}
 
     def measure(self, command: Answer) -> Answer:
-        name, do = self.job["name"], command["do"]
+        name, do = command.get("cell", self.job["name"]), command["do"]
         place = (str(command["batch"]), str(command["round"])) if do in TIMED else ()
+        if do == "join":
+            name = command["job"]["name"]
         self.script.note(do, name, *place)
+        if do == "join":
+            return {}
         if do == "load":
             return {"size": {"disk_bytes": 100, "resident_bytes": 200}, "kernels": {"native": 3}}
         if do == "lossless":
@@ -259,19 +263,30 @@ def test_steps_then_quality_then_interleaved_rounds(tmp_path: Path) -> None:
     assert script.most_live == len(cells), "the cells of a group are alive together"
 
 
-def test_every_round_may_have_processes_of_its_own(tmp_path: Path) -> None:
+def test_cells_may_share_one_process(tmp_path: Path) -> None:
     script = Script()
-    speed = {"repeats": 3, "min_seconds": 0, "fresh_processes": True}
+    speed = {"repeats": 3, "min_seconds": 0, "one_process": True}
     go(tmp_path, script, make_plan(pipeline(benchmark={"threads": 1, "speed": speed})))
     cells = ["dense", "cut", "gates", "gates+skip", "gates+spec"]
-    timed = [event[:2] for event in script.log if event[0] in ("load", "speed")]
-    first = timed.index(("speed", "dense"))
-    rounds = [timed[first + start : first + start + 10] for start in (5, 15)]
-    for number, events in enumerate(rounds, 1):
-        order = [*cells[number:], *cells[:number]]
-        assert events == [("load", name) for name in order] + [("speed", name) for name in order]
-    assert script.most_live == len(cells), "those of the round before are gone"
-    assert len(results_of(tmp_path).cell("dense").speed.decode_tokens_per_s.repeats) == 3
+    assert script.done("join") == [("join", name) for name in cells[1:]]
+    loads = [event[1] for event in script.log if event[0] == "load"]
+    assert loads[-5:] == cells and script.most_live == 1, "no process stays from scoring"
+    names = [event[1] for event in script.done("speed")]
+    assert names == [*cells, *cells[1:], "dense", *cells[2:], "dense", "cut"]
+    dense = results_of(tmp_path).cell("dense")
+    assert len(dense.speed.decode_tokens_per_s.repeats) == 3
+    assert dense.size.resident_bytes == 200 and dense.size.peak_bytes is None
+
+
+def test_one_of_the_cells_of_a_process_may_fail(tmp_path: Path) -> None:
+    script = Script()
+    script.break_at["speed", "cut", "1", "0"] = StepError("out of luck")
+    speed = {"repeats": 2, "min_seconds": 0, "one_process": True}
+    result = go(tmp_path, script, make_plan(pipeline(benchmark={"threads": 1, "speed": speed})))
+    assert result.exit_code == 1
+    results = results_of(tmp_path)
+    assert "out of luck" in (results.cell("cut").reason or "")
+    assert len(results.cell("gates").speed.decode_tokens_per_s.repeats) == 2
 
 
 def test_the_result_is_typed_and_compared_with_the_baseline(tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ def _keeps(run: RunState, cell: Cell) -> bool:
 
     Importing and loading again would take longer than measuring.
     """
-    timed = cell.repeats is None and run.workers.executor.local
+    alone = not run.plan.pipeline.benchmark.speed.one_process
+    timed = cell.repeats is None and run.workers.executor.local and alone
     return timed and psutil.virtual_memory().available >= FREE_BYTES_TO_KEEP
 
 
@@ -136,8 +137,14 @@ def _lacks_reference(run: RunState) -> bool:
 
 def open_cell(run: RunState, cell: Cell, name: str, *, here: bool = False) -> Worker:
     """Start a cell's process under the log `name`; it loads nothing before it is asked to."""
+    needs = cell_needs(run.plan, cell, run.store, here=here)
+    return run.workers.start("cell", name, cell_request(run, cell), needs)
+
+
+def cell_request(run: RunState, cell: Cell) -> CellRequest:
+    """What a process has to know of a cell."""
     pipeline, baseline = run.plan.pipeline, run.baseline
-    request: CellRequest = {
+    return {
         "name": cell.name,
         "folder": str(run.folder_of(cell)),
         "baseline_folder": str(run.folder_of(baseline)),
@@ -153,8 +160,6 @@ def open_cell(run: RunState, cell: Cell, name: str, *, here: bool = False) -> Wo
         "threads": pipeline.benchmark.threads,
         "learns_from": learns_from(run.plan) if cell is baseline else [],
     }
-    needs = cell_needs(run.plan, cell, run.store, here=here)
-    return run.workers.start("cell", name, request, needs)
 
 
 def _note(result: dict[str, Any]) -> str:

@@ -98,7 +98,11 @@ class CellRequest(TypedDict):
 class CellCommand(TypedDict, total=False):
     """A command to a worker of role `cell`."""
 
-    do: Literal["load", "quality", "lossless", "roofline", "warm", "speed", "quit"]
+    do: Literal["join", "load", "quality", "lossless", "roofline", "warm", "speed", "quit"]
+    cell: str
+    """Which cell is asked, in a process of several; the first one unless it says otherwise."""
+    job: CellRequest
+    """Of `join`: another cell that the process is to measure."""
     reference: str
     """Of `quality`: where the baseline's predictions are stored."""
     round: int

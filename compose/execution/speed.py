@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from compose.bench.turns import add_turns
 from compose.bench.workloads import categories
 from compose.errors import ComposeError
-from compose.execution.cells import open_cell
+from compose.execution.cells import cell_request, open_cell
 from compose.execution.failures import first_line
 from compose.execution.kept_failures import cell_failed
 from compose.execution.messages import CellCommand
@@ -121,6 +121,9 @@ class _Measurement:
         self.line = run.board.line("speed")
         self.workers: dict[str, Worker] = {}
         """Cell name -> its process, of the group that is measured now."""
+        self.together: bool = session.settings["speed"]["one_process"]
+        self.shared: Worker | None = None
+        """The process that all cells of ours share, where they do."""
         self.warm: set[tuple[str, Shape]] = set()
         """Cells of that group, and the shapes that they ran before."""
 
@@ -136,11 +139,7 @@ class _Measurement:
         try:
             self._load_all(cells)
             self._measure_roofline()
-            for count, each in enumerate(missing):
-                if count and session.settings["speed"]["fresh_processes"]:
-                    self._end_all()
-                    able = [cell for cell in cells if self._goes_on(cell.name)]
-                    self._load_all(_rotated(able, each.number))
+            for each in missing:
                 self._measure_round(each, cells)
         finally:
             self._end_all()
@@ -150,12 +149,16 @@ class _Measurement:
             some = cells[first : first + LOADED_AT_ONCE]
             names = ", ".join(cell.name for cell in some)
             self.line.update(first, len(cells), "loading", detail=names)
+            if self.together:
+                self._join([cell for cell in some if cell.peer is None])
+                some = [cell for cell in some if cell.peer is not None]
             self._load(some)
 
     def _end_all(self) -> None:
-        for worker in self.workers.values():
+        for worker in {id(each): each for each in self.workers.values()}.values():
             self.run.workers.end(worker)
         self.workers.clear()
+        self.shared = None
         self.warm.clear()
 
     def _measure_roofline(self) -> None:
@@ -167,6 +170,19 @@ class _Measurement:
             found = self._ask(baseline, {"do": "roofline", "threads": threads})
             if found is not None:
                 self.session.add_roofline(found)
+
+    def _join(self, cells: list[Cell]) -> None:
+        """Load cells one after the other in the process that all of ours share."""
+        for cell in cells:
+            start = partial(open_cell, self.run, cell, "speed-together", here=True)
+            if self.shared is None:
+                self.shared = self._guarded(cell, start)
+            else:
+                command: CellCommand = {"do": "join", "job": cell_request(self.run, cell)}
+                self._guarded(cell, partial(self.run.workers.ask, self.shared, command, self.line))
+            if self.shared is not None and self._goes_on(cell.name):
+                self.workers[cell.name] = self.shared
+                self._ask(cell, {"do": "load"}, note=f"loading {cell.name}")
 
     def _load(self, cells: list[Cell]) -> None:
         """Take the processes that are loaded already; load the other cells side by side."""
@@ -202,6 +218,8 @@ class _Measurement:
             note = f"{_shown(each.shape)}, round {each.number + 1}, {cell.name}"
             answer = self._ask(cell, self._command("speed", each), each, note)
             if answer is not None:
+                if self.together and cell.peer is None:  # what a process holds is not one cell's
+                    answer |= {"peak_bytes": None, "beside_bytes": None}
                 turns[cell.name].append(answer)
         numbers = {
             name: add_turns(own) for name, own in turns.items() if own and self._goes_on(name)
@@ -245,6 +263,7 @@ class _Measurement:
         planned = self.session.planned()
         done = planned.index(each) if each else 0
         self.line.update(done, len(planned), "speed", detail=note)
+        command["cell"] = cell.name
         ask = partial(self.run.workers.ask, self.workers[cell.name], command, self.line)
         return self._guarded(cell, ask)
 

@@ -185,10 +185,10 @@ class Speed(_Section):
     repeats: Count = 5
     """Interleaved rounds over all cells; every one is kept, the median is reported."""
 
-    fresh_processes: bool = False
-    """Whether every round has new processes, loaded in another order each time. Where its memory
-    came to lie makes a process a few percent faster or slower as long as it lives; rounds of one
-    process cannot show that. Each round then takes the loading of all cells."""
+    one_process: bool = False
+    """Whether all cells of ours are timed in one process. What makes a process a few percent faster
+    or slower than its equal for as long as it lives is then the same for all. What each of them
+    holds in memory at most is not measured then."""
 
     batch_sizes: Annotated[tuple[Count, ...], AfterValidator(_no_repeats), Field(min_length=1)] = (
         1,

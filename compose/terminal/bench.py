@@ -24,7 +24,7 @@ def benchmark_of(
     new_tokens: int,
     repeats: int,
     min_seconds: float,
-    fresh_processes: bool,
+    one_process: bool,
     threads: int | None,
     quality: bool,
     texts: Sequence[str],
@@ -43,7 +43,7 @@ def benchmark_of(
         "new_tokens": new_tokens,
         "repeats": repeats,
         "min_seconds": min_seconds,
-        "fresh_processes": fresh_processes,
+        "one_process": one_process,
         "prompts": prompts,
         "prompts_per_category": limit,
     }

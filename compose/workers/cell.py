@@ -1,4 +1,4 @@
-"""Role `cell`: measure one cell, command by command."""
+"""Role `cell`: measure a cell, or several in turns, command by command."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 
 def serve_cell(job: CellRequest, channel: Channel) -> None:
     """Answer the commands of the parent until `quit`, or until the parent closes the pipe."""
-    cell = _Cell(job, channel.progress)
+    cells = {job["name"]: _Cell(job, channel.progress)}
     for command in channel.receive():
         if command["do"] == "quit":
             return
+        if command["do"] == "join":
+            cells[command["job"]["name"]] = _Cell(command["job"], channel.progress)
+            channel.send(answer(dict))
+            continue
+        cell = cells[command.get("cell", job["name"])]
         channel.send(answer(partial(cell.measure, command)))
 
 
