@@ -64,7 +64,7 @@ def print_bench(out: Console, results: Results) -> None:
     and what the machine can do at most."""
     measured = results.measured
     out.print(_speed_table(results, measured))
-    if any(results.quality(cell) for cell in measured):
+    if any(q.perplexity or q.tasks for cell in measured if (q := results.quality(cell))):
         out.print(_quality_table(results, measured))
     for cell in measured:
         for line in _remarks(cell):
