@@ -141,7 +141,7 @@ def speed(model: SkippingModel, rows: int, context: int, kind: KVFormat, options
     done, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < options.seconds:
         if rows == 1 and not options.step_by_step:
-            model.continue_greedily(5, AT_ONCE, (cache, 0, context), None, lambda _: False)
+            model.continue_row(5, AT_ONCE, (cache, 0, context), None, lambda _: False)
         else:
             step_by_step(model, cache, rows, context)
         done += rows * AT_ONCE

@@ -154,7 +154,7 @@ def test_a_continuation_is_its_steps(
     for cache in (together, alone):
         fast.forward(tokens(1, 40), cache, [0])
     before, found = fast.usage.copy(), []
-    fast.continue_greedily(7, 9, (together, 0, 40), levels, lambda x: found.append(x) or x < 0)
+    fast.continue_row(7, 9, (together, 0, 40), levels, lambda x: found.append(x) or x < 0)
     in_one_call, before = fast.usage.since(before), fast.usage.copy()
     wanted = [7]
     for place in range(9):
@@ -176,10 +176,10 @@ def test_a_continuation_ends_where_it_is_told_to(make_tiny: Callable[..., Path])
             raise KeyboardInterrupt
         return len(found) == 3
 
-    fast.continue_greedily(7, 9, (cache, 0, 40), None, third)
+    fast.continue_row(7, 9, (cache, 0, 40), None, third)
     assert len(found) == 3
     with pytest.raises(KeyboardInterrupt):
-        fast.continue_greedily(found[-1], 9, (cache, 0, 43), None, third)
+        fast.continue_row(found[-1], 9, (cache, 0, 43), None, third)
     assert len(found) == 5 and fast.usage.ungated == 40 + 3
 
 

@@ -302,9 +302,9 @@ class Decoder:
         cache = self._prefill(rows, phases.prompt, sampler, stats)
         read = usage.copy()
         started = time.perf_counter()
-        alone = len(rows) == 1 and sampler == GREEDY and self.skipping.continues(phases.answer)
+        alone = len(rows) == 1 and self._continues(sampler, phases.answer)
         while alone and not rows[0].ended:
-            stats.passes += self._continue(rows[0], IN_ONE_CALL, cache, phases.answer)
+            stats.passes += self._continue(rows[0], IN_ONE_CALL, cache, phases.answer, sampler)
         while live := [row for row in rows if not row.ended]:
             states = self.skipping.decode(
                 [[row.last] for row in live],
@@ -318,18 +318,24 @@ class Decoder:
         stats.decode_s = time.perf_counter() - started
         return {"prompt": read.since(before), "answer": usage.since(read)}
 
-    def _continue(self, row: Row, most: int, cache: Cache, limits: Limits) -> int:
-        """Commit up to `most` greedy tokens, computed in one native call; how many."""
+    def _continues(self, sampler: Sampler, limits: Limits) -> bool:
+        """Whether several tokens of a row can come from one call."""
+        known = sampler == GREEDY or sampler.draws is not None
+        return known and self.skipping.continues(limits)
+
+    def _continue(self, row: Row, most: int, cache: Cache, limits: Limits, sampler: Sampler) -> int:
+        """Commit up to `most` tokens, computed in one native call; how many."""
         before = len(row.tokens)
 
         def commit(token: int) -> bool:
             row.commit([token])
             return row.ended
 
-        count = min(most, row.stops.limit - before)
-        self.skipping.continue_greedily(
-            row.last, count, (cache, row.number, row.slot), limits, commit
-        )
+        count, place = min(most, row.stops.limit - before), (cache, row.number, row.slot)
+        drawn = None
+        if sampler.draws is not None:
+            drawn = (sampler.draws, [row.uniform() for _ in range(count)])
+        self.skipping.continue_row(row.last, count, place, limits, commit, drawn)
         return len(row.tokens) - before
 
     def _prefill(
@@ -358,11 +364,15 @@ class Decoder:
         stats.prefill_s = stats.ttft_s = time.perf_counter() - started
         return cache
 
-    @staticmethod
-    def _choose(rows: list[Row], logits: Tensor, sampler: Sampler) -> None:
+    def _choose(self, rows: list[Row], logits: Tensor, sampler: Sampler) -> None:
         """Commit one token to every row that has not ended. logits [B, V]."""
+        drafter, draws = self.skipping.drafter, sampler.draws
         for row, own in zip(rows, logits, strict=True):
-            if not row.ended:
+            if row.ended:
+                continue
+            if drafter is not None and draws is not None:  # as it draws for a row alone
+                row.commit([drafter.choose(own, draws, row.uniform())])
+            else:
                 row.commit([draw(sampler.distribution(own, row.text), row.generator)])
 
     # -- self-speculation ----------------------------------------------------------------------
@@ -398,8 +408,8 @@ class Decoder:
     ) -> list[int]:
         """One pass over each row's last token and draft; commits, counts accepted tokens."""
         undrafted = len(rows) == 1 and not drafts[0].tokens
-        if undrafted and sampler == GREEDY and self.skipping.continues(limits):
-            self._continue(rows[0], 1, cache, limits)
+        if undrafted and self._continues(sampler, limits):
+            self._continue(rows[0], 1, cache, limits, sampler)
             return [0]
         tokens = [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
         numbers, slots = [row.number for row in rows], [row.slot for row in rows]

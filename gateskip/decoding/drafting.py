@@ -62,6 +62,10 @@ class Row:
         self.lookup = Lookup()
         self.generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
 
+    def uniform(self) -> float:
+        """A number from 0 to 1 of the row's own random stream."""
+        return float(torch.rand((), generator=self.generator, dtype=torch.float64))
+
     @property
     def last(self) -> int:
         """The last committed token."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gateskip.runtime.backend import Draws
+
 Distribution = int | Tensor
 """Next-token distribution: probabilities [V], or one token id (greedy)."""
 
@@ -43,6 +45,13 @@ class Sampler:
             )
         if not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError("top_p must lie in (0, 1] and min_p in [0, 1]")
+
+    @cached_property
+    def draws(self) -> Draws | None:
+        """What a backend has to know to draw tokens itself; None where that is not all."""
+        if self.temperature == 0 or self.processors or self.repetition_penalty != 1.0:
+            return None
+        return self.temperature, self.top_k, self.top_p, self.min_p
 
     @cached_property
     def _chain(self) -> Any:

@@ -166,6 +166,16 @@ class Step(ctypes.Structure):
     )
 
 
+class Sampling(ctypes.Structure):
+    """How a token is drawn from logits."""
+
+    _fields_ = (
+        ("temperature", Float),
+        ("top_k", Int),
+        *((name, Float) for name in ("top_p", "min_p")),
+    )
+
+
 OnToken = ctypes.CFUNCTYPE(Int, Int)
 
 
@@ -184,16 +194,20 @@ class Draft(ctypes.Structure):
         *((name, Pointer) for name in ("tokens", "chances")),
         ("on_token", OnToken),
         ("ended", Int),
+        ("sampling", ctypes.POINTER(Sampling)),
+        ("uniform", Pointer),
     )
 
 
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
-    each.__name__: each for each in (Matrix, Norm, Shortcut, Layer, Model, CacheView, Step, Draft)
+    each.__name__: each
+    for each in (Matrix, Norm, Shortcut, Layer, Model, CacheView, Step, Sampling, Draft)
 }
 _SCALARS: dict[str, Any] = {
     "int32_t": ctypes.c_int32,
     "int64_t": ctypes.c_int64,
     "float": ctypes.c_float,
+    "double": ctypes.c_double,
     "void": None,
 }
 

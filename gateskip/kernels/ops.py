@@ -115,6 +115,16 @@ def has_decoder() -> bool:
     return library is not None and bool(library.gateskip_has_decoder())
 
 
+def choose(logits: Tensor, sampling: abi.Sampling, uniform: float, shares: Tensor) -> int:
+    """A token of logits [V], float32, drawn by a number from 0 to 1; `shares` has room for V
+    numbers, rounded up to 8."""
+    return int(
+        _library().gateskip_choose(
+            _at(logits), len(logits), ctypes.byref(sampling), uniform, _at(shares)
+        )
+    )
+
+
 class Arena:
     """Memory that one model's calls use again and again, so that the system need not clear new
     pages for each. It grows to what the largest call needs, and goes with this object."""

@@ -81,6 +81,12 @@ class Cache(Protocol):
         ...
 
 
+Draws = tuple[float, int, float, float]
+"""How tokens are drawn: temperature, top-k, top-p and min-p, as in `Sampler`."""
+Drawn = tuple[Draws, Sequence[float]]
+"""How tokens are drawn, and a number from 0 to 1 for each of them."""
+
+
 CacheT = TypeVar("CacheT", bound=Cache)
 GivenCache = TypeVar("GivenCache", bound=Cache, contravariant=True)
 
@@ -150,8 +156,8 @@ class Backend(Protocol[CacheT]):
 
 
 @runtime_checkable
-class GreedyDrafter(Protocol[GivenCache]):
-    """A backend that runs several greedy steps of a row in one call."""
+class RowDecoder(Protocol[GivenCache]):
+    """A backend that runs several steps of a row in one call."""
 
     def draft(
         self,
@@ -169,16 +175,21 @@ class GreedyDrafter(Protocol[GivenCache]):
         """
         ...
 
-    def continue_greedily(
+    def continue_row(
         self,
         token: int,
         count: int,
         place: tuple[GivenCache, int, int],
         thresholds: Thresholds,
         on_token: Callable[[int], bool],
+        drawn: Drawn | None = None,
     ) -> int:
-        """Call `on_token` with up to `count` tokens that greedily follow `token`, until it returns
-        true or raises: how many there were. `place` is token's, as in `draft`."""
+        """Call `on_token` with up to `count` tokens that follow `token`, greedily or `drawn`, until
+        it returns true or raises: how many there were. `place` is token's, as in `draft`."""
+        ...
+
+    def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:
+        """A token of logits [V] as `continue_row` draws it."""
         ...
 
 

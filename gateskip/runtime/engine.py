@@ -26,6 +26,7 @@ from gateskip.kernels.abi import PARTS, Matrix
 from gateskip.model.families import Branch, UnsupportedModel, embedding_scale, logit_cap
 from gateskip.model.projections import AttentionShape, mlp_parts, rotate
 from gateskip.quantization.packed_linear import PackedLinear
+from gateskip.runtime.backend import Drawn, Draws
 from gateskip.runtime.descriptors import Descriptors
 from gateskip.runtime.kv_cache import KVCache
 
@@ -109,15 +110,17 @@ class Engine:
         tokens = self._follow(order, place, thresholds)
         return tokens, chances[: len(tokens)].tolist()
 
-    def continue_greedily(
+    def continue_row(
         self,
         token: int,
         count: int,
         place: tuple[KVCache, int, int],
         thresholds: Sequence[float] | None,
         on_token: Callable[[int], bool],
+        drawn: Drawn | None = None,
     ) -> int:
-        """Tell of up to `count` tokens that greedily follow `token`, one after the other; how many.
+        """Tell of up to `count` tokens that follow `token`, greedily or `drawn`, one after the
+        other; how many.
 
         `place` is as in `draft`. The tokens end where `on_token` says so, or raises, which this
         call does then. `kept` counts over all steps.
@@ -133,10 +136,21 @@ class Engine:
 
         order = self._order(token, count, self.head)
         order.on_token = abi.OnToken(told)
+        uniform = torch.tensor([] if drawn is None else list(drawn[1]), dtype=torch.float64)
+        if drawn is not None:
+            order.sampling, order.uniform = (
+                ctypes.pointer(abi.Sampling(*drawn[0])),
+                uniform.data_ptr(),
+            )
         followed = len(self._follow(order, place, thresholds))
         if raised:
             raise raised[0]
         return followed
+
+    def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:
+        """A token of logits [V], drawn by a number from 0 to 1."""
+        shares = self._buffer("shares", (len(logits) + 8,), torch.float32)
+        return ops.choose(logits.contiguous(), abi.Sampling(*draws), uniform, shares)
 
     def _order(self, token: int, count: int, head: Matrix) -> abi.Draft:
         """What follows a token, ranked by a head."""

@@ -25,6 +25,8 @@ from gateskip.runtime.attention import attend_rows, causal_softmax
 from gateskip.runtime.backend import (
     Arithmetic,
     BackendName,
+    Drawn,
+    Draws,
     PassThresholds,
     Thresholds,
     dtype_name,
@@ -101,27 +103,32 @@ class NativeBackend(GatheredBackend):
         place: tuple[KVCache, int, int],
         thresholds: Thresholds,
     ) -> tuple[list[int], list[float]]:
-        """See `GreedyDrafter.draft`."""
+        """See `RowDecoder.draft`."""
         cache, row, slot = place
         cache.begin([row], [slot], [count])
         tokens, probabilities = self.engine.draft(token, count, wanted, place, thresholds)
         self._count(range(slot, slot + len(tokens)))
         return tokens, probabilities
 
-    def continue_greedily(
+    def continue_row(
         self,
         token: int,
         count: int,
         place: tuple[KVCache, int, int],
         thresholds: Thresholds,
         on_token: Callable[[int], bool],
+        drawn: Drawn | None = None,
     ) -> int:
-        """See `GreedyDrafter.continue_greedily`."""
+        """See `RowDecoder.continue_row`."""
         cache, row, slot = place
         cache.begin([row], [slot], [count])
-        followed = self.engine.continue_greedily(token, count, place, thresholds, on_token)
+        followed = self.engine.continue_row(token, count, place, thresholds, on_token, drawn)
         self._count(range(slot, slot + followed))
         return followed
+
+    def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:
+        """See `RowDecoder.choose`."""
+        return self.engine.choose(logits, draws, uniform)
 
     def _count(self, slots: Sequence[int]) -> None:
         for slot in slots:

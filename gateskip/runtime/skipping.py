@@ -21,7 +21,8 @@ from gateskip.runtime.backend import (
     Backend,
     BackendName,
     Cache,
-    GreedyDrafter,
+    Drawn,
+    RowDecoder,
     Thresholds,
 )
 from gateskip.runtime.engine import Engine
@@ -100,7 +101,7 @@ class SkippingModel:
         runs: Backend[Any] = make_backend(backend, model, gates, kv_rule, rounded)
         self.backend = runs
         # Asked once: every round of drafting looks here
-        self.drafter: GreedyDrafter[Any] | None = runs if isinstance(runs, GreedyDrafter) else None
+        self.drafter: RowDecoder[Any] | None = runs if isinstance(runs, RowDecoder) else None
 
     @property
     def usage(self) -> Usage:
@@ -195,21 +196,22 @@ class SkippingModel:
         return self.backend.decode(tokens, cache, rows, starts, thresholds)
 
     def continues(self, thresholds: Limits) -> bool:
-        """Whether `continue_greedily` can be asked."""
+        """Whether `continue_row` can be asked."""
         return self.drafter is not None and not isinstance(thresholds, Hold)
 
     @torch.inference_mode()
-    def continue_greedily(
+    def continue_row(
         self,
         token: int,
         count: int,
         place: tuple[Cache, int, int],
         thresholds: Limits,
         on_token: Callable[[int], bool],
+        drawn: Drawn | None = None,
     ) -> None:
-        """Up to `count` greedy steps of one row in one call: see `GreedyDrafter`."""
+        """Up to `count` steps of one row in one call: see `RowDecoder`."""
         assert self.drafter is not None and not isinstance(thresholds, Hold), "ask `continues`"
-        followed = self.drafter.continue_greedily(token, count, place, thresholds, on_token)
+        followed = self.drafter.continue_row(token, count, place, thresholds, on_token, drawn)
         self._count_full(thresholds, followed)
 
     def _count_full(self, thresholds: Thresholds, tokens: int) -> None:

@@ -163,6 +163,14 @@ typedef struct Step {
   int32_t stride;           /* from one row's thresholds to the next one's; 0 where all rows share them */
 } Step;
 
+/* How a token is drawn from logits. */
+typedef struct Sampling {
+  float temperature; /* above 0 */
+  int32_t top_k;     /* 0 is all */
+  float top_p;       /* 1 is all */
+  float min_p;       /* of the likeliest token's probability */
+} Sampling;
+
 /* Told of each token; a draft ends where it returns 1. */
 typedef int32_t OnToken(int32_t token);
 
@@ -183,6 +191,8 @@ typedef struct Draft {
   float* chances;  /* [count]: out, each token's probability as the draft sees it; or null, and `least` is not asked */
   OnToken* on_token; /* called with each token; or null */
   int32_t ended;     /* what it returned last */
+  const Sampling* sampling; /* how tokens are drawn; null takes the likeliest */
+  const double* uniform;    /* [count]: a number from 0 to 1 for each token that is drawn */
 } Draft;
 
 /* Memory that the calls of one model use again and again; not for two calls at a time. */
@@ -217,6 +227,8 @@ void gateskip_step(const Model* model, const CacheView* cache, const Step* step,
 /* drafts for the step's only row, whose slot goes up with the tokens; draft->count becomes their number */
 void gateskip_draft(const Model* model, const CacheView* cache, const Step* step, Draft* draft, Arena* arena,
                     int32_t threads);
+/* a token of logits [n], drawn by a number from 0 to 1; shares has room for n numbers, rounded up to 8: sampling.cpp */
+int32_t gateskip_choose(const float* logits, int32_t n, const Sampling* sampling, double uniform, float* shares);
 /* y [rows, n] of one matrix, such as the LM head, for any number of rows x [rows, k] */
 void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, Arena* arena, int32_t threads);
 

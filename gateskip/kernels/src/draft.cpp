@@ -1,5 +1,6 @@
 // Tokens drafted in one call: the steps, and after each the choice of its token.
 #include "decoder.h"
+#include "sampling.h"
 
 #ifdef __AVX2__
 #include <omp.h>
@@ -23,9 +24,9 @@ int most_of_share(int n, int threads) {
 class Drafter {
  public:
   Drafter(const Model& model, const CacheView& cache, const Step& step, Draft& draft, const SharedRows& shared,
-          Choice* choices, int id, int threads, Slices& own)
+          Choice* choices, float* every, int id, int threads, Slices& own)
       : pass_(model, cache, step, shared, id, threads, own), rank_(id, threads, 1, model.hidden, own), m(model),
-        s(step), d(draft), choices_(choices), id(id), threads(threads),
+        s(step), d(draft), choices_(choices), every_(every), id(id), threads(threads),
         logits_(own.take<float>(most_of_share(d.draft_head->n, threads))) {}
 
   void run() {
@@ -38,9 +39,13 @@ class Drafter {
 #pragma omp barrier
       pass_.run();
 #pragma omp barrier
-      choices_[id] = choose();
+      if (d.sampling) {
+        token = sample(i);
+      } else {
+        choices_[id] = choose();
 #pragma omp barrier
-      token = settle(i);
+        token = settle(i);
+      }
       if (d.chances) likely *= d.accepted[std::min(d.levels - 1, int(d.chances[i] * d.levels))];
       pass_.clock(PART_HEAD);
       if (tell(token) || (d.chances && likely <= d.least)) {
@@ -60,6 +65,21 @@ class Drafter {
   }
 
   static constexpr int BEST = 8;  // tokens that a thread asks the rerank head about
+
+  // A token drawn from the whole distribution, by the first thread
+  int32_t sample(int i) {
+    const int n = d.draft_head->n, padded = (n + 7) / 8 * 8;
+    rank_.multiply(*d.draft_head, rank_.prepare(*d.draft_head, s.hidden, 1),
+                   [&](int row, int, float value) { every_[row] = value; });
+#pragma omp barrier
+    if (id == 0) {
+      for (int j = n; j < padded; j++) every_[j] = 0;
+      for (int j = 0; d.cap && j < n; j += 8) store(every_ + j, capped(load(every_ + j), d.cap));
+      d.tokens[i] = choose_token(every_, n, *d.sampling, d.uniform[i], every_ + padded);
+    }
+#pragma omp barrier
+    return d.tokens[i];
+  }
 
   float embedded(int64_t at) const {
     if (!d.bf16) return static_cast<const float*>(d.embedding)[at] * d.scale;
@@ -119,6 +139,7 @@ class Drafter {
   const Step& s;
   Draft& d;
   Choice* choices_;
+  float* every_;  // all logits, and room for as many shares, where a token is drawn
   const int id, threads;
   float* logits_;
 };
@@ -130,14 +151,17 @@ extern "C" void gateskip_draft(const Model* m, const CacheView* c, const Step* s
   Slices counted{nullptr}, each{nullptr};
   const SharedRows nothing(*m, *c, 1, counted);
   counted.take<Choice>(threads);
-  Drafter(*m, *c, *s, *draft, nothing, nullptr, 0, threads, each);
+  const size_t room = draft->sampling ? 2 * size_t(draft->draft_head->n + 8) : 0;
+  counted.take<float>(room);
+  Drafter(*m, *c, *s, *draft, nothing, nullptr, nullptr, 0, threads, each);
   Slices memory{arena->reserve(counted.used + each.used * threads)};
   const SharedRows shared(*m, *c, 1, memory);
   Choice* choices = memory.take<Choice>(threads);
+  float* every = memory.take<float>(room);
 #pragma omp parallel num_threads(threads)
   {
     Slices own{memory.start + memory.used + each.used * omp_get_thread_num()};
-    Drafter(*m, *c, *s, *draft, shared, choices, omp_get_thread_num(), omp_get_num_threads(), own).run();
+    Drafter(*m, *c, *s, *draft, shared, choices, every, omp_get_thread_num(), omp_get_num_threads(), own).run();
   }
 }
 #endif
