@@ -1,4 +1,4 @@
-"""Tokens that the kernels draw: transformers' distribution, the same alone, in a batch and in a call."""
+"""Tokens that the kernels draw: transformers' distribution, alone as in a batch and in one call."""
 
 from __future__ import annotations
 
@@ -41,13 +41,18 @@ def chosen(scores: Tensor, sampler: Sampler, uniform: float) -> int:
     return ops.choose(scores, abi.Sampling(*sampler.draws), uniform, torch.empty(len(scores) + 8))
 
 
+def of_transformers(sampler: Sampler, scores: Tensor) -> Tensor:
+    return torch.softmax(sampler._chain(torch.tensor([[1]]), scores.unsqueeze(0))[0], -1)
+
+
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("size", [8, 301, 1000, 1536])
 def test_numbers_spread_evenly_give_the_distribution(settings: dict[str, Any], size: int) -> None:
     """With 4000 numbers each share comes out to one of them, whatever the number of parts."""
     sampler = Sampler(**{"temperature": 1.0, **settings})
     scores, count = logits(size, seed=size), 4000
-    wanted = sampler.distribution(scores, [1])
+    wanted = of_transformers(sampler, scores)
+    torch.testing.assert_close(sampler.distribution(scores, [1]), wanted, atol=1e-6, rtol=1e-4)
     tokens = [chosen(scores, sampler, (i + 0.5) / count) for i in range(count)]
     found = torch.bincount(torch.tensor(tokens), minlength=size) / count
     assert tokens == sorted(tokens), "a larger number never gives an earlier token"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gateskip.kernels import abi, ops
 from gateskip.runtime.backend import Draws
 
 Distribution = int | Tensor
@@ -73,6 +74,8 @@ class Sampler:
 
     def distribution(self, logits: Tensor, context: Sequence[int]) -> Distribution:
         """What the token after `context` is drawn from. logits [V]."""
+        if self.draws is not None and logits.device.type == "cpu" and ops.has_decoder():
+            return ops.distribution(logits.float().contiguous(), abi.Sampling(*self.draws))
         scores = logits.float().unsqueeze(0)
         if self._chain:
             ids = torch.tensor([list(context)], device=logits.device)

@@ -125,6 +125,13 @@ def choose(logits: Tensor, sampling: abi.Sampling, uniform: float, shares: Tenso
     )
 
 
+def distribution(logits: Tensor, sampling: abi.Sampling) -> Tensor:
+    """The probabilities [V] from which `choose` draws a token of logits [V], float32."""
+    shares = torch.empty(len(logits) + -len(logits) % 8)
+    _library().gateskip_distribution(_at(logits), len(logits), ctypes.byref(sampling), _at(shares))
+    return shares[: len(logits)]
+
+
 class Arena:
     """Memory that one model's calls use again and again, so that the system need not clear new
     pages for each. It grows to what the largest call needs, and goes with this object."""

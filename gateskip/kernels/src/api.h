@@ -229,6 +229,8 @@ void gateskip_draft(const Model* model, const CacheView* cache, const Step* step
                     int32_t threads);
 /* a token of logits [n], drawn by a number from 0 to 1; shares has room for n numbers, rounded up to 8: sampling.cpp */
 int32_t gateskip_choose(const float* logits, int32_t n, const Sampling* sampling, double uniform, float* shares);
+/* the probabilities from which that token is drawn, into `shares` */
+void gateskip_distribution(const float* logits, int32_t n, const Sampling* sampling, float* shares);
 /* y [rows, n] of one matrix, such as the LM head, for any number of rows x [rows, k] */
 void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, Arena* arena, int32_t threads);
 

@@ -67,14 +67,19 @@ void share_out(const float* logits, int n, float temperature, float* shares) {
   for (int i = n; i % 8; i++) shares[i] = 0;
 }
 
+// The least share of a token that may be drawn
+float least_share(const float* shares, int n, const Sampling& how) {
+  float least = 0;
+  if (how.top_k > 0 && how.top_k < n) least = top_k(shares, n, how.top_k);
+  if (how.top_p < 1) least = std::max(least, top_p(shares, n, least, how.top_p));
+  return std::max(least, how.min_p);
+}
+
 }  // namespace
 
 int32_t choose_token(const float* logits, int32_t n, const Sampling& how, double uniform, float* shares) {
   share_out(logits, n, how.temperature, shares);
-  float least = 0;
-  if (how.top_k > 0 && how.top_k < n) least = top_k(shares, n, how.top_k);
-  if (how.top_p < 1) least = std::max(least, top_p(shares, n, least, how.top_p));
-  least = std::max(least, how.min_p);
+  const float least = least_share(shares, n, how);
   double left = uniform * sum_from(shares, n, least);
   int32_t chosen = 0;
   for (int first = 0; first < n; first += PART) {
@@ -97,5 +102,16 @@ int32_t choose_token(const float* logits, int32_t n, const Sampling& how, double
 
 extern "C" int32_t gateskip_choose(const float* logits, int32_t n, const Sampling* how, double uniform, float* shares) {
   return choose_token(logits, n, *how, uniform, shares);
+}
+
+extern "C" void gateskip_distribution(const float* logits, int32_t n, const Sampling* how, float* shares) {
+  share_out(logits, n, how->temperature, shares);
+  const float least = least_share(shares, n, *how);
+  const F32X8 limit = broadcast(least), factor = broadcast(float(1 / sum_from(shares, n, least)));
+  for (int i = 0; i < n; i += 8) {
+    const F32X8 share = load(shares + i);
+    const __m256 kept = _mm256_cmp_ps((__m256)share, (__m256)limit, _CMP_GE_OQ);
+    store(shares + i, (F32X8)_mm256_and_ps((__m256)(share * factor), kept));
+  }
 }
 #endif
