@@ -5,7 +5,7 @@
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
 #   make repeatability  equal runs against each other, then planted differences (half an hour)
-#   make side-by-side FOLDER=DIR  a model against its copy, then 5 % slower (over an hour)
+#   make side-by-side FOLDER=DIR  a model against its copy, then 5 % slower (20 minutes)
 #   make figures       tables and figures of README and docs anew, from reports/published
 #   make fuzz       mutated pipelines, gates, GGUF files, results: make fuzz SECONDS=1800 ARGS="--target gguf"
 #   make chaos      runs that are killed, starved of disk, damaged, stopped, and resumed: ARGS="--kills 5"
