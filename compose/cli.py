@@ -458,6 +458,10 @@ def bench(
     min_seconds: Annotated[
         float, typer.Option(min=0, help="How long each decodes in a round, in turns.")
     ] = 2.0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Tokens are drawn; 0 is greedy decoding.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(max=1.0, help="Draw from the likeliest p.")] = 1.0,
     one_process: Annotated[
         bool, typer.Option(help="Folders in turns in one process: no process is the luckier one.")
     ] = False,
@@ -497,6 +501,7 @@ def bench(
         repeats=repeats,
         min_seconds=min_seconds,
         one_process=one_process,
+        sampling={"temperature": temperature, "top_p": top_p} if temperature else None,
         threads=threads,
         quality=quality,
         texts=text or [],

@@ -110,6 +110,9 @@ def test_peers_are_cells_of_a_pipeline() -> None:
     with pytest.raises(PlanError, match="q4_k_m"):
         wrong = {**raw, "benchmark": {"against": "llama.cpp:q4_k_n"}}
         make_plan(Pipeline.model_validate(wrong))
+    with pytest.raises(PlanError, match="timed greedily"):
+        wrong = {**raw, "benchmark": {"against": "transformers", "speed": {"sampling": {}}}}
+        make_plan(Pipeline.model_validate(wrong))
     with pytest.raises(PlanError, match="another engine"):
         wrong = {**raw, "benchmark": {"against": "transformers", "baseline": "transformers"}}
         make_plan(Pipeline.model_validate(wrong))
@@ -249,3 +252,30 @@ def test_the_command_measures_all_in_one_table(
     assert gathered.arithmetic is not None and gathered.arithmetic.backend == "gathered"
     assert gathered.quality is not None and gathered.quality.kl_to_baseline is not None
     assert "GB/s" in done.output and "transformers" in done.output
+
+
+@pytest.mark.slow
+def test_folders_take_turns_in_one_process_and_sample(
+    make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from compose.cli import app
+
+    folder = make_tiny("llama", max_position_embeddings=1024)
+    arguments = ["bench", folder, "--system", "plain", "--system", "draft:1+4", "--one-process"]
+    arguments += ["--temperature", 0.7, "--top-p", 0.9, "--context", 16, "--new-tokens", 8]
+    arguments += ["--repeats", 3, "--min-seconds", 0.1, "--threads", 1, "--out", tmp_path]
+    done = CliRunner().invoke(app, list(map(str, [*arguments, "--name", "small"])))
+    assert done.exit_code == 0, done.output
+    results = load_results(tmp_path / "small" / "results.json")
+    assert results.benchmark["speed"]["sampling"]["top_p"] == 0.9
+    for name in ("plain", "draft:1+4"):
+        cell = results.cell(name)
+        assert cell.speed is not None and len(cell.speed.decode_tokens_per_s.repeats) == 3
+        assert cell.speed.equal_to_baseline is None, "samples differ"
+        assert cell.size is not None and cell.size.peak_bytes is None
+    logs = {file.name for file in (tmp_path / "small" / "logs").glob("speed-*")}
+    assert logs == {"speed-together.log"}
+    refused = CliRunner().invoke(app, list(map(str, [*arguments, "--against", "transformers"])))
+    assert refused.exit_code == 2 and "timed greedily" in refused.output

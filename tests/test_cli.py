@@ -429,7 +429,8 @@ def test_the_options_of_every_command_are_frozen() -> None:
             *("--name", "--new-tokens", "--one-process", "--out", "--prompts", "--quality"),
             "--questions",
             *("--quiet", "--repeats"),
-            *("--system", "--task", "--text", "--threads", "--tokens", "folders"),
+            *("--system", "--task", "--temperature", "--text", "--threads", "--tokens"),
+            *("--top-p", "folders"),
         ],
         "tune-draft": [
             "--limit",

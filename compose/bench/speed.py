@@ -17,6 +17,7 @@ from compose.bench.workloads import Rows, rows_of
 from compose.memory import peak_bytes, reset_peak, resident_bytes
 from gateskip.decoding.decoder import Decoder, Mode, cache_capacity
 from gateskip.decoding.phases import Phase
+from gateskip.decoding.sampling import GREEDY, Sampler
 from gateskip.decoding.stats import Generation, Stats
 from gateskip.model.compute import Saving, Usage
 
@@ -45,6 +46,9 @@ class SpeedTurns:
         self.saving, self.wanted = saving, wanted
         self.threads, self.asset_cache = threads, asset_cache
         self._rows: dict[tuple[int, int, str], list[Rows]] = {}
+        sampling = wanted.get("sampling")
+        self.sampler = Sampler(**sampling) if sampling else GREEDY
+        self._seed = 0  # of the next prompts' samples: each time others
         self._timed = False
         self._held = 0
         """Bytes that the process held before the shape that is measured now."""
@@ -87,7 +91,7 @@ class SpeedTurns:
             "tokens": decoded,
             "decode_s": stats.decode_s,
             "ttft_s": sum(first_tokens) / len(first_tokens),
-            "digest": digest.hexdigest()[:16],
+            "digest": digest.hexdigest()[:16] if self.sampler == GREEDY else None,
             "peak_bytes": peak_bytes(),
             "cache_bytes": cache,
             "beside_bytes": max(0, peak_bytes() - self._held - cache),
@@ -108,8 +112,12 @@ class SpeedTurns:
 
     def _generate(self, rows: Rows, new_tokens: int, category: str = "") -> Generation:
         """Continue prompts; those of a category end as answers do, running text goes on."""
+        self._seed += 1
+        drawn = {"sampler": self.sampler, "seed": self._seed}
         stop = stop_token_ids(self.decoder) if category else ()
-        return self.decoder.generate(rows, new_tokens, self.mode, eos=stop, **self.settings)
+        return self.decoder.generate(
+            rows, new_tokens, self.mode, eos=stop, **drawn, **self.settings
+        )
 
     def _batches(self, batch: int, context: int, category: str) -> list[Rows]:
         shape = (batch, context, category)

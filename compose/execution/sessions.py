@@ -200,7 +200,8 @@ class Session:
 
 def _together(numbers: list[Numbers]) -> Numbers:
     """The repeats of all categories in one round, as one."""
-    texts = "-".join(str(each["digest"]) for each in numbers)
+    digests = [each["digest"] for each in numbers]
+    texts = None if None in digests else "-".join(digests)
     return add_turns(numbers) | {"digest": texts}
 
 

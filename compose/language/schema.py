@@ -170,6 +170,22 @@ class Search(_Section):
     """Chains that come to the last rung, more where intervals still reach the bound."""
 
 
+class Sampling(_Section):
+    """How tokens are drawn; the fields mean what they do in transformers."""
+
+    temperature: Annotated[float, Field(gt=0)] = 0.7
+    """Divides the logits."""
+
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Only the k likeliest tokens; 0 is all."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only the likeliest tokens that together have this probability."""
+
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Only tokens at least this likely, relative to the likeliest."""
+
+
 class Speed(_Section):
     """How speed is measured."""
 
@@ -203,6 +219,10 @@ class Speed(_Section):
 
     prompts_per_category: Count | None = None
     """How many of them are taken of each category; all when left out."""
+
+    sampling: Sampling | None = None
+    """How tokens are drawn while speed is measured; greedily when left out. Texts then differ from
+    cell to cell, and other engines, which are timed greedily, cannot take part."""
 
 
 class OwnAnswers(_Section):
@@ -406,6 +426,12 @@ class Pipeline(_Section):
         if self.search is not None:
             yield from self._axes_problems(self.search.axes, ("search", "axes"))
             yield from vary_problems(self.search.vary, self.stages, ("search", "vary"))
+        if self.benchmark.against and self.benchmark.speed.sampling is not None:
+            yield Problem(
+                ("benchmark", "speed", "sampling"),
+                "other engines are timed greedily, so they cannot be compared with cells that sample",
+                fix="remove `sampling`, or `against`",
+            )
         for index, peer in enumerate(self.benchmark.against):
             try:
                 parse_peer(peer)

@@ -46,6 +46,11 @@ def bench_plan(
     peers = [*(each for each in systems if is_peer(each)), *against]
     for peer in peers:
         parse_peer(peer)
+    if peers and benchmark["speed"].get("sampling"):
+        raise UserError(
+            "other engines are timed greedily, so they cannot be compared with folders that sample",
+            fix=f"leave out --temperature, or {peers[0]}",
+        )
     places = [folder.absolute() for folder in folders]
     cells = [
         _cell(place, label, way, ways)

@@ -25,6 +25,7 @@ def benchmark_of(
     repeats: int,
     min_seconds: float,
     one_process: bool,
+    sampling: dict[str, float] | None,
     threads: int | None,
     quality: bool,
     texts: Sequence[str],
@@ -44,6 +45,7 @@ def benchmark_of(
         "repeats": repeats,
         "min_seconds": min_seconds,
         "one_process": one_process,
+        "sampling": sampling,
         "prompts": prompts,
         "prompts_per_category": limit,
     }
