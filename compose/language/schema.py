@@ -429,7 +429,7 @@ class Pipeline(_Section):
         if self.benchmark.against and self.benchmark.speed.sampling is not None:
             yield Problem(
                 ("benchmark", "speed", "sampling"),
-                "other engines are timed greedily, so they cannot be compared with cells that sample",
+                "other engines are timed greedily: cells that sample cannot be compared with them",
                 fix="remove `sampling`, or `against`",
             )
         for index, peer in enumerate(self.benchmark.against):
