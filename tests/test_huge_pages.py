@@ -57,6 +57,22 @@ def test_memory_that_was_not_touched_comes_on_huge_pages() -> None:
     prefer(torch.zeros(8))  # too small for one
 
 
+def test_neighbours_go_together_and_alone_where_some_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def madvise(begin: int, size: int, advice: int) -> int:
+        asked.append((begin // HUGE, size // HUGE))
+        return -1 if 8 in range(begin // HUGE, (begin + size) // HUGE) else 0
+
+    monkeypatch.setattr(huge_pages, "_madvise", lambda: madvise)
+    filled = {3: HUGE, 4: HUGE, 7: HUGE, 8: HUGE, 11: HUGE // 2, 12: HUGE // 2 - 1}
+    monkeypatch.setattr(huge_pages, "_filled", lambda tensors: filled)
+    assert collapse([]) == 4 * HUGE
+    assert asked == [(3, 2), (7, 2), (7, 1), (8, 1), (11, 1)]
+
+
 def test_where_there_are_none_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "setting", lambda: "never")
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", None, raising=False)

@@ -10,8 +10,9 @@ import ctypes
 import mmap
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,13 +37,21 @@ def setting() -> str | None:
 def collapse(tensors: Iterable[Tensor]) -> int:
     """Move the memory of tensors onto huge pages where they fill at least half of one: bytes moved.
 
-    It is a request: what the system refuses stays where it is.
+    It is a request: what the system refuses stays where it is. Each call waits for all processors,
+    so neighbours go together, and one by one only where some of them cannot.
     """
     madvise = _madvise()
     if madvise is None:
         return 0
-    blocks = [block for block, filled in sorted(_filled(tensors).items()) if filled >= HUGE // 2]
-    return HUGE * sum(1 for block in blocks if madvise(block * HUGE, HUGE, COLLAPSE) == 0)
+    blocks = sorted(block for block, filled in _filled(tensors).items() if filled >= HUGE // 2)
+    moved = 0
+    for first, count in _runs(blocks):
+        if madvise(first * HUGE, count * HUGE, COLLAPSE) == 0:
+            moved += count
+        else:
+            alone = range(first, first + count)
+            moved += sum(1 for block in alone if madvise(block * HUGE, HUGE, COLLAPSE) == 0)
+    return HUGE * moved
 
 
 def prefer(tensor: Tensor) -> None:
@@ -60,6 +69,13 @@ def _madvise() -> ctypes._NamedFuncPointer | None:
     function = ctypes.CDLL(None).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return function
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Of ascending numbers, those that follow each other: the first, and how many."""
+    for _, pairs in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in pairs]
+        yield run[0], len(run)
 
 
 def _filled(tensors: Iterable[Tensor]) -> Counter[int]:
