@@ -113,7 +113,7 @@ class SpeedTurns:
     def _generate(self, rows: Rows, new_tokens: int, category: str = "") -> Generation:
         """Continue prompts; those of a category end as answers do, running text goes on."""
         self._seed += 1
-        drawn = {"sampler": self.sampler, "seed": self._seed}
+        drawn: dict[str, Any] = {"sampler": self.sampler, "seed": self._seed}
         stop = stop_token_ids(self.decoder) if category else ()
         return self.decoder.generate(
             rows, new_tokens, self.mode, eos=stop, **drawn, **self.settings
