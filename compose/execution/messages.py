@@ -98,7 +98,7 @@ class CellRequest(TypedDict):
 class CellCommand(TypedDict, total=False):
     """A command to a worker of role `cell`."""
 
-    do: Literal["join", "load", "quality", "lossless", "roofline", "warm", "speed", "quit"]
+    do: Literal["join", "drop", "load", "quality", "lossless", "roofline", "warm", "speed", "quit"]
     cell: str
     """Which cell is asked, in a process of several; the first one unless it says otherwise."""
     job: CellRequest

@@ -202,9 +202,10 @@ class Speed(_Section):
     """Interleaved rounds over all cells; every one is kept, the median is reported."""
 
     one_process: bool = False
-    """Whether all cells of ours are timed in one process. What makes a process a few percent faster
-    or slower than its equal for as long as it lives is then the same for all. What each of them
-    holds in memory at most is not measured then."""
+    """Whether all cells of ours are timed in one process, into which each round loads them anew, in
+    another order. What makes a process a few percent faster or slower than its equal for as long as
+    it lives is then the same for all, and where weights come to lie changes with the rounds. What
+    each cell holds in memory at most is not measured then."""
 
     batch_sizes: Annotated[tuple[Count, ...], AfterValidator(_no_repeats), Field(min_length=1)] = (
         1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +29,11 @@ def serve_cell(job: CellRequest, channel: Channel) -> None:
             cells[command["job"]["name"]] = _Cell(command["job"], channel.progress)
             channel.send(answer(dict))
             continue
+        if command["do"] == "drop":
+            for each in cells.values():
+                each.drop()
+            channel.send(answer(return_memory))
+            continue
         cell = cells[command.get("cell", job["name"])]
         channel.send(answer(partial(cell.measure, command)))
 
@@ -37,6 +44,10 @@ class _Cell:
     def __init__(self, job: CellRequest, progress: Progress) -> None:
         self._job, self._progress = job, progress
         self._bench: CellBench | PeerBench | None = None
+
+    def drop(self) -> None:
+        """Forget the model; `load` loads it again."""
+        self._bench = None
 
     def measure(self, command: CellCommand) -> dict[str, Any]:
         """What a command measures.
@@ -60,6 +71,15 @@ class _Cell:
         if command["do"] == "warm":
             return self._bench.warm(*shape, command["threads"])
         return self._bench.speed(*shape)
+
+
+def return_memory() -> dict[str, Any]:
+    """Give memory that nothing uses back to the system, so that what comes next lies elsewhere."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+    return {}
 
 
 def measure_roofline(threads: int) -> dict[str, float]:
