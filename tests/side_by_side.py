@@ -46,7 +46,7 @@ def main() -> int:
     equal = [_called(logs) for logs in ratios]
     planted = [_called(logs + np.log(SLOWER)) for logs in ratios]
     summary: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *sys.argv]).replace(str(options.folder), "FOLDER"),
         "commit": runs[-1].environment.get("git_commit"),
         "processor": runs[-1].environment.get("processor"),
         "runs": len(runs),
