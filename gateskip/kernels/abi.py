@@ -180,7 +180,7 @@ OnToken = ctypes.CFUNCTYPE(Int, Int)
 
 
 class Draft(ctypes.Structure):
-    """Tokens that one row drafts greedily."""
+    """Tokens of one row, one after the other."""
 
     _fields_ = (
         *((name, Int) for name in ("token", "count")),

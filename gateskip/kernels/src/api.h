@@ -174,7 +174,7 @@ typedef struct Sampling {
 /* Told of each token; a draft ends where it returns 1. */
 typedef int32_t OnToken(int32_t token);
 
-/* Tokens that one row drafts greedily, one after the other. */
+/* Tokens of one row, one after the other: a draft, or what follows in its text. */
 typedef struct Draft {
   int32_t token;         /* the last committed one */
   int32_t count;         /* tokens wanted; afterwards, tokens drafted */

@@ -1,4 +1,4 @@
-// Tokens drafted in one call: the steps, and after each the choice of its token.
+// Several tokens of a row in one call, a draft or the text itself: the steps, and after each the choice of its token.
 #include "decoder.h"
 #include "sampling.h"
 
@@ -56,7 +56,7 @@ class Drafter {
   }
 
  private:
-  // Whether whom it may concern ends the draft with this token
+  // Whether the caller, who is told of each token, ends with this one
   bool tell(int32_t token) const {
     if (!d.on_token) return false;
     if (id == 0) d.ended = d.on_token(token);
