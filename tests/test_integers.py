@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import gateskip
 from compose.artifacts.bundle import write_loader
 from compose.artifacts.folder import copy_companions, probe_ids, probe_logits
+from compose.bench.text import load_head
 from compose.errors import RuleBroken, UserError
 from compose.stages.registry import STAGES, DataSpec, Gate, Int4, ModelShape, StageJob
 from compose.stages.shape import FUSED_QKV
@@ -74,6 +75,8 @@ def test_a_folder_comes_back_as_it_was_rounded(
         assert torch.equal(layer.codes, tensors[f"{name}.codes"])
     logits = model(probe_ids(folder)).logits
     assert logits.isfinite().all()
+    states = model.model(probe_ids(folder)).last_hidden_state
+    torch.testing.assert_close(load_head(folder)(states), logits, atol=1e-5, rtol=1e-5)
 
 
 def test_more_bits_are_nearer_to_the_dense_model(

@@ -20,6 +20,7 @@ from torch import Tensor
 from compose.errors import StepError
 from compose.store import new_file
 from compose.units import Progress
+from gateskip.quantization.folders import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -223,7 +224,7 @@ def load_blocks(stored: Mapping[str, Tensor], blocks: Tensor) -> Tensor:
 
 
 def load_head(folder: Path) -> Head:
-    """The LM head of an unquantized model folder, read without the rest of the model.
+    """The LM head of a model folder, read without the rest of the model unless it is packed.
 
     It multiplies in float32 whatever the weights' type: logits rounded to bfloat16 would add a KL
     of their own to what is compared.
@@ -233,8 +234,13 @@ def load_head(folder: Path) -> Head:
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tied = config.get("tie_word_embeddings", False)
-    names = ("model.embed_tokens.weight",) if tied else ("lm_head.weight",)
-    weight = _read_weight(folder, (*names, "lm_head.weight", "model.embed_tokens.weight"))
+    names: tuple[str, ...] = ("model.embed_tokens.weight",) if tied else ("lm_head.weight",)
+    names = (*names, "lm_head.weight", "model.embed_tokens.weight")
+    weight = _read_weight(folder, names)
+    if weight is None and "quantization_config" in config:
+        weight = _unpacked_head(folder)
+    if weight is None:
+        raise StepError(f"{folder} has none of the weights {', '.join(dict.fromkeys(names))}")
     softcap = config.get("final_logit_softcapping")
     scale = config.get("logit_scale", 1.0) / config.get("logits_scaling", 1.0)
 
@@ -247,7 +253,7 @@ def load_head(folder: Path) -> Head:
     return head
 
 
-def _read_weight(folder: Path, names: Sequence[str]) -> Tensor:
+def _read_weight(folder: Path, names: Sequence[str]) -> Tensor | None:
     from safetensors import safe_open
 
     for name in names:
@@ -256,7 +262,15 @@ def _read_weight(folder: Path, names: Sequence[str]) -> Tensor:
                 if name in file.keys():  # noqa: SIM118 -- not a mapping
                     weight: Tensor = file.get_tensor(name)
                     return weight
-    raise StepError(f"{folder} has none of the weights {', '.join(dict.fromkeys(names))}")
+    return None
+
+
+def _unpacked_head(folder: Path) -> Tensor | None:
+    """The weights of a head that is stored as codes, as a folder of integers has it."""
+    weight = getattr(load_model(folder).get_output_embeddings(), "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return None
+    return weight.detach()
 
 
 def head_chunks(length: int) -> Iterator[slice]:
