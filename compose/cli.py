@@ -461,7 +461,9 @@ def bench(
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Tokens are drawn; 0 is greedy decoding.")
     ] = 0.0,
-    top_p: Annotated[float, typer.Option(max=1.0, help="Draw from the likeliest p.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Sample from this probability mass.")
+    ] = 1.0,
     one_process: Annotated[
         bool, typer.Option(help="Folders in turns in one process: no process is the luckier one.")
     ] = False,

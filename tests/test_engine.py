@@ -118,18 +118,24 @@ def test_logits_are_those_of_transformers(
     torch.testing.assert_close(fast.head(torch.cat(states, 1)), wanted, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("skips", [False, True])
-def test_a_draft_is_its_steps(
+@pytest.fixture
+def after_a_prompt(
     make_tiny: Callable[..., Path], family: str, dtype: str, skips: bool
-) -> None:
-    """Its tokens, and how likely each is, are what decoding one by one says."""
+) -> tuple[SkippingModel, list[float] | None, Any, Any]:
+    """A model in the engine, thresholds if it skips, and two caches of the same 40 tokens."""
     _, fast, some = pair(loaded(make_tiny(family, **ODD.get(family, {})), dtype), "project")
-    levels = some if skips else None
     together, alone = fast.new_cache(1, 64), fast.new_cache(1, 64)
     for cache in (together, alone):
         fast.forward(tokens(1, 40), cache, [0])
+    return fast, some if skips else None, together, alone
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_draft_is_its_steps(after_a_prompt: Any) -> None:
+    """Its tokens, and how likely each is, are what decoding one by one says."""
+    fast, levels, together, alone = after_a_prompt
     assert fast.drafter is not None
     drafted, chances = fast.drafter.draft(7, 8, (0.0, [1.0]), (together, 0, 40), levels)
     token = 7
@@ -144,15 +150,9 @@ def test_a_draft_is_its_steps(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("skips", [False, True])
-def test_a_continuation_is_its_steps(
-    make_tiny: Callable[..., Path], family: str, dtype: str, skips: bool
-) -> None:
+def test_a_continuation_is_its_steps(after_a_prompt: Any) -> None:
     """Greedy tokens of one call, what it leaves in the cache, and who entered: as one by one."""
-    _, fast, some = pair(loaded(make_tiny(family, **ODD.get(family, {})), dtype), "project")
-    levels = some if skips else None
-    together, alone = fast.new_cache(1, 64), fast.new_cache(1, 64)
-    for cache in (together, alone):
-        fast.forward(tokens(1, 40), cache, [0])
+    fast, levels, together, alone = after_a_prompt
     before, found = fast.usage.copy(), []
     fast.continue_row(7, 9, (together, 0, 40), levels, lambda x: found.append(x) or x < 0)
     in_one_call, before = fast.usage.since(before), fast.usage.copy()

@@ -157,7 +157,7 @@ class _Measurement:
             self._load(some)
 
     def _end_all(self) -> None:
-        for worker in {id(each): each for each in self.workers.values()}.values():
+        for worker in set(self.workers.values()):
             self.run.workers.end(worker)
         self.workers.clear()
         self.shared = None
@@ -189,10 +189,14 @@ class _Measurement:
     def _load_anew(self, cells: list[Cell]) -> None:
         """Load what shares a process once more, in another order: where weights come to lie makes
         a model a percent or two faster or slower than its equal."""
-        shared = [cell for cell in cells if self.workers.get(cell.name) is self.shared]
-        for count, cell in enumerate(each for each in shared if self._goes_on(each.name)):
-            if count == 0:
-                self._ask(cell, {"do": "drop"}, note="loading anew")
+        shared = [
+            cell
+            for cell in cells
+            if self.workers.get(cell.name) is self.shared and self._goes_on(cell.name)
+        ]
+        for cell in shared[:1]:
+            self._ask(cell, {"do": "drop"}, note="loading anew")
+        for cell in shared:
             self._ask(cell, {"do": "load"}, note=f"loading {cell.name}")
         names = {cell.name for cell in shared}
         self.warm = {(name, shape) for name, shape in self.warm if name not in names}

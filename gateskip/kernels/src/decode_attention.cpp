@@ -13,21 +13,6 @@ void put(const float* from, uint16_t* to, int n) {
   for (int i = 0; i < n; i++) to[i] = float_to_bf16(from[i]);
 }
 
-// Bytes whose largest is 127, times what is returned; n is a multiple of 8
-float put(const float* from, int8_t* to, int n) {
-  F32X8 most = {};
-  for (int i = 0; i < n; i += 8)
-    most = (F32X8)_mm256_max_ps((__m256)most, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), (__m256)load(from + i)));
-  float largest = most[0];
-  for (int i = 1; i < 8; i++) largest = std::max(largest, most[i]);
-  const F32X8 inverse = broadcast(largest > 0 ? 127.0f / largest : 0.0f);
-  for (int i = 0; i < n; i += 8) {
-    const I32X8 codes = (I32X8)_mm256_cvtps_epi32((__m256)(load(from + i) * inverse));
-    for (int j = 0; j < 8; j++) to[i + j] = int8_t(codes[j]);
-  }
-  return largest / 127.0f;
-}
-
 // y[i] = sum(v[i]) for four vectors, in the same order and so to the same bits
 void sum_four(const F32X8* v, float* y) {
   __m128 part[4];
@@ -113,8 +98,8 @@ void Pass::remember(int l, int r, int head) {
   turn(a, a.norm_k, at.k + int64_t(r) * m.kv_heads * d, head, 1, slot, query_);
   const float* own = at.v + (int64_t(r) * m.kv_heads + head) * d;
   if constexpr (std::is_same_v<Stored, int8_t>) {
-    c.key_scales[l][line(l, r, head, slot)] = put(query_, key, d);
-    c.value_scales[l][line(l, r, head, slot)] = put(own, value, d);
+    c.key_scales[l][line(l, r, head, slot)] = to_bytes(query_, d, 0, key);
+    c.value_scales[l][line(l, r, head, slot)] = to_bytes(own, d, 0, value);
   } else {
     put(query_, key, d);
     put(own, value, d);
@@ -246,12 +231,9 @@ void Pass::attend_heads(int l, int place, int head, int part) {
     factor[i] = alone ? 1.0f / mass : 1.0f;
     if (!alone) out[i * step + d] = most, out[i * step + d + 1] = mass;
   }
-  if (bytes) {
-    mix_bytes<n>(values, c.value_scales[l] + at_scale, whole, c.slots[l], seen, factor, out, step);
-  } else {
-    if (c.value_scales) scale<n>(c.value_scales[l] + at_scale, whole, c.slots[l], seen);
-    mix<Stored, n>(values, whole, around, seen, factor, out, step);
-  }
+  if (c.value_scales) scale<n>(c.value_scales[l] + at_scale, whole, c.slots[l], seen);
+  if (bytes) mix_bytes<n>(values, whole, around, seen, factor, out, step);
+  else mix<Stored, n>(values, whole, around, seen, factor, out, step);
 }
 
 // Whether a cache of 8 bits is multiplied as it is
@@ -280,20 +262,18 @@ void Pass::score_bytes([[maybe_unused]] const void* keys, [[maybe_unused]] const
 #endif
 }
 
-// As `mix`, with shares of 16 bits, and the values' scales: from place `whole` on, both lie `around` slots earlier
+// As `mix`, with shares of 16 bits
 template <int n>
-void Pass::mix_bytes([[maybe_unused]] const void* values, [[maybe_unused]] const float* scales,
-                     [[maybe_unused]] int whole, [[maybe_unused]] int around, [[maybe_unused]] int seen,
-                     [[maybe_unused]] const float* factor, [[maybe_unused]] float* out, [[maybe_unused]] int64_t step) {
+void Pass::mix_bytes([[maybe_unused]] const void* values, [[maybe_unused]] int whole, [[maybe_unused]] int64_t around,
+                     [[maybe_unused]] int seen, [[maybe_unused]] const float* factor, [[maybe_unused]] float* out,
+                     [[maybe_unused]] int64_t step) {
 #ifdef GATESKIP_INT8_CACHE
   static_assert(SLOTS_AT_ONCE <= int8_cache::MOST_SLOTS);
   float scaled[n];
-  for (int h = 0; h < n; h++) {
-    float* shares = scores_ + h * STRIDE;
-    scaled[h] = factor[h] * int8_cache::round_shares(shares, scales, whole, around, seen, shares_ + h * STRIDE);
-  }
-  int8_cache::mix<n>(static_cast<const int8_t*>(values), m.head_dim, whole, int64_t(around) * m.head_dim, seen,
-                     shares_, STRIDE, scaled, out, step);
+  for (int h = 0; h < n; h++)
+    scaled[h] = factor[h] * int8_cache::round_shares(scores_ + h * STRIDE, seen, shares_ + h * STRIDE);
+  int8_cache::mix<n>(static_cast<const int8_t*>(values), m.head_dim, whole, around, seen, shares_, STRIDE, scaled, out,
+                     step);
 #endif
 }
 
@@ -345,8 +325,8 @@ void Pass::scale(const float* scales, int whole, int around, int seen) {
   }
 }
 
-// Scores [seen] become shares before they are divided by what is returned: their sum. `largest` was the largest score.
-float Pass::softmax(const Layer& a, float* scores, int seen, float& largest) const {
+// Scores [seen] become shares before they are divided by what is returned: their sum. `highest` was the largest score.
+float Pass::softmax(const Layer& a, float* scores, int seen, float& highest) const {
   const F32X8 scaling = broadcast(a.scaling);
   F32X8 most = broadcast(-INFINITY), mass = {};
   for (int t = seen; t % 8; t++) scores[t] = scores[0];  // so that the largest is one of those that are seen
@@ -356,10 +336,9 @@ float Pass::softmax(const Layer& a, float* scores, int seen, float& largest) con
     most = (F32X8)_mm256_max_ps((__m256)most, (__m256)load(scores + t));
   }
   for (int t = seen; t % 8; t++) scores[t] = -INFINITY;
-  largest = most[0];
-  for (int i = 1; i < 8; i++) largest = std::max(largest, most[i]);
+  highest = largest(most);
   for (int t = 0; t < seen; t += 8) {
-    const F32X8 share = exp_of(load(scores + t) - broadcast(largest));
+    const F32X8 share = exp_of(load(scores + t) - broadcast(highest));
     store(scores + t, share);
     mass += share;
   }

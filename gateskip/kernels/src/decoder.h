@@ -78,8 +78,8 @@ class Pass : Share {
   template <int n>
   void score_bytes(const void* keys, const float* scales, int whole, int around, int seen);
   template <int n>
-  void mix_bytes(const void* values, const float* scales, int whole, int around, int seen, const float* factor,
-                 float* out, int64_t step);
+  void mix_bytes(const void* values, int whole, int64_t around, int seen, const float* factor, float* out,
+                 int64_t step);
   template <class Stored, int n>
   void score(const float* query, const Stored* keys, int first, int last);
   template <int n>

@@ -3,6 +3,24 @@
 #pragma once
 #include "simd.h"
 
+#ifdef __AVX2__
+// Whole numbers up to 127 either way, around `zero`, that times what is returned are about the numbers given; n is a
+// multiple of 8
+template <class Byte>
+float to_bytes(const float* from, int n, int zero, Byte* to) {
+  F32X8 most = {};
+  for (int i = 0; i < n; i += 8)
+    most = (F32X8)_mm256_max_ps((__m256)most, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), (__m256)load(from + i)));
+  const float highest = largest(most);
+  const F32X8 inverse = broadcast(highest > 0 ? 127.0f / highest : 0.0f);
+  for (int i = 0; i < n; i += 8) {
+    const I32X8 codes = (I32X8)_mm256_cvtps_epi32((__m256)(load(from + i) * inverse));
+    for (int j = 0; j < 8; j++) to[i + j] = Byte(codes[j] + zero);
+  }
+  return highest / 127.0f;
+}
+#endif
+
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #define GATESKIP_INT8_CACHE
 #include <cstddef>
@@ -37,15 +55,7 @@ inline __m128i sum_four(const __m512i* v) {
 // Queries [n, d] as bytes from 1 to 255 around 128, and what one of their steps is [n]
 template <int n>
 void round_queries(const float* query, int d, uint8_t* bytes, float* step) {
-  for (int h = 0; h < n; h++) {
-    const float largest = largest_of(query + h * d, d);
-    const F32X8 inverse = broadcast(largest > 0 ? 127 / largest : 0.0f);
-    for (int i = 0; i < d; i += 8) {
-      const I32X8 codes = (I32X8)_mm256_cvtps_epi32((__m256)(load(query + h * d + i) * inverse));
-      for (int j = 0; j < 8; j++) bytes[h * d + i + j] = uint8_t(codes[j] + 128);
-    }
-    step[h] = largest / 127;
-  }
+  for (int h = 0; h < n; h++) step[h] = to_bytes(query + h * d, d, 128, bytes + h * d);
 }
 
 // Scores of `count` keys, four or less: the sum over channels, with queries as `round_queries` makes them
@@ -87,11 +97,8 @@ void score(const uint8_t* query, const float* step, const int8_t* keys, const fl
   for (; t < count; t++) score_four<n, 1>(query, step, keys + ptrdiff_t(t) * d, scales + t, d, scores + t, stride);
 }
 
-// Shares [seen] of a head, times the scales of what they weigh, as 16 bits with a zero behind them, and what one of
-// their steps is. The shares become those products.
-inline float round_shares(float* shares, const float* scales, int whole, int around, int seen, int16_t* rounded) {
-  for (int t = 0; t < whole; t++) shares[t] *= scales[t];
-  for (int t = whole; t < seen; t++) shares[t] *= scales[t - around];
+// Shares [seen] of a head as 16 bits with a zero behind them, and what one of their steps is
+inline float round_shares(const float* shares, int seen, int16_t* rounded) {
   const float largest = largest_of(shares, seen);
   const __m512 inverse = _mm512_set1_ps(largest > 0 ? LARGEST_SHARE / largest : 0);
   for (int t = 0; t < seen; t += 16) {

@@ -49,6 +49,12 @@ static inline F32X8 broadcast(float v) { return F32X8{v, v, v, v, v, v, v, v}; }
 
 static inline float sum(F32X8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
+static inline float largest(F32X8 v) {
+  float most = v[0];
+  for (int i = 1; i < 8; i++) most = std::max(most, v[i]);
+  return most;
+}
+
 static inline float bf16_to_float(uint16_t value) {
   const uint32_t bits = uint32_t(value) << 16;
   float out;
@@ -94,10 +100,10 @@ static inline Widest wide_load(const int8_t* p) {
 
 static inline void store(float* p, Widest v) { *reinterpret_cast<Widest*>(p) = v; }
 
-// Its halves, added up
+// Its lower and its upper eight lanes, added up
 static inline F32X8 in_eight(Widest v) {
-  const __m512d halves = _mm512_castps_pd((__m512)v);
-  return (F32X8)_mm512_castps512_ps256((__m512)v) + (F32X8)_mm256_castpd_ps(_mm512_extractf64x4_pd(halves, 1));
+  const __m512d whole = _mm512_castps_pd((__m512)v);
+  return (F32X8)_mm512_castps512_ps256((__m512)v) + (F32X8)_mm256_castpd_ps(_mm512_extractf64x4_pd(whole, 1));
 }
 #else
 typedef F32X8 Widest;
