@@ -111,8 +111,8 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
         drafter.engine.draft_head, drafter.engine.rerank_head = drafter.engine.head, None
     prompt, cache = torch.randint(3, 512, (1, 12)), decoder.skipping.new_cache(1, 40)
     decoder.skipping.forward(prompt, cache, [0])
-    assert drafter.drafter is not None
-    tokens, chances = drafter.drafter.draft(9, 6, (0.0, [1.0]), (cache, 0, 12), None)
+    assert drafter.row_decoder is not None
+    tokens, chances = drafter.row_decoder.draft(9, 6, (0.0, [1.0]), (cache, 0, 12), None)
     last, stepped, seen = 9, [], []
     for slot in range(12, 18):
         hidden = drafter.decode([[last]], cache, [0], [slot])
@@ -122,7 +122,7 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
         seen.append(float(logits.softmax(-1)[last]))
     assert tokens == stepped
     assert chances == pytest.approx(seen, abs=0.05 if exact else 1e-4)
-    unsure, _ = drafter.drafter.draft(9, 6, (0.3, [0.6]), (cache, 0, 12), None)
+    unsure, _ = drafter.row_decoder.draft(9, 6, (0.3, [0.6]), (cache, 0, 12), None)
     assert unsure == stepped[:3]  # 0.6 to the third is less than 0.3
 
 

@@ -136,8 +136,8 @@ def after_a_prompt(
 def test_a_draft_is_its_steps(after_a_prompt: Any) -> None:
     """Its tokens, and how likely each is, are what decoding one by one says."""
     fast, levels, together, alone = after_a_prompt
-    assert fast.drafter is not None
-    drafted, chances = fast.drafter.draft(7, 8, (0.0, [1.0]), (together, 0, 40), levels)
+    assert fast.row_decoder is not None
+    drafted, chances = fast.row_decoder.draft(7, 8, (0.0, [1.0]), (together, 0, 40), levels)
     token = 7
     for place, (found, chance) in enumerate(zip(drafted, chances, strict=True)):
         states = fast.decode([[token]], alone, [0], [40 + place], levels)
@@ -145,6 +145,40 @@ def test_a_draft_is_its_steps(after_a_prompt: Any) -> None:
         token = int(shares.argmax())
         assert found == token and chance == pytest.approx(float(shares[token]), rel=1e-4)
     assert len(drafted) == 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("skips", [False, True])
+def test_the_likeliest_tokens_are_those_of_the_logits(after_a_prompt: Any) -> None:
+    """Of one row and of many, what is left in the cache, and who entered: as step by step."""
+    fast, levels, together, alone = after_a_prompt
+    for begin, count in ((40, 1), (41, 5), (46, 17)):
+        ids = tokens(1, count, seed=begin).tolist()
+        before = fast.usage.copy()
+        found = fast.likeliest(ids, together, [0], [begin], levels)
+        in_one_call, before = fast.usage.since(before), fast.usage.copy()
+        logits = fast.head(fast.decode(ids, alone, [0], [begin], levels))
+        assert found == [logits.argmax(-1).tolist()]
+        assert fast.usage.since(before) == in_one_call
+    for keys, wanted in zip(together.keys, alone.keys, strict=True):
+        assert torch.equal(keys, wanted)
+
+
+def test_the_likeliest_tokens_of_more_rows_than_a_pass_takes(
+    make_tiny: Callable[..., Path],
+) -> None:
+    """Rows of several texts, unequally many of each."""
+    _, fast, levels = pair(loaded(make_tiny("llama")), "project")
+    together, alone = fast.new_cache(5, 64), fast.new_cache(5, 64)
+    for cache in (together, alone):
+        fast.forward(tokens(5, 8), cache, [0] * 5)
+    ids = [tokens(1, 11 + 3 * row, seed=row)[0].tolist() for row in range(5)]
+    rows, starts = [3, 0, 4, 1, 2], [8, 5, 8, 7, 8]
+    found = fast.likeliest(ids, together, rows, starts, levels)
+    logits = fast.head(fast.decode(ids, alone, rows, starts, levels))
+    wanted = [part.argmax(-1).tolist() for part in logits.split([len(own) for own in ids])]
+    assert found == wanted and sum(map(len, found)) == 85
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,7 +9,7 @@ left, and what it rejects lies beyond the row's length and is overwritten in tur
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,7 +21,13 @@ from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.draft_models import Weights, make_draft, reads_text
 from gateskip.decoding.drafting import Draft, Drafting, Row, StopConditions
 from gateskip.decoding.phases import FULL, Compute, Phase, Phases, check_phases
-from gateskip.decoding.sampling import GREEDY, Sampler, accept_or_resample, draw
+from gateskip.decoding.sampling import (
+    GREEDY,
+    Distribution,
+    Sampler,
+    accept_or_resample,
+    draw,
+)
 from gateskip.decoding.self_generate import write
 from gateskip.decoding.stats import Generation, Stats
 from gateskip.model.compute import Saving, Usage, Work, branch_costs, kept_share, saving
@@ -33,6 +39,8 @@ from gateskip.runtime.skipping import Limits, SkippingModel
 
 Mode = Literal["plain", "skip", "speculate"]
 Target = Literal["gated", "original"]
+Place = tuple[list[list[int]], Cache, list[int], list[int], Limits]
+"""What `SkippingModel.decode` takes: tokens of each row, where they go, and under which limits."""
 MAX_DRAFT = 16
 IN_ONE_CALL = 32  # greedy tokens of a row
 PREFILL = 4096  # tokens of all prompts together in one pass: bounds what lies beside the cache
@@ -306,14 +314,13 @@ class Decoder:
         while alone and not rows[0].ended:
             stats.passes += self._continue(rows[0], IN_ONE_CALL, cache, phases.answer, sampler)
         while live := [row for row in rows if not row.ended]:
-            states = self.skipping.decode(
-                [[row.last] for row in live],
-                cache,
-                [row.number for row in live],
-                [row.slot for row in live],
-                phases.answer,
-            )
-            self._choose(live, self.skipping.head(states), sampler)
+            tokens, numbers = [[row.last] for row in live], [row.number for row in live]
+            place = (tokens, cache, numbers, [row.slot for row in live], phases.answer)
+            if sampler == GREEDY:
+                for row, following in zip(live, self.skipping.likeliest(*place), strict=True):
+                    row.commit(following)
+            else:
+                self._choose(live, self.skipping.head(self.skipping.decode(*place)), sampler)
             stats.passes += 1
         stats.decode_s = time.perf_counter() - started
         return {"prompt": read.since(before), "answer": usage.since(read)}
@@ -366,12 +373,12 @@ class Decoder:
 
     def _choose(self, rows: list[Row], logits: Tensor, sampler: Sampler) -> None:
         """Commit one token to every row that has not ended. logits [B, V]."""
-        drafter, draws = self.skipping.drafter, sampler.draws
+        decoder, draws = self.skipping.row_decoder, sampler.draws
         for row, own in zip(rows, logits, strict=True):
             if row.ended:
                 continue
-            if drafter is not None and draws is not None:  # as it draws for a row alone
-                row.commit([drafter.choose(own, draws, row.uniform())])
+            if decoder is not None and draws is not None:  # as it draws for a row alone
+                row.commit([decoder.choose(own, draws, row.uniform())])
             else:
                 row.commit([draw(sampler.distribution(own, row.text), row.generator)])
 
@@ -412,18 +419,29 @@ class Decoder:
             self._continue(rows[0], 1, cache, limits, sampler)
             return [0]
         tokens = [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
-        numbers, slots = [row.number for row in rows], [row.slot for row in rows]
-        states = self.skipping.decode(tokens, cache, numbers, slots, limits)
-        logits = self.skipping.head(states).split([len(ids) for ids in tokens])
+        place = (tokens, cache, [row.number for row in rows], [row.slot for row in rows], limits)
+        targets = self._targets(rows, drafts, sampler, place)
         counts = []
-        for row, draft, own in zip(rows, drafts, logits, strict=True):
-            targets = sampler.distributions(own, row.text, draft.tokens)
+        for row, draft, target in zip(rows, drafts, targets, strict=True):
             accepted, following = accept_or_resample(
-                draft.tokens, draft.drawn_from, targets, row.generator
+                draft.tokens, draft.drawn_from, target, row.generator
             )
             row.commit([*draft.tokens[:accepted], following])
             counts.append(accepted)
         return counts
+
+    def _targets(
+        self, rows: list[Row], drafts: list[Draft], sampler: Sampler, place: Place
+    ) -> Sequence[Iterable[Distribution]]:
+        """Of each row, what follows its last token and each token of its draft."""
+        if sampler == GREEDY:
+            return self.skipping.likeliest(*place)
+        logits = self.skipping.head(self.skipping.decode(*place))
+        own = logits.split([len(ids) for ids in place[0]])
+        return [
+            sampler.distributions(part, row.text, draft.tokens)
+            for row, draft, part in zip(rows, drafts, own, strict=True)
+        ]
 
     # -- accounting ----------------------------------------------------------------------------
 

@@ -132,7 +132,7 @@ class Drafting:
     def make(self, rows: list[Row], sampler: Sampler, cache: Cache) -> list[Draft]:
         """A draft for every row: looked up where the text repeats itself, else decoded."""
         drafts = self._begin(rows)
-        if len(rows) == 1 and sampler == GREEDY and self.model.drafter is not None:
+        if len(rows) == 1 and sampler == GREEDY and self.model.row_decoder is not None:
             self._in_one_call(drafts[0], rows[0], cache)
             return drafts
         growing = [(d, r) for d, r in zip(drafts, rows, strict=True) if len(d.tokens) < d.limit]
@@ -153,11 +153,11 @@ class Drafting:
         """A greedy draft of one row, where the backend makes it in a single call."""
         if draft.looked_up or not draft.limit:
             return
-        assert self.model.drafter is not None
+        assert self.model.row_decoder is not None
         place, wanted = (cache, row.number, row.slot), (0.0, [1.0])  # draft on, whatever it is
         if self.controller is not None:
             wanted = (self.controller.least(), self.controller.acceptance_by_bin)
-        found = self.model.drafter.draft(row.last, draft.limit, wanted, place, self.thresholds)
+        found = self.model.row_decoder.draft(row.last, draft.limit, wanted, place, self.thresholds)
         draft.tokens, draft.drawn_from, draft.probabilities = found[0], list(found[0]), found[1]
 
     def _begin(self, rows: list[Row]) -> list[Draft]:

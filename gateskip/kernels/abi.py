@@ -179,6 +179,12 @@ class Sampling(ctypes.Structure):
 OnToken = ctypes.CFUNCTYPE(Int, Int)
 
 
+class Embedding(ctypes.Structure):
+    """What tokens are at the input."""
+
+    _fields_ = (("weight", Pointer), ("bf16", Int), ("scale", Float))
+
+
 class Draft(ctypes.Structure):
     """Tokens of one row, one after the other."""
 
@@ -187,9 +193,8 @@ class Draft(ctypes.Structure):
         ("least", Float),
         ("accepted", Pointer),
         ("levels", Int),
-        ("embedding", Pointer),
-        ("bf16", Int),
-        *((name, Float) for name in ("scale", "cap")),
+        ("embedding", Embedding),
+        ("cap", Float),
         *((name, ctypes.POINTER(Matrix)) for name in ("draft_head", "rerank_head")),
         *((name, Pointer) for name in ("tokens", "chances")),
         ("on_token", OnToken),
@@ -201,7 +206,10 @@ class Draft(ctypes.Structure):
 
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     each.__name__: each
-    for each in (Matrix, Norm, Shortcut, Layer, Model, CacheView, Step, Sampling, Draft)
+    for each in (
+        *(Matrix, Norm, Shortcut, Layer, Model, CacheView),
+        *(Step, Sampling, Embedding, Draft),
+    )
 }
 _SCALARS: dict[str, Any] = {
     "int32_t": ctypes.c_int32,

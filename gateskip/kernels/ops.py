@@ -167,6 +167,25 @@ def draft(
     )
 
 
+def likeliest(
+    model: abi.Model,
+    cache: abi.CacheView,
+    step: abi.Step,
+    inputs: tuple[abi.Embedding, Tensor],
+    head: abi.Matrix,
+    arena: Arena,
+) -> Tensor:
+    """The likeliest token after each of a step's rows, int32 [rows], by an LM head; `inputs` are an
+    embedding and the rows' tokens, int32 [rows]. `step.hidden` becomes final states."""
+    embedding, tokens = inputs
+    out = torch.empty_like(tokens)
+    _library().gateskip_likeliest(
+        *(ctypes.byref(model), ctypes.byref(cache), ctypes.byref(step), ctypes.byref(embedding)),
+        *(_at(tokens), ctypes.byref(head), _at(out), arena.address, torch.get_num_threads()),
+    )
+    return out
+
+
 def multiply(matrix: abi.Matrix, x: Tensor, arena: Arena) -> Tensor:
     """Rows x [rows, k], float32, times a matrix [n, k] transposed -> [rows, n]."""
     out = torch.empty(len(x), matrix.n)

@@ -157,7 +157,7 @@ class Backend(Protocol[CacheT]):
 
 @runtime_checkable
 class RowDecoder(Protocol[GivenCache]):
-    """A backend that runs several steps of a row in one call."""
+    """A backend that chooses tokens itself, and runs several steps of a row in one call."""
 
     def draft(
         self,
@@ -186,6 +186,17 @@ class RowDecoder(Protocol[GivenCache]):
     ) -> int:
         """Call `on_token` with up to `count` tokens that follow `token`, greedily or `drawn`, until
         it returns true or raises: how many there were. `place` is token's, as in `draft`."""
+        ...
+
+    def likeliest(
+        self,
+        tokens: Sequence[Sequence[int]],
+        cache: GivenCache,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        thresholds: Thresholds = None,
+    ) -> list[list[int]]:
+        """As `Backend.decode`, and the likeliest token after each of `tokens`."""
         ...
 
     def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:

@@ -53,7 +53,9 @@ class Engine:
         self.head = self.draft_head = self._parts.head
         self.rerank_head: Matrix | None = None
         self.embedding = model.get_input_embeddings().weight
-        self._scale, self._cap = embedding_scale(model), logit_cap(model)
+        bf16 = int(self.embedding.dtype == torch.bfloat16)
+        self._embedding = abi.Embedding(self.embedding.data_ptr(), bf16, embedding_scale(model))
+        self._cap = logit_cap(model)
         self.copies = int(kv_rule == "copy")
         self.kept = torch.zeros(2 * self.model.layers, dtype=torch.int64)
         self._spent = torch.zeros(len(PARTS), dtype=torch.float64)
@@ -147,6 +149,24 @@ class Engine:
             raise raised[0]
         return followed
 
+    def likeliest(
+        self,
+        tokens: Sequence[int],
+        cache: KVCache,
+        cache_rows: Sequence[int],
+        slots: Sequence[int],
+        thresholds: Sequence[float] | None,
+    ) -> list[int]:
+        """The likeliest token after each of `tokens`, which stand at `slots` of `cache_rows`: what
+        the logits of `step`'s states have as their largest, in one call."""
+        rows = torch.tensor([[*cache_rows], [*slots], [*tokens]], dtype=torch.int32)
+        hidden = torch.empty(len(tokens), self.model.hidden)
+        step = self._step(hidden, rows, thresholds)
+        inputs = (self._embedding, rows[2])
+        chosen = ops.likeliest(self.model, self._view(cache), step, inputs, self.head, self._arena)
+        found: list[int] = chosen.tolist()
+        return found
+
     def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:
         """A token of logits [V], drawn by a number from 0 to 1."""
         shares = self._buffer("shares", (len(logits) + 8,), torch.float32)
@@ -157,9 +177,7 @@ class Engine:
         return abi.Draft(
             token=token,
             count=count,
-            embedding=self.embedding.data_ptr(),
-            bf16=int(self.embedding.dtype == torch.bfloat16),
-            scale=self._scale,
+            embedding=self._embedding,
             cap=self._cap or 0.0,
             draft_head=ctypes.pointer(head),
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -73,12 +74,8 @@ class NativeBackend(GatheredBackend):
         thresholds: PassThresholds = None,
     ) -> Tensor:
         """See `Backend.decode`; a row has the same bits alone and beside any others."""
-        counts = [len(ids) for ids in tokens]
-        flat = torch.tensor([token for ids in tokens for token in ids])
-        cache_rows = [row for row, n in zip(rows, counts, strict=True) for _ in range(n)]
-        slots = [start + i for start, n in zip(starts, counts, strict=True) for i in range(n)]
-        cache.begin(rows, starts, counts)
-        hidden = embed(self.model, flat)
+        flat, cache_rows, slots = _begin(tokens, cache, rows, starts)
+        hidden = embed(self.model, torch.tensor(flat))
         if isinstance(thresholds, RowThresholds):
             width = thresholds.entered.shape[1]
             values = thresholds.values.repeat_interleave(width, 0)  # [rows, branches]
@@ -125,6 +122,20 @@ class NativeBackend(GatheredBackend):
         followed = self.engine.continue_row(token, count, place, thresholds, on_token, drawn)
         self._count(range(slot, slot + followed))
         return followed
+
+    def likeliest(
+        self,
+        tokens: Sequence[Sequence[int]],
+        cache: KVCache,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        thresholds: Thresholds = None,
+    ) -> list[list[int]]:
+        """See `RowDecoder.likeliest`."""
+        flat, cache_rows, slots = _begin(tokens, cache, rows, starts)
+        found = iter(self.engine.likeliest(flat, cache, cache_rows, slots, thresholds))
+        self._count(slots)
+        return [list(islice(found, len(ids))) for ids in tokens]
 
     def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:
         """See `RowDecoder.choose`."""
@@ -234,3 +245,15 @@ class NativeBackend(GatheredBackend):
         """One native pass over the rows that skip."""
         places = skip.flatten().nonzero().squeeze(1)
         self.engine.add_shortcuts(branch.index, hidden, x, places)
+
+
+def _begin(
+    tokens: Sequence[Sequence[int]], cache: KVCache, rows: Sequence[int], starts: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Token ids, cache rows and slots, one of each a token, once the cache knows that they come."""
+    counts = [len(ids) for ids in tokens]
+    cache.begin(rows, starts, counts)
+    flat = [token for ids in tokens for token in ids]
+    cache_rows = [row for row, n in zip(rows, counts, strict=True) for _ in range(n)]
+    slots = [start + i for start, n in zip(starts, counts, strict=True) for i in range(n)]
+    return flat, cache_rows, slots

@@ -78,7 +78,7 @@ class SkippingModel:
     `model` is a transformers causal LM of a supported architecture, `gates` its gates or None.
     Thresholds are one number a branch: a token enters where its gate's logit reaches it. Without
     thresholds every token enters every branch, unscaled, so the result is the model's own.
-    `drafter` is the backend, if it makes a whole greedy draft in one call.
+    `row_decoder` is the backend, if it chooses tokens itself.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class SkippingModel:
         runs: Backend[Any] = make_backend(backend, model, gates, kv_rule, rounded)
         self.backend = runs
         # Asked once: every round of drafting looks here
-        self.drafter: RowDecoder[Any] | None = runs if isinstance(runs, RowDecoder) else None
+        self.row_decoder: RowDecoder[Any] | None = runs if isinstance(runs, RowDecoder) else None
 
     @property
     def usage(self) -> Usage:
@@ -197,7 +197,7 @@ class SkippingModel:
 
     def continues(self, thresholds: Limits) -> bool:
         """Whether `continue_row` can be asked."""
-        return self.drafter is not None and not isinstance(thresholds, Hold)
+        return self.row_decoder is not None and not isinstance(thresholds, Hold)
 
     @torch.inference_mode()
     def continue_row(
@@ -210,9 +210,25 @@ class SkippingModel:
         drawn: Drawn | None = None,
     ) -> None:
         """Up to `count` steps of one row in one call: see `RowDecoder`."""
-        assert self.drafter is not None and not isinstance(thresholds, Hold), "ask `continues`"
-        followed = self.drafter.continue_row(token, count, place, thresholds, on_token, drawn)
+        assert self.row_decoder is not None and not isinstance(thresholds, Hold), "ask `continues`"
+        followed = self.row_decoder.continue_row(token, count, place, thresholds, on_token, drawn)
         self._count_full(thresholds, followed)
+
+    @torch.inference_mode()
+    def likeliest(
+        self,
+        tokens: Sequence[Sequence[int]],
+        cache: Cache,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        thresholds: Limits = None,
+    ) -> list[list[int]]:
+        """As `decode`, and the likeliest token after each, in one call where the backend can."""
+        if self.row_decoder is not None and not isinstance(thresholds, Hold):
+            self._count_full(thresholds, sum(map(len, tokens)))
+            return self.row_decoder.likeliest(tokens, cache, rows, starts, thresholds)
+        chosen = self.head(self.decode(tokens, cache, rows, starts, thresholds)).argmax(-1)
+        return [part.tolist() for part in chosen.split([len(ids) for ids in tokens])]
 
     def _count_full(self, thresholds: Thresholds, tokens: int) -> None:
         """Count tokens of which no gate is asked; gates that scale are asked even then."""

@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 5 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 6 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -171,6 +171,13 @@ typedef struct Sampling {
   float min_p;       /* of the likeliest token's probability */
 } Sampling;
 
+/* What tokens are at the input. */
+typedef struct Embedding {
+  const void* weight; /* [V, H] */
+  int32_t bf16;
+  float scale;        /* which it is multiplied by, rounded to its type */
+} Embedding;
+
 /* Told of each token; a draft ends where it returns 1. */
 typedef int32_t OnToken(int32_t token);
 
@@ -181,9 +188,7 @@ typedef struct Draft {
   float least;           /* drafting ends once all that is drafted is less likely than this to be accepted */
   const float* accepted; /* [levels]: how likely a token is accepted, by its probability from 0 to 1 */
   int32_t levels;
-  const void* embedding; /* [V, H] */
-  int32_t bf16;          /* the embedding's type */
-  float scale;           /* of an embedding, rounded to its type */
+  Embedding embedding;
   float cap;             /* which logits do not exceed, above or below 0; 0 is none */
   const Matrix* draft_head;  /* ranks the vocabulary */
   const Matrix* rerank_head; /* chooses among the best, or null */
@@ -227,6 +232,9 @@ void gateskip_step(const Model* model, const CacheView* cache, const Step* step,
 /* drafts for the step's only row, whose slot goes up with the tokens; draft->count becomes their number */
 void gateskip_draft(const Model* model, const CacheView* cache, const Step* step, Draft* draft, Arena* arena,
                     int32_t threads);
+/* the likeliest token after each of a step's rows, whose hidden states come from `tokens` [rows]: likeliest.cpp */
+void gateskip_likeliest(const Model* model, const CacheView* cache, const Step* step, const Embedding* embedding,
+                        const int32_t* tokens, const Matrix* head, int32_t* likeliest, Arena* arena, int32_t threads);
 /* a token of logits [n], drawn by a number from 0 to 1; shares has room for n numbers, rounded up to 8: sampling.cpp */
 int32_t gateskip_choose(const float* logits, int32_t n, const Sampling* sampling, double uniform, float* shares);
 /* the probabilities from which that token is drawn, into `shares` */

@@ -156,15 +156,17 @@ void Pass::activate(const Layer& a) const {
   });
 }
 
+Step rows_of(const Model& m, const Step& step, int first, int last) {
+  Step part = step;
+  part.rows = last - first;
+  part.cache_row += first, part.slot += first, part.hidden += int64_t(first) * m.hidden;
+  if (part.thresholds) part.thresholds += int64_t(first) * part.stride;
+  if (part.entered) part.entered += int64_t(first) * 2 * m.layers;
+  return part;
+}
+
 extern "C" void gateskip_step(const Model* m, const CacheView* c, const Step* s, Arena* arena, int32_t threads) {
-  const int passes = passes_of(s->rows);
-  for (int pass = 0; pass < passes; pass++) {
-    const int first = int64_t(s->rows) * pass / passes, last = int64_t(s->rows) * (pass + 1) / passes;
-    Step part = *s;
-    part.rows = last - first;
-    part.cache_row += first, part.slot += first, part.hidden += int64_t(first) * m->hidden;
-    if (part.thresholds) part.thresholds += int64_t(first) * part.stride;
-    if (part.entered) part.entered += int64_t(first) * 2 * m->layers;
+  in_passes(*m, *s, [&](const Step& part, int) {
     Slices counted{nullptr}, each{nullptr};
     const SharedRows nothing(*m, *c, part.rows, counted);
     Pass(*m, *c, part, nothing, 0, threads, each);
@@ -175,6 +177,6 @@ extern "C" void gateskip_step(const Model* m, const CacheView* c, const Step* s,
       Slices own{memory.start + memory.used + each.used * omp_get_thread_num()};
       Pass(*m, *c, part, shared, omp_get_thread_num(), omp_get_num_threads(), own).run();
     }
-  }
+  });
 }
 #endif

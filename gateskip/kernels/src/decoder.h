@@ -34,6 +34,25 @@ struct SharedRows {
   }
 };
 
+// A number of the embeddings [V, H], as the model reads it
+inline float embedded(const Embedding& e, int64_t at) {
+  if (!e.bf16) return static_cast<const float*>(e.weight)[at] * e.scale;
+  return bf16_to_float(float_to_bf16(bf16_to_float(static_cast<const uint16_t*>(e.weight)[at]) * e.scale));
+}
+
+// The rows from `first` to `last` of a step
+Step rows_of(const Model& m, const Step& step, int first, int last);
+
+// Call `use(step, first)` for parts of a step that are no more than one pass over the weights takes
+template <class Use>
+void in_passes(const Model& m, const Step& step, Use use) {
+  const int passes = passes_of(step.rows);
+  for (int pass = 0; pass < passes; pass++) {
+    const int first = int64_t(step.rows) * pass / passes, last = int64_t(step.rows) * (pass + 1) / passes;
+    use(rows_of(m, step, first, last), first);
+  }
+}
+
 class Pass : Share {
  public:
   // Without memory in `own` it only counts what it would take. At most step.rows rows.

@@ -19,11 +19,11 @@ int most_of_share(int n, int threads) {
   return (tiles + threads - 1) / threads * ROWS_PER_TILE;
 }
 
-// One thread of a pass that drafts: the steps, and after each the choice of its token. The draft
+// One thread of several steps of a row: the steps, and after each the choice of its token. The draft
 // head ranks the vocabulary, and of its best tokens the rerank head chooses.
-class Drafter {
+class Continuation {
  public:
-  Drafter(const Model& model, const CacheView& cache, const Step& step, Draft& draft, const SharedRows& shared,
+  Continuation(const Model& model, const CacheView& cache, const Step& step, Draft& draft, const SharedRows& shared,
           Choice* choices, float* every, int id, int threads, Slices& own)
       : pass_(model, cache, step, shared, id, threads, own), rank_(id, threads, 1, model.hidden, own), m(model),
         s(step), d(draft), choices_(choices), every_(every), id(id), threads(threads),
@@ -34,7 +34,7 @@ class Drafter {
     int32_t token = d.token, *slot = const_cast<int32_t*>(s.slot);
     for (int i = 0; i < d.count; i++) {
       const int first = m.hidden * id / threads, last = m.hidden * (id + 1) / threads;
-      for (int j = first; j < last; j++) s.hidden[j] = embedded(int64_t(token) * m.hidden + j);
+      for (int j = first; j < last; j++) s.hidden[j] = embedded(d.embedding, int64_t(token) * m.hidden + j);
       if (id == 0 && i) ++*slot;
 #pragma omp barrier
       pass_.run();
@@ -79,11 +79,6 @@ class Drafter {
     }
 #pragma omp barrier
     return d.tokens[i];
-  }
-
-  float embedded(int64_t at) const {
-    if (!d.bf16) return static_cast<const float*>(d.embedding)[at] * d.scale;
-    return bf16_to_float(float_to_bf16(bf16_to_float(static_cast<const uint16_t*>(d.embedding)[at]) * d.scale));
   }
 
   // A logit, as the head of this model gives it
@@ -153,7 +148,7 @@ extern "C" void gateskip_draft(const Model* m, const CacheView* c, const Step* s
   counted.take<Choice>(threads);
   const size_t room = draft->sampling ? 2 * size_t(draft->draft_head->n + 8) : 0;
   counted.take<float>(room);
-  Drafter(*m, *c, *s, *draft, nothing, nullptr, nullptr, 0, threads, each);
+  Continuation(*m, *c, *s, *draft, nothing, nullptr, nullptr, 0, threads, each);
   Slices memory{arena->reserve(counted.used + each.used * threads)};
   const SharedRows shared(*m, *c, 1, memory);
   Choice* choices = memory.take<Choice>(threads);
@@ -161,7 +156,7 @@ extern "C" void gateskip_draft(const Model* m, const CacheView* c, const Step* s
 #pragma omp parallel num_threads(threads)
   {
     Slices own{memory.start + memory.used + each.used * omp_get_thread_num()};
-    Drafter(*m, *c, *s, *draft, shared, choices, every, omp_get_thread_num(), omp_get_num_threads(), own).run();
+    Continuation(*m, *c, *s, *draft, shared, choices, every, omp_get_thread_num(), omp_get_num_threads(), own).run();
   }
 }
 #endif
