@@ -114,16 +114,16 @@ void Pass::attention(int l) {
   const bool copies = s.copies && l > 0;
   if (!copies) {
     const Input every = prepare(a.k, x_, s.rows);
-    write(a.k, every, nullptr, at.k);
-    write(a.v, again(a.v, a.k, every), nullptr, at.v);
+    write(a.k, every, nullptr, at.k, &a.v);
+    write(a.v, again(a.v, a.k, every), nullptr, at.v, &a.q);
   }
   if (count_) {
     gather();
     const Input entering = prepare(a.q, x_, count_);
-    write(a.q, entering, kept_, at.q);
+    write(a.q, entering, kept_, at.q, copies ? &a.k : &a.o);
     if (copies) {
-      write(a.k, again(a.k, a.q, entering), kept_, at.k);
-      write(a.v, again(a.v, a.k, entering), kept_, at.v);
+      write(a.k, again(a.k, a.q, entering), kept_, at.k, &a.v);
+      write(a.v, again(a.v, a.k, entering), kept_, at.v, &a.o);
     }
   }
 #pragma omp barrier
@@ -143,7 +143,7 @@ void Pass::attention(int l) {
   else attend_all<float>(l);
 #pragma omp barrier
   clock(PART_ATTENTION);
-  add(a.o, prepare(a.o, at.mixed, count_), a.after_attention);
+  add(a.o, prepare(a.o, at.mixed, count_), a.after_attention, a.gate.n ? &a.gate : &a.up);
 #pragma omp barrier
   clock(PART_LINEAR);
 }

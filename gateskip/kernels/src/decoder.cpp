@@ -37,10 +37,10 @@ void Pass::clock(Part part) {
   last_ = now;
 }
 
-void Pass::run() {
+void Pass::run(const Matrix* head) {
   for (int l = 0; l < m.layers; l++) {
     attention(l);
-    mlp(l);
+    mlp(l, l + 1 < m.layers ? &m.layer[l + 1].k : head);
   }
 #pragma omp barrier  // nobody may still be deciding by the states that are overwritten here
   for (int r = id; r < s.rows; r += threads) {
@@ -91,17 +91,17 @@ void Pass::gather() {
       std::memcpy(x_ + int64_t(i) * m.hidden, x_ + int64_t(kept_[i]) * m.hidden, sizeof(float) * m.hidden);
 }
 
-void Pass::write(const Matrix& w, const Input& in, const int* row, float* out) const {
-  multiply(w, in, [&](int n, int r, float y) { out[int64_t(row ? row[r] : r) * w.n + n] = y; });
+void Pass::write(const Matrix& w, const Input& in, const int* row, float* out, const Matrix* next) const {
+  multiply(w, in, [&](int n, int r, float y) { out[int64_t(row ? row[r] : r) * w.n + n] = y; }, next);
 }
 
 // The rows that enter += the product, normed first where the family does so: then each thread has a share of channels
-void Pass::add(const Matrix& w, const Input& in, const Norm& after) const {
+void Pass::add(const Matrix& w, const Input& in, const Norm& after, const Matrix* next) const {
   if (!after.weight) {
-    multiply(w, in, [&](int n, int r, float y) { s.hidden[int64_t(kept_[r]) * m.hidden + n] += y; });
+    multiply(w, in, [&](int n, int r, float y) { s.hidden[int64_t(kept_[r]) * m.hidden + n] += y; }, next);
     return;
   }
-  write(w, in, nullptr, at.out);
+  write(w, in, nullptr, at.out, next);
 #pragma omp barrier
   const int eights = m.hidden / 8, first = eights * id / threads * 8, last = eights * (id + 1) / threads * 8;
   for (int r = 0; r < in.rows; r++) {
@@ -111,7 +111,7 @@ void Pass::add(const Matrix& w, const Input& in, const Norm& after) const {
   }
 }
 
-void Pass::mlp(int l) {
+void Pass::mlp(int l, const Matrix* next) {
   const Layer& a = m.layer[l];
   prepare_branch(2 * l + 1, a.parallel ? source_ : s.hidden, a.norm_mlp, a.weight_mlp, a.bias_mlp, a.short_mlp);
   if (!count_) {
@@ -126,12 +126,12 @@ void Pass::mlp(int l) {
   gather();
   const Matrix& first = a.gate.n ? a.gate : a.up;
   const Input in = prepare(first, x_, count_);
-  write(first, in, nullptr, at.inner);
-  if (a.gate.n) write(a.up, again(a.up, a.gate, in), nullptr, at.up);
+  write(first, in, nullptr, at.inner, a.gate.n ? &a.up : &a.down);
+  if (a.gate.n) write(a.up, again(a.up, a.gate, in), nullptr, at.up, &a.down);
   activate(a);
 #pragma omp barrier
   shortcut_up(a.short_mlp);
-  add(a.down, prepare(a.down, at.inner, count_), a.after_mlp);
+  add(a.down, prepare(a.down, at.inner, count_), a.after_mlp, next);
 #pragma omp barrier
   clock(PART_LINEAR);
 }

@@ -59,8 +59,8 @@ class Pass : Share {
   Pass(const Model& model, const CacheView& cache, const Step& step, const SharedRows& shared, int id, int threads,
        Slices& own);
 
-  // The step's embeddings become final normed states.
-  void run();
+  // The step's embeddings become final normed states, which meet an LM head next, if one is given.
+  void run(const Matrix* head = nullptr);
 
   // Time since the last call goes to `part`: the first thread's, which waits for the others at every barrier
   void clock(Part part);
@@ -71,10 +71,10 @@ class Pass : Share {
   void shortcut_down(const float* x, int row, const Shortcut& around);
   void shortcut_up(const Shortcut& around) const;
   void gather();
-  void write(const Matrix& w, const Input& in, const int* row, float* out) const;
-  void add(const Matrix& w, const Input& in, const Norm& after) const;
+  void write(const Matrix& w, const Input& in, const int* row, float* out, const Matrix* next) const;
+  void add(const Matrix& w, const Input& in, const Norm& after, const Matrix* next) const;
   void attention(int l);
-  void mlp(int l);
+  void mlp(int l, const Matrix* next);
   void activate(const Layer& a) const;
   void turn(const Layer& a, const Norm& norm, const float* all, int first, int count, int slot, float* out) const;
 

@@ -37,7 +37,7 @@ class Continuation {
       for (int j = first; j < last; j++) s.hidden[j] = embedded(d.embedding, int64_t(token) * m.hidden + j);
       if (id == 0 && i) ++*slot;
 #pragma omp barrier
-      pass_.run();
+      pass_.run(d.draft_head);
 #pragma omp barrier
       if (d.sampling) {
         token = sample(i);

@@ -24,7 +24,7 @@ class Reader {
       for (int j = first; j < last; j++)
         s.hidden[int64_t(r) * m.hidden + j] = embedded(embedding, int64_t(tokens[r]) * m.hidden + j);
 #pragma omp barrier
-    pass_.run();
+    pass_.run(&head);
 #pragma omp barrier
     rank(best_ + int64_t(id) * s.rows);
 #pragma omp barrier

@@ -96,9 +96,9 @@ static void unpack_tile(const Packed& w, int tile, const Table16& table, T* out)
 // are summed in integers: four times the arithmetic of float32 in one instruction, at an error of
 // about 0.4 % of a block's largest value. llama.cpp computes its 4-bit formats in the same way.
 
-// What is read next is asked for 8 KB ahead: two cores read memory faster than they ask for it.
-static inline void prefetch(const void* here) {
-  _mm_prefetch(static_cast<const char*>(here) + 8192, _MM_HINT_T0);
+// What is read next is asked for ahead of time: two cores read memory faster than they ask for it.
+static inline void prefetch(const void* here, int64_t ahead) {
+  _mm_prefetch(static_cast<const char*>(here) + ahead, _MM_HINT_T0);
 }
 
 struct Activations8 {
@@ -248,9 +248,11 @@ static inline IntV four_v(const IntV* vectors, int i) {
   return in_two_pieces(coding, i) ? or_v(low, take_v(vectors[rest(i).vector], rest(i))) : low;
 }
 
-// y[r] [ROWS_PER_TILE] for `rows` rows of activations. What is added in which order does not depend on `rows`.
+// y[r] [ROWS_PER_TILE] for `rows` rows of activations. What is added in which order does not depend on `rows`. What
+// lies `ahead` bytes from codes that are read is asked for.
 template <int rows, Coding coding>
-static void packed_a8_tile(const PackedA8& w, int tile, const Activations8& x, float (*y)[ROWS_PER_TILE]) {
+static void packed_a8_tile(const PackedA8& w, int tile, const Activations8& x, int64_t ahead,
+                           float (*y)[ROWS_PER_TILE]) {
   constexpr int bits = bits_of(coding);
   const int groups = w.k / w.group, blocks = w.k / BLOCK, in_group = w.group / BLOCK;
   const __m128i table = coding == TABLE ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.table)) : __m128i{};
@@ -270,7 +272,7 @@ static void packed_a8_tile(const PackedA8& w, int tile, const Activations8& x, f
         for (int i = 0; i < FOURS; i++) {
           const int own = piece(coding, i).vector;
           if (opens_vector(coding, i)) {
-            if (half == 0) prefetch(q + own * VECTOR_BYTES);
+            if (half == 0) prefetch(q + own * VECTOR_BYTES, ahead);
             vectors[own] = load_bytes_v(q + own * VECTOR_BYTES);
           }
           IntV codes = four_v<coding>(vectors, i);
@@ -299,9 +301,9 @@ static void packed_a8_tile(const PackedA8& w, int tile, const Activations8& x, f
 
 // -- bfloat16 weights ----------------------------------------------------------------------------
 
-// y [rows]: a row of bfloat16 weights w [k] times x [rows, k], for any k
+// y [rows]: a row of bfloat16 weights w [k] times x [rows, k], for any k. What lies `ahead` bytes on is asked for.
 template <int rows>
-static void bf16_row(const uint16_t* w, const Bf16Activation* x, int k, float* y) {
+static void bf16_row(const uint16_t* w, const Bf16Activation* x, int k, int64_t ahead, float* y) {
   int b = 0;
   F32X8 total[rows] = {};
 #ifdef GATESKIP_BF16
@@ -309,7 +311,7 @@ static void bf16_row(const uint16_t* w, const Bf16Activation* x, int k, float* y
 #pragma GCC unroll 8
   for (int r = 0; r < rows; r++) even[r] = odd[r] = _mm512_setzero_ps();
   auto take = [&](int at, __m512* into) {
-    prefetch(w + at);
+    prefetch(w + at, ahead);
     const __m512bh a = (__m512bh)_mm512_loadu_si512(w + at);
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++)

@@ -50,33 +50,35 @@ Input Share::prepare(const Matrix& w, const float* x, int rows) {
 float Share::single(const Matrix& w, int n, const Input& in, int r) const {
   float y[ROWS_PER_TILE];
   const int place = is_packed(w) ? n % ROWS_PER_TILE : 0;
-  if (is_packed(w)) rows_of_tile<1>(w, n - place, in, r, &y);
-  else dense<1>(w, n, 1, in, r, &y);
+  if (is_packed(w)) rows_of_tile<1>(w, n - place, in, r, AHEAD, &y);
+  else dense<1>(w, n, 1, in, r, AHEAD, &y);
   return y[place] + (w.bias ? w.bias[n] : 0);
 }
 
-void Share::tile(const Matrix& w, int n, int count, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const {
+void Share::tile(const Matrix& w, int n, int count, const Input& in, int r, int64_t ahead,
+                 float (*y)[ROWS_PER_TILE]) const {
   switch (count) {
-    case 1: rows_of_tile<1>(w, n, in, r, y); break;
-    case 2: rows_of_tile<2>(w, n, in, r, y); break;
-    case 3: rows_of_tile<3>(w, n, in, r, y); break;
-    case 4: rows_of_tile<4>(w, n, in, r, y); break;
-    case 5: rows_of_tile<5>(w, n, in, r, y); break;
-    case 6: rows_of_tile<6>(w, n, in, r, y); break;
-    case 7: rows_of_tile<7>(w, n, in, r, y); break;
-    default: rows_of_tile<ROWS_AT_ONCE>(w, n, in, r, y);
+    case 1: rows_of_tile<1>(w, n, in, r, ahead, y); break;
+    case 2: rows_of_tile<2>(w, n, in, r, ahead, y); break;
+    case 3: rows_of_tile<3>(w, n, in, r, ahead, y); break;
+    case 4: rows_of_tile<4>(w, n, in, r, ahead, y); break;
+    case 5: rows_of_tile<5>(w, n, in, r, ahead, y); break;
+    case 6: rows_of_tile<6>(w, n, in, r, ahead, y); break;
+    case 7: rows_of_tile<7>(w, n, in, r, ahead, y); break;
+    default: rows_of_tile<ROWS_AT_ONCE>(w, n, in, r, ahead, y);
   }
 }
 
 template <int rows>
-void Share::rows_of_tile(const Matrix& w, int n, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const {
-  if (rounds(w)) packed_a8<rows>(w, place_of(w, n) / ROWS_PER_TILE, r, y);
+void Share::rows_of_tile(const Matrix& w, int n, const Input& in, int r, int64_t ahead,
+                         float (*y)[ROWS_PER_TILE]) const {
+  if (rounds(w)) packed_a8<rows>(w, place_of(w, n) / ROWS_PER_TILE, r, ahead, y);
   else if (is_packed(w)) packed<rows>(w, place_of(w, n) / ROWS_PER_TILE, in, r, y);
-  else dense<rows>(w, n, std::min(ROWS_PER_TILE, w.n - n), in, r, y);
+  else dense<rows>(w, n, std::min(ROWS_PER_TILE, w.n - n), in, r, ahead, y);
 }
 
 template <int rows>
-void Share::packed_a8(const Matrix& w, int tile, int r, float (*y)[ROWS_PER_TILE]) const {
+void Share::packed_a8(const Matrix& w, int tile, int r, int64_t ahead, float (*y)[ROWS_PER_TILE]) const {
   const PackedA8 weights{static_cast<const uint8_t*>(w.weights),
                          static_cast<const uint16_t*>(w.scale),
                          static_cast<const uint16_t*>(w.offset),
@@ -85,7 +87,7 @@ void Share::packed_a8(const Matrix& w, int tile, int r, float (*y)[ROWS_PER_TILE
   const int blocks = w.k / BLOCK, groups = groups_of(w);
   const Activations8 x{values_ + int64_t(r) * w.k, scales_ + r * blocks, corrections_ + r * blocks,
                        sums_ + int64_t(r) * groups, groups};
-  with_coding(coding_of(w), [&](auto coding) { packed_a8_tile<rows, coding.value>(weights, tile, x, y); });
+  with_coding(coding_of(w), [&](auto coding) { packed_a8_tile<rows, coding.value>(weights, tile, x, ahead, y); });
 }
 
 // Packed weights times float32 activations
@@ -105,13 +107,14 @@ void Share::packed(const Matrix& w, int tile, const Input& in, int r, float (*y)
 }
 
 template <int rows>
-void Share::dense(const Matrix& w, int n, int count, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const {
+void Share::dense(const Matrix& w, int n, int count, const Input& in, int r, int64_t ahead,
+                  float (*y)[ROWS_PER_TILE]) const {
   const int64_t first = place_of(w, n);
   for (int i = 0; i < count; i++) {
     const int64_t row = (first + i) * w.k;
     float out[rows];
     if (w.kind == BF16)
-      bf16_row<rows>(static_cast<const uint16_t*>(w.weights) + row, bf16_ + int64_t(r) * w.k, w.k, out);
+      bf16_row<rows>(static_cast<const uint16_t*>(w.weights) + row, bf16_ + int64_t(r) * w.k, w.k, ahead, out);
     else
       dense_row<rows>(static_cast<const float*>(w.weights) + row, in.x + int64_t(r) * w.k, w.k, out, 1);
     for (int j = 0; j < rows; j++) y[j][i] = out[j];

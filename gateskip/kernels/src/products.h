@@ -59,15 +59,19 @@ class Share {
     return alike(w, before) ? in : prepare(w, in.x, in.rows);
   }
 
-  // Call `use(n, r, value)` for this thread's rows of weights and every row of the input
+  // Call `use(n, r, value)` for this thread's rows of weights and every row of the input. Where those end, memory is
+  // asked for the weights of the `next` product, if it is known.
   template <class Use>
-  void multiply(const Matrix& w, const Input& in, Use use) const {
+  void multiply(const Matrix& w, const Input& in, Use use, const Matrix* next = nullptr) const {
     const auto [first, last] = own(w.n);
+    const int64_t tile_bytes = ROWS_PER_TILE * row_bytes(w);
     for (int n = first; n < last; n += ROWS_PER_TILE)
       for (int r = 0; r < in.rows; r += ROWS_AT_ONCE) {
         float y[ROWS_AT_ONCE][ROWS_PER_TILE];
         const int count = std::min(ROWS_AT_ONCE, in.rows - r), real = std::min(ROWS_PER_TILE, last - n);
-        tile(w, n, count, in, r, y);
+        const int64_t left = (last - n + ROWS_PER_TILE - 1) / ROWS_PER_TILE * tile_bytes;
+        const bool ends = next && left <= AHEAD;
+        tile(w, n, count, in, r, ends ? AHEAD + (beginning(*next) - start_of(w, n) - left) : AHEAD, y);
         for (int i = 0; i < real; i++)
           for (int j = 0; j < count; j++) use(n + i, r + j, y[j][i] + (w.bias ? w.bias[n + i] : 0));
       }
@@ -86,16 +90,30 @@ class Share {
   const int id, threads;
 
  private:
+  // Bytes of a row's weights or codes
+  static int64_t row_bytes(const Matrix& w) {
+    if (is_packed(w)) return int64_t(w.k / BLOCK) * bits_of(coding_of(w)) * VECTOR_BYTES / ROWS_PER_TILE;
+    return int64_t(w.k) * (w.kind == BF16 ? 2 : 4);
+  }
+
+  // Where row n lies, the first of a tile if the weight is packed
+  static const char* start_of(const Matrix& w, int n) {
+    return static_cast<const char*>(w.weights) + place_of(w, n) * row_bytes(w);
+  }
+
+  // Where this thread's part of a weight begins
+  const char* beginning(const Matrix& w) const { return start_of(w, own(w.n).first); }
+
   // y[j] [ROWS_PER_TILE] for rows r to r + count of the input, times rows n and on of the weights, a whole tile
-  void tile(const Matrix& w, int n, int count, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const;
+  void tile(const Matrix& w, int n, int count, const Input& in, int r, int64_t ahead, float (*y)[ROWS_PER_TILE]) const;
   template <int rows>
-  void rows_of_tile(const Matrix& w, int n, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const;
+  void rows_of_tile(const Matrix& w, int n, const Input& in, int r, int64_t ahead, float (*y)[ROWS_PER_TILE]) const;
   template <int rows>
-  void packed_a8(const Matrix& w, int tile, int r, float (*y)[ROWS_PER_TILE]) const;
+  void packed_a8(const Matrix& w, int tile, int r, int64_t ahead, float (*y)[ROWS_PER_TILE]) const;
   template <int rows>
   void packed(const Matrix& w, int tile, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const;
   template <int rows>
-  void dense(const Matrix& w, int n, int count, const Input& in, int r, float (*y)[ROWS_PER_TILE]) const;
+  void dense(const Matrix& w, int n, int count, const Input& in, int r, int64_t ahead, float (*y)[ROWS_PER_TILE]) const;
 
   int8_t* values_;        // [rows, k]: activations of 8 bits
   Bf16Activation* bf16_;  // [rows, k]
