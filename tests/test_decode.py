@@ -306,6 +306,24 @@ class TestDraftLengthController:
         assert tried[-50:].count(0) > 40
         assert any(tried[20:]), "speculation is tried again later"
 
+    def test_plain_steps_in_one_call_bring_the_next_trial_when_single_ones_would(self) -> None:
+        """Until then nobody asks for the draft length; a timed step is a part of its call."""
+        one, many, trials = DraftLengthController(), DraftLengthController(), []
+        for controller in (one, many):
+            steps, at = 0, []
+            while steps < 600:
+                k, plain = controller.draft_length(), controller.plain_steps()
+                assert (plain is None) == (k > 0)
+                count = min(32, plain or 1) if controller is many else 1
+                at += [steps] * k
+                steps += 1 if k else count
+                controller.observe(k, [0] if k else [], 0.9 * k, 1.3 if k else 1.0 * count, count)
+            trials.append(at)
+            assert controller.plain == pytest.approx(1.0)
+        assert len(trials[0]) == len(trials[1]) > 2
+        for a, b in zip(*trials, strict=True):  # the first steps are timed together
+            assert abs(a - b) <= DraftLengthController.TIMED
+
     def test_a_machine_that_changes_is_noticed(self) -> None:
         """Drafts that paid while plain steps were slow stop when those are fast again."""
         controller = DraftLengthController()

@@ -112,7 +112,8 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
     prompt, cache = torch.randint(3, 512, (1, 12)), decoder.skipping.new_cache(1, 40)
     decoder.skipping.forward(prompt, cache, [0])
     assert drafter.row_decoder is not None
-    tokens, chances = drafter.row_decoder.draft(9, 6, (0.0, [1.0]), (cache, 0, 12), None)
+    drafted = drafter.row_decoder.draft(9, 6, (0.0, [1.0]), (cache, 0, 12), None)
+    tokens, chances = drafted.tokens, drafted.probabilities
     last, stepped, seen = 9, [], []
     for slot in range(12, 18):
         hidden = drafter.decode([[last]], cache, [0], [slot])
@@ -122,8 +123,8 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
         seen.append(float(logits.softmax(-1)[last]))
     assert tokens == stepped
     assert chances == pytest.approx(seen, abs=0.05 if exact else 1e-4)
-    unsure, _ = drafter.row_decoder.draft(9, 6, (0.3, [0.6]), (cache, 0, 12), None)
-    assert unsure == stepped[:3]  # 0.6 to the third is less than 0.3
+    unsure = drafter.row_decoder.draft(9, 6, (0.3, [0.6]), (cache, 0, 12), None)
+    assert unsure.tokens == stepped[:3]  # 0.6 to the third is less than 0.3
 
 
 def test_acceptance_is_learned_by_chance() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import gateskip
+from gateskip.decoding.sampling import Sampler
 from gateskip.gates.kinds import make_gates
 from gateskip.gates.shortcuts import Shortcuts
 from gateskip.kernels import ops
@@ -137,14 +138,36 @@ def test_a_draft_is_its_steps(after_a_prompt: Any) -> None:
     """Its tokens, and how likely each is, are what decoding one by one says."""
     fast, levels, together, alone = after_a_prompt
     assert fast.row_decoder is not None
-    drafted, chances = fast.row_decoder.draft(7, 8, (0.0, [1.0]), (together, 0, 40), levels)
-    token = 7
-    for place, (found, chance) in enumerate(zip(drafted, chances, strict=True)):
+    drafted = fast.row_decoder.draft(7, 8, (0.0, [1.0]), (together, 0, 40), levels)
+    assert drafted.drawn_from == drafted.tokens
+    token, both = 7, zip(drafted.tokens, drafted.probabilities, strict=True)
+    for place, (found, chance) in enumerate(both):
         states = fast.decode([[token]], alone, [0], [40 + place], levels)
         shares = fast.head(states)[0].softmax(-1)
         token = int(shares.argmax())
         assert found == token and chance == pytest.approx(float(shares[token]), rel=1e-4)
-    assert len(drafted) == 8
+    assert len(drafted.tokens) == 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "skips"), [("float32", False), ("bfloat16", True)])
+def test_a_drawn_draft_is_its_steps(after_a_prompt: Any) -> None:
+    """Its tokens, and what each was drawn from, are what a sampler does one by one."""
+    fast, levels, together, alone = after_a_prompt
+    sampler, uniform = Sampler(temperature=0.8, top_p=0.9), [0.1, 0.95, 0.5, 0.7, 0.02]
+    assert fast.row_decoder is not None and sampler.draws is not None
+    drawn = (sampler.draws, uniform)
+    drafted = fast.row_decoder.draft(7, 5, (0.0, [1.0]), (together, 0, 40), levels, drawn)
+    token, shares = 7, drafted.drawn_from
+    for place, (found, chance) in enumerate(
+        zip(drafted.tokens, drafted.probabilities, strict=True)
+    ):
+        logits = fast.head(fast.decode([[token]], alone, [0], [40 + place], levels))[0]
+        wanted = sampler.distribution(logits, [])
+        torch.testing.assert_close(shares[place], wanted, atol=1e-5, rtol=1e-3)
+        token = fast.row_decoder.choose(logits, sampler.draws, uniform[place])
+        assert found == token and chance == pytest.approx(float(shares[place][found]))
+    assert len(drafted.tokens) == 5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

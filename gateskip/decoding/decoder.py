@@ -330,13 +330,21 @@ class Decoder:
         known = sampler == GREEDY or sampler.draws is not None
         return known and self.skipping.continues(limits)
 
-    def _continue(self, row: Row, most: int, cache: Cache, limits: Limits, sampler: Sampler) -> int:
-        """Commit up to `most` tokens, computed in one native call; how many."""
+    def _continue(
+        self,
+        row: Row,
+        most: int,
+        cache: Cache,
+        limits: Limits,
+        sampler: Sampler,
+        ends: Callable[[Row], bool] = lambda row: False,
+    ) -> int:
+        """Commit up to `most` tokens of one native call, until the row `ends`; how many."""
         before = len(row.tokens)
 
         def commit(token: int) -> bool:
             row.commit([token])
-            return row.ended
+            return row.ended or ends(row)
 
         count, place = min(most, row.stops.limit - before), (cache, row.number, row.slot)
         drawn = None
@@ -399,11 +407,31 @@ class Decoder:
             begun = time.perf_counter()
             drafts = drafting.make(live, sampler, cache)
             drafted = time.perf_counter()
-            accepted = self._verify(live, drafts, sampler, cache, phases.answer)
-            verified = time.perf_counter()
-            drafting.observe(drafts, accepted, drafted - begun, verified - drafted)
-            stats.add_round(drafts, accepted, drafted - begun, verified - drafted)
+            accepted, steps = (
+                [0],
+                self._plainly(live, drafts, drafting, sampler, cache, phases.answer),
+            )
+            if not steps:
+                accepted, steps = self._verify(live, drafts, sampler, cache, phases.answer), 1
+            times = drafted - begun, time.perf_counter() - drafted
+            drafting.observe(drafts, accepted, *times, steps)
+            stats.add_round(drafts, accepted, *times, steps)
         stats.decode_s = time.perf_counter() - started
+
+    def _plainly(
+        self,
+        rows: list[Row],
+        drafts: list[Draft],
+        drafting: Drafting,
+        sampler: Sampler,
+        cache: Cache,
+        limits: Limits,
+    ) -> int:
+        """Plain steps of a row without a draft, until one is wanted; 0 where a pass has to do."""
+        if len(rows) > 1 or drafts[0].tokens or not self._continues(sampler, limits):
+            return 0
+        most = min(IN_ONE_CALL, drafting.plain_steps() or IN_ONE_CALL)
+        return self._continue(rows[0], most, cache, limits, sampler, drafting.proposes)
 
     def _verify(
         self,
@@ -414,10 +442,6 @@ class Decoder:
         limits: Limits,
     ) -> list[int]:
         """One pass over each row's last token and draft; commits, counts accepted tokens."""
-        undrafted = len(rows) == 1 and not drafts[0].tokens
-        if undrafted and self._continues(sampler, limits):
-            self._continue(rows[0], 1, cache, limits, sampler)
-            return [0]
         tokens = [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
         place = (tokens, cache, [row.number for row in rows], [row.slot for row in rows], limits)
         targets = self._targets(rows, drafts, sampler, place)

@@ -23,7 +23,8 @@ class DraftLengthController:
     TRIAL = 1  # a trial of 3 that does not pay costs 5 to 7 % of 32 tokens, one of 1 about 1 %
     MARGIN = 1.02  # speculation must promise this much more than plain decoding
     PAUSE, LONGEST_PAUSE = 32, 512  # rounds
-    FRESH = 24  # rounds of drafting after which a plain step is timed again, against drift
+    FRESH = 24  # rounds of drafting after which plain steps are timed again, against drift
+    TIMED = 4  # plain steps that are timed: in one call they cost less than one by one
     BINS = 10  # of a drafted token's probability, each with an acceptance rate of its own
     KNOWN = 10  # drafted tokens after which the bins' shares are known well enough
     RENEW = 16  # rounds of drafting after which what drafts bring is expected anew
@@ -42,10 +43,24 @@ class DraftLengthController:
         self.pause, self.wait = self.PAUSE, 0
         self.since_plain = 0  # rounds
         self.rounds = 0  # of drafting
+        self.last = 0  # what `draft_length` said
 
     def draft_length(self) -> int:
         """Tokens to draft next."""
-        if self.plain is None or self.since_plain >= self.FRESH:
+        self.last = self._next()
+        return self.last
+
+    def plain_steps(self) -> int | None:
+        """How many plain steps come, after a draft length of 0; None after another."""
+        if self.last:
+            return None
+        return self.TIMED if self._times_plain() else max(1, self.pause - self.wait)
+
+    def _times_plain(self) -> bool:
+        return self.plain is None or self.since_plain >= self.FRESH
+
+    def _next(self) -> int:
+        if self._times_plain():
             return 0
         if self.draft_step is None or self.per_row is None:
             return self.TRIAL
@@ -105,12 +120,21 @@ class DraftLengthController:
             )
         return self.expected_rounds[k]
 
-    def observe(self, count: int, accepted: Sequence[int], draft_s: float, verify_s: float) -> None:
-        """Update from a round: `count` tokens drafted a row, and how many each row accepted."""
-        self.since_plain = 0 if count == 0 else self.since_plain + 1
+    def observe(
+        self,
+        count: int,
+        accepted: Sequence[int],
+        draft_s: float,
+        verify_s: float,
+        steps: int = 1,
+    ) -> None:
+        """Update from a round: `count` tokens drafted a row, and how many each row accepted; where
+        none were, so many plain `steps`."""
         if count == 0:
-            self.plain = _blend(self.plain, verify_s, 0.3)
+            self.wait += 0 if self._times_plain() else steps - 1
+            self.plain, self.since_plain = _blend(self.plain, verify_s / steps, 0.3), 0
             return
+        self.since_plain += 1
         self.rounds += 1
         if self.rounds % self.RENEW == 0:
             self.expected_rounds = []

@@ -132,8 +132,9 @@ class Drafting:
     def make(self, rows: list[Row], sampler: Sampler, cache: Cache) -> list[Draft]:
         """A draft for every row: looked up where the text repeats itself, else decoded."""
         drafts = self._begin(rows)
-        if len(rows) == 1 and sampler == GREEDY and self.model.row_decoder is not None:
-            self._in_one_call(drafts[0], rows[0], cache)
+        known = sampler == GREEDY or sampler.draws is not None
+        if len(rows) == 1 and known and self.model.row_decoder is not None:
+            self._in_one_call(drafts[0], rows[0], sampler, cache)
             return drafts
         growing = [(d, r) for d, r in zip(drafts, rows, strict=True) if len(d.tokens) < d.limit]
         while growing:
@@ -149,16 +150,21 @@ class Drafting:
             growing = [(draft, row) for draft, row in growing if len(draft.tokens) < draft.limit]
         return drafts
 
-    def _in_one_call(self, draft: Draft, row: Row, cache: Cache) -> None:
-        """A greedy draft of one row, where the backend makes it in a single call."""
+    def _in_one_call(self, draft: Draft, row: Row, sampler: Sampler, cache: Cache) -> None:
+        """A draft of one row, where the backend makes it in a single call."""
         if draft.looked_up or not draft.limit:
             return
         assert self.model.row_decoder is not None
         place, wanted = (cache, row.number, row.slot), (0.0, [1.0])  # draft on, whatever it is
         if self.controller is not None:
             wanted = (self.controller.least(), self.controller.acceptance_by_bin)
-        found = self.model.row_decoder.draft(row.last, draft.limit, wanted, place, self.thresholds)
-        draft.tokens, draft.drawn_from, draft.probabilities = found[0], list(found[0]), found[1]
+        drawn = None
+        if sampler.draws is not None:
+            drawn = (sampler.draws, [row.uniform() for _ in range(draft.limit)])
+        decoder, limits = self.model.row_decoder, self.thresholds
+        found = decoder.draft(row.last, draft.limit, wanted, place, limits, drawn)
+        draft.tokens, draft.probabilities = found.tokens, found.probabilities
+        draft.drawn_from = list(found.drawn_from)
 
     def _begin(self, rows: list[Row]) -> list[Draft]:
         left = [row.stops.limit - len(row.tokens) - 1 for row in rows]  # verifying adds one more
@@ -179,10 +185,28 @@ class Drafting:
         assert self.length != "auto", "controllers set the length"
         return self.length
 
+    def plain_steps(self) -> int | None:
+        """Where nothing was drafted: how many plain steps come now, None for any number."""
+        known = (self.controller, self.lookup_controller if self.lookup else None)
+        counts = [None if each is None else each.plain_steps() for each in known]
+        return min((count for count in counts if count is not None), default=None)
+
+    def proposes(self, row: Row) -> bool:
+        """Whether a row's text proposes what follows, and that is wanted."""
+        known = self.lookup_controller
+        wanted = self.lookup and (known is None or known.last > 0)
+        return wanted and bool(row.lookup.propose(row.text, 1))
+
     def observe(
-        self, drafts: list[Draft], accepted: list[int], draft_s: float, verify_s: float
+        self,
+        drafts: list[Draft],
+        accepted: list[int],
+        draft_s: float,
+        verify_s: float,
+        steps: int = 1,
     ) -> None:
-        """Tell the controllers what a round cost and how much was accepted."""
+        """Tell the controllers what a round cost and how much was accepted, or how many plain
+        steps it had."""
         if self.controller is None or self.lookup_controller is None:
             return
         longest = max(len(draft.tokens) for draft in drafts)
@@ -190,8 +214,8 @@ class Drafting:
             self.controller.learn(draft.probabilities, count)
         looked_up = {draft.looked_up for draft in drafts if draft.tokens}
         if longest == 0:
-            self.controller.observe(0, [], draft_s, verify_s)
-            self.lookup_controller.observe(0, [], 0.0, verify_s)
+            self.controller.observe(0, [], draft_s, verify_s, steps)
+            self.lookup_controller.observe(0, [], 0.0, verify_s, steps)
         elif len(looked_up) == 1:  # the times of a mixed round belong to neither
             own = self.lookup_controller if looked_up == {True} else self.controller
             own.observe(longest, accepted, draft_s, verify_s)

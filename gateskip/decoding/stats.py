@@ -71,18 +71,24 @@ class Stats:
         self.positions[position][1] += accepted
 
     def add_round(
-        self, drafts: Sequence[Draft], accepted: Sequence[int], draft_s: float, verify_s: float
+        self,
+        drafts: Sequence[Draft],
+        accepted: Sequence[int],
+        draft_s: float,
+        verify_s: float,
+        steps: int = 1,
     ) -> None:
-        """Count one round of drafting and verifying: a draft a row, and how much was accepted."""
+        """Count one round of drafting and verifying: a draft a row, and how much was accepted; or
+        so many plain `steps`."""
         self.draft_s += draft_s
         self.verify_s += verify_s
         for draft, kept in zip(drafts, accepted, strict=True):
             count = len(draft.tokens)
             self.drafted += count
             self.accepted += kept
-            self.passes += 1
+            self.passes += steps
             self.looked_up += count if draft.looked_up else 0
-            self.draft_lengths[count] = self.draft_lengths.get(count, 0) + 1
+            self.draft_lengths[count] = self.draft_lengths.get(count, 0) + steps
             for position in range(min(kept + 1, count)):
                 self.count(position, 1, position < kept)
 

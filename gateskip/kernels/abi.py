@@ -200,7 +200,7 @@ class Draft(ctypes.Structure):
         ("on_token", OnToken),
         ("ended", Int),
         ("sampling", ctypes.POINTER(Sampling)),
-        ("uniform", Pointer),
+        *((name, Pointer) for name in ("uniform", "distributions")),
     )
 
 

@@ -87,6 +87,17 @@ Drawn = tuple[Draws, Sequence[float]]
 """How tokens are drawn, and a number from 0 to 1 for each of them."""
 
 
+@dataclass(frozen=True)
+class Drafted:
+    """What a backend drafted for a row."""
+
+    tokens: list[int]
+    probabilities: list[float]
+    """Of each token, as the draft sees it."""
+    drawn_from: Sequence[int | Tensor]
+    """Of each token, the probabilities [V] that it was drawn from; greedily, the token itself."""
+
+
 CacheT = TypeVar("CacheT", bound=Cache)
 GivenCache = TypeVar("GivenCache", bound=Cache, contravariant=True)
 
@@ -166,8 +177,9 @@ class RowDecoder(Protocol[GivenCache]):
         wanted: tuple[float, Sequence[float]],
         place: tuple[GivenCache, int, int],
         thresholds: Thresholds,
-    ) -> tuple[list[int], list[float]]:
-        """Up to `count` tokens that greedily follow `token`, and the draft's probability of each.
+        drawn: Drawn | None = None,
+    ) -> Drafted:
+        """Up to `count` tokens that follow `token`, greedily or `drawn`.
 
         `place` is token's: a cache, the row in it, and the position. `wanted` ends a draft early:
         the least probability that it is accepted as a whole, and how likely a token is accepted by

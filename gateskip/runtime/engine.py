@@ -26,7 +26,7 @@ from gateskip.kernels.abi import PARTS, Matrix
 from gateskip.model.families import Branch, UnsupportedModel, embedding_scale, logit_cap
 from gateskip.model.projections import AttentionShape, mlp_parts, rotate
 from gateskip.quantization.packed_linear import PackedLinear
-from gateskip.runtime.backend import Drawn, Draws
+from gateskip.runtime.backend import Drafted, Drawn, Draws
 from gateskip.runtime.descriptors import Descriptors
 from gateskip.runtime.kv_cache import KVCache
 
@@ -97,20 +97,35 @@ class Engine:
         wanted: tuple[float, Sequence[float]],
         place: tuple[KVCache, int, int],
         thresholds: Sequence[float] | None,
-    ) -> tuple[list[int], list[float]]:
-        """Up to `count` tokens that greedily follow `token`, and the draft's probability of each.
+        drawn: Drawn | None = None,
+    ) -> Drafted:
+        """Up to `count` tokens that follow `token`, greedily or `drawn`: see `RowDecoder.draft`.
 
-        `place` is token's: a cache, the row in it, and the slot. `wanted` ends a draft early: the
-        least probability that it is accepted as a whole, and how likely a token is accepted by its
-        probability, in equal steps from 0 to 1. `kept` then counts over all steps.
+        `kept` then counts over all steps. Drawn tokens are ranked by the draft head alone.
         """
         accepted, chances = torch.tensor(list(wanted[1])), torch.empty(count)
         order = self._order(token, count, self.draft_head)
         order.least, order.accepted, order.levels = wanted[0], accepted.data_ptr(), len(accepted)
         order.chances = chances.data_ptr()
         order.rerank_head = self.rerank_head and ctypes.pointer(self.rerank_head)
+        size = order.draft_head.contents.n
+        kept = torch.empty(0 if drawn is None else count, size + -size % 8)
+        held = self._draw(order, drawn)
+        if drawn is not None:
+            order.distributions = kept.data_ptr()
         tokens = self._follow(order, place, thresholds)
-        return tokens, chances[: len(tokens)].tolist()
+        del held
+        sources = tokens if drawn is None else list(kept[: len(tokens), :size])
+        return Drafted(tokens, chances[: len(tokens)].tolist(), sources)
+
+    def _draw(self, order: abi.Draft, drawn: Drawn | None) -> Tensor | None:
+        """Let an order's tokens be drawn; what is returned has to live as long as the order."""
+        if drawn is None:
+            return None
+        uniform = torch.tensor(list(drawn[1]), dtype=torch.float64)
+        order.sampling = ctypes.pointer(abi.Sampling(*drawn[0]))
+        order.uniform = uniform.data_ptr()
+        return uniform
 
     def continue_row(
         self,
@@ -138,13 +153,9 @@ class Engine:
 
         order = self._order(token, count, self.head)
         order.on_token = abi.OnToken(told)
-        uniform = torch.tensor([] if drawn is None else list(drawn[1]), dtype=torch.float64)
-        if drawn is not None:
-            order.sampling, order.uniform = (
-                ctypes.pointer(abi.Sampling(*drawn[0])),
-                uniform.data_ptr(),
-            )
+        held = self._draw(order, drawn)
         followed = len(self._follow(order, place, thresholds))
+        del held
         if raised:
             raise raised[0]
         return followed

@@ -26,6 +26,7 @@ from gateskip.runtime.attention import attend_rows, causal_softmax
 from gateskip.runtime.backend import (
     Arithmetic,
     BackendName,
+    Drafted,
     Drawn,
     Draws,
     PassThresholds,
@@ -99,13 +100,14 @@ class NativeBackend(GatheredBackend):
         wanted: tuple[float, Sequence[float]],
         place: tuple[KVCache, int, int],
         thresholds: Thresholds,
-    ) -> tuple[list[int], list[float]]:
+        drawn: Drawn | None = None,
+    ) -> Drafted:
         """See `RowDecoder.draft`."""
         cache, row, slot = place
         cache.begin([row], [slot], [count])
-        tokens, probabilities = self.engine.draft(token, count, wanted, place, thresholds)
-        self._count(range(slot, slot + len(tokens)))
-        return tokens, probabilities
+        drafted = self.engine.draft(token, count, wanted, place, thresholds, drawn)
+        self._count(range(slot, slot + len(drafted.tokens)))
+        return drafted
 
     def continue_row(
         self,

@@ -198,6 +198,7 @@ typedef struct Draft {
   int32_t ended;     /* what it returned last */
   const Sampling* sampling; /* how tokens are drawn; null takes the likeliest */
   const double* uniform;    /* [count]: a number from 0 to 1 for each token that is drawn */
+  float* distributions;     /* [count, V rounded up to 8]: out, what tokens are drawn from; or null */
 } Draft;
 
 /* Memory that the calls of one model use again and again; not for two calls at a time. */

@@ -75,7 +75,13 @@ class Continuation {
     if (id == 0) {
       for (int j = n; j < padded; j++) every_[j] = 0;
       for (int j = 0; d.cap && j < n; j += 8) store(every_ + j, capped(load(every_ + j), d.cap));
-      d.tokens[i] = choose_token(every_, n, *d.sampling, d.uniform[i], every_ + padded);
+      if (d.distributions) {
+        float* shares = d.distributions + int64_t(i) * padded;
+        d.tokens[i] = choose_from_distribution(every_, n, *d.sampling, d.uniform[i], shares);
+        if (d.chances) d.chances[i] = shares[d.tokens[i]];
+      } else {
+        d.tokens[i] = choose_token(every_, n, *d.sampling, d.uniform[i], every_ + padded);
+      }
     }
 #pragma omp barrier
     return d.tokens[i];

@@ -75,11 +75,8 @@ float least_share(const float* shares, int n, const Sampling& how) {
   return std::max(least, how.min_p);
 }
 
-}  // namespace
-
-int32_t choose_token(const float* logits, int32_t n, const Sampling& how, double uniform, float* shares) {
-  share_out(logits, n, how.temperature, shares);
-  const float least = least_share(shares, n, how);
+// One of those shares that are at least `least`, by a number from 0 to 1
+int32_t pick(const float* shares, int n, float least, double uniform) {
   double left = uniform * sum_from(shares, n, least);
   int32_t chosen = 0;
   for (int first = 0; first < n; first += PART) {
@@ -98,6 +95,18 @@ int32_t choose_token(const float* logits, int32_t n, const Sampling& how, double
     if (chosen >= first) return chosen;  // rounding has left a little at the end of a part
   }
   return chosen;
+}
+
+}  // namespace
+
+int32_t choose_token(const float* logits, int32_t n, const Sampling& how, double uniform, float* shares) {
+  share_out(logits, n, how.temperature, shares);
+  return pick(shares, n, least_share(shares, n, how), uniform);
+}
+
+int32_t choose_from_distribution(const float* logits, int32_t n, const Sampling& how, double uniform, float* shares) {
+  gateskip_distribution(logits, n, &how, shares);
+  return pick(shares, n, 0, uniform);
 }
 
 extern "C" int32_t gateskip_choose(const float* logits, int32_t n, const Sampling* how, double uniform, float* shares) {
