@@ -27,11 +27,13 @@ from gateskip.gates.base import Gates
 from gateskip.gates.kinds import GATE_KINDS, make_gates
 from gateskip.gates.shortcuts import STORED, Shortcuts
 from gateskip.kernels import autotune
+from gateskip.model.draft_network import load_network
 from gateskip.model.families import UnsupportedModel, find_branches
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.head import INT8, head_format, round_head
 from gateskip.quantization.packed_linear import Samples, accelerate_linears, timed_pairs
 from gateskip.runtime.backend import BackendName
+from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import SkippingModel
 
 GATES_FILE = "gates.safetensors"
@@ -360,4 +362,8 @@ def _decoder(folder: Path, skipping: SkippingModel, file: GateFile | None) -> De
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     budgets = CalibratedBudgets({}) if file is None else file.budgets
-    return Decoder(skipping, tokenizer, budgets, defaults=stored_decode(folder))
+    table = skipping.model.get_input_embeddings().weight
+    network = load_network(folder, table.shape[1], table.shape[0])
+    learned = None if network is None else LearnedDraft(skipping, network.to(skipping.device))
+    defaults = stored_decode(folder)
+    return Decoder(skipping, tokenizer, budgets, defaults=defaults, network=learned)

@@ -179,13 +179,13 @@ def test_the_likeliest_tokens_are_those_of_the_logits(after_a_prompt: Any) -> No
     for begin, count in ((40, 1), (41, 5), (46, 17)):
         ids = tokens(1, count, seed=begin).tolist()
         before = fast.usage.copy()
-        found = fast.likeliest(ids, together, [0], [begin], levels)
+        found, states = fast.likeliest(ids, together, [0], [begin], levels)
         in_one_call, before = fast.usage.since(before), fast.usage.copy()
-        logits = fast.head(fast.decode(ids, alone, [0], [begin], levels))
-        assert found == [logits.argmax(-1).tolist()]
+        wanted = fast.decode(ids, alone, [0], [begin], levels)
+        assert found == [fast.head(wanted).argmax(-1).tolist()] and torch.equal(states, wanted)
         assert fast.usage.since(before) == in_one_call
-    for keys, wanted in zip(together.keys, alone.keys, strict=True):
-        assert torch.equal(keys, wanted)
+    for keys, own in zip(together.keys, alone.keys, strict=True):
+        assert torch.equal(keys, own)
 
 
 def test_the_likeliest_tokens_of_more_rows_than_a_pass_takes(
@@ -198,7 +198,7 @@ def test_the_likeliest_tokens_of_more_rows_than_a_pass_takes(
         fast.forward(tokens(5, 8), cache, [0] * 5)
     ids = [tokens(1, 11 + 3 * row, seed=row)[0].tolist() for row in range(5)]
     rows, starts = [3, 0, 4, 1, 2], [8, 5, 8, 7, 8]
-    found = fast.likeliest(ids, together, rows, starts, levels)
+    found, _ = fast.likeliest(ids, together, rows, starts, levels)
     logits = fast.head(fast.decode(ids, alone, rows, starts, levels))
     wanted = [part.argmax(-1).tolist() for part in logits.split([len(own) for own in ids])]
     assert found == wanted and sum(map(len, found)) == 85

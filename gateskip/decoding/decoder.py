@@ -35,6 +35,7 @@ from gateskip.model.gating import NEVER_SKIP
 from gateskip.runtime.backend import Arithmetic, BackendName, Cache, Thresholds
 from gateskip.runtime.governor import STEPS, Hold
 from gateskip.runtime.kv_cache import KVFormat
+from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import Limits, SkippingModel
 
 Mode = Literal["plain", "skip", "speculate"]
@@ -64,6 +65,7 @@ class Decoder:
         kernels: how many linear layers run on which compiled kernel.
         kernel_times: microseconds that chose them, by shape: `ours`, and the library's `own`.
         fallback: why the backend `native` was not taken, where it was to be taken if it can.
+        network: what drafts under the name `learned`, where the folder has it.
     """
 
     def __init__(
@@ -75,13 +77,14 @@ class Decoder:
         kernels: Mapping[str, int] | None = None,
         fallback: str | None = None,
         kernel_times: Mapping[str, dict[str, float]] | None = None,
+        network: LearnedDraft | None = None,
     ) -> None:
         self.skipping, self.tokenizer = skipping, tokenizer
         budgets = grid if isinstance(grid, CalibratedBudgets) else CalibratedBudgets(grid)
         self.grid, self.defaults = dict(budgets.thresholds), dict(defaults or {})
         self._kept, self._between = budgets.kept, budgets.between
         self.kernels, self.fallback = dict(kernels or {}), fallback
-        self.kernel_times = dict(kernel_times or {})
+        self.kernel_times, self.network = dict(kernel_times or {}), network
         self._controllers: dict[Any, DraftLengthController] = {}  # by kind of draft
         self._drafters: dict[str, SkippingModel] = {"own": skipping}
         self._fastest: dict[float, tuple[Weights | None, bool]] = {}  # draft, if it pays, by budget
@@ -218,8 +221,9 @@ class Decoder:
             draft_length: drafted tokens a verify pass, 1 to 16, or `auto`: set by measured costs
                 and acceptance, 0 while speculation does not pay.
             draft_weights: `own`; `int4-head`, where a 4-bit LM head ranks tokens; a copy
-                of all weights in fewer bits, `int4`, `int3`, `int2` (3-bit head) or `nf4`; or
-                `auto`, the one that is fastest here, which is measured once a machine.
+                of all weights in fewer bits, `int4`, `int3`, `int2` (3-bit head) or `nf4`; the
+                small network that the stage `draft-network` trained, `learned`; or `auto`, the one
+                that is fastest here, which is measured once a machine.
             lookup: before drafting, propose what followed the last tokens earlier in the text.
             target: what full compute means where gates scale what branches add: the `gated` model,
                 or the `original`, without them. Other gates leave the model what it was.
@@ -279,17 +283,25 @@ class Decoder:
         batch: int,
     ) -> Drafting | None:
         """How one call drafts; None where it decodes plainly, since no draft is faster here."""
-        thresholds = self.thresholds(budget)
+        thresholds = None if weights == "learned" else self.thresholds(budget)
         pays = weights != "own" or thresholds is not None  # else the draft is the model itself
         if weights == "auto":
             chosen, pays = self.fastest_draft(budget)
             weights = chosen or "own"
+        if weights == "learned" and self.network is None:
+            raise ValueError("this folder has no draft network: the stage draft-network trains one")
         pays = pays or length != "auto"  # what is forced is drafted whatever it costs
         if not pays and not lookup:
             return None
         name = weights if pays else "none"
+        learned = pays and weights == "learned"
         drafting = Drafting(
-            self.drafter(weights if pays else "own"), thresholds, length, lookup, weights=name
+            self.drafter("own" if learned or not pays else weights),
+            thresholds,
+            length,
+            lookup,
+            weights=name,
+            network=self.network if learned else None,
         )
         if length == "auto":
             drafting.controller = self._controller(name, budget, batch)
@@ -317,7 +329,7 @@ class Decoder:
             tokens, numbers = [[row.last] for row in live], [row.number for row in live]
             place = (tokens, cache, numbers, [row.slot for row in live], phases.answer)
             if sampler == GREEDY:
-                for row, following in zip(live, self.skipping.likeliest(*place), strict=True):
+                for row, following in zip(live, self.skipping.likeliest(*place)[0], strict=True):
                     row.commit(following)
             else:
                 self._choose(live, self.skipping.head(self.skipping.decode(*place)), sampler)
@@ -350,7 +362,7 @@ class Decoder:
         drawn = None
         if sampler.draws is not None:
             drawn = (sampler.draws, [row.uniform() for _ in range(count)])
-        self.skipping.continue_row(row.last, count, place, limits, commit, drawn)
+        row.state = self.skipping.continue_row(row.last, count, place, limits, commit, drawn)
         return len(row.tokens) - before
 
     def _prefill(
@@ -375,6 +387,8 @@ class Decoder:
             for number, length in enumerate(lengths):
                 if first < length <= first + columns:
                     final[number] = hidden[number, length - first - 1].clone()
+        for row, state in zip(rows, final, strict=True):
+            row.state = state
         self._choose(rows, self.skipping.head(torch.stack(final)), sampler)
         stats.prefill_s = stats.ttft_s = time.perf_counter() - started
         return cache
@@ -444,28 +458,33 @@ class Decoder:
         """One pass over each row's last token and draft; commits, counts accepted tokens."""
         tokens = [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
         place = (tokens, cache, [row.number for row in rows], [row.slot for row in rows], limits)
-        targets = self._targets(rows, drafts, sampler, place)
+        targets, states = self._targets(rows, drafts, sampler, place)
         counts = []
-        for row, draft, target in zip(rows, drafts, targets, strict=True):
+        for row, draft, target, own in zip(rows, drafts, targets, states, strict=True):
             accepted, following = accept_or_resample(
                 draft.tokens, draft.drawn_from, target, row.generator
             )
             row.commit([*draft.tokens[:accepted], following])
+            row.state = own[accepted]
             counts.append(accepted)
         return counts
 
     def _targets(
         self, rows: list[Row], drafts: list[Draft], sampler: Sampler, place: Place
-    ) -> Sequence[Iterable[Distribution]]:
-        """Of each row, what follows its last token and each token of its draft."""
+    ) -> tuple[Sequence[Iterable[Distribution]], Sequence[Tensor]]:
+        """Of each row, what follows its last token and each token of its draft, and the final
+        states [K + 1, H] there."""
+        counts = [len(ids) for ids in place[0]]
         if sampler == GREEDY:
-            return self.skipping.likeliest(*place)
-        logits = self.skipping.head(self.skipping.decode(*place))
-        own = logits.split([len(ids) for ids in place[0]])
-        return [
+            chosen, states = self.skipping.likeliest(*place)
+            return chosen, states.split(counts)
+        states = self.skipping.decode(*place)
+        logits = self.skipping.head(states).split(counts)
+        targets = [
             sampler.distributions(part, row.text, draft.tokens)
-            for row, draft, part in zip(rows, drafts, own, strict=True)
+            for row, draft, part in zip(rows, drafts, logits, strict=True)
         ]
+        return targets, states.split(counts)
 
     # -- accounting ----------------------------------------------------------------------------
 

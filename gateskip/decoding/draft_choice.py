@@ -20,6 +20,7 @@ from gateskip.decoding.stats import Generation
 from gateskip.kernels import autotune
 from gateskip.quantization.formats import weight_format
 from gateskip.runtime.backend import Thresholds
+from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import SkippingModel
 
 PROMPT = 32  # tokens after a text's opening
@@ -37,6 +38,7 @@ class Decodes(Protocol):
     """What is timed: a Decoder."""
 
     skipping: SkippingModel
+    network: LearnedDraft | None
     tokenizer: Any
 
     def thresholds(self, budget: float) -> Thresholds:
@@ -54,11 +56,13 @@ def fastest(decoder: Decodes, budget: float) -> tuple[Weights | None, bool]:
 
     Within `autotune.by_capability` nothing is timed: the likeliest draft is taken.
     """
-    names = candidates(decoder.skipping, budget)
+    names = candidates(decoder.skipping, budget, decoder.network is not None)
     if not names:
         return None, False
     model, threads = decoder.skipping.model, torch.get_num_threads()
     known = f"{weight_format(model)} {fingerprint(model, decoder.thresholds(budget))}"
+    if decoder.network is not None:
+        known += f" {fingerprint(decoder.network.network, None)}"
     question = f"tokens/s of {known} drafted by {', '.join(names)}, {threads} threads"
     found: Speeds | None = autotune.choice(question, partial(speeds, decoder, names, budget))
     return (names[0], True) if found is None else best(found)

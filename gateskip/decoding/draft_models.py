@@ -22,9 +22,9 @@ from gateskip.quantization.draft_copy import (
 )
 from gateskip.runtime.skipping import SkippingModel
 
-Weights = Literal["own", "int4-head", "nf4", "int4", "int3", "int2", "auto"]
-"""What drafts: the model's own weights; these, but for a 4-bit LM head; a copy; or the one of these
-that is measured to be the fastest here (draft_choice.py)."""
+Weights = Literal["own", "int4-head", "nf4", "int4", "int3", "int2", "learned", "auto"]
+"""What drafts: the model's own weights; these, but for a 4-bit LM head; a copy; a small network
+that learned to; or the one of these that is measured to be the fastest here (draft_choice.py)."""
 TRIED = 2  # integer copies that a choice is made from: those with the most bits
 
 
@@ -62,11 +62,12 @@ def draft_copies(own: SkippingModel) -> list[Weights]:
     return [*found, "nf4"] if is_possible(own, "nf4") else found
 
 
-def candidates(own: SkippingModel, budget: float = 1.0) -> list[Weights]:
-    """Drafts at a budget that may pay for a model: integer copies where the compiled kernels run
-    them, and at less than full compute the model's own weights."""
+def candidates(own: SkippingModel, budget: float = 1.0, learned: bool = False) -> list[Weights]:
+    """Drafts at a budget that may pay for a model: a network that `learned`, integer copies where
+    the compiled kernels run them, and at less than full compute the model's own weights."""
     copies = [] if own.engine is None else draft_copies(own)
-    found: list[Weights] = [name for name in copies if name != "nf4"]
+    found: list[Weights] = ["learned"] if learned else []
+    found += [name for name in copies if name != "nf4"]
     if budget < 1:
         head = own.model.get_output_embeddings()
         ranks = own.engine is not None and stored_bits(head) > HEAD.bits

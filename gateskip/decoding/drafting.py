@@ -12,7 +12,8 @@ from torch import Tensor
 from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.lookup import Lookup
 from gateskip.decoding.sampling import GREEDY, Distribution, Sampler, draw
-from gateskip.runtime.backend import Cache
+from gateskip.runtime.backend import Cache, Drafted, Drawn
+from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import SkippingModel
 
 Tokens = list[int]
@@ -60,6 +61,7 @@ class Row:
         self.text = list(prompt)
         self.ended = False
         self.lookup = Lookup()
+        self.state: Tensor | None = None  # final state [H] before the last token
         self.generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
 
     def uniform(self) -> float:
@@ -99,6 +101,11 @@ class Draft:
         self.probabilities: list[float] = []  # of each token, by the drafting model
         self.acceptance = 1.0  # how likely all of it is accepted
 
+    def take(self, drafted: Drafted) -> None:
+        """Become what a backend drafted."""
+        self.tokens, self.probabilities = drafted.tokens, drafted.probabilities
+        self.drawn_from = list(drafted.drawn_from)
+
     def extend(
         self, logits: Tensor, row: Row, sampler: Sampler, controller: DraftLengthController | None
     ) -> None:
@@ -118,7 +125,8 @@ class Drafting:
     """How drafts are made in one call: by `model` under `thresholds`, `length` tokens each.
 
     With `lookup`, what the text itself proposes comes first. Controllers, if any, set the lengths.
-    `weights` names the model; `none` never drafts, so that look-up alone does.
+    `weights` names the model; `none` never drafts, so that look-up alone does. A `network` drafts
+    in the model's place, from the final state before a row's last token.
     """
 
     model: SkippingModel
@@ -128,10 +136,15 @@ class Drafting:
     controller: DraftLengthController | None = None
     lookup_controller: DraftLengthController | None = None
     weights: str = "own"
+    network: LearnedDraft | None = None
 
     def make(self, rows: list[Row], sampler: Sampler, cache: Cache) -> list[Draft]:
         """A draft for every row: looked up where the text repeats itself, else decoded."""
         drafts = self._begin(rows)
+        if self.network is not None:
+            for draft, row in zip(drafts, rows, strict=True):
+                self._by_network(self.network, draft, row, sampler)
+            return drafts
         known = sampler == GREEDY or sampler.draws is not None
         if len(rows) == 1 and known and self.model.row_decoder is not None:
             self._in_one_call(drafts[0], rows[0], sampler, cache)
@@ -155,16 +168,29 @@ class Drafting:
         if draft.looked_up or not draft.limit:
             return
         assert self.model.row_decoder is not None
-        place, wanted = (cache, row.number, row.slot), (0.0, [1.0])  # draft on, whatever it is
-        if self.controller is not None:
-            wanted = (self.controller.least(), self.controller.acceptance_by_bin)
-        drawn = None
-        if sampler.draws is not None:
-            drawn = (sampler.draws, [row.uniform() for _ in range(draft.limit)])
+        place, drawn = (cache, row.number, row.slot), self._drawn(draft, row, sampler)
         decoder, limits = self.model.row_decoder, self.thresholds
-        found = decoder.draft(row.last, draft.limit, wanted, place, limits, drawn)
-        draft.tokens, draft.probabilities = found.tokens, found.probabilities
-        draft.drawn_from = list(found.drawn_from)
+        draft.take(decoder.draft(row.last, draft.limit, self._wanted(), place, limits, drawn))
+
+    def _by_network(self, network: LearnedDraft, draft: Draft, row: Row, sampler: Sampler) -> None:
+        """A draft that a network makes; greedily where it does not know the sampler."""
+        if draft.looked_up or not draft.limit:
+            return
+        assert row.state is not None, "a row's state is kept for its network"
+        drawn = self._drawn(draft, row, sampler)
+        draft.take(network.draft(row.last, draft.limit, self._wanted(), row.state, drawn))
+
+    def _wanted(self) -> tuple[float, Sequence[float]]:
+        """Where a draft ends: see `RowDecoder.draft`."""
+        if self.controller is None:
+            return 0.0, [1.0]  # draft on, whatever it is
+        return self.controller.least(), self.controller.acceptance_by_bin
+
+    def _drawn(self, draft: Draft, row: Row, sampler: Sampler) -> Drawn | None:
+        """How a backend draws a draft's tokens; None greedily."""
+        if sampler.draws is None:
+            return None
+        return sampler.draws, [row.uniform() for _ in range(draft.limit)]
 
     def _begin(self, rows: list[Row]) -> list[Draft]:
         left = [row.stops.limit - len(row.tokens) - 1 for row in rows]  # verifying adds one more

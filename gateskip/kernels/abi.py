@@ -185,6 +185,16 @@ class Embedding(ctypes.Structure):
     _fields_ = (("weight", Pointer), ("bf16", Int), ("scale", Float))
 
 
+class DraftNetwork(ctypes.Structure):
+    """A small network that drafts."""
+
+    _fields_ = (
+        *((name, Norm) for name in ("norm_state", "norm_token", "norm_mlp", "norm_final")),
+        *((name, Matrix) for name in ("fuse", "gate", "up", "down")),
+        ("tokens", Pointer),
+    )
+
+
 class Draft(ctypes.Structure):
     """Tokens of one row, one after the other."""
 
@@ -208,7 +218,7 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     each.__name__: each
     for each in (
         *(Matrix, Norm, Shortcut, Layer, Model, CacheView),
-        *(Step, Sampling, Embedding, Draft),
+        *(Step, Sampling, Embedding, DraftNetwork, Draft),
     )
 }
 _SCALARS: dict[str, Any] = {

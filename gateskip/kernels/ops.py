@@ -167,6 +167,16 @@ def draft(
     )
 
 
+def draft_by_network(
+    network: abi.DraftNetwork, state: Tensor, order: abi.Draft, arena: Arena
+) -> None:
+    """The same by a small network from a state [H], float32, which becomes the last token's."""
+    _library().gateskip_draft_by_network(
+        *(ctypes.byref(network), _at(state), ctypes.byref(order)),
+        *(arena.address, torch.get_num_threads()),
+    )
+
+
 def likeliest(
     model: abi.Model,
     cache: abi.CacheView,

@@ -195,9 +195,10 @@ class RowDecoder(Protocol[GivenCache]):
         thresholds: Thresholds,
         on_token: Callable[[int], bool],
         drawn: Drawn | None = None,
-    ) -> int:
+    ) -> tuple[int, Tensor]:
         """Call `on_token` with up to `count` tokens that follow `token`, greedily or `drawn`, until
-        it returns true or raises: how many there were. `place` is token's, as in `draft`."""
+        it returns true or raises: how many there were, and the final state [H] before the last one.
+        `place` is token's, as in `draft`."""
         ...
 
     def likeliest(
@@ -207,8 +208,8 @@ class RowDecoder(Protocol[GivenCache]):
         rows: Sequence[int],
         starts: Sequence[int],
         thresholds: Thresholds = None,
-    ) -> list[list[int]]:
-        """As `Backend.decode`, and the likeliest token after each of `tokens`."""
+    ) -> tuple[list[list[int]], Tensor]:
+        """The likeliest token after each of `tokens`, and the states [N, H] of `Backend.decode`."""
         ...
 
     def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:

@@ -15,6 +15,7 @@ from gateskip.gates.base import Gates
 from gateskip.gates.learned import ScalarGates
 from gateskip.kernels import abi
 from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE, Activation, Kind, Matrix, NormKind
+from gateskip.model.draft_network import DraftNetwork
 from gateskip.model.families import (
     Branch,
     Family,
@@ -37,6 +38,7 @@ from gateskip.model.projections import (
 from gateskip.quantization.grid_linear import SharedHead
 from gateskip.quantization.head import ROWS, RoundedHead, to_bytes
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear
+from gateskip.quantization.rounding import round_to_grid
 from gateskip.quantization.tiles import pack_codes, tiles
 from gateskip.runtime.huge_pages import collapse
 
@@ -155,6 +157,29 @@ class Descriptors:
         bias = own.bias[branch].float()
         self.around[branch] = (down.T.float().contiguous(), up.T.float().contiguous(), bias)
         return abi.Shortcut(*(self._floats(part) for part in (down, up, bias)), own.rank + padding)
+
+    def network(self, network: DraftNetwork) -> abi.DraftNetwork:
+        """A draft network, its matrices in 8 bits where their columns are whole blocks."""
+        norms = (network.norm_state, network.norm_token, network.norm_mlp, network.norm_final)
+        linears = (network.fuse, network.gate, network.up, network.down)
+        return abi.DraftNetwork(
+            *(
+                abi.Norm(self._floats(n.weight), None, NormKind.RMS_NORM_FP32, len(n.weight), n.eps)
+                for n in norms
+            ),
+            *(self.integers(part.weight, torch.ones(part.in_features), 8) for part in linears),
+            self._at(network.tokens),
+        )
+
+    def integers(self, weight: Tensor, squares: Tensor, bits: int) -> Matrix:
+        """Weights [n, k] on a grid of `bits`, rounded by the mean squares [k] of what they are
+        multiplied with; in float32 where their columns are no whole blocks."""
+        n, k = weight.shape
+        weight = weight.detach().float()
+        if k % BLOCK:
+            return Matrix(Kind.FP32, n, k, k, 0, n, n, self._at(weight))
+        grid = round_to_grid(weight, squares, bits, BLOCK)
+        return self.packed(PackedLinear.of(grid), rounded=True)
 
     # -- matrices -------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from gateskip.gates.base import Gates
 from gateskip.kernels import abi, build, ops
 from gateskip.kernels.abi import PARTS, Matrix
+from gateskip.model.draft_network import DraftNetwork
 from gateskip.model.families import Branch, UnsupportedModel, embedding_scale, logit_cap
 from gateskip.model.projections import AttentionShape, mlp_parts, rotate
 from gateskip.quantization.packed_linear import PackedLinear
@@ -103,17 +104,56 @@ class Engine:
 
         `kept` then counts over all steps. Drawn tokens are ranked by the draft head alone.
         """
-        accepted, chances = torch.tensor(list(wanted[1])), torch.empty(count)
         order = self._order(token, count, self.draft_head)
+        order.rerank_head = self.rerank_head and ctypes.pointer(self.rerank_head)
+        return self._drafted(
+            order, wanted, drawn, lambda: self._follow(order, place, thresholds)[0]
+        )
+
+    def take_network(self, network: DraftNetwork, rows: Tensor) -> None:
+        """Let a network draft, whose states meet rows [T, H] of the LM head, one a token of it."""
+        squares = network.norm_final.weight.float().square()
+        self._network = self._parts.network(network), self._parts.integers(rows, squares, 4)
+
+    def draft_by_network(
+        self,
+        token: int,
+        count: int,
+        wanted: tuple[float, Sequence[float]],
+        state: Tensor,
+        drawn: Drawn | None = None,
+    ) -> Drafted:
+        """As `draft`, by the network that was taken, from the final state [H] before `token`; drawn
+        tokens come with probabilities of the network's tokens alone."""
+        network, head = self._network
+        order, moving = self._order(token, count, head), state.float().clone().contiguous()
+        tokens = torch.empty(count, dtype=torch.int32)
+        order.tokens = tokens.data_ptr()
+
+        def follow() -> list[int]:
+            ops.draft_by_network(network, moving, order, self._arena)
+            found: list[int] = tokens[: order.count].tolist()
+            return found
+
+        return self._drafted(order, wanted, drawn, follow)
+
+    def _drafted(
+        self,
+        order: abi.Draft,
+        wanted: tuple[float, Sequence[float]],
+        drawn: Drawn | None,
+        follow: Callable[[], list[int]],
+    ) -> Drafted:
+        """What following an order drafts, with probabilities, until it is as `wanted`."""
+        accepted, chances = torch.tensor(list(wanted[1])), torch.empty(order.count)
         order.least, order.accepted, order.levels = wanted[0], accepted.data_ptr(), len(accepted)
         order.chances = chances.data_ptr()
-        order.rerank_head = self.rerank_head and ctypes.pointer(self.rerank_head)
         size = order.draft_head.contents.n
-        kept = torch.empty(0 if drawn is None else count, size + -size % 8)
+        kept = torch.empty(0 if drawn is None else order.count, size + -size % 8)
         held = self._draw(order, drawn)
         if drawn is not None:
             order.distributions = kept.data_ptr()
-        tokens = self._follow(order, place, thresholds)
+        tokens = follow()
         del held
         sources = tokens if drawn is None else list(kept[: len(tokens), :size])
         return Drafted(tokens, chances[: len(tokens)].tolist(), sources)
@@ -135,9 +175,9 @@ class Engine:
         thresholds: Sequence[float] | None,
         on_token: Callable[[int], bool],
         drawn: Drawn | None = None,
-    ) -> int:
+    ) -> tuple[int, Tensor]:
         """Tell of up to `count` tokens that follow `token`, greedily or `drawn`, one after the
-        other; how many.
+        other; how many, and the final state [H] before the last one.
 
         `place` is as in `draft`. The tokens end where `on_token` says so, or raises, which this
         call does then. `kept` counts over all steps.
@@ -154,11 +194,11 @@ class Engine:
         order = self._order(token, count, self.head)
         order.on_token = abi.OnToken(told)
         held = self._draw(order, drawn)
-        followed = len(self._follow(order, place, thresholds))
+        followed, state = self._follow(order, place, thresholds)
         del held
         if raised:
             raise raised[0]
-        return followed
+        return len(followed), state
 
     def likeliest(
         self,
@@ -167,16 +207,16 @@ class Engine:
         cache_rows: Sequence[int],
         slots: Sequence[int],
         thresholds: Sequence[float] | None,
-    ) -> list[int]:
+    ) -> tuple[list[int], Tensor]:
         """The likeliest token after each of `tokens`, which stand at `slots` of `cache_rows`: what
-        the logits of `step`'s states have as their largest, in one call."""
+        the logits of `step`'s states have as their largest; and those states [rows, H]."""
         rows = torch.tensor([[*cache_rows], [*slots], [*tokens]], dtype=torch.int32)
         hidden = torch.empty(len(tokens), self.model.hidden)
         step = self._step(hidden, rows, thresholds)
         inputs = (self._embedding, rows[2])
         chosen = ops.likeliest(self.model, self._view(cache), step, inputs, self.head, self._arena)
         found: list[int] = chosen.tolist()
-        return found
+        return found, hidden
 
     def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:
         """A token of logits [V], drawn by a number from 0 to 1."""
@@ -198,8 +238,9 @@ class Engine:
         order: abi.Draft,
         place: tuple[KVCache, int, int],
         thresholds: Sequence[float] | None,
-    ) -> list[int]:
-        """The tokens of an order whose first token stands at a place."""
+    ) -> tuple[list[int], Tensor]:
+        """The tokens of an order whose first token stands at a place, and the final state [H]
+        before the last one."""
         cache, cache_row, slot = place
         where = torch.tensor([[cache_row], [slot]], dtype=torch.int32)
         tokens, hidden = (
@@ -209,7 +250,7 @@ class Engine:
         order.tokens = tokens.data_ptr()
         step = self._step(hidden, where, thresholds)
         ops.draft(self.model, self._view(cache), step, order, self._arena)
-        return tokens[: order.count].tolist()
+        return tokens[: order.count].tolist(), hidden[0]
 
     def use_draft_head(self, draft_head: PackedLinear | None, rerank_head: Matrix) -> None:
         """Rank a draft's tokens by an LM head in 4 bits, and choose among the best by another one;

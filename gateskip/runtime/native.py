@@ -117,13 +117,13 @@ class NativeBackend(GatheredBackend):
         thresholds: Thresholds,
         on_token: Callable[[int], bool],
         drawn: Drawn | None = None,
-    ) -> int:
+    ) -> tuple[int, Tensor]:
         """See `RowDecoder.continue_row`."""
         cache, row, slot = place
         cache.begin([row], [slot], [count])
-        followed = self.engine.continue_row(token, count, place, thresholds, on_token, drawn)
-        self._count(range(slot, slot + followed))
-        return followed
+        found = self.engine.continue_row(token, count, place, thresholds, on_token, drawn)
+        self._count(range(slot, slot + found[0]))
+        return found
 
     def likeliest(
         self,
@@ -132,12 +132,13 @@ class NativeBackend(GatheredBackend):
         rows: Sequence[int],
         starts: Sequence[int],
         thresholds: Thresholds = None,
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], Tensor]:
         """See `RowDecoder.likeliest`."""
         flat, cache_rows, slots = _begin(tokens, cache, rows, starts)
-        found = iter(self.engine.likeliest(flat, cache, cache_rows, slots, thresholds))
+        found, states = self.engine.likeliest(flat, cache, cache_rows, slots, thresholds)
         self._count(slots)
-        return [list(islice(found, len(ids))) for ids in tokens]
+        each = iter(found)
+        return [list(islice(each, len(ids))) for ids in tokens], states
 
     def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:
         """See `RowDecoder.choose`."""

@@ -208,11 +208,15 @@ class SkippingModel:
         thresholds: Limits,
         on_token: Callable[[int], bool],
         drawn: Drawn | None = None,
-    ) -> None:
-        """Up to `count` steps of one row in one call: see `RowDecoder`."""
+    ) -> Tensor:
+        """Up to `count` steps of one row in one call -> the final state [H] before the last token.
+
+        See `RowDecoder`."""
         assert self.row_decoder is not None and not isinstance(thresholds, Hold), "ask `continues`"
-        followed = self.row_decoder.continue_row(token, count, place, thresholds, on_token, drawn)
+        decoder = self.row_decoder
+        followed, state = decoder.continue_row(token, count, place, thresholds, on_token, drawn)
         self._count_full(thresholds, followed)
+        return state
 
     @torch.inference_mode()
     def likeliest(
@@ -222,13 +226,15 @@ class SkippingModel:
         rows: Sequence[int],
         starts: Sequence[int],
         thresholds: Limits = None,
-    ) -> list[list[int]]:
-        """As `decode`, and the likeliest token after each, in one call where the backend can."""
+    ) -> tuple[list[list[int]], Tensor]:
+        """As `decode`: the likeliest token after each, and the states [N, H], in one call where the
+        backend can."""
         if self.row_decoder is not None and not isinstance(thresholds, Hold):
             self._count_full(thresholds, sum(map(len, tokens)))
             return self.row_decoder.likeliest(tokens, cache, rows, starts, thresholds)
-        chosen = self.head(self.decode(tokens, cache, rows, starts, thresholds)).argmax(-1)
-        return [part.tolist() for part in chosen.split([len(ids) for ids in tokens])]
+        states = self.decode(tokens, cache, rows, starts, thresholds)
+        chosen = self.head(states).argmax(-1)
+        return [part.tolist() for part in chosen.split([len(ids) for ids in tokens])], states
 
     def _count_full(self, thresholds: Thresholds, tokens: int) -> None:
         """Count tokens of which no gate is asked; gates that scale are asked even then."""

@@ -241,18 +241,21 @@ class Loop:
         return divergence(student, teacher, policy.divergence, policy.top_k)
 
     def _block(self, part: int) -> Tensor:
-        """Blocks [batch, S] of one pass of this step; each walk over the text is reordered."""
-        config = self.config
+        """Blocks [batch, S] of one pass of this step."""
         own = self.rollouts if self.own_text(part) else None
         blocks = self.blocks if own is None else own.blocks
-        count = len(blocks)
+        return blocks[self.chosen(part, len(blocks))].to(self.accelerator.device)
+
+    def chosen(self, part: int, count: int) -> Tensor:
+        """Numbers [batch] of one pass's blocks, of `count`; each walk over them is reordered."""
+        config = self.config
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         done = (self.step * config.accumulate + part) * world + rank
         rows = []
         for number in range(done * config.batch, (done + 1) * config.batch):
             order = torch.Generator().manual_seed(config.seed * 7_919 + number // count)
             rows.append(torch.randperm(count, generator=order)[number % count])
-        return blocks[torch.stack(rows)].to(self.accelerator.device)
+        return torch.stack(rows)
 
     # -- checkpoints
 

@@ -15,7 +15,7 @@ int64_t gateskip_struct_size(const char* name) {
       {"Matrix", sizeof(Matrix)}, {"Norm", sizeof(Norm)},   {"Shortcut", sizeof(Shortcut)},
       {"Layer", sizeof(Layer)},   {"Model", sizeof(Model)}, {"CacheView", sizeof(CacheView)},
       {"Step", sizeof(Step)},     {"Draft", sizeof(Draft)}, {"Sampling", sizeof(Sampling)},
-      {"Embedding", sizeof(Embedding)},
+      {"Embedding", sizeof(Embedding)}, {"DraftNetwork", sizeof(DraftNetwork)},
   };
   for (const auto& each : sizes)
     if (!std::strcmp(each.name, name)) return each.size;

@@ -178,6 +178,20 @@ typedef struct Embedding {
   float scale;        /* which it is multiplied by, rounded to its type */
 } Embedding;
 
+/* A small network that drafts without a cache: from the final state before a token and the token's embedding it makes
+ * the state after, as x + down(silu(gate n(x)) up n(x)) of x = fuse [n(state), n(embedding)], normed; n are norms. */
+typedef struct DraftNetwork {
+  Norm norm_state;
+  Norm norm_token;
+  Norm norm_mlp;
+  Norm norm_final;
+  Matrix fuse; /* [H, 2 H] */
+  Matrix gate; /* [inner, H] */
+  Matrix up;
+  Matrix down;           /* [H, inner] */
+  const int32_t* tokens; /* [rows of the draft head]: the token that each row is of */
+} DraftNetwork;
+
 /* Told of each token; a draft ends where it returns 1. */
 typedef int32_t OnToken(int32_t token);
 
@@ -198,7 +212,7 @@ typedef struct Draft {
   int32_t ended;     /* what it returned last */
   const Sampling* sampling; /* how tokens are drawn; null takes the likeliest */
   const double* uniform;    /* [count]: a number from 0 to 1 for each token that is drawn */
-  float* distributions;     /* [count, V rounded up to 8]: out, what tokens are drawn from; or null */
+  float* distributions;     /* [count, rows of the draft head rounded up to 8]: out, what tokens are drawn from; or null */
 } Draft;
 
 /* Memory that the calls of one model use again and again; not for two calls at a time. */
@@ -233,6 +247,9 @@ void gateskip_step(const Model* model, const CacheView* cache, const Step* step,
 /* drafts for the step's only row, whose slot goes up with the tokens; draft->count becomes their number */
 void gateskip_draft(const Model* model, const CacheView* cache, const Step* step, Draft* draft, Arena* arena,
                     int32_t threads);
+/* the same by a small network, whose `state` [H] is that before draft->token and becomes that of the last token; the
+ * draft head has a row for each of the network's tokens, and nothing is reranked */
+void gateskip_draft_by_network(const DraftNetwork* network, float* state, Draft* draft, Arena* arena, int32_t threads);
 /* the likeliest token after each of a step's rows, whose hidden states come from `tokens` [rows]: likeliest.cpp */
 void gateskip_likeliest(const Model* model, const CacheView* cache, const Step* step, const Embedding* embedding,
                         const int32_t* tokens, const Matrix* head, int32_t* likeliest, Arena* arena, int32_t threads);

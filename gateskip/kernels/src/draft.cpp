@@ -9,7 +9,7 @@ namespace {
 
 struct Choice {  // a thread's best token
   float most, mass;  // its largest logit, and the sum of all exp(logit - most)
-  int32_t token;
+  int32_t token;  // its row of the draft head
   float ranked, reranked;  // the token's logits, of the draft head and, before a cap, of the rerank head
 };
 
@@ -19,35 +19,118 @@ int most_of_share(int n, int threads) {
   return (tiles + threads - 1) / threads * ROWS_PER_TILE;
 }
 
+// The steps of a model: its embedding, and a pass over the only row of a step, whose slot goes up.
+class ModelSteps {
+ public:
+  ModelSteps(const Model& model, const CacheView& cache, const Step& step, const SharedRows& shared, int id, int threads,
+             Slices& own)
+      : pass_(model, cache, step, shared, id, threads, own), m(model), s(step), id(id), threads(threads) {}
+
+  // The final state [H] after a token, the i-th of this call
+  const float* after(const Embedding& embedding, int32_t token, int i, const Matrix* head) {
+    const int first = m.hidden * id / threads, last = m.hidden * (id + 1) / threads;
+    for (int j = first; j < last; j++) s.hidden[j] = embedded(embedding, int64_t(token) * m.hidden + j);
+    if (id == 0 && i) ++*const_cast<int32_t*>(s.slot);
+#pragma omp barrier
+    pass_.run(head);
+#pragma omp barrier
+    return s.hidden;
+  }
+
+  int hidden() const { return m.hidden; }
+
+  void chose() { pass_.clock(PART_HEAD); }
+
+ private:
+  Pass pass_;
+  const Model& m;
+  const Step& s;
+  const int id, threads;
+};
+
+// The steps of a small network, all of whose threads hold the state
+class NetworkSteps : Share {
+ public:
+  // Without memory it only counts what it would take
+  NetworkSteps(const DraftNetwork& network, float* given, float* shared, int id, int threads, Slices& own)
+      : Share(id, threads, 1, std::max(2 * hidden_of(network), network.down.k), own), n(network), given_(given),
+        x_(shared), inner_(x_ + hidden()), up_(inner_ + n.down.k), out_(up_ + n.down.k),
+        state_(own.take<float>(hidden())), joined_(own.take<float>(2 * hidden())) {}
+
+  // Numbers that the threads share
+  static size_t shared(const DraftNetwork& n) { return 2 * size_t(hidden_of(n)) + 2 * size_t(n.down.k); }
+
+  const float* after(const Embedding& embedding, int32_t token, int i, const Matrix* head) {
+    if (!i) std::memcpy(state_, given_, sizeof(float) * hidden());
+    fuse(embedding, token);
+#pragma omp barrier
+    float* x = joined_;
+    norm_row(n.norm_mlp, x_, hidden(), x);
+    const Input in = prepare(n.gate, x, 1);
+    multiply(n.gate, in, [&](int j, int, float value) { inner_[j] = value; }, &n.up);
+    multiply(n.up, again(n.up, n.gate, in), [&](int j, int, float value) { up_[j] = value; }, &n.down);
+    activate();
+#pragma omp barrier
+    multiply(n.down, prepare(n.down, inner_, 1), [&](int j, int, float value) { out_[j] = x_[j] + value; }, head);
+#pragma omp barrier
+    norm_row(n.norm_final, out_, hidden(), state_);
+    if (id == 0) std::memcpy(given_, state_, sizeof(float) * hidden());
+    return state_;
+  }
+
+  int hidden() const { return hidden_of(n); }
+
+  void chose() {}
+
+ private:
+  static int hidden_of(const DraftNetwork& network) { return network.fuse.n; }
+
+  void fuse(const Embedding& embedding, int32_t token) {
+    float* e = joined_ + hidden();
+    for (int j = 0; j < hidden(); j++) e[j] = embedded(embedding, int64_t(token) * hidden() + j);
+    norm_row(n.norm_token, e, hidden(), e);
+    norm_row(n.norm_state, state_, hidden(), joined_);
+    multiply(n.fuse, prepare(n.fuse, joined_, 1), [&](int j, int, float value) { x_[j] = value; }, &n.gate);
+  }
+
+  // This thread's own neurons
+  void activate() {
+    const auto [first, last] = own(n.up.n);
+    for (int j = first; j < last; j += 8) {
+      const int count = std::min(8, last - j);
+      const F32X8 gate = load_some(inner_ + j, count);
+      store_some(inner_ + j, gated_by(gate, gate) * load_some(up_ + j, count), count);
+    }
+  }
+
+  const DraftNetwork& n;
+  float *given_, *x_, *inner_, *up_, *out_, *state_, *joined_;
+};
+
 // One thread of several steps of a row: the steps, and after each the choice of its token. The draft
 // head ranks the vocabulary, and of its best tokens the rerank head chooses.
+template <class Steps>
 class Continuation {
  public:
-  Continuation(const Model& model, const CacheView& cache, const Step& step, Draft& draft, const SharedRows& shared,
-          Choice* choices, float* every, int id, int threads, Slices& own)
-      : pass_(model, cache, step, shared, id, threads, own), rank_(id, threads, 1, model.hidden, own), m(model),
-        s(step), d(draft), choices_(choices), every_(every), id(id), threads(threads),
-        logits_(own.take<float>(most_of_share(d.draft_head->n, threads))) {}
+  Continuation(Steps steps, Draft& draft, const int32_t* tokens, Choice* choices, float* every, int id, int threads,
+               Slices& own)
+      : steps_(steps), rank_(id, threads, 1, steps.hidden(), own), d(draft), tokens_(tokens), choices_(choices),
+        every_(every), id(id), threads(threads), logits_(own.take<float>(most_of_share(d.draft_head->n, threads))) {}
 
   void run() {
     float likely = 1;
-    int32_t token = d.token, *slot = const_cast<int32_t*>(s.slot);
+    int32_t token = d.token;
     for (int i = 0; i < d.count; i++) {
-      const int first = m.hidden * id / threads, last = m.hidden * (id + 1) / threads;
-      for (int j = first; j < last; j++) s.hidden[j] = embedded(d.embedding, int64_t(token) * m.hidden + j);
-      if (id == 0 && i) ++*slot;
-#pragma omp barrier
-      pass_.run(d.draft_head);
-#pragma omp barrier
+      const float* state = steps_.after(d.embedding, token, i, d.draft_head);
       if (d.sampling) {
-        token = sample(i);
+        token = sample(state, i);
       } else {
-        choices_[id] = choose();
+        choices_[id] = choose(state);
 #pragma omp barrier
         token = settle(i);
       }
       if (d.chances) likely *= d.accepted[std::min(d.levels - 1, int(d.chances[i] * d.levels))];
-      pass_.clock(PART_HEAD);
+      steps_.chose();
       if (tell(token) || (d.chances && likely <= d.least)) {
         if (id == 0) d.count = i + 1;
         break;
@@ -67,9 +150,9 @@ class Continuation {
   static constexpr int BEST = 8;  // tokens that a thread asks the rerank head about
 
   // A token drawn from the whole distribution, by the first thread
-  int32_t sample(int i) {
+  int32_t sample(const float* state, int i) {
     const int n = d.draft_head->n, padded = (n + 7) / 8 * 8;
-    rank_.multiply(*d.draft_head, rank_.prepare(*d.draft_head, s.hidden, 1),
+    rank_.multiply(*d.draft_head, rank_.prepare(*d.draft_head, state, 1),
                    [&](int row, int, float value) { every_[row] = value; });
 #pragma omp barrier
     if (id == 0) {
@@ -77,10 +160,11 @@ class Continuation {
       for (int j = 0; d.cap && j < n; j += 8) store(every_ + j, capped(load(every_ + j), d.cap));
       if (d.distributions) {
         float* shares = d.distributions + int64_t(i) * padded;
-        d.tokens[i] = choose_from_distribution(every_, n, *d.sampling, d.uniform[i], shares);
-        if (d.chances) d.chances[i] = shares[d.tokens[i]];
+        const int32_t row = choose_from_distribution(every_, n, *d.sampling, d.uniform[i], shares);
+        if (d.chances) d.chances[i] = shares[row];
+        d.tokens[i] = token_of(row);
       } else {
-        d.tokens[i] = choose_token(every_, n, *d.sampling, d.uniform[i], every_ + padded);
+        d.tokens[i] = token_of(choose_token(every_, n, *d.sampling, d.uniform[i], every_ + padded));
       }
     }
 #pragma omp barrier
@@ -91,12 +175,12 @@ class Continuation {
   float logit(float value) const { return d.cap ? capped(broadcast(value), d.cap)[0] : value; }
 
   // The best token of this thread's part of the vocabulary, and the part's weight in the softmax.
-  Choice choose() {
+  Choice choose(const float* state) {
     float best[BEST];
     int at[BEST];
     std::fill(best, best + BEST, -INFINITY);
     const int first = rank_.own(d.draft_head->n).first;
-    rank_.multiply(*d.draft_head, rank_.prepare(*d.draft_head, s.hidden, 1), [&](int n, int, float value) {
+    rank_.multiply(*d.draft_head, rank_.prepare(*d.draft_head, state, 1), [&](int n, int, float value) {
       logits_[n - first] = value;
       if (value <= best[BEST - 1]) return;
       int place = BEST - 1;
@@ -112,7 +196,7 @@ class Continuation {
     for (int n = 0; n < count; n += 8) mass += exp_of(load(logits_ + n) - broadcast(most));
     choice.mass = sum(mass);
     if (!d.rerank_head) return {most, choice.mass, at[0], most, best[0]};
-    const Input in = rank_.prepare(*d.rerank_head, s.hidden, 1);
+    const Input in = rank_.prepare(*d.rerank_head, state, 1);
     for (int i = 0; i < BEST && best[i] > -INFINITY; i++) {
       const float reranked = rank_.single(*d.rerank_head, at[i], in, 0);
       if (reranked > choice.reranked) choice = {most, choice.mass, at[i], logit(best[i]), reranked};
@@ -129,40 +213,67 @@ class Continuation {
       most = std::max(most, choices_[t].most);
     }
     for (int t = 0; t < threads; t++) mass += choices_[t].mass * std::exp(choices_[t].most - most);
-    d.tokens[i] = chosen->token;  // all write the same
+    const int32_t token = token_of(chosen->token);
+    d.tokens[i] = token;  // all write the same
     if (d.chances) d.chances[i] = std::exp(chosen->ranked - most) / mass;
-    return chosen->token;
+    return token;
   }
 
-  Pass pass_;
+  // The token of a row of the draft head
+  int32_t token_of(int32_t row) const { return tokens_ ? tokens_[row] : row; }
+
+  Steps steps_;
   Share rank_;
-  const Model& m;
-  const Step& s;
   Draft& d;
+  const int32_t* tokens_;  // of the draft head's rows; null where they are the vocabulary
   Choice* choices_;
   float* every_;  // all logits, and room for as many shares, where a token is drawn
   const int id, threads;
   float* logits_;
 };
 
+// Numbers for all logits and as many shares, where tokens are drawn
+size_t every_of(const Draft& draft) { return draft.sampling ? 2 * size_t(draft.draft_head->n + 8) : 0; }
+
+// Run all threads of a continuation: `steps(shared, id, threads, own)` makes a thread's steps, which share what
+// `share(memory)` makes
+template <class MakeShared, class MakeSteps>
+void follow(Draft& draft, const int32_t* tokens, Arena& arena, int threads, MakeShared share, MakeSteps steps) {
+  Slices counted{nullptr}, each{nullptr};
+  const auto nothing = share(counted);
+  counted.take<Choice>(threads);
+  counted.take<float>(every_of(draft));
+  auto first = steps(nothing, 0, threads, each);
+  Continuation(first, draft, tokens, nullptr, nullptr, 0, threads, each);
+  Slices memory{arena.reserve(counted.used + each.used * threads)};
+  const auto shared = share(memory);
+  Choice* choices = memory.take<Choice>(threads);
+  float* every = memory.take<float>(every_of(draft));
+#pragma omp parallel num_threads(threads)
+  {
+    const int id = omp_get_thread_num(), all = omp_get_num_threads();
+    Slices own{memory.start + memory.used + each.used * id};
+    auto mine = steps(shared, id, all, own);
+    Continuation(mine, draft, tokens, choices, every, id, all, own).run();
+  }
+}
+
 }  // namespace
 
 extern "C" void gateskip_draft(const Model* m, const CacheView* c, const Step* s, Draft* draft, Arena* arena,
                                int32_t threads) {
-  Slices counted{nullptr}, each{nullptr};
-  const SharedRows nothing(*m, *c, 1, counted);
-  counted.take<Choice>(threads);
-  const size_t room = draft->sampling ? 2 * size_t(draft->draft_head->n + 8) : 0;
-  counted.take<float>(room);
-  Continuation(*m, *c, *s, *draft, nothing, nullptr, nullptr, 0, threads, each);
-  Slices memory{arena->reserve(counted.used + each.used * threads)};
-  const SharedRows shared(*m, *c, 1, memory);
-  Choice* choices = memory.take<Choice>(threads);
-  float* every = memory.take<float>(room);
-#pragma omp parallel num_threads(threads)
-  {
-    Slices own{memory.start + memory.used + each.used * omp_get_thread_num()};
-    Continuation(*m, *c, *s, *draft, shared, choices, every, omp_get_thread_num(), omp_get_num_threads(), own).run();
-  }
+  follow(*draft, nullptr, *arena, threads, [&](Slices& memory) { return SharedRows(*m, *c, 1, memory); },
+         [&](const SharedRows& shared, int id, int all, Slices& own) {
+           return ModelSteps(*m, *c, *s, shared, id, all, own);
+         });
+}
+
+extern "C" void gateskip_draft_by_network(const DraftNetwork* network, float* state, Draft* draft, Arena* arena,
+                                          int32_t threads) {
+  follow(*draft, network->tokens, *arena, threads,
+         [&](Slices& memory) { return memory.take<float>(NetworkSteps::shared(*network)); },
+         [&](float* shared, int id, int all, Slices& own) {
+           return NetworkSteps(*network, state, shared, id, all, own);
+         });
 }
 #endif

@@ -1,0 +1,73 @@
+"""Drafts by a small network (gateskip/model/draft_network.py): natively, or in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gateskip.model.draft_network import DraftNetwork
+from gateskip.model.families import embed, logit_cap
+from gateskip.quantization.dequantize import dense_weight
+from gateskip.runtime.backend import Drafted, Drawn
+from gateskip.runtime.skipping import SkippingModel
+
+
+class LearnedDraft:
+    """A network that drafts for a model, with the model's LM head and embedding."""
+
+    def __init__(self, skipping: SkippingModel, network: DraftNetwork) -> None:
+        self.network, self._model = network, skipping.model
+        head = dense_weight(skipping.model.get_output_embeddings())
+        self._vocabulary, self._tokens = len(head), network.tokens.long()
+        self._rows = head[self._tokens]  # [T, H]
+        self._engine = skipping.engine
+        if self._engine is not None:
+            self._engine.take_network(network, self._rows)
+
+    @torch.inference_mode()
+    def draft(
+        self,
+        token: int,
+        count: int,
+        wanted: tuple[float, Sequence[float]],
+        state: Tensor,
+        drawn: Drawn | None = None,
+    ) -> Drafted:
+        """Up to `count` tokens that follow `token`, of which `state` [H] is the final state before.
+
+        See `RowDecoder.draft`. In torch drafts are greedy, whatever is asked for: what a draft is
+        drawn from says so, and verification keeps the distribution.
+        """
+        if self._engine is None:
+            return self._in_torch(token, count, wanted, state)
+        found = self._engine.draft_by_network(token, count, wanted, state, drawn)
+        if drawn is None:
+            return found
+        whole = [self._whole(shares) for shares in found.drawn_from]
+        return Drafted(found.tokens, found.probabilities, whole)
+
+    def _whole(self, shares: int | Tensor) -> Tensor:
+        """Probabilities [T] of the network's tokens as those of all [V]."""
+        assert isinstance(shares, Tensor), "what is drawn is drawn from probabilities"
+        return torch.zeros(self._vocabulary).index_copy_(0, self._tokens, shares)
+
+    def _in_torch(
+        self, token: int, count: int, wanted: tuple[float, Sequence[float]], state: Tensor
+    ) -> Drafted:
+        tokens, chances, likely = list[int](), list[float](), 1.0
+        cap, levels = logit_cap(self._model), len(wanted[1])
+        state = state.float()
+        while len(tokens) < count:
+            before = torch.tensor(tokens[-1] if tokens else token, device=state.device)
+            state = self.network(state, embed(self._model, before).float())
+            logits = self._rows @ state
+            shares = (logits if cap is None else torch.tanh(logits / cap) * cap).softmax(-1)
+            best = int(shares.argmax())
+            tokens.append(int(self._tokens[best]))
+            chances.append(float(shares[best]))
+            likely *= wanted[1][min(levels - 1, int(chances[-1] * levels))]
+            if likely <= wanted[0]:
+                break
+        return Drafted(tokens, chances, tokens)

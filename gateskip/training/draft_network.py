@@ -1,0 +1,140 @@
+"""Training of the network that drafts: its states should say what the model's own would.
+
+The network reads its own states as it will when drafting: from the model's state before a token it
+is unrolled over the next tokens of the text, and each state is compared with the model's there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from gateskip.model.draft_network import DraftNetwork
+from gateskip.model.families import embed
+from gateskip.model.progress import Progress
+from gateskip.model.reference import masked_forward
+from gateskip.quantization.dequantize import dense_weight
+from gateskip.training.loop import Loop, Row, precision
+from gateskip.training.objectives import distill_loss, in_chunks
+from gateskip.training.recipe import LoopConfig
+
+FADING = 0.8  # weight of each unrolled step, over that of the one before: later ones are rarer
+READ = 8  # blocks whose states are made at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig(LoopConfig):
+    """How a draft network is trained."""
+
+    steps: int = 400
+    batch: int = 8
+    lr: float = 2e-3
+    """Learning rate at its peak."""
+    unroll: int = 3
+    """Tokens that it is unrolled over."""
+    warmup: float = 0.05
+
+
+def frequent(blocks: Tensor, count: int, vocabulary: int) -> Tensor:
+    """The `count` tokens that are most frequent in token ids blocks [N, S], in ascending order."""
+    counts = torch.bincount(blocks.flatten(), minlength=vocabulary)
+    chosen = counts.argsort(descending=True, stable=True)[: min(count, vocabulary)]
+    return chosen.sort().values
+
+
+@torch.no_grad()
+def final_states(model: Any, blocks: Tensor, progress: Progress | None = None) -> Tensor:
+    """What the LM head reads at each of token ids blocks [N, S]: [N, S, H] in bfloat16."""
+    parts, done = [], 0
+    for part in blocks.split(READ):
+        parts.append(masked_forward(model, part).to(torch.bfloat16))
+        done += len(part)
+        if progress is not None:
+            progress(done, len(blocks), "reading text")
+    return torch.cat(parts)
+
+
+def train_draft_network(
+    model: Any,
+    network: DraftNetwork,
+    blocks: Tensor,
+    config: DraftConfig,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> list[Row]:
+    """Train a network in place to draft for a model, on token ids blocks [N, S]; the curve.
+
+    With `work`, a killed run goes on from its last checkpoint there.
+    """
+    accelerator = Accelerator(cpu=True, mixed_precision=precision(config.precision))
+    set_seed(config.seed)
+    states = final_states(model, blocks, progress)
+    return _DraftTraining(model, network, blocks, states, config, accelerator).run(work, progress)
+
+
+class _DraftTraining(Loop):
+    """The training: the dense states, and the LM head's rows of the network's tokens."""
+
+    config: DraftConfig
+
+    def __init__(
+        self,
+        model: Any,
+        network: DraftNetwork,
+        blocks: Tensor,
+        states: Tensor,
+        config: DraftConfig,
+        accelerator: Accelerator,
+    ) -> None:
+        super().__init__(network, blocks, config, accelerator)
+        self.source, self.states = model, states
+        groups = [{"params": list(self.trained.values()), "lr": config.lr}]
+        optimizer, self.schedule = self.optimizer_of(groups)
+        self.network, self.optimizer = self.prepare(network, optimizer)
+        rows = dense_weight(model.get_output_embeddings())[network.tokens.long()]
+        self.head = rows.to(torch.bfloat16 if accelerator.mixed_precision == "bf16" else rows.dtype)
+
+    def advance(self) -> Row:
+        """One optimizer step over a batch."""
+        chosen = self.chosen(0, len(self.blocks))
+        with self.accelerator.autocast():
+            loss = self._loss(self.states[chosen].float(), self.blocks[chosen])
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.trained.values(), self.config.clip)
+        self.optimizer.step()
+        self.step_rates()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return {"step": float(self.step), "loss": float(loss.detach())}
+
+    def _loss(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """Mean divergence from what the model says after each token, over all unrolled steps.
+
+        states [B, S, H] are the model's, tokens [B, S].
+        """
+        with torch.no_grad():
+            embedded = embed(self.source, tokens).to(states.dtype)
+        made, total, weights = states, torch.zeros(()), 0.0
+        for ahead in range(1, self.config.unroll + 1):
+            made = self.network(made[:, :-1], embedded[:, ahead:])
+            weight = FADING ** (ahead - 1)
+            total = total + weight * self._distance(made, states[:, ahead:])
+            weights += weight
+        return total / weights
+
+    def _distance(self, made: Tensor, wanted: Tensor) -> Tensor:
+        """Mean KL between what the LM head makes of states [B, S, H] and of those wanted."""
+        made, wanted = made.flatten(0, 1), wanted.flatten(0, 1)
+
+        def loss_of(part: Tensor, rows: slice) -> Tensor:
+            target = wanted[rows].to(self.head.dtype) @ self.head.T
+            logits = part.to(self.head.dtype) @ self.head.T
+            return distill_loss(logits, target) * (len(part) / len(made))
+
+        return in_chunks(made, loss_of)
