@@ -37,12 +37,14 @@ STEPS: dict[str, dict[str, Any]] = {
     "gptq4": {"use": "gptq", "bits": 4, "group_size": 32},
     "rescale": {"use": "heal", "steps": 1, "length": 24, "backbone": "scales"},
     "head8": {"use": "pack-head"},
+    "drafts": {"use": "draft-network", "steps": 1, "batch": 2, "inner": 16, "vocabulary": 64},
 }
 AFTER = {"branches": "gates", "rescale": "nf4"}
 """What stages need before them."""
 FAMILIES = ("qwen2", "qwen3", "mistral", "gemma2", "phi3")  # Llama takes the long walk
 LONGEST = 3
-NEARLY_ALIKE = {"hidden", "rescale"}  # to the planner one is narrow, the other what packed it
+NEARLY_ALIKE = {"hidden", "rescale", "drafts"}
+"""To the planner one is narrow, one what packed it, and nothing follows the last."""
 WORSE = 3.0  # times the tiny model's perplexity, that of chance, is no sense any more
 RELOAD = """
 import json, sys

@@ -44,6 +44,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "gptq": {"use": "gptq", "bits": 4, "group_size": 32},
     "autoround": {"use": "autoround", "iters": 2},
     "pack-head": {"use": "pack-head"},
+    "draft-network": {"use": "draft-network", "steps": 3, "batch": 2, "inner": 16},
 }
 """Stages by what is tried of them."""
 

@@ -33,6 +33,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "int8": {"use": "bnb", "format": "int8"},
     "gptq4": {"use": "gptq", "bits": 4, "group_size": 64},
     "head8": {"use": "pack-head"},
+    "drafts": {"use": "draft-network", "steps": 3, "batch": 2, "inner": 16, "vocabulary": 64},
 }
 
 

@@ -14,6 +14,7 @@ from compose.errors import AssetError, ComposeError, shortened
 from compose.store import read_json
 
 GATES = "gates.safetensors"
+DRAFTS = "draft_network.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -21,7 +22,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "s
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files with a model's weights."""
-    return sorted(path for path in folder.glob("*.safetensors") if path.name != GATES)
+    return sorted(path for path in folder.glob("*.safetensors") if path.name not in (GATES, DRAFTS))
 
 
 def require_source(folder: Path) -> None:

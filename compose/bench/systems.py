@@ -16,7 +16,7 @@ SKIPS: dict[str, dict[str, Any]] = {
     "hold": {"hold": True},
 }
 """Settings of a system that skips, by the word that names them."""
-DRAFTS = ("auto", "int4", "int3", "int2", "nf4", "int4-head")
+DRAFTS = ("auto", "int4", "int3", "int2", "nf4", "int4-head", "learned")
 """What drafts, where it is not the model itself: `Weights` of `gateskip.decoding`."""
 KV_SUFFIX = "+int8-kv"
 
@@ -35,8 +35,9 @@ class System:
 
 def parse_system(text: str) -> System:
     """`plain`, `skip:BUDGET` with `+full-prompt`, `+full-answer` or `+hold`, `draft:BUDGET` with
-    `+auto`, `+int4`, `+int3`, `+int2`, `+nf4` or `+int4-head`, `+lookup`, `+LENGTH`; any of these
-    before `+int8-kv` (keys and values in 8 bits), and after a backend, as in `gathered:skip:0.8`.
+    `+auto`, `+int4`, `+int3`, `+int2`, `+nf4`, `+int4-head` or `+learned`, `+lookup`, `+LENGTH`;
+    any of these before `+int8-kv` (keys and values in 8 bits), and after a backend, as in
+    `gathered:skip:0.8`.
 
     Raises UserError for anything else.
     """

@@ -84,11 +84,14 @@ class Speculate(DecodeStage):
     draft_budget: float = Field(default=0.5, gt=0, le=1)
     """The share of multiply-adds that a draft computes; 1 skips nothing."""
 
-    draft_weights: Literal["own", "int4-head", "nf4", "int4", "int3", "int2", "auto"] = "own"
+    draft_weights: Literal["own", "int4-head", "nf4", "int4", "int3", "int2", "learned", "auto"] = (
+        "own"
+    )
     """What drafts: the model's own weights; these but for a 4-bit copy of the LM head
     (`int4-head`); or a copy of all of them that is made while loading, of packed weights too:
     bitsandbytes' `nf4`, or integers of 4, 3 or 2 bits (`int4`, `int3`, `int2`), whose rounding is
-    fitted to what the model reads. `auto` is the draft that is fastest on the machine, which is
+    fitted to what the model reads; or the small network that the stage `draft-network` trained
+    (`learned`), which skips nothing. `auto` is the draft that is fastest on the machine, which is
     measured once for each model; where none beats plain decoding, nothing is drafted."""
 
     lookup: bool = False
@@ -103,11 +106,17 @@ class Speculate(DecodeStage):
 
     def skips(self) -> bool:
         """Only drafts below a budget of 1 do."""
-        return self.draft_budget < 1
+        return self.draft_budget < 1 and self.draft_weights != "learned"
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """As for all decoders, and `draft-of-packed`, `original-is-gone`."""
+        """All decoders' rules, `learned-needs-network`, `draft-of-packed`, `original-is-gone`."""
         super().check(shape, before)
+        if self.draft_weights == "learned" and not any(each.role == "draft" for each in before):
+            raise RuleBroken(
+                "learned-needs-network",
+                "draft_weights: learned, and no draft-network stage comes before",
+                fix="put draft-network before, after all other weight stages",
+            )
         bits, most = COPY_BITS.get(self.draft_weights), _most_bits(shape, before)
         if bits is not None and most <= bits:
             raise RuleBroken(

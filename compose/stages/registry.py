@@ -8,6 +8,7 @@ from pydantic import Field
 
 from compose.stages.base import RULES, DataSpec, ModelShape, Stage, StageJob
 from compose.stages.decode import Plain, Skip, Speculate
+from compose.stages.draft_network import DraftNetwork
 from compose.stages.gate import Gate
 from compose.stages.heal import Heal
 from compose.stages.prune.branches import PruneBranches
@@ -37,6 +38,7 @@ STAGES: dict[str, type[Stage]] = {
     "gptq": Gptq,
     "autoround": AutoRound,
     "pack-head": PackHead,
+    "draft-network": DraftNetwork,
     "plain": Plain,
     "skip": Skip,
     "speculate": Speculate,
@@ -59,6 +61,7 @@ AnyStage = Annotated[
     | Gptq
     | AutoRound
     | PackHead
+    | DraftNetwork
     | Plain
     | Skip
     | Speculate,
@@ -73,6 +76,7 @@ __all__ = [
     "AutoRound",
     "Bnb",
     "DataSpec",
+    "DraftNetwork",
     "DropLayers",
     "Gate",
     "Gptq",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Role = Literal["prune", "heal", "gate", "quantize", "head", "decode"]
+Role = Literal["prune", "heal", "gate", "quantize", "head", "draft", "decode"]
 """What a stage is to the order rules."""
 
 RULES: dict[str, str] = {
@@ -12,6 +12,9 @@ RULES: dict[str, str] = {
     "draft-of-packed": "a draft copy has fewer bits than the weights that it is made of.",
     "original-is-gone": "a backbone that learned beside the gates is the original no more.",
     "head-last": "the LM head is packed when all other weights are finished.",
+    "draft-last": "a draft network learns what finished weights say; none may change after it.",
+    "two-networks": "a model carries one draft network: one such stage a chain.",
+    "learned-needs-network": "a learned draft is a network that the stage draft-network trained.",
     "decode-last": "a decode stage only sets how the model is run; no weight stage may follow it.",
     "two-decoders": "a model is decoded in one way: one decode stage a chain.",
     "two-gates": "a model carries one set of gates: one gate stage a chain.",
@@ -52,6 +55,13 @@ FORBIDDEN: dict[tuple[Role, Role], str] = {
     ("heal", "head"): "head-last",
     ("gate", "head"): "head-last",
     ("quantize", "head"): "head-last",
+    ("draft", "draft"): "two-networks",
+    ("prune", "draft"): "draft-last",
+    ("heal", "draft"): "draft-last",
+    ("gate", "draft"): "draft-last",
+    ("quantize", "draft"): "draft-last",
+    ("head", "draft"): "draft-last",
+    ("draft", "decode"): "decode-last",
     ("head", "decode"): "decode-last",
     ("prune", "decode"): "decode-last",
     ("heal", "decode"): "decode-last",

@@ -6,7 +6,6 @@ is unrolled over the next tokens of the text, and each state is compared with th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,10 @@ from gateskip.model.reference import masked_forward
 from gateskip.quantization.dequantize import dense_weight
 from gateskip.training.loop import Loop, Row, precision
 from gateskip.training.objectives import distill_loss, in_chunks
-from gateskip.training.recipe import LoopConfig
+from gateskip.training.recipe import DraftConfig
 
 FADING = 0.8  # weight of each unrolled step, over that of the one before: later ones are rarer
 READ = 8  # blocks whose states are made at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class DraftConfig(LoopConfig):
-    """How a draft network is trained."""
-
-    steps: int = 400
-    batch: int = 8
-    lr: float = 2e-3
-    """Learning rate at its peak."""
-    unroll: int = 3
-    """Tokens that it is unrolled over."""
-    warmup: float = 0.05
 
 
 def frequent(blocks: Tensor, count: int, vocabulary: int) -> Tensor:
@@ -76,6 +62,23 @@ def train_draft_network(
     set_seed(config.seed)
     states = final_states(model, blocks, progress)
     return _DraftTraining(model, network, blocks, states, config, accelerator).run(work, progress)
+
+
+@torch.no_grad()
+def agreement(model: Any, network: DraftNetwork, blocks: Tensor, ahead: int) -> list[float]:
+    """How often the network's likeliest token is the model's, 1 to `ahead` tokens on, of token ids
+    blocks [N, S]."""
+    states = final_states(model, blocks)
+    made, found = states.float(), []
+    head = dense_weight(model.get_output_embeddings())
+    rows, tokens = head[network.tokens.long()], network.tokens.long()
+    embedded = embed(model, blocks).float()
+    for place in range(1, ahead + 1):
+        made = network(made[:, :-1], embedded[:, place:])
+        said = tokens[(made @ rows.T).argmax(-1)]
+        wanted = torch.cat([(each.float() @ head.T).argmax(-1)[None] for each in states[:, place:]])
+        found.append(round(float((said == wanted).double().mean()), 4))
+    return found
 
 
 class _DraftTraining(Loop):

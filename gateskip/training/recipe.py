@@ -133,6 +133,19 @@ class HealConfig(LoopConfig):
     """Validations in a row that may bring nothing before the loop stops; 0 never stops it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig(LoopConfig):
+    """How a network that drafts is trained."""
+
+    steps: int = 500
+    batch: int = 8
+    lr: float = 2e-3
+    """Learning rate at its peak."""
+    unroll: int = 3
+    """Tokens that it is unrolled over."""
+    warmup: float = 0.05
+
+
 RECIPES: dict[str, dict[str, Any]] = {
     "ours": {},
     "paper": {
