@@ -104,7 +104,8 @@ def candidates(decoder: Decoder) -> list[str]:
                 itself = budget == 1.0 and kind in ("", "+int4-head")
                 if extra or not itself:  # a draft that is the model itself is none
                     names.append(f"draft:{budget:g}{kind}{extra}")
-    return names
+    learned = ["draft:1+learned", "draft:1+learned+lookup"]  # it skips nothing
+    return names if decoder.network is None else [*learned, *names]
 
 
 def allocated(
