@@ -4,10 +4,11 @@
     python tests/decode_times.py --bits bf16 4 --context 64 7000 --kv-cache model int8
 
 Models of one shape whose codes differ in nothing but their bits decode in turns, so that a drift of
-the machine hits all alike. Each prints tokens a second, median with quartiles, and the bytes that a
-token reads; `--head` gives the bits of the LM head, which the embedding shares. `int8` is
-what bitsandbytes' format becomes here: a scale a row; `bf16` is not packed. Before the first token
-the cache holds `--context` positions of random keys and values. The last line is JSON.
+the machine hits all alike. Each prints tokens a second, median with quartiles, the bytes that a
+token reads, and microseconds of a step by part of the work. `--head` gives the bits of the LM head,
+which the embedding shares. `int8` is what bitsandbytes' format becomes here: a scale a row; `bf16`
+is not packed. Before the first token the cache holds `--context` positions of random keys and
+values. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
 from gateskip.quantization.grid_linear import GridEmbedding, SharedHead, stored
@@ -74,13 +75,18 @@ def main() -> None:
         models = {bits: make(options, bits) for bits in options.bits}
         turns = list(product(models, options.rows, options.context, options.kv_cache))
         speeds: dict[Turn, list[float]] = {turn: [] for turn in turns}
+        parts: dict[Turn, dict[str, float]] = {}
         for _ in range(options.rounds + 1):
             for turn in turns:
-                speeds[turn].append(speed(models[turn[0]], *turn[1:], options))
+                found, parts[turn] = speed(models[turn[0]], *turn[1:], options)
+                speeds[turn].append(found)
     table = {"{} x {} after {} ({})".format(*turn): quartiles(speeds[turn][1:]) for turn in turns}
     for (name, (low, median, high)), turn in zip(table.items(), turns, strict=True):
         size = megabytes(models[turn[0]])
-        print(f"{name:>28}: {median:8.1f} tokens/s ({low:.1f} to {high:.1f}), {size:.1f} MB")
+        each = ", ".join(f"{part} {us:.0f}" for part, us in parts[turn].items())
+        print(
+            f"{name:>28}: {median:8.1f} tokens/s ({low:.1f} to {high:.1f}), {size:.1f} MB; {each}"
+        )
     print(json.dumps({"options": vars(options), "tokens_per_s": table}))
 
 
@@ -133,8 +139,13 @@ def random_grid(n: int, k: int, bits: int, group: int, with_offsets: bool) -> Gr
     )
 
 
-def speed(model: SkippingModel, rows: int, context: int, kind: KVFormat, options: Any) -> float:
-    """Tokens a second of `rows` rows that greedily decode from the same depth on."""
+def speed(
+    model: SkippingModel, rows: int, context: int, kind: KVFormat, options: Any
+) -> tuple[float, dict[str, float]]:
+    """Tokens a second of `rows` rows that greedily decode from the same depth on, and microseconds
+    of a step by part."""
+    assert model.engine is not None
+    before = model.engine.spent()
     model.kv_cache = kind
     cache = model.new_cache(rows, context + AT_ONCE)
     fill(cache)
@@ -145,15 +156,16 @@ def speed(model: SkippingModel, rows: int, context: int, kind: KVFormat, options
         else:
             step_by_step(model, cache, rows, context)
         done += rows * AT_ONCE
-    return done / (time.perf_counter() - begin)
+    rate, steps = done / (time.perf_counter() - begin), done / rows
+    spent = {name: 1e6 * (s - before[name]) / steps for name, s in model.engine.spent().items()}
+    return rate, spent
 
 
 def step_by_step(model: SkippingModel, cache: Any, rows: int, context: int) -> None:
     """Tokens of several rows."""
     tokens = [[5]] * rows
     for slot in range(context, context + AT_ONCE):
-        states: Tensor = model.decode(tokens, cache, range(rows), [slot] * rows)
-        tokens = [[int(best)] for best in model.head(states).argmax(-1)]
+        tokens, _ = model.likeliest(tokens, cache, range(rows), [slot] * rows)
 
 
 def fill(cache: Any) -> None:
