@@ -8,18 +8,25 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 import gateskip
+from compose.errors import RuleBroken, UserError
+from compose.stages.registry import (
+    DataSpec,
+    DraftNetwork,
+    Int4,
+    PackHead,
+    Speculate,
+    Stage,
+    StageJob,
+)
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.sampling import Sampler
 from gateskip.errors import FormatError
 from gateskip.kernels import ops
-from gateskip.model.draft_network import (
-    NETWORK_FILE,
-    DraftNetwork,
-    load_network,
-    save_network,
-)
+from gateskip.model.draft_network import NETWORK_FILE, load_network, save_network
+from gateskip.model.draft_network import DraftNetwork as Network
 from gateskip.runtime.backend import Drafted
 from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.training.draft_network import DraftConfig, frequent, train_draft_network
@@ -28,10 +35,10 @@ native = pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here
 ALL = (0.0, [1.0])  # draft on, whatever it is
 
 
-def random_network(hidden: int, tokens: int = 100, seed: int = 0) -> DraftNetwork:
+def random_network(hidden: int, tokens: int = 100, seed: int = 0) -> Network:
     """One that says something else after every token, of every third token of 512."""
     torch.manual_seed(seed)
-    network = DraftNetwork(hidden, 48, torch.arange(tokens) * 3 + 1).requires_grad_(False)
+    network = Network(hidden, 48, torch.arange(tokens) * 3 + 1).requires_grad_(False)
     for part in network.parameters():
         part.add_(0.3 * torch.randn(part.shape))
     return network
@@ -191,9 +198,9 @@ def test_it_learns_what_the_model_says(make_tiny: Callable[..., Path], tmp_path:
     tokens = frequent(blocks, 64, 512)
     assert len(tokens) == 64 and bool((tokens < 120).all())
 
-    def trained(steps: int, work: Path | None = None) -> tuple[DraftNetwork, list[Any]]:
+    def trained(steps: int, work: Path | None = None) -> tuple[Network, list[Any]]:
         torch.manual_seed(1)
-        network = DraftNetwork(model.config.hidden_size, 48, tokens)
+        network = Network(model.config.hidden_size, 48, tokens)
         config = DraftConfig(
             steps=steps, batch=4, precision="no", checkpoint_every=10, decay="linear"
         )
@@ -211,7 +218,7 @@ def test_it_learns_what_the_model_says(make_tiny: Callable[..., Path], tmp_path:
             raise Killed
 
     torch.manual_seed(1)
-    network = DraftNetwork(model.config.hidden_size, 48, tokens)
+    network = Network(model.config.hidden_size, 48, tokens)
     config = DraftConfig(steps=30, batch=4, precision="no", checkpoint_every=10)
     with pytest.raises(Killed):
         train_draft_network(model, network, blocks, config, tmp_path, kill)
@@ -219,3 +226,74 @@ def test_it_learns_what_the_model_says(make_tiny: Callable[..., Path], tmp_path:
     assert [row["loss"] for row in resumed] == [row["loss"] for row in curve]
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+# -- the stage
+
+
+STAGE: dict[str, Any] = {"steps": 4, "batch": 2, "inner": 32, "vocabulary": 128, "precision": "no"}
+
+
+@pytest.mark.usefixtures("one_accelerator")
+def test_the_stage_puts_a_network_beside_the_weights(
+    licence_text: Path,
+    tiny_llama: Path,
+    make_job: Callable[..., StageJob],
+    tmp_path: Path,
+) -> None:
+    spec = DataSpec(source=str(licence_text), limit=40, length=32)
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    stage = DraftNetwork(**STAGE)
+    record = stage.run(make_job(tiny_llama, first, train=spec, dense=tiny_llama))
+    assert len(record["training"]) == 4 and record["train_tokens"] == 4 * 2 * 32
+    assert len(record["agreement"]) == 3 and 0 < record["covered"] <= 1
+    again = DraftNetwork(init=str(first / NETWORK_FILE), steps=0)
+    copied = again.run(make_job(tiny_llama, second, train=spec, dense=tiny_llama))
+    assert copied == {"parameters": record["parameters"]}
+    for name in (NETWORK_FILE, "model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    decoder = gateskip.load(second)
+    plain = decoder.generate([[5, 9]], 20).tokens
+    assert decoder.generate([[5, 9]], 20, "speculate", draft_weights="learned").tokens == plain
+
+
+def test_a_network_of_another_model_is_refused(
+    tiny_llama: Path, make_job: Callable[..., StageJob], tmp_path: Path
+) -> None:
+    save_network(tmp_path, random_network(24), torch.float32)
+    stage = DraftNetwork(init=str(tmp_path / NETWORK_FILE), steps=0)
+    with pytest.raises(UserError, match="holds no draft network of this model"):
+        stage.run(make_job(tiny_llama, tmp_path / "made", dense=tiny_llama))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 0}, "name one with init"),
+        ({"init": "a.safetensors", "inner": 8}, "those of the network that init names"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DraftNetwork(**given)
+
+
+@pytest.mark.parametrize(
+    ("before", "stage", "rule"),
+    [
+        ((), Speculate(draft_weights="learned"), "learned-needs-network"),
+        ((Int4(), DraftNetwork()), Speculate(draft_weights="learned"), None),
+        ((DraftNetwork(),), Int4(), "draft-last"),
+        ((DraftNetwork(),), DraftNetwork(), "two-networks"),
+        ((DraftNetwork(),), PackHead(), "draft-last"),
+    ],
+)
+def test_where_it_may_stand(before: tuple[Stage, ...], stage: Stage, rule: str | None) -> None:
+    broken = None
+    try:
+        stage.check(None, before)
+    except RuleBroken as error:
+        broken = error.rule
+    assert broken == rule

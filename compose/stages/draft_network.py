@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from compose.errors import UserError
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from gateskip.training.recipe import DraftConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from gateskip.decoding.decoder import Decoder
+    from gateskip.model.draft_network import DraftNetwork as Network
 
 DRAFT = DraftConfig()  # each default stands there, once
 HELD_OUT = 8  # blocks on which agreement is measured
@@ -31,8 +36,11 @@ class DraftNetwork(Stage):
     use: Literal["draft-network"] = "draft-network"
     """The stage's name."""
 
-    steps: int = Field(default=DRAFT.steps, ge=1)
-    """Optimizer steps."""
+    init: str | None = Field(default=None, min_length=1)
+    """The path of a draft_network.safetensors to go on from; a new network when left out."""
+
+    steps: int = Field(default=DRAFT.steps, ge=0)
+    """Optimizer steps; 0 leaves the network as `init` has it, and reads no text."""
 
     batch: int = Field(default=DRAFT.batch, ge=1)
     """Sequences in one step."""
@@ -59,6 +67,18 @@ class DraftNetwork(Stage):
     precision: Literal["auto", "no", "bf16", "fp16"] = DRAFT.precision
     """Mixed precision of the training, as accelerate names it."""
 
+    @model_validator(mode="after")
+    def _learns_something(self) -> Self:
+        if self.steps == 0 and self.init is None:
+            raise ValueError("steps: 0 leaves a new network without training: name one with init")
+        if self.init is not None and {"inner", "vocabulary"} & self.model_fields_set:
+            raise ValueError("inner and vocabulary are those of the network that init names")
+        return self
+
+    def files(self) -> dict[str, Path]:
+        """The network's file, where one is named."""
+        return {} if self.init is None else {"init": Path(self.init)}
+
     def worked_on(self, shape: ModelShape, length: int) -> float:
         """The states of all text, and the logits' weights."""
         states = 2.0 * self.blocks * (self.length or length) * shape.hidden_size
@@ -70,32 +90,61 @@ class DraftNetwork(Stage):
 
         import gateskip
         from compose.artifacts.folder import copy_source
-        from gateskip.model.draft_network import DraftNetwork as Network
         from gateskip.model.draft_network import save_network
-        from gateskip.training.draft_network import agreement, frequent, train_draft_network
+
+        decoder = gateskip.load(job.source)
+        if self.steps:
+            network, record = self._trained(job, decoder)
+        else:
+            network, record = self._given(decoder.skipping.model), {}
+        copy_source(job.source, job.target, job.dtype, link=True)
+        save_network(job.target, network, torch.bfloat16)
+        return {"parameters": sum(part.numel() for part in network.parameters()), **record}
+
+    def _trained(self, job: StageJob, decoder: Decoder) -> tuple[Network, dict[str, Any]]:
+        """A network that has learned, and the record of it."""
+        import torch
+
+        from gateskip.training.draft_network import agreement, train_draft_network
 
         assert job.train is not None, "a draft network reads the training split"
-        decoder = gateskip.load(job.source)
-        model, tokenizer = decoder.skipping.model, decoder.tokenizer
-        blocks = job.blocks("train", tokenizer, self.length or job.train.length, self.blocks)
+        model, length = decoder.skipping.model, self.length or job.train.length
+        blocks = job.blocks("train", decoder.tokenizer, length, self.blocks)
         train, held_out = _parted(blocks)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        tokens = frequent(train, self.vocabulary, vocabulary)
-        torch.manual_seed(job.seed)
-        inner = self.inner or model.config.intermediate_size
-        network = Network(model.config.hidden_size, inner, tokens)
+        network = self._new(model, train, job.seed) if self.init is None else self._given(model)
         shared = ("steps", "batch", "unroll", "lr", "precision")
         config = DraftConfig(**{name: getattr(self, name) for name in shared}, seed=job.seed)
         curve = train_draft_network(model, network, train, config, job.work, job.progress)
-        copy_source(job.source, job.target, job.dtype, link=True)
-        save_network(job.target, network, torch.bfloat16)
-        return {
+        return network, {
             "training": curve,
-            "train_tokens": self.steps * self.batch * blocks.shape[1],
-            "parameters": sum(part.numel() for part in network.parameters()),
-            "covered": float(torch.isin(held_out, tokens).double().mean()),
+            "train_tokens": self.steps * self.batch * length,
+            "covered": float(torch.isin(held_out, network.tokens).double().mean()),
             "agreement": agreement(model, network, held_out, self.unroll),
         }
+
+    def _new(self, model: Any, blocks: Tensor, seed: int) -> Network:
+        """A network that drafts the most frequent tokens of blocks [N, S]."""
+        import torch
+
+        from gateskip.model.draft_network import DraftNetwork as New
+        from gateskip.training.draft_network import frequent
+
+        tokens = frequent(blocks, self.vocabulary, len(model.get_input_embeddings().weight))
+        torch.manual_seed(seed)
+        return New(model.config.hidden_size, self.inner or model.config.intermediate_size, tokens)
+
+    def _given(self, model: Any) -> Network:
+        """The network of the file that `init` names."""
+        from gateskip.errors import FormatError
+        from gateskip.model.draft_network import read_network
+
+        assert self.init is not None, "without steps a network is named"
+        try:
+            sizes = model.config.hidden_size, len(model.get_input_embeddings().weight)
+            return read_network(Path(self.init), *sizes)
+        except FormatError as error:
+            fix = "name a draft_network.safetensors of this model, or leave init out"
+            raise UserError(str(error), fix=fix) from error
 
 
 def _parted(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,8 +68,14 @@ def load_network(folder: Path, hidden: int, vocabulary: int) -> DraftNetwork | N
     Raises FormatError where the file is damaged, or of another model.
     """
     path = folder / NETWORK_FILE
-    if not path.exists():
-        return None
+    return read_network(path, hidden, vocabulary) if path.exists() else None
+
+
+def read_network(path: Path, hidden: int, vocabulary: int) -> DraftNetwork:
+    """The network of a file, for a model of these sizes, in float32.
+
+    Raises FormatError where the file is damaged, or of another model.
+    """
     try:
         state = load_file(str(path))
         tokens, inner = state["tokens"], state["gate.weight"].shape[0]

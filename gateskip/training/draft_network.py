@@ -58,10 +58,14 @@ def train_draft_network(
 
     With `work`, a killed run goes on from its last checkpoint there.
     """
+    network.requires_grad_(True)
     accelerator = Accelerator(cpu=True, mixed_precision=precision(config.precision))
     set_seed(config.seed)
     states = final_states(model, blocks, progress)
-    return _DraftTraining(model, network, blocks, states, config, accelerator).run(work, progress)
+    training = _DraftTraining(model, network, blocks, states, config, accelerator)
+    curve = training.run(work, progress)
+    network.requires_grad_(False)
+    return curve
 
 
 @torch.no_grad()
