@@ -1,4 +1,4 @@
-"""Packed weights of 2, 3, 4 and 8 bits against float64, alone and in a batch."""
+"""Packed weights of 2, 3, 4, 6 and 8 bits against float64, alone and in a batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ every_grid = pytest.mark.parametrize(
     ("bits", "group", "offset"),
     [
         (bits, group, offset)
-        for bits in (2, 3, 4, 8)
+        for bits in (2, 3, 4, 6, 8)
         for group in (32, 64, 128)
         for offset in (False, True)
     ],
@@ -244,7 +244,7 @@ def test_a_model_of_mixed_bits(
     assert torch.equal(fast.head(found)[3:4], fast.head(steps[3]))
 
 
-@pytest.mark.parametrize(("embedding", "kind"), [(4, "INT4"), (6, "INT8"), (8, "INT8")])
+@pytest.mark.parametrize(("embedding", "kind"), [(4, "INT4"), (6, "INT6"), (8, "INT8")])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_a_head_on_a_grid_is_not_rounded_again(
     tiny_llama: Path, embedding: int, kind: str, rounded: bool
@@ -268,9 +268,9 @@ def test_a_draft_looks_tokens_up_in_the_embedding(tiny_llama: Path) -> None:
     cache = fast.new_cache(1, 40)
     fast.forward(ids, cache, [0])
     assert fast.engine is not None
-    tokens, _ = fast.engine.draft(9, 5, (0.0, [1.0]), (cache, 0, 12), None)
+    drafted = fast.engine.draft(9, 5, (0.0, [1.0]), (cache, 0, 12), None)
     last, stepped = 9, []
     for slot in range(12, 17):
         last = int(fast.head(fast.decode([[last]], cache, [0], [slot]))[0].argmax())
         stepped.append(last)
-    assert tokens == stepped
+    assert drafted.tokens == stepped

@@ -39,12 +39,14 @@ class Kind(IntEnum):
     INT3 = 3
     INT4 = 4
     INT4_TABLE = 5
-    INT8 = 6
-    INT2_A8 = 7
-    INT3_A8 = 8
-    INT4_A8 = 9
-    INT4_TABLE_A8 = 10
-    INT8_A8 = 11
+    INT6 = 6
+    INT8 = 7
+    INT2_A8 = 8
+    INT3_A8 = 9
+    INT4_A8 = 10
+    INT4_TABLE_A8 = 11
+    INT6_A8 = 12
+    INT8_A8 = 13
 
     @classmethod
     def packed(cls, bits: int, table: bool, rounded: bool) -> Kind:

@@ -53,7 +53,7 @@ def packed(
     n: int,
     x: Tensor,
 ) -> Tensor:
-    """x [m, k], float32, times w [n, k] transposed, w of 2, 3, 4 or 8 bits and laid out as in
+    """x [m, k], float32, times w [n, k] transposed, w of 2, 3, 4, 6 or 8 bits and laid out as in
     PackedLinear."""
     (rows, k), groups = x.shape, scale.shape[1]
     out, scratch = torch.empty(rows, n), torch.empty(rows, groups)
@@ -74,7 +74,7 @@ def unpack(
     n: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The weights [n, k] that packed weights of 2, 3, 4 or 8 bits stand for, in float32 or rounded
+    """The weights [n, k] that packed ones of 2, 3, 4, 6 or 8 bits stand for, in float32 or rounded
     to bfloat16."""
     k = 8 * codes[0].numel() // (bits * abi.ROWS_PER_TILE)
     out = torch.empty(n, k, dtype=dtype)

@@ -28,7 +28,7 @@ from gateskip.quantization.grid import Grid, middle, unpack_bits
 from gateskip.quantization.grid_linear import GridLinear
 from gateskip.quantization.tiles import pack_codes, tiles
 
-BITS = (2, 3, 4, 8)  # of a code that has kernels
+BITS = (2, 3, 4, 6, 8)  # of a code that has kernels
 NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
 Samples = dict[str, tuple["PackedLinear", nn.Module]]
 """One packed layer of each kind and shape: as it is here, and as its library made it."""
@@ -110,7 +110,7 @@ class DenseLinear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of 2, 3, 4 or 8 bits: codes [out, in], scale and offset [out, in / group].
+    """A linear layer of 2, 3, 4, 6 or 8 bits: codes [out, in], scale and offset [out, in / group].
 
     A weight is scale * value(code) + offset, with value the codebook's entry (NF4), or the code
     less `middle`, half of 2**bits. All are kept in tiles of 16 rows: see tiles.py.
@@ -142,7 +142,9 @@ class PackedLinear(nn.Module):
                 f"a group is a multiple of {BLOCK} inputs"
             )
         if bits not in BITS:
-            raise ValueError(f"codes of {bits} bits have no kernels: of 2, 3, 4 and 8 bits they do")
+            raise ValueError(
+                f"codes of {bits} bits have no kernels: of 2, 3, 4, 6 and 8 bits they do"
+            )
         self.bits, self.middle = bits, middle(bits)
         self.register_buffer("codes", pack_codes(codes, bits))
         self.register_buffer("scale", tiles(scale.float()))
@@ -153,7 +155,7 @@ class PackedLinear(nn.Module):
     @classmethod
     def of(cls, grid: Grid, bias: Tensor | None = None) -> PackedLinear:
         """A grid of weights [out, in]. Where codes have no kernel they get more bits: codes of
-        6 bits move to the middle of 8, and weights stay what they are."""
+        5 bits move to the middle of 6, and weights stay what they are."""
         bits = next(each for each in BITS if each >= grid.bits)
         codes, offset = grid.codes, grid.offset()
         if bits != grid.bits:

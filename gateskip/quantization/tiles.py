@@ -25,13 +25,14 @@ def tiles(table: Tensor) -> Tensor:
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Codes [n, k] of 2, 3, 4 or 8 bits, k whole blocks -> uint8 [tiles, k * bits / 32, 16, 4]."""
+    """Codes [n, k] of 2, 3, 4, 6 or 8 bits, k whole blocks -> uint8 [tiles, k bits / 32, 16, 4]."""
     columns = tiles(codes.to(torch.uint8))  # [tiles, k, 16]
     fours = columns.view(len(columns), -1, 4, ROWS_PER_TILE).transpose(2, 3)
     if bits == 8:
         return fours.contiguous()
     blocks = fours.unflatten(1, (-1, FOURS))  # [tiles, k / 32, 8, 16, 4]
-    packed = _three_bits(blocks) if bits == 3 else _whole_parts(blocks, bits)
+    parted = {3: _three_bits, 6: _six_bits}.get(bits)
+    packed = _whole_parts(blocks, bits) if parted is None else parted(blocks)
     return packed.flatten(1, 2).contiguous()
 
 
@@ -48,3 +49,8 @@ def _three_bits(blocks: Tensor) -> Tensor:
     packed[:, :, :2] |= (last & 3) << 6
     packed[:, :, 2] |= (last[:, :, 0] >> 2) << 6 | (last[:, :, 1] >> 2) << 7
     return packed
+
+
+def _six_bits(blocks: Tensor) -> Tensor:
+    """The lower four bits as codes of 4 bits lie, and behind them the upper two as codes of 2."""
+    return torch.cat((_whole_parts(blocks & 15, 4), _whole_parts(blocks >> 4, 2)), 2)

@@ -26,12 +26,14 @@ enum MatrixKind {
   INT3 = 3,
   INT4 = 4,
   INT4_TABLE = 5, /* a code stands for an entry of a table of 16 (NF4) */
-  INT8 = 6,
-  INT2_A8 = 7,
-  INT3_A8 = 8,
-  INT4_A8 = 9,
-  INT4_TABLE_A8 = 10,
-  INT8_A8 = 11,
+  INT6 = 6,
+  INT8 = 7,
+  INT2_A8 = 8,
+  INT3_A8 = 9,
+  INT4_A8 = 10,
+  INT4_TABLE_A8 = 11,
+  INT6_A8 = 12,
+  INT8_A8 = 13,
 };
 
 /* What an MLP does to its gate, or to its only projection. GELU_TANH is its approximation by tanh. */
@@ -230,7 +232,7 @@ int32_t gateskip_has_decoder(void);
 
 /* y [m, n] = x [m, k] times w [n, k] transposed */
 void gateskip_dense(const float* w, int32_t n, int32_t k, const float* x, int32_t m, float* y, int32_t threads);
-/* the same for packed weights of 2, 3, 4 or 8 bits; table [16], or null; scratch [m, k / group] */
+/* the same for packed weights of 2, 3, 4, 6 or 8 bits; table [16], or null; scratch [m, k / group] */
 void gateskip_packed(const uint8_t* codes, const float* scale, const float* offset, const float* table, int32_t bits,
                      int32_t n, int32_t k, int32_t group, const float* x, int32_t m, float* y, float* scratch,
                      int32_t threads);

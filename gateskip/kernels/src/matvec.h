@@ -1,4 +1,4 @@
-// Matrix times a few rows of activations: dense weights, and packed ones of 2, 3, 4 and 8 bits.
+// Matrix times a few rows of activations: dense weights, and packed ones of 2, 3, 4, 6 and 8 bits.
 //
 // Decoding reads every weight once a token, so these kernels are written to stream weights, not to reuse them.
 // Each row's sum runs in the same order whatever the number of rows beside it: a verify pass over several tokens
@@ -25,7 +25,7 @@ static void dense_row(const float* w, const float* x, int k, float* y, int64_t s
   }
 }
 
-// -- weights of 2, 3, 4 and 8 bits: codes.h says where they lie ------------------------------------
+// -- weights of 2, 3, 4, 6 and 8 bits: codes.h says where they lie ------------------------------------
 
 struct Packed {
   const uint8_t* codes;  // [tiles, k / BLOCK, bits, ROWS_PER_TILE, 4]
@@ -154,8 +154,7 @@ constexpr bool whole_bytes(Coding coding) { return coding == TABLE || coding == 
 #ifdef __GFNI__
 // What GF2P8AFFINEQB multiplies bytes by to move bits of them: byte 7 - i of it says which bits make up bit i
 constexpr uint64_t moving(Piece p) {
-  const uint64_t shifted = uint64_t(0x0102040810204080) << 8 * (p.shift - p.to);
-  return shifted & ((uint64_t(1) << 8 * p.count) - 1) << 8 * (8 - p.to - p.count);
+  return moved(uint64_t(0x0102040810204080), 8 * (p.to - p.shift)) & ((uint64_t(1) << 8 * p.count) - 1) << 8 * (8 - p.to - p.count);
 }
 #endif
 
@@ -235,7 +234,7 @@ static inline IntV take_v(IntV v, Piece p) {
 #ifdef __GFNI__
   return move_v(v, moving(p));
 #else
-  return mask_v((IntV)((WordsV)v >> (p.shift - p.to)), ((1 << p.count) - 1) << p.to);
+  return mask_v((IntV)moved((WordsV)v, p.shift - p.to), ((1 << p.count) - 1) << p.to);
 #endif
 }
 
@@ -245,7 +244,7 @@ static inline IntV four_v(const IntV* vectors, int i) {
   const Piece p = piece(coding, i);
   if (coding == BITS8) return vectors[p.vector];
   const IntV low = take_v(vectors[p.vector], p);
-  return in_two_pieces(coding, i) ? or_v(low, take_v(vectors[rest(i).vector], rest(i))) : low;
+  return in_two_pieces(coding, i) ? or_v(low, take_v(vectors[rest(coding, i).vector], rest(coding, i))) : low;
 }
 
 // y[r] [ROWS_PER_TILE] for `rows` rows of activations. What is added in which order does not depend on `rows`. What
@@ -274,6 +273,11 @@ static void packed_a8_tile(const PackedA8& w, int tile, const Activations8& x, i
           if (opens_vector(coding, i)) {
             if (half == 0) prefetch(q + own * VECTOR_BYTES, ahead);
             vectors[own] = load_bytes_v(q + own * VECTOR_BYTES);
+          }
+          if (opens_rest(coding, i)) {
+            const int upper = rest(coding, i).vector;
+            if (half == 0) prefetch(q + upper * VECTOR_BYTES, ahead);
+            vectors[upper] = load_bytes_v(q + upper * VECTOR_BYTES);
           }
           IntV codes = four_v<coding>(vectors, i);
           if (coding == TABLE) codes = look_up_v(codes, table);

@@ -17,6 +17,7 @@ inline Coding coding_of(const Matrix& w) {
   switch (w.kind) {
     case INT2: case INT2_A8: return BITS2;
     case INT3: case INT3_A8: return BITS3;
+    case INT6: case INT6_A8: return BITS6;
     case INT4: case INT4_A8: return BITS4;
     case INT4_TABLE: case INT4_TABLE_A8: return TABLE;
     default: return BITS8;
