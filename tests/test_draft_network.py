@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 import gateskip
+from compose.artifacts.folder import copy_companions
 from compose.errors import RuleBroken, UserError
 from compose.stages.registry import (
     DataSpec,
@@ -257,6 +258,36 @@ def test_the_stage_puts_a_network_beside_the_weights(
     decoder = gateskip.load(second)
     plain = decoder.generate([[5, 9]], 20).tokens
     assert decoder.generate([[5, 9]], 20, "speculate", draft_weights="learned").tokens == plain
+
+
+@native
+@pytest.mark.usefixtures("one_accelerator")
+@pytest.mark.parametrize("embedding", [8, 6, None])
+def test_a_packed_model_is_drafted_for(
+    licence_text: Path,
+    tiny_llama: Path,
+    make_job: Callable[..., StageJob],
+    tmp_path: Path,
+    embedding: Any,
+) -> None:
+    """The network learns from what the packed model says, whose embedding and LM head it shares."""
+    spec = DataSpec(source=str(licence_text), limit=40, length=32)
+    packed, made = tmp_path / "packed", tmp_path / "made"
+    for stage, source, target in (
+        (Int4(compensate=False, embedding=embedding), tiny_llama, packed),
+        (DraftNetwork(**STAGE), packed, made),
+    ):
+        target.mkdir()
+        texts = {"train": spec, "calibration": spec}
+        stage.run(make_job(source, target, dense=tiny_llama, **texts))
+        copy_companions(source, target)
+    for backend in ("native", "gathered"):
+        decoder = gateskip.load(made, backend=backend)  # type: ignore[arg-type]
+        plain = decoder.generate([[5, 9]], 24).tokens
+        drafted = decoder.generate(
+            [[5, 9]], 24, "speculate", draft_weights="learned", draft_length=2
+        )
+        assert drafted.tokens == plain and drafted.stats.drafted > 0
 
 
 def test_a_network_of_another_model_is_refused(

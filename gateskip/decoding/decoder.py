@@ -421,15 +421,11 @@ class Decoder:
             begun = time.perf_counter()
             drafts = drafting.make(live, sampler, cache)
             drafted = time.perf_counter()
-            accepted, steps = (
-                [0],
-                self._plainly(live, drafts, drafting, sampler, cache, phases.answer),
-            )
-            if not steps:
-                accepted, steps = self._verify(live, drafts, sampler, cache, phases.answer), 1
+            steps = self._plainly(live, drafts, drafting, sampler, cache, phases.answer)
+            accepted = [0] if steps else self._verify(live, drafts, sampler, cache, phases.answer)
             times = drafted - begun, time.perf_counter() - drafted
-            drafting.observe(drafts, accepted, *times, steps)
-            stats.add_round(drafts, accepted, *times, steps)
+            drafting.observe(drafts, accepted, *times, max(steps, 1))
+            stats.add_round(drafts, accepted, *times, max(steps, 1))
         stats.decode_s = time.perf_counter() - started
 
     def _plainly(

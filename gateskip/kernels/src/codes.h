@@ -6,7 +6,7 @@
 // bytes a block: a byte has codes of one row and of the same column of several fours.
 //
 //   8 bits   vector i is four i
-//   6 bits   vectors 0 to 3 have the lower four bits as codes of 4 bits lie, vectors 4 and 5 the upper two as codes of 2
+//   6 bits   vectors 0 to 3 have the lower four bits, as codes of 4 bits lie, vectors 4 and 5 the upper two, as of 2
 //   4 bits   vector i has four 2i in bits 0-3, four 2i + 1 in bits 4-7
 //   3 bits   vector i has four 2i in bits 0-2, four 2i + 1 in bits 3-5; bits 6-7 of vectors 0 and 1 are the lower two
 //            bits of fours 6 and 7, whose highest bits are bits 6 and 7 of vector 2
