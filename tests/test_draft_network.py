@@ -193,7 +193,8 @@ def test_a_network_is_written_and_read(tmp_path: Path) -> None:
 
 def test_it_learns_what_the_model_says(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
     """Loss falls, a killed training ends in the same numbers, and frequent tokens are its own."""
-    model = gateskip.load(make_tiny("llama"), dtype="float32", backend="gathered").skipping.model
+    skipping = gateskip.load(make_tiny("llama"), dtype="float32", backend="gathered").skipping
+    model = skipping.model
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(3, 120, (24, 32), generator=generator)
     tokens = frequent(blocks, 64, 512)
@@ -205,7 +206,7 @@ def test_it_learns_what_the_model_says(make_tiny: Callable[..., Path], tmp_path:
         config = DraftConfig(
             steps=steps, batch=4, precision="no", checkpoint_every=10, decay="linear"
         )
-        return network, train_draft_network(model, network, blocks, config, work)
+        return network, train_draft_network(skipping, network, blocks, config, work)
 
     whole, curve = trained(30)
     first, last = (sum(row["loss"] for row in part) for part in (curve[:5], curve[-5:]))
@@ -222,7 +223,7 @@ def test_it_learns_what_the_model_says(make_tiny: Callable[..., Path], tmp_path:
     network = Network(model.config.hidden_size, 48, tokens)
     config = DraftConfig(steps=30, batch=4, precision="no", checkpoint_every=10)
     with pytest.raises(Killed):
-        train_draft_network(model, network, blocks, config, tmp_path, kill)
+        train_draft_network(skipping, network, blocks, config, tmp_path, kill)
     again, resumed = trained(30, tmp_path)
     assert [row["loss"] for row in resumed] == [row["loss"] for row in curve]
     for a, b in zip(whole.parameters(), again.parameters(), strict=True):

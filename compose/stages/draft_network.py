@@ -108,18 +108,19 @@ class DraftNetwork(Stage):
         from gateskip.training.draft_network import agreement, train_draft_network
 
         assert job.train is not None, "a draft network reads the training split"
-        model, length = decoder.skipping.model, self.length or job.train.length
+        skipping, length = decoder.skipping, self.length or job.train.length
         blocks = job.blocks("train", decoder.tokenizer, length, self.blocks)
         train, held_out = _parted(blocks)
+        model = skipping.model
         network = self._new(model, train, job.seed) if self.init is None else self._given(model)
         shared = ("steps", "batch", "unroll", "lr", "precision")
         config = DraftConfig(**{name: getattr(self, name) for name in shared}, seed=job.seed)
-        curve = train_draft_network(model, network, train, config, job.work, job.progress)
+        curve = train_draft_network(skipping, network, train, config, job.work, job.progress)
         return network, {
             "training": curve,
             "train_tokens": self.steps * self.batch * length,
             "covered": float(torch.isin(held_out, network.tokens).double().mean()),
-            "agreement": agreement(model, network, held_out, self.unroll),
+            "agreement": agreement(skipping, network, held_out, self.unroll),
         }
 
     def _new(self, model: Any, blocks: Tensor, seed: int) -> Network:

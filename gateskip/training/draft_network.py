@@ -17,8 +17,8 @@ from torch import Tensor
 from gateskip.model.draft_network import DraftNetwork
 from gateskip.model.families import embed
 from gateskip.model.progress import Progress
-from gateskip.model.reference import masked_forward
 from gateskip.quantization.dequantize import dense_weight
+from gateskip.runtime.skipping import SkippingModel
 from gateskip.training.loop import Loop, Row, precision
 from gateskip.training.objectives import distill_loss, in_chunks
 from gateskip.training.recipe import DraftConfig
@@ -34,12 +34,15 @@ def frequent(blocks: Tensor, count: int, vocabulary: int) -> Tensor:
     return chosen.sort().values
 
 
-@torch.no_grad()
-def final_states(model: Any, blocks: Tensor, progress: Progress | None = None) -> Tensor:
+def final_states(
+    skipping: SkippingModel, blocks: Tensor, progress: Progress | None = None
+) -> Tensor:
     """What the LM head reads at each of token ids blocks [N, S]: [N, S, H] in bfloat16."""
-    parts, done = [], 0
+    parts, done = list[Tensor](), 0
     for part in blocks.split(READ):
-        parts.append(masked_forward(model, part).to(torch.bfloat16))
+        cache = skipping.new_cache(*part.shape)
+        states = skipping.forward(part.to(skipping.device), cache, [0] * len(part))
+        parts.append(states.to("cpu", torch.bfloat16).clone())
         done += len(part)
         if progress is not None:
             progress(done, len(blocks), "reading text")
@@ -47,7 +50,7 @@ def final_states(model: Any, blocks: Tensor, progress: Progress | None = None) -
 
 
 def train_draft_network(
-    model: Any,
+    skipping: SkippingModel,
     network: DraftNetwork,
     blocks: Tensor,
     config: DraftConfig,
@@ -61,18 +64,20 @@ def train_draft_network(
     network.requires_grad_(True)
     accelerator = Accelerator(cpu=True, mixed_precision=precision(config.precision))
     set_seed(config.seed)
-    states = final_states(model, blocks, progress)
-    training = _DraftTraining(model, network, blocks, states, config, accelerator)
+    states = final_states(skipping, blocks, progress)
+    training = _DraftTraining(skipping.model, network, blocks, states, config, accelerator)
     curve = training.run(work, progress)
     network.requires_grad_(False)
     return curve
 
 
 @torch.no_grad()
-def agreement(model: Any, network: DraftNetwork, blocks: Tensor, ahead: int) -> list[float]:
+def agreement(
+    skipping: SkippingModel, network: DraftNetwork, blocks: Tensor, ahead: int
+) -> list[float]:
     """How often the network's likeliest token is the model's, 1 to `ahead` tokens on, of token ids
     blocks [N, S]."""
-    states = final_states(model, blocks)
+    model, states = skipping.model, final_states(skipping, blocks)
     made, found = states.float(), []
     head = dense_weight(model.get_output_embeddings())
     rows, tokens = head[network.tokens.long()], network.tokens.long()
