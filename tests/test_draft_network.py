@@ -312,6 +312,12 @@ def test_parameters_that_do_not_fit_are_refused(given: dict[str, Any], message: 
         DraftNetwork(**given)
 
 
+def test_drafts_of_a_network_skip_nothing() -> None:
+    assert Speculate(draft_weights="learned").draft_budget == 1
+    with pytest.raises(ValidationError, match="leave draft_budget out"):
+        Speculate(draft_weights="learned", draft_budget=0.5)
+
+
 @pytest.mark.parametrize(
     ("before", "stage", "rule"),
     [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -104,9 +104,18 @@ class Speculate(DecodeStage):
     """What verifies: the model with its gates at full compute, or the one that they were put on.
     The two are one unless gates scale; a backbone that learned along cannot be undone."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_network_skips_nothing(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("draft_weights") != "learned":
+            return given
+        if given.get("draft_budget", 1) != 1:
+            raise ValueError("a draft network skips nothing: leave draft_budget out")
+        return given | {"draft_budget": 1.0}
+
     def skips(self) -> bool:
         """Only drafts below a budget of 1 do."""
-        return self.draft_budget < 1 and self.draft_weights != "learned"
+        return self.draft_budget < 1
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """All decoders' rules, `learned-needs-network`, `draft-of-packed`, `original-is-gone`."""
