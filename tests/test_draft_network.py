@@ -252,6 +252,7 @@ def test_the_stage_puts_a_network_beside_the_weights(
     assert len(record["training"]) == 4 and record["train_tokens"] == 4 * 2 * 32
     assert len(record["agreement"]) == 3 and 0 < record["covered"] <= 1
     again = DraftNetwork(init=str(first / NETWORK_FILE), steps=0)
+    again = DraftNetwork.model_validate(again.model_dump())  # as a worker reads it
     copied = again.run(make_job(tiny_llama, second, train=spec, dense=tiny_llama))
     assert copied == {"parameters": record["parameters"]}
     for name in (NETWORK_FILE, "model.safetensors"):

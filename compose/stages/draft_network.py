@@ -71,7 +71,8 @@ class DraftNetwork(Stage):
     def _learns_something(self) -> Self:
         if self.steps == 0 and self.init is None:
             raise ValueError("steps: 0 leaves a new network without training: name one with init")
-        if self.init is not None and {"inner", "vocabulary"} & self.model_fields_set:
+        usual = type(self).model_fields["vocabulary"].default
+        if self.init is not None and (self.inner is not None or self.vocabulary != usual):
             raise ValueError("inner and vocabulary are those of the network that init names")
         return self
 
