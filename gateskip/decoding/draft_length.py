@@ -23,8 +23,8 @@ class DraftLengthController:
     TRIAL = 1  # a trial of 3 that does not pay costs 5 to 7 % of 32 tokens, one of 1 about 1 %
     MARGIN = 1.02  # speculation must promise this much more than plain decoding
     PAUSE, LONGEST_PAUSE = 32, 512  # rounds
-    FRESH = 24  # rounds of drafting after which plain steps are timed again, against drift
-    TIMED = 4  # plain steps that are timed: in one call they cost less than one by one
+    FRESH = 48  # rounds of drafting after which plain steps are timed again, against drift
+    TIMED = 2  # plain steps that are timed: in one call they cost less than one by one
     BINS = 10  # of a drafted token's probability, each with an acceptance rate of its own
     KNOWN = 10  # drafted tokens after which the bins' shares are known well enough
     RENEW = 16  # rounds of drafting after which what drafts bring is expected anew
