@@ -393,9 +393,9 @@ def test_chain_that_passes_has_one_of_each_kind_that_allows_one(chain: list[Stag
     if rule_of(*chain) is not None:
         return
     roles = [stage.role for stage in chain]
-    for role in ("gate", "quantize", "head", "decode"):
+    for role in ("gate", "quantize", "head", "draft", "decode"):
         assert roles.count(role) <= 1
-    order = {"prune": 0, "heal": 0, "gate": 1, "quantize": 2, "head": 3, "decode": 4}
+    order = {"prune": 0, "heal": 0, "gate": 1, "quantize": 2, "head": 3, "draft": 4, "decode": 5}
     roles = [stage.role for stage in chain if not stage.tolerates("prune-after-gate")]
     for before, after in itertools.pairwise(roles):
         assert order[before] <= order[after]
