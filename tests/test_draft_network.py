@@ -191,6 +191,7 @@ def test_a_network_is_written_and_read(tmp_path: Path) -> None:
         load_network(tmp_path, 32, 512)
 
 
+@pytest.mark.usefixtures("one_accelerator")
 def test_it_learns_what_the_model_says(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
     """Loss falls, a killed training ends in the same numbers, and frequent tokens are its own."""
     skipping = gateskip.load(make_tiny("llama"), dtype="float32", backend="gathered").skipping
