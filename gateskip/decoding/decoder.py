@@ -339,8 +339,7 @@ class Decoder:
 
     def _continues(self, sampler: Sampler, limits: Limits) -> bool:
         """Whether several tokens of a row can come from one call."""
-        known = sampler == GREEDY or sampler.draws is not None
-        return known and self.skipping.continues(limits)
+        return sampler.native and self.skipping.continues(limits)
 
     def _continue(
         self,

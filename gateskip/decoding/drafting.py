@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.lookup import Lookup
-from gateskip.decoding.sampling import GREEDY, Distribution, Sampler, draw
+from gateskip.decoding.sampling import Distribution, Sampler, draw
 from gateskip.runtime.backend import Cache, Drafted, Drawn
 from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import SkippingModel
@@ -145,8 +145,7 @@ class Drafting:
             for draft, row in zip(drafts, rows, strict=True):
                 self._by_network(self.network, draft, row, sampler)
             return drafts
-        known = sampler == GREEDY or sampler.draws is not None
-        if len(rows) == 1 and known and self.model.row_decoder is not None:
+        if len(rows) == 1 and sampler.native and self.model.row_decoder is not None:
             self._in_one_call(drafts[0], rows[0], sampler, cache)
             return drafts
         growing = [(d, r) for d, r in zip(drafts, rows, strict=True) if len(d.tokens) < d.limit]

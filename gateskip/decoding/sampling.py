@@ -55,6 +55,11 @@ class Sampler:
         return self.temperature, self.top_k, self.top_p, self.min_p
 
     @cached_property
+    def native(self) -> bool:
+        """Whether a backend can choose tokens as this sampler does."""
+        return self == GREEDY or self.draws is not None
+
+    @cached_property
     def _chain(self) -> Any:
         from transformers.generation import logits_process as g
 

@@ -39,11 +39,6 @@ class DraftNetwork(nn.Module):
         nn.init.eye_(self.fuse.weight)  # the state as it is
         nn.init.zeros_(self.down.weight)
 
-    @property
-    def hidden(self) -> int:
-        """Width of a state."""
-        return self.fuse.out_features
-
     def forward(self, state: Tensor, embedded: Tensor) -> Tensor:
         """Final states [..., H] before tokens, and these embedded [..., H] -> the states after."""
         x = self.fuse(torch.cat([self.norm_state(state), self.norm_token(embedded)], -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from gateskip.model.draft_network import DraftNetwork
 from gateskip.model.families import embed, logit_cap
 from gateskip.quantization.dequantize import dense_weight
 from gateskip.runtime.backend import Drafted, Drawn
+from gateskip.runtime.engine import Engine
 from gateskip.runtime.skipping import SkippingModel
 
 
@@ -18,13 +20,22 @@ class LearnedDraft:
     """A network that drafts for a model, with the model's LM head and embedding."""
 
     def __init__(self, skipping: SkippingModel, network: DraftNetwork) -> None:
-        self.network, self._model = network, skipping.model
-        head = dense_weight(skipping.model.get_output_embeddings())
-        self._vocabulary, self._tokens = len(head), network.tokens.long()
-        self._rows = head[self._tokens]  # [T, H]
-        self._engine = skipping.engine
-        if self._engine is not None:
-            self._engine.take_network(network, self._rows)
+        """Nothing is rounded before the first draft: a folder may be decoded without it."""
+        self.network, self._skipping, self._model = network, skipping, skipping.model
+        self._tokens = network.tokens.long()
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """The LM head's weights [T, H] for the network's tokens."""
+        return dense_weight(self._model.get_output_embeddings())[self._tokens]
+
+    @cached_property
+    def _engine(self) -> Engine | None:
+        """The compiled kernels, which have taken the network."""
+        engine = self._skipping.engine
+        if engine is not None:
+            engine.take_network(self.network, self._rows)
+        return engine
 
     @torch.inference_mode()
     def draft(
@@ -51,7 +62,8 @@ class LearnedDraft:
     def _whole(self, shares: int | Tensor) -> Tensor:
         """Probabilities [T] of the network's tokens as those of all [V]."""
         assert isinstance(shares, Tensor), "what is drawn is drawn from probabilities"
-        return torch.zeros(self._vocabulary).index_copy_(0, self._tokens, shares)
+        vocabulary = len(self._model.get_input_embeddings().weight)
+        return torch.zeros(vocabulary).index_copy_(0, self._tokens, shares)
 
     def _in_torch(
         self, token: int, count: int, wanted: tuple[float, Sequence[float]], state: Tensor
