@@ -18,8 +18,11 @@ from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.lookup import Lookup
 from gateskip.decoding.sampling import Sampler
 from gateskip.gates.kinds import make_gates
+from gateskip.kernels import ops
 from gateskip.quantization.folders import load_model
 from gateskip.runtime.skipping import SkippingModel
+
+native = pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here")
 
 BUDGETS = (0.8, 0.5)
 
@@ -210,19 +213,32 @@ def test_a_useless_draft_is_lossless_too(decoder: Decoder) -> None:
 
 
 def test_a_wrong_verifier_is_noticed(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The losslessness tests can fail: accepting every draft changes the text."""
+    """The losslessness tests can fail: accepting every draft changes the text of a batch."""
     monkeypatch.setattr(
         "gateskip.decoding.decoder.accept_or_resample",
         lambda draft, drawn, wanted, generator: (len(draft), list(wanted)[-1]),
     )
     shut = {0.5: [float("inf")] * len(decoder.skipping.branches)}
     careless = Decoder(decoder.skipping, decoder.tokenizer, shut)
-    texts = [
-        careless.generate([p], 32, "speculate", draft_budget=0.5, draft_length=4).tokens
-        == decoder.generate([p], 32).tokens
-        for p in prompts(4)
-    ]
-    assert not all(texts)
+    rows = prompts(4)
+    own = careless.generate(rows, 32, "speculate", draft_budget=0.5, draft_length=4)
+    assert own.tokens != decoder.generate(rows, 32).tokens
+
+
+@native
+def test_a_wrong_verifier_of_one_row_is_noticed(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a native pass that skips go unnoticed."""
+    shut, real = torch.full((len(decoder.skipping.branches),), float("inf")), ops.speculate
+
+    def skips(model: Any, cache: Any, step: Any, *others: Any) -> None:
+        step.thresholds = shut.data_ptr()
+        real(model, cache, step, *others)
+
+    plain = [decoder.generate([p], 32).tokens for p in prompts(4)]
+    monkeypatch.setattr(ops, "speculate", skips)
+    assert plain != [decoder.generate([p], 32, "speculate").tokens for p in prompts(4)]
 
 
 @pytest.mark.parametrize("mode", ["plain", "skip"])
@@ -312,9 +328,9 @@ class TestDraftLengthController:
         for controller in (one, many):
             steps, at = 0, []
             while steps < 600:
-                k, plain = controller.draft_length(), controller.plain_steps()
-                assert (plain is None) == (k > 0)
-                count = min(32, plain or 1) if controller is many else 1
+                k, rounds = controller.draft_length(), controller.rounds()
+                assert rounds == 1 or k == 0
+                count = min(32, rounds) if controller is many else 1
                 at += [steps] * k
                 steps += 1 if k else count
                 controller.observe(k, [0] if k else [], 0.9 * k, 1.3 if k else 1.0 * count, count)

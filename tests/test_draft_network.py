@@ -28,8 +28,9 @@ from gateskip.errors import FormatError
 from gateskip.kernels import ops
 from gateskip.model.draft_network import NETWORK_FILE, load_network, save_network
 from gateskip.model.draft_network import DraftNetwork as Network
-from gateskip.runtime.backend import Drafted
+from gateskip.runtime.backend import Asked, Drafted, Round, Verified
 from gateskip.runtime.learned_draft import LearnedDraft
+from gateskip.runtime.skipping import SkippingModel
 from gateskip.training.draft_network import DraftConfig, frequent, train_draft_network
 
 native = pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here")
@@ -131,12 +132,37 @@ def test_text_is_that_of_plain_decoding(
     assert length == "auto" or drafted.stats.drafted > 40
 
 
-@pytest.mark.parametrize("backend", ["gathered", pytest.param("native", marks=native)])
+@native
+def test_a_network_drafts_on_from_each_rounds_state(
+    with_network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds in one call have the drafts and the states that rounds of a call each have."""
+    decoder, speculate = gateskip.load(with_network, dtype="float32"), SkippingModel.speculate
+    calls: list[list[Verified]] = []
+
+    def watched(model: SkippingModel, asked: Asked, *others: Any) -> tuple[list[Round], Any]:
+        assert int(model.head(asked.state.unsqueeze(0)).argmax()) == asked.token
+        made, state = speculate(model, asked, *others)
+        calls.append([each.rows[0] for each in made])
+        return made, state
+
+    monkeypatch.setattr(SkippingModel, "speculate", watched)
+    settings: dict[str, Any] = {"draft_weights": "learned", "draft_length": 4, "lookup": True}
+    whole = decoder.generate([[5, 9, 13]], 120, "speculate", **settings)
+    together = [each for call in calls for each in call]
+    few = len(calls)
+    calls.clear()
+    monkeypatch.setattr("gateskip.decoding.drafting.MOST_ROUNDS", 1)
+    assert decoder.generate([[5, 9, 13]], 120, "speculate", **settings).tokens == whole.tokens
+    assert [each for (each,) in calls] == together and len(calls) > 5 * few
+    assert any(each.accepted for each in together) and any(each.probabilities for each in together)
+
+
 def test_a_network_is_given_the_state_before_the_last_token(
-    with_network: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
+    with_network: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a prompt, after plain steps, and after drafts that were accepted in part."""
-    decoder = gateskip.load(with_network, dtype="float32", backend=backend)
+    decoder = gateskip.load(with_network, dtype="float32", backend="gathered")
     plain = decoder.generate([[5, 9, 13]], 30).tokens[0]
     asked = 0
 

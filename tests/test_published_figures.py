@@ -20,7 +20,6 @@ from compose.bench.speed import SpeedTurns
 from compose.bench.turns import add_turns
 from gateskip.calibration.budgets import CalibratedBudgets, half_way, with_gaps_filled
 from gateskip.decoding.decoder import Decoder
-from gateskip.decoding.drafting import Draft
 from gateskip.decoding.stats import Stats
 from gateskip.gates.learned import ScalarGates
 from gateskip.gates.shortcuts import Shortcuts
@@ -34,6 +33,7 @@ from gateskip.model.compute import (
     saving,
 )
 from gateskip.quantization.folders import load_model
+from gateskip.runtime.backend import Round, Verified
 from gateskip.runtime.skipping import SkippingModel
 
 # -- multiply-adds ----------------------------------------------------------------------------
@@ -241,18 +241,12 @@ class TestThresholds:
 # -- acceptance, and tokens a pass ------------------------------------------------------------
 
 
-def draft(tokens: int, looked_up: bool = False) -> Draft:
-    made = Draft(tokens, [1] * tokens if looked_up else ())
-    made.tokens = [1] * tokens
-    return made
-
-
 class TestSpeculation:
     def test_a_round_of_four_rows(self) -> None:
         """Drafts of 4, 2, 3 and 0 tokens, of which 4, 0, 1 and 0 are accepted."""
         stats = Stats()
-        drafts = [draft(4), draft(2), draft(3, looked_up=True), draft(0)]
-        stats.add_round(drafts, [4, 0, 1, 0], draft_s=0.5, verify_s=0.25)
+        rows = [Verified(4, 4), Verified(2, 0), Verified(3, 1, looked_up=True), Verified(0, 0)]
+        stats.add_round(Round(rows, draft_s=0.5, verify_s=0.25))
         assert (stats.drafted, stats.accepted, stats.passes, stats.looked_up) == (9, 5, 4, 3)
         assert stats.acceptance_rate == pytest.approx(5 / 9)
         assert stats.mean_accepted_tokens == pytest.approx(9 / 4)  # a pass adds one of its own
@@ -261,9 +255,10 @@ class TestSpeculation:
         assert stats.positions == [[3, 2], [2, 1], [1, 1], [1, 1]]
         assert (stats.draft_s, stats.verify_s) == (0.5, 0.25)
 
-    def test_a_draft_a_row(self) -> None:
-        with pytest.raises(ValueError, match="zip"):
-            Stats().add_round([draft(2)], [1, 1], 0.1, 0.1)
+    def test_plain_steps_are_passes(self) -> None:
+        stats = Stats()
+        stats.add_round(Round([Verified(0, 0)], 0.0, 0.5, steps=5))
+        assert (stats.passes, stats.draft_lengths, stats.drafted) == (5, {0: 5}, 0)
 
     def test_calls_add_up(self) -> None:
         drafts = ({2: 2, 0: 1}, "int4", 1, [[2, 1], [1, 1]])

@@ -63,13 +63,18 @@ class TestDraftLength:
     def test_pauses_grow_while_drafts_do_not_pay(self) -> None:
         """After 31 plain steps a trial, then after 63, and so on to 511; drafts that pay end it."""
         controller = measured(0.1, draft_step=1.0)
-        for zeros in (31, 63, 127, 255, 511, 511):
-            lengths = [controller.draft_length() for _ in range(zeros + 1)]
-            assert lengths == [0] * zeros + [1]
+
+        def length() -> int:
+            controller.waited()
+            return controller.draft_length()
+
+        assert controller.draft_length() == 0
+        for zeros in (30, 63, 127, 255, 511, 511):
+            assert [length() for _ in range(zeros + 1)] == [0] * zeros + [1]
         controller.draft_step, controller.acceptance = 0.01, 0.9
         assert controller.draft_length() == 8
         controller.draft_step, controller.acceptance = 1.0, 0.1
-        assert [controller.draft_length() for _ in range(32)] == [0] * 31 + [1]
+        assert [length() for _ in range(32)] == [0] * 31 + [1]
 
     def test_a_gain_of_less_than_two_percent_is_none(self) -> None:
         """One draft at 0.5: 1.5 tokens in 1 + cost; two percent are gained at 1.4706."""

@@ -32,7 +32,15 @@ from gateskip.decoding.self_generate import write
 from gateskip.decoding.stats import Generation, Stats
 from gateskip.model.compute import Saving, Usage, Work, branch_costs, kept_share, saving
 from gateskip.model.gating import NEVER_SKIP
-from gateskip.runtime.backend import Arithmetic, BackendName, Cache, Thresholds
+from gateskip.runtime.backend import (
+    Arithmetic,
+    Asked,
+    BackendName,
+    Cache,
+    Round,
+    Thresholds,
+    Verified,
+)
 from gateskip.runtime.governor import STEPS, Hold
 from gateskip.runtime.kv_cache import KVFormat
 from gateskip.runtime.learned_draft import LearnedDraft
@@ -348,14 +356,13 @@ class Decoder:
         cache: Cache,
         limits: Limits,
         sampler: Sampler,
-        ends: Callable[[Row], bool] = lambda row: False,
     ) -> int:
-        """Commit up to `most` tokens of one native call, until the row `ends`; how many."""
+        """Commit up to `most` tokens of one native call, until the row ends; how many."""
         before = len(row.tokens)
 
         def commit(token: int) -> bool:
             row.commit([token])
-            return row.ended or ends(row)
+            return row.ended
 
         count, place = min(most, row.stops.limit - before), (cache, row.number, row.slot)
         drawn = None
@@ -416,31 +423,61 @@ class Decoder:
         """Draft, verify, commit, each row by its own number of tokens, until all have ended."""
         cache = self._prefill(rows, phases.prompt, sampler, stats)
         started = time.perf_counter()
+        alone = self._continues(sampler, phases.answer) and drafting.native()
         while live := [row for row in rows if not row.ended]:
-            begun = time.perf_counter()
-            drafts = drafting.make(live, sampler, cache)
-            drafted = time.perf_counter()
-            steps = self._plainly(live, drafts, drafting, sampler, cache, phases.answer)
-            accepted = [0] if steps else self._verify(live, drafts, sampler, cache, phases.answer)
-            times = drafted - begun, time.perf_counter() - drafted
-            drafting.observe(drafts, accepted, *times, max(steps, 1))
-            stats.add_round(drafts, accepted, *times, max(steps, 1))
+            if alone and len(live) == 1:
+                made = self._rounds(live[0], drafting, sampler, cache, phases.answer)
+            else:
+                made = [self._round(live, drafting, sampler, cache, phases.answer)]
+            for each in made:
+                drafting.observe(each)
+                stats.add_round(each)
         stats.decode_s = time.perf_counter() - started
 
-    def _plainly(
+    def _rounds(
+        self, row: Row, drafting: Drafting, sampler: Sampler, cache: Cache, limits: Limits
+    ) -> list[Round]:
+        """Some rounds of one row in one native call."""
+
+        def commit(token: int) -> bool:
+            row.commit([token])
+            return row.ended
+
+        assert row.state is not None, "prefill keeps each row's state"
+        length, longest, rounds = drafting.lengths()
+        asked = Asked(
+            *(row.last, row.state, row.stops.limit - len(row.tokens), rounds),
+            *(length, drafting.wanted(), longest),
+            propose=lambda count: row.lookup.propose(row.text, count),
+            on_token=commit,
+            draws=sampler.draws,
+            uniform=row.uniforms,
+        )
+        drafter = None if drafting.network is not None else drafting.model
+        place = (cache, row.number, row.slot)
+        made, row.state = self.skipping.speculate(
+            asked, drafter, place, limits, drafting.thresholds
+        )
+        return made
+
+    def _round(
         self,
         rows: list[Row],
-        drafts: list[Draft],
         drafting: Drafting,
         sampler: Sampler,
         cache: Cache,
         limits: Limits,
-    ) -> int:
-        """Plain steps of a row without a draft, until one is wanted; 0 where a pass has to do."""
-        if len(rows) > 1 or drafts[0].tokens or not self._continues(sampler, limits):
-            return 0
-        most = min(IN_ONE_CALL, drafting.plain_steps() or IN_ONE_CALL)
-        return self._continue(rows[0], most, cache, limits, sampler, drafting.proposes)
+    ) -> Round:
+        """One round of some rows."""
+        begun = time.perf_counter()
+        drafts = drafting.make(rows, sampler, cache)
+        drafted = time.perf_counter()
+        accepted = self._verify(rows, drafts, sampler, cache, limits)
+        verified = [
+            Verified(len(draft.tokens), count, draft.looked_up, draft.probabilities)
+            for draft, count in zip(drafts, accepted, strict=True)
+        ]
+        return Round(verified, drafted - begun, time.perf_counter() - drafted)
 
     def _verify(
         self,

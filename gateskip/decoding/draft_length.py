@@ -25,6 +25,7 @@ class DraftLengthController:
     PAUSE, LONGEST_PAUSE = 32, 512  # rounds
     FRESH = 48  # rounds of drafting after which plain steps are timed again, against drift
     TIMED = 2  # plain steps that are timed: in one call they cost less than one by one
+    TOGETHER = 8  # rounds of drafting in one call
     BINS = 10  # of a drafted token's probability, each with an acceptance rate of its own
     KNOWN = 10  # drafted tokens after which the bins' shares are known well enough
     RENEW = 16  # rounds of drafting after which what drafts bring is expected anew
@@ -42,37 +43,50 @@ class DraftLengthController:
         self.per_row: float | None = None  # what one more row adds to a verify pass, seconds
         self.pause, self.wait = self.PAUSE, 0
         self.since_plain = 0  # rounds
-        self.rounds = 0  # of drafting
+        self.rounds_made = 0  # of drafting
         self.last = 0  # what `draft_length` said
+        self.trying = False  # whether that is a trial
 
     def draft_length(self) -> int:
         """Tokens to draft next."""
+        self.trying = False
         self.last = self._next()
         return self.last
 
-    def plain_steps(self) -> int | None:
-        """How many plain steps come, after a draft length of 0; None after another."""
+    def rounds(self) -> int:
+        """How many rounds follow with the length that was chosen, before it is chosen again."""
+        if self.times_plain():
+            return self.TIMED
+        if self.trying:
+            return 1
         if self.last:
-            return None
-        return self.TIMED if self._times_plain() else max(1, self.pause - self.wait)
+            return min(self.TOGETHER, self.FRESH - self.since_plain)
+        return max(1, self.pause - 1 - self.wait)
 
-    def _times_plain(self) -> bool:
+    def times_plain(self) -> bool:
+        """Whether plain steps are timed next."""
         return self.plain is None or self.since_plain >= self.FRESH
 
+    def waited(self, rounds: int = 1) -> None:
+        """Rounds have gone by in which something else drafted, or nothing did."""
+        if self.last == 0:
+            self.wait += rounds
+
     def _next(self) -> int:
-        if self._times_plain():
+        if self.times_plain():
             return 0
         if self.draft_step is None or self.per_row is None:
+            self.trying = True
             return self.TRIAL
         best = max(range(self.LONGEST + 1), key=self._tokens_per_s)
         if best and self._tokens_per_s(best) > self.MARGIN * self._tokens_per_s(0):
             self.pause = self.PAUSE
             return best
-        self.wait += 1
-        if self.wait < self.pause:
+        if self.wait < self.pause - 1:
             return 0
         self.wait, self.pause = 0, min(2 * self.pause, self.LONGEST_PAUSE)
-        self.rounds = -1  # expect anew after it
+        self.rounds_made = -1  # expect anew after it
+        self.trying = True
         return self.TRIAL
 
     def least(self) -> float:
@@ -131,12 +145,13 @@ class DraftLengthController:
         """Update from a round: `count` tokens drafted a row, and how many each row accepted; where
         none were, so many plain `steps`."""
         if count == 0:
-            self.wait += 0 if self._times_plain() else steps - 1
+            if not self.times_plain():
+                self.waited(steps)
             self.plain, self.since_plain = _blend(self.plain, verify_s / steps, 0.3), 0
             return
         self.since_plain += 1
-        self.rounds += 1
-        if self.rounds % self.RENEW == 0:
+        self.rounds_made += 1
+        if self.rounds_made % self.RENEW == 0:
             self.expected_rounds = []
         self.draft_step = _blend(self.draft_step, draft_s / count, 0.3)
         self.per_row = _blend(

@@ -12,11 +12,12 @@ from torch import Tensor
 from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.lookup import Lookup
 from gateskip.decoding.sampling import Distribution, Sampler, draw
-from gateskip.runtime.backend import Cache, Drafted, Drawn
+from gateskip.runtime.backend import Cache, Drafted, Drawn, Round
 from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import SkippingModel
 
 Tokens = list[int]
+MOST_ROUNDS = 32  # of one native call
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,11 @@ class Row:
 
     def uniform(self) -> float:
         """A number from 0 to 1 of the row's own random stream."""
-        return float(torch.rand((), generator=self.generator, dtype=torch.float64))
+        return float(self.uniforms(1))
+
+    def uniforms(self, count: int) -> Tensor:
+        """So many of them [count]."""
+        return torch.rand(count, generator=self.generator, dtype=torch.float64)
 
     @property
     def last(self) -> int:
@@ -138,6 +143,11 @@ class Drafting:
     weights: str = "own"
     network: LearnedDraft | None = None
 
+    def native(self) -> bool:
+        """Whether rounds of one row can be one call of the kernels."""
+        by_network = self.network is None or self.network.prepare()
+        return by_network and self.model.row_decoder is not None
+
     def make(self, rows: list[Row], sampler: Sampler, cache: Cache) -> list[Draft]:
         """A draft for every row: looked up where the text repeats itself, else decoded."""
         drafts = self._begin(rows)
@@ -169,7 +179,7 @@ class Drafting:
         assert self.model.row_decoder is not None
         place, drawn = (cache, row.number, row.slot), self._drawn(draft, row, sampler)
         decoder, limits = self.model.row_decoder, self.thresholds
-        draft.take(decoder.draft(row.last, draft.limit, self._wanted(), place, limits, drawn))
+        draft.take(decoder.draft(row.last, draft.limit, self.wanted(), place, limits, drawn))
 
     def _by_network(self, network: LearnedDraft, draft: Draft, row: Row, sampler: Sampler) -> None:
         """A draft that a network makes; greedily where it does not know the sampler."""
@@ -177,9 +187,9 @@ class Drafting:
             return
         assert row.state is not None, "a row's state is kept for its network"
         drawn = self._drawn(draft, row, sampler)
-        draft.take(network.draft(row.last, draft.limit, self._wanted(), row.state, drawn))
+        draft.take(network.draft(row.last, draft.limit, self.wanted(), row.state, drawn))
 
-    def _wanted(self) -> tuple[float, Sequence[float]]:
+    def wanted(self) -> tuple[float, Sequence[float]]:
         """Where a draft ends: see `RowDecoder.draft`."""
         if self.controller is None:
             return 0.0, [1.0]  # draft on, whatever it is
@@ -210,37 +220,42 @@ class Drafting:
         assert self.length != "auto", "controllers set the length"
         return self.length
 
-    def plain_steps(self) -> int | None:
-        """Where nothing was drafted: how many plain steps come now, None for any number."""
-        known = (self.controller, self.lookup_controller if self.lookup else None)
-        counts = [None if each is None else each.plain_steps() for each in known]
-        return min((count for count in counts if count is not None), default=None)
+    def lengths(self) -> tuple[int, int, int]:
+        """For rounds of one row: tokens that are drafted and looked up at most, and how many rounds
+        there are until this is asked again."""
+        if self.controller is None or self.lookup_controller is None:
+            length = 0 if self.weights == "none" else self._length(None)
+            return length, self._length(None) if self.lookup else 0, MOST_ROUNDS
+        asked = self._asked()
+        timed = [each for each in asked if each.times_plain()]
+        chosen = {id(each): each.draft_length() for each in asked}
+        if timed:
+            return 0, 0, DraftLengthController.TIMED
+        rounds = min((each.rounds() for each in asked), default=MOST_ROUNDS)
+        length, longest = (
+            chosen.get(id(each), 0) for each in (self.controller, self.lookup_controller)
+        )
+        return length, longest, min(rounds, MOST_ROUNDS)
 
-    def proposes(self, row: Row) -> bool:
-        """Whether a row's text proposes what follows, and that is wanted."""
-        known = self.lookup_controller
-        wanted = self.lookup and (known is None or known.last > 0)
-        return wanted and bool(row.lookup.propose(row.text, 1))
+    def _asked(self) -> list[DraftLengthController]:
+        """The controllers whose drafts this call can have."""
+        wanted = (self.weights != "none", self.controller), (self.lookup, self.lookup_controller)
+        return [each for has, each in wanted if has and each is not None]
 
-    def observe(
-        self,
-        drafts: list[Draft],
-        accepted: list[int],
-        draft_s: float,
-        verify_s: float,
-        steps: int = 1,
-    ) -> None:
+    def observe(self, made: Round) -> None:
         """Tell the controllers what a round cost and how much was accepted, or how many plain
         steps it had."""
         if self.controller is None or self.lookup_controller is None:
             return
-        longest = max(len(draft.tokens) for draft in drafts)
-        for draft, count in zip(drafts, accepted, strict=True):
-            self.controller.learn(draft.probabilities, count)
-        looked_up = {draft.looked_up for draft in drafts if draft.tokens}
-        if longest == 0:
-            self.controller.observe(0, [], draft_s, verify_s, steps)
-            self.lookup_controller.observe(0, [], 0.0, verify_s, steps)
-        elif len(looked_up) == 1:  # the times of a mixed round belong to neither
-            own = self.lookup_controller if looked_up == {True} else self.controller
-            own.observe(longest, accepted, draft_s, verify_s)
+        longest = max(row.drafted for row in made.rows)
+        accepted = [row.accepted for row in made.rows]
+        for row in made.rows:
+            self.controller.learn(row.probabilities, row.accepted)
+        kinds = {row.looked_up for row in made.rows if row.drafted}
+        for looked_up, own in ((False, self.controller), (True, self.lookup_controller)):
+            if longest == 0:
+                own.observe(0, [], 0.0, made.verify_s, made.steps)
+            elif kinds == {looked_up}:  # the times of a mixed round belong to neither
+                own.observe(longest, accepted, made.draft_s, made.verify_s)
+            else:
+                own.waited()

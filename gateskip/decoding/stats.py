@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from gateskip.decoding.drafting import Draft
 from gateskip.decoding.phases import Phase
 from gateskip.model.compute import Usage
+from gateskip.runtime.backend import Round
 
 Tokens = list[int]
 ADDED = (
@@ -70,27 +69,18 @@ class Stats:
         self.positions[position][0] += tried
         self.positions[position][1] += accepted
 
-    def add_round(
-        self,
-        drafts: Sequence[Draft],
-        accepted: Sequence[int],
-        draft_s: float,
-        verify_s: float,
-        steps: int = 1,
-    ) -> None:
-        """Count one round of drafting and verifying: a draft a row, and how much was accepted; or
-        so many plain `steps`."""
-        self.draft_s += draft_s
-        self.verify_s += verify_s
-        for draft, kept in zip(drafts, accepted, strict=True):
-            count = len(draft.tokens)
-            self.drafted += count
-            self.accepted += kept
-            self.passes += steps
-            self.looked_up += count if draft.looked_up else 0
-            self.draft_lengths[count] = self.draft_lengths.get(count, 0) + steps
-            for position in range(min(kept + 1, count)):
-                self.count(position, 1, position < kept)
+    def add_round(self, made: Round) -> None:
+        """Count one round of drafting and verifying, or its plain steps."""
+        self.draft_s += made.draft_s
+        self.verify_s += made.verify_s
+        for row in made.rows:
+            self.drafted += row.drafted
+            self.accepted += row.accepted
+            self.passes += made.steps
+            self.looked_up += row.drafted if row.looked_up else 0
+            self.draft_lengths[row.drafted] = self.draft_lengths.get(row.drafted, 0) + made.steps
+            for position in range(min(row.accepted + 1, row.drafted)):
+                self.count(position, 1, position < row.accepted)
 
     def to_dict(self) -> dict[str, Any]:
         """Counts, times and the two rates, as plain data."""

@@ -179,6 +179,7 @@ class Sampling(ctypes.Structure):
 
 
 OnToken = ctypes.CFUNCTYPE(Int, Int)
+Propose = ctypes.CFUNCTYPE(Int, ctypes.POINTER(Int), Int)
 
 
 class Embedding(ctypes.Structure):
@@ -216,11 +217,38 @@ class Draft(ctypes.Structure):
     )
 
 
+class Round(ctypes.Structure):
+    """A draft of one row, and what became of it."""
+
+    _fields_ = (
+        *((name, Int) for name in ("drafted", "accepted", "looked_up")),
+        *((name, Float) for name in ("draft_s", "verify_s")),
+    )
+
+
+class Speculation(ctypes.Structure):
+    """Rounds of speculation of one row."""
+
+    _fields_ = (
+        *((name, Int) for name in ("token", "left", "rounds", "length", "longest")),
+        ("drafter", ctypes.POINTER(Model)),
+        ("drafting", ctypes.POINTER(Step)),
+        ("network", ctypes.POINTER(DraftNetwork)),
+        ("draft", ctypes.POINTER(Draft)),
+        ("state", Pointer),
+        ("propose", Propose),
+        ("on_token", OnToken),
+        *((name, Pointer) for name in ("logits", "shares", "uniform")),
+        ("round", ctypes.POINTER(Round)),
+        ("chances", Pointer),
+    )
+
+
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     each.__name__: each
     for each in (
         *(Matrix, Norm, Shortcut, Layer, Model, CacheView),
-        *(Step, Sampling, Embedding, DraftNetwork, Draft),
+        *(Step, Sampling, Embedding, DraftNetwork, Draft, Round, Speculation),
     )
 }
 _SCALARS: dict[str, Any] = {

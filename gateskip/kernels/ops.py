@@ -191,9 +191,24 @@ def likeliest(
     out = torch.empty_like(tokens)
     _library().gateskip_likeliest(
         *(ctypes.byref(model), ctypes.byref(cache), ctypes.byref(step), ctypes.byref(embedding)),
-        *(_at(tokens), ctypes.byref(head), _at(out), arena.address, torch.get_num_threads()),
+        *(_at(tokens), ctypes.byref(head), _at(out), None, arena.address, torch.get_num_threads()),
     )
     return out
+
+
+def speculate(
+    model: abi.Model,
+    cache: abi.CacheView,
+    step: abi.Step,
+    head: abi.Matrix,
+    rounds: abi.Speculation,
+    arena: Arena,
+) -> None:
+    """Rounds of speculation of one row; `rounds.rounds` becomes their number."""
+    _library().gateskip_speculate(
+        *(ctypes.byref(model), ctypes.byref(cache), ctypes.byref(step), ctypes.byref(head)),
+        *(ctypes.byref(rounds), arena.address, torch.get_num_threads()),
+    )
 
 
 def multiply(matrix: abi.Matrix, x: Tensor, arena: Arena) -> Tensor:

@@ -98,8 +98,57 @@ class Drafted:
     """Of each token, the probabilities [V] that it was drawn from; greedily, the token itself."""
 
 
+@dataclass(frozen=True)
+class Verified:
+    """A draft of one row, and what verification accepted of it."""
+
+    drafted: int
+    accepted: int
+    looked_up: bool = False
+    """Whether the draft came out of the text."""
+    probabilities: Sequence[float] = ()
+    """Of each drafted token, as the draft sees it; empty where it does not say."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of speculation, each row's draft and the pass that verified all; or plain `steps`."""
+
+    rows: Sequence[Verified]
+    draft_s: float
+    verify_s: float
+    steps: int = 1
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What rounds of speculation of one row are asked for."""
+
+    token: int
+    """The last committed one."""
+    state: Tensor
+    """The final state [H] before it."""
+    left: int
+    """Tokens that may follow."""
+    rounds: int
+    """At most."""
+    length: int
+    """Tokens of a draft at most; 0 drafts none."""
+    wanted: tuple[float, Sequence[float]]
+    """Where a draft ends, as in `RowDecoder.draft`."""
+    longest: int
+    """Tokens that the text proposes at most; 0 looks nothing up."""
+    propose: Callable[[int], Sequence[int]]
+    """Up to so many tokens that the text proposes."""
+    on_token: Callable[[int], bool]
+    """Told of each token; the rounds end where it returns true, or raises."""
+    draws: Draws | None = None
+    """How tokens are drawn; None is greedily."""
+    uniform: Callable[[int], Tensor] = torch.rand
+    """So many numbers from 0 to 1, float64."""
+
+
 CacheT = TypeVar("CacheT", bound=Cache)
-GivenCache = TypeVar("GivenCache", bound=Cache, contravariant=True)
 
 
 class Backend(Protocol[CacheT]):
@@ -167,7 +216,7 @@ class Backend(Protocol[CacheT]):
 
 
 @runtime_checkable
-class RowDecoder(Protocol[GivenCache]):
+class RowDecoder(Protocol[CacheT]):
     """A backend that chooses tokens itself, and runs several steps of a row in one call."""
 
     def draft(
@@ -175,7 +224,7 @@ class RowDecoder(Protocol[GivenCache]):
         token: int,
         count: int,
         wanted: tuple[float, Sequence[float]],
-        place: tuple[GivenCache, int, int],
+        place: tuple[CacheT, int, int],
         thresholds: Thresholds,
         drawn: Drawn | None = None,
     ) -> Drafted:
@@ -191,7 +240,7 @@ class RowDecoder(Protocol[GivenCache]):
         self,
         token: int,
         count: int,
-        place: tuple[GivenCache, int, int],
+        place: tuple[CacheT, int, int],
         thresholds: Thresholds,
         on_token: Callable[[int], bool],
         drawn: Drawn | None = None,
@@ -204,12 +253,25 @@ class RowDecoder(Protocol[GivenCache]):
     def likeliest(
         self,
         tokens: Sequence[Sequence[int]],
-        cache: GivenCache,
+        cache: CacheT,
         rows: Sequence[int],
         starts: Sequence[int],
         thresholds: Thresholds = None,
     ) -> tuple[list[list[int]], Tensor]:
         """The likeliest token after each of `tokens`, and the states [N, H] of `Backend.decode`."""
+        ...
+
+    def speculate(
+        self,
+        asked: Asked,
+        drafter: RowDecoder[CacheT] | None,
+        place: tuple[CacheT, int, int],
+        thresholds: Thresholds = None,
+        draft_thresholds: Thresholds = None,
+    ) -> tuple[list[Round], Tensor]:
+        """Rounds of speculation of one row, drafted by a model, or without one by the network that
+        this backend's engine has taken; and the final state [H] before the last token. `place` is
+        the token's, as in `draft`. Plain steps that follow each other are one round."""
         ...
 
     def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:

@@ -27,7 +27,7 @@ from gateskip.model.draft_network import DraftNetwork
 from gateskip.model.families import Branch, UnsupportedModel, embedding_scale, logit_cap
 from gateskip.model.projections import AttentionShape, mlp_parts, rotate
 from gateskip.quantization.packed_linear import PackedLinear
-from gateskip.runtime.backend import Drafted, Drawn, Draws
+from gateskip.runtime.backend import Asked, Drafted, Drawn, Draws, Verified
 from gateskip.runtime.descriptors import Descriptors
 from gateskip.runtime.kv_cache import KVCache
 
@@ -145,18 +145,24 @@ class Engine:
         follow: Callable[[], list[int]],
     ) -> Drafted:
         """What following an order drafts, with probabilities, until it is as `wanted`."""
-        accepted, chances = torch.tensor(list(wanted[1])), torch.empty(order.count)
-        order.least, order.accepted, order.levels = wanted[0], accepted.data_ptr(), len(accepted)
+        accepted, chances = self._expect(order, wanted), torch.empty(order.count)
         order.chances = chances.data_ptr()
         size = order.draft_head.contents.n
         kept = torch.empty(0 if drawn is None else order.count, size + -size % 8)
-        held = self._draw(order, drawn)
+        held = accepted, self._draw(order, drawn)
         if drawn is not None:
             order.distributions = kept.data_ptr()
         tokens = follow()
         del held
         sources = tokens if drawn is None else list(kept[: len(tokens), :size])
         return Drafted(tokens, chances[: len(tokens)].tolist(), sources)
+
+    @staticmethod
+    def _expect(order: abi.Draft, wanted: tuple[float, Sequence[float]]) -> Tensor:
+        """Let an order end where it is as `wanted`; what is returned has to live as long."""
+        accepted = torch.tensor(list(wanted[1]))
+        order.least, order.accepted, order.levels = wanted[0], accepted.data_ptr(), len(accepted)
+        return accepted
 
     def _draw(self, order: abi.Draft, drawn: Drawn | None) -> Tensor | None:
         """Let an order's tokens be drawn; what is returned has to live as long as the order."""
@@ -183,16 +189,8 @@ class Engine:
         call does then. `kept` counts over all steps.
         """
         raised: list[BaseException] = []
-
-        def told(following: int) -> int:
-            try:
-                return int(on_token(following))
-            except BaseException as error:  # which may not pass through the kernels
-                raised.append(error)
-                return 1
-
         order = self._order(token, count, self.head)
-        order.on_token = abi.OnToken(told)
+        order.on_token = abi.OnToken(_kept(on_token, raised, 1))
         held = self._draw(order, drawn)
         followed, state = self._follow(order, place, thresholds)
         del held
@@ -217,6 +215,104 @@ class Engine:
         chosen = ops.likeliest(self.model, self._view(cache), step, inputs, self.head, self._arena)
         found: list[int] = chosen.tolist()
         return found, hidden
+
+    def speculate(
+        self,
+        asked: Asked,
+        drafter: Engine | None,
+        place: tuple[KVCache, int, int],
+        thresholds: Sequence[float] | None,
+        draft_thresholds: Sequence[float] | None,
+    ) -> tuple[list[tuple[Verified, float, float]], Tensor]:
+        """Rounds of one row, each a pass with the seconds that drafting and verifying it took, and
+        the final state [H] before the last token: see `RowDecoder.speculate`. Without a drafter the
+        network drafts that was taken."""
+        cache, row, slot = place
+        raised: list[BaseException] = []
+        most = max(asked.length, asked.longest)
+        state, chances = asked.state.float().clone(), torch.empty(asked.rounds, asked.length)
+        hidden = torch.empty(1 + most, self.model.hidden)
+        first = torch.tensor([[row], [slot]], dtype=torch.int32)
+        looked_up = _kept(asked.propose, raised, ())
+
+        def propose(tokens: Any, count: int) -> int:
+            found = looked_up(count)
+            for i, token in enumerate(found):
+                tokens[i] = token
+            return len(found)
+
+        call = abi.Speculation(
+            *(asked.token, asked.left, asked.rounds, asked.length, asked.longest),
+            state=state.data_ptr(),
+            propose=abi.Propose(propose),
+            on_token=abi.OnToken(_kept(asked.on_token, raised, 1)),
+            round=(abi.Round * asked.rounds)(),
+            chances=chances.data_ptr(),
+        )
+        step = self._step(hidden, first, thresholds)
+        held = self._thresholds  # which the drafts' may replace, if they are this engine's
+        drafts = (drafter or self)._drafts_of(call, asked, drafter is None, row, draft_thresholds)
+        drawn = self._drawn_rounds(call, asked, 1 + most)
+        ops.speculate(self.model, self._view(cache), step, self.head, call, self._arena)
+        del held, drafts, drawn
+        if raised:
+            raise raised[0]
+        return [
+            (
+                Verified(
+                    *(made.drafted, made.accepted, bool(made.looked_up)),
+                    [] if made.looked_up else own[: made.drafted].tolist(),
+                ),
+                made.draft_s,
+                made.verify_s,
+            )
+            for made, own in zip(call.round[: call.rounds], chances, strict=False)
+        ], state
+
+    def _drafts_of(
+        self,
+        call: abi.Speculation,
+        asked: Asked,
+        by_network: bool,
+        row: int,
+        thresholds: Sequence[float] | None,
+    ) -> tuple[Any, ...]:
+        """Let a call's drafts come from this engine, or from its network; what is returned has to
+        live as long as the call."""
+        head = self.draft_head
+        if by_network and asked.length:
+            network, head = self._network
+            call.network = ctypes.pointer(network)
+        order = self._order(asked.token, asked.length, head)
+        held: list[Any] = [order, self._expect(order, asked.wanted)]
+        if not by_network:
+            order.rerank_head = self.rerank_head and ctypes.pointer(self.rerank_head)
+            moving = torch.empty(1, self.model.hidden)
+            where = torch.tensor([[row], [0]], dtype=torch.int32)
+            drafting = self._step(moving, where, thresholds)
+            call.drafter, call.drafting = ctypes.pointer(self.model), ctypes.pointer(drafting)
+            held += [moving, where, drafting]
+        if asked.draws is not None:
+            sampling = abi.Sampling(*asked.draws)
+            order.sampling = ctypes.pointer(sampling)
+            kept = torch.empty(asked.length, head.n + -head.n % 8)
+            order.distributions = kept.data_ptr()
+            held += [sampling, kept]
+        call.draft = ctypes.pointer(order)
+        return tuple(held)
+
+    def _drawn_rounds(self, call: abi.Speculation, asked: Asked, rows: int) -> tuple[Tensor, ...]:
+        """Let a call draw the tokens of its rounds, of so many rows each; what is returned has to
+        live as long as the call."""
+        if asked.draws is None:
+            return ()
+        width = self.head.n + -self.head.n % 8
+        logits = self._buffer("verified", (rows, width), torch.float32)
+        shares = self._buffer("shares", (width,), torch.float32)
+        uniform = asked.uniform(asked.rounds * (asked.length + rows))
+        call.logits, call.shares = logits.data_ptr(), shares.data_ptr()
+        call.uniform = uniform.data_ptr()
+        return logits, shares, uniform
 
     def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:
         """A token of logits [V], drawn by a number from 0 to 1."""
@@ -436,3 +532,17 @@ class Engine:
 def _pointers(tensors: Sequence[Tensor]) -> Any:
     """Addresses of tensors, as an array that a structure points to."""
     return (abi.Pointer * len(tensors))(*(x.data_ptr() for x in tensors))
+
+
+def _kept(called: Callable[..., Any], raised: list[BaseException], instead: Any) -> Any:
+    """A function whose exceptions, which may not pass through the kernels, are kept in a list; it
+    returns something else where it raised."""
+
+    def guarded(*given: Any) -> Any:
+        try:
+            return called(*given)
+        except BaseException as error:
+            raised.append(error)
+            return instead
+
+    return guarded

@@ -37,6 +37,11 @@ class LearnedDraft:
             engine.take_network(self.network, self._rows)
         return engine
 
+    def prepare(self) -> bool:
+        """Round what the kernels read, which takes a moment, if that was not done; whether they
+        draft."""
+        return self._engine is not None
+
     @torch.inference_mode()
     def draft(
         self,

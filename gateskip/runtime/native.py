@@ -25,12 +25,15 @@ from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, promp
 from gateskip.runtime.attention import attend_rows, causal_softmax
 from gateskip.runtime.backend import (
     Arithmetic,
+    Asked,
     BackendName,
     Drafted,
     Drawn,
     Draws,
     PassThresholds,
+    Round,
     Thresholds,
+    Verified,
     dtype_name,
 )
 from gateskip.runtime.engine import Engine
@@ -139,6 +142,33 @@ class NativeBackend(GatheredBackend):
         self._count(slots)
         each = iter(found)
         return [list(islice(each, len(ids))) for ids in tokens], states
+
+    def speculate(
+        self,
+        asked: Asked,
+        drafter: NativeBackend | None,
+        place: tuple[KVCache, int, int],
+        thresholds: Thresholds = None,
+        draft_thresholds: Thresholds = None,
+    ) -> tuple[list[Round], Tensor]:
+        """See `RowDecoder.speculate`."""
+        cache, row, slot = place
+        cache.begin([row], [slot], [1])
+        other = None if drafter is None else drafter.engine
+        made, state = self.engine.speculate(asked, other, place, thresholds, draft_thresholds)
+        read, drafted = list[int](), list[int]()
+        for each, _, _ in made:
+            read += range(slot, slot + each.drafted + 1)
+            if not each.looked_up:
+                drafted += range(slot, slot + each.drafted)
+            cache.begin([row], [slot], [each.drafted + 1])
+            slot += each.accepted + 1
+        if drafter is self:
+            read, drafted = read + drafted, []
+        self._count(read)
+        if drafter is not None and drafted:
+            drafter._count(drafted)
+        return as_rounds(made), state
 
     def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:
         """See `RowDecoder.choose`."""
@@ -260,3 +290,17 @@ def _begin(
     cache_rows = [row for row, n in zip(rows, counts, strict=True) for _ in range(n)]
     slots = [start + i for start, n in zip(starts, counts, strict=True) for i in range(n)]
     return flat, cache_rows, slots
+
+
+def as_rounds(made: Sequence[tuple[Verified, float, float]]) -> list[Round]:
+    """Passes of one row, each with the seconds of its draft and of verifying it, as rounds: plain
+    steps that follow each other are one."""
+    found = list[Round]()
+    for each, draft_s, verify_s in made:
+        before = found[-1] if found else None
+        if each.drafted or before is None or before.rows[0].drafted:
+            found.append(Round([each], draft_s, verify_s))
+        else:
+            times = before.draft_s + draft_s, before.verify_s + verify_s
+            found[-1] = Round([each], *times, before.steps + 1)
+    return found

@@ -18,10 +18,12 @@ from gateskip.runtime.backend import (
     BACKENDS,
     KV_RULES,
     Arithmetic,
+    Asked,
     Backend,
     BackendName,
     Cache,
     Drawn,
+    Round,
     RowDecoder,
     Thresholds,
 )
@@ -235,6 +237,23 @@ class SkippingModel:
         states = self.decode(tokens, cache, rows, starts, thresholds)
         chosen = self.head(states).argmax(-1)
         return [part.tolist() for part in chosen.split([len(ids) for ids in tokens])], states
+
+    @torch.inference_mode()
+    def speculate(
+        self,
+        asked: Asked,
+        drafter: SkippingModel | None,
+        place: tuple[Cache, int, int],
+        thresholds: Limits = None,
+        draft_thresholds: Thresholds = None,
+    ) -> tuple[list[Round], Tensor]:
+        """Rounds of speculation of one row in one call: see `RowDecoder`."""
+        assert self.row_decoder is not None and not isinstance(thresholds, Hold), "ask `continues`"
+        by = None if drafter is None else drafter.row_decoder
+        found, state = self.row_decoder.speculate(asked, by, place, thresholds, draft_thresholds)
+        read = sum((each.rows[0].drafted + 1) * each.steps for each in found)
+        self._count_full(thresholds, read)
+        return found, state
 
     def _count_full(self, thresholds: Thresholds, tokens: int) -> None:
         """Count tokens of which no gate is asked; gates that scale are asked even then."""

@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 6 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 7 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -217,6 +217,40 @@ typedef struct Draft {
   float* distributions;     /* [count, rows of the draft head rounded up to 8]: out, what tokens are drawn from; or null */
 } Draft;
 
+/* A draft of one row, and what became of it. */
+typedef struct Round {
+  int32_t drafted;
+  int32_t accepted;
+  int32_t looked_up; /* whether the draft came out of the text */
+  float draft_s;
+  float verify_s;
+} Round;
+
+/* Writes up to `count` tokens that the text proposes next: how many. */
+typedef int32_t Propose(int32_t* tokens, int32_t count);
+
+/* Rounds of speculation of one row: in each a draft, out of the text or by a model or network, and a pass over the
+ * row's last token and the draft, which accepts the part of it that the model would have chosen. */
+typedef struct Speculation {
+  int32_t token;  /* the last committed one */
+  int32_t left;   /* tokens that may follow */
+  int32_t rounds; /* at most; afterwards, those that there were */
+  int32_t length; /* tokens that a model or network drafts at most; 0 is none */
+  int32_t longest; /* tokens that the text proposes at most; 0 is none */
+  const Model* drafter;        /* with `drafting`, a step of one row whose slot is moved; or null */
+  const Step* drafting;
+  const DraftNetwork* network; /* drafts from `state`; or null */
+  Draft* draft;          /* how either drafts; its token, count and chances are set in every round */
+  float* state;          /* [H]: the final state before the last token, in and out */
+  Propose* propose;
+  OnToken* on_token;     /* called with each token that is committed */
+  float* logits;         /* [1 + max(length, longest), V rounded up to 8] where tokens are drawn, or null */
+  float* shares;         /* [V rounded up to 8], the same */
+  const double* uniform; /* [rounds, 1 + length + max(length, longest)]: a number from 0 to 1 for each that is drawn */
+  Round* round;          /* [rounds]: out */
+  float* chances;        /* [rounds, length]: out, each drafted token's probability as the draft sees it */
+} Speculation;
+
 /* Memory that the calls of one model use again and again; not for two calls at a time. */
 typedef struct Arena Arena;
 
@@ -252,9 +286,15 @@ void gateskip_draft(const Model* model, const CacheView* cache, const Step* step
 /* the same by a small network, whose `state` [H] is that before draft->token and becomes that of the last token; the
  * draft head has a row for each of the network's tokens, and nothing is reranked */
 void gateskip_draft_by_network(const DraftNetwork* network, float* state, Draft* draft, Arena* arena, int32_t threads);
-/* the likeliest token after each of a step's rows, whose hidden states come from `tokens` [rows]: likeliest.cpp */
+/* the likeliest token after each of a step's rows, whose hidden states come from `tokens` [rows], and where it is not
+ * null all their `logits` [rows, V rounded up to 8]: likeliest.cpp */
 void gateskip_likeliest(const Model* model, const CacheView* cache, const Step* step, const Embedding* embedding,
-                        const int32_t* tokens, const Matrix* head, int32_t* likeliest, Arena* arena, int32_t threads);
+                        const int32_t* tokens, const Matrix* head, int32_t* likeliest, float* logits, Arena* arena,
+                        int32_t threads);
+/* rounds of speculation; the step has room for 1 + max(length, longest) rows, whose slots it counts up from the first
+ * one's: speculate.cpp */
+void gateskip_speculate(const Model* model, const CacheView* cache, const Step* step, const Matrix* head,
+                        Speculation* speculation, Arena* arena, int32_t threads);
 /* a token of logits [n], drawn by a number from 0 to 1; shares has room for n numbers, rounded up to 8: sampling.cpp */
 int32_t gateskip_choose(const float* logits, int32_t n, const Sampling* sampling, double uniform, float* shares);
 /* the probabilities from which that token is drawn, into `shares` */

@@ -109,6 +109,8 @@ int32_t choose_from_distribution(const float* logits, int32_t n, const Sampling&
   return pick(shares, n, 0, uniform);
 }
 
+int32_t draw_from(const float* shares, int32_t n, double uniform) { return pick(shares, n, 0, uniform); }
+
 extern "C" int32_t gateskip_choose(const float* logits, int32_t n, const Sampling* how, double uniform, float* shares) {
   return choose_token(logits, n, *how, uniform, shares);
 }

@@ -8,4 +8,7 @@ int32_t choose_token(const float* logits, int32_t n, const Sampling& how, double
 
 // The same, drawn from probabilities that come to lie in `shares`
 int32_t choose_from_distribution(const float* logits, int32_t n, const Sampling& how, double uniform, float* shares);
+
+// One of n shares, which need not add up to 1, by a number from 0 to 1
+int32_t draw_from(const float* shares, int32_t n, double uniform);
 #endif
