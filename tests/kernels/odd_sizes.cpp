@@ -57,6 +57,18 @@ float product(const float* a, const float* b, int k) {
   return float(total);
 }
 
+std::vector<int32_t> told;  // tokens that a call told of
+
+int32_t tell(int32_t token) {
+  told.push_back(token);
+  return 0;
+}
+
+int32_t propose(int32_t* tokens, int32_t count) {
+  for (int i = 0; i < count; i++) tokens[i] = i % 2;
+  return told.size() % 2 ? 0 : count;
+}
+
 struct Closed {
   void operator()(Arena* arena) const { gateskip_arena_free(arena); }
 };
@@ -405,6 +417,28 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
     gateskip_draft(&m, &cache, &step, &draft, arena.get(), 3);
     check(draft.count == 6 && tokens[5] >= 0 && tokens[5] < vocabulary, "draft", hidden, inner, half);
   }
+  const int padded = (vocabulary + 7) / 8 * 8, rounds = 6;
+  std::vector<int32_t> plain;
+  for (bool drawn : {false, true})
+    for (const auto& [length, longest] : {std::pair{0, 0}, {3, 0}, {3, 2}}) {
+      const int rows = 1 + std::max(length, longest);
+      std::vector<float> read(size_t(rows) * hidden), last(hidden), logits(size_t(rows) * padded), shares(padded);
+      std::vector<float> sources(size_t(length) * padded), sure(size_t(rounds) * length);
+      std::vector<double> uniform(size_t(rounds) * (length + rows), 0.4);
+      std::vector<Round> made(rounds);
+      int32_t first = 4;
+      const Step verifying{1, 0, &row, &first, read.data(), nullptr, kept.data(), spent.data()};
+      const Sampling how{0.8f, 5, 0.9f, 0};
+      Draft draft{5, 0, 0.0f, accepted.data(), 1, embedding.data(half), half, 8.5f, form == SANDWICH ? 3.0f : 0.0f, &head.matrix};
+      if (drawn) draft.sampling = &how, draft.distributions = sources.data();
+      Speculation call{5, 6, rounds, length, longest, &m, &step, nullptr, &draft, last.data(), propose, tell,
+                       drawn ? logits.data() : nullptr, shares.data(), uniform.data(), made.data(), sure.data()};
+      told.clear();
+      gateskip_speculate(&m, &cache, &verifying, &head.matrix, &call, arena.get(), 3);
+      check(told.size() == 6 && call.left == 0 && call.rounds <= rounds, "rounds", hidden, length, longest);
+      if (plain.empty()) plain = told;
+      check(drawn || told == plain, "speculation", hidden, length, longest);
+    }
 }
 
 void attention() {
