@@ -11,6 +11,7 @@ thing changed, and for each of them the same statistic must lie far beyond the l
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 from collections import Counter
@@ -24,10 +25,16 @@ import torch
 from gateskip.decoding import sampling
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.sampling import Distribution, Sampler, accept_or_resample, draw
+from gateskip.decoding.stats import Stats
 from gateskip.gates.learned import ScalarGates
+from gateskip.kernels import ops
+from gateskip.model.draft_network import DraftNetwork
 from gateskip.quantization.draft_copy import CopyFormat, integer_copy, read_text
 from gateskip.quantization.folders import load_model
+from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import SkippingModel
+
+native = pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here")
 
 Rule = Callable[
     [Sequence[int], Sequence[Distribution], Iterable[Distribution], torch.Generator],
@@ -262,14 +269,14 @@ def probabilities(decoder: Decoder) -> dict[tuple[int, ...], float]:
     return of_sequences(decoder)
 
 
-def of_sequences(decoder: Decoder) -> dict[tuple[int, ...], float]:
+def of_sequences(decoder: Decoder, prompt: Sequence[int] = PROMPT) -> dict[tuple[int, ...], float]:
     """The model's own probability of each sequence of NEW tokens, from one pass over all."""
     texts = list(itertools.product(range(WORDS), repeat=NEW))
     with torch.no_grad():
-        ids = torch.tensor([[*PROMPT, *text] for text in texts])
-        logits = decoder.skipping.model(ids).logits[:, len(PROMPT) - 1 : -1].double()
+        ids = torch.tensor([[*prompt, *text] for text in texts])
+        logits = decoder.skipping.model(ids).logits[:, len(prompt) - 1 : -1].double()
         each = (logits / SAMPLER.temperature).log_softmax(-1)
-        total = each.gather(2, ids[:, len(PROMPT) :, None]).sum((1, 2)).exp()
+        total = each.gather(2, ids[:, len(prompt) :, None]).sum((1, 2)).exp()
     return dict(zip(texts, total.tolist(), strict=True))
 
 
@@ -335,6 +342,83 @@ def test_generate_with_a_wrong_rule_is_rejected(
 ) -> None:
     monkeypatch.setattr("gateskip.decoding.decoder.accept_or_resample", RULES[name])
     assert furthest(written(decoder, kind), probabilities, SPANS) > FAR
+
+
+# -- rows alone, whose rounds are one native call ----------------------------------------------
+
+REPEATS = [5, 2, 0, 4, 5, 2]  # after 0 the text proposes 4 and 5
+ALONE: dict[str, tuple[Sequence[int], dict[str, Any]]] = {
+    "branches skipped": (PROMPT, {}),
+    "other weights": (PROMPT, {"draft_weights": "int4", "draft_budget": 1.0}),
+    "network": (PROMPT, {"draft_weights": "learned"}),
+    "looked up": (REPEATS, {"draft_budget": 1.0, "lookup": True, "draft_weights": "int4"}),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(decoder: Decoder) -> Decoder:
+    """The same model with a network that drafts four of its six tokens."""
+    torch.manual_seed(2)
+    network = DraftNetwork(32, 48, torch.tensor([0, 2, 3, 5])).requires_grad_(False)
+    for part in network.parameters():
+        part.add_(0.3 * torch.randn(part.shape))
+    skipping, other = (
+        SkippingModel(each.model, each.gates, backend="native", rounded=False)
+        for each in (decoder.skipping, decoder.drafter("int4"))
+    )
+    made = Decoder(skipping, None, decoder.grid, network=LearnedDraft(skipping, network))
+    made._drafters["int4"] = other
+    return made
+
+
+def written_alone(decoder: Decoder, kind: str) -> Counter[tuple[int, ...]]:
+    """What `generate` writes after one prompt with one seed after the other."""
+    prompt, settings = ALONE[kind]
+    counts, stats = Counter[tuple[int, ...]](), Stats()
+    for seed in range(ROWS):
+        (text,) = (
+            made := decoder.generate(
+                *([prompt], NEW, "speculate"),
+                **{"draft_length": 3, "sampler": SAMPLER, "seed": seed, **settings},
+            )
+        ).tokens
+        counts[tuple(text)] += 1
+        stats.add(made.stats)
+    assert 0.1 < (stats.acceptance_rate or 0) <= 1
+    assert (stats.looked_up > 0) == (kind == "looked up")
+    return counts
+
+
+@native
+@pytest.mark.parametrize("kind", ALONE)
+def test_a_row_alone_is_drawn_from_the_model(alone: Decoder, kind: str) -> None:
+    wanted = of_sequences(alone, ALONE[kind][0])
+    assert furthest(written_alone(alone, kind), wanted, SPANS) < LIMIT
+
+
+@native
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["other weights", "network", "looked up"])
+def test_a_row_alone_that_accepts_everything_is_rejected(
+    alone: Decoder, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Numbers of 0 accept every draft that could be."""
+    real = ops.speculate
+
+    def careless(model: Any, cache: Any, step: Any, head: Any, rounds: Any, arena: Any) -> None:
+        most = 1 + max(rounds.length, rounds.longest)
+        given = (ctypes.c_double * (rounds.rounds * (rounds.length + most))).from_address(
+            rounds.uniform
+        )
+        for number in range(rounds.rounds):
+            first = number * (rounds.length + most) + rounds.length
+            for i in range(first, first + most - 1):
+                given[i] = 0.0
+        real(model, cache, step, head, rounds, arena)
+
+    monkeypatch.setattr(ops, "speculate", careless)
+    wanted = of_sequences(alone, ALONE[kind][0])
+    assert furthest(written_alone(alone, kind), wanted, SPANS) > FAR
 
 
 # -- a packed model, drafted for by its copy in fewer bits --------------------------------------

@@ -303,6 +303,8 @@ class Decoder:
             return None
         name = weights if pays else "none"
         learned = pays and weights == "learned"
+        if learned and self.network is not None:
+            self.network.prepare()  # which is no part of what a draft costs
         drafting = Drafting(
             self.drafter("own" if learned or not pays else weights),
             thresholds,

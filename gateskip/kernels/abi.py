@@ -231,6 +231,7 @@ class Speculation(ctypes.Structure):
 
     _fields_ = (
         *((name, Int) for name in ("token", "left", "rounds", "length", "longest")),
+        ("embedding", Embedding),
         ("drafter", ctypes.POINTER(Model)),
         ("drafting", ctypes.POINTER(Step)),
         ("network", ctypes.POINTER(DraftNetwork)),

@@ -243,6 +243,7 @@ class Engine:
 
         call = abi.Speculation(
             *(asked.token, asked.left, asked.rounds, asked.length, asked.longest),
+            embedding=self._embedding,
             state=state.data_ptr(),
             propose=abi.Propose(propose),
             on_token=abi.OnToken(_kept(asked.on_token, raised, 1)),

@@ -237,6 +237,7 @@ typedef struct Speculation {
   int32_t rounds; /* at most; afterwards, those that there were */
   int32_t length; /* tokens that a model or network drafts at most; 0 is none */
   int32_t longest; /* tokens that the text proposes at most; 0 is none */
+  Embedding embedding;         /* of the model that verifies */
   const Model* drafter;        /* with `drafting`, a step of one row whose slot is moved; or null */
   const Step* drafting;
   const DraftNetwork* network; /* drafts from `state`; or null */

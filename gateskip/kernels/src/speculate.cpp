@@ -62,7 +62,7 @@ class Rounds {
     Step step = step_;
     step.rows = 1 + drafted, step.cache_row = rows_.data(), step.slot = slots_.data();
     for (int r = 0; r < step.rows; r++) slots_[r] = slot_ + r;
-    gateskip_likeliest(&m_, &c_, &step, &s.draft->embedding, tokens_.data(), &head_, chosen_.data(), s.logits, arena_,
+    gateskip_likeliest(&m_, &c_, &step, &s.embedding, tokens_.data(), &head_, chosen_.data(), s.logits, arena_,
                        threads_);
   }
 
