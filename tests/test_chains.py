@@ -43,8 +43,8 @@ AFTER = {"branches": "gates", "rescale": "nf4"}
 """What stages need before them."""
 FAMILIES = ("qwen2", "qwen3", "mistral", "gemma2", "phi3")  # Llama takes the long walk
 LONGEST = 3
-NEARLY_ALIKE = {"hidden", "rescale", "drafts"}
-"""To the planner one is narrow, one what packed it, and nothing follows the last."""
+NEARLY_ALIKE = {"hidden", "rescale", "drafts", "gptq4"}
+"""To the planner they are narrow, what packed it, the last of a chain, and nf4."""
 WORSE = 3.0  # times the tiny model's perplexity, that of chance, is no sense any more
 RELOAD = """
 import json, sys

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Sequence
 
 from gateskip.decoding.draft_gain import expected_rounds
@@ -41,6 +43,7 @@ class DraftLengthController:
         self.draft_step: float | None = None  # seconds
         self.plain: float | None = None
         self.per_row: float | None = None  # what one more row adds to a verify pass, seconds
+        self._plain, self._draft_step, self._per_row = Recent(), Recent(), Recent()
         self.pause, self.wait = self.PAUSE, 0
         self.since_plain = 0  # rounds
         self.rounds_made = 0  # of drafting
@@ -147,21 +150,30 @@ class DraftLengthController:
         if count == 0:
             if not self.times_plain():
                 self.waited(steps)
-            self.plain, self.since_plain = _blend(self.plain, verify_s / steps, 0.3), 0
+            self.plain, self.since_plain = self._plain.add(verify_s / steps), 0
             return
         self.since_plain += 1
         self.rounds_made += 1
         if self.rounds_made % self.RENEW == 0:
             self.expected_rounds = []
-        self.draft_step = _blend(self.draft_step, draft_s / count, 0.3)
-        self.per_row = _blend(
-            self.per_row, max(0.0, verify_s - (self.plain or verify_s)) / count, 0.3
-        )
+        self.draft_step = self._draft_step.add(draft_s / count)
+        self.per_row = self._per_row.add(max(0.0, verify_s - (self.plain or verify_s)) / count)
         for each in accepted:
             tried = min(each + 1, count)  # drafts after the first rejected one say nothing
             for outcome in (1.0,) * each + (0.0,) * (tried - each):
                 self.acceptance += 0.1 * (outcome - self.acceptance)
 
 
-def _blend(old: float | None, new: float, share: float) -> float:
-    return new if old is None else old + share * (new - old)
+class Recent:
+    """The last few times of something. Its first time, and one during which the system did other
+    work, is far too long, so the median counts, the lower one of two."""
+
+    KEPT = 5
+
+    def __init__(self) -> None:
+        self._times = deque[float](maxlen=self.KEPT)
+
+    def add(self, seconds: float) -> float:
+        """Take one more -> their median."""
+        self._times.append(seconds)
+        return statistics.median_low(self._times)
