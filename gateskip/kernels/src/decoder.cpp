@@ -6,7 +6,6 @@
 #include "decoder.h"
 
 #ifdef __AVX2__
-#include <omp.h>
 
 namespace {
 
@@ -167,16 +166,10 @@ Step rows_of(const Model& m, const Step& step, int first, int last) {
 
 extern "C" void gateskip_step(const Model* m, const CacheView* c, const Step* s, Arena* arena, int32_t threads) {
   in_passes(*m, *s, [&](const Step& part, int) {
-    Slices counted{nullptr}, each{nullptr};
-    const SharedRows nothing(*m, *c, part.rows, counted);
-    Pass(*m, *c, part, nothing, 0, threads, each);
-    Slices memory{arena->reserve(counted.used + each.used * threads)};
-    const SharedRows shared(*m, *c, part.rows, memory);
-#pragma omp parallel num_threads(threads)
-    {
-      Slices own{memory.start + memory.used + each.used * omp_get_thread_num()};
-      Pass(*m, *c, part, shared, omp_get_thread_num(), omp_get_num_threads(), own).run();
-    }
+    run_threads(*arena, threads, [&](Slices& memory) { return SharedRows(*m, *c, part.rows, memory); },
+                [&](const SharedRows& shared, int id, int all, Slices& own) {
+                  return Pass(*m, *c, part, shared, id, all, own);
+                });
   });
 }
 #endif

@@ -3,7 +3,6 @@
 #include "sampling.h"
 
 #ifdef __AVX2__
-#include <omp.h>
 
 namespace {
 
@@ -235,27 +234,24 @@ class Continuation {
 // Numbers for all logits and as many shares, where tokens are drawn
 size_t every_of(const Draft& draft) { return draft.sampling ? 2 * size_t(draft.draft_head->n + 8) : 0; }
 
-// Run all threads of a continuation: `steps(shared, id, threads, own)` makes a thread's steps, which share what
-// `share(memory)` makes
+// What the threads of a continuation share, beside what their steps do
+template <class Inner>
+struct Shared {
+  const Inner inner;
+  Choice* const choices;
+  float* const every;
+  Shared(const Draft& draft, int threads, Inner made, Slices& memory)
+      : inner(made), choices(memory.take<Choice>(threads)), every(memory.take<float>(every_of(draft))) {}
+};
+
+// Run a continuation: `share(memory)` makes what the steps share, `steps(shared, id, threads, own)` a thread's steps
 template <class MakeShared, class MakeSteps>
 void follow(Draft& draft, const int32_t* tokens, Arena& arena, int threads, MakeShared share, MakeSteps steps) {
-  Slices counted{nullptr}, each{nullptr};
-  const auto nothing = share(counted);
-  counted.take<Choice>(threads);
-  counted.take<float>(every_of(draft));
-  auto first = steps(nothing, 0, threads, each);
-  Continuation(first, draft, tokens, nullptr, nullptr, 0, threads, each);
-  Slices memory{arena.reserve(counted.used + each.used * threads)};
-  const auto shared = share(memory);
-  Choice* choices = memory.take<Choice>(threads);
-  float* every = memory.take<float>(every_of(draft));
-#pragma omp parallel num_threads(threads)
-  {
-    const int id = omp_get_thread_num(), all = omp_get_num_threads();
-    Slices own{memory.start + memory.used + each.used * id};
-    auto mine = steps(shared, id, all, own);
-    Continuation(mine, draft, tokens, choices, every, id, all, own).run();
-  }
+  run_threads(arena, threads, [&](Slices& memory) { return Shared(draft, threads, share(memory), memory); },
+              [&](const auto& shared, int id, int all, Slices& own) {
+                return Continuation(steps(shared.inner, id, all, own), draft, tokens, shared.choices, shared.every, id,
+                                    all, own);
+              });
 }
 
 }  // namespace

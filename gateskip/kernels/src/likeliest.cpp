@@ -2,7 +2,6 @@
 #include "decoder.h"
 
 #ifdef __AVX2__
-#include <omp.h>
 
 namespace {
 
@@ -11,24 +10,38 @@ struct Best {  // of a thread's part of the vocabulary, for one row
   int32_t token;
 };
 
+struct Shared {
+  const SharedRows rows;
+  Best* const best;  // [threads, rows]
+  Shared(const Model& m, const CacheView& c, int count, int threads, Slices& memory)
+      : rows(m, c, count, memory), best(memory.take<Best>(size_t(threads) * count)) {}
+};
+
+struct Inputs {
+  const Embedding& embedding;
+  const int32_t* tokens;  // [rows]
+  int32_t* likeliest;     // [rows]: out
+  float* logits;          // [rows, V rounded up to 8]: out, or null
+};
+
 class Reader {
  public:
-  Reader(const Model& model, const CacheView& cache, const Step& step, const SharedRows& shared, const Matrix& head,
-         Best* best, float* logits, int id, int threads, Slices& own)
-      : pass_(model, cache, step, shared, id, threads, own), rank_(id, threads, step.rows, model.hidden, own),
-        m(model), s(step), head(head), best_(best), logits_(logits), id(id), threads(threads) {}
+  Reader(const Model& model, const CacheView& cache, const Step& step, const Shared& shared, const Matrix& head,
+         const Inputs& inputs, int id, int threads, Slices& own)
+      : pass_(model, cache, step, shared.rows, id, threads, own), rank_(id, threads, step.rows, model.hidden, own),
+        m(model), s(step), head(head), best_(shared.best), in_(inputs), id(id), threads(threads) {}
 
-  void run(const Embedding& embedding, const int32_t* tokens, int32_t* likeliest) {
+  void run() {
     const int first = m.hidden * id / threads, last = m.hidden * (id + 1) / threads;
     for (int r = 0; r < s.rows; r++)
       for (int j = first; j < last; j++)
-        s.hidden[int64_t(r) * m.hidden + j] = embedded(embedding, int64_t(tokens[r]) * m.hidden + j);
+        s.hidden[int64_t(r) * m.hidden + j] = embedded(in_.embedding, int64_t(in_.tokens[r]) * m.hidden + j);
 #pragma omp barrier
     pass_.run(&head);
 #pragma omp barrier
     rank(best_ + int64_t(id) * s.rows);
 #pragma omp barrier
-    for (int r = id; r < s.rows; r += threads) likeliest[r] = settle(r);
+    for (int r = id; r < s.rows; r += threads) in_.likeliest[r] = settle(r);
     pass_.clock(PART_HEAD);
   }
 
@@ -39,7 +52,7 @@ class Reader {
     const int64_t width = (head.n + 7) / 8 * 8;
     rank_.multiply(head, rank_.prepare(head, s.hidden, s.rows), [&](int n, int r, float value) {
       if (value > own[r].logit) own[r] = {value, n};
-      if (logits_) logits_[r * width + n] = value;
+      if (in_.logits) in_.logits[r * width + n] = value;
     });
   }
 
@@ -57,8 +70,8 @@ class Reader {
   const Model& m;
   const Step& s;
   const Matrix& head;
-  Best* best_;  // [threads, rows]
-  float* logits_;  // [rows, V rounded up to 8], or null
+  Best* const best_;
+  const Inputs in_;
   const int id, threads;
 };
 
@@ -68,20 +81,13 @@ extern "C" void gateskip_likeliest(const Model* m, const CacheView* c, const Ste
                                    const int32_t* tokens, const Matrix* head, int32_t* likeliest, float* logits,
                                    Arena* arena, int32_t threads) {
   in_passes(*m, *s, [&](const Step& part, int first) {
-    Slices counted{nullptr}, each{nullptr};
-    const SharedRows nothing(*m, *c, part.rows, counted);
-    counted.take<Best>(size_t(threads) * part.rows);
-    Reader(*m, *c, part, nothing, *head, nullptr, nullptr, 0, threads, each);
-    Slices memory{arena->reserve(counted.used + each.used * threads)};
-    const SharedRows shared(*m, *c, part.rows, memory);
-    Best* best = memory.take<Best>(size_t(threads) * part.rows);
     float* all = logits ? logits + int64_t(first) * ((head->n + 7) / 8 * 8) : nullptr;
-#pragma omp parallel num_threads(threads)
-    {
-      Slices own{memory.start + memory.used + each.used * omp_get_thread_num()};
-      Reader(*m, *c, part, shared, *head, best, all, omp_get_thread_num(), omp_get_num_threads(), own)
-          .run(*embedding, tokens + first, likeliest + first);
-    }
+    run_threads(*arena, threads,
+                [&](Slices& memory) { return Shared(*m, *c, part.rows, threads, memory); },
+                [&](const Shared& shared, int id, int together, Slices& own) {
+                  const Inputs inputs{*embedding, tokens + first, likeliest + first, all};
+                  return Reader(*m, *c, part, shared, *head, inputs, id, together, own);
+                });
   });
 }
 #endif

@@ -2,7 +2,6 @@
 #include "products.h"
 
 #ifdef __AVX2__
-#include <omp.h>
 
 namespace {
 

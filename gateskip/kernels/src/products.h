@@ -3,6 +3,7 @@
 #include "matvec.h"
 
 #ifdef __AVX2__
+#include <omp.h>
 #include <utility>
 
 constexpr int ROWS_AT_ONCE = 8;  // rows of activations that meet a weight at a time
@@ -121,4 +122,21 @@ class Share {
   int32_t* corrections_;  // [rows, k / BLOCK]
   float *scales_, *sums_;
 };
+
+// Run `threads` threads: `share(memory)` makes what they share, and `make(shared, id, threads, own)` each one's part,
+// whose run() is called. Without memory both only count what they would take.
+template <class MakeShared, class MakePart>
+void run_threads(Arena& arena, int threads, MakeShared share, MakePart make) {
+  Slices counted{nullptr}, each{nullptr};
+  const auto nothing = share(counted);
+  make(nothing, 0, threads, each);
+  Slices memory{arena.reserve(counted.used + each.used * threads)};
+  const auto shared = share(memory);
+#pragma omp parallel num_threads(threads)
+  {
+    const int id = omp_get_thread_num(), all = omp_get_num_threads();
+    Slices own{memory.start + memory.used + each.used * id};
+    make(shared, id, all, own).run();
+  }
+}
 #endif
