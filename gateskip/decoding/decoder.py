@@ -361,16 +361,13 @@ class Decoder:
     ) -> int:
         """Commit up to `most` tokens of one native call, until the row ends; how many."""
         before = len(row.tokens)
-
-        def commit(token: int) -> bool:
-            row.commit([token])
-            return row.ended
-
         count, place = min(most, row.stops.limit - before), (cache, row.number, row.slot)
         drawn = None
         if sampler.draws is not None:
             drawn = (sampler.draws, [row.uniform() for _ in range(count)])
-        row.state = self.skipping.continue_row(row.last, count, place, limits, commit, drawn)
+        row.state = self.skipping.continue_row(
+            row.last, count, place, limits, row.commit_one, drawn
+        )
         return len(row.tokens) - before
 
     def _prefill(
@@ -440,18 +437,13 @@ class Decoder:
         self, row: Row, drafting: Drafting, sampler: Sampler, cache: Cache, limits: Limits
     ) -> list[Round]:
         """Some rounds of one row in one native call."""
-
-        def commit(token: int) -> bool:
-            row.commit([token])
-            return row.ended
-
         assert row.state is not None, "prefill keeps each row's state"
         length, longest, rounds = drafting.lengths()
         asked = Asked(
             *(row.last, row.state, row.stops.limit - len(row.tokens), rounds),
             *(length, drafting.wanted(), longest),
             propose=lambda count: row.lookup.propose(row.text, count),
-            on_token=commit,
+            on_token=row.commit_one,
             draws=sampler.draws,
             uniform=row.uniforms,
         )

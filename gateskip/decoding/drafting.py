@@ -94,6 +94,11 @@ class Row:
             if self.on_token is not None:
                 self.on_token(self.number, token)
 
+    def commit_one(self, token: int) -> bool:
+        """Append a token; whether the row ends with it."""
+        self.commit([token])
+        return self.ended
+
 
 class Draft:
     """Drafted tokens of one row, and the distributions they were drawn from."""
