@@ -142,9 +142,9 @@ class Asked:
     """Up to so many tokens that the text proposes."""
     on_token: Callable[[int], bool]
     """Told of each token; the rounds end where it returns true, or raises."""
-    draws: Draws | None = None
+    draws: Draws | None
     """How tokens are drawn; None is greedily."""
-    uniform: Callable[[int], Tensor] = torch.rand
+    uniform: Callable[[int], Tensor]
     """So many numbers from 0 to 1, float64."""
 
 

@@ -150,7 +150,7 @@ class Continuation {
 
   // A token drawn from the whole distribution, by the first thread
   int32_t sample(const float* state, int i) {
-    const int n = d.draft_head->n, padded = (n + 7) / 8 * 8;
+    const int n = d.draft_head->n, padded = up_to_eights(n);
     rank_.multiply(*d.draft_head, rank_.prepare(*d.draft_head, state, 1),
                    [&](int row, int, float value) { every_[row] = value; });
 #pragma omp barrier

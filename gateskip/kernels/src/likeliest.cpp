@@ -49,7 +49,7 @@ class Reader {
   // The best tokens [rows] of this thread's part of the vocabulary, the first among equals
   void rank(Best* own) {
     for (int r = 0; r < s.rows; r++) own[r] = {-INFINITY, 0};
-    const int64_t width = (head.n + 7) / 8 * 8;
+    const int64_t width = up_to_eights(head.n);
     rank_.multiply(head, rank_.prepare(head, s.hidden, s.rows), [&](int n, int r, float value) {
       if (value > own[r].logit) own[r] = {value, n};
       if (in_.logits) in_.logits[r * width + n] = value;
@@ -81,7 +81,7 @@ extern "C" void gateskip_likeliest(const Model* m, const CacheView* c, const Ste
                                    const int32_t* tokens, const Matrix* head, int32_t* likeliest, float* logits,
                                    Arena* arena, int32_t threads) {
   in_passes(*m, *s, [&](const Step& part, int first) {
-    float* all = logits ? logits + int64_t(first) * ((head->n + 7) / 8 * 8) : nullptr;
+    float* all = logits ? logits + int64_t(first) * up_to_eights(head->n) : nullptr;
     run_threads(*arena, threads,
                 [&](Slices& memory) { return Shared(*m, *c, part.rows, threads, memory); },
                 [&](const Shared& shared, int id, int together, Slices& own) {

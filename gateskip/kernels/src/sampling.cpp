@@ -81,7 +81,7 @@ int32_t pick(const float* shares, int n, float least, double uniform) {
   int32_t chosen = 0;
   for (int first = 0; first < n; first += PART) {
     const int count = std::min(PART, n - first);
-    const double part = sum_from(shares + first, (count + 7) / 8 * 8, least);
+    const double part = sum_from(shares + first, up_to_eights(count), least);
     if (left >= part && first + count < n) {
       left -= part;
       continue;

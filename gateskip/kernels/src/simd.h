@@ -110,6 +110,9 @@ typedef F32X8 Widest;
 static inline F32X8 in_eight(F32X8 v) { return v; }
 #endif
 
+// n rounded up to whole vectors of eight
+static inline int up_to_eights(int n) { return (n + 7) / 8 * 8; }
+
 // Numbers at p, or one number everywhere, as a vector of some width
 template <class V, class T>
 static inline V load_as(const T* p) {

@@ -94,7 +94,7 @@ class Rounds {
 
   // What the token after i drafted ones is drawn from
   void distribute(int i) {
-    float* logits = s.logits + int64_t(i) * ((head_.n + 7) / 8 * 8);
+    float* logits = s.logits + int64_t(i) * up_to_eights(head_.n);
     const float cap = s.draft->cap;
     for (int v = head_.n; v % 8; v++) logits[v] = 0;
     for (int v = 0; cap && v < head_.n; v += 8) store(logits + v, capped(load(logits + v), cap));
@@ -103,7 +103,7 @@ class Rounds {
 
   // The draft's probabilities, of its i-th token
   const float* source(int i) const {
-    return s.draft->distributions + int64_t(i) * ((s.draft->draft_head->n + 7) / 8 * 8);
+    return s.draft->distributions + int64_t(i) * up_to_eights(s.draft->draft_head->n);
   }
 
   float drawn_from(int i, int32_t token) const {
