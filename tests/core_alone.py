@@ -85,7 +85,7 @@ def decode(folder: Path) -> None:
     decoder = gateskip.load(folder)
     prompt = list(range(5, 25))
     tokens = {
-        mode: decoder.generate([prompt], 8, mode=mode, budget=0.8, draft_budget=0.6).tokens
+        mode: decoder.generate([prompt], 8, mode=mode, budget=0.8, draft_weights="own").tokens
         for mode in ("plain", "skip", "speculate")
     }
     assert tokens["plain"] == tokens["speculate"]

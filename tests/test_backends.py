@@ -26,11 +26,12 @@ from gateskip.runtime.skipping import SkippingModel, require_one_device
 
 needs_native = pytest.mark.skipif(build.library() is None, reason="no compiled kernels here")
 PROMPTS = [[5, 9, 200, 31, 7, 90], [17, 4, 66], [300, 2, 11, 8]]
+OWN: dict[str, Any] = {"mode": "speculate", "draft_weights": "own"}
 MODES: dict[str, dict[str, Any]] = {
     "plain": {"mode": "plain"},
     "skip": {"mode": "skip", "budget": 0.6},
-    "speculate": {"mode": "speculate", "draft_budget": 0.6, "draft_length": 3},
-    "lookup": {"mode": "speculate", "draft_budget": 1.0, "lookup": True, "draft_length": 2},
+    "speculate": {"draft_budget": 0.6, "lookup": False, "draft_length": 3, **OWN},
+    "lookup": {"draft_length": 2, **OWN},
 }
 
 

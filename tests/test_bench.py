@@ -39,6 +39,8 @@ def test_systems_are_named_in_words() -> None:
         "lookup": True,
         "draft_length": 4,
     }
+    own = {"draft_weights": "own", "lookup": False}
+    assert parse_system("draft:0.5").settings == {"mode": "speculate", "draft_budget": 0.5, **own}
     assert parse_system("gathered:skip:0.8").settings == {"mode": "skip", "budget": 0.8}
     assert parse_system("plain+int8-kv").settings == {"mode": "plain", "kv_cache": "int8"}
     kept = decode_stage(parse_system("native:draft:1+int4+int8-kv"))

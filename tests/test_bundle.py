@@ -15,6 +15,7 @@ import torch
 
 import gateskip
 from compose.artifacts.bundle import ROOTS, sources, write_bundle
+from compose.errors import ArtifactError
 from gateskip.calibration.fit_shortcuts import fit_shortcuts
 from gateskip.calibration.thresholds import calibrate
 from gateskip.calibration.warm_start import warm_start
@@ -65,7 +66,7 @@ def test_it_decodes_as_we_do(folder: Path, tmp_path: Path) -> None:
         {},
         {"mode": "plain"},
         {"mode": "skip", "budget": 0.5},
-        {"mode": "speculate", "draft_budget": 0.5, "draft_length": 3},
+        {"mode": "speculate", "draft_budget": 0.5, "draft_length": 3, "draft_weights": "own"},
     ]
     arguments = json.dumps([str(folder), prompts, asked])
     done = subprocess.run(
@@ -136,3 +137,12 @@ def test_a_folder_without_gates_speculates(tiny_llama: Path, tmp_path: Path) -> 
         spoken["text"]
         == answer(folder, "Licensed under", max_new_tokens=12, speculate=False)["text"]
     )
+
+
+def test_any_folder_drafts_when_asked_to(tiny_llama: Path) -> None:
+    from compose.bench.generate import decode_settings
+
+    assert decode_settings(tiny_llama) == {"mode": "plain"}
+    assert decode_settings(tiny_llama, speculate=True) == {"mode": "speculate"}
+    with pytest.raises(ArtifactError, match="no gates, so it cannot skip"):
+        decode_settings(tiny_llama, budget=0.8)

@@ -129,7 +129,12 @@ def check_sense(folder: Path, worst: float) -> None:
     plain = decoder.generate([ids[0].tolist()], 12).tokens
     if is_gated(folder):
         drafted = decoder.generate(
-            [ids[0].tolist()], 12, "speculate", draft_budget=0.8, draft_length=3
+            [ids[0].tolist()],
+            12,
+            "speculate",
+            draft_weights="own",
+            draft_budget=0.8,
+            draft_length=3,
         )
         assert drafted.tokens == plain
 

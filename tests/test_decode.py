@@ -52,6 +52,10 @@ def decoder(folder: Path) -> Decoder:
     return gateskip.load(folder)
 
 
+SKIPPING: dict[str, Any] = {"draft_weights": "own", "draft_budget": 0.5, "lookup": False}
+"""A draft that skips half and is nothing else."""
+
+
 def prompts(count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(3)
     sizes = torch.randint(3, 30, (count,), generator=generator).tolist()
@@ -78,7 +82,8 @@ def test_plain_is_transformers_greedy(decoder: Decoder, folder: Path) -> None:
 def test_speculation_is_lossless(decoder: Decoder, length: Any, budget: float) -> None:
     for prompt in prompts(4):
         plain = decoder.generate([prompt], 40)
-        own = decoder.generate([prompt], 40, "speculate", draft_budget=budget, draft_length=length)
+        settings = SKIPPING | {"draft_budget": budget, "draft_length": length}
+        own = decoder.generate([prompt], 40, "speculate", **settings)
         assert own.tokens == plain.tokens
         assert own.stats.passes + own.stats.accepted >= 39
         if length != "auto":
@@ -96,7 +101,9 @@ def test_two_meanings_of_full_compute(make_tiny: Callable[..., Path]) -> None:
     texts = {}
     for target in ("gated", "original"):
         plain = decoder.generate(prompts(3), 24, target=target).tokens
-        own = decoder.generate(prompts(3), 24, "speculate", draft_length=3, target=target)
+        own = decoder.generate(
+            prompts(3), 24, "speculate", draft_length=3, target=target, **SKIPPING
+        )
         assert own.tokens == plain and own.stats.drafted
         texts[target] = plain
     assert texts["original"] == dense.generate(prompts(3), 24).tokens != texts["gated"]
@@ -134,7 +141,7 @@ def test_what_is_looked_up_is_verified(
         return following if honest else [7 for _ in following]
 
     monkeypatch.setattr(Lookup, "propose", proposed)
-    own = decoder.generate([prompt], 25, "speculate", draft_budget=1.0, draft_length=4, lookup=True)
+    own = decoder.generate([prompt], 25, "speculate", draft_weights="own", draft_length=4)
     assert own.tokens == [plain]
     assert own.stats.looked_up == own.stats.drafted > 0
     assert (own.stats.accepted == own.stats.drafted) == honest
@@ -142,7 +149,7 @@ def test_what_is_looked_up_is_verified(
 
 def test_rows_speculate_side_by_side(decoder: Decoder) -> None:
     rows = prompts(8)
-    settings: dict[str, Any] = {"draft_budget": 0.5, "draft_length": 3}
+    settings = SKIPPING | {"draft_length": 3}
     together = decoder.generate(rows, 24, "speculate", **settings)
     alone = [decoder.generate([row], 24, "speculate", **settings).tokens[0] for row in rows]
     assert together.tokens == alone
@@ -155,7 +162,7 @@ SAMPLER = Sampler(temperature=0.8, top_k=20, top_p=0.95)
 def test_a_seed_gives_the_same_text(decoder: Decoder, mode: Any) -> None:
     def text(seed: int) -> list[list[int]]:
         return decoder.generate(
-            prompts(2), 24, mode, draft_length=3, sampler=SAMPLER, seed=seed
+            prompts(2), 24, mode, draft_length=3, sampler=SAMPLER, seed=seed, **SKIPPING
         ).tokens
 
     assert text(1) == text(1)
@@ -167,7 +174,9 @@ def test_penalties_hold_in_speculation_too(decoder: Decoder) -> None:
     for prompt in prompts(3):
         plain = decoder.generate([prompt], 32, sampler=penalty)
         assert plain.tokens != decoder.generate([prompt], 32).tokens
-        own = decoder.generate([prompt], 32, "speculate", draft_length=4, sampler=penalty)
+        own = decoder.generate(
+            [prompt], 32, "speculate", draft_length=4, sampler=penalty, **SKIPPING
+        )
         assert own.tokens == plain.tokens
 
 
@@ -176,7 +185,7 @@ def test_a_stop_string_ends_the_row(decoder: Decoder, mode: Any) -> None:
     (prompt,) = prompts(1)
     whole = decoder.generate([prompt], 24).tokens[0]
     stop = decoder.tokenizer.decode(whole[6:8])
-    found = decoder.generate([prompt], 24, mode, stop=[stop]).tokens[0]
+    found = decoder.generate([prompt], 24, mode, stop=[stop], **SKIPPING).tokens[0]
     assert found == whole[: len(found)] and len(found) <= 8
     assert stop in decoder.tokenizer.decode(found)
 
@@ -207,7 +216,7 @@ def test_a_useless_draft_is_lossless_too(decoder: Decoder) -> None:
     shut = {0.5: [float("inf")] * len(decoder.skipping.branches)}
     useless = Decoder(decoder.skipping, decoder.tokenizer, shut)
     for prompt in prompts(3):
-        own = useless.generate([prompt], 32, "speculate", draft_budget=0.5, draft_length=4)
+        own = useless.generate([prompt], 32, "speculate", draft_length=4, **SKIPPING)
         assert own.tokens == decoder.generate([prompt], 32).tokens
         assert own.stats.acceptance_rate is not None and own.stats.acceptance_rate < 0.5
 
@@ -221,7 +230,7 @@ def test_a_wrong_verifier_is_noticed(decoder: Decoder, monkeypatch: pytest.Monke
     shut = {0.5: [float("inf")] * len(decoder.skipping.branches)}
     careless = Decoder(decoder.skipping, decoder.tokenizer, shut)
     rows = prompts(4)
-    own = careless.generate(rows, 32, "speculate", draft_budget=0.5, draft_length=4)
+    own = careless.generate(rows, 32, "speculate", draft_length=4, **SKIPPING)
     assert own.tokens != decoder.generate(rows, 32).tokens
 
 
@@ -238,7 +247,7 @@ def test_a_wrong_verifier_of_one_row_is_noticed(
 
     plain = [decoder.generate([p], 32).tokens for p in prompts(4)]
     monkeypatch.setattr(ops, "speculate", skips)
-    assert plain != [decoder.generate([p], 32, "speculate").tokens for p in prompts(4)]
+    assert plain != [decoder.generate([p], 32, "speculate", **SKIPPING).tokens for p in prompts(4)]
 
 
 @pytest.mark.parametrize("mode", ["plain", "skip"])
@@ -251,11 +260,17 @@ def test_a_batch_gives_each_row_its_own_text(decoder: Decoder, mode: Any) -> Non
 @pytest.mark.parametrize("mode", ["plain", "skip", "speculate"])
 def test_an_ending_token_ends_its_row_alone(decoder: Decoder, mode: Any) -> None:
     rows = prompts(3)
-    free = decoder.generate(rows, 24, mode, draft_length=3).tokens
+    free = decoder.generate(rows, 24, mode, draft_length=3, **SKIPPING).tokens
     end = free[0][5]
     seen: list[tuple[int, int]] = []
     cut = decoder.generate(
-        rows, 24, mode, draft_length=3, eos=[end], on_token=lambda r, t: seen.append((r, t))
+        rows,
+        24,
+        mode,
+        draft_length=3,
+        eos=[end],
+        on_token=lambda r, t: seen.append((r, t)),
+        **SKIPPING,
     ).tokens
     for row, (whole, short) in enumerate(zip(free, cut, strict=True)):
         expected = whole[: whole.index(end) + 1] if end in whole else whole

@@ -125,7 +125,7 @@ def test_text_is_that_of_plain_decoding(
     prompts = [[5 + row, 9, 13, 17 + row] for row in range(rows)]
     plain = decoder.generate(prompts, 40)
     drafted = decoder.generate(
-        prompts, 40, "speculate", draft_weights="learned", draft_length=length
+        prompts, 40, "speculate", draft_weights="learned", draft_length=length, lookup=False
     )
     assert drafted.tokens == plain.tokens
     assert drafted.stats.draft_weights == "learned"
@@ -178,7 +178,7 @@ def test_a_network_is_given_the_state_before_the_last_token(
     assert decoder.network is not None
     monkeypatch.setattr(decoder.network, "draft", draft)
     drafted = decoder.generate(
-        [[5, 9, 13]], 30, "speculate", draft_weights="learned", draft_length=4
+        [[5, 9, 13]], 30, "speculate", draft_weights="learned", draft_length=4, lookup=False
     )
     assert drafted.tokens[0] == plain and asked > 2
 
@@ -188,7 +188,13 @@ def test_sampled_text_is_a_texts_of_the_model(with_network: Path) -> None:
     decoder = gateskip.load(with_network, dtype="float32")
     for sampler in (Sampler(temperature=1.0), Sampler(temperature=1.0, repetition_penalty=1.2)):
         found = decoder.generate(
-            [[5, 9, 13]], 25, "speculate", draft_weights="learned", draft_length=2, sampler=sampler
+            [[5, 9, 13]],
+            25,
+            "speculate",
+            draft_weights="learned",
+            draft_length=2,
+            lookup=False,
+            sampler=sampler,
         )
         assert len(found.tokens[0]) == 25 and found.stats.drafted > 0
 
@@ -314,7 +320,7 @@ def test_a_packed_model_is_drafted_for(
         decoder = gateskip.load(made, backend=backend)  # type: ignore[arg-type]
         plain = decoder.generate([[5, 9]], 24).tokens
         drafted = decoder.generate(
-            [[5, 9]], 24, "speculate", draft_weights="learned", draft_length=2
+            [[5, 9]], 24, "speculate", draft_weights="learned", draft_length=2, lookup=False
         )
         assert drafted.tokens == plain and drafted.stats.drafted > 0
 

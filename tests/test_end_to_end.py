@@ -29,7 +29,7 @@ stages:
     budgets: [0.8, 0.6]
     calibration_blocks: 4
   skip80: {use: skip, budget: 0.8}
-  spec:   {use: speculate, draft_budget: 0.6}
+  spec:   {use: speculate, draft_weights: own, draft_budget: 0.6, lookup: false}
 pipelines:
   skipping: [gates, skip80]
   shipped:  [nf4, gates, spec]

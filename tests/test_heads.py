@@ -40,7 +40,7 @@ def test_it_is_near_and_the_same_everywhere(packed: Path, make_tiny: Callable[..
     assert (fast - slow).norm() < 0.02 * size, "natively, activations are rounded, too"
     prompt = [list(range(3, 20))]
     plain = own.generate(prompt, 24).tokens
-    drafted = own.generate(prompt, 24, "speculate", draft_budget=1.0, draft_weights="int4")
+    drafted = own.generate(prompt, 24, "speculate", draft_weights="int4", lookup=False)
     assert drafted.tokens == plain and drafted.stats.drafted
 
 

@@ -79,7 +79,12 @@ def test_native_tokens_are_torchs(gated: Callable[..., Path], name: str) -> None
         assert native.generate(rows, 12).tokens == plain
         skipped = torchs.generate(rows, 12, "skip", SOME).tokens
         assert native.generate(rows, 12, "skip", SOME).tokens == skipped
-        settings = {"draft_budget": SOME, "draft_length": 4}
+        settings = {
+            "draft_budget": SOME,
+            "draft_length": 4,
+            "draft_weights": "own",
+            "lookup": False,
+        }
         assert native.generate(rows, 12, "speculate", **settings).tokens == plain
 
 
@@ -101,7 +106,9 @@ def test_native_bfloat16_tokens_are_torchs_but_for_ties(
     found = native.generate(prompts(), *settings).tokens
     wanted = torchs.generate(prompts(), *settings).tokens
     assert found == alone
-    drafted = native.generate(prompts(), 12, "speculate", draft_budget=WHOLE, draft_length=4)
+    drafted = native.generate(
+        prompts(), 12, "speculate", draft_budget=WHOLE, draft_length=4, draft_weights="own"
+    )
     assert mode == "skip" or drafted.tokens == found
     levels = None if mode == "plain" else exact.thresholds(WHOLE)
     for prompt, mine, theirs in zip(prompts(), found, wanted, strict=True):

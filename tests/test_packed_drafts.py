@@ -190,7 +190,7 @@ def test_a_wrong_verifier_of_a_packed_model_is_noticed(
     pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = gateskip.load(pack("nf4"), "float32")
-    settings: Any = {"draft_budget": 1.0, "draft_weights": "int2", "draft_length": 4}
+    settings: Any = {"draft_weights": "int2", "draft_length": 4, "lookup": False}
     plain = decoder.generate(prompts(), 32).tokens
     monkeypatch.setattr(
         "gateskip.decoding.decoder.accept_or_resample",
@@ -252,7 +252,7 @@ def test_where_no_draft_is_faster_nothing_is_drafted(
 
 
 def test_a_draft_that_is_the_model_itself_is_none(dense: Decoder) -> None:
-    own = dense.generate(prompts(), 12, "speculate", draft_budget=1.0)
+    own = dense.generate(prompts(), 12, "speculate", draft_weights="own", lookup=False)
     assert own.stats.draft_weights == "none" and not own.stats.drafted
     assert own.tokens == dense.generate(prompts(), 12).tokens
 
@@ -290,7 +290,7 @@ def test_a_real_model_in_8_bits_is_drafted_for_in_4(
     decoder = gateskip.load(target)
     texts = ["The capital of France is", "Water boils at", "def add(a, b):"]
     rows = [decoder.tokenizer(text).input_ids for text in texts]
-    settings: Any = {"draft_budget": 1.0, "draft_weights": "int4", "draft_length": 3}
+    settings: Any = {"draft_weights": "int4", "draft_length": 3, "lookup": False}
     plain = [decoder.generate([row], 32).tokens[0] for row in rows]
     made = [decoder.generate([row], 32, "speculate", **settings) for row in rows]
     assert [each.tokens[0] for each in made] == plain

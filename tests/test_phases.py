@@ -85,7 +85,8 @@ def test_drafts_change_nothing(decoder: Decoder, way: str, length: int) -> None:
     """Verified at the budget, whatever is drafted; drafts are rejected, and blocks are crossed."""
     wanted = decoder.generate(PROMPTS, 36, "skip", 0.7, **WAYS[way]).tokens
     how: dict[str, Any] = {"draft_length": length, "verify_budget": 0.7, **WAYS[way]}
-    found = decoder.generate(PROMPTS, 36, "speculate", draft_budget=0.5, **how)
+    how |= {"draft_weights": "own", "draft_budget": 0.5, "lookup": False}
+    found = decoder.generate(PROMPTS, 36, "speculate", **how)
     assert found.tokens == wanted
     assert 0 < found.stats.accepted < found.stats.drafted
 

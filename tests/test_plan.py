@@ -29,7 +29,7 @@ stages:
   gptq4:  {use: gptq, group_size: 64}
   wide:   {use: gptq, group_size: 128}
   skip80: {use: skip}
-  spec:   {use: speculate}
+  spec:   {use: speculate, draft_budget: 0.5}
 """
 MATRIX = """\
 matrix:
@@ -97,7 +97,7 @@ def test_cells_point_at_weights_decoder_and_plain_cell(tmp_path: Path) -> None:
     plain, spec = plan.cell("gates+nf4"), plan.cell("gates+nf4+spec")
     assert plain.weights == spec.weights == plan.steps[-1].key
     assert (plain.decode, plain.plain) == (None, None)
-    assert (spec.decode, spec.plain) == (Speculate(), "gates+nf4")
+    assert (spec.decode, spec.plain) == (Speculate(draft_budget=0.5), "gates+nf4")
     assert plain.key != spec.key
     assert plan.cell("dense").weights == plan.steps[0].key
 

@@ -26,7 +26,7 @@ model: {source: smollm2-135m-instruct}
 stages:
   gates: {use: gate}
   nf4:   {use: bnb, format: nf4}
-  spec:  {use: speculate}
+  spec:  {use: speculate, draft_budget: 0.5}
 pipelines:
   quick: [gates, spec]
 matrix:
@@ -164,7 +164,7 @@ def test_keys_are_what_they_are_said_to_hash() -> None:
         data=Data(
             train=TrainSpec(source="one", limit=7), calibration=DataSpec(source="two", length=99)
         ),
-        stages={"gates": gate, "heal": heal, "spec": Speculate()},
+        stages={"gates": gate, "heal": heal, "spec": Speculate(draft_budget=0.5)},
         pipelines={"a": ("heal", "gates", "spec")},
     )
     train, calibration = pipeline.data.train, pipeline.data.calibration
@@ -200,7 +200,7 @@ def test_keys_are_what_they_are_said_to_hash() -> None:
     gated = key(gate, {"init": "dd"}, healed)
     assert heal.reads_data and gate.reads_data, "what they read is part of their keys"
     assert [step.key for step in plan.steps] == [source, healed, gated]
-    decode = Speculate().identity({})
+    decode = Speculate(draft_budget=0.5).identity({})
     assert plan.cell("a").key == hashed({"weights": gated, "decode": decode})
     assert plan.cells[0].key == hashed({"weights": source, "decode": None})
     assert (plan.cell("a").weights, plan.cells[0].weights) == (gated, source)
@@ -250,7 +250,10 @@ def test_other_engines_are_cells_on_the_untouched_model(tmp_path: Path) -> None:
 
 def test_repeats_keep_their_chain(tmp_path: Path) -> None:
     """A skip cell is repeated beside its plain one, and points at the plain one of its seed."""
-    text = TEXT[: TEXT.index("matrix")].replace("speculate", "skip") + "more_seeds: [3]\n"
+    text = (
+        TEXT[: TEXT.index("matrix")].replace("speculate, draft_budget: 0.5", "skip")
+        + "more_seeds: [3]\n"
+    )
     cells = {cell.name: cell for cell in plan_of(tmp_path, text).cells}
     assert list(cells) == ["dense", "quick", "gates", "quick@3", "gates@3"]
     repeat = cells["quick@3"]

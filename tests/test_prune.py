@@ -38,6 +38,7 @@ from gateskip.quantization.folders import load_model
 BLOCK = 32
 EXACT = {"atol": 2e-4, "rtol": 0.0}
 CAN_CUT_HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3")
+SKIPPING: dict[str, Any] = {"draft_weights": "own", "draft_budget": 0.5, "lookup": False}
 GREEDY = {"use": "drop-layers", "metric": "perplexity-greedy"}
 Run = Callable[..., tuple[Path, dict[str, Any]]]
 Tiny = Callable[..., Path]
@@ -607,7 +608,7 @@ def test_thresholds_after_a_layer_drop_are_calibrated_anew_and_decode(
     decoder = gateskip.load(folder)
     ids = decoder.tokenizer("Subject to the terms and conditions").input_ids
     plain = decoder.generate([ids], 24).tokens
-    drafted = decoder.generate([ids], 24, "speculate", draft_budget=0.5, draft_length=3).tokens
+    drafted = decoder.generate([ids], 24, "speculate", draft_length=3, **SKIPPING).tokens
     assert drafted == plain
     decoder.skipping.usage.clear()
     decoder.generate([ids], 24, "skip", budget=0.5)
@@ -680,7 +681,7 @@ def test_a_single_branch_that_went_is_never_entered_while_the_others_keep_the_bu
     decoder = gateskip.load(folder)
     ids = decoder.tokenizer("Subject to the terms and conditions").input_ids
     plain = decoder.generate([ids], 24).tokens
-    drafted = decoder.generate([ids], 24, "speculate", draft_budget=0.5, draft_length=3).tokens
+    drafted = decoder.generate([ids], 24, "speculate", draft_length=3, **SKIPPING).tokens
     assert drafted == plain
     decoder.skipping.usage.clear()
     decoder.generate([ids], 24, "skip", budget=0.5)

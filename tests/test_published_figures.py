@@ -52,6 +52,7 @@ SIZES: dict[str, Any] = {
 ATTENTION, MLP, HEAD = 5120 + 128 * 5.5, 4608, 16384
 # 10 tokens that attend to 55 positions in all; 10, 4, 7 and 1 of them enter the four branches
 SEEN, CONTEXT, KEPT = 10, 55, [10, 4, 7, 1]
+OWN: dict[str, Any] = {"draft_weights": "own", "draft_length": 3, "lookup": False}
 DENSE = 10 * (2 * ATTENTION + 2 * MLP)  # 208640
 GROSS = 0 * ATTENTION + 6 * MLP + 3 * ATTENTION + 9 * MLP  # 86592
 
@@ -289,7 +290,7 @@ class TestSpeculation:
         """Drafts that are the model itself, 3 long: 1 token out of prefill, then passes of 4, and
         a last one that may draft no more than what is left."""
         decoder = gateskip.load(tiny_llama, backend="reference")
-        made = decoder.generate([[5, 6, 7]], 11, "speculate", draft_budget=1.0, draft_length=3)
+        made = decoder.generate([[5, 6, 7]], 11, "speculate", **OWN)
         stats = made.stats
         assert len(made.tokens[0]) == stats.new_tokens == 11 and stats.prompt_tokens == 3
         assert stats.draft_lengths == {3: 2, 1: 1}  # 1 + 4 + 4 + 2
@@ -312,7 +313,7 @@ class TestSpeed:
         monkeypatch.setattr("gateskip.decoding.decoder.time", SimpleNamespace(perf_counter=clock))
         rows = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]][: wanted.get("rows", 2)]
         monkeypatch.setattr("compose.bench.speed.rows_of", lambda *of: [rows] * wanted["times"])
-        settings = {} if mode == "plain" else {"draft_budget": 1.0, "draft_length": 3}
+        settings = {} if mode == "plain" else OWN
         speed = SpeedTurns(decoder, mode, settings, lambda usage: None, wanted, None, Path())  # type: ignore[arg-type,return-value]
         return speed.measure(len(rows), 6, "")
 

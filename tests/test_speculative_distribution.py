@@ -280,14 +280,13 @@ def of_sequences(decoder: Decoder, prompt: Sequence[int] = PROMPT) -> dict[tuple
     return dict(zip(texts, total.tolist(), strict=True))
 
 
+SKIPPING: dict[str, Any] = {"draft_weights": "own", "draft_budget": 0.5, "lookup": False}
+BY_INT4: dict[str, Any] = {"draft_weights": "int4", "lookup": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"mode": "plain"},
-    "branches skipped, 1": {"mode": "speculate", "draft_length": 1},
-    "branches skipped, 3": {"mode": "speculate", "draft_length": 3},
-    "other weights, 3": {
-        **{"mode": "speculate", "draft_length": 3},
-        **{"draft_weights": "int4", "draft_budget": 1.0},
-    },
+    "branches skipped, 1": {"mode": "speculate", "draft_length": 1, **SKIPPING},
+    "branches skipped, 3": {"mode": "speculate", "draft_length": 3, **SKIPPING},
+    "other weights, 3": {"mode": "speculate", "draft_length": 3, **BY_INT4},
 }
 
 
@@ -348,10 +347,10 @@ def test_generate_with_a_wrong_rule_is_rejected(
 
 REPEATS = [5, 2, 0, 4, 5, 2]  # after 0 the text proposes 4 and 5
 ALONE: dict[str, tuple[Sequence[int], dict[str, Any]]] = {
-    "branches skipped": (PROMPT, {}),
-    "other weights": (PROMPT, {"draft_weights": "int4", "draft_budget": 1.0}),
-    "network": (PROMPT, {"draft_weights": "learned"}),
-    "looked up": (REPEATS, {"draft_budget": 1.0, "lookup": True, "draft_weights": "int4"}),
+    "branches skipped": (PROMPT, SKIPPING),
+    "other weights": (PROMPT, BY_INT4),
+    "network": (PROMPT, {"draft_weights": "learned", "lookup": False}),
+    "looked up": (REPEATS, {"draft_weights": "int4"}),
 }
 
 
@@ -434,7 +433,7 @@ def packed(make_tiny: Callable[..., Path]) -> Decoder:
     return Decoder(SkippingModel(eight), None, {})
 
 
-BY_COPY: dict[str, Any] = {"draft_weights": "int2", "draft_budget": 1.0}
+BY_COPY: dict[str, Any] = {"draft_weights": "int2", "lookup": False}
 
 
 def test_a_packed_model_is_drawn_from(packed: Decoder) -> None:

@@ -176,7 +176,7 @@ def test_a_recipe_fills_what_is_not_said() -> None:
     ("chain", "rule"),
     [
         ((Skip(),), "decode-needs-gates"),
-        ((Bnb(format="nf4"), Speculate()), "decode-needs-gates"),
+        ((Bnb(format="nf4"), Speculate(draft_budget=0.5)), "decode-needs-gates"),
         ((Bnb(format="nf4"), Speculate(draft_budget=1, draft_weights="nf4")), "draft-of-packed"),
         ((Bnb(format="nf4"), Speculate(draft_budget=1, draft_weights="int4")), "draft-of-packed"),
         ((Gate(backbone="full"), Speculate(target="original")), "original-is-gone"),
@@ -241,6 +241,7 @@ def test_architectures_that_gptqmodel_does_not_know(asked: dict[str, Any]) -> No
         (Gate(), DropLayers(count=3), Gptq(), Skip()),
         (Gate(), PruneBranches(), DropLayers(count=1), Bnb(format="nf4"), Speculate()),
         (Gate(branches="mlp"), PruneBranches()),
+        (Bnb(format="nf4"), Speculate()),
     ],
 )
 def test_chain_that_breaks_no_rule(chain: tuple[Stage, ...]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,6 +136,7 @@ def test_speculation_past_windows_is_lossless(make_tiny: Callable[..., Path]) ->
     decoder = gateskip.load(make_tiny("gemma3_text"), backend="native")
     prompts = [text(1, 120)[0].tolist(), text(1, 7, seed=2)[0].tolist()]
     plain = decoder.generate(prompts, 60)
-    drafted = decoder.generate(prompts, 60, "speculate", draft_length=16, draft_budget=1.0)
-    looked_up = decoder.generate(prompts[:1], 60, "speculate", draft_budget=1.0, lookup=True)
+    own: Any = {"draft_weights": "own"}
+    drafted = decoder.generate(prompts, 60, "speculate", draft_length=16, lookup=False, **own)
+    looked_up = decoder.generate(prompts[:1], 60, "speculate", **own)
     assert drafted.tokens == plain.tokens and looked_up.tokens == plain.tokens[:1]

@@ -31,16 +31,14 @@ def decode_settings(
     require_model(folder)
     stored = (read_json(folder / "gateskip.json") or {}).get("decode") or {"mode": "plain"}
     kept = {key: value for key, value in stored.items() if key == "kv_cache"}
-    drafts_whole = stored["mode"] == "speculate" and stored.get("draft_budget") == 1
     if not is_gated(folder):
-        if budget is None and speculate is not False and drafts_whole:
-            return dict(stored)
-        if budget is not None or speculate:
+        if budget is not None:
             raise ArtifactError(
-                f"{folder} has no gates, so it can neither skip nor speculate",
-                fix="leave --budget and --speculate out, or name a folder made with a gate stage",
+                f"{folder} has no gates, so it cannot skip",
+                fix="leave --budget out, or name a folder made with a gate stage",
             )
-        return {"mode": "plain", **kept}
+        if stored["mode"] == "skip" or stored.get("draft_budget", 1) < 1:
+            stored = {"mode": "plain", **kept}
     mode: Mode = stored["mode"]
     if speculate is not None:
         mode = "speculate" if speculate else "skip" if budget is not None else "plain"

@@ -18,6 +18,8 @@ SKIPS: dict[str, dict[str, Any]] = {
 """Settings of a system that skips, by the word that names them."""
 DRAFTS = ("auto", "int4", "int3", "int2", "nf4", "int4-head", "learned")
 """What drafts, where it is not the model itself: `Weights` of `gateskip.decoding`."""
+PLAINEST: dict[str, Any] = {"draft_weights": "own", "lookup": False}
+"""A draft of which no word says more than its budget."""
 KV_SUFFIX = "+int8-kv"
 
 
@@ -59,7 +61,7 @@ def parse_system(text: str) -> System:
         budget = float(words[0])
         if kind == "skip":
             return System(text, {"mode": "skip", "budget": budget, **_skip_settings(words[1:])})
-        settings: dict[str, Any] = {"mode": "speculate", "draft_budget": budget}
+        settings: dict[str, Any] = {"mode": "speculate", "draft_budget": budget, **PLAINEST}
         for word in words[1:]:
             if word in DRAFTS:
                 settings["draft_weights"] = word

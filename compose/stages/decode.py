@@ -81,11 +81,11 @@ class Speculate(DecodeStage):
     use: Literal["speculate"] = "speculate"
     """The stage's name."""
 
-    draft_budget: float = Field(default=0.5, gt=0, le=1)
+    draft_budget: float = Field(default=1.0, gt=0, le=1)
     """The share of multiply-adds that a draft computes; 1 skips nothing."""
 
     draft_weights: Literal["own", "int4-head", "nf4", "int4", "int3", "int2", "learned", "auto"] = (
-        "own"
+        "auto"
     )
     """What drafts: the model's own weights; these but for a 4-bit copy of the LM head
     (`int4-head`); or a copy of all of them that is made while loading, of packed weights too:
@@ -94,7 +94,7 @@ class Speculate(DecodeStage):
     (`learned`), which skips nothing. `auto` is the draft that is fastest on the machine, which is
     measured once for each model; where none beats plain decoding, nothing is drafted."""
 
-    lookup: bool = False
+    lookup: bool = True
     """Whether what followed the last tokens earlier in the text is proposed ahead of a draft."""
 
     draft_length: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = "auto"

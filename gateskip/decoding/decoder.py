@@ -202,10 +202,10 @@ class Decoder:
         max_new_tokens: int = 64,
         mode: Mode = "plain",
         budget: float = 0.8,
-        draft_budget: float = 0.5,
+        draft_budget: float = 1.0,
         draft_length: int | Literal["auto"] = "auto",
-        draft_weights: Weights = "own",
-        lookup: bool = False,
+        draft_weights: Weights = "auto",
+        lookup: bool = True,
         target: Target = "gated",
         kv_cache: KVFormat | None = None,
         prompt: Compute = "budget",
@@ -225,7 +225,8 @@ class Decoder:
             mode: `plain` (full compute), `skip` (at `budget`), or `speculate` (drafted, verified at
                 `verify_budget`: the tokens of `plain`, or when sampling its distribution; below a
                 `verify_budget` of 1 those of `skip` at that budget).
-            draft_budget: how much of the branches a draft computes; 1 skips nothing.
+            draft_budget: how much of the branches a draft computes; 1 skips nothing, and then the
+                model's own weights draft nothing.
             draft_length: drafted tokens a verify pass, 1 to 16, or `auto`: set by measured costs
                 and acceptance, 0 while speculation does not pay.
             draft_weights: `own`; `int4-head`, where a 4-bit LM head ranks tokens; a copy

@@ -85,7 +85,7 @@ def speeds(decoder: Decodes, names: Sequence[Weights], budget: float) -> Speeds:
     count = LEAST
     for prompt in write(decoder, REPEATS + 1, length, seed=1).tolist():
         for name, rates in found.items():
-            settings = {"draft_weights": name, "draft_budget": budget}
+            settings = {"draft_weights": name, "draft_budget": budget, "lookup": False}
             way = {} if name == PLAIN else {"mode": "speculate", **settings}
             rates.append(_rate(decoder.generate([prompt], count, **way)))
         count = min(MOST, max(LEAST, round(SECONDS * found[PLAIN][-1])))
