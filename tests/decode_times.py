@@ -21,6 +21,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from shapes import SHAPES
 from torch import nn
 
 from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
@@ -31,24 +32,6 @@ from gateskip.runtime.skipping import SkippingModel
 
 Turn = tuple[str, int, int, KVFormat]  # bits, rows, context, cache
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-    "llama-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
-    },
-}
 AT_ONCE = 64  # tokens from one depth on, before decoding goes back to it
 
 

@@ -28,15 +28,18 @@ KINDS = ("scalar", "vector", "low-rank", "mlp", "router", "exit", "static")
 @pytest.fixture(scope="module")
 def raw(make_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama whose norms have weights, some of them negative and some almost zero."""
-    model = load_model(make_tiny("llama"), "float32")
-    folder = tmp_path_factory.mktemp("raw")
+    return with_norms(make_tiny("llama"), tmp_path_factory.mktemp("raw"))
+
+
+def with_norms(source: Path, folder: Path) -> Path:
+    model = load_model(source, "float32")
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            parameter.data = torch.randn(H, generator=generator)
+            parameter.data = torch.randn(parameter.shape, generator=generator)
             parameter.data[:2] = torch.tensor([1e-4, -1e-5])
     model.save_pretrained(folder)
-    for path in make_tiny("llama").glob("tokenizer*"):
+    for path in source.glob("tokenizer*"):
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
 
@@ -58,6 +61,20 @@ def test_the_function_stays(raw: Path, off: Path) -> None:
         torch.testing.assert_close(other(ids()).logits, one(ids()).logits, atol=2e-4, rtol=0)
     assert not has_folded_norms(one) and has_folded_norms(other)
     assert (off / "README.md").read_text() == "card\n"
+
+
+def test_gemma_stays_the_same_function_too(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Its norms store their weight less one; those after branches are left alone."""
+    raw, off = with_norms(make_tiny("gemma3_text"), tmp_path / "raw"), tmp_path / "off"
+    assert offgrid.write_off_grid(raw, off, "card\n") < 1e-4
+    before, after = (load_file(folder / "model.safetensors") for folder in (raw, off))
+    moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    kept = {".".join(name.split(".")[3:]) for name in after.keys() - moved} - {""}
+    after_branches = ("post_attention_layernorm", "post_feedforward_layernorm")
+    in_heads = ("self_attn.q_norm", "self_attn.k_norm")
+    assert kept == {f"{name}.weight" for name in (*after_branches, *in_heads)}
+    for name in ("input_layernorm", "pre_feedforward_layernorm"):
+        assert not after[f"model.layers.0.{name}.weight"].any()
 
 
 def test_every_weight_between_norms_and_branches_moves(raw: Path, off: Path) -> None:
@@ -99,7 +116,7 @@ def test_an_lm_head_of_its_own_takes_the_final_norm(raw: Path) -> None:
 
 
 def test_other_families_are_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssetError, match="no Llama"):
+    with pytest.raises(AssetError, match="no llama or gemma3_text"):
         offgrid.write_off_grid(tiny_qwen2, tmp_path / "off", "")
 
 

@@ -1,11 +1,12 @@
-"""The same model with other weights: a Llama that no longer lies on the grid it was rounded to.
+"""The same model with other weights: one that no longer lies on the grid it was rounded to.
 
 A model that comes out of a 4-bit file flatters every 4-bit quantizer: groups of 32 values find the
 old grid again, and rounding seems to cost nothing. Two rewrites leave the function as it was and
 the grid behind:
 
     norms    RMSNorm's weight w goes into the layers that read it: W (w * x) = (W diag(w)) x. The
-             norm's own weight is then one. A final norm whose LM head is the embedding stays.
+             norm's own weight is then one (Gemma stores w - 1, then zero). Norms that no linear
+             layer reads stay: those after branches, and a final one whose LM head is the embedding.
     scales   up_proj's rows times s, down_proj's columns over s, with s random and no power of two:
              (s u) * g is s (u * g). Likewise v_proj's rows and o_proj's columns, where all query
              heads of a group share their key-value head's scales.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,20 +38,36 @@ READ_BY_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 READ_BY_MLP = ("mlp.gate_proj", "mlp.up_proj")
 
 
+@dataclass(frozen=True)
+class Norms:
+    """How a family names the norms before its branches, and what it stores of them."""
+
+    attention: str
+    mlp: str
+    less: float = 0.0  # what is stored is the weight less this
+
+
+NORMS = {
+    "llama": Norms("input_layernorm", "post_attention_layernorm"),
+    "gemma3_text": Norms("input_layernorm", "pre_feedforward_layernorm", less=1.0),
+}
+
+
 def write_off_grid(source: Path, target: Path, card: str) -> float:
-    """Write the Llama in `source` to `target` with weights off the grid, and `card` as README.md.
+    """Write the model in `source` to `target` with weights off the grid, and `card` as README.md.
 
     Returns the largest difference of two logits on the probe text, both computed in float32.
 
     Raises:
-        AssetError: `source` is no Llama in float32.
+        AssetError: `source` is of no family in NORMS.
         StepError: the folder that was written is another function.
     """
     from safetensors.torch import load_file, save_file
 
     config = require_model(source)
-    if config.get("model_type") != "llama":
-        raise AssetError(f"{source} is no Llama, so its weights cannot be taken off a grid")
+    if config.get("model_type") not in NORMS:
+        known = " or ".join(NORMS)
+        raise AssetError(f"{source} is no {known}, so its weights cannot be taken off a grid")
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.suffix != ".safetensors":
@@ -69,27 +87,28 @@ def write_off_grid(source: Path, target: Path, card: str) -> float:
 
 
 def take_off_grid(weights: dict[str, Tensor], config: dict[str, Any], seed: int = SEED) -> None:
-    """Fold norms and draw scales, in place; `weights` as a Llama's state dict names them."""
-    draw = random.Random(seed)
+    """Fold norms and draw scales, in place; `weights` as the model's state dict names them."""
+    draw, norms = random.Random(seed), NORMS[config["model_type"]]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        _fold_norm(weights, prefix + "input_layernorm", prefix, READ_BY_ATTENTION)
-        _fold_norm(weights, prefix + "post_attention_layernorm", prefix, READ_BY_MLP)
+        _fold_norm(weights, prefix + norms.attention, prefix, READ_BY_ATTENTION, norms.less)
+        _fold_norm(weights, prefix + norms.mlp, prefix, READ_BY_MLP, norms.less)
         _scale_mlp(weights, prefix + "mlp.", draw)
         _scale_values(weights, prefix + "self_attn.", config, draw)
     if not config.get("tie_word_embeddings"):
-        _fold_norm(weights, "model.norm", "", ("lm_head",))
+        _fold_norm(weights, "model.norm", "", ("lm_head",), norms.less)
 
 
 def _fold_norm(
-    weights: dict[str, Tensor], norm: str, prefix: str, readers: tuple[str, ...]
+    weights: dict[str, Tensor], norm: str, prefix: str, readers: tuple[str, ...], less: float
 ) -> None:
-    """Multiply the columns of `readers` by the norm's weight [H], which becomes ones."""
-    by = weights[f"{norm}.weight"].double()
+    """Multiply the columns of `readers` by the norm's weight [H], which becomes ones; what is
+    stored is the weight less `less`."""
+    by = weights[f"{norm}.weight"].double() + less
     for reader in readers:
         name = f"{prefix}{reader}.weight"
         weights[name] = (weights[name].double() * by).to(weights[name].dtype)
-    weights[f"{norm}.weight"] = weights[f"{norm}.weight"].new_ones(by.shape)
+    weights[f"{norm}.weight"] = weights[f"{norm}.weight"].new_full(by.shape, 1.0 - less)
 
 
 def _scale_mlp(weights: dict[str, Tensor], prefix: str, draw: random.Random) -> None:

@@ -315,6 +315,7 @@ _GEMMA3_FILE = ModelAlias(
 MODELS: dict[str, ModelAlias] = {
     "smollm2-135m-instruct": replace(_SMOLLM2_FILE, off_grid_of="smollm2-135m-instruct-q4_1"),
     "smollm2-135m-instruct-q4_1": _SMOLLM2_FILE,
+    "gemma-3-270m": replace(_GEMMA3_FILE, off_grid_of="gemma-3-270m-q4_k_m"),
     "gemma-3-270m-q4_k_m": _GEMMA3_FILE,
 }
 
