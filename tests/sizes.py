@@ -57,9 +57,9 @@ stages:
 pipelines:
   int8:        [int8]
   int4:        [int4]
-  bf16+skip75: [coin, skip75]
-  int8+skip75: [int8, coin, skip75]
-  int4+skip75: [int4, coin, skip75]
+  bf16-skip75: [coin, skip75]
+  int8-skip75: [int8, coin, skip75]
+  int4-skip75: [int4, coin, skip75]
 benchmark:
   against: [llama.cpp:bf16, llama.cpp:q8_0, llama.cpp:q4_k_m, llama.cpp:q4_0]
   speed:   {{prompt_tokens: 128, new_tokens: 32, repeats: {repeats}}}

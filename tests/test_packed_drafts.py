@@ -218,7 +218,7 @@ def test_the_fastest_draft_is_measured_once_and_remembered(
     dense: Decoder, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = dense.generate(prompts(), 12).tokens
-    own = dense.generate(prompts(), 12, "speculate", **AUTO)
+    own = dense.generate(prompts(), 12, "speculate", lookup=False, **AUTO)
     assert own.tokens == plain
     ((question, found),) = (
         each for each in autotune.choices().items() if each[0].startswith("tokens/s")
@@ -276,7 +276,7 @@ def test_what_must_not_hang_on_a_stopwatch_takes_the_likeliest_draft(dense: Deco
 def test_without_kernels_there_is_nothing_to_choose(tiny_llama: Path) -> None:
     decoder = gateskip.load(tiny_llama, backend="gathered")
     assert candidates(decoder.skipping) == [] and decoder.fastest_draft() == (None, False)
-    own = decoder.generate(prompts(), 8, "speculate", **AUTO)
+    own = decoder.generate(prompts(), 8, "speculate", lookup=False, **AUTO)
     assert own.tokens == decoder.generate(prompts(), 8).tokens and not own.stats.drafted
 
 
