@@ -59,7 +59,7 @@ def pipeline(**changes: Any) -> Pipeline:
                 "drop": {"use": "drop-layers", "count": 1},
                 "gates": {"use": "gate", "steps": 0},
                 "skip": {"use": "skip"},
-                "spec": {"use": "speculate"},
+                "spec": {"use": "speculate", "draft_budget": 0.5},
             },
             "pipelines": {"cut": ("drop",)},
             "matrix": {"gate": ("none", "gates"), "decode": ("none", "skip", "spec")},
