@@ -103,18 +103,20 @@ def test_native_attention_is_nearer_to_float32_than_torchs(
     keep = (torch.rand(4, 300) < 0.5) & (slots < lengths.unsqueeze(1))
     kv = [torch.randn(4, kv_heads, capacity, width).bfloat16() for _ in range(2)]
     queries = torch.randn(int(keep.sum()) + 3, heads, width).bfloat16()  # three only fill up
-    if not engine.attends(queries, shape):
+    if not engine.prompts.attends(queries, shape):
         pytest.skip("this processor does not multiply pairs of bfloat16")
     counts, places = keep.sum(1).tolist(), slots[keep]
     exact = attend_rows(queries.float(), counts, places, (kv[0].float(), kv[1].float()), shape)
     torchs = attend_rows(queries, counts, places, (kv[0], kv[1]), shape)
-    found = engine.attend(queries, counts, places, engine.pack((kv[0], kv[1]), 300), shape)
+    found = engine.prompts.attend(
+        queries, counts, places, engine.prompts.pack((kv[0], kv[1]), 300), shape
+    )
     assert (found - exact).abs().max() < (torchs - exact).abs().max()
     assert not found[-3:].any()
     alone = counts[0] - 5  # a row's last tokens by themselves: the same bits
     some = slice(5, counts[0])
-    first = engine.pack((kv[0][:1], kv[1][:1]), 300)
-    rest = engine.attend(queries[some], [alone], places[some], first, shape)
+    first = engine.prompts.pack((kv[0][:1], kv[1][:1]), 300)
+    rest = engine.prompts.attend(queries[some], [alone], places[some], first, shape)
     assert torch.equal(rest, found[some])
 
 
@@ -125,11 +127,11 @@ def test_native_passes_over_rows(make_tiny: Callable[..., Path], kind: torch.dty
     engine, x = decoder.skipping.engine, torch.randn(5, 3, 32, dtype=kind)
     rope = (torch.randn(5, 16, dtype=kind), torch.randn(5, 16, dtype=kind))
     near = {"rtol": 0.02, "atol": 0.02} if kind == torch.bfloat16 else {}
-    torch.testing.assert_close(engine.rotate(x.clone(), rope), rotate(x, rope), **near)
+    torch.testing.assert_close(engine.prompts.rotate(x.clone(), rope), rotate(x, rope), **near)
     hidden, added = torch.randn(9, 64, dtype=kind), torch.randn(3, 64, dtype=kind)
     places = torch.tensor([7, 0, 3])
     wanted = hidden.index_add(0, places, added)
-    engine.add_rows(hidden, places, added)
+    engine.prompts.add_rows(hidden, places, added)
     torch.testing.assert_close(hidden, wanted)
 
 
@@ -149,7 +151,7 @@ def test_native_shortcuts_are_torchs(
     places = torch.tensor([1, 2, 3, 6, 9])
     wanted = hidden.clone().view(10, -1).float()
     wanted[places] += gates.shortcuts(1, x.view(10, -1)[places].float()).detach()
-    engine.add_shortcuts(1, hidden, x, places)
+    engine.prompts.add_shortcuts(1, hidden, x, places)
     near = {"rtol": 0.01, "atol": 0.02} if kind == torch.bfloat16 else {}
     torch.testing.assert_close(hidden.view(10, -1), wanted.to(kind), **near)
 

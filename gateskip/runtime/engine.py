@@ -2,16 +2,15 @@
 
 It takes over decoding and verifying on a CPU, where a step in torch spends most of its time between
 operators. What it does not know (other devices, formats or architectures) stays with torch. So do
-the matrix products of a prefill; what lies between those is native. Its weights are the torch
-modules' own, float32, bfloat16 or packed; 4-bit ones are multiplied with activations rounded to 8
-bits when `rounded` asks for it. Between branches all is float32, so that bfloat16 models lose less
-here than in torch.
+the matrix products of a prefill; what lies between those is native (prompt_kernels.py). Its weights
+are the torch modules' own, float32, bfloat16 or packed; 4-bit ones are multiplied with activations
+rounded to 8 bits when `rounded` asks for it. Between branches all is float32, so that bfloat16
+models lose less here than in torch.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -24,15 +23,15 @@ from gateskip.gates.base import Gates
 from gateskip.kernels import abi, build, ops
 from gateskip.kernels.abi import PARTS, Matrix
 from gateskip.model.draft_network import DraftNetwork
-from gateskip.model.families import Branch, UnsupportedModel, embedding_scale, logit_cap
-from gateskip.model.projections import AttentionShape, mlp_parts, rotate
+from gateskip.model.families import UnsupportedModel, embedding_scale, logit_cap
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.runtime.backend import Asked, Drafted, Drawn, Draws, Verified
+from gateskip.runtime.buffers import Buffers
 from gateskip.runtime.descriptors import Descriptors
 from gateskip.runtime.kv_cache import KVCache
+from gateskip.runtime.prompt_kernels import PromptKernels
 
 MOST_ROWS = 64  # of one pass over the weights, as MAX_ROWS in simd.h; `step` takes any number
-KEYS = 16  # of a vector of attention.cpp: what divides its packed keys, and its heads' channels
 
 
 class Engine:
@@ -40,7 +39,7 @@ class Engine:
 
     `rounded` tells whether any of its products are of activations rounded to 8 bits. `draft_head`
     ranks the tokens of a draft: the LM head, or a cheaper one; `rerank_head`, if any, chooses among
-    the best. Not for two threads at a time: calls share memory.
+    the best. `prompts` has what prefills take. Not for two threads at a time: calls share memory.
     """
 
     def __init__(
@@ -61,7 +60,8 @@ class Engine:
         self.kept = torch.zeros(2 * self.model.layers, dtype=torch.int64)
         self._spent = torch.zeros(len(PARTS), dtype=torch.float64)
         self._arena = ops.Arena()
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._buffers = Buffers()
+        self.prompts = PromptKernels(self._parts, self._buffers)
         self._thresholds: tuple[Any, Tensor] | None = None
         self._row_thresholds: Tensor | None = None
         self._cache: tuple[weakref.ref[KVCache], abi.CacheView] | None = None
@@ -308,8 +308,8 @@ class Engine:
         if asked.draws is None:
             return ()
         width = self.head.n + -self.head.n % 8
-        logits = self._buffer("verified", (rows, width), torch.float32)
-        shares = self._buffer("shares", (width,), torch.float32)
+        logits = self._buffers.take("verified", (rows, width), torch.float32)
+        shares = self._buffers.take("shares", (width,), torch.float32)
         uniform = asked.uniform(asked.rounds * (asked.length + rows))
         call.logits, call.shares = logits.data_ptr(), shares.data_ptr()
         call.uniform = uniform.data_ptr()
@@ -317,7 +317,7 @@ class Engine:
 
     def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:
         """A token of logits [V], drawn by a number from 0 to 1."""
-        shares = self._buffer("shares", (len(logits) + 8,), torch.float32)
+        shares = self._buffers.take("shares", (len(logits) + 8,), torch.float32)
         return ops.choose(logits.contiguous(), abi.Sampling(*draws), uniform, shares)
 
     def _order(self, token: int, count: int, head: Matrix) -> abi.Draft:
@@ -392,112 +392,6 @@ class Engine:
             kept=self.kept.data_ptr(),
             spent=self._spent.data_ptr(),
         )
-
-    # -- between a prompt's matrix products -----------------------------------------------------
-
-    def normed(self, branch: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What a branch reads, its norm of hidden states x [..., H] in their own type, and its
-        gate's logits [...], if it has a gate. The next call writes over the first."""
-        layer, mlp = self.model.layer[branch // 2], branch % 2
-        norm, gate, bias = (
-            (layer.norm_mlp, layer.weight_mlp, layer.bias_mlp)
-            if mlp
-            else (layer.norm_attention, layer.weight_attention, layer.bias_attention)
-        )
-        x, out = x.contiguous(), self._buffer("normed", x.shape, x.dtype)
-        logits = torch.empty(x.shape[:-1]) if gate else None
-        ops.norm(x, norm, out, gate, bias, logits)
-        return out, logits
-
-    def left(self, branch: int, x: Tensor) -> Tensor:
-        """What a branch adds, of its output x [..., H]: the norm after it, if there is one."""
-        layer = self.model.layer[branch // 2]
-        norm = layer.after_mlp if branch % 2 else layer.after_attention
-        if not norm.weight:
-            return x
-        x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-        ops.norm(x, norm, out)
-        return out
-
-    def final(self, x: Tensor) -> Tensor:
-        """The norm before the LM head, of hidden states x [..., H] in their own type."""
-        x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-        ops.norm(x, self.model.norm_final, out)
-        return out
-
-    def add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
-        """hidden [..., H] at flat places [N], none twice, += added [N, H], in place."""
-        ops.add_rows(hidden, places, added.contiguous())
-
-    def add_shortcuts(self, branch: int, hidden: Tensor, x: Tensor, places: Tensor) -> None:
-        """hidden [..., H] at flat places [N] += what tokens get that skip a branch which reads x
-        [..., H], in place."""
-        ops.add_shortcut(hidden, x, places, *self._parts.around[branch])
-
-    def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """families.rotate of x [..., heads, head_dim], rope two of [..., D], in one native pass."""
-        if rope[0].dtype != x.dtype:
-            return rotate(x, rope)
-        x = x.contiguous()
-        ops.rotate(x, *(part.contiguous() for part in rope))
-        return x
-
-    def attends(self, queries: Tensor, shape: AttentionShape) -> bool:
-        """Whether `attend` can do it: in bfloat16, where the processor multiplies pairs of it."""
-        known = queries.dtype == torch.bfloat16 and ops.attends()
-        return known and shape.head_dim % KEYS == 0
-
-    def pack(self, kv: tuple[Tensor, Tensor], used: int) -> Tensor:
-        """Keys and values [B, kv_heads, T, D] of the first `used` slots as `attend` reads them. The
-        next call writes over it."""
-        batch, kv_heads, _, width = kv[0].shape
-        used += -used % KEYS
-        packed = self._buffer("packed", (batch * kv_heads, 2, used, width), kv[0].dtype)
-        ops.pack(*kv, used, packed)
-        return packed
-
-    def attend(
-        self,
-        queries: Tensor,
-        counts: Sequence[int],
-        slots: Tensor,
-        packed: Tensor,
-        shape: AttentionShape,
-    ) -> Tensor:
-        """What attention.attend_rows gives, in one call that computes scores in registers.
-
-        `packed` is what `pack` made of keys and values, up to the last of the slots at least.
-        """
-        sizes = (shape.kv_heads, shape.window, shape.scaling, shape.softcap)
-        return ops.attend(queries.contiguous(), counts, slots, packed, *sizes).flatten(1)
-
-    def soften(self, scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> None:
-        """Scores [kv_heads, Q * group, T] become shares of attention, in place.
-
-        All heads of a group follow each other at a query's place; the query at slots[q] sees the
-        keys up to there, the first key stands at slot `begin`. T is a multiple of 8. Rows without a
-        slot stay as they are.
-        """
-        group = shape.heads // shape.kv_heads
-        how = (shape.window, shape.scaling, shape.softcap)
-        ops.softmax(scores, slots, group, begin, *how)
-
-    def mlp(self, branch: Branch, x: Tensor) -> Tensor:
-        """An MLP's output for x [..., H]; what lies between its products is one native pass."""
-        gate, up, down = mlp_parts(branch)
-        inner = (up if gate is None else gate)(x).contiguous()
-        times = None if gate is None else up(x).contiguous()
-        ops.activate(inner, times, self._parts.activation)
-        return down(inner)
-
-    def _buffer(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory of a shape that is used again under its name: what the system gives anew it has to
-        clear first, page by page, at every branch of a prompt."""
-        size, held = math.prod(shape), self._buffers.get((name, dtype))
-        if held is None or len(held) < size:
-            with torch.inference_mode(False):
-                held = self._buffers[name, dtype] = torch.empty(size, dtype=dtype)
-        return held[:size].view(*shape)
 
     def spent(self) -> dict[str, float]:
         """Seconds in each part of the native work since the engine was made."""

@@ -231,53 +231,53 @@ class NativeBackend(GatheredBackend):
     @property
     def turn(self) -> Turn | None:
         """Rotary embedding in one native pass."""
-        return self.engine.rotate
+        return self.engine.prompts.rotate
 
     def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The norm and the gate in one native pass."""
-        return self.engine.normed(branch.index, hidden)
+        return self.engine.prompts.normed(branch.index, hidden)
 
     def final(self, hidden: Tensor) -> Tensor:
         """The norm before the LM head."""
-        return self.engine.final(hidden)
+        return self.engine.prompts.final(hidden)
 
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
         """torch's products with a native activation between them."""
-        return self.leave(branch, self.engine.mlp(branch, x))
+        return self.leave(branch, self.engine.prompts.mlp(branch, x))
 
     def leave(self, branch: Branch, output: Tensor) -> Tensor:
         """The norm after a branch in one native pass."""
-        return self.engine.left(branch.index, output)
+        return self.engine.prompts.left(branch.index, output)
 
     def attention(self, branch: Branch, seen: Visible, batch: Batch, whole: bool) -> Attend:
         """In bfloat16 one native call; else torch's products with a native softmax between them."""
-        engine, shape = self.engine, self.shapes[branch.index]
+        prompts, shape = self.engine.prompts, self.shapes[branch.index]
         kv, rows = seen.kv, seen.rows
         packed: list[Tensor] = []  # keys and values as the kernel reads them, made once a branch
 
         def attend(queries: Tensor, counts: Sequence[int], slots: Tensor) -> Tensor:
-            if rows is not None or not engine.attends(queries, shape):
+            if rows is not None or not prompts.attends(queries, shape):
                 return attend_rows(queries, counts, slots, kv, shape, rows, self._softmax)
             if not packed:
-                packed.append(engine.pack(kv, seen.used))
-            return engine.attend(queries, counts, slots, packed[0], shape)
+                packed.append(prompts.pack(kv, seen.used))
+            return prompts.attend(queries, counts, slots, packed[0], shape)
 
         return attend
 
     def _softmax(self, scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> Tensor:
         if scores.shape[2] % 8:
             return causal_softmax(scores, slots, begin, shape)
-        self.engine.soften(scores, slots, begin, shape)
+        self.engine.prompts.soften(scores, slots, begin, shape)
         return scores
 
     def add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
         """hidden [B, S, H] at flat places [N] += added [N, H], in place."""
-        self.engine.add_rows(hidden, places, added.to(hidden.dtype))
+        self.engine.prompts.add_rows(hidden, places, added.to(hidden.dtype))
 
     def add_shortcuts(self, branch: Branch, hidden: Tensor, x: Tensor, skip: Tensor) -> None:
         """One native pass over the rows that skip."""
         places = skip.flatten().nonzero().squeeze(1)
-        self.engine.add_shortcuts(branch.index, hidden, x, places)
+        self.engine.prompts.add_shortcuts(branch.index, hidden, x, places)
 
 
 def _begin(

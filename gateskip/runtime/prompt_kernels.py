@@ -1,0 +1,118 @@
+"""What lies between a prompt's matrix products, each one native pass; torch multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gateskip.kernels import ops
+from gateskip.model.families import Branch
+from gateskip.model.projections import AttentionShape, mlp_parts, rotate
+from gateskip.runtime.buffers import Buffers
+from gateskip.runtime.descriptors import Descriptors
+
+KEYS = 16  # of a vector of attention.cpp: what divides its packed keys, and its heads' channels
+
+
+class PromptKernels:
+    """Norms, gates, rope, attention and activations of prompts, of any number of tokens."""
+
+    def __init__(self, parts: Descriptors, buffers: Buffers) -> None:
+        self.model, self._parts, self._buffers = parts.model, parts, buffers
+
+    def normed(self, branch: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a branch reads, its norm of hidden states x [..., H] in their own type, and its
+        gate's logits [...], if it has a gate. The next call writes over the first."""
+        layer, mlp = self.model.layer[branch // 2], branch % 2
+        norm, gate, bias = (
+            (layer.norm_mlp, layer.weight_mlp, layer.bias_mlp)
+            if mlp
+            else (layer.norm_attention, layer.weight_attention, layer.bias_attention)
+        )
+        x, out = x.contiguous(), self._buffers.take("normed", x.shape, x.dtype)
+        logits = torch.empty(x.shape[:-1]) if gate else None
+        ops.norm(x, norm, out, gate, bias, logits)
+        return out, logits
+
+    def left(self, branch: int, x: Tensor) -> Tensor:
+        """What a branch adds, of its output x [..., H]: the norm after it, if there is one."""
+        layer = self.model.layer[branch // 2]
+        norm = layer.after_mlp if branch % 2 else layer.after_attention
+        if not norm.weight:
+            return x
+        x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        ops.norm(x, norm, out)
+        return out
+
+    def final(self, x: Tensor) -> Tensor:
+        """The norm before the LM head, of hidden states x [..., H] in their own type."""
+        x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        ops.norm(x, self.model.norm_final, out)
+        return out
+
+    def add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
+        """hidden [..., H] at flat places [N], none twice, += added [N, H], in place."""
+        ops.add_rows(hidden, places, added.contiguous())
+
+    def add_shortcuts(self, branch: int, hidden: Tensor, x: Tensor, places: Tensor) -> None:
+        """hidden [..., H] at flat places [N] += what tokens get that skip a branch which reads x
+        [..., H], in place."""
+        ops.add_shortcut(hidden, x, places, *self._parts.around[branch])
+
+    def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """families.rotate of x [..., heads, head_dim], rope two of [..., D], in one native pass."""
+        if rope[0].dtype != x.dtype:
+            return rotate(x, rope)
+        x = x.contiguous()
+        ops.rotate(x, *(part.contiguous() for part in rope))
+        return x
+
+    def attends(self, queries: Tensor, shape: AttentionShape) -> bool:
+        """Whether `attend` can do it: in bfloat16, where the processor multiplies pairs of it."""
+        known = queries.dtype == torch.bfloat16 and ops.attends()
+        return known and shape.head_dim % KEYS == 0
+
+    def pack(self, kv: tuple[Tensor, Tensor], used: int) -> Tensor:
+        """Keys and values [B, kv_heads, T, D] of the first `used` slots as `attend` reads them. The
+        next call writes over it."""
+        batch, kv_heads, _, width = kv[0].shape
+        used += -used % KEYS
+        packed = self._buffers.take("packed", (batch * kv_heads, 2, used, width), kv[0].dtype)
+        ops.pack(*kv, used, packed)
+        return packed
+
+    def attend(
+        self,
+        queries: Tensor,
+        counts: Sequence[int],
+        slots: Tensor,
+        packed: Tensor,
+        shape: AttentionShape,
+    ) -> Tensor:
+        """What attention.attend_rows gives, in one call that computes scores in registers.
+
+        `packed` is what `pack` made of keys and values, up to the last of the slots at least.
+        """
+        sizes = (shape.kv_heads, shape.window, shape.scaling, shape.softcap)
+        return ops.attend(queries.contiguous(), counts, slots, packed, *sizes).flatten(1)
+
+    def soften(self, scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> None:
+        """Scores [kv_heads, Q * group, T] become shares of attention, in place.
+
+        All heads of a group follow each other at a query's place; the query at slots[q] sees the
+        keys up to there, the first key stands at slot `begin`. T is a multiple of 8. Rows without a
+        slot stay as they are.
+        """
+        group = shape.heads // shape.kv_heads
+        how = (shape.window, shape.scaling, shape.softcap)
+        ops.softmax(scores, slots, group, begin, *how)
+
+    def mlp(self, branch: Branch, x: Tensor) -> Tensor:
+        """An MLP's output for x [..., H]; what lies between its products is one native pass."""
+        gate, up, down = mlp_parts(branch)
+        inner = (up if gate is None else gate)(x).contiguous()
+        times = None if gate is None else up(x).contiguous()
+        ops.activate(inner, times, self._parts.activation)
+        return down(inner)
