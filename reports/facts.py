@@ -7,6 +7,7 @@ from typing import Any
 from compose.results.metrics import retained_basis
 from compose.units import duration_text
 from reports import columns, plots, run_tables, tables, verdicts
+from reports.answers import answers
 from reports.load import Report
 from reports.speculation_columns import timed_histogram
 from reports.summary import summary
@@ -31,6 +32,7 @@ def facts_of(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
         "tables": shown,
         "columns": {c.label: c.help for table in shown.values() for c in table.columns if c.help},
         "histograms": [(row, h) for row in report.rows if (h := timed_histogram(row)).bars],
+        "answers": answers(report),
         "insight": run_tables.insight(report),
         "contamination": run_tables.contamination(report),
         "noise_floor": run_tables.noise_floor(report),

@@ -25,6 +25,7 @@ from compose.errors import UserError
 from compose.results.io import save_results
 from compose.results.schema import Results
 from reports import Report, Row, pareto, render, run_tables, tables
+from reports.answers import Answer, answers
 from reports.columns import Entry, Table, tone
 from reports.comparison import compare_runs, line
 from reports.csv_file import to_csv
@@ -78,6 +79,27 @@ def test_what_was_spent_on_the_scored_text_is_shown() -> None:
     record = next(each for each in records if each["cell"] == cell["name"])
     assert record["piqa-prompt-kept"] == "0.743" and record["piqa-saved"] == "0.175"
     assert record["own-answers-answer-kept"] == "0.8"
+
+
+def test_cells_that_answer_alike_stand_together() -> None:
+    data = made_up_results()
+    by_name = {cell["name"]: cell for cell in data["cells"]}
+    assert answers(_report(data)) == ()
+    said = {"questions": ["Why?", "How?"], "texts": ["Because it rains.", "By hand."]}
+    by_name["dense"]["quality"]["own_answers"] = said
+    for name, first in (("gptq4", "Because it rains."), ("nf4", "Because of rain.")):
+        by_name[name]["quality"]["own_answers"] = {"texts": [first, "By hand."]}
+    report = _report(data)
+    why, how = answers(report)
+    assert why.text == "Why?" and how.answers == (
+        Answer(("dense", "nf4", "gptq4"), "By hand.", ""),
+    )
+    alike, other = why.answers
+    assert alike == Answer(("dense", "gptq4"), "Because it rains.", "")
+    assert other == Answer(("nf4",), "Because ", "of rain.")
+    page, text = to_html(report, {}), to_markdown(report, {})
+    assert "Because <mark>of rain.</mark>" in page and 'href="#answers"' in page
+    assert "## Answers" in text and "nf4:\n\n```text\nBecause of rain.\n```" in text
 
 
 def _report(data: dict[str, Any]) -> Report:
@@ -551,6 +573,8 @@ def nasty() -> tuple[Report, dict[str, Picture]]:
     quality = data["cells"][0]["quality"]
     quality["perplexity"]["dataset"] = NASTY
     quality["tasks"][NASTY] = {"metric": NASTY, "value": 0.5}
+    quality["own_answers"] = {"questions": [NASTY], "texts": [NASTY]}
+    data["cells"][1]["quality"]["own_answers"] = {"texts": [f"{NASTY}</mark></dl>```\x1b[31m"]}
     data["cells"][-1].update(rule=NASTY, reason=NASTY)
     data["cells"][16].update(
         reason=NASTY, failed_in=NASTY, traceback=f"{NASTY}</pre>```\n````\x1b[31m"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,12 @@ from compose.bench import own_answers, text
 from compose.bench.cell import CellBench
 from compose.bench.continuations import score_continuations
 from compose.bench.job import CellJob
-from compose.bench.own_answers import DenseAnswers, common_prefix, score_answers
+from compose.bench.own_answers import DenseAnswers, score_answers
 from compose.bench.scored import Scored
 from compose.bench.squad import f1, process_results
 from compose.bench.text_compute import text_compute
 from compose.language.schema import Benchmark, Quality
+from compose.results.answers import common_prefix
 from compose.results.quality import Quality as QualityResult
 
 
@@ -144,12 +146,15 @@ def test_distance_on_the_dense_models_answers_by_hand() -> None:
     head = Table([EVEN[0], SURE[0], EVEN[0]]).head
     states = torch.eye(3)
     dense = DenseAnswers([[9], [8]], [[0], [0, 1, 2]], [states[:1], states[1:2].expand(3, -1)])
-    record = score_answers(Answering([0, 1, 1], EVEN[0]), dense, head, 4, [])
+    words = SimpleNamespace(decode=lambda row, skip_special_tokens: f" {row} ")
+    record = score_answers(Answering([0, 1, 1], EVEN[0]), dense, head, 4, [], words)
     assert record["answer_kl"] == pytest.approx([0, HALF], abs=1e-6)
     assert record["kl"] == pytest.approx(3 * HALF / 4), "the mean is over tokens"
     assert record["prefixes"] == [1, 2] and record["common_prefix"] == 1.5
     assert (record["answers"], record["tokens"], record["max_tokens"]) == (2, 4, 4)
-    dense_part = own_answers.dense_record(dense, 4)
+    assert record["texts"] == ["[0, 1, 1]", "[0, 1, 1]"]
+    dense_part = own_answers.dense_record(dense, 4, words)
+    assert dense_part["texts"] == ["[0]", "[0, 1, 2]"]
     assert dense_part["prefixes"] == [1, 3] and dense_part["kl"] == 0
     again = DenseAnswers.of(dense.tensors(), dense.prompts)
     assert again.answers == dense.answers

@@ -22,9 +22,11 @@ from torch import Tensor
 from compose.bench.scored import Rows, Scored
 from compose.bench.text import Head, kl_rows, log_probs
 from compose.errors import StepError
+from compose.results.answers import common_prefix
 from compose.units import Progress
 
 BATCH = 8  # answers at once
+SHOWN = 10  # of them, whose texts are kept
 
 
 class AnsweringModel(Protocol):
@@ -89,10 +91,11 @@ def write_answers(
     return DenseAnswers(prompts, answers, hidden)
 
 
-def dense_record(dense: DenseAnswers, new_tokens: int) -> dict[str, Any]:
+def dense_record(dense: DenseAnswers, new_tokens: int, tokenizer: Any) -> dict[str, Any]:
     """The record of the dense model itself: every answer is its own common prefix."""
     lengths = [len(answer) for answer in dense.answers]
-    return {"kl": 0.0, **_counts(dense, new_tokens), **_shared(lengths)}
+    texts = texts_of(dense.answers, tokenizer)
+    return {"kl": 0.0, **_counts(dense, new_tokens), **_shared(lengths), "texts": texts}
 
 
 def score_answers(
@@ -101,6 +104,7 @@ def score_answers(
     head: Head,
     new_tokens: int,
     stop_tokens: Sequence[int],
+    tokenizer: Any,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Distance of a cell to the dense model along its answers; see `compose.results.quality`.
@@ -123,7 +127,13 @@ def score_answers(
         "answer_kl": [round(kl / n, 6) for kl, n in zip(sums, lengths, strict=True)],
         **_counts(dense, new_tokens),
         **_shared([common_prefix(theirs, own) for theirs, own in pairs]),
+        "texts": texts_of(written, tokenizer),
     }
+
+
+def texts_of(answers: Rows, tokenizer: Any) -> list[str]:
+    """The first answers as a reader sees them."""
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in answers[:SHOWN]]
 
 
 def _summed_kl(own: Tensor, theirs: Tensor, head: Head) -> float:
@@ -134,17 +144,6 @@ def _summed_kl(own: Tensor, theirs: Tensor, head: Head) -> float:
     with torch.inference_mode():
         target = log_probs(head(theirs.to(own.device)))  # [T, V]
         return float(kl_rows(target, log_probs(own)).sum())
-
-
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two answers share from the start.
-
-    >>> common_prefix([5, 6, 7, 2], [5, 6, 8])
-    2
-    """
-    pairs = zip(first, second, strict=False)
-    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-    return min(len(first), len(second)) if shared is None else shared
 
 
 def _generate(

@@ -132,7 +132,8 @@ class PeerBench:
             prompts = load_prompts(self.tokenizer, asked["source"], asked["prompts"], cache)
             answers = DenseAnswers.of(stored, prompts)
             record["own_answers"] = score_answers(
-                self, answers, head, asked["new_tokens"], self._stops, self.progress
+                *(self, answers, head, asked["new_tokens"], self._stops),
+                *(self.tokenizer, self.progress),
             )
         written = [name for name in wanted["tasks"] if name in TASKS and TASKS[name].writes]
         if written:

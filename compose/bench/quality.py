@@ -19,7 +19,13 @@ import gateskip
 from compose.assets import TASKS, TextData, contamination, first_available, load_texts, token_blocks
 from compose.bench.generate import load_prompts, stop_token_ids
 from compose.bench.job import BLOCK, CellJob
-from compose.bench.own_answers import DenseAnswers, dense_record, score_answers, write_answers
+from compose.bench.own_answers import (
+    SHOWN,
+    DenseAnswers,
+    dense_record,
+    score_answers,
+    write_answers,
+)
 from compose.bench.scored import Scored, added
 from compose.bench.text import (
     BlockScores,
@@ -201,11 +207,13 @@ class QualityBench:
         if self.is_baseline:
             dense = write_answers(self.model, prompts, new_tokens, stops)
             self.stored |= dense.tensors()
-            return dense_record(dense, new_tokens)
+            data = load_texts(asked["source"], asked["prompts"], self.job.asset_cache)
+            questions = (data.prompts or data.rows)[:SHOWN]
+            return {**dense_record(dense, new_tokens, tokenizer), "questions": questions}
         dense = DenseAnswers.of(self.stored, prompts)
         self.model.clear_used()
         record = score_answers(
-            self.model, dense, self._dense_head(), new_tokens, stops, self.progress
+            self.model, dense, self._dense_head(), new_tokens, stops, tokenizer, self.progress
         )
         spent = self._spent()
         return record if spent is None else {**record, "compute": spent}

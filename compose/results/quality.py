@@ -102,6 +102,12 @@ class OwnAnswers(Record):
     """What a cell that skips spent on the prompts, on the dense model's answers that it was led
     through, and on its own."""
 
+    questions: tuple[str, ...] | None = None
+    """Of the baseline only: the first prompts, as they were asked."""
+
+    texts: tuple[str, ...] | None = None
+    """What the cell itself answered to these, greedily."""
+
 
 class NoiseFloor(Record):
     """The dense model in the other float type: differences below these are rounding."""
