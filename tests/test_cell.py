@@ -19,6 +19,8 @@ from compose.results.speculation import LosslessCheck
 from gateskip.decoding.decoder import MAX_DRAFT
 from gateskip.decoding.draft_length import DraftLengthController
 
+OWN: dict[str, Any] = {"draft_weights": "own", "draft_budget": 1.0, "lookup": False}
+
 
 @pytest.fixture
 def benchmark() -> dict[str, Any]:
@@ -76,7 +78,7 @@ def test_speculation_is_checked_with_drafts(
     tiny_llama: Path, benchmark: dict[str, Any], tmp_path: Path
 ) -> None:
     """A cell that would choose its draft length by itself is forced to draft."""
-    decode = {"use": "speculate", "draft_budget": 1.0, "draft_length": "auto", "target": "gated"}
+    decode = {"use": "speculate", "draft_length": "auto", "target": "gated", **OWN}
     bench = _bench(tiny_llama, benchmark, tmp_path, decode)
     checked = bench.lossless()
     assert checked["lossless"] and checked["first_divergence"] is None
@@ -98,7 +100,7 @@ def test_what_the_check_forces_is_not_what_was_timed(
     tiny_llama: Path, benchmark: dict[str, Any], tmp_path: Path
 ) -> None:
     """Timed turns count the cell's own draft lengths, the check those that it forces."""
-    decode = {"use": "speculate", "draft_budget": 1.0, "draft_length": "auto", "target": "gated"}
+    decode = {"use": "speculate", "draft_length": "auto", "target": "gated", **OWN}
     bench = _bench(tiny_llama, benchmark, tmp_path, decode)
     plain_alone = DraftLengthController()
     plain_alone.draft_length = lambda: 0  # type: ignore[method-assign]

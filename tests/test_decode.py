@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gateskip
+from compose.bench.lossless import check_lossless
 from gateskip.calibration.thresholds import calibrate
 from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import GateFile, grid_of, load_gates, save_gates
@@ -219,6 +220,24 @@ def test_a_useless_draft_is_lossless_too(decoder: Decoder) -> None:
         own = useless.generate([prompt], 32, "speculate", draft_length=4, **SKIPPING)
         assert own.tokens == decoder.generate([prompt], 32).tokens
         assert own.stats.acceptance_rate is not None and own.stats.acceptance_rate < 0.5
+
+
+def test_drafts_verified_at_a_budget_are_checked_against_skipping(decoder: Decoder) -> None:
+    settings = {"draft_weights": "int4", "draft_budget": 0.8, "verify_budget": 0.8}
+    settings |= {"lookup": True, "target": "gated", "draft_length": "auto"}
+    checked = check_lossless(decoder, settings, prompts(4), 16)
+    assert checked["lossless"] and checked["acceptance_rate"] > 0
+    skipped = decoder.generate(prompts(4), 16, "skip", 0.8).tokens
+    assert skipped != decoder.generate(prompts(4), 16).tokens
+    generate = decoder.generate
+
+    def other(*asked: Any, **given: Any) -> Any:
+        return generate(*asked, **given | ({"budget": 0.5} if given.get("mode") == "skip" else {}))
+
+    with pytest.MonkeyPatch.context() as patch:  # another text to compare with
+        patch.setattr(decoder, "generate", other)
+        wrong = check_lossless(decoder, settings, prompts(4), 16)
+    assert not wrong["lossless"] and wrong["first_divergence"]["margin"] >= 0
 
 
 def test_a_wrong_verifier_is_noticed(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ HOOKS: dict[str, dict[str, Any]] = {
     "plain": {"mode": "plain"},
     "nf4": {"draft_budget": 1.0, "draft_weights": "nf4", "draft_length": 4},
     "int4": {"draft_budget": 1.0, "draft_weights": "int4"},
-    "lookup": {"draft_budget": 1.0, "draft_length": 4, "lookup": True},
+    "lookup": {"draft_weights": "own", "draft_length": 4},
 }
 
 

@@ -102,6 +102,25 @@ def test_cells_point_at_weights_decoder_and_plain_cell(tmp_path: Path) -> None:
     assert plan.cell("dense").weights == plan.steps[0].key
 
 
+VERIFIED = """\
+  spec80: {use: speculate, draft_weights: int4, verify_budget: 0.8}
+pipelines: {a: [gates, spec80]}
+"""
+
+
+def test_drafts_that_are_verified_at_a_budget_are_compared_with_skipping(tmp_path: Path) -> None:
+    """The cell that skips at that budget is added, and the plain one that it is compared with."""
+    plan = plan_of(tmp_path, VERIFIED)
+    spec, skip = plan.cell("a"), plan.cell("gates+skip80")
+    assert names(plan) == ["dense", "a", "gates+skip80", "gates"]
+    assert (spec.plain, skip.plain, skip.origin) == ("gates+skip80", "gates", "plain")
+    assert spec.decode == Speculate(draft_weights="int4", draft_budget=0.8, verify_budget=0.8)
+    assert spec.weights == skip.weights
+    with pytest.raises(PlanError, match="no stage skips at that budget") as raised:
+        plan_of(tmp_path, VERIFIED.replace("0.8", "0.7"))
+    assert raised.value.fix == "add a stage, as in skip70: {use: skip, budget: 0.7}"
+
+
 def test_dense_is_planned_even_when_nobody_asks(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "pipelines: {a: [gates]}\n")
     assert [(cell.name, cell.origin) for cell in plan.cells] == [

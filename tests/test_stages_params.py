@@ -180,6 +180,7 @@ def test_a_recipe_fills_what_is_not_said() -> None:
         ((Bnb(format="nf4"), Speculate(draft_budget=1, draft_weights="nf4")), "draft-of-packed"),
         ((Bnb(format="nf4"), Speculate(draft_budget=1, draft_weights="int4")), "draft-of-packed"),
         ((Gate(backbone="full"), Speculate(target="original")), "original-is-gone"),
+        ((Speculate(draft_budget=1, verify_budget=0.8),), "decode-needs-gates"),
         ((Gate(), Skip(), Bnb(format="int8")), "decode-last"),
         ((Gate(), Skip(), Speculate()), "two-decoders"),
         ((Gate(), Gate(steps=1)), "two-gates"),

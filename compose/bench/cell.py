@@ -50,6 +50,7 @@ class CellBench:
                 decoder.phases(**self.settings)
             elif budget is not None:
                 decoder.thresholds(budget)
+                decoder.thresholds(self.settings.get("verify_budget", 1.0))
             if weights != "auto":  # which is chosen while nothing else runs
                 decoder.drafter(weights)
         except ValueError as error:

@@ -14,6 +14,7 @@ import torch
 from compose.units import Progress
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.stats import Stats
+from gateskip.runtime.backend import Thresholds
 
 FORCED_DRAFT = 3
 """Draft length of the first pass where the cell says `auto`: without drafts nothing is checked."""
@@ -28,15 +29,19 @@ def check_lossless(
 ) -> dict[str, Any]:
     """Compare both decodings of each prompt; the fields of the result's `lossless_check`.
 
-    `settings` are a speculating cell's arguments of `Decoder.generate`. Where they say `auto`, the
+    `settings` are a speculating cell's arguments of `Decoder.generate`; drafts that are verified at
+    a budget are compared with skipping at that budget. Where they say `auto`, the
     prompts are decoded twice: with a forced draft length, since a decoder that falls back to plain
     steps would pass without having shown anything, and with the lengths that the cell chooses
     itself. The verdict is over both.
     """
     own_length = settings["draft_length"]
     forced_length = FORCED_DRAFT if own_length == "auto" else own_length
-    target = settings["target"]
-    plain = decoder.generate(list(prompts), new_tokens, target=target).tokens
+    budget = settings.get("verify_budget", 1.0)
+    undrafted: dict[str, Any] = {"target": settings["target"]}
+    if budget < 1:
+        undrafted |= {"mode": "skip", "budget": budget}
+    plain = decoder.generate(list(prompts), new_tokens, **undrafted).tokens
     divergences: list[dict[str, Any]] = []
     totals: dict[str, Stats] = {}
     passes = {"forced": forced_length} | ({"own": own_length} if own_length == "auto" else {})
@@ -48,8 +53,9 @@ def check_lossless(
             totals[name].add(own.stats)
             if own.tokens[0] != plain[number]:
                 # A batch rounds in another order: decode the row by itself.
-                plain[number] = decoder.generate([prompt], new_tokens, target=target).tokens[0]
-            found = _divergence(decoder, number, prompt, plain[number], own.tokens[0])
+                plain[number] = decoder.generate([prompt], new_tokens, **undrafted).tokens[0]
+            thresholds = decoder.thresholds(budget)
+            found = _divergence(decoder, thresholds, number, prompt, plain[number], own.tokens[0])
             divergences += [{"pass": name, **found}] if found else []
             if progress is not None:
                 progress(number + 1, len(prompts), f"lossless check, {name} lengths")
@@ -69,7 +75,12 @@ def check_lossless(
 
 
 def _divergence(
-    decoder: Decoder, number: int, prompt: list[int], plain: list[int], own: list[int]
+    decoder: Decoder,
+    thresholds: Thresholds,
+    number: int,
+    prompt: list[int],
+    plain: list[int],
+    own: list[int],
 ) -> dict[str, Any] | None:
     """Where two continuations first differ, and plain decoding's top-2 logit margin there."""
     if plain == own:
@@ -78,7 +89,7 @@ def _divergence(
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(plain), len(own)))
     ids = torch.tensor([prompt + plain[:same]])
     skipping = decoder.skipping
-    hidden = skipping.forward(ids, skipping.new_cache(1, ids.shape[1]), [0])
+    hidden = skipping.forward(ids, skipping.new_cache(1, ids.shape[1]), [0], thresholds)
     with torch.inference_mode():
         logits = skipping.head(hidden[0, -1:])[0].float()
     best, second = logits.topk(2).values.tolist()

@@ -419,6 +419,7 @@ class Pipeline(_Section):
         for index, seed in enumerate(self.more_seeds):
             if seed in (self.seed, *self.more_seeds[:index]):
                 yield Problem(("more_seeds", index), f"seed {seed} is named twice")
+        yield from self._verify_problems()
         for name, chain in self.pipelines.items():
             yield from self._unknown_stages(chain, ("pipelines", name))
         if self.matrix is not None:
@@ -438,6 +439,20 @@ class Pipeline(_Section):
                 parse_peer(peer)
             except UserError as error:
                 yield Problem(("benchmark", "against", index), error.message, fix=error.fix)
+
+    def _verify_problems(self) -> Iterator[Problem]:
+        """Drafts that are verified at a budget at which no stage skips."""
+        for name, stage in self.stages.items():
+            other = stage.compared_with() if isinstance(stage, Speculate) else None
+            if isinstance(other, Skip) and other not in self.stages.values():
+                kept = "" if other.kv_cache == "model" else f", kv_cache: {other.kv_cache}"
+                stated = f"{{use: skip, budget: {other.budget:g}{kept}}}"
+                yield Problem(
+                    ("stages", name, "verify_budget"),
+                    f"drafts are verified at {other.budget:g}, and no stage skips at that budget, "
+                    "which is what they are compared with",
+                    fix=f"add a stage, as in skip{100 * other.budget:.0f}: {stated}",
+                )
 
     def _unknown_stages(self, chain: Choice, loc: Loc) -> Iterator[Problem]:
         names = [(chain, loc)] if isinstance(chain, str) else _indexed(chain, loc)

@@ -17,6 +17,7 @@ from compose.language.schema import DENSE, Chain, Pipeline, as_chain
 from compose.planning.keys import InputHashes, StepKeys, cell_key
 from compose.planning.plan import SOURCE, Cell, LeftOut, Origin, Plan, Step, speculates
 from compose.stages.base import RULES, ModelShape, Stage
+from compose.stages.decode import DecodeStage
 
 MOST_COMBINATIONS = 10_000
 """Chains of a matrix: planning more takes minutes, running them years."""
@@ -88,6 +89,12 @@ def combinations(pipeline: Pipeline) -> Iterator[tuple[Chain, bool]]:
         yield tuple(itertools.chain.from_iterable(choice)), excluded
 
 
+def _compared_with(decode: Stage) -> Stage | None:
+    """How the cell decodes that one of this stage is compared with; None is plain decoding."""
+    assert isinstance(decode, DecodeStage), "only these say how a model is run"
+    return decode.compared_with()
+
+
 def cell_name(chain: Chain) -> str:
     """The name of a chain that has none of its own."""
     return "+".join(chain) or DENSE
@@ -147,11 +154,16 @@ class _Planner:
             self.add(chain, (cell_name(chain),), "matrix")
 
     def add_plain_cells(self) -> None:
-        """Add a plain cell for every cell with a decode stage: the same weights, plain decoding."""
+        """Add what each cell with a decode stage is compared with, and the same weights, decoded
+        plainly."""
         for planned in list(self._cells.values()):
-            if planned.decode is not None and cell_key(planned.weights, None) not in self._cells:
-                chain = self._steps[planned.weights].chain
-                self.add(chain, (cell_name(chain),), "plain")
+            if planned.decode is None:
+                continue
+            chain = self._steps[planned.weights].chain
+            for decode in (_compared_with(planned.decode), None):
+                names = [name for name, stage in self._stages.items() if stage == decode][:1]
+                if cell_key(planned.weights, decode) not in self._cells:
+                    self.add((*chain, *names), (cell_name((*chain, *names)),), "plain")
 
     def add_repeats(self) -> None:
         """Plan every cell whose chain makes weights again with each further seed, for its quality.
@@ -251,7 +263,8 @@ class _Planner:
         name, *aliases = planned.names
         plain = None
         if planned.decode is not None:
-            plain = self._cells[cell_key(planned.weights, None)].names[0]
+            key_of = cell_key(planned.weights, _compared_with(planned.decode))
+            plain = self._cells[key_of].names[0]
         return Cell(
             name=name,
             chain=planned.chain,

@@ -71,7 +71,8 @@ class CellResult(Record):
     """Other names of the same chain."""
 
     plain: str | None = None
-    """The cell with the same weights and plain decoding."""
+    """The cell with the same weights and plain decoding, or of one that verifies drafts at a
+    budget, the cell that skips at that budget without drafts."""
 
     quality_of: str | None = None
     """The cell whose quality this one has, because it gives the same tokens."""

@@ -33,6 +33,10 @@ class DecodeStage(Stage):
         """Whether any branch is skipped."""
         return True
 
+    def compared_with(self) -> DecodeStage | None:
+        """How the cell decodes that this one is compared with; None is plain decoding."""
+        return None
+
 
 class Plain(DecodeStage):
     """Compute every branch; what is set is how keys and values are kept."""
@@ -100,22 +104,43 @@ class Speculate(DecodeStage):
     draft_length: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = "auto"
     """Tokens drafted before each verification; `auto` sets it from measured cost and acceptance."""
 
+    verify_budget: float = Field(default=1.0, gt=0, le=1)
+    """The share of multiply-adds that verification computes. Below 1 the text is that of a stage
+    `skip` of this budget, which the pipeline needs, too: it is what the cell is compared with.
+    Drafts then compute this share as well, unless `draft_budget` says otherwise."""
+
     target: Literal["gated", "original"] = "gated"
     """What verifies: the model with its gates at full compute, or the one that they were put on.
     The two are one unless gates scale; a backbone that learned along cannot be undone."""
 
     @model_validator(mode="before")
     @classmethod
-    def _a_network_skips_nothing(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("draft_weights") != "learned":
+    def _budgets_fit(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
             return given
-        if given.get("draft_budget", 1) != 1:
-            raise ValueError("a draft network skips nothing: leave draft_budget out")
-        return given | {"draft_budget": 1.0}
+        if given.get("draft_weights") == "learned":
+            if given.get("draft_budget", 1) != 1:
+                raise ValueError("a draft network skips nothing: leave draft_budget out")
+            return given | {"draft_budget": 1.0}
+        return (
+            {"draft_budget": given["verify_budget"], **given} if "verify_budget" in given else given
+        )
+
+    @model_validator(mode="after")
+    def _the_original_skips_nothing(self) -> Self:
+        if self.target == "original" and self.verify_budget < 1:
+            raise ValueError("the original model skips nothing: leave verify_budget or target out")
+        return self
 
     def skips(self) -> bool:
-        """Only drafts below a budget of 1 do."""
-        return self.draft_budget < 1
+        """Only drafts and verification below a budget of 1 do."""
+        return min(self.draft_budget, self.verify_budget) < 1
+
+    def compared_with(self) -> DecodeStage | None:
+        """What has the same text without drafts: plain decoding, or skipping at `verify_budget`."""
+        if self.verify_budget == 1:
+            return None
+        return Skip(budget=self.verify_budget, kv_cache=self.kv_cache)
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """All decoders' rules, `learned-needs-network`, `draft-of-packed`, `original-is-gone`."""
