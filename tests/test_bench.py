@@ -78,6 +78,8 @@ def test_folders_and_systems_become_cells(make_tiny: Callable[..., Path], tmp_pa
     assert len({cell.key for cell in plan.cells}) == len(plan.cells)
     assert {cell.folder for cell in plan.cells} == {str(one)}
     assert plan.pipeline.benchmark.baseline == "plain"
+    ways = ["plain", "skip:0.8", "skip:0.7", "draft:0.8+int4+verify0.8"]
+    assert bench_plan("b", [one], ways, [], SETTINGS).cells[3].plain == "skip:0.8"
     both = bench_plan("b", [one, two], ["plain"], [], SETTINGS)
     assert [cell.name for cell in both.cells] == [f"{one.name}:plain", f"{two.name}:plain"]
     copy = tmp_path / "copy"

@@ -20,6 +20,7 @@ DRAFTS = ("auto", "int4", "int3", "int2", "nf4", "int4-head", "learned")
 """What drafts, where it is not the model itself: `Weights` of `gateskip.decoding`."""
 PLAINEST: dict[str, Any] = {"draft_weights": "own", "lookup": False}
 """A draft of which no word says more than its budget."""
+VERIFY = "verify"
 KV_SUFFIX = "+int8-kv"
 
 
@@ -37,9 +38,9 @@ class System:
 
 def parse_system(text: str) -> System:
     """`plain`, `skip:BUDGET` with `+full-prompt`, `+full-answer` or `+hold`, `draft:BUDGET` with
-    `+auto`, `+int4`, `+int3`, `+int2`, `+nf4`, `+int4-head` or `+learned`, `+lookup`, `+LENGTH`;
-    any of these before `+int8-kv` (keys and values in 8 bits), and after a backend, as in
-    `gathered:skip:0.8`.
+    `+auto`, `+int4`, `+int3`, `+int2`, `+nf4`, `+int4-head` or `+learned`, `+lookup`, `+LENGTH`,
+    and `+verify0.8` where drafts are verified as `skip:0.8` decodes; any of these before `+int8-kv`
+    (keys and values in 8 bits), and after a backend, as in `gathered:skip:0.8`.
 
     Raises UserError for anything else.
     """
@@ -67,6 +68,8 @@ def parse_system(text: str) -> System:
                 settings["draft_weights"] = word
             elif word == "lookup":
                 settings["lookup"] = True
+            elif word.startswith(VERIFY):
+                settings["verify_budget"] = float(word.removeprefix(VERIFY))
             else:
                 settings["draft_length"] = int(word)
     except ValueError as error:

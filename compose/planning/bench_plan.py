@@ -19,7 +19,8 @@ from compose.language.schema import Benchmark, Model, Pipeline
 from compose.planning.keys import cell_key, digest, listing
 from compose.planning.plan import Cell, Plan
 from compose.planning.prepare import require_inputs
-from compose.stages.registry import Plain, Skip, Speculate, Stage
+from compose.stages.decode import DecodeStage
+from compose.stages.registry import Plain, Skip, Speculate
 
 PLAIN = "plain"
 
@@ -85,7 +86,7 @@ def bench_plan(
     return Plan(pipeline, (), tuple(cells), ())
 
 
-def decode_stage(system: System) -> Stage | None:
+def decode_stage(system: System) -> DecodeStage | None:
     """The decode stage that a pipeline file would name; None for plain decoding.
 
     Raises UserError where a setting is out of its range.
@@ -103,9 +104,10 @@ def decode_stage(system: System) -> Stage | None:
 
 
 def _cell(folder: Path, label: str, way: System, ways: Sequence[System]) -> Cell:
-    """A folder decoded in one way; its plain cell is the same folder in the same backend."""
+    """A folder decoded in one way; it is compared with the same folder in the same backend."""
     weights, decode = _content_key(folder), decode_stage(way)
-    plain = [each for each in ways if decode_stage(each) is None and each.backend == way.backend]
+    other = None if decode is None else decode.compared_with()
+    plain = [each for each in ways if decode_stage(each) == other and each.backend == way.backend]
     backend = way.backend or "auto"
     return Cell(
         name=label + way.name,
