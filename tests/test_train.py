@@ -122,6 +122,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kl": {"sparsity": "kl"},
     "soft": {"masks": "soft", "schedule": "cosine"},
     "uniform": {"ranking": "uniform", "schedule": "linear"},
+    "rows": {"ranking": "rows", "batch": 2},
     "attention": {"branches": "attention"},
     "mlp": {"branches": "mlp"},
     "full": {"backbone": "full", "backbone_lr": 1e-3, "weight_decay": 0.1, "decay": "cosine"},
@@ -159,6 +160,27 @@ class TestTrainOptions:
         assert still == (options.get("backbone", "frozen") == "frozen")
         assert math.isfinite(curve[-1]["valid"]) and curve[-1]["kl@0.75"] >= 0
         assert not any("lora" in name for name, _ in model.named_parameters()), "merged"
+
+    def test_every_row_keeps_the_budget_by_itself(self, tiny_llama: Path) -> None:
+        """One row repeats a word and the other does not: a common threshold treats them unlike."""
+        torch.manual_seed(0)
+        model, gates = load_model(tiny_llama, "float32"), make_gates("scalar", 8, 64)
+        block = torch.stack((torch.full((64,), 7), torch.randint(3, 512, (64,))))
+        config = TrainConfig(ranking="rows", backbone="frozen", batch=2)
+        session = _Session(model, gates, block, config, model, Accelerator(cpu=True), None)
+        session._rank(block)
+        common, own = session._thresholds(0.7), session._thresholds_for(block, 0.7)
+        rule = session._mask(common)
+        with torch.no_grad():
+            session.student(block, rule)
+        logits = torch.stack(rule.logits).view(8, 2, -1)
+
+        def kept(thresholds: torch.Tensor) -> list[float]:
+            entered = (logits >= thresholds.unsqueeze(-1)).float().mean(-1)  # [branches, rows]
+            return (entered * session.costs.unsqueeze(1)).sum(0).tolist()
+
+        assert own.shape == (8, 2) and kept(own) == pytest.approx([0.7, 0.7], abs=0.03)
+        assert abs(kept(common.unsqueeze(1))[0] - kept(common.unsqueeze(1))[1]) > 0.1
 
     def test_gates_of_one_kind_of_branch_alone_learn(
         self, tiny_llama: Path, blocks: torch.Tensor

@@ -102,8 +102,10 @@ class Gate(Stage):
     masks: Literal["straight-through", "soft", "hard"] = TRAIN.masks
     """How thresholds mask while training; `hard` passes no gradient, so gates must scale."""
 
-    ranking: Literal["global", "uniform"] = TRAIN.ranking
-    """One threshold for all branches while training, or the same kept share for each."""
+    ranking: Literal["global", "uniform", "rows"] = TRAIN.ranking
+    """One threshold for all branches while training, or the same kept share for each; or one for
+    all in every row, so that easy texts do not skip for hard ones, as `skip: {hold: true}` decodes:
+    a pass more a step."""
 
     branches: Literal["both", "attention", "mlp"] = TRAIN.branches
     """Which branches may be skipped."""

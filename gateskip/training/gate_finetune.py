@@ -138,14 +138,13 @@ class _Session(Loop):
         budget = self._budget()
         if not self.window:
             self._rank(self._block(0))
-        thresholds = self._thresholds(budget)
         losses, shares, logits = [], [], []
         learned = [p for p in self.gates.parameters() if p.requires_grad]
         price = BudgetPrice(learned, config.accumulate)
         for part in range(config.accumulate):
             with accelerator.accumulate(self.student):
                 block = self._block(part)
-                rule = self._mask(thresholds)
+                rule = self._mask(self._thresholds_for(block, budget))
                 loss = self._loss(block, rule, budget, self.own_text(part))
                 price.add_cost(rule)
                 accelerator.backward(loss)
@@ -243,7 +242,23 @@ class _Session(Loop):
 
     def _thresholds(self, budget: float) -> Tensor:
         """Thresholds [branches] that keep `budget` of the cost over the last steps' tokens."""
-        logits, costs = torch.cat(self.window, 1).cpu(), self.costs.cpu()
+        return self._ranked(torch.cat(self.window, 1), budget)
+
+    def _thresholds_for(self, block: Tensor, budget: float) -> Tensor:
+        """Thresholds of a pass over block [B, S]: [branches], or with a ranking by rows [branches,
+        B], each row's by the logits of a pass before under those that are common to all."""
+        thresholds = self._thresholds(budget)
+        if self.config.ranking != "rows":
+            return thresholds
+        rule = self._mask(thresholds)
+        with torch.no_grad(), self.accelerator.autocast():
+            self.student(block, rule)
+        of_rows = torch.stack(rule.logits).view(len(thresholds), len(block), -1)
+        return torch.stack([self._ranked(row, budget) for row in of_rows.unbind(1)], 1)
+
+    def _ranked(self, logits: Tensor, budget: float) -> Tensor:
+        """Thresholds [branches] at which tokens of logits [branches, tokens] keep the budget."""
+        logits, costs = logits.cpu(), self.costs.cpu()
         budget = 1 - min(1.0, (1 - budget) * math.exp(self.drift))
         if self.config.ranking == "uniform":
             share = 1 - (1 - budget) * float(costs.sum() / costs[self.free].sum())
@@ -278,10 +293,10 @@ class _Session(Loop):
         row = {}
         with torch.no_grad(), self.accelerator.autocast():
             for budget in self.config.validate_budgets:
-                thresholds, total, kept = self._thresholds(budget), 0.0, 0.0
+                total, kept = 0.0, 0.0
                 for part in blocks.to(self.accelerator.device).split(1):
                     target = head(self.teacher, masked_forward(self.teacher, part))
-                    rule = self._mask(thresholds)
+                    rule = self._mask(self._thresholds_for(part, budget))
                     rule.form = "hard"
                     hidden, _ = self.student(part, rule)
                     total += float(distill_loss(head(self.model, hidden), target))

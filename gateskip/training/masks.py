@@ -13,15 +13,16 @@ from gateskip.model.gating import ANCHORS
 
 
 class TrainMask:
-    """Mask rule of one training step, by one threshold a branch.
+    """Mask rule of one training step, by one threshold a branch, or one for each row of it.
 
     `straight-through`: 0 or 1 as at inference, with the gradient of a sigmoid in the backward pass.
     `soft`: that sigmoid itself, so the model sees fractions. `hard`: 0 or 1 and no gradient, as
     published; gates then learn through what they scale.
 
-    `costs` [branches] count towards the kept `share`; `prices` [branches] are the net saving of a
-    skipped token, and `paid` is their differentiable sum over entered branches. `shift` is a zero
-    that is added to every gate logit: its gradient is that of the loss in a common rise of all.
+    `thresholds` are [branches] or [branches, B]. `costs` [branches] count towards the kept `share`;
+    `prices` [branches] are the net saving of a skipped token, and `paid` is their differentiable
+    sum over entered branches. `shift` is a zero that is added to every gate logit: its gradient is
+    that of the loss in a common rise of all.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class TrainMask:
         free = self.free[branch.index]
         if free and self.form != "hard":
             z = z + self.shift
-        mask = self._mask(z, self.thresholds[branch.index]) if free else torch.ones_like(z)
+        threshold = self.thresholds[branch.index]  # of all rows, or [B]
+        mask = self._mask(z, threshold.unsqueeze(-1)) if free else torch.ones_like(z)
         if free:
             self.paid = self.paid + self.prices[branch.index] * mask.mean()
         self.share = self.share + self.costs[branch.index] * mask.detach().mean()

@@ -99,8 +99,9 @@ class TrainConfig(LoopConfig):
     """How a threshold becomes a mask while training."""
     mask_temperature: float = 1.0
     """Temperature of the sigmoid whose gradient the mask gets."""
-    ranking: Literal["global", "uniform"] = "global"
-    """Whether all branches share one threshold, or each keeps the budget's share of its tokens."""
+    ranking: Literal["global", "uniform", "rows"] = "global"
+    """Whether all branches share one threshold, or each keeps the budget's share of its tokens; or
+    all share one in every row of a batch, which keeps the budget by itself (a pass more a step)."""
     branches: Literal["both", "attention", "mlp"] = "both"
     """Which branches may be skipped."""
     schedule: Literal["sampled", "linear", "cosine"] = "sampled"
