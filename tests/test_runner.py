@@ -30,6 +30,7 @@ from compose.execution import cells as cells_module
 from compose.execution import runner as runner_module
 from compose.execution import speed as speed_module
 from compose.execution.executors import TimedHere
+from compose.execution.gather import MOST_POINTS, thinned
 from compose.execution.run_folder import RunFolder, file_name, phase_key, read_phase
 from compose.execution.runner import RunResult, run
 from compose.execution.sessions import Round, Session, Shape, find_session, new_session
@@ -335,6 +336,16 @@ def test_the_result_is_typed_and_compared_with_the_baseline(tmp_path: Path) -> N
     assert (spec.fingerprint or {}).keys() == {"load", "lossless", "speed"}
     assert results.cell("skip").status == "left-out"
     assert results.cell("skip").rule == "decode-needs-gates"
+
+
+def test_long_training_curves_are_thinned() -> None:
+    """Points of three steps: their mean loss, and the validation that one of them had."""
+    curve: list[Answer] = [{"step": i + 1, "loss": float(i)} for i in range(3 * MOST_POINTS - 1)]
+    curve[4]["valid"] = 7.0
+    points = thinned(curve)
+    assert len(points) == MOST_POINTS and points[-1]["step"] == len(curve)
+    assert points[:2] == [{"step": 3, "loss": 1.0}, {"step": 6, "loss": 4.0, "valid": 7.0}]
+    assert thinned(curve[:MOST_POINTS]) == curve[:MOST_POINTS]
 
 
 def test_a_second_run_does_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ What was measured is collected here and in `gather_speed`; what relates cells to
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from compose.planning.plan import Cell, Plan
 from compose.results.relate import relate
 from compose.results.schema import CellResult, Results
 from compose.units import public_path
+
+MOST_POINTS = 400  # of a training curve: more than a picture shows
 
 
 def gather(
@@ -197,8 +200,24 @@ def _curve(record: dict[str, Any]) -> list[dict[str, Any]] | None:
     if isinstance(curve, list) and all(
         isinstance(point, dict) and "step" in point for point in curve
     ):
-        return curve
+        return thinned(curve)
     return None
+
+
+def thinned(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A training curve of MOST_POINTS points at most, each the last of as many steps, with their
+    mean loss and the last validation among them."""
+    stride = math.ceil(len(curve) / MOST_POINTS)
+    if stride <= 1:
+        return curve
+    points = []
+    for start in range(0, len(curve), stride):
+        steps = curve[start : start + stride]
+        losses = [point["loss"] for point in steps if point.get("loss") is not None]
+        validated = [point for point in steps if point.get("valid") is not None]
+        point = {**(validated[-1] if validated else {}), **steps[-1]}
+        points.append(point | ({"loss": sum(losses) / len(losses)} if losses else {}))
+    return points
 
 
 def _errors(record: dict[str, Any]) -> dict[str, float] | None:
