@@ -162,10 +162,10 @@ class TestTrainOptions:
         assert not any("lora" in name for name, _ in model.named_parameters()), "merged"
 
     def test_every_row_keeps_the_budget_by_itself(self, tiny_llama: Path) -> None:
-        """One row repeats a word and the other does not: a common threshold treats them unlike."""
+        """One row has few words and the other many: a common threshold treats them unlike."""
         torch.manual_seed(0)
         model, gates = load_model(tiny_llama, "float32"), make_gates("scalar", 8, 64)
-        block = torch.stack((torch.full((64,), 7), torch.randint(3, 512, (64,))))
+        block = torch.stack((torch.randint(3, 6, (64,)), torch.randint(3, 512, (64,))))
         config = TrainConfig(ranking="rows", backbone="frozen", batch=2)
         session = _Session(model, gates, block, config, model, Accelerator(cpu=True), None)
         session._rank(block)
@@ -180,7 +180,8 @@ class TestTrainOptions:
             return (entered * session.costs.unsqueeze(1)).sum(0).tolist()
 
         assert own.shape == (8, 2) and kept(own) == pytest.approx([0.7, 0.7], abs=0.03)
-        assert abs(kept(common.unsqueeze(1))[0] - kept(common.unsqueeze(1))[1]) > 0.1
+        few, many = kept(common.unsqueeze(1))
+        assert abs(few - many) > 0.05
 
     def test_gates_of_one_kind_of_branch_alone_learn(
         self, tiny_llama: Path, blocks: torch.Tensor
