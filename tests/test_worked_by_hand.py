@@ -82,10 +82,23 @@ class TestDraftLength:
         assert controller.draft_length() == 0
         for zeros in (30, 63, 127, 255, 511, 511):
             assert [length() for _ in range(zeros + 1)] == [0] * zeros + [1]
+            controller.observe(1, [0], 1.0, 1.05)
         controller.draft_step, controller.acceptance = 0.01, 0.9
         assert controller.draft_length() == 8
         controller.draft_step, controller.acceptance = 1.0, 0.1
         assert [length() for _ in range(32)] == [0] * 31 + [1]
+
+    def test_a_trial_waits_until_something_is_proposed(self) -> None:
+        """A text that proposes nothing says nothing of look-up: no longer pause follows."""
+        controller = measured(0.1, draft_step=1.0)
+        controller.draft_length()
+        controller.waited(controller.PAUSE - 1)
+        assert (controller.draft_length(), controller.rounds()) == (1, 1)
+        for _ in range(3):
+            controller.observe(0, [], 0.0, 1.0)
+            assert (controller.draft_length(), controller.rounds()) == (1, controller.TOGETHER)
+        controller.observe(1, [0], 1.0, 1.05)
+        assert controller.draft_length() == 0 and controller.rounds() == 2 * controller.PAUSE - 1
 
     def test_a_gain_of_less_than_two_percent_is_none(self) -> None:
         """One draft at 0.5: 1.5 tokens in 1 + cost; two percent are gained at 1.4706."""

@@ -49,6 +49,7 @@ class DraftLengthController:
         self.rounds_made = 0  # of drafting
         self.last = 0  # what `draft_length` said
         self.trying = False  # whether that is a trial
+        self.tries = 0  # in a row in which nothing was drafted, since the text proposed nothing
 
     def draft_length(self) -> int:
         """Tokens to draft next."""
@@ -60,7 +61,7 @@ class DraftLengthController:
         """How many rounds follow with the length that was chosen, before it is chosen again."""
         if self.times_plain():
             return self.TIMED
-        if self.trying:
+        if self.trying and self.tries == 1:
             return 1
         if self.last:
             return min(self.TOGETHER, self.FRESH - self.since_plain)
@@ -79,17 +80,22 @@ class DraftLengthController:
         if self.times_plain():
             return 0
         if self.draft_step is None or self.per_row is None:
-            self.trying = True
-            return self.TRIAL
+            return self._try()
         best = max(range(self.LONGEST + 1), key=self._tokens_per_s)
         if best and self._tokens_per_s(best) > self.MARGIN * self._tokens_per_s(0):
             self.pause = self.PAUSE
             return best
+        if self.tries:
+            return self._try()
         if self.wait < self.pause - 1:
             return 0
         self.wait, self.pause = 0, min(2 * self.pause, self.LONGEST_PAUSE)
         self.rounds_made = -1  # expect anew after it
-        self.trying = True
+        return self._try()
+
+    def _try(self) -> int:
+        """Draft a little, to see what it costs and brings; until a text proposes something."""
+        self.trying, self.tries = True, self.tries + 1
         return self.TRIAL
 
     def least(self) -> float:
@@ -152,6 +158,7 @@ class DraftLengthController:
                 self.waited(steps)
             self.plain, self.since_plain = self._plain.add(verify_s / steps), 0
             return
+        self.tries = 0
         self.since_plain += 1
         self.rounds_made += 1
         if self.rounds_made % self.RENEW == 0:
