@@ -93,12 +93,22 @@ class TestDraftLength:
         controller = measured(0.1, draft_step=1.0)
         controller.draft_length()
         controller.waited(controller.PAUSE - 1)
-        assert (controller.draft_length(), controller.rounds()) == (1, 1)
         for _ in range(3):
-            controller.observe(0, [], 0.0, 1.0)
-            assert (controller.draft_length(), controller.rounds()) == (1, controller.TOGETHER)
+            assert (controller.draft_length(), controller.rounds()) == (1, controller.TRIED)
+            for _ in range(controller.TRIED):
+                controller.observe(0, [], 0.0, 1.0)
         controller.observe(1, [0], 1.0, 1.05)
         assert controller.draft_length() == 0 and controller.rounds() == 2 * controller.PAUSE - 1
+
+    def test_the_first_round_of_a_trial_may_be_slow(self) -> None:
+        """After a pause it finds nothing in the caches; those after it say what drafting costs."""
+        controller = DraftLengthController()
+        controller.observe(0, [], 0.0, 1.0)
+        assert controller.draft_length() == 1
+        for slow in (1.0, *[0.0] * (controller.rounds() - 1)):
+            controller.observe(1, [0], 0.05 + slow, 1.05 + slow)
+        assert controller.draft_step == pytest.approx(0.05) == controller.per_row
+        assert controller.draft_length() == 1, "at an acceptance of 0.39"
 
     def test_a_gain_of_less_than_two_percent_is_none(self) -> None:
         """One draft at 0.5: 1.5 tokens in 1 + cost; two percent are gained at 1.4706."""

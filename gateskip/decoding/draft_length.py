@@ -23,6 +23,9 @@ class DraftLengthController:
 
     LONGEST = 8
     TRIAL = 1  # a trial of 3 that does not pay costs 5 to 7 % of 32 tokens, one of 1 about 1 %
+    # Rounds of a trial. After a pause the first one finds the draft's weights and code in no cache:
+    # by itself it takes much longer than drafting would, and drafts would never be begun again.
+    TRIED = 4
     MARGIN = 1.02  # speculation must promise this much more than plain decoding
     PAUSE, LONGEST_PAUSE = 32, 512  # rounds
     FRESH = 48  # rounds of drafting after which plain steps are timed again, against drift
@@ -61,8 +64,8 @@ class DraftLengthController:
         """How many rounds follow with the length that was chosen, before it is chosen again."""
         if self.times_plain():
             return self.TIMED
-        if self.trying and self.tries == 1:
-            return 1
+        if self.trying:
+            return self.TRIED
         if self.last:
             return min(self.TOGETHER, self.FRESH - self.since_plain)
         return max(1, self.pause - 1 - self.wait)
