@@ -108,7 +108,7 @@ class TestDraftLength:
         for slow in (1.0, *[0.0] * (controller.rounds() - 1)):
             controller.observe(1, [0], 0.05 + slow, 1.05 + slow)
         assert controller.draft_step == pytest.approx(0.05) == controller.per_row
-        assert controller.draft_length() == 1, "at an acceptance of 0.39"
+        assert controller.draft_length() == 2, "at an acceptance of 0.39"
 
     def test_a_gain_of_less_than_two_percent_is_none(self) -> None:
         """One draft at 0.5: 1.5 tokens in 1 + cost; two percent are gained at 1.4706."""
