@@ -28,7 +28,8 @@ class Question:
 
 
 def answers(report: Report) -> tuple[Question, ...]:
-    """Every question whose answers were kept; a cell that speculates gives its plain cell's."""
+    """Every question whose answers were kept. Cells that speculate are not among them: they were
+    not asked, since they give the answers of the cell that they are checked against."""
     baseline = report.results.find(report.results.baseline)
     if baseline is None or baseline.quality is None:
         return ()

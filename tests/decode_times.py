@@ -21,7 +21,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from shapes import SHAPES
+from shapes import SHAPES, empty_llama
 from torch import nn
 
 from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
@@ -75,13 +75,7 @@ def main() -> None:
 
 def make(options: Any, bits: str) -> SkippingModel:
     """A model of random weights behind the native backend."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=1 << 17)
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    model = empty_llama(options.shape, max_position_embeddings=1 << 17)
     for name, part in list(model.model.named_modules()):
         if isinstance(part, nn.Linear) and bits == "bf16":
             part.weight.normal_(std=part.in_features**-0.5)

@@ -34,21 +34,30 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def empty_llama(shape: str, **more: Any) -> Any:
+    """A Llama in bfloat16 whose weights are whatever was in memory; `more` are of its config."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**SHAPES[shape], **more)
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu").eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
+
+
 def write_random(shape: str, folder: Path, seed: int = 0) -> Path:
     """A Llama of random bfloat16 weights with tied embeddings, and SmolLM2's tokenizer.
 
     Weights have the size at which a layer keeps the norm of what it reads.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from compose.assets import resolve_model
 
     torch.manual_seed(seed)
-    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
-    with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    model = empty_llama(shape, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
     model.tie_weights()
     with torch.no_grad():
         for parameter in model.parameters():

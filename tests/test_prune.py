@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from drafts import SKIPPING
 
 import gateskip
 from compose.artifacts.folder import copy_companions, probe_logits
@@ -38,7 +39,6 @@ from gateskip.quantization.folders import load_model
 BLOCK = 32
 EXACT = {"atol": 2e-4, "rtol": 0.0}
 CAN_CUT_HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3")
-SKIPPING: dict[str, Any] = {"draft_weights": "own", "draft_budget": 0.5, "lookup": False}
 GREEDY = {"use": "drop-layers", "metric": "perplexity-greedy"}
 Run = Callable[..., tuple[Path, dict[str, Any]]]
 Tiny = Callable[..., Path]

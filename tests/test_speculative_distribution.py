@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from drafts import SKIPPING
 
 from gateskip.decoding import sampling
 from gateskip.decoding.decoder import Decoder
@@ -280,7 +281,6 @@ def of_sequences(decoder: Decoder, prompt: Sequence[int] = PROMPT) -> dict[tuple
     return dict(zip(texts, total.tolist(), strict=True))
 
 
-SKIPPING: dict[str, Any] = {"draft_weights": "own", "draft_budget": 0.5, "lookup": False}
 BY_INT4: dict[str, Any] = {"draft_weights": "int4", "lookup": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {"mode": "plain"},

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from drafts import SKIPPING
 
 import gateskip
 from compose.artifacts.folder import copy_companions, probe_logits
@@ -39,7 +40,6 @@ RUNS: dict[str, dict[str, Any]] = {
 
 # LLM.int8 rounds activations, gptqmodel's CPU kernel computes in bfloat16; our engine does neither.
 # transformers knows nothing of a head in 8 bits.
-SKIPPING: dict[str, Any] = {"draft_weights": "own", "draft_budget": 0.5, "lookup": False}
 ROUNDING = {"int8": 0.2, "gptq4": 0.15, "head8": 0.15}
 
 

@@ -169,11 +169,9 @@ class TestTrainOptions:
         config = TrainConfig(ranking="rows", backbone="frozen", batch=2)
         session = _Session(model, gates, block, config, model, Accelerator(cpu=True), None)
         session._rank(block)
-        common, own = session._thresholds(0.7), session._thresholds_for(block, 0.7)
-        rule = session._mask(common)
-        with torch.no_grad():
-            session.student(block, rule)
-        logits = torch.stack(rule.logits).view(8, 2, -1)
+        common = session._thresholds(0.7)
+        own = session._of_rows(block, common, 0.7)
+        logits = session._logits(block, common).view(8, 2, -1)
 
         def kept(thresholds: torch.Tensor) -> list[float]:
             entered = (logits >= thresholds.unsqueeze(-1)).float().mean(-1)  # [branches, rows]

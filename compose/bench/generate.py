@@ -142,8 +142,17 @@ def load_prompts(
     Raises:
         AssetError: it cannot be had, or has fewer.
     """
+    return [prompt_ids(tokenizer, text) for text in prompt_texts(source, count, cache)]
+
+
+def prompt_texts(source: str, count: int, cache: Path | None) -> list[str]:
+    """The first `count` prompts of a text.
+
+    Raises:
+        AssetError: it cannot be had, or has fewer.
+    """
     data = load_texts(source, count, cache)
     texts = data.prompts or data.rows
     if len(texts) < count:
         raise AssetError(f"{source} has {len(texts)} prompts, but {count} are asked for")
-    return [prompt_ids(tokenizer, text) for text in texts[:count]]
+    return texts[:count]

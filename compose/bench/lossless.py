@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from compose.results.answers import common_prefix
 from compose.units import Progress
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.stats import Stats
-from gateskip.runtime.backend import Thresholds
 
 FORCED_DRAFT = 3
 """Draft length of the first pass where the cell says `auto`: without drafts nothing is checked."""
@@ -30,10 +30,10 @@ def check_lossless(
     """Compare both decodings of each prompt; the fields of the result's `lossless_check`.
 
     `settings` are a speculating cell's arguments of `Decoder.generate`; drafts that are verified at
-    a budget are compared with skipping at that budget. Where they say `auto`, the
-    prompts are decoded twice: with a forced draft length, since a decoder that falls back to plain
-    steps would pass without having shown anything, and with the lengths that the cell chooses
-    itself. The verdict is over both.
+    a budget are compared with skipping at that budget. Where they say `auto`, the prompts are
+    decoded twice: with a forced draft length, since a decoder that falls back to plain steps would
+    pass without having shown anything, and with the lengths that the cell chooses itself. The
+    verdict is over both.
     """
     own_length = settings["draft_length"]
     forced_length = FORCED_DRAFT if own_length == "auto" else own_length
@@ -54,8 +54,7 @@ def check_lossless(
             if own.tokens[0] != plain[number]:
                 # A batch rounds in another order: decode the row by itself.
                 plain[number] = decoder.generate([prompt], new_tokens, **undrafted).tokens[0]
-            thresholds = decoder.thresholds(budget)
-            found = _divergence(decoder, thresholds, number, prompt, plain[number], own.tokens[0])
+            found = _divergence(decoder, budget, number, prompt, plain[number], own.tokens[0])
             divergences += [{"pass": name, **found}] if found else []
             if progress is not None:
                 progress(number + 1, len(prompts), f"lossless check, {name} lengths")
@@ -76,17 +75,17 @@ def check_lossless(
 
 def _divergence(
     decoder: Decoder,
-    thresholds: Thresholds,
+    budget: float,
     number: int,
     prompt: list[int],
     plain: list[int],
     own: list[int],
 ) -> dict[str, Any] | None:
-    """Where two continuations first differ, and plain decoding's top-2 logit margin there."""
+    """Where two continuations first differ, and the top-2 logit margin there of decoding without
+    drafts at the budget."""
     if plain == own:
         return None
-    pairs = zip(plain, own, strict=False)
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(plain), len(own)))
+    same, thresholds = common_prefix(plain, own), decoder.thresholds(budget)
     ids = torch.tensor([prompt + plain[:same]])
     skipping = decoder.skipping
     hidden = skipping.forward(ids, skipping.new_cache(1, ids.shape[1]), [0], thresholds)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import gateskip
 from compose.assets import TASKS, TextData, contamination, first_available, load_texts, token_blocks
-from compose.bench.generate import load_prompts, stop_token_ids
+from compose.bench.generate import prompt_ids, prompt_texts, stop_token_ids
 from compose.bench.job import BLOCK, CellJob
 from compose.bench.own_answers import (
     SHOWN,
@@ -202,14 +202,13 @@ class QualityBench:
     def _own_answers(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """How the cell answers prompts, beside the dense model: `compose.bench.own_answers`."""
         tokenizer, new_tokens = self.decoder.tokenizer, asked["new_tokens"]
-        prompts = load_prompts(tokenizer, asked["source"], asked["prompts"], self.job.asset_cache)
+        texts = prompt_texts(asked["source"], asked["prompts"], self.job.asset_cache)
+        prompts = [prompt_ids(tokenizer, text) for text in texts]
         stops = stop_token_ids(self.decoder)
         if self.is_baseline:
             dense = write_answers(self.model, prompts, new_tokens, stops)
             self.stored |= dense.tensors()
-            data = load_texts(asked["source"], asked["prompts"], self.job.asset_cache)
-            questions = (data.prompts or data.rows)[:SHOWN]
-            return {**dense_record(dense, new_tokens, tokenizer), "questions": questions}
+            return {**dense_record(dense, new_tokens, tokenizer), "questions": texts[:SHOWN]}
         dense = DenseAnswers.of(self.stored, prompts)
         self.model.clear_used()
         record = score_answers(

@@ -18,8 +18,8 @@ SKIPS: dict[str, dict[str, Any]] = {
 """Settings of a system that skips, by the word that names them."""
 DRAFTS = ("auto", "int4", "int3", "int2", "nf4", "int4-head", "learned")
 """What drafts, where it is not the model itself: `Weights` of `gateskip.decoding`."""
-PLAINEST: dict[str, Any] = {"draft_weights": "own", "lookup": False}
-"""A draft of which no word says more than its budget."""
+UNSAID: dict[str, Any] = {"draft_weights": "own", "lookup": False}
+"""What a draft is whose words say nothing but its budget."""
 VERIFY = "verify"
 KV_SUFFIX = "+int8-kv"
 
@@ -62,7 +62,7 @@ def parse_system(text: str) -> System:
         budget = float(words[0])
         if kind == "skip":
             return System(text, {"mode": "skip", "budget": budget, **_skip_settings(words[1:])})
-        settings: dict[str, Any] = {"mode": "speculate", "draft_budget": budget, **PLAINEST}
+        settings: dict[str, Any] = {"mode": "speculate", "draft_budget": budget, **UNSAID}
         for word in words[1:]:
             if word in DRAFTS:
                 settings["draft_weights"] = word

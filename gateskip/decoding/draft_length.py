@@ -51,12 +51,10 @@ class DraftLengthController:
         self.since_plain = 0  # rounds
         self.rounds_made = 0  # of drafting
         self.last = 0  # what `draft_length` said
-        self.trying = False  # whether that is a trial
-        self.tries = 0  # in a row in which nothing was drafted, since the text proposed nothing
+        self.trying = False  # whether a trial has begun in which nothing was drafted yet
 
     def draft_length(self) -> int:
         """Tokens to draft next."""
-        self.trying = False
         self.last = self._next()
         return self.last
 
@@ -86,9 +84,9 @@ class DraftLengthController:
             return self._try()
         best = max(range(self.LONGEST + 1), key=self._tokens_per_s)
         if best and self._tokens_per_s(best) > self.MARGIN * self._tokens_per_s(0):
-            self.pause = self.PAUSE
+            self.pause, self.trying = self.PAUSE, False
             return best
-        if self.tries:
+        if self.trying:
             return self._try()
         if self.wait < self.pause - 1:
             return 0
@@ -98,7 +96,7 @@ class DraftLengthController:
 
     def _try(self) -> int:
         """Draft a little, to see what it costs and brings; until a text proposes something."""
-        self.trying, self.tries = True, self.tries + 1
+        self.trying = True
         return self.TRIAL
 
     def least(self) -> float:
@@ -161,7 +159,7 @@ class DraftLengthController:
                 self.waited(steps)
             self.plain, self.since_plain = self._plain.add(verify_s / steps), 0
             return
-        self.tries = 0
+        self.trying = False
         self.since_plain += 1
         self.rounds_made += 1
         if self.rounds_made % self.RENEW == 0:

@@ -138,13 +138,14 @@ class _Session(Loop):
         budget = self._budget()
         if not self.window:
             self._rank(self._block(0))
+        common = self._thresholds(budget)
         losses, shares, logits = [], [], []
         learned = [p for p in self.gates.parameters() if p.requires_grad]
         price = BudgetPrice(learned, config.accumulate)
         for part in range(config.accumulate):
             with accelerator.accumulate(self.student):
                 block = self._block(part)
-                rule = self._mask(self._thresholds_for(block, budget))
+                rule = self._mask(self._of_rows(block, common, budget))
                 loss = self._loss(block, rule, budget, self.own_text(part))
                 price.add_cost(rule)
                 accelerator.backward(loss)
@@ -244,17 +245,20 @@ class _Session(Loop):
         """Thresholds [branches] that keep `budget` of the cost over the last steps' tokens."""
         return self._ranked(torch.cat(self.window, 1), budget)
 
-    def _thresholds_for(self, block: Tensor, budget: float) -> Tensor:
-        """Thresholds of a pass over block [B, S]: [branches], or with a ranking by rows [branches,
-        B], each row's by the logits of a pass before under those that are common to all."""
-        thresholds = self._thresholds(budget)
+    def _of_rows(self, block: Tensor, common: Tensor, budget: float) -> Tensor:
+        """Thresholds of a pass over block [B, S]: the `common` ones [branches], or with a ranking
+        by rows [branches, B], each row's by the logits of a pass before under the common ones."""
         if self.config.ranking != "rows":
-            return thresholds
+            return common
+        of_rows = self._logits(block, common).view(len(common), len(block), -1)
+        return torch.stack([self._ranked(row, budget) for row in of_rows.unbind(1)], 1)
+
+    def _logits(self, block: Tensor, thresholds: Tensor) -> Tensor:
+        """Gate logits [branches, tokens] of a pass over block [B, S] that teaches nothing."""
         rule = self._mask(thresholds)
         with torch.no_grad(), self.accelerator.autocast():
             self.student(block, rule)
-        of_rows = torch.stack(rule.logits).view(len(thresholds), len(block), -1)
-        return torch.stack([self._ranked(row, budget) for row in of_rows.unbind(1)], 1)
+        return torch.stack(rule.logits)
 
     def _ranked(self, logits: Tensor, budget: float) -> Tensor:
         """Thresholds [branches] at which tokens of logits [branches, tokens] keep the budget."""
@@ -283,20 +287,17 @@ class _Session(Loop):
 
     def _rank(self, block: Tensor) -> None:
         """Fill the window by a pass that skips nothing."""
-        rule = self._mask(torch.full((self.gates.branches,), -torch.inf))
-        with torch.no_grad(), self.accelerator.autocast():
-            self.student(block, rule)
-        self._remember(torch.stack(rule.logits))
+        self._remember(self._logits(block, torch.full((self.gates.branches,), -torch.inf)))
 
     def _validate(self, blocks: Tensor) -> dict[str, float]:
         """KL to the teacher on held-out blocks, at each of `validate_budgets`."""
         row = {}
         with torch.no_grad(), self.accelerator.autocast():
             for budget in self.config.validate_budgets:
-                total, kept = 0.0, 0.0
+                common, total, kept = self._thresholds(budget), 0.0, 0.0
                 for part in blocks.to(self.accelerator.device).split(1):
                     target = head(self.teacher, masked_forward(self.teacher, part))
-                    rule = self._mask(self._thresholds_for(part, budget))
+                    rule = self._mask(self._of_rows(part, common, budget))
                     rule.form = "hard"
                     hidden, _ = self.student(part, rule)
                     total += float(distill_loss(head(self.model, hidden), target))
