@@ -161,6 +161,20 @@ class TestTrainOptions:
         assert math.isfinite(curve[-1]["valid"]) and curve[-1]["kl@0.75"] >= 0
         assert not any("lora" in name for name, _ in model.named_parameters()), "merged"
 
+    def test_weights_that_are_cast_once_teach_the_same(
+        self, tiny_llama: Path, blocks: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def learned() -> tuple[torch.Tensor, list[dict[str, float]]]:
+            torch.manual_seed(0)
+            gates = make_gates("scalar", 8, 64)
+            _, curve = self.run(tiny_llama, blocks, gates, precision="bf16")
+            return torch.cat([each.flatten() for each in gates.parameters()]), curve
+
+        once, curve = learned()
+        monkeypatch.setattr("gateskip.training.gate_finetune.cast_once", lambda model, _: model)
+        anew, same = learned()
+        assert torch.equal(once, anew) and curve == same
+
     def test_every_row_keeps_the_budget_by_itself(self, tiny_llama: Path) -> None:
         """One row has few words and the other many: a common threshold treats them unlike."""
         torch.manual_seed(0)

@@ -22,9 +22,11 @@ class DraftLengthController:
     """
 
     LONGEST = 8
-    TRIAL = 1  # a trial of 3 that does not pay costs 5 to 7 % of 32 tokens, one of 1 about 1 %
+    TRIAL = 1  # tokens that a round of a trial drafts: what does not pay must cost little
     # Rounds of a trial. After a pause the first one finds the draft's weights and code in no cache:
     # by itself it takes much longer than drafting would, and drafts would never be begun again.
+    # Where no draft is accepted they cost four times a draft step and a verified row: half a plain
+    # step with a draft network, one and a half with a 4-bit copy of a bfloat16 model.
     TRIED = 4
     MARGIN = 1.02  # speculation must promise this much more than plain decoding
     PAUSE, LONGEST_PAUSE = 32, 512  # rounds

@@ -26,6 +26,7 @@ from gateskip.model.gating import ANCHORS
 from gateskip.model.progress import Progress
 from gateskip.model.reference import masked_forward
 from gateskip.training.budget_price import BudgetPrice
+from gateskip.training.cast_once import cast_once
 from gateskip.training.loop import Loop, adapt, precision, training_device
 from gateskip.training.masks import TrainMask, scheduled_budget
 from gateskip.training.objectives import (
@@ -102,16 +103,20 @@ class _Session(Loop):
     ) -> None:
         super().__init__(model, blocks, config, accelerator)
         self.validation = validation
-        if teacher is not model:
-            teacher.requires_grad_(False).to(accelerator.device)
-        student = self.shard(_Student(model, gates, config), gates.parameters())
+        frozen = config.backbone == "frozen"
+        self.running = cast_once(model, accelerator) if frozen else model  # in all passes
+        if teacher is model:
+            self.teacher = self.running
+        else:
+            self.teacher = cast_once(teacher, accelerator)
+        student = self.shard(_Student(self.running, gates, config), gates.parameters())
         self.backbone = list(self.trained.values())
         groups = [{"params": list(gates.parameters()), "lr": config.lr, "weight_decay": 0.0}]
         if self.backbone:
             groups.append({"params": self.backbone, "lr": config.backbone_lr})
         optimizer, self.schedule = self.optimizer_of(groups)
         self.student, self.optimizer = self.prepare(student, optimizer)
-        self.gates, self.teacher = gates, teacher
+        self.gates = gates
         costs = torch.tensor([c.over(blocks.shape[1]) for c in branch_costs(model)])
         self.costs = (costs / costs.sum()).to(accelerator.device)
         self.prices = self._prices().to(accelerator.device)
@@ -211,7 +216,7 @@ class _Session(Loop):
         following = torch.cat((block[:, 1:], torch.full_like(block[:, :1], -100)), 1).flatten()
 
         def loss_of(part: Tensor, rows: slice) -> Tensor:
-            logits = head(self.model, part)
+            logits = head(self.running, part)
             loss = torch.zeros((), device=part.device)
             if config.loss != "distill" and not own:
                 followed = int((following[rows] >= 0).sum())
@@ -300,7 +305,7 @@ class _Session(Loop):
                     rule = self._mask(self._of_rows(part, common, budget))
                     rule.form = "hard"
                     hidden, _ = self.student(part, rule)
-                    total += float(distill_loss(head(self.model, hidden), target))
+                    total += float(distill_loss(head(self.running, hidden), target))
                     kept += float(rule.share)
                 row[f"kl@{budget}"] = total / len(blocks)
                 row[f"kept@{budget}"] = kept / len(blocks)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gateskip.model.families import backbone, head
 from gateskip.model.progress import Progress
+from gateskip.training.cast_once import cast_once
 from gateskip.training.grids import PACE
 from gateskip.training.loop import Loop, Row, adapt, precision, training_device
 from gateskip.training.objectives import distill_loss, in_chunks
@@ -93,7 +94,7 @@ class _Healing(Loop):
         held_out: Tensor | None,
     ) -> None:
         super().__init__(model, blocks, config, accelerator)
-        self.teacher = teacher.requires_grad_(False).to(accelerator.device)
+        self.teacher = cast_once(teacher, accelerator)
         self.held_out, self.best = held_out, dict[str, Tensor]()
         body = self.shard(backbone(model))
         placed = places(model)
