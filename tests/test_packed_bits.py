@@ -17,7 +17,12 @@ from gateskip.quantization import packed_linear
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
 from gateskip.quantization.grid_linear import GridEmbedding, GridLinear, SharedHead, stored
-from gateskip.quantization.packed_linear import PackedLinear, accelerate_linears, streaming
+from gateskip.quantization.packed_linear import (
+    PackedLinear,
+    accelerate_linears,
+    rounding,
+    streaming,
+)
 from gateskip.quantization.rounding import round_to_grid
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.skipping import SkippingModel
@@ -56,15 +61,23 @@ def random_grid(bits: int, group: int, offset: bool, n: int = 41, k: int = 384) 
 
 
 def inputs(rows: int, k: int = 384) -> Tensor:
-    return torch.randn(rows, k, generator=torch.Generator().manual_seed(rows))
+    """Every third row has a value that stands out."""
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(rows))
+    x[::3, 37] = 60
+    return x
 
 
 def to_8_bits(x: Tensor) -> Tensor:
-    """Activations as the kernels round them, in blocks of 32; float64."""
+    """Activations as the kernels round them, in blocks of 32, and to 16 bits where a block's
+    largest is more than eight times its row's root mean square; float64."""
     blocks = x.unflatten(1, (-1, BLOCK))
     most = blocks.abs().amax(2, keepdim=True)
+    steps = most / 127
     codes = (blocks * (127 / most)).round()
-    return (codes.double() * (most / 127).double()).flatten(1)
+    finer = ((blocks - codes * steps) * (254 * 127 / most)).round()
+    stands_out = most > 8 * x.square().mean(1).sqrt().view(-1, 1, 1)
+    parts = codes.double() + torch.where(stands_out, finer, 0).double() / 254
+    return (parts * steps.double()).flatten(1)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +138,36 @@ def test_a_prompts_product_is_that_of_weights_in_bfloat16(
     assert torch.equal(layer(x.view(1, 19, -1))[0], found)
 
 
+def as_decoded(layer: PackedLinear, x: Tensor) -> Tensor:
+    """A layer's output as the engine decodes it, rounded to bfloat16. x [rows, in]."""
+    with rounding():
+        matrix = layer._matrix()
+    matrix.bias = None if layer.bias is None else layer.bias.data_ptr()
+    return ops.multiply(matrix, x.float(), ops.Arena()).bfloat16()
+
+
+@every_grid
+def test_a_prompts_product_with_activations_of_8_bits_is_that_of_decoding(
+    prompts: None, bits: int, group: int, offset: bool, threads: int
+) -> None:
+    layer, x = prompt_layer(bits, group, offset), inputs(19).bfloat16()
+    with rounding():
+        found = layer(x)
+        assert torch.equal(found, as_decoded(layer, x))
+        for row in (0, 3, 18):
+            assert torch.equal(layer(x[row : row + 1])[0], found[row])
+    assert not torch.equal(found, layer(x)), "weights in bfloat16 give others"
+
+
+def test_a_value_that_stands_out_costs_the_others_of_its_block_nothing(prompts: None) -> None:
+    layer, x = prompt_layer(8, 32, False), inputs(9).bfloat16()
+    wanted = x.double() @ layer.unpacked().double().T + layer.bias.double()
+    with rounding():
+        found = layer(x)
+    plain = [row for row in range(9) if row % 3]
+    assert error(found[::3], wanted[::3]) < 1.5 * error(found[plain], wanted[plain])
+
+
 def test_a_prompts_product_with_a_table(prompts: None) -> None:
     generator = torch.Generator().manual_seed(3)
     codes, scale = torch.randint(0, 16, (70, 128), generator=generator), torch.rand(70, 2)
@@ -132,6 +175,8 @@ def test_a_prompts_product_with_a_table(prompts: None) -> None:
     layer, x = PackedLinear(codes, scale, None, book, None), inputs(9, 128).bfloat16()
     wanted = x.double() @ layer.unpacked().bfloat16().double().T
     assert error(layer(x), wanted) < 2.5e-3
+    with rounding():
+        assert torch.equal(layer(x), as_decoded(layer, x))
 
 
 @pytest.mark.parametrize(
@@ -141,6 +186,8 @@ def test_parts_of_a_fused_weight(prompts: None, rows: Rows) -> None:
     """Whole tiles are multiplied alone, others are taken out of all."""
     layer, x = prompt_layer(4, 32, True, 96), inputs(5).bfloat16()
     assert torch.equal(layer.part(x, rows), rows.columns(layer(x)))
+    with rounding():
+        assert torch.equal(layer.part(x, rows), rows.columns(layer(x)))
 
 
 def test_gradients_pass_a_prompts_product(prompts: None) -> None:

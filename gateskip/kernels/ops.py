@@ -90,19 +90,25 @@ def multiplies_prompts() -> bool:
     return bool(_library().gateskip_multiplies_prompts())
 
 
-def prompt_product(matrix: abi.Matrix, x: Tensor) -> Tensor:
-    """x [m, k], bfloat16, times a packed matrix [n, k] transposed, plus its bias -> [m, n].
+def prompt_products(first: abi.Matrix, widths: Sequence[int], x: Tensor) -> list[Tensor]:
+    """x [m, k], bfloat16, times each of the packed matrices [n, k] transposed that lie one after
+    the other from `first` on, plus its bias: one [m, n] for each of the widths n.
 
-    The weights are rounded to bfloat16, each product is summed up in float32.
+    The weights are rounded to bfloat16, or the activations to 8 bits where a matrix's kind says so;
+    each product is summed up in float32.
     """
-    rows, k = x.shape
-    threads = torch.get_num_threads()
-    side_by_side = torch.empty(-(-rows // 8) * 8, k // 2, dtype=torch.int32)
-    out = torch.empty(rows, matrix.n, dtype=torch.bfloat16)
-    _library().gateskip_interleave(_at(x), rows, k, _at(side_by_side), threads)
-    _library().gateskip_prompt_product(
-        ctypes.byref(matrix), _at(side_by_side), rows, _at(out), threads
-    )
+    rows, threads = len(x), torch.get_num_threads()
+    out = torch.empty(rows * sum(widths), dtype=torch.bfloat16)
+    at = ctypes.byref(first)
+    _library().gateskip_prompt_products(at, len(widths), _at(x), rows, _at(out), threads)
+    parts = out.split([rows * width for width in widths])
+    return [part.view(rows, width) for part, width in zip(parts, widths, strict=True)]
+
+
+def prompt_mlp(layer: abi.Layer, x: Tensor) -> Tensor:
+    """What the MLP of a layer with packed weights makes of x [m, H], bfloat16 -> [m, H]."""
+    out, threads = torch.empty(len(x), layer.down.n, dtype=torch.bfloat16), torch.get_num_threads()
+    _library().gateskip_prompt_mlp(ctypes.byref(layer), _at(x), len(x), _at(out), threads)
     return out
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from gateskip.model.families import Branch
 
 Turn = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
 """What `rotate` does, done in another way."""
+Multiply = Callable[[Branch, Sequence[str], Tensor], Sequence[Tensor]]
+"""An attention branch's `queries`, `keys`, `values` or `output` [..., n] of x [..., in], in another
+way than by their modules."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,10 @@ class Part:
         return F.linear(x, rows.of(module.weight), bias)
 
 
+PROJECTIONS = ("queries", "keys", "values", "output")
+"""Names of the projections of an attention branch."""
+
+
 def attention_parts(branch: Branch) -> tuple[Part, Part, Part, Part]:
     """The projections of an attention branch: queries, keys, values and output."""
     attention: Any = branch.module
@@ -146,32 +153,49 @@ def _is_plain(linear: Any) -> bool:
 
 
 def project_queries(
-    branch: Branch, x: Tensor, rope: tuple[Tensor, Tensor], turn: Turn | None = None
+    branch: Branch,
+    x: Tensor,
+    rope: tuple[Tensor, Tensor],
+    turn: Turn | None = None,
+    multiply: Multiply | None = None,
 ) -> Tensor:
     """Rotated queries. x [..., H], rope two of [..., D] -> [..., heads, head_dim].
 
-    `turn` may stand in for `rotate`.
+    `turn` may stand in for `rotate`, and `multiply` for the modules.
     """
-    queries = _heads(branch, attention_parts(branch)[0](x), "q_norm")
-    return _rotated(branch, queries, rope, turn)
+    (queries,) = (multiply or by_modules)(branch, ("queries",), x)
+    return _rotated(branch, _heads(branch, queries, "q_norm"), rope, turn)
 
 
 def project_keys_values(
-    branch: Branch, x: Tensor, rope: tuple[Tensor, Tensor], turn: Turn | None = None
+    branch: Branch,
+    x: Tensor,
+    rope: tuple[Tensor, Tensor],
+    turn: Turn | None = None,
+    multiply: Multiply | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotated keys, and values. x [..., H], rope two of [..., D] -> two of [..., kv_heads, D].
 
-    `turn` may stand in for `rotate`.
+    `turn` may stand in for `rotate`, and `multiply` for the modules.
     """
-    _, keys, values, _ = attention_parts(branch)
-    turned = _rotated(branch, _heads(branch, keys(x), "k_norm"), rope, turn)
-    return turned, _heads(branch, values(x), None)
+    keys, values = (multiply or by_modules)(branch, ("keys", "values"), x)
+    turned = _rotated(branch, _heads(branch, keys, "k_norm"), rope, turn)
+    return turned, _heads(branch, values, None)
 
 
-def project_out(branch: Branch, mixed: Tensor) -> Tensor:
-    """The output projection: what the heads attended to [..., heads * head_dim] -> [..., H]."""
-    output: Tensor = getattr(branch.module, branch.family.output)(mixed)
+def project_out(branch: Branch, mixed: Tensor, multiply: Multiply | None = None) -> Tensor:
+    """The output projection: what the heads attended to [..., heads * head_dim] -> [..., H].
+
+    `multiply` may stand in for the module.
+    """
+    (output,) = (multiply or by_modules)(branch, ("output",), mixed)
     return output
+
+
+def by_modules(branch: Branch, names: Sequence[str], x: Tensor) -> list[Tensor]:
+    """See `Multiply`: what the modules give."""
+    parts = dict(zip(PROJECTIONS, attention_parts(branch), strict=True))
+    return [parts[name](x) for name in names]
 
 
 def _heads(branch: Branch, x: Tensor, name: str | None) -> Tensor:

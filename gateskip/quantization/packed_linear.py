@@ -29,12 +29,14 @@ from gateskip.quantization.grid_linear import GridLinear
 from gateskip.quantization.tiles import pack_codes, tiles
 
 BITS = (2, 3, 4, 6, 8)  # of a code that has kernels
+ZERO_POINT = 128  # what makes signed bytes unsigned; the kernels take it off again
 NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
 Samples = dict[str, tuple["PackedLinear", nn.Module]]
 """One packed layer of each kind and shape: as it is here, and as its library made it."""
 
 
 _streams: ContextVar[bool] = ContextVar("streaming", default=False)
+_rounds: ContextVar[bool] = ContextVar("rounding", default=False)
 
 
 @contextmanager
@@ -45,6 +47,17 @@ def streaming() -> Iterator[None]:
         yield
     finally:
         _streams.reset(before)
+
+
+@contextmanager
+def rounding(asked: bool = True) -> Iterator[None]:
+    """Within this context prompts meet packed weights with activations in bytes, where a kernel of
+    ours multiplies them: as the engine decodes (matvec.h)."""
+    before = _rounds.set(asked)
+    try:
+        yield
+    finally:
+        _rounds.reset(before)
 
 
 def _streaming() -> bool:
@@ -151,6 +164,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("offset", None if offset is None else tiles(offset.float()))
         self.register_buffer("book", None if book is None else book.float().contiguous())
         self.register_buffer("bias", None if bias is None else bias.float())
+        self._rounded_parts: tuple[Tensor, Tensor | None, Tensor | None, int] | None = None
 
     @classmethod
     def of(cls, grid: Grid, bias: Tensor | None = None) -> PackedLinear:
@@ -185,19 +199,46 @@ class PackedLinear(nn.Module):
         return self._product(x, part, _of(rows, self.bias))
 
     def _product(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
-        """x [..., in] times a matrix, in bfloat16: each tile is unpacked once for all rows."""
+        """x [..., in] times a matrix: each tile is unpacked once for all rows."""
         matrix.bias = None if bias is None else bias.data_ptr()
-        out = ops.prompt_product(matrix, x.reshape(-1, self.in_features).contiguous())
+        flat = x.reshape(-1, self.in_features).contiguous()
+        (out,) = ops.prompt_products(matrix, [matrix.n], flat)
         return out.view(*x.shape[:-1], matrix.n)
 
     def _matrix(self) -> Matrix:
-        """What kernels read that do not round activations, but for the bias; it points to this
-        layer's memory."""
-        n, k = self.out_features, self.in_features
-        codes, scale, offset, book = self._parts()[:4]
-        kind = Kind.packed(self.bits, book is not None, rounded=False)
-        places = (None if x is None else x.data_ptr() for x in (codes, scale, offset, book))
-        return Matrix(kind, n, k, k // scale.shape[1], self.middle, n, n, *places, None)
+        """What kernels read, but for the bias; it points to this layer's memory."""
+        n, k, rounded = self.out_features, self.in_features, _rounds.get()
+        scale, offset, book, zero = self.scale, self.offset, self.book, self.middle
+        if rounded:
+            scale, offset, book, zero = self.rounded_parts()
+        kind = Kind.packed(self.bits, book is not None, rounded)
+        parts = (self.codes, scale, offset, book)
+        places = (None if x is None else x.data_ptr() for x in parts)
+        return Matrix(kind, n, k, k // scale.shape[1], zero, n, n, *places, None)
+
+    def rounded_parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+        """Scale, offset, table and zero point as kernels of 8-bit activations read them.
+
+        Scale and offset are bfloat16. The offset is what code 0 stands for, or the middle code
+        where bfloat16 holds that better: a grid's minima are exact, a GPTQ layer's are not.
+        """
+        if self._rounded_parts is None:
+            self._rounded_parts = self._in_bytes()
+        return self._rounded_parts
+
+    def _in_bytes(self) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+        scale, offset, book = self.scale.bfloat16(), self.offset, self.book
+        if book is not None:
+            largest = book.abs().max()
+            table = ((book / largest * 127).round() + ZERO_POINT).to(torch.uint8)
+            return (self.scale * (largest / 127)).bfloat16(), None, table, ZERO_POINT
+        if offset is None:
+            return scale, None, None, self.middle
+        choices = ((offset - self.middle * scale.float(), 0), (offset, self.middle))
+        best, zero = min(
+            choices, key=lambda each: float((each[0].bfloat16() - each[0]).abs().sum())
+        )
+        return scale, best.bfloat16(), None, zero
 
     def streamed(self, x: Tensor) -> Tensor:
         """The same by the compiled kernel, which multiplies in float32 and reads the codes once."""

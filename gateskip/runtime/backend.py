@@ -41,7 +41,7 @@ class Arithmetic:
     """How weights are stored: `bfloat16`, `4 bits in groups of 64`, or several, the largest first.
     """
     activations: str
-    """What weights are multiplied with: `float32`, `bfloat16`, `8 bits in blocks of 32`."""
+    """What weights are multiplied with: `float32`, `bfloat16`, `8 bits in blocks of 32, ...`."""
     accumulation: str
     """The type in which products are summed up."""
 

@@ -37,7 +37,7 @@ from gateskip.model.projections import (
 )
 from gateskip.quantization.grid_linear import SharedHead
 from gateskip.quantization.head import ROWS, RoundedHead, to_bytes
-from gateskip.quantization.packed_linear import DenseLinear, PackedLinear
+from gateskip.quantization.packed_linear import ZERO_POINT, DenseLinear, PackedLinear
 from gateskip.quantization.rounding import round_to_grid
 from gateskip.quantization.tiles import pack_codes, tiles
 from gateskip.runtime.huge_pages import collapse
@@ -53,7 +53,6 @@ ACTIVATIONS = {
 """What configs call them."""
 DENSE_KINDS = {torch.float32: Kind.FP32, torch.bfloat16: Kind.BF16}
 CHANNELS = 8  # what divides hidden states and heads
-ZERO_POINT = 128  # what makes signed bytes unsigned; the kernels take it off again
 
 
 class Descriptors:
@@ -223,7 +222,7 @@ class Descriptors:
         n, k = module.out_features, module.in_features
         scale, offset, table, zero = module.scale, module.offset, module.book, module.middle
         if rounded:
-            scale, offset, table, zero = _rounded_parts(module)
+            scale, offset, table, zero = module.rounded_parts()
         kind = Kind.packed(module.bits, table is not None, rounded)
         parts = (module.codes, scale, offset, table, module.bias)
         whole = (self._maybe(part) for part in parts)
@@ -289,21 +288,3 @@ def _head_bytes(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Some rows of an LM head, whole tiles or the last ones, packed in 8 bits."""
     codes, scale = to_bytes(rows)
     return pack_codes(codes + ZERO_POINT, 8), tiles(scale).bfloat16()
-
-
-def _rounded_parts(module: PackedLinear) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-    """Scale, offset, table and zero point as kernels of 8-bit activations read them.
-
-    Scale and offset are bfloat16. The offset is what code 0 stands for, or the middle code where
-    bfloat16 holds that better: a grid's minima are exact, a GPTQ layer's are not.
-    """
-    scale, offset, book = module.scale.bfloat16(), module.offset, module.book
-    if book is not None:
-        largest = book.abs().max()
-        table = ((book / largest * 127).round() + ZERO_POINT).to(torch.uint8)
-        return (module.scale * (largest / 127)).bfloat16(), None, table, ZERO_POINT
-    if offset is None:
-        return scale, None, None, module.middle
-    choices = ((offset - module.middle * scale.float(), 0), (offset, module.middle))
-    best, zero = min(choices, key=lambda each: float((each[0].bfloat16() - each[0]).abs().sum()))
-    return scale, best.bfloat16(), None, zero

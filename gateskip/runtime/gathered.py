@@ -23,6 +23,7 @@ from gateskip.model.compute import Usage
 from gateskip.model.families import Branch, embed, final_norm, find_branches, head
 from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.model.projections import (
+    Multiply,
     Turn,
     attention_shape,
     project_keys_values,
@@ -252,10 +253,10 @@ class GatheredBackend:
         slots = seen.slots.flatten()
         for kept in self._parts(keep):
             own, at = self._gathered(x, rope, kept, batch)
-            queries = project_queries(branch, own, at, self.turn)[0].to(self.dtype)
+            queries = project_queries(branch, own, at, self.turn, self.multiply)[0].to(self.dtype)
             counts = torch.bincount(kept // keep.shape[1], minlength=len(keep)).tolist()
             mixed = attend(queries, counts, slots[kept]).to(x.dtype).unsqueeze(0)
-            output = self.leave(branch, project_out(branch, mixed))[0, : len(kept)]
+            output = self.leave(branch, project_out(branch, mixed, self.multiply))[0, : len(kept)]
             output = output if scale is None else output * rows_at(scale, kept)
             self.add_rows(hidden, kept, output)
 
@@ -270,14 +271,14 @@ class GatheredBackend:
     ) -> Visible:
         """Keep keys and values of all tokens, by the KV rule: what they see then."""
         if keep is None or self.kv_rule == "project" or branch.layer == 0:
-            keys, values = project_keys_values(branch, x, rope, self.turn)
+            keys, values = project_keys_values(branch, x, rope, self.turn, self.multiply)
             return cache.store(branch.layer, batch.place, keys, values)
         cache.copy_below(branch.layer, batch.place)
         kept = keep.flatten().nonzero().squeeze(1)  # [N]
         if not len(kept):
             return cache.visible(branch.layer, batch.place)
         own, at = self._gathered(x, rope, kept, batch)
-        keys, values = project_keys_values(branch, own, at, self.turn)
+        keys, values = project_keys_values(branch, own, at, self.turn, self.multiply)
         rows = batch.place.row_index.squeeze(1)[kept // keep.shape[1]]
         slots = batch.slots.flatten()[kept]
         index = (rows, slice(None), slots)
@@ -321,6 +322,11 @@ class GatheredBackend:
     @property
     def turn(self) -> Turn | None:
         """What rotates queries and keys in place of torch."""
+        return None
+
+    @property
+    def multiply(self) -> Multiply | None:
+        """What computes an attention branch's projections in place of its modules."""
         return None
 
     def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,8 +1,9 @@
 """The backend `native`: compiled kernels on a CPU.
 
 Decoding is one native call for all tokens of a pass: where a step in torch spends most of its time
-between operators, a skipped branch costs its gate alone. In prompts torch multiplies, as in
-`gathered`, and what lies between its products is native.
+between operators, a skipped branch costs its gate alone. In prompts packed weights meet the same
+activations as in decoding, a few native calls a branch; others torch multiplies, as in `gathered`,
+and what lies between its products is native.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 from gateskip.gates.base import Gates
 from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.families import Branch, embed
-from gateskip.model.projections import AttentionShape, Turn
+from gateskip.model.projections import AttentionShape, Multiply, Turn, by_modules
 from gateskip.quantization.formats import weight_format
-from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, prompt_kernel
+from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, prompt_kernel, rounding
 from gateskip.runtime.attention import attend_rows, causal_softmax
 from gateskip.runtime.backend import (
     Arithmetic,
@@ -42,6 +43,9 @@ from gateskip.runtime.governor import RowThresholds
 from gateskip.runtime.kv_cache import KVCache, Visible
 from gateskip.runtime.sizes import EVEN, equal_sizes, few_sizes
 
+IN_BYTES = "8 bits in blocks of 32, 16 where a value stands out"
+"""What packed weights are multiplied with: see matvec.h."""
+
 
 class NativeBackend(GatheredBackend):
     """See `Backend`. `rounded` lets packed weights be multiplied with activations of 8 bits."""
@@ -61,10 +65,10 @@ class NativeBackend(GatheredBackend):
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """Decoding keeps float32 between products; packed weights may meet 8-bit activations."""
-        if scoring:
+        if scoring and not self._rounds_prompts:
             activations = "float32" if self.fp32_activations else dtype_name(self.dtype)
         else:
-            activations = "8 bits in blocks of 32" if self.engine.rounded else "float32"
+            activations = IN_BYTES if self.engine.rounded else "float32"
         return Arithmetic(self.name, weight_format(self.model), activations, "float32")
 
     # -- decoding: one native call --------------------------------------------------------------
@@ -182,6 +186,25 @@ class NativeBackend(GatheredBackend):
 
     # -- prompts: what lies between the products ------------------------------------------------
 
+    @property
+    def _rounds_prompts(self) -> bool:
+        """Whether prompts meet packed weights as decoding does, with activations of 8 bits."""
+        ours = self.dtype == torch.bfloat16 and prompt_kernel()
+        return self.engine.rounded and ours
+
+    def prompt(
+        self,
+        input_ids: Tensor,
+        cache: KVCache,
+        starts: Sequence[int],
+        thresholds: PassThresholds = None,
+        lengths: Sequence[int] | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> Tensor:
+        """See `Backend.prompt`."""
+        with rounding(self._rounds_prompts):
+            return super().prompt(input_ids, cache, starts, thresholds, lengths, rows)
+
     @cached_property
     def fp32_activations(self) -> bool:  # type: ignore[override]
         """Whether prompts pass in float32 though the weights are bfloat16: where that is
@@ -233,6 +256,17 @@ class NativeBackend(GatheredBackend):
         """Rotary embedding in one native pass."""
         return self.engine.prompts.rotate
 
+    @property
+    def multiply(self) -> Multiply | None:
+        """One native call for projections of the same input, where all of a branch are packed."""
+        return self._multiply if self._rounds_prompts else None
+
+    def _multiply(self, branch: Branch, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
+        prompts = self.engine.prompts
+        if not prompts.multiplies(branch.index):
+            return by_modules(branch, names, x)
+        return prompts.project(branch.index, names, x)
+
     def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The norm and the gate in one native pass."""
         return self.engine.prompts.normed(branch.index, hidden)
@@ -242,8 +276,12 @@ class NativeBackend(GatheredBackend):
         return self.engine.prompts.final(hidden)
 
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
-        """torch's products with a native activation between them."""
-        return self.leave(branch, self.engine.prompts.mlp(branch, x))
+        """One native call where all weights are packed; else torch's products with a native
+        activation between them."""
+        prompts, whole = self.engine.prompts, self._rounds_prompts
+        whole = whole and prompts.multiplies(branch.index)
+        output = prompts.packed_mlp(branch.index, x) if whole else prompts.mlp(branch, x)
+        return self.leave(branch, output)
 
     def leave(self, branch: Branch, output: Tensor) -> Tensor:
         """The norm after a branch in one native pass."""

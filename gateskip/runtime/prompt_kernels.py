@@ -1,4 +1,5 @@
-"""What lies between a prompt's matrix products, each one native pass; torch multiplies."""
+"""Prompts: what lies between matrix products, each one native pass, and products of packed
+weights."""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ import torch
 from torch import Tensor
 
 from gateskip.kernels import ops
+from gateskip.kernels.abi import Kind, Layer
 from gateskip.model.families import Branch
 from gateskip.model.projections import AttentionShape, mlp_parts, rotate
 from gateskip.runtime.buffers import Buffers
 from gateskip.runtime.descriptors import Descriptors
 
+FIELDS = {"queries": "q", "keys": "k", "values": "v", "output": "o"}  # of abi.Layer
 KEYS = 16  # of a vector of attention.cpp: what divides its packed keys, and its heads' channels
 
 
@@ -21,6 +24,11 @@ class PromptKernels:
 
     def __init__(self, parts: Descriptors, buffers: Buffers) -> None:
         self.model, self._parts, self._buffers = parts.model, parts, buffers
+        self._rounds = [
+            _rounds(layer, mlp)
+            for layer in parts.model.layer[: parts.model.layers]
+            for mlp in (False, True)
+        ]
 
     def normed(self, branch: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a branch reads, its norm of hidden states x [..., H] in their own type, and its
@@ -109,6 +117,24 @@ class PromptKernels:
         how = (shape.window, shape.scaling, shape.softcap)
         ops.softmax(scores, slots, group, begin, *how)
 
+    def multiplies(self, branch: int) -> bool:
+        """Whether `project` or `packed_mlp` know a branch: all of its weights are packed, and meet
+        activations of 8 bits."""
+        return self._rounds[branch]
+
+    def project(self, branch: int, names: Sequence[str], x: Tensor) -> list[Tensor]:
+        """Some projections of x [..., in], bfloat16, that follow each other in FIELDS -> [..., n]
+        each, in one native call."""
+        layer = self.model.layer[branch // 2]
+        matrices = [getattr(layer, FIELDS[name]) for name in names]
+        flat = x.flatten(0, -2).contiguous()
+        found = ops.prompt_products(matrices[0], [each.n for each in matrices], flat)
+        return [each.view(*x.shape[:-1], -1) for each in found]
+
+    def packed_mlp(self, branch: int, x: Tensor) -> Tensor:
+        """An MLP's output for x [N, H], bfloat16, in one native call."""
+        return ops.prompt_mlp(self.model.layer[branch // 2], x.contiguous())
+
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
         """An MLP's output for x [..., H]; what lies between its products is one native pass."""
         gate, up, down = mlp_parts(branch)
@@ -116,3 +142,10 @@ class PromptKernels:
         times = None if gate is None else up(x).contiguous()
         ops.activate(inner, times, self._parts.activation)
         return down(inner)
+
+
+def _rounds(layer: Layer, mlp: bool) -> bool:
+    """Whether all weights of a layer's branch meet activations of 8 bits."""
+    names = ("gate", "up", "down") if mlp else FIELDS.values()
+    matrices = [getattr(layer, name) for name in names]
+    return all(Kind(each.kind).name.endswith("_A8") for each in matrices if each.n)

@@ -167,18 +167,16 @@ void check_product(const char* what, const Matrix& w, const std::vector<float>& 
   check(!std::memcmp(one.data(), y.data() + size_t(rows - 1) * w.n, sizeof(float) * w.n), "alone", w.n, w.k, rows);
 }
 
-// Packed weights times a prompt's rows, weights and activations rounded to bfloat16
-void check_prompt(const Packed& w, int rows) {
+// Packed weights times a prompt's rows: weights are rounded to bfloat16, or activations to 8 bits
+void check_prompt(const Packed& w, int rows, double by) {
   if (!gateskip_multiplies_prompts()) return;
   const int n = w.matrix.n, k = w.matrix.k;
   const std::vector<uint16_t> x = bf16(normal(size_t(rows) * k));
   const std::vector<float> bias = normal(n);
-  std::vector<uint32_t> side_by_side(size_t(rows + 7) / 8 * 8 * k / 2);
   std::vector<uint16_t> out(size_t(rows) * n);
   Matrix matrix = w.matrix;
   matrix.bias = bias.data();
-  gateskip_interleave(x.data(), rows, k, side_by_side.data(), 2);
-  gateskip_prompt_product(&matrix, side_by_side.data(), rows, out.data(), 2);
+  gateskip_prompt_products(&matrix, 1, x.data(), rows, out.data(), 2);
   for (int r = 0; r < rows; r++)
     for (int i = 0; i < n; i++) {
       double total = bias[i], size = 1;
@@ -186,7 +184,7 @@ void check_prompt(const Packed& w, int rows) {
         const double each = double(to_float(x[size_t(r) * k + c])) * to_float(to_bf16(w.weights[size_t(i) * k + c]));
         total += each, size += std::fabs(each);
       }
-      check(std::fabs(to_float(out[size_t(r) * n + i]) - total) < 0.004 * (std::fabs(total) + size), "prompt", n, k, rows);
+      check(std::fabs(to_float(out[size_t(r) * n + i]) - total) < by * (std::fabs(total) + size), "prompt", n, k, rows);
     }
 }
 
@@ -212,8 +210,8 @@ void products() {
           const bool rounded = kind >= INT2_A8;
           const Packed w(n, k, k % 64 ? 32 : 64, kind, shifted, rounded && shifted && n % 2 ? 0 : -1);
           for (int rows : {1, 5, 9}) check_product("packed", w.matrix, w.weights, rows, rounded ? 0.03f : 1e-4f, arena.get());
+          for (int rows : {1, 9}) check_prompt(w, rows, rounded ? 0.03 : 0.004);
           if (rounded) continue;
-          for (int rows : {1, 9}) check_prompt(w, rows);
           const int bits = bits_of(kind), rows = 5, groups = k / w.matrix.group;
           const float *offset = shifted ? w.offset.data() : nullptr, *table = w.table.empty() ? nullptr : w.table.data();
           std::vector<float> out(size_t(n) * k), y(size_t(rows) * n), scratch(size_t(rows) * groups);

@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 7 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 8 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -303,15 +303,17 @@ void gateskip_distribution(const float* logits, int32_t n, const Sampling* sampl
 /* y [rows, n] of one matrix, such as the LM head, for any number of rows x [rows, k] */
 void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, Arena* arena, int32_t threads);
 
-/* -- packed weights times a prompt's rows in bfloat16: prompt_products.cpp -- */
+/* -- packed weights times a prompt's rows: prompt_products.cpp -- */
 
 /* whether the functions below are the fastest that the processor has: it multiplies pairs of bfloat16, and has no
  * units for whole matrices */
 int32_t gateskip_multiplies_prompts(void);
-/* rows x [rows, k] as products read them, eight side by side: [rows rounded up to 8, k / 2] pairs */
-void gateskip_interleave(const uint16_t* x, int64_t rows, int32_t k, uint32_t* out, int32_t threads);
-/* out [rows, n] of interleaved rows times a packed w [n, k] whose kind does not round activations */
-void gateskip_prompt_product(const Matrix* w, const uint32_t* x, int64_t rows, uint16_t* out, int32_t threads);
+/* rows x [rows, k], bfloat16, times each of `count` packed w [n, k], into out: [rows, n] of the first, then of the next.
+ * Activations are rounded to 8 bits where a matrix's kind says so, else weights are to bfloat16. */
+void gateskip_prompt_products(const Matrix* w, int32_t count, const uint16_t* x, int64_t rows, uint16_t* out,
+                              int32_t threads);
+/* out [rows, H] of a layer's MLP for rows x [rows, H], all bfloat16; its weights are packed */
+void gateskip_prompt_mlp(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int32_t threads);
 
 /* -- between a prompt's matrix products: prefill.cpp -- */
 

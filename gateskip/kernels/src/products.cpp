@@ -19,21 +19,24 @@ Bf16Activation activation(float value) {
 
 Share::Share(int id, int threads, int rows, int widest, Slices& memory) : id(id), threads(threads) {
   const size_t columns = size_t(rows) * widest, blocks = size_t(rows) * (widest / BLOCK + 1);
-  values_ = memory.take<int8_t>(columns);
+  for (int i = 0; i < 2; i++) {
+    bytes_.values[i] = memory.take<int8_t>(columns);
+    bytes_.scale[i] = memory.take<float>(blocks);
+    bytes_.correction[i] = memory.take<int32_t>(blocks);
+  }
+  bytes_.stands_out = memory.take<uint8_t>(widest / BLOCK + 1);
+  bytes_.order = memory.take<int32_t>(2 * (widest / BLOCK + 1));
+  bytes_.count = 0;
+  bytes_.sums = sums_ = memory.take<float>(blocks);
   bf16_ = memory.take<Bf16Activation>(columns);
-  corrections_ = memory.take<int32_t>(blocks);
-  scales_ = memory.take<float>(blocks);
-  sums_ = memory.take<float>(blocks);
 }
 
 Input Share::prepare(const Matrix& w, const float* x, int rows) {
-  const int blocks = w.k / BLOCK;
+  if (rounds(w)) bytes_.begin(w.k / BLOCK);
   for (int r = 0; r < rows; r++) {
     const float* row = x + int64_t(r) * w.k;
     float* sums = sums_ + int64_t(r) * groups_of(w);
-    if (rounds(w))
-      round_to_int8(row, w.k, w.group, zero_of(w), values_ + int64_t(r) * w.k,
-                    scales_ + r * blocks, corrections_ + r * blocks, sums);
+    if (rounds(w)) round_to_int8(row, w.k, w.group, zero_of(w), bytes_.row(r, w.k, w.group));
     else if (w.kind == BF16)
       for (int i = 0; i < w.k; i++) bf16_[size_t(r) * w.k + i] = activation(row[i]);
     else if (w.offset)
@@ -43,6 +46,7 @@ Input Share::prepare(const Matrix& w, const float* x, int rows) {
         sums[g] = total;
       }
   }
+  if (rounds(w)) bytes_.end(w.k / BLOCK);
   return {rows, x};
 }
 
@@ -83,9 +87,7 @@ void Share::packed_a8(const Matrix& w, int tile, int r, int64_t ahead, float (*y
                          static_cast<const uint16_t*>(w.offset),
                          static_cast<const uint8_t*>(w.table),
                          w.n, w.k, w.group};
-  const int blocks = w.k / BLOCK, groups = groups_of(w);
-  const Activations8 x{values_ + int64_t(r) * w.k, scales_ + r * blocks, corrections_ + r * blocks,
-                       sums_ + int64_t(r) * groups, groups};
+  const Activations8 x = bytes_.row(r, w.k, w.group);
   with_coding(coding_of(w), [&](auto coding) { packed_a8_tile<rows, coding.value>(weights, tile, x, ahead, y); });
 }
 

@@ -117,10 +117,9 @@ class Share {
   template <int rows>
   void dense(const Matrix& w, int n, int count, const Input& in, int r, int64_t ahead, float (*y)[ROWS_PER_TILE]) const;
 
-  int8_t* values_;        // [rows, k]: activations of 8 bits
+  Activations8 bytes_;    // [rows, k]
   Bf16Activation* bf16_;  // [rows, k]
-  int32_t* corrections_;  // [rows, k / BLOCK]
-  float *scales_, *sums_;
+  float* sums_;           // [rows, k / group]: of activations in float32
 };
 
 // Run `threads` threads: `share(memory)` makes what they share, and `make(shared, id, threads, own)` each one's part,

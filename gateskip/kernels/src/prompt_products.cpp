@@ -1,18 +1,17 @@
-// Packed weights times many rows of bfloat16 activations: a prompt's products.
+// Packed weights times many rows of activations: a prompt's products, in bfloat16, or with activations of 8 bits
+// (prompt_bytes.h) where the weights' kind says so.
 //
-// A few tiles of weights are unpacked to bfloat16, which the second cache holds, and meet all rows, eight at a time:
-// the sums of a block stay in registers from the first column to the last. A weight is unpacked once a call, and what
-// a row gets does not depend on which others are beside it. Pairs of columns lie together, as the instructions
-// multiply them: of weights [k / 2, tiles, 16 rows], of activations [k / 2, 8 rows].
-#include "products.h"
+// In bfloat16 a few tiles of weights are unpacked, which the second cache holds, and meet all rows, eight at a time: the
+// sums of a block stay in registers from the first column to the last. A weight is unpacked once a call, and what a row
+// gets does not depend on which others are beside it. Pairs of columns lie together, as the instructions multiply
+// them: of weights [k / 2, tiles, 16 rows], of activations [k / 2, 8 rows].
+#include "prompt_bytes.h"
 
 #ifdef GATESKIP_BF16
-#include <type_traits>
 
 namespace {
 
 constexpr int ROWS_DOWN = 8;  // of activations, whose sums lie in registers beside
-constexpr int TILES = 3;      // of weights
 
 static_assert(SIMD_WIDTH == ROWS_PER_TILE, "a vector has a pair of columns of all rows of a tile");
 
@@ -75,13 +74,6 @@ void unpack_pairs(const Matrix& w, int64_t tile, uint32_t* to, int stride) {
   }
 }
 
-// Where sums go: rows of a block and columns, both perhaps fewer than it has
-struct Corner {
-  uint16_t* out;
-  const float* bias;  // or null
-  int64_t rows, columns, stride;
-};
-
 // left [steps, ROWS_DOWN] pairs times right [steps, tiles, 16] pairs
 template <int tiles>
 void multiply_block(const uint32_t* left, const uint32_t* right, int64_t steps, const Corner& to) {
@@ -102,18 +94,7 @@ void multiply_block(const uint32_t* left, const uint32_t* right, int64_t steps, 
       for (int v = 0; v < tiles; v++) total[r][v] = _mm512_dpbf16_ps(total[r][v], column[v], row);
     }
   }
-#pragma GCC unroll 8
-  for (int v = 0; v < tiles; v++) {
-    const int64_t from = v * ROWS_PER_TILE;
-    const __mmask16 real = __mmask16((1u << std::min<int64_t>(to.columns - from, ROWS_PER_TILE)) - 1);
-    const __m512 bias = to.bias ? _mm512_maskz_loadu_ps(real, to.bias + from) : _mm512_setzero_ps();
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS_DOWN; r++) {
-      if (r == to.rows) break;
-      const __m256i values = (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(total[r][v], bias));
-      _mm256_mask_storeu_epi16(to.out + r * to.stride + from, real, values);
-    }
-  }
+  leave_block<ROWS_DOWN, tiles>(total, to);
 }
 
 // Rows of x, interleaved, times `tiles` tiles of weights from row n on
@@ -131,6 +112,42 @@ void multiply_panel(const Matrix& w, int n, const uint32_t* x, int64_t rows, uin
                            w.n - n, w.n});
 }
 
+// Call `use` with a number of tiles as a type, whose `value` is known to the compiler
+template <class Use>
+void with_tiles(int tiles, Use use) {
+  if (tiles == 3) use(std::integral_constant<int, 3>{});
+  else if (tiles == 2) use(std::integral_constant<int, 2>{});
+  else use(std::integral_constant<int, 1>{});
+}
+
+int64_t bytes_of(const Matrix& w, int64_t rows) {
+  if (rounds(w)) return (rows + ROWS_OF_BYTES - 1) / ROWS_OF_BYTES * RowsOfBytes::bytes(w);
+  return (rows + ROWS_DOWN - 1) / ROWS_DOWN * ROWS_DOWN * w.k * sizeof(uint16_t);
+}
+
+// Rows x [rows, k] as products with w read them: interleaved, or rounded to 8 bits first; all threads share the work
+void lay_out(const Matrix& w, const uint16_t* x, int64_t rows, char* to) {
+  const int64_t steps = w.k / 2, at_once = rounds(w) ? ROWS_OF_BYTES : ROWS_DOWN;
+#pragma omp for schedule(static)
+  for (int64_t r = 0; r < rows; r += at_once) {
+    if (rounds(w)) round_beside(w, x, rows, r, RowsOfBytes::at(w, to, r / at_once));
+    else interleave(reinterpret_cast<const uint32_t*>(x), rows, steps, r, reinterpret_cast<uint32_t*>(to) + r * steps);
+  }
+}
+
+// out [rows, n] of rows that were laid out; all threads share the work, and none waits for the others
+void multiply(const Matrix& w, char* x, int64_t rows, uint16_t* out) {
+  constexpr int WIDTH = TILES * ROWS_PER_TILE;
+  static thread_local Arena memory;  // of a prompt's many calls
+  char* panel = memory.reserve(rounds(w) ? TILES * Bytes::bytes(w) : int64_t(sizeof(uint32_t)) * w.k / 2 * WIDTH);
+#pragma omp for schedule(dynamic) nowait
+  for (int n = 0; n < w.n; n += WIDTH)
+    with_tiles(std::min(WIDTH, w.n - n + ROWS_PER_TILE - 1) / ROWS_PER_TILE, [&](auto tiles) {
+      if (rounds(w)) multiply_panel_of_bytes<tiles.value>(w, n, x, rows, panel, out);
+      else multiply_panel<tiles.value>(w, n, reinterpret_cast<uint32_t*>(x), rows, reinterpret_cast<uint32_t*>(panel), out);
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -143,27 +160,33 @@ int32_t gateskip_multiplies_prompts(void) {
 #endif
 }
 
-void gateskip_interleave(const uint16_t* x, int64_t rows, int32_t k, uint32_t* out, int32_t threads) {
-  const int64_t steps = k / 2;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < rows; r += ROWS_DOWN)
-    interleave(reinterpret_cast<const uint32_t*>(x), rows, steps, r, out + r * steps);
-}
-
-void gateskip_prompt_product(const Matrix* w, const uint32_t* x, int64_t rows, uint16_t* out, int32_t threads) {
-  constexpr int WIDTH = TILES * ROWS_PER_TILE;
+void gateskip_prompt_products(const Matrix* w, int32_t count, const uint16_t* x, int64_t rows, uint16_t* out,
+                              int32_t threads) {
+  static thread_local Arena memory;  // of all threads of this call
+  int64_t most = 0;
+  for (int i = 0; i < count; i++) most = std::max(most, bytes_of(w[i], rows));
+  char* laid_out = memory.reserve(most);
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Arena memory;  // of a prompt's many calls
-    uint32_t* panel = reinterpret_cast<uint32_t*>(memory.reserve(sizeof(uint32_t) * w->k / 2 * WIDTH));
-#pragma omp for schedule(dynamic)
-    for (int n = 0; n < w->n; n += WIDTH) {
-      const int tiles = std::min(WIDTH, w->n - n + ROWS_PER_TILE - 1) / ROWS_PER_TILE;
-      if (tiles == 3) multiply_panel<3>(*w, n, x, rows, panel, out);
-      else if (tiles == 2) multiply_panel<2>(*w, n, x, rows, panel, out);
-      else multiply_panel<1>(*w, n, x, rows, panel, out);
+    uint16_t* to = out;
+    for (int i = 0; i < count; to += rows * w[i++].n) {
+      if (i && !alike(w[i], w[i - 1])) {
+#pragma omp barrier
+      }
+      if (!i || !alike(w[i], w[i - 1])) lay_out(w[i], x, rows, laid_out);
+      multiply(w[i], laid_out, rows, to);
     }
   }
+}
+
+void gateskip_prompt_mlp(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int32_t threads) {
+  static thread_local Arena memory;
+  const bool gated = layer->gate.n;
+  const int64_t inner = rows * layer->up.n;
+  uint16_t* first = reinterpret_cast<uint16_t*>(memory.reserve((1 + gated) * inner * sizeof(uint16_t)));
+  gateskip_prompt_products(gated ? &layer->gate : &layer->up, 1 + gated, x, rows, first, threads);
+  gateskip_activate(first, gated ? first + inner : nullptr, inner, layer->activation, 1, threads);
+  gateskip_prompt_products(&layer->down, 1, first, rows, out, threads);
 }
 
 }  // extern "C"
