@@ -2,8 +2,8 @@
 
 It takes over decoding and verifying on a CPU, where a step in torch spends most of its time between
 operators. What it does not know (other devices, formats or architectures) stays with torch. So do
-a prompt's products of dense weights; the rest of a prompt is native (prompt_kernels.py). Its weights
-are the torch modules' own, float32, bfloat16 or packed; 4-bit ones are multiplied with activations
+a prompt's products of dense weights; the rest of a prompt is native (prompt_kernels.py). Weights
+are the torch modules' own, float32, bfloat16 or packed; packed ones are multiplied with activations
 rounded to 8 bits when `rounded` asks for it. Between branches all is float32, so that bfloat16
 models lose less here than in torch.
 """
