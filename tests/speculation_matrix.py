@@ -23,7 +23,8 @@ from compose.results.io import load_results
 from compose.results.schema import Results
 
 WEIGHTS = ("bf16", "int8", "int4")
-DRAFTS = ("draft:1+learned", "draft:1+lookup", "draft:1+learned+lookup", "draft:1+int4+lookup")
+DRAFTS = ("draft:1+auto+lookup", "draft:1+lookup", "draft:1+learned+lookup", "draft:1+int4+lookup")
+"""The first is what `speculate` does without settings."""
 TEMPERATURES, LENGTHS = (0.0, 0.7), (32, 128)
 LEAST = 0.97  # which no interval may lie below
 
