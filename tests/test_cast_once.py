@@ -9,13 +9,18 @@ import torch
 from accelerate import Accelerator
 
 from gateskip.quantization.folders import load_model
+from gateskip.quantization.packed_linear import accelerate_linears
 from gateskip.training.cast_once import cast_once
 
 
 @pytest.mark.usefixtures("one_accelerator")
-def test_logits_are_the_same_and_the_model_stays(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("replaced", [False, True], ids=["torch's", "ours"])
+def test_logits_are_the_same_and_the_model_stays(tiny_llama: Path, replaced: bool) -> None:
+    """Whether linear layers are torch's, or those that a gate stage puts in their place."""
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = load_model(tiny_llama, "float32")
+    if replaced:
+        assert accelerate_linears(model)["DenseLinear"]
     copied = cast_once(model, accelerator)
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad(), accelerator.autocast():

@@ -13,6 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from gateskip.quantization.packed_linear import DenseLinear
+
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Accelerate's names of mixed precision -> what autocast casts to."""
 
@@ -27,12 +29,20 @@ def cast_once(model: Any, accelerator: Accelerator) -> Any:
     """
     model.requires_grad_(False).to(accelerator.device)
     dtype = PRECISIONS.get(accelerator.mixed_precision)
-    linears = [name for name, part in model.named_modules() if type(part) is nn.Linear]
+    dense = (nn.Linear, DenseLinear)
+    linears = [name for name, part in model.named_modules() if type(part) in dense]
     if dtype is None or not linears:
         return model
     shared = (*model.parameters(), *model.buffers())
     copied = copy.deepcopy(model, {id(each): each for each in shared})
     for name in linears:
-        linear = copied.get_submodule(name)
-        linear.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+        copied.set_submodule(name, _cast(copied.get_submodule(name), dtype))
     return copied
+
+
+def _cast(linear: Any, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer with the same bias and cast weights."""
+    cast = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    cast.weight = nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+    cast.bias = linear.bias
+    return cast
