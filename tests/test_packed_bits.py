@@ -291,6 +291,33 @@ def test_a_model_of_mixed_bits(
     assert torch.equal(fast.head(found)[3:4], fast.head(steps[3]))
 
 
+def test_prompts_of_packed_weights_meet_what_decoding_meets(
+    tiny_llama: Path, prompts: None
+) -> None:
+    """In bfloat16, where our kernel multiplies: near the states of weights in bfloat16, a row alone
+    as beside others, and named."""
+
+    def packed(rounded: bool) -> SkippingModel:
+        model = on_grids(load_model(tiny_llama, "bfloat16"), MIXED, 8)
+        accelerate_linears(model)
+        return SkippingModel(model, None, "project", "native", rounded)
+
+    ids = torch.randint(3, 512, (2, 40), generator=torch.Generator().manual_seed(1))
+    plain, bytes_ = packed(False), packed(True)
+    wanted, found = (each.forward(ids, each.new_cache(2, 40), [0, 0]) for each in (plain, bytes_))
+    assert not torch.equal(found, wanted)
+    assert error(found.flatten(0, 1), wanted.flatten(0, 1).double()) < 0.06
+    alone = bytes_.forward(ids[1:], bytes_.new_cache(1, 40), [0])
+    assert torch.equal(alone[0], found[1])
+    names = [each.arithmetic(scoring=True).activations for each in (plain, bytes_)]
+    assert names == ["bfloat16", "8 bits in blocks of 32, 16 where a value stands out"]
+    head = load_model(tiny_llama, "bfloat16")
+    grid = round_to_grid(head.lm_head.weight.float(), torch.ones(64), 8, 32, "none")
+    head.set_output_embeddings(PackedLinear.of(grid))
+    engine = SkippingModel(head, None, "project", "native", True)
+    assert engine.arithmetic(scoring=True).activations == "bfloat16", "no layer is packed"
+
+
 @pytest.mark.parametrize(("embedding", "kind"), [(4, "INT4"), (6, "INT6"), (8, "INT8")])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_a_head_on_a_grid_is_not_rounded_again(

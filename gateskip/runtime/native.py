@@ -189,8 +189,13 @@ class NativeBackend(GatheredBackend):
     @property
     def _rounds_prompts(self) -> bool:
         """Whether prompts meet packed weights as decoding does, with activations of 8 bits."""
-        ours = self.dtype == torch.bfloat16 and prompt_kernel()
-        return self.engine.rounded and ours
+        asked = self.engine.rounded and self._some_packed
+        return asked and self.dtype == torch.bfloat16 and prompt_kernel()
+
+    @cached_property
+    def _some_packed(self) -> bool:
+        parts = (part for branch in self.branches for part in branch.module.modules())
+        return any(isinstance(part, PackedLinear) for part in parts)
 
     def prompt(
         self,
