@@ -39,6 +39,7 @@ from gateskip.runtime.skipping import SkippingModel
 GATES_FILE = "gates.safetensors"
 META_FILE = "gateskip.json"
 FORMAT = 2
+RANKS = "shortcuts.ranks"  # in a file of gates whose shortcuts differ in rank
 
 
 @dataclass
@@ -103,7 +104,7 @@ def save_gates(folder: Path, file: GateFile) -> None:
         "sizes": file.gates.sizes(),
         "scales": file.gates.scales,
         "place": file.gates.place,
-        "shortcut": 0 if file.gates.shortcuts is None else file.gates.shortcuts.rank,
+        "shortcut": _ranks(file.gates),
         "kv_rule": file.kv_rule,
         "thresholds": {str(budget): row for budget, row in sorted(file.grid.items())},
         "kept": {str(budget): share for budget, share in sorted(file.kept.items())},
@@ -114,6 +115,12 @@ def save_gates(folder: Path, file: GateFile) -> None:
         "decode": file.decode,
     }
     (folder / META_FILE).write_text(json.dumps(_finite(described), indent=1) + "\n")
+
+
+def _ranks(gates: Gates) -> int | list[int]:
+    """The rank of all shortcuts, 0 where there are none, or that of each where they differ."""
+    ranks = () if gates.shortcuts is None else gates.shortcuts.ranks
+    return list(ranks) if len(set(ranks)) > 1 else max(ranks, default=0)
 
 
 def _by_text(values: dict[float, Any]) -> dict[str, Any]:
@@ -127,6 +134,9 @@ def write_gates(path: Path, gates: Gates) -> None:
         name: (value.to(STORED) if name.startswith("shortcuts.") else value).contiguous()
         for name, value in gates.state_dict().items()
     }
+    ranks = _ranks(gates)
+    if not isinstance(ranks, int):
+        state[RANKS] = torch.tensor(ranks, dtype=torch.int32)
     shape = f"{gates.kind} {gates.branches} {gates.hidden_size}{' folded' if gates.folded else ''}"
     save_file(state, str(path), metadata={"gates": shape})  # one key: equal bytes
 
@@ -170,7 +180,10 @@ def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
         gates = make_gates(kind, branches, hidden, **settings)
         gates.folded = "folded" in found[3:]
         if "shortcuts.down" in state:
-            gates.shortcuts = Shortcuts(branches, hidden, state["shortcuts.down"].shape[1])
+            rank, ranks = state["shortcuts.down"].shape[1], state.pop(RANKS, None)
+            gates.shortcuts = Shortcuts(
+                branches, hidden, rank if ranks is None else [int(own) for own in ranks]
+            )
         gates.load_state_dict(state)
     except (IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise FormatError(f"{path} holds {kind} gates of other sizes: {error}") from error

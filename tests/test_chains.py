@@ -31,7 +31,7 @@ STEPS: dict[str, dict[str, Any]] = {
     "heads": {"use": "prune-heads", "count": 2},
     "hidden": {"use": "prune-hidden", "ratio": 0.4, "round_to": 32},
     "heal": {"use": "heal", "steps": 1, "length": 24, "backbone": "lora", "lora_rank": 2},
-    "gates": GATES | {"calibration_blocks": 2, "shortcut": 2},
+    "gates": GATES | {"calibration_blocks": 2, "shortcut": {"attention": 1, "mlp": 2}},
     "branches": {"use": "prune-branches", "budget": 0.5, "share": 0.95, "rise": 9.0},
     "nf4": {"use": "bnb", "format": "nf4"},
     "gptq4": {"use": "gptq", "bits": 4, "group_size": 32},

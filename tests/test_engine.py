@@ -72,7 +72,8 @@ def pair(model: Any, rule: str, rank: int = 6) -> tuple[SkippingModel, SkippingM
     gates = make_gates("scalar", branches, model.config.hidden_size).requires_grad_(False)
     gates.weight.mul_(10)  # type: ignore[operator]
     if rank:
-        gates.shortcuts = Shortcuts(branches, model.config.hidden_size, rank)
+        ranks = [rank // 2, rank] * (branches // 2)  # attention, MLP
+        gates.shortcuts = Shortcuts(branches, model.config.hidden_size, ranks)
         for part in gates.shortcuts.requires_grad_(False).parameters():
             part.normal_(std=0.05)
     plain = SkippingModel(model, gates, rule)

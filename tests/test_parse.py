@@ -174,6 +174,26 @@ def test_anchors_and_merge_keys(tmp_path: Path) -> None:
             "18:61: stages.spec.draft_length: expected 'auto' or a whole",
         ),
         ("bfloat16", "bf16", "6:10: model.dtype: expected 'float32', 'bfloat16' or 'float16', not"),
+        (
+            "steps: 300",
+            "on_policy: {afer: 0.5}",
+            "14:49: unknown key 'afer' in stages.gates.on_policy: did you mean 'after'?",
+        ),
+        (
+            "steps: 300",
+            "shortcut: {attention: 8, mpl: 8}",
+            "14:62: unknown key 'mpl' in stages.gates.shortcut: did you mean 'mlp'?",
+        ),
+        (
+            "steps: 300",
+            "shortcut: {mlp: 8}",
+            "14:37: stages.gates.shortcut lacks the key 'attention'",
+        ),
+        (
+            "steps: 300",
+            "shortcut: low",
+            "14:47: stages.gates.shortcut: expected a whole number or a mapping, not 'low'",
+        ),
         ("schema: 1", "schema: 2", "1:9: schema: expected 1, not 2"),
         ("name: smollm2-matrix\n", "", "1:1: the file lacks the key 'name'"),
         ("seed: 0", "seed: 0\nseed: 1", "4:1: the key 'seed' stands here again (first: line 3)"),

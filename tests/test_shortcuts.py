@@ -77,6 +77,34 @@ def test_they_travel_with_the_gates(tmp_path: Path) -> None:
     assert fewer is not None and torch.equal(fewer.up, gates.shortcuts.up[[5, 2]])
 
 
+def test_ranks_may_differ(tiny_llama: Path, tmp_path: Path) -> None:
+    """By branch in the fit, in what is computed, in the file and in what is counted."""
+    model = load_model(tiny_llama, "float32")
+    ranks = [2, 16] * (len(find_branches(model)) // 2)
+    gates, x = ScalarGates(len(ranks), 64), torch.randn(5, 64)
+    gates.shortcuts = fit_shortcuts(model, tokens(12, 32), ranks)
+    gates.shortcuts.settle()
+    alone = fit_shortcuts(model, tokens(12, 32), 2)
+    alone.settle()
+    assert torch.equal(gates.shortcuts(0, x), alone(0, x)), "as if all had its rank"
+    assert not torch.equal(gates.shortcuts(1, x), alone(1, x))
+    assert [gates.shortcuts.macs(branch) for branch in (0, 1)] == [2 * 2 * 64, 2 * 16 * 64]
+    save_gates(tmp_path, GateFile(gates, "project", {0.5: [0.0] * len(ranks)}))
+    found = load_gates(tmp_path)
+    assert found is not None and found.gates.shortcuts is not None
+    fewer = gates.rows([3, 2]).shortcuts
+    assert found.gates.shortcuts.ranks == tuple(ranks) and fewer is not None
+    assert fewer.ranks == (16, 2)
+    for branch in range(len(ranks)):
+        assert torch.equal(found.gates.shortcuts(branch, x), gates.shortcuts(branch, x))
+    assert torch.equal(fewer(0, x), gates.shortcuts(3, x))
+    usage = [Usage([10 + (i % 2 == 1) * 5 for i in range(len(ranks))], seen=20, context=200)]
+    every = saving(model, usage[0], gates, "project", [True] * len(ranks))
+    gates.shortcuts = Shortcuts(len(ranks), 64, 2)
+    least = saving(model, usage[0], gates, "project", [True] * len(ranks))
+    assert least.net > every.net
+
+
 def test_what_was_saved_pays_for_them(tiny_llama: Path) -> None:
     model = load_model(tiny_llama, "float32")
     branches = len(find_branches(model))

@@ -35,7 +35,7 @@ def refusals(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem
     """One problem a place: what the branches of a union expected goes into one sentence.
 
     A key that is missing beside an unknown one is most likely misspelt, so only the unknown one is
-    reported.
+    reported; and of a mapping where a number may stand, too, what is wrong inside it.
     """
     details = error.errors(include_url=False)
     misspelt = {detail["loc"][:-1] for detail in details if detail["type"] == "extra_forbidden"}
@@ -48,6 +48,10 @@ def refusals(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem
         loc = _in_file(detail["loc"], raw)
         return (*loc, detail["loc"][-1]) if detail["type"] == "missing" else loc
 
+    inside = {place(each)[:-1] for each in details}
+    details = [
+        each for each in details if not isinstance(each["input"], dict) or place(each) not in inside
+    ]
     for loc, group in groupby(sorted(details, key=lambda each: str(place(each))), key=place):
         yield _refusal(loc, list(group), raw)
 
@@ -128,14 +132,13 @@ def _known_keys(loc: Loc, raw: Mapping[str, Any]) -> list[str]:
     """The keys that may stand in the mapping at `loc`."""
     model: type[BaseModel] = Pipeline
     if loc[:1] == ("stages",):
-        model = STAGES[raw["stages"][loc[1]]["use"]]
+        model, loc = STAGES[raw["stages"][loc[1]]["use"]], loc[2:]
     elif loc[:1] == ("export",):
-        model = Export
-    else:
-        for part in loc:
-            annotation = model.model_fields[str(part)].annotation
-            kinds = get_args(annotation) or (annotation,)  # a section may be null
-            model = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
+        model, loc = Export, ()
+    for part in loc:
+        annotation = model.model_fields[str(part)].annotation
+        kinds = get_args(annotation) or (annotation,)  # a section may be null
+        model = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
     return [info.alias or name for name, info in model.model_fields.items()]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from compose.errors import UserError
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
@@ -26,6 +26,7 @@ GateKind = Literal[
 ]
 Budget = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Rank = Annotated[int, Field(ge=0)]
 WARM, OPEN = "warm", "open"
 WARM_BLOCKS = 24  # of the training text: about ten tokens for each weight of a gate of 576
 SHORTCUT_BLOCKS = 64
@@ -33,6 +34,18 @@ SENSITIVITY_BLOCKS = 4
 VALIDATION_BLOCKS = 2
 LOGITS = 5  # copies of a block's that exist at once
 TRAIN = TrainConfig()  # each default stands there, once
+
+
+class ShortcutRanks(BaseModel):
+    """Ranks of shortcuts by kind of branch: an MLP costs three times what attention does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    attention: Rank
+    """Of attention branches."""
+
+    mlp: Rank
+    """Of MLP branches."""
 
 
 class Gate(Stage):
@@ -58,9 +71,10 @@ class Gate(Stage):
     rank: int = Field(default=8, ge=2)
     """Width of the bottleneck of `low-rank` and `mlp` gates."""
 
-    shortcut: int = Field(default=32, ge=0)
+    shortcut: Rank | ShortcutRanks = 32
     """Rank of the linear map that replaces a branch where it is skipped; 0 is nothing, as
-    published. Fitted to the branch by least squares, then trained with the gates."""
+    published. Fitted to the branch by least squares, then trained with the gates. `{attention: 32,
+    mlp: 128}` gives each kind of branch its own."""
 
     scales: bool = False
     """Whether gates also multiply what an entered branch adds; then the full model is a gated one.
@@ -284,9 +298,10 @@ class Gate(Stage):
         from gateskip.model.families import find_branches
 
         count, width = len(find_branches(model)), model.config.hidden_size
-        if self.shortcut >= width:
+        ranks = self._ranks([branch.kind for branch in find_branches(model)])
+        if max(ranks) >= width:
             raise UserError(
-                f"shortcut: {self.shortcut} is no low rank for a model {width} wide",
+                f"shortcut: {max(ranks)} is no low rank for a model {width} wide",
                 fix="set shortcut: 32, or 0 for none",
             )
         sizes = {"rank": self.rank} if self.kind in ("low-rank", "mlp") else {}
@@ -296,9 +311,9 @@ class Gate(Stage):
         else:
             gates = self._read(sizes, model)
         gates.attach(model)
-        if self.shortcut and gates.shortcuts is None:
+        if max(ranks) and gates.shortcuts is None:
             job.progress(0, 1, "fitting shortcuts")
-            gates.shortcuts = fit_shortcuts(model, train[:SHORTCUT_BLOCKS], self.shortcut)
+            gates.shortcuts = fit_shortcuts(model, train[:SHORTCUT_BLOCKS], ranks)
         if self.init == WARM:
             return warm_start(
                 model,
@@ -310,6 +325,13 @@ class Gate(Stage):
         if self.allocation != "sensitivity":
             return gates, None
         return gates, sensitivities(model, train[:SENSITIVITY_BLOCKS])
+
+    def _ranks(self, kinds: list[str]) -> list[int]:
+        """The rank of each branch's shortcut, by the branches' kinds."""
+        asked = self.shortcut
+        if isinstance(asked, int):
+            return [asked] * len(kinds)
+        return [asked.mlp if kind == "mlp" else asked.attention for kind in kinds]
 
     def _read(self, sizes: dict[str, int], model: Any) -> Gates:
         """The gates of the file that `init` names, made to fit the model's norms."""

@@ -18,8 +18,9 @@ LARGEST_WEIGHT = 4.0  # of a token in the fit, in medians
 
 
 @torch.no_grad()
-def fit_shortcuts(model: Any, blocks: Tensor, rank: int) -> Shortcuts:
-    """Least-squares shortcuts of a rank from what the dense model does on blocks [N, S].
+def fit_shortcuts(model: Any, blocks: Tensor, rank: int | Sequence[int]) -> Shortcuts:
+    """Least-squares shortcuts of a rank, or one for each branch, from what the dense model does on
+    blocks [N, S].
 
     Tokens weigh by one over the square of what the branch adds to them, so that relative errors
     count: a few tokens carry activations a thousand times the usual, and would own the fit.
@@ -35,10 +36,10 @@ def fit_shortcuts(model: Any, blocks: Tensor, rank: int) -> Shortcuts:
     for part in blocks.split(4):
         masked_forward(model, part, observe=observe)
     shortcuts = Shortcuts(branches, width, rank).to(device)
-    fitted: Sequence[tuple[Tensor, Tensor, Tensor]] = [each.solve(rank) for each in sums]
-    for index, parts in enumerate(fitted):
-        for stored, part in zip(shortcuts.parameters(), parts, strict=True):
-            stored[index] = part
+    for index, each in enumerate(sums):
+        fitted = each.solve(shortcuts.ranks[index])
+        for stored, part in zip(shortcuts.of(index), fitted, strict=True):
+            stored.copy_(part)
     return shortcuts
 
 
@@ -87,7 +88,7 @@ class _Sums:
         cross = self.cross / self.weight - torch.outer(x, output)
         whole = ridge_solution(gram, cross, RIDGE)  # [H, H]
         _, directions = torch.linalg.eigh(whole.T @ cross)  # of the predictions' covariance
-        up = directions[:, -rank:]  # [H, r]
+        up = directions[:, len(directions) - rank :]  # [H, r]
         down = whole @ up
         size = down.norm(dim=0).clamp_min(1e-9).sqrt()  # share the size out between both factors
         return (down / size).T, up * size, output - x @ down @ up.T

@@ -208,7 +208,8 @@ def saving(
     if gates is not None:
         extra += gates.macs() * (usage.seen - usage.ungated) * sum(gated)
         if gates.shortcuts is not None:
-            extra += gates.shortcuts.macs() * sum(skipped)
+            instead = map(gates.shortcuts.macs, range(len(skipped)))
+            extra += sum(n * macs for n, macs in zip(skipped, instead, strict=True))
     net, narrower = gross - extra, usage.seen * (dense.head - own.head)
     return Saving(
         gross=gross / before,

@@ -29,8 +29,8 @@ class BranchShortcuts(Protocol):
         """x [..., H], what the branch reads -> [..., H]."""
         ...
 
-    def macs(self) -> int:
-        """Multiply-adds of one skipped token at one branch."""
+    def macs(self, branch: int) -> int:
+        """Multiply-adds of one skipped token at a branch."""
         ...
 
 

@@ -149,13 +149,12 @@ class Descriptors:
         """A branch's shortcut, its rank filled up with zeros to a multiple of 8."""
         if gates is None or gates.shortcuts is None:
             return abi.Shortcut()
-        own = gates.shortcuts
-        padding = -own.rank % 8
-        down = nn.functional.pad(own.down[branch], (0, 0, 0, padding))
-        up = nn.functional.pad(own.up[branch], (0, padding))
-        bias = own.bias[branch].float()
+        down, up, bias = gates.shortcuts.of(branch)
+        padding = -len(down) % 8
+        down = nn.functional.pad(down, (0, 0, 0, padding))
+        up, bias = nn.functional.pad(up, (0, padding)), bias.float()
         self.around[branch] = (down.T.float().contiguous(), up.T.float().contiguous(), bias)
-        return abi.Shortcut(*(self._floats(part) for part in (down, up, bias)), own.rank + padding)
+        return abi.Shortcut(*(self._floats(part) for part in (down, up, bias)), len(down))
 
     def network(self, network: DraftNetwork) -> abi.DraftNetwork:
         """A draft network, its matrices in 8 bits where their columns are whole blocks."""

@@ -132,9 +132,12 @@ class _Session(Loop):
         """Net saving of a skipping token at each branch [branches], a share of all branches."""
         length, shortcuts = self.blocks.shape[1], self.gates.shortcuts
         costs = branch_costs(self.model)
-        instead = 0 if shortcuts is None else shortcuts.macs()
+        instead = [0 if shortcuts is None else shortcuts.macs(i) for i in range(len(costs))]
         rule = self.config.kv_rule
-        saved = [c.over(length) - c.linear + c.saved(rule) - instead for c in costs]
+        saved = [
+            cost.over(length) - cost.linear + cost.saved(rule) - own
+            for cost, own in zip(costs, instead, strict=True)
+        ]
         return torch.tensor(saved) / sum(c.over(length) for c in costs)
 
     def advance(self) -> dict[str, float]:
