@@ -520,7 +520,7 @@ def corpus(make_wheel: Names, monkeypatch: pytest.MonkeyPatch) -> None:
             f"{folder}/code.utf8": ("print(1.5, end='-')\n" * 2000).encode(),
         }
     )
-    for name in ("calibration-text", "training-text", "heldout-text"):
+    for name in ("calibration-text", "training-text", "heldout-text", "quotes"):
         monkeypatch.setitem(texts.TEXTS, name, replace(texts.TEXTS[name], wheel=wheel))
 
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from compose.assets import load_texts
+from compose.assets.quotes import quote_rows
 from compose.assets.sums import LENGTHS, ROWS
 from compose.errors import PipelineError
 from compose.execution.run_folder import learns_from
@@ -143,6 +144,20 @@ def test_a_text_that_does_not_exist_is_refused_at_its_line(tmp_path: Path) -> No
     file.write_text(FILE.format(first="./none.txt"))
     with pytest.raises(PipelineError, match="there is no file"):
         load_pipeline(file)
+
+
+def test_quotes_are_what_the_passage_says() -> None:
+    told = [f"The {n} ship left the old harbour at dawn. It came home with {n} men." for n in "abc"]
+    texts = [" ".join([each] * 6) for each in told]
+    rows = quote_rows(texts)
+    assert rows == quote_rows(texts) and len(rows) == 3
+    for row, text in zip(rows, texts, strict=True):
+        passage, quotes = row.split("\n\n")
+        assert passage in text and passage.endswith(".")
+        assert all(quote.rpartition(": ")[2] in passage for quote in quotes.splitlines())
+    assert 'After "The a ship left the" it says: old harbour at dawn.' in rows[0]
+    assert "Found: The b ship left the old harbour at dawn." in rows[1]
+    assert "____" in rows[2]
 
 
 def test_sums_are_right_and_always_the_same() -> None:

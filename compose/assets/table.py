@@ -334,6 +334,10 @@ TEXTS: dict[str, TextAlias] = {
         summary="encyclopedia articles that calibration-text leaves out",
         wheel=CALIBRATION,
     ),
+    "quotes": TextAlias(
+        summary="passages of calibration-text, and sentences of them asked for by their own words",
+        wheel=CALIBRATION,
+    ),
     "wikitext2": TextAlias(
         summary="the raw test set of WikiText-2",
         local="wikitext2_raw_test",

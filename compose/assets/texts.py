@@ -27,6 +27,7 @@ from compose.assets.fetch import (
     require_hub,
 )
 from compose.assets.names import require_text_name
+from compose.assets.quotes import quote_rows
 from compose.assets.rows import TextData, cut_rows, pack_rows
 from compose.assets.sums import sums_rows
 from compose.assets.table import TEXTS, HubData, TextAlias
@@ -45,6 +46,7 @@ _ROWS = {
     "calibration-text": calibration_rows,
     "training-text": training_rows,
     "heldout-text": heldout_rows,
+    "quotes": lambda folder: quote_rows(calibration_rows(folder)),
 }
 _DRAWN = {"sums": sums_rows}
 

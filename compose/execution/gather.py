@@ -23,7 +23,7 @@ from compose.results.relate import relate
 from compose.results.schema import CellResult, Results
 from compose.units import public_path
 
-MOST_POINTS = 400  # of a training curve: more than a picture shows
+MOST_POINTS = 300  # of a training curve: more than a picture shows
 
 
 def gather(

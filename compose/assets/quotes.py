@@ -1,0 +1,70 @@
+"""Passages and what they say, asked for by their own words: text to learn reading back by.
+
+Each row is a passage of prose and some of its sentences, begun again and gone on with as they
+stand there. A model that skips branches soon loses what finds an earlier place again, which prose
+alone asks for rarely. The passages are those of calibration-text.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+ROWS = 4000
+PASSAGE = 700  # characters
+SENTENCE = (8, 40)  # words, least and most
+BEGUN = 5  # words of a sentence that are given
+ASKED = 4  # sentences of a passage, at most
+
+Form = Callable[[Sequence[str]], str]
+
+
+def quote_rows(texts: Iterable[str]) -> list[str]:
+    """ROWS rows out of texts, or as many as these give; always the same of the same texts."""
+    draws = random.Random(20_261_127)
+    rows: list[str] = []
+    for passage in _passages(texts):
+        sentences = [each for each in _sentences(passage) if _fits(each)]
+        if len(sentences) < 2 or len(rows) == ROWS:
+            continue
+        asked = draws.sample(sentences, min(ASKED, len(sentences)))
+        form = FORMS[len(rows) % len(FORMS)]
+        rows.append("\n\n".join((passage, "\n".join(form(each.split()) for each in asked))))
+    return rows
+
+
+def _passages(texts: Iterable[str]) -> Iterable[str]:
+    """Whole sentences of each text's beginning, PASSAGE characters at most."""
+    for text in texts:
+        flat = " ".join(text.split())
+        cut = max(flat.rfind(end, 0, PASSAGE) for end in (". ", "! ", "? "))
+        if cut > PASSAGE // 3:
+            yield flat[: cut + 1]
+
+
+def _sentences(passage: str) -> list[str]:
+    return re.split(r"(?<=[.!?]) ", passage)
+
+
+def _fits(sentence: str) -> bool:
+    least, most = SENTENCE
+    return least <= len(sentence.split()) <= most
+
+
+def _goes_on(words: Sequence[str]) -> str:
+    return f'After "{" ".join(words[:BEGUN])}" it says: {" ".join(words[BEGUN:])}'
+
+
+def _found(words: Sequence[str]) -> str:
+    return f"Find: {' '.join(words[:BEGUN])}\nFound: {' '.join(words)}"
+
+
+def _missing(words: Sequence[str]) -> str:
+    left = len(words) // 2
+    around = (*words[max(0, left - BEGUN) : left], "____", *words[left + 1 : left + 4])
+    return f"{' '.join(around)}: {words[left]}"
+
+
+FORMS: tuple[Form, ...] = (_goes_on, _found, _missing)
+"""How a sentence [words] is asked for, and given."""
