@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from compose.assets import load_texts
-from compose.assets.quotes import quote_rows
+from compose.assets.quotes import quoted
 from compose.assets.sums import LENGTHS, ROWS
 from compose.errors import PipelineError
 from compose.execution.run_folder import learns_from
@@ -149,8 +149,8 @@ def test_a_text_that_does_not_exist_is_refused_at_its_line(tmp_path: Path) -> No
 def test_quotes_are_what_the_passage_says() -> None:
     told = [f"The {n} ship left the old harbour at dawn. It came home with {n} men." for n in "abc"]
     texts = [" ".join([each] * 6) for each in told]
-    rows = quote_rows(texts)
-    assert rows == quote_rows(texts) and len(rows) == 3
+    rows = quoted(texts)
+    assert rows == quoted(texts) and len(rows) == 3
     for row, text in zip(rows, texts, strict=True):
         passage, quotes = row.split("\n\n")
         assert passage in text and passage.endswith(".")

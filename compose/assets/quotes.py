@@ -10,6 +10,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from compose.assets.corpora import calibration_rows
 
 ROWS = 4000
 PASSAGE = 700  # characters
@@ -20,7 +23,12 @@ ASKED = 4  # sentences of a passage, at most
 Form = Callable[[Sequence[str]], str]
 
 
-def quote_rows(texts: Iterable[str]) -> list[str]:
+def quote_rows(folder: Path) -> list[str]:
+    """Rows out of calibration-text's folder."""
+    return quoted(calibration_rows(folder))
+
+
+def quoted(texts: Iterable[str]) -> list[str]:
     """ROWS rows out of texts, or as many as these give; always the same of the same texts."""
     draws = random.Random(20_261_127)
     rows: list[str] = []

@@ -42,11 +42,11 @@ MOST_UNPACKED = 4 << 30
 """Bytes of text in one .xz file."""
 
 _CALIBRATION_DATA = "exllamav3/conversion/standard_cal_data"
-_ROWS = {
+_ROWS: dict[str, Callable[[Path], list[str]]] = {
     "calibration-text": calibration_rows,
     "training-text": training_rows,
     "heldout-text": heldout_rows,
-    "quotes": lambda folder: quote_rows(calibration_rows(folder)),
+    "quotes": quote_rows,
 }
 _DRAWN = {"sums": sums_rows}
 
