@@ -34,7 +34,9 @@ def quoted(texts: Iterable[str]) -> list[str]:
     rows: list[str] = []
     for passage in _passages(texts):
         sentences = [each for each in _sentences(passage) if _fits(each)]
-        if len(sentences) < 2 or len(rows) == ROWS:
+        if len(rows) == ROWS:
+            break
+        if len(sentences) < 2:
             continue
         asked = draws.sample(sentences, min(ASKED, len(sentences)))
         form = FORMS[len(rows) % len(FORMS)]

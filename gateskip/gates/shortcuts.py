@@ -35,8 +35,8 @@ class Shortcuts(Stacked):
         super().__init__()
         self.ranks = (rank,) * branches if isinstance(rank, int) else tuple(rank)
         if len(self.ranks) != branches or min(self.ranks, default=0) < 0:
-            raise ValueError(f"{len(self.ranks)} ranks from {min(self.ranks)} for {branches}")
-        rank = max(self.ranks)
+            raise ValueError(f"ranks {self.ranks} for {branches} branches")
+        rank = max(self.ranks, default=0)
         self.down = nn.Parameter(torch.zeros(branches, rank, hidden_size))
         self.up = nn.Parameter(torch.zeros(branches, hidden_size, rank))
         self.bias = nn.Parameter(torch.zeros(branches, hidden_size))
@@ -67,7 +67,7 @@ class Shortcuts(Stacked):
         """Those of some branches only, in the given order."""
         chosen = Shortcuts(len(kept), self.bias.shape[1], [self.ranks[branch] for branch in kept])
         with torch.no_grad():
-            for own, each in zip(kept, range(len(kept)), strict=True):
+            for each, own in enumerate(kept):
                 for to, part in zip(chosen.of(each), self.of(own), strict=True):
                     to.copy_(part)
         return chosen

@@ -55,6 +55,11 @@ class Kind(IntEnum):
         return cls[f"INT{bits}{'_TABLE' * table}{'_A8' * rounded}"]
 
     @property
+    def rounded(self) -> bool:
+        """Whether activations are rounded to 8 bits."""
+        return self.name.endswith("_A8")
+
+    @property
     def bits(self) -> int:
         """Of a code."""
         return int(self.name[3])
@@ -97,7 +102,7 @@ class Matrix(ctypes.Structure):
         kind = Kind(self.kind)
         part = Matrix.from_buffer_copy(self)
         groups = self.k // self.group * ROWS_PER_TILE  # scales of a tile
-        sizes = (2 * self.k * kind.bits, *[groups * (2 if kind.name.endswith("_A8") else 4)] * 2)
+        sizes = (2 * self.k * kind.bits, *[groups * (2 if kind.rounded else 4)] * 2)
         for name, size in zip(("weights", "scale", "offset"), sizes, strict=True):
             whole = getattr(self, name)
             if whole is not None:

@@ -23,9 +23,9 @@ from gateskip.model.compute import Usage
 from gateskip.model.families import Branch, embed, final_norm, find_branches, head
 from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.model.projections import (
-    Multiply,
     Turn,
     attention_shape,
+    by_modules,
     project_keys_values,
     project_out,
     project_queries,
@@ -324,10 +324,9 @@ class GatheredBackend:
         """What rotates queries and keys in place of torch."""
         return None
 
-    @property
-    def multiply(self) -> Multiply | None:
-        """What computes an attention branch's projections in place of its modules."""
-        return None
+    def multiply(self, branch: Branch, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
+        """Some of an attention branch's projections of x [..., in]: see `Multiply`."""
+        return by_modules(branch, names, x)
 
     def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a branch reads, and its gate's logits where they come for nothing with it."""

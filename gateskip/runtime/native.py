@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gateskip.gates.base import Gates
 from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.families import Branch, embed
-from gateskip.model.projections import AttentionShape, Multiply, Turn, by_modules
+from gateskip.model.projections import AttentionShape, Turn
 from gateskip.quantization.formats import weight_format
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, prompt_kernel, rounding
 from gateskip.runtime.attention import attend_rows, causal_softmax
@@ -261,16 +261,15 @@ class NativeBackend(GatheredBackend):
         """Rotary embedding in one native pass."""
         return self.engine.prompts.rotate
 
-    @property
-    def multiply(self) -> Multiply | None:
-        """One native call for projections of the same input, where all of a branch are packed."""
-        return self._multiply if self._rounds_prompts else None
+    def _multiplies(self, branch: Branch) -> bool:
+        """Whether a branch's products are native calls, each of several matrices."""
+        return self._rounds_prompts and self.engine.prompts.multiplies(branch.index)
 
-    def _multiply(self, branch: Branch, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
-        prompts = self.engine.prompts
-        if not prompts.multiplies(branch.index):
-            return by_modules(branch, names, x)
-        return prompts.project(branch.index, names, x)
+    def multiply(self, branch: Branch, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
+        """One native call for projections of the same input, where all of a branch are packed."""
+        if not self._multiplies(branch):
+            return super().multiply(branch, names, x)
+        return self.engine.prompts.project(branch.index, names, x)
 
     def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The norm and the gate in one native pass."""
@@ -283,10 +282,10 @@ class NativeBackend(GatheredBackend):
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
         """One native call where all weights are packed; else torch's products with a native
         activation between them."""
-        prompts, whole = self.engine.prompts, self._rounds_prompts
-        whole = whole and prompts.multiplies(branch.index)
-        output = prompts.packed_mlp(branch.index, x) if whole else prompts.mlp(branch, x)
-        return self.leave(branch, output)
+        prompts = self.engine.prompts
+        if self._multiplies(branch):
+            return self.leave(branch, prompts.packed_mlp(branch.index, x))
+        return self.leave(branch, prompts.mlp(branch, x))
 
     def leave(self, branch: Branch, output: Tensor) -> Tensor:
         """The norm after a branch in one native pass."""

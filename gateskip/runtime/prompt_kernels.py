@@ -148,4 +148,4 @@ def _rounds(layer: Layer, mlp: bool) -> bool:
     """Whether all weights of a layer's branch meet activations of 8 bits."""
     names = ("gate", "up", "down") if mlp else FIELDS.values()
     matrices = [getattr(layer, name) for name in names]
-    return all(Kind(each.kind).name.endswith("_A8") for each in matrices if each.n)
+    return all(Kind(each.kind).rounded for each in matrices if each.n)

@@ -105,10 +105,7 @@ class _Session(Loop):
         self.validation = validation
         frozen = config.backbone == "frozen"
         self.running = cast_once(model, accelerator) if frozen else model  # in all passes
-        if teacher is model:
-            self.teacher = self.running
-        else:
-            self.teacher = cast_once(teacher, accelerator)
+        self.teacher = self.running if teacher is model else cast_once(teacher, accelerator)
         student = self.shard(_Student(self.running, gates, config), gates.parameters())
         self.backbone = list(self.trained.values())
         groups = [{"params": list(gates.parameters()), "lr": config.lr, "weight_decay": 0.0}]

@@ -170,10 +170,10 @@ void gateskip_prompt_products(const Matrix* w, int32_t count, const uint16_t* x,
   {
     uint16_t* to = out;
     for (int i = 0; i < count; to += rows * w[i++].n) {
-      if (i && !alike(w[i], w[i - 1])) {
+      if (!i || !alike(w[i], w[i - 1])) {
 #pragma omp barrier
+        lay_out(w[i], x, rows, laid_out);
       }
-      if (!i || !alike(w[i], w[i - 1])) lay_out(w[i], x, rows, laid_out);
       multiply(w[i], laid_out, rows, to);
     }
   }
