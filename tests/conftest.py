@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -122,12 +123,17 @@ def _share_kernels(source: Path, target: Path) -> None:
                 (target / f".{os.getpid()}-{file.name}").replace(target / file.name)
 
 
-@pytest.fixture
-def one_accelerator() -> None:
+@pytest.fixture(autouse=True)
+def accelerate_as_new() -> Iterator[None]:
     """accelerate as a new process has it: one process trains with one precision."""
-    from accelerate.state import AcceleratorState
+    _reset_accelerate()  # fixtures of a whole file train before this one
+    yield
+    _reset_accelerate()
 
-    AcceleratorState._reset_state()
+
+def _reset_accelerate() -> None:
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

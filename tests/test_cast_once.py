@@ -13,7 +13,6 @@ from gateskip.quantization.packed_linear import accelerate_linears
 from gateskip.training.cast_once import cast_once
 
 
-@pytest.mark.usefixtures("one_accelerator")
 @pytest.mark.parametrize("replaced", [False, True], ids=["torch's", "ours"])
 def test_logits_are_the_same_and_the_model_stays(tiny_llama: Path, replaced: bool) -> None:
     """Whether linear layers are torch's, or those that a gate stage puts in their place."""
@@ -33,7 +32,6 @@ def test_logits_are_the_same_and_the_model_stays(tiny_llama: Path, replaced: boo
     assert copied.lm_head.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.usefixtures("one_accelerator")
 def test_without_mixed_precision_nothing_is_copied(tiny_llama: Path) -> None:
     model = load_model(tiny_llama, "float32")
     assert cast_once(model, Accelerator(cpu=True, mixed_precision="no")) is model

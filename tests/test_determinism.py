@@ -53,9 +53,6 @@ UNEQUAL: dict[str, str] = {}
 """Runs whose folders differ from time to time, and why; empty, as it should stay."""
 
 
-pytestmark = pytest.mark.usefixtures("one_accelerator")
-
-
 @pytest.fixture(scope="module")
 def gated(
     licence_text: Path,

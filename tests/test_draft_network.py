@@ -223,7 +223,6 @@ def test_a_network_is_written_and_read(tmp_path: Path) -> None:
         load_network(tmp_path, 32, 512)
 
 
-@pytest.mark.usefixtures("one_accelerator")
 def test_it_learns_what_the_model_says(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
     """Loss falls, a killed training ends in the same numbers, and frequent tokens are its own."""
     skipping = gateskip.load(make_tiny("llama"), dtype="float32", backend="gathered").skipping
@@ -269,7 +268,6 @@ def test_it_learns_what_the_model_says(make_tiny: Callable[..., Path], tmp_path:
 STAGE: dict[str, Any] = {"steps": 4, "batch": 2, "inner": 32, "vocabulary": 128, "precision": "no"}
 
 
-@pytest.mark.usefixtures("one_accelerator")
 def test_the_stage_puts_a_network_beside_the_weights(
     licence_text: Path,
     tiny_llama: Path,
@@ -296,7 +294,6 @@ def test_the_stage_puts_a_network_beside_the_weights(
 
 
 @native
-@pytest.mark.usefixtures("one_accelerator")
 @pytest.mark.parametrize("embedding", [8, 6, None])
 def test_a_packed_model_is_drafted_for(
     licence_text: Path,

@@ -21,9 +21,6 @@ from gateskip.training.recipe import HealConfig
 CONFIG = HealConfig(steps=12, lr=1e-3, precision="no", validate_every=4, checkpoint_every=4)
 
 
-pytestmark = pytest.mark.usefixtures("one_accelerator")
-
-
 @pytest.fixture(scope="module")
 def blocks() -> torch.Tensor:
     return torch.randint(3, 512, (10, 48), generator=torch.Generator().manual_seed(4))

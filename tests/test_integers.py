@@ -29,9 +29,6 @@ from gateskip.quantization.grid_linear import GridEmbedding, GridLinear, SharedH
 Made = tuple[Path, dict[str, Any]]
 
 
-pytestmark = pytest.mark.usefixtures("one_accelerator")
-
-
 @pytest.fixture
 def round_it(
     tmp_path: Path, licence_text: Path, tiny_llama: Path, make_job: Callable[..., StageJob]

@@ -24,7 +24,6 @@ from gateskip.training.objectives import distill_loss, divergence
 from gateskip.training.recipe import HealConfig, LoopConfig, OnPolicy, TrainConfig
 from gateskip.training.rollouts import Rollouts, rollout_writer
 
-pytestmark = pytest.mark.usefixtures("one_accelerator")
 POLICY = OnPolicy(after=0.5, share=0.5, every=3, tokens=12)
 
 

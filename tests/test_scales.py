@@ -33,9 +33,6 @@ HEALED = {"use": "heal", "backbone": "scales", "steps": 12, "lr": 3e-3, "validat
 Run = Callable[..., tuple[Path, dict[str, Any]]]
 
 
-pytestmark = pytest.mark.usefixtures("one_accelerator")
-
-
 @pytest.fixture
 def run(
     tmp_path: Path, licence_text: Path, tiny_llama: Path, make_job: Callable[..., StageJob]

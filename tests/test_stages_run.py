@@ -43,9 +43,6 @@ RUNS: dict[str, dict[str, Any]] = {
 ROUNDING = {"int8": 0.2, "gptq4": 0.15, "head8": 0.15}
 
 
-pytestmark = pytest.mark.usefixtures("one_accelerator")
-
-
 @pytest.fixture
 def run(
     licence_text: Path, tmp_path: Path, tiny_llama: Path, make_job: Callable[..., StageJob]

@@ -133,7 +133,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.usefixtures("one_accelerator")
 class TestTrainOptions:
     """Every option trains: numbers stay finite, and what should learn has moved."""
 
