@@ -14,11 +14,12 @@ from gateskip.calibration.thresholds import calibrate
 from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import grid_of
 from gateskip.decoding.decoder import Decoder
+from gateskip.decoding.sampling import Sampler
 from gateskip.kernels import build
 from gateskip.model.compute import kept_share
 from gateskip.quantization.folders import load_model
 from gateskip.runtime.backend import BACKENDS, BackendName
-from gateskip.runtime.governor import BLOCK
+from gateskip.runtime.governor import NARROWEST, block_of
 from gateskip.runtime.skipping import SkippingModel
 
 BUDGETS = (0.9, 0.7, 0.5)
@@ -78,6 +79,17 @@ def test_a_row_is_what_it_is_alone(decoder: Decoder, way: str) -> None:
     together = decoder.generate(PROMPTS, 24, "skip", 0.7, **WAYS[way]).tokens
     alone = [decoder.generate([p], 24, "skip", 0.7, **WAYS[way]).tokens[0] for p in PROMPTS]
     assert together == alone
+
+
+def test_drawn_tokens_are_the_same_alone(decoder: Decoder) -> None:
+    """A row alone is decoded block by block in one call each where the backend can."""
+    how: dict[str, Any] = {"sampler": Sampler(temperature=0.9), "seed": 3, "hold": True}
+    together = decoder.generate(PROMPTS[:1] * 2, 40, "skip", 0.7, **how).tokens
+    alone = decoder.generate(PROMPTS[:1], 40, "skip", 0.7, **how)
+    assert together[0] == alone.tokens[0]
+    stopped = decoder.generate(PROMPTS[:1], 40, "skip", 0.7, eos=[alone.tokens[0][20]], **how)
+    assert stopped.tokens[0] == alone.tokens[0][: len(stopped.tokens[0])]
+    assert len(stopped.tokens[0]) <= 21
 
 
 @pytest.mark.parametrize(("way", "length"), [*zip(WAYS, (1, 5, 16, 7), strict=True), ("held", 3)])
@@ -144,10 +156,17 @@ def states(decoder: Decoder, text: list[int], cuts: list[int], decode_from: int)
     ("cuts", "decode_from"), [([7, 33], 33), ([1, 16, 17, 48], 99), (list(range(1, 60)), 0)]
 )
 def test_cuts_do_not_matter(decoder: Decoder, cuts: list[int], decode_from: int) -> None:
-    text = ids(60, 7)
-    whole = states(decoder, text, [], 61)
+    text = ids(90, 7)
+    whole = states(decoder, text, [], 91)
     pieces = states(decoder, text, cuts, decode_from)
     torch.testing.assert_close(pieces, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_are_narrow_at_first() -> None:
+    blocks = [block_of(position) for position in range(512)]
+    found = sorted(set(blocks))
+    assert found[:6] == [(0, 16), (16, 16), (32, 32), (64, 64), (128, 64), (192, 64)]
+    assert all(first <= at < first + width for at, (first, width) in enumerate(blocks))
 
 
 def test_rows_that_start_anywhere(decoder: Decoder) -> None:
@@ -181,8 +200,10 @@ def test_a_held_budget_is_kept(decoder: Decoder, made: Any) -> None:
 def test_the_past_decides_alone(decoder: Decoder) -> None:
     """Later tokens change nothing, and a rejected past is forgotten."""
     skipping, limits = decoder.skipping, decoder.phases(0.7, hold=True).text
-    text, other = ids(3 * BLOCK, 8), ids(2 * BLOCK, 9)
-    cache = skipping.new_cache(1, 3 * BLOCK)
-    skipping.decode([text[:BLOCK] + other], cache, [0], [0], limits)
-    again = skipping.decode([text[BLOCK:]], cache, [0], [BLOCK], limits)
-    torch.testing.assert_close(again, states(decoder, text, [], 99)[BLOCK:], atol=1e-4, rtol=1e-4)
+    text, other = ids(3 * NARROWEST, 8), ids(2 * NARROWEST, 9)
+    cache = skipping.new_cache(1, 3 * NARROWEST)
+    skipping.decode([text[:NARROWEST] + other], cache, [0], [0], limits)
+    again = skipping.decode([text[NARROWEST:]], cache, [0], [NARROWEST], limits)
+    torch.testing.assert_close(
+        again, states(decoder, text, [], 99)[NARROWEST:], atol=1e-4, rtol=1e-4
+    )

@@ -70,7 +70,8 @@ class Skip(DecodeStage):
 
     hold: bool = False
     """Whether every row holds the budget: its thresholds move with what its own earlier tokens
-    kept, every 16 tokens. Prompts are then read 16 tokens at a time, which is slower."""
+    kept, every 16 tokens at first and every 64 later. Prompts are then read in as many pieces,
+    which is slower."""
 
     @model_validator(mode="after")
     def _some_phase_skips(self) -> Self:

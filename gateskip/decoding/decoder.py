@@ -333,7 +333,8 @@ class Decoder:
         cache = self._prefill(rows, phases.prompt, sampler, stats)
         read = usage.copy()
         started = time.perf_counter()
-        alone = len(rows) == 1 and self._continues(sampler, phases.answer)
+        continues = sampler.native and self.skipping.row_decoder is not None
+        alone = len(rows) == 1 and continues
         while alone and not rows[0].ended:
             stats.passes += self._continue(rows[0], IN_ONE_CALL, cache, phases.answer, sampler)
         while live := [row for row in rows if not row.ended]:
@@ -347,10 +348,6 @@ class Decoder:
             stats.passes += 1
         stats.decode_s = time.perf_counter() - started
         return {"prompt": read.since(before), "answer": usage.since(read)}
-
-    def _continues(self, sampler: Sampler, limits: Limits) -> bool:
-        """Whether several tokens of a row can come from one call."""
-        return sampler.native and self.skipping.continues(limits)
 
     def _continue(
         self,
@@ -423,7 +420,8 @@ class Decoder:
         """Draft, verify, commit, each row by its own number of tokens, until all have ended."""
         cache = self._prefill(rows, phases.prompt, sampler, stats)
         started = time.perf_counter()
-        alone = self._continues(sampler, phases.answer) and drafting.native()
+        speculates = self.skipping.speculates(phases.answer)
+        alone = sampler.native and speculates and drafting.native()
         while live := [row for row in rows if not row.ended]:
             if alone and len(live) == 1:
                 made = self._rounds(live[0], drafting, sampler, cache, phases.answer)

@@ -241,7 +241,7 @@ class RowDecoder(Protocol[CacheT]):
         token: int,
         count: int,
         place: tuple[CacheT, int, int],
-        thresholds: Thresholds,
+        thresholds: PassThresholds,
         on_token: Callable[[int], bool],
         drawn: Drawn | None = None,
     ) -> tuple[int, Tensor]:

@@ -85,9 +85,7 @@ class Engine:
         """
         out = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         where = torch.tensor([[*cache_rows], [*slots]], dtype=torch.int32)
-        step = self._step(out, where, thresholds)
-        if entered is not None:
-            step.entered = entered.data_ptr()
+        step = self._step(out, where, thresholds, entered)
         ops.step(self.model, self._view(cache), step, self._arena)
         return out
 
@@ -178,21 +176,23 @@ class Engine:
         token: int,
         count: int,
         place: tuple[KVCache, int, int],
-        thresholds: Sequence[float] | None,
+        thresholds: Sequence[float] | Tensor | None,
         on_token: Callable[[int], bool],
         drawn: Drawn | None = None,
+        entered: Tensor | None = None,
     ) -> tuple[int, Tensor]:
         """Tell of up to `count` tokens that follow `token`, greedily or `drawn`, one after the
         other; how many, and the final state [H] before the last one.
 
         `place` is as in `draft`. The tokens end where `on_token` says so, or raises, which this
-        call does then. `kept` counts over all steps.
+        call does then. `kept` counts over all steps. Thresholds may be those of the row, float32
+        [1, branches]; `entered`, uint8 [count, branches] and zero, becomes 1 where a step entered.
         """
         raised: list[BaseException] = []
         order = self._order(token, count, self.head)
         order.on_token = abi.OnToken(_kept(on_token, raised, 1))
         held = self._draw(order, drawn)
-        followed, state = self._follow(order, place, thresholds)
+        followed, state = self._follow(order, place, thresholds, entered)
         del held
         if raised:
             raise raised[0]
@@ -334,7 +334,8 @@ class Engine:
         self,
         order: abi.Draft,
         place: tuple[KVCache, int, int],
-        thresholds: Sequence[float] | None,
+        thresholds: Sequence[float] | Tensor | None,
+        entered: Tensor | None = None,
     ) -> tuple[list[int], Tensor]:
         """The tokens of an order whose first token stands at a place, and the final state [H]
         before the last one."""
@@ -345,7 +346,7 @@ class Engine:
             torch.empty(1, self.model.hidden),
         )
         order.tokens = tokens.data_ptr()
-        step = self._step(hidden, where, thresholds)
+        step = self._step(hidden, where, thresholds, entered)
         ops.draft(self.model, self._view(cache), step, order, self._arena)
         return tokens[: order.count].tolist(), hidden[0]
 
@@ -375,7 +376,11 @@ class Engine:
         return ops.multiply(matrix, x.float().contiguous(), self._arena)
 
     def _step(
-        self, hidden: Tensor, where: Tensor, thresholds: Sequence[float] | Tensor | None
+        self,
+        hidden: Tensor,
+        where: Tensor,
+        thresholds: Sequence[float] | Tensor | None,
+        entered: Tensor | None = None,
     ) -> abi.Step:
         """A pass over hidden [rows, H], cache rows and slots `where` [2, rows]."""
         self.kept.zero_()
@@ -388,7 +393,7 @@ class Engine:
             hidden=hidden.data_ptr(),
             thresholds=None if thresholds is None else self._tensor(thresholds).data_ptr(),
             stride=2 * self.model.layers if of_rows else 0,
-            entered=None,
+            entered=None if entered is None else entered.data_ptr(),
             kept=self.kept.data_ptr(),
             spent=self._spent.data_ptr(),
         )

@@ -2,15 +2,17 @@
 
 Thresholds are calibrated on some text, and other text keeps another share under them (prompts full
 of digits kept 0.743 of the multiply-adds where 0.8 was asked). The governor is an integral
-controller for each row. At every BLOCK-th position it adds up how far the row's earlier tokens were
-from the budget, and moves along the calibrated thresholds by that:
+controller for each row. Where a block of positions begins, it adds up how far the row's earlier
+tokens were from the budget, and moves along the calibrated thresholds by that:
 
-    budget of the block = budget + GAIN / BLOCK * sum over earlier tokens (budget - kept share)
+    budget of the block = budget + GAIN / width * sum over earlier tokens (budget - kept share)
 
-It reads nothing but the row's own earlier tokens, at positions that do not depend on how the text
-comes in: a row has the same thresholds alone and in a batch, in chunks and token by token. What the
-tokens kept is stored by position, as the KV cache is, so truncating a row truncates it, too. Sums
-are of integers, and so the same in every order and in every backend.
+Blocks begin at 0, 16, 32, 64, 128, 192 and so on: narrow at first, as a short text has to come to
+its budget, too, and wide then, as prompts pass block by block and read all weights in each. Nothing
+is read but the row's own earlier tokens, at positions that do not depend on how the text comes in:
+a row has the same thresholds alone and in a batch, in chunks and token by token. What the tokens
+kept is stored by position, as the KV cache is, so truncating a row truncates it, too. Sums are of
+integers, and so the same in every order and in every backend.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 from gateskip.model.compute import BranchCost
 from gateskip.model.gating import ANCHORS
 
-BLOCK = 16  # positions between two updates
+NARROWEST, WIDEST = 16, 64  # positions between two updates
 GAIN = 0.5  # the share of an offset that a block's update takes away
 STEPS = 256  # budgets between the lowest and the highest calibrated one
 UNIT = 1 << 20  # a token's multiply-adds at all branches together, as an integer
@@ -83,12 +85,12 @@ class Hold:
         device = self.curve.device
         if cache.drift is None:
             cache.drift = torch.zeros(cache.batch, cache.capacity, dtype=torch.long, device=device)
-        blocks = [start // BLOCK for start in starts]
-        ends = torch.tensor(blocks, device=device).unsqueeze(1) * BLOCK
+        blocks = [block_of(start) for start in starts]
+        firsts, widths = torch.tensor(blocks, device=device).unsqueeze(2).unbind(1)  # [rows, 1]
         places = torch.arange(cache.capacity, device=device)
         own = cache.drift[torch.tensor(list(rows), device=device)]
-        past = own.masked_fill(places >= ends, 0).sum(1).double() / UNIT  # in tokens
-        asked = self.budget + GAIN / BLOCK * past
+        past = own.masked_fill(places >= firsts, 0).sum(1).double() / UNIT  # in tokens
+        asked = self.budget + GAIN / widths.squeeze(1) * past
         step = ((asked - self.low) / (self.high - self.low) * (STEPS - 1)).round()
         values = self.curve[step.clamp(0, STEPS - 1).long()]
         weights = torch.tensor([shares(self.costs, block) for block in blocks], device=device)
@@ -108,13 +110,21 @@ class Hold:
 
 
 @lru_cache(maxsize=4096)
-def shares(costs: tuple[BranchCost, ...], block: int) -> list[int]:
+def shares(costs: tuple[BranchCost, ...], block: tuple[int, int]) -> list[int]:
     """Each branch's share of a token's multiply-adds in the middle of a block, in UNITs."""
-    middle = block * BLOCK + BLOCK // 2
+    middle = block[0] + block[1] // 2
     each = [cost.at(min(middle, cost.window or middle)) for cost in costs]
     return [round(cost / sum(each) * UNIT) for cost in each]
 
 
+def block_of(position: int) -> tuple[int, int]:
+    """First position and width of the block that a position is in."""
+    width = min(WIDEST, 1 << (max(position, NARROWEST).bit_length() - 1))
+    return position // width * width, width
+
+
 def next_width(starts: Sequence[int], left: Sequence[int]) -> int:
     """Tokens that all rows at `starts`, which have so many left, take before one changes block."""
-    return min(min(BLOCK - start % BLOCK, count) for start, count in zip(starts, left, strict=True))
+    return min(
+        min(sum(block_of(start)) - start, count) for start, count in zip(starts, left, strict=True)
+    )

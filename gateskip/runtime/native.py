@@ -121,14 +121,20 @@ class NativeBackend(GatheredBackend):
         token: int,
         count: int,
         place: tuple[KVCache, int, int],
-        thresholds: Thresholds,
+        thresholds: PassThresholds,
         on_token: Callable[[int], bool],
         drawn: Drawn | None = None,
     ) -> tuple[int, Tensor]:
         """See `RowDecoder.continue_row`."""
         cache, row, slot = place
         cache.begin([row], [slot], [count])
-        found = self.engine.continue_row(token, count, place, thresholds, on_token, drawn)
+        if isinstance(thresholds, RowThresholds):
+            values = thresholds.values
+            entered = torch.zeros(count, values.shape[1], dtype=torch.uint8)
+            found = self.engine.continue_row(token, count, place, values, on_token, drawn, entered)
+            thresholds.entered += (entered * thresholds.weights).sum(1)
+        else:
+            found = self.engine.continue_row(token, count, place, thresholds, on_token, drawn)
         self._count(range(slot, slot + found[0]))
         return found
 

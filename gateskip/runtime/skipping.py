@@ -197,8 +197,8 @@ class SkippingModel:
         self._count_full(thresholds, sum(map(len, tokens)))
         return self.backend.decode(tokens, cache, rows, starts, thresholds)
 
-    def continues(self, thresholds: Limits) -> bool:
-        """Whether `continue_row` can be asked."""
+    def speculates(self, thresholds: Limits) -> bool:
+        """Whether `speculate` can be asked."""
         return self.row_decoder is not None and not isinstance(thresholds, Hold)
 
     @torch.inference_mode()
@@ -213,9 +213,12 @@ class SkippingModel:
     ) -> Tensor:
         """Up to `count` steps of one row in one call -> the final state [H] before the last token.
 
-        See `RowDecoder`."""
-        assert self.row_decoder is not None and not isinstance(thresholds, Hold), "ask `continues`"
+        See `RowDecoder`, without which this cannot be asked. A held budget takes a call for each of
+        the governor's blocks."""
         decoder = self.row_decoder
+        assert decoder is not None, "no steps of a row in one call"
+        if isinstance(thresholds, Hold):
+            return self._hold_row(decoder, token, count, place, thresholds, on_token, drawn)
         followed, state = decoder.continue_row(token, count, place, thresholds, on_token, drawn)
         self._count_full(thresholds, followed)
         return state
@@ -248,7 +251,7 @@ class SkippingModel:
         draft_thresholds: Thresholds = None,
     ) -> tuple[list[Round], Tensor]:
         """Rounds of speculation of one row in one call: see `RowDecoder`."""
-        assert self.row_decoder is not None and not isinstance(thresholds, Hold), "ask `continues`"
+        assert self.row_decoder is not None and not isinstance(thresholds, Hold), "ask `speculates`"
         by = None if drafter is None else drafter.row_decoder
         found, state = self.row_decoder.speculate(asked, by, place, thresholds, draft_thresholds)
         read = sum((each.rows[0].drafted + 1) * each.steps for each in found)
@@ -313,6 +316,36 @@ class SkippingModel:
                 parts[i].append(own)
                 done[i] += width
         return torch.cat([part for own in parts for part in own])
+
+    def _hold_row(
+        self,
+        decoder: RowDecoder[Any],
+        token: int,
+        count: int,
+        place: tuple[Cache, int, int],
+        hold: Hold,
+        on_token: Callable[[int], bool],
+        drawn: Drawn | None,
+    ) -> Tensor:
+        """As `continue_row`, in calls that end where the row comes to a governor's new block."""
+        (cache, row, slot), end, ended = place, place[2] + count, False
+
+        def told(following: int) -> bool:
+            nonlocal token, ended
+            token, ended = following, on_token(following)
+            return ended
+
+        while not ended:
+            width = next_width([slot], [end - slot])
+            limits = hold.rows(cache, [row], [slot], width)
+            first = slot - place[2]
+            part = drawn and (drawn[0], drawn[1][first : first + width])
+            here = (cache, row, slot)
+            followed, state = decoder.continue_row(token, width, here, limits, told, part)
+            hold.record(cache, [row], [slot], limits)
+            slot += followed
+            ended = ended or slot == end
+        return state
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:

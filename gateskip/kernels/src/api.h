@@ -161,7 +161,8 @@ typedef struct Step {
   const float* thresholds;  /* [2 * layers], or null: every branch is entered */
   int64_t* kept;            /* [2 * layers]: counts of rows that entered, added up */
   double* spent;            /* [PARTS]: seconds, added up */
-  uint8_t* entered;         /* [rows, 2 * layers], or null: becomes 1 where a row enters a branch */
+  uint8_t* entered;         /* [rows, 2 * layers], or null: becomes 1 where a row enters a branch; where one row takes
+                               several steps, [steps, 2 * layers] */
   int32_t stride;           /* from one row's thresholds to the next one's; 0 where all rows share them */
 } Step;
 

@@ -18,10 +18,11 @@ int most_of_share(int n, int threads) {
   return (tiles + threads - 1) / threads * ROWS_PER_TILE;
 }
 
-// The steps of a model: its embedding, and a pass over the only row of a step, whose slot goes up.
+// The steps of a model: its embedding, and a pass over the only row of a step, whose slot goes up, as does the place
+// where it says what the row entered.
 class ModelSteps {
  public:
-  ModelSteps(const Model& model, const CacheView& cache, const Step& step, const SharedRows& shared, int id, int threads,
+  ModelSteps(const Model& model, const CacheView& cache, Step& step, const SharedRows& shared, int id, int threads,
              Slices& own)
       : pass_(model, cache, step, shared, id, threads, own), m(model), s(step), id(id), threads(threads) {}
 
@@ -29,7 +30,10 @@ class ModelSteps {
   const float* after(const Embedding& embedding, int32_t token, int i, const Matrix* head) {
     const int first = m.hidden * id / threads, last = m.hidden * (id + 1) / threads;
     for (int j = first; j < last; j++) s.hidden[j] = embedded(embedding, int64_t(token) * m.hidden + j);
-    if (id == 0 && i) ++*const_cast<int32_t*>(s.slot);
+    if (id == 0 && i) {
+      ++*const_cast<int32_t*>(s.slot);
+      if (s.entered) s.entered += 2 * m.layers;
+    }
 #pragma omp barrier
     pass_.run(head);
 #pragma omp barrier
@@ -43,7 +47,7 @@ class ModelSteps {
  private:
   Pass pass_;
   const Model& m;
-  const Step& s;
+  Step& s;
   const int id, threads;
 };
 
@@ -258,9 +262,10 @@ void follow(Draft& draft, const int32_t* tokens, Arena& arena, int threads, Make
 
 extern "C" void gateskip_draft(const Model* m, const CacheView* c, const Step* s, Draft* draft, Arena* arena,
                                int32_t threads) {
+  Step step = *s;
   follow(*draft, nullptr, *arena, threads, [&](Slices& memory) { return SharedRows(*m, *c, 1, memory); },
          [&](const SharedRows& shared, int id, int all, Slices& own) {
-           return ModelSteps(*m, *c, *s, shared, id, all, own);
+           return ModelSteps(*m, *c, step, shared, id, all, own);
          });
 }
 
