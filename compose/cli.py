@@ -452,7 +452,10 @@ def bench(
     prompts: Annotated[
         str | None, typer.Option(help="Prompts to use, by category: an alias or a file.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each category.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts of each category in a round, other ones in each."),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in one turn.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds, interleaved.")] = 5,
     min_seconds: Annotated[

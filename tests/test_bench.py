@@ -17,6 +17,7 @@ from compose.bench.peer_cell import PeerBench, stop_ids
 from compose.bench.roofline import roofline
 from compose.bench.systems import BACKENDS, parse_system
 from compose.bench.tune import tune
+from compose.bench.workloads import TurnText
 from compose.errors import PlanError, UserError
 from compose.language.schema import Benchmark, Pipeline
 from compose.planning.bench_plan import bench_plan, decode_stage
@@ -166,10 +167,11 @@ def test_another_engine_is_scored_and_timed_as_ours(jobs: Callable[..., CellJob]
     ours_wrote, theirs_wrote = dense["tasks"]["arithmetic"], scored["tasks"]["arithmetic"]
     assert theirs_wrote["questions"] == ours_wrote["questions"], "so outcomes pair"
     assert theirs_wrote["outcomes"] == ours_wrote["outcomes"] and theirs_wrote["n"] == 2
-    own, other = ours.warm(2, 16, "", 1), theirs.warm(2, 16, "", 1)
+    text = TurnText(2, 16, "", 0)
+    own, other = ours.warm(text, 1), theirs.warm(text, 1)
     for name in ("prompt_tokens", "tokens", "digest", "threads"):
         assert own[name] == other[name], name
-    again = theirs.speed(2, 16, "")
+    again = theirs.speed(text)
     assert again["decode_s"] > 0 and again["prefill_s"] > 0 and again["digest"] == own["digest"]
     theirs.close()
 

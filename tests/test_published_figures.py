@@ -18,6 +18,7 @@ import pytest
 import gateskip
 from compose.bench.speed import SpeedTurns
 from compose.bench.turns import add_turns
+from compose.bench.workloads import TurnText
 from gateskip.calibration.budgets import CalibratedBudgets, half_way, with_gaps_filled
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.stats import Stats
@@ -315,7 +316,7 @@ class TestSpeed:
         monkeypatch.setattr("compose.bench.speed.rows_of", lambda *of: [rows] * wanted["times"])
         settings = {} if mode == "plain" else OWN
         speed = SpeedTurns(decoder, mode, settings, lambda usage: None, wanted, None, Path())  # type: ignore[arg-type,return-value]
-        return speed.measure(len(rows), 6, "")
+        return speed.measure(TurnText(len(rows), 6, "", 0))
 
     def test_the_first_tokens_belong_to_prefill(
         self, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path

@@ -19,6 +19,7 @@ from compose.bench.job import CellJob
 from compose.bench.lossless import check_lossless
 from compose.bench.quality import QualityBench
 from compose.bench.speed import SpeedTurns
+from compose.bench.workloads import TurnText
 from compose.errors import StepError
 from compose.units import Progress
 from gateskip.decoding.decoder import Decoder, Mode
@@ -121,10 +122,10 @@ class CellBench:
             job.asset_cache,
         )
 
-    def warm(self, batch: int, context: int, category: str, threads: int) -> dict[str, Any]:
+    def warm(self, which: TurnText, threads: int) -> dict[str, Any]:
         """A turn that is not counted; see `SpeedTurns.warm`."""
-        return self._turns.warm(batch, context, category, threads)
+        return self._turns.warm(which, threads)
 
-    def speed(self, batch: int, context: int, category: str) -> dict[str, Any]:
+    def speed(self, which: TurnText) -> dict[str, Any]:
         """One turn of a shape that was warmed; see `SpeedTurns.measure`."""
-        return self._turns.measure(batch, context, category)
+        return self._turns.measure(which)

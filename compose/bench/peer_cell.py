@@ -28,7 +28,7 @@ from compose.bench.peers.process import PeerProcess
 from compose.bench.quality import text_record
 from compose.bench.speed import usable_cores
 from compose.bench.text import load_blocks, load_head, load_stored, score_blocks
-from compose.bench.workloads import Rows, rows_of
+from compose.bench.workloads import Rows, TurnText, rows_of
 from compose.errors import StepError
 from compose.memory import peak_of_children
 from compose.store import read_json
@@ -49,7 +49,7 @@ class PeerBench:
         self._process: PeerProcess | None = None
         self._loaded: tuple[int, int] | None = None
         """Positions and rows for which the process has loaded the model."""
-        self._rows: dict[tuple[int, int, str], list[Rows]] = {}
+        self._rows: dict[TurnText, list[Rows]] = {}
 
     @cached_property
     def prepared(self) -> PreparedPeer:
@@ -186,35 +186,35 @@ class PeerBench:
 
     # -- speed ---------------------------------------------------------------------------------
 
-    def warm(self, batch: int, context: int, category: str, threads: int) -> dict[str, Any]:
+    def warm(self, which: TurnText, threads: int) -> dict[str, Any]:
         """Load for a shape and run a whole turn that is not counted: nothing is compiled later."""
         self._start(self.job.threads or threads)
-        return self._turn(batch, context, category)
+        return self._turn(which)
 
-    def speed(self, batch: int, context: int, category: str) -> dict[str, Any]:
+    def speed(self, which: TurnText) -> dict[str, Any]:
         """One turn; the fields of `SpeedTurns.measure`, as far as an engine tells them.
 
         Raises:
             StepError: the engine compiled something while it was timed.
         """
-        turn = self._turn(batch, context, category)
+        turn = self._turn(which)
         if turn["compiled_graphs"]:
             raise StepError(
                 f"{self.peer} compiled {turn['compiled_graphs']} graphs in a timed turn"
             )
         return turn
 
-    def _turn(self, batch: int, context: int, category: str) -> dict[str, Any]:
+    def _turn(self, which: TurnText) -> dict[str, Any]:
         new_tokens = self.job.benchmark["speed"]["new_tokens"]
-        batches = self._batches(batch, context, category)
+        batches = self._batches(which)
         longest = max(len(row) for rows in batches for row in rows)
-        process = self._ready(longest + new_tokens + MARGIN, batch, exactly=True)
-        stop = self._stops if category else []
+        process = self._ready(longest + new_tokens + MARGIN, which.batch, exactly=True)
+        stop = self._stops if which.category else []
         turn: dict[str, Any] = {"prompt_tokens": 0, "prefill_s": 0.0, "tokens": 0, "decode_s": 0.0}
         turn["compiled_graphs"] = 0
         first_tokens, digest = [], hashlib.sha256()
         for rows in batches:
-            answer = process.generate(rows, new_tokens, stop, ignore_stop=not category)
+            answer = process.generate(rows, new_tokens, stop, ignore_stop=not which.category)
             turn["prompt_tokens"] += sum(map(len, rows))
             turn["tokens"] += sum(map(len, answer["tokens"])) - answer["first_tokens"]
             turn["prefill_s"] += answer["prefill_s"]
@@ -230,12 +230,11 @@ class PeerBench:
             "affinity": usable_cores(),
         }
 
-    def _batches(self, batch: int, context: int, category: str) -> list[Rows]:
-        shape, wanted = (batch, context, category), self.job.benchmark["speed"]
-        if shape not in self._rows:
-            cache = self.job.asset_cache
-            self._rows[shape] = rows_of(self.tokenizer, batch, context, category, wanted, cache)
-        return self._rows[shape]
+    def _batches(self, which: TurnText) -> list[Rows]:
+        if which not in self._rows:
+            wanted, cache = self.job.benchmark["speed"], self.job.asset_cache
+            self._rows[which] = rows_of(self.tokenizer, which, wanted, cache)
+        return self._rows[which]
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:

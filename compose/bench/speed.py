@@ -13,7 +13,7 @@ import torch
 
 from compose.bench.generate import stop_token_ids
 from compose.bench.scored import added
-from compose.bench.workloads import Rows, rows_of
+from compose.bench.workloads import Rows, TurnText, rows_of
 from compose.memory import peak_bytes, reset_peak, resident_bytes
 from gateskip.decoding.decoder import Decoder, Mode, cache_capacity
 from gateskip.decoding.phases import Phase
@@ -45,7 +45,7 @@ class SpeedTurns:
         self.decoder, self.mode, self.settings = decoder, mode, dict(settings)
         self.saving, self.wanted = saving, wanted
         self.threads, self.asset_cache = threads, asset_cache
-        self._rows: dict[tuple[int, int, str], list[Rows]] = {}
+        self._rows: dict[TurnText, list[Rows]] = {}
         sampling = wanted.get("sampling")
         self.sampler = Sampler(**sampling) if sampling else GREEDY
         self._seed = 0  # of the next prompts' samples: each time others
@@ -53,7 +53,7 @@ class SpeedTurns:
         self._held = 0
         """Bytes that the process held before the shape that is measured now."""
 
-    def warm(self, batch: int, context: int, category: str, threads: int) -> dict[str, Any]:
+    def warm(self, which: TurnText, threads: int) -> dict[str, Any]:
         """A whole turn of a shape that is not counted: what is built or learned on first use is.
 
         The process's peak counts from here, with the weights in memory.
@@ -62,23 +62,23 @@ class SpeedTurns:
             self._timed = True
             torch.set_num_threads(self.threads or threads)
             self.decoder.forget_draft_costs()  # measured with other threads
-        first = self._batches(batch, context, category)[0]
+        first = self._batches(which)[0]
         self._generate([first[0][:WARM_TOKENS]], 2)
         reset_peak()
         self._held = resident_bytes()
-        return self.measure(batch, context, category)
+        return self.measure(which)
 
-    def measure(self, batch: int, context: int, category: str) -> dict[str, Any]:
+    def measure(self, which: TurnText) -> dict[str, Any]:
         """One turn: tokens and seconds of prefill and decoding, seconds to the first token, bytes,
         and what skipping or speculation did meanwhile. `compose.bench.turns` adds turns up."""
-        batches = self._batches(batch, context, category)
+        batches = self._batches(which)
         usage, before = self.decoder.skipping.usage, self._engine_seconds()
         usage.clear()
         stats, first_tokens, decoded = Stats(), list[float](), 0
         used: dict[Phase, Usage] = {}
         digest = hashlib.sha256()
         for rows in batches:
-            generation = self._generate(rows, self.wanted["new_tokens"], category)
+            generation = self._generate(rows, self.wanted["new_tokens"], which.category)
             stats.add(generation.stats)
             used = added(used, generation.usage)
             first_tokens.append(generation.stats.ttft_s)
@@ -119,13 +119,12 @@ class SpeedTurns:
             rows, new_tokens, self.mode, eos=stop, **drawn, **self.settings
         )
 
-    def _batches(self, batch: int, context: int, category: str) -> list[Rows]:
-        shape = (batch, context, category)
-        if shape not in self._rows:
-            self._rows[shape] = rows_of(
-                self.decoder.tokenizer, batch, context, category, self.wanted, self.asset_cache
+    def _batches(self, which: TurnText) -> list[Rows]:
+        if which not in self._rows:
+            self._rows[which] = rows_of(
+                self.decoder.tokenizer, which, self.wanted, self.asset_cache
             )
-        return self._rows[shape]
+        return self._rows[which]
 
     def _cache_bytes(self, rows: Rows) -> int:
         longest = max(map(len, rows))

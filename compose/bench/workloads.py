@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from compose.assets import load_texts, token_blocks
 from compose.bench.generate import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 Rows = list[list[int]]
 """Token ids of a batch of prompts, or of their continuations."""
@@ -22,33 +24,54 @@ UNNAMED = "prompts"
 """The category of prompts that have none."""
 
 
+class TurnText(NamedTuple):
+    """Which prompts a turn reads."""
+
+    batch: int
+    context: int
+    """Tokens of a prompt; 0 with a category."""
+    category: str
+    """Of the prompts of a file; empty for running text."""
+    round: int
+    """Each round reads other text, so that an interval over rounds is one over texts."""
+
+
 def rows_of(
     tokenizer: PreTrainedTokenizerBase,
-    batch: int,
-    context: int,
-    category: str,
+    which: TurnText,
     wanted: Mapping[str, Any],
     cache: Path | None,
 ) -> list[Rows]:
-    """The batches of one shape: `batch` rows of running text, `context` tokens each; or with a
-    `category` its prompts, one at a time. `wanted` is the benchmark's speed section.
+    """The batches of a turn: rows of running text, or the prompts of a category, one at a time.
+    `wanted` is the benchmark's speed section.
 
     Raises AssetError where the texts cannot be had.
     """
-    if category:
-        limit = wanted["prompts_per_category"]
-        return prompts_by_category(tokenizer, wanted["prompts"], limit, cache)[category]
-    return [running_text(tokenizer, batch, context, cache)]
+    if which.category:
+        every = prompts_by_category(tokenizer, wanted["prompts"], None, cache)[which.category]
+        limit = wanted["prompts_per_category"] or len(every)
+        return _next(every, which.round, min(limit, len(every)))
+    return [running_text(tokenizer, which.batch, which.context, cache, which.round)]
 
 
 def running_text(
-    tokenizer: PreTrainedTokenizerBase, batch: int, context: int, cache: Path | None
+    tokenizer: PreTrainedTokenizerBase,
+    batch: int,
+    context: int,
+    cache: Path | None,
+    number: int = 0,
 ) -> Rows:
-    """`batch` rows of `context` tokens of heldout-text. Their exact length keeps the time from
-    depending on how prompts end."""
+    """`batch` rows of `context` tokens of heldout-text, for each number the next ones, until the
+    text begins again. Their exact length keeps the time from depending on how prompts end."""
     text = load_texts("heldout-text", None, cache)
-    rows: Rows = token_blocks(text, tokenizer, context, batch).tolist()
-    return rows
+    rows: Rows = token_blocks(text, tokenizer, context, (number + 1) * batch).tolist()
+    return _next(rows, number, batch)
+
+
+def _next(all_of_them: list[T], number: int, count: int) -> list[T]:
+    """The `number`-th `count` of a list that begins again where it ends."""
+    first = number * count
+    return [all_of_them[i % len(all_of_them)] for i in range(first, first + count)]
 
 
 def categories(source: str, cache: Path | None) -> list[str]:

@@ -106,7 +106,7 @@ class CellCommand(TypedDict, total=False):
     reference: str
     """Of `quality`: where the baseline's predictions are stored."""
     round: int
-    """Of `speed`: which repeat the turn belongs to."""
+    """Of `warm` and `speed`: which repeat the turn belongs to."""
     batch: int
     context: int
     category: str

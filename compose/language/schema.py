@@ -219,7 +219,7 @@ class Speed(_Section):
     """Prompts by category (an alias or a file), continued to their end instead of running text."""
 
     prompts_per_category: Count | None = None
-    """How many of them are taken of each category; all when left out."""
+    """How many of each category a round reads, the next ones in every round; all when left out."""
 
     sampling: Sampling | None = None
     """How tokens are drawn while speed is measured; greedily when left out. Texts then differ from

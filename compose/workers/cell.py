@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from compose.bench.workloads import TurnText
 from compose.errors import StepError
 from compose.execution.messages import CellCommand, CellRequest
 from compose.units import Progress
@@ -67,10 +68,12 @@ class _Cell:
             return self._bench.quality(Path(command["reference"]))
         if command["do"] == "lossless":
             return self._bench.lossless()
-        shape = (command["batch"], command["context"], command["category"])
+        which = TurnText(
+            command["batch"], command["context"], command["category"], command["round"]
+        )
         if command["do"] == "warm":
-            return self._bench.warm(*shape, command["threads"])
-        return self._bench.speed(*shape)
+            return self._bench.warm(which, command["threads"])
+        return self._bench.speed(which)
 
 
 def return_memory() -> dict[str, Any]:
