@@ -45,6 +45,7 @@ FAMILIES = ("qwen2", "qwen3", "mistral", "gemma2", "phi3")  # Llama takes the lo
 LONGEST = 3
 NEARLY_ALIKE = {"hidden", "rescale", "drafts", "gptq4"}
 """To the planner they are narrow, what packed it, the last of a chain, and nf4."""
+PRUNINGS = {"drop", "narrow", "heads"}
 WORSE = 3.0  # times the tiny model's perplexity, that of chance, is no sense any more
 RELOAD = """
 import json, sys
@@ -105,12 +106,21 @@ class Walk:
 
 
 def chains(first: str) -> Iterator[tuple[str, ...]]:
-    """All chains of up to LONGEST stages that begin with one; those of NEARLY_ALIKE are shorter."""
+    """Chains of up to LONGEST stages that begin with one: all shorter ones, and the longest that
+    `_differs` takes. With one of NEARLY_ALIKE they are shorter."""
     ends: list[tuple[str, ...]] = [(first,)]
     for chain in ends:
         yield chain
         if len(chain) < LONGEST - bool(NEARLY_ALIKE & set(chain)):
-            ends += [(*chain, name) for name in STEPS]
+            longer = [(*chain, name) for name in STEPS]
+            ends += [each for each in longer if len(each) < LONGEST or _differs(each)]
+
+
+def _differs(chain: tuple[str, ...]) -> bool:
+    """Whether a chain has no stage twice, and its prunings in the order of STEPS: chains of two
+    have both."""
+    pruned = [name for name in STEPS if name in chain and name in PRUNINGS]
+    return len(set(chain)) == len(chain) and pruned == [n for n in chain if n in PRUNINGS]
 
 
 def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
