@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.thresholds import Calibration
@@ -39,6 +40,7 @@ from gateskip.runtime.skipping import SkippingModel
 GATES_FILE = "gates.safetensors"
 META_FILE = "gateskip.json"
 FORMAT = 2
+DOWN, UP = "shortcuts.down", "shortcuts.up"
 RANKS = "shortcuts.ranks"  # in a file of gates whose shortcuts differ in rank
 
 
@@ -129,13 +131,20 @@ def _by_text(values: dict[float, Any]) -> dict[str, Any]:
 
 
 def write_gates(path: Path, gates: Gates) -> None:
-    """Write gates alone, as `read_gates` reads them."""
+    """Write gates alone, as `read_gates` reads them.
+
+    Where shortcuts differ in rank, they stand one below the other, `down` and the transposed `up`
+    [sum of ranks, H], with the rank of each.
+    """
     state = {
         name: (value.to(STORED) if name.startswith("shortcuts.") else value).contiguous()
         for name, value in gates.state_dict().items()
     }
     ranks = _ranks(gates)
     if not isinstance(ranks, int):
+        state[DOWN] = torch.cat([own[:rank] for own, rank in zip(state[DOWN], ranks, strict=True)])
+        wide = [own[:, :rank].T for own, rank in zip(state[UP], ranks, strict=True)]
+        state[UP] = torch.cat(wide)
         state[RANKS] = torch.tensor(ranks, dtype=torch.int32)
     shape = f"{gates.kind} {gates.branches} {gates.hidden_size}{' folded' if gates.folded else ''}"
     save_file(state, str(path), metadata={"gates": shape})  # one key: equal bytes
@@ -179,11 +188,9 @@ def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
         _require_as_large(state, kind, branches, hidden, settings)
         gates = make_gates(kind, branches, hidden, **settings)
         gates.folded = "folded" in found[3:]
-        if "shortcuts.down" in state:
-            rank, ranks = state["shortcuts.down"].shape[1], state.pop(RANKS, None)
-            gates.shortcuts = Shortcuts(
-                branches, hidden, rank if ranks is None else [int(own) for own in ranks]
-            )
+        if DOWN in state:
+            rank = _take_ranks(state)
+            gates.shortcuts = Shortcuts(branches, hidden, rank)
         gates.load_state_dict(state)
     except (IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise FormatError(f"{path} holds {kind} gates of other sizes: {error}") from error
@@ -191,6 +198,24 @@ def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
     if broken:
         raise FormatError(f"{path} holds numbers that are not finite, in {broken[0]}")
     return gates
+
+
+def _take_ranks(state: dict[str, Tensor]) -> int | list[int]:
+    """The rank of all shortcuts of a file, or that of each, which are then set side by side.
+
+    ValueError or RuntimeError where they are not those of the tensors.
+    """
+    if RANKS not in state:
+        return state[DOWN].shape[1]
+    ranks: list[int] = state.pop(RANKS).tolist()
+    if max(ranks) > state[DOWN].shape[-1]:
+        raise ValueError("a shortcut's rank is larger than its inputs are many")
+    if state[DOWN].ndim == 2:
+        down, up = (
+            pad_sequence(list(state[name].split(ranks)), batch_first=True) for name in (DOWN, UP)
+        )
+        state |= {DOWN: down, UP: up.transpose(1, 2).contiguous()}
+    return ranks
 
 
 def _require_as_large(

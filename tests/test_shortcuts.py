@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gateskip.calibration.fit_shortcuts import _Sums, fit_shortcuts
-from gateskip.checkpoint import GateFile, load_gates, save_gates
+from gateskip.checkpoint import GateFile, load_gates, read_gates, save_gates, write_gates
+from gateskip.errors import FormatError
 from gateskip.gates.learned import ScalarGates
 from gateskip.gates.shortcuts import Shortcuts
 from gateskip.model.compute import Usage, saving
@@ -92,6 +95,8 @@ def test_ranks_may_differ(tiny_llama: Path, tmp_path: Path) -> None:
     save_gates(tmp_path, GateFile(gates, "project", {0.5: [0.0] * len(ranks)}))
     found = load_gates(tmp_path)
     assert found is not None and found.gates.shortcuts is not None
+    stored = load_file(tmp_path / "gates.safetensors")
+    assert len(stored["shortcuts.down"]) == len(stored["shortcuts.up"]) == sum(ranks)
     fewer = gates.rows([3, 2]).shortcuts
     assert found.gates.shortcuts.ranks == tuple(ranks) and fewer is not None
     assert fewer.ranks == (16, 2)
@@ -103,6 +108,17 @@ def test_ranks_may_differ(tiny_llama: Path, tmp_path: Path) -> None:
     gates.shortcuts = Shortcuts(len(ranks), 64, 2)
     least = saving(model, usage[0], gates, "project", [True] * len(ranks))
     assert least.net > every.net
+
+
+@pytest.mark.parametrize("ranks", [[2, 15], [2, -2], [65, 1], [], [18]])
+def test_ranks_that_are_not_those_of_the_tensors(tmp_path: Path, ranks: list[int]) -> None:
+    gates, file = ScalarGates(2, 64), tmp_path / "gates.safetensors"
+    gates.shortcuts = Shortcuts(2, 64, [2, 16])
+    write_gates(file, gates)
+    state = load_file(file) | {"shortcuts.ranks": torch.tensor(ranks, dtype=torch.int32)}
+    save_file(state, file, metadata={"gates": "scalar 2 64"})
+    with pytest.raises(FormatError, match="of other sizes"):
+        read_gates(file)
 
 
 def test_what_was_saved_pays_for_them(tiny_llama: Path) -> None:
