@@ -12,7 +12,7 @@ from gateskip.model.draft_network import DraftNetwork
 from gateskip.model.families import embed, logit_cap
 from gateskip.quantization.dequantize import dense_weight
 from gateskip.runtime.backend import Drafted, Drawn
-from gateskip.runtime.engine import Engine
+from gateskip.runtime.drafting_engine import DraftingEngine
 from gateskip.runtime.skipping import SkippingModel
 
 
@@ -30,7 +30,7 @@ class LearnedDraft:
         return dense_weight(self._model.get_output_embeddings())[self._tokens]
 
     @cached_property
-    def _engine(self) -> Engine | None:
+    def _engine(self) -> DraftingEngine | None:
         """The compiled kernels, which have taken the network."""
         engine = self._skipping.engine
         if engine is not None:

@@ -37,7 +37,7 @@ from gateskip.runtime.backend import (
     Verified,
     dtype_name,
 )
-from gateskip.runtime.engine import Engine
+from gateskip.runtime.drafting_engine import DraftingEngine
 from gateskip.runtime.gathered import Attend, Batch, GatheredBackend
 from gateskip.runtime.governor import RowThresholds
 from gateskip.runtime.kv_cache import KVCache, Visible
@@ -61,7 +61,7 @@ class NativeBackend(GatheredBackend):
     ) -> None:
         """Raises UnsupportedModel when the kernels cannot run this model here."""
         super().__init__(model, gates, kv_rule)
-        self.engine = Engine(model, gates, kv_rule, rounded)
+        self.engine = DraftingEngine(model, gates, kv_rule, rounded)
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """Decoding keeps float32 between products; packed weights may meet 8-bit activations."""

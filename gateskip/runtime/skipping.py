@@ -27,7 +27,7 @@ from gateskip.runtime.backend import (
     RowDecoder,
     Thresholds,
 )
-from gateskip.runtime.engine import Engine
+from gateskip.runtime.drafting_engine import DraftingEngine
 from gateskip.runtime.gathered import GatheredBackend
 from gateskip.runtime.governor import Hold, next_width
 from gateskip.runtime.kv_cache import KV_FORMATS, KVFormat
@@ -141,7 +141,7 @@ class SkippingModel:
             self.kv_cache = before
 
     @property
-    def engine(self) -> Engine | None:
+    def engine(self) -> DraftingEngine | None:
         """The compiled kernels' view of the model, where the backend is `native`."""
         return self.backend.engine if isinstance(self.backend, NativeBackend) else None
 
