@@ -189,8 +189,7 @@ def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
         gates = make_gates(kind, branches, hidden, **settings)
         gates.folded = "folded" in found[3:]
         if DOWN in state:
-            rank = _take_ranks(state)
-            gates.shortcuts = Shortcuts(branches, hidden, rank)
+            gates.shortcuts = Shortcuts(branches, hidden, _take_ranks(state))
         gates.load_state_dict(state)
     except (IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise FormatError(f"{path} holds {kind} gates of other sizes: {error}") from error
