@@ -197,6 +197,18 @@ def test_a_held_budget_is_kept(decoder: Decoder, made: Any) -> None:
     assert abs(kept[1] - 0.7) < 0.02 < abs(kept[0] - 0.7)
 
 
+def test_full_compute_makes_up_for_thresholds_that_keep_too_little(
+    decoder: Decoder, made: Any
+) -> None:
+    """Thresholds at which all tokens skip, whatever budget is asked of them."""
+    grid = {b: [t + 9 for t in row] for b, row in made[2].items()}
+    off, skipping = Decoder(decoder.skipping, None, grid), decoder.skipping
+    skipping.usage.clear()
+    limits = off.phases(0.7, hold=True).text
+    skipping.forward(torch.tensor([ids(400, 5)]), skipping.new_cache(1, 400), [0], limits)
+    assert abs(off.kept_of(skipping.usage) - 0.7) < 0.15
+
+
 def test_the_past_decides_alone(decoder: Decoder) -> None:
     """Later tokens change nothing, and a rejected past is forgotten."""
     skipping, limits = decoder.skipping, decoder.phases(0.7, hold=True).text

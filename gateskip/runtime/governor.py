@@ -5,14 +5,16 @@ of digits kept 0.743 of the multiply-adds where 0.8 was asked). The governor is 
 controller for each row. Where a block of positions begins, it adds up how far the row's earlier
 tokens were from the budget, and moves along the calibrated thresholds by that:
 
-    budget of the block = budget + GAIN / width * sum over earlier tokens (budget - kept share)
+    budget of the block = budget + sum over earlier tokens (budget - kept share) / max(32, width)
 
-Blocks begin at 0, 16, 32, 64, 128, 192 and so on: narrow at first, as a short text has to come to
-its budget, too, and wide then, as prompts pass block by block and read all weights in each. Nothing
-is read but the row's own earlier tokens, at positions that do not depend on how the text comes in:
-a row has the same thresholds alone and in a batch, in chunks and token by token. What the tokens
-kept is stored by position, as the KV cache is, so truncating a row truncates it, too. Sums are of
-integers, and so the same in every order and in every backend.
+so what they kept too much or too little is made up for within a block, or half of it where that is
+narrower; where that asks for 1 or more, all is computed. Blocks begin at 0, 16, 32, 64, 128, 192
+and so on: narrow at first, as a short text has to come to its budget, too, and wide then, as
+prompts pass block by block and read all weights in each. Nothing is read but the row's own earlier
+tokens, at positions that do not depend on how the text comes in: a row has the same thresholds
+alone and in a batch, in chunks and token by token. What the tokens kept is stored by position, as
+the KV cache is, so truncating a row truncates it, too. Sums are of integers, and so the same in
+every order and in every backend.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ import torch
 from torch import Tensor
 
 from gateskip.model.compute import BranchCost
-from gateskip.model.gating import ANCHORS
+from gateskip.model.gating import ANCHORS, NEVER_SKIP
 
 NARROWEST, WIDEST = 16, 64  # positions between two updates
-GAIN = 0.5  # the share of an offset that a block's update takes away
+MADE_UP = 32  # positions, at least, over which an offset is made up for
 STEPS = 256  # budgets between the lowest and the highest calibrated one
 UNIT = 1 << 20  # a token's multiply-adds at all branches together, as an integer
 
@@ -90,9 +92,10 @@ class Hold:
         places = torch.arange(cache.capacity, device=device)
         own = cache.drift[torch.tensor(list(rows), device=device)]
         past = own.masked_fill(places >= firsts, 0).sum(1).double() / UNIT  # in tokens
-        asked = self.budget + GAIN / widths.squeeze(1) * past
+        asked = self.budget + past / widths.squeeze(1).clamp(min=MADE_UP)
         step = ((asked - self.low) / (self.high - self.low) * (STEPS - 1)).round()
         values = self.curve[step.clamp(0, STEPS - 1).long()]
+        values[asked >= 1] = NEVER_SKIP
         weights = torch.tensor([shares(self.costs, block) for block in blocks], device=device)
         entered = torch.zeros(len(blocks), width, dtype=torch.long, device=device)
         return RowThresholds(values, weights, entered)
