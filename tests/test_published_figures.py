@@ -313,7 +313,7 @@ class TestSpeed:
         decoder = gateskip.load(folder, backend="reference")
         monkeypatch.setattr("gateskip.decoding.decoder.time", SimpleNamespace(perf_counter=clock))
         rows = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]][: wanted.get("rows", 2)]
-        monkeypatch.setattr("compose.bench.speed.rows_of", lambda *of: [rows] * wanted["times"])
+        monkeypatch.setattr("compose.bench.workloads.rows_of", lambda *of: [rows] * wanted["times"])
         settings = {} if mode == "plain" else OWN
         speed = SpeedTurns(decoder, mode, settings, lambda usage: None, wanted, None, Path())  # type: ignore[arg-type,return-value]
         return speed.measure(TurnText(len(rows), 6, "", 0))

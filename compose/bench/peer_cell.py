@@ -28,7 +28,7 @@ from compose.bench.peers.process import PeerProcess
 from compose.bench.quality import text_record
 from compose.bench.speed import usable_cores
 from compose.bench.text import load_blocks, load_head, load_stored, score_blocks
-from compose.bench.workloads import Rows, TurnText, rows_of
+from compose.bench.workloads import Rows, TurnText, TurnTexts
 from compose.errors import StepError
 from compose.memory import peak_of_children
 from compose.store import read_json
@@ -49,7 +49,6 @@ class PeerBench:
         self._process: PeerProcess | None = None
         self._loaded: tuple[int, int] | None = None
         """Positions and rows for which the process has loaded the model."""
-        self._rows: dict[TurnText, list[Rows]] = {}
 
     @cached_property
     def prepared(self) -> PreparedPeer:
@@ -206,7 +205,7 @@ class PeerBench:
 
     def _turn(self, which: TurnText) -> dict[str, Any]:
         new_tokens = self.job.benchmark["speed"]["new_tokens"]
-        batches = self._batches(which)
+        batches = self._texts[which]
         longest = max(len(row) for rows in batches for row in rows)
         process = self._ready(longest + new_tokens + MARGIN, which.batch, exactly=True)
         stop = self._stops if which.category else []
@@ -230,11 +229,9 @@ class PeerBench:
             "affinity": usable_cores(),
         }
 
-    def _batches(self, which: TurnText) -> list[Rows]:
-        if which not in self._rows:
-            wanted, cache = self.job.benchmark["speed"], self.job.asset_cache
-            self._rows[which] = rows_of(self.tokenizer, which, wanted, cache)
-        return self._rows[which]
+    @cached_property
+    def _texts(self) -> TurnTexts:
+        return TurnTexts(self.tokenizer, self.job.benchmark["speed"], self.job.asset_cache)
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 
 from compose.bench.generate import stop_token_ids
 from compose.bench.scored import added
-from compose.bench.workloads import Rows, TurnText, rows_of
+from compose.bench.workloads import Rows, TurnText, TurnTexts
 from compose.memory import peak_bytes, reset_peak, resident_bytes
 from gateskip.decoding.decoder import Decoder, Mode, cache_capacity
 from gateskip.decoding.phases import Phase
@@ -44,8 +44,8 @@ class SpeedTurns:
         `wanted` is the benchmark's speed section."""
         self.decoder, self.mode, self.settings = decoder, mode, dict(settings)
         self.saving, self.wanted = saving, wanted
-        self.threads, self.asset_cache = threads, asset_cache
-        self._rows: dict[TurnText, list[Rows]] = {}
+        self.threads = threads
+        self.texts = TurnTexts(decoder.tokenizer, wanted, asset_cache)
         sampling = wanted.get("sampling")
         self.sampler = Sampler(**sampling) if sampling else GREEDY
         self._seed = 0  # of the next prompts' samples: each time others
@@ -62,7 +62,7 @@ class SpeedTurns:
             self._timed = True
             torch.set_num_threads(self.threads or threads)
             self.decoder.forget_draft_costs()  # measured with other threads
-        first = self._batches(which)[0]
+        first = self.texts[which][0]
         self._generate([first[0][:WARM_TOKENS]], 2)
         reset_peak()
         self._held = resident_bytes()
@@ -71,7 +71,7 @@ class SpeedTurns:
     def measure(self, which: TurnText) -> dict[str, Any]:
         """One turn: tokens and seconds of prefill and decoding, seconds to the first token, bytes,
         and what skipping or speculation did meanwhile. `compose.bench.turns` adds turns up."""
-        batches = self._batches(which)
+        batches = self.texts[which]
         usage, before = self.decoder.skipping.usage, self._engine_seconds()
         usage.clear()
         stats, first_tokens, decoded = Stats(), list[float](), 0
@@ -118,13 +118,6 @@ class SpeedTurns:
         return self.decoder.generate(
             rows, new_tokens, self.mode, eos=stop, **drawn, **self.settings
         )
-
-    def _batches(self, which: TurnText) -> list[Rows]:
-        if which not in self._rows:
-            self._rows[which] = rows_of(
-                self.decoder.tokenizer, which, self.wanted, self.asset_cache
-            )
-        return self._rows[which]
 
     def _cache_bytes(self, rows: Rows) -> int:
         longest = max(map(len, rows))

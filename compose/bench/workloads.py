@@ -48,10 +48,25 @@ def rows_of(
     Raises AssetError where the texts cannot be had.
     """
     if which.category:
-        every = prompts_by_category(tokenizer, wanted["prompts"], None, cache)[which.category]
-        limit = wanted["prompts_per_category"] or len(every)
-        return _next(every, which.round, min(limit, len(every)))
+        texts = _texts_by_category(wanted["prompts"], cache)[which.category]
+        count = min(wanted["prompts_per_category"] or len(texts), len(texts))
+        return [[prompt_ids(tokenizer, text)] for text in _next(texts, which.round, count)]
     return [running_text(tokenizer, which.batch, which.context, cache, which.round)]
+
+
+class TurnTexts(dict[TurnText, list[Rows]]):
+    """The batches of turns, each made on first use: see `rows_of`."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, wanted: Mapping[str, Any], cache: Path | None
+    ) -> None:
+        super().__init__()
+        self._given = tokenizer, wanted, cache
+
+    def __missing__(self, which: TurnText) -> list[Rows]:
+        tokenizer, wanted, cache = self._given
+        self[which] = rows_of(tokenizer, which, wanted, cache)
+        return self[which]
 
 
 def running_text(
@@ -79,8 +94,7 @@ def categories(source: str, cache: Path | None) -> list[str]:
 
     Raises AssetError where `source` cannot be had.
     """
-    data = load_texts(source, None, cache)
-    return list(dict.fromkeys(data.categories or [UNNAMED]))
+    return list(_texts_by_category(source, cache))
 
 
 def prompts_by_category(
@@ -90,12 +104,18 @@ def prompts_by_category(
 
     Raises AssetError where `source` cannot be had.
     """
+    return {
+        name: [[prompt_ids(tokenizer, text)] for text in texts[:limit]]
+        for name, texts in _texts_by_category(source, cache).items()
+    }
+
+
+def _texts_by_category(source: str, cache: Path | None) -> dict[str, list[str]]:
+    """Category -> its prompts, both in their order."""
     data = load_texts(source, None, cache)
     texts = data.prompts or data.rows
     names = data.categories or [UNNAMED] * len(texts)
-    workloads: Workloads = {}
+    found: dict[str, list[str]] = {}
     for name, text in zip(names, texts, strict=True):
-        group = workloads.setdefault(name, [])
-        if limit is None or len(group) < limit:
-            group.append([prompt_ids(tokenizer, text)])
-    return workloads
+        found.setdefault(name, []).append(text)
+    return found

@@ -88,11 +88,11 @@ class Hold:
         if cache.drift is None:
             cache.drift = torch.zeros(cache.batch, cache.capacity, dtype=torch.long, device=device)
         blocks = [block_of(start) for start in starts]
-        firsts, widths = torch.tensor(blocks, device=device).unsqueeze(2).unbind(1)  # [rows, 1]
+        firsts, widths = torch.tensor(blocks, device=device).unbind(1)  # [rows]
         places = torch.arange(cache.capacity, device=device)
         own = cache.drift[torch.tensor(list(rows), device=device)]
-        past = own.masked_fill(places >= firsts, 0).sum(1).double() / UNIT  # in tokens
-        asked = self.budget + past / widths.squeeze(1).clamp(min=MADE_UP)
+        past = own.masked_fill(places >= firsts.unsqueeze(1), 0).sum(1).double() / UNIT  # in tokens
+        asked = self.budget + past / widths.clamp(min=MADE_UP)
         step = ((asked - self.low) / (self.high - self.low) * (STEPS - 1)).round()
         values = self.curve[step.clamp(0, STEPS - 1).long()]
         values[asked >= 1] = NEVER_SKIP

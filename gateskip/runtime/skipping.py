@@ -335,7 +335,7 @@ class SkippingModel:
             token, ended = following, on_token(following)
             return ended
 
-        while not ended:
+        while not ended and slot < end:
             width = next_width([slot], [end - slot])
             limits = hold.rows(cache, [row], [slot], width)
             first = slot - place[2]
@@ -344,7 +344,6 @@ class SkippingModel:
             followed, state = decoder.continue_row(token, width, here, limits, told, part)
             hold.record(cache, [row], [slot], limits)
             slot += followed
-            ended = ended or slot == end
         return state
 
     @torch.inference_mode()
