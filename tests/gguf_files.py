@@ -65,6 +65,12 @@ ARCHITECTURES = {
 }
 """transformers' name of a family -> llama.cpp's."""
 
+SIX_LAYERS = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+}
+"""Of Gemma 3: a file has only the pattern of all its models, one full layer in six."""
+
 
 def converted(
     folder: Path, file: Path, kind: str = "F32", kinds: Mapping[str, str] | None = None

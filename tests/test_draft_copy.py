@@ -13,6 +13,8 @@ import gateskip
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.draft_gain import LEVELS, expected_rounds
 from gateskip.decoding.draft_length import DraftLengthController
+from gateskip.decoding.draft_models import MOST_DRAFTED, drafted_tokens
+from gateskip.decoding.sampling import Sampler
 from gateskip.model.inputs import input_squares
 from gateskip.quantization.draft_copy import (
     COPIES,
@@ -23,6 +25,7 @@ from gateskip.quantization.draft_copy import (
 )
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.quantization.rounding import GROUP, round_to_grid
+from gateskip.runtime.drafting_engine import DraftHead
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +109,10 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
     assert drafter.engine is not None
     if exact:
         head = draft_head(drafter.model, read_text(drafter.model, torch.randint(3, 512, (2, 20))))
-        drafter.engine.use_draft_head(head, decoder.skipping.engine.head)  # type: ignore[union-attr]
+        assert head is not None and decoder.skipping.engine is not None
+        drafter.engine.use_draft_head(head, decoder.skipping.engine.head, None)
     else:
-        drafter.engine.draft_head, drafter.engine.rerank_head = drafter.engine.head, None
+        drafter.engine.draft_head = DraftHead(drafter.engine.head)
     prompt, cache = torch.randint(3, 512, (1, 12)), decoder.skipping.new_cache(1, 40)
     decoder.skipping.forward(prompt, cache, [0])
     assert drafter.row_decoder is not None
@@ -125,6 +129,41 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
     assert chances == pytest.approx(seen, abs=0.05 if exact else 1e-4)
     unsure = drafter.row_decoder.draft(9, 6, (0.3, [0.6]), (cache, 0, 12), None)
     assert unsure.tokens == stepped[:3]  # 0.6 to the third is less than 0.3
+
+
+def test_a_head_of_some_tokens_drafts_these(decoder: Decoder) -> None:
+    """Each is the one that the model's own head finds the likeliest of them; what is drawn comes
+    with probabilities of all tokens."""
+    drafter, own = decoder.drafter("int4"), decoder.skipping.engine
+    assert own is not None and drafter.engine is not None and drafter.row_decoder is not None
+    tokens = torch.arange(4, 512, 3)
+    inputs = read_text(drafter.model, torch.randint(3, 512, (2, 20)))
+    head = draft_head(drafter.model, inputs, tokens=tokens)
+    assert head is not None and head.out_features == len(tokens)
+    drafter.engine.use_draft_head(head, own.head, tokens)
+    cache = decoder.skipping.new_cache(1, 40)
+    decoder.skipping.forward(torch.randint(3, 512, (1, 12)), cache, [0])
+    place = (cache, 0, 12)
+    drafted = drafter.row_decoder.draft(9, 6, (0.0, [1.0]), place, None)
+    last = 9
+    for slot, token in zip(range(12, 18), drafted.tokens, strict=True):
+        logits = decoder.skipping.head(drafter.decode([[last]], cache, [0], [slot]))[0]
+        last = int(tokens[logits[tokens].argmax()])
+        assert token == last
+    sampler = Sampler(temperature=1.0)
+    assert sampler.draws is not None
+    drawn = (sampler.draws, [0.3, 0.6])
+    for share in drafter.row_decoder.draft(9, 2, (0.0, [1.0]), place, None, drawn).drawn_from:
+        assert isinstance(share, torch.Tensor) and share.shape == (512,)
+        assert float(share[tokens].sum()) == pytest.approx(1, abs=1e-5)
+        assert float(share.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_tokens_that_copies_draft() -> None:
+    blocks = torch.tensor([[70000, 5, 70000]])
+    assert drafted_tokens(blocks, MOST_DRAFTED) is None
+    some = drafted_tokens(blocks, 80000)
+    assert some is not None and some.tolist() == [*range(MOST_DRAFTED - 1), 70000]
 
 
 def test_acceptance_is_learned_by_chance() -> None:

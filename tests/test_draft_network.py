@@ -26,12 +26,12 @@ from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.sampling import Sampler
 from gateskip.errors import FormatError
 from gateskip.kernels import ops
-from gateskip.model.draft_network import NETWORK_FILE, load_network, save_network
+from gateskip.model.draft_network import NETWORK_FILE, frequent, load_network, save_network
 from gateskip.model.draft_network import DraftNetwork as Network
 from gateskip.runtime.backend import Asked, Drafted, Round, Verified
 from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import SkippingModel
-from gateskip.training.draft_network import DraftConfig, frequent, train_draft_network
+from gateskip.training.draft_network import DraftConfig, train_draft_network
 
 native = pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here")
 ALL = (0.0, [1.0])  # draft on, whatever it is

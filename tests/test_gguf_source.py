@@ -13,7 +13,7 @@ import gguf
 import numpy
 import pytest
 import torch
-from gguf_files import ARCHITECTURES, converted
+from gguf_files import ARCHITECTURES, SIX_LAYERS, converted
 from safetensors.torch import load_file, save_file
 
 from compose import assets
@@ -75,9 +75,8 @@ def test_a_family_comes_back(
     """Sizes, function, tokens and template are those of the folder that was converted."""
     from transformers import AutoTokenizer
 
-    if family == "gemma3_text":  # a file has only the pattern of all Gemmas: one full layer in six
-        layers = ["sliding_attention"] * 5 + ["full_attention"]
-        source = make_tiny(family, num_hidden_layers=6, layer_types=layers)
+    if family == "gemma3_text":
+        source = make_tiny(family, **SIX_LAYERS)
         file = converted(source, tmp_path / "a.gguf")
     else:
         source, file = make_tiny(family), file_of(family)

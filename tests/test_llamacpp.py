@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import SIX_LAYERS
 
 from compose.artifacts import gguf as llamacpp
 from compose.artifacts import gguf_tokenizer
 from compose.artifacts.gguf import KINDS, refuse, write_gguf
+from compose.artifacts.gguf_metadata import WRITTEN
 from compose.artifacts.gguf_names import paired
 from compose.artifacts.gguf_tokenizer import pre_tokenizer_name
 from compose.errors import ArtifactError, StepError
@@ -115,7 +117,7 @@ def test_a_file_that_does_not_load_to_the_same_model_is_not_left(
     ("change", "says"),
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "its weights are quantized by 'gptq'"),
-        ({"model_type": "qwen2"}, "'qwen2', and only 'llama'"),
+        ({"model_type": "mistral"}, "'mistral', and only these are supported: llama, qwen2"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "positions are scaled"),
         ({"hidden_act": "gelu"}, "not SiLU"),
     ],
@@ -160,6 +162,111 @@ def test_pre_tokenizers_that_have_a_name(parts: list[dict[str, Any]], name: str)
     ):
         with pytest.raises(ArtifactError, match="cuts text in another way"):
             pre_tokenizer_name(other)
+
+
+# --- Families ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+@pytest.mark.parametrize("family", WRITTEN)
+def test_a_family_loads_back(
+    family: str, kind: str, make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """In transformers, which `write_gguf` asks where it can, and in our own reader."""
+    from compose.artifacts.from_gguf import write_folder
+
+    more = SIX_LAYERS if family == "gemma3_text" else {}
+    source, file = make_tiny(family, **more), tmp_path / "a.gguf"
+    assert write_gguf(source, file, kind)["max_abs_diff"] < 1e-3
+    write_folder(file, tmp_path / "model")
+    before, after = (
+        json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "model")
+    )
+    silent = ("transformers_version", "_name_or_path", "initializer_range", "max_window_layers")
+    assert {k: after.get(k) for k in before if k not in silent} == {
+        k: v for k, v in before.items() if k not in silent
+    }
+
+
+def test_what_a_file_cannot_say_is_refused(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """llama.cpp knows which of Gemma's layers see a window: one in six sees all."""
+    with pytest.raises(ArtifactError, match="its layer_types is"):
+        write_gguf(make_tiny("gemma3_text"), tmp_path / "a.gguf", "f32")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_a_network_that_drafts_stays_behind(tiny_llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "drafts"))
+    save_file({"down.weight": torch.ones(2, 2)}, folder / "draft_network.safetensors")
+    write_gguf(folder, tmp_path / "a.gguf", "f32")
+    write_gguf(tiny_llama, tmp_path / "b.gguf", "f32")
+    assert read(tmp_path / "a.gguf")[1].keys() == read(tmp_path / "b.gguf")[1].keys()
+
+
+def test_pieces_as_gemma_has_them_come_back(tiny_llama: Path, tmp_path: Path) -> None:
+    """Scores stand for the ranks of merges, and bytes for what no piece has."""
+    from gguf import GGUFWriter
+    from transformers import PreTrainedTokenizerFast
+
+    from compose.artifacts.gguf_file import open_gguf
+
+    made = pieces_of(Path(__file__).read_text())
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", eos_token="<eos>", bos_token="<bos>"
+    )
+    own.save_pretrained(tmp_path / "own")
+    file, size = tmp_path / "a.gguf", made.get_vocab_size()
+    writer = GGUFWriter(file, "gemma3")
+    gguf_tokenizer.add_tokenizer(writer, tmp_path / "own", {"vocab_size": size})
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (tmp_path / "back").mkdir()
+    gguf_tokenizer.save_tokenizer(open_gguf(file), tmp_path / "back", 512)
+    back = PreTrainedTokenizerFast.from_pretrained(tmp_path / "back")
+    fields, _ = read(file)
+    assert (
+        fields["tokenizer.ggml.model"] == "llama" and not fields["tokenizer.ggml.add_space_prefix"]
+    )
+    kinds = dict(
+        zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"], strict=True)
+    )
+    assert (kinds["<unk>"], kinds["<0x0A>"], kinds["e"]) == (3, 6, 1)
+    for text in ("def test_pieces(x):  return  x", "naïve — 東京 \n\n two", " a"):
+        ids = own(text, add_special_tokens=False).input_ids
+        assert back(text, add_special_tokens=False).input_ids == ids, text
+
+
+def pieces_of(text: str) -> Any:
+    """A tokenizer of pieces that merge by rank, learned from a text, with bytes to fall back on."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    def dressed(model: Any) -> Any:
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        return tokenizer
+
+    learned = dressed(models.BPE())
+    learned.train_from_iterator([text], trainers.BpeTrainer(vocab_size=400))
+    merges = json.loads(learned.to_str())["model"]["merges"]
+    own = sorted(learned.get_vocab(), key=learned.token_to_id)
+    named = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *own]
+    vocabulary = {token: number for number, token in enumerate(named)}
+    model = models.BPE(
+        vocabulary,
+        [tuple(pair) for pair in merges],
+        byte_fallback=True,
+        unk_token="<unk>",
+        fuse_unk=True,
+    )
+    return dressed(model)
 
 
 # --- Integer grids -------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from gguf_files import ARCHITECTURES
+from gguf_files import ARCHITECTURES, SIX_LAYERS
 from gguf_files import converted as written_like_llama_cpp
 
 from compose.artifacts.from_gguf import write_folder
 from compose.artifacts.gguf import write_gguf
+from compose.artifacts.gguf_metadata import WRITTEN
 from compose.assets import default_cache
 from compose.bench.peers.environment import environment_folder, python_of
 from compose.bench.peers.prepare import PreparedPeer, _gguf, prepare
@@ -369,12 +370,7 @@ def test_llama_cpp_runs_what_our_reader_reads(
     ready: Callable[[str, Path], PreparedPeer],
 ) -> None:
     """One file, two readers: what differs is the float16 of llama.cpp's KV cache."""
-    more: dict[str, Any] = {}
-    if family == "gemma3_text":
-        more = {
-            "num_hidden_layers": 6,
-            "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
-        }
+    more = SIX_LAYERS if family == "gemma3_text" else {}
     file = written_like_llama_cpp(make_tiny(family, **more), tmp_path / "a.gguf")
     write_folder(file, tmp_path / "model")
     with PeerProcess(ready(f"llama.cpp:{file}", tmp_path / "model"), 1) as peer:
@@ -384,6 +380,25 @@ def test_llama_cpp_runs_what_our_reader_reads(
         wanted = reference(tmp_path / "model")(torch.tensor(LONG)).logits.numpy()
     seen = 32 if family == "phi3" else 48  # llama.cpp leaves Phi3's window out
     assert relative(logits[:, :seen], wanted[:, :seen]) < 5e-3
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("family", WRITTEN)
+def test_llama_cpp_runs_what_we_write(
+    family: str,
+    make_tiny: Callable[..., Path],
+    tmp_path: Path,
+    ready: Callable[[str, Path], PreparedPeer],
+) -> None:
+    more = SIX_LAYERS if family == "gemma3_text" else {}
+    folder, file = make_tiny(family, **more), tmp_path / "a.gguf"
+    write_gguf(folder, file, "f32")
+    with PeerProcess(ready(f"llama.cpp:{file}", folder), 1) as peer:
+        peer.load(64, 1)
+        logits = peer.logits(LONG, tmp_path / "logits.npy")
+    with torch.inference_mode():
+        wanted = reference(folder)(torch.tensor(LONG)).logits.numpy()
+    assert relative(logits, wanted) < 5e-3
 
 
 @pytest.mark.peers

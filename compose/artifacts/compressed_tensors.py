@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import COMPANIONS, dtype_of, is_gated, place_file
+from compose.artifacts.intake import weight_files
 from compose.artifacts.packed_folder import (
     IntegerLayer,
     PackedFolder,
@@ -204,7 +205,7 @@ def _dense_linears(folder: Path) -> list[str]:
     from safetensors import safe_open
 
     found = {"lm_head"}  # also where it shares the embedding's weights, and is in no file
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if name.endswith(".weight") and len(file.get_slice(name).get_shape()) == 2:

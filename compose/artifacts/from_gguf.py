@@ -22,7 +22,7 @@ from compose.artifacts.gguf_kept import (
     quantization,
     require_grids,
 )
-from compose.artifacts.gguf_names import PAIRED, gguf_name, unpaired
+from compose.artifacts.gguf_names import PAIRED, SHIFTED_NORMS, gguf_name, unpaired
 from compose.artifacts.gguf_tokenizer import require_tokenizer, save_tokenizer
 from compose.artifacts.shards import save_shards
 from compose.store import read_json, write_json
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     import numpy
     from numpy.typing import NDArray
     from torch import Tensor
-
-SHIFTED_NORMS = ("gemma2", "gemma3")
-"""Architectures whose files add one to the weights of norms, as their models do when they run."""
 
 
 def check_gguf_source(path: Path, *, keep_blocks: bool = False) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """A model folder as one GGUF file, the format of llama.cpp.
 
-What llama.cpp's own converter does for architecture `llama`, through its `gguf` package: metadata
-from config.json, a byte-level BPE tokenizer with the name of its pre-tokenizer, and tensors under
-their GGUF names. Float weights are stored in the type that is asked for; weights that are integer
-grids go into blocks that hold their codes, scales and minima (gguf_grids.py). The file is loaded
-back before it is put in place.
+What llama.cpp's own converter does, through its `gguf` package: metadata from config.json, the
+tokenizer, and tensors under their GGUF names; norms of Gemma plus one. A network that drafts stays
+behind, as llama.cpp has no such thing. Float weights are stored in the type that is asked for;
+weights that are integer grids go into blocks that hold their codes, scales and minima
+(gguf_grids.py). The file is loaded back before it is put in place.
 """
 
 from __future__ import annotations
@@ -14,9 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import is_gated, probe_ids, require_model
+from compose.artifacts.gguf_file import open_gguf
 from compose.artifacts.gguf_grids import GRID, PARTS, grid_blocks, main_kind, refuse_grids
-from compose.artifacts.gguf_names import gguf_name, paired
+from compose.artifacts.gguf_metadata import (
+    ARCHITECTURES,
+    add_metadata,
+    family_reasons,
+    require_stated,
+)
+from compose.artifacts.gguf_names import PAIRED, SHIFTED_NORMS, gguf_name, paired
 from compose.artifacts.gguf_tokenizer import add_tokenizer
+from compose.artifacts.intake import weight_files
 from compose.errors import ArtifactError, StepError, suggest
 from compose.store import new_file
 
@@ -35,10 +43,10 @@ KINDS: dict[str, str] = {
 """How weights are stored: name -> what llama.cpp calls such a file."""
 
 USUAL = "f16"
-ARCHITECTURE = "llama"
 BLOCK = 32  # weights of a row that share a scale
 OUTER = ("model.embed_tokens.weight", "lm_head.weight")
 SAME = 1e-3  # largest difference of two logits, over their range, for equal weights in float32
+READ_BY_TRANSFORMERS = ("llama", "qwen2")
 FLOATS = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
 
 
@@ -65,6 +73,7 @@ def write_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, Any]:
     main = main_kind(config) if grids else kind or USUAL
     with new_file(file) as unfinished:
         _write(folder, config, unfinished, main)
+        require_stated(folder, unfinished)
         differences = check_gguf(folder, unfinished, None if grids else main)
     return {**differences, "bytes": float(file.stat().st_size), "kind": main}
 
@@ -80,19 +89,12 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
     Raises:
         ArtifactError: with every reason.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     packed = (config.get("quantization_config") or {}).get("quant_method")
     reasons = {
         "it has gates, which llama.cpp cannot run": is_gated(folder),
         f"its weights are quantized by {packed!r}, and only integer grids of this project (int4, "
         "int8, ... with real offsets) have blocks there": packed not in (None, GRID),
-        f"its architecture is {config.get('model_type')!r}, and only 'llama' is supported": (
-            config.get("model_type") != ARCHITECTURE
-        ),
-        f"its positions are scaled ({rope.get('rope_type')})": (
-            rope.get("rope_type", "default") != "default"
-        ),
-        "its activation is not SiLU": config.get("hidden_act", "silu") != "silu",
+        **family_reasons(config),
     }
     given = [reason for reason, holds in reasons.items() if holds]
     if is_grid(config):
@@ -100,7 +102,7 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
     if given:
         raise ArtifactError(
             f"{folder} cannot be written as GGUF: {'; '.join(given)}",
-            fix="name a Llama folder from before gates and other quantizers; --type packs the file",
+            fix="name a folder from before gates and other quantizers; --type packs the file",
         )
 
 
@@ -108,42 +110,17 @@ def _write(folder: Path, config: dict[str, Any], file: Path, kind: str) -> None:
     from gguf import GGUFWriter
 
     layers = config["num_hidden_layers"]
-    writer = GGUFWriter(file, ARCHITECTURE, use_temp_file=True)  # tensors need not fit in memory
-    _add_metadata(writer, folder, config, kind)
+    architecture = ARCHITECTURES[config["model_type"]]
+    writer = GGUFWriter(file, architecture, use_temp_file=True)  # tensors need not fit in memory
+    add_metadata(writer, folder, config, KINDS[kind])
     add_tokenizer(writer, folder, config)
     for name, stored, data in _stored(folder, config, kind):
-        own = gguf_name(name, ARCHITECTURE, layers)
-        writer.add_tensor(own, paired(name, data, config), raw_dtype=stored)
+        data = paired(name, data, config) if architecture in PAIRED else data
+        writer.add_tensor(gguf_name(name, architecture, layers), data, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-# --- Metadata ------------------------------------------------------------------------------------
-
-
-def _add_metadata(writer: Any, folder: Path, config: dict[str, Any], kind: str) -> None:
-    import gguf
-
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    rope = config.get("rope_parameters") or {}
-    writer.add_name(folder.resolve().name)
-    writer.add_file_type(getattr(gguf.LlamaFileType, KINDS[kind]))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 
 # --- Tensors -------------------------------------------------------------------------------------
@@ -160,7 +137,9 @@ def _stored(
             yield name, Ggml[block], rows
     for name, tensor in _tensors(folder, config):
         own = FLOATS[str(tensor.dtype)] if is_grid(config) else kind
-        yield name, *rounded(name, tensor, own)
+        shifted = ARCHITECTURES[config["model_type"]] in SHIFTED_NORMS
+        shifts = shifted and name.endswith("norm.weight")
+        yield name, *rounded(name, tensor.float() + 1 if shifts else tensor, own)
 
 
 def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -168,7 +147,7 @@ def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor
     one."""
     from safetensors import safe_open
 
-    for shard in sorted(folder.glob("*.safetensors")):
+    for shard in weight_files(folder):
         with safe_open(shard, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
@@ -198,7 +177,8 @@ def rounded(name: str, tensor: Tensor, kind: str) -> tuple[Any, NDArray[Any]]:
 
 
 def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
-    """Load the file by transformers; compare it with the folder's weights, rounded alike.
+    """Load the file, by transformers where it reads this family whole; compare it with the folder's
+    weights, rounded alike.
 
     Both are computed in float32, so whatever the type they must agree: what differs is not rounding
     but a weight, a name or a size. Without a `kind` nothing was rounded. Returns `max_abs_diff`
@@ -209,7 +189,6 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
         StepError: they differ.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
 
     from gateskip.quantization.folders import load_model
 
@@ -220,14 +199,7 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
         if kind is not None:
             _round_in_place(model, kind)
             wanted = model(ids).logits
-        del model
-        loaded = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        ).eval()
-        logits = loaded(ids).logits
+        logits = _loaded(file, model)(ids).logits
     if logits.shape != wanted.shape:
         raise StepError(f"the file gives logits of shape {tuple(logits.shape)}")
     difference = float((logits - wanted).abs().max())
@@ -240,6 +212,29 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
     target, predicted = dense.log_softmax(-1), logits.log_softmax(-1)
     kl = float((target.exp() * (target - predicted)).sum(-1).mean())
     return {"max_abs_diff": difference, "range": span, "kl": kl}
+
+
+def _loaded(file: Path, model: Any) -> Any:
+    """The file's model: as transformers reads it, or `model` with the weights that our reader finds
+    in it, where transformers leaves out what no metadata says (Gemma's windows, Qwen3's heads)."""
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from compose.artifacts.from_gguf import matched, tensors_of
+
+    if model.config.model_type in READ_BY_TRANSFORMERS:
+        return AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        ).eval()
+    found, weights = open_gguf(file), dict(model.named_parameters())  # a tied one once
+    config = model.config.to_dict()
+    tensors = matched(found, config, {name: tuple(each.shape) for name, each in weights.items()})
+    for name, value in tensors_of(found, config, tensors, {}):
+        weights[name].copy_(value)
+    return model
 
 
 def _round_in_place(model: Any, kind: str) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compose.artifacts.intake import weight_files
 from compose.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def grid_blocks(
     from safetensors import safe_open
 
     where: dict[str, Path] = {}
-    for shard in sorted(folder.glob("*.safetensors")):
+    for shard in weight_files(folder):
         with safe_open(shard, "pt") as file:
             where |= dict.fromkeys(file.keys(), shard)
 

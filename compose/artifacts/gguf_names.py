@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 PAIRED = ("llama",)
 """Architectures in whose files channels that rotate together lie side by side."""
 
+SHIFTED_NORMS = ("gemma2", "gemma3")
+"""Architectures whose files add one to the weights of norms, as their models do when they run."""
+
 
 def gguf_name(name: str, architecture: str, layers: int) -> str:
     """model.layers.0.mlp.up_proj.weight -> blk.0.ffn_up.weight

@@ -7,6 +7,7 @@ tokenizer.json; a GGUF file has only a name for it, so what has no name here is 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,11 @@ OTHER_NAMES = {
     "deepseek-r1-qwen": "qwen2",
 }
 """Further names that llama.cpp reads as one of these."""
+
+SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+"""How Gemma's text is cut, which cuts nothing: no space is left by then."""
+
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 BYTE_LEVEL, PIECES = "gpt2", "llama"
 MODELS = (BYTE_LEVEL, PIECES)
@@ -120,13 +126,19 @@ def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     """Give a GGUFWriter the tokenizer and chat template of a model folder.
 
     Raises:
-        ArtifactError: it is no byte-level BPE, or cuts in a way that has no name here.
+        ArtifactError: it is neither byte-level BPE, cut in a way that has a name here, nor pieces
+            as Gemma has them.
     """
     from gguf import SpecialVocab, TokenType
 
     stored = read_json(folder / "tokenizer.json") or {}
-    writer.add_tokenizer_model(BYTE_LEVEL)
-    writer.add_tokenizer_pre(pre_tokenizer_name(stored))
+    pieces = has_pieces(stored)
+    if pieces:
+        writer.add_tokenizer_model(PIECES)
+        writer.add_add_space_prefix(False)
+    else:
+        writer.add_tokenizer_model(BYTE_LEVEL)
+        writer.add_tokenizer_pre(pre_tokenizer_name(stored))
     size = config["vocab_size"]
     texts = [f"[PAD{number}]" for number in range(size)]
     kinds = [TokenType.UNUSED] * size
@@ -135,16 +147,41 @@ def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
     for token in stored.get("added_tokens", []):
         special = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         texts[token["id"]], kinds[token["id"]] = token["content"], special
+    if pieces:
+        for number, text in enumerate(texts):
+            if BYTE.fullmatch(text):
+                kinds[number] = TokenType.BYTE
+        writer.add_token_scores(_scores(stored["model"], texts))
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
-    SpecialVocab(folder, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+    SpecialVocab(folder, load_merges=not pieces, n_vocab=size).add_to_gguf(writer, quiet=True)
+
+
+def has_pieces(stored: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json has SentencePiece's pieces, merged by rank, in which a space is ▁
+    and nothing is put before the text: as Gemma."""
+    model = stored.get("model") or {}
+    normal = stored.get("normalizer") or {}
+    cut = stored.get("pre_tokenizer") or SPACES
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    whole = model.get("type") == "BPE" and bool(model.get("byte_fallback"))
+    return whole and normal == spaces and _plain(cut) == SPACES
+
+
+def _scores(model: dict[str, Any], texts: list[str]) -> list[float]:
+    """A score for each token, the higher the sooner llama.cpp merges it: less the rank of the first
+    merge that makes it."""
+    first: dict[str, int] = {}
+    for rank, pair in enumerate(model["merges"]):
+        first.setdefault(pair.replace(" ", "") if isinstance(pair, str) else "".join(pair), rank)
+    return [-float(first.get(text, len(model["merges"]))) for text in texts]
 
 
 def pre_tokenizer_name(stored: dict[str, Any]) -> str:
     """llama.cpp's name for the pre-tokenizer of a tokenizer.json.
 
     Raises:
-        ArtifactError: it is no byte-level BPE, or cuts in a way that has no name here.
+        ArtifactError: it is neither that, cut in a way that has a name here, nor pieces as Gemma's.
     """
     model, cut = stored.get("model") or {}, stored.get("pre_tokenizer") or {}
     parts = [_plain(part) for part in cut.get("pretokenizers") or [cut]]

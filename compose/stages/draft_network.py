@@ -129,7 +129,7 @@ class DraftNetwork(Stage):
         import torch
 
         from gateskip.model.draft_network import DraftNetwork as New
-        from gateskip.training.draft_network import frequent
+        from gateskip.model.draft_network import frequent
 
         tokens = frequent(blocks, self.vocabulary, len(model.get_input_embeddings().weight))
         torch.manual_seed(seed)

@@ -199,7 +199,6 @@ class DraftNetwork(ctypes.Structure):
     _fields_ = (
         *((name, Norm) for name in ("norm_state", "norm_token", "norm_mlp", "norm_final")),
         *((name, Matrix) for name in ("fuse", "gate", "up", "down")),
-        ("tokens", Pointer),
     )
 
 
@@ -213,7 +212,9 @@ class Draft(ctypes.Structure):
         ("levels", Int),
         ("embedding", Embedding),
         ("cap", Float),
-        *((name, ctypes.POINTER(Matrix)) for name in ("draft_head", "rerank_head")),
+        ("draft_head", ctypes.POINTER(Matrix)),
+        ("head_tokens", Pointer),
+        ("rerank_head", ctypes.POINTER(Matrix)),
         *((name, Pointer) for name in ("tokens", "chances")),
         ("on_token", OnToken),
         ("ended", Int),

@@ -48,6 +48,14 @@ class DraftNetwork(nn.Module):
         return made
 
 
+def frequent(blocks: Tensor, count: int, vocabulary: int) -> Tensor:
+    """The `count` tokens [T] that are most frequent in token ids blocks [N, S], in ascending order;
+    of those that are as frequent the lower ids, which a byte pair encoding merged earlier."""
+    counts = torch.bincount(blocks.flatten(), minlength=vocabulary)
+    chosen = counts.argsort(descending=True, stable=True)[: min(count, vocabulary)]
+    return chosen.sort().values
+
+
 def save_network(folder: Path, network: DraftNetwork, dtype: torch.dtype) -> None:
     """Write a network into a model folder, its weights in a type."""
     state = {

@@ -106,9 +106,11 @@ def integer_copy(model: Any, inputs: Inputs, how: CopyFormat) -> Any:
 
 
 @torch.no_grad()
-def draft_head(model: Any, inputs: Inputs, how: CopyFormat = HEAD) -> PackedLinear | None:
-    """The LM head in such integers, for ranking a draft's tokens; in groups of 32 where larger ones
-    do not divide its inputs.
+def draft_head(
+    model: Any, inputs: Inputs, how: CopyFormat = HEAD, tokens: Tensor | None = None
+) -> PackedLinear | None:
+    """The LM head in such integers, for ranking a draft's tokens: its rows of tokens [T], or all;
+    in groups of 32 where larger ones do not divide its inputs.
 
     None where 32 does not, or it has as few bits already: then the model's own head ranks them.
     """
@@ -116,7 +118,10 @@ def draft_head(model: Any, inputs: Inputs, how: CopyFormat = HEAD) -> PackedLine
     how = how if head.in_features % how.group == 0 else CopyFormat(how.bits, GROUP)
     if head.in_features % how.group or stored_bits(head) <= how.bits:
         return None
-    return _packed(dense_weight(head), inputs.head, head.bias, how)
+    rows, bias = dense_weight(head), head.bias
+    if tokens is not None:
+        rows, bias = rows[tokens], None if bias is None else bias[tokens]
+    return _packed(rows, inputs.head, bias, how)
 
 
 def _packed(weight: Tensor, squares: Tensor, bias: Tensor | None, how: CopyFormat) -> PackedLinear:

@@ -166,7 +166,6 @@ class Descriptors:
                 for n in norms
             ),
             *(self.integers(part.weight, torch.ones(part.in_features), 8) for part in linears),
-            self._at(network.tokens),
         )
 
     def integers(self, weight: Tensor, squares: Tensor, bits: int) -> Matrix:

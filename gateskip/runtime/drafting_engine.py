@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,24 +21,51 @@ from gateskip.runtime.engine import Engine, guarded
 from gateskip.runtime.kv_cache import KVCache
 
 
+@dataclass(frozen=True)
+class DraftHead:
+    """What ranks the tokens of a draft."""
+
+    matrix: Matrix
+    tokens: Tensor | None = None
+    """int32 [rows of the matrix]: the token that each row is of; None where they are all."""
+    rerank: Matrix | None = None
+    """An LM head of all tokens, which chooses among the best."""
+
+    @property
+    def padded(self) -> int:
+        """Rows, rounded up to a multiple of 8."""
+        rows: int = self.matrix.n
+        return rows + -rows % 8
+
+    def rank(self, order: abi.Draft) -> None:
+        """Let this rank what an order drafts, which must not outlive it."""
+        order.draft_head = ctypes.pointer(self.matrix)
+        order.head_tokens = None if self.tokens is None else self.tokens.data_ptr()
+        order.rerank_head = self.rerank and ctypes.pointer(self.rerank)
+
+    def whole(self, shares: Tensor, vocabulary: int) -> Tensor:
+        """Probabilities [rows] as those of all tokens [V]."""
+        if self.tokens is None:
+            return shares
+        return torch.zeros(vocabulary).index_copy_(0, self.tokens.long(), shares)
+
+
 class DraftingEngine(Engine):
-    """An engine that drafts, too. `draft_head` ranks the tokens of a draft: the LM head, or a
-    cheaper one; `rerank_head`, if any, chooses among the best."""
+    """An engine that drafts, too. `draft_head` ranks the tokens of a draft: the LM head, or what
+    takes its place."""
 
     def __init__(
         self, model: Any, gates: Gates | None, kv_rule: str = "project", rounded: bool = False
     ) -> None:
         """Raises UnsupportedModel when the kernels cannot run this model here."""
         super().__init__(model, gates, kv_rule, rounded)
-        self.draft_head = self.head
-        self.rerank_head: Matrix | None = None
+        self.draft_head = DraftHead(self.head)
 
-    def use_draft_head(self, draft_head: PackedLinear | None, rerank_head: Matrix) -> None:
-        """Rank a draft's tokens by an LM head in 4 bits, and choose among the best by another one;
-        without the first the model's own head does both."""
-        if draft_head is not None:
-            self.draft_head = self._parts.packed(draft_head, rounded=True)
-            self.rerank_head = rerank_head
+    def use_draft_head(self, ranks: PackedLinear, rerank: Matrix, tokens: Tensor | None) -> None:
+        """Rank tokens [T] of a draft, or all, by an LM head in few bits with a row for each, and
+        choose among the best by a head of all."""
+        matrix = self._parts.packed(ranks, rounded=True)
+        self.draft_head = DraftHead(matrix, None if tokens is None else tokens.int(), rerank)
 
     def draft(
         self,
@@ -52,16 +80,20 @@ class DraftingEngine(Engine):
 
         `kept` then counts over all steps. Drawn tokens are ranked by the draft head alone.
         """
-        order = self._order(token, count, self.draft_head)
-        order.rerank_head = self.rerank_head and ctypes.pointer(self.rerank_head)
+        order = self._order(token, count)
         return self._drafted(
-            order, wanted, drawn, lambda: self._follow(order, place, thresholds)[0]
+            order,
+            self.draft_head,
+            wanted,
+            drawn,
+            lambda: self._follow(order, place, thresholds)[0],
         )
 
     def take_network(self, network: DraftNetwork, rows: Tensor) -> None:
         """Let a network draft, whose states meet rows [T, H] of the LM head, one a token of it."""
         squares = network.norm_final.weight.float().square()
-        self._network = self._parts.network(network), self._parts.integers(rows, squares, 4)
+        head = DraftHead(self._parts.integers(rows, squares, 4), network.tokens)
+        self._network = self._parts.network(network), head
 
     def draft_by_network(
         self,
@@ -71,10 +103,9 @@ class DraftingEngine(Engine):
         state: Tensor,
         drawn: Drawn | None = None,
     ) -> Drafted:
-        """As `draft`, by the network that was taken, from the final state [H] before `token`; drawn
-        tokens come with probabilities of the network's tokens alone."""
+        """As `draft`, by the network that was taken, from the final state [H] before `token`."""
         network, head = self._network
-        order, moving = self._order(token, count, head), state.float().clone().contiguous()
+        order, moving = self._order(token, count), state.float().clone().contiguous()
         tokens = torch.empty(count, dtype=torch.int32)
         order.tokens = tokens.data_ptr()
 
@@ -83,26 +114,29 @@ class DraftingEngine(Engine):
             found: list[int] = tokens[: order.count].tolist()
             return found
 
-        return self._drafted(order, wanted, drawn, follow)
+        return self._drafted(order, head, wanted, drawn, follow)
 
     def _drafted(
         self,
         order: abi.Draft,
+        head: DraftHead,
         wanted: tuple[float, Sequence[float]],
         drawn: Drawn | None,
         follow: Callable[[], list[int]],
     ) -> Drafted:
-        """What following an order drafts, with probabilities, until it is as `wanted`."""
+        """What following an order drafts, ranked by a head, with probabilities, until it is as
+        `wanted`."""
+        head.rank(order)
         accepted, chances = self._expect(order, wanted), torch.empty(order.count)
         order.chances = chances.data_ptr()
-        size = order.draft_head.contents.n
-        kept = torch.empty(0 if drawn is None else order.count, size + -size % 8)
+        kept = torch.empty(0 if drawn is None else order.count, head.padded)
         held = accepted, self._draw(order, drawn)
         if drawn is not None:
             order.distributions = kept.data_ptr()
         tokens = follow()
         del held
-        sources = tokens if drawn is None else list(kept[: len(tokens), :size])
+        drawn_from = kept[: len(tokens), : head.matrix.n]
+        sources = tokens if drawn is None else [head.whole(p, self.head.n) for p in drawn_from]
         return Drafted(tokens, chances[: len(tokens)].tolist(), sources)
 
     @staticmethod
@@ -180,10 +214,10 @@ class DraftingEngine(Engine):
         if by_network and asked.length:
             network, head = self._network
             call.network = ctypes.pointer(network)
-        order = self._order(asked.token, asked.length, head)
+        order = self._order(asked.token, asked.length)
+        head.rank(order)
         held: list[Any] = [order, self._expect(order, asked.wanted)]
         if not by_network:
-            order.rerank_head = self.rerank_head and ctypes.pointer(self.rerank_head)
             moving = torch.empty(1, self.model.hidden)
             where = torch.tensor([[row], [0]], dtype=torch.int32)
             drafting = self._step(moving, where, thresholds)
@@ -192,7 +226,7 @@ class DraftingEngine(Engine):
         if asked.draws is not None:
             sampling = abi.Sampling(*asked.draws)
             order.sampling = ctypes.pointer(sampling)
-            kept = torch.empty(asked.length, head.n + -head.n % 8)
+            kept = torch.empty(asked.length, head.padded)
             order.distributions = kept.data_ptr()
             held += [sampling, kept]
         call.draft = ctypes.pointer(order)

@@ -113,7 +113,7 @@ class Engine:
         [1, branches]; `entered`, uint8 [count, branches] and zero, becomes 1 where a step entered.
         """
         raised: list[BaseException] = []
-        order = self._order(token, count, self.head)
+        order = self._order(token, count)
         order.on_token = abi.OnToken(guarded(on_token, raised, 1))
         held = self._draw(order, drawn)
         followed, state = self._follow(order, place, thresholds, entered)
@@ -145,14 +145,14 @@ class Engine:
         shares = self._buffers.take("shares", (len(logits) + 8,), torch.float32)
         return ops.choose(logits.contiguous(), abi.Sampling(*draws), uniform, shares)
 
-    def _order(self, token: int, count: int, head: Matrix) -> abi.Draft:
-        """What follows a token, ranked by a head."""
+    def _order(self, token: int, count: int) -> abi.Draft:
+        """What follows a token, ranked by the LM head."""
         return abi.Draft(
             token=token,
             count=count,
             embedding=self._embedding,
             cap=self._cap or 0.0,
-            draft_head=ctypes.pointer(head),
+            draft_head=ctypes.pointer(self.head),
         )
 
     def _follow(

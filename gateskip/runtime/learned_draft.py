@@ -58,17 +58,7 @@ class LearnedDraft:
         """
         if self._engine is None:
             return self._in_torch(token, count, wanted, state)
-        found = self._engine.draft_by_network(token, count, wanted, state, drawn)
-        if drawn is None:
-            return found
-        whole = [self._whole(shares) for shares in found.drawn_from]
-        return Drafted(found.tokens, found.probabilities, whole)
-
-    def _whole(self, shares: int | Tensor) -> Tensor:
-        """Probabilities [T] of the network's tokens as those of all [V]."""
-        assert isinstance(shares, Tensor), "what is drawn is drawn from probabilities"
-        vocabulary = len(self._model.get_input_embeddings().weight)
-        return torch.zeros(vocabulary).index_copy_(0, self._tokens, shares)
+        return self._engine.draft_by_network(token, count, wanted, state, drawn)
 
     def _in_torch(
         self, token: int, count: int, wanted: tuple[float, Sequence[float]], state: Tensor

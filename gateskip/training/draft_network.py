@@ -27,13 +27,6 @@ FADING = 0.8  # weight of each unrolled step, over that of the one before: later
 READ = 8  # blocks whose states are made at a time
 
 
-def frequent(blocks: Tensor, count: int, vocabulary: int) -> Tensor:
-    """The `count` tokens that are most frequent in token ids blocks [N, S], in ascending order."""
-    counts = torch.bincount(blocks.flatten(), minlength=vocabulary)
-    chosen = counts.argsort(descending=True, stable=True)[: min(count, vocabulary)]
-    return chosen.sort().values
-
-
 def final_states(
     skipping: SkippingModel, blocks: Tensor, progress: Progress | None = None
 ) -> Tensor:

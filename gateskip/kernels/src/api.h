@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 8 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 9 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -191,8 +191,7 @@ typedef struct DraftNetwork {
   Matrix fuse; /* [H, 2 H] */
   Matrix gate; /* [inner, H] */
   Matrix up;
-  Matrix down;           /* [H, inner] */
-  const int32_t* tokens; /* [rows of the draft head]: the token that each row is of */
+  Matrix down; /* [H, inner] */
 } DraftNetwork;
 
 /* Told of each token; a draft ends where it returns 1. */
@@ -207,8 +206,9 @@ typedef struct Draft {
   int32_t levels;
   Embedding embedding;
   float cap;             /* which logits do not exceed, above or below 0; 0 is none */
-  const Matrix* draft_head;  /* ranks the vocabulary */
-  const Matrix* rerank_head; /* chooses among the best, or null */
+  const Matrix* draft_head;   /* ranks the vocabulary, or some tokens of it */
+  const int32_t* head_tokens; /* [rows of the draft head]: the token that each is of; null where it has all tokens */
+  const Matrix* rerank_head;  /* of all tokens: chooses among the best, or null */
   int32_t* tokens; /* [count]: out */
   float* chances;  /* [count]: out, each token's probability as the draft sees it; or null, and `least` is not asked */
   OnToken* on_token; /* called with each token; or null */
@@ -285,8 +285,8 @@ void gateskip_step(const Model* model, const CacheView* cache, const Step* step,
 /* drafts for the step's only row, whose slot goes up with the tokens; draft->count becomes their number */
 void gateskip_draft(const Model* model, const CacheView* cache, const Step* step, Draft* draft, Arena* arena,
                     int32_t threads);
-/* the same by a small network, whose `state` [H] is that before draft->token and becomes that of the last token; the
- * draft head has a row for each of the network's tokens, and nothing is reranked */
+/* the same by a small network, whose `state` [H] is that before draft->token and becomes that of the last token;
+ * nothing is reranked */
 void gateskip_draft_by_network(const DraftNetwork* network, float* state, Draft* draft, Arena* arena, int32_t threads);
 /* the likeliest token after each of a step's rows, whose hidden states come from `tokens` [rows], and where it is not
  * null all their `logits` [rows, V rounded up to 8]: likeliest.cpp */

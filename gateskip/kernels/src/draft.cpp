@@ -115,10 +115,9 @@ class NetworkSteps : Share {
 template <class Steps>
 class Continuation {
  public:
-  Continuation(Steps steps, Draft& draft, const int32_t* tokens, Choice* choices, float* every, int id, int threads,
-               Slices& own)
-      : steps_(steps), rank_(id, threads, 1, steps.hidden(), own), d(draft), tokens_(tokens), choices_(choices),
-        every_(every), id(id), threads(threads), logits_(own.take<float>(most_of_share(d.draft_head->n, threads))) {}
+  Continuation(Steps steps, Draft& draft, Choice* choices, float* every, int id, int threads, Slices& own)
+      : steps_(steps), rank_(id, threads, 1, steps.hidden(), own), d(draft), choices_(choices), every_(every),
+        id(id), threads(threads), logits_(own.take<float>(most_of_share(d.draft_head->n, threads))) {}
 
   void run() {
     float likely = 1;
@@ -201,7 +200,7 @@ class Continuation {
     if (!d.rerank_head) return {most, choice.mass, at[0], most, best[0]};
     const Input in = rank_.prepare(*d.rerank_head, state, 1);
     for (int i = 0; i < BEST && best[i] > -INFINITY; i++) {
-      const float reranked = rank_.single(*d.rerank_head, at[i], in, 0);
+      const float reranked = rank_.single(*d.rerank_head, token_of(at[i]), in, 0);
       if (reranked > choice.reranked) choice = {most, choice.mass, at[i], logit(best[i]), reranked};
     }
     return choice;
@@ -223,12 +222,11 @@ class Continuation {
   }
 
   // The token of a row of the draft head
-  int32_t token_of(int32_t row) const { return tokens_ ? tokens_[row] : row; }
+  int32_t token_of(int32_t row) const { return d.head_tokens ? d.head_tokens[row] : row; }
 
   Steps steps_;
   Share rank_;
   Draft& d;
-  const int32_t* tokens_;  // of the draft head's rows; null where they are the vocabulary
   Choice* choices_;
   float* every_;  // all logits, and room for as many shares, where a token is drawn
   const int id, threads;
@@ -250,11 +248,11 @@ struct Shared {
 
 // Run a continuation: `share(memory)` makes what the steps share, `steps(shared, id, threads, own)` a thread's steps
 template <class MakeShared, class MakeSteps>
-void follow(Draft& draft, const int32_t* tokens, Arena& arena, int threads, MakeShared share, MakeSteps steps) {
+void follow(Draft& draft, Arena& arena, int threads, MakeShared share, MakeSteps steps) {
   run_threads(arena, threads, [&](Slices& memory) { return Shared(draft, threads, share(memory), memory); },
               [&](const auto& shared, int id, int all, Slices& own) {
-                return Continuation(steps(shared.inner, id, all, own), draft, tokens, shared.choices, shared.every, id,
-                                    all, own);
+                return Continuation(steps(shared.inner, id, all, own), draft, shared.choices, shared.every, id, all,
+                                    own);
               });
 }
 
@@ -263,7 +261,7 @@ void follow(Draft& draft, const int32_t* tokens, Arena& arena, int threads, Make
 extern "C" void gateskip_draft(const Model* m, const CacheView* c, const Step* s, Draft* draft, Arena* arena,
                                int32_t threads) {
   Step step = *s;
-  follow(*draft, nullptr, *arena, threads, [&](Slices& memory) { return SharedRows(*m, *c, 1, memory); },
+  follow(*draft, *arena, threads, [&](Slices& memory) { return SharedRows(*m, *c, 1, memory); },
          [&](const SharedRows& shared, int id, int all, Slices& own) {
            return ModelSteps(*m, *c, step, shared, id, all, own);
          });
@@ -271,7 +269,7 @@ extern "C" void gateskip_draft(const Model* m, const CacheView* c, const Step* s
 
 extern "C" void gateskip_draft_by_network(const DraftNetwork* network, float* state, Draft* draft, Arena* arena,
                                           int32_t threads) {
-  follow(*draft, network->tokens, *arena, threads,
+  follow(*draft, *arena, threads,
          [&](Slices& memory) { return memory.take<float>(NetworkSteps::shared(*network)); },
          [&](float* shared, int id, int all, Slices& own) {
            return NetworkSteps(*network, state, shared, id, all, own);

@@ -107,16 +107,15 @@ class Rounds {
   }
 
   float drawn_from(int i, int32_t token) const {
-    if (!s.network) return source(i)[token];
-    const int32_t* known = s.network->tokens;
-    return source(i)[std::find(known, known + s.draft->draft_head->n, token) - known];
+    const int32_t* known = s.draft->head_tokens;
+    return source(i)[known ? std::find(known, known + s.draft->draft_head->n, token) - known : token];
   }
 
   // What is left of the probabilities where the draft's are taken off
   void leave(int i) {
     const float* taken = source(i);
     for (int row = 0; row < s.draft->draft_head->n; row++) {
-      float& share = s.shares[s.network ? s.network->tokens[row] : row];
+      float& share = s.shares[s.draft->head_tokens ? s.draft->head_tokens[row] : row];
       share = std::max(0.0f, share - taken[row]);
     }
   }
