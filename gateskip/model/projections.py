@@ -183,6 +183,25 @@ def project_keys_values(
     return turned, _heads(branch, values, None)
 
 
+def project_inputs(
+    branch: Branch,
+    x: Tensor,
+    rope: tuple[Tensor, Tensor],
+    turn: Turn | None = None,
+    multiply: Multiply | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `project_queries` and `project_keys_values` give: rotated queries and keys, and values.
+
+    `turn` may stand in for `rotate`, and `multiply` for the modules.
+    """
+    queries, keys, values = (multiply or by_modules)(branch, PROJECTIONS[:3], x)
+    return (
+        _rotated(branch, _heads(branch, queries, "q_norm"), rope, turn),
+        _rotated(branch, _heads(branch, keys, "k_norm"), rope, turn),
+        _heads(branch, values, None),
+    )
+
+
 def project_out(branch: Branch, mixed: Tensor, multiply: Multiply | None = None) -> Tensor:
     """The output projection: what the heads attended to [..., heads * head_dim] -> [..., H].
 

@@ -26,6 +26,7 @@ from gateskip.model.projections import (
     Turn,
     attention_shape,
     by_modules,
+    project_inputs,
     project_keys_values,
     project_out,
     project_queries,
@@ -247,6 +248,10 @@ class GatheredBackend:
         keep: Tensor | None,
         scale: Tensor | None,
     ) -> None:
+        count = batch.slots.numel()
+        if keep is None and self.sizes(count) == [count] and not count % self.even:
+            self._add_whole_attention(branch, hidden, x, rope, cache, batch, scale)
+            return
         seen = self._store(branch, x, rope, cache, batch, keep)
         attend = self.attention(branch, seen, batch, whole=keep is None)
         keep = torch.ones_like(batch.slots, dtype=torch.bool) if keep is None else keep
@@ -259,6 +264,27 @@ class GatheredBackend:
             output = self.leave(branch, project_out(branch, mixed, self.multiply))[0, : len(kept)]
             output = output if scale is None else output * rows_at(scale, kept)
             self.add_rows(hidden, kept, output)
+
+    def _add_whole_attention(
+        self,
+        branch: Branch,
+        hidden: Tensor,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache,
+        batch: Batch,
+        scale: Tensor | None,
+    ) -> None:
+        """The same for all tokens at once: nothing is gathered, and all projections of x are one
+        product where the backend has one."""
+        queries, keys, values = project_inputs(branch, x, rope, self.turn, self.multiply)
+        seen = cache.store(branch.layer, batch.place, keys, values)
+        attend = self.attention(branch, seen, batch, whole=True)
+        queries = queries.flatten(0, 1).to(self.dtype)
+        mixed = attend(queries, batch.place.lengths, seen.slots.flatten()).to(x.dtype)
+        mixed = mixed.view(*x.shape[:2], -1)
+        output = self.leave(branch, project_out(branch, mixed, self.multiply))
+        hidden += output if scale is None else output * scale
 
     def _store(
         self,
