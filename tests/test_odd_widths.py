@@ -176,7 +176,7 @@ def test_draft_copies_of_odd_widths(make_tiny: Callable[..., Path], weights: str
 def test_a_head_without_whole_groups_ranks_drafts_itself(make_tiny: Callable[..., Path]) -> None:
     decoder = gateskip.load(make_tiny("llama", hidden_size=72))
     drafter = decoder.drafter("int4-head")
-    assert drafter.engine is not None and drafter.engine.rerank_head is None
+    assert drafter.engine is not None and drafter.engine.draft_head.rerank is None
     prompt = [list(range(3, 20))]
     settings = {"draft_budget": 1.0, "draft_weights": "int4-head"}
     drafted = decoder.generate(prompt, 12, "speculate", draft_length=4, **settings)

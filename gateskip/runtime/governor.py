@@ -126,6 +126,11 @@ def block_of(position: int) -> tuple[int, int]:
     return position // width * width, width
 
 
+def is_narrow(position: int) -> bool:
+    """Whether a position is in a block that is not as wide as later ones."""
+    return block_of(position)[1] < WIDEST
+
+
 def next_width(starts: Sequence[int], left: Sequence[int]) -> int:
     """Tokens that all rows at `starts`, which have so many left, take before one changes block."""
     return min(

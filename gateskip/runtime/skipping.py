@@ -29,7 +29,7 @@ from gateskip.runtime.backend import (
 )
 from gateskip.runtime.drafting_engine import DraftingEngine
 from gateskip.runtime.gathered import GatheredBackend
-from gateskip.runtime.governor import Hold, next_width
+from gateskip.runtime.governor import Hold, is_narrow, next_width
 from gateskip.runtime.kv_cache import KV_FORMATS, KVFormat
 from gateskip.runtime.native import NativeBackend
 from gateskip.runtime.reference import ReferenceBackend
@@ -273,23 +273,33 @@ class SkippingModel:
         hold: Hold,
         lengths: Sequence[int] | None,
     ) -> Tensor:
-        """As `forward`, in passes that end where any row comes to a new block of the governor."""
+        """As `forward`, in passes that end where any row comes to a new block of the governor.
+
+        Narrow blocks pass as in decoding, where few tokens take less than half as long in `native`;
+        a block is narrow by its place alone, so a row's path does not depend on others or chunks.
+        """
         batch, columns = input_ids.shape
         counts = [columns] * batch if lengths is None else list(lengths)
         done, out = [0] * batch, torch.empty(0)
         while live := [row for row in range(batch) if done[row] < counts[row]]:
+            narrow = [row for row in live if is_narrow(starts[row] + done[row])]
+            live = narrow or live
             places = [starts[row] + done[row] for row in live]
             width = next_width(places, [counts[row] - done[row] for row in live])
             own = torch.tensor(live, device=input_ids.device).unsqueeze(1)
             first = torch.tensor([done[row] for row in live], device=input_ids.device)
             index = first.unsqueeze(1) + torch.arange(width, device=input_ids.device)
-            limits = hold.rows(cache, live, places, width)
-            some = None if len(live) == cache.batch else live
-            states = self.backend.prompt(input_ids[own, index], cache, places, limits, None, some)
+            limits, part = hold.rows(cache, live, places, width), input_ids[own, index]
+            if narrow:
+                states = self.backend.decode(part.tolist(), cache, live, places, limits)
+                states = states.view(*part.shape, -1)
+            else:
+                some = None if len(live) == cache.batch else live
+                states = self.backend.prompt(part, cache, places, limits, None, some)
             hold.record(cache, live, places, limits)
             if not len(out):
                 out = states.new_zeros(batch, columns, states.shape[-1])
-            out[own, index] = states
+            out[own, index] = states.to(out.dtype)
             for row in live:
                 done[row] += width
         return out
