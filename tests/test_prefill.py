@@ -14,14 +14,18 @@ import gateskip
 from gateskip.decoding import decoder as decode
 from gateskip.gates.kinds import make_gates
 from gateskip.gates.shortcuts import Shortcuts
+from gateskip.kernels import ops
 from gateskip.model.families import find_branches
 from gateskip.model.projections import AttentionShape, rotate
 from gateskip.model.reference import attend, causal
+from gateskip.quantization.draft_copy import CopyFormat, integer_copy, read_text
 from gateskip.quantization.folders import load_model
+from gateskip.quantization.packed_linear import prompt_kernel
 from gateskip.runtime.attention import attend_padded, attend_rows
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.native import NativeBackend
 from gateskip.runtime.sizes import EVEN, TOGETHER, evened, few_sizes, filled
+from gateskip.runtime.skipping import SkippingModel
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 16
 
@@ -197,3 +201,56 @@ def test_a_cache_takes_what_it_says(make_tiny: Callable[..., Path]) -> None:
         cache = skipping.new_cache(batch, capacity)
         assert cache.nbytes() == skipping.cache_bytes(batch, capacity)
         assert cache.capacity >= capacity and not any(part.any() for part in cache.values)
+
+
+# -- a whole branch in one call -----------------------------------------------------------------
+
+
+@pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here")
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "gemma2", "gemma3_text", "qwen3", "smollm3"]
+)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_branch_in_one_call_has_the_bits_of_its_parts(
+    family: str,
+    bits: int,
+    rows: int,
+    make_tiny: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Norms after branches, windows that come around, layers without positions; from slot 0 on and
+    after other tokens, one of two branches being skipped."""
+    if not prompt_kernel():
+        pytest.skip("torch multiplies prompts here")
+    model = load_model(make_tiny(family, hidden_size=64, intermediate_size=128), "bfloat16")
+    made = read_text(model, torch.randint(3, 500, (2, 24)))
+    skipping = SkippingModel(integer_copy(model, made, CopyFormat(bits, 32)), backend="native")
+    generator = torch.Generator().manual_seed(1)
+    first, second = (torch.randint(3, 500, (rows, n), generator=generator) for n in (21, 50))
+    native = type(skipping.backend)
+    calls = {"mlp": 0, "attention": 0}
+    whole = native.add_whole
+
+    def counted(backend: Any, branch: Any, *others: Any) -> bool:
+        done = whole(backend, branch, *others)
+        calls[branch.kind] += done
+        return done
+
+    def states() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        cache = skipping.new_cache(rows, 96)
+        return (
+            skipping.forward(first, cache, [0] * rows),
+            skipping.forward(second, cache, [21] * rows),
+            [*cache.keys, *cache.values],
+        )
+
+    monkeypatch.setattr(native, "add_whole", counted)
+    one, two, kept = states()
+    assert calls["mlp"] == 8 and calls["attention"] == {"llama": 8, "smollm3": 8}.get(
+        family, calls["attention"]
+    )
+    monkeypatch.setattr(native, "add_whole", lambda *_: False)
+    wanted, later, stored = states()
+    assert torch.equal(one, wanted.to(one.dtype)) and torch.equal(two, later)
+    assert all(torch.equal(a, b) for a, b in zip(kept, stored, strict=True))

@@ -251,11 +251,20 @@ class Speculation(ctypes.Structure):
     )
 
 
+class PromptRows(ctypes.Structure):
+    """Where a prompt's tokens stand."""
+
+    _fields_ = (
+        *((name, Int) for name in ("batch", "count", "first", "capacity")),
+        *((name, Pointer) for name in ("slots", "cos", "sin", "keys", "values")),
+    )
+
+
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     each.__name__: each
     for each in (
         *(Matrix, Norm, Shortcut, Layer, Model, CacheView),
-        *(Step, Sampling, Embedding, DraftNetwork, Draft, Round, Speculation),
+        *(Step, Sampling, Embedding, DraftNetwork, Draft, Round, Speculation, PromptRows),
     )
 }
 _SCALARS: dict[str, Any] = {

@@ -112,6 +112,21 @@ def prompt_mlp(layer: abi.Layer, x: Tensor) -> Tensor:
     return out
 
 
+def prompt_mlp_branch(layer: abi.Layer, hidden: Tensor) -> None:
+    """hidden [..., H], bfloat16, += what a layer's MLP branch adds, in place."""
+    rows, threads = hidden.numel() // hidden.shape[-1], torch.get_num_threads()
+    _library().gateskip_prompt_mlp_branch(ctypes.byref(layer), _at(hidden), rows, threads)
+
+
+def prompt_attention_branch(
+    model: abi.Model, layer: abi.Layer, at: abi.PromptRows, hidden: Tensor
+) -> None:
+    """The same of a layer's attention branch, for tokens that stand `at` some place."""
+    model_at, layer_at, rows_at = map(ctypes.byref, (model, layer, at))
+    threads = torch.get_num_threads()
+    _library().gateskip_prompt_attention_branch(model_at, layer_at, rows_at, _at(hidden), threads)
+
+
 # -- whole tokens -----------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ padding mask, since a cache is indexed by position, and a prompt may come in chu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -171,6 +171,12 @@ class GatheredBackend:
         for branch in self.branches:
             if not branch.parallel:
                 source = hidden.clone() if parallel else hidden
+            free = limits_of(thresholds, branch.index) is None and batch.real is None
+            if free and not parallel and self.add_whole(branch, hidden, ropes, cache, batch):
+                self.usage.kept[branch.index] += batch.tokens
+                if isinstance(thresholds, RowThresholds):
+                    thresholds.count(branch.index, None)
+                continue
             x, logits = self.read(branch, source)  # [B, S, H], [B, S]
             keep = self._kept(branch, x, logits, batch, thresholds)  # [B, S] or None for all
             self.usage.kept[branch.index] += batch.tokens if keep is None else int(keep.sum())
@@ -340,6 +346,18 @@ class GatheredBackend:
     def sizes(self, count: int) -> list[int]:
         """Sizes of the parts in which `count` tokens enter a branch."""
         return few_sizes(count)
+
+    def add_whole(
+        self,
+        branch: Branch,
+        hidden: Tensor,
+        ropes: Mapping[str, tuple[Tensor, Tensor]],
+        cache: KVCache,
+        batch: Batch,
+    ) -> bool:
+        """hidden [B, S, H] += a branch that all tokens enter, in place, norms and cache included;
+        whether that was done."""
+        return False
 
     def entering(self, branch: Branch, tokens: int) -> AbstractContextManager[None]:
         """A context around a branch that some of `tokens` enter."""

@@ -8,7 +8,7 @@ and what lies between its products is native.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from itertools import islice
@@ -276,6 +276,27 @@ class NativeBackend(GatheredBackend):
         if not self._multiplies(branch):
             return super().multiply(branch, names, x)
         return self.engine.prompts.project(branch.index, names, x)
+
+    def add_whole(
+        self,
+        branch: Branch,
+        hidden: Tensor,
+        ropes: Mapping[str, tuple[Tensor, Tensor]],
+        cache: KVCache,
+        batch: Batch,
+    ) -> bool:
+        """One native call, where all weights are packed for bfloat16 and no gate scales."""
+        scales = self.gates is not None and self.gates.scales
+        count = batch.slots.numel()
+        if scales or hidden.dtype != torch.bfloat16 or not self._multiplies(branch):
+            return False
+        if self.sizes(count) != [count]:
+            return False
+        if branch.kind == "mlp":
+            self.engine.prompts.add_mlp(branch.index, hidden)
+            return True
+        rope = ropes[branch.rope]
+        return self.engine.prompts.add_attention(branch.index, hidden, rope, cache, batch.place)
 
     def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The norm and the gate in one native pass."""

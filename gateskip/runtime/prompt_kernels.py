@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from gateskip.kernels import ops
-from gateskip.kernels.abi import Kind, Layer
+from gateskip.kernels.abi import Kind, Layer, PromptRows
 from gateskip.model.families import Branch
 from gateskip.model.projections import AttentionShape, mlp_parts, rotate
 from gateskip.runtime.buffers import Buffers
 from gateskip.runtime.descriptors import Descriptors
+from gateskip.runtime.kv_cache import KVCache, Place
 
 FIELDS = {"queries": "q", "keys": "k", "values": "v", "output": "o"}  # of abi.Layer
 KEYS = 16  # of a vector of attention.cpp: what divides its packed keys, and its heads' channels
@@ -134,6 +135,33 @@ class PromptKernels:
     def packed_mlp(self, branch: int, x: Tensor) -> Tensor:
         """An MLP's output for x [N, H], bfloat16, in one native call."""
         return ops.prompt_mlp(self.model.layer[branch // 2], x.contiguous())
+
+    def add_mlp(self, branch: int, hidden: Tensor) -> None:
+        """hidden [B, S, H], bfloat16, += an MLP branch, norms included, in one native call."""
+        ops.prompt_mlp_branch(self.model.layer[branch // 2], hidden)
+
+    def add_attention(
+        self, branch: int, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, place: Place
+    ) -> bool:
+        """The same of an attention branch, whose keys and values [B, kv_heads, T, D] go into the
+        cache; whether that is one call: not where queries are normed by head, where the cache is
+        in 8 bits, or where it comes around."""
+        layer, number = self.model.layer[branch // 2], branch // 2
+        slots, kept = cache.slots[number], (cache.keys[number], cache.values[number])
+        whole = place.together is not None and place.rows is None and place.used <= slots
+        plain = all(part.dtype == torch.bfloat16 and part.is_contiguous() for part in kept)
+        if layer.norm_q.weight or not whole or not plain or not ops.attends():
+            return False
+        if self.model.head_dim % KEYS:
+            return False
+        batch, count = hidden.shape[:2]
+        parts = [part.contiguous() for part in (place.slots, *rope)]
+        at = PromptRows(
+            *(batch, count, place.used - count, slots),
+            *(part.data_ptr() for part in (*parts, *kept)),
+        )
+        ops.prompt_attention_branch(self.model, layer, at, hidden)
+        return True
 
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
         """An MLP's output for x [..., H]; what lies between its products is one native pass."""

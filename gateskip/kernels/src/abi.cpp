@@ -16,7 +16,7 @@ int64_t gateskip_struct_size(const char* name) {
       {"Layer", sizeof(Layer)},   {"Model", sizeof(Model)}, {"CacheView", sizeof(CacheView)},
       {"Step", sizeof(Step)},     {"Draft", sizeof(Draft)}, {"Sampling", sizeof(Sampling)},
       {"Embedding", sizeof(Embedding)}, {"DraftNetwork", sizeof(DraftNetwork)},
-      {"Round", sizeof(Round)},   {"Speculation", sizeof(Speculation)},
+      {"Round", sizeof(Round)},   {"Speculation", sizeof(Speculation)}, {"PromptRows", sizeof(PromptRows)},
   };
   for (const auto& each : sizes)
     if (!std::strcmp(each.name, name)) return each.size;

@@ -253,6 +253,19 @@ typedef struct Speculation {
   float* chances;        /* [rounds, length]: out, each drafted token's probability as the draft sees it */
 } Speculation;
 
+/* Where a prompt's tokens stand: all rows of a cache, `count` tokens each from position `first` on. */
+typedef struct PromptRows {
+  int32_t batch;
+  int32_t count;
+  int32_t first;
+  int32_t capacity;     /* slots of the layer's cache, none of which is used twice by then */
+  const int64_t* slots; /* [batch * count]: first, first + 1, ... */
+  const uint16_t* cos;  /* [batch * count, rotary_dim] */
+  const uint16_t* sin;
+  uint16_t* keys;       /* [batch, kv_heads, capacity, D] */
+  uint16_t* values;
+} PromptRows;
+
 /* Memory that the calls of one model use again and again; not for two calls at a time. */
 typedef struct Arena Arena;
 
@@ -304,7 +317,7 @@ void gateskip_distribution(const float* logits, int32_t n, const Sampling* sampl
 /* y [rows, n] of one matrix, such as the LM head, for any number of rows x [rows, k] */
 void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, Arena* arena, int32_t threads);
 
-/* -- packed weights times a prompt's rows: prompt_products.cpp -- */
+/* -- packed weights times a prompt's rows: prompt_products.cpp, prompt_branch.cpp -- */
 
 /* whether the functions below are the fastest that the processor has: it multiplies pairs of bfloat16, and has no
  * units for whole matrices */
@@ -315,6 +328,11 @@ void gateskip_prompt_products(const Matrix* w, int32_t count, const uint16_t* x,
                               int32_t threads);
 /* out [rows, H] of a layer's MLP for rows x [rows, H], all bfloat16; its weights are packed */
 void gateskip_prompt_mlp(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int32_t threads);
+/* hidden [rows, H], bfloat16, += what a layer's MLP branch adds, norms included */
+void gateskip_prompt_mlp_branch(const Layer* layer, uint16_t* hidden, int64_t rows, int32_t threads);
+/* the same of its attention branch, which norms no queries and keys; where gateskip_attends says 1 */
+void gateskip_prompt_attention_branch(const Model* model, const Layer* layer, const PromptRows* at, uint16_t* hidden,
+                                      int32_t threads);
 
 /* -- between a prompt's matrix products: prefill.cpp -- */
 
