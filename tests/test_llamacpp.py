@@ -172,13 +172,27 @@ def test_pre_tokenizers_that_have_a_name(parts: list[dict[str, Any]], name: str)
 def test_a_family_loads_back(
     family: str, kind: str, make_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """In transformers, which `write_gguf` asks where it can, and in our own reader."""
+    """In transformers, where it reads all of a family's metadata, and in our own reader."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
     from compose.artifacts.from_gguf import write_folder
+    from gateskip.quantization.folders import load_model
 
     more = SIX_LAYERS if family == "gemma3_text" else {}
     source, file = make_tiny(family, **more), tmp_path / "a.gguf"
     assert write_gguf(source, file, kind)["max_abs_diff"] < 1e-3
     write_folder(file, tmp_path / "model")
+    if family in ("llama", "qwen2"):
+        ids = torch.arange(40).view(1, -1)
+        theirs = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        ).eval()
+        with torch.inference_mode():
+            ours = load_model(tmp_path / "model", "float32")(ids).logits
+            torch.testing.assert_close(theirs(ids).logits, ours, atol=1e-4, rtol=1e-4)
     before, after = (
         json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "model")
     )

@@ -46,7 +46,6 @@ USUAL = "f16"
 BLOCK = 32  # weights of a row that share a scale
 OUTER = ("model.embed_tokens.weight", "lm_head.weight")
 SAME = 1e-3  # largest difference of two logits, over their range, for equal weights in float32
-READ_BY_TRANSFORMERS = ("llama", "qwen2")
 FLOATS = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
 
 
@@ -177,8 +176,8 @@ def rounded(name: str, tensor: Tensor, kind: str) -> tuple[Any, NDArray[Any]]:
 
 
 def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
-    """Load the file, by transformers where it reads this family whole; compare it with the folder's
-    weights, rounded alike.
+    """Load the file by our own reader, which tests hold to transformers' and to llama.cpp; compare
+    it with the folder's weights, rounded alike.
 
     Both are computed in float32, so whatever the type they must agree: what differs is not rounding
     but a weight, a name or a size. Without a `kind` nothing was rounded. Returns `max_abs_diff`
@@ -199,7 +198,8 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
         if kind is not None:
             _round_in_place(model, kind)
             wanted = model(ids).logits
-        logits = _loaded(file, model)(ids).logits
+        del model  # one of them at a time
+        logits = _loaded(folder, file)(ids).logits
     if logits.shape != wanted.shape:
         raise StepError(f"the file gives logits of shape {tuple(logits.shape)}")
     difference = float((logits - wanted).abs().max())
@@ -214,25 +214,21 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
     return {"max_abs_diff": difference, "range": span, "kl": kl}
 
 
-def _loaded(file: Path, model: Any) -> Any:
-    """The file's model: as transformers reads it, or `model` with the weights that our reader finds
-    in it, where transformers leaves out what no metadata says (Gemma's windows, Qwen3's heads)."""
+def _loaded(folder: Path, file: Path) -> Any:
+    """The folder's architecture with the file's weights in float32, read one after the other."""
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from compose.artifacts.from_gguf import matched, tensors_of
 
-    if model.config.model_type in READ_BY_TRANSFORMERS:
-        return AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        ).eval()
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     found, weights = open_gguf(file), dict(model.named_parameters())  # a tied one once
-    config = model.config.to_dict()
-    tensors = matched(found, config, {name: tuple(each.shape) for name, each in weights.items()})
-    for name, value in tensors_of(found, config, tensors, {}):
+    stated = config.to_dict()
+    tensors = matched(found, stated, {name: tuple(each.shape) for name, each in weights.items()})
+    for name, value in tensors_of(found, stated, tensors, {}):
         weights[name].copy_(value)
     return model
 
