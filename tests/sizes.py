@@ -31,7 +31,8 @@ from compose.results.io import load_results
 from gateskip.decoding.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parents[1]
-ACCEPTED = (ROOT / "reports/published/learned-drafts/results.json", "bf16-copy")
+ACCEPTED = (ROOT / "reports/published/peers/results.json", "bf16-drafts")
+"""An int4 copy and look-up, whose drafts are accepted less often than the copy's alone."""
 LENGTHS = range(1, 9)
 PIPELINE = """\
 schema: 1
