@@ -71,6 +71,9 @@ SIX_LAYERS = {
 }
 """Of Gemma 3: a file has only the pattern of all its models, one full layer in six."""
 
+UNSAID = ("transformers_version", "_name_or_path", "initializer_range", "max_window_layers")
+"""Entries of a config.json that no file has, and that do not change the function."""
+
 
 def converted(
     folder: Path, file: Path, kind: str = "F32", kinds: Mapping[str, str] | None = None

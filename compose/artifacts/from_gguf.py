@@ -22,7 +22,7 @@ from compose.artifacts.gguf_kept import (
     quantization,
     require_grids,
 )
-from compose.artifacts.gguf_names import PAIRED, SHIFTED_NORMS, gguf_name, unpaired
+from compose.artifacts.gguf_names import PAIRED, gguf_name, is_shifted, unpaired
 from compose.artifacts.gguf_tokenizer import require_tokenizer, save_tokenizer
 from compose.artifacts.shards import save_shards
 from compose.store import read_json, write_json
@@ -158,7 +158,7 @@ def _values(
     values = values.reshape(tensor.shape)
     if architecture in PAIRED:
         values = unpaired(name, values, config)
-    if architecture in SHIFTED_NORMS and name.endswith("norm.weight"):
+    if is_shifted(name, architecture):
         values = values - 1
     return numpy.require(values, numpy.float32, ["C", "W"])
 

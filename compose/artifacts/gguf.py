@@ -22,7 +22,7 @@ from compose.artifacts.gguf_metadata import (
     family_reasons,
     require_stated,
 )
-from compose.artifacts.gguf_names import PAIRED, SHIFTED_NORMS, gguf_name, paired
+from compose.artifacts.gguf_names import PAIRED, gguf_name, is_shifted, paired
 from compose.artifacts.gguf_tokenizer import add_tokenizer
 from compose.artifacts.intake import weight_files
 from compose.errors import ArtifactError, StepError, suggest
@@ -136,9 +136,8 @@ def _stored(
             yield name, Ggml[block], rows
     for name, tensor in _tensors(folder, config):
         own = FLOATS[str(tensor.dtype)] if is_grid(config) else kind
-        shifted = ARCHITECTURES[config["model_type"]] in SHIFTED_NORMS
-        shifts = shifted and name.endswith("norm.weight")
-        yield name, *rounded(name, tensor.float() + 1 if shifts else tensor, own)
+        shifted = is_shifted(name, ARCHITECTURES[config["model_type"]])
+        yield name, *rounded(name, tensor.float() + 1 if shifted else tensor, own)
 
 
 def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -21,6 +21,11 @@ SHIFTED_NORMS = ("gemma2", "gemma3")
 """Architectures whose files add one to the weights of norms, as their models do when they run."""
 
 
+def is_shifted(name: str, architecture: str) -> bool:
+    """Whether a tensor is one more in a file than in a folder."""
+    return architecture in SHIFTED_NORMS and name.endswith("norm.weight")
+
+
 def gguf_name(name: str, architecture: str, layers: int) -> str:
     """model.layers.0.mlp.up_proj.weight -> blk.0.ffn_up.weight
 
