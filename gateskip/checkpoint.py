@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ GATES_FILE = "gates.safetensors"
 META_FILE = "gateskip.json"
 FORMAT = 2
 DOWN, UP = "shortcuts.down", "shortcuts.up"
+HARM = "harm"
 RANKS = "shortcuts.ranks"  # in a file of gates whose shortcuts differ in rank
 
 
@@ -62,6 +63,8 @@ class GateFile:
     """What interpolated budgets kept there, half-way between two calibrated ones."""
     phases: dict[float, dict[str, float]] = field(default_factory=dict)
     """What each budget kept of prompts and of answers: see `CalibratedBudgets.phases`."""
+    prompts: CalibratedBudgets | None = None
+    """What was calibrated for tokens of prompts: see `CalibratedBudgets.prompts`."""
 
     @classmethod
     def of(
@@ -77,13 +80,13 @@ class GateFile:
         grid = {budget: list(row) for budget, row in budgets.thresholds.items()}
         kept, between = dict(budgets.kept), dict(budgets.between)
         phases = {budget: dict(shares) for budget, shares in budgets.phases.items()}
-        given = (training or {}, decode or {}, between, phases)
+        given = (training or {}, decode or {}, between, phases, budgets.prompts)
         return cls(gates, kv_rule, grid, kept, sensitivity, *given)
 
     @property
     def budgets(self) -> CalibratedBudgets:
         """What was calibrated, to be asked for any budget."""
-        return CalibratedBudgets(self.grid, self.kept, self.between, self.phases)
+        return CalibratedBudgets(self.grid, self.kept, self.between, self.phases, self.prompts)
 
 
 def grid_of(
@@ -108,10 +111,9 @@ def save_gates(folder: Path, file: GateFile) -> None:
         "place": file.gates.place,
         "shortcut": _ranks(file.gates),
         "kv_rule": file.kv_rule,
-        "thresholds": {str(budget): row for budget, row in sorted(file.grid.items())},
-        "kept": {str(budget): share for budget, share in sorted(file.kept.items())},
-        "kept_between": {str(budget): share for budget, share in sorted(file.between.items())},
+        **_of_budgets(file.budgets),
         **({"kept_phases": _by_text(file.phases)} if file.phases else {}),
+        **({"prompts": _of_budgets(file.prompts)} if file.prompts is not None else {}),
         "sensitivity": file.sensitivity,
         "training": file.training,
         "decode": file.decode,
@@ -125,7 +127,27 @@ def _ranks(gates: Gates) -> int | list[int]:
     return list(ranks) if len(set(ranks)) > 1 else max(ranks, default=0)
 
 
-def _by_text(values: dict[float, Any]) -> dict[str, Any]:
+def _of_budgets(budgets: CalibratedBudgets) -> dict[str, Any]:
+    """Thresholds, and the shares that they kept, by budgets as text."""
+    return {
+        "thresholds": _by_text({b: list(row) for b, row in budgets.thresholds.items()}),
+        "kept": _by_text(budgets.kept),
+        "kept_between": _by_text(budgets.between),
+    }
+
+
+def _budgets_in(
+    meta: dict[str, Any],
+) -> tuple[dict[float, list[float]], dict[float, float], dict[float, float]]:
+    """What `_of_budgets` wrote: thresholds, shares, and shares between."""
+    return (
+        {float(b): [_number(v) for v in row] for b, row in meta["thresholds"].items()},
+        {float(b): _number(share) for b, share in meta["kept"].items()},
+        {float(b): _number(share) for b, share in meta.get("kept_between", {}).items()},
+    )
+
+
+def _by_text(values: Mapping[float, Any]) -> dict[str, Any]:
     """The same by budgets as text, in their order."""
     return {str(budget): value for budget, value in sorted(values.items())}
 
@@ -190,6 +212,8 @@ def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
         gates.folded = "folded" in found[3:]
         if DOWN in state:
             gates.shortcuts = Shortcuts(branches, hidden, _take_ranks(state))
+        if HARM in state:
+            gates.harm = torch.zeros(branches)
         gates.load_state_dict(state)
     except (IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise FormatError(f"{path} holds {kind} gates of other sizes: {error}") from error
@@ -249,13 +273,15 @@ def load_gates(folder: Path) -> GateFile | None:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
         raise FormatError(f"{folder / META_FILE} does not describe gates ({what})") from error
-    if any(len(row) != file.gates.branches for row in file.grid.values()):
+    read = {} if file.prompts is None else file.prompts.thresholds
+    if any(len(row) != file.gates.branches for row in (*file.grid.values(), *read.values())):
         raise FormatError(f"{folder / META_FILE} has thresholds for other branches than its gates")
     return file
 
 
 def _described(folder: Path, meta: dict[str, Any]) -> GateFile:
-    scores = meta["sensitivity"]
+    scores, prompts = meta["sensitivity"], meta.get("prompts")
+    grid, kept, between = _budgets_in(meta)
     return GateFile(
         gates=read_gates(
             folder / GATES_FILE,
@@ -265,16 +291,17 @@ def _described(folder: Path, meta: dict[str, Any]) -> GateFile:
             place=meta["place"],
         ).requires_grad_(False),
         kv_rule=str(meta["kv_rule"]),
-        grid={float(b): [_number(v) for v in row] for b, row in meta["thresholds"].items()},
-        kept={float(b): _number(share) for b, share in meta["kept"].items()},
+        grid=grid,
+        kept=kept,
         sensitivity=None if scores is None else [_number(score) for score in scores],
         training=dict(meta["training"]),
         decode=dict(meta["decode"]),
-        between={float(b): _number(s) for b, s in meta.get("kept_between", {}).items()},
+        between=between,
         phases={
             float(b): {str(phase): _number(share) for phase, share in shares.items()}
             for b, shares in meta.get("kept_phases", {}).items()
         },
+        prompts=None if prompts is None else CalibratedBudgets(*_budgets_in(prompts)),
     )
 
 

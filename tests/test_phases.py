@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.fit_shortcuts import fit_shortcuts
+from gateskip.calibration.reading import answer_harm, calibrate_prompts
 from gateskip.calibration.thresholds import calibrate
 from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import grid_of
@@ -29,6 +31,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "full answer": {"answer": "full"},
     "held": {"hold": True},
     "held answer": {"prompt": "full", "hold": True},
+    "read": {"prompt_budget": 0.5},
+    "held, read": {"prompt_budget": 0.6, "hold": True},
 }
 
 
@@ -47,13 +51,16 @@ def made(make_tiny: Callable[..., Path]) -> Any:
     gates, _ = warm_start(model, blocks)
     gates.shortcuts = fit_shortcuts(model, blocks, 8)
     gates.shortcuts.settle()
-    grid, _ = grid_of(calibrate(model, gates.requires_grad_(False), blocks, BUDGETS))
-    return model, gates, grid
+    gates.requires_grad_(False)
+    grid, _ = grid_of(calibrate(model, gates, blocks, BUDGETS))
+    gates.harm = answer_harm(model, gates, blocks[:2])
+    return model, gates, grid, calibrate_prompts(model, gates, blocks, BUDGETS)
 
 
 def decoder_of(made: Any, name: BackendName, rule: str = "project") -> Decoder:
-    model, gates, grid = made
-    return Decoder(SkippingModel(model, gates, rule, name), None, grid)
+    model, gates, grid, prompts = made
+    budgets = CalibratedBudgets(grid, prompts=prompts)
+    return Decoder(SkippingModel(model, gates, rule, name), None, budgets)
 
 
 @pytest.fixture(scope="module", params=[name for name in NAMES if name != "reference"])
@@ -67,10 +74,10 @@ def test_backends_write_the_same(made: Any, way: str, rule: str) -> None:
     found = []
     for name in NAMES:
         one = decoder_of(made, name, rule)
-        written = one.generate(PROMPTS, 14, "skip", 0.7, **WAYS[way])
+        written = one.generate(PROMPTS, 14, "skip", 0.5, **WAYS[way])
         found.append((written.tokens, written.usage, one.skipping.usage))
     assert all(each == found[0] for each in found)
-    plain = decoder_of(made, "gathered", rule).generate(PROMPTS, 14, "skip", 0.7)
+    plain = decoder_of(made, "gathered", rule).generate(PROMPTS, 14, "skip", 0.5)
     assert plain.tokens != found[0][0], "it does something"
 
 
@@ -92,7 +99,9 @@ def test_drawn_tokens_are_the_same_alone(decoder: Decoder) -> None:
     assert len(stopped.tokens[0]) <= 21
 
 
-@pytest.mark.parametrize(("way", "length"), [*zip(WAYS, (1, 5, 16, 7), strict=True), ("held", 3)])
+@pytest.mark.parametrize(
+    ("way", "length"), [*zip(WAYS, (1, 5, 16, 7, 4, 6), strict=True), ("held", 3)]
+)
 def test_drafts_change_nothing(decoder: Decoder, way: str, length: int) -> None:
     """Verified at the budget, whatever is drafted; drafts are rejected, and blocks are crossed."""
     wanted = decoder.generate(PROMPTS, 36, "skip", 0.7, **WAYS[way]).tokens
@@ -108,16 +117,40 @@ def test_compute_of_each_phase(decoder: Decoder) -> None:
         used = decoder.generate(PROMPTS, 24, "skip", 0.5, **settings).usage
         return [kept_share(decoder.skipping.model, used[phase]) for phase in ("prompt", "answer")]
 
-    both = kept()
-    assert kept(prompt="full")[0] == 1.0 == kept(answer="full")[1]
-    assert kept(answer="full")[0] == both[0] < 0.7 and kept(prompt="full")[1] < 0.7
+    for settings, whole in (
+        ({"prompt": "full"}, 0),
+        ({"answer": "full"}, 1),
+        ({"prompt_budget": 1.0}, 0),
+    ):
+        shares = kept(**settings)
+        assert shares[whole] == pytest.approx(1, abs=1e-12) and shares[1 - whole] < 0.7
+    assert max(kept()) < 0.7
+    assert kept(prompt_budget=0.9)[0] > kept(prompt_budget=0.5)[0]
+
+
+def test_only_what_answers_predict_from_is_theirs(decoder: Decoder) -> None:
+    """Of a prompt that is computed apart from its answer the last token is a part of the answer."""
+    used = decoder.generate(PROMPTS, 24, "plain", prompt_budget=0.5).usage
+    assert used["prompt"].seen == sum(map(len, PROMPTS)) - len(PROMPTS)
+    assert used["answer"].seen == used["answer"].ungated == 24 * len(PROMPTS)
+    one = [[5]]  # which is only its last token
+    wanted = decoder.generate(one, 12).tokens
+    assert decoder.generate(one, 12, prompt_budget=0.5).tokens == wanted
+
+
+def test_no_prompt_budget_without_thresholds(decoder: Decoder, made: Any) -> None:
+    bare = Decoder(decoder.skipping, None, made[2])
+    with pytest.raises(ValueError, match="no prompt budgets were calibrated: make the gates again"):
+        bare.generate(PROMPTS, 4, prompt_budget=0.5)
+    with pytest.raises(ValueError, match="say two things"):
+        decoder.generate(PROMPTS, 4, prompt="full", prompt_budget=0.5)
 
 
 def test_full_phases_pay_for_no_gate(decoder: Decoder) -> None:
     usage = decoder.skipping.usage
     usage.clear()
     used = decoder.generate(PROMPTS, 24, "skip", 0.5, prompt="full").usage
-    assert used["prompt"].ungated == used["prompt"].seen == sum(map(len, PROMPTS))
+    assert used["prompt"].ungated == used["prompt"].seen == sum(map(len, PROMPTS)) - 3
     assert decoder.saved(used["prompt"], 0.5).net == 0 == used["answer"].ungated
     assert usage == used["prompt"].plus(used["answer"])
     both, saved = decoder.saved(usage, 0.5), decoder.saved(used["answer"], 0.5)

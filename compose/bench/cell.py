@@ -51,7 +51,8 @@ class CellBench:
                 decoder.phases(**self.settings)
             elif budget is not None:
                 decoder.thresholds(budget)
-                decoder.thresholds(self.settings.get("verify_budget", 1.0))
+                verified = self.settings.get("verify_budget", 1.0)
+                decoder.phases(verified, prompt_budget=self.settings.get("prompt_budget"))
             if weights != "auto":  # which is chosen while nothing else runs
                 decoder.drafter(weights)
         except ValueError as error:
@@ -95,7 +96,8 @@ class CellBench:
     def _saving(self, usage: Usage) -> Saving:
         """Of the dense model's multiply-adds, those that the cell did not spend."""
         budget = self.settings["budget"] if self.mode == "skip" else 1.0
-        return self.decoder.saved(usage, budget, dense_work(self.job.baseline_folder))
+        dense = dense_work(self.job.baseline_folder)
+        return self.decoder.saved(usage, budget, dense, self.settings.get("prompt_budget"))
 
     # -- losslessness and speed ----------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from compose.bench.continuations import BranchingModel
 from gateskip.decoding.decoder import Decoder, Mode
 from gateskip.decoding.phases import FULL, Phase
 from gateskip.model.compute import Usage
+from gateskip.runtime.backend import Cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ class Scored(BranchingModel):
     """The decoder of a cell, plain or skipping at a budget."""
 
     def __init__(self, decoder: Decoder, budget: float | None, **skipping: Any) -> None:
-        """`skipping` are `prompt`, `answer` and `hold` of `Decoder.generate`."""
+        """`skipping` are `prompt`, `answer`, `hold` and `prompt_budget` of `Decoder.generate`."""
         self.decoder, self.budget, self.skipping = decoder, budget, skipping
         self.thresholds = None if budget is None else decoder.thresholds(budget)
         """Those of the budget, calibrated."""
@@ -77,43 +78,66 @@ class Scored(BranchingModel):
         skipping, lengths = self.decoder.skipping, [len(context) for context in contexts]
         slots = max(lengths) + max(map(len, endings))
         cache = skipping.new_cache(len(contexts), slots)
-        zeros = [0] * len(contexts)
-        read = skipping.forward(
-            padded(contexts).to(self.device), cache, zeros, self.phases.prompt, lengths
-        )
-        after = read[torch.arange(len(contexts)), torch.tensor(lengths) - 1]
+        after = self._after(contexts, cache)
         copies = cache.rows(owner)
         starts = [lengths[number] for number in owner]
         ids = padded(endings).to(self.device)
         if ids.shape[1] == 0:
-            return after, read.new_zeros(len(owner), 0, read.shape[-1])
+            return after, after.new_zeros(len(owner), 0, after.shape[-1])
         counts = [len(ending) for ending in endings]
         return after, skipping.forward(ids, copies, starts, self.phases.answer, counts)
+
+    def _after(self, contexts: Sequence[list[int]], cache: Cache) -> Tensor:
+        """Final states [G, H] of the last tokens of contexts, which fill an empty cache."""
+        lengths = [len(context) for context in contexts]
+        read = self._read(contexts, cache)
+        places = torch.arange(len(contexts))
+        if not self.phases.differ:
+            return read[places, torch.tensor(lengths) - 1]
+        last = torch.tensor([context[-1:] for context in contexts]).to(self.device)
+        starts = [length - 1 for length in lengths]
+        return self.decoder.skipping.forward(last, cache, starts, self.phases.answer)[:, 0]
+
+    def _read(self, contexts: Sequence[list[int]], cache: Cache) -> Tensor:
+        """Final states [G, S, H] of what of the contexts is computed as a prompt."""
+        lengths = [self.phases.read(len(context)) for context in contexts]
+        ids, zeros = padded(contexts)[:, : max(lengths)].to(self.device), [0] * len(contexts)
+        if not max(lengths):
+            return torch.empty(0)
+        return self.decoder.skipping.forward(ids, cache, zeros, self.phases.prompt, lengths)
 
     def answer_states(self, prompts: Rows, answers: Rows) -> list[Tensor]:
         """Of each answer, the final states [T, H] that predict its T tokens, as the cell decodes.
 
-        The first token is predicted by the prompt's last state, each further one by a decoding
-        step: a pass over an answer has the bits of its tokens one by one.
+        The first token is predicted by the prompt's last state, which is a prompt's where both
+        phases are computed alike, and each further one by a decoding step: a pass over an answer
+        has the bits of its tokens one by one.
         """
         skipping, phases = self.decoder.skipping, self.phases
         before = skipping.usage.copy()
-        lengths = [len(prompt) for prompt in prompts]
-        cache = skipping.new_cache(len(prompts), max(lengths) + max(map(len, answers)))
-        ids = padded(prompts).to(self.device)
-        read = skipping.forward(ids, cache, [0] * len(prompts), phases.prompt, lengths)  # [B, S, H]
+        cache = skipping.new_cache(len(prompts), max(map(len, prompts)) + max(map(len, answers)))
+        read = self._read(prompts, cache)  # [B, S, H]
         after = skipping.usage.copy()
         self._count({"prompt": after.since(before)})
-        states = [read[row, length - 1 : length] for row, length in enumerate(lengths)]
-        rows = [row for row, answer in enumerate(answers) if len(answer) > 1]
+        starts = [phases.read(len(prompt)) for prompt in prompts]
+        steps = [
+            [*prompt[start:], *answer[:-1]]
+            for prompt, start, answer in zip(prompts, starts, answers, strict=True)
+        ]
+        states = [
+            read[row, start - 1 : start] if not phases.differ else read.new_zeros(0)
+            for row, start in enumerate(starts)
+        ]
+        rows = [row for row, own in enumerate(steps) if own]
         if not rows:
             return states
-        steps = [answers[row][:-1] for row in rows]
-        starts = [lengths[row] for row in rows]
-        found = skipping.decode(steps, cache, rows, starts, phases.answer)
+        found = skipping.decode(
+            [steps[row] for row in rows], cache, rows, [starts[row] for row in rows], phases.answer
+        )
         self._count({"answer": skipping.usage.since(after)})
-        for row, own in zip(rows, found.split([len(ids) for ids in steps]), strict=True):
-            states[row] = torch.cat((states[row], own.to(read.dtype)))
+        for row, own in zip(rows, found.split([len(steps[row]) for row in rows]), strict=True):
+            first = states[row]
+            states[row] = torch.cat((first, own.to(first.dtype))) if len(first) else own
         return states
 
     def answer_logits(self, prompts: Rows, answers: Rows) -> list[Tensor]:

@@ -20,7 +20,7 @@ DRAFTS = ("auto", "int4", "int3", "int2", "nf4", "int4-head", "learned")
 """What drafts, where it is not the model itself: `Weights` of `gateskip.decoding`."""
 UNSAID: dict[str, Any] = {"draft_weights": "own", "lookup": False}
 """What a draft is whose words say nothing but its budget."""
-VERIFY = "verify"
+VERIFY, PROMPT = "verify", "prompt"
 KV_SUFFIX = "+int8-kv"
 
 
@@ -37,10 +37,11 @@ class System:
 
 
 def parse_system(text: str) -> System:
-    """`plain`, `skip:BUDGET` with `+full-prompt`, `+full-answer` or `+hold`, `draft:BUDGET` with
-    `+auto`, `+int4`, `+int3`, `+int2`, `+nf4`, `+int4-head` or `+learned`, `+lookup`, `+LENGTH`,
-    and `+verify0.8` where drafts are verified as `skip:0.8` decodes; any of these before `+int8-kv`
-    (keys and values in 8 bits), and after a backend, as in `gathered:skip:0.8`.
+    """`plain`, `skip:BUDGET` with `+full-prompt`, `+full-answer`, `+hold` or `+prompt0.8` (a budget
+    for prompts), `draft:BUDGET` with `+auto`, `+int4`, `+int3`, `+int2`, `+nf4`, `+int4-head` or
+    `+learned`, `+lookup`, `+LENGTH`, `+prompt0.8`, and `+verify0.8` where drafts are verified as
+    `skip:0.8` decodes; any of these before `+int8-kv` (keys and values in 8 bits), and after a
+    backend, as in `gathered:skip:0.8`.
 
     Raises UserError for anything else.
     """
@@ -68,6 +69,8 @@ def parse_system(text: str) -> System:
                 settings["draft_weights"] = word
             elif word == "lookup":
                 settings["lookup"] = True
+            elif word.startswith(PROMPT):
+                settings["prompt_budget"] = float(word.removeprefix(PROMPT))
             elif word.startswith(VERIFY):
                 settings["verify_budget"] = float(word.removeprefix(VERIFY))
             else:
@@ -79,7 +82,12 @@ def parse_system(text: str) -> System:
 
 def _skip_settings(words: list[str]) -> dict[str, Any]:
     """What the words after a budget ask for. Raises ValueError for an unknown one."""
+    settings: dict[str, Any] = {}
     for word in words:
-        if word not in SKIPS:
+        if word.startswith(PROMPT):
+            settings["prompt_budget"] = float(word.removeprefix(PROMPT))
+        elif word in SKIPS:
+            settings |= SKIPS[word]
+        else:
             raise ValueError(f"{word!r}: {suggest(word, SKIPS)}")
-    return {name: value for word in words for name, value in SKIPS[word].items()}
+    return settings

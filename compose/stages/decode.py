@@ -13,6 +13,9 @@ COPY_BITS = {"int4": 4, "nf4": 4, "int3": 3, "int2": 2}
 """Bits of a weight in each copy that drafts."""
 
 
+PromptBudget = Annotated[float, Field(gt=0, le=1)] | None
+
+
 class DecodeStage(Stage):
     """A setting of the decoder; where it skips, it needs gates to decide by."""
 
@@ -60,7 +63,13 @@ class Skip(DecodeStage):
     """The stage's name."""
 
     budget: float = Field(default=0.8, gt=0, le=1)
-    """The share of the branches' multiply-adds that is computed."""
+    """The share of the branches' multiply-adds that is computed; 1 where only `prompt_budget` is
+    given."""
+
+    prompt_budget: PromptBudget = None
+    """The share that the tokens of a prompt compute, all but the last, by thresholds that keep what
+    answers need of them: the gate stage calibrates these for its `prompt_budgets`. Without it,
+    `budget` is for prompts, too."""
 
     prompt: Literal["budget", "full"] = "budget"
     """What prompts are computed at: the budget, or full compute."""
@@ -73,11 +82,24 @@ class Skip(DecodeStage):
     kept, every 16 tokens at first and every 64 later. Prompts are then read in as many pieces,
     which is slower."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _answers_are_whole(cls, given: Any) -> Any:
+        alone = isinstance(given, dict) and given.get("prompt_budget") is not None
+        return {"budget": 1.0, **given} if alone else given
+
     @model_validator(mode="after")
     def _some_phase_skips(self) -> Self:
         if self.prompt == self.answer == "full":
             raise ValueError("prompt: full and answer: full skip nothing: leave one of them out")
+        if self.prompt == "full" and self.prompt_budget is not None:
+            raise ValueError("prompt: full and prompt_budget say two things: leave one of them out")
         return self
+
+    def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
+        """All decoders' rules, and `budget-calibrated`."""
+        super().check(shape, before)
+        require_prompt_budgets(self.prompt_budget, before)
 
 
 class Speculate(DecodeStage):
@@ -110,6 +132,10 @@ class Speculate(DecodeStage):
     `skip` of this budget, which the pipeline needs, too: it is what the cell is compared with.
     Drafts then compute this share as well, unless `draft_budget` says otherwise."""
 
+    prompt_budget: PromptBudget = None
+    """The share that the tokens of a prompt compute, all but the last: as in the stage `skip`. The
+    text is then that of a stage `skip` with the same one."""
+
     target: Literal["gated", "original"] = "gated"
     """What verifies: the model with its gates at full compute, or the one that they were put on.
     The two are one unless gates scale; a backbone that learned along cannot be undone."""
@@ -129,23 +155,31 @@ class Speculate(DecodeStage):
 
     @model_validator(mode="after")
     def _the_original_skips_nothing(self) -> Self:
-        if self.target == "original" and self.verify_budget < 1:
-            raise ValueError("the original model skips nothing: leave verify_budget or target out")
+        if self.target == "original" and min(self.verify_budget, self.prompt_budget or 1) < 1:
+            raise ValueError(
+                "the original model skips nothing: leave verify_budget and prompt_budget out, or"
+                " target"
+            )
         return self
 
     def skips(self) -> bool:
-        """Only drafts and verification below a budget of 1 do."""
-        return min(self.draft_budget, self.verify_budget) < 1
+        """Only drafts, verification and prompts below a budget of 1 do."""
+        return min(self.draft_budget, self.verify_budget, self.prompt_budget or 1) < 1
 
     def compared_with(self) -> DecodeStage | None:
-        """What has the same text without drafts: plain decoding, or skipping at `verify_budget`."""
-        if self.verify_budget == 1:
+        """What has the same text without drafts: plain decoding, or skipping at `verify_budget` and
+        `prompt_budget`."""
+        if self.verify_budget == 1 and self.prompt_budget is None:
             return None
-        return Skip(budget=self.verify_budget, kv_cache=self.kv_cache)
+        return Skip(
+            budget=self.verify_budget, prompt_budget=self.prompt_budget, kv_cache=self.kv_cache
+        )
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """All decoders' rules, `learned-needs-network`, `draft-of-packed`, `original-is-gone`."""
+        """All decoders' rules, `budget-calibrated`, `learned-needs-network`,
+        `draft-of-packed`, `original-is-gone`."""
         super().check(shape, before)
+        require_prompt_budgets(self.prompt_budget, before)
         if self.draft_weights == "learned" and not any(each.role == "draft" for each in before):
             raise RuleBroken(
                 "learned-needs-network",
@@ -166,6 +200,21 @@ class Speculate(DecodeStage):
                 "target: original after gates whose backbone learned along",
                 fix="set backbone: frozen in the gate stage, or leave target out",
             )
+
+
+def require_prompt_budgets(budget: float | None, before: tuple[Stage, ...]) -> None:
+    """Raise RuleBroken where a prompt budget is asked of gates that calibrate none so low."""
+    gates = [stage for stage in before if stage.role == "gate"]
+    if budget is None or budget == 1 or not gates:
+        return
+    known: tuple[float, ...] = getattr(gates[-1], "prompt_budgets", ())
+    if min(known, default=1.0) > budget:
+        stated = f"down to {min(known):g}" if known else "for none"
+        raise RuleBroken(
+            "budget-calibrated",
+            f"prompt_budget: {budget:g}, and the gates are calibrated {stated}",
+            fix=f"set prompt_budgets: [{budget:g}] in the gate stage, or more of them",
+        )
 
 
 def _most_bits(shape: ModelShape | None, before: tuple[Stage, ...]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -31,6 +32,7 @@ WARM, OPEN = "warm", "open"
 WARM_BLOCKS = 24  # of the training text: about ten tokens for each weight of a gate of 576
 SHORTCUT_BLOCKS = 64
 SENSITIVITY_BLOCKS = 4
+HARM_BLOCKS = 8  # a pass over half of the model for each branch of it
 VALIDATION_BLOCKS = 2
 LOGITS = 5  # copies of a block's that exist at once
 TRAIN = TrainConfig()  # each default stands there, once
@@ -187,6 +189,11 @@ class Gate(Stage):
     """The budgets for which thresholds are calibrated and stored; gaps wider than 0.1 between them,
     and to full compute, are filled with others."""
 
+    prompt_budgets: tuple[Budget, ...] = ()
+    """Budgets for which thresholds are calibrated that tokens of prompts may have instead, all but
+    the last: `skip: {prompt_budget: 0.8}`. What answers need of prompts is measured first, on the
+    calibration text cut in two."""
+
     calibration_blocks: int = Field(default=16, ge=1)
     """Sequences of `length` tokens on which thresholds are calibrated."""
 
@@ -222,7 +229,7 @@ class Gate(Stage):
             raise ValueError(f"least: {self.least} is above most: {self.most}")
         return self
 
-    @field_validator("budgets")
+    @field_validator("budgets", "prompt_budgets")
     @classmethod
     def _distinct(cls, budgets: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
         if len(set(budgets)) < len(budgets):
@@ -272,6 +279,9 @@ class Gate(Stage):
             "kept": {str(budget): round(share, 4) for budget, share in sorted(found.kept.items())},
             "train_tokens": self.steps * self.accumulate * self.batch * self.length,
         }
+        if found.prompts is not None:
+            shares = sorted(found.prompts.kept.items())
+            record["kept_of_prompts"] = {str(budget): round(share, 4) for budget, share in shares}
         if found.phases:
             apart = sorted(found.phases.items())
             record["kept_phases"] = {str(budget): dict(shares) for budget, shares in apart}
@@ -365,8 +375,6 @@ class Gate(Stage):
     def _train(
         self, job: StageJob, model: Any, gates: Gates, train: Tensor, calibration: Tensor
     ) -> list[dict[str, float]]:
-        from dataclasses import fields
-
         from gateskip.quantization.folders import load_model
         from gateskip.training.gate_finetune import train_gates
 
@@ -408,6 +416,7 @@ class Gate(Stage):
             "progress": job.progress,
         }
         found = calibrate_everywhere(model, gates, blocks, self.budgets, self.kv, gone, **settings)
+        found = replace(found, prompts=self._for_prompts(job, model, gates, blocks, gone, settings))
         if self.calibrate_on == "text":
             return found
         prompts, stops = prompts_to_answer(job, model, blocks, self.written_prompts)
@@ -425,6 +434,26 @@ class Gate(Stage):
             seed=job.seed,
             **settings,
         )
+
+    def _for_prompts(
+        self,
+        job: StageJob,
+        model: Any,
+        gates: Gates,
+        blocks: Tensor,
+        gone: frozenset[int],
+        settings: dict[str, Any],
+    ) -> CalibratedBudgets | None:
+        """Thresholds for tokens of prompts, on blocks [N, S]; None where none are asked for."""
+        from gateskip.calibration.reading import answer_harm, calibrate_prompts
+
+        if not self.prompt_budgets:
+            return None
+        if gates.harm is None or self.backbone != "frozen":
+            some = blocks[:HARM_BLOCKS]
+            gates.harm = answer_harm(model, gates, some, self.kv, job.seed, job.progress)
+        shared = {name: settings[name] for name in ("least", "most", "closed", "progress")}
+        return calibrate_prompts(model, gates, blocks, self.prompt_budgets, self.kv, gone, **shared)
 
     def _save_backbone(self, job: StageJob, model: Any) -> None:
         """A trained backbone is written; a frozen one is the source's files, untouched."""

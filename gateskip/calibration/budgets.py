@@ -32,6 +32,20 @@ class CalibratedBudgets:
     phases: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
     """What each kept of prompts (`prompt`) and of the answers written at it (`answer`), where
     thresholds were calibrated on written text."""
+    prompts: CalibratedBudgets | None = None
+    """The same for tokens of prompts, by what answers need of them: see calibration/reading.py."""
+
+    def for_prompts(self) -> CalibratedBudgets:
+        """What was calibrated for tokens of prompts.
+
+        Raises:
+            ValueError: nothing was.
+        """
+        if self.prompts is None:
+            raise ValueError(
+                "no prompt budgets were calibrated: make the gates again with prompt_budgets"
+            )
+        return self.prompts
 
     def at(self, budget: float) -> list[float] | None:
         """Thresholds for a budget; None means full compute.

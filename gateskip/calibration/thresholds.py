@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gateskip.calibration.allocation import allocator
+from gateskip.calibration.allocation import Allocate, allocator
 from gateskip.calibration.budgets import (
     OFF,
     CalibratedBudgets,
@@ -82,6 +82,7 @@ def calibrate(
     most: float = 1.0,
     closed: frozenset[int] = frozenset(),
     gone: frozenset[int] = frozenset(),
+    shifts: Tensor | None = None,
     rounds: int = 6,
     batch: int = 4,
     progress: Progress | None = None,
@@ -90,7 +91,8 @@ def calibrate(
 
     Every branch keeps at least a share `least` of its tokens and at most `most`; `closed` branches
     never skip. `gone` branches always do: where they alone save more than a budget asks for, less
-    than the budget is kept.
+    than the budget is kept. `shifts` [branches] are added to the logits of each branch before they
+    are compared with those of others.
 
     Skipping changes what later gates read, so calibration is a closed loop of at most `rounds`:
     thresholds are read off the logits measured at the neighbouring budget, the share that they
@@ -106,6 +108,8 @@ def calibrate(
     free[sorted(closed | gone)] = False
     free[0] &= kv_rule != "copy"  # the first attention has nothing below it to copy from
     allocate = allocator(allocation, costs, free, sensitivity, least, most)
+    if shifts is not None:
+        allocate = _shifted(allocate, shifts)
     thresholds = torch.full((gates.branches,), NEVER_SKIP, device=device)
     thresholds[sorted(gone)] = torch.inf
     spared = float(costs[sorted(gone)].sum() / costs.sum())
@@ -132,6 +136,11 @@ def calibrate(
         if progress is not None:
             progress(done + 1, len(wanted), "calibrating budgets")
     return calibrations
+
+
+def _shifted(allocate: Allocate, shifts: Tensor) -> Allocate:
+    """The same of logits that are shifted by branch [branches]."""
+    return lambda logits, budget: allocate(logits + shifts.unsqueeze(1), budget) - shifts
 
 
 def _record(budget: float, thresholds: Tensor, logits: Tensor, costs: Tensor) -> Calibration:
@@ -162,6 +171,15 @@ def _collect(
             counted = own[:, ANCHORS:].flatten().to(thresholds.device)
             masked_forward(model, part, gates, rule, kv_rule)
     return torch.stack([torch.cat(parts) for parts in logits])
+
+
+@torch.no_grad()
+def mean_logits(
+    model: Any, gates: Gates, blocks: Tensor, kv_rule: str = "project", batch: int = 4
+) -> Tensor:
+    """Each branch's mean gate logit [branches] on blocks [N, S] of which no token skips."""
+    entered = torch.full((gates.branches,), NEVER_SKIP, device=device_of(model))
+    return _collect(model, gates, [Sample.whole(blocks)], entered, kv_rule, batch).mean(1)
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ class Decoder:
         self.skipping, self.tokenizer = skipping, tokenizer
         budgets = grid if isinstance(grid, CalibratedBudgets) else CalibratedBudgets(grid)
         self.grid, self.defaults = dict(budgets.thresholds), dict(defaults or {})
-        self._kept, self._between = budgets.kept, budgets.between
+        self._kept, self._between, self._prompts = budgets.kept, budgets.between, budgets.prompts
         self.kernels, self.fallback = dict(kernels or {}), fallback
         self.kernel_times, self.network = dict(kernel_times or {}), network
         self._controllers: dict[Any, DraftLengthController] = {}  # by kind of draft
@@ -122,9 +122,12 @@ class Decoder:
         Raises:
             ValueError: it was not calibrated, and would keep something else.
         """
+        self._require_gates(budget)
+        return self._budgets.at(budget)
+
+    def _require_gates(self, budget: float) -> None:
         if budget < 1.0 and self.skipping.gates is None:
             raise ValueError("this model has no gates, so it cannot skip")
-        return self._budgets.at(budget)
 
     def kept(self, budget: float) -> float:
         """Share of the branches' multiply-adds that a budget keeps on text like the calibration's.
@@ -140,31 +143,43 @@ class Decoder:
         prompt: Compute = "budget",
         answer: Compute = "budget",
         hold: bool = False,
+        prompt_budget: float | None = None,
     ) -> Phases:
         """What decides who enters, phase by phase: see `generate`.
 
         Raises:
-            ValueError: no phase would skip, the budget was not calibrated, or too few budgets were
+            ValueError: no phase would skip, a budget was not calibrated, or too few budgets were
                 for one to be held.
         """
-        check_phases(prompt, answer)
-        thresholds = self.thresholds(budget)
-        if thresholds is None:
+        check_phases(prompt, answer, prompt_budget)
+        limits = self._limits(self._budgets, budget, hold)
+        reads = limits
+        if prompt_budget is not None:
+            reads = self._limits(self._budgets.for_prompts(), prompt_budget, hold)
+        if limits is None and reads is None:
             return FULL
-        limits: Limits = self._hold(budget) if hold else thresholds
-        full = [NEVER_SKIP] * len(thresholds)  # not None: gates that scale do so in both phases
+        # Not None: gates that scale do so in both phases
+        full = [NEVER_SKIP] * len(self.skipping.branches)
         return Phases(
-            full if prompt == "full" else limits, full if answer == "full" else limits, limits
+            full if prompt == "full" or reads is None else reads,
+            full if answer == "full" or limits is None else limits,
+            limits,
         )
 
-    def _hold(self, budget: float) -> Hold:
-        low, high, rows = self._budgets.curve(STEPS)
+    def _limits(self, budgets: CalibratedBudgets, budget: float, hold: bool) -> Limits:
+        """What keeps a budget, in every row where it is held; None for full compute."""
+        self._require_gates(budget)
+        thresholds = budgets.at(budget)
+        return thresholds if thresholds is None or not hold else self._hold(budgets, budget)
+
+    def _hold(self, budgets: CalibratedBudgets, budget: float) -> Hold:
+        low, high, rows = budgets.curve(STEPS)
         curve = torch.tensor(rows, device=self.skipping.device)
         return Hold(budget, low, high, curve, tuple(branch_costs(self.skipping.model)))
 
     @property
     def _budgets(self) -> CalibratedBudgets:
-        return CalibratedBudgets(self.grid, self._kept, self._between)
+        return CalibratedBudgets(self.grid, self._kept, self._between, prompts=self._prompts)
 
     def models(self) -> list[SkippingModel]:
         """The model, and its draft copies as far as they were made."""
@@ -211,6 +226,7 @@ class Decoder:
         prompt: Compute = "budget",
         answer: Compute = "budget",
         hold: bool = False,
+        prompt_budget: float | None = None,
         verify_budget: float = 1.0,
         sampler: Sampler = GREEDY,
         seed: int = 0,
@@ -240,6 +256,9 @@ class Decoder:
                 scale for each token and head (`int8`); None is as `skipping.kv_cache` says.
             prompt, answer: what each phase is computed at where tokens skip: the `budget`, or
                 `full` compute.
+            prompt_budget: how much of the branches a prompt's tokens compute but the last, by
+                thresholds that keep what answers need of them: see calibration/reading.py. Without
+                it prompts are computed at `budget`.
             hold: let every row hold the budget by thresholds that move with its own past: see
                 runtime/governor.py.
             sampler, seed: how tokens are drawn; each row has a random stream of its own.
@@ -264,9 +283,9 @@ class Decoder:
         rows = [Row(i, list(p), stops, seed, on_token) for i, p in enumerate(prompts)]
         stats = Stats(prompt_tokens=sum(map(len, prompts)))
         phases = FULL
-        if mode == "skip" or verify_budget < 1.0:
-            own = budget if mode == "skip" else verify_budget
-            phases = self.phases(own, prompt, answer, hold)
+        if mode == "skip" or verify_budget < 1.0 or prompt_budget is not None:
+            own = {"skip": budget, "plain": 1.0, "speculate": verify_budget}[mode]
+            phases = self.phases(own, prompt, answer, hold, prompt_budget)
         drafting = None
         if mode == "speculate":
             settings = (draft_weights, draft_budget, draft_length, lookup)
@@ -330,8 +349,7 @@ class Decoder:
         """Decode until all rows have ended; what each phase entered."""
         usage = self.skipping.usage
         before = usage.copy()
-        cache = self._prefill(rows, phases.prompt, sampler, stats)
-        read = usage.copy()
+        cache, read = self._prefill(rows, phases, sampler, stats)
         started = time.perf_counter()
         continues = sampler.native and self.skipping.row_decoder is not None
         alone = len(rows) == 1 and continues
@@ -369,32 +387,46 @@ class Decoder:
         return len(row.tokens) - before
 
     def _prefill(
-        self, rows: list[Row], thresholds: Limits, sampler: Sampler, stats: Stats
-    ) -> Cache:
-        """A cache that holds the prompts; the first token of every row is committed."""
+        self, rows: list[Row], phases: Phases, sampler: Sampler, stats: Stats
+    ) -> tuple[Cache, Usage]:
+        """A cache that holds the prompts, and what was used until they were read; the first token
+        of every row is committed."""
         started = time.perf_counter()
-        lengths = [len(row.prompt) for row in rows]
+        longest = max(len(row.prompt) for row in rows)
+        cache = self.skipping.new_cache(len(rows), cache_capacity(longest, rows[0].stops.limit))
+        states = self._read(rows, cache, phases)
+        used = self.skipping.usage.copy()
+        if phases.differ:  # the last tokens are computed as answers are
+            tokens, starts = (
+                [row.prompt[-1:] for row in rows],
+                [len(row.prompt) - 1 for row in rows],
+            )
+            numbers = list(range(len(rows)))
+            states = self.skipping.decode(tokens, cache, numbers, starts, phases.answer).unbind()
+        for row, state in zip(rows, states, strict=True):
+            row.state = state.clone()
+        self._choose(rows, self.skipping.head(torch.stack(list(states))), sampler)
+        stats.prefill_s = stats.ttft_s = time.perf_counter() - started
+        return cache, used
+
+    def _read(self, rows: list[Row], cache: Cache, phases: Phases) -> Sequence[Tensor]:
+        """Fill the cache with what of the prompts is computed as such; the final state [H] of each
+        row's last token of that."""
+        lengths = [phases.read(len(row.prompt)) for row in rows]
         ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-        for number, row in enumerate(rows):
-            ids[number, : len(row.prompt)] = torch.tensor(row.prompt)
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            ids[number, :length] = torch.tensor(row.prompt[:length], dtype=torch.long)
         ids = ids.to(self.skipping.device)
-        cache = self.skipping.new_cache(
-            len(rows), cache_capacity(max(lengths), rows[0].stops.limit)
-        )
-        final: list[Tensor] = [torch.empty(0)] * len(rows)  # of each row's last token, [H]
+        final: list[Tensor] = [torch.empty(0)] * len(rows)
         columns = max(1, min(PIECE, PREFILL // len(rows)))
         for first in range(0, max(lengths), columns):
             part = ids[:, first : first + columns]
             own = [min(max(n - first, 0), part.shape[1]) for n in lengths]
-            hidden = self.skipping.forward(part, cache, [first] * len(rows), thresholds, own)
+            hidden = self.skipping.forward(part, cache, [first] * len(rows), phases.prompt, own)
             for number, length in enumerate(lengths):
                 if first < length <= first + columns:
                     final[number] = hidden[number, length - first - 1].clone()
-        for row, state in zip(rows, final, strict=True):
-            row.state = state
-        self._choose(rows, self.skipping.head(torch.stack(final)), sampler)
-        stats.prefill_s = stats.ttft_s = time.perf_counter() - started
-        return cache
+        return final
 
     def _choose(self, rows: list[Row], logits: Tensor, sampler: Sampler) -> None:
         """Commit one token to every row that has not ended. logits [B, V]."""
@@ -418,7 +450,7 @@ class Decoder:
         stats: Stats,
     ) -> None:
         """Draft, verify, commit, each row by its own number of tokens, until all have ended."""
-        cache = self._prefill(rows, phases.prompt, sampler, stats)
+        cache, _ = self._prefill(rows, phases, sampler, stats)
         started = time.perf_counter()
         speculates = self.skipping.speculates(phases.answer)
         alone = sampler.native and speculates and drafting.native()
@@ -517,11 +549,24 @@ class Decoder:
         """Share of the branches' multiply-adds that entered, of the tokens that `usage` counted."""
         return kept_share(self.skipping.model, usage)
 
-    def saved(self, usage: Usage, budget: float, dense: Work | None = None) -> Saving:
+    def saved(
+        self,
+        usage: Usage,
+        budget: float,
+        dense: Work | None = None,
+        prompt_budget: float | None = None,
+    ) -> Saving:
         """Multiply-adds saved over the tokens that `usage` counted at a budget: of this model's
-        own, or of those of the `dense` one that it was cut from."""
+        own, or of those of the `dense` one that it was cut from. A gate that any of the thresholds
+        asks counts for all tokens that skip anywhere."""
         skipping, gates = self.skipping, self.skipping.gates
         scaled = gates is not None and gates.scales and skipping.gated  # every gate is asked
-        thresholds = self.thresholds(budget) or [NEVER_SKIP] * len(usage.kept)
-        gated = [scaled or threshold != NEVER_SKIP for threshold in thresholds]
+        used = [self.thresholds(budget)]
+        if prompt_budget is not None:
+            used.append(self._budgets.for_prompts().at(prompt_budget))
+        asked = [row for row in used if row is not None]
+        gated = [
+            scaled or any(row[branch] != NEVER_SKIP for row in asked)
+            for branch in range(len(usage.kept))
+        ]
         return saving(skipping.model, usage, gates, skipping.kv_rule, gated, dense)

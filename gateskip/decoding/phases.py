@@ -1,7 +1,12 @@
 """What the two phases of a text are computed at: its prompt, and the answer that is written.
 
+Nothing is predicted from most tokens of a prompt: later tokens read their keys and values, and that
+is all. So they may skip what no later token needs, by thresholds of their own
+(calibration/reading.py). The last token of a prompt predicts the answer's first, and is computed as
+the answer is.
+
 Either phase may be left at full compute while the other one skips. Running text that is scored has
-no phases: it is read at the budget.
+no phases: something is predicted from each of its tokens, so it is read as an answer is.
 """
 
 from __future__ import annotations
@@ -28,17 +33,24 @@ class Phases:
 
     @property
     def differ(self) -> bool:
-        """Whether a context and what follows it are computed differently."""
+        """Whether a prompt and what follows it are computed differently."""
         return self.prompt is not self.answer
+
+    def read(self, length: int) -> int:
+        """How many of a prompt's tokens are computed as a prompt: all, or all but the last."""
+        return length - 1 if self.differ else length
 
 
 FULL = Phases()
 
 
-def check_phases(prompt: Compute, answer: Compute) -> None:
-    """Raise ValueError for unknown words, and where both phases are at full compute."""
+def check_phases(prompt: Compute, answer: Compute, prompt_budget: float | None = None) -> None:
+    """Raise ValueError for unknown words, for two that contradict each other, and where both phases
+    are at full compute."""
     for phase, compute in zip(PHASES, (prompt, answer), strict=True):
         if compute not in COMPUTES:
             raise ValueError(f"{phase} {compute!r}: one of {', '.join(COMPUTES)}")
     if prompt == answer == "full":
         raise ValueError("prompt: full and answer: full skip nothing: leave one of them at budget")
+    if prompt_budget is not None and prompt == "full":
+        raise ValueError("prompt: full and prompt_budget say two things: leave one of them out")

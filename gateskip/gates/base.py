@@ -41,10 +41,14 @@ class Gates(Stacked):
     """Whether they read inputs of norms without weights (gates/norms.py)."""
     shortcuts: Shortcuts | None
     """What skipped branches add; None is nothing, as published."""
+    harm: Tensor | None
+    """Nats that a token of an answer loses where all tokens of its prompt skip a branch [branches],
+    as far as that was measured: see calibration/reading.py."""
 
     def __init__(self, branches: int, hidden_size: int) -> None:
         super().__init__()
         self.register_module("shortcuts", None)
+        self.register_buffer("harm", None)
         self.branches, self.hidden_size = branches, hidden_size
 
     @abstractmethod
@@ -81,5 +85,6 @@ class Gates(Stacked):
             for name, parameter in chosen.named_parameters():
                 parameter.copy_(own[name][kept] if name in self.per_branch else own[name])
         chosen.shortcuts = None if self.shortcuts is None else self.shortcuts.rows(kept)
+        chosen.harm = None if self.harm is None else self.harm[kept]
         chosen.scales, chosen.place, chosen.folded = self.scales, self.place, self.folded
         return chosen

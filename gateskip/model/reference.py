@@ -40,6 +40,7 @@ def masked_forward(
     observe: Observer | None = None,
     watch: Callable[[Tensor], None] | None = None,
     checkpointing: bool = False,
+    start: tuple[int, Tensor] | None = None,
 ) -> Tensor:
     """Final normed hidden states [B, S, H] of unpadded rows input_ids [B, S].
 
@@ -47,17 +48,18 @@ def masked_forward(
     token shows to later ones: its own projections (`project`) or those of the layer below (`copy`).
     Gates read the branch's input without passing gradients into it, as published. `watch` is called
     with every branch's gate [B, S, 1 or H]. `checkpointing` trades a second run of each branch in
-    the backward pass for its activations' memory.
+    the backward pass for its activations' memory. `start` is a branch that a layer begins with, and
+    the residual stream [B, S, H] that comes to it: those before it are not run.
     """
     run = _recomputed if checkpointing and torch.is_grad_enabled() else _at_once
     input_ids = input_ids.to(device_of(model))  # text waits in memory until its turn
-    hidden = embed(model, input_ids)
+    first, hidden = (0, embed(model, input_ids)) if start is None else start
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     rope = rope_at(model, positions, hidden.dtype)
     below: tuple[Tensor, Tensor] | None = None
     source = hidden
     with nullcontext() if gates is None else gates.opened():
-        for branch in find_branches(model):
+        for branch in find_branches(model)[first:]:
             source = source if branch.parallel else hidden
             x = branch.enter(source)
             keep, scale = None, None

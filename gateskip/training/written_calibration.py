@@ -108,7 +108,7 @@ def calibrate_written(
     written = write_at(model, gates, found, prompts, new_tokens, stops, kv_rule, seed + rounds)
     shares = {name: _shares(model, gates, found, written, kv_rule, name) for name in phases}
     apart = {b: {str(name): round(shares[name][b], 4) for name in phases} for b in written}
-    return replace(found, phases=apart)
+    return replace(found, phases=apart, prompts=first.prompts)
 
 
 def write_at(

@@ -1,0 +1,126 @@
+"""What tokens of a prompt may skip: all that no answer needs.
+
+A prompt's token is only read: nothing is predicted from it, and a branch matters there by the keys
+and values that later tokens find. How much is measured. Each block of text is cut into a prompt and
+an answer, all tokens of the prompt skip one branch, and the KL of that to the full model's
+predictions in the answer is the branch's harm. In late layers it falls to nothing, as few layers
+are left to read what they change.
+
+Gates rank the tokens within a branch. Between branches the rank is harm for each multiply-add that
+skipping saves: logits are shifted so that their mean in a branch is the logarithm of that, and one
+threshold for all then keeps a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gateskip.calibration.budgets import CalibratedBudgets
+from gateskip.calibration.thresholds import calibrate_everywhere, mean_logits
+from gateskip.gates.base import Gates
+from gateskip.model.compute import branch_costs
+from gateskip.model.families import Branch, embed, find_branches, head
+from gateskip.model.gating import ANCHORS
+from gateskip.model.progress import Progress
+from gateskip.model.reference import masked_forward
+
+SHORTEST, LONGEST = 0.25, 0.875  # of a block: its prompt
+LEAST = 1e-6  # nats: harm below it is as good as none
+
+
+def calibrate_prompts(
+    model: Any,
+    gates: Gates,
+    blocks: Tensor,
+    budgets: Sequence[float],
+    kv_rule: str = "project",
+    gone: frozenset[int] = frozenset(),
+    **settings: Any,
+) -> CalibratedBudgets:
+    """Thresholds for tokens of prompts, for every budget, on blocks [N, S].
+
+    The gates know their branches' harm; `settings` are those of `calibrate`. A prompt's tokens see
+    nothing but other tokens of the prompt, so whole blocks stand for prompts.
+    """
+    shifts = _shifts(model, gates, blocks, kv_rule)
+    return calibrate_everywhere(
+        model, gates, blocks, budgets, kv_rule, gone, shifts=shifts, **settings
+    )
+
+
+@torch.no_grad()
+def answer_harm(
+    model: Any,
+    gates: Gates,
+    blocks: Tensor,
+    kv_rule: str = "project",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """KL in nats that each branch's absence from a prompt costs a token of the answer [branches],
+    on blocks [N, S] that are cut at random places."""
+    generator = torch.Generator().manual_seed(seed)
+    total, count = torch.zeros(gates.branches), 0
+    for done, block in enumerate(blocks.split(1)):
+        cut = _cut(block.shape[1], generator)
+        total += _summed_harm(model, gates, block, cut, kv_rule)
+        count += block.shape[1] - cut
+        if progress is not None:
+            progress(done + 1, len(blocks), "measuring what answers need of prompts")
+    return total / count
+
+
+def _cut(length: int, generator: torch.Generator) -> int:
+    """Tokens of a block that are only read; the next one predicts the answer's first."""
+    least, most = max(ANCHORS + 1, round(SHORTEST * length)), round(LONGEST * length)
+    return int(torch.randint(least, max(least, most) + 1, (), generator=generator))
+
+
+def _summed_harm(model: Any, gates: Gates, block: Tensor, cut: int, kv_rule: str) -> Tensor:
+    """Harm [branches], summed over the answer of one block [1, S] after `cut` tokens."""
+    branches, outputs = find_branches(model), list[Tensor]()
+
+    def observe(branch: Branch, x: Tensor, output: Tensor) -> None:
+        outputs.append(output)
+
+    dense = _log_probs(model, masked_forward(model, block, observe=observe), cut)
+    arriving = [embed(model, block.to(dense.device))]  # the residual stream before each branch
+    for output in outputs:
+        arriving.append(arriving[-1] + output)
+    below = 2 if kv_rule == "copy" else 0  # whose keys and values a skipping token shows
+    harm = []
+    for skipped in branches:
+
+        def rule(branch: Branch, z: Tensor, skipped: Branch = skipped) -> Tensor:
+            mask = torch.ones_like(z)
+            if branch.index == skipped.index:
+                mask[:, ANCHORS:cut] = 0
+            return mask
+
+        first = max(0, skipped.index // 2 * 2 - below)
+        start = (first, arriving[first])
+        hidden = masked_forward(model, block, gates, rule, kv_rule, start=start)
+        own = _log_probs(model, hidden, cut)
+        harm.append(F.kl_div(own, dense, log_target=True, reduction="sum").cpu())
+    return torch.stack(harm)
+
+
+def _log_probs(model: Any, hidden: Tensor, cut: int) -> Tensor:
+    """What final states [1, S, H] predict after `cut` tokens [S - cut, V]."""
+    return F.log_softmax(head(model, hidden[0, cut:]).float(), dim=-1)
+
+
+def _shifts(model: Any, gates: Gates, blocks: Tensor, kv_rule: str) -> Tensor:
+    """What is added to each branch's logits, so that all are in one unit [branches]."""
+    assert gates.harm is not None, "measured before"
+    costs, shortcuts = branch_costs(model), gates.shortcuts
+    instead = [0 if shortcuts is None else shortcuts.macs(i) for i in range(len(costs))]
+    saved = [cost.saved(kv_rule) - own for cost, own in zip(costs, instead, strict=True)]
+    each = torch.tensor(saved, dtype=torch.float32).clamp_min(1.0)
+    means = mean_logits(model, gates, blocks, kv_rule)
+    return gates.harm.clamp_min(LEAST).log().to(means) - each.log().to(means) - means
