@@ -33,6 +33,9 @@ def test_systems_are_named_in_words() -> None:
     assert parse_system("skip:0.8").settings == {"mode": "skip", "budget": 0.8}
     held = {"mode": "skip", "budget": 0.8, "prompt": "full", "hold": True}
     assert parse_system("skip:0.8+full-prompt+hold").settings == held
+    read = parse_system("skip:1+prompt0.8").settings
+    assert read == {"mode": "skip", "budget": 1.0, "prompt_budget": 0.8}
+    assert parse_system("draft:1+int4+prompt0.8").settings["prompt_budget"] == 0.8
     assert parse_system("draft:1.0+nf4+lookup+4").settings == {
         "mode": "speculate",
         "draft_budget": 1.0,

@@ -22,6 +22,7 @@ from compose.results.parts import (
     Speed,
     SpeedNumbers,
     TaskScore,
+    TextCompute,
     Verdict,
 )
 from compose.results.schema import CellResult, Results
@@ -128,6 +129,31 @@ def test_speed_stands_beside_quality_and_falls_with_it(results: Results) -> None
         " 140 (135 to 150) | 3.90x (3.80 to 4.02) |",
         "| `nf4` | 1.44 (1.42 to 1.46) | 0.415 | 8.60 (10.0 to 20.0) | 117 |"
         " 375 (370 to 385) | 3.90x (3.80 to 4.02) |",
+    ]
+
+
+def test_what_is_written_stands_beside_what_it_saved(results: Results) -> None:
+    task = TaskScore(
+        metric="f1",
+        value=0.3,
+        n=200,
+        kind="generative",
+        retained=0.9,
+        retained_ci95=(0.8, 0.95),
+        compute=TextCompute(tokens=900, kept=0.83, saved_net=0.152),
+    )
+    kept = Estimate(value=0.91, low=0.85, high=0.96, n=200, different=True)
+    cell = CellResult(
+        name="read83",
+        chain=("gates", "read83"),
+        status="ok",
+        quality=Quality(tasks={"squad": task}, written_retained=kept),
+    )
+    lines = TABLES["written"](results.model_copy(update={"cells": (*results.cells[:1], cell)}))
+    assert lines == [
+        "|  | squad, kept | saved | mean kept |",
+        "| --- | --- | --- | --- |",
+        "| `read83` | 90.0 % (80.0 to 95.0) | 15.2 % | 91.0 % (85.0 to 96.0) |",
     ]
 
 

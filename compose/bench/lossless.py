@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from compose.bench.scored import Scored
 from compose.results.answers import common_prefix
 from compose.units import Progress
 from gateskip.decoding.decoder import Decoder
@@ -30,17 +31,19 @@ def check_lossless(
     """Compare both decodings of each prompt; the fields of the result's `lossless_check`.
 
     `settings` are a speculating cell's arguments of `Decoder.generate`; drafts that are verified at
-    a budget are compared with skipping at that budget. Where they say `auto`, the prompts are
-    decoded twice: with a forced draft length, since a decoder that falls back to plain steps would
-    pass without having shown anything, and with the lengths that the cell chooses itself. The
-    verdict is over both.
+    a budget, or after prompts that skip, are compared with skipping as much. Where they say `auto`,
+    the prompts are decoded twice: with a forced draft length, since a decoder that falls back to
+    plain steps would pass without having shown anything, and with the lengths that the cell chooses
+    itself. The verdict is over both.
     """
     own_length = settings["draft_length"]
     forced_length = FORCED_DRAFT if own_length == "auto" else own_length
-    budget = settings.get("verify_budget", 1.0)
-    undrafted: dict[str, Any] = {"target": settings["target"]}
-    if budget < 1:
-        undrafted |= {"mode": "skip", "budget": budget}
+    skips = {
+        "budget": settings.get("verify_budget", 1.0),
+        "prompt_budget": settings.get("prompt_budget"),
+    }
+    undrafted = {"target": settings["target"], "mode": "skip", **skips}
+    scored = Scored(decoder, **skips)
     plain = decoder.generate(list(prompts), new_tokens, **undrafted).tokens
     divergences: list[dict[str, Any]] = []
     totals: dict[str, Stats] = {}
@@ -54,7 +57,7 @@ def check_lossless(
             if own.tokens[0] != plain[number]:
                 # A batch rounds in another order: decode the row by itself.
                 plain[number] = decoder.generate([prompt], new_tokens, **undrafted).tokens[0]
-            found = _divergence(decoder, budget, number, prompt, plain[number], own.tokens[0])
+            found = _divergence(scored, number, prompt, plain[number], own.tokens[0])
             divergences += [{"pass": name, **found}] if found else []
             if progress is not None:
                 progress(number + 1, len(prompts), f"lossless check, {name} lengths")
@@ -74,23 +77,19 @@ def check_lossless(
 
 
 def _divergence(
-    decoder: Decoder,
-    budget: float,
-    number: int,
-    prompt: list[int],
-    plain: list[int],
-    own: list[int],
+    scored: Scored, number: int, prompt: list[int], plain: list[int], own: list[int]
 ) -> dict[str, Any] | None:
     """Where two continuations first differ, and the top-2 logit margin there of decoding without
-    drafts at the budget."""
+    drafts, as `scored` decodes."""
     if plain == own:
         return None
-    same, thresholds = common_prefix(plain, own), decoder.thresholds(budget)
-    ids = torch.tensor([prompt + plain[:same]])
-    skipping = decoder.skipping
-    hidden = skipping.forward(ids, skipping.new_cache(1, ids.shape[1]), [0], thresholds)
+    same = common_prefix(plain, own)
     with torch.inference_mode():
-        logits = skipping.head(hidden[0, -1:])[0].float()
+        following = [
+            *plain[:same],
+            prompt[-1],
+        ]  # whose last token only stands for what is predicted
+        logits = scored.answer_logits([prompt], [following])[0][-1].float()
     best, second = logits.topk(2).values.tolist()
     return {
         "prompt": number,

@@ -441,18 +441,24 @@ class Pipeline(_Section):
                 yield Problem(("benchmark", "against", index), error.message, fix=error.fix)
 
     def _verify_problems(self) -> Iterator[Problem]:
-        """Drafts that are verified at a budget at which no stage skips."""
+        """Drafts that are verified at budgets at which no stage skips."""
         for name, stage in self.stages.items():
             other = stage.compared_with() if isinstance(stage, Speculate) else None
-            if isinstance(other, Skip) and other not in self.stages.values():
-                kept = "" if other.kv_cache == "model" else f", kv_cache: {other.kv_cache}"
-                stated = f"{{use: skip, budget: {other.budget:g}{kept}}}"
-                yield Problem(
-                    ("stages", name, "verify_budget"),
-                    f"drafts are verified at {other.budget:g}, and no stage skips at that budget, "
-                    "which is what they are compared with",
-                    fix=f"add a stage, as in skip{100 * other.budget:.0f}: {stated}",
-                )
+            if not isinstance(other, Skip) or other in self.stages.values():
+                continue
+            settings = other.model_dump(exclude_defaults=True, exclude={"budget"})
+            words = {"use": "skip", "budget": f"{other.budget:g}", **settings}
+            stated = ", ".join(f"{key}: {value}" for key, value in words.items())
+            percent = 100 * min(other.budget, other.prompt_budget or 1)
+            key = "verify_budget" if other.budget < 1 else "prompt_budget"
+            reads = other.prompt_budget
+            after = "" if reads is None else f" after prompts at {reads:g}"
+            yield Problem(
+                ("stages", name, key),
+                f"drafts are verified at {other.budget:g}{after}, and no stage skips at that"
+                " budget, which is what they are compared with",
+                fix=f"add a stage, as in skip{percent:.0f}: {{{stated}}}",
+            )
 
     def _unknown_stages(self, chain: Choice, loc: Loc) -> Iterator[Problem]:
         names = [(chain, loc)] if isinstance(chain, str) else _indexed(chain, loc)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from compose.errors import UserError
-from compose.results.parts import SpeedNumbers, TaskScore
+from compose.results.parts import Estimate, SpeedNumbers, TaskScore
 from compose.results.schema import CellResult, Results
 from reports.documents.text import DASH, factor, measured, megabytes, percent, table, with_ends
 
@@ -149,6 +149,32 @@ def skipping(results: Results, cells: str | None = None) -> list[str]:
     return table([*head, "decode, x dense"], lines)
 
 
+def written(results: Results, cells: str | None = None) -> list[str]:
+    """What is kept of tasks that a model writes, what was saved on their very text, and prompts."""
+    rows = chosen(results, cells)
+    tasks = _task_names(results, rows, "generative")
+    head = ["", *[word for name in tasks for word in (f"{name}, kept", "saved")]]
+    head += ["mean kept", "ranked tasks, mean kept", "KL on own answers", "prompts, x dense"]
+    lines = []
+    for cell in rows:
+        if cell.name == results.baseline:
+            continue
+        scored, found = results.quality(cell), _tasks(results, cell)
+        own = scored.own_answers if scored else None
+        lines.append(
+            [
+                f"`{cell.name}`",
+                *[word for name in tasks for word in _kept_and_saved(found.get(name))],
+                _share(scored.written_retained if scored else None),
+                _share(scored.ranked_retained if scored else None),
+                with_ends(own.kl, own.kl_ci95) if own else DASH,
+                factor(cell.speed.prefill_ratio if cell.speed else None),
+                factor(cell.speed.decode_ratio if cell.speed else None),
+            ]
+        )
+    return table([*head, "decode, x dense"], lines)
+
+
 def verdicts(results: Results, cells: str | None = None) -> list[str]:
     """Whether each cell is worth shipping, and why."""
     rows = [cell for cell in chosen(results, cells) if cell.verdict is not None]
@@ -177,6 +203,7 @@ TABLES: Mapping[str, Callable[..., list[str]]] = {
     "speed": speed,
     "speed-at-equal-quality": speed_at_equal_quality,
     "verdicts": verdicts,
+    "written": written,
 }
 """Name in a marker -> the table. Each takes `cells=A,B,…`; all measured cells without it."""
 
@@ -225,6 +252,18 @@ def _task_names(results: Results, rows: list[CellResult], kind: str | None) -> l
 def _task(results: Results, cell: CellResult, name: str) -> str:
     score = _tasks(results, cell).get(name)
     return DASH if score is None else with_ends(score.value, score.ci95, 100.0)
+
+
+def _kept_and_saved(score: TaskScore | None) -> tuple[str, str]:
+    """Of a task: its score over the dense model's, and multiply-adds saved, net, on its text."""
+    if score is None:
+        return DASH, DASH
+    saved = score.compute.saved_net if score.compute else None
+    return percent(score.retained, score.retained_ci95), percent(saved)
+
+
+def _share(value: Estimate | None) -> str:
+    return DASH if value is None else percent(value.value, value.ci95)
 
 
 def _by(cell: CellResult, shapes: str) -> dict[int, SpeedNumbers]:

@@ -1,0 +1,176 @@
+"""What answers need of prompts: measured harm, thresholds by it, and where they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from compose.bench.lossless import check_lossless
+from compose.bench.scored import Scored
+from gateskip.calibration.budgets import CalibratedBudgets
+from gateskip.calibration.fit_shortcuts import fit_shortcuts
+from gateskip.calibration.reading import answer_harm, calibrate_prompts
+from gateskip.calibration.thresholds import calibrate_everywhere
+from gateskip.calibration.warm_start import warm_start
+from gateskip.checkpoint import GateFile, load_gates, read_gates, save_gates
+from gateskip.decoding.decoder import Decoder
+from gateskip.model.families import head
+from gateskip.model.gating import ANCHORS
+from gateskip.model.reference import masked_forward
+from gateskip.quantization.folders import load_model
+from gateskip.runtime.skipping import SkippingModel
+
+BUDGETS = (0.9, 0.7, 0.5)
+
+
+@pytest.fixture(scope="module")
+def made(make_tiny: Callable[..., Path]) -> Any:
+    """A tiny model, gates with shortcuts, and blocks."""
+    model = load_model(make_tiny("llama"), "float32")
+    blocks = torch.randint(3, 512, (6, 48), generator=torch.Generator().manual_seed(1))
+    gates, _ = warm_start(model, blocks)
+    gates.shortcuts = fit_shortcuts(model, blocks, 4)
+    gates.requires_grad_(False)
+    gates.harm = answer_harm(model, gates, blocks[:3])
+    return model, gates, blocks
+
+
+@pytest.mark.parametrize("kv_rule", ["project", "copy"])
+def test_harm_is_the_kl_of_whole_passes(made: Any, kv_rule: str) -> None:
+    """Measured from the layer on that a branch is in, and here with all layers and a fixed cut."""
+    model, gates, blocks = made
+    found = answer_harm(model, gates, blocks[:1], kv_rule, seed=4)
+    least, most = 12, 42
+    cut = int(torch.randint(least, most + 1, (), generator=torch.Generator().manual_seed(4)))
+
+    def predicted(mask: Any) -> torch.Tensor:
+        hidden = masked_forward(model, blocks[:1], gates, mask, kv_rule)
+        return F.log_softmax(head(model, hidden)[0, cut:], -1)
+
+    with torch.no_grad():
+        dense = predicted(lambda branch, z: torch.ones_like(z))
+        for skipped in range(gates.branches):
+
+            def mask(branch: Any, z: torch.Tensor, skipped: int = skipped) -> torch.Tensor:
+                places = torch.arange(z.shape[1])
+                gone = (places >= ANCHORS) & (places < cut) & (branch.index == skipped)
+                return (~gone).to(z).expand_as(z)
+
+            kl = (dense.exp() * (dense - predicted(mask))).sum(-1).mean()
+            assert float(found[skipped]) == pytest.approx(float(kl), rel=1e-2, abs=1e-6)
+    assert float(found[-1]) < 1e-6 < float(found[0]), "nothing reads what the last MLP adds"
+
+
+def test_budgets_are_kept(made: Any) -> None:
+    model, gates, blocks = made
+    found = calibrate_prompts(model, gates, blocks, BUDGETS)
+    for budget in BUDGETS:
+        assert abs(found.kept[budget] - budget) < 0.03
+
+
+@pytest.mark.parametrize("harmless", [1, 3, 5])
+def test_what_harms_least_goes_first(made: Any, harmless: int) -> None:
+    """An MLP is a sixth of what four layers of this model compute."""
+    model, gates, blocks = made
+    before, gates.harm = gates.harm, torch.ones(gates.branches)
+    gates.harm[harmless] = 1e-5
+    try:
+        thresholds = calibrate_prompts(model, gates, blocks, (0.9,)).thresholds[0.9]
+    finally:
+        gates.harm = before
+    kept = dict[int, float]()
+
+    def rule(branch: Any, z: torch.Tensor) -> torch.Tensor:
+        mask = (z >= thresholds[branch.index]).to(z)
+        kept[branch.index] = float(mask[:, ANCHORS:].mean())
+        return mask
+
+    masked_forward(model, blocks, gates, rule)
+    assert kept[harmless] < 0.6 and all(
+        share > 0.9 for branch, share in kept.items() if branch != harmless
+    )
+
+
+def test_branches_that_save_nothing_never_skip(made: Any) -> None:
+    """Shortcuts as costly as what they replace."""
+    model, gates, blocks = made
+    dear = fit_shortcuts(model, blocks, 60)
+    before, gates.shortcuts = gates.shortcuts, dear
+    try:
+        found = calibrate_prompts(model, gates, blocks, (0.8,))
+        attention = found.thresholds[0.8][0]
+        entered = calibrate_everywhere(model, gates, blocks, (0.8,)).thresholds[0.8][0]
+        assert attention < entered
+    finally:
+        gates.shortcuts = before
+
+
+def test_they_survive_a_folder(made: Any, tmp_path: Path) -> None:
+    model, gates, blocks = made
+    text = calibrate_everywhere(model, gates, blocks, (0.9, 0.8))
+    prompts = calibrate_prompts(model, gates, blocks, BUDGETS)
+    budgets = CalibratedBudgets(text.thresholds, text.kept, text.between, prompts=prompts)
+    save_gates(tmp_path, GateFile.of(gates, "project", budgets))
+    file = load_gates(tmp_path)
+    assert file is not None and file.prompts is not None and file.gates.harm is not None
+    assert file.budgets.for_prompts().kept == prompts.kept
+    assert file.budgets.for_prompts().at(0.7) == pytest.approx(list(prompts.thresholds[0.7]))
+    assert torch.equal(file.gates.harm, gates.harm)
+    alone = read_gates(tmp_path / "gates.safetensors")
+    assert alone.harm is not None and torch.equal(alone.rows([2, 3]).harm, gates.harm[2:4])
+
+
+@pytest.fixture
+def decoder(made: Any) -> Decoder:
+    model, gates, blocks = made
+    text = calibrate_everywhere(model, gates, blocks, BUDGETS)
+    prompts = calibrate_prompts(model, gates, blocks, BUDGETS)
+    budgets = CalibratedBudgets(text.thresholds, text.kept, text.between, prompts=prompts)
+    return Decoder(SkippingModel(model, gates), None, budgets)
+
+
+def test_answers_are_scored_as_they_are_written(decoder: Decoder, made: Any) -> None:
+    """Greedy answers are the argmax of the states that score them, and unlike full compute's."""
+    prompts = [made[2][row, : 9 + 7 * row].tolist() for row in range(3)] + [[7]]
+    model = Scored(decoder, 1.0, prompt_budget=0.5)
+    answers = decoder.generate(prompts, 12, "skip", 1.0, prompt_budget=0.5).tokens
+    model.clear_used()
+    led = model.answer_logits(prompts, answers)
+    assert [logits.argmax(-1).tolist() for logits in led] == answers
+    assert model.used["prompt"].seen == sum(map(len, prompts)) - len(prompts)
+    whole = Scored(decoder, None).answer_logits(prompts, answers)
+    assert not torch.allclose(whole[2], led[2], atol=1e-3)
+    torch.testing.assert_close(whole[3], led[3], atol=1e-4, rtol=1e-4)
+
+
+def test_endings_are_scored_after_prompts_that_skip(decoder: Decoder, made: Any) -> None:
+    prompts = [made[2][row, : 9 + 7 * row].tolist() for row in range(2)]
+    endings = [made[2][5, :4].tolist(), made[2][4, :2].tolist(), []]
+    model = Scored(decoder, 1.0, prompt_budget=0.5)
+    after, within = model.branch(prompts, endings, [0, 1, 1])
+    head_of = decoder.skipping.head
+    wanted = model.answer_logits([prompts[0]], [[*endings[0], 3]])[0]
+    found = head_of(torch.cat((after[:1], within[0])))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_drafts_after_prompts_that_skip_are_lossless(decoder: Decoder, made: Any) -> None:
+    """Compared with the same prompts and no drafts; full compute writes something else."""
+    prompts = [made[2][row, :30].tolist() for row in range(3)]
+    settings: dict[str, Any] = {"prompt_budget": 0.5, "draft_length": 3, "target": "gated"}
+    settings |= {"draft_weights": "own", "draft_budget": 0.7, "lookup": False}
+    found = check_lossless(decoder, settings, prompts, 24)
+    assert found["lossless"] and found["tokens"] == 72
+    plain = decoder.generate(prompts, 24).tokens
+    assert decoder.generate(prompts, 24, prompt_budget=0.5).tokens != plain
+    drafted = decoder.generate
+    decoder.generate = lambda rows, count, *args, **how: drafted(  # type: ignore[method-assign]
+        rows, count, *args, **{**how, "prompt_budget": None if args else 0.5}
+    )
+    wrong = check_lossless(decoder, settings, prompts, 24)
+    assert not wrong["lossless"] and wrong["divergences"][0]["margin"] >= 0
