@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.nn import functional as F
 
 from compose.bench.lossless import check_lossless
 from compose.bench.scored import Scored
+from compose.stages.gate import Gate
 from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.fit_shortcuts import fit_shortcuts
 from gateskip.calibration.reading import answer_harm, calibrate_prompts
@@ -24,6 +29,9 @@ from gateskip.model.gating import ANCHORS
 from gateskip.model.reference import masked_forward
 from gateskip.quantization.folders import load_model
 from gateskip.runtime.skipping import SkippingModel
+from gateskip.training.gate_finetune import train_gates
+from gateskip.training.masks import TrainMask
+from gateskip.training.recipe import OnPolicy, TrainConfig
 
 BUDGETS = (0.9, 0.7, 0.5)
 
@@ -174,3 +182,61 @@ def test_drafts_after_prompts_that_skip_are_lossless(decoder: Decoder, made: Any
     )
     wrong = check_lossless(decoder, settings, prompts, 24)
     assert not wrong["lossless"] and wrong["divergences"][0]["margin"] >= 0
+
+
+# -- gates that learn for prompts --------------------------------------------------------------
+
+
+def test_what_comes_after_the_cut_enters_and_counts_nowhere() -> None:
+    costs = torch.tensor([0.25, 0.75])
+    rule = TrainMask(costs, torch.zeros(2), cut=3)
+    branch = SimpleNamespace(index=1)
+    z = torch.tensor([[-1.0, -1.0, 2.0, -1.0, -1.0]], requires_grad=True)
+    assert rule(branch, z).tolist() == [[0.0, 0.0, 1.0, 1.0, 1.0]]  # type: ignore[arg-type]
+    assert float(rule.share) == pytest.approx(0.75 / 3)
+    assert rule.logits[0].tolist() == [-1.0, 2.0]
+    (gradient,) = torch.autograd.grad(rule.paid, z)
+    assert (gradient[0] != 0).tolist() == [True, True, True, False, False]
+
+
+def test_gates_learn_what_answers_need(made: Any, tmp_path: Path) -> None:
+    """The KL of answers falls while prompts skip; a run that goes on from a checkpoint ends the
+    same."""
+    model, gates, blocks = made
+    config = TrainConfig(
+        steps=40,
+        batch=2,
+        lr=1e-2,
+        budget=0.5,
+        backbone="frozen",
+        reading=True,
+        ranking="rows",
+        validate_every=20,
+        validate_budgets=(0.6,),
+        checkpoint_every=20,
+    )
+    start = deepcopy(gates).requires_grad_(True)
+    start.harm = torch.ones(gates.branches)  # nothing is known of the branches
+    learned, again = deepcopy(start), deepcopy(start)
+    before = train_gates(
+        model, deepcopy(start), blocks, replace(config, steps=1, lr=1e-9), validation=blocks
+    )
+    curve = train_gates(model, learned, blocks, config, work=tmp_path, validation=blocks)
+    assert curve[-1]["valid"] < 0.9 * before[-1]["valid"]
+    resumed = train_gates(model, again, blocks, config, work=tmp_path, validation=blocks)
+    assert resumed == curve and torch.equal(again.weight, learned.weight)
+
+
+def test_reading_asks_for_measured_harm(made: Any) -> None:
+    model, gates, blocks = made
+    bare = deepcopy(gates)
+    bare.harm = None
+    config = TrainConfig(steps=1, backbone="frozen", reading=True)
+    with pytest.raises(ValueError, match="starts from measured harm"):
+        train_gates(model, bare, blocks, config)
+    with pytest.raises(ValueError, match="leave on_policy out"):
+        train_gates(model, gates, blocks, replace(config, on_policy=OnPolicy()))
+    with pytest.raises(ValidationError, match="name prompt_budgets"):
+        Gate(reading=True)
+    with pytest.raises(ValidationError, match="leave on_policy out"):
+        Gate.model_validate({"reading": True, "prompt_budgets": [0.8], "on_policy": {}})

@@ -126,6 +126,10 @@ class Gate(Stage):
     branches: Literal["both", "attention", "mlp"] = TRAIN.branches
     """Which branches may be skipped."""
 
+    reading: bool = TRAIN.reading
+    """Whether gates learn for prompts alone: each block is cut into a prompt, which skips at the
+    step's budget, and an answer at full compute, which alone is compared with the dense model's."""
+
     backbone: Literal["frozen", "lora", "full"] = "full"
     """What of the model's own weights learns along: nothing, low-rank updates (merged at the end),
     or all but the embeddings."""
@@ -225,6 +229,10 @@ class Gate(Stage):
         require_room(self.on_policy, self.length)
         if self.on_policy is not None and self.loss == "cross-entropy":
             raise ValueError("on_policy learns from the dense model: set loss: distill or both")
+        if self.reading and self.on_policy is not None:
+            raise ValueError("reading: true learns from given answers: leave on_policy out")
+        if self.reading and not self.prompt_budgets:
+            raise ValueError("reading: true is for prompts: name prompt_budgets")
         if self.least > self.most:
             raise ValueError(f"least: {self.least} is above most: {self.most}")
         return self
@@ -268,6 +276,8 @@ class Gate(Stage):
         if self.backbone == "frozen" and training_device().type == "cpu":
             accelerate_linears(model)  # unpacks 4-bit weights faster than their own modules do
         gates, sensitivity = self._start(job, model, train)
+        if self.reading:
+            self._measure_harm(job, model, gates, calibration)
         curve = self._train(job, model, gates, train, calibration)
         if gates.shortcuts is not None:
             gates.shortcuts.settle()
@@ -445,15 +455,22 @@ class Gate(Stage):
         settings: dict[str, Any],
     ) -> CalibratedBudgets | None:
         """Thresholds for tokens of prompts, on blocks [N, S]; None where none are asked for."""
-        from gateskip.calibration.reading import answer_harm, calibrate_prompts
+        from gateskip.calibration.reading import calibrate_prompts
 
         if not self.prompt_budgets:
             return None
+        self._measure_harm(job, model, gates, blocks)
+        shared = {name: settings[name] for name in ("least", "most", "closed", "progress")}
+        return calibrate_prompts(model, gates, blocks, self.prompt_budgets, self.kv, gone, **shared)
+
+    def _measure_harm(self, job: StageJob, model: Any, gates: Gates, blocks: Tensor) -> None:
+        """What the absence of branches from prompts costs answers, unless that is known of these
+        very weights."""
+        from gateskip.calibration.reading import answer_harm
+
         if gates.harm is None or self.backbone != "frozen":
             some = blocks[:HARM_BLOCKS]
             gates.harm = answer_harm(model, gates, some, self.kv, job.seed, job.progress)
-        shared = {name: settings[name] for name in ("least", "most", "closed", "progress")}
-        return calibrate_prompts(model, gates, blocks, self.prompt_budgets, self.kv, gone, **shared)
 
     def _save_backbone(self, job: StageJob, model: Any) -> None:
         """A trained backbone is written; a frozen one is the source's files, untouched."""

@@ -47,7 +47,7 @@ def calibrate_prompts(
     The gates know their branches' harm; `settings` are those of `calibrate`. A prompt's tokens see
     nothing but other tokens of the prompt, so whole blocks stand for prompts.
     """
-    shifts = _shifts(model, gates, blocks, kv_rule)
+    shifts = shifts_by_harm(model, gates, blocks, kv_rule)
     return calibrate_everywhere(
         model, gates, blocks, budgets, kv_rule, gone, shifts=shifts, **settings
     )
@@ -67,7 +67,7 @@ def answer_harm(
     generator = torch.Generator().manual_seed(seed)
     total, count = torch.zeros(gates.branches), 0
     for done, block in enumerate(blocks.split(1)):
-        cut = _cut(block.shape[1], generator)
+        cut = drawn_cut(block.shape[1], generator)
         total += _summed_harm(model, gates, block, cut, kv_rule)
         count += block.shape[1] - cut
         if progress is not None:
@@ -75,7 +75,7 @@ def answer_harm(
     return total / count
 
 
-def _cut(length: int, generator: torch.Generator) -> int:
+def drawn_cut(length: int, generator: torch.Generator) -> int:
     """Tokens of a block that are only read; the next one predicts the answer's first."""
     least, most = max(ANCHORS + 1, round(SHORTEST * length)), round(LONGEST * length)
     return int(torch.randint(least, max(least, most) + 1, (), generator=generator))
@@ -115,8 +115,9 @@ def _log_probs(model: Any, hidden: Tensor, cut: int) -> Tensor:
     return F.log_softmax(head(model, hidden[0, cut:]).float(), dim=-1)
 
 
-def _shifts(model: Any, gates: Gates, blocks: Tensor, kv_rule: str) -> Tensor:
-    """What is added to each branch's logits, so that all are in one unit [branches]."""
+def shifts_by_harm(model: Any, gates: Gates, blocks: Tensor, kv_rule: str) -> Tensor:
+    """What is added to each branch's logits, so that all are in one unit [branches]: nats of the
+    answer for each multiply-add, on blocks [N, S]. The harm is that of the gates."""
     assert gates.harm is not None, "measured before"
     costs, shortcuts = branch_costs(model), gates.shortcuts
     instead = [0 if shortcuts is None else shortcuts.macs(i) for i in range(len(costs))]

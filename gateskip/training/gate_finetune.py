@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from gateskip.calibration.allocation import global_thresholds, quantiles
+from gateskip.calibration.reading import drawn_cut, shifts_by_harm
 from gateskip.gates.base import Gates
 from gateskip.model.compute import branch_costs
 from gateskip.model.families import find_branches, head
@@ -40,6 +41,7 @@ from gateskip.training.recipe import TrainConfig
 from gateskip.training.rollouts import Write, rollout_writer
 from gateskip.training.sharding import asked
 
+SHIFT_BLOCKS = 8  # of the text, on which branches get their first ranks for reading
 WINDOW = 8  # steps whose gate logits set the thresholds: a mix of texts needs more than a few
 GAIN = 0.2  # of the feedback on the skipped share: part of the log error that a step corrects
 MOST_DRIFT = 1.5
@@ -65,6 +67,10 @@ def train_gates(
     """
     if config.on_policy is not None and config.loss == "cross-entropy":
         raise ValueError("on_policy learns from a teacher: it needs loss: distill or both")
+    if config.reading and config.on_policy is not None:
+        raise ValueError("reading learns from given answers: leave on_policy out")
+    if config.reading and gates.harm is None:
+        raise ValueError("reading starts from measured harm: calibration.reading.answer_harm")
     if teacher is None and config.backbone != "frozen" and config.loss != "cross-entropy":
         raise ValueError("a trained backbone needs the dense model as a teacher of its own")
     asked()  # before accelerate looks
@@ -122,6 +128,7 @@ class _Session(Loop):
         # On the CPU, as the window of logits is where thresholds are read off it
         self.free = torch.tensor([kind in wanted for kind in kinds], device="cpu")  # [branches]
         self.free[0] &= config.kv_rule != "copy"
+        self.shifts = self._shifts()  # of gate logits before branches are compared [branches]
         self.window: list[Tensor] = []  # gate logits [branches, tokens] of the last steps
         self.drift = 0.0  # log of the factor by which the skipped share is corrected
 
@@ -137,6 +144,20 @@ class _Session(Loop):
         ]
         return torch.tensor(saved) / sum(c.over(length) for c in costs)
 
+    def _shifts(self) -> Tensor:
+        """By harm where prompts learn to skip, else none."""
+        if not self.config.reading:
+            return torch.zeros(self.gates.branches, device="cpu")
+        some = self.blocks[:SHIFT_BLOCKS]
+        return shifts_by_harm(self.model, self.gates, some, self.config.kv_rule).cpu()
+
+    def _cut(self, part: int) -> int | None:
+        """Tokens of this step's blocks that are a prompt; None where nothing is."""
+        if not self.config.reading:
+            return None
+        seed = (self.config.seed * 1_000_003 + self.step) * self.config.accumulate + part
+        return drawn_cut(self.blocks.shape[1], torch.Generator().manual_seed(seed))
+
     def advance(self) -> dict[str, float]:
         """One optimizer step: `accumulate` passes over a batch a process."""
         config, accelerator = self.config, self.accelerator
@@ -149,8 +170,8 @@ class _Session(Loop):
         price = BudgetPrice(learned, config.accumulate)
         for part in range(config.accumulate):
             with accelerator.accumulate(self.student):
-                block = self._block(part)
-                rule = self._mask(self._of_rows(block, common, budget))
+                block, cut = self._block(part), self._cut(part)
+                rule = self._mask(self._of_rows(block, common, budget, cut), cut)
                 loss = self._loss(block, rule, budget, self.own_text(part))
                 price.add_cost(rule)
                 accelerator.backward(loss)
@@ -178,7 +199,7 @@ class _Session(Loop):
             row |= self._validate(self.validation)
         return row
 
-    def _mask(self, thresholds: Tensor) -> TrainMask:
+    def _mask(self, thresholds: Tensor, cut: int | None = None) -> TrainMask:
         config = self.config
         return TrainMask(
             self.costs,
@@ -187,6 +208,7 @@ class _Session(Loop):
             config.mask_temperature,
             self.free.tolist(),
             self.prices,
+            cut,
         )
 
     def _loss(self, block: Tensor, rule: TrainMask, budget: float, own: bool = False) -> Tensor:
@@ -197,10 +219,12 @@ class _Session(Loop):
         if config.loss != "cross-entropy" or config.hidden_weight:
             with torch.no_grad(), self.accelerator.autocast():
                 dense = masked_forward(self.teacher, block)
+        answer = slice(rule.cut or 0, None)
         with self.accelerator.autocast():
-            loss = self._head_loss(hidden, dense, block, own)
+            dense = None if dense is None else dense[:, answer]
+            loss = self._head_loss(hidden[:, answer], dense, block[:, answer], own)
         if config.hidden_weight and dense is not None:
-            loss = loss + config.hidden_weight * hidden_loss(hidden, dense)
+            loss = loss + config.hidden_weight * hidden_loss(hidden[:, answer], dense)
         if config.sparsity != "none":
             pull = SPARSITY[config.sparsity](gates, budget)
             loss = loss + config.sparsity_weight * pull
@@ -250,17 +274,19 @@ class _Session(Loop):
         """Thresholds [branches] that keep `budget` of the cost over the last steps' tokens."""
         return self._ranked(torch.cat(self.window, 1), budget)
 
-    def _of_rows(self, block: Tensor, common: Tensor, budget: float) -> Tensor:
+    def _of_rows(
+        self, block: Tensor, common: Tensor, budget: float, cut: int | None = None
+    ) -> Tensor:
         """Thresholds of a pass over block [B, S]: the `common` ones [branches], or with a ranking
         by rows [branches, B], each row's by the logits of a pass before under the common ones."""
         if self.config.ranking != "rows":
             return common
-        of_rows = self._logits(block, common).view(len(common), len(block), -1)
+        of_rows = self._logits(block, common, cut).view(len(common), len(block), -1)
         return torch.stack([self._ranked(row, budget) for row in of_rows.unbind(1)], 1)
 
-    def _logits(self, block: Tensor, thresholds: Tensor) -> Tensor:
+    def _logits(self, block: Tensor, thresholds: Tensor, cut: int | None = None) -> Tensor:
         """Gate logits [branches, tokens] of a pass over block [B, S] that teaches nothing."""
-        rule = self._mask(thresholds)
+        rule = self._mask(thresholds, cut)
         with torch.no_grad(), self.accelerator.autocast():
             self.student(block, rule)
         return torch.stack(rule.logits)
@@ -273,7 +299,8 @@ class _Session(Loop):
             share = 1 - (1 - budget) * float(costs.sum() / costs[self.free].sum())
             thresholds = quantiles(logits, torch.full((len(logits),), share))
         else:
-            thresholds = global_thresholds(logits, budget, costs, self.free)
+            shifts = self.shifts.unsqueeze(1)
+            thresholds = global_thresholds(logits + shifts, budget, costs, self.free) - self.shifts
         return thresholds.to(self.costs.device)
 
     def _correct(self, budget: float, kept: float) -> None:
@@ -300,11 +327,13 @@ class _Session(Loop):
         with torch.no_grad(), self.accelerator.autocast():
             for budget in self.config.validate_budgets:
                 common, total, kept = self._thresholds(budget), 0.0, 0.0
+                cut = blocks.shape[1] // 2 if self.config.reading else None
                 for part in blocks.to(self.accelerator.device).split(1):
-                    target = head(self.teacher, masked_forward(self.teacher, part))
-                    rule = self._mask(self._of_rows(part, common, budget))
+                    dense = masked_forward(self.teacher, part)[:, cut or 0 :]
+                    rule = self._mask(self._of_rows(part, common, budget, cut), cut)
                     rule.form = "hard"
-                    hidden, _ = self.student(part, rule)
+                    hidden = self.student(part, rule)[0][:, cut or 0 :]
+                    target = head(self.teacher, dense)
                     total += float(distill_loss(head(self.running, hidden), target))
                     kept += float(rule.share)
                 row[f"kl@{budget}"] = total / len(blocks)
@@ -315,12 +344,14 @@ class _Session(Loop):
     def state(self) -> dict[str, Any]:
         """Beside a loop's own: the gates, and what finds the next step's thresholds."""
         own = {"window": self.window, "drift": self.drift, "gates": self.gates.state_dict()}
+        own["shifts"] = self.shifts
         return super().state() | own
 
     def restore(self, state: dict[str, Any]) -> None:
         """Become what `state` says."""
         super().restore(state)
         self.window, self.drift = state["window"], state["drift"]
+        self.shifts = state["shifts"]
         self.gates.load_state_dict(state["gates"])
 
 

@@ -21,7 +21,8 @@ class TrainMask:
 
     `thresholds` are [branches] or [branches, B]. `costs` [branches] count towards the kept `share`;
     `prices` [branches] are the net saving of a skipped token, and `paid` is their differentiable
-    sum over entered branches. `shift` is a zero that is added to every gate logit: its gradient is
+    sum over entered branches. Tokens from position `cut` on enter all branches and count nowhere.
+    `shift` is a zero that is added to every gate logit: its gradient is
     that of the loss in a common rise of all.
     """
 
@@ -33,10 +34,11 @@ class TrainMask:
         temperature: float = 1.0,
         free: Sequence[bool] | None = None,
         prices: Tensor | None = None,
+        cut: int | None = None,
     ) -> None:
         self.costs, self.thresholds = costs, thresholds
         self.prices = costs if prices is None else prices
-        self.form, self.temperature = form, temperature
+        self.form, self.temperature, self.cut = form, temperature, cut
         self.free = free or [True] * len(costs)
         self.logits: list[Tensor] = []
         self.share = torch.zeros((), device=costs.device)
@@ -45,16 +47,19 @@ class TrainMask:
 
     def __call__(self, branch: Branch, z: Tensor) -> Tensor:
         """Gate logits [B, S] -> mask [B, S]; branches that are not `free` never skip."""
-        self.logits.append(z.detach()[:, ANCHORS:].flatten())
+        self.logits.append(z.detach()[:, ANCHORS : self.cut].flatten())
         free = self.free[branch.index]
         if free and self.form != "hard":
             z = z + self.shift
         threshold = self.thresholds[branch.index]  # of all rows, or [B]
         mask = self._mask(z, threshold.unsqueeze(-1)) if free else torch.ones_like(z)
         if free:
-            self.paid = self.paid + self.prices[branch.index] * mask.mean()
-        self.share = self.share + self.costs[branch.index] * mask.detach().mean()
-        return mask
+            self.paid = self.paid + self.prices[branch.index] * mask[:, : self.cut].mean()
+        share = mask.detach()[:, : self.cut].mean()
+        self.share = self.share + self.costs[branch.index] * share
+        if self.cut is None:
+            return mask
+        return torch.cat((mask[:, : self.cut], torch.ones_like(mask[:, self.cut :])), 1)
 
     def _mask(self, z: Tensor, threshold: Tensor) -> Tensor:
         hard = (z >= threshold).to(z.dtype)

@@ -104,6 +104,9 @@ class TrainConfig(LoopConfig):
     all share one in every row of a batch, which keeps the budget by itself (a pass more a step)."""
     branches: Literal["both", "attention", "mlp"] = "both"
     """Which branches may be skipped."""
+    reading: bool = False
+    """Whether each block is cut into a prompt, which skips, and an answer at full compute, which
+    alone counts. Gates know their branches' harm then: see calibration/reading.py."""
     schedule: Literal["sampled", "linear", "cosine"] = "sampled"
     """How the budget runs from 1 to `budget`."""
     budget: float = 0.7
