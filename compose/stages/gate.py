@@ -55,7 +55,7 @@ class Gate(Stage):
 
     role: ClassVar[Role] = "gate"
     on_gpu: ClassVar[bool] = True
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     reads_data: ClassVar[tuple[Split, ...]] = ("train", "calibration")
 
     use: Literal["gate"] = "gate"

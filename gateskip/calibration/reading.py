@@ -8,7 +8,8 @@ are left to read what they change.
 
 Gates rank the tokens within a branch. Between branches the rank is harm for each multiply-add that
 skipping saves: logits are shifted so that their mean in a branch is the logarithm of that, and one
-threshold for all then keeps a budget.
+threshold for all then keeps a budget. Most branches are then entered by all tokens or by none,
+which no gate has to be asked for.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from gateskip.model.progress import Progress
 from gateskip.model.reference import masked_forward
 
 SHORTEST, LONGEST = 0.25, 0.875  # of a block: its prompt
+SURE = 0.02  # share of tokens that are not worth asking a gate for: whole branches are faster
 LEAST = 1e-6  # nats: harm below it is as good as none
 
 
@@ -49,7 +51,7 @@ def calibrate_prompts(
     """
     shifts = shifts_by_harm(model, gates, blocks, kv_rule)
     return calibrate_everywhere(
-        model, gates, blocks, budgets, kv_rule, gone, shifts=shifts, **settings
+        model, gates, blocks, budgets, kv_rule, gone, shifts=shifts, sure=SURE, **settings
     )
 
 

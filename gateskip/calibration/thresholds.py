@@ -83,6 +83,7 @@ def calibrate(
     closed: frozenset[int] = frozenset(),
     gone: frozenset[int] = frozenset(),
     shifts: Tensor | None = None,
+    sure: float = 0.0,
     rounds: int = 6,
     batch: int = 4,
     progress: Progress | None = None,
@@ -92,7 +93,8 @@ def calibrate(
     Every branch keeps at least a share `least` of its tokens and at most `most`; `closed` branches
     never skip. `gone` branches always do: where they alone save more than a budget asks for, less
     than the budget is kept. `shifts` [branches] are added to the logits of each branch before they
-    are compared with those of others.
+    are compared with those of others. Where less than a share `sure` of the tokens would enter a
+    branch, or would skip it, all do.
 
     Skipping changes what later gates read, so calibration is a closed loop of at most `rounds`:
     thresholds are read off the logits measured at the neighbouring budget, the share that they
@@ -110,6 +112,8 @@ def calibrate(
     allocate = allocator(allocation, costs, free, sensitivity, least, most)
     if shifts is not None:
         allocate = _shifted(allocate, shifts)
+    if sure:
+        allocate = _decided(allocate, sure)
     thresholds = torch.full((gates.branches,), NEVER_SKIP, device=device)
     thresholds[sorted(gone)] = torch.inf
     spared = float(costs[sorted(gone)].sum() / costs.sum())
@@ -141,6 +145,18 @@ def calibrate(
 def _shifted(allocate: Allocate, shifts: Tensor) -> Allocate:
     """The same of logits that are shifted by branch [branches]."""
     return lambda logits, budget: allocate(logits + shifts.unsqueeze(1), budget) - shifts
+
+
+def _decided(allocate: Allocate, sure: float) -> Allocate:
+    """The same, but that a branch with next to no tokens that skip, or enter, has none."""
+
+    def decide(logits: Tensor, budget: float) -> Tensor:
+        thresholds = allocate(logits, budget)
+        kept = (logits >= thresholds.unsqueeze(1)).float().mean(1)
+        thresholds = thresholds.masked_fill(kept > 1 - sure, NEVER_SKIP)
+        return thresholds.masked_fill(kept < sure, torch.inf)
+
+    return decide
 
 
 def _record(budget: float, thresholds: Tensor, logits: Tensor, costs: Tensor) -> Calibration:
