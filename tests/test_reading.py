@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -16,6 +17,10 @@ from torch.nn import functional as F
 
 from compose.bench.lossless import check_lossless
 from compose.bench.scored import Scored
+from compose.bench.text import score_blocks
+from compose.results.parts import Perplexity, Quality
+from compose.results.relate import relate
+from compose.results.schema import CellResult, Results
 from compose.stages.gate import Gate
 from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.fit_shortcuts import fit_shortcuts
@@ -154,6 +159,43 @@ def test_answers_are_scored_as_they_are_written(decoder: Decoder, made: Any) -> 
     whole = Scored(decoder, None).answer_logits(prompts, answers)
     assert not torch.allclose(whole[2], led[2], atol=1e-3)
     torch.testing.assert_close(whole[3], led[3], atol=1e-4, rtol=1e-4)
+
+
+def test_text_is_scored_after_prompts_that_skip(decoder: Decoder, made: Any) -> None:
+    """The second half of each block, as an answer to the first, beside the dense model there."""
+    blocks = made[2][:3]
+    model = Scored(decoder, 1.0, prompt_budget=0.5)
+    with torch.inference_mode():
+        dense = Scored(decoder, None).hidden(blocks, None)
+        read = model.read_of(48)
+        scores = score_blocks(model, blocks, (dense, model.head), after=read)
+        whole = score_blocks(Scored(decoder, None), blocks, (dense, model.head))
+    assert read == 24 and scores.tokens == 3 * 23 and scores.kl and scores.kl > 1e-5
+    for row, (block, nll) in enumerate(zip(blocks.tolist(), scores.dense_nll, strict=True)):
+        logits = model.answer_logits([block[:25]], [block[25:]])[0].log_softmax(-1)
+        own = -logits.gather(1, torch.tensor(block[25:]).unsqueeze(1)).mean()
+        assert scores.block_nll[row] == pytest.approx(float(own), abs=1e-4)
+        plain = Scored(decoder, None).answer_logits([block[:25]], [block[25:]])[0].log_softmax(-1)
+        wanted = -plain.gather(1, torch.tensor(block[25:]).unsqueeze(1)).mean()
+        assert nll == pytest.approx(float(wanted), abs=1e-4)
+    assert whole.kl == pytest.approx(0, abs=1e-9) and whole.dense_nll == ()
+
+
+def test_ratios_are_of_the_same_tokens() -> None:
+    """Of a cell that scored halves, whatever the baseline had on whole blocks."""
+    base = Perplexity(dataset="text", value=30.0, tokens=94, block_nll=(3.0, 3.6))
+    own = Perplexity(
+        dataset="text", value=25.0, tokens=46, block_nll=(3.1, 3.3), dense_nll=(3.0, 3.2)
+    )
+    cells = [
+        CellResult(name=name, chain=(), status="ok", quality=Quality(perplexity=each))
+        for name, each in (("dense", base), ("read", own))
+    ]
+    results = Results(run="x", environment={}, command="", cells=tuple(cells), baseline="dense")
+    found = relate(results).cell("read").quality
+    assert found is not None and found.perplexity is not None
+    assert found.perplexity.ratio_to_baseline == pytest.approx(math.exp(0.1))
+    assert found.perplexity.ratio_ci95 == pytest.approx((math.exp(0.1),) * 2)
 
 
 def test_endings_are_scored_after_prompts_that_skip(decoder: Decoder, made: Any) -> None:

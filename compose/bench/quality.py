@@ -122,13 +122,23 @@ class QualityBench:
                 blocks,
                 (load_blocks(self.stored, blocks), self._dense_head()),
                 progress=self.progress,
+                after=model.read_of(BLOCK),
             )
         record |= text_record(texts, scores)
+        notes = []
+        if read := model.read_of(BLOCK):
+            record["perplexity"]["after_prompt"] = read
+            notes.append(
+                f"perplexity, KL and agreement are of the last {BLOCK - read} tokens of each block,"
+                f" after a prompt of {read}, and beside the dense model on the same tokens"
+            )
         if texts.name != wanted["perplexity"][0]:
-            record["notes"] = [
+            notes.append(
                 f"perplexity: {wanted['perplexity'][0]} could not be had here, "
                 f"so {texts.name} stands in"
-            ]
+            )
+        if notes:
+            record["notes"] = notes
         if self.mode != "speculate":  # which saves time, not work
             record["compute"] = self._saved(usage)
         if (rounding := self._rounding(blocks[:1, :ROUNDING_TOKENS])) is not None:
@@ -280,6 +290,7 @@ def text_record(texts: TextData, scores: BlockScores) -> dict[str, Any]:
         "value": scores.perplexity,
         "tokens": scores.tokens,
         "block_nll": _rounded(scores.block_nll),
+        "dense_nll": _rounded(scores.dense_nll) or None,
         "origin": texts.origin,
     }
     if scores.kl is None:

@@ -31,6 +31,8 @@ class Scored(BranchingModel):
         """Those of the budget, calibrated."""
         self.phases = FULL if budget is None else decoder.phases(budget, **skipping)
         self.parts = self.phases.differ
+        self.reads = skipping.get("prompt_budget") is not None
+        """Whether prompts skip by thresholds that are for tokens of which nothing is predicted."""
         self.used: dict[Phase, Usage] = {}
         """What the tokens of prompts and of answers entered since `clear_used`."""
 
@@ -53,11 +55,25 @@ class Scored(BranchingModel):
         return tokenizer
 
     def hidden(self, input_ids: Tensor, lengths: Tensor | None) -> Tensor:
-        """Token ids [B, S] -> final hidden states [B, S, H]."""
-        skipping = self.decoder.skipping
+        """Token ids [B, S] -> final hidden states [B, S, H]; of text without padding the first
+        `read_of(S)` tokens are a prompt."""
+        skipping, phases = self.decoder.skipping, self.phases
         cache = skipping.new_cache(*input_ids.shape)
         counts = None if lengths is None else lengths.tolist()
-        return skipping.forward(input_ids, cache, [0] * len(input_ids), self.phases.text, counts)
+        read = self.read_of(input_ids.shape[1]) if counts is None else 0
+        starts = [0] * len(input_ids)
+        if not read:
+            return skipping.forward(input_ids, cache, starts, phases.text, counts)
+        prompt = skipping.forward(input_ids[:, :read], cache, starts, phases.prompt)
+        rest = [read] * len(input_ids)
+        return torch.cat(
+            (prompt, skipping.forward(input_ids[:, read:], cache, rest, phases.answer)), 1
+        )
+
+    def read_of(self, length: int) -> int:
+        """How many tokens of a block of running text are only read, where the cell's prompts skip
+        what answers do not need: half of them. What is predicted from these is not scored."""
+        return length // 2 if self.reads else 0
 
     def generate(
         self, prompts: Sequence[list[int]], new_tokens: int, stop_tokens: Sequence[int]

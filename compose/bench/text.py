@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -76,6 +76,9 @@ class BlockScores:
     """Mean of the same in each block."""
     agreement: float | None = None
     """Share of positions at which both would choose the same next token."""
+    dense_nll: tuple[float, ...] = ()
+    """The dense model's `block_nll` on the same tokens, where only a part of each block is scored.
+    """
 
 
 Reference = tuple[Tensor, Head]
@@ -90,10 +93,12 @@ def score_blocks(
     batch_size: int = 1,
     progress: Progress | None = None,
     keep: Callable[[Tensor], None] | None = None,
+    after: int = 0,
 ) -> BlockScores:
     """Run `blocks` [N, S] once and measure perplexity, and the distance to `reference` if given.
 
-    `keep` is called with the hidden states [B, S, H] of each batch.
+    `keep` is called with the hidden states [B, S, H] of each batch. Of each block the first `after`
+    tokens are only read: what is predicted from them does not count.
 
     Raises:
         StepError: the reference was computed from other blocks.
@@ -111,11 +116,16 @@ def score_blocks(
             if keep is not None:
                 keep(hidden)
             for row, tokens in enumerate(ids):
-                dense = None if reference is None else (reference[0][start + row], reference[1])
-                rows.append(_score_row(model.head, hidden[row], tokens, dense))
+                dense = None
+                if reference is not None:
+                    dense = (reference[0][start + row, after:], reference[1])
+                rows.append(_score_row(model.head, hidden[row, after:], tokens[after:], dense))
             if progress is not None:
                 progress(min(start + batch_size, len(blocks)), len(blocks), "scoring text")
-    return _summary(rows)
+    scores = _summary(rows)
+    if not after or reference is None:
+        return scores
+    return replace(scores, dense_nll=tuple(float(row.dense_nll.mean()) for row in rows))
 
 
 class _Row(NamedTuple):
@@ -127,31 +137,36 @@ class _Row(NamedTuple):
     """[S], at each position; empty without a dense model."""
     same: Tensor
     """[S], whether both put the same token first."""
+    dense_nll: Tensor
+    """[S - 1], the dense model's of each predicted token; empty without one."""
 
 
 def _score_row(
     head: Head, hidden: Tensor, tokens: Tensor, reference: tuple[Tensor, Head] | None
 ) -> _Row:
     """Scores of one block: hidden states [S, H], tokens [S], the dense model's states and head."""
-    nll, kl, same = [], [], []
+    nll, kl, same, dense_nll = [], [], [], []
     for part in head_chunks(len(tokens)):
         predicted = log_probs(head(hidden[part]))  # [C, V]
-        nll.append(_nll(predicted, tokens[part.start + 1 : part.stop + 1]))
+        following = tokens[part.start + 1 : part.stop + 1]
+        nll.append(_nll(predicted, following))
         if reference is not None:
             target = log_probs(reference[1](reference[0][part].to(hidden.device)))
             kl.append(kl_rows(target, predicted))
             same.append(target.argmax(-1) == predicted.argmax(-1))
+            dense_nll.append(_nll(target, following))
     none = torch.empty(0, dtype=torch.float64)
     return _Row(
         torch.cat(nll).cpu(),
         torch.cat(kl).cpu() if kl else none,
         torch.cat(same).double().cpu() if same else none,
+        torch.cat(dense_nll).cpu() if dense_nll else none,
     )
 
 
 def _summary(rows: Sequence[_Row]) -> BlockScores:
     """Means, median and percentile over all blocks."""
-    nll, kl, same = (torch.cat(each) for each in zip(*rows, strict=True))
+    nll, kl, same, _ = (torch.cat(each) for each in zip(*rows, strict=True))
     perplexity, block_nll = _exp(float(nll.mean())), tuple(float(row.nll.mean()) for row in rows)
     if not len(kl):
         return BlockScores(perplexity, len(nll), block_nll)

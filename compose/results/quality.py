@@ -36,6 +36,13 @@ class Perplexity(Record):
     block_nll: tuple[float, ...] | None = None
     """Mean negative log-likelihood of each block of 512 tokens, nats a token, in text order."""
 
+    after_prompt: int | None = None
+    """Tokens of each block that were read as a prompt and not scored, in a cell whose prompts skip
+    what answers do not need."""
+
+    dense_nll: tuple[float, ...] | None = None
+    """The dense model's `block_nll` on the tokens after such a prompt."""
+
 
 class TaskScore(Record):
     """A benchmark task of lm-eval."""

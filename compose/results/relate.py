@@ -6,6 +6,7 @@ Speeds are related where rounds are known, in `compose.execution.gather`.
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 from compose.results.intervals import exp_mean_ratio, mean_interval, mean_of_ratios, paired_ratio
@@ -63,9 +64,21 @@ def _related(quality: Quality | None, base: Quality | None, *, is_baseline: bool
 def _perplexity(own: Perplexity, base: Perplexity) -> Perplexity:
     if own.dataset != base.dataset or own.value is None or not base.value:
         return own
+    if own.dense_nll is not None:
+        return _after_prompts(own, own.dense_nll)
     fields: dict[str, Any] = {"ratio_to_baseline": own.value / base.value}
     if own is not base and paired_blocks(own, base):
         fields["ratio_ci95"] = _ends(exp_mean_ratio(own.block_nll or (), base.block_nll or ()))
+    return _with(own, **fields)
+
+
+def _after_prompts(own: Perplexity, dense: tuple[float, ...]) -> Perplexity:
+    """Beside what the dense model says of the same tokens, which are not all of the text's."""
+    losses = own.block_nll or ()
+    fields: dict[str, Any] = {"ratio_ci95": _ends(exp_mean_ratio(losses, dense))}
+    if len(losses) == len(dense):
+        change = sum(losses) - sum(dense)
+        fields["ratio_to_baseline"] = math.exp(change / len(dense))
     return _with(own, **fields)
 
 
