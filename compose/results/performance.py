@@ -137,8 +137,8 @@ class PhaseCompute(Record):
     """What tokens of one phase were computed at, 0 to 1."""
 
     tokens: int
-    """Tokens that were read, or written but for the first of each answer, which its prompt gives.
-    """
+    """Tokens that were read, or written but for the last of each answer. A prompt's last token is a
+    part of the answer where both phases are computed differently."""
 
     kept: float
     """Share of the branches' multiply-adds."""
