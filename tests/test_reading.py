@@ -182,7 +182,7 @@ def test_text_is_scored_after_prompts_that_skip(decoder: Decoder, made: Any) -> 
 
 
 def test_ratios_are_of_the_same_tokens() -> None:
-    """Of a cell that scored halves, whatever the baseline had on whole blocks."""
+    """Of a cell that scored a part of each block, whatever the baseline had on all of it."""
     base = Perplexity(dataset="text", value=30.0, tokens=94, block_nll=(3.0, 3.6))
     own = Perplexity(
         dataset="text", value=25.0, tokens=46, block_nll=(3.1, 3.3), dense_nll=(3.0, 3.2)

@@ -85,10 +85,7 @@ def _divergence(
         return None
     same = common_prefix(plain, own)
     with torch.inference_mode():
-        following = [
-            *plain[:same],
-            prompt[-1],
-        ]  # whose last token only stands for what is predicted
+        following = [*plain[:same], prompt[-1]]  # the last token only stands for what comes there
         logits = scored.answer_logits([prompt], [following])[0][-1].float()
     best, second = logits.topk(2).values.tolist()
     return {

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.thresholds import calibrate_everywhere, mean_logits
 from gateskip.gates.base import Gates
-from gateskip.model.compute import branch_costs
+from gateskip.model.compute import saved_by_skipping
 from gateskip.model.families import Branch, embed, find_branches, head
 from gateskip.model.gating import ANCHORS
 from gateskip.model.progress import Progress
@@ -121,9 +121,7 @@ def shifts_by_harm(model: Any, gates: Gates, blocks: Tensor, kv_rule: str) -> Te
     """What is added to each branch's logits, so that all are in one unit [branches]: nats of the
     answer for each multiply-add, on blocks [N, S]. The harm is that of the gates."""
     assert gates.harm is not None, "measured before"
-    costs, shortcuts = branch_costs(model), gates.shortcuts
-    instead = [0 if shortcuts is None else shortcuts.macs(i) for i in range(len(costs))]
-    saved = [cost.saved(kv_rule) - own for cost, own in zip(costs, instead, strict=True)]
+    saved = saved_by_skipping(model, gates.shortcuts, kv_rule)
     each = torch.tensor(saved, dtype=torch.float32).clamp_min(1.0)
     means = mean_logits(model, gates, blocks, kv_rule)
     return gates.harm.clamp_min(LEAST).log().to(means) - each.log().to(means) - means

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gateskip.model.families import find_branches
-from gateskip.model.gating import TokenGates
+from gateskip.model.gating import BranchShortcuts, TokenGates
 from gateskip.model.projections import attention_shape
 
 
@@ -48,6 +48,15 @@ def branch_costs(model: Any) -> list[BranchCost]:
         kv = 2 * hidden * shape.kv_heads * shape.head_dim
         costs.append(BranchCost(2 * hidden * width + kv, kv, 2 * width, shape.window))
     return costs
+
+
+def saved_by_skipping(model: Any, shortcuts: BranchShortcuts | None, kv_rule: str) -> list[int]:
+    """Multiply-adds of each branch's linear layers that a skipping token saves, one a branch; its
+    shortcut is paid for, its gate is not."""
+    return [
+        cost.saved(kv_rule) - (0 if shortcuts is None else shortcuts.macs(branch))
+        for branch, cost in enumerate(branch_costs(model))
+    ]
 
 
 def attended(start: int, count: int, window: int | None) -> int:

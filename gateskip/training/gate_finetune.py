@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gateskip.calibration.allocation import global_thresholds, quantiles
 from gateskip.calibration.reading import drawn_cut, shifts_by_harm
 from gateskip.gates.base import Gates
-from gateskip.model.compute import branch_costs
+from gateskip.model.compute import branch_costs, saved_by_skipping
 from gateskip.model.families import find_branches, head
 from gateskip.model.gating import ANCHORS
 from gateskip.model.progress import Progress
@@ -134,13 +134,10 @@ class _Session(Loop):
 
     def _prices(self) -> Tensor:
         """Net saving of a skipping token at each branch [branches], a share of all branches."""
-        length, shortcuts = self.blocks.shape[1], self.gates.shortcuts
-        costs = branch_costs(self.model)
-        instead = [0 if shortcuts is None else shortcuts.macs(i) for i in range(len(costs))]
-        rule = self.config.kv_rule
+        length, costs = self.blocks.shape[1], branch_costs(self.model)
+        linear = saved_by_skipping(self.model, self.gates.shortcuts, self.config.kv_rule)
         saved = [
-            cost.over(length) - cost.linear + cost.saved(rule) - own
-            for cost, own in zip(costs, instead, strict=True)
+            cost.over(length) - cost.linear + own for cost, own in zip(costs, linear, strict=True)
         ]
         return torch.tensor(saved) / sum(c.over(length) for c in costs)
 
