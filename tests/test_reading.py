@@ -109,6 +109,28 @@ def test_what_harms_least_goes_first(made: Any, harmless: int) -> None:
     )
 
 
+def test_by_depth_the_last_branches_go_first(made: Any) -> None:
+    """Whole, but for the one in which the budget ends; no harm has to be known."""
+    model, gates, blocks = made
+    before, gates.harm = gates.harm, None
+    try:
+        found = calibrate_prompts(model, gates, blocks, (0.7,), order="depth")
+    finally:
+        gates.harm = before
+    shares = list[float]()
+
+    def rule(branch: Any, z: torch.Tensor) -> torch.Tensor:
+        mask = (z >= found.thresholds[0.7][branch.index]).to(z)
+        shares.append(float(mask[:, ANCHORS:].mean()))
+        return mask
+
+    masked_forward(model, blocks, gates, rule)
+    assert abs(found.kept[0.7] - 0.7) < 0.03
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == 1 and shares[-1] == 0
+    assert sum(0 < share < 1 for share in shares) <= 1
+
+
 def test_branches_that_save_nothing_never_skip(made: Any) -> None:
     """Shortcuts as costly as what they replace."""
     model, gates, blocks = made

@@ -13,7 +13,7 @@ from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.memory import TRAINED, training_bytes
 from compose.stages.on_policy import OnPolicyText, as_settings, require_room
 from compose.stages.prompts import prompts_to_answer
-from gateskip.calibration.settings import DEFAULT_BUDGETS, Allocation
+from gateskip.calibration.settings import DEFAULT_BUDGETS, Allocation, PromptOrder
 from gateskip.training.recipe import RECIPES, TrainConfig
 
 if TYPE_CHECKING:
@@ -197,6 +197,10 @@ class Gate(Stage):
     """Budgets for which thresholds are calibrated that tokens of prompts may have instead, all but
     the last: `skip: {prompt_budget: 0.8}`. What answers need of prompts is measured first, on the
     calibration text cut in two."""
+
+    prompt_order: PromptOrder = "harm"
+    """Which branches tokens of prompts skip first: those that answers need least for what they
+    cost, measured; or the last ones, as depth-wise early exits do."""
 
     calibration_blocks: int = Field(default=16, ge=1)
     """Sequences of `length` tokens on which thresholds are calibrated."""
@@ -459,9 +463,19 @@ class Gate(Stage):
 
         if not self.prompt_budgets:
             return None
-        self._measure_harm(job, model, gates, blocks)
+        if self.prompt_order == "harm":
+            self._measure_harm(job, model, gates, blocks)
         shared = {name: settings[name] for name in ("least", "most", "closed", "progress")}
-        return calibrate_prompts(model, gates, blocks, self.prompt_budgets, self.kv, gone, **shared)
+        return calibrate_prompts(
+            model,
+            gates,
+            blocks,
+            self.prompt_budgets,
+            self.kv,
+            gone,
+            self.prompt_order,
+            **shared,
+        )
 
     def _measure_harm(self, job: StageJob, model: Any, gates: Gates, blocks: Tensor) -> None:
         """What the absence of branches from prompts costs answers, unless that is known of these

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gateskip.calibration.budgets import CalibratedBudgets
+from gateskip.calibration.settings import PromptOrder
 from gateskip.calibration.thresholds import calibrate_everywhere, mean_logits
 from gateskip.gates.base import Gates
 from gateskip.model.compute import saved_by_skipping
@@ -33,6 +34,7 @@ from gateskip.model.reference import masked_forward
 SHORTEST, LONGEST = 0.25, 0.875  # of a block: its prompt
 SURE = 0.02  # share of tokens that are not worth asking a gate for: whole branches are faster
 LEAST = 1e-6  # nats: harm below it is as good as none
+APART = 100.0  # between the mean logits of two branches, more than tokens of one branch differ
 
 
 def calibrate_prompts(
@@ -42,14 +44,16 @@ def calibrate_prompts(
     budgets: Sequence[float],
     kv_rule: str = "project",
     gone: frozenset[int] = frozenset(),
+    order: PromptOrder = "harm",
     **settings: Any,
 ) -> CalibratedBudgets:
     """Thresholds for tokens of prompts, for every budget, on blocks [N, S].
 
-    The gates know their branches' harm; `settings` are those of `calibrate`. A prompt's tokens see
-    nothing but other tokens of the prompt, so whole blocks stand for prompts.
+    By `harm`, the gates know that of their branches; `settings` are those of `calibrate`. A
+    prompt's tokens see nothing but other tokens of the prompt, so whole blocks stand for prompts.
     """
-    shifts = shifts_by_harm(model, gates, blocks, kv_rule)
+    by = {"harm": shifts_by_harm, "depth": shifts_by_depth}[order]
+    shifts = by(model, gates, blocks, kv_rule)
     return calibrate_everywhere(
         model, gates, blocks, budgets, kv_rule, gone, shifts=shifts, sure=SURE, **settings
     )
@@ -125,3 +129,10 @@ def shifts_by_harm(model: Any, gates: Gates, blocks: Tensor, kv_rule: str) -> Te
     each = torch.tensor(saved, dtype=torch.float32).clamp_min(1.0)
     means = mean_logits(model, gates, blocks, kv_rule)
     return gates.harm.clamp_min(LEAST).log().to(means) - each.log().to(means) - means
+
+
+def shifts_by_depth(model: Any, gates: Gates, blocks: Tensor, kv_rule: str) -> Tensor:
+    """What is added to each branch's logits, so that tokens skip the last branches whole before any
+    token skips an earlier one [branches]; gates decide in the one between."""
+    means = mean_logits(model, gates, blocks, kv_rule)
+    return -APART * torch.arange(gates.branches).to(means) - means
