@@ -315,10 +315,10 @@ class Export(_Section):
 
 
 DEFAULT_STAGES: dict[str, Stage] = {
-    "gates": Gate(prompt_budgets=(0.9, 0.83, 0.72)),
+    "gates": Gate(prompt_budgets=(0.9, 0.8, 0.68)),
     "int8": Int8(),
     "int4": Int4(),
-    "read83": Skip(prompt_budget=0.83),
+    "read80": Skip(prompt_budget=0.8),
     "spec": Speculate(),
 }
 """The stages of `matrix: default`; a stage of the same name in the file replaces it."""
@@ -327,7 +327,7 @@ DEFAULT_MATRIX = Matrix.model_validate(
     {
         "gate": (NONE, "gates"),
         "quantize": (NONE, "int8", "int4"),
-        "decode": (NONE, "read83", "spec"),
+        "decode": (NONE, "read80", "spec"),
     }
 )
 
