@@ -432,8 +432,8 @@ def bench(
         typer.Option(
             "--system",
             help="plain, skip:BUDGET, draft:BUDGET with +auto, +int4, +int3, +int2, +nf4,"
-            " +int4-head, +learned, +lookup, +LENGTH, +verifyBUDGET; skip and draft with +promptBUDGET"
-            " (prompts read at a budget of their own); one of these with +int8-kv"
+            " +int4-head, +learned, +lookup, +LENGTH, +verifyBUDGET; skip and draft with"
+            " +promptBUDGET (prompts read at a budget of their own); one of these with +int8-kv"
             " (keys and values in 8 bits) or after a backend, as in gathered:plain."
             " All is compared with the first folder and system. plain alone by default.",
         ),
