@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +86,20 @@ def test_budgets_are_kept(made: Any) -> None:
         assert abs(found.kept[budget] - budget) < 0.03
 
 
+def kept_shares(made: Any, thresholds: Sequence[float]) -> list[float]:
+    """Share of the blocks' tokens that enter each branch."""
+    model, gates, blocks = made
+    kept = list[float]()
+
+    def rule(branch: Any, z: torch.Tensor) -> torch.Tensor:
+        mask = (z >= thresholds[branch.index]).to(z)
+        kept.append(float(mask[:, ANCHORS:].mean()))
+        return mask
+
+    masked_forward(model, blocks, gates, rule)
+    return kept
+
+
 @pytest.mark.parametrize("harmless", [1, 3, 5])
 def test_what_harms_least_goes_first(made: Any, harmless: int) -> None:
     """An MLP is a sixth of what four layers of this model compute."""
@@ -96,16 +110,9 @@ def test_what_harms_least_goes_first(made: Any, harmless: int) -> None:
         thresholds = calibrate_prompts(model, gates, blocks, (0.9,)).thresholds[0.9]
     finally:
         gates.harm = before
-    kept = dict[int, float]()
-
-    def rule(branch: Any, z: torch.Tensor) -> torch.Tensor:
-        mask = (z >= thresholds[branch.index]).to(z)
-        kept[branch.index] = float(mask[:, ANCHORS:].mean())
-        return mask
-
-    masked_forward(model, blocks, gates, rule)
+    kept = kept_shares(made, thresholds)
     assert kept[harmless] < 0.6 and all(
-        share > 0.9 for branch, share in kept.items() if branch != harmless
+        share > 0.9 for branch, share in enumerate(kept) if branch != harmless
     )
 
 
@@ -117,14 +124,7 @@ def test_by_depth_the_last_branches_go_first(made: Any) -> None:
         found = calibrate_prompts(model, gates, blocks, (0.7,), order="depth")
     finally:
         gates.harm = before
-    shares = list[float]()
-
-    def rule(branch: Any, z: torch.Tensor) -> torch.Tensor:
-        mask = (z >= found.thresholds[0.7][branch.index]).to(z)
-        shares.append(float(mask[:, ANCHORS:].mean()))
-        return mask
-
-    masked_forward(model, blocks, gates, rule)
+    shares = kept_shares(made, found.thresholds[0.7])
     assert abs(found.kept[0.7] - 0.7) < 0.03
     assert shares == sorted(shares, reverse=True)
     assert shares[0] == 1 and shares[-1] == 0
