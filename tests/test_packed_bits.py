@@ -24,6 +24,7 @@ from gateskip.quantization.packed_linear import (
     streaming,
 )
 from gateskip.quantization.rounding import round_to_grid
+from gateskip.runtime import native
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.skipping import SkippingModel
 
@@ -119,7 +120,8 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in bfloat16 go through our kernel, whatever the stopwatch says here."""
     if not ops.multiplies_prompts():
         pytest.skip("torch multiplies prompts here")
-    monkeypatch.setattr(packed_linear, "bfloat16_is_faster", lambda: True)
+    for module in (packed_linear, native):
+        monkeypatch.setattr(module, "bfloat16_is_faster", lambda: True)
 
 
 @every_grid
@@ -316,6 +318,31 @@ def test_prompts_of_packed_weights_meet_what_decoding_meets(
     head.set_output_embeddings(PackedLinear.of(grid))
     engine = SkippingModel(head, None, "project", "native", True)
     assert engine.arithmetic(scoring=True).activations == "bfloat16", "no layer is packed"
+
+
+def test_packed_prompts_are_in_bytes_where_bfloat16_is_slow(
+    tiny_llama: Path, prompts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same bits; beside a dense layer, prompts pass in float32."""
+    ids = torch.randint(3, 512, (2, 40), generator=torch.Generator().manual_seed(1))
+
+    def states(whole: bool) -> tuple[Tensor, str]:
+        model = load_model(tiny_llama, "bfloat16")
+        dense = model.model.layers[0].mlp.down_proj
+        model = on_grids(model, MIXED, 8)
+        if not whole:
+            model.model.layers[0].mlp.down_proj = dense
+        accelerate_linears(model)
+        skipping = SkippingModel(model, None, "project", "native", True)
+        found = skipping.forward(ids, skipping.new_cache(2, 40), [0, 0])
+        return found, skipping.arithmetic(scoring=True).activations
+
+    wanted, _ = states(whole=True)
+    for module in (packed_linear, native):
+        monkeypatch.setattr(module, "bfloat16_is_faster", lambda: False)
+    found, activations = states(whole=True)
+    assert torch.equal(found, wanted) and activations == native.IN_BYTES
+    assert states(whole=False)[1] == "float32"
 
 
 @pytest.mark.parametrize(("embedding", "kind"), [(4, "INT4"), (6, "INT6"), (8, "INT8")])

@@ -20,7 +20,6 @@ from gateskip.model.projections import AttentionShape, rotate
 from gateskip.model.reference import attend, causal
 from gateskip.quantization.draft_copy import CopyFormat, integer_copy, read_text
 from gateskip.quantization.folders import load_model
-from gateskip.quantization.packed_linear import prompt_kernel
 from gateskip.runtime.attention import attend_padded, attend_rows
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.native import NativeBackend
@@ -221,7 +220,7 @@ def test_a_branch_in_one_call_has_the_bits_of_its_parts(
 ) -> None:
     """Norms after branches, windows that come around, layers without positions; from slot 0 on and
     after other tokens, one of two branches being skipped."""
-    if not prompt_kernel():
+    if not ops.multiplies_prompts():
         pytest.skip("torch multiplies prompts here")
     model = load_model(make_tiny(family, hidden_size=64, intermediate_size=128), "bfloat16")
     made = read_text(model, torch.randint(3, 500, (2, 24)))

@@ -86,7 +86,8 @@ def unpack(
 
 
 def multiplies_prompts() -> bool:
-    """Whether `prompt_product` is the fastest way to multiply packed weights in bfloat16 here."""
+    """Whether `prompt_products` can be had, and is the fastest way to multiply packed weights by
+    activations of 8 bits: not where there are units for whole matrices (AMX)."""
     return bool(_library().gateskip_multiplies_prompts())
 
 
@@ -324,7 +325,7 @@ def activate(gate: Tensor, up: Tensor | None, how: abi.Activation) -> None:
 
 
 def attends() -> bool:
-    """Whether the processor multiplies pairs of bfloat16, which `pack` and `attend` need."""
+    """Whether the processor has the instructions that `pack` and `attend` need: AVX-512, VNNI."""
     return bool(_library().gateskip_attends())
 
 

@@ -75,8 +75,9 @@ def _needs_gradient(x: Tensor) -> bool:
 
 def prompt_kernel() -> bool:
     """Whether a prompt's rows in bfloat16 meet packed weights in a kernel of ours, which knows any
-    number of rows; else torch multiplies by unpacked ones."""
-    return bfloat16_is_faster() and ops.multiplies_prompts()
+    number of rows; else torch multiplies by unpacked ones. In bytes, as within `rounding`, that is
+    wherever the kernel runs."""
+    return ops.multiplies_prompts() and (_rounds.get() or bfloat16_is_faster())
 
 
 class DenseLinear(nn.Module):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gateskip.gates.base import Gates
+from gateskip.kernels import ops
 from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.families import Branch, embed
 from gateskip.model.projections import AttentionShape, Turn
@@ -194,14 +195,19 @@ class NativeBackend(GatheredBackend):
 
     @property
     def _rounds_prompts(self) -> bool:
-        """Whether prompts meet packed weights as decoding does, with activations of 8 bits."""
-        asked = self.engine.rounded and self._some_packed
-        return asked and self.dtype == torch.bfloat16 and prompt_kernel()
+        """Whether prompts meet packed weights as decoding does, with activations of 8 bits: in
+        bfloat16, which others than packed ones must be multiplied fast in."""
+        if not self.engine.rounded or self.dtype != torch.bfloat16:
+            return False
+        packed = [isinstance(part, PackedLinear) for part in self._linears]
+        asked = all(packed) or (any(packed) and bfloat16_is_faster())
+        return asked and ops.multiplies_prompts()
 
     @cached_property
-    def _some_packed(self) -> bool:
+    def _linears(self) -> list[nn.Module]:
+        """What multiplies in the branches."""
         parts = (part for branch in self.branches for part in branch.module.modules())
-        return any(isinstance(part, PackedLinear) for part in parts)
+        return [part for part in parts if hasattr(part, "in_features")]
 
     def prompt(
         self,
@@ -220,25 +226,18 @@ class NativeBackend(GatheredBackend):
     def fp32_activations(self) -> bool:  # type: ignore[override]
         """Whether prompts pass in float32 though the weights are bfloat16: where that is
         multiplied faster. Decoding does so anyway."""
-        if self.dtype != torch.bfloat16 or bfloat16_is_faster():
+        if self.dtype != torch.bfloat16 or bfloat16_is_faster() or self._rounds_prompts:
             return False
-        return not any(
-            type(part) is nn.Linear for b in self.branches for part in b.module.modules()
-        )
+        return not any(type(part) is nn.Linear for part in self._linears)
 
     @cached_property
     def _any_size(self) -> bool:
         """Whether a prompt's products take any number of rows as it is: in float32, and where all
         weights are packed for a kernel of ours."""
-        return self.fp32_activations or (
-            prompt_kernel()
-            and all(
-                isinstance(part, PackedLinear)
-                for b in self.branches
-                for part in b.module.modules()
-                if hasattr(part, "in_features")
-            )
-        )
+        if self.fp32_activations:
+            return True
+        ours = self._rounds_prompts or prompt_kernel()
+        return ours and all(isinstance(part, PackedLinear) for part in self._linears)
 
     @property
     def even(self) -> int:

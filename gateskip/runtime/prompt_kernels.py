@@ -79,7 +79,7 @@ class PromptKernels:
         return x
 
     def attends(self, queries: Tensor, shape: AttentionShape) -> bool:
-        """Whether `attend` can do it: in bfloat16, where the processor multiplies pairs of it."""
+        """Whether `attend` can do it: in bfloat16, where the processor has AVX-512 with VNNI."""
         known = queries.dtype == torch.bfloat16 and ops.attends()
         return known and shape.head_dim % KEYS == 0
 

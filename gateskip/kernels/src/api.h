@@ -319,8 +319,8 @@ void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, 
 
 /* -- packed weights times a prompt's rows: prompt_products.cpp, prompt_branch.cpp -- */
 
-/* whether the functions below are the fastest that the processor has: it multiplies pairs of bfloat16, and has no
- * units for whole matrices */
+/* whether the functions below are the fastest that the processor has: it multiplies bytes in vectors of 512 bits (AVX-512
+ * with VNNI), and has no units for whole matrices */
 int32_t gateskip_multiplies_prompts(void);
 /* rows x [rows, k], bfloat16, times each of `count` packed w [n, k], into out: [rows, n] of the first, then of the next.
  * Activations are rounded to 8 bits where a matrix's kind says so, else weights are to bfloat16. */

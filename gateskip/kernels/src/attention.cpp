@@ -1,6 +1,6 @@
 // Attention of many tokens over a bfloat16 cache: only pairs that may see each other are computed, and
 // scores never leave the first caches (FlashAttention-2, arXiv 2307.08691, on AVX-512's products of
-// bfloat16 pairs).
+// bfloat16 pairs, or two products in float32 where the processor has none).
 //
 // A task is a tile of queries of one row and one key head: its queries' heads of that group lie below
 // each other, so that keys and values that were packed once serve all of them. Blocks of keys begin at
@@ -8,8 +8,7 @@
 // depend on which others are beside it, nor on how a prompt was cut.
 #include "rows.h"
 
-#ifdef GATESKIP_BF16
-#include <type_traits>
+#ifdef GATESKIP_WIDE
 #include <vector>
 
 namespace {
@@ -68,9 +67,6 @@ void pack(int64_t width, int64_t capacity, const uint16_t* keys, const uint16_t*
   }
 }
 
-__m512bh pairs(const uint32_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
-__m512bh repeated(uint32_t v) { return (__m512bh)_mm512_set1_epi32(int(v)); }
-
 // sums [VECTORS_DOWN, across vectors] += left [VECTORS_DOWN, steps] pairs times right [steps, across vectors] pairs,
 // whose rows lie `stride` apart, and its vectors `apart`
 template <int across>
@@ -82,17 +78,19 @@ void multiply(const uint32_t* left, int64_t left_stride, const uint32_t* right, 
 #pragma GCC unroll 8
     for (int v = 0; v < across; v++)
       total[r][v] = add ? _mm512_loadu_ps(sums + r * sums_stride + v * SIMD_WIDTH) : _mm512_setzero_ps();
-  for (int64_t i = 0; i < steps; i++) {
-    __m512bh column[across];
+  for (int64_t i = 0; i < steps; i++)
+    for_parts_of_pairs([&](auto part) {
+      __m512i column[across];
 #pragma GCC unroll 8
-    for (int v = 0; v < across; v++) column[v] = pairs(right + i * stride + v * apart);
+      for (int v = 0; v < across; v++)
+        column[v] = part_of_pairs<part.value>(_mm512_loadu_si512(right + i * stride + v * apart));
 #pragma GCC unroll 8
-    for (int r = 0; r < VECTORS_DOWN; r++) {
-      const __m512bh row = repeated(left[r * left_stride + i]);
+      for (int r = 0; r < VECTORS_DOWN; r++) {
+        const __m512i row = part_of_pairs<part.value>(_mm512_set1_epi32(int(left[r * left_stride + i])));
 #pragma GCC unroll 8
-      for (int v = 0; v < across; v++) total[r][v] = _mm512_dpbf16_ps(total[r][v], column[v], row);
-    }
-  }
+        for (int v = 0; v < across; v++) total[r][v] = add_products(total[r][v], column[v], row);
+      }
+    });
 #pragma GCC unroll 8
   for (int r = 0; r < VECTORS_DOWN; r++)
 #pragma GCC unroll 8
@@ -147,7 +145,7 @@ class Worker {
       const __m512 inverse = _mm512_set1_ps(1.0f / mass_[r]);
       for (int64_t d = 0; d < s.width; d += SIMD_WIDTH) {
         const __m512 mean = _mm512_mul_ps(_mm512_loadu_ps(sums_.data() + r * s.width + d), inverse);
-        _mm256_storeu_si256((__m256i*)(out + place(r) + d), (__m256i)_mm512_cvtneps_pbh(mean));
+        _mm256_storeu_si256((__m256i*)(out + place(r) + d), to_bf16(mean));
       }
     }
   }
@@ -192,7 +190,7 @@ class Worker {
       const __m512 v = exp_of<Sixteen>(_mm512_sub_ps(_mm512_loadu_ps(score + t), level));
       const __m512 seen = _mm512_maskz_mov_ps(within(t, first, last), v);
       mass = _mm512_add_ps(mass, seen);
-      _mm256_storeu_si256((__m256i*)(share + t), (__m256i)_mm512_cvtneps_pbh(seen));
+      _mm256_storeu_si256((__m256i*)(share + t), to_bf16(seen));
     }
     if (top > top_[r]) fade(r, std::exp(top_[r] - top));
     top_[r] = top;

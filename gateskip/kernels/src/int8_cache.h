@@ -21,7 +21,7 @@ float to_bytes(const float* from, int n, int zero, Byte* to) {
 }
 #endif
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#ifdef GATESKIP_WIDE
 #define GATESKIP_INT8_CACHE
 #include <cstddef>
 

@@ -213,7 +213,7 @@ constexpr uint64_t moving(Piece p) {
 #endif
 
 // Vectors of SIMD_WIDTH lanes
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#ifdef GATESKIP_WIDE
 typedef __m512 FloatV;
 typedef __m512i IntV;
 typedef uint16_t WordsV __attribute__((vector_size(64)));

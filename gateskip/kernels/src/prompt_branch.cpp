@@ -2,7 +2,7 @@
 // products, what lies between them, and what is added. The functions are those of other prompts, and so are the bits.
 #include "rows.h"
 
-#ifdef GATESKIP_BF16
+#ifdef GATESKIP_WIDE
 #include <initializer_list>
 #include <utility>
 #include <vector>

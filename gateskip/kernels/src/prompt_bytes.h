@@ -5,8 +5,7 @@
 #pragma once
 #include "products.h"
 
-#ifdef GATESKIP_BF16
-#include <type_traits>
+#ifdef GATESKIP_WIDE
 #include <utility>
 
 namespace {
@@ -32,7 +31,7 @@ void leave_block(const __m512 (*total)[tiles], const Corner& to) {
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
       if (r == to.rows) break;
-      const __m256i values = (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(total[r][v], bias));
+      const __m256i values = to_bf16(_mm512_add_ps(total[r][v], bias));
       _mm256_mask_storeu_epi16(to.out + r * to.stride + from, real, values);
     }
   }

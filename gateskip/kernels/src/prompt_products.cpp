@@ -7,7 +7,7 @@
 // them: of weights [k / 2, tiles, 16 rows], of activations [k / 2, 8 rows].
 #include "prompt_bytes.h"
 
-#ifdef GATESKIP_BF16
+#ifdef GATESKIP_WIDE
 
 namespace {
 
@@ -66,7 +66,7 @@ void unpack_pairs(const Matrix& w, int64_t tile, uint32_t* to, int stride) {
         };
 #pragma GCC unroll 2
         for (int c = 0; c < 4; c += 2, to += stride) {
-          const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(column(c + 1), column(c));
+          const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(column(c))), to_bf16(column(c + 1)), 1);
           _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
         }
       }
@@ -82,18 +82,19 @@ void multiply_block(const uint32_t* left, const uint32_t* right, int64_t steps, 
   for (int r = 0; r < ROWS_DOWN; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < tiles; v++) total[r][v] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < steps; i++) {
-    __m512bh column[tiles];
+  for (int64_t i = 0; i < steps; i++)
+    for_parts_of_pairs([&](auto part) {
+      __m512i column[tiles];
 #pragma GCC unroll 8
-    for (int v = 0; v < tiles; v++)
-      column[v] = (__m512bh)_mm512_loadu_si512(right + (i * tiles + v) * ROWS_PER_TILE);
+      for (int v = 0; v < tiles; v++)
+        column[v] = part_of_pairs<part.value>(_mm512_loadu_si512(right + (i * tiles + v) * ROWS_PER_TILE));
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS_DOWN; r++) {
-      const __m512bh row = (__m512bh)repeat_v(int32_t(left[i * ROWS_DOWN + r]));
+      for (int r = 0; r < ROWS_DOWN; r++) {
+        const __m512i row = part_of_pairs<part.value>(repeat_v(int32_t(left[i * ROWS_DOWN + r])));
 #pragma GCC unroll 8
-      for (int v = 0; v < tiles; v++) total[r][v] = _mm512_dpbf16_ps(total[r][v], column[v], row);
-    }
-  }
+        for (int v = 0; v < tiles; v++) total[r][v] = add_products(total[r][v], column[v], row);
+      }
+    });
   leave_block<ROWS_DOWN, tiles>(total, to);
 }
 

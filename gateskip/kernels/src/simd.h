@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <type_traits>
 #ifdef __FMA__
 #include <immintrin.h>
 #endif
@@ -19,15 +20,17 @@ typedef int32_t I32X8 __attribute__((vector_size(32)));
 constexpr int MAX_ROWS = 64;       // rows of activations in one pass over the weights: what fits a second cache
 constexpr int ROWS_PER_TILE = 16;  // rows of packed weights that lie together
 constexpr int BLOCK = 32;          // columns of them
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+// Sixteen lanes, and products of bytes in them
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define GATESKIP_WIDE
 constexpr int SIMD_WIDTH = 16;  // lanes of the widest vector
 #else
 constexpr int SIMD_WIDTH = 8;
 #endif
 
-// Where the processor multiplies pairs of bfloat16, activations are rounded to it too, as in a bfloat16 model;
-// elsewhere weights are widened and activations stay float32.
-#if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
+// Where the processor multiplies pairs of bfloat16, a token's activations are rounded to it too, as in a bfloat16
+// model; elsewhere weights are widened and its activations stay float32.
+#if defined(__AVX512BF16__) && defined(GATESKIP_WIDE)
 #define GATESKIP_BF16
 typedef uint16_t Bf16Activation;
 #else
@@ -134,6 +137,45 @@ static inline void store(uint16_t* to, F32X8 v) {
   for (int i = 0; i < 8; i++) to[i] = float_to_bf16(v[i]);
 #endif
 }
+
+#ifdef GATESKIP_WIDE
+// Rounded to bfloat16, to nearest, ties to even
+static inline __m256i to_bf16(__m512 v) {
+#ifdef GATESKIP_BF16
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
+  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+#endif
+}
+
+// Pairs of bfloat16 are multiplied in as many parts: both of a pair at once, or one after the other in float32
+#ifdef GATESKIP_BF16
+constexpr int PARTS_OF_PAIRS = 1;
+template <int>
+static inline __m512i part_of_pairs(__m512i pairs) { return pairs; }
+static inline __m512 add_products(__m512 sum, __m512i a, __m512i b) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+#else
+constexpr int PARTS_OF_PAIRS = 2;
+template <int part>
+static inline __m512i part_of_pairs(__m512i pairs) {
+  return part ? _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))) : _mm512_slli_epi32(pairs, 16);
+}
+static inline __m512 add_products(__m512 sum, __m512i a, __m512i b) {
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+}
+#endif
+
+// Call `use` for each part, as a type whose `value` is known to the compiler
+template <class Use>
+static inline void for_parts_of_pairs(Use use) {
+  use(std::integral_constant<int, 0>{});
+  if constexpr (PARTS_OF_PAIRS == 2) use(std::integral_constant<int, 1>{});
+}
+#endif
 
 // The first `count` < 8 numbers at p, and zeros; nothing beyond them is read or written.
 template <class T>
