@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -199,9 +199,14 @@ class NativeBackend(GatheredBackend):
         bfloat16, which others than packed ones must be multiplied fast in."""
         if not self.engine.rounded or self.dtype != torch.bfloat16:
             return False
-        packed = [isinstance(part, PackedLinear) for part in self._linears]
-        asked = all(packed) or (any(packed) and bfloat16_is_faster())
+        asked = self._packed == "all" or (self._packed == "some" and bfloat16_is_faster())
         return asked and ops.multiplies_prompts()
+
+    @cached_property
+    def _packed(self) -> Literal["all", "some", "none"]:
+        """How many of the branches' weights are packed."""
+        packed = [isinstance(part, PackedLinear) for part in self._linears]
+        return "all" if all(packed) else "some" if any(packed) else "none"
 
     @cached_property
     def _linears(self) -> list[nn.Module]:
@@ -237,7 +242,7 @@ class NativeBackend(GatheredBackend):
         if self.fp32_activations:
             return True
         ours = self._rounds_prompts or prompt_kernel()
-        return ours and all(isinstance(part, PackedLinear) for part in self._linears)
+        return ours and self._packed == "all"
 
     @property
     def even(self) -> int:
