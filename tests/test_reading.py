@@ -304,7 +304,7 @@ def test_reading_asks_for_measured_harm(made: Any) -> None:
         Gate(reading=True)
     with pytest.raises(ValidationError, match="ranks branches by harm"):
         Gate(reading=True, prompt_budgets=(0.8,), prompt_order="depth")
-    with pytest.raises(ValidationError, match="prompt_order is for prompts"):
-        Gate(prompt_order="harm")
+    with pytest.raises(ValidationError, match="depth is for prompts"):
+        Gate(prompt_order="depth")
     with pytest.raises(ValidationError, match="leave on_policy out"):
         Gate.model_validate({"reading": True, "prompt_budgets": [0.8], "on_policy": {}})

@@ -239,8 +239,8 @@ class Gate(Stage):
             raise ValueError("reading: true is for prompts: name prompt_budgets")
         if self.reading and self.prompt_order == "depth":
             raise ValueError("reading: true ranks branches by harm: leave prompt_order out")
-        if "prompt_order" in self.model_fields_set and not self.prompt_budgets:
-            raise ValueError("prompt_order is for prompts: name prompt_budgets")
+        if self.prompt_order == "depth" and not self.prompt_budgets:
+            raise ValueError("prompt_order: depth is for prompts: name prompt_budgets")
         if self.least > self.most:
             raise ValueError(f"least: {self.least} is above most: {self.most}")
         return self
