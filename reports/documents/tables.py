@@ -105,7 +105,7 @@ def speed(results: Results, cells: str | None = None) -> list[str]:
     rows = chosen(results, cells)
     batches = sorted({b for cell in rows for b in _by(cell, "by_batch")})
     contexts = sorted({c for cell in rows for c in _by(cell, "by_context")})
-    head = ["", "prefill, tok/s", "first token, ms", "decode, tok/s", "x dense"]
+    head = ["", "prefill, tok/s", "x dense", "first token, ms", "decode, tok/s", "x dense"]
     head += [f"batch {b}" for b in batches] + [f"context {c}" for c in contexts]
     lines = []
     for cell in rows:
@@ -117,6 +117,7 @@ def speed(results: Results, cells: str | None = None) -> list[str]:
             [
                 f"`{cell.name}`",
                 measured(own.prefill_tokens_per_s),
+                factor(own.prefill_ratio),
                 with_ends(first.median, first.quartiles, 1000.0) if first else DASH,
                 measured(own.decode_tokens_per_s),
                 factor(own.decode_ratio),
