@@ -128,14 +128,40 @@ def test_compute_of_each_phase(decoder: Decoder) -> None:
     assert kept(prompt_budget=0.9)[0] > kept(prompt_budget=0.5)[0]
 
 
-def test_only_what_answers_predict_from_is_theirs(decoder: Decoder) -> None:
-    """Of a prompt that is computed apart from its answer the last token is a part of the answer."""
+def test_what_answers_are_predicted_from_is_computed_as_they_are(decoder: Decoder) -> None:
+    """The last token of a prompt: in its pass where answers are at full compute, else in theirs."""
+    rows, count = len(PROMPTS), sum(map(len, PROMPTS))
     used = decoder.generate(PROMPTS, 24, "plain", prompt_budget=0.5).usage
-    assert used["prompt"].seen == sum(map(len, PROMPTS)) - len(PROMPTS)
-    assert used["answer"].seen == used["answer"].ungated == 24 * len(PROMPTS)
+    assert used["prompt"].seen == count
+    assert min(used["prompt"].kept) >= 2 * rows  # the first and the last
+    assert used["answer"].seen == used["answer"].ungated == 23 * rows
+    used = decoder.generate(PROMPTS, 24, "skip", 0.7, prompt_budget=0.5).usage
+    assert used["prompt"].seen == count - rows
     one = [[5]]  # which is only its last token
     wanted = decoder.generate(one, 12).tokens
     assert decoder.generate(one, 12, prompt_budget=0.5).tokens == wanted
+
+
+@pytest.mark.parametrize("columns", [64, 7])
+def test_tokens_at_full_compute_within_a_prompt(decoder: Decoder, columns: int) -> None:
+    """As if these came after the prompt; in one pass, and in several with an end in each."""
+    phases, skipping = decoder.phases(1.0, prompt_budget=0.5), decoder.skipping
+    lengths = [len(row) for row in PROMPTS]
+    full_from = [length - 3 for length in lengths]
+    ids_of = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in PROMPTS], True)
+    with torch.inference_mode():
+        cache, found = skipping.new_cache(3, 64), []
+        for first in range(0, max(lengths), columns):
+            part = ids_of[:, first : first + columns]
+            own = [min(max(n - first, 0), part.shape[1]) for n in lengths]
+            full = [place - first for place in full_from]
+            found.append(skipping.forward(part, cache, [first] * 3, phases.prompt, own, full))
+        together = torch.cat(found, 1)
+        for number, (row, place) in enumerate(zip(PROMPTS, full_from, strict=True)):
+            cache = skipping.new_cache(1, 64)
+            skipping.forward(torch.tensor([row[:place]]), cache, [0], phases.prompt)
+            apart = skipping.decode([row[place:]], cache, [0], [place])
+            torch.testing.assert_close(together[number, place : len(row)], apart)
 
 
 def test_no_prompt_budget_without_thresholds(decoder: Decoder, made: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import gateskip
+from gateskip.calibration.thresholds import mean_logits
 from gateskip.decoding import decoder as decode
 from gateskip.gates.kinds import make_gates
 from gateskip.gates.shortcuts import Shortcuts
@@ -139,7 +141,7 @@ def test_native_passes_over_rows(make_tiny: Callable[..., Path], kind: torch.dty
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank", [4, 40])
+@pytest.mark.parametrize("rank", [4, 24, 40])
 def test_native_shortcuts_are_torchs(
     make_tiny: Callable[..., Path], kind: torch.dtype, rank: int
 ) -> None:
@@ -150,13 +152,13 @@ def test_native_shortcuts_are_torchs(
     for part in gates.shortcuts.parameters():
         torch.nn.init.normal_(part, std=0.3)
     engine = Engine(model, gates)
-    hidden, x = (torch.randn(2, 5, gates.hidden_size, dtype=kind) for _ in range(2))
-    places = torch.tensor([1, 2, 3, 6, 9])
-    wanted = hidden.clone().view(10, -1).float()
-    wanted[places] += gates.shortcuts(1, x.view(10, -1)[places].float()).detach()
+    hidden, x = (torch.randn(2, 10, gates.hidden_size, dtype=kind) for _ in range(2))
+    places = torch.tensor([1, 2, 3, 6, 9, 11, 12, 13, 16, 18, 19])
+    wanted = hidden.clone().view(20, -1).float()
+    wanted[places] += gates.shortcuts(1, x.view(20, -1)[places].float()).detach()
     engine.prompts.add_shortcuts(1, hidden, x, places)
     near = {"rtol": 0.01, "atol": 0.02} if kind == torch.bfloat16 else {}
-    torch.testing.assert_close(hidden.view(10, -1), wanted.to(kind), **near)
+    torch.testing.assert_close(hidden.view(20, -1), wanted.to(kind), **near)
 
 
 @pytest.mark.parametrize("count", [1, 64, 65, 513, 8000])
@@ -211,45 +213,65 @@ def test_a_cache_takes_what_it_says(make_tiny: Callable[..., Path]) -> None:
 )
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("skips", [False, True])
 def test_a_branch_in_one_call_has_the_bits_of_its_parts(
     family: str,
     bits: int,
     rows: int,
+    skips: bool,
     make_tiny: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Norms after branches, windows that come around, layers without positions; from slot 0 on and
-    after other tokens, one of two branches being skipped."""
+    """Norms after branches, windows that come around, layers without positions, shortcuts, padding;
+    from slot 0 on and after other tokens."""
     if not ops.multiplies_prompts():
         pytest.skip("torch multiplies prompts here")
-    model = load_model(make_tiny(family, hidden_size=64, intermediate_size=128), "bfloat16")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+    model = load_model(make_tiny(family, **sizes), "bfloat16")
     made = read_text(model, torch.randint(3, 500, (2, 24)))
-    skipping = SkippingModel(integer_copy(model, made, CopyFormat(bits, 32)), backend="native")
-    generator = torch.Generator().manual_seed(1)
-    first, second = (torch.randint(3, 500, (rows, n), generator=generator) for n in (21, 50))
+    gates = make_gates("scalar", len(find_branches(model)), model.config.hidden_size)
+    gates.shortcuts = Shortcuts(gates.branches, gates.hidden_size, 8)
+    for part in (gates.weight, *gates.shortcuts.parameters()):
+        torch.nn.init.normal_(part, std=0.3)
+    packed = integer_copy(model, made, CopyFormat(bits, 32))
+    skipping = SkippingModel(packed, gates, backend="native")
+    first, second = (torch.randint(3, 500, (rows, n)) for n in (21, 50))
+    means = mean_logits(model, gates, second, "project").tolist()
+    # Of four layers: all enter, some do, all do though gates were asked, and none does
+    limits = [-math.inf, -math.inf, *means[2:4], -1e9, -1e9, math.inf, math.inf]
     native = type(skipping.backend)
-    calls = {"mlp": 0, "attention": 0}
-    whole = native.add_whole
+    calls, whole = {"mlp": 0, "attention": 0}, native.add_branch
 
-    def counted(backend: Any, branch: Any, *others: Any) -> bool:
-        done = whole(backend, branch, *others)
-        calls[branch.kind] += done
-        return done
+    def counted(backend: Any, branch: Any, *others: Any) -> int | None:
+        found = whole(backend, branch, *others)
+        calls[branch.kind] += found is not None
+        return found
 
-    def states() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        cache = skipping.new_cache(rows, 96)
-        return (
-            skipping.forward(first, cache, [0] * rows),
-            skipping.forward(second, cache, [21] * rows),
-            [*cache.keys, *cache.values],
-        )
+    def states() -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
+        skipping.usage.clear()
+        cache, least = skipping.new_cache(rows, 96), limits if skips else None
+        lengths, full_from = [50, 31, 17][:rows], [49, 30, 10][:rows]
+        found = [skipping.forward(first, cache, [0] * rows, least)]
+        last = skipping.forward(second, cache, [21] * rows, least, lengths, full_from)
+        found += [own[:length] for own, length in zip(last, lengths, strict=True)]
+        real = [
+            part[row, :, : 21 + length] if part.shape[2] > 71 else part[row]
+            for part in (*cache.keys, *cache.values)
+            for row, length in enumerate(lengths)
+        ]
+        return found, real, skipping.usage.kept
 
-    monkeypatch.setattr(native, "add_whole", counted)
-    one, two, kept = states()
-    assert calls["mlp"] == 8 and calls["attention"] == {"llama": 8, "smollm3": 8}.get(
-        family, calls["attention"]
-    )
-    monkeypatch.setattr(native, "add_whole", lambda *_: False)
-    wanted, later, stored = states()
-    assert torch.equal(one, wanted.to(one.dtype)) and torch.equal(two, later)
+    monkeypatch.setattr(native, "add_branch", counted)
+    found, kept, entered = states()
+    attention = calls["attention"] if family in ("gemma3_text", "qwen3") else 8
+    assert calls == {"mlp": 8, "attention": attention}
+    monkeypatch.setattr(native, "add_branch", lambda *_: None)
+    wanted, stored, counts = states()
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(found, wanted, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(kept, stored, strict=True))
+    assert entered == counts
+    tokens = sum([50, 31, 17][:rows]) + 21 * rows
+    some = [tokens, tokens, *counts[2:4], tokens, tokens]
+    assert counts[:6] == ([tokens] * 6 if not skips else some)
+    assert not skips or 4 * rows < sum(counts[2:4]) < 2 * tokens - 4

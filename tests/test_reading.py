@@ -177,7 +177,8 @@ def test_answers_are_scored_as_they_are_written(decoder: Decoder, made: Any) -> 
     model.clear_used()
     led = model.answer_logits(prompts, answers)
     assert [logits.argmax(-1).tolist() for logits in led] == answers
-    assert model.used["prompt"].seen == sum(map(len, prompts)) - len(prompts)
+    assert model.used["prompt"].seen == sum(map(len, prompts))
+    assert model.used["answer"].seen == 4 * 11
     whole = Scored(decoder, None).answer_logits(prompts, answers)
     assert not torch.allclose(whole[2], led[2], atol=1e-3)
     torch.testing.assert_close(whole[3], led[3], atol=1e-4, rtol=1e-4)

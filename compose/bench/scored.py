@@ -108,26 +108,29 @@ class Scored(BranchingModel):
         lengths = [len(context) for context in contexts]
         read = self._read(contexts, cache)
         places = torch.arange(len(contexts))
-        if not self.phases.differ:
+        if not self.phases.apart:
             return read[places, torch.tensor(lengths) - 1]
         last = torch.tensor([context[-1:] for context in contexts]).to(self.device)
         starts = [length - 1 for length in lengths]
         return self.decoder.skipping.forward(last, cache, starts, self.phases.answer)[:, 0]
 
     def _read(self, contexts: Sequence[list[int]], cache: Cache) -> Tensor:
-        """Final states [G, S, H] of what of the contexts is computed as a prompt."""
+        """Final states [G, S, H] of what of the contexts passes together."""
         lengths = [self.phases.read(len(context)) for context in contexts]
         ids, zeros = padded(contexts)[:, : max(lengths)].to(self.device), [0] * len(contexts)
         if not max(lengths):
             return torch.empty(0)
-        return self.decoder.skipping.forward(ids, cache, zeros, self.phases.prompt, lengths)
+        full_from = self.phases.full_from(lengths)
+        return self.decoder.skipping.forward(
+            ids, cache, zeros, self.phases.prompt, lengths, full_from
+        )
 
     def answer_states(self, prompts: Rows, answers: Rows) -> list[Tensor]:
         """Of each answer, the final states [T, H] that predict its T tokens, as the cell decodes.
 
-        The first token is predicted by the prompt's last state, which is a prompt's where both
-        phases are computed alike, and each further one by a decoding step: a pass over an answer
-        has the bits of its tokens one by one.
+        The first token is predicted by the prompt's last state, which comes out of the prompt's
+        pass unless that token is apart, and each further one by a decoding step: a pass over an
+        answer has the bits of its tokens one by one.
         """
         skipping, phases = self.decoder.skipping, self.phases
         before = skipping.usage.copy()
@@ -141,7 +144,7 @@ class Scored(BranchingModel):
             for prompt, start, answer in zip(prompts, starts, answers, strict=True)
         ]
         states = [
-            read[row, start - 1 : start] if not phases.differ else read.new_zeros(0)
+            read[row, start - 1 : start] if not phases.apart else read.new_zeros(0)
             for row, start in enumerate(starts)
         ]
         rows = [row for row, own in enumerate(steps) if own]

@@ -396,7 +396,7 @@ class Decoder:
         cache = self.skipping.new_cache(len(rows), cache_capacity(longest, rows[0].stops.limit))
         states = self._read(rows, cache, phases)
         used = self.skipping.usage.copy()
-        if phases.differ:  # the last tokens are computed as answers are
+        if phases.apart:
             tokens, starts = (
                 [row.prompt[-1:] for row in rows],
                 [len(row.prompt) - 1 for row in rows],
@@ -413,6 +413,7 @@ class Decoder:
         """Fill the cache with what of the prompts is computed as such; the final state [H] of each
         row's last token of that."""
         lengths = [phases.read(len(row.prompt)) for row in rows]
+        full_from = phases.full_from(lengths)
         ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
         for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             ids[number, :length] = torch.tensor(row.prompt[:length], dtype=torch.long)
@@ -422,7 +423,9 @@ class Decoder:
         for first in range(0, max(lengths), columns):
             part = ids[:, first : first + columns]
             own = [min(max(n - first, 0), part.shape[1]) for n in lengths]
-            hidden = self.skipping.forward(part, cache, [first] * len(rows), phases.prompt, own)
+            full = None if full_from is None else [place - first for place in full_from]
+            starts = [first] * len(rows)
+            hidden = self.skipping.forward(part, cache, starts, phases.prompt, own, full)
             for number, length in enumerate(lengths):
                 if first < length <= first + columns:
                     final[number] = hidden[number, length - first - 1].clone()

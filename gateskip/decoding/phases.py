@@ -3,7 +3,7 @@
 Nothing is predicted from most tokens of a prompt: later tokens read their keys and values, and that
 is all. So they may skip what no later token needs, by thresholds of their own
 (calibration/reading.py). The last token of a prompt predicts the answer's first, and is computed as
-the answer is.
+the answer is: within the prompt's pass where answers are at full compute.
 
 Either phase may be left at full compute while the other one skips. Running text that is scored has
 no phases: something is predicted from each of its tokens, so it is read as an answer is.
@@ -11,9 +11,12 @@ no phases: something is predicted from each of its tokens, so it is read as an a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from gateskip.model.gating import NEVER_SKIP
+from gateskip.runtime.governor import Hold
 from gateskip.runtime.skipping import Limits
 
 Phase = Literal["prompt", "answer"]
@@ -36,9 +39,23 @@ class Phases:
         """Whether a prompt and what follows it are computed differently."""
         return self.prompt is not self.answer
 
+    @property
+    def apart(self) -> bool:
+        """Whether a prompt's last token needs a pass of its own: where it is computed differently
+        from the others, and either skips or follows a prompt that holds a budget."""
+        full = self.answer is None or (
+            not isinstance(self.answer, Hold) and max(self.answer) == NEVER_SKIP
+        )
+        return self.differ and (not full or isinstance(self.prompt, Hold))
+
     def read(self, length: int) -> int:
-        """How many of a prompt's tokens are computed as a prompt: all, or all but the last."""
-        return length - 1 if self.differ else length
+        """How many of a prompt's tokens pass together: all, or all but the last."""
+        return length - 1 if self.apart else length
+
+    def full_from(self, lengths: Sequence[int]) -> list[int] | None:
+        """The place in each prompt from which on tokens that pass with it are at full compute; None
+        where all are computed alike."""
+        return [length - 1 for length in lengths] if self.differ and not self.apart else None
 
 
 FULL = Phases()

@@ -81,10 +81,19 @@ class NormKind(IntEnum):
     LAYER_NORM = 2
 
 
+class Entering(IntEnum):
+    """Whether a token of a prompt enters a branch."""
+
+    PADDING = 0
+    BY_GATE = 1
+    ALWAYS = 2
+
+
 ENUMS: dict[str, type[IntEnum]] = {
     "MatrixKind": Kind,
     "Activation": Activation,
     "NormKind": NormKind,
+    "Entering": Entering,
 }
 
 
@@ -260,11 +269,22 @@ class PromptRows(ctypes.Structure):
     )
 
 
+class Entry(ctypes.Structure):
+    """Which tokens of a prompt enter a branch, and what those get that skip it."""
+
+    _fields_ = (
+        ("tokens", Pointer),
+        ("least", Float),
+        ("rank", Int),
+        *((name, Pointer) for name in ("down", "up", "bias")),
+    )
+
+
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     each.__name__: each
     for each in (
         *(Matrix, Norm, Shortcut, Layer, Model, CacheView),
-        *(Step, Sampling, Embedding, DraftNetwork, Draft, Round, Speculation, PromptRows),
+        *(Step, Sampling, Embedding, DraftNetwork, Draft, Round, Speculation, PromptRows, Entry),
     )
 }
 _SCALARS: dict[str, Any] = {

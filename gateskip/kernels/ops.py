@@ -113,19 +113,31 @@ def prompt_mlp(layer: abi.Layer, x: Tensor) -> Tensor:
     return out
 
 
-def prompt_mlp_branch(layer: abi.Layer, hidden: Tensor) -> None:
-    """hidden [..., H], bfloat16, += what a layer's MLP branch adds, in place."""
+def prompt_mlp_branch(layer: abi.Layer, entry: abi.Entry | None, hidden: Tensor) -> int:
+    """hidden [..., H], bfloat16, += what a layer's MLP branch adds, in place; how many tokens
+    entered: as `entry` says, or all."""
     rows, threads = hidden.numel() // hidden.shape[-1], torch.get_num_threads()
-    _library().gateskip_prompt_mlp_branch(ctypes.byref(layer), _at(hidden), rows, threads)
+    how = entry and ctypes.byref(entry)
+    found: int = _library().gateskip_prompt_mlp_branch(
+        ctypes.byref(layer), how, _at(hidden), rows, threads
+    )
+    return found
 
 
 def prompt_attention_branch(
-    model: abi.Model, layer: abi.Layer, at: abi.PromptRows, hidden: Tensor
-) -> None:
+    model: abi.Model,
+    layer: abi.Layer,
+    at: abi.PromptRows,
+    entry: abi.Entry | None,
+    hidden: Tensor,
+) -> int:
     """The same of a layer's attention branch, for tokens that stand `at` some place."""
     model_at, layer_at, rows_at = map(ctypes.byref, (model, layer, at))
-    threads = torch.get_num_threads()
-    _library().gateskip_prompt_attention_branch(model_at, layer_at, rows_at, _at(hidden), threads)
+    how, threads = entry and ctypes.byref(entry), torch.get_num_threads()
+    found: int = _library().gateskip_prompt_attention_branch(
+        model_at, layer_at, rows_at, how, _at(hidden), threads
+    )
+    return found
 
 
 # -- whole tokens -----------------------------------------------------------------------------

@@ -185,11 +185,13 @@ class Backend(Protocol[CacheT]):
         thresholds: PassThresholds = None,
         lengths: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
+        full_from: Sequence[int] | None = None,
     ) -> Tensor:
         """Run input_ids [B, S], one row of the cache each (or `rows` of it), from positions
         `starts` on -> final normed states [B, S, H]. `lengths` gives the real tokens of
         right-padded rows; states at padding are undefined. Rows with thresholds of their own are
-        not padded."""
+        not padded. `full_from` gives the column of each row from which on tokens enter every
+        branch, whatever the thresholds."""
         ...
 
     def decode(

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gateskip.gates.base import Gates
+from gateskip.kernels.abi import Entering
 from gateskip.model.compute import Usage
 from gateskip.model.families import Branch, embed, final_norm, find_branches, head
 from gateskip.model.gating import ANCHORS, NEVER_SKIP
@@ -117,9 +118,11 @@ class GatheredBackend:
         thresholds: PassThresholds = None,
         lengths: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
+        full_from: Sequence[int] | None = None,
     ) -> Tensor:
         """See `Backend.prompt`."""
-        batch = Batch.of(input_ids, starts, lengths, None if rows is None else tuple(rows))
+        some = None if rows is None else tuple(rows)
+        batch = Batch.of(input_ids, starts, lengths, some, full_from=full_from)
         return self.final(self._run(input_ids, cache, batch, thresholds))
 
     def decode(
@@ -171,17 +174,15 @@ class GatheredBackend:
         for branch in self.branches:
             if not branch.parallel:
                 source = hidden.clone() if parallel else hidden
-            free = limits_of(thresholds, branch.index) is None and batch.real is None
-            if free and not parallel and self.add_whole(branch, hidden, ropes, cache, batch):
-                self.usage.kept[branch.index] += batch.tokens
-                if isinstance(thresholds, RowThresholds):
-                    thresholds.count(branch.index, None)
+            least = limits_of(thresholds, branch.index)
+            args = (branch, hidden, ropes, cache, batch, least)
+            count = None if parallel else self.add_branch(*args)
+            if count is not None:
+                self._note(branch, thresholds, count, None)
                 continue
             x, logits = self.read(branch, source)  # [B, S, H], [B, S]
-            keep = self._kept(branch, x, logits, batch, thresholds)  # [B, S] or None for all
-            self.usage.kept[branch.index] += batch.tokens if keep is None else int(keep.sum())
-            if isinstance(thresholds, RowThresholds):
-                thresholds.count(branch.index, keep)
+            keep = self._kept(branch, x, logits, batch, least)  # [B, S] or None for all
+            self._note(branch, thresholds, batch.tokens if keep is None else int(keep.sum()), keep)
             entered, scale = self._scaled(branch, x, thresholds)
             with self.entering(branch, batch.slots.numel()):
                 if branch.kind == "mlp":
@@ -199,18 +200,25 @@ class GatheredBackend:
         x: Tensor,
         logits: Tensor | None,
         batch: Batch,
-        thresholds: PassThresholds,
+        least: float | Tensor | None,
     ) -> Tensor | None:
         """Which tokens enter: bool [B, S], or None where all do."""
-        least = limits_of(thresholds, branch.index)
         if least is None:
             return batch.real
         assert self.gates is not None, "thresholds without gates"
         if logits is None:
             logits = self.gates.logit(branch.index, x)
         keep = logits >= least
-        keep |= batch.slots < ANCHORS
+        keep |= batch.always
         return keep if batch.real is None else keep & batch.real
+
+    def _note(
+        self, branch: Branch, thresholds: PassThresholds, count: int, keep: Tensor | None
+    ) -> None:
+        """Count that so many tokens enter a branch: those of keep [B, S], or all."""
+        self.usage.kept[branch.index] += count
+        if isinstance(thresholds, RowThresholds):
+            thresholds.count(branch.index, keep)
 
     def _scaled(
         self, branch: Branch, x: Tensor, thresholds: PassThresholds
@@ -347,17 +355,19 @@ class GatheredBackend:
         """Sizes of the parts in which `count` tokens enter a branch."""
         return few_sizes(count)
 
-    def add_whole(
+    def add_branch(
         self,
         branch: Branch,
         hidden: Tensor,
         ropes: Mapping[str, tuple[Tensor, Tensor]],
         cache: KVCache,
         batch: Batch,
-    ) -> bool:
-        """hidden [B, S, H] += a branch that all tokens enter, in place, norms and cache included;
-        whether that was done."""
-        return False
+        least: float | Tensor | None,
+    ) -> int | None:
+        """hidden [B, S, H] += a branch, in place: norms, gate, cache and shortcuts in one. How many
+        tokens entered, or None where that was not done; rows with thresholds of their own have
+        every token enter a branch that is."""
+        return None
 
     def entering(self, branch: Branch, tokens: int) -> AbstractContextManager[None]:
         """A context around a branch that some of `tokens` enter."""
@@ -417,6 +427,7 @@ class Batch:
 
     place: Place
     real: Tensor | None  # [B, S], None when nothing is padding
+    always: Tensor  # [B, S]: the tokens that enter every branch
     tokens: int
     spans: tuple[tuple[int, int], ...]  # of each row: its first position, and its real tokens
     from_zero: bool
@@ -427,6 +438,12 @@ class Batch:
         """Positions [B, S]."""
         return self.place.slots
 
+    @cached_property
+    def entering(self) -> Tensor:
+        """Of each token an Entering, uint8 [B, S]."""
+        found = self.always.to(torch.uint8) + Entering.BY_GATE
+        return found if self.real is None else found * self.real
+
     @classmethod
     def of(
         cls,
@@ -435,8 +452,10 @@ class Batch:
         lengths: Sequence[int] | None = None,
         rows: tuple[int, ...] | None = None,
         decoding: bool = False,
+        full_from: Sequence[int] | None = None,
     ) -> Batch:
-        """Rows of input_ids [B, S] begin at `starts` and have `lengths` real tokens."""
+        """Rows of input_ids [B, S] begin at `starts` and have `lengths` real tokens, which enter
+        every branch from column `full_from` on."""
         count, columns = input_ids.shape
         lengths = [columns] * count if lengths is None else lengths
         steps = torch.arange(columns, device=input_ids.device)
@@ -444,6 +463,9 @@ class Batch:
         padded = min(lengths) < columns
         real = steps < torch.tensor(list(lengths), device=input_ids.device).unsqueeze(1)
         same = rows is None and len(set(starts)) == 1
+        always = first + steps < ANCHORS
+        if full_from is not None:
+            always |= steps >= torch.tensor(list(full_from), device=always.device).unsqueeze(1)
         return cls(
             place=Place(
                 slots=first + steps,
@@ -453,6 +475,7 @@ class Batch:
                 lengths=tuple(lengths),
             ),
             real=real if padded else None,
+            always=always,
             tokens=sum(lengths),
             spans=tuple(zip(starts, lengths, strict=True)),
             from_zero=not any(starts) and not padded,

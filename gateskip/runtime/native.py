@@ -21,6 +21,7 @@ from gateskip.gates.base import Gates
 from gateskip.kernels import ops
 from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.families import Branch, embed
+from gateskip.model.gating import NEVER_SKIP
 from gateskip.model.projections import AttentionShape, Turn
 from gateskip.quantization.formats import weight_format
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, prompt_kernel, rounding
@@ -222,10 +223,11 @@ class NativeBackend(GatheredBackend):
         thresholds: PassThresholds = None,
         lengths: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
+        full_from: Sequence[int] | None = None,
     ) -> Tensor:
         """See `Backend.prompt`."""
         with rounding(self._rounds_prompts):
-            return super().prompt(input_ids, cache, starts, thresholds, lengths, rows)
+            return super().prompt(input_ids, cache, starts, thresholds, lengths, rows, full_from)
 
     @cached_property
     def fp32_activations(self) -> bool:  # type: ignore[override]
@@ -281,26 +283,33 @@ class NativeBackend(GatheredBackend):
             return super().multiply(branch, names, x)
         return self.engine.prompts.project(branch.index, names, x)
 
-    def add_whole(
+    def add_branch(
         self,
         branch: Branch,
         hidden: Tensor,
         ropes: Mapping[str, tuple[Tensor, Tensor]],
         cache: KVCache,
         batch: Batch,
-    ) -> bool:
-        """One native call, where all weights are packed for bfloat16 and no gate scales."""
-        scales = self.gates is not None and self.gates.scales
-        count = batch.slots.numel()
-        if scales or hidden.dtype != torch.bfloat16 or not self._multiplies(branch):
-            return False
-        if self.sizes(count) != [count]:
-            return False
+        least: float | Tensor | None,
+    ) -> int | None:
+        """One native call, where all weights are packed for bfloat16, thresholds are those of all
+        rows, and skipped tokens have keys and values of their own."""
+        prompts, count = self.engine.prompts, batch.slots.numel()
+        if hidden.dtype != torch.bfloat16 or not self._multiplies(branch):
+            return None
+        if isinstance(least, Tensor) or self.sizes(count) != [count]:
+            return None
+        entry = None
+        if least is not None or batch.real is not None:
+            entry = prompts.entry(
+                branch.index, batch.entering, NEVER_SKIP if least is None else least
+            )
         if branch.kind == "mlp":
-            self.engine.prompts.add_mlp(branch.index, hidden)
-            return True
+            return prompts.add_mlp(branch.index, hidden, entry)
+        if self.kv_rule != "project" and least is not None:
+            return None
         rope = ropes[branch.rope]
-        return self.engine.prompts.add_attention(branch.index, hidden, rope, cache, batch.place)
+        return prompts.add_attention(branch.index, hidden, rope, cache, batch.place, entry)
 
     def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The norm and the gate in one native pass."""

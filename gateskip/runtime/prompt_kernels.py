@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gateskip.kernels import ops
-from gateskip.kernels.abi import Kind, Layer, PromptRows
+from gateskip.kernels.abi import Entry, Kind, Layer, PromptRows
 from gateskip.model.families import Branch
 from gateskip.model.projections import AttentionShape, mlp_parts, rotate
 from gateskip.runtime.buffers import Buffers
@@ -136,32 +136,48 @@ class PromptKernels:
         """An MLP's output for x [N, H], bfloat16, in one native call."""
         return ops.prompt_mlp(self.model.layer[branch // 2], x.contiguous())
 
-    def add_mlp(self, branch: int, hidden: Tensor) -> None:
-        """hidden [B, S, H], bfloat16, += an MLP branch, norms included, in one native call."""
-        ops.prompt_mlp_branch(self.model.layer[branch // 2], hidden)
+    def entry(self, branch: int, tokens: Tensor, least: float) -> Entry:
+        """Which tokens enter a branch: those of `tokens` [B, S], an Entering each, whose gate
+        reaches `least`, and those that always do. Valid as long as `tokens`."""
+        found = Entry(tokens.data_ptr(), least)
+        if branch in self._parts.around:
+            parts = self._parts.around[branch]
+            found.rank = len(parts[1])
+            found.down, found.up, found.bias = (part.data_ptr() for part in parts)
+        return found
+
+    def add_mlp(self, branch: int, hidden: Tensor, entry: Entry | None) -> int:
+        """hidden [B, S, H], bfloat16, += an MLP branch, norms and shortcuts included, in one native
+        call; how many tokens entered, all without an `entry`."""
+        return ops.prompt_mlp_branch(self.model.layer[branch // 2], entry, hidden)
 
     def add_attention(
-        self, branch: int, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, place: Place
-    ) -> bool:
-        """The same of an attention branch, whose keys and values [B, kv_heads, T, D] go into the
-        cache; whether that is one call: not where queries are normed by head, where the cache is
-        in 8 bits, or where it comes around."""
+        self,
+        branch: int,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache,
+        place: Place,
+        entry: Entry | None,
+    ) -> int | None:
+        """The same of an attention branch, whose keys and values [B, kv_heads, T, D] of all tokens
+        go into the cache. None where that is not one call: queries are normed by head, the cache is
+        in 8 bits, or it comes around."""
         layer, number = self.model.layer[branch // 2], branch // 2
         slots, kept = cache.slots[number], (cache.keys[number], cache.values[number])
         whole = place.together is not None and place.rows is None and place.used <= slots
         plain = all(part.dtype == torch.bfloat16 and part.is_contiguous() for part in kept)
         if layer.norm_q.weight or not whole or not plain or not ops.attends():
-            return False
+            return None
         if self.model.head_dim % KEYS:
-            return False
+            return None
         batch, count = hidden.shape[:2]
         parts = [part.contiguous() for part in (place.slots, *rope)]
         at = PromptRows(
             *(batch, count, place.used - count, slots),
             *(part.data_ptr() for part in (*parts, *kept)),
         )
-        ops.prompt_attention_branch(self.model, layer, at, hidden)
-        return True
+        return ops.prompt_attention_branch(self.model, layer, at, entry, hidden)
 
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
         """An MLP's output for x [..., H]; what lies between its products is one native pass."""

@@ -104,13 +104,14 @@ class ReferenceBackend:
         thresholds: PassThresholds = None,
         lengths: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
+        full_from: Sequence[int] | None = None,
     ) -> Tensor:
         """See `Backend.prompt`."""
         columns = input_ids.shape[1]
         lengths = [columns] * len(input_ids) if lengths is None else lengths
         tokens = [ids[:n].tolist() for ids, n in zip(input_ids, lengths, strict=True)]
         rows = range(len(tokens)) if rows is None else rows
-        found = self._rows(tokens, cache, rows, starts, thresholds)
+        found = self._rows(tokens, cache, rows, starts, thresholds, full_from)
         padded = [
             torch.cat((own, own.new_zeros(columns - len(own), own.shape[1]))) for own in found
         ]
@@ -142,6 +143,7 @@ class ReferenceBackend:
         rows: Sequence[int],
         starts: Sequence[int],
         thresholds: PassThresholds,
+        full_from: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """States [n, H] of each row's tokens at positions from its start on."""
         found = []
@@ -152,7 +154,9 @@ class ReferenceBackend:
             elif thresholds is not None:
                 limits = torch.tensor(list(thresholds), device=self.device)
             cache.tokens[row][start:] = own
-            cache.thresholds[row][start:] = [limits] * len(own)
+            skipping = len(own) if full_from is None else min(max(full_from[number], 0), len(own))
+            never = None if limits is None else torch.full_like(limits, NEVER_SKIP)
+            cache.thresholds[row][start:] = [limits] * skipping + [never] * (len(own) - skipping)
             states, entered = self._row(cache, row, start)
             if isinstance(thresholds, RowThresholds):
                 thresholds.entered[number] += (entered.long() * thresholds.weights[number]).sum(1)

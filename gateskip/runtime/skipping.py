@@ -169,15 +169,20 @@ class SkippingModel:
         starts: Sequence[int],
         thresholds: Limits = None,
         lengths: Sequence[int] | None = None,
+        full_from: Sequence[int] | None = None,
     ) -> Tensor:
         """Prompts, and what is scored: input_ids [B, S] -> final states [B, S, H].
 
-        See `Backend.prompt`. A held budget takes passes of at most a governor's block.
+        See `Backend.prompt`. A held budget takes passes of at most a governor's block, and has no
+        tokens at full compute.
         """
         if isinstance(thresholds, Hold):
+            assert full_from is None, "a budget is held by all tokens of a pass"
             return self._hold_prompt(input_ids, cache, starts, thresholds, lengths)
         self._count_full(thresholds, input_ids.numel() if lengths is None else sum(lengths))
-        return self.backend.prompt(input_ids, cache, starts, thresholds, lengths)
+        return self.backend.prompt(
+            input_ids, cache, starts, thresholds, lengths, full_from=full_from
+        )
 
     @torch.inference_mode()
     def decode(

@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 9 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 10 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -49,6 +49,13 @@ enum NormKind {
   RMS_NORM = 0,
   RMS_NORM_FP32 = 1,
   LAYER_NORM = 2,
+};
+
+/* Whether a token of a prompt enters a branch: padding does not, others as the gate says, or all the same. */
+enum Entering {
+  PADDING = 0,
+  BY_GATE = 1,
+  ALWAYS = 2,
 };
 
 /* What time is spent on, as indices of Step.spent. GATES: norms, gates and shortcuts. */
@@ -266,6 +273,16 @@ typedef struct PromptRows {
   uint16_t* values;
 } PromptRows;
 
+/* Which tokens of a prompt enter a branch, and what those get that skip it. */
+typedef struct Entry {
+  const uint8_t* tokens; /* [rows]: an Entering each */
+  float least;           /* what a gate's logit must reach */
+  int32_t rank;          /* of the branch's shortcut, a multiple of 8; 0 for none */
+  const float* down;     /* [H, rank] */
+  const float* up;       /* [rank, H] */
+  const float* bias;     /* [H] */
+} Entry;
+
 /* Memory that the calls of one model use again and again; not for two calls at a time. */
 typedef struct Arena Arena;
 
@@ -328,11 +345,14 @@ void gateskip_prompt_products(const Matrix* w, int32_t count, const uint16_t* x,
                               int32_t threads);
 /* out [rows, H] of a layer's MLP for rows x [rows, H], all bfloat16; its weights are packed */
 void gateskip_prompt_mlp(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int32_t threads);
-/* hidden [rows, H], bfloat16, += what a layer's MLP branch adds, norms included */
-void gateskip_prompt_mlp_branch(const Layer* layer, uint16_t* hidden, int64_t rows, int32_t threads);
-/* the same of its attention branch, which norms no queries and keys; where gateskip_attends says 1 */
-void gateskip_prompt_attention_branch(const Model* model, const Layer* layer, const PromptRows* at, uint16_t* hidden,
-                                      int32_t threads);
+/* hidden [rows, H], bfloat16, += what a layer's MLP branch adds, norms and shortcuts included; how many tokens entered,
+ * all without an `entry` */
+int64_t gateskip_prompt_mlp_branch(const Layer* layer, const Entry* entry, uint16_t* hidden, int64_t rows,
+                                   int32_t threads);
+/* the same of its attention branch, which norms no queries and keys, and keeps keys and values of all tokens; where
+ * gateskip_attends says 1 */
+int64_t gateskip_prompt_attention_branch(const Model* model, const Layer* layer, const PromptRows* at, const Entry* entry,
+                                         uint16_t* hidden, int32_t threads);
 
 /* -- between a prompt's matrix products: prefill.cpp -- */
 

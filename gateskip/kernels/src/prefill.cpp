@@ -6,39 +6,48 @@
 
 namespace {
 
-constexpr int ROWS_AT_ONCE = 4;  // rows of activations that share one pass over a shortcut's weights
+// Rows of activations that share one pass over a shortcut's weights, and vectors of columns beside each other: as
+// many sums as registers hold
+#ifdef __AVX512F__
+constexpr int ROWS_AT_ONCE = 8, ACROSS = 2;
+#else
+constexpr int ROWS_AT_ONCE = 4, ACROSS = 2;
+#endif
 
 // out [ROWS_AT_ONCE, n] = start [n] (or nothing) + x [ROWS_AT_ONCE, k] @ w [k, n]: `across` vectors of columns, from
 // column `c` on
-template <int across>
+template <class V, int across>
 void product_columns(const float* x, int k, const float* w, int n, const float* start, float* out, int c) {
-  F32X8 total[ROWS_AT_ONCE][across];
-#pragma GCC unroll 4
+  constexpr int lanes = sizeof(V) / sizeof(float);
+  V total[ROWS_AT_ONCE][across];
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS_AT_ONCE; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < across; v++) total[r][v] = start ? load(start + c + 8 * v) : F32X8{};
+#pragma GCC unroll 8
+    for (int v = 0; v < across; v++) total[r][v] = start ? load_as<V>(start + c + lanes * v) : V{};
   for (int i = 0; i < k; i++) {
-    F32X8 weights[across];
-#pragma GCC unroll 4
-    for (int v = 0; v < across; v++) weights[v] = load(w + int64_t(i) * n + c + 8 * v);
-#pragma GCC unroll 4
+    V weights[across];
+#pragma GCC unroll 8
+    for (int v = 0; v < across; v++) weights[v] = load_as<V>(w + int64_t(i) * n + c + lanes * v);
+#pragma GCC unroll 8
     for (int r = 0; r < ROWS_AT_ONCE; r++) {
-      const F32X8 given = broadcast(x[int64_t(r) * k + i]);
-#pragma GCC unroll 4
+      const V given = all<V>(x[int64_t(r) * k + i]);
+#pragma GCC unroll 8
       for (int v = 0; v < across; v++) total[r][v] = fma(given, weights[v], total[r][v]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < ROWS_AT_ONCE; r++)
-#pragma GCC unroll 4
-    for (int v = 0; v < across; v++) store(out + int64_t(r) * n + c + 8 * v, total[r][v]);
+#pragma GCC unroll 8
+    for (int v = 0; v < across; v++) store(out + int64_t(r) * n + c + lanes * v, total[r][v]);
 }
 
-// All columns of it
+// All columns of it, n a multiple of 8
 void product(const float* x, int k, const float* w, int n, const float* start, float* out) {
+  constexpr int lanes = sizeof(Widest) / sizeof(float);
   int c = 0;
-  for (; c + 32 <= n; c += 32) product_columns<4>(x, k, w, n, start, out, c);
-  for (; c < n; c += 8) product_columns<1>(x, k, w, n, start, out, c);
+  for (; c + ACROSS * lanes <= n; c += ACROSS * lanes) product_columns<Widest, ACROSS>(x, k, w, n, start, out, c);
+  for (; c + lanes <= n; c += lanes) product_columns<Widest, 1>(x, k, w, n, start, out, c);
+  for (; c < n; c += 8) product_columns<F32X8, 1>(x, k, w, n, start, out, c);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// A whole branch of a prompt in one call, all of whose tokens enter it and all of whose weights are packed: the norm, the
-// products, what lies between them, and what is added. The functions are those of other prompts, and so are the bits.
+// A branch of a prompt in one call, all of whose weights are packed: the norm, the gate, the products of the tokens that
+// enter, what lies between them, and what is added. The functions are those of other prompts, and so are the bits.
 #include "rows.h"
 
 #ifdef GATESKIP_WIDE
@@ -25,13 +25,63 @@ class Parts {
   uint16_t* next_;
 };
 
-// hidden [rows, width] += what a branch left [rows, width], after its norm where there is one
-void add(uint16_t* hidden, uint16_t* left, const Norm& after, int64_t rows, int64_t width, int32_t threads) {
+// A branch's norm and gate
+struct Reads {
+  const Norm& norm;
+  const float* weight;
+  float bias;
+};
+
+// Places of the tokens that enter a branch, and of those that its shortcut stands in for
+class Who {
+ public:
+  // x [rows, width] becomes what the branch reads of hidden [rows, width]
+  Who(const Reads& reads, const Entry* entry, const uint16_t* hidden, int64_t rows, int64_t width, uint16_t* x,
+      int32_t threads)
+      : entry_(entry), rows_(rows), width_(width) {
+    const bool asks = entry && reads.weight;
+    std::vector<float> logits(asks ? rows : 0);
+    gateskip_norm(hidden, &reads.norm, rows, int32_t(width), 1, x, asks ? reads.weight : nullptr, reads.bias,
+                  logits.data(), threads);
+    for (int64_t r = 0; entry && r < rows; r++) {
+      const uint8_t token = entry->tokens[r];
+      if (token == ALWAYS || (token == BY_GATE && (!asks || logits[r] >= entry->least))) enter_.push_back(r);
+      else if (token != PADDING) skip_.push_back(r);
+    }
+  }
+
+  bool all() const { return !entry_ || count() == rows_; }
+  int64_t count() const { return entry_ ? int64_t(enter_.size()) : rows_; }
+  int64_t place(int64_t i) const { return all() ? i : enter_[i]; }
+
+  // Rows [count, width] of those that enter, out of from [rows, width]: in `to`, or where they are if that is all
+  template <class T>
+  const T* gather(const T* from, int64_t width, T* to) const {
+    if (all()) return from;
+    for (int64_t i = 0; i < count(); i++) std::memcpy(to + i * width, from + enter_[i] * width, sizeof(T) * width);
+    return to;
+  }
+
+  // hidden [rows, width] of the others += their shortcut of x [rows, width]
+  void add_shortcuts(uint16_t* hidden, const uint16_t* x, int32_t threads) const {
+    if (skip_.empty() || !entry_->rank) return;
+    gateskip_shortcut(hidden, x, 1, skip_.data(), int64_t(skip_.size()), int32_t(width_), entry_->down, entry_->up,
+                      entry_->bias, entry_->rank, threads);
+  }
+
+ private:
+  const Entry* entry_;  // or null: all enter
+  const int64_t rows_, width_;
+  std::vector<int64_t> enter_, skip_;
+};
+
+// hidden [.., width] of those that enter += what a branch left [count, width], after its norm where there is one
+void add(uint16_t* hidden, uint16_t* left, const Norm& after, const Who& who, int64_t width, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < rows; r++) {
-    uint16_t *to = hidden + r * width, *from = left + r * width;
+  for (int64_t i = 0; i < who.count(); i++) {
+    uint16_t *to = hidden + who.place(i) * width, *from = left + i * width;
     norm_row(after, from, int(width), from);
-    for (int64_t i = 0; i < width; i += 8) store(to + i, load(to + i) + load(from + i));
+    for (int64_t c = 0; c < width; c += 8) store(to + c, load(to + c) + load(from + c));
   }
 }
 
@@ -50,41 +100,59 @@ void keep(const PromptRows& at, const uint16_t* from, uint16_t* cache, int64_t k
 
 extern "C" {
 
-void gateskip_prompt_mlp_branch(const Layer* layer, uint16_t* hidden, int64_t rows, int32_t threads) {
+int64_t gateskip_prompt_mlp_branch(const Layer* layer, const Entry* entry, uint16_t* hidden, int64_t rows,
+                                   int32_t threads) {
   const int64_t width = layer->down.n, size = rows * width;
-  Parts parts{size, size};
-  uint16_t *x = parts.take(size), *left = parts.take(size);
-  gateskip_norm(hidden, &layer->norm_mlp, rows, int32_t(width), 1, x, nullptr, 0, nullptr, threads);
-  gateskip_prompt_mlp(layer, x, rows, left, threads);
-  add(hidden, left, layer->after_mlp, rows, width, threads);
+  Parts parts{size, size, size};
+  uint16_t *x = parts.take(size), *some = parts.take(size), *left = parts.take(size);
+  const Who who({layer->norm_mlp, layer->weight_mlp, layer->bias_mlp}, entry, hidden, rows, width, x, threads);
+  if (who.count()) gateskip_prompt_mlp(layer, who.gather(x, width, some), who.count(), left, threads);
+  add(hidden, left, layer->after_mlp, who, width, threads);
+  who.add_shortcuts(hidden, x, threads);
+  return who.count();
 }
 
-void gateskip_prompt_attention_branch(const Model* model, const Layer* layer, const PromptRows* at, uint16_t* hidden,
-                                      int32_t threads) {
+int64_t gateskip_prompt_attention_branch(const Model* model, const Layer* layer, const PromptRows* at, const Entry* entry,
+                                         uint16_t* hidden, int32_t threads) {
   const int64_t width = model->hidden, heads = model->heads, kv_heads = model->kv_heads, d = model->head_dim;
-  const int64_t rows = int64_t(at->batch) * at->count, size = rows * width, all = rows * heads * d, few = rows * kv_heads * d;
+  const int64_t rows = int64_t(at->batch) * at->count, turned = layer->rotary_dim;
+  const int64_t size = rows * width, all = rows * heads * d, few = rows * kv_heads * d;
   const int64_t used = (at->first + at->count + SIMD_WIDTH - 1) / SIMD_WIDTH * SIMD_WIDTH;
   const int64_t packed_size = 2 * at->batch * kv_heads * used * d;
-  Parts parts{size, all + 2 * few, all, size, packed_size};
-  uint16_t *x = parts.take(size), *queries = parts.take(all + 2 * few), *mixed = parts.take(all);
-  uint16_t *left = parts.take(size), *keys = queries + all, *values = keys + few;
+  Parts parts{size, size, all + 2 * few, all, size, packed_size, rows * turned, rows * turned};
+  uint16_t *x = parts.take(size), *some = parts.take(size), *queries = parts.take(all + 2 * few);
+  uint16_t *keys = queries + all, *values = keys + few, *mixed = parts.take(all), *left = parts.take(size);
   uint32_t* packed = reinterpret_cast<uint32_t*>(parts.take(packed_size));
-  gateskip_norm(hidden, &layer->norm_attention, rows, int32_t(width), 1, x, nullptr, 0, nullptr, threads);
-  gateskip_prompt_products(&layer->q, 3, x, rows, queries, threads);
+  uint16_t *cos = parts.take(rows * turned), *sin = parts.take(rows * turned);
+  const Who who({layer->norm_attention, layer->weight_attention, layer->bias_attention}, entry, hidden, rows, width, x,
+                threads);
+  if (who.all()) {
+    gateskip_prompt_products(&layer->q, 3, x, rows, queries, threads);
+  } else {
+    gateskip_prompt_products(&layer->k, 2, x, rows, keys, threads);
+    if (who.count())
+      gateskip_prompt_products(&layer->q, 1, who.gather(x, width, some), who.count(), queries, threads);
+  }
   if (layer->rope >= 0) {
-    gateskip_rotate(queries, 1, rows, int32_t(heads), int32_t(d), layer->rotary_dim, at->cos, at->sin, threads);
-    gateskip_rotate(keys, 1, rows, int32_t(kv_heads), int32_t(d), layer->rotary_dim, at->cos, at->sin, threads);
+    gateskip_rotate(queries, 1, who.count(), int32_t(heads), int32_t(d), int32_t(turned), who.gather(at->cos, turned, cos),
+                    who.gather(at->sin, turned, sin), threads);
+    gateskip_rotate(keys, 1, rows, int32_t(kv_heads), int32_t(d), int32_t(turned), at->cos, at->sin, threads);
   }
   keep(*at, keys, at->keys, kv_heads, d, threads);
   keep(*at, values, at->values, kv_heads, d, threads);
-  const int64_t head_stride = int64_t(at->capacity) * d;
-  gateskip_pack(at->keys, at->values, at->batch, kv_heads, d, kv_heads * head_stride, head_stride, at->capacity, used,
-                packed, threads);
-  const std::vector<int64_t> counts(at->batch, at->count);
-  gateskip_attend(queries, at->slots, counts.data(), at->batch, heads, kv_heads, d, layer->window, layer->scaling,
-                  layer->softcap, used, packed, mixed, threads);
-  gateskip_prompt_products(&layer->o, 1, mixed, rows, left, threads);
-  add(hidden, left, layer->after_attention, rows, width, threads);
+  if (who.count()) {
+    const int64_t head_stride = int64_t(at->capacity) * d;
+    gateskip_pack(at->keys, at->values, at->batch, kv_heads, d, kv_heads * head_stride, head_stride, at->capacity, used,
+                  packed, threads);
+    std::vector<int64_t> slots(who.count()), counts(at->batch);
+    for (int64_t i = 0; i < who.count(); i++) slots[i] = at->slots[who.place(i)], counts[who.place(i) / at->count]++;
+    gateskip_attend(queries, slots.data(), counts.data(), at->batch, heads, kv_heads, d, layer->window, layer->scaling,
+                    layer->softcap, used, packed, mixed, threads);
+    gateskip_prompt_products(&layer->o, 1, mixed, who.count(), left, threads);
+    add(hidden, left, layer->after_attention, who, width, threads);
+  }
+  who.add_shortcuts(hidden, x, threads);
+  return who.count();
 }
 
 }  // extern "C"

@@ -66,8 +66,7 @@ void unpack_pairs(const Matrix& w, int64_t tile, uint32_t* to, int stride) {
         };
 #pragma GCC unroll 2
         for (int c = 0; c < 4; c += 2, to += stride) {
-          const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(column(c))), to_bf16(column(c + 1)), 1);
-          _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, both));
+          _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, to_bf16(column(c), column(c + 1))));
         }
       }
     }

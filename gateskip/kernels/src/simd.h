@@ -150,6 +150,15 @@ static inline __m256i to_bf16(__m512 v) {
 #endif
 }
 
+// Two vectors, rounded in the same way: the first one's numbers, then the second one's
+static inline __m512i to_bf16(__m512 first, __m512 second) {
+#ifdef GATESKIP_BF16
+  return (__m512i)_mm512_cvtne2ps_pbh(second, first);
+#else
+  return _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(first)), to_bf16(second), 1);
+#endif
+}
+
 // Pairs of bfloat16 are multiplied in as many parts: both of a pair at once, or one after the other in float32
 #ifdef GATESKIP_BF16
 constexpr int PARTS_OF_PAIRS = 1;
