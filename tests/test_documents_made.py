@@ -157,6 +157,30 @@ def test_what_is_written_stands_beside_what_it_saved(results: Results) -> None:
     ]
 
 
+def test_prompts_stand_beside_the_plain_cell_of_the_same_weights(results: Results) -> None:
+    def read(*repeats: float) -> Measured:
+        return Measured(median=repeats[1], quartiles=(repeats[0], repeats[2]), repeats=repeats)
+
+    def cell(name: str, plain: str | None, by: float, ratio: Estimate | None = None) -> CellResult:
+        own = {128: read(100.0, 110.0, 90.0), 512: read(200.0, 190.0, 210.0)}
+        fast = {n: read(*(by * x for x in each.repeats)) for n, each in own.items()}
+        longer = SpeedNumbers(prefill_tokens_per_s=fast[512])
+        first = Speed(prefill_tokens_per_s=fast[128], prefill_ratio=ratio, by_context={512: longer})
+        return CellResult(name=name, chain=(), status="ok", speed=first, plain=plain)
+
+    ratio = Estimate(value=2.4, low=2.3, high=2.5, n=3, different=True)
+    cells = (cell("int8", None, 2.0), cell("int8+read80", "int8", 2.4, ratio))
+    made = results.model_copy(
+        update={"cells": cells, "benchmark": {"speed": {"prompt_tokens": 128}}}
+    )
+    head, _, plain, skips = TABLES["prompts"](made)
+    assert head.count("x plain") == 2 > head.count("x dense")  # a column of nothing is left out
+    assert "| 128 tokens, tok/s |" in head
+    assert plain == "| `int8` | 220 (200 to 180) | – | – | 380 (400 to 420) | – |"
+    assert "264 (240 to 216) | 2.40x (2.30 to 2.50) | 1.20x (1.20 to 1.20) |" in skips
+    assert skips.endswith("456 (480 to 504) | 1.20x (1.20 to 1.20) |")
+
+
 def test_the_other_tables(results: Results) -> None:
     assert "arc_easy" in TABLES["quality"](results)[0]
     (row,) = TABLES["speculation"](results)[2:]

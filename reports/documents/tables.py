@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from compose.errors import UserError
+from compose.results.intervals import paired_speed_ratio
 from compose.results.parts import Estimate, SpeedNumbers, TaskScore
 from compose.results.schema import CellResult, Results
 from reports.documents.text import DASH, factor, measured, megabytes, percent, table, with_ends
@@ -127,6 +128,41 @@ def speed(results: Results, cells: str | None = None) -> list[str]:
     return table(head, lines)
 
 
+def prompts(results: Results, cells: str | None = None) -> list[str]:
+    """How fast prompts of each length are read: over dense, and over the plain cell of the same
+    weights, paired by round."""
+    rows = chosen(results, cells)
+    contexts = sorted({c for cell in rows for c in _by(cell, "by_context")})
+    shortest = (results.benchmark or {})["speed"]["prompt_tokens"]
+    head = [""]
+    for context in (shortest, *contexts):
+        head += [f"{context} tokens, tok/s", "x dense", "x plain"]
+    lines = []
+    for cell in rows:
+        line = [f"`{cell.name}`"]
+        plain = None if cell.plain is None else results.cell(cell.plain)
+        for context in (None, *contexts):
+            own, base = _after(cell, context), _after(plain, context)
+            line.append(measured(own.prefill_tokens_per_s))
+            line += [factor(own.prefill_ratio), factor(_prompt_ratio(own, base))]
+        lines.append(line)
+    return table(head, lines)
+
+
+def _after(cell: CellResult | None, context: int | None) -> SpeedNumbers:
+    """A cell's speeds with a prompt of some tokens, or of those of the run."""
+    if cell is None or cell.speed is None:
+        return SpeedNumbers()
+    return cell.speed if context is None else _by(cell, "by_context")[context]
+
+
+def _prompt_ratio(own: SpeedNumbers, base: SpeedNumbers) -> Estimate | None:
+    """How much faster prompts are read than by another cell in the same rounds."""
+    if own.prefill_tokens_per_s is None or base.prefill_tokens_per_s is None:
+        return None
+    return paired_speed_ratio(own.prefill_tokens_per_s.repeats, base.prefill_tokens_per_s.repeats)
+
+
 def skipping(results: Results, cells: str | None = None) -> list[str]:
     """Compute that is saved beside what it costs."""
     rows = [c for c in chosen(results, cells) if c.name == results.baseline or c.compute]
@@ -198,6 +234,7 @@ def peers(results: Results, cells: str | None = None) -> list[str]:
 
 TABLES: Mapping[str, Callable[..., list[str]]] = {
     "peers": peers,
+    "prompts": prompts,
     "quality": quality,
     "skipping": skipping,
     "speculation": speculation,
