@@ -149,11 +149,21 @@ def test_what_is_written_stands_beside_what_it_saved(results: Results) -> None:
         status="ok",
         quality=Quality(tasks={"squad": task}, written_retained=kept),
     )
-    lines = TABLES["written"](results.model_copy(update={"cells": (*results.cells[:1], cell)}))
+    whole = task.model_copy(update={"compute": None})
+    cut = cell.model_copy(
+        update={
+            "name": "dropped",
+            "compute": Compute(saved_net=0.167),
+            "quality": Quality(tasks={"squad": whole}, written_retained=kept),
+        }
+    )
+    cells = (*results.cells[:1], cell, cut)
+    lines = TABLES["written"](results.model_copy(update={"cells": cells}))
     assert lines == [
         "|  | squad, kept | saved | mean kept |",
         "| --- | --- | --- | --- |",
         "| `read83` | 90.0 % (80.0 to 95.0) | 15.2 % | 91.0 % (85.0 to 96.0) |",
+        "| `dropped` | 90.0 % (80.0 to 95.0) | 16.7 % | 91.0 % (85.0 to 96.0) |",
     ]
 
 

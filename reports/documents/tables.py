@@ -201,7 +201,7 @@ def written(results: Results, cells: str | None = None) -> list[str]:
         lines.append(
             [
                 f"`{cell.name}`",
-                *[word for name in tasks for word in _kept_and_saved(found.get(name))],
+                *[word for name in tasks for word in _kept_and_saved(cell, found.get(name))],
                 _share(scored.written_retained if scored else None),
                 _share(scored.ranked_retained if scored else None),
                 with_ends(own.kl, own.kl_ci95) if own else DASH,
@@ -292,11 +292,13 @@ def _task(results: Results, cell: CellResult, name: str) -> str:
     return DASH if score is None else with_ends(score.value, score.ci95, 100.0)
 
 
-def _kept_and_saved(score: TaskScore | None) -> tuple[str, str]:
-    """Of a task: its score over the dense model's, and multiply-adds saved, net, on its text."""
+def _kept_and_saved(cell: CellResult, score: TaskScore | None) -> tuple[str, str]:
+    """Of a task: its score over the dense model's, and multiply-adds saved, net: on its text, or
+    where nothing skips, by what was cut from every token's way."""
     if score is None:
         return DASH, DASH
-    saved = score.compute.saved_net if score.compute else None
+    cut = (cell.compute.saved_net if cell.compute else None) or None
+    saved = score.compute.saved_net if score.compute else cut
     return percent(score.retained, score.retained_ci95), percent(saved)
 
 
