@@ -410,7 +410,7 @@ class Decoder:
         return cache, used
 
     def _read(self, rows: list[Row], cache: Cache, phases: Phases) -> Sequence[Tensor]:
-        """Fill the cache with what of the prompts is computed as such; the final state [H] of each
+        """Fill the cache with what of the prompts passes together; the final state [H] of each
         row's last token of that."""
         lengths = [phases.read(len(row.prompt)) for row in rows]
         full_from = phases.full_from(lengths)

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from gateskip.model.gating import NEVER_SKIP
 from gateskip.runtime.governor import Hold
-from gateskip.runtime.skipping import Limits
+from gateskip.runtime.skipping import Limits, is_full
 
 Phase = Literal["prompt", "answer"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -43,10 +42,7 @@ class Phases:
     def apart(self) -> bool:
         """Whether a prompt's last token needs a pass of its own: where it is computed differently
         from the others, and either skips or follows a prompt that holds a budget."""
-        full = self.answer is None or (
-            not isinstance(self.answer, Hold) and max(self.answer) == NEVER_SKIP
-        )
-        return self.differ and (not full or isinstance(self.prompt, Hold))
+        return self.differ and (not is_full(self.answer) or isinstance(self.prompt, Hold))
 
     def read(self, length: int) -> int:
         """How many of a prompt's tokens pass together: all, or all but the last."""

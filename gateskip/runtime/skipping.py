@@ -39,6 +39,11 @@ Limits = Thresholds | Hold
 by thresholds of its own; or None, full compute."""
 
 
+def is_full(limits: Limits) -> bool:
+    """Whether every token enters every branch."""
+    return limits is None or (not isinstance(limits, Hold) and max(limits) == NEVER_SKIP)
+
+
 def make_backend(
     name: str, model: Any, gates: Gates | None, kv_rule: str, rounded: bool = True
 ) -> Backend[Any]:
@@ -267,7 +272,7 @@ class SkippingModel:
         """Count tokens of which no gate is asked; gates that scale are asked even then."""
         asked = self.gated or thresholds is not None  # as every backend asks gates that scale
         scales = self.gates is not None and self.gates.scales and asked
-        if not scales and (thresholds is None or max(thresholds) == NEVER_SKIP):
+        if not scales and is_full(thresholds):
             self.usage.ungated += tokens
 
     def _hold_prompt(
