@@ -89,11 +89,20 @@ class Entering(IntEnum):
     ALWAYS = 2
 
 
+class PromptUnits(IntEnum):
+    """What multiplies a prompt's rows."""
+
+    NO_UNITS = 0
+    VECTORS = 1
+    TILE_UNITS = 2
+
+
 ENUMS: dict[str, type[IntEnum]] = {
     "MatrixKind": Kind,
     "Activation": Activation,
     "NormKind": NormKind,
     "Entering": Entering,
+    "PromptUnits": PromptUnits,
 }
 
 

@@ -85,18 +85,19 @@ def unpack(
     return out
 
 
-def multiplies_prompts() -> bool:
-    """Whether `prompt_products` can be had, and is the fastest way to multiply packed weights by
-    activations of 8 bits: not where there are units for whole matrices (AMX)."""
-    return bool(_library().gateskip_multiplies_prompts())
+def prompt_units() -> abi.PromptUnits:
+    """What `prompt_products` and the functions after it multiply with: there are none without
+    AVX-512 with VNNI."""
+    return abi.PromptUnits(_library().gateskip_prompt_units())
 
 
 def prompt_products(first: abi.Matrix, widths: Sequence[int], x: Tensor) -> list[Tensor]:
-    """x [m, k], bfloat16, times each of the packed matrices [n, k] transposed that lie one after
-    the other from `first` on, plus its bias: one [m, n] for each of the widths n.
+    """x [m, k], bfloat16, times each of the matrices [n, k] transposed that lie one after the other
+    from `first` on, plus its bias: one [m, n] for each of the widths n. They are packed or
+    bfloat16, and k is a multiple of 32.
 
-    The weights are rounded to bfloat16, or the activations to 8 bits where a matrix's kind says so;
-    each product is summed up in float32.
+    Packed weights are rounded to bfloat16, or in vectors the activations to 8 bits where a matrix's
+    kind says so; each product is summed up in float32.
     """
     rows, threads = len(x), torch.get_num_threads()
     out = torch.empty(rows * sum(widths), dtype=torch.bfloat16)
@@ -107,7 +108,7 @@ def prompt_products(first: abi.Matrix, widths: Sequence[int], x: Tensor) -> list
 
 
 def prompt_mlp(layer: abi.Layer, x: Tensor) -> Tensor:
-    """What the MLP of a layer with packed weights makes of x [m, H], bfloat16 -> [m, H]."""
+    """What the MLP of a layer makes of x [m, H], bfloat16 -> [m, H]."""
     out, threads = torch.empty(len(x), layer.down.n, dtype=torch.bfloat16), torch.get_num_threads()
     _library().gateskip_prompt_mlp(ctypes.byref(layer), _at(x), len(x), _at(out), threads)
     return out
@@ -343,7 +344,8 @@ def attends() -> bool:
 
 def pack(keys: Tensor, values: Tensor, used: int, packed: Tensor) -> None:
     """The first `used` slots of keys and values [B, kv_heads, T, D] into packed
-    [B * kv_heads, 2, used, D] as `attend` reads them; `used` and D are multiples of 16."""
+    [B * kv_heads, 2, used, D] as `attend` reads them; `used` is a multiple of 32, D
+    of 16."""
     batch, kv_heads, capacity, width = keys.shape
     _library().gateskip_pack(
         *(_at(keys), _at(values), batch, kv_heads, width),

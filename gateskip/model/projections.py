@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from gateskip.model.families import Branch
 
 Turn = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
-"""What `rotate` does, done in another way."""
+"""What `rotate` does."""
 Multiply = Callable[[Branch, Sequence[str], Tensor], Sequence[Tensor]]
-"""An attention branch's `queries`, `keys`, `values` or `output` [..., n] of x [..., in], in another
-way than by their modules."""
+"""What `by_modules` does."""
+NormHeads = Callable[[Branch, str, Tensor], Tensor]
+"""What `norm_heads` does."""
 
 
 @dataclass(frozen=True)
@@ -152,88 +153,25 @@ def _is_plain(linear: Any) -> bool:
 # -- queries, keys, values and output ---------------------------------------------------------
 
 
-def project_queries(
-    branch: Branch,
-    x: Tensor,
-    rope: tuple[Tensor, Tensor],
-    turn: Turn | None = None,
-    multiply: Multiply | None = None,
-) -> Tensor:
-    """Rotated queries. x [..., H], rope two of [..., D] -> [..., heads, head_dim].
-
-    `turn` may stand in for `rotate`, and `multiply` for the modules.
-    """
-    (queries,) = (multiply or by_modules)(branch, ("queries",), x)
-    return _rotated(branch, _heads(branch, queries, "q_norm"), rope, turn)
-
-
-def project_keys_values(
-    branch: Branch,
-    x: Tensor,
-    rope: tuple[Tensor, Tensor],
-    turn: Turn | None = None,
-    multiply: Multiply | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Rotated keys, and values. x [..., H], rope two of [..., D] -> two of [..., kv_heads, D].
-
-    `turn` may stand in for `rotate`, and `multiply` for the modules.
-    """
-    keys, values = (multiply or by_modules)(branch, ("keys", "values"), x)
-    turned = _rotated(branch, _heads(branch, keys, "k_norm"), rope, turn)
-    return turned, _heads(branch, values, None)
-
-
-def project_inputs(
-    branch: Branch,
-    x: Tensor,
-    rope: tuple[Tensor, Tensor],
-    turn: Turn | None = None,
-    multiply: Multiply | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `project_queries` and `project_keys_values` give: rotated queries and keys, and values.
-
-    `turn` may stand in for `rotate`, and `multiply` for the modules.
-    """
-    queries, keys, values = (multiply or by_modules)(branch, PROJECTIONS[:3], x)
-    return (
-        _rotated(branch, _heads(branch, queries, "q_norm"), rope, turn),
-        _rotated(branch, _heads(branch, keys, "k_norm"), rope, turn),
-        _heads(branch, values, None),
-    )
-
-
-def project_out(branch: Branch, mixed: Tensor, multiply: Multiply | None = None) -> Tensor:
-    """The output projection: what the heads attended to [..., heads * head_dim] -> [..., H].
-
-    `multiply` may stand in for the module.
-    """
-    (output,) = (multiply or by_modules)(branch, ("output",), mixed)
-    return output
-
-
 def by_modules(branch: Branch, names: Sequence[str], x: Tensor) -> list[Tensor]:
-    """See `Multiply`: what the modules give."""
+    """An attention branch's `queries`, `keys`, `values` or `output` [..., n] of x [..., in]."""
     parts = dict(zip(PROJECTIONS, attention_parts(branch), strict=True))
     return [parts[name](x) for name in names]
 
 
-def _heads(branch: Branch, x: Tensor, name: str | None) -> Tensor:
-    """[..., heads * D] -> [..., heads, D], normed by head (Qwen3) or before the cut (OLMo2)."""
-    head_dim = _head_dim(branch)
-    norm = None if name is None else getattr(branch.module, name, None)
-    if norm is not None and norm.weight.shape[-1] != head_dim:
-        x, norm = norm(x), None
-    cut: Tensor = x.unflatten(-1, (-1, head_dim))
-    return cut if norm is None else norm(cut)
+def norm_heads(branch: Branch, name: str, x: Tensor) -> Tensor:
+    """Queries or keys x [..., heads * D], normed by the branch's module of that name: by head
+    (Qwen3) or together (OLMo2); as they are where there is none."""
+    norm = getattr(branch.module, name, None)
+    if norm is None:
+        return x
+    normed: Tensor = norm(x.unflatten(-1, (-1, norm.weight.shape[-1])))
+    return normed.flatten(-2)
 
 
 def rotates(branch: Branch) -> bool:
     """Whether an attention branch rotates queries and keys: some layers of SmolLM3 do not."""
     return bool(getattr(branch.module, "use_rope", True))
-
-
-def _rotated(branch: Branch, x: Tensor, rope: tuple[Tensor, Tensor], turn: Turn | None) -> Tensor:
-    return (turn or rotate)(x, rope) if rotates(branch) else x
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -247,3 +185,63 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
     return turned if still is None else torch.cat((turned, still), dim=-1)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How projections are computed: by torch, unless a backend has something else."""
+
+    multiply: Multiply = by_modules
+    norm: NormHeads = norm_heads
+    turn: Turn = rotate
+
+
+BY_TORCH = Steps()
+
+
+def project_queries(
+    branch: Branch, x: Tensor, rope: tuple[Tensor, Tensor], by: Steps = BY_TORCH
+) -> Tensor:
+    """Rotated queries. x [..., H], rope two of [..., D] -> [..., heads, head_dim]."""
+    (queries,) = by.multiply(branch, ("queries",), x)
+    return _rotated(branch, "q_norm", queries, rope, by)
+
+
+def project_keys_values(
+    branch: Branch, x: Tensor, rope: tuple[Tensor, Tensor], by: Steps = BY_TORCH
+) -> tuple[Tensor, Tensor]:
+    """Rotated keys, and values. x [..., H], rope two of [..., D] -> two of [..., kv_heads, D]."""
+    keys, values = by.multiply(branch, ("keys", "values"), x)
+    return _rotated(branch, "k_norm", keys, rope, by), _heads(branch, values)
+
+
+def project_inputs(
+    branch: Branch, x: Tensor, rope: tuple[Tensor, Tensor], by: Steps = BY_TORCH
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `project_queries` and `project_keys_values` give: rotated queries and keys, and
+    values."""
+    queries, keys, values = by.multiply(branch, PROJECTIONS[:3], x)
+    return (
+        _rotated(branch, "q_norm", queries, rope, by),
+        _rotated(branch, "k_norm", keys, rope, by),
+        _heads(branch, values),
+    )
+
+
+def project_out(branch: Branch, mixed: Tensor, by: Steps = BY_TORCH) -> Tensor:
+    """The output projection: what the heads attended to [..., heads * head_dim] -> [..., H]."""
+    (output,) = by.multiply(branch, ("output",), mixed)
+    return output
+
+
+def _heads(branch: Branch, x: Tensor) -> Tensor:
+    cut: Tensor = x.unflatten(-1, (-1, _head_dim(branch)))
+    return cut
+
+
+def _rotated(
+    branch: Branch, norm: str, x: Tensor, rope: tuple[Tensor, Tensor], by: Steps
+) -> Tensor:
+    """Queries or keys [..., heads * D] -> [..., heads, D], normed and rotated."""
+    cut = _heads(branch, by.norm(branch, norm, x))
+    return by.turn(cut, rope) if rotates(branch) else cut

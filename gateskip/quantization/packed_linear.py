@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from gateskip.extras import need
 from gateskip.kernels import build, ops
-from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE, Kind, Matrix
+from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE, Kind, Matrix, PromptUnits
 from gateskip.kernels.autotune import Kernel, bfloat16_is_faster, product
 from gateskip.model.families import final_norm
 from gateskip.model.projections import Rows
@@ -77,7 +77,7 @@ def prompt_kernel() -> bool:
     """Whether a prompt's rows in bfloat16 meet packed weights in a kernel of ours, which knows any
     number of rows; else torch multiplies by unpacked ones. In bytes, as within `rounding`, that is
     wherever the kernel runs."""
-    return ops.multiplies_prompts() and (_rounds.get() or bfloat16_is_faster())
+    return ops.prompt_units() != PromptUnits.NO_UNITS and (_rounds.get() or bfloat16_is_faster())
 
 
 class DenseLinear(nn.Module):

@@ -24,9 +24,9 @@ from gateskip.model.compute import Usage
 from gateskip.model.families import Branch, embed, final_norm, find_branches, head
 from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.model.projections import (
-    Turn,
+    BY_TORCH,
+    Steps,
     attention_shape,
-    by_modules,
     project_inputs,
     project_keys_values,
     project_out,
@@ -272,10 +272,10 @@ class GatheredBackend:
         slots = seen.slots.flatten()
         for kept in self._parts(keep):
             own, at = self._gathered(x, rope, kept, batch)
-            queries = project_queries(branch, own, at, self.turn, self.multiply)[0].to(self.dtype)
+            queries = project_queries(branch, own, at, self.steps)[0].to(self.dtype)
             counts = torch.bincount(kept // keep.shape[1], minlength=len(keep)).tolist()
             mixed = attend(queries, counts, slots[kept]).to(x.dtype).unsqueeze(0)
-            output = self.leave(branch, project_out(branch, mixed, self.multiply))[0, : len(kept)]
+            output = self.leave(branch, project_out(branch, mixed, self.steps))[0, : len(kept)]
             output = output if scale is None else output * rows_at(scale, kept)
             self.add_rows(hidden, kept, output)
 
@@ -291,13 +291,13 @@ class GatheredBackend:
     ) -> None:
         """The same for all tokens at once: nothing is gathered, and all projections of x are one
         product where the backend has one."""
-        queries, keys, values = project_inputs(branch, x, rope, self.turn, self.multiply)
+        queries, keys, values = project_inputs(branch, x, rope, self.steps)
         seen = cache.store(branch.layer, batch.place, keys, values)
         attend = self.attention(branch, seen, batch, whole=True)
         queries = queries.flatten(0, 1).to(self.dtype)
         mixed = attend(queries, batch.place.lengths, seen.slots.flatten()).to(x.dtype)
         mixed = mixed.view(*x.shape[:2], -1)
-        output = self.leave(branch, project_out(branch, mixed, self.multiply))
+        output = self.leave(branch, project_out(branch, mixed, self.steps))
         hidden += output if scale is None else output * scale
 
     def _store(
@@ -311,14 +311,14 @@ class GatheredBackend:
     ) -> Visible:
         """Keep keys and values of all tokens, by the KV rule: what they see then."""
         if keep is None or self.kv_rule == "project" or branch.layer == 0:
-            keys, values = project_keys_values(branch, x, rope, self.turn, self.multiply)
+            keys, values = project_keys_values(branch, x, rope, self.steps)
             return cache.store(branch.layer, batch.place, keys, values)
         cache.copy_below(branch.layer, batch.place)
         kept = keep.flatten().nonzero().squeeze(1)  # [N]
         if not len(kept):
             return cache.visible(branch.layer, batch.place)
         own, at = self._gathered(x, rope, kept, batch)
-        keys, values = project_keys_values(branch, own, at, self.turn, self.multiply)
+        keys, values = project_keys_values(branch, own, at, self.steps)
         rows = batch.place.row_index.squeeze(1)[kept // keep.shape[1]]
         slots = batch.slots.flatten()[kept]
         index = (rows, slice(None), slots)
@@ -374,13 +374,9 @@ class GatheredBackend:
         return nullcontext()
 
     @property
-    def turn(self) -> Turn | None:
-        """What rotates queries and keys in place of torch."""
-        return None
-
-    def multiply(self, branch: Branch, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
-        """Some of an attention branch's projections of x [..., in]: see `Multiply`."""
-        return by_modules(branch, names, x)
+    def steps(self) -> Steps:
+        """How an attention branch's projections are computed."""
+        return BY_TORCH
 
     def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a branch reads, and its gate's logits where they come for nothing with it."""

@@ -1,8 +1,9 @@
 """The backend `native`: compiled kernels on a CPU.
 
 Decoding is one native call for all tokens of a pass: where a step in torch spends most of its time
-between operators, a skipped branch costs its gate alone. In prompts packed weights meet the same
-activations as in decoding, a few native calls a branch; others torch multiplies, as in `gathered`,
+between operators, a skipped branch costs its gate alone. In prompts a branch is one native call, or
+a few: with packed weights, which meet the same activations as in decoding, and with all in bfloat16
+where the processor has units for whole matrices (AMX). Others torch multiplies, as in `gathered`,
 and what lies between its products is native.
 """
 
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from gateskip.gates.base import Gates
 from gateskip.kernels import ops
+from gateskip.kernels.abi import PromptUnits
 from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.families import Branch, embed
 from gateskip.model.gating import NEVER_SKIP
-from gateskip.model.projections import AttentionShape, Turn
+from gateskip.model.projections import AttentionShape, Steps, by_modules
 from gateskip.quantization.formats import weight_format
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, prompt_kernel, rounding
 from gateskip.runtime.attention import attend_rows, causal_softmax
@@ -67,7 +69,7 @@ class NativeBackend(GatheredBackend):
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """Decoding keeps float32 between products; packed weights may meet 8-bit activations."""
-        if scoring and not self._rounds_prompts:
+        if scoring and not self._prompts_in_bytes:
             activations = "float32" if self.fp32_activations else dtype_name(self.dtype)
         else:
             activations = IN_BYTES if self.engine.rounded else "float32"
@@ -195,13 +197,20 @@ class NativeBackend(GatheredBackend):
     # -- prompts: what lies between the products ------------------------------------------------
 
     @property
-    def _rounds_prompts(self) -> bool:
-        """Whether prompts meet packed weights as decoding does, with activations of 8 bits: in
-        bfloat16, which others than packed ones must be multiplied fast in."""
-        if not self.engine.rounded or self.dtype != torch.bfloat16:
-            return False
+    def _own_products(self) -> bool:
+        """Whether the kernels multiply prompts: a bfloat16 model's, in units for whole matrices, or
+        by packed weights as decoding does, with activations of 8 bits. Weights beside those must be
+        multiplied fast in bfloat16."""
+        units = ops.prompt_units()
+        if self.dtype != torch.bfloat16 or units != PromptUnits.VECTORS:
+            return self.dtype == torch.bfloat16 and units == PromptUnits.TILE_UNITS
         asked = self._packed == "all" or (self._packed == "some" and bfloat16_is_faster())
-        return asked and ops.multiplies_prompts()
+        return self.engine.rounded and asked
+
+    @property
+    def _prompts_in_bytes(self) -> bool:
+        """Whether packed weights meet activations of 8 bits in prompts, too."""
+        return self._own_products and ops.prompt_units() == PromptUnits.VECTORS
 
     @cached_property
     def _packed(self) -> Literal["all", "some", "none"]:
@@ -226,25 +235,24 @@ class NativeBackend(GatheredBackend):
         full_from: Sequence[int] | None = None,
     ) -> Tensor:
         """See `Backend.prompt`."""
-        with rounding(self._rounds_prompts):
+        with rounding(self._own_products and self.engine.rounded):
             return super().prompt(input_ids, cache, starts, thresholds, lengths, rows, full_from)
 
     @cached_property
     def fp32_activations(self) -> bool:  # type: ignore[override]
         """Whether prompts pass in float32 though the weights are bfloat16: where that is
         multiplied faster. Decoding does so anyway."""
-        if self.dtype != torch.bfloat16 or bfloat16_is_faster() or self._rounds_prompts:
+        if self.dtype != torch.bfloat16 or bfloat16_is_faster() or self._own_products:
             return False
         return not any(type(part) is nn.Linear for part in self._linears)
 
     @cached_property
     def _any_size(self) -> bool:
         """Whether a prompt's products take any number of rows as it is: in float32, and where all
-        weights are packed for a kernel of ours."""
-        if self.fp32_activations:
+        are a kernel of ours."""
+        if self.fp32_activations or all(map(self._multiplies, self.branches)):
             return True
-        ours = self._rounds_prompts or prompt_kernel()
-        return ours and self._packed == "all"
+        return prompt_kernel() and self._packed == "all"
 
     @property
     def even(self) -> int:
@@ -268,19 +276,19 @@ class NativeBackend(GatheredBackend):
                     stack.enter_context(part.fp32_weight())
             yield
 
-    @property
-    def turn(self) -> Turn | None:
-        """Rotary embedding in one native pass."""
-        return self.engine.prompts.rotate
+    @cached_property
+    def steps(self) -> Steps:
+        """Norms of queries and keys, and rotary embedding, in one native pass each; projections of
+        one input in one native call, where it has all of a branch."""
+        return Steps(self._project, self.engine.prompts.norm_heads, self.engine.prompts.rotate)
 
     def _multiplies(self, branch: Branch) -> bool:
         """Whether a branch's products are native calls, each of several matrices."""
-        return self._rounds_prompts and self.engine.prompts.multiplies(branch.index)
+        return self._own_products and self.engine.prompts.multiplies(branch.index)
 
-    def multiply(self, branch: Branch, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
-        """One native call for projections of the same input, where all of a branch are packed."""
+    def _project(self, branch: Branch, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
         if not self._multiplies(branch):
-            return super().multiply(branch, names, x)
+            return by_modules(branch, names, x)
         return self.engine.prompts.project(branch.index, names, x)
 
     def add_branch(
@@ -292,8 +300,8 @@ class NativeBackend(GatheredBackend):
         batch: Batch,
         least: float | Tensor | None,
     ) -> int | None:
-        """One native call, where all weights are packed for bfloat16, thresholds are those of all
-        rows, and skipped tokens have keys and values of their own."""
+        """One native call, where the kernels have all products, thresholds are those of all rows,
+        and skipped tokens have keys and values of their own."""
         prompts, count = self.engine.prompts, batch.slots.numel()
         if hidden.dtype != torch.bfloat16 or not self._multiplies(branch):
             return None
@@ -320,7 +328,7 @@ class NativeBackend(GatheredBackend):
         return self.engine.prompts.final(hidden)
 
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
-        """One native call where all weights are packed; else torch's products with a native
+        """One native call where the kernels have all products; else torch's with a native
         activation between them."""
         prompts = self.engine.prompts
         if self._multiplies(branch):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gateskip.kernels import ops
-from gateskip.kernels.abi import Entry, Kind, Layer, PromptRows
+from gateskip.kernels.abi import BLOCK, Entry, Kind, Layer, Matrix, PromptRows, PromptUnits
 from gateskip.model.families import Branch
 from gateskip.model.projections import AttentionShape, mlp_parts, rotate
 from gateskip.runtime.buffers import Buffers
@@ -17,7 +17,8 @@ from gateskip.runtime.descriptors import Descriptors
 from gateskip.runtime.kv_cache import KVCache, Place
 
 FIELDS = {"queries": "q", "keys": "k", "values": "v", "output": "o"}  # of abi.Layer
-KEYS = 16  # of a vector of attention.cpp: what divides its packed keys, and its heads' channels
+SLOTS_TOGETHER = 32  # of keys and values that attention packs, as in simd.h
+CHANNELS = 16  # what divides those of a head that it knows
 
 
 class PromptKernels:
@@ -25,8 +26,9 @@ class PromptKernels:
 
     def __init__(self, parts: Descriptors, buffers: Buffers) -> None:
         self.model, self._parts, self._buffers = parts.model, parts, buffers
-        self._rounds = [
-            _rounds(layer, mlp)
+        units = ops.prompt_units()
+        self._known = [
+            _multiplies(layer, mlp, units)
             for layer in parts.model.layer[: parts.model.layers]
             for mlp in (False, True)
         ]
@@ -70,8 +72,18 @@ class PromptKernels:
         [..., H], in place."""
         ops.add_shortcut(hidden, x, places, *self._parts.around[branch])
 
+    def norm_heads(self, branch: Branch, name: str, x: Tensor) -> Tensor:
+        """projections.norm_heads of x [..., heads * D] in one native pass."""
+        layer = self.model.layer[branch.layer]
+        norm = layer.norm_q if name == "q_norm" else layer.norm_k
+        if not norm.weight:
+            return x
+        x = x.contiguous()
+        ops.norm(x.view(-1, norm.width), norm, x)
+        return x
+
     def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """families.rotate of x [..., heads, head_dim], rope two of [..., D], in one native pass."""
+        """projections.rotate of x [..., heads, head_dim], rope two of [..., D], in one pass."""
         if rope[0].dtype != x.dtype:
             return rotate(x, rope)
         x = x.contiguous()
@@ -81,13 +93,13 @@ class PromptKernels:
     def attends(self, queries: Tensor, shape: AttentionShape) -> bool:
         """Whether `attend` can do it: in bfloat16, where the processor has AVX-512 with VNNI."""
         known = queries.dtype == torch.bfloat16 and ops.attends()
-        return known and shape.head_dim % KEYS == 0
+        return known and shape.head_dim % CHANNELS == 0
 
     def pack(self, kv: tuple[Tensor, Tensor], used: int) -> Tensor:
         """Keys and values [B, kv_heads, T, D] of the first `used` slots as `attend` reads them. The
         next call writes over it."""
         batch, kv_heads, _, width = kv[0].shape
-        used += -used % KEYS
+        used += -used % SLOTS_TOGETHER
         packed = self._buffers.take("packed", (batch * kv_heads, 2, used, width), kv[0].dtype)
         ops.pack(*kv, used, packed)
         return packed
@@ -119,9 +131,8 @@ class PromptKernels:
         ops.softmax(scores, slots, group, begin, *how)
 
     def multiplies(self, branch: int) -> bool:
-        """Whether `project` or `packed_mlp` know a branch: all of its weights are packed, and meet
-        activations of 8 bits."""
-        return self._rounds[branch]
+        """Whether `project`, `packed_mlp` and `add_branch` know a branch."""
+        return self._known[branch]
 
     def project(self, branch: int, names: Sequence[str], x: Tensor) -> list[Tensor]:
         """Some projections of x [..., in], bfloat16, that follow each other in FIELDS -> [..., n]
@@ -161,15 +172,15 @@ class PromptKernels:
         entry: Entry | None,
     ) -> int | None:
         """The same of an attention branch, whose keys and values [B, kv_heads, T, D] of all tokens
-        go into the cache. None where that is not one call: queries are normed by head, the cache is
-        in 8 bits, or it comes around."""
+        go into the cache. None where that is not one call: the cache is in 8 bits, or comes
+        around."""
         layer, number = self.model.layer[branch // 2], branch // 2
         slots, kept = cache.slots[number], (cache.keys[number], cache.values[number])
         whole = place.together is not None and place.rows is None and place.used <= slots
         plain = all(part.dtype == torch.bfloat16 and part.is_contiguous() for part in kept)
-        if layer.norm_q.weight or not whole or not plain or not ops.attends():
+        if not whole or not plain or not ops.attends():
             return None
-        if self.model.head_dim % KEYS:
+        if self.model.head_dim % CHANNELS:
             return None
         batch, count = hidden.shape[:2]
         parts = [part.contiguous() for part in (place.slots, *rope)]
@@ -188,8 +199,16 @@ class PromptKernels:
         return down(inner)
 
 
-def _rounds(layer: Layer, mlp: bool) -> bool:
-    """Whether all weights of a layer's branch meet activations of 8 bits."""
+def _multiplies(layer: Layer, mlp: bool, units: PromptUnits) -> bool:
+    """Whether some units multiply all weights of a layer's branch: those of whole matrices packed
+    ones and whole blocks of bfloat16, vectors what meets activations of 8 bits."""
     names = ("gate", "up", "down") if mlp else FIELDS.values()
     matrices = [getattr(layer, name) for name in names]
-    return all(Kind(each.kind).rounded for each in matrices if each.n)
+
+    def known(matrix: Matrix) -> bool:
+        kind = Kind(matrix.kind)
+        if units == PromptUnits.TILE_UNITS:
+            return kind != Kind.FP32 and matrix.k % BLOCK == 0
+        return units == PromptUnits.VECTORS and kind.rounded
+
+    return all(known(each) for each in matrices if each.n)

@@ -167,9 +167,9 @@ void check_product(const char* what, const Matrix& w, const std::vector<float>& 
   check(!std::memcmp(one.data(), y.data() + size_t(rows - 1) * w.n, sizeof(float) * w.n), "alone", w.n, w.k, rows);
 }
 
-// Packed weights times a prompt's rows: weights are rounded to bfloat16, or activations to 8 bits
-void check_prompt(const Packed& w, int rows, double by) {
-  if (!gateskip_multiplies_prompts()) return;
+// Weights times a prompt's rows: packed ones are rounded to bfloat16, or activations to 8 bits
+template <class Weights>
+void check_prompt(const Weights& w, int rows, double by) {
   const int n = w.matrix.n, k = w.matrix.k;
   const std::vector<uint16_t> x = bf16(normal(size_t(rows) * k));
   const std::vector<float> bias = normal(n);
@@ -190,7 +190,7 @@ void check_prompt(const Packed& w, int rows, double by) {
 
 void products() {
   Memory arena(gateskip_arena_new());
-  for (int k : {1, 3, 7, 8, 12, 15, 17, 31, 33, 63, 72, 100, 131, 1531})
+  for (int k : {1, 3, 7, 8, 12, 15, 17, 31, 32, 33, 63, 72, 100, 131, 1531})
     for (int n : {1, 5, 16, 19, 33})
       for (int rows : {1, 3, 8, 9, 65}) {
         const Dense single(n, k, false), half(n, k, true);
@@ -201,16 +201,19 @@ void products() {
         gateskip_dense(single.weights.data(), n, k, x.data(), rows, y.data(), 2);
         const float last = product(&single.weights[size_t(n - 1) * k], &x[size_t(rows - 1) * k], k);
         check(near(y.back(), last, 1e-4f), "dense", n, k, rows);
+        const bool tiles = gateskip_prompt_units() == TILE_UNITS;
+        if (tiles && k % 32 == 0) check_prompt(half, rows, 0.004);
       }
   for (int kind : {INT2, INT3, INT4, INT4_TABLE, INT8, INT2_A8, INT3_A8, INT4_A8, INT4_TABLE_A8, INT8_A8})
     for (bool shifted : {false, true})
-      for (int n : {1, 15, 16, 23})
+      for (int n : {1, 15, 16, 23, 41})
         for (int k : {32, 96, 192}) {
           if (shifted && (kind == INT4_TABLE || kind == INT4_TABLE_A8)) continue;
           const bool rounded = kind >= INT2_A8;
           const Packed w(n, k, k % 64 ? 32 : 64, kind, shifted, rounded && shifted && n % 2 ? 0 : -1);
           for (int rows : {1, 5, 9}) check_product("packed", w.matrix, w.weights, rows, rounded ? 0.03f : 1e-4f, arena.get());
-          for (int rows : {1, 9}) check_prompt(w, rows, rounded ? 0.03 : 0.004);
+          for (int rows : {1, 9, 49})
+            if (gateskip_prompt_units() != NO_UNITS) check_prompt(w, rows, rounded ? 0.03 : 0.004);
           if (rounded) continue;
           const int bits = bits_of(kind), rows = 5, groups = k / w.matrix.group;
           const float *offset = shifted ? w.offset.data() : nullptr, *table = w.table.empty() ? nullptr : w.table.data();
@@ -410,7 +413,7 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
   std::vector<int32_t> tokens(6);
   std::vector<float> chances(6);
   for (const Matrix* second : {static_cast<const Matrix*>(nullptr), &head.matrix, hidden % 32 ? nullptr : &rerank.matrix}) {
-    Draft draft{5, 6, 0.0f, accepted.data(), 1, embedding.data(half), half, 8.5f, form == SANDWICH ? 3.0f : 0.0f, &head.matrix, second, tokens.data(), chances.data()};
+    Draft draft{5, 6, 0.0f, accepted.data(), 1, embedding.data(half), half, 8.5f, form == SANDWICH ? 3.0f : 0.0f, &head.matrix, nullptr, second, tokens.data(), chances.data()};
     slot = 4;
     gateskip_draft(&m, &cache, &step, &draft, arena.get(), 3);
     check(draft.count == 6 && tokens[5] >= 0 && tokens[5] < vocabulary, "draft", hidden, inner, half);
@@ -441,15 +444,15 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
 
 void attention() {
   if (!gateskip_attends()) return;
-  for (int width : {16, 48})
+  for (int width : {16, 48, 64})
     for (int heads : {3, 8}) {
-      const int64_t kv_heads = heads == 3 ? 1 : 2, rows = 2, capacity = 37, used = 32;
+      const int64_t kv_heads = heads == 3 ? 1 : 2, rows = 2, capacity = 70, used = 64;
       Both keys(size_t(rows * kv_heads * capacity * width)), values(keys.wide.size()), queries(size_t(5) * heads * width);
       std::vector<uint32_t> packed(size_t(2 * rows * kv_heads * width * used / 2));
       std::vector<uint16_t> out(queries.wide.size());
       gateskip_pack(keys.small.data(), values.small.data(), rows, kv_heads, width, kv_heads * capacity * width,
                     capacity * width, capacity, used, packed.data(), 2);
-      const int64_t slots[] = {0, 7, 31, 2, 30}, counts[] = {3, 2};
+      const int64_t slots[] = {0, 7, 63, 2, 40}, counts[] = {3, 2};
       gateskip_attend(queries.small.data(), slots, counts, rows, heads, kv_heads, width, 0, 0.2f, heads == 3 ? 1.5f : 0.0f, used, packed.data(), out.data(), 2);
       for (int d = 0; d < width; d++) check(near(to_float(out[d]), values.wide[d], 0.01f), "first token", width, heads, d);
     }

@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 10 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 11 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -56,6 +56,14 @@ enum Entering {
   PADDING = 0,
   BY_GATE = 1,
   ALWAYS = 2,
+};
+
+/* What multiplies a prompt's rows: vectors of 512 bits with products of bytes (AVX-512 with VNNI), or units for whole
+ * matrices (AMX), which multiply bfloat16. */
+enum PromptUnits {
+  NO_UNITS = 0,
+  VECTORS = 1,
+  TILE_UNITS = 2,
 };
 
 /* What time is spent on, as indices of Step.spent. GATES: norms, gates and shortcuts. */
@@ -334,23 +342,22 @@ void gateskip_distribution(const float* logits, int32_t n, const Sampling* sampl
 /* y [rows, n] of one matrix, such as the LM head, for any number of rows x [rows, k] */
 void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, Arena* arena, int32_t threads);
 
-/* -- packed weights times a prompt's rows: prompt_products.cpp, prompt_branch.cpp -- */
+/* -- weights times a prompt's rows: prompt_products.cpp, prompt_branch.cpp -- */
 
-/* whether the functions below are the fastest that the processor has: it multiplies bytes in vectors of 512 bits (AVX-512
- * with VNNI), and has no units for whole matrices */
-int32_t gateskip_multiplies_prompts(void);
-/* rows x [rows, k], bfloat16, times each of `count` packed w [n, k], into out: [rows, n] of the first, then of the next.
- * Activations are rounded to 8 bits where a matrix's kind says so, else weights are to bfloat16. */
+/* what the functions below multiply with, a PromptUnits; they are there unless it is NO_UNITS */
+int32_t gateskip_prompt_units(void);
+/* rows x [rows, k], bfloat16, times each of `count` w [n, k], into out: [rows, n] of the first, then of the next. All are
+ * packed or bfloat16, and k is a multiple of 32. In vectors activations are rounded to 8 bits where a matrix's kind says
+ * so; else packed weights are rounded to bfloat16. */
 void gateskip_prompt_products(const Matrix* w, int32_t count, const uint16_t* x, int64_t rows, uint16_t* out,
                               int32_t threads);
-/* out [rows, H] of a layer's MLP for rows x [rows, H], all bfloat16; its weights are packed */
+/* out [rows, H] of a layer's MLP for rows x [rows, H], all bfloat16 */
 void gateskip_prompt_mlp(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int32_t threads);
 /* hidden [rows, H], bfloat16, += what a layer's MLP branch adds, norms and shortcuts included; how many tokens entered,
  * all without an `entry` */
 int64_t gateskip_prompt_mlp_branch(const Layer* layer, const Entry* entry, uint16_t* hidden, int64_t rows,
                                    int32_t threads);
-/* the same of its attention branch, which norms no queries and keys, and keeps keys and values of all tokens; where
- * gateskip_attends says 1 */
+/* the same of its attention branch, which keeps keys and values of all tokens; where gateskip_attends says 1 */
 int64_t gateskip_prompt_attention_branch(const Model* model, const Layer* layer, const PromptRows* at, const Entry* entry,
                                          uint16_t* hidden, int32_t threads);
 
@@ -380,7 +387,8 @@ void gateskip_activate(void* gate, const void* up, int64_t n, int32_t activation
 
 /* whether the processor has the instructions for the two functions below */
 int32_t gateskip_attends(void);
-/* keys and values [rows, kv_heads, capacity, width] -> what gateskip_attend reads */
+/* keys and values [rows, kv_heads, capacity, width] -> what gateskip_attend reads of `used` slots, a multiple of
+ * SLOTS_TOGETHER; width is a multiple of 16 */
 void gateskip_pack(const uint16_t* keys, const uint16_t* values, int64_t rows, int64_t kv_heads, int64_t width,
                    int64_t row_stride, int64_t head_stride, int64_t capacity, int64_t used, uint32_t* packed,
                    int32_t threads);

@@ -1,12 +1,13 @@
 // Attention of many tokens over a bfloat16 cache: only pairs that may see each other are computed, and
-// scores never leave the first caches (FlashAttention-2, arXiv 2307.08691, on AVX-512's products of
-// bfloat16 pairs, or two products in float32 where the processor has none).
+// scores never leave the first caches (FlashAttention-2, arXiv 2307.08691, in the processor's tiles, on
+// AVX-512's products of bfloat16 pairs, or on two products in float32 where there are neither).
 //
 // A task is a tile of queries of one row and one key head: its queries' heads of that group lie below
 // each other, so that keys and values that were packed once serve all of them. Blocks of keys begin at
 // fixed slots, and a block that hides from a query changes nothing for it: what a token gets does not
 // depend on which others are beside it, nor on how a prompt was cut.
 #include "rows.h"
+#include "tiles.h"
 
 #ifdef GATESKIP_WIDE
 #include <vector>
@@ -17,7 +18,11 @@ static_assert(SIMD_WIDTH == 16, "keys of a vector of scores, channels of a vecto
 constexpr int VECTORS_ACROSS = 4;  // of one product in registers
 constexpr int VECTORS_DOWN = 6;    // rows of it
 constexpr int QUERY_ROWS = 24;     // of a task: queries times heads
+constexpr int TILED_ROWS = 2 * TILE_ROWS;  // the same in tiles
 constexpr int KEYS = 256;          // of a block
+// Numbers from one row of a block's scores, or pairs of its shares, to the next: rows a power of two apart would share few
+// lines of the first cache
+constexpr int SCORES = KEYS + 16, SHARES = KEYS / 2 + 16;
 
 struct Shape {
   int64_t heads, kv_heads, width;  // of a token's queries; of its keys; channels of one
@@ -48,7 +53,7 @@ struct PackedCache {
   }
 };
 
-// Slots `first` to `last` of one head, multiples of 16; what lies beyond the cache's capacity is zero
+// Slots `first` to `last` of one head, multiples of 32; what lies beyond the cache's capacity is zero
 void pack(int64_t width, int64_t capacity, const uint16_t* keys, const uint16_t* values, int64_t first, int64_t last,
           Paired to) {
   const std::vector<uint16_t> nothing(width);
@@ -111,6 +116,37 @@ void multiply(int64_t vectors, const uint32_t* left, int64_t left_stride, const 
   }
 }
 
+// The same of any number of rows, a few at a time: whole tiles of 32 pairs and columns where they are `tiled`
+void multiply(bool tiled, int64_t rows, int64_t vectors, const uint32_t* left, int64_t left_stride, const uint32_t* right,
+              int64_t stride, int64_t apart, int64_t steps, float* sums, int64_t sums_stride, bool add) {
+  if (!tiled) {
+    for (int64_t r = 0; r < rows; r += VECTORS_DOWN)
+      multiply(vectors, left + r * left_stride, left_stride, right, stride, apart, steps, sums + r * sums_stride, sums_stride,
+               add);
+    return;
+  }
+  for (int64_t r = 0; r < rows; r += TILED_ROWS) {
+    const uint32_t* at[] = {left + r * left_stride, left + (r + TILE_ROWS) * left_stride};
+    for (int64_t v = 0; v < vectors; v += 2) {
+      float* to = sums + r * sums_stride + v * SIMD_WIDTH;
+      const uint32_t* columns = right + v * apart;
+      if (rows - r > TILE_ROWS) multiply_tiles<2, 2>(at, left_stride, columns, stride, apart, steps, to, sums_stride, add);
+      else multiply_tiles<1, 2>(at, left_stride, columns, stride, apart, steps, to, sums_stride, add);
+    }
+  }
+}
+
+constexpr float LOG2_E = 1.44269504f;
+
+// 2 to the power of x, to 3e-6 of it
+__m512 two_to(__m512 x) {
+  const __m512 whole = _mm512_roundscale_ps(x, 0), rest = _mm512_sub_ps(x, whole);
+  __m512 p = _mm512_set1_ps(1.3333558e-3f);
+  for (float c : {9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, whole);
+}
+
 // Which of 16 slots from `t` lie from `first` to `last`
 __mmask16 within(int64_t t, int64_t first, int64_t last) {
   if (t >= first && t + SIMD_WIDTH - 1 <= last) return 0xffff;
@@ -122,76 +158,90 @@ __mmask16 within(int64_t t, int64_t first, int64_t last) {
 // One thread's memory, and a tile's way through the keys
 class Worker {
  public:
-  explicit Worker(const Shape& s)
-      : s(s), rows_(round_up(std::max<int64_t>(QUERY_ROWS, s.group()), VECTORS_DOWN)), queries_(rows_ * s.width / 2),
-        scores_(rows_ * KEYS), shares_(rows_ * KEYS / 2), sums_(rows_ * s.width), top_(rows_), mass_(rows_) {}
+  explicit Worker(const Shape& s) : s(s), rows_(round_up(std::max<int64_t>(rows_of(s), s.group()), down())) {
+    lay_out(Slices{memory_.reserve(lay_out(Slices{nullptr}))});
+  }
 
-  static int64_t queries_of(const Shape& s) { return std::max<int64_t>(1, QUERY_ROWS / s.group()); }
+  static int64_t queries_of(const Shape& s) { return std::max<int64_t>(1, rows_of(s) / s.group()); }
 
   // `count` queries [count, heads, width], those of key head `head`, at ascending `slots` -> out, as queries
   void run(const uint16_t* queries, const int64_t* slots, int64_t count, int64_t head, Paired kv, uint16_t* out) {
-    const int64_t group = s.group(), real = count * group, rows = round_up(real, VECTORS_DOWN);
+    const int64_t group = s.group(), real = count * group, rows = round_up(real, down());
     auto place = [&](int64_t r) { return (r / group * s.heads + head * group + r % group) * s.width; };
-    std::fill(queries_.begin(), queries_.end(), 0);
+    std::fill_n(queries_, rows_ * s.width / 2, 0);
     for (int64_t r = 0; r < real; r++)
-      std::memcpy(queries_.data() + r * s.width / 2, queries + place(r), s.width * sizeof(uint16_t));
-    std::fill(sums_.begin(), sums_.end(), 0.0f);
-    std::fill(top_.begin(), top_.end(), -INFINITY);
-    std::fill(mass_.begin(), mass_.end(), 0.0f);
+      std::memcpy(queries_ + r * s.width / 2, queries + place(r), s.width * sizeof(uint16_t));
+    std::fill_n(sums_, rows_ * s.width, 0.0f);
+    std::fill_n(top_, rows_, -INFINITY);
+    std::fill_n(mass_, rows_, 0.0f);
     const int64_t end = slots[count - 1] + 1;
     int64_t begin = s.window ? std::max<int64_t>(0, slots[0] + 1 - s.window) / KEYS * KEYS : 0;
     for (; begin < end; begin += KEYS) block(slots, real, rows, begin, std::min<int64_t>(end - begin, KEYS), kv);
     for (int64_t r = 0; r < real; r++) {
       const __m512 inverse = _mm512_set1_ps(1.0f / mass_[r]);
       for (int64_t d = 0; d < s.width; d += SIMD_WIDTH) {
-        const __m512 mean = _mm512_mul_ps(_mm512_loadu_ps(sums_.data() + r * s.width + d), inverse);
+        const __m512 mean = _mm512_mul_ps(_mm512_loadu_ps(sums_ + r * s.width + d), inverse);
         _mm256_storeu_si256((__m256i*)(out + place(r) + d), to_bf16(mean));
       }
     }
   }
 
  private:
+  // Whether products fit the processor's tiles
+  static bool tiled(const Shape& s) { return have_tiles() && s.width % SLOTS_TOGETHER == 0; }
+  static int64_t rows_of(const Shape& s) { return tiled(s) ? TILED_ROWS : QUERY_ROWS; }
+  int64_t down() const { return tiled(s) ? TILE_ROWS : VECTORS_DOWN; }
+
+  // Give each array its place; what all of them take
+  size_t lay_out(Slices from) {
+    queries_ = from.take<uint32_t>(rows_ * s.width / 2);
+    scores_ = from.take<float>(rows_ * SCORES);
+    shares_ = from.take<uint32_t>(rows_ * SHARES);
+    sums_ = from.take<float>(rows_ * s.width);
+    top_ = from.take<float>(rows_), mass_ = from.take<float>(rows_);
+    return from.used;
+  }
+
   // Take in `width` keys from slot `begin`
   void block(const int64_t* slots, int64_t real, int64_t rows, int64_t begin, int64_t width, Paired kv) {
-    const int64_t vectors = round_up(width, SIMD_WIDTH) / SIMD_WIDTH, half = s.width / 2;
+    const int64_t vectors = round_up(width, tiled(s) ? SLOTS_TOGETHER : SIMD_WIDTH) / SIMD_WIDTH, half = s.width / 2;
     const uint32_t* keys = kv.keys + begin * half;
-    for (int64_t r = 0; r < rows; r += VECTORS_DOWN)
-      multiply(vectors, queries_.data() + r * half, half, keys, SIMD_WIDTH, half * SIMD_WIDTH, half,
-               scores_.data() + r * KEYS, KEYS, false);
+    multiply(tiled(s), rows, vectors, queries_, half, keys, SIMD_WIDTH, half * SIMD_WIDTH, half, scores_, SCORES,
+             false);
     for (int64_t r = 0; r < real; r++) softmax(r, slots[r / s.group()] - begin, vectors * SIMD_WIDTH);
     const uint32_t* values = kv.values + begin / 2 * s.width;
-    for (int64_t r = 0; r < rows; r += VECTORS_DOWN)
-      multiply(s.width / SIMD_WIDTH, shares_.data() + r * KEYS / 2, KEYS / 2, values, s.width, SIMD_WIDTH,
-               vectors * SIMD_WIDTH / 2, sums_.data() + r * s.width, s.width, true);
+    multiply(tiled(s), rows, s.width / SIMD_WIDTH, shares_, SHARES, values, s.width, SIMD_WIDTH,
+             vectors * SIMD_WIDTH / 2, sums_, s.width, true);
   }
 
   // A row's scores of a block, whose key `last` is the query's own -> its shares, not yet over their sum
   void softmax(int64_t r, int64_t last, int64_t width) {
-    const int64_t first = s.window ? last - s.window + 1 : 0;
-    float* score = scores_.data() + r * KEYS;
-    uint16_t* share = reinterpret_cast<uint16_t*>(shares_.data() + r * KEYS / 2);
-    const __m512 scaling = _mm512_set1_ps(s.scaling), none = _mm512_set1_ps(-INFINITY);
-    __m512 most = none;
-    for (int64_t t = 0; t < width; t += SIMD_WIDTH) {
-      __m512 v = _mm512_mul_ps(_mm512_loadu_ps(score + t), scaling);
-      if (s.softcap) v = capped<Sixteen>(v, s.softcap);
-      v = _mm512_mask_mov_ps(none, within(t, first, last), v);
-      _mm512_storeu_ps(score + t, v);
-      most = _mm512_max_ps(most, v);
-    }
-    const float top = std::max(top_[r], _mm512_reduce_max_ps(most));
-    if (top == -INFINITY) {  // nothing of this block, nor before it, is in sight
+    float* score = scores_ + r * SCORES;
+    uint16_t* share = reinterpret_cast<uint16_t*>(shares_ + r * SHARES);
+    const int64_t low = s.window ? std::max<int64_t>(last - s.window + 1, 0) : 0, high = std::min(last + 1, width);
+    if (low >= high) {  // nothing of this block is in sight
       std::memset(share, 0, width * sizeof *share);
       return;
     }
-    const __m512 level = _mm512_set1_ps(top);
+    const int64_t from = low / SIMD_WIDTH * SIMD_WIDTH, to = round_up(high, SIMD_WIDTH);
+    auto seen = [&](int64_t t) { return within(t, low, high - 1); };
+    if (s.softcap)
+      for (int64_t t = from; t < to; t += SIMD_WIDTH)
+        _mm512_storeu_ps(score + t, capped<Sixteen>(_mm512_mul_ps(_mm512_loadu_ps(score + t), _mm512_set1_ps(s.scaling)), s.softcap));
+    const float scaling = s.softcap ? 1.0f : s.scaling;
+    __m512 most = _mm512_set1_ps(-INFINITY);
+    for (int64_t t = from; t < to; t += SIMD_WIDTH) most = _mm512_mask_max_ps(most, seen(t), most, _mm512_loadu_ps(score + t));
+    const float top = std::max(top_[r], _mm512_reduce_max_ps(most) * scaling);
+    const __m512 by = _mm512_set1_ps(scaling * LOG2_E), level = _mm512_set1_ps(-top * LOG2_E);
     __m512 mass = _mm512_setzero_ps();
-    for (int64_t t = 0; t < width; t += SIMD_WIDTH) {
-      const __m512 v = exp_of<Sixteen>(_mm512_sub_ps(_mm512_loadu_ps(score + t), level));
-      const __m512 seen = _mm512_maskz_mov_ps(within(t, first, last), v);
-      mass = _mm512_add_ps(mass, seen);
-      _mm256_storeu_si256((__m256i*)(share + t), to_bf16(seen));
+    std::memset(share, 0, from * sizeof *share);
+    for (int64_t t = from; t < to; t += SIMD_WIDTH) {
+      const __m512 v = two_to(_mm512_fmadd_ps(_mm512_loadu_ps(score + t), by, level));
+      const __m512 own = _mm512_maskz_mov_ps(seen(t), v);
+      mass = _mm512_add_ps(mass, own);
+      _mm256_storeu_si256((__m256i*)(share + t), to_bf16(own));
     }
+    std::memset(share + to, 0, (width - to) * sizeof *share);
     if (top > top_[r]) fade(r, std::exp(top_[r] - top));
     top_[r] = top;
     mass_[r] += _mm512_reduce_add_ps(mass);
@@ -199,18 +249,19 @@ class Worker {
 
   // A larger score makes all before it smaller
   void fade(int64_t r, float by) {
-    float* sums = sums_.data() + r * s.width;
+    float* sums = sums_ + r * s.width;
     for (int64_t d = 0; d < s.width; d++) sums[d] *= by;
     mass_[r] *= by;
   }
 
   const Shape& s;
   const int64_t rows_;
-  std::vector<uint32_t> queries_;  // [rows, width / 2] pairs
-  std::vector<float> scores_;      // [rows, KEYS]
-  std::vector<uint32_t> shares_;   // [rows, KEYS / 2] pairs
-  std::vector<float> sums_;        // [rows, width]
-  std::vector<float> top_, mass_;  // [rows]: the largest score, and the sum of all exp(score - top)
+  Arena memory_;
+  uint32_t* queries_;   // [rows, width / 2] pairs
+  float* scores_;       // [rows, SCORES]
+  uint32_t* shares_;    // [rows, SHARES] pairs
+  float* sums_;         // [rows, width]
+  float *top_, *mass_;  // [rows]: the largest score, and the sum of all exp(score - top)
 };
 
 struct Tile {
@@ -225,7 +276,7 @@ int32_t gateskip_attends(void) { return 1; }
 
 // Keys and values [rows, kv_heads, capacity, width], whose rows and heads lie `row_stride` and `head_stride`
 // apart, all bfloat16 -> what gateskip_attend reads: 2 * rows * kv_heads * width * used / 2 numbers, `used` slots
-// of each, a multiple of 16. width is a multiple of 16.
+// of each, a multiple of 32. width is a multiple of 16.
 void gateskip_pack(const uint16_t* keys, const uint16_t* values, int64_t rows, int64_t kv_heads, int64_t width,
                    int64_t row_stride, int64_t head_stride, int64_t capacity, int64_t used, uint32_t* packed,
                    int32_t threads) {
@@ -254,6 +305,7 @@ void gateskip_attend(const uint16_t* queries, const int64_t* slots, const int64_
         tiles.push_back({row, head, done + q, std::min(together, counts[row] - q)});
 #pragma omp parallel num_threads(threads)
   {
+    const TilesInUse in_use;
     Worker worker(s);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < int64_t(tiles.size()); i++) {

@@ -167,16 +167,17 @@ void gateskip_softmax(void* scores, int32_t bf16, int64_t blocks, int32_t rows, 
 // Rounded as a bfloat16 model does
 void gateskip_activate(void* gate, const void* up, int64_t n, int32_t activation, int32_t bf16, int32_t threads) {
   auto every = [&](auto* g, const auto* u, auto act) {
-    auto product = [&](F32X8 gates, int64_t i, int count) {
-      const F32X8 active = act.of(gates);
-      if (!u) return active;
-      return rounded_as(g, active) * (count == 8 ? load(u + i) : load_some(u + i, count));
-    };
+    auto product = [&](auto gates, auto times) { return rounded_as(g, act.of(gates)) * times; };
+    constexpr int lanes = SIMD_WIDTH;
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < n / 8 * 8; i += 8) store(g + i, product(load(g + i), i, 8));
-    if (const int rest = n % 8) {
-      const int64_t i = n - rest;
-      store_some(g + i, product(load_some(g + i, rest), i, rest), rest);
+    for (int64_t i = 0; i < n / lanes * lanes; i += lanes) {
+      const FullVector gates = load_as<FullVector>(g + i);
+      store(g + i, u ? product(gates, load_as<FullVector>(u + i)) : act.of(gates));
+    }
+    for (int64_t i = n / lanes * lanes; i < n; i += 8) {
+      const int rest = int(std::min<int64_t>(8, n - i));
+      const F32X8 gates = load_some(g + i, rest);
+      store_some(g + i, u ? product(gates, load_some(u + i, rest)) : act.of(gates), rest);
     }
   };
   with_activation(activation, [&](auto act) {

@@ -30,6 +30,17 @@ inline int64_t place_of(const Matrix& w, int n) {
   return w.run == w.n ? n : int64_t(n / w.run) * w.stride + n % w.run;
 }
 
+// Bytes of a row's weights or codes
+inline int64_t row_bytes(const Matrix& w) {
+  if (is_packed(w)) return int64_t(w.k / BLOCK) * bits_of(coding_of(w)) * VECTOR_BYTES / ROWS_PER_TILE;
+  return int64_t(w.k) * (w.kind == BF16 ? 2 : 4);
+}
+
+// Where row n lies, the first of a tile if the weight is packed
+inline const char* start_of(const Matrix& w, int n) {
+  return static_cast<const char*>(w.weights) + place_of(w, n) * row_bytes(w);
+}
+
 // What is left to take off a code once activations of 8 bits are multiplied
 inline int zero_of(const Matrix& w) { return w.zero - taken_off(coding_of(w)); }
 
@@ -92,17 +103,6 @@ class Share {
   const int id, threads;
 
  private:
-  // Bytes of a row's weights or codes
-  static int64_t row_bytes(const Matrix& w) {
-    if (is_packed(w)) return int64_t(w.k / BLOCK) * bits_of(coding_of(w)) * VECTOR_BYTES / ROWS_PER_TILE;
-    return int64_t(w.k) * (w.kind == BF16 ? 2 : 4);
-  }
-
-  // Where row n lies, the first of a tile if the weight is packed
-  static const char* start_of(const Matrix& w, int n) {
-    return static_cast<const char*>(w.weights) + place_of(w, n) * row_bytes(w);
-  }
-
   // Where this thread's part of a weight begins
   const char* beginning(const Matrix& w) const { return start_of(w, own(w.n).first); }
 

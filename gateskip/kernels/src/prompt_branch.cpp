@@ -1,5 +1,5 @@
-// A branch of a prompt in one call, all of whose weights are packed: the norm, the gate, the products of the tokens that
-// enter, what lies between them, and what is added. The functions are those of other prompts, and so are the bits.
+// A branch of a prompt in one call: the norm, the gate, the products of the tokens that enter, what lies between them,
+// and what is added. The functions are those of other prompts, and so are the bits.
 #include "rows.h"
 
 #ifdef GATESKIP_WIDE
@@ -85,6 +85,11 @@ void add(uint16_t* hidden, uint16_t* left, const Norm& after, const Who& who, in
   }
 }
 
+// Queries or keys, normed in place by head or a token at a time, where the layer does
+void norm_heads(const Norm& norm, uint16_t* x, int64_t numbers, int32_t threads) {
+  if (norm.weight) gateskip_norm(x, &norm, numbers / norm.width, norm.width, 1, x, nullptr, 0, nullptr, threads);
+}
+
 // A layer's new keys or values [batch, count, kv_heads, width] into its cache
 void keep(const PromptRows& at, const uint16_t* from, uint16_t* cache, int64_t kv_heads, int64_t width, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -117,7 +122,7 @@ int64_t gateskip_prompt_attention_branch(const Model* model, const Layer* layer,
   const int64_t width = model->hidden, heads = model->heads, kv_heads = model->kv_heads, d = model->head_dim;
   const int64_t rows = int64_t(at->batch) * at->count, turned = layer->rotary_dim;
   const int64_t size = rows * width, all = rows * heads * d, few = rows * kv_heads * d;
-  const int64_t used = (at->first + at->count + SIMD_WIDTH - 1) / SIMD_WIDTH * SIMD_WIDTH;
+  const int64_t used = (at->first + at->count + SLOTS_TOGETHER - 1) / SLOTS_TOGETHER * SLOTS_TOGETHER;
   const int64_t packed_size = 2 * at->batch * kv_heads * used * d;
   Parts parts{size, size, all + 2 * few, all, size, packed_size, rows * turned, rows * turned};
   uint16_t *x = parts.take(size), *some = parts.take(size), *queries = parts.take(all + 2 * few);
@@ -133,6 +138,8 @@ int64_t gateskip_prompt_attention_branch(const Model* model, const Layer* layer,
     if (who.count())
       gateskip_prompt_products(&layer->q, 1, who.gather(x, width, some), who.count(), queries, threads);
   }
+  norm_heads(layer->norm_q, queries, who.count() * heads * d, threads);
+  norm_heads(layer->norm_k, keys, few, threads);
   if (layer->rope >= 0) {
     gateskip_rotate(queries, 1, who.count(), int32_t(heads), int32_t(d), int32_t(turned), who.gather(at->cos, turned, cos),
                     who.gather(at->sin, turned, sin), threads);

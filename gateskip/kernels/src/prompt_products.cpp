@@ -1,19 +1,19 @@
-// Packed weights times many rows of activations: a prompt's products, in bfloat16, or with activations of 8 bits
-// (prompt_bytes.h) where the weights' kind says so.
+// Weights times many rows of activations: a prompt's products, in bfloat16, or with activations of 8 bits
+// (prompt_bytes.h) where the weights' kind says so and the processor has no tiles (tiles.h), which are faster still.
 //
-// In bfloat16 a few tiles of weights are unpacked, which the second cache holds, and meet all rows, eight at a time: the
-// sums of a block stay in registers from the first column to the last. A weight is unpacked once a call, and what a row
-// gets does not depend on which others are beside it. Pairs of columns lie together, as the instructions multiply
-// them: of weights [k / 2, tiles, 16 rows], of activations [k / 2, 8 rows].
+// In bfloat16 some rows of weights become pairs of columns (panels.h), which the second cache holds, and meet all rows of
+// activations: the sums of a block stay in registers from the first column to the last. A weight is read once a call, and
+// what a row gets does not depend on which others are beside it.
+#include "panels.h"
 #include "prompt_bytes.h"
+#include "rows.h"
+#include "tiles.h"
 
 #ifdef GATESKIP_WIDE
 
 namespace {
 
 constexpr int ROWS_DOWN = 8;  // of activations, whose sums lie in registers beside
-
-static_assert(SIMD_WIDTH == ROWS_PER_TILE, "a vector has a pair of columns of all rows of a tile");
 
 // Eight rows of x [m, steps] pairs, from row `first` on, side by side: [steps, ROWS_DOWN]. Beyond the last row it is
 // repeated.
@@ -28,47 +28,6 @@ void interleave(const uint32_t* x, int64_t m, int64_t steps, int64_t first, uint
       _MM_TRANSPOSE4_PS(four[0], four[1], four[2], four[3]);
       for (int j = 0; j < 4; j++)
         _mm_storeu_ps(reinterpret_cast<float*>(to + (i + j) * ROWS_DOWN + side), four[j]);
-    }
-  }
-}
-
-// What makes [even columns of 16 rows, odd columns] pairs of columns
-__m512i pairing() {
-  uint16_t order[2 * SIMD_WIDTH];
-  for (int i = 0; i < SIMD_WIDTH; i++) order[2 * i] = i, order[2 * i + 1] = SIMD_WIDTH + i;
-  return _mm512_loadu_si512(order);
-}
-
-// A tile's weights in bfloat16, as the pairs [k / 2, 16 rows] of a panel, which lie `stride` apart
-template <Coding coding>
-void unpack_pairs(const Matrix& w, int64_t tile, uint32_t* to, int stride) {
-  constexpr int bits = bits_of(coding);
-  const int64_t groups = w.k / w.group, place = tile * groups * ROWS_PER_TILE;
-  const uint8_t* q = static_cast<const uint8_t*>(w.weights) + tile * (w.k / BLOCK) * (bits * VECTOR_BYTES);
-  const float *scales = static_cast<const float*>(w.scale), *offsets = static_cast<const float*>(w.offset);
-  const __m512 table = coding == TABLE ? _mm512_loadu_ps(w.table) : _mm512_setzero_ps();
-  const __m512i order = pairing();
-  for (int64_t g = 0; g < groups; g++) {
-    const __m512 scale = _mm512_loadu_ps(scales + place + g * ROWS_PER_TILE);
-    const __m512 offset = offsets ? _mm512_loadu_ps(offsets + place + g * ROWS_PER_TILE) : _mm512_setzero_ps();
-    for (int b = 0; b < w.group; b += BLOCK, q += bits * VECTOR_BYTES) {
-      IntV vectors[bits];
-#pragma GCC unroll 8
-      for (int i = 0; i < bits; i++) vectors[i] = load_bytes_v(q + i * VECTOR_BYTES);
-#pragma GCC unroll 8
-      for (int i = 0; i < FOURS; i++) {
-        const IntV four = four_v<coding>(vectors, i);
-        auto column = [&](int c) {
-          const IntV code = _mm512_and_si512(_mm512_srli_epi32(four, 8 * c), repeat_v(255));
-          const __m512 value = coding == TABLE ? _mm512_permutexvar_ps(code, table)
-                                               : to_floats_v(_mm512_sub_epi32(code, repeat_v(1 << (bits - 1))));
-          return offsets ? _mm512_add_ps(_mm512_mul_ps(scale, value), offset) : _mm512_mul_ps(scale, value);
-        };
-#pragma GCC unroll 2
-        for (int c = 0; c < 4; c += 2, to += stride) {
-          _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, to_bf16(column(c), column(c + 1))));
-        }
-      }
     }
   }
 }
@@ -101,11 +60,7 @@ void multiply_block(const uint32_t* left, const uint32_t* right, int64_t steps, 
 template <int tiles>
 void multiply_panel(const Matrix& w, int n, const uint32_t* x, int64_t rows, uint32_t* panel, uint16_t* out) {
   const int64_t steps = w.k / 2;
-  for (int v = 0; v < tiles; v++)
-    with_coding(coding_of(w), [&](auto coding) {
-      const int64_t tile = place_of(w, n + v * ROWS_PER_TILE) / ROWS_PER_TILE;
-      unpack_pairs<coding.value>(w, tile, panel + v * ROWS_PER_TILE, tiles * ROWS_PER_TILE);
-    });
+  for (int v = 0; v < tiles; v++) pairs_of(w, n + v * ROWS_PER_TILE, panel + v * ROWS_PER_TILE, tiles * ROWS_PER_TILE);
   for (int64_t r = 0; r < rows; r += ROWS_DOWN)
     multiply_block<tiles>(x + r * steps, panel, steps,
                           {out + r * w.n + n, w.bias ? w.bias + n : nullptr, std::min<int64_t>(ROWS_DOWN, rows - r),
@@ -120,31 +75,168 @@ void with_tiles(int tiles, Use use) {
   else use(std::integral_constant<int, 1>{});
 }
 
-int64_t bytes_of(const Matrix& w, int64_t rows) {
-  if (rounds(w)) return (rows + ROWS_OF_BYTES - 1) / ROWS_OF_BYTES * RowsOfBytes::bytes(w);
-  return (rows + ROWS_DOWN - 1) / ROWS_DOWN * ROWS_DOWN * w.k * sizeof(uint16_t);
-}
+// How activations meet a matrix
+enum Form { IN_PAIRS, IN_BYTES, IN_TILES };
 
-// Rows x [rows, k] as products with w read them: interleaved, or rounded to 8 bits first; all threads share the work
-void lay_out(const Matrix& w, const uint16_t* x, int64_t rows, char* to) {
-  const int64_t steps = w.k / 2, at_once = rounds(w) ? ROWS_OF_BYTES : ROWS_DOWN;
-#pragma omp for schedule(static)
-  for (int64_t r = 0; r < rows; r += at_once) {
-    if (rounds(w)) round_beside(w, x, rows, r, RowsOfBytes::at(w, to, r / at_once));
-    else interleave(reinterpret_cast<const uint32_t*>(x), rows, steps, r, reinterpret_cast<uint32_t*>(to) + r * steps);
+Form form_of(const Matrix& w) { return have_tiles() ? IN_TILES : rounds(w) ? IN_BYTES : IN_PAIRS; }
+
+// Whether both read the same form of their activations
+bool read_alike(const Matrix& a, const Matrix& b) { return form_of(a) == IN_TILES ? a.k == b.k : alike(a, b); }
+
+int64_t bytes_of(const Matrix& w, int64_t rows) {
+  switch (form_of(w)) {
+    case IN_BYTES: return (rows + ROWS_OF_BYTES - 1) / ROWS_OF_BYTES * RowsOfBytes::bytes(w);
+    case IN_TILES: return ROWS_PER_TILE * w.k * sizeof(uint16_t);
+    default: return (rows + ROWS_DOWN - 1) / ROWS_DOWN * ROWS_DOWN * w.k * sizeof(uint16_t);
   }
 }
 
-// out [rows, n] of rows that were laid out; all threads share the work, and none waits for the others
-void multiply(const Matrix& w, char* x, int64_t rows, uint16_t* out) {
+// Rows x [rows, k] as products with w read them: rounded to 8 bits, or interleaved. Tiles read them as they are, but for
+// the last ones, which get zeros below them. All threads share the work.
+void lay_out(const Matrix& w, const uint16_t* x, int64_t rows, char* to) {
+  const Form form = form_of(w);
+  const int64_t steps = w.k / 2, at_once = form == IN_BYTES ? ROWS_OF_BYTES : form == IN_PAIRS ? ROWS_DOWN : ROWS_PER_TILE;
+  const int64_t first = form == IN_TILES ? rows / at_once * at_once : 0;
+#pragma omp for schedule(static)
+  for (int64_t r = first; r < rows; r += at_once) {
+    if (form == IN_BYTES) round_beside(w, x, rows, r, RowsOfBytes::at(w, to, r / at_once));
+    else if (form == IN_PAIRS)
+      interleave(reinterpret_cast<const uint32_t*>(x), rows, steps, r, reinterpret_cast<uint32_t*>(to) + r * steps);
+    else {
+      std::memset(to, 0, bytes_of(w, rows));
+      std::memcpy(to, x + r * w.k, (rows - r) * w.k * sizeof(uint16_t));
+    }
+  }
+}
+
+// Sums [16, 16 across] of rows of a block, rounded to bfloat16
+template <int across>
+void leave_sums(const float* sums, const Corner& to) {
+  constexpr int width = across * ROWS_PER_TILE;
+  const __mmask32 real = __mmask32(to.columns < width ? (1u << to.columns) - 1 : across == 2 ? ~0u : 0xffffu);
+  __m512 bias[2] = {};
+  for (int v = 0; v < across && to.bias; v++)
+    bias[v] = _mm512_maskz_loadu_ps(__mmask16(real >> v * ROWS_PER_TILE), to.bias + v * ROWS_PER_TILE);
+  for (int64_t r = 0; r < to.rows; r++, sums += width) {
+    const __m512 low = _mm512_add_ps(_mm512_load_ps(sums), bias[0]);
+    const __m512 high = across == 2 ? _mm512_add_ps(_mm512_load_ps(sums + ROWS_PER_TILE), bias[1]) : low;
+    _mm512_mask_storeu_epi16(to.out + r * to.stride, real, to_bf16(low, high));
+  }
+}
+
+// Ask for a part of the weights' rows that are next, from row n on, so that they are near by then
+void fetch_rows(const Matrix& w, int n, int count, int64_t part, int64_t parts) {
+  if (n >= w.n) return;
+  const int64_t bytes = std::min(count, w.n - n) * row_bytes(w);
+  const char* from = start_of(w, n);
+  for (int64_t i = bytes * part / parts / 64; i < bytes * (part + 1) / parts / 64; i++) _mm_prefetch(from + 64 * i, _MM_HINT_T1);
+}
+
+// Rows of activations as tiles read them
+struct TiledRows {
+  const uint16_t* x;  // [rows, k]
+  const char* rest;   // the last ones, fewer than a tile has, laid out
+  int64_t rows, k;
+  const uint32_t* at(int64_t r) const {
+    return reinterpret_cast<const uint32_t*>(r + TILE_ROWS <= rows ? reinterpret_cast<const char*>(x + r * k) : rest);
+  }
+};
+
+// Rows times a panel of 16 `across` rows of weights, 32 at a time: `leave(sums, r, count)` gets the sums [count, 16 across]
+// of rows from r on, and `fetch(part, parts)` is called before each
+template <int across, class Fetch, class Leave>
+void multiply_panel_in_tiles(const TiledRows& x, const uint32_t* panel, Fetch fetch, Leave leave) {
+  constexpr int AT_ONCE = 2 * TILE_ROWS;
+  const int64_t steps = x.k / 2, apart = steps * ROWS_PER_TILE, parts = (x.rows + AT_ONCE - 1) / AT_ONCE;
+  alignas(64) float sums[AT_ONCE * across * ROWS_PER_TILE];
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t r = part * AT_ONCE;
+    fetch(part, parts);
+    const uint32_t* left[] = {x.at(r), x.at(r + TILE_ROWS)};
+    auto run = [&](auto down) {
+      multiply_tiles<down.value, across>(left, steps, panel, ROWS_PER_TILE, apart, steps, sums, across * ROWS_PER_TILE, false);
+    };
+    if (x.rows - r > TILE_ROWS) run(std::integral_constant<int, 2>{});
+    else run(std::integral_constant<int, 1>{});
+    leave(sums, r, std::min<int64_t>(AT_ONCE, x.rows - r));
+  }
+}
+
+// Panels that a thread makes of weights of `k` columns, in memory of its own
+uint32_t* own_panel(int64_t k, int across) {
+  static thread_local Arena memory;
+  return reinterpret_cast<uint32_t*>(memory.reserve(sizeof(uint32_t) * k / 2 * across * ROWS_PER_TILE));
+}
+
+template <int across>
+void multiply_rows_in_tiles(const Matrix& w, int n, const TiledRows& x, uint16_t* out) {
+  constexpr int WIDTH = across * ROWS_PER_TILE;
+  uint32_t* panel = own_panel(w.k, across);
+  for (int v = 0; v < across; v++)
+    pairs_of(w, n + v * ROWS_PER_TILE, panel + v * (w.k / 2) * ROWS_PER_TILE, ROWS_PER_TILE);
+  const int next = n + omp_get_num_threads() * WIDTH;
+  multiply_panel_in_tiles<across>(
+      x, panel, [&](int64_t part, int64_t parts) { fetch_rows(w, next, WIDTH, part, parts); },
+      [&](const float* sums, int64_t r, int64_t count) {
+        leave_sums<across>(sums, {out + r * w.n + n, w.bias ? w.bias + n : nullptr, count, w.n - n, w.n});
+      });
+}
+
+void multiply_in_tiles(const Matrix& w, const TiledRows& x, uint16_t* out) {
+  constexpr int WIDTH = 2 * ROWS_PER_TILE;
+  const TilesInUse tiles;
+#pragma omp for schedule(dynamic) nowait
+  for (int n = 0; n < w.n; n += WIDTH) {
+    if (w.n - n > ROWS_PER_TILE) multiply_rows_in_tiles<2>(w, n, x, out);
+    else multiply_rows_in_tiles<1>(w, n, x, out);
+  }
+}
+
+// An MLP's gate and up projections of 16 neurons each, side by side, and its activation: out [rows, n] to the bits of
+// gateskip_activate
+void activate_in_tiles(const Matrix& gate, const Matrix& up, int32_t activation, const TiledRows& x, uint16_t* out) {
+  const TilesInUse tiles;
+  uint32_t* panel = own_panel(x.k, 2);
+  with_activation(activation, [&](auto act) {
+#pragma omp for schedule(dynamic) nowait
+    for (int n = 0; n < gate.n; n += ROWS_PER_TILE) {
+      pairs_of(gate, n, panel, ROWS_PER_TILE);
+      pairs_of(up, n, panel + x.k / 2 * ROWS_PER_TILE, ROWS_PER_TILE);
+      const int next = n + omp_get_num_threads() * ROWS_PER_TILE;
+      const __mmask16 real = __mmask16((1u << std::min(ROWS_PER_TILE, gate.n - n)) - 1);
+      auto bias_of = [&](const Matrix& w) { return w.bias ? _mm512_maskz_loadu_ps(real, w.bias + n) : _mm512_setzero_ps(); };
+      const __m512 gate_bias = bias_of(gate), up_bias = bias_of(up);
+      multiply_panel_in_tiles<2>(
+          x, panel,
+          [&](int64_t part, int64_t parts) {
+            fetch_rows(gate, next, ROWS_PER_TILE, part, parts);
+            fetch_rows(up, next, ROWS_PER_TILE, part, parts);
+          },
+          [&](const float* sums, int64_t r, int64_t count) {
+            auto rounded = [&](const float* from, __m512 bias) {
+              return rounded_as(out, (Widest)_mm512_add_ps(_mm512_load_ps(from), bias));
+            };
+            for (int64_t i = 0; i < count; i++, sums += 2 * ROWS_PER_TILE) {
+              const Widest active = rounded_as(out, act.of(rounded(sums, gate_bias)));
+              const Widest value = active * rounded(sums + ROWS_PER_TILE, up_bias);
+              _mm256_mask_storeu_epi16(out + (r + i) * gate.n + n, real, to_bf16((__m512)value));
+            }
+          });
+    }
+  });
+}
+
+// out [rows, n] of rows x [rows, k] that were laid out; all threads share the work, and none waits for the others
+void multiply(const Matrix& w, const uint16_t* x, char* laid_out, int64_t rows, uint16_t* out) {
+  if (form_of(w) == IN_TILES) return multiply_in_tiles(w, {x, laid_out, rows, w.k}, out);
   constexpr int WIDTH = TILES * ROWS_PER_TILE;
   static thread_local Arena memory;  // of a prompt's many calls
   char* panel = memory.reserve(rounds(w) ? TILES * Bytes::bytes(w) : int64_t(sizeof(uint32_t)) * w.k / 2 * WIDTH);
 #pragma omp for schedule(dynamic) nowait
   for (int n = 0; n < w.n; n += WIDTH)
     with_tiles(std::min(WIDTH, w.n - n + ROWS_PER_TILE - 1) / ROWS_PER_TILE, [&](auto tiles) {
-      if (rounds(w)) multiply_panel_of_bytes<tiles.value>(w, n, x, rows, panel, out);
-      else multiply_panel<tiles.value>(w, n, reinterpret_cast<uint32_t*>(x), rows, reinterpret_cast<uint32_t*>(panel), out);
+      if (rounds(w)) multiply_panel_of_bytes<tiles.value>(w, n, laid_out, rows, panel, out);
+      else multiply_panel<tiles.value>(w, n, reinterpret_cast<uint32_t*>(laid_out), rows, reinterpret_cast<uint32_t*>(panel), out);
     });
 }
 
@@ -152,13 +244,7 @@ void multiply(const Matrix& w, char* x, int64_t rows, uint16_t* out) {
 
 extern "C" {
 
-int32_t gateskip_multiplies_prompts(void) {
-#ifdef __AMX_BF16__
-  return 0;
-#else
-  return 1;
-#endif
-}
+int32_t gateskip_prompt_units(void) { return have_tiles() ? TILE_UNITS : VECTORS; }
 
 void gateskip_prompt_products(const Matrix* w, int32_t count, const uint16_t* x, int64_t rows, uint16_t* out,
                               int32_t threads) {
@@ -170,26 +256,35 @@ void gateskip_prompt_products(const Matrix* w, int32_t count, const uint16_t* x,
   {
     uint16_t* to = out;
     for (int i = 0; i < count; to += rows * w[i++].n) {
-      if (!i || !alike(w[i], w[i - 1])) {
+      if (!i || !read_alike(w[i], w[i - 1])) {
 #pragma omp barrier
         lay_out(w[i], x, rows, laid_out);
       }
-      multiply(w[i], laid_out, rows, to);
+      multiply(w[i], x, laid_out, rows, to);
     }
   }
 }
 
 void gateskip_prompt_mlp(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int32_t threads) {
-  static thread_local Arena memory;
-  const bool gated = layer->gate.n;
+  static thread_local Arena memory, last;
+  const bool gated = layer->gate.n, fused = gated && form_of(layer->gate) == IN_TILES;
   const int64_t inner = rows * layer->up.n;
-  uint16_t* first = reinterpret_cast<uint16_t*>(memory.reserve((1 + gated) * inner * sizeof(uint16_t)));
-  gateskip_prompt_products(gated ? &layer->gate : &layer->up, 1 + gated, x, rows, first, threads);
-  gateskip_activate(first, gated ? first + inner : nullptr, inner, layer->activation, 1, threads);
+  uint16_t* first = reinterpret_cast<uint16_t*>(memory.reserve((1 + (gated && !fused)) * inner * sizeof(uint16_t)));
+  if (fused) {
+    char* rest = last.reserve(bytes_of(layer->gate, rows));
+#pragma omp parallel num_threads(threads)
+    {
+      lay_out(layer->gate, x, rows, rest);
+      activate_in_tiles(layer->gate, layer->up, layer->activation, {x, rest, rows, layer->gate.k}, first);
+    }
+  } else {
+    gateskip_prompt_products(gated ? &layer->gate : &layer->up, 1 + gated, x, rows, first, threads);
+    gateskip_activate(first, gated ? first + inner : nullptr, inner, layer->activation, 1, threads);
+  }
   gateskip_prompt_products(&layer->down, 1, first, rows, out, threads);
 }
 
 }  // extern "C"
 #else
-extern "C" int gateskip_multiplies_prompts(void) { return 0; }
+extern "C" int gateskip_prompt_units(void) { return NO_UNITS; }
 #endif

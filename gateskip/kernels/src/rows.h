@@ -10,34 +10,46 @@ constexpr float LARGEST_EXPONENT = 88.0f;  // of exp_of
 // -- activations -----------------------------------------------------------------------------------
 
 // x / (1 + exp(-by)): x times the logistic function of `by`
-static inline F32X8 gated_by(F32X8 x, F32X8 by) {
-  const F32X8 exponent = (F32X8)_mm256_min_ps((__m256)-by, (__m256)broadcast(LARGEST_EXPONENT));
-  return x / (broadcast(1.0f) + exp_of(exponent));
+template <class V>
+static inline V gated_by(V x, V by) {
+  return x / (all<V>(1.0f) + exp_of(smaller(-by, all<V>(LARGEST_EXPONENT))));
 }
 
 // x times the chance that a normal number is smaller, which is (1 + erf(x / sqrt(2))) / 2. Its tail is a polynomial
 // times exp(-x^2 / 2), to 1.5e-7 (Abramowitz and Stegun, 7.1.26).
-static inline F32X8 gelu(F32X8 x) {
-  const F32X8 size = (F32X8)_mm256_andnot_ps(_mm256_set1_ps(-0.0f), (__m256)x), z = size * broadcast(0.70710678f);
-  const F32X8 t = broadcast(1.0f) / fma(broadcast(0.3275911f), z, broadcast(1.0f));
-  F32X8 tail = broadcast(1.061405429f);
-  for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) tail = fma(tail, t, broadcast(c));
-  tail = tail * t * exp_of(-z * z) * broadcast(0.5f);
-  return (F32X8)_mm256_max_ps((__m256)x, _mm256_setzero_ps()) - size * tail;
+template <class V>
+static inline V gelu(V x) {
+  const V size = larger(x, -x), z = size * all<V>(0.70710678f);
+  const V t = all<V>(1.0f) / fma(all<V>(0.3275911f), z, all<V>(1.0f));
+  V tail = all<V>(1.061405429f);
+  for (float c : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) tail = fma(tail, t, all<V>(c));
+  tail = tail * t * exp_of(-z * z) * all<V>(0.5f);
+  return larger(x, V{}) - size * tail;
 }
 
 // The same by tanh: x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3)))
-static inline F32X8 gelu_tanh(F32X8 x) {
-  const F32X8 cubic = fma(x * x, broadcast(2 * 0.79788456f * 0.044715f), broadcast(2 * 0.79788456f));
+template <class V>
+static inline V gelu_tanh(V x) {
+  const V cubic = fma(x * x, all<V>(2 * 0.79788456f * 0.044715f), all<V>(2 * 0.79788456f));
   return gated_by(x, x * cubic);
 }
+
+struct Silu {
+  template <class V>
+  static V of(V x) { return gated_by(x, x); }
+};
+struct GeluTanh {
+  template <class V>
+  static V of(V x) { return gelu_tanh(x); }
+};
+struct Gelu {
+  template <class V>
+  static V of(V x) { return gelu(x); }
+};
 
 // Call `use` with a type whose `of` is the activation
 template <class Use>
 static inline void with_activation(int32_t kind, Use use) {
-  struct Silu { static F32X8 of(F32X8 x) { return gated_by(x, x); } };
-  struct GeluTanh { static F32X8 of(F32X8 x) { return gelu_tanh(x); } };
-  struct Gelu { static F32X8 of(F32X8 x) { return gelu(x); } };
   switch (kind) {
     case SILU: return use(Silu{});
     case GELU_TANH: return use(GeluTanh{});

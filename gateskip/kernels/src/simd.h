@@ -20,6 +20,7 @@ typedef int32_t I32X8 __attribute__((vector_size(32)));
 constexpr int MAX_ROWS = 64;       // rows of activations in one pass over the weights: what fits a second cache
 constexpr int ROWS_PER_TILE = 16;  // rows of packed weights that lie together
 constexpr int BLOCK = 32;          // columns of them
+constexpr int SLOTS_TOGETHER = 32;  // of keys and values that attention packs
 // Sixteen lanes, and products of bytes in them
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define GATESKIP_WIDE
@@ -113,6 +114,13 @@ typedef F32X8 Widest;
 static inline F32X8 in_eight(F32X8 v) { return v; }
 #endif
 
+// Of SIMD_WIDTH lanes
+#ifdef GATESKIP_WIDE
+typedef Widest FullVector;
+#else
+typedef F32X8 FullVector;
+#endif
+
 // n rounded up to whole vectors of eight
 static inline int up_to_eights(int n) { return (n + 7) / 8 * 8; }
 
@@ -148,6 +156,10 @@ static inline __m256i to_bf16(__m512 v) {
   const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
 #endif
+}
+
+static inline void store(uint16_t* to, Widest v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_bf16((__m512)v));
 }
 
 // Two vectors, rounded in the same way: the first one's numbers, then the second one's
@@ -208,6 +220,12 @@ static inline F32X8 rounded_as(const uint16_t*, F32X8 v) {
   store(bf16, v);
   return load(bf16);
 }
+#ifdef GATESKIP_WIDE
+static inline Widest rounded_as(const float*, Widest v) { return v; }
+static inline Widest rounded_as(const uint16_t*, Widest v) {
+  return (Widest)_mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16((__m512)v)), 16);
+}
+#endif
 
 // exp(x) for x at most 88 (Cephes' polynomial); below -87 it is exp(-87). The arithmetic is the same for eight
 // and sixteen lanes, lane by lane.
@@ -258,6 +276,13 @@ static inline typename Lanes::V exp_of(typename Lanes::V x) {
 }
 
 static inline F32X8 exp_of(F32X8 x) { return (F32X8)exp_of<Eight>((__m256)x); }
+static inline F32X8 larger(F32X8 a, F32X8 b) { return (F32X8)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline F32X8 smaller(F32X8 a, F32X8 b) { return (F32X8)_mm256_min_ps((__m256)a, (__m256)b); }
+#ifdef __AVX512F__
+static inline Widest exp_of(Widest x) { return (Widest)exp_of<Sixteen>((__m512)x); }
+static inline Widest larger(Widest a, Widest b) { return (Widest)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline Widest smaller(Widest a, Widest b) { return (Widest)_mm512_min_ps((__m512)a, (__m512)b); }
+#endif
 #endif
 
 #ifdef __AVX2__

@@ -1,0 +1,112 @@
+// A tile of a matrix' rows as pairs of bfloat16 columns, which is how products of a prompt's rows read weights: of all 16
+// rows the first two columns, then the next two.
+#pragma once
+#include "products.h"
+
+#ifdef GATESKIP_WIDE
+
+namespace {
+
+static_assert(SIMD_WIDTH == ROWS_PER_TILE, "a vector has a pair of columns of all rows of a tile");
+
+// What makes [even columns of 16 rows, odd columns] pairs of columns
+__m512i pairing() {
+  uint16_t order[2 * SIMD_WIDTH];
+  for (int i = 0; i < SIMD_WIDTH; i++) order[2 * i] = i, order[2 * i + 1] = SIMD_WIDTH + i;
+  return _mm512_loadu_si512(order);
+}
+
+// Sixteen of a packed matrix' scales or offsets
+__m512 sixteen(const Matrix& w, const void* from, int64_t place) {
+  return rounds(w) ? load_bf16_v(static_cast<const uint16_t*>(from) + place)
+                   : _mm512_loadu_ps(static_cast<const float*>(from) + place);
+}
+
+// What the codes of a table stand for
+__m512 entries(const Matrix& w) {
+  if (!rounds(w)) return _mm512_loadu_ps(w.table);
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(w.table)));
+  return to_floats_v(_mm512_sub_epi32(bytes, repeat_v(w.zero)));
+}
+
+// A packed tile, rounded to bfloat16, as pairs [k / 2, 16 rows], which lie `stride` apart
+template <Coding coding>
+void unpack_pairs(const Matrix& w, int64_t tile, uint32_t* to, int stride) {
+  constexpr int bits = bits_of(coding);
+  const int64_t groups = w.k / w.group, place = tile * groups * ROWS_PER_TILE;
+  const uint8_t* q = static_cast<const uint8_t*>(w.weights) + tile * (w.k / BLOCK) * (bits * VECTOR_BYTES);
+  const __m512 table = coding == TABLE ? entries(w) : _mm512_setzero_ps();
+  const __m512i order = pairing(), zero = repeat_v(w.zero);
+  for (int64_t g = 0; g < groups; g++) {
+    const __m512 scale = sixteen(w, w.scale, place + g * ROWS_PER_TILE);
+    const __m512 offset = w.offset ? sixteen(w, w.offset, place + g * ROWS_PER_TILE) : _mm512_setzero_ps();
+    for (int b = 0; b < w.group; b += BLOCK, q += bits * VECTOR_BYTES) {
+      IntV vectors[bits];
+#pragma GCC unroll 8
+      for (int i = 0; i < bits; i++) vectors[i] = load_bytes_v(q + i * VECTOR_BYTES);
+#pragma GCC unroll 8
+      for (int i = 0; i < FOURS; i++) {
+        const IntV four = four_v<coding>(vectors, i);
+        auto column = [&](int c) {
+          const IntV code = _mm512_and_si512(_mm512_srli_epi32(four, 8 * c), repeat_v(255));
+          const __m512 value = coding == TABLE ? _mm512_permutexvar_ps(code, table)
+                                               : to_floats_v(_mm512_sub_epi32(code, zero));
+          return w.offset ? _mm512_add_ps(_mm512_mul_ps(scale, value), offset) : _mm512_mul_ps(scale, value);
+        };
+#pragma GCC unroll 2
+        for (int c = 0; c < 4; c += 2, to += stride)
+          _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, to_bf16(column(c), column(c + 1))));
+      }
+    }
+  }
+}
+
+// Sixteen rows of sixteen pairs each -> sixteen pairs of all rows
+void transpose(__m512i (&v)[16]) {
+  __m512i w[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2)
+    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]), w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      v[i + 2 * j] = _mm512_unpacklo_epi64(w[i + j], w[i + j + 2]);
+      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(w[i + j], w[i + j + 2]);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {  // v[4 r + i] has columns i, i + 4, i + 8, i + 12 of rows 4 r to 4 r + 3
+    const __m512i low = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88), high = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
+    const __m512i low2 = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
+    const __m512i high2 = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
+    w[i] = _mm512_shuffle_i32x4(low, low2, 0x88), w[8 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+    w[4 + i] = _mm512_shuffle_i32x4(high, high2, 0x88), w[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) v[i] = w[i];
+}
+
+// The same of rows n and on of a bfloat16 matrix whose k is a multiple of BLOCK; beyond the last row it is repeated
+void copy_pairs(const Matrix& w, int n, uint32_t* to, int stride) {
+  const uint16_t* row[ROWS_PER_TILE];
+  for (int i = 0; i < ROWS_PER_TILE; i++)
+    row[i] = static_cast<const uint16_t*>(w.weights) + int64_t(place_of(w, std::min(n + i, w.n - 1))) * w.k;
+  for (int b = 0; b < w.k; b += BLOCK, to += SIMD_WIDTH * stride) {
+    __m512i v[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = _mm512_loadu_si512(row[i] + b);
+    transpose(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + i * stride, v[i]);
+  }
+}
+
+// Rows n to n + 16, whichever way they are stored
+void pairs_of(const Matrix& w, int n, uint32_t* to, int stride) {
+  if (!is_packed(w)) return copy_pairs(w, n, to, stride);
+  with_coding(coding_of(w), [&](auto coding) {
+    unpack_pairs<coding.value>(w, place_of(w, n) / ROWS_PER_TILE, to, stride);
+  });
+}
+
+}  // namespace
+#endif
