@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,33 @@ def test_the_header_is_what_python_has() -> None:
     assert header.functions["gateskip_struct_size"].arguments == (ctypes.c_char_p,)
 
 
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler here")
+def test_the_program_that_make_sanitize_runs_fits_the_header() -> None:
+    """It is compiled by hand alone, and would fall behind unseen."""
+    program = Path(__file__).parent / "kernels" / "odd_sizes.cpp"
+    command = [str(build.compiler()), "-std=c++17", "-fsyntax-only", f"-I{build.FOLDER}"]
+    ended = subprocess.run([*command, str(program)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="not x86-64")
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("kind", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "cascadelake"])
+def test_kernels_compile_for_other_processors(kind: str) -> None:
+    """Without AVX2, without AVX-512, without its products of bytes, and without bfloat16."""
+    sources = map(str, sorted(build.FOLDER.glob("*.cpp")))
+    flags = ["-std=c++17", "-fopenmp", "-fsyntax-only", f"-march={kind}"]
+    command = [str(build.compiler()), *flags, *sources]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
 @needs_library
 def test_a_library_has_every_function_of_the_header() -> None:
     """Less those that need AVX-512 with VNNI, where the processor has none."""
     library = build.library()
+    if not library.gateskip_has_decoder():
+        pytest.skip("linear layers alone: the processor has no AVX2")
     absent = {name for name in abi.read_header().functions if not hasattr(library, name)}
     assert absent == (set() if library.gateskip_attends() else OF_WIDE_VECTORS)
 

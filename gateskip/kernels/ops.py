@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ def unpack(
     return out
 
 
+@cache
 def prompt_units() -> abi.PromptUnits:
     """What `prompt_products` and the functions after it multiply with: there are none without
     AVX-512 with VNNI."""
@@ -337,6 +339,7 @@ def activate(gate: Tensor, up: Tensor | None, how: abi.Activation) -> None:
 # -- attention over a bfloat16 cache ----------------------------------------------------------
 
 
+@cache
 def attends() -> bool:
     """Whether the processor has the instructions that `pack` and `attend` need: AVX-512, VNNI."""
     return bool(_library().gateskip_attends())

@@ -196,7 +196,7 @@ class NativeBackend(GatheredBackend):
 
     # -- prompts: what lies between the products ------------------------------------------------
 
-    @property
+    @cached_property
     def _own_products(self) -> bool:
         """Whether the kernels multiply prompts: a bfloat16 model's, in units for whole matrices, or
         by packed weights as decoding does, with activations of 8 bits. Weights beside those must be
@@ -207,7 +207,7 @@ class NativeBackend(GatheredBackend):
         asked = self._packed == "all" or (self._packed == "some" and bfloat16_is_faster())
         return self.engine.rounded and asked
 
-    @property
+    @cached_property
     def _prompts_in_bytes(self) -> bool:
         """Whether packed weights meet activations of 8 bits in prompts, too."""
         return self._own_products and ops.prompt_units() == PromptUnits.VECTORS

@@ -129,14 +129,15 @@ def speed(results: Results, cells: str | None = None) -> list[str]:
 
 
 def prompts(results: Results, cells: str | None = None) -> list[str]:
-    """How fast prompts of each length are read: over dense, and over the plain cell of the same
-    weights, paired by round."""
+    """How fast prompts of each length are read: over dense, and where there are cells that skip
+    over the plain cell of the same weights, paired by round."""
     rows = chosen(results, cells)
+    skip = any(cell.plain is not None for cell in rows)
     contexts = sorted({c for cell in rows for c in _by(cell, "by_context")})
     shortest = (results.benchmark or {})["speed"]["prompt_tokens"]
     head = [""]
     for context in (shortest, *contexts):
-        head += [f"{context} tokens, tok/s", "x dense", "x plain"]
+        head += [f"{context} tokens, tok/s", "x dense", *["x plain"] * skip]
     lines = []
     for cell in rows:
         line = [f"`{cell.name}`"]
@@ -144,7 +145,8 @@ def prompts(results: Results, cells: str | None = None) -> list[str]:
         for context in (None, *contexts):
             own, base = _after(cell, context), _after(plain, context)
             line.append(measured(own.prefill_tokens_per_s))
-            line += [factor(own.prefill_ratio), factor(_prompt_ratio(own, base))]
+            line.append(factor(own.prefill_ratio))
+            line += [factor(_prompt_ratio(own, base))] * skip
         lines.append(line)
     return table(head, lines)
 

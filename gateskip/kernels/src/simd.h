@@ -72,6 +72,14 @@ static inline uint16_t float_to_bf16(float value) {  // to nearest, ties to even
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+static inline void store(uint16_t* to, F32X8 v) {  // bfloat16
+#ifdef GATESKIP_BF16
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), (__m128i)_mm256_cvtneps_pbh((__m256)v));
+#else
+  for (int i = 0; i < 8; i++) to[i] = float_to_bf16(v[i]);
+#endif
+}
+
 #ifdef __AVX2__
 static inline F32X8 load(const uint16_t* p) {  // bfloat16
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -136,14 +144,6 @@ static inline V load_as(const T* p) {
 template <class V>
 static inline V all(float v) {
   return v - V{};
-}
-
-static inline void store(uint16_t* to, F32X8 v) {
-#ifdef GATESKIP_BF16
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), (__m128i)_mm256_cvtneps_pbh((__m256)v));
-#else
-  for (int i = 0; i < 8; i++) to[i] = float_to_bf16(v[i]);
-#endif
 }
 
 #ifdef GATESKIP_WIDE
