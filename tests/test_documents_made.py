@@ -17,6 +17,7 @@ from compose.results.parts import (
     Peer,
     Perplexity,
     Quality,
+    SeedRun,
     Size,
     Speculation,
     Speed,
@@ -189,6 +190,21 @@ def test_prompts_stand_beside_the_plain_cell_of_the_same_weights(results: Result
     assert plain == "| `int8` | 220 (200 to 180) | – | – | 380 (400 to 420) | – |"
     assert "264 (240 to 216) | 2.40x (2.30 to 2.50) | 1.20x (1.20 to 1.20) |" in skips
     assert skips.endswith("456 (480 to 504) | 1.20x (1.20 to 1.20) |")
+
+
+def test_seeds_have_their_mean_and_the_ends_of_its_interval(results: Results) -> None:
+    def cell(ratio: float, kl: float) -> Quality:
+        return Quality(
+            perplexity=Perplexity(dataset="text", value=ratio, ratio_to_baseline=ratio),
+            kl_to_baseline=kl,
+        )
+
+    runs = tuple(SeedRun(seed=n, quality=cell(1.0 + n / 10, 0.2)) for n in (2, 3))
+    own = CellResult(name="gates", chain=(), status="ok", quality=cell(1.1, 0.2), seeds=runs)
+    made = results.model_copy(update={"cells": (own,)})
+    head, _, line = TABLES["seeds"](made)
+    assert "perplexity, x dense | KL |" in head
+    assert "| 3 |" in line and line.endswith("| 1.20 (0.952 to 1.45) | 0.200 (0.200 to 0.200) |")
 
 
 def test_the_other_tables(results: Results) -> None:

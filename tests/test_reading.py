@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from compose.bench.lossless import check_lossless
 from compose.bench.scored import Scored
 from compose.bench.text import score_blocks
-from compose.results.parts import Perplexity, Quality
+from compose.results.metrics import over_seeds
+from compose.results.parts import Perplexity, Quality, SeedRun
 from compose.results.relate import relate
 from compose.results.schema import CellResult, Results
 from compose.stages.gate import Gate
@@ -210,12 +211,18 @@ def test_ratios_are_of_the_same_tokens() -> None:
     own = Perplexity(
         dataset="text", value=25.0, tokens=46, block_nll=(3.1, 3.3), dense_nll=(3.0, 3.2)
     )
+    other = own.model_copy(update={"value": 26.0, "block_nll": (3.2, 3.4)})
     cells = [
         CellResult(name=name, chain=(), status="ok", quality=Quality(perplexity=each))
         for name, each in (("dense", base), ("read", own))
     ]
+    more = SeedRun(seed=1, quality=Quality(perplexity=other))
+    cells[1] = cells[1].model_copy(update={"seeds": (more,)})
     results = Results(run="x", environment={}, command="", cells=tuple(cells), baseline="dense")
-    found = relate(results).cell("read").quality
+    related = relate(results)
+    ratios = over_seeds(related, "perplexity-ratio", related.cell("read"))
+    assert ratios == pytest.approx((math.exp(0.1), math.exp(0.2)))
+    found = related.cell("read").quality
     assert found is not None and found.perplexity is not None
     assert found.perplexity.ratio_to_baseline == pytest.approx(math.exp(0.1))
     assert found.perplexity.ratio_ci95 == pytest.approx((math.exp(0.1),) * 2)

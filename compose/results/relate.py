@@ -13,7 +13,7 @@ from compose.results.intervals import exp_mean_ratio, mean_interval, mean_of_rat
 from compose.results.parts import Estimate, OwnAnswers, Perplexity, Quality, Record, TaskScore
 from compose.results.published_metrics import skipping_curves
 from compose.results.quality import TaskKind
-from compose.results.schema import Results
+from compose.results.schema import CellResult, Results
 from compose.results.verdicts import verdict_of
 
 R = TypeVar("R", bound=Record)
@@ -23,10 +23,7 @@ def relate(results: Results) -> Results:
     """The results with intervals of quality, a verdict for each cell, and skipping curves."""
     baseline = results.find(results.baseline)
     base = None if baseline is None else baseline.quality
-    cells = tuple(
-        _with(cell, quality=_related(cell.quality, base, is_baseline=cell is baseline))
-        for cell in results.cells
-    )
+    cells = tuple(_beside(cell, base, is_baseline=cell is baseline) for cell in results.cells)
     related = _with(results, cells=cells)
     judged = tuple(_with(cell, verdict=verdict_of(related, cell)) for cell in cells)
     curves = skipping_curves(related)
@@ -36,6 +33,16 @@ def relate(results: Results) -> Results:
 def _with(record: R, **fields: Any) -> R:
     """A copy with other fields; what is cached on the record does not travel."""
     return type(record)(**dict(record) | fields)
+
+
+def _beside(cell: CellResult, base: Quality | None, *, is_baseline: bool) -> CellResult:
+    """A cell with its quality, and that of every further seed, related to the baseline's."""
+    fields: dict[str, Any] = {"quality": _related(cell.quality, base, is_baseline=is_baseline)}
+    if cell.seeds is not None:
+        fields["seeds"] = tuple(
+            _with(run, quality=_related(run.quality, base, is_baseline=False)) for run in cell.seeds
+        )
+    return _with(cell, **fields)
 
 
 def _related(quality: Quality | None, base: Quality | None, *, is_baseline: bool) -> Quality | None:

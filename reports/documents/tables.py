@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 
 from compose.errors import UserError
 from compose.results.intervals import paired_speed_ratio
+from compose.results.metrics import half_width, over_seeds
 from compose.results.parts import Estimate, SpeedNumbers, TaskScore
 from compose.results.schema import CellResult, Results
 from reports.documents.text import DASH, factor, measured, megabytes, percent, table, with_ends
@@ -129,15 +131,14 @@ def speed(results: Results, cells: str | None = None) -> list[str]:
 
 
 def prompts(results: Results, cells: str | None = None) -> list[str]:
-    """How fast prompts of each length are read: over dense, and where there are cells that skip
-    over the plain cell of the same weights, paired by round."""
+    """How fast prompts of each length are read: over dense, and over the plain cell of the same
+    weights, paired by round."""
     rows = chosen(results, cells)
-    skip = any(cell.plain is not None for cell in rows)
     contexts = sorted({c for cell in rows for c in _by(cell, "by_context")})
     shortest = (results.benchmark or {})["speed"]["prompt_tokens"]
     head = [""]
     for context in (shortest, *contexts):
-        head += [f"{context} tokens, tok/s", "x dense", *["x plain"] * skip]
+        head += [f"{context} tokens, tok/s", "x dense", "x plain"]
     lines = []
     for cell in rows:
         line = [f"`{cell.name}`"]
@@ -145,8 +146,7 @@ def prompts(results: Results, cells: str | None = None) -> list[str]:
         for context in (None, *contexts):
             own, base = _after(cell, context), _after(plain, context)
             line.append(measured(own.prefill_tokens_per_s))
-            line.append(factor(own.prefill_ratio))
-            line += [factor(_prompt_ratio(own, base))] * skip
+            line += [factor(own.prefill_ratio), factor(_prompt_ratio(own, base))]
         lines.append(line)
     return table(head, lines)
 
@@ -234,10 +234,34 @@ def peers(results: Results, cells: str | None = None) -> list[str]:
     return table(["", "versions", "how it is run"], lines)
 
 
+def seeds(results: Results, cells: str | None = None) -> list[str]:
+    """Means over seeds, with the ends of their interval by Student's t: what differs between fits,
+    not between questions."""
+    shown = (("kept", "retained", 100.0), ("perplexity, x dense", "perplexity-ratio", 1.0))
+    head = ["", "seeds", *(f"{text}, %" if by == 100 else text for text, _, by in shown), "KL"]
+    lines = []
+    for cell in chosen(results, cells):
+        if cell.seeds is None:
+            continue
+        line = [f"`{cell.name}`", str(1 + len(cell.seeds))]
+        for _, name, by in (*shown, ("KL", "kl", 1.0)):
+            line.append(_over_seeds(over_seeds(results, name, cell), by))
+        lines.append(line)
+    return table(head, lines)
+
+
+def _over_seeds(values: Sequence[float], by: float) -> str:
+    if len(values) < 2:
+        return DASH
+    mean, half = fmean(values), half_width(values)
+    return with_ends(mean, (mean - half, mean + half), by)
+
+
 TABLES: Mapping[str, Callable[..., list[str]]] = {
     "peers": peers,
     "prompts": prompts,
     "quality": quality,
+    "seeds": seeds,
     "skipping": skipping,
     "speculation": speculation,
     "speed": speed,
