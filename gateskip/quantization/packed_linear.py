@@ -51,8 +51,8 @@ def streaming() -> Iterator[None]:
 
 @contextmanager
 def rounding(asked: bool = True) -> Iterator[None]:
-    """Within this context prompts meet packed weights with activations in bytes, where a kernel of
-    ours multiplies them: as the engine decodes (matvec.h)."""
+    """Within this context prompts meet packed weights with the scales that the engine decodes with
+    and, in vectors, its activations in bytes (matvec.h), where a kernel of ours multiplies them."""
     before = _rounds.set(asked)
     try:
         yield
@@ -75,8 +75,8 @@ def _needs_gradient(x: Tensor) -> bool:
 
 def prompt_kernel() -> bool:
     """Whether a prompt's rows in bfloat16 meet packed weights in a kernel of ours, which knows any
-    number of rows; else torch multiplies by unpacked ones. In bytes, as within `rounding`, that is
-    wherever the kernel runs."""
+    number of rows; else torch multiplies by unpacked ones. Within `rounding` that is wherever the
+    kernel runs."""
     return ops.prompt_units() != PromptUnits.NO_UNITS and (_rounds.get() or bfloat16_is_faster())
 
 

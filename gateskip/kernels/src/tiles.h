@@ -31,6 +31,7 @@ class TilesInUse {
       uint8_t rows[16] = {};
     } shape;
     for (int i = 0; i < 8; i++) shape.row_bytes[i] = 64, shape.rows[i] = TILE_ROWS;
+    asm volatile("" ::"r"(&shape) : "memory");  // nothing else reads it where the compiler sees
     if (have_tiles()) _tile_loadconfig(&shape);
   }
   ~TilesInUse() {
