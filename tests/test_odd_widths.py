@@ -184,7 +184,7 @@ def test_a_head_without_whole_groups_ranks_drafts_itself(make_tiny: Callable[...
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [MOST_ROWS - 1, MOST_ROWS + 1, 3 * MOST_ROWS - 5])
+@pytest.mark.parametrize("rows", [6, 25, MOST_ROWS - 1, MOST_ROWS + 1, 3 * MOST_ROWS - 5])
 def test_any_number_of_rows_has_the_bits_of_one(
     make_tiny: Callable[..., Path], rows: int, dtype: str
 ) -> None:

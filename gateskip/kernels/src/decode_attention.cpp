@@ -126,7 +126,7 @@ void Pass::attention(int l) {
       write(a.v, again(a.v, a.k, entering), kept_, at.v, &a.o);
     }
   }
-#pragma omp barrier
+  wait_for_all();
   clock(PART_LINEAR);
   shortcut_up(a.short_attention);
   clock(PART_GATES);
@@ -135,16 +135,16 @@ void Pass::attention(int l) {
     else if (c.bf16) remember<uint16_t>(l, task / m.kv_heads, task % m.kv_heads);
     else remember<float>(l, task / m.kv_heads, task % m.kv_heads);
   }
-#pragma omp barrier
+  wait_for_all();
   clock(PART_ATTENTION);
   if (!count_) return;
   if (c.key_scales) attend_all<int8_t>(l);
   else if (c.bf16) attend_all<uint16_t>(l);
   else attend_all<float>(l);
-#pragma omp barrier
+  wait_for_all();
   clock(PART_ATTENTION);
   add(a.o, prepare(a.o, at.mixed, count_), a.after_attention, a.gate.n ? &a.gate : &a.up);
-#pragma omp barrier
+  wait_for_all();
   clock(PART_LINEAR);
 }
 
@@ -181,7 +181,7 @@ void Pass::attend_all(int l) {
       for (int part = 0; part < parts_of(l, kept_[i]); part++, task++)
         if (task >= every * id / threads && task < every * (id + 1) / threads)
           attend<Stored>(l, i, run / runs * group + run % runs * HEADS_AT_ONCE, HEADS_AT_ONCE, part);
-#pragma omp barrier
+  wait_for_all();
   for (task = id; task < count_ * m.heads; task += threads) join(l, task / m.heads, task % m.heads);
 }
 

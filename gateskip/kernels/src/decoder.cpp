@@ -41,7 +41,7 @@ void Pass::run(const Matrix* head) {
     attention(l);
     mlp(l, l + 1 < m.layers ? &m.layer[l + 1].k : head);
   }
-#pragma omp barrier  // nobody may still be deciding by the states that are overwritten here
+  wait_for_all();  // nobody may still be deciding by the states that are overwritten here
   for (int r = id; r < s.rows; r += threads) {
     float* state = s.hidden + int64_t(r) * m.hidden;
     norm_row(m.norm_final, state, m.hidden, state);
@@ -101,7 +101,7 @@ void Pass::add(const Matrix& w, const Input& in, const Norm& after, const Matrix
     return;
   }
   write(w, in, nullptr, at.out, next);
-#pragma omp barrier
+  wait_for_all();
   const int eights = m.hidden / 8, first = eights * id / threads * 8, last = eights * (id + 1) / threads * 8;
   for (int r = 0; r < in.rows; r++) {
     const float* row = at.out + int64_t(r) * m.hidden;
@@ -115,9 +115,9 @@ void Pass::mlp(int l, const Matrix* next) {
   prepare_branch(2 * l + 1, a.parallel ? source_ : s.hidden, a.norm_mlp, a.weight_mlp, a.bias_mlp, a.short_mlp);
   if (!count_) {
     if (!skips_) return;
-#pragma omp barrier
+    wait_for_all();
     shortcut_up(a.short_mlp);
-#pragma omp barrier
+    wait_for_all();
     clock(PART_GATES);
     return;
   }
@@ -128,10 +128,10 @@ void Pass::mlp(int l, const Matrix* next) {
   write(first, in, nullptr, at.inner, a.gate.n ? &a.up : &a.down);
   if (a.gate.n) write(a.up, again(a.up, a.gate, in), nullptr, at.up, &a.down);
   activate(a);
-#pragma omp barrier
+  wait_for_all();
   shortcut_up(a.short_mlp);
   add(a.down, prepare(a.down, at.inner, count_), a.after_mlp, next);
-#pragma omp barrier
+  wait_for_all();
   clock(PART_LINEAR);
 }
 

@@ -34,9 +34,9 @@ class ModelSteps {
       ++*const_cast<int32_t*>(s.slot);
       if (s.entered) s.entered += 2 * m.layers;
     }
-#pragma omp barrier
+    wait_for_all();
     pass_.run(head);
-#pragma omp barrier
+    wait_for_all();
     return s.hidden;
   }
 
@@ -66,16 +66,16 @@ class NetworkSteps : Share {
   const float* after(const Embedding& embedding, int32_t token, int i, const Matrix* head) {
     if (!i) std::memcpy(state_, given_, sizeof(float) * hidden());
     fuse(embedding, token);
-#pragma omp barrier
+    wait_for_all();
     float* x = joined_;
     norm_row(n.norm_mlp, x_, hidden(), x);
     const Input in = prepare(n.gate, x, 1);
     multiply(n.gate, in, [&](int j, int, float value) { inner_[j] = value; }, &n.up);
     multiply(n.up, again(n.up, n.gate, in), [&](int j, int, float value) { up_[j] = value; }, &n.down);
     activate();
-#pragma omp barrier
+    wait_for_all();
     multiply(n.down, prepare(n.down, inner_, 1), [&](int j, int, float value) { out_[j] = x_[j] + value; }, head);
-#pragma omp barrier
+    wait_for_all();
     norm_row(n.norm_final, out_, hidden(), state_);
     if (id == 0) std::memcpy(given_, state_, sizeof(float) * hidden());
     return state_;
@@ -128,7 +128,7 @@ class Continuation {
         token = sample(state, i);
       } else {
         choices_[id] = choose(state);
-#pragma omp barrier
+        wait_for_all();
         token = settle(i);
       }
       if (d.chances) likely *= d.accepted[std::min(d.levels - 1, int(d.chances[i] * d.levels))];
@@ -145,7 +145,7 @@ class Continuation {
   bool tell(int32_t token) const {
     if (!d.on_token) return false;
     if (id == 0) d.ended = d.on_token(token);
-#pragma omp barrier
+    wait_for_all();
     return d.ended;
   }
 
@@ -156,7 +156,7 @@ class Continuation {
     const int n = d.draft_head->n, padded = up_to_eights(n);
     rank_.multiply(*d.draft_head, rank_.prepare(*d.draft_head, state, 1),
                    [&](int row, int, float value) { every_[row] = value; });
-#pragma omp barrier
+    wait_for_all();
     if (id == 0) {
       for (int j = n; j < padded; j++) every_[j] = 0;
       for (int j = 0; d.cap && j < n; j += 8) store(every_ + j, capped(load(every_ + j), d.cap));
@@ -169,7 +169,7 @@ class Continuation {
         d.tokens[i] = token_of(choose_token(every_, n, *d.sampling, d.uniform[i], every_ + padded));
       }
     }
-#pragma omp barrier
+    wait_for_all();
     return d.tokens[i];
   }
 

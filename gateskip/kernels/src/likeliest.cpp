@@ -36,11 +36,11 @@ class Reader {
     for (int r = 0; r < s.rows; r++)
       for (int j = first; j < last; j++)
         s.hidden[int64_t(r) * m.hidden + j] = embedded(in_.embedding, int64_t(in_.tokens[r]) * m.hidden + j);
-#pragma omp barrier
+    wait_for_all();
     pass_.run(&head);
-#pragma omp barrier
+    wait_for_all();
     rank(best_ + int64_t(id) * s.rows);
-#pragma omp barrier
+    wait_for_all();
     for (int r = id; r < s.rows; r += threads) in_.likeliest[r] = settle(r);
     pass_.clock(PART_HEAD);
   }

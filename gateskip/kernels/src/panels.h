@@ -71,31 +71,7 @@ void unpack_pairs(const Matrix& w, int64_t tile, uint32_t* to, int stride) {
   }
 }
 
-// Sixteen rows of sixteen pairs each -> sixteen pairs of all rows
-void transpose(__m512i (&v)[16]) {
-  __m512i w[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2)
-    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]), w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      v[i + 2 * j] = _mm512_unpacklo_epi64(w[i + j], w[i + j + 2]);
-      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(w[i + j], w[i + j + 2]);
-    }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {  // v[4 r + i] has columns i, i + 4, i + 8, i + 12 of rows 4 r to 4 r + 3
-    const __m512i low = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88), high = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
-    const __m512i low2 = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
-    const __m512i high2 = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
-    w[i] = _mm512_shuffle_i32x4(low, low2, 0x88), w[8 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-    w[4 + i] = _mm512_shuffle_i32x4(high, high2, 0x88), w[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) v[i] = w[i];
-}
-
-// The same of rows n and on of a bfloat16 matrix whose k is a multiple of BLOCK; beyond the last row it is repeated
+// A tile of bfloat16 rows n and on, of a matrix whose k is a multiple of BLOCK; beyond the last row it is repeated
 void copy_pairs(const Matrix& w, int n, uint32_t* to, int stride) {
   const uint16_t* row[ROWS_PER_TILE];
   for (int i = 0; i < ROWS_PER_TILE; i++)

@@ -7,11 +7,14 @@ namespace {
 
 int groups_of(const Matrix& w) { return w.k / std::max(1, w.group); }
 
-Bf16Activation activation(float value) {
+// A row x [k], as it meets bfloat16 weights
+void as_activations(const float* x, int k, Bf16Activation* to) {
 #ifdef GATESKIP_BF16
-  return float_to_bf16(value);
+  int i = 0;
+  for (; i + 32 <= k; i += 32) _mm512_storeu_si512(to + i, to_bf16(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + 16)));
+  for (; i < k; i++) to[i] = float_to_bf16(x[i]);
 #else
-  return value;
+  std::copy_n(x, k, to);
 #endif
 }
 
@@ -29,6 +32,7 @@ Share::Share(int id, int threads, int rows, int widest, Slices& memory) : id(id)
   bytes_.count = 0;
   bytes_.sums = sums_ = memory.take<float>(blocks);
   bf16_ = memory.take<Bf16Activation>(columns);
+  pairs_ = memory.take<uint32_t>(have_tiles() ? (columns + size_t(TILE_ROWS) * widest) / 2 : 0);
 }
 
 Input Share::prepare(const Matrix& w, const float* x, int rows) {
@@ -37,8 +41,7 @@ Input Share::prepare(const Matrix& w, const float* x, int rows) {
     const float* row = x + int64_t(r) * w.k;
     float* sums = sums_ + int64_t(r) * groups_of(w);
     if (rounds(w)) round_to_int8(row, w.k, w.group, zero_of(w), bytes_.row(r, w.k, w.group));
-    else if (w.kind == BF16)
-      for (int i = 0; i < w.k; i++) bf16_[size_t(r) * w.k + i] = activation(row[i]);
+    else if (w.kind == BF16) as_activations(row, w.k, bf16_ + size_t(r) * w.k);
     else if (w.offset)
       for (int g = 0; g < w.k / w.group; g++) {
         float total = 0;
@@ -47,6 +50,13 @@ Input Share::prepare(const Matrix& w, const float* x, int rows) {
       }
   }
   if (rounds(w)) bytes_.end(w.k / BLOCK);
+  if (takes_tiles(w)) {
+    const int parts = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    across_ = (rows + parts - 1) / std::max(1, parts);
+    for (int r = 0; r < rows; r += across_)
+      put_in_pairs(reinterpret_cast<const uint16_t*>(bf16_) + int64_t(r) * w.k, std::min(across_, rows - r), across_, w.k / 2,
+                   pairs_ + int64_t(r) * (w.k / 2));
+  }
   return {rows, x};
 }
 

@@ -1,6 +1,8 @@
 // A thread's share of a matrix product: some of the weights' rows, all of the activations'.
 #pragma once
 #include "matvec.h"
+#include "team.h"
+#include "tiles.h"
 
 #ifdef __AVX2__
 #include <omp.h>
@@ -50,6 +52,10 @@ inline bool alike(const Matrix& a, const Matrix& b) {
   return rounds(a) ? zero_of(a) == zero_of(b) : a.kind == b.kind && !a.offset == !b.offset;
 }
 
+// Whether tiles of the processor multiply it, but for what is left of its rows beyond whole tiles. This does not depend on
+// how many rows of activations there are: a verify pass gives the sums of decoding, bit for bit.
+inline bool takes_tiles(const Matrix& w) { return w.kind == BF16 && w.k % (2 * TILE_PAIRS) == 0 && have_tiles(); }
+
 // Passes over the weights that `rows` rows need: equal parts of at most MAX_ROWS
 inline int passes_of(int rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
 
@@ -78,15 +84,16 @@ class Share {
   void multiply(const Matrix& w, const Input& in, Use use, const Matrix* next = nullptr) const {
     const auto [first, last] = own(w.n);
     const int64_t tile_bytes = ROWS_PER_TILE * row_bytes(w);
-    for (int n = first; n < last; n += ROWS_PER_TILE)
+    const int tiled = takes_tiles(w) ? first + (last - first) / TILE_ROWS * TILE_ROWS : first;
+    if (tiled > first) multiply_tiles_of(w, in, first, tiled, use, next);
+    for (int n = tiled; n < last; n += ROWS_PER_TILE)
       for (int r = 0; r < in.rows; r += ROWS_AT_ONCE) {
         float y[ROWS_AT_ONCE][ROWS_PER_TILE];
         const int count = std::min(ROWS_AT_ONCE, in.rows - r), real = std::min(ROWS_PER_TILE, last - n);
         const int64_t left = (last - n + ROWS_PER_TILE - 1) / ROWS_PER_TILE * tile_bytes;
         const bool ends = next && left <= AHEAD;
         tile(w, n, count, in, r, ends ? AHEAD + (beginning(*next) - start_of(w, n) - left) : AHEAD, y);
-        for (int i = 0; i < real; i++)
-          for (int j = 0; j < count; j++) use(n + i, r + j, y[j][i] + (w.bias ? w.bias[n + i] : 0));
+        give(w, n, real, r, count, y, use);
       }
   }
 
@@ -103,6 +110,29 @@ class Share {
   const int id, threads;
 
  private:
+  // The same for whole tiles of bfloat16 weights, rows `first` to `last`, in tiles of the processor
+  template <class Use>
+  void multiply_tiles_of(const Matrix& w, const Input& in, int first, int last, Use use, const Matrix* next) const {
+    const TilesInUse tiles(across_);
+    const int64_t steps = w.k / 2;
+    for (int n = first; n < last; n += TILE_ROWS) {
+      const char* from = start_of(w, n);
+      const char* after = next && n + TILE_ROWS >= last ? beginning(*next) : from + TILE_ROWS * row_bytes(w);
+      for (int r = 0; r < in.rows; r += across_) {
+        float y[TILE_ROWS][ROWS_PER_TILE];
+        multiply_weights(from, pairs_ + r * steps, across_, steps, after, y);
+        give(w, n, TILE_ROWS, r, std::min(across_, in.rows - r), y, use);
+      }
+    }
+  }
+
+  // Call `use` for sums y [count, rows of weights]
+  template <class Use>
+  void give(const Matrix& w, int n, int real, int r, int count, const float (*y)[ROWS_PER_TILE], Use use) const {
+    for (int j = 0; j < count; j++)
+      for (int i = 0; i < real; i++) use(n + i, r + j, y[j][i] + (w.bias ? w.bias[n + i] : 0));
+  }
+
   // Where this thread's part of a weight begins
   const char* beginning(const Matrix& w) const { return start_of(w, own(w.n).first); }
 
@@ -119,6 +149,8 @@ class Share {
 
   Activations8 bytes_;    // [rows, k]
   Bf16Activation* bf16_;  // [rows, k]
+  uint32_t* pairs_;       // the same as tiles read them: [rows / across, k / 2, across] pairs of columns
+  int across_ = 1;        // rows that meet a tile of weights at a time: equal parts of at most 16
   float* sums_;           // [rows, k / group]: of activations in float32
 };
 
@@ -131,9 +163,11 @@ void run_threads(Arena& arena, int threads, MakeShared share, MakePart make) {
   make(nothing, 0, threads, each);
   Slices memory{arena.reserve(counted.used + each.used * threads)};
   const auto shared = share(memory);
+  Team team;
 #pragma omp parallel num_threads(threads)
   {
     const int id = omp_get_thread_num(), all = omp_get_num_threads();
+    membership = {&team, all};
     Slices own{memory.start + memory.used + each.used * id};
     make(shared, id, all, own).run();
   }

@@ -1,9 +1,10 @@
 // Products of bfloat16 pairs in the processor's tiles (AMX): 16 x 32 times 32 x 16 numbers in one instruction, about ten
 // times as many in the same time as vectors.
 //
-// A tile is 16 rows of 64 bytes. Of activations it has 32 columns of 16 rows, as they lie in memory; of weights 16 pairs
-// of columns of 16 rows, a row of the tile for each pair (panels.h). What a row of activations gets does not depend on
-// which others are beside it.
+// A tile is 16 rows of 64 bytes. In a prompt it has 32 columns of 16 rows of activations, as they lie in memory, or 16
+// pairs of columns of 16 rows of weights, a row of the tile for each pair (panels.h). In decoding it is the other way
+// round: weights are read once, so they are multiplied as they lie in memory, and activations are put in pairs. What a
+// row of activations gets does not depend on which others are beside it.
 #pragma once
 #include "simd.h"
 
@@ -21,16 +22,19 @@ inline bool have_tiles() {
   return granted;
 }
 
-// A thread's tiles, of 16 whole rows each, as long as this lives. Other code in the process sets its own.
+// A thread's tiles, as long as this lives: 0 to 3 for sums, 4 and 5 for what is on the left, 6 and 7 on the right. Each
+// has 16 rows, of 16 columns or pairs; those of sums and on the right may have fewer `across`. Other code in the process
+// sets its own.
 class TilesInUse {
  public:
-  TilesInUse() {
+  explicit TilesInUse(int across = 16) {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
       uint8_t rows[16] = {};
     } shape;
-    for (int i = 0; i < 8; i++) shape.row_bytes[i] = 64, shape.rows[i] = TILE_ROWS;
+    for (int i = 0; i < 8; i++)
+      shape.row_bytes[i] = uint16_t(4 * (i == 4 || i == 5 ? TILE_PAIRS : across)), shape.rows[i] = TILE_ROWS;
     asm volatile("" ::"r"(&shape) : "memory");  // nothing else reads it where the compiler sees
     if (have_tiles()) _tile_loadconfig(&shape);
   }
@@ -81,12 +85,63 @@ inline void multiply_tiles(const uint32_t* const* left, int64_t left_stride, con
   if (below) _tile_stored(2, lower, bytes);
   if (below && beside) _tile_stored(3, last, bytes);
 }
+
+// `rows` rows x [rows, 2 steps] of activations in pairs [steps, across] for `across` of them, zeros for those beyond
+inline void put_in_pairs(const uint16_t* x, int rows, int across, int64_t steps, uint32_t* to) {
+  if (across == 1) return void(std::memcpy(to, x, sizeof(uint32_t) * steps));
+  const __mmask16 real = __mmask16((1u << across) - 1);
+  for (int64_t b = 0; b < steps; b += TILE_PAIRS) {
+    __m512i v[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = i < rows ? _mm512_loadu_si512(x + 2 * (i * steps + b)) : _mm512_setzero_si512();
+    transpose(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++, to += across) _mm512_mask_storeu_epi32(to, real, v[i]);
+  }
+}
+
+// y [across, 16]: 16 rows of weights, of which each has `steps` pairs, times activations [steps, across] in pairs. The
+// tiles in use are so many columns `across`. What is read `next` is asked for.
+inline void multiply_weights(const char* weights, const uint32_t* x, int across, int64_t steps, const char* next,
+                             float (*y)[16]) {
+  const int64_t row_bytes = 4 * steps, x_bytes = 4 * across;
+  auto ask = [&] {
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_ROWS; i++, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+  };
+  asm volatile("" ::: "memory");  // what was written is in memory: the compiler does not see that tiles are read from it
+  _tile_zero(0);
+  _tile_zero(1);  // sums of every other product, so that products do not wait for each other
+  for (int64_t i = 0; i < steps; i += 2 * TILE_PAIRS, weights += 128, x += 2 * TILE_PAIRS * across) {
+    ask();
+    _tile_loadd(4, weights, row_bytes);
+    _tile_loadd(6, x, x_bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (i + TILE_PAIRS == steps) break;
+    ask();
+    _tile_loadd(5, weights + 64, row_bytes);
+    _tile_loadd(7, x + TILE_PAIRS * across, x_bytes);
+    _tile_dpbf16ps(1, 5, 7);
+  }
+  alignas(64) float sums[2][TILE_ROWS * 16];
+  _tile_stored(0, sums[0], 64);
+  _tile_stored(1, sums[1], 64);
+  const __mmask16 real = __mmask16((1u << across) - 1);
+  __m512i v[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++)
+    v[i] = _mm512_castps_si512(_mm512_add_ps(_mm512_maskz_loadu_ps(real, sums[0] + 16 * i), _mm512_maskz_loadu_ps(real, sums[1] + 16 * i)));
+  transpose(v);
+  for (int i = 0; i < across; i++) _mm512_storeu_si512(y[i], v[i]);
+}
 #else
 // None here: nothing below is called.
 inline bool have_tiles() { return false; }
 struct TilesInUse {
-  TilesInUse() {}
+  explicit TilesInUse(int = 16) {}
 };
+inline void put_in_pairs(const uint16_t*, int, int, int64_t, uint32_t*) {}
+inline void multiply_weights(const char*, const uint32_t*, int, int64_t, const char*, float (*)[16]) {}
 template <int down, int across>
 inline void multiply_tiles(const uint32_t* const*, int64_t, const uint32_t*, int64_t, int64_t, int64_t, float*, int64_t,
                            bool) {}
