@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from gateskip.decoding.draft_models import Weights, candidates
-from gateskip.decoding.self_generate import opening, write
+from gateskip.decoding.self_generate import asked_ids
 from gateskip.decoding.stats import Generation
 from gateskip.kernels import autotune
 from gateskip.quantization.formats import weight_format
@@ -23,8 +23,16 @@ from gateskip.runtime.backend import Thresholds
 from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import SkippingModel
 
-PROMPT = 32  # tokens after a text's opening
-REPEATS = 3  # timed turns of each draft, after one that is not counted
+PROMPTS = (
+    "Explain to a child why the sky is blue.",
+    "Write a short letter to a neighbour whose dog barks at night.",
+    "Which five things should be checked before a long drive, and why?",
+    "Write a Python function that counts how often each word occurs in a text, and explain it.",
+    "Translate into French, then into German: The shop on the corner opens at nine.",
+    "How many minutes are three hours and a quarter? Show each step.",
+)
+"""What is answered. Not what the model asks itself: a network that drafts learned on such text, and
+guesses it better than answers to others (docs/experiments.md)."""
 SECONDS = 1.0  # that a turn of plain decoding lasts, within
 LEAST, MOST = 16, 128  # tokens
 CLEARLY = 1.03  # times as fast as plain decoding a draft must be: noise must not choose
@@ -63,7 +71,7 @@ def fastest(decoder: Decodes, budget: float) -> tuple[Weights | None, bool]:
     known = f"{weight_format(model)} {fingerprint(model, decoder.thresholds(budget))}"
     if decoder.network is not None:
         known += f" {fingerprint(decoder.network.network, None)}"
-    question = f"tokens/s of {known} drafted by {', '.join(names)}, {threads} threads"
+    question = f"tokens/s of answers of {known} drafted by {', '.join(names)}, {threads} threads"
     found: Speeds | None = autotune.choice(question, partial(speeds, decoder, names, budget))
     return (names[0], True) if found is None else best(found)
 
@@ -80,14 +88,14 @@ def speeds(decoder: Decodes, names: Sequence[Weights], budget: float) -> Speeds:
 
     The first turns are not counted: copies are made in them, and draft lengths are learned.
     """
-    length = len(opening(decoder.tokenizer)) + PROMPT
     found: dict[str, list[float]] = {name: [] for name in (PLAIN, *names)}
     count = LEAST
-    for prompt in write(decoder, REPEATS + 1, length, seed=1).tolist():
+    for prompt in PROMPTS:
+        ids = asked_ids(decoder.tokenizer, prompt)
         for name, rates in found.items():
             settings = {"draft_weights": name, "draft_budget": budget, "lookup": False}
             way = {} if name == PLAIN else {"mode": "speculate", **settings}
-            rates.append(_rate(decoder.generate([prompt], count, **way)))
+            rates.append(_rate(decoder.generate([ids], count, **way)))
         count = min(MOST, max(LEAST, round(SECONDS * found[PLAIN][-1])))
     return {name: round(statistics.median(rates[1:]), 1) for name, rates in found.items()}
 
