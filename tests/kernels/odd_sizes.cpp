@@ -190,7 +190,7 @@ void check_prompt(const Weights& w, int rows, double by) {
 
 void products() {
   Memory arena(gateskip_arena_new());
-  for (int k : {1, 3, 7, 8, 12, 15, 17, 31, 32, 33, 63, 72, 100, 131, 1531})
+  for (int k : {1, 3, 7, 8, 12, 15, 17, 31, 32, 33, 63, 64, 72, 96, 100, 131, 1531})
     for (int n : {1, 5, 16, 19, 33})
       for (int rows : {1, 3, 8, 9, 65}) {
         const Dense single(n, k, false), half(n, k, true);
