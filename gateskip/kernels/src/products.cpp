@@ -11,7 +11,8 @@ int groups_of(const Matrix& w) { return w.k / std::max(1, w.group); }
 void as_activations(const float* x, int k, Bf16Activation* to) {
 #ifdef GATESKIP_BF16
   int i = 0;
-  for (; i + 32 <= k; i += 32) _mm512_storeu_si512(to + i, to_bf16(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + 16)));
+  for (; i + 32 <= k; i += 32)
+    _mm512_storeu_si512(to + i, to_bf16(_mm512_loadu_ps(x + i), _mm512_loadu_ps(x + i + 16)));
   for (; i < k; i++) to[i] = float_to_bf16(x[i]);
 #else
   std::copy_n(x, k, to);
@@ -51,11 +52,10 @@ Input Share::prepare(const Matrix& w, const float* x, int rows) {
   }
   if (rounds(w)) bytes_.end(w.k / BLOCK);
   if (takes_tiles(w)) {
-    const int parts = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    across_ = (rows + parts - 1) / std::max(1, parts);
+    across_ = rows_of_part(rows, TILE_ROWS);
     for (int r = 0; r < rows; r += across_)
-      put_in_pairs(reinterpret_cast<const uint16_t*>(bf16_) + int64_t(r) * w.k, std::min(across_, rows - r), across_, w.k / 2,
-                   pairs_ + int64_t(r) * (w.k / 2));
+      put_in_pairs(reinterpret_cast<const uint16_t*>(bf16_) + int64_t(r) * w.k, std::min(across_, rows - r), across_,
+                   w.k / 2, pairs_ + int64_t(r) * (w.k / 2));
   }
   return {rows, x};
 }
@@ -139,8 +139,7 @@ Arena* gateskip_arena_new(void) { return new Arena; }
 void gateskip_arena_free(Arena* arena) { delete arena; }
 
 void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, Arena* arena, int32_t threads) {
-  const int passes = passes_of(rows);
-  const int most = (rows + passes - 1) / std::max(1, passes);
+  const int most = rows_of_part(rows, MAX_ROWS);
   Slices size{nullptr};
   Share(0, threads, most, w->k, size);
   char* memory = arena->reserve(size.used * threads);

@@ -59,6 +59,12 @@ inline bool takes_tiles(const Matrix& w) { return w.kind == BF16 && w.k % (2 * T
 // Passes over the weights that `rows` rows need: equal parts of at most MAX_ROWS
 inline int passes_of(int rows) { return (rows + MAX_ROWS - 1) / MAX_ROWS; }
 
+// Rows of the largest of as few equal parts as `rows` rows make of at most `most`
+inline int rows_of_part(int rows, int most) {
+  const int parts = std::max(1, (rows + most - 1) / most);
+  return (rows + parts - 1) / parts;
+}
+
 // The rows of a phase; what their rounding gave stays with the thread that asked for it
 struct Input {
   int rows = 0;

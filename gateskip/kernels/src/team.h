@@ -1,8 +1,8 @@
 // Threads that work on one call and wait for each other.
 //
 // OpenMP's barrier spins for milliseconds. Where another process has a core, the thread that is waited for does not run,
-// and the one that spins has the core that it could run on: beside a training of two threads a token took a hundred times
-// as long. Here a thread spins for about as long as threads of an idle machine are apart, and then sleeps.
+// and the one that spins has the core that it could run on: beside another run's two threads a token took fifty to a
+// hundred times as long. Here a thread spins for about as long as threads of an idle machine are apart, and then sleeps.
 #pragma once
 #include <atomic>
 #include <cstdint>

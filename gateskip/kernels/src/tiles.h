@@ -129,8 +129,10 @@ inline void multiply_weights(const char* weights, const uint32_t* x, int across,
   const __mmask16 real = __mmask16((1u << across) - 1);
   __m512i v[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++)
-    v[i] = _mm512_castps_si512(_mm512_add_ps(_mm512_maskz_loadu_ps(real, sums[0] + 16 * i), _mm512_maskz_loadu_ps(real, sums[1] + 16 * i)));
+  for (int i = 0; i < 16; i++) {
+    const __m512 even = _mm512_maskz_loadu_ps(real, sums[0] + 16 * i), odd = _mm512_maskz_loadu_ps(real, sums[1] + 16 * i);
+    v[i] = _mm512_castps_si512(_mm512_add_ps(even, odd));
+  }
   transpose(v);
   for (int i = 0; i < across; i++) _mm512_storeu_si512(y[i], v[i]);
 }
