@@ -32,6 +32,7 @@ from gateskip.model.draft_network import load_network
 from gateskip.model.families import UnsupportedModel, find_branches
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.head import INT8, head_format, round_head
+from gateskip.quantization.packed_embedding import pack_embedding
 from gateskip.quantization.packed_linear import Samples, accelerate_linears, timed_pairs
 from gateskip.runtime.backend import BackendName
 from gateskip.runtime.learned_draft import LearnedDraft
@@ -382,6 +383,7 @@ def _on_cpu(
     model, file = load_model(folder, dtype), load_gates(folder)
     samples: Samples = {}
     kernels = accelerate_linears(model, samples)
+    pack_embedding(model)
     if head_format(folder) == INT8:
         round_head(model)
     gates, kv_rule = _gates(folder, file, model)
@@ -426,8 +428,8 @@ def _decoder(folder: Path, skipping: SkippingModel, file: GateFile | None) -> De
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     budgets = CalibratedBudgets({}) if file is None else file.budgets
-    table = skipping.model.get_input_embeddings().weight
-    network = load_network(folder, table.shape[1], table.shape[0])
+    embedding = skipping.model.get_input_embeddings()
+    network = load_network(folder, embedding.embedding_dim, embedding.num_embeddings)
     learned = None if network is None else LearnedDraft(skipping, network.to(skipping.device))
     defaults = stored_decode(folder)
     return Decoder(skipping, tokenizer, budgets, defaults=defaults, network=learned)

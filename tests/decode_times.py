@@ -157,7 +157,7 @@ def fill(cache: Any) -> None:
 def megabytes(model: SkippingModel) -> float:
     """What a token reads of the layers' codes, scales (bfloat16) and offsets (bfloat16)."""
     dense = [part for part in model.model.model.modules() if isinstance(part, nn.Linear)]
-    packed = [part for part in model.model.modules() if isinstance(part, PackedLinear)]
+    packed = [part for part in model.model.model.layers.modules() if isinstance(part, PackedLinear)]
     small = sum(2 * part.scale.numel() * (1 if part.offset is None else 2) for part in packed)
     whole = sum(part.weight.nbytes for part in dense)
     return (small + whole + sum(part.codes.numel() for part in packed)) / 1e6

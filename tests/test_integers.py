@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import gateskip
 from compose.artifacts.bundle import write_loader
 from compose.artifacts.folder import copy_companions, probe_ids, probe_logits
+from compose.bench.footprint import module_bytes
 from compose.bench.text import load_head
 from compose.errors import RuleBroken, UserError
 from compose.stages.registry import STAGES, DataSpec, Gate, Int4, ModelShape, StageJob
@@ -25,6 +26,7 @@ from compose.stages.shape import FUSED_QKV
 from gateskip.model.families import FAMILIES
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.grid_linear import GridEmbedding, GridLinear, SharedHead, grids_of
+from gateskip.quantization.packed_embedding import PackedEmbedding
 
 Made = tuple[Path, dict[str, Any]]
 
@@ -52,6 +54,19 @@ def kl(folder: Path, dense: Path) -> float:
     """Mean KL of the dense model's distribution to the folder's on the probe text."""
     p, q = (probe_logits(each).log_softmax(-1) for each in (dense, folder))
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("use", ["int8", "int4"])
+def test_a_loaded_folder_takes_the_bytes_of_its_file(
+    use: str, round_it: Callable[..., Made]
+) -> None:
+    """One copy of every weight, the embedding's too."""
+    folder, _ = round_it(use=use, dtype="bfloat16")
+    model = gateskip.load(folder).skipping.model
+    assert isinstance(model.get_input_embeddings(), PackedEmbedding)
+    weights = sum(each.nbytes for each in load_file(folder / "model.safetensors").values())
+    tables = sum(each.nbytes for name, each in model.named_buffers() if "inv_freq" in name)
+    assert module_bytes(model) <= 1.02 * (weights + tables)
 
 
 @pytest.mark.parametrize("use", ["int8", "int4", "int3", "int2"])

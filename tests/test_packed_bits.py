@@ -149,8 +149,7 @@ def test_a_prompts_product_is_that_of_weights_in_bfloat16(
 
 def as_decoded(layer: PackedLinear, x: Tensor) -> Tensor:
     """A layer's output as the engine decodes it, rounded to bfloat16. x [rows, in]."""
-    with rounding():
-        matrix = layer._matrix()
+    matrix = layer._matrix(layer.rounded_parts(), True)
     matrix.bias = None if layer.bias is None else layer.bias.data_ptr()
     return ops.multiply(matrix, x.float(), ops.Arena()).bfloat16()
 

@@ -131,7 +131,7 @@ class DraftNetwork(Stage):
         from gateskip.model.draft_network import DraftNetwork as New
         from gateskip.model.draft_network import frequent
 
-        tokens = frequent(blocks, self.vocabulary, len(model.get_input_embeddings().weight))
+        tokens = frequent(blocks, self.vocabulary, model.get_input_embeddings().num_embeddings)
         torch.manual_seed(seed)
         return New(model.config.hidden_size, self.inner or model.config.intermediate_size, tokens)
 
@@ -142,7 +142,7 @@ class DraftNetwork(Stage):
 
         assert self.init is not None, "without steps a network is named"
         try:
-            sizes = model.config.hidden_size, len(model.get_input_embeddings().weight)
+            sizes = model.config.hidden_size, model.get_input_embeddings().num_embeddings
             return read_network(Path(self.init), *sizes)
         except FormatError as error:
             fix = "name a draft_network.safetensors of this model, or leave init out"

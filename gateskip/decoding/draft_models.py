@@ -55,7 +55,7 @@ def make_draft(own: SkippingModel, weights: Weights, blocks: Tensor | None) -> S
         return SkippingModel(copied, own.gates, own.kv_rule)
     if draft.engine is not None and own.engine is not None and inputs is not None:
         assert blocks is not None, "inputs were read of them"
-        tokens = drafted_tokens(blocks, len(own.model.get_input_embeddings().weight))
+        tokens = drafted_tokens(blocks, own.model.get_input_embeddings().num_embeddings)
         how = COPY_HEAD if weights in COPIES else HEAD
         head = draft_head(own.model, inputs, how, tokens)
         if head is not None:

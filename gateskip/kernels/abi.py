@@ -208,7 +208,7 @@ Propose = ctypes.CFUNCTYPE(Int, ctypes.POINTER(Int), Int)
 class Embedding(ctypes.Structure):
     """What tokens are at the input."""
 
-    _fields_ = (("weight", Pointer), ("bf16", Int), ("scale", Float))
+    _fields_ = (("table", Matrix), ("bf16", Int), ("scale", Float))
 
 
 class DraftNetwork(ctypes.Structure):

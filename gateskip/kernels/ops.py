@@ -86,6 +86,13 @@ def unpack(
     return out
 
 
+def embed(embedding: abi.Embedding, tokens: Tensor) -> Tensor:
+    """Rows [m, H], float32, of tokens int32 [m] as a model reads them."""
+    out = torch.empty(len(tokens), embedding.table.k)
+    _library().gateskip_embed(ctypes.byref(embedding), _at(tokens), len(tokens), _at(out))
+    return out
+
+
 @cache
 def prompt_units() -> abi.PromptUnits:
     """What `prompt_products` and the functions after it multiply with: there are none without

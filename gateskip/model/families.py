@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -195,8 +196,9 @@ def backbone(model: Any) -> Any:
 
 def device_of(model: Any) -> torch.device:
     """Where the model reads token ids: the device of its embedding."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device
+    embedding = model.get_input_embeddings()
+    held: Tensor = next(chain(embedding.parameters(), embedding.buffers()))
+    return held.device
 
 
 def final_norm(model: Any) -> Any:
@@ -213,9 +215,12 @@ def embed(model: Any, input_ids: Tensor) -> Tensor:
 
 def embedding_scale(model: Any) -> float:
     """What `embed` multiplies a row of the embedding's table by, in the table's type."""
-    scale = getattr(model.get_input_embeddings(), "embed_scale", None)
-    weight: Tensor = model.get_input_embeddings().weight
-    return 1.0 if scale is None else float(torch.as_tensor(scale).to(weight.dtype))
+    embedding = model.get_input_embeddings()
+    scale = getattr(embedding, "embed_scale", None)
+    if scale is None:
+        return 1.0
+    dtype = embedding.dtype if hasattr(embedding, "dtype") else embedding.weight.dtype
+    return float(torch.as_tensor(scale).to(dtype))
 
 
 def head(model: Any, hidden: Tensor) -> Tensor:

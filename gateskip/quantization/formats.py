@@ -10,6 +10,7 @@ from torch import nn
 from gateskip.model.families import backbone
 from gateskip.quantization.grid_linear import GridEmbedding, GridLinear
 from gateskip.quantization.head import RoundedHead
+from gateskip.quantization.packed_embedding import PackedEmbedding
 from gateskip.quantization.packed_linear import PackedLinear
 
 
@@ -22,7 +23,7 @@ def weight_format(model: Any) -> str:
             counts[name] += int(module.in_features) * int(module.out_features)
     names = [name for name, _ in counts.most_common()]
     embedding = model.get_input_embeddings()
-    if isinstance(embedding, GridEmbedding):
+    if isinstance(embedding, GridEmbedding | PackedEmbedding):
         names.append(f"embedding and LM head {embedding.bits} bits in groups of {embedding.group}")
     if isinstance(model.get_output_embeddings(), RoundedHead):
         names.append("LM head 8 bits in groups of 32")
@@ -41,9 +42,8 @@ def _format(module: nn.Module) -> str | None:
     if isinstance(module, GridLinear):
         return f"{module.bits} bits in groups of {module.group}"
     if isinstance(module, PackedLinear):
-        group = module.in_features // module.scale.shape[1]
         kind = "4-bit codebook" if module.book is not None else f"{module.bits} bits"
-        return f"{kind} in groups of {group}"
+        return f"{kind} in groups of {module.group}"
     if hasattr(module, "qweight"):
         return f"GPTQ {module.bits} bits"
     kind = type(module).__name__

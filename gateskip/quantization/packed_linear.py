@@ -31,6 +31,7 @@ from gateskip.quantization.tiles import pack_codes, tiles
 BITS = (2, 3, 4, 6, 8)  # of a code that has kernels
 ZERO_POINT = 128  # what makes signed bytes unsigned; the kernels take it off again
 NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
+Parts = tuple[Tensor, Tensor | None, Tensor | None, int]
 Samples = dict[str, tuple["PackedLinear", nn.Module]]
 """One packed layer of each kind and shape: as it is here, and as its library made it."""
 
@@ -127,14 +128,15 @@ class PackedLinear(nn.Module):
     """A linear layer of 2, 3, 4, 6 or 8 bits: codes [out, in], scale and offset [out, in / group].
 
     A weight is scale * value(code) + offset, with value the codebook's entry (NF4), or the code
-    less `middle`, half of 2**bits. All are kept in tiles of 16 rows: see tiles.py.
+    less `middle`, half of 2**bits. All are kept in tiles of 16 rows: see tiles.py; scales and
+    offsets in bfloat16 where that holds them exactly, as it does those of a grid.
     """
 
     codes: Tensor
-    scale: Tensor
-    offset: Tensor | None
     book: Tensor | None
     bias: Tensor | None
+    _scale: Tensor
+    _offset: Tensor | None
 
     def __init__(
         self,
@@ -161,11 +163,13 @@ class PackedLinear(nn.Module):
             )
         self.bits, self.middle = bits, middle(bits)
         self.register_buffer("codes", pack_codes(codes, bits))
-        self.register_buffer("scale", tiles(scale.float()))
-        self.register_buffer("offset", None if offset is None else tiles(offset.float()))
+        low = None if offset is None else tiles(offset.float())
+        kept, low, self._zero = _kept(tiles(scale.float()), low, self.middle)
+        self.register_buffer("_scale", kept)
+        self.register_buffer("_offset", low)
         self.register_buffer("book", None if book is None else book.float().contiguous())
         self.register_buffer("bias", None if bias is None else bias.float())
-        self._rounded_parts: tuple[Tensor, Tensor | None, Tensor | None, int] | None = None
+        self._rounded_parts: Parts | None = None
 
     @classmethod
     def of(cls, grid: Grid, bias: Tensor | None = None) -> PackedLinear:
@@ -176,6 +180,24 @@ class PackedLinear(nn.Module):
         if bits != grid.bits:
             codes = codes + (middle(bits) - grid.middle)
         return cls(codes, grid.scale, offset, None, bias, bits)
+
+    @property
+    def group(self) -> int:
+        """Weights that share a scale."""
+        return self.in_features // self._scale.shape[1]
+
+    @property
+    def scale(self) -> Tensor:
+        """Float32 [tiles, groups, 16]."""
+        return self._scale.float()
+
+    @property
+    def offset(self) -> Tensor | None:
+        """What the middle code, or an entry 0, stands for: float32 as `scale`; None for zero."""
+        if self._offset is None:
+            return None
+        low = self._offset.float()
+        return low if self._zero == self.middle else low + self.middle * self.scale
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -193,10 +215,13 @@ class PackedLinear(nn.Module):
             fast = x.dtype == torch.bfloat16 and bfloat16_is_faster()
             weight = self.unpacked(x.dtype if fast else torch.float32)
             return product(x, *(_of(rows, part) for part in (weight, self.bias)))
+        rounded = _rounds.get()
+        parts = self.rounded_parts() if rounded else self.float_parts()  # what the matrix points to
+        matrix = self._matrix(parts, rounded)
         if rows is None or not rows.whole(ROWS_PER_TILE):
-            out = self._product(x, self._matrix(), self.bias)
+            out = self._product(x, matrix, self.bias)
             return out if rows is None else rows.columns(out)
-        part = self._matrix().part(rows.first, rows.count, rows.run, rows.stride)
+        part = matrix.part(rows.first, rows.count, rows.run, rows.stride)
         return self._product(x, part, _of(rows, self.bias))
 
     def _product(self, x: Tensor, matrix: Matrix, bias: Tensor | None) -> Tensor:
@@ -206,19 +231,28 @@ class PackedLinear(nn.Module):
         (out,) = ops.prompt_products(matrix, [matrix.n], flat)
         return out.view(*x.shape[:-1], matrix.n)
 
-    def _matrix(self) -> Matrix:
-        """What kernels read, but for the bias; it points to this layer's memory."""
-        n, k, rounded = self.out_features, self.in_features, _rounds.get()
-        scale, offset, book, zero = self.scale, self.offset, self.book, self.middle
-        if rounded:
-            scale, offset, book, zero = self.rounded_parts()
-        kind = Kind.packed(self.bits, book is not None, rounded)
-        parts = (self.codes, scale, offset, book)
-        places = (None if x is None else x.data_ptr() for x in parts)
-        return Matrix(kind, n, k, k // scale.shape[1], zero, n, n, *places, None)
+    def _matrix(self, parts: Parts, rounded: bool) -> Matrix:
+        """What kernels read, but for the bias; it points to the memory of this layer and of
+        `parts`."""
+        n, k = self.out_features, self.in_features
+        *tables, zero = parts
+        kind = Kind.packed(self.bits, self.book is not None, rounded)
+        places = (None if x is None else x.data_ptr() for x in (self.codes, *tables))
+        return Matrix(kind, n, k, self.group, zero, n, n, *places, None)
 
-    def rounded_parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-        """Scale, offset, table and zero point as kernels of 8-bit activations read them.
+    def exact_matrix(self) -> tuple[Matrix, Parts]:
+        """The weights without a bias, none of them rounded, and what the matrix points to."""
+        rounded = self.book is None and self._scale.dtype == torch.bfloat16
+        rounded &= self._offset is None or self._offset.dtype == torch.bfloat16
+        parts = self.rounded_parts() if rounded else self.float_parts()
+        return self._matrix(parts, rounded), parts
+
+    def float_parts(self) -> Parts:
+        """Scale, offset, table and zero point as kernels of float32 activations read them."""
+        return self.scale, self.offset, self.book, self.middle
+
+    def rounded_parts(self) -> Parts:
+        """The same as kernels of 8-bit activations read them.
 
         Scale and offset are bfloat16. The offset is what code 0 stands for, or the middle code
         where bfloat16 holds that better: a grid's minima are exact, a GPTQ layer's are not.
@@ -227,19 +261,19 @@ class PackedLinear(nn.Module):
             self._rounded_parts = self._in_bytes()
         return self._rounded_parts
 
-    def _in_bytes(self) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
-        scale, offset, book = self.scale.bfloat16(), self.offset, self.book
-        if book is not None:
-            largest = book.abs().max()
-            table = ((book / largest * 127).round() + ZERO_POINT).to(torch.uint8)
+    def _in_bytes(self) -> Parts:
+        low = self._offset
+        if self.book is not None:
+            largest = self.book.abs().max()
+            table = ((self.book / largest * 127).round() + ZERO_POINT).to(torch.uint8)
             return (self.scale * (largest / 127)).bfloat16(), None, table, ZERO_POINT
-        if offset is None:
-            return scale, None, None, self.middle
-        choices = ((offset - self.middle * scale.float(), 0), (offset, self.middle))
+        if low is None or low.dtype == torch.bfloat16:
+            return self._scale.bfloat16(), low, None, self._zero
+        choices = ((low - self.middle * self.scale, 0), (low, self.middle))
         best, zero = min(
             choices, key=lambda each: float((each[0].bfloat16() - each[0]).abs().sum())
         )
-        return scale, best.bfloat16(), None, zero
+        return self._scale.bfloat16(), best.bfloat16(), None, zero
 
     def streamed(self, x: Tensor) -> Tensor:
         """The same by the compiled kernel, which multiplies in float32 and reads the codes once."""
@@ -254,6 +288,22 @@ class PackedLinear(nn.Module):
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
         return self.codes, self.scale, self.offset, self.book, self.bits, self.out_features
+
+
+def _kept(scale: Tensor, offset: Tensor | None, middle: int) -> tuple[Tensor, Tensor | None, int]:
+    """Scales, offsets, and the code that these are of: in bfloat16 where that holds both exactly,
+    and of code 0 where it holds that."""
+    small = scale.bfloat16()
+    if not torch.equal(small.float(), scale):
+        return scale, offset, middle
+    if offset is None:
+        return small, None, middle
+    for zero in (0, middle):
+        shift = (middle - zero) * scale
+        low = (offset - shift).bfloat16()
+        if torch.equal(low.float() + shift, offset):
+            return small, low, zero
+    return scale, offset, middle
 
 
 def accelerate_linears(model: Any, samples: Samples | None = None) -> dict[str, int]:

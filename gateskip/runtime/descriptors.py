@@ -20,6 +20,7 @@ from gateskip.model.families import (
     Branch,
     Family,
     UnsupportedModel,
+    embedding_scale,
     family_of,
     final_norm,
     find_branches,
@@ -37,6 +38,7 @@ from gateskip.model.projections import (
 )
 from gateskip.quantization.grid_linear import SharedHead
 from gateskip.quantization.head import ROWS, RoundedHead, to_bytes
+from gateskip.quantization.packed_embedding import PackedEmbedding
 from gateskip.quantization.packed_linear import ZERO_POINT, DenseLinear, PackedLinear
 from gateskip.quantization.rounding import round_to_grid
 from gateskip.quantization.tiles import pack_codes, tiles
@@ -79,6 +81,7 @@ class Descriptors:
         """Channels of a head that are rotated, by the key of a rope table, in the tables' order."""
         self.model = self._model(model, gates)
         self.head = self._head(model.get_output_embeddings())
+        self.embedding = self._embedding(model)
         collapse(self._held)
 
     # -- the model ------------------------------------------------------------------------------
@@ -218,13 +221,10 @@ class Descriptors:
     def packed(self, module: PackedLinear, rounded: bool) -> Matrix:
         """A packed layer; `rounded` multiplies with activations of 8 bits."""
         n, k = module.out_features, module.in_features
-        scale, offset, table, zero = module.scale, module.offset, module.book, module.middle
-        if rounded:
-            scale, offset, table, zero = module.rounded_parts()
-        kind = Kind.packed(module.bits, table is not None, rounded)
-        parts = (module.codes, scale, offset, table, module.bias)
-        whole = (self._maybe(part) for part in parts)
-        return Matrix(kind, n, k, k // scale.shape[1], zero, n, n, *whole)
+        *tables, zero = module.rounded_parts() if rounded else module.float_parts()
+        kind = Kind.packed(module.bits, module.book is not None, rounded)
+        whole = (self._maybe(part) for part in (module.codes, *tables, module.bias))
+        return Matrix(kind, n, k, module.group, zero, n, n, *whole)
 
     def _packed_part(self, module: PackedLinear, rows: Rows) -> Matrix:
         """Some rows of a packed layer, which are whole tiles of it."""
@@ -254,6 +254,17 @@ class Descriptors:
         parts = (torch.cat(codes), torch.cat(scales), None, None, module.bias)
         whole = (self._maybe(x) for x in parts)
         return Matrix(Kind.INT8_A8, n, k, BLOCK, ZERO_POINT, n, n, *whole)
+
+    def _embedding(self, model: Any) -> abi.Embedding:
+        """What tokens are at the input: rows of a table in the model's type, or of a packed one."""
+        module, scale = model.get_input_embeddings(), embedding_scale(model)
+        if isinstance(module, PackedEmbedding):
+            table, parts = module.table.exact_matrix()
+            self._held += [each for each in parts if isinstance(each, Tensor)]
+            return abi.Embedding(table, int(module.dtype == torch.bfloat16), scale)
+        (n, k), kind = module.weight.shape, DENSE_KINDS[module.weight.dtype]
+        table = Matrix(kind, n, k, k, 0, n, n, self._at(module.weight))
+        return abi.Embedding(table, int(kind == Kind.BF16), scale)
 
     # -- addresses ------------------------------------------------------------------------------
 

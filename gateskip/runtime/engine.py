@@ -22,7 +22,7 @@ from torch import Tensor
 from gateskip.gates.base import Gates
 from gateskip.kernels import abi, build, ops
 from gateskip.kernels.abi import PARTS, Matrix
-from gateskip.model.families import UnsupportedModel, embedding_scale, logit_cap
+from gateskip.model.families import UnsupportedModel, logit_cap
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.runtime.backend import Drawn, Draws
 from gateskip.runtime.buffers import Buffers
@@ -49,9 +49,7 @@ class Engine:
         self._parts = Descriptors(model, gates, rounded)
         self.rounded, self.model = self._parts.rounded, self._parts.model
         self.head = self._parts.head
-        self.embedding = model.get_input_embeddings().weight
-        bf16 = int(self.embedding.dtype == torch.bfloat16)
-        self._embedding = abi.Embedding(self.embedding.data_ptr(), bf16, embedding_scale(model))
+        self._embedding = self._parts.embedding
         self._cap = logit_cap(model)
         self.copies = int(kv_rule == "copy")
         self.kept = torch.zeros(2 * self.model.layers, dtype=torch.int64)

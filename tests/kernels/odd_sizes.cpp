@@ -188,6 +188,19 @@ void check_prompt(const Weights& w, int rows, double by) {
     }
 }
 
+// Rows of a packed table, scaled
+void check_embedded(const Packed& table) {
+  const int n = table.matrix.n, k = table.matrix.k;
+  const std::vector<int32_t> tokens{n - 1, 0};
+  std::vector<float> out(2 * k);
+  for (bool half : {false, true}) {
+    const Embedding embedding{table.matrix, half, 3.0f};
+    gateskip_embed(&embedding, tokens.data(), 2, out.data());
+    for (int i = 0; i < k; i++)
+      check(near(out[i], 3 * table.weights[size_t(n - 1) * k + i], half ? 0.01f : 1e-5f), "embedded", n, k, table.matrix.kind);
+  }
+}
+
 void products() {
   Memory arena(gateskip_arena_new());
   for (int k : {1, 3, 7, 8, 12, 15, 17, 31, 32, 33, 63, 64, 72, 96, 100, 131, 1531})
@@ -212,6 +225,7 @@ void products() {
           const bool rounded = kind >= INT2_A8;
           const Packed w(n, k, k % 64 ? 32 : 64, kind, shifted, rounded && shifted && n % 2 ? 0 : -1);
           for (int rows : {1, 5, 9}) check_product("packed", w.matrix, w.weights, rows, rounded ? 0.03f : 1e-4f, arena.get());
+          if (!shifted && w.table.empty()) check_embedded(w);
           for (int rows : {1, 9, 49})
             if (gateskip_prompt_units() != NO_UNITS) check_prompt(w, rows, rounded ? 0.03 : 0.004);
           if (rounded) continue;
@@ -407,13 +421,14 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
   std::vector<int64_t> kept(2 * layers);
   std::vector<double> spent(PARTS);
   const Step step{1, 0, &row, &slot, state.data(), nullptr, kept.data(), spent.data()};
-  Both embedding(size_t(vocabulary) * hidden);
+  const Dense rows_of_tokens(vocabulary, hidden, half);
+  const Embedding embedding{rows_of_tokens.matrix, half, 8.5f};
   const Dense head(vocabulary, hidden, half);
   const Packed rerank(vocabulary, 32 * ((hidden + 31) / 32), 32, INT8_A8, false);
   std::vector<int32_t> tokens(6);
   std::vector<float> chances(6);
   for (const Matrix* second : {static_cast<const Matrix*>(nullptr), &head.matrix, hidden % 32 ? nullptr : &rerank.matrix}) {
-    Draft draft{5, 6, 0.0f, accepted.data(), 1, embedding.data(half), half, 8.5f, form == SANDWICH ? 3.0f : 0.0f, &head.matrix, nullptr, second, tokens.data(), chances.data()};
+    Draft draft{5, 6, 0.0f, accepted.data(), 1, embedding, form == SANDWICH ? 3.0f : 0.0f, &head.matrix, nullptr, second, tokens.data(), chances.data()};
     slot = 4;
     gateskip_draft(&m, &cache, &step, &draft, arena.get(), 3);
     check(draft.count == 6 && tokens[5] >= 0 && tokens[5] < vocabulary, "draft", hidden, inner, half);
@@ -430,7 +445,7 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
       int32_t first = 4;
       const Step verifying{1, 0, &row, &first, read.data(), nullptr, kept.data(), spent.data()};
       const Sampling how{0.8f, 5, 0.9f, 0};
-      Draft draft{5, 0, 0.0f, accepted.data(), 1, embedding.data(half), half, 8.5f, form == SANDWICH ? 3.0f : 0.0f, &head.matrix};
+      Draft draft{5, 0, 0.0f, accepted.data(), 1, embedding, form == SANDWICH ? 3.0f : 0.0f, &head.matrix};
       if (drawn) draft.sampling = &how, draft.distributions = sources.data();
       Speculation call{5, 6, rounds, length, longest, draft.embedding, &m, &step, nullptr, &draft, last.data(), propose, tell,
                        drawn ? logits.data() : nullptr, shares.data(), uniform.data(), made.data(), sure.data()};

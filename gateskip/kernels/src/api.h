@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 11 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 12 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -191,9 +191,9 @@ typedef struct Sampling {
 
 /* What tokens are at the input. */
 typedef struct Embedding {
-  const void* weight; /* [V, H] */
-  int32_t bf16;
-  float scale;        /* which it is multiplied by, rounded to its type */
+  Matrix table;  /* [V, H]: dense, or packed without offsets, a whole weight */
+  int32_t bf16;  /* what its numbers are rounded to */
+  float scale;   /* which they are multiplied by, and rounded again */
 } Embedding;
 
 /* A small network that drafts without a cache: from the final state before a token and the token's embedding it makes
@@ -299,7 +299,7 @@ typedef struct Arena Arena;
 int32_t gateskip_abi_version(void);
 /* sizeof a structure of this header; -1 for another name */
 int64_t gateskip_struct_size(const char* name);
-/* whether it has what follows `gateskip_unpack` below: it needs AVX2 */
+/* whether it has what follows `gateskip_embed` below: it needs AVX2 */
 int32_t gateskip_has_decoder(void);
 
 /* -- linear layers one by one, for models that run in torch: linear.cpp -- */
@@ -313,6 +313,8 @@ void gateskip_packed(const uint8_t* codes, const float* scale, const float* offs
 /* the weights [n, k] that codes stand for */
 void gateskip_unpack(const uint8_t* codes, const float* scale, const float* offset, const float* table, int32_t bits,
                      int32_t n, int32_t k, int32_t group, int32_t bf16, void* out, int32_t threads);
+/* rows [count, H] of tokens */
+void gateskip_embed(const Embedding* embedding, const int32_t* tokens, int32_t count, float* out);
 
 /* -- whole tokens: decoder.cpp, draft.cpp, products.cpp -- */
 

@@ -27,6 +27,21 @@ static inline Coding coding_of(int bits, bool table) {
   return table ? TABLE : bits == 8 ? BITS8 : bits == 6 ? BITS6 : bits == 3 ? BITS3 : bits == 2 ? BITS2 : BITS4;
 }
 
+// Whether a matrix meets activations of 8 bits; scales and offsets are bfloat16 then
+inline bool rounds(const Matrix& w) { return w.kind >= INT2_A8; }
+
+// Of a packed matrix
+inline Coding coding_of(const Matrix& w) {
+  switch (w.kind) {
+    case INT2: case INT2_A8: return BITS2;
+    case INT3: case INT3_A8: return BITS3;
+    case INT6: case INT6_A8: return BITS6;
+    case INT4: case INT4_A8: return BITS4;
+    case INT4_TABLE: case INT4_TABLE_A8: return TABLE;
+    default: return BITS8;
+  }
+}
+
 // Call `use` with the coding as a type, whose `value` is known to the compiler
 template <class Use>
 static inline void with_coding(Coding coding, Use use) {

@@ -1,5 +1,6 @@
 // One thread of a decoder's forward pass over a few tokens: every branch of every layer, with a KV cache.
 #pragma once
+#include "embedding.h"
 #include "products.h"
 #include "rows.h"
 
@@ -33,12 +34,6 @@ struct SharedRows {
     parts = take(most_parts > 1 ? m.heads * most_parts * (m.head_dim + 2) : 0);
   }
 };
-
-// A number of the embeddings [V, H], as the model reads it
-inline float embedded(const Embedding& e, int64_t at) {
-  if (!e.bf16) return static_cast<const float*>(e.weight)[at] * e.scale;
-  return bf16_to_float(float_to_bf16(bf16_to_float(static_cast<const uint16_t*>(e.weight)[at]) * e.scale));
-}
 
 // The rows from `first` to `last` of a step
 Step rows_of(const Model& m, const Step& step, int first, int last);

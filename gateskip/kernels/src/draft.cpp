@@ -29,7 +29,7 @@ class ModelSteps {
   // The final state [H] after a token, the i-th of this call
   const float* after(const Embedding& embedding, int32_t token, int i, const Matrix* head) {
     const int first = m.hidden * id / threads, last = m.hidden * (id + 1) / threads;
-    for (int j = first; j < last; j++) s.hidden[j] = embedded(embedding, int64_t(token) * m.hidden + j);
+    embed(embedding, token, first, last, s.hidden);
     if (id == 0 && i) {
       ++*const_cast<int32_t*>(s.slot);
       if (s.entered) s.entered += 2 * m.layers;
@@ -90,7 +90,7 @@ class NetworkSteps : Share {
 
   void fuse(const Embedding& embedding, int32_t token) {
     float* e = joined_ + hidden();
-    for (int j = 0; j < hidden(); j++) e[j] = embedded(embedding, int64_t(token) * hidden() + j);
+    embed(embedding, token, 0, hidden(), e);
     norm_row(n.norm_token, e, hidden(), e);
     norm_row(n.norm_state, state_, hidden(), joined_);
     multiply(n.fuse, prepare(n.fuse, joined_, 1), [&](int j, int, float value) { x_[j] = value; }, &n.gate);

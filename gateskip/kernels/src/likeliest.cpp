@@ -34,8 +34,7 @@ class Reader {
   void run() {
     const int first = m.hidden * id / threads, last = m.hidden * (id + 1) / threads;
     for (int r = 0; r < s.rows; r++)
-      for (int j = first; j < last; j++)
-        s.hidden[int64_t(r) * m.hidden + j] = embedded(in_.embedding, int64_t(in_.tokens[r]) * m.hidden + j);
+      embed(in_.embedding, in_.tokens[r], first, last, s.hidden + int64_t(r) * m.hidden);
     wait_for_all();
     pass_.run(&head);
     wait_for_all();

@@ -1,4 +1,5 @@
-// Linear layers one by one, for models that run in torch; decoder.cpp runs whole tokens.
+// Linear layers and embeddings one by one, for models that run in torch; decoder.cpp runs whole tokens.
+#include "embedding.h"
 #include "matvec.h"
 
 namespace {
@@ -73,6 +74,11 @@ void gateskip_unpack(const uint8_t* codes, const float* scale, const float* offs
     if (bf16) each(static_cast<uint16_t*>(out));
     else each(static_cast<float*>(out));
   }
+}
+
+void gateskip_embed(const Embedding* embedding, const int32_t* tokens, int32_t count, float* out) {
+  const int width = embedding->table.k;
+  for (int i = 0; i < count; i++) embed(*embedding, tokens[i], 0, width, out + int64_t(i) * width);
 }
 
 }  // extern "C"

@@ -12,21 +12,6 @@ constexpr int ROWS_AT_ONCE = 8;  // rows of activations that meet a weight at a 
 
 inline bool is_packed(const Matrix& w) { return w.kind >= INT2; }
 
-// Whether activations are rounded to 8 bits; scales and offsets are bfloat16 then
-inline bool rounds(const Matrix& w) { return w.kind >= INT2_A8; }
-
-// Of a packed matrix
-inline Coding coding_of(const Matrix& w) {
-  switch (w.kind) {
-    case INT2: case INT2_A8: return BITS2;
-    case INT3: case INT3_A8: return BITS3;
-    case INT6: case INT6_A8: return BITS6;
-    case INT4: case INT4_A8: return BITS4;
-    case INT4_TABLE: case INT4_TABLE_A8: return TABLE;
-    default: return BITS8;
-  }
-}
-
 // Where row n of a weight lies, counted from its first row
 inline int64_t place_of(const Matrix& w, int n) {
   return w.run == w.n ? n : int64_t(n / w.run) * w.stride + n % w.run;
