@@ -3,8 +3,9 @@
     python tests/sizes.py llama-1b                        (`--help` has its options)
 
 Writes a model of random weights, a pipeline file and, by `gateskip run`, its results: bfloat16, 8
-and 4 bits, each with a quarter of the multiply-adds skipped by a coin, and llama.cpp on the same
-weights. Nothing of it has any quality; what is compared is speed at equal bytes.
+and 4 bits, each with a quarter of the multiply-adds skipped by gates that nothing trained, and
+llama.cpp on the same weights. Nothing of it has any quality; what is compared is speed at equal
+bytes.
 
 Random weights say nothing about which drafts are accepted. So drafts are timed (an int4 copy,
 each length forced), and `summary.json` has the gain that these times would give with the
@@ -44,12 +45,10 @@ data:
 stages:
   int8:   {{use: int8, compensate: false}}
   int4:   {{use: int4, compensate: false}}
-  coin:
+  gates:
     use: gate
-    kind: random
     steps: 0
     shortcut: 0
-    init: open
     backbone: frozen
     length: 64
     budgets: [0.75]
@@ -58,9 +57,9 @@ stages:
 pipelines:
   int8:        [int8]
   int4:        [int4]
-  bf16-skip75: [coin, skip75]
-  int8-skip75: [int8, coin, skip75]
-  int4-skip75: [int4, coin, skip75]
+  bf16-skip75: [gates, skip75]
+  int8-skip75: [int8, gates, skip75]
+  int4-skip75: [int4, gates, skip75]
 benchmark:
   against: [llama.cpp:bf16, llama.cpp:q8_0, llama.cpp:q4_k_m, llama.cpp:q4_0]
   speed:   {{prompt_tokens: 128, new_tokens: 32, repeats: {repeats}}}
