@@ -7,8 +7,9 @@ makes them). Each is decoded plainly and with its drafts by `gateskip bench`, gr
 temperature 0.7, in up to 32 and 128 tokens after prompts of eight kinds. Ratios to plain decoding
 of the same folder, with 95 % intervals, go to `summary.json`.
 
-An interval is over texts. Look-up gains on few of them, so that it takes many texts to say that it
-loses on none. Takes four to ten minutes for each of the twelve on two cores that do nothing else.
+An interval is over rounds, each of other texts. Look-up gains on few of them, so that it takes many
+rounds to say that it loses on none. Takes three to ten minutes for each of the twelve on two cores
+that do nothing else, and must have them: a disturbed choice of drafts stays.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def main() -> int:
     )
     parser.add_argument("folders", type=Path, nargs=3, metavar=("BF16", "INT8", "INT4"))
     parser.add_argument("--drafts", nargs="+", choices=DRAFTS, default=DRAFTS, metavar="SYSTEM")
-    parser.add_argument("--limit", type=int, default=2, help="prompts of each kind")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--limit", type=int, default=1, help="prompts of each kind")
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each way in a round")
     parser.add_argument("--out", type=Path, default=Path("runs/speculation-matrix"))
     options = parser.parse_args()
