@@ -316,8 +316,9 @@ def export(
     from compose.execution.run_folder import RunFolder
 
     name = cell or options.pick(_results_of(run_dir)).name
-    executor = make_executor("local", None)
-    export_cell(RunFolder.existing(run_dir), name, to, executor, compare_tokens=verify)
+    folder, executor = RunFolder.existing(run_dir), make_executor("local", None)
+    with folder.locked():
+        export_cell(folder, name, to, executor, compare_tokens=verify)
     same = ": the same logits and tokens as its source" if verify else ""
     typer.echo(f"{name} exported to {to}{same}")
 
@@ -411,13 +412,16 @@ def insight(
 ) -> None:
     """Colour a text's tokens by how much compute each of them gets."""
     from compose.execution.worker_process import ask_once
+    from compose.store import require_writable, write_text
     from compose.terminal.show import print_insight, read_text
     from reports.insight import to_html
 
+    if html is not None:
+        require_writable(html)
     job = {"folder": str(folder), "text": read_text(text), "budget": budget}
     shares = ask_once("insight", job)
     if html is not None:
-        html.write_text(to_html(shares, folder.name), encoding="utf-8")
+        write_text(html, to_html(shares, folder.name))
     if as_json:
         typer.echo(json.dumps(shares))
     else:
@@ -494,7 +498,7 @@ def bench(
     from compose.assets import default_cache
     from compose.execution.executors import make_executor
     from compose.execution.source_folder import as_folders
-    from compose.planning.bench_plan import bench_plan
+    from compose.planning.bench_plan import bench_plan, default_name
     from compose.terminal.bench import benchmark_of, print_bench
     from compose.terminal.run_shown import run_shown
 
@@ -516,7 +520,7 @@ def bench(
         questions=questions,
     )
     folders = as_folders(folders, default_cache(), keep_blocks=keep_blocks)
-    title = name or f"bench-{folders[0].absolute().name}"
+    title = name or default_name(folders[0])
     planned = bench_plan(title, folders, systems or [], against or [], benchmark)
     result = run_shown(
         planned,

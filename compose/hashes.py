@@ -9,6 +9,7 @@ show (as in git's index).
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -28,6 +29,21 @@ def hash_file(path: Path) -> str:
     """SHA-256 of a file's content, as hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered_hash(path: Path) -> str:
+    """`hash_file`, read once a process for as long as inode, size and times stay what they are.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    mark = _mark(path)
+    return _hash_of_mark(path, tuple(mark)) if _old(mark) else hash_file(path)
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_of_mark(path: Path, mark: tuple[int, ...]) -> str:
+    return hash_file(path)
 
 
 def hash_files(

@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from compose.errors import StepError
+from compose.errors import StepError, UserError
 from compose.hashes import hash_files
 
 MANIFEST = "manifest.json"
@@ -141,6 +141,17 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON through `new_file`. ValueError where a number is not finite."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that `new_file` could not put in place, before what it is to hold is made.
+
+    Raises:
+        UserError: it is a folder, or its folder may not be written to.
+    """
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written", fix="name a file in a folder of yours")
 
 
 def write_text(path: Path, text: str) -> None:

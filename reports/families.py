@@ -11,9 +11,8 @@ from compose.results.schema import CellResult
 Decode = Literal["plain", "skip", "speculate", "peer"]
 
 NOT_QUANTIZED = "not quantized"
-PRUNING = frozenset(
-    {"drop-layers", "prune-width", "prune-heads", "prune-hidden", "prune-branches", "heal"}
-)
+INTEGERS = frozenset({"int8", "int4", "int3", "int2"})
+PRUNING = frozenset({"drop-layers", "prune-width", "prune-heads", "prune-hidden", "prune-branches"})
 
 
 def weights_of(cell: CellResult) -> str:
@@ -21,6 +20,8 @@ def weights_of(cell: CellResult) -> str:
     if cell.peer is not None:
         return cell.peer.option or NOT_QUANTIZED
     for step in cell.steps or ():
+        if step.use in INTEGERS:
+            return step.use
         extra = step.model_extra or {}
         if step.use == "bnb":
             return str(extra.get("format", "bnb"))

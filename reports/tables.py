@@ -185,7 +185,13 @@ def memory(report: Report) -> Table:
         report.rows,
         [
             metric_column("size", "On disk", "MB", "Weight files.", megabytes),
-            metric_column("resident", "In memory", "MB", "The loaded model.", megabytes),
+            metric_column(
+                "resident",
+                "In memory",
+                "MB",
+                "The loaded model's tensors; of other engines, their process beyond a bare one.",
+                megabytes,
+            ),
             metric_column("peak", "Peak", "MB", "Most memory of the cell's process.", megabytes),
             Column("KV cache", "MB", "Of the largest shape that was timed.", cache_entry),
             metric_column(

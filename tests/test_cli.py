@@ -87,6 +87,13 @@ def test_a_mistake_is_one_message_with_its_line(
     assert words in err
 
 
+def test_a_page_that_cannot_be_written_is_refused_before_the_model_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "page.html"):
+        code, _, err = call("insight", tmp_path / "absent", "--text", "a", "--html", place)
+        assert code == 2 and f"{place} cannot be written" in err
+
+
 def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
     for command in ("validate", "plan", "run"):
         code, _, err = call(command, tmp_path / "absent.yaml")

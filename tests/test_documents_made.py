@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from compose import store
 from compose.errors import UserError
 from compose.results.io import save_results
 from compose.results.parts import (
@@ -27,6 +28,7 @@ from compose.results.parts import (
     Verdict,
 )
 from compose.results.schema import CellResult, Results
+from reports.documents import __main__ as command
 from reports.documents.figures import figure
 from reports.documents.markers import fill, outside, unfinished
 from reports.documents.provenance import commits_since, missing_provenance
@@ -289,6 +291,25 @@ def test_a_marker_that_cannot_be_filled(
     save_results(results, tmp_path / "reports" / "published" / "peers" / "results.json")
     with pytest.raises(UserError, match=words):
         fill(f"<!-- {marker} -->\n<!-- end -->", Path("README.md"), tmp_path)
+
+
+def test_a_document_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "page.md").write_text("old")
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "DOCUMENTS", (Path("page.md"),))
+    monkeypatch.setattr(command, "fill", lambda text, document: "new")
+
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.os, "replace", full)
+        with pytest.raises(OSError, match="full"):
+            command.main([])
+    assert (tmp_path / "page.md").read_text() == "old"
+    assert command.main([]) == 0 and (tmp_path / "page.md").read_text() == "new"
 
 
 def test_a_marker_without_its_end_is_found() -> None:

@@ -10,15 +10,19 @@ import pytest
 from compose.execution import run_folder
 from compose.execution.gather import gather
 from compose.execution.run_folder import (
+    MEASURE_VERSION,
     RunFolder,
     is_measured,
     only_code_changed,
+    phase_key,
     read_phase,
     write_phase,
 )
+from compose.execution.sessions import speed_settings
 from compose.language.schema import Pipeline
 from compose.planning import fingerprint as module
 from compose.planning.fingerprint import MEASURING, ROOT, fingerprint, fingerprint_of
+from compose.planning.keys import digest
 from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
 from compose.terminal.show import plan_state
@@ -102,3 +106,58 @@ def test_any_source_and_any_version_counts(tmp_path: Path) -> None:
     assert first == fingerprint_of(tmp_path, {"torch": "2.13"})
     (tmp_path / "compose" / "assets" / "rows.py").write_text("two\n")
     assert first != fingerprint_of(tmp_path, {"torch": "2.13"})
+
+
+def test_an_edited_text_makes_what_was_measured_on_it_unknown(tmp_path: Path) -> None:
+    names = ("train", "scored", "asked", "checked", "timed")
+    files = {name: tmp_path / f"{name}.txt" for name in names}
+    for file in files.values():
+        file.write_text("one")
+    text = {name: str(file) for name, file in files.items()}
+    raw = {
+        "name": "small",
+        "model": {"source": "smollm2-135m-instruct"},
+        "data": {"train": {"source": text["train"]}},
+        "stages": {"heal": {"use": "heal"}, "spec": {"use": "speculate"}},
+        "pipelines": {"healed": ("heal",), "drafts": ("spec",)},
+        "benchmark": {
+            "speed": {"prompts": text["timed"]},
+            "quality": {"perplexity": text["scored"], "own_answers": {"source": text["asked"]}},
+            "lossless": {"source": text["checked"]},
+        },
+    }
+    plan = make_plan(Pipeline.model_validate(raw))
+
+    def keys() -> dict[str, Any]:
+        """What each kind of record is kept under now."""
+        return {
+            "dense": phase_key(plan, plan.cell("dense"), "quality"),
+            "healed": phase_key(plan, plan.cell("healed"), "quality"),
+            "drafts": phase_key(plan, plan.cell("drafts"), "lossless"),
+            "load": phase_key(plan, plan.cell("dense"), "load"),
+            "speed": speed_settings(plan, {}, fingerprint()),
+        }
+
+    changed_by = {
+        "train": {"dense"},
+        "scored": {"dense", "healed"},
+        "asked": {"dense", "healed"},
+        "checked": {"drafts"},
+        "timed": {"speed"},
+    }
+    for name, expected in changed_by.items():
+        before = keys()
+        assert keys() == before
+        files[name].write_text("two")
+        after = keys()
+        assert {each for each in before if after[each] != before[each]} == expected, name
+
+
+def test_without_a_text_file_the_keys_are_what_they_were(plan: Plan) -> None:
+    """Numbers of earlier versions stay current."""
+    cell, benchmark = plan.cell("cut"), plan.pipeline.benchmark.model_dump(mode="json")
+    reads = {"threads": None, "seed": 0, "baseline": plan.cells[0].key}
+    reads |= {"quality": benchmark["quality"]}
+    recipe = {"cell": cell.key, "phase": "quality", "reads": reads, "version": MEASURE_VERSION}
+    assert phase_key(plan, cell, "quality", "0" * 16) == digest(recipe | {"code": "0" * 16})
+    assert "files" not in speed_settings(plan, {}, "0" * 16)

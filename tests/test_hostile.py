@@ -24,6 +24,8 @@ from compose.assets import fetch
 from compose.cli import app
 from compose.errors import StepError, UserError
 from compose.execution.failures import failure_of
+from compose.execution.run_folder import RunFolder
+from compose.execution.runner import RunResult
 from compose.results.schema import Results
 from compose.terminal import show
 from compose.terminal.bench import print_bench
@@ -67,6 +69,18 @@ def test_the_terminal_gets_no_control_sequence_of_theirs() -> None:
     assert "cell" in text
     assert not CONTROL.search(text)
     assert "[red]" in text, "markup of theirs is text"
+
+
+def test_folders_are_shown_as_text(tmp_path: Path) -> None:
+    """Brackets in the name of a folder are no markup: `[red]` would vanish, `[/]` would raise."""
+    folder = tmp_path / "[red]runs" / "[x]"
+    out = Console(file=io.StringIO(), width=400, force_terminal=False)
+    results = Results.model_validate(made_up_results())
+    show.print_result(out, RunResult(0, RunFolder(folder), results, worked=True))
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{folder / 'results.json'}\n" in text
+    done = CliRunner().invoke(app, ["cache", "list", "--out", str(folder)], env={"COLUMNS": "400"})
+    assert str(folder / "store") in done.output
 
 
 def test_a_board_shows_names_and_logs_as_text() -> None:

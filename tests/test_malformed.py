@@ -210,6 +210,7 @@ VALUES: list[tuple[str, str]] = [
     ("data: {train: {source: ~nobody/no.txt}}", "there is no file"),
     (f"data: {{train: {{source: /{'b' * 300}.txt}}}}", "there is no file"),
     (f"data: {{train: {{source: a/{'b' * 300}}}}}", "is longer than the name of any model or data"),
+    ("data: {train: {mix: {sums: .inf}}}", "data.train.mix.sums: expected a finite number"),
     ("data: {train: {split: x}}", "unknown key 'split' in data.train"),
     ("data: {test: {}}", "unknown key 'test' in data"),
     ("stages: []", "stages: expected a mapping, not an empty list"),
@@ -243,6 +244,16 @@ VALUES: list[tuple[str, str]] = [
     ("stages: {a: {use: gate, budget: .nan}}", "stages.a.budget: expected a finite number"),
     ("stages: {a: {use: gate, budget: -.inf}}", "stages.a.budget: expected a finite number"),
     ("stages: {a: {use: gate, rank: 1}}", "stages.a.rank: expected a number of at least 2"),
+    ("stages: {a: {use: gate, recipe: [ours]}}", "stages.a.recipe: expected 'ours' or 'paper'"),
+    ("stages: {a: {use: gate, recipe: {}}}", "stages.a.recipe: expected 'ours' or 'paper'"),
+    (
+        "stages: {a: {use: gate, on_policy: {temperature: .inf}}}",
+        "stages.a.on_policy.temperature: expected a finite number",
+    ),
+    (
+        "stages: {a: {use: int4, allocate: {size_mb: .inf}}}",
+        "stages.a.allocate.size_mb: expected a finite number",
+    ),
     ("stages: {a: {use: gate, scales: 1}}", "stages.a.scales: expected true or false, not 1"),
     ("stages: {a: {use: gate, scales: 'no'}}", "stages.a.scales: expected true or false"),
     ("stages: {a: {use: gate, init: ''}}", "stages.a.init: expected text that is not empty"),
@@ -294,6 +305,7 @@ VALUES: list[tuple[str, str]] = [
     ("benchmark: {speed: {batch_sizes: []}}", "batch_sizes: expected a list of at least 1"),
     ("benchmark: {speed: {batch_sizes: [0]}}", "batch_sizes[0]: expected a number of at least 1"),
     ("benchmark: {speed: {contexts: [128, 128]}}", "contexts: 128 is listed twice"),
+    ("benchmark: {speed: {prompts: no.jsonl}}", "4:30: there is no file"),
     ("benchmark: {speed: {prompts: ''}}", "speed.prompts: expected text that is not empty"),
     ("benchmark: {quality: {tasks: arc}}", "quality.tasks: expected a list, not 'arc'"),
     ("benchmark: {quality: {tasks: [a, a]}}", "quality.tasks: 'a' is listed twice"),
@@ -512,8 +524,9 @@ def test_a_model_folder_is_refused_by_its_values(case: str, model: Path) -> None
     harm, message = VALUES_OF[case]
     harm(model)
     with pytest.raises(AssetError) as caught:
-        require_values(model)
+        require_values(model, "owner/name")
     assert message in str(caught.value)
+    assert str(caught.value).startswith("owner/name: ") and str(model) not in str(caught.value)
 
 
 LOADED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
@@ -582,7 +595,7 @@ def test_a_packed_tensor_that_is_missing_is_refused_by_name(
 
 def test_a_whole_model_passes(tiny_llama: Path) -> None:
     require_source(tiny_llama)
-    require_values(tiny_llama)
+    require_values(tiny_llama, str(tiny_llama))
     assert stored_tensors(tiny_llama / "model.safetensors")[NORM].shape == (64,)
 
 

@@ -279,7 +279,7 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
 
 
 def test_paths_are_taken_from_the_folder_of_the_file(tmp_path: Path) -> None:
-    for name in ("g.safetensors", "a.txt", "b.jsonl", "c.txt", "d.json"):
+    for name in ("g.safetensors", "a.txt", "b.jsonl", "c.txt", "d.json", "e.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -290,7 +290,10 @@ name: local
 model: {source: model}
 data: {train: {source: a.txt}, calibration: {source: ./b.jsonl}}
 stages: {gates: {use: gate, init: g.safetensors}}
-benchmark: {quality: {perplexity: [c.txt, wikitext2]}, lossless: {source: d.json}}
+benchmark:
+  quality: {perplexity: [c.txt, wikitext2]}
+  lossless: {source: d.json}
+  speed: {prompts: e.jsonl}
 export: {dense: {to: out}}
 """,
     )
@@ -300,6 +303,7 @@ export: {dense: {to: out}}
     assert pipeline.stages["gates"].files() == {"init": tmp_path / "g.safetensors"}
     assert pipeline.benchmark.quality.perplexity == (str(tmp_path / "c.txt"), "wikitext2")
     assert pipeline.benchmark.lossless.source == str(tmp_path / "d.json")
+    assert pipeline.benchmark.speed.prompts == str(tmp_path / "e.jsonl")
     assert pipeline.export["dense"].to == "out"
 
 

@@ -276,6 +276,21 @@ def test_baseline_comes_first_and_must_exist(tmp_path: Path) -> None:
     assert message.startswith("p.yaml:17:23: no cell is named 'gatez': did you mean 'gates'?")
 
 
+@pytest.mark.parametrize("baseline", ["c", "b", "gates@1", "b@1"])
+def test_a_baseline_that_others_cannot_be_compared_with_is_refused(
+    tmp_path: Path, baseline: str
+) -> None:
+    text = "more_seeds: [1]\npipelines: {b: [gates, skip80], c: [gates, spec]}\n"
+    message = refusal(tmp_path, text + f"benchmark: {{baseline: {baseline}}}\n")
+    assert message.startswith(f"p.yaml:15:23: the baseline '{baseline}' ")
+    assert message.endswith("fix: name 'gates'")
+    unscored = f"{{baseline: {baseline}, quality: {{perplexity: null, own_answers: null}}}}"
+    if "@" in baseline:
+        assert "is not timed" in refusal(tmp_path, text + f"benchmark: {unscored}\n")
+    else:
+        assert names(plan_of(tmp_path, text + f"benchmark: {unscored}\n"))[0] == baseline
+
+
 def test_same_inputs_give_the_same_plan(tmp_path: Path) -> None:
     first, second = plan_of(tmp_path, MATRIX), plan_of(tmp_path, MATRIX)
     assert first.to_json() == second.to_json()

@@ -23,18 +23,20 @@ from report_data import estimate, made_up_cell, made_up_results, many_cells, wit
 
 from compose.errors import UserError
 from compose.results.io import save_results
-from compose.results.schema import Results
+from compose.results.schema import CellResult, Results
 from reports import Report, Row, pareto, render, run_tables, tables
 from reports.answers import Answer, answers
 from reports.columns import Entry, Table, tone
 from reports.comparison import compare_runs, line
 from reports.csv_file import to_csv
+from reports.families import NOT_QUANTIZED, family_of, weights_of
 from reports.markdown import escape_markdown, fenced
 from reports.numbers import number
 from reports.plots import Picture, pictures
 from reports.plots.marks import side_by_side
 from reports.plots.scatter import scale_of
 from reports.plots.spread import x_axis
+from reports.plots.svg import inline
 from reports.render import to_html, to_markdown
 from reports.speculation_columns import timed_histogram
 from reports.summary import NO_EVIDENCE, summary
@@ -380,6 +382,25 @@ def test_csv_has_the_numbers_of_the_results(evident: Report) -> None:
     assert nf4["family"] == "quantized" and nf4["quantizer"] == "nf4"
     failed = next(record for record in records if record["status"] == "failed")
     assert "not finite" in failed["why"]
+
+
+def test_coordinates_are_shortened_and_what_is_written_stays() -> None:
+    drawn = '<?xml version="1.0"?><svg width="9"><text x="1.23456">KL 0.00012</text></svg>'
+    assert inline(drawn, "p-", {}) == '<svg><text x="1.23">KL 0.00012</text></svg>'
+
+
+def test_integers_are_quantized_and_healing_does_not_prune() -> None:
+    def cell(*uses: str) -> CellResult:
+        raw = made_up_cell("+".join(uses), decode=1.0, disk=1.0, ratio=1.0)
+        raw["steps"] = [{"name": use, "use": use} for use in uses]
+        return CellResult.model_validate(raw)
+
+    for use in ("int8", "int4", "int3", "int2"):
+        for chain in ((use,), (use, "heal")):
+            assert weights_of(cell(*chain)) == use
+            assert family_of(cell(*chain)) == "quantized"
+    assert family_of(cell("drop-layers", "int4", "heal")) == "pruned"
+    assert weights_of(cell("heal")) == NOT_QUANTIZED
 
 
 def test_a_report_of_200_cells_stays_below_5_mb() -> None:

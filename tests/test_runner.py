@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,11 +23,14 @@ import psutil
 import pytest
 from filelock import FileLock
 from rich.console import Console
+from typer.testing import CliRunner
 
 from compose.artifacts.folder import hash_folder, lineage, write_lineage
 from compose.bench.turns import add_turns
+from compose.cli import app
 from compose.errors import AssetError, PlanError, StepError, UserError
 from compose.execution import cells as cells_module
+from compose.execution import export as export_module
 from compose.execution import runner as runner_module
 from compose.execution import speed as speed_module
 from compose.execution.executors import TimedHere
@@ -264,6 +268,32 @@ def test_steps_then_quality_then_interleaved_rounds(tmp_path: Path) -> None:
     assert script.most_live == len(cells), "the cells of a group are alive together"
 
 
+def test_numbers_that_are_not_finite_are_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive = ScriptedWorker.receive
+
+    def ruined(worker: ScriptedWorker) -> Answer:
+        answer = receive(worker)
+        if worker.job.get("name") == "gates" and worker.role == "step":
+            answer["result"]["peak"] = math.inf
+        if worker.job.get("name") == "gates" and "perplexity" in answer["result"]:
+            answer["result"]["perplexity"] |= {"value": math.inf, "block_nll": [1.0, math.nan]}
+        return answer
+
+    monkeypatch.setattr(ScriptedWorker, "receive", ruined)
+    plan = make_plan(pipeline())
+    assert go(tmp_path, Script(), plan).exit_code == 0
+    stored = Store.beside(tmp_path).manifest(plan.cell("gates").weights) or {}
+    assert stored["record"]["notes"] == ["peak was not a finite number"]
+    gates = results_of(tmp_path).cell("gates")
+    assert gates.quality.perplexity.value is None and gates.quality.perplexity.tokens == 64
+    assert gates.notes == (
+        "quality.perplexity.value was not a finite number",
+        "quality.perplexity.block_nll was not a finite number",
+    )
+
+
 def test_cells_may_share_one_process(tmp_path: Path) -> None:
     script = Script()
     speed = {"repeats": 3, "min_seconds": 0, "one_process": True}
@@ -442,6 +472,18 @@ def test_only_after_a_whole_run_does_nothing_and_loses_nothing(tmp_path: Path) -
     assert script.log == []
     assert not result.worked
     assert len(results_of(tmp_path).measured) == 5
+
+
+def test_only_leaves_the_rounds_of_a_run_that_was_ended(tmp_path: Path) -> None:
+    first, other, again = Script(), Script(), Script()
+    first.interrupt_at = ("speed", "dense", "4", "0")
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, first)
+    go(tmp_path, other, only=("cut",))
+    assert {event[1] for event in other.done("speed")} == {"dense", "cut"}
+    go(tmp_path, again)
+    assert {event[2] for event in again.done("speed")} == {"4"}, "rounds of one row were whole"
+    assert len(list((tmp_path / "small" / "speed").iterdir())) == 1
 
 
 def test_further_seeds_are_scored_and_folded_into_the_cell(tmp_path: Path) -> None:
@@ -670,6 +712,45 @@ def test_two_runs_of_one_name_do_not_mix(tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     with FileLock(tmp_path / "small" / ".lock"), pytest.raises(UserError, match="at work"):
         go(tmp_path, Script())
+
+
+def test_what_else_writes_into_the_folder_of_a_run_waits_for_no_run(tmp_path: Path) -> None:
+    go(tmp_path, Script())
+    folder = tmp_path / "small"
+    exported = ["export", str(folder), "--cell", "dense", "--to", str(tmp_path / "out")]
+    with FileLock(folder / ".lock"):
+        for arguments in (["report", str(folder)], exported):
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 2 and "another process is at work on" in result.output
+
+
+def test_a_folder_that_is_no_export_is_refused_before_all_work(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    script = Script()
+    plan = make_plan(pipeline(export={"cut": {"to": str(tmp_path / "mine")}}))
+    with pytest.raises(UserError, match="is not an earlier export"):
+        go(tmp_path, script, plan)
+    assert script.log == []
+
+
+def test_an_export_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def export(run: RunFolder, name: str, target: Path, executor: Any) -> Path:
+        if name == "cut":
+            raise failing("it does not load")
+        made.append((name, target))
+        return target
+
+    monkeypatch.setattr(export_module, "export_cell", export)
+    targets = {name: {"to": str(tmp_path / name)} for name in ("cut", "gates")}
+    result = go(tmp_path, Script(), make_plan(pipeline(export=targets)))
+    assert result.exit_code == 1
+    assert made == [("gates", tmp_path / "gates")]
+    assert all(cell.status != "failed" for cell in result.results.cells)
 
 
 # --- Turns --------------------------------------------------------------------------------------

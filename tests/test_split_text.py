@@ -88,6 +88,22 @@ def test_prompts_are_followed_by_answers(blocks: Blocks, tiny_llama: Path, tmp_p
     assert torch.equal(made, blocks(spec, 100))
 
 
+def test_two_files_of_one_name_are_answered_each(
+    blocks: Blocks, tiny_llama: Path, tmp_path: Path
+) -> None:
+    files = []
+    for letter in ("a", "z"):
+        (tmp_path / letter).mkdir()
+        file = tmp_path / letter / "asked.jsonl"
+        file.write_text("\n".join(json.dumps({"prompt": letter * 9}) for _ in range(12)))
+        files.append(str(file))
+    mix = dict.fromkeys(files, 1)
+    made = blocks(DataSpec(mix=mix, answered=tuple(files), limit=12, length=32), 4)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    text = tokenizer.decode(made.flatten().tolist())
+    assert "a" * 9 in text and "z" * 9 in text
+
+
 def test_other_text_is_continued_after_a_quarter(blocks: Blocks, tmp_path: Path) -> None:
     file = words(tmp_path, "aa", 400)
     given = blocks(DataSpec(source=file, limit=400, length=32), 4)

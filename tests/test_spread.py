@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from compose import store
 from compose.results.parts import Estimate
 from compose.results.schema import Results
 from compose.results.spread import (
@@ -64,3 +65,19 @@ def test_it_is_stored_for_one_machine(tmp_path: Path) -> None:
     assert stored_spread(tmp_path, HERE | {"threads": 4}) is None
     (tmp_path / "between-runs.json").write_text("{")
     assert stored_spread(tmp_path, HERE) is None
+
+
+def test_a_write_that_is_cut_short_leaves_what_was_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Spread(runs=21, decode=0.06, prefill=0.2)
+    store_spread(tmp_path, first, HERE)
+
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(store.os, "replace", full)
+    with pytest.raises(OSError, match="full"):
+        store_spread(tmp_path, Spread(runs=5, decode=0.1, prefill=0.1), HERE)
+    assert spread_in({"between_runs": stored_spread(tmp_path, HERE)}) == first
+    assert [path.name for path in tmp_path.iterdir()] == ["between-runs.json"]

@@ -14,7 +14,7 @@ from compose.results.metrics import interval_of, metric_of
 from compose.results.parts import Verdict
 from compose.results.relate import relate
 from compose.results.schema import CellResult, Results
-from compose.results.verdicts import SAME_KL, verdict_of
+from compose.results.verdicts import SAME_KL, _bytes, verdict_of
 
 ASKED = "0123456789abcdef"
 
@@ -97,6 +97,17 @@ def test_the_sentence_says_what_it_rests_on() -> None:
     assert "decodes 1.40 to 1.60 times as fast as the baseline" in found.why
     assert "takes 0.40 times the bytes on disk" in found.why
     assert "but it takes 1.20 times the bytes in memory." in found.why
+
+
+def test_another_engines_memory_is_not_compared_with_ours() -> None:
+    """Theirs is what a process holds, ours what the tensors hold."""
+    size = SMALLER | {"resident_bytes": 5000}
+    peer = {"engine": "llama.cpp", "format": "q4_0"}
+    for more, told in (({}, True), ({"peer": peer}, False)):
+        found = run_of({"quality": DENSE}, cell={"quality": KEPT, "size": size, **more})
+        smaller, larger = _bytes(found, found.cell("cell"))
+        assert smaller == ["it takes 0.40 times the bytes on disk"]
+        assert larger == (["it takes 2.50 times the bytes in memory"] if told else [])
 
 
 def test_25_questions_make_no_claim_however_good_they_look() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import metadata, util
 from pathlib import Path
 
-from compose.artifacts.folder import require_model
+from compose.artifacts.folder import GRID_METHOD, require_model
 from compose.store import write_json
 
 ROOTS = (
@@ -27,7 +27,6 @@ ROOTS = (
 ENTRY = "custom_generate/generate.py"
 LOADER_ROOTS = ("quantization.hf_quantizer",)
 LOADER = "modeling_grid.py"
-GRIDS = "gateskip"  # the quant_method of integer grids
 _IMPORT = re.compile(r"^(\s*)from gateskip(?:\.([\w.]+))? import (\(|.+$)", re.MULTILINE)
 
 
@@ -48,7 +47,7 @@ def write_loader(folder: Path) -> list[Path]:
 def needs_loader(folder: Path) -> bool:
     """Whether transformers alone cannot load the folder's weights."""
     packed = require_model(folder).get("quantization_config") or {}
-    return bool(packed.get("quant_method") == GRIDS)
+    return bool(packed.get("quant_method") == GRID_METHOD)
 
 
 def _carry(target: Path, template: str, roots: Sequence[str]) -> list[Path]:

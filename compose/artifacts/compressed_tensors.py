@@ -27,6 +27,7 @@ from compose.artifacts.packed_folder import (
     tensors_of,
     unpacked,
 )
+from compose.artifacts.shards import save_shards
 from compose.errors import ArtifactError, StepError
 from compose.store import new_folder, write_json
 
@@ -38,7 +39,6 @@ BITS = (4, 8)
 SHARD = 4 << 30  # bytes of tensors in one file
 WHOLE_ROW = -1
 OUTER = ("embed_tokens", "lm_head")
-WEIGHTS = "model.safetensors"
 
 Scheme = tuple[int, int, bool]
 """Bits, weights in a group (-1: a whole row), and whether the grid is symmetric around zero."""
@@ -63,7 +63,7 @@ def write_compressed(folder: Path, target: Path) -> dict[str, Any]:
     floats = [*source.embeddings, *(name for name in source.layers if name not in inner)]
     schemes = _schemes(source, inner)
     with new_folder(target) as made:
-        _save(made, _tensors(source, inner, floats, schemes))
+        save_shards(made, _tensors(source, inner, floats, schemes), SHARD)
         rounded = _read_back(made, source, inner, schemes)
         dense = _dense_linears(made)
         config = {**source.config, "quantization_config": _config(schemes, dense)}
@@ -134,39 +134,6 @@ def _zeros(layer: IntegerLayer) -> Tensor:
     if layer.zeros is not None:
         return layer.zeros
     return torch.full(layer.scale.shape, 2 ** (layer.bits - 1), dtype=torch.uint8)
-
-
-def _save(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """Save in files of at most SHARD bytes, with an index where there are several."""
-    from safetensors.torch import save_file
-
-    names: list[list[str]] = []
-    total = 0
-    for shard in _shards(tensors):
-        save_file(shard, folder / f"part-{len(names)}.safetensors", {"format": "pt"})
-        names.append(list(shard))
-        total += sum(value.nbytes for value in shard.values())
-    if len(names) == 1:
-        (folder / "part-0.safetensors").rename(folder / WEIGHTS)
-        return
-    places: dict[str, str] = {}
-    for index, own in enumerate(names):
-        file = f"model-{index + 1:05}-of-{len(names):05}.safetensors"
-        (folder / f"part-{index}.safetensors").rename(folder / file)
-        places |= dict.fromkeys(own, file)
-    index_file = folder / f"{WEIGHTS}.index.json"
-    write_json(index_file, {"metadata": {"total_size": total}, "weight_map": places})
-
-
-def _shards(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """The tensors in lots of at most SHARD bytes, one lot in memory at a time."""
-    shard: dict[str, Tensor] = {}
-    for name, value in tensors:
-        if shard and sum(each.nbytes for each in shard.values()) + value.nbytes > SHARD:
-            yield shard
-            shard = {}
-        shard[name] = value.contiguous()
-    yield shard
 
 
 def _read_back(

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LINEAGE = "compose.json"
-GRIDS = "gateskip"  # quant_method of our integer grids
+GRID_METHOD = "gateskip"
+"""`quant_method` of our integer grids. The engine's METHOD is the same; reading it loads torch."""
 GRID_NUMBERS = (".scale", ".minimum")  # whose type is part of the format
 PROBE_TOKENS = 48
 PROBE_TEXT = (
@@ -149,7 +150,7 @@ def copy_source(source: Path, target: Path, dtype: str, *, link: bool) -> None:
     method = packed.get("quant_method", "unknown") if isinstance(packed, dict) else "unknown"
     shards = weight_files(source)
     require_weights(source)
-    if (packed and method != GRIDS) or dtype_of(source) == dtype:
+    if (packed and method != GRID_METHOD) or dtype_of(source) == dtype:
         _place_all(source, target, link=link)
     else:
         for shard in shards:

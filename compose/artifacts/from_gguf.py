@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compose.artifacts.folder import GRID_METHOD
 from compose.artifacts.gguf_config import ROPE_FACTORS, config_of
 from compose.artifacts.gguf_file import GgufFile, GgufTensor, open_gguf
 from compose.artifacts.gguf_kept import (
-    METHOD,
     Found,
     grid_tensors,
     kept_weights,
@@ -45,7 +45,7 @@ def check_gguf_source(path: Path, *, keep_blocks: bool = False) -> dict[str, Any
     if not keep_blocks:
         return config
     require_grids(file)
-    return config | {"quantization_config": {"quant_method": METHOD}}
+    return config | {"quantization_config": {"quant_method": GRID_METHOD}}
 
 
 def write_folder(

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compose.artifacts.folder import is_gated, probe_ids, require_model
+from compose.artifacts.folder import GRID_METHOD, is_gated, probe_ids, require_model
 from compose.artifacts.gguf_file import open_gguf
-from compose.artifacts.gguf_grids import GRID, PARTS, grid_blocks, main_kind, refuse_grids
+from compose.artifacts.gguf_grids import PARTS, grid_blocks, main_kind, refuse_grids
 from compose.artifacts.gguf_metadata import (
     ARCHITECTURES,
     add_metadata,
@@ -79,7 +79,7 @@ def write_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, Any]:
 
 def is_grid(config: dict[str, Any]) -> bool:
     """Whether a folder's weights are integer grids in our own format."""
-    return (config.get("quantization_config") or {}).get("quant_method") == GRID
+    return (config.get("quantization_config") or {}).get("quant_method") == GRID_METHOD
 
 
 def refuse(folder: Path, config: dict[str, Any]) -> None:
@@ -92,7 +92,7 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
     reasons = {
         "it has gates, which llama.cpp cannot run": is_gated(folder),
         f"its weights are quantized by {packed!r}, and only integer grids of this project (int4, "
-        "int8, ... with real offsets) have blocks there": packed not in (None, GRID),
+        "int8, ... with real offsets) have blocks there": packed not in (None, GRID_METHOD),
         **family_reasons(config),
     }
     given = [reason for reason, holds in reasons.items() if holds]

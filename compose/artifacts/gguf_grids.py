@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-GRID = "gateskip"
 BLOCK = 32
 CODES = ".codes"
 PARTS = (CODES, ".scale", ".minimum")

@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from compose.artifacts.folder import GRID_METHOD
 from compose.artifacts.gguf_file import GgufFile, GgufTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-METHOD = "gateskip"
 GROUP = 32
 GRIDS = ("Q4_0", "Q4_1", "Q8_0")
 WITH_MINIMUM = "Q4_1"
@@ -69,7 +69,7 @@ def quantization(found: Found, kept: dict[str, str]) -> dict[str, Any]:
     linears = [name for name, tensor in found if _inside(name) and len(tensor.shape) == 2]
     embedding = {"bits": _bits(kept[EMBEDDING]), "group_size": GROUP} if EMBEDDING in kept else None
     return {
-        "quant_method": METHOD,
+        "quant_method": GRID_METHOD,
         "bits": _bits(usual),
         "group_size": GROUP,
         "offset": _offset(usual),

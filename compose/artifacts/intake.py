@@ -72,7 +72,7 @@ def require_weights(folder: Path) -> None:
     )
 
 
-def _refuse_code(folder: Path) -> None:
+def _refuse_code(folder: Path, source: str) -> None:
     """Refuse an architecture that transformers does not have, but the folder brings along."""
     from transformers import CONFIG_MAPPING
 
@@ -84,7 +84,7 @@ def _refuse_code(folder: Path) -> None:
     named = shortened(repr(kind))
     why = ", and the code that the folder brings is not run" if brings else ""
     raise AssetError(
-        f"{folder}: transformers has no model type {named}{why}",
+        f"{source}: transformers has no model type {named}{why}",
         fix="take a model whose architecture transformers has",
     )
 
@@ -105,15 +105,17 @@ def _require_indexed(folder: Path, held: set[str]) -> None:
         raise AssetError(f"{folder}: {INDEX} names the tensor {lost[0]}, which no file holds")
 
 
-def require_values(folder: Path) -> None:
+def require_values(folder: Path, source: str) -> None:
     """Refuse unknown architectures, weights that are not finite, and tokenizers that do not fit.
+
+    `source` is what messages call the model in `folder`, which may be a folder of the moment.
 
     Raises:
         AssetError: with the first such tensor, or with the token that has no row.
     """
     from safetensors import safe_open
 
-    _refuse_code(folder)
+    _refuse_code(folder, source)
     for file in weight_files(folder):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
@@ -121,20 +123,21 @@ def require_values(folder: Path) -> None:
                 if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
                     bad = int((~tensor.float().isfinite()).sum())
                     raise AssetError(
-                        f"{folder}: {bad} numbers of the tensor {name} are not finite",
+                        f"{source}: {bad} numbers of the tensor {name} are not finite",
                         fix="fetch the model again, or name another",
                     )
-    _require_rows(folder)
+    _require_rows(folder, source)
 
 
-def _require_rows(folder: Path) -> None:
+def _require_rows(folder: Path, source: str) -> None:
     from transformers import AutoTokenizer
 
     try:
         vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
     except Exception as error:  # the library that reads it raises its own, and more than one
+        why = shortened(str(error).replace(str(folder), source))
         raise AssetError(
-            f"{folder}: its tokenizer cannot be read: {shortened(str(error))}",
+            f"{source}: its tokenizer cannot be read: {why}",
             fix="save the model's tokenizer into the folder again",
         ) from error
     config = require_config(folder)
@@ -146,7 +149,7 @@ def _require_rows(folder: Path) -> None:
     if beyond:
         token = min(beyond, key=lambda each: beyond[each])
         raise AssetError(
-            f"{folder}: the tokenizer has {max(vocabulary.values()) + 1} tokens, and the model rows"
+            f"{source}: the tokenizer has {max(vocabulary.values()) + 1} tokens, and the model rows"
             f" for {rows}: {shortened(repr(token))} is number {beyond[token]}",
             fix="take the tokenizer that belongs to the model",
         )

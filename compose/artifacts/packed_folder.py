@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compose.artifacts.folder import require_model
+from compose.artifacts.folder import GRID_METHOD, require_model
 from compose.artifacts.intake import weight_files
 from compose.errors import ArtifactError
 
@@ -63,7 +63,7 @@ class PackedFolder:
         self.folder, self.config = folder, require_model(folder)
         self.stated: dict[str, Any] = self.config.get("quantization_config") or {}
         self.method = str(self.stated.get("quant_method") or "")
-        if self.method not in ("gptq", "gateskip"):
+        if self.method not in ("gptq", GRID_METHOD):
             raise ArtifactError(
                 f"the weights in {folder} are {self.method or 'not packed'}, and not by int4, int8,"
                 " gptq or autoround",

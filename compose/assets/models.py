@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compose.artifacts.folder import hash_folder
+from compose.artifacts.folder import GRID_METHOD, hash_folder
 from compose.artifacts.from_gguf import write_folder
 from compose.artifacts.gguf_file import is_gguf
 from compose.artifacts.intake import require_weights
@@ -114,7 +114,7 @@ def model_config(
     if keep_blocks:
         require_blocks(source)
     if source in MODELS:
-        packed = {"quantization_config": {"quant_method": "gateskip"}} if keep_blocks else {}
+        packed = {"quantization_config": {"quant_method": GRID_METHOD}} if keep_blocks else {}
         return {**MODELS[source].config, **packed}
     path = Path(source).expanduser()
     if is_gguf(source):

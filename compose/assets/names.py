@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def require_text_name(source: str) -> None:
             f"data {source!r} is written by the model that a stage works on",
             fix="name it under data.train or data.calibration, or take another text here",
         )
-    if source in TEXTS or is_text_file(source) or is_hub_name(source):
+    if source in TEXTS or text_file(source) is not None or is_hub_name(source):
         return
     known = [name for name in TEXTS if name != SELF_WRITTEN]
     raise AssetError(
@@ -41,11 +42,17 @@ def require_text_name(source: str) -> None:
     )
 
 
-def is_text_file(source: str) -> bool:
-    """Whether it is a file, or the stem of one in the folder of local copies."""
-    if Path(source).expanduser().is_file():
-        return True
-    return "/" not in source and local_copy(source) is not None
+def text_file(source: str) -> Path | None:
+    """The file that a text is read from: a path, or a stem in the folder of local copies.
+
+    None for an alias, and for what is no file of this machine.
+    """
+    if source in TEXTS:
+        return None
+    path = os.path.expanduser(source)  # unlike Path's, it leaves `~nobody` as it stands
+    if os.path.isfile(path):  # unlike Path's, it bears a name that is too long
+        return Path(path)
+    return local_copy(source) if "/" not in source else None
 
 
 def is_hub_name(source: str) -> bool:

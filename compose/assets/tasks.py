@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import lzma
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from compose.assets.fetch import (
     require_hub,
 )
 from compose.assets.table import TASK_DATA, TASKS, TaskAlias
+from compose.assets.texts import json_lines, read_text
 from compose.errors import AssetError, suggest
 from compose.hashes import hash_file
 from compose.units import Progress
@@ -80,11 +80,22 @@ def _from_local_copy(name: str, alias: TaskAlias, folder: Path) -> TaskData:
     path = local_copy(alias.local)
     if path is None:
         raise Unavailable(f"GATESKIP_DATA has no {alias.local}")
-    data = path.read_bytes()
-    text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode("utf-8")
-    rows = (json.loads(line) for line in text.splitlines() if line.strip())
+    text, file = read_text(path), path.name
     target = folder / f"{name}-local-{hash_file(path)[:8]}"
-    return _store(name, alias, target, lambda: map(_ADAPT[name], rows), f"path:{path.name}")
+    return _store(name, alias, target, lambda: _adapted(name, text, file), f"path:{file}")
+
+
+def _adapted(name: str, text: str, file: str) -> Iterator[Row]:
+    """The questions of a local copy, in the hub's form.
+
+    Raises:
+        AssetError: a line is no JSON, or no question of this task.
+    """
+    for number, row in enumerate(json_lines(text, file), 1):
+        try:
+            yield _ADAPT[name](row)
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise AssetError(f"row {number} is no question of {name!r}", file=file) from error
 
 
 def _stored(name: str, alias: TaskAlias, target: Path) -> TaskData:

@@ -26,7 +26,7 @@ from compose.assets.fetch import (
     local_copy,
     require_hub,
 )
-from compose.assets.names import require_text_name
+from compose.assets.names import require_text_name, text_file
 from compose.assets.quotes import quote_rows
 from compose.assets.rows import TextData, cut_rows, pack_rows
 from compose.assets.sums import sums_rows
@@ -70,7 +70,7 @@ def load_texts(
     require_text_name(source)
     if source in TEXTS:
         return cut_rows(_load_alias(source, TEXTS[source], cache, progress), limit)
-    if (path := _as_file(source)) is not None:
+    if (path := text_file(source)) is not None:
         return cut_rows(_from_file(path, source), limit)
     hub = parse_hub(source)
     data = first_source(
@@ -196,7 +196,7 @@ def _load_alias(source: str, alias: TextAlias, cache: Path, progress: Progress |
         return pack_rows(source, _DRAWN[source](), f"package:{source}")
     if alias.packaged is not None:
         name = alias.packaged
-        items = _json_lines(_packaged(name), name)
+        items = json_lines(_packaged(name), name)
         return pack_rows(source, items, f"package:{name}")
     if alias.local is not None:
         stem = alias.local
@@ -232,7 +232,7 @@ def _from_local_copy(stem: str, name: str) -> TextData:
     if path is None:
         raise Unavailable(f"GATESKIP_DATA has no {stem}")
     if name == "wikitext2":
-        return pack_rows(name, [join_wikitext(_read(path).split("\n"))], f"path:{path.name}")
+        return pack_rows(name, [join_wikitext(read_text(path).split("\n"))], f"path:{path.name}")
     return _from_file(path, name)
 
 
@@ -255,7 +255,7 @@ def _from_hub(hub: HubData, name: str, cache: Path) -> TextData:
     slug = hashlib.sha256(hub.origin.encode()).hexdigest()[:16]
     target = cache / "texts" / slug
     build_once(target, build, note=hub.id)
-    items = _json_lines(_read(target / "rows.jsonl"), hub.id)
+    items = json_lines(read_text(target / "rows.jsonl"), hub.id)
     if name == "wikitext2":
         items = [join_wikitext(item["text"] for item in items)]
     return pack_rows(name, items, hub.origin)
@@ -268,18 +268,11 @@ def parse_hub(source: str) -> HubData:
     return HubData(id=name, config=config or None, split=split or "train")
 
 
-def _as_file(source: str) -> Path | None:
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    return local_copy(source) if "/" not in source else None
-
-
 def _from_file(path: Path, name: str) -> TextData:
     kind = Path(path.stem).suffix if path.suffix == ".xz" else path.suffix
-    text = _read(path)
+    text = read_text(path)
     if kind == ".jsonl":
-        items: Iterable[Any] = _json_lines(text, path.name)
+        items: Iterable[Any] = json_lines(text, path.name)
     elif kind == ".json":
         items = _json_list(text, path.name)
     elif kind in ("", ".txt", ".md"):
@@ -292,7 +285,12 @@ def _from_file(path: Path, name: str) -> TextData:
     return pack_rows(name if "/" not in name else path.name, items, f"path:{path}")
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, packed as .xz or not.
+
+    Raises:
+        AssetError: it cannot be read or unpacked, or is not UTF-8, with its line.
+    """
     try:
         packed = path.suffix == ".xz"
         data = _unpacked(path.read_bytes(), path) if packed else path.read_bytes()
@@ -320,7 +318,12 @@ def _packaged(name: str) -> str:
     return (importlib.resources.files("compose") / "data" / name).read_text(encoding="utf-8")
 
 
-def _json_lines(text: str, name: str) -> list[Any]:
+def json_lines(text: str, name: str) -> list[Any]:
+    """The value of every line of a file `name` that is not empty.
+
+    Raises:
+        AssetError: a line is not JSON, with its number.
+    """
     items = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

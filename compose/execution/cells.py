@@ -20,6 +20,7 @@ from compose.execution.run_folder import (
     Phase,
     is_measured,
     learns_from,
+    phase_key,
     phases_of,
     write_phase,
 )
@@ -103,10 +104,11 @@ class _Measurement:
                 command: CellCommand = {"do": self.phase}
                 if self.phase == "quality":
                     command["reference"] = str(run.folder.reference(run.baseline.key))
+                key = phase_key(run.plan, cell, self.phase)
                 started = time.monotonic()
                 result = run.workers.ask(worker, command, self.line)
                 seconds = time.monotonic() - started
-                write_phase(run.folder, run.plan, cell, self.phase, result, seconds)
+                write_phase(run.folder, run.plan, cell, self.phase, result, seconds, key)
             if _keeps(run, cell):
                 run.loaded[cell.name] = worker
             return result

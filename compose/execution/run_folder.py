@@ -17,18 +17,29 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
 from compose.assets import SELF_WRITTEN
 from compose.errors import UserError
 from compose.planning.fingerprint import fingerprint
-from compose.planning.keys import digest
+from compose.planning.keys import digest, text_hashes
 from compose.planning.plan import Cell, Plan, speculates
+from compose.results.record import only_finite
 from compose.store import Store, read_json, write_json
 
 Phase = Literal["load", "quality", "lossless"]
+_SECTIONS: dict[Phase, str] = {
+    "load": "",
+    "quality": "quality",
+    "lossless": "lossless_check",
+}
+"""Phase -> the section of a cell's result that its record becomes."""
 MEASURE_VERSION = 4  # raised when the same cell begins to be measured in another way
 
 
@@ -59,6 +70,27 @@ class RunFolder:
                 fix="name a folder that `gateskip run` made, such as runs/NAME",
             )
         return run
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder alone, as a run that sweeps it does; it is made where there is none.
+
+        Raises:
+            UserError: another process is at work on it.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.root / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"another process is at work on {self.root}",
+                fix="wait for it, or give one of the two another --out or pipeline name",
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def store(self) -> Store:
@@ -110,7 +142,8 @@ def file_name(name: str) -> str:
 
 
 def phase_key(plan: Plan, cell: Cell, phase: Phase, code: str | None = None) -> str:
-    """16 hex digits over the cell, the settings that the phase reads, and what measures it.
+    """16 hex digits over the cell, the settings and text files that the phase reads, and what
+    measures it.
 
     `code` is a `fingerprint`; without it, that of the code and the libraries as they are now.
     """
@@ -122,8 +155,23 @@ def phase_key(plan: Plan, cell: Cell, phase: Phase, code: str | None = None) -> 
             reads |= {"learns_from": learns_from(plan)}
     elif phase == "lossless":
         reads |= {"lossless": benchmark["lossless"]}
+    if files := text_hashes(_texts_of(plan, cell, phase)):
+        reads |= {"files": files}
     recipe = {"cell": cell.key, "phase": phase, "reads": reads, "version": MEASURE_VERSION}
     return digest(recipe | {"code": code or fingerprint()})
+
+
+def _texts_of(plan: Plan, cell: Cell, phase: Phase) -> list[str]:
+    """Source of every text that a phase of a cell reads."""
+    benchmark = plan.pipeline.benchmark
+    if phase == "lossless":
+        return [benchmark.lossless.source]
+    if phase != "quality":
+        return []
+    own_answers = benchmark.quality.own_answers
+    asked = [] if own_answers is None else [own_answers.source]
+    learned = [source for source, _ in learns_from(plan)] if cell is plan.cells[0] else []
+    return [*benchmark.quality.perplexity, *asked, *learned]
 
 
 def learns_from(plan: Plan) -> list[tuple[str, int | None]]:
@@ -168,14 +216,24 @@ def _record(run: RunFolder, cell: Cell, phase: Phase) -> dict[str, Any] | None:
 
 
 def write_phase(
-    run: RunFolder, plan: Plan, cell: Cell, phase: Phase, result: dict[str, Any], seconds: float
+    run: RunFolder,
+    plan: Plan,
+    cell: Cell,
+    phase: Phase,
+    result: dict[str, Any],
+    seconds: float,
+    key: str | None = None,
 ) -> None:
-    """Keep what the phase measured, under its key."""
+    """Keep what the phase measured, under its key.
+
+    `key` is the `phase_key` from before it was measured: a text may have changed since. Without it,
+    that of now is taken. Numbers that are not finite are left out, and the record's notes say so.
+    """
     record = {
-        "key": phase_key(plan, cell, phase),
+        "key": key or phase_key(plan, cell, phase),
         "fingerprint": fingerprint(),
         "seconds": round(seconds, 3),
-        "result": result,
+        "result": only_finite(result, _SECTIONS[phase]),
     }
     write_json(run.record(cell.name, phase), record)
 

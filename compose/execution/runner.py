@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from compose.errors import UserError
+from compose.errors import ComposeError, UserError
 from compose.execution.board import Board
 from compose.execution.cells import quality_tasks
 from compose.execution.executors import Executor
+from compose.execution.failures import first_line
 from compose.execution.gather import gather
 from compose.execution.graph import run_graph, thread_pool
 from compose.execution.kept_failures import forget_failures
@@ -47,7 +46,7 @@ class RunResult:
     """How a run ended."""
 
     exit_code: int
-    """0, or 1 when a cell failed."""
+    """0, or 1 when a cell or an export failed."""
     folder: RunFolder
     results: Results
     worked: bool
@@ -60,19 +59,13 @@ def run(plan: Plan, settings: Settings, executor: Executor, board: Board) -> Run
     The executor is closed in the end.
 
     Raises:
-        UserError: the source model cannot be had, a name in `only` is unknown, or another process
-            is at work on this run.
+        UserError: the source model cannot be had, a name in `only` is unknown, another process is
+            at work on this run, or a folder to export to holds something else.
     """
     folder = RunFolder.of(plan, settings.out, settings.store)
-    folder.root.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder.root / ".lock", timeout=0):
+        with folder.locked():
             return _run(RunState(plan, settings, folder, RunWorkers(executor, folder), board))
-    except Timeout:
-        raise UserError(
-            f"another process is at work on {folder.root}",
-            fix="wait for it, or give this run another --out or the pipeline another name",
-        ) from None
     finally:
         executor.close()
 
@@ -81,6 +74,7 @@ def _run(run: RunState) -> RunResult:
     """All phases; on the way out, however that is, no worker is left."""
     cells, slots = run.wanted_cells(), run.workers.executor.slots
     _sweep(run)
+    _require_targets(run)
     write_json(run.folder.plan_file, run.plan.to_json())
     if run.settings.again or run.settings.retry_failed:
         forget_failures(run)
@@ -107,6 +101,17 @@ def _sweep(run: RunState) -> None:
         run.store.sweep()
     for export in run.plan.pipeline.export.values():
         remove_unfinished_of(Path(export.to).absolute())
+
+
+def _require_targets(run: RunState) -> None:
+    """Refuse a folder to export to that holds something else, at its line, before all work."""
+    from compose.execution.export import refuse_foreign
+
+    for name, export in run.plan.pipeline.export.items():
+        try:
+            refuse_foreign(Path(export.to))
+        except UserError as error:
+            raise run.plan.pipeline.locate(error, ("export", name, "to")) from None
 
 
 def _environment(run: RunState) -> dict[str, Any]:
@@ -137,10 +142,10 @@ def _conclude(run: RunState, session: Session | None, environment: dict[str, Any
         save_results(results, run.folder.results_file)
         if run.settings.report:
             draw_report(run.folder)
-    _export(run, results)
+    exported = _export(run, results)
     _remove_old_references(run)
     failed = [cell for cell in results.cells if cell.status == "failed"]
-    return RunResult(1 if failed else 0, run.folder, results, run.worked)
+    return RunResult(0 if exported and not failed else 1, run.folder, results, run.worked)
 
 
 def _remove_old_references(run: RunState) -> None:
@@ -169,10 +174,12 @@ def draw_report(folder: RunFolder) -> None:
     render(folder.results_file, folder.root)
 
 
-def _export(run: RunState, results: Results) -> None:
-    """Make the exports that the pipeline names, of cells that did not fail."""
+def _export(run: RunState, results: Results) -> bool:
+    """Make the exports that the pipeline names, of cells that did not fail; whether all were
+    made that could be."""
     from compose.execution.export import export_cell, is_current
 
+    whole = True
     for name, export in run.plan.pipeline.export.items():
         cell, target = run.plan.cell(name), Path(export.to)
         measured = results.find(cell.name)
@@ -183,5 +190,11 @@ def _export(run: RunState, results: Results) -> None:
             continue
         run.worked = True
         line = run.board.line(f"export {name} to {target}")
-        export_cell(run.folder, cell.name, target, run.workers.executor)
-        line.done()
+        try:
+            export_cell(run.folder, cell.name, target, run.workers.executor)
+        except (ComposeError, OSError) as error:  # a full disk, or a folder that is not ours
+            line.failed(first_line(error))
+            whole = False
+        else:
+            line.done()
+    return whole

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from compose.bench.turns import add_turns
 from compose.execution.run_folder import MEASURE_VERSION, RunFolder
-from compose.planning.keys import digest
+from compose.planning.keys import digest, text_hashes
 from compose.planning.plan import Cell, Plan
 from compose.store import write_text
 
@@ -226,6 +226,8 @@ def speed_settings(plan: Plan, environment: Mapping[str, Any], code: str) -> dic
     `code` is the fingerprint of the code and the libraries that are timed.
     """
     benchmark = plan.pipeline.benchmark
+    prompts = benchmark.speed.prompts
+    files = text_hashes([prompts] if prompts is not None else [])
     machine = ("processor", "cores", "threads", "memory_bytes", "accelerator", "versions")
     return {
         "speed": benchmark.speed.model_dump(mode="json"),
@@ -233,6 +235,7 @@ def speed_settings(plan: Plan, environment: Mapping[str, Any], code: str) -> dic
         "machine": {name: environment.get(name) for name in machine},
         "version": MEASURE_VERSION,
         "code": code,
+        **({"files": files} if files else {}),
     }
 
 

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from compose.bench.turns import add_turns
@@ -72,10 +73,20 @@ def measure_speed(
     for group in range(len(session.groups)):
         measurement.measure_group(group)
     measurement.line.done(f"{len(able)} cells, {len(session.groups)} group(s)")
-    for other in run.folder.speed.glob("*.jsonl"):
-        if other != session.file:
-            other.unlink()
+    for file in run.folder.speed.glob("*.jsonl"):
+        if file != session.file and not _has_more(run, file, session):
+            file.unlink()
     return session
+
+
+def _has_more(run: RunState, file: Path, session: Session) -> bool:
+    """Whether a session with the same settings has cells of the plan that `session` lacks: a run of
+    all cells goes on with it."""
+    other = Session.load(file)
+    if other is None or other.settings != session.settings:
+        return False
+    planned = {cell.name: cell.key for cell in run.plan.cells}
+    return bool((other.members.items() & planned.items()) - session.members.items())
 
 
 def memory_groups(run: RunState, cells: list[Cell]) -> list[list[str]]:

@@ -22,6 +22,7 @@ from compose.execution.messages import CheckRequest, StepRequest
 from compose.execution.needs import step_needs
 from compose.execution.state import RunState
 from compose.planning.plan import Cell, Step
+from compose.results.record import only_finite
 
 LOCK_PATIENCE_S = 0.2
 """How long a lock may take before the board shows that another run holds it."""
@@ -135,10 +136,11 @@ def _write(run: RunState, step: Step, line: Line) -> None:
         check = entry / "check.safetensors"
         request = _request(run, step, entry / "model", check)
         needs = step_needs(run.plan, step)
-        record |= run.workers.call("step", name, request, line, needs)
+        record |= only_finite(run.workers.call("step", name, request, line, needs))
         line.update(1, 1, "loading it again")
         again: CheckRequest = {"folder": str(entry / "model"), "reference": str(check)}
-        record["reload"] = run.workers.call("check", name, again, line, replace(needs, gpu=False))
+        checked = run.workers.call("check", name, again, line, replace(needs, gpu=False))
+        record["reload"] = only_finite(checked)
 
 
 def _request(run: RunState, step: Step, target: Path, check: Path) -> StepRequest:

@@ -96,10 +96,13 @@ def _resolve_paths(pipeline: Pipeline, folder: Path) -> tuple[Pipeline, list[Pro
     if (asked := benchmark.quality.own_answers) is not None:
         source = paths.text(asked.source, ("benchmark", "quality", "own_answers"))
         quality["own_answers"] = asked.model_copy(update={"source": source})
-    parts = {
+    parts: dict[str, Any] = {
         "quality": benchmark.quality.model_copy(update=quality),
         "lossless": benchmark.lossless.model_copy(update={"source": prompts}),
     }
+    if (timed := benchmark.speed.prompts) is not None:
+        source = paths.text(timed, ("benchmark", "speed"), "prompts")
+        parts["speed"] = benchmark.speed.model_copy(update={"prompts": source})
     model = paths.model(pipeline.model.source)
     stages = {}
     for name, stage in pipeline.stages.items():
@@ -135,12 +138,13 @@ class _Paths:
             self.missing.append(Problem(loc, f"there is no file {str(absolute)!r}", fix))
         return str(absolute)
 
-    def text(self, source: str, loc: Loc) -> str:
-        """A data source: a path when it ends like a file of text, else an alias or hub id."""
+    def text(self, source: str, loc: Loc, key: str = "source") -> str:
+        """A data source, `key` in the mapping at `loc`: a path when it ends like a file of text,
+        else an alias or hub id."""
         if not source.endswith(TEXT_SUFFIXES) and not _looks_local(source):
-            self._refuse_long(source, (*loc, "source"))
+            self._refuse_long(source, (*loc, key))
             return source
-        return self.file(source, (*loc, "source"))
+        return self.file(source, (*loc, key))
 
     def texts(self, spec: DataSpec, loc: Loc) -> DataSpec:
         """The sources of a split."""

@@ -6,10 +6,13 @@ of `gateskip bench` and one of `gateskip run` are one kind of number.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from compose.artifacts.folder import dtype_of, require_model
 from compose.bench.peers.table import is_peer, parse_peer
@@ -17,12 +20,20 @@ from compose.bench.systems import System, parse_system
 from compose.errors import UserError
 from compose.language.schema import Benchmark, Model, Pipeline
 from compose.planning.keys import cell_key, digest, listing
-from compose.planning.plan import Cell, Plan
+from compose.planning.plan import Cell, Plan, why_no_baseline
 from compose.planning.prepare import require_inputs
 from compose.stages.decode import DecodeStage
 from compose.stages.registry import Plain, Skip, Speculate
 
 PLAIN = "plain"
+OPTIONS = {
+    "name": "--name",
+    "batch_sizes": "--batch",
+    "contexts": "--context",
+    "tasks": "--task",
+    "perplexity": "--text",
+}
+"""Setting of a pipeline -> the option that gives it, where these are called differently."""
 
 
 def bench_plan(
@@ -38,8 +49,8 @@ def bench_plan(
     pipeline's `benchmark` section.
 
     Raises:
-        UserError: a folder is no model, a system, a peer, a text or a task is not known, or
-            something is named twice.
+        UserError: a folder is no model, a system, a peer, a text or a task is not known, something
+            is named twice, or quality is to be compared with a cell that skips or drafts.
     """
     for folder in folders:
         require_model(folder)
@@ -77,13 +88,34 @@ def bench_plan(
     if twice:
         raise UserError(f"{twice[0]} is named twice", fix="name each system and folder once")
     stages = {way.name: stage for way in ways if (stage := decode_stage(way)) is not None}
-    pipeline = Pipeline(
-        name=name,
-        model=Model(source=str(places[0]), dtype=_known_dtype(places[0])),
-        benchmark=Benchmark.model_validate({**benchmark, "baseline": cells[0].name}),
-    ).model_copy(update={"stages": stages, "matrix": None})
+    pipeline = _pipeline(name, places[0], {**benchmark, "baseline": cells[0].name})
+    pipeline = pipeline.model_copy(update={"stages": stages, "matrix": None})
     require_inputs(pipeline)
+    if (why := why_no_baseline(cells[0], pipeline.benchmark.quality)) is not None:
+        raise UserError(f"the first system {why}", fix="name plain first, or leave out --quality")
     return Plan(pipeline, (), tuple(cells), ())
+
+
+def default_name(folder: Path) -> str:
+    """The name of a run that is given none, from its first folder.
+
+    >>> default_name(Path("/models/My Model"))
+    'bench-My-Model'
+    """
+    return "bench-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", folder.absolute().name)
+
+
+def _pipeline(name: str, folder: Path, benchmark: dict[str, Any]) -> Pipeline:
+    """The settings as a pipeline. Raises UserError, with the option, where one is not valid."""
+    model = Model(source=str(folder), dtype=_known_dtype(folder))
+    try:
+        checked = Benchmark.model_validate(benchmark)
+        return Pipeline(name=name, model=model, benchmark=checked)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        setting = [part for part in first["loc"] if isinstance(part, str)][-1]
+        message = str(first.get("ctx", {}).get("error") or first["msg"])
+        raise UserError(f"{OPTIONS.get(setting, setting)}: {message}") from None
 
 
 def decode_stage(system: System) -> DecodeStage | None:

@@ -6,14 +6,16 @@ step before it; the key of a cell covers its weights and how they are decoded. N
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from compose.assets import text_file
 from compose.errors import PlanError
-from compose.hashes import hash_file
+from compose.hashes import hash_file, remembered_hash
 from compose.language.positions import Loc
 from compose.language.schema import Pipeline
 from compose.planning.plan import SOURCE
@@ -119,6 +121,20 @@ class StepKeys:
                 refused = PlanError(f"cannot read {str(path)!r}: {error.strerror}")
                 raise self._pipeline.locate(refused, loc) from None
         return self._files[str(path)]
+
+
+def text_hashes(sources: Iterable[str]) -> dict[str, str]:
+    """Source -> SHA-256 of every text that is a file of this machine; empty where none is.
+
+    What is read of an alias or a hub data set is known by its name. A file that cannot be read is
+    left out: who reads it says why.
+    """
+    hashes: dict[str, str] = {}
+    for source in sources:
+        if (file := text_file(source)) is not None:
+            with contextlib.suppress(OSError):
+                hashes[source] = remembered_hash(file)
+    return hashes
 
 
 def listing(folder: Path) -> list[tuple[str, int, int]]:

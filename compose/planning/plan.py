@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compose.errors import PlanError, suggest
-from compose.language.schema import Chain, Pipeline
+from compose.language.schema import Chain, Pipeline, Quality
 from compose.stages.base import ModelShape, Stage
 from compose.store import Store
 
@@ -145,6 +145,19 @@ class Plan:
             "cells": [_cell_json(cell) for cell in self.cells],
             "left_out": [vars(left) | {"chain": list(left.chain)} for left in self.left_out],
         }
+
+
+def why_no_baseline(cell: Cell, quality: Quality) -> str | None:
+    """Why the other cells cannot be compared with a cell of ours, in words; None where they can."""
+    if cell.repeats is not None:
+        return f"{cell.name!r} repeats {cell.repeats!r} with another seed, and is not timed"
+    scored = quality.perplexity or quality.own_answers is not None
+    if scored and cell.decode is not None:
+        return (
+            f"{cell.name!r} decodes in a way of its own: quality is compared with the predictions "
+            "of a cell that decodes plainly"
+        )
+    return None
 
 
 def speculates(decode: Stage | None) -> bool:

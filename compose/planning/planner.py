@@ -15,7 +15,16 @@ from compose.errors import PlanError, RuleBroken, shortened
 from compose.language.positions import Loc
 from compose.language.schema import DENSE, Chain, Pipeline, as_chain
 from compose.planning.keys import InputHashes, StepKeys, cell_key
-from compose.planning.plan import SOURCE, Cell, LeftOut, Origin, Plan, Step, speculates
+from compose.planning.plan import (
+    SOURCE,
+    Cell,
+    LeftOut,
+    Origin,
+    Plan,
+    Step,
+    speculates,
+    why_no_baseline,
+)
 from compose.stages.base import RULES, ModelShape, Stage
 from compose.stages.decode import DecodeStage
 
@@ -199,8 +208,18 @@ class _Planner:
             self._ours(plan, name, ("export", name), at_key=True)
         name = self._pipeline.benchmark.baseline
         baseline = self._ours(plan, name, ("benchmark", "baseline"))
+        self._require_baseline(plan, baseline)
         cells.sort(key=lambda cell: cell is not baseline)  # stable: the others keep their order
         return Plan(plan.pipeline, plan.steps, tuple(cells), plan.left_out)
+
+    def _require_baseline(self, plan: Plan, cell: Cell) -> None:
+        """Refuse a baseline that the other cells cannot be compared with, at its line."""
+        why = why_no_baseline(cell, self._pipeline.benchmark.quality)
+        if why is not None:
+            weights = plan.cell(cell.repeats or cell.name).weights
+            plain = self._cells[cell_key(weights, None)].names[0]
+            error = PlanError(f"the baseline {why}", fix=f"name {plain!r}")
+            raise self._pipeline.locate(error, ("benchmark", "baseline"))
 
     def _ours(self, plan: Plan, name: str, loc: Loc, *, at_key: bool = False) -> Cell:
         """The cell of that name, which our decoder must run."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from compose.errors import UserError, suggest
+from compose.results.intervals import t_quantile
 from compose.results.parts import Estimate
 from compose.results.schema import CellResult, Results
 
@@ -252,10 +253,8 @@ def over_seeds(results: Results, name: str, cell: CellResult) -> tuple[float, ..
 
 def half_width(values: Sequence[float]) -> float:
     """Half of the 95 % interval of the values' mean, by Student's t."""
-    from scipy.stats import t
-
     error = statistics.stdev(values) / math.sqrt(len(values))
-    return float(t.ppf(0.975, len(values) - 1)) * error
+    return t_quantile(len(values)) * error
 
 
 def gain(results: Results, name: str, cell: CellResult) -> float | None:

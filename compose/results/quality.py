@@ -31,7 +31,7 @@ class Perplexity(Record):
     """`value` over the baseline's value; 1 is no loss."""
 
     ratio_ci95: tuple[float, float] | None = None
-    """95 % interval of `ratio_to_baseline`: bootstrap over the blocks of the text, paired."""
+    """95 % interval of `ratio_to_baseline`: Student's t over the blocks of the text, paired."""
 
     block_nll: tuple[float, ...] | None = None
     """Mean negative log-likelihood of each block of 512 tokens, nats a token, in text order."""
@@ -91,7 +91,7 @@ class OwnAnswers(Record):
     """Mean KL(dense || cell) on the dense model's greedy answers, nats a token."""
 
     kl_ci95: tuple[float, float] | None = None
-    """95 % interval of `kl`: bootstrap over answers."""
+    """95 % interval of `kl`: Student's t over answers."""
 
     answer_kl: tuple[float, ...] | None = None
     """Mean KL of each answer, nats a token."""
@@ -152,7 +152,7 @@ class Quality(Record):
     """Mean KL divergence, baseline to this cell, nats a token."""
 
     kl_ci95: tuple[float, float] | None = None
-    """95 % interval of `kl_to_baseline`: bootstrap over the blocks of the text."""
+    """95 % interval of `kl_to_baseline`: Student's t over the blocks of the text."""
 
     kl_median: float | None = None
     """Median over tokens of the same."""

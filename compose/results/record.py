@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
@@ -50,3 +51,36 @@ class Estimate(Record):
     def ci95(self) -> tuple[float, float]:
         """Both ends of the interval."""
         return self.low, self.high
+
+
+def only_finite(data: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """`data` without numbers that JSON cannot hold (a ruined perplexity); its `notes` name them.
+
+    `place` is what the names begin with.
+    """
+    dropped: list[str] = []
+    clean: dict[str, Any] = _finite(data, place, dropped)
+    if dropped:
+        lost = [f"{each} was not a finite number" for each in dropped]
+        clean["notes"] = [*(clean.get("notes") or ()), *lost]
+    return clean
+
+
+def _finite(value: Any, place: str, dropped: list[str]) -> Any:
+    """`value` without keys whose number, or list of numbers, is not finite; `dropped` names them.
+
+    A list goes as a whole: an interval or a round of repeats with a hole would mislead.
+    """
+    if isinstance(value, list | tuple):
+        return [_finite(item, f"{place}[{i}]", dropped) for i, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    kept: dict[Any, Any] = {}
+    for key, item in value.items():
+        inner = f"{place}.{key}" if place else str(key)
+        numbers = item if isinstance(item, list | tuple) else [item]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            dropped.append(inner)
+        else:
+            kept[key] = _finite(item, inner, dropped)
+    return kept

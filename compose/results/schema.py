@@ -6,7 +6,6 @@ measured is absent, never zero: in memory it is None, in the file its key is mis
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +29,7 @@ from compose.results.parts import (
     TrainingPoint,
     Verdict,
 )
+from compose.results.record import only_finite
 
 SCHEMA_VERSION = 3
 
@@ -152,14 +152,7 @@ class CellResult(Record):
     @classmethod
     def _only_finite(cls, data: Any) -> Any:
         """Drop numbers that JSON cannot hold (a ruined perplexity), and say so in `notes`."""
-        if not isinstance(data, dict):
-            return data
-        dropped: list[str] = []
-        clean: dict[str, Any] = _finite(data, "", dropped)
-        if dropped:
-            lost = [f"{place} was not a finite number" for place in dropped]
-            clean["notes"] = (*(clean.get("notes") or ()), *lost)
-        return clean
+        return only_finite(data) if isinstance(data, dict) else data
 
 
 class Results(Record):
@@ -246,23 +239,3 @@ class Results(Record):
         """The cell's own quality, or that of the cell it gives the same tokens as."""
         source = cell if cell.quality is not None else self.find(cell.quality_of)
         return None if source is None else source.quality
-
-
-def _finite(value: Any, place: str, dropped: list[str]) -> Any:
-    """`value` without keys whose number, or list of numbers, is not finite; `dropped` names them.
-
-    A list goes as a whole: an interval or a round of repeats with a hole would mislead.
-    """
-    if isinstance(value, list | tuple):
-        return [_finite(item, f"{place}[{i}]", dropped) for i, item in enumerate(value)]
-    if not isinstance(value, dict):
-        return value
-    kept: dict[Any, Any] = {}
-    for key, item in value.items():
-        inner = f"{place}.{key}" if place else str(key)
-        numbers = item if isinstance(item, list | tuple) else [item]
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            dropped.append(inner)
-        else:
-            kept[key] = _finite(item, inner, dropped)
-    return kept

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from compose.results.intervals import t_quantile
 from compose.results.record import Estimate, Record
 from compose.results.schema import Results
+from compose.store import write_json
 
 FILE = "between-runs.json"
 MACHINE = ("processor", "cores", "threads")
@@ -102,12 +103,11 @@ def widened(ratio: Estimate, kind: Kind, spread: Spread | None) -> Estimate:
 
 def store_spread(folder: Path, spread: Spread, environment: Mapping[str, Any]) -> Path:
     """Keep a machine's spread in the folder of what is measured once a machine."""
-    folder.mkdir(parents=True, exist_ok=True)
     record = {name: environment.get(name) for name in MACHINE}
     record |= {"commit": environment.get("git_commit"), "between_runs": spread.model_dump()}
     record["date"] = datetime.now(UTC).isoformat(timespec="seconds")
     file = folder / FILE
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(file, record)
     return file
 
 

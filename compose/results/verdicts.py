@@ -193,7 +193,8 @@ def _speed_intervals(
 
 
 def _bytes(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
-    """Where it takes fewer bytes, and where more, in words."""
+    """Where it takes fewer bytes, and where more, in words. What other engines hold in memory is
+    their process's, not their tensors': it is not compared with ours."""
     plain = _is_plain_decoding_the_rival(results, cell)
     other = results.find(cell.plain if plain else results.baseline)
     smaller: list[str] = []
@@ -201,6 +202,9 @@ def _bytes(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
     for place, field in (("on disk", "disk_bytes"), ("in memory", "resident_bytes")):
         own = None if cell.size is None else getattr(cell.size, field)
         theirs = None if other is None or other.size is None else getattr(other.size, field)
+        alike = other is not None and (cell.peer is None) == (other.peer is None)
+        if field == "resident_bytes" and not alike:
+            continue
         if not own or not theirs or abs(own / theirs - 1) < LEAST_BYTES:
             continue
         words = f"it takes {own / theirs:.2f} times the bytes {place}"

@@ -78,7 +78,11 @@ def to_yaml(pipeline: Pipeline, folder: Path, remarks: Iterable[str] = ()) -> st
         "name": pipeline.name,
         "seed": pipeline.seed,
         "more_seeds": plain.get("more_seeds"),
-        "model": {"source": pipeline.model.source, "dtype": pipeline.model.dtype},
+        "model": {
+            "source": pipeline.model.source,
+            "dtype": pipeline.model.dtype,
+            **plain["model"],
+        },
         "data": plain.get("data"),
         "stages": {
             name: {"use": stage.use, **stage.model_dump(mode="json", exclude_unset=True)}
@@ -87,6 +91,7 @@ def to_yaml(pipeline: Pipeline, folder: Path, remarks: Iterable[str] = ()) -> st
         "pipelines": {name: list(chain) for name, chain in pipeline.pipelines.items()},
         "matrix": {axis: [list(chain) for chain in chains] for axis, chains in matrix.items()},
         "benchmark": plain.get("benchmark"),
+        "limits": plain.get("limits"),
     }
     empty: tuple[Any, ...] = (None, {}, [])
     written = {name: each for name, each in values.items() if each not in empty}
@@ -102,7 +107,7 @@ def to_yaml(pipeline: Pipeline, folder: Path, remarks: Iterable[str] = ()) -> st
 def _relative(value: Any, folder: Path) -> Any:
     """Plain values with every path from the root written relative to `folder`."""
     if isinstance(value, dict):
-        return {name: _relative(each, folder) for name, each in value.items()}
+        return {_relative(name, folder): _relative(each, folder) for name, each in value.items()}
     if isinstance(value, list):
         return [_relative(each, folder) for each in value]
     if isinstance(value, str) and Path(value).is_absolute():

@@ -14,7 +14,9 @@ Split = Literal["train", "calibration"]
 class DataSpec(BaseModel):
     """Which texts a stage learns from or is calibrated on."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     source: str = Field(default="calibration-text", min_length=1)
     """An alias, a hub data set id, or a path (from the YAML file) to .txt, .jsonl, .json or .xz."""

@@ -41,7 +41,9 @@ TRAIN = TrainConfig()  # each default stands there, once
 class ShortcutRanks(BaseModel):
     """Ranks of shortcuts by kind of branch: an MLP costs three times what attention does."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     attention: Rank
     """Of attention branches."""
@@ -219,7 +221,8 @@ class Gate(Stage):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_recipe(cls, values: Any) -> Any:
-        preset = RECIPES.get(values.get("recipe", "ours")) if isinstance(values, dict) else None
+        recipe = values.get("recipe", "ours") if isinstance(values, dict) else None
+        preset = RECIPES.get(recipe) if isinstance(recipe, str) else None
         return {**preset, **values} if preset else values
 
     @model_validator(mode="after")

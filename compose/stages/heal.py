@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from compose.artifacts.folder import GRID_METHOD
 from compose.errors import RuleBroken, UserError
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.gate_transfer import carry_gates
@@ -105,7 +106,7 @@ class Heal(Stage):
                 fix="put a quantizer before, or set backbone: full or lora",
             )
         format_ = shape.quantized if shape else None
-        if self.backbone == "codes" and format_ not in (None, "gateskip"):
+        if self.backbone == "codes" and format_ not in (None, GRID_METHOD):
             raise RuleBroken(
                 "codes-are-grids",
                 f"backbone: codes works on integer grids, and these are {format_} weights",

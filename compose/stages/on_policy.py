@@ -17,7 +17,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class OnPolicyText(BaseModel):
     """How a fine-tune reads what the model in training writes itself."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     after: Share = DEFAULT.after
     """Share of the steps that come before this phase."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,9 @@ class SplitText:
         return continued_once(self.dense, kept, given, self.length, seed, progress)
 
     def _kept(self, source: str, count: int) -> Path:
-        name = f"{Path(source).name}-{self.split}-{count}-{self.length}.safetensors"
-        return self.work / name
+        """The file of what is written for one source; two files of one name are two sources."""
+        own = f"{Path(source).name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+        return self.work / f"{own}-{self.split}-{count}-{self.length}.safetensors"
 
     def _told(self, doing: str) -> Progress:
         return lambda done, total: self.progress(done, total, f"{doing} {self.split} text")

@@ -40,7 +40,8 @@ def list_entries(
     if found:
         console.print(table)
     total = sum(entry.size for entry in found)
-    console.print(f"{len(found)} steps, {bytes_text(total)} in {out / 'store'}", highlight=False)
+    where = shown(str(out / "store"))
+    console.print(f"{len(found)} steps, {bytes_text(total)} in {where}", highlight=False)
 
 
 @cache.command()

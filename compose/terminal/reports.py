@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from compose.errors import UserError
@@ -14,11 +15,13 @@ def draw(run_dir: Path) -> str:
     """Draw a run's report beside its results; what was written, a line a file.
 
     Raises:
-        UserError: it is not the folder of a run, or its results cannot be read.
+        UserError: it is not the folder of a run, its results cannot be read, or a run is at work
+            on it.
     """
     from reports.render import render
 
-    done = render(_folder(run_dir), run_dir)
+    with _held(_folder(run_dir)):
+        done = render(run_dir, run_dir)
     return "\n".join(str(run_dir / path.name) for path in (done.html, done.markdown, done.csv))
 
 
@@ -30,7 +33,8 @@ def compare_and_tell(
     `asked` says that the caller insists on a comparison. It is written into the last run's folder.
 
     Raises:
-        UserError: a comparison was insisted on, and there is one run only.
+        UserError: a comparison was insisted on, and there is one run only; or a run is at work on
+            the last folder.
     """
     if len(run_dirs) < 2:
         if asked:
@@ -40,7 +44,8 @@ def compare_and_tell(
     from reports.comparison import compare_runs, in_words, line
 
     runs = [load_results(_folder(each)) for each in run_dirs]
-    done = compare_runs(runs, run_dirs[-1])
+    with _held(run_dirs[-1]):
+        done = compare_runs(runs, run_dirs[-1])
     tell("\n".join(str(run_dirs[-1] / path.name) for path in (done.html, done.markdown, done.json)))
     for pair in done.pairs:
         tell(line(pair))
@@ -54,3 +59,9 @@ def _folder(run_dir: Path) -> Path:
     if not (run_dir / FILE_NAME).is_file():
         RunFolder.existing(run_dir)
     return run_dir
+
+
+def _held(run_dir: Path) -> AbstractContextManager[None]:
+    """The folder of a run, held alone, since a run sweeps it; what is kept of one is not swept."""
+    run = RunFolder(run_dir.absolute())
+    return run.locked() if run.plan_file.is_file() else nullcontext()

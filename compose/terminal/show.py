@@ -139,7 +139,8 @@ def print_result(console: Console, result: RunResult) -> None:
     if any(cell.verdict is not None for cell in cells):
         console.print(verdict_table(cells))
     for name in ("report.html", "report.md", "results.json"):
-        console.print(f"  {result.folder.root / name}", highlight=False, soft_wrap=True)
+        path = shown(str(result.folder.root / name))
+        console.print(f"  {path}", highlight=False, soft_wrap=True)
 
 
 def verdict_table(cells: Sequence[CellResult]) -> Table:

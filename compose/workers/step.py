@@ -89,7 +89,7 @@ def _make_source(job: StepRequest, target: Path, progress: Progress) -> dict[str
     progress(0, 1, "placing")
     linkable = not str(asset.origin).startswith("path:")
     artifact.copy_source(Path(asset.path), target, job["dtype"], link=linkable)
-    require_values(target)
+    require_values(target, job["model"])
     return {
         "use": "source",
         "parameters": stated | ({"keep_blocks": True} if keep else {}),

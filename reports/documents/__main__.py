@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from compose.errors import ComposeError
+from compose.store import write_text
 from reports.documents.markers import DOCUMENTS, ROOT, fill, unfinished
 
 
@@ -24,7 +25,7 @@ def main(arguments: list[str]) -> int:
         if filled != text:
             stale.append(str(document))
             if not check:
-                (ROOT / document).write_text(filled, "utf-8")
+                write_text(ROOT / document, filled)
     print(", ".join(stale) or "nothing", "is out of date" if check else "was changed")
     return int(check and bool(stale))
 

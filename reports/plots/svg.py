@@ -42,7 +42,7 @@ def inline(text: str, prefix: str, marks: Mapping[int, tuple[str, str]]) -> str:
     text = _themed(_own_fonts(text), LIGHT)
     text = re.sub(r"\n\s*", " ", re.sub(r">\s+<", "><", text))
     text = text.replace("stroke: #000000; stroke-opacity: 0", "stroke: none")
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
+    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)
     return re.sub(rf'<g id="{prefix}{MARK}(\d+)">', lambda m: _mark(int(m[1]), marks), text)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from compose.artifacts.folder import GRID_METHOD
 from compose.errors import RuleBroken, UserError
 from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJob, StoredBits
 from compose.stages.gate_transfer import carry_gates
@@ -31,7 +32,9 @@ EMBEDDING_ROWS = 8192  # rounded at a time
 class Allocate(BaseModel):
     """The size that bits are shared out under: one of the two."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     size_mb: float | None = Field(default=None, gt=0)
     """Megabytes (10**6 bytes) of all files of the folder together."""
@@ -126,7 +129,7 @@ class Integers(Stage):
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
-        return replace(shape, quantized="gateskip")
+        return replace(shape, quantized=GRID_METHOD)
 
     def most_bits(self) -> int:
         """The most that any layer may get, unless some stay as they are. More bits for values alone
@@ -312,7 +315,7 @@ class Integers(Stage):
             if (grid.bits, grid.group) != (self.bits, self.group_size)
         }
         quantization = {
-            "quant_method": "gateskip",
+            "quant_method": GRID_METHOD,
             "bits": self.bits,
             "group_size": self.group_size,
             "offset": self.grid_offset(min(self.bits, 4)),
@@ -375,7 +378,7 @@ class WithOffset(Integers):
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
-        return replace(shape, quantized="gptq" if self.offset == "integer" else "gateskip")
+        return replace(shape, quantized="gptq" if self.offset == "integer" else GRID_METHOD)
 
     def _write(self, job: StageJob, grids: dict[str, Grid], embedded: dict[str, Grid]) -> None:
         if self.offset == "real":
