@@ -91,7 +91,6 @@ def make(options: Any, bits: str) -> SkippingModel:
     table = GridEmbedding(rows, width, options.head, 32, torch.bfloat16)
     for name, value in stored(random_grid(rows, width, options.head, 32, False)).items():
         setattr(table, name, value)
-    table.unpack()
     model.set_input_embeddings(table)
     model.set_output_embeddings(SharedHead(table))
     return SkippingModel(model, None, "project", "native")

@@ -69,6 +69,35 @@ def test_a_loaded_folder_takes_the_bytes_of_its_file(
     assert module_bytes(model) <= 1.02 * (weights + tables)
 
 
+def test_loading_never_unpacks_the_table(
+    round_it: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take several times the bytes of the file for a moment."""
+    folder, _ = round_it(use="int4", dtype="bfloat16")
+
+    def unpacks(table: GridEmbedding) -> None:
+        raise AssertionError("the table was unpacked")
+
+    monkeypatch.setattr(GridEmbedding, "_unpacked", unpacks)
+    model = gateskip.load(folder).skipping.model
+    assert isinstance(model.get_input_embeddings(), PackedEmbedding)
+
+
+def test_an_unpacked_table_follows_its_model(round_it: Callable[..., Made]) -> None:
+    """In its type, and in training after it was made where nothing is recorded."""
+    folder, _ = round_it(use="int4", dtype="bfloat16")
+    model = load_model(folder)
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    model = load_model(folder, "float32")
+    with torch.inference_mode():
+        wide = model(input_ids=torch.tensor([[3, 4]])).logits
+    assert wide.dtype == torch.float32
+    weight = torch.ones(1, requires_grad=True)
+    (model.get_input_embeddings().weight * weight).sum().backward()
+    assert weight.grad is not None
+    assert load_model(folder).get_input_embeddings().float().weight.dtype == torch.float32
+
+
 @pytest.mark.parametrize("use", ["int8", "int4", "int3", "int2"])
 def test_a_folder_comes_back_as_it_was_rounded(
     use: str, round_it: Callable[..., Made], tiny_llama: Path

@@ -265,7 +265,6 @@ def on_grids(model: Any, bits: dict[str, int], embedding: int, group: int = 32) 
     table = GridEmbedding(*weight.shape, embedding, 32, weight.dtype)
     for name, value in stored(grid).items():
         setattr(table, name, value)
-    table.unpack()
     model.set_input_embeddings(table)
     model.set_output_embeddings(SharedHead(table))
     return model

@@ -26,7 +26,6 @@ def table(grid: Grid, dtype: torch.dtype, scale: float | None) -> GridEmbedding:
     embedding = GridEmbedding(*grid.codes.shape, grid.bits, grid.group, dtype, embed_scale=scale)
     for name, value in stored(grid).items():
         setattr(embedding, name, value)
-    embedding.unpack()
     return embedding
 
 

@@ -25,7 +25,7 @@ zero), or nothing."""
 
 SIGNIFICANT = 8  # bits of a bfloat16 number
 SMALLEST = 2.0**-24  # step of the smallest float16 numbers
-AT_ONCE = 1 << 24  # codes that are packed or unpacked at a time
+AT_ONCE = 1 << 20  # codes that are packed or unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ class Grid:
         assert self.minimum is not None, "the middle code of a symmetric grid stands for zero"
         scale = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
         return (-self.minimum / scale).round()
+
+    def rows(self, part: slice) -> Grid:
+        """Some rows of the grid."""
+        low = None if self.minimum is None else self.minimum[part]
+        return Grid(self.codes[part], self.scale[part], low, self.bits)
 
     def split(self, rows: Sequence[int]) -> list[Grid]:
         """The grid in parts of so many rows."""
@@ -134,7 +139,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed.copy_(codes)
     shifts = torch.arange(8) * bits
-    for rows in _parts(n, k):
+    for rows in row_parts(n, k):
         words = (codes[rows].long().view(-1, k // 8, 8) << shifts).sum(2)  # [rows, k / 8]
         eighths = words.unsqueeze(2) >> (8 * torch.arange(bits))
         packed[rows] = (eighths & 255).to(torch.uint8).flatten(1)
@@ -151,13 +156,14 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
         codes[:, 0::2], codes[:, 1::2] = packed & 15, packed >> 4
         return codes
     shifts = torch.arange(8, device=packed.device) * bits
-    for rows in _parts(n, k):
+    for rows in row_parts(n, k):
         words = packed[rows].long().view(-1, k // 8, bits)
         words = (words << (8 * torch.arange(bits, device=packed.device))).sum(2, keepdim=True)
         codes[rows] = ((words >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(1)
     return codes
 
 
-def _parts(n: int, k: int) -> list[slice]:
+def row_parts(n: int, k: int) -> list[slice]:
+    """Rows [n, k] in parts that are packed or unpacked one after the other."""
     step = max(1, AT_ONCE // k)
     return [slice(first, first + step) for first in range(0, n, step)]

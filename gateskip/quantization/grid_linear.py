@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gateskip.quantization.grid import Grid, pack_bits, unpack_bits
+from gateskip.quantization.grid import Grid, pack_bits, row_parts, unpack_bits
 
 METHOD = "gateskip"
 """What a folder of such modules calls its `quant_method`."""
@@ -71,11 +71,12 @@ class GridLinear(nn.Module):
 
 
 class GridEmbedding(nn.Module):
-    """An embedding table [vocabulary, hidden] as a symmetric grid, unpacked once it is loaded."""
+    """An embedding table [vocabulary, hidden] as a symmetric grid, unpacked once it is asked for:
+    kernels never do."""
 
     codes: Tensor
     scale: Tensor
-    weight: Tensor
+    _table: Tensor
 
     def __init__(
         self,
@@ -92,19 +93,39 @@ class GridEmbedding(nn.Module):
         super().__init__()
         self.embed_scale = embed_scale
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.bits, self.group, self.dtype = bits, group, dtype
+        self.bits, self.group = bits, group
         self.register_buffer("codes", _empty(num_embeddings, embedding_dim * bits // 8))
         groups = embedding_dim // group
         self.register_buffer("scale", torch.empty(num_embeddings, groups, dtype=stored))
-        self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
+        self.register_buffer("_table", torch.empty(0, dtype=dtype), persistent=False)
 
     def grid(self) -> Grid:
         """The table as codes and scales."""
         return Grid(unpack_bits(self.codes, self.bits), self.scale.float(), None, self.bits)
 
-    def unpack(self) -> None:
-        """Make the table that `forward` looks tokens up in."""
-        self.weight = self.grid().weight().to(self.dtype)
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the unpacked table."""
+        return self._table.dtype
+
+    def hold(self, dtype: torch.dtype) -> None:
+        """Unpack the table in another type from now on."""
+        self._table = self.codes.new_empty(0, dtype=dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The unpacked table [vocabulary, hidden]."""
+        if not self._table.numel():
+            with torch.inference_mode(False), torch.no_grad():
+                self._table = self._unpacked()
+        return self._table
+
+    def _unpacked(self) -> Tensor:
+        grid, shape = self.grid(), (self.num_embeddings, self.embedding_dim)
+        table = self.codes.new_empty(shape, dtype=self.dtype)
+        for part in row_parts(*shape):
+            table[part] = grid.rows(part).weight()
+        return table
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., hidden]."""

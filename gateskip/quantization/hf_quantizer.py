@@ -94,8 +94,7 @@ class GridQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         embedding = model.get_input_embeddings()
         if isinstance(embedding, GridEmbedding):
-            embedding.dtype = _dtype(model)
-            embedding.unpack()
+            embedding.hold(_dtype(model))
 
     def is_serializable(self) -> bool:
         """Folders are written by the stage that rounded them."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gateskip.kernels import abi, ops
 from gateskip.kernels.abi import BLOCK
-from gateskip.model.families import final_norm
+from gateskip.model.families import embedding_scale, final_norm
 from gateskip.quantization.grid_linear import GridEmbedding, SharedHead
 from gateskip.quantization.packed_linear import PackedLinear, has_kernels
 
@@ -20,7 +20,7 @@ from gateskip.quantization.packed_linear import PackedLinear, has_kernels
 class PackedEmbedding(nn.Module):
     """A table [vocabulary, hidden] of symmetric codes; rows have the type `dtype`."""
 
-    def __init__(self, table: PackedLinear, dtype: torch.dtype, embed_scale: float | None) -> None:
+    def __init__(self, table: PackedLinear, dtype: torch.dtype, embed_scale: float) -> None:
         """Rows that are looked up are multiplied by `embed_scale`, as Gemma does."""
         super().__init__()
         self.table, self.dtype, self.embed_scale = table, dtype, embed_scale
@@ -33,8 +33,7 @@ class PackedEmbedding(nn.Module):
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.num_embeddings:
             raise IndexError(f"tokens are 0 to {self.num_embeddings - 1}")
         matrix, parts = self.table.exact_matrix()
-        scale = 1.0 if self.embed_scale is None else self.embed_scale
-        how = abi.Embedding(matrix, int(self.dtype == torch.bfloat16), scale)
+        how = abi.Embedding(matrix, int(self.dtype == torch.bfloat16), self.embed_scale)
         rows = ops.embed(how, tokens)
         del parts  # which the matrix points to
         return rows.to(self.dtype).view(*ids.shape, self.embedding_dim)
@@ -49,10 +48,7 @@ def pack_embedding(model: Any) -> bool:
     if not has_kernels(final_norm(model).weight):
         return False
     packed = PackedLinear.of(table.grid())
-    scale = table.embed_scale
-    if scale is not None:  # as the table's type holds it
-        scale = float(torch.tensor(scale, dtype=table.dtype))
-    model.set_input_embeddings(PackedEmbedding(packed, table.dtype, scale))
+    model.set_input_embeddings(PackedEmbedding(packed, table.dtype, embedding_scale(model)))
     if isinstance(model.get_output_embeddings(), SharedHead):
         model.set_output_embeddings(packed)
     return True

@@ -242,8 +242,7 @@ class PackedLinear(nn.Module):
 
     def exact_matrix(self) -> tuple[Matrix, Parts]:
         """The weights without a bias, none of them rounded, and what the matrix points to."""
-        rounded = self.book is None and self._scale.dtype == torch.bfloat16
-        rounded &= self._offset is None or self._offset.dtype == torch.bfloat16
+        rounded = self.book is None and self._scale.dtype == torch.bfloat16  # as _kept left both
         parts = self.rounded_parts() if rounded else self.float_parts()
         return self._matrix(parts, rounded), parts
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE
+from gateskip.quantization.grid import AT_ONCE
 
 FOURS = BLOCK // 4  # of a block
 
@@ -26,14 +27,26 @@ def tiles(table: Tensor) -> Tensor:
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes [n, k] of 2, 3, 4, 6 or 8 bits, k whole blocks -> uint8 [tiles, k bits / 32, 16, 4]."""
+    n, k = codes.shape
+    packed = torch.empty(
+        -(-n // ROWS_PER_TILE), k * bits // BLOCK, ROWS_PER_TILE, 4, dtype=torch.uint8
+    )
+    step = max(1, AT_ONCE // (k * ROWS_PER_TILE))  # tiles
+    for first in range(0, len(packed), step):
+        rows = codes[first * ROWS_PER_TILE : (first + step) * ROWS_PER_TILE]
+        packed[first : first + step] = _packed(rows, bits)
+    return packed
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
     columns = tiles(codes.to(torch.uint8))  # [tiles, k, 16]
     fours = columns.view(len(columns), -1, 4, ROWS_PER_TILE).transpose(2, 3)
     if bits == 8:
-        return fours.contiguous()
+        return fours
     blocks = fours.unflatten(1, (-1, FOURS))  # [tiles, k / 32, 8, 16, 4]
     parted = {3: _three_bits, 6: _six_bits}.get(bits)
     packed = _whole_parts(blocks, bits) if parted is None else parted(blocks)
-    return packed.flatten(1, 2).contiguous()
+    return packed.flatten(1, 2)
 
 
 def _whole_parts(blocks: Tensor, bits: int) -> Tensor:
