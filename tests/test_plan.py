@@ -14,6 +14,7 @@ from compose.language.schema import Matrix, Model, Pipeline
 from compose.planning.keys import InputHashes
 from compose.planning.plan import SOURCE, Cell, Plan, Step
 from compose.planning.planner import make_plan
+from compose.stages.quantize.integers import Allocate, Int4
 from compose.stages.registry import RULES, Bnb, Gate, Gptq, Heal, ModelShape, PruneWidth, Speculate
 
 SHAPE = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, True)
@@ -424,3 +425,7 @@ def test_memory_is_estimated_where_sizes_are_known() -> None:
     assert thrifty < long
     plain, fitted = (PruneWidth(ratio=0.2, refit=refit).memory(shape) for refit in (False, True))
     assert fitted - plain == 4 * 30 * 1536**2
+    rounded, by_need = (
+        Int4(allocate=allocate).memory(shape) for allocate in (None, Allocate(size_mb=90))
+    )
+    assert by_need - rounded > 5 * shape.weights, "bits by need hold the model in float32"

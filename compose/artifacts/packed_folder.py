@@ -18,6 +18,7 @@ from compose.artifacts.intake import weight_files
 from compose.errors import ArtifactError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 GPTQ = ("qweight", "qzeros", "scales", "g_idx")
@@ -189,3 +190,17 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         with safe_open(path, "pt") as file:
             files |= dict.fromkeys(file.keys(), path)
     return files
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The type of the folder's tensors; float32, which holds any, where they differ or are in no
+    safetensors file."""
+    import torch
+    from safetensors import safe_open
+
+    found = set()
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    small = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return small.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32

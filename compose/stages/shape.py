@@ -87,10 +87,14 @@ class ModelShape:
     @property
     def weights(self) -> int:
         """How many weights the model has, norms and biases left out."""
-        heads = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        layer = heads + 3 * self.hidden_size * self.intermediate_size
         outer = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return outer + self.num_layers * layer
+        return outer + self.num_layers * self.layer_weights
+
+    @property
+    def layer_weights(self) -> int:
+        """How many weights a decoder layer has."""
+        heads = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        return heads + 3 * self.hidden_size * self.intermediate_size
 
     @property
     def value_share(self) -> float:

@@ -2,14 +2,15 @@
 
 Token blocks pass the layers in order. Within a layer, linear modules that read the same input are
 rounded together, in the order in which they run, and what follows reads what they have become.
-Only one layer's second moments exist at a time.
+Only one layer's second moments exist at a time, and where the model is let go, only one layer in
+float32: the rest stays in the file that it is mapped from.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,27 +47,45 @@ def round_layers(
     choose: Choose,
     compensate: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Rounded]:
-    """Round every linear module of the layers that `choose` names, in place; blocks [N, S] are
-    token ids. The model keeps the rounded values as ordinary weights.
+    let_go: bool = False,
+) -> Iterator[tuple[str, Rounded]]:
+    """Round every linear module of the layers that `choose` names; blocks [N, S] are token ids.
+    Modules come by name as soon as they are rounded.
 
-    Without `compensate` each weight is rounded by itself (rounding.py).
+    Layers compute in float32, whatever type the model is loaded in. With `let_go` each is emptied
+    after its turn, and the model cannot run any more; else it keeps the rounded values as ordinary
+    weights. Without `compensate` each weight is rounded by itself (rounding.py).
     """
     names = {module: name for name, module in model.named_modules()}
-    hidden, settings = enter(model, blocks)
-    done: dict[str, Rounded] = {}
+    hidden, settings = _entered(model, blocks, let_go)
     layers = list(backbone(model).layers)
     for number, layer in enumerate(layers):
         progress(number, len(layers))
+        layer.float()
         for modules in _readers(layer, hidden[0], settings[number]):
             chosen = {names[m]: (m, how) for m in modules if (how := choose(names[m])) is not None}
-            if not chosen:
-                continue
-            moments = _moments(layer, modules[0], hidden, settings[number])
-            done |= _round_readers(chosen, moments, compensate)
-        hidden = [run_layer(layer, part, settings[number]) for part in hidden]
+            if chosen:
+                moments = _moments(layer, modules[0], hidden, settings[number])
+                yield from _round_readers(chosen, moments, compensate).items()
+                del moments
+        for place, part in enumerate(hidden):
+            hidden[place] = run_layer(layer, part, settings[number])
+        if let_go:
+            layer.to("meta")
     progress(len(layers), len(layers))
-    return done
+
+
+def _entered(model: Any, blocks: Tensor, let_go: bool) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """What `enter` gives, of the embedding in float32."""
+    embedding = model.get_input_embeddings().float()
+    scale = getattr(embedding, "scalar_embed_scale", None)
+    if scale is not None:  # Gemma's, which has been rounded to the type that the model is loaded in
+        embedding.embed_scale = torch.tensor(scale, dtype=torch.float32)
+    entered = enter(model, blocks)
+    if let_go:
+        for module in (embedding, model.get_output_embeddings()):
+            module.to("meta")
+    return entered
 
 
 def _round_readers(
@@ -88,7 +107,7 @@ def _round_readers(
         grids = whole.split([len(weight) for weight in weights])
         for name, weight, grid in zip(names, weights, grids, strict=True):
             done[name] = Rounded(grid, output_error(weight, moments, grid))
-            chosen[name][0].weight.copy_(grid.weight())
+            chosen[name][0].weight.data = grid.weight()
     return done
 
 
@@ -100,36 +119,28 @@ def enter(
     batch = batch or math.gcd(len(blocks), BATCH)
     layers = list(backbone(model).layers)
     settings: list[dict[str, Any]] = [{} for _ in layers]
-
-    def note(number: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            settings[number] = kwargs
-
-        return hook
-
-    hooks = [
-        layer.register_forward_pre_hook(note(number), with_kwargs=True)
-        for number, layer in enumerate(layers)
-    ]
-    try:
-        model(blocks[:batch], use_cache=False)
-    finally:
-        for each in hooks:
-            each.remove()
     entered: list[Tensor] = []
 
-    def take(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(args[0] if args else kwargs["hidden_states"])
-        raise _Stop
+    def passed(number: int) -> Callable[..., Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> Tensor:
+            hidden: Tensor = args[0] if args else kwargs.pop("hidden_states")
+            settings[number] = kwargs
+            if number == 0:
+                entered.append(hidden)
+            if number == len(layers) - 1:
+                raise _Stop
+            return hidden
 
-    hook = layers[0].register_forward_pre_hook(take, with_kwargs=True)
+        return forward
+
+    for number, layer in enumerate(layers):
+        layer.forward = passed(number)
     try:
         for part in blocks.split(batch):
             _stopped(lambda part=part: model(part, use_cache=False))  # type: ignore[misc]
     finally:
-        hook.remove()
-    for each in settings:
-        each.pop("hidden_states", None)
+        for layer in layers:
+            del layer.forward
     return entered, settings
 
 

@@ -95,7 +95,8 @@ class AutoRound(Stage):
         with _counted(job.progress, f"AutoRound, {self.bits} bits, {self.iters} steps a layer"):
             grids = self._learned(job, blocks, tokenizer)
         config = gptq_config(self.bits, self.group_size, self.sym)
-        write_grids(job, grids, config, lambda grid: as_gptq(grid, self.sym))
+        stored = {name: as_gptq(grid, self.sym) for name, grid in grids.items()}
+        write_grids(job, stored, config)
         carry_gates(job)
         errors = layer_errors(job, blocks[:ERROR_BLOCKS])
         return {"bits": self.bits, "blocks": len(blocks), "layer_errors": errors}

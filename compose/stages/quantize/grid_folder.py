@@ -7,7 +7,7 @@ GPTQ, which gptqmodel, vLLM and transformers read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from compose.stages.base import StageJob
@@ -17,13 +17,12 @@ if TYPE_CHECKING:
 
     from gateskip.quantization.grid import Grid
 
-Stored = Callable[["Grid"], dict[str, "Tensor"]]
+Stored = dict[str, "Tensor"]
+"""A grid's tensors as they stand in a file, after the module's name."""
 
 
-def write_grids(
-    job: StageJob, grids: Mapping[str, Grid], quantization: dict[str, Any], stored: Stored
-) -> None:
-    """`job.source` in `job.target`, each module that `grids` names stored as `stored` says."""
+def write_grids(job: StageJob, grids: Mapping[str, Stored], quantization: dict[str, Any]) -> None:
+    """`job.source` in `job.target`, with grids in place of the weights of the modules named."""
     from compose.artifacts.folder import copy_companions, require_model
     from compose.artifacts.shards import save_shards
     from compose.store import write_json
@@ -31,13 +30,11 @@ def write_grids(
     config = {**require_model(job.source), "dtype": job.dtype, "quantization_config": quantization}
     config.pop("torch_dtype", None)
     write_json(job.target / "config.json", config)
-    save_shards(job.target, _replaced(job, grids, stored))
+    save_shards(job.target, _replaced(job, grids))
     copy_companions(job.source, job.target)
 
 
-def _replaced(
-    job: StageJob, grids: Mapping[str, Grid], stored: Stored
-) -> Iterator[tuple[str, Tensor]]:
+def _replaced(job: StageJob, grids: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the source, grids in place of the weights that they round."""
     import torch
 
@@ -52,7 +49,7 @@ def _replaced(
             yield name, tensor.to(getattr(torch, job.dtype)) if floats else tensor
         else:
             module = name.removesuffix("weight")
-            yield from ((module + key, each) for key, each in stored(grid).items())
+            yield from ((module + key, each) for key, each in grid.items())
 
 
 HEADER = 400  # bytes that a file's header and the config say of a packed layer, at most

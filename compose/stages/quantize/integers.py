@@ -15,6 +15,13 @@ from compose.artifacts.folder import GRID_METHOD
 from compose.errors import RuleBroken, UserError
 from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJob, StoredBits
 from compose.stages.gate_transfer import carry_gates
+from compose.stages.quantize.grid_folder import (
+    Stored,
+    as_gptq,
+    bytes_beside,
+    gptq_config,
+    write_grids,
+)
 from compose.stages.quantize.linears import Bits, linear_names, matching, value_projections
 
 if TYPE_CHECKING:
@@ -24,7 +31,8 @@ if TYPE_CHECKING:
     from gateskip.quantization.compensate import Rounding
     from gateskip.quantization.grid import Grid
 
-MOMENTS = 3 * 4 * 1536 / 3.5e6  # bytes of a layer's second moments for each of its weights, about
+MOMENTS = 5 * 4  # bytes for each number of second moments: them, their order, and their inverse
+WORKED = 6 * 4  # bytes for each weight of the linear layers that are rounded together
 TAPPED = 2 * 2048  # bytes for each number of a token that gradients are taken with
 EMBEDDING_ROWS = 8192  # rounded at a time
 
@@ -153,23 +161,35 @@ class Integers(Stage):
         beside = {"none": 16, "real": 32, "integer": 16 + bits}[self.grid_offset(bits)]
         return bits + beside / self.group_size
 
+    def held(self) -> float:
+        """The file as it is mapped, and what is rounded so far; bits by need hold the model in
+        float32."""
+        return 8.0 if self.allocate else 2.0 + self._in_file(max(self.bits, 4)) / 8
+
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """Hidden states of all calibration text, and a layer's second moments; bits by need hold
-        inputs and gradients of all layers for some tokens."""
+        """The embedding in float32, or a layer and the widest second moments in it; bits by need
+        hold inputs and gradients of all layers for some tokens."""
         gradients = self.allocate is not None and self.allocate.by == "gradients"
-        return MOMENTS * shape.weights + (TAPPED * shape.tapped if gradients else 0)
+        table = 4.0 * shape.vocab_size * shape.hidden_size
+        inner, outer = shape.intermediate_size, shape.hidden_size
+        up = MOMENTS * outer**2 + WORKED * 2 * inner * outer
+        down = MOMENTS * inner**2 + WORKED * inner * outer
+        layer = 4.0 * shape.layer_weights + max(up, down)
+        return max(table, layer) + (TAPPED * shape.tapped if gradients else 0)
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Round layer after layer, and save the folder."""
         from transformers import AutoTokenizer
 
+        from compose.artifacts.packed_folder import stored_dtype
         from gateskip.quantization.allocation import distribution, mean_kl
         from gateskip.quantization.folders import load_model
         from gateskip.quantization.layerwise import round_layers
 
         blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
-        embedded = self._embedding(job)  # first: what it refuses costs no minutes then
-        model = load_model(job.source, "float32")
+        grids = self._embedding(job)  # first: what it refuses costs no minutes then
+        whole = self.allocate is not None  # which measures what the model becomes
+        model = load_model(job.source, "float32" if whole else stored_dtype(job.source))
         how, measured = self._settings(job), blocks[:0]
         record: dict[str, Any] = {"bits": self.bits, "blocks": len(blocks)}
         if self.allocate is not None:
@@ -177,20 +197,29 @@ class Integers(Stage):
             record["layer_bits"] = {name: each.bits for name, each in how.items()}
             measured = blocks[: self.allocate.blocks]
         dense = distribution(model, measured) if len(measured) else None
-        rounded = round_layers(
+        errors = {}
+        for name, rounded in round_layers(
             model,
             blocks,
-            lambda name: how.get(name),
+            how.get,
             self.compensate,
             lambda done, total: job.progress(done, total, f"rounding to {self.bits} bits"),
-        )
+            let_go=not whole,
+        ):
+            grids[name] = self._stored(rounded.grid)
+            errors[name] = float(f"{rounded.error:.4g}")
         if dense is not None:
             record["allocation"]["kl"] = _short(mean_kl(dense, distribution(model, measured)))
-        grids = {name: each.grid for name, each in rounded.items()}
-        self._write(job, grids, embedded)
+        del model
+        write_grids(job, grids, self._quantization(job, {name: how[name] for name in errors}))
         carry_gates(job)
-        errors = {name: float(f"{each.error:.4g}") for name, each in rounded.items()}
         return record | {"layer_errors": errors}
+
+    def _stored(self, grid: Grid) -> Stored:
+        """A grid as the folder's format has it."""
+        from gateskip.quantization.grid_linear import stored
+
+        return stored(grid)
 
     def _settings(self, job: StageJob) -> dict[str, Rounding]:
         """How each linear layer is rounded, by its name; those that are left as they are lack."""
@@ -274,13 +303,11 @@ class Integers(Stage):
             weights = sum(layers[name].weight.numel() for name in free)
             return int(self.allocate.bits_per_weight * weights / 8)
         assert self.allocate.size_mb is not None, "one of the two is given"
-        from compose.stages.quantize.grid_folder import bytes_beside
-
         beside = bytes_beside(job, set(how), self.embedding)
         beside += sum(grid_bytes(layers[name], how[name]) for name in fixed)
         return int(self.allocate.size_mb * 1e6) - beside
 
-    def _embedding(self, job: StageJob) -> dict[str, Grid]:
+    def _embedding(self, job: StageJob) -> dict[str, Stored]:
         """The embedding's grid by its name, and that of an LM head of its own."""
         if self.embedding is None:
             return {}
@@ -302,28 +329,25 @@ class Integers(Stage):
                     f"{name} has another name in this model's files, so that it cannot be packed",
                     fix="set embedding: null",
                 )
-        return {name: _rounded_rows(job, name, self.embedding) for name in tables}
+        return {name: self._stored(_rounded_rows(job, name, self.embedding)) for name in tables}
 
-    def _write(self, job: StageJob, grids: dict[str, Grid], embedded: dict[str, Grid]) -> None:
-        from compose.stages.quantize.grid_folder import write_grids
-        from gateskip.quantization.grid_linear import stored
-
+    def _quantization(self, job: StageJob, how: dict[str, Rounding]) -> dict[str, Any]:
+        """What the folder's config says of its grids."""
         linears, head = linear_names(job)
         own = {
-            name: {"bits": grid.bits, "group_size": grid.group}
-            for name, grid in grids.items()
-            if (grid.bits, grid.group) != (self.bits, self.group_size)
+            name: {"bits": each.bits, "group_size": each.group}
+            for name, each in how.items()
+            if (each.bits, each.group) != (self.bits, self.group_size)
         }
-        quantization = {
+        return {
             "quant_method": GRID_METHOD,
             "bits": self.bits,
             "group_size": self.group_size,
             "offset": self.grid_offset(min(self.bits, 4)),
             "layers": own,
-            "unpacked": [name for name in linears if name not in grids and name not in head],
-            "embedding": {"bits": self.embedding, "group_size": 32} if embedded else None,
+            "unpacked": [name for name in linears if name not in how and name not in head],
+            "embedding": {"bits": self.embedding, "group_size": 32} if self.embedding else None,
         }
-        write_grids(job, grids | embedded, quantization, stored)
 
 
 class Int8(Integers):
@@ -380,13 +404,13 @@ class WithOffset(Integers):
         """The same sizes, packed."""
         return replace(shape, quantized="gptq" if self.offset == "integer" else GRID_METHOD)
 
-    def _write(self, job: StageJob, grids: dict[str, Grid], embedded: dict[str, Grid]) -> None:
+    def _quantization(self, job: StageJob, how: dict[str, Rounding]) -> dict[str, Any]:
         if self.offset == "real":
-            super()._write(job, grids, embedded)
-            return
-        from compose.stages.quantize.grid_folder import as_gptq, gptq_config, write_grids
+            return super()._quantization(job, how)
+        return gptq_config(self.bits, self.group_size)
 
-        write_grids(job, grids, gptq_config(self.bits, self.group_size), as_gptq)
+    def _stored(self, grid: Grid) -> Stored:
+        return super()._stored(grid) if self.offset == "real" else as_gptq(grid)
 
 
 class Int4(WithOffset):
@@ -436,7 +460,7 @@ def _rounded_rows(job: StageJob, name: str, bits: int) -> Grid:
     from gateskip.quantization.grid import joined
     from gateskip.quantization.rounding import round_to_grid
 
-    table = tensors_of(job.source)(f"{name}.weight").float()
+    table = tensors_of(job.source)(f"{name}.weight")
     squares = torch.ones(table.shape[1])
-    parts = [round_to_grid(rows, squares, bits, 32, "none") for rows in table.split(EMBEDDING_ROWS)]
-    return joined(parts)
+    parts = table.split(EMBEDDING_ROWS)
+    return joined([round_to_grid(rows.float(), squares, bits, 32, "none") for rows in parts])
