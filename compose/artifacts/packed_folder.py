@@ -193,8 +193,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The type of the folder's tensors; float32, which holds any, where they differ or are in no
-    safetensors file."""
+    """The type of the folder's tensors, whatever its config states (`dtype_of`); float32, which
+    holds any, where they differ or are in no safetensors file."""
     import torch
     from safetensors import safe_open
 

@@ -164,7 +164,8 @@ class Integers(Stage):
     def held(self) -> float:
         """The file as it is mapped, and what is rounded so far; bits by need hold the model in
         float32."""
-        return 8.0 if self.allocate else 2.0 + self._in_file(max(self.bits, 4)) / 8
+        rounded = self._in_file(max(self.bits, 4)) / 8  # values and the embedding keep more bits
+        return 8.0 if self.allocate else 2.0 + rounded
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
         """The embedding in float32, or a layer and the widest second moments in it; bits by need
