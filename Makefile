@@ -50,7 +50,7 @@ quickstart: $(VENV)/.run
 	$(BIN)/gateskip generate exports/quickstart "$$QUESTION" --stats
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 40 $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

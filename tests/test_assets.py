@@ -7,6 +7,7 @@ import json
 import lzma
 import multiprocessing
 import shutil
+import threading
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,6 +95,25 @@ def test_no_wheel_says_what_pip_said(tmp_path: Path) -> None:
     wheel = Wheel(name="tiny-asset", version="1.0", sha256="0" * 64, size=1, keep=("*",))
     with pytest.raises(fetch.Unavailable, match=r"cannot fetch tiny-asset==1.0 \(ERROR: .*found"):
         fetch.fetch_wheel(wheel, tmp_path)
+
+
+def test_the_size_of_a_wheel_bears_pip_at_work(tmp_path: Path) -> None:
+    (tmp_path / "first.whl").write_bytes(b"1234")
+    stop = threading.Event()
+
+    def move_files() -> None:
+        while not stop.is_set():
+            (unpacked := tmp_path / "tmp" / "pip-unpack").mkdir(parents=True)
+            (unpacked / "second.whl").write_bytes(b"123")
+            shutil.rmtree(tmp_path / "tmp")
+
+    pip = threading.Thread(target=move_files)
+    pip.start()
+    try:
+        assert {fetch._bytes_of_wheels(tmp_path) for _ in range(2000)} == {4}
+    finally:
+        stop.set()
+        pip.join()
 
 
 def _append_and_build(target: str, log: str) -> None:

