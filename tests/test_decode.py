@@ -359,9 +359,9 @@ class TestDraftLengthController:
         for controller in (one, many):
             steps, at = 0, []
             while steps < 600:
-                k, rounds = controller.draft_length(), controller.rounds()
-                assert k == 0 or rounds == DraftLengthController.TRIED
-                count = min(32, rounds) if controller is many else 1
+                k, drafts = controller.draft_length(), controller.drafts()
+                assert k == 0 or drafts == DraftLengthController.TRIED
+                count = min(32, controller.rounds()) if controller is many else 1
                 at += [steps] * k
                 steps += 1 if k else count
                 controller.observe(k, [0] if k else [], 0.9 * k, 1.3 if k else 1.0 * count, count)

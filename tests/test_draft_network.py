@@ -23,6 +23,7 @@ from compose.stages.registry import (
     StageJob,
 )
 from gateskip.decoding.decoder import Decoder
+from gateskip.decoding.drafting import Drafting
 from gateskip.decoding.sampling import Sampler
 from gateskip.errors import FormatError
 from gateskip.kernels import ops
@@ -156,6 +157,33 @@ def test_a_network_drafts_on_from_each_rounds_state(
     assert decoder.generate([[5, 9, 13]], 120, "speculate", **settings).tokens == whole.tokens
     assert [each for (each,) in calls] == together and len(calls) > 5 * few
     assert any(each.accepted for each in together) and any(each.probabilities for each in together)
+
+
+def test_a_call_ends_after_so_many_drafts(
+    with_network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds in which a text proposes nothing go on in one call; those with a draft are counted."""
+    decoder, speculate = gateskip.load(with_network, dtype="float32"), SkippingModel.speculate
+    calls: list[list[bool]] = []
+    most = 32
+
+    def watched(model: SkippingModel, asked: Asked, *others: Any) -> tuple[list[Round], Any]:
+        made, state = speculate(model, asked, *others)
+        calls.append([row.drafted > 0 for each in made for row in each.rows * each.steps])
+        return made, state
+
+    monkeypatch.setattr(SkippingModel, "speculate", watched)
+    monkeypatch.setattr(Drafting, "lengths", lambda drafting: (0, 4, 32, most))
+    settings: dict[str, Any] = {"draft_weights": "own", "draft_length": 4, "lookup": True}
+    whole = decoder.generate([[5, 9, 13]], 120, "speculate", **settings)
+    drafted = [each for call in calls for each in call]
+    assert sum(drafted) > 4 and not all(drafted)
+    calls.clear()
+    most = 2
+    assert decoder.generate([[5, 9, 13]], 120, "speculate", **settings).tokens == whole.tokens
+    assert [each for call in calls for each in call] == drafted
+    assert all(sum(call) == 2 and call[-1] for call in calls[:-1] if len(call) < 32)
+    assert any(len(call) < 32 for call in calls[:-1])
 
 
 def test_a_network_is_given_the_state_before_the_last_token(

@@ -94,7 +94,7 @@ class TestDraftLength:
         controller.draft_length()
         controller.waited(controller.PAUSE - 1)
         for _ in range(3):
-            assert (controller.draft_length(), controller.rounds()) == (1, controller.TRIED)
+            assert (controller.draft_length(), controller.drafts()) == (1, controller.TRIED)
             for _ in range(controller.TRIED):
                 controller.observe(0, [], 0.0, 1.0)
         controller.observe(1, [0], 1.0, 1.05)
@@ -105,7 +105,7 @@ class TestDraftLength:
         controller = DraftLengthController()
         controller.observe(0, [], 0.0, 1.0)
         assert controller.draft_length() == 1
-        for slow in (1.0, *[0.0] * (controller.rounds() - 1)):
+        for slow in (1.0, *[0.0] * (controller.drafts() - 1)):
             controller.observe(1, [0], 0.05 + slow, 1.05 + slow)
         assert controller.draft_step == pytest.approx(0.05) == controller.per_row
         assert controller.draft_length() == 2, "at an acceptance of 0.39"

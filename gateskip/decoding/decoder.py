@@ -472,9 +472,9 @@ class Decoder:
     ) -> list[Round]:
         """Some rounds of one row in one native call."""
         assert row.state is not None, "prefill keeps each row's state"
-        length, longest, rounds = drafting.lengths()
+        length, longest, rounds, drafts = drafting.lengths()
         asked = Asked(
-            *(row.last, row.state, row.stops.limit - len(row.tokens), rounds),
+            *(row.last, row.state, row.stops.limit - len(row.tokens), rounds, drafts),
             *(length, drafting.wanted(), longest),
             propose=lambda count: row.lookup.propose(row.text, count),
             on_token=row.commit_one,

@@ -8,6 +8,10 @@ from collections.abc import Sequence
 
 from gateskip.decoding.draft_gain import expected_rounds
 
+MOST_ROUNDS = 32
+"""Of one native call. After some passes over all weights no cache holds what Python needs, so that
+a call takes it about a millisecond: a third of a plain step of a small model in 4 bits."""
+
 
 class DraftLengthController:
     """Chooses the draft length that measured costs and acceptance promise most tokens a second for.
@@ -32,7 +36,7 @@ class DraftLengthController:
     PAUSE, LONGEST_PAUSE = 32, 512  # rounds
     FRESH = 48  # rounds of drafting after which plain steps are timed again, against drift
     TIMED = 2  # plain steps that are timed: in one call they cost less than one by one
-    TOGETHER = 8  # rounds of drafting in one call
+    TOGETHER = 8  # rounds with a draft in one call
     BINS = 10  # of a drafted token's probability, each with an acceptance rate of its own
     KNOWN = 10  # drafted tokens after which the bins' shares are known well enough
     RENEW = 16  # rounds of drafting after which what drafts bring is expected anew
@@ -61,14 +65,18 @@ class DraftLengthController:
         return self.last
 
     def rounds(self) -> int:
-        """How many rounds follow with the length that was chosen, before it is chosen again."""
+        """How many rounds may follow before a length is chosen again."""
         if self.times_plain():
             return self.TIMED
+        if self.last:
+            return MOST_ROUNDS
+        return max(1, self.pause - 1 - self.wait)
+
+    def drafts(self) -> int:
+        """How many rounds with a draft may be among them."""
         if self.trying:
             return self.TRIED
-        if self.last:
-            return min(self.TOGETHER, self.FRESH - self.since_plain)
-        return max(1, self.pause - 1 - self.wait)
+        return min(self.TOGETHER, self.FRESH - self.since_plain) if self.last else MOST_ROUNDS
 
     def times_plain(self) -> bool:
         """Whether plain steps are timed next."""

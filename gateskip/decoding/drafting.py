@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gateskip.decoding.draft_length import DraftLengthController
+from gateskip.decoding.draft_length import MOST_ROUNDS, DraftLengthController
 from gateskip.decoding.lookup import Lookup
 from gateskip.decoding.sampling import Distribution, Sampler, draw
 from gateskip.runtime.backend import Cache, Drafted, Drawn, Round
@@ -17,7 +17,6 @@ from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import SkippingModel
 
 Tokens = list[int]
-MOST_ROUNDS = 32  # of one native call
 
 
 @dataclass(frozen=True)
@@ -225,22 +224,23 @@ class Drafting:
         assert self.length != "auto", "controllers set the length"
         return self.length
 
-    def lengths(self) -> tuple[int, int, int]:
+    def lengths(self) -> tuple[int, int, int, int]:
         """For rounds of one row: tokens that are drafted and looked up at most, and how many rounds
-        there are until this is asked again."""
+        there are, and how many with a draft, until this is asked again."""
         if self.controller is None or self.lookup_controller is None:
             length = 0 if self.weights == "none" else self._length(None)
-            return length, self._length(None) if self.lookup else 0, MOST_ROUNDS
+            return length, self._length(None) if self.lookup else 0, MOST_ROUNDS, MOST_ROUNDS
         asked = self._asked()
         timed = [each for each in asked if each.times_plain()]
         chosen = {id(each): each.draft_length() for each in asked}
         if timed:
-            return 0, 0, DraftLengthController.TIMED
-        rounds = min((each.rounds() for each in asked), default=MOST_ROUNDS)
+            return 0, 0, DraftLengthController.TIMED, MOST_ROUNDS
+        rounds = min([MOST_ROUNDS, *(each.rounds() for each in asked)])
         length, longest = (
             chosen.get(id(each), 0) for each in (self.controller, self.lookup_controller)
         )
-        return length, longest, min(rounds, MOST_ROUNDS)
+        drafts = min([MOST_ROUNDS, *(each.drafts() for each in asked)])
+        return length, longest, rounds, drafts
 
     def _asked(self) -> list[DraftLengthController]:
         """The controllers whose drafts this call can have."""

@@ -254,7 +254,7 @@ class Speculation(ctypes.Structure):
     """Rounds of speculation of one row."""
 
     _fields_ = (
-        *((name, Int) for name in ("token", "left", "rounds", "length", "longest")),
+        *((name, Int) for name in ("token", "left", "rounds", "drafts", "length", "longest")),
         ("embedding", Embedding),
         ("drafter", ctypes.POINTER(Model)),
         ("drafting", ctypes.POINTER(Step)),

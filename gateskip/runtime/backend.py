@@ -132,6 +132,8 @@ class Asked:
     """Tokens that may follow."""
     rounds: int
     """At most."""
+    drafts: int
+    """Rounds with a draft, at most."""
     length: int
     """Tokens of a draft at most; 0 drafts none."""
     wanted: tuple[float, Sequence[float]]

@@ -172,7 +172,7 @@ class DraftingEngine(Engine):
             return len(found)
 
         call = abi.Speculation(
-            *(asked.token, asked.left, asked.rounds, asked.length, asked.longest),
+            *(asked.token, asked.left, asked.rounds, asked.drafts, asked.length, asked.longest),
             embedding=self._embedding,
             state=state.data_ptr(),
             propose=abi.Propose(propose),
@@ -192,12 +192,12 @@ class DraftingEngine(Engine):
             (
                 Verified(
                     *(made.drafted, made.accepted, bool(made.looked_up)),
-                    [] if made.looked_up else own[: made.drafted].tolist(),
+                    [] if made.looked_up else own[: made.drafted],
                 ),
                 made.draft_s,
                 made.verify_s,
             )
-            for made, own in zip(call.round[: call.rounds], chances, strict=False)
+            for made, own in zip(call.round[: call.rounds], chances.tolist(), strict=False)
         ], state
 
     def _drafts_of(

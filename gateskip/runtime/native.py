@@ -171,12 +171,14 @@ class NativeBackend(GatheredBackend):
         other = None if drafter is None else drafter.engine
         made, state = self.engine.speculate(asked, other, place, thresholds, draft_thresholds)
         read, drafted = list[int](), list[int]()
+        first, end = slot, slot + 1
         for each, _, _ in made:
             read += range(slot, slot + each.drafted + 1)
             if not each.looked_up:
                 drafted += range(slot, slot + each.drafted)
-            cache.begin([row], [slot], [each.drafted + 1])
+            end = max(end, slot + each.drafted + 1)
             slot += each.accepted + 1
+        cache.begin([row], [first], [end - first])
         if drafter is self:
             read, drafted = read + drafted, []
         self._count(read)

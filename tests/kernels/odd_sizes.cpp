@@ -447,7 +447,7 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
       const Sampling how{0.8f, 5, 0.9f, 0};
       Draft draft{5, 0, 0.0f, accepted.data(), 1, embedding, form == SANDWICH ? 3.0f : 0.0f, &head.matrix};
       if (drawn) draft.sampling = &how, draft.distributions = sources.data();
-      Speculation call{5, 6, rounds, length, longest, draft.embedding, &m, &step, nullptr, &draft, last.data(), propose, tell,
+      Speculation call{5, 6, rounds, rounds, length, longest, draft.embedding, &m, &step, nullptr, &draft, last.data(), propose, tell,
                        drawn ? logits.data() : nullptr, shares.data(), uniform.data(), made.data(), sure.data()};
       told.clear();
       gateskip_speculate(&m, &cache, &verifying, &head.matrix, &call, arena.get(), 3);

@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 12 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 13 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -251,6 +251,7 @@ typedef struct Speculation {
   int32_t token;  /* the last committed one */
   int32_t left;   /* tokens that may follow */
   int32_t rounds; /* at most; afterwards, those that there were */
+  int32_t drafts; /* rounds with a draft, at most */
   int32_t length; /* tokens that a model or network drafts at most; 0 is none */
   int32_t longest; /* tokens that the text proposes at most; 0 is none */
   Embedding embedding;         /* of the model that verifies */

@@ -55,14 +55,21 @@ float top_p(const float* shares, int n, float least, float p) {
   return smallest;
 }
 
+float most_of(const float* logits, int n) {
+  F32X8 most = broadcast(logits[0]);
+  int i = 0;
+  for (; i + 8 <= n; i += 8) most = larger(load(logits + i), most);
+  float found = largest(most);
+  for (; i < n; i++) found = std::max(found, logits[i]);
+  return found;
+}
+
 // Shares of n logits, the largest being 1; behind them zeros up to a multiple of 8
 void share_out(const float* logits, int n, float temperature, float* shares) {
-  float most = logits[0];
-  for (int i = 1; i < n; i++) most = std::max(most, logits[i]);
-  const F32X8 inverse = broadcast(1 / temperature), largest = broadcast(most);
+  const F32X8 inverse = broadcast(1 / temperature), most = broadcast(most_of(logits, n));
   for (int i = 0; i < n; i += 8) {
     const F32X8 own = n - i < 8 ? load_some(logits + i, n - i) : load(logits + i);
-    store(shares + i, exp_of((own - largest) * inverse));
+    store(shares + i, exp_of((own - most) * inverse));
   }
   for (int i = n; i % 8; i++) shares[i] = 0;
 }

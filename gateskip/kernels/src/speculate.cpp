@@ -22,7 +22,10 @@ class Rounds {
 
   void run() {
     int made = 0;
-    while (made < s.rounds && s.left > 0 && !ended_) one(made++);
+    for (int drafts = 0; made < s.rounds && drafts < s.drafts && s.left > 0 && !ended_; made++) {
+      one(made);
+      drafts += s.round[made].drafted > 0;
+    }
     s.rounds = made;
   }
 
@@ -75,30 +78,30 @@ class Rounds {
   // Speculative sampling (arXiv 2211.17192, algorithm 1): the token after those accepted is drawn, too
   int accept_drawn(const Round& round) {
     const double* uniform = uniform_ + s.length;
-    int i = 0;
-    for (; i <= round.drafted; i++) {
-      distribute(i);
-      if (i == round.drafted) break;
+    for (int i = 0; i < round.drafted; i++) {
+      gateskip_distribution(logits(i), head_.n, s.draft->sampling, s.shares);
       const int32_t token = tokens_[1 + i];
       const float ratio = s.shares[token] / (round.looked_up ? 1 : drawn_from(i, token));
       if (ratio < 1 && *uniform++ >= ratio) {
         if (round.looked_up) s.shares[token] = 0;
         else leave(i);
-        break;
+        chosen_[i] = draw_from(s.shares, head_.n, *uniform);
+        return i;
       }
       chosen_[i] = token;
     }
-    chosen_[i] = draw_from(s.shares, head_.n, *uniform);
-    return i;
+    chosen_[round.drafted] =
+        choose_token(logits(round.drafted), head_.n, *s.draft->sampling, *uniform, s.shares);
+    return round.drafted;
   }
 
-  // What the token after i drafted ones is drawn from
-  void distribute(int i) {
+  // Of the token after i drafted ones
+  const float* logits(int i) const {
     float* logits = s.logits + int64_t(i) * up_to_eights(head_.n);
     const float cap = s.draft->cap;
     for (int v = head_.n; v % 8; v++) logits[v] = 0;
     for (int v = 0; cap && v < head_.n; v += 8) store(logits + v, capped(load(logits + v), cap));
-    gateskip_distribution(logits, head_.n, s.draft->sampling, s.shares);
+    return logits;
   }
 
   // The draft's probabilities, of its i-th token
