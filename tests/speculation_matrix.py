@@ -54,7 +54,6 @@ def main() -> int:
         command = command.replace(str(folder), name.upper())
     summary: dict[str, Any] = {
         "command": command,
-        "commit": run.environment.get("git_commit"),
         "processor": run.environment.get("processor"),
         "lowest": min(each["low"] for each in found),
         "ratios": found,
@@ -96,6 +95,7 @@ def _ratios(run: Results, weights: str, temperature: float, length: int) -> list
                 **{"drafts": cell.name, "ratio": round(timed.speedup, 3)},
                 **{"low": round(low, 3), "high": round(high, 3)},
                 **{"plain_steps": timed.plain_steps, "accepted": timed.acceptance_rate},
+                "commit": run.environment.get("git_commit"),
             }
         )
     return found
