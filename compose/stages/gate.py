@@ -34,6 +34,7 @@ SHORTCUT_BLOCKS = 64
 SENSITIVITY_BLOCKS = 4
 HARM_BLOCKS = 8  # a pass over half of the model for each branch of it
 VALIDATION_BLOCKS = 2
+SUMS = 2  # products of each branch's inputs with each other, and with its outputs
 LOGITS = 5  # copies of a block's that exist at once
 TRAIN = TrainConfig()  # each default stands there, once
 
@@ -260,13 +261,17 @@ class Gate(Stage):
         return rule == "gate-after-quantize" and self.backbone == "frozen"
 
     def held(self) -> float:
-        """The model, its teacher, and what trains of it."""
-        return TRAINED[self.backbone]
+        """The model, its teacher, and what trains of it; or the file as it is mapped."""
+        return 2.0 if self._computes_as_stored() else TRAINED[self.backbone]
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """A training step, and the logits of a block that the warm start differentiates."""
+        """A training step, and the logits of a block that the warm start differentiates, or the
+        sums that shortcuts are fitted to; and an LM head that is widened."""
         logits = 4.0 * LOGITS * self.length * shape.vocab_size
-        return training_bytes(shape, self.batch * self.length, self.length) + logits
+        step = training_bytes(shape, self.batch * self.length, self.length) + logits
+        sums = 4.0 * SUMS * 2 * shape.num_layers * shape.hidden_size**2
+        head = 4.0 * shape.vocab_size * shape.hidden_size if self._computes_as_stored() else 0.0
+        return head + max(step, sums)
 
     def files(self) -> dict[str, Path]:
         """The gates file to start from, where one is named."""
@@ -276,11 +281,10 @@ class Gate(Stage):
         """Gates beside the model: attach, fine-tune, calibrate; the backbone moves if asked."""
         from gateskip.checkpoint import GateFile, save_gates
         from gateskip.model.norms import has_folded_norms
-        from gateskip.quantization.folders import load_model
         from gateskip.quantization.packed_linear import accelerate_linears
         from gateskip.training.loop import training_device
 
-        model = load_model(job.source, "float32")
+        model = self._load(job)
         train, calibration = self._blocks(job)
         if self.backbone == "frozen":
             model.requires_grad_(False)
@@ -310,6 +314,21 @@ class Gate(Stage):
         file = GateFile.of(gates, self.kv, found, sensitivity, training)
         save_gates(job.target, file)
         return record
+
+    def _computes_as_stored(self) -> bool:
+        """Whether the model stays in the type of its file. The engine decodes otherwise in bfloat16
+        than in float32, and so does who writes text with it."""
+        return self.backbone == "frozen" and self.on_policy is None and self.calibrate_on == "text"
+
+    def _load(self, job: StageJob) -> Any:
+        """The source model, which computes in float32."""
+        from compose.artifacts.packed_folder import stored_dtype
+        from gateskip.quantization.as_stored import compute_in_float32
+        from gateskip.quantization.folders import load_model
+
+        if not self._computes_as_stored():
+            return load_model(job.source, "float32")
+        return compute_in_float32(load_model(job.source, stored_dtype(job.source)))
 
     def _blocks(self, job: StageJob) -> tuple[Tensor, Tensor]:
         """Token blocks [N, length] to train on, and to calibrate on."""

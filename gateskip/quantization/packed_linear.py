@@ -81,9 +81,24 @@ def prompt_kernel() -> bool:
     return ops.prompt_units() != PromptUnits.NO_UNITS and (_rounds.get() or bfloat16_is_faster())
 
 
+class _Widened(torch.autograd.Function):
+    """A product with weights that do not train and have a smaller type than x: they are widened
+    anew for the backward pass, for which they would else be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0] @ weight.to(gradients[0].dtype), None, None
+
+
 class DenseLinear(nn.Module):
     """A linear layer with the weights of the one it replaces: float32, or bfloat16 where that
-    multiplies slower."""
+    multiplies slower or float32 is to be computed in (as_stored.py)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -115,6 +130,9 @@ class DenseLinear(nn.Module):
     ) -> Tensor:
         if wide is not None:
             return product(x, wide, bias)
+        if _needs_gradient(x) and x.dtype != weight.dtype and not weight.requires_grad:
+            widened: Tensor = _Widened.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+            return widened
         if not _streaming() or x.dtype != weight.dtype:
             return product(x, weight, bias)
         if weight.dtype != torch.float32:

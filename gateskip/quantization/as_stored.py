@@ -1,0 +1,59 @@
+"""A model that computes in float32 with its weights in the type that they are stored in.
+
+Float32 holds bfloat16 and float16 exactly: a matrix is widened for each of its products and let go
+again. The results are to the bit those of the model loaded in float32, for half its memory; weights
+that are mapped from their file take none that could not be given back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gateskip.quantization.packed_linear import DenseLinear
+
+
+class StoredEmbedding(nn.Module):
+    """An embedding whose rows become float32 as tokens are looked up."""
+
+    dtype = torch.float32
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = embedding.weight
+        self.num_embeddings, self.embedding_dim = self.weight.shape
+        # Gemma's, not rounded to the type that the model is loaded in
+        scale = getattr(embedding, "scalar_embed_scale", None)
+        self.embed_scale = None if scale is None else torch.tensor(scale, dtype=torch.float32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., hidden]."""
+        rows = F.embedding(ids, self.weight).float()
+        return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.device)
+
+
+def compute_in_float32(model: Any) -> Any:
+    """`model`, changed in place, for work in which no weight of it trains: plain linear layers and
+    the embedding as they are stored, and all else in float32."""
+    model.requires_grad_(False)
+    small = [
+        (name, part)
+        for name, part in model.named_modules()
+        if type(part) is nn.Linear and part.weight.dtype != torch.float32
+    ]
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding) and embedding.weight.dtype != torch.float32:
+        model.set_input_embeddings(StoredEmbedding(embedding))
+    for name, part in small:
+        model.set_submodule(name, DenseLinear(part))
+    held = {id(part.weight) for part in model.modules() if isinstance(part, _AS_STORED)}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in held and tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    return model
+
+
+_AS_STORED = (DenseLinear, StoredEmbedding)
