@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 import gateskip
 from compose.artifacts.folder import copy_companions
+from compose.bench.footprint import held_bytes
 from compose.errors import RuleBroken, UserError
 from compose.stages.registry import (
     DataSpec,
@@ -66,6 +67,17 @@ def with_network(make_tiny: Callable[..., Path], tmp_path: Path) -> Path:
     hidden = gateskip.load(own).skipping.model.config.hidden_size
     save_network(own, random_network(hidden), torch.float32)
     return own
+
+
+@native
+def test_a_network_is_made_ready_without_a_copy_of_the_model(with_network: Path) -> None:
+    decoder = gateskip.load(with_network)
+    before = held_bytes(decoder.tensors())
+    decoder.prepare_drafts("learned")
+    assert len(decoder.models()) == 1
+    assert held_bytes(decoder.tensors()) > before, "the kernels' copy of the network"
+    with pytest.raises(ValueError, match="prepare_drafts"):
+        decoder.drafter("learned")
 
 
 @native

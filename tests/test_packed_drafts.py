@@ -14,6 +14,7 @@ from torch import Tensor
 
 import gateskip
 from compose.artifacts.folder import copy_companions
+from compose.bench.footprint import held_bytes
 from compose.bench.lossless import check_lossless
 from compose.stages.registry import STAGES, DataSpec, StageJob
 from gateskip.decoding import draft_choice
@@ -269,6 +270,32 @@ def test_another_process_for_a_while_does_not_choose(
     monkeypatch.setattr(draft_choice, "_turn", disturbed)
     found = draft_choice.speeds(dense, ["int4", "int3"], 1.0)
     assert found[PLAIN] == 1.0 and draft_choice.best(found) == ("int4", True)
+
+
+def test_of_two_that_are_equal_the_likelier_is_taken_every_time(
+    dense: Decoder, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that was stored comes back in another order."""
+    answers(monkeypatch, {PLAIN: 1.0, "int3": 1.2, "int4": 1.2})
+    assert candidates(dense.skipping) == ["int4", "int3"]
+    for _ in range(2):
+        assert gateskip.load(tiny_llama).fastest_draft() == ("int4", True)
+
+
+def test_what_is_held_counts_what_drafts(pack: Pack) -> None:
+    """A copy lies beside the model, and so does the head that ranks its tokens."""
+    decoder = gateskip.load(pack("grid8"))
+    plain = held_bytes(decoder.tensors())
+    decoder.prepare_drafts("int4")
+    copied = held_bytes(decoder.tensors())
+    packed = decoder.drafter("int4").model.modules()
+    codes = sum(part.codes.nbytes for part in packed if isinstance(part, PackedLinear))
+    assert plain + codes / 2 < copied < 2 * plain
+    decoder.prepare_drafts("int4")
+    assert held_bytes(decoder.tensors()) == copied
+    assert len(decoder.models()) == 2
+    with pytest.raises(ValueError, match="no draft network"):
+        decoder.prepare_drafts("learned")
 
 
 def test_a_draft_that_is_the_model_itself_is_none(dense: Decoder) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_packed_bits import MIXED, on_grids, random_grid
 
-from compose.bench.footprint import module_bytes
+from compose.bench.footprint import held_bytes
 from gateskip.kernels import abi, build, ops
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.grid import Grid
@@ -80,7 +80,8 @@ def test_a_model_decodes_the_same_with_its_table_packed(
     assert pack_embedding(packed) and not pack_embedding(packed)
     assert packed.get_output_embeddings() is packed.get_input_embeddings().table
     unpacked = whole.get_input_embeddings().weight.nbytes
-    assert module_bytes(packed) <= module_bytes(whole) - unpacked
+    held = [held_bytes((*each.parameters(), *each.buffers())) for each in (packed, whole)]
+    assert held[0] <= held[1] - unpacked
     found = [decoded(model) for model in (whole, packed)]
     for mine, its in zip(*found, strict=True):
         assert torch.equal(mine, its)

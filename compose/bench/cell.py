@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import gateskip
-from compose.bench.footprint import dense_work, disk_bytes, module_bytes
+from compose.bench.footprint import dense_work, disk_bytes, held_bytes
 from compose.bench.generate import load_prompts
 from compose.bench.job import CellJob
 from compose.bench.lossless import check_lossless
@@ -54,7 +54,7 @@ class CellBench:
                 verified = self.settings.get("verify_budget", 1.0)
                 decoder.phases(verified, prompt_budget=self.settings.get("prompt_budget"))
             if weights != "auto":  # which is chosen while nothing else runs
-                decoder.drafter(weights)
+                decoder.prepare_drafts(weights)
         except ValueError as error:
             raise StepError(f"{self.mode}: {error}") from error
         return decoder
@@ -72,7 +72,7 @@ class CellBench:
         decoder = self.decoder
         sizes = {
             "disk_bytes": disk_bytes(self.job.folder),
-            "resident_bytes": module_bytes(decoder.skipping.model, decoder.skipping.gates),
+            "resident_bytes": held_bytes(decoder.tensors()),
         }
         return {
             "size": sizes,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from gateskip.model.compute import Work
 
@@ -16,16 +17,10 @@ def disk_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def module_bytes(*modules: nn.Module | None) -> int:
-    """Bytes of parameters and buffers, each storage counted once."""
-    sizes: dict[int, int] = {}
-    for module in modules:
-        if module is None:
-            continue
-        for tensor in (*module.parameters(), *module.buffers()):
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each storage counted once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
 
 @lru_cache

@@ -62,8 +62,9 @@ def answer(
     seed: int = 0,
     stop: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Answer a prompt: {"text", "tokens", "seconds", "settings", "stats"}.
+    """Answer a prompt: {"text", "tokens", "seconds", "preparing_s", "settings", "stats"}.
 
+    `seconds` are those of the answer; before it what drafts was made, or chosen, in `preparing_s`.
     `sampling` are fields of gateskip.Sampler; without them the likeliest token is taken. A folder
     with a chat template is asked as a chat. Raises ArtifactError as `decode_settings`.
     """
@@ -78,6 +79,9 @@ def answer(
         except ValueError as error:
             raise ArtifactError(f"{folder} cannot be decoded at budget {asked}: {error}") from error
     ids = prompt_ids(decoder.tokenizer, prompt)
+    begun = time.perf_counter()
+    if settings["mode"] == "speculate":
+        decoder.prepare_drafts(settings.get("draft_weights", "auto"), asked or 1.0)
     started = time.perf_counter()
     generation = decoder.generate(
         [ids],
@@ -94,6 +98,7 @@ def answer(
         "text": decoder.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
         "tokens": len(tokens),
         "seconds": seconds,
+        "preparing_s": started - begun,
         "settings": settings,
         "stats": generation.stats.to_dict(),
     }

@@ -101,7 +101,7 @@ def runners_of(decoder: Decoder, names: Sequence[str]) -> dict[str, Runner]:
         budget = system.settings.get("budget", system.settings.get("draft_budget", 1.0))
         try:
             decoder.thresholds(budget)
-            decoder.drafter(system.settings.get("draft_weights", "own"))
+            decoder.prepare_drafts(system.settings.get("draft_weights", "own"))
         except ValueError as error:
             reason = f"system {system.name}: {error}"
             raise UserError(reason, fix="choose another system") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from compose.bench.footprint import held_bytes
 from compose.bench.generate import stop_token_ids
 from compose.bench.scored import added
 from compose.bench.workloads import Rows, TurnText, TurnTexts
@@ -92,6 +93,7 @@ class SpeedTurns:
             "decode_s": stats.decode_s,
             "ttft_s": sum(first_tokens) / len(first_tokens),
             "digest": digest.hexdigest()[:16] if self.sampler == GREEDY else None,
+            "resident_bytes": held_bytes(self.decoder.tensors()),
             "peak_bytes": peak_bytes(),
             "cache_bytes": cache,
             "beside_bytes": max(0, peak_bytes() - self._held - cache),

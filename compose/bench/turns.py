@@ -14,7 +14,7 @@ Turn = Mapping[str, Any]
 """What a cell's process tells of one turn; see `compose.bench.speed.SpeedTurns.measure`."""
 
 SUMS = ("prompt_tokens", "prefill_s", "tokens", "decode_s")
-LARGEST = ("peak_bytes", "cache_bytes", "beside_bytes", "threads", "affinity")
+LARGEST = ("resident_bytes", "peak_bytes", "cache_bytes", "beside_bytes", "threads", "affinity")
 COUNTS = ("drafted", "accepted", "passes", "looked_up", "draft_s", "verify_s")
 
 

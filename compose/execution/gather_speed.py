@@ -17,7 +17,7 @@ from compose.results.parts import Estimate
 from compose.results.spread import Kind, Spread, spread_in, widened
 
 SPEED_NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s")
-SIZES = ("peak_bytes", "cache_bytes", "beside_bytes")
+SIZES = ("resident_bytes", "peak_bytes", "cache_bytes", "beside_bytes")
 RATIOS: dict[str, tuple[Kind, str]] = {
     "decode_ratio": ("decode", "decode_tokens_per_s"),
     "prefill_ratio": ("prefill", "prefill_tokens_per_s"),

@@ -89,7 +89,8 @@ class Size(Record):
     """Weight files of the artifact."""
 
     resident_bytes: int | None = None
-    """What the loaded model occupies."""
+    """What the loaded model occupies, with all that drafts for it and what the engine made of its
+    weights."""
 
     peak_bytes: int | None = None
     """Most memory of the cell's process while it was measured."""

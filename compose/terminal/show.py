@@ -29,6 +29,8 @@ VERDICT_STYLES: dict[Outcome, str] = {
     "REGRESSION": "red",
     "NO EVIDENCE": "dim",
 }
+LONG_S = 0.5
+"""What is worth telling apart from the time of an answer."""
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[red]✗[/]"}
 
 
@@ -199,6 +201,8 @@ def stats_text(answer: dict[str, Any]) -> str:
     speed = answer["tokens"] / answer["seconds"] if answer["seconds"] else 0.0
     settings = ", ".join(f"{key} {value}" for key, value in answer["settings"].items())
     lines = [f"{answer['tokens']} tokens, {speed:.1f} tokens/s, {settings}"]
+    if answer["preparing_s"] > LONG_S:
+        lines.append(f"  what drafts was made in {answer['preparing_s']:.1f} s, once a process")
     stats = {key: value for key, value in answer["stats"].items() if value not in (None, {})}
     for key, value in stats.items():
         shown = f"{value:.4g}" if isinstance(value, float) else value

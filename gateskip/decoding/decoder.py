@@ -9,7 +9,7 @@ left, and what it rejects lies beyond the row's length and is overwritten in tur
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -54,6 +54,7 @@ MAX_DRAFT = 16
 IN_ONE_CALL = 32  # greedy tokens of a row
 PREFILL = 4096  # tokens of all prompts together in one pass: bounds what lies beside the cache
 PIECE = 1024  # and of one of them: what branches hold then is a tenth of a small model at most
+NO_NETWORK = "this folder has no draft network: the stage draft-network trains one"
 SELF_WRITTEN = (8, 96)  # rows and tokens of the text to which a draft copy is fitted
 
 
@@ -185,12 +186,40 @@ class Decoder:
         """The model, and its draft copies as far as they were made."""
         return list(self._drafters.values())
 
+    def tensors(self) -> Iterator[Tensor]:
+        """What is loaded: weights and gates, what the engine made of them, and what drafts as far
+        as it was made. Some share their memory."""
+        for skipping in self.models():
+            for part in (skipping.model, skipping.gates):
+                if part is not None:
+                    yield from (*part.parameters(), *part.buffers())
+            if skipping.engine is not None:
+                yield from skipping.engine.tensors()
+        if self.network is not None:
+            yield from self.network.network.state_dict().values()
+
+    def prepare_drafts(self, weights: Weights = "auto", budget: float = 1.0) -> None:
+        """Make what drafts, or choose it for `auto`, which the first call would do else.
+
+        Raises ValueError as `drafter`, and for `learned` in a folder without a network.
+        """
+        if weights == "auto":
+            weights = self.fastest_draft(budget)[0] or "own"
+        if weights != "learned":
+            self.drafter(weights, budget)
+        elif self.network is None:
+            raise ValueError(NO_NETWORK)
+        else:
+            self.network.prepare()
+
     def drafter(self, weights: Weights, budget: float = 1.0) -> SkippingModel:
         """What drafts: the model itself, or its quantized copy, which is made on first use; `auto`
         is the fastest draft at a budget.
 
-        Raises ValueError where there can be no copy.
+        Raises ValueError where there can be no copy, and for a network, which is no such model.
         """
+        if weights == "learned":
+            raise ValueError("a draft network is no model that drafts: see prepare_drafts")
         if weights not in get_args(Weights):
             known = ", ".join(get_args(Weights))
             raise ValueError(f"draft_weights {weights!r}: one of {known}")
@@ -317,7 +346,7 @@ class Decoder:
             chosen, pays = self.fastest_draft(budget)
             weights = chosen or "own"
         if weights == "learned" and self.network is None:
-            raise ValueError("this folder has no draft network: the stage draft-network trains one")
+            raise ValueError(NO_NETWORK)
         pays = pays or length != "auto"  # what is forced is drafted whatever it costs
         if not pays and not lookup:
             return None

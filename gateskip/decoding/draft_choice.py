@@ -75,7 +75,10 @@ def fastest(decoder: Decodes, budget: float) -> tuple[Weights | None, bool]:
     drafts = f"drafted by {', '.join(names)}, {threads} threads"
     question = f"times as fast as plain decoding of {known} {drafts}"
     found: Speeds | None = autotune.choice(question, partial(speeds, decoder, names, budget))
-    return (names[0], True) if found is None else best(found)
+    if found is None:
+        return names[0], True
+    # A stored answer has another order, which must not decide between two that are equal.
+    return best({name: found[name] for name in (PLAIN, *names)})
 
 
 def best(found: Speeds) -> tuple[Weights | None, bool]:

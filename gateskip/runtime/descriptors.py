@@ -84,6 +84,10 @@ class Descriptors:
         self.embedding = self._embedding(model)
         collapse(self._held)
 
+    def tensors(self) -> list[Tensor]:
+        """What the structures point into."""
+        return list(self._held)
+
     # -- the model ------------------------------------------------------------------------------
 
     def _model(self, model: Any, gates: Gates | None) -> abi.Model:

@@ -61,6 +61,10 @@ class Engine:
         self._row_thresholds: Tensor | None = None
         self._cache: tuple[weakref.ref[KVCache], abi.CacheView] | None = None
 
+    def tensors(self) -> list[Tensor]:
+        """What the engine reads: the model's weights, and what it made of some of them."""
+        return self._parts.tensors()
+
     def step(
         self,
         hidden: Tensor,
