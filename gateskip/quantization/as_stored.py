@@ -49,11 +49,9 @@ def compute_in_float32(model: Any) -> Any:
         model.set_input_embeddings(StoredEmbedding(embedding))
     for name, part in small:
         model.set_submodule(name, DenseLinear(part))
-    held = {id(part.weight) for part in model.modules() if isinstance(part, _AS_STORED)}
+    kinds = (DenseLinear, StoredEmbedding)
+    held = {id(part.weight) for part in model.modules() if isinstance(part, kinds)}
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) not in held and tensor.is_floating_point():
             tensor.data = tensor.data.float()
     return model
-
-
-_AS_STORED = (DenseLinear, StoredEmbedding)
