@@ -35,6 +35,13 @@ class StoredEmbedding(nn.Module):
         return rows if self.embed_scale is None else rows * self.embed_scale.to(rows.device)
 
 
+def embed_in_float32(model: Any) -> None:
+    """Let tokens be looked up in float32, the table as it is stored; in place."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding) and embedding.weight.dtype != torch.float32:
+        model.set_input_embeddings(StoredEmbedding(embedding))
+
+
 def compute_in_float32(model: Any) -> Any:
     """`model`, changed in place, for work in which no weight of it trains: plain linear layers and
     the embedding as they are stored, and all else in float32."""
@@ -44,9 +51,7 @@ def compute_in_float32(model: Any) -> Any:
         for name, part in model.named_modules()
         if type(part) is nn.Linear and part.weight.dtype != torch.float32
     ]
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, nn.Embedding) and embedding.weight.dtype != torch.float32:
-        model.set_input_embeddings(StoredEmbedding(embedding))
+    embed_in_float32(model)
     for name, part in small:
         model.set_submodule(name, DenseLinear(part))
     kinds = (DenseLinear, StoredEmbedding)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gateskip.model.families import backbone
+from gateskip.quantization.as_stored import embed_in_float32
 from gateskip.quantization.compensate import Rounding, output_error, round_compensated
 from gateskip.quantization.grid import Grid
 from gateskip.quantization.rounding import round_to_grid
@@ -77,13 +78,10 @@ def round_layers(
 
 def _entered(model: Any, blocks: Tensor, let_go: bool) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """What `enter` gives, of the embedding in float32."""
-    embedding = model.get_input_embeddings().float()
-    scale = getattr(embedding, "scalar_embed_scale", None)
-    if scale is not None:  # Gemma's, which has been rounded to the type that the model is loaded in
-        embedding.embed_scale = torch.tensor(scale, dtype=torch.float32)
+    embed_in_float32(model)
     entered = enter(model, blocks)
     if let_go:
-        for module in (embedding, model.get_output_embeddings()):
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.to("meta")
     return entered
 
