@@ -13,7 +13,7 @@ from test_layerwise import stored_as
 from gateskip.calibration.fit_shortcuts import fit_shortcuts
 from gateskip.calibration.warm_start import warm_start
 from gateskip.model.families import find_branches
-from gateskip.quantization.as_stored import compute_in_float32
+from gateskip.quantization.as_stored import compute_in_float32, heads_in_float32
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.packed_linear import DenseLinear
 from gateskip.training.gate_finetune import train_gates
@@ -68,6 +68,23 @@ def test_weights_are_not_kept_in_float32_for_the_backward_pass(
     assert embedded.grad is not None and embedded.grad.isfinite().all()
     assert not [each for each in kept if each.dtype == torch.float32 and each.shape in weights]
     assert [each for each in kept if each.dtype == torch.bfloat16 and each.shape in weights]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_head_is_widened_once_for_logits_that_come_in_parts(
+    autocast: bool, make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Not where autocast would narrow it again."""
+    folder = stored_as(make_tiny("llama"), "bfloat16", tmp_path / "small")
+    model = compute_in_float32(load_model(folder, torch.bfloat16))
+    head, states = model.get_output_embeddings(), torch.randn(3, 64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        before = head(states)
+        with heads_in_float32(model, model):
+            assert (head._fp32_weight is None) is autocast
+            assert torch.equal(head(states), before)
+        assert head._fp32_weight is None
+    assert before.dtype == (torch.bfloat16 if autocast else torch.float32)
 
 
 def test_a_model_in_float32_stays_as_it_is(tiny_llama: Path) -> None:

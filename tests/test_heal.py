@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_layerwise import stored_as
 
+from compose.artifacts.packed_folder import load_as_stored
 from compose.errors import UserError
 from compose.stages.heal import hold_out
 from gateskip.quantization.folders import load_model
@@ -154,6 +157,51 @@ def test_updates_of_fused_projections_learn(
     config = replace(CONFIG, backbone="lora", steps=4, lr=1e-2)
     heal(model, dense, blocks, config)
     assert not torch.equal(before, model.model.layers[0].self_attn.qkv_proj.weight)
+
+
+def test_updates_learn_beside_weights_as_they_are_stored(
+    damaged: Callable[[], Any], tiny_llama: Path, blocks: torch.Tensor, tmp_path: Path
+) -> None:
+    """The student's and the teacher's alike; they are merged into the type that is stored."""
+    (bad := damaged()).to(torch.bfloat16).save_pretrained(tmp_path / "bad")
+    stored = (tmp_path / "bad" / "model.safetensors").read_bytes()
+    dense = stored_as(tiny_llama, "bfloat16", tmp_path / "dense")
+    config = replace(CONFIG, backbone="lora", lora_rank=4, lr=1e-2)
+    curves, healed = [], []
+    for load in (load_as_stored, partial(load_model, dtype="float32")):
+        model, teacher = load(tmp_path / "bad"), load(dense)
+        curves.append(heal(model, teacher, blocks[:8], config, blocks[8:]))
+        healed.append(dict(model.named_parameters()))
+    as_stored, wide = curves
+    assert as_stored[0] == wide[0], "untouched, both are as far away"
+    assert as_stored[-1]["valid"] == pytest.approx(wide[-1]["valid"], rel=0.05)
+    best = best_row(as_stored)
+    assert best is not None and best["valid"] < 0.95 * as_stored[0]["valid"]
+    assert healed[0].keys() == healed[1].keys() == dict(bad.named_parameters()).keys()
+    learned = "model.layers.1.mlp.down_proj.weight"
+    assert healed[0][learned].dtype == torch.bfloat16
+    assert not torch.equal(healed[0][learned], bad.state_dict()[learned])
+    assert (tmp_path / "bad" / "model.safetensors").read_bytes() == stored
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_teacher_as_it_is_stored_teaches_as_one_in_float32(
+    precision: Any,
+    damaged: Callable[[], Any],
+    tiny_llama: Path,
+    blocks: torch.Tensor,
+    tmp_path: Path,
+) -> None:
+    dense = stored_as(tiny_llama, "bfloat16", tmp_path / "dense")
+    config = replace(CONFIG, precision=precision, steps=4)
+    healed = []
+    for teacher in (load_as_stored(dense), load_model(dense, "float32")):
+        model = damaged()
+        curve = heal(model, teacher, blocks[:8], config, blocks[8:])
+        healed.append((curve, list(model.parameters())))
+    (curve, found), (wide, expected) = healed
+    assert curve == wide
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_gates_train_the_updates_of_fused_projections(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from drafts import SKIPPING
+from test_layerwise import stored_as
 
 import gateskip
 from compose.artifacts.folder import copy_companions, probe_logits
@@ -125,6 +126,48 @@ def generates_as_without_cache(folder: Path) -> None:
     cached, plain = (model.generate(ids, use_cache=use, **settings) for use in (True, False))
     assert cached.shape == (1, 32)
     assert torch.equal(cached, plain)
+
+
+# -- the types that weights are stored in
+
+STAGES_THAT_PRUNE: dict[str, dict[str, Any]] = {
+    "layers": {"use": "drop-layers", "count": 2},
+    "greedy": {**GREEDY, "count": 1, "refit": False},
+    "heads": {"use": "prune-heads", "count": 2},
+    "slopes": {"use": "prune-heads", "count": 2, "take": "queries", "importance": "taylor"},
+    "width": {"use": "prune-width", "ratio": 0.3, "round_to": 8},
+    "magnitude": {"use": "prune-width", "ratio": 0.3, "round_to": 8, "importance": "magnitude"},
+    "hidden": {"use": "prune-hidden", "ratio": 0.25, "round_to": 4},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("parameters", STAGES_THAT_PRUNE.values(), ids=STAGES_THAT_PRUNE)
+def test_weights_stay_as_they_are_stored_and_the_result_is_that_of_float32(
+    parameters: dict[str, Any], family: str, make_tiny: Tiny, spec: DataSpec, tmp_path: Path
+) -> None:
+    """To the bit. The source, which is mapped, is only read."""
+    small = stored_as(make_tiny(family), "bfloat16", tmp_path / "small")
+    wide = stored_as(small, "float32", tmp_path / "wide")
+    stage = STAGES[parameters["use"]].model_validate(parameters)
+    made, records = [], []
+    for source in (small, wide):
+        for file in make_tiny(family).glob("tokenizer*"):
+            shutil.copy(file, source)
+        before = weights_of(source)
+        (target := tmp_path / f"{source.name}-made").mkdir()
+        records.append(stage.run(replace(job_of(source, target, spec), dtype="bfloat16")))
+        made.append(load_model(target, torch.bfloat16).state_dict())
+        assert weights_of(source) == before
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
+    losses = [record.pop("loss") for record in records]
+    assert records[0] == records[1] and losses[0]["before"] == losses[1]["before"]
+    assert losses[0]["after"] == pytest.approx(losses[1]["after"], rel=2e-2)
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
 
 
 # -- layers

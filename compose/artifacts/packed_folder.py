@@ -192,6 +192,15 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return files
 
 
+def load_as_stored(folder: Path) -> Any:
+    """The folder's model, which computes in float32 with its weights in the type that they are
+    stored in: as the file is mapped."""
+    from gateskip.quantization.as_stored import compute_in_float32
+    from gateskip.quantization.folders import load_model
+
+    return compute_in_float32(load_model(folder, stored_dtype(folder)))
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
     """The type of the folder's tensors, whatever its config states (`dtype_of`); float32, which
     holds any, where they differ or are in no safetensors file."""

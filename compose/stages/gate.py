@@ -34,7 +34,7 @@ SHORTCUT_BLOCKS = 64
 SENSITIVITY_BLOCKS = 4
 HARM_BLOCKS = 8  # a pass over half of the model for each branch of it
 VALIDATION_BLOCKS = 2
-SUMS = 2  # products of each branch's inputs with each other, and with its outputs
+SUMS = 2  # products of a branch's inputs with each other, and with its outputs
 LOGITS = 5  # copies of a block's that exist at once
 TRAIN = TrainConfig()  # each default stands there, once
 
@@ -265,11 +265,16 @@ class Gate(Stage):
         return 2.0 if self._computes_as_stored() else TRAINED[self.backbone]
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """A training step, and the logits of a block that the warm start differentiates, or the
-        sums that shortcuts are fitted to; and an LM head that is widened."""
+        """A training step, and what a warm start has of a block: logits that it differentiates,
+        and sums of all branches; or states and a layer's sums that shortcuts are fitted to; and an
+        LM head that is widened."""
         logits = 4.0 * LOGITS * self.length * shape.vocab_size
-        step = training_bytes(shape, self.batch * self.length, self.length) + logits
-        sums = 4.0 * SUMS * 2 * shape.num_layers * shape.hidden_size**2
+        kept = training_bytes(shape, self.batch * self.length, self.length)
+        sums_of_layer = 4.0 * 2 * shape.hidden_size**2
+        warm = shape.num_layers * sums_of_layer if self.init == WARM else 0.0
+        step = logits + warm + (kept / shape.num_layers if self.checkpointing else kept)
+        states = 4.0 * SHORTCUT_BLOCKS * self.length * shape.hidden_size
+        sums = states + SUMS * sums_of_layer
         head = 4.0 * shape.vocab_size * shape.hidden_size if self._computes_as_stored() else 0.0
         return head + max(step, sums)
 
@@ -322,13 +327,12 @@ class Gate(Stage):
 
     def _load(self, job: StageJob) -> Any:
         """The source model, which computes in float32."""
-        from compose.artifacts.packed_folder import stored_dtype
-        from gateskip.quantization.as_stored import compute_in_float32
+        from compose.artifacts.packed_folder import load_as_stored
         from gateskip.quantization.folders import load_model
 
         if not self._computes_as_stored():
             return load_model(job.source, "float32")
-        return compute_in_float32(load_model(job.source, stored_dtype(job.source)))
+        return load_as_stored(job.source)
 
     def _blocks(self, job: StageJob) -> tuple[Tensor, Tensor]:
         """Token blocks [N, length] to train on, and to calibrate on."""
@@ -371,10 +375,12 @@ class Gate(Stage):
                 kv_rule=self.kv,
                 progress=job.progress,
                 gates=gates,
+                checkpointing=self.checkpointing,
             )
         if self.allocation != "sensitivity":
             return gates, None
-        return gates, sensitivities(model, train[:SENSITIVITY_BLOCKS])
+        blocks = train[:SENSITIVITY_BLOCKS]
+        return gates, sensitivities(model, blocks, checkpointing=self.checkpointing)
 
     def _ranks(self, kinds: list[str]) -> list[int]:
         """The rank of each branch's shortcut, by the branches' kinds."""

@@ -4,12 +4,16 @@ again."""
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import is_gated
 from compose.errors import RuleBroken
 from compose.stages.base import Stage, StageJob
 from compose.stages.gate import Gate
+
+if TYPE_CHECKING:
+    from gateskip.checkpoint import GateFile
 
 
 def require_gates_that_move(stage: Stage, before: tuple[Stage, ...]) -> None:
@@ -33,14 +37,23 @@ def carry_gates(job: StageJob) -> None:
             shutil.copyfile(job.source / name, job.target / name)
 
 
+def thresholds_from_decoding(folder: Path) -> bool:
+    """Whether a folder's gates are calibrated by decoding. The engine decodes otherwise in bfloat16
+    than in float32, which `keep_gates` needs then."""
+    from gateskip.checkpoint import load_gates
+
+    file = load_gates(folder) if is_gated(folder) else None
+    return file is not None and _stage_of(file).calibrate_on != "text"
+
+
 def keep_gates(
     job: StageJob, model: Any, layers: list[int], gone: frozenset[int] = frozenset()
 ) -> None:
     """Give the target the gates that the source has, where it has any.
 
-    `model` is what is left of the source, in float32; `layers` are the old numbers of its layers,
-    `gone` the new numbers of branches that no token may enter. What goes changes what later gates
-    read, so thresholds are calibrated as the gate stage did, on the same text.
+    `model` is what is left of the source, and computes in float32; `layers` are the old numbers of
+    its layers, `gone` the new numbers of branches that no token may enter. What goes changes what
+    later gates read, so thresholds are calibrated as the gate stage did, on the same text.
     """
     if not is_gated(job.source):
         return
@@ -50,7 +63,7 @@ def keep_gates(
 
     file = load_gates(job.source)
     assert file is not None, "a gated folder holds gates"
-    stage = Gate.model_validate(file.training["parameters"])
+    stage = _stage_of(file)
     rows = [2 * layer + part for layer in layers for part in (0, 1)]  # attention, MLP
     gates = file.gates.rows(rows).requires_grad_(False)
     gates.attach(model)
@@ -62,3 +75,8 @@ def keep_gates(
     save_gates(
         job.target, GateFile.of(gates, file.kv_rule, found, sensitivity, training, file.decode)
     )
+
+
+def _stage_of(file: GateFile) -> Gate:
+    """The stage that made a file of gates."""
+    return Gate.model_validate(file.training["parameters"])

@@ -11,7 +11,7 @@ from compose.artifacts.folder import GRID_METHOD
 from compose.errors import RuleBroken, UserError
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.gate_transfer import carry_gates
-from compose.stages.memory import TRAINED, training_bytes
+from compose.stages.memory import AS_STORED, IN_FLOAT32, TRAINED, training_bytes
 from compose.stages.on_policy import OnPolicyText, as_settings, require_room
 from gateskip.training.recipe import PACKED, HealConfig
 
@@ -27,7 +27,7 @@ class Heal(Stage):
 
     role: ClassVar[Role] = "heal"
     on_gpu: ClassVar[bool] = True
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     reads_data: ClassVar[tuple[Split, ...]] = ("train",)
 
     use: Literal["heal"] = "heal"
@@ -120,19 +120,22 @@ class Heal(Stage):
             )
 
     def held(self) -> float:
-        """The model, its teacher, and what trains of it."""
-        return TRAINED[self.backbone]
+        """The model, what trains of it, and its teacher, as the file is mapped."""
+        if self._computes_as_stored():
+            return 2 * AS_STORED
+        return TRAINED[self.backbone] - IN_FLOAT32 + AS_STORED
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """A training step; logits exist a few at a time."""
+        """A training step, logits of a few tokens, and an LM head that is widened."""
         kept = training_bytes(shape, self.batch * (self.length or length))
-        return kept / shape.num_layers if self.checkpointing else kept
+        head = IN_FLOAT32 * shape.vocab_size * shape.hidden_size
+        return head + (kept / shape.num_layers if self.checkpointing else kept)
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Distil on the training text; resumes from its own checkpoint after a kill."""
         from transformers import AutoTokenizer
 
-        from gateskip.quantization.folders import load_model
+        from compose.artifacts.packed_folder import load_as_stored
         from gateskip.training.heal import best_row, heal
 
         assert job.train is not None, "heal reads the training split"
@@ -143,12 +146,13 @@ class Heal(Stage):
         tokenizer = AutoTokenizer.from_pretrained(job.source)
         blocks = job.blocks("train", tokenizer, length, sequences + held)
         train, held_out = hold_out(blocks, held)
-        model = load_model(job.source, "float32")
+        model = self._load(job)
         shared = {field.name for field in fields(HealConfig)} & set(type(self).model_fields)
         chosen = {name: getattr(self, name) for name in shared - {"on_policy"}}
         config = HealConfig(**chosen, seed=job.seed, on_policy=as_settings(self.on_policy))
-        teacher = load_model(job.dense, "float32")
-        curve = heal(model, teacher, train, config, held_out, job.work, job.progress)
+        curve = heal(
+            model, load_as_stored(job.dense), train, config, held_out, job.work, job.progress
+        )
         self._save(job, model)
         done = int(curve[-1]["step"])
         record: dict[str, Any] = {"training": curve, "steps_done": done}
@@ -158,6 +162,20 @@ class Heal(Stage):
             record["held_out"] = {"before": curve[0]["valid"], "after": best["valid"]}
             record["held_out"]["best_step"] = int(best["step"])
         return record
+
+    def _computes_as_stored(self) -> bool:
+        """Whether the model stays in the type of its file. The engine decodes otherwise in bfloat16
+        than in float32, and so does who writes text with it."""
+        return self.backbone == "lora" and self.on_policy is None
+
+    def _load(self, job: StageJob) -> Any:
+        """The model that learns, which computes in float32."""
+        from compose.artifacts.packed_folder import load_as_stored
+        from gateskip.quantization.folders import load_model
+
+        if self._computes_as_stored():
+            return load_as_stored(job.source)
+        return load_model(job.source, "float32")
 
     def _save(self, job: StageJob, model: Any) -> None:
         """Write what was healed; packed weights stay packed, and gates go along."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from compose.stages.shape import ModelShape
 
+AS_STORED, IN_FLOAT32 = 2.0, 4.0
+"""Bytes a weight of a mapped file that has two, and of a model in float32."""
+
 TRAINED = {"frozen": 4.0, "lora": 9.0, "scales": 9.0, "full": 20.0, "codes": 26.0}
 """Bytes a weight of the model in a fine-tune, by what learns, in float32: itself, and where
 anything of it learns a teacher, gradients and AdamW's two moments; where codes learn, their places,

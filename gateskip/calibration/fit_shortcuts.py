@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gateskip.gates.shortcuts import Shortcuts
-from gateskip.model.families import Branch, device_of, find_branches
+from gateskip.model.families import Branch, device_of, embed, find_branches
 from gateskip.model.gating import ANCHORS
 from gateskip.model.reference import masked_forward
 
@@ -20,26 +20,29 @@ LARGEST_WEIGHT = 4.0  # of a token in the fit, in medians
 @torch.no_grad()
 def fit_shortcuts(model: Any, blocks: Tensor, rank: int | Sequence[int]) -> Shortcuts:
     """Least-squares shortcuts of a rank, or one for each branch, from what the dense model does on
-    blocks [N, S].
+    blocks [N, S]. Blocks pass layer after layer, so that only one layer's sums exist at a time.
 
     Tokens weigh by one over the square of what the branch adds to them, so that relative errors
     count: a few tokens carry activations a thousand times the usual, and would own the fit.
     """
     branches, width = len(find_branches(model)), model.config.hidden_size
-    device = device_of(model)
-    sums = [_Sums(width, device) for _ in range(branches)]
+    shortcuts = Shortcuts(branches, width, rank).to(device_of(model))
+    parts = blocks.split(4)
+    hidden = [embed(model, part.to(device_of(model))) for part in parts]
+    for first in range(0, branches, 2):
+        sums = {index: _Sums(width, device_of(model)) for index in (first, first + 1)}
 
-    def observe(branch: Branch, x: Tensor, output: Tensor) -> None:
-        inside = [part[:, ANCHORS:].flatten(0, 1).float() for part in (x, output)]
-        sums[branch.index].add(*inside)
+        def observe(branch: Branch, x: Tensor, output: Tensor, sums: Any = sums) -> None:
+            sums[branch.index].add(*(p[:, ANCHORS:].flatten(0, 1).float() for p in (x, output)))
 
-    for part in blocks.split(4):
-        masked_forward(model, part, observe=observe)
-    shortcuts = Shortcuts(branches, width, rank).to(device)
-    for index, each in enumerate(sums):
-        fitted = each.solve(shortcuts.ranks[index])
-        for stored, part in zip(shortcuts.of(index), fitted, strict=True):
-            stored.copy_(part)
+        for place, (part, states) in enumerate(zip(parts, hidden, strict=True)):
+            hidden[place] = masked_forward(
+                model, part, observe=observe, start=(first, states), stop=first + 2
+            )
+        for index, each in sums.items():
+            fitted = each.solve(shortcuts.ranks[index])
+            for stored, part in zip(shortcuts.of(index), fitted, strict=True):
+                stored.copy_(part)
     return shortcuts
 
 

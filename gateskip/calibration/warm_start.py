@@ -36,10 +36,12 @@ def warm_start(
     kv_rule: str = "project",
     progress: Progress | None = None,
     gates: Gates | None = None,
+    checkpointing: bool = False,
 ) -> tuple[Gates, list[float]]:
     """Gates, and each branch's sensitivity, from blocks [N, S] of token ids.
 
     `gates` are set in place, whatever their kind; without them new scalar gates are made.
+    `checkpointing` runs branches again for gradients rather than keep their activations.
 
     The sensitivity is the KL that dropping the branch whole would cost, to second order. `ridge` is
     relative to the mean variance of the gate's input. Where the gates have shortcuts, a branch is
@@ -53,7 +55,7 @@ def warm_start(
     generator = torch.Generator().manual_seed(seed)
     shortcuts = None if gates is None else gates.shortcuts
     for done, block in enumerate(blocks.split(1)):
-        measured = measure(model, block, generator, kv_rule, shortcuts)
+        measured = measure(model, block, generator, kv_rule, shortcuts, checkpointing)
         fisher += measured.scores.mean(1)
         square += measured.norms.square().mean(1)
         solver.add(measured.inputs, measured.norms.clamp_min(1e-12).log())
@@ -68,10 +70,15 @@ def warm_start(
     return gates, fisher.tolist()
 
 
-def sensitivities(model: Any, blocks: Tensor, seed: int = 0) -> list[float]:
+def sensitivities(
+    model: Any, blocks: Tensor, seed: int = 0, checkpointing: bool = False
+) -> list[float]:
     """Each branch's mean score on blocks [N, S]: the KL of dropping it whole, to second order."""
     generator = torch.Generator().manual_seed(seed)
-    scores = [measure(model, block, generator).scores.mean(1) for block in blocks.split(1)]
+    each = (
+        measure(model, block, generator, checkpointing=checkpointing) for block in blocks.split(1)
+    )
+    scores = [measured.scores.mean(1) for measured in each]
     total: list[float] = torch.stack(scores).mean(0).tolist()
     return total
 
@@ -91,6 +98,7 @@ def measure(
     generator: torch.Generator,
     kv_rule: str = "project",
     shortcuts: Shortcuts | None = None,
+    checkpointing: bool = False,
 ) -> Measured:
     """Run one block [1, S] forward and backward. `generator` is a CPU's, on every device."""
     masks: list[Tensor] = []
@@ -111,7 +119,9 @@ def measure(
         norms.append((output - instead)[0].float().norm(dim=-1))
 
     with torch.enable_grad(), frozen(model):
-        hidden = masked_forward(model, block, every, rule, kv_rule, observe)
+        hidden = masked_forward(
+            model, block, every, rule, kv_rule, observe, checkpointing=checkpointing
+        )
         log_p = F.log_softmax(head(model, hidden)[0].float(), dim=-1)  # [S, V]
         probs = log_p.detach().exp().cpu()  # a seed draws the same tokens on every device
         drawn = torch.multinomial(probs, 1, generator=generator).to(log_p.device)
@@ -158,7 +168,9 @@ class _Ridge:
     def solve(self, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
         """Weights [branches, H], biases [branches], and the inputs' mean [branches, H]."""
         mean_x, mean_y = self.sum_x / self.count, self.sum_y / self.count
-        gram = self.gram / self.count - mean_x.unsqueeze(2) * mean_x.unsqueeze(1)
         cross = self.cross / self.count - mean_x * mean_y.unsqueeze(1)
-        weight = ridge_solution(gram, cross.unsqueeze(2), ridge).squeeze(2)
+        weight = torch.empty_like(cross)
+        for i, mean in enumerate(mean_x):  # one after another: each takes several copies
+            gram = self.gram[i] / self.count - torch.outer(mean, mean)
+            weight[i] = ridge_solution(gram, cross[i].unsqueeze(1), ridge).squeeze(1)
         return weight, mean_y - (weight * mean_x).sum(1), mean_x

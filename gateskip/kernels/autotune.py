@@ -131,7 +131,9 @@ def _seconds(dtype: torch.dtype) -> float:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] times weight [out, in], plus bias [out], as x's type: what F.linear gives, by way
-    of float32 where bfloat16 would take longer."""
+    of float32 where bfloat16 would take longer. Autocast chooses the type itself."""
+    if torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or bfloat16_is_faster():
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     whole, biases = x.float(), [None] if bias is None else bias.float().split(ROWS_AT_ONCE)

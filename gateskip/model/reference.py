@@ -41,6 +41,7 @@ def masked_forward(
     watch: Callable[[Tensor], None] | None = None,
     checkpointing: bool = False,
     start: tuple[int, Tensor] | None = None,
+    stop: int | None = None,
 ) -> Tensor:
     """Final normed hidden states [B, S, H] of unpadded rows input_ids [B, S].
 
@@ -49,7 +50,8 @@ def masked_forward(
     Gates read the branch's input without passing gradients into it, as published. `watch` is called
     with every branch's gate [B, S, 1 or H]. `checkpointing` trades a second run of each branch in
     the backward pass for its activations' memory. `start` is a branch that a layer begins with, and
-    the residual stream [B, S, H] that comes to it: those before it are not run.
+    the residual stream [B, S, H] that comes to it: those before it are not run. `stop` is the first
+    branch that is not run: the residual stream that comes to it is returned.
     """
     run = _recomputed if checkpointing and torch.is_grad_enabled() else _at_once
     input_ids = input_ids.to(device_of(model))  # text waits in memory until its turn
@@ -59,7 +61,7 @@ def masked_forward(
     below: tuple[Tensor, Tensor] | None = None
     source = hidden
     with nullcontext() if gates is None else gates.opened():
-        for branch in find_branches(model)[first:]:
+        for branch in find_branches(model)[first:stop]:
             source = source if branch.parallel else hidden
             x = branch.enter(source)
             keep, scale = None, None
@@ -85,7 +87,7 @@ def masked_forward(
             if observe is not None:
                 observe(branch, x, output)
             hidden = hidden + (output if keep is None else _mixed(gates, branch, x, output, keep))
-    return final_norm(model)(hidden)  # type: ignore[no-any-return]
+    return final_norm(model)(hidden) if stop is None else hidden
 
 
 def _mixed(

@@ -7,6 +7,8 @@ that are mapped from their file take none that could not be given back.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +42,22 @@ def embed_in_float32(model: Any) -> None:
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding) and embedding.weight.dtype != torch.float32:
         model.set_input_embeddings(StoredEmbedding(embedding))
+
+
+@contextmanager
+def heads_in_float32(*models: Any) -> Iterator[None]:
+    """Within this context the models' LM heads exist in float32, for logits that come in parts;
+    where autocast chooses the type, they stay as they are."""
+    heads = {model.get_output_embeddings() for model in models}
+    with ExitStack() as stack:
+        for head in heads:
+            if isinstance(head, DenseLinear) and not _autocast(head.weight):
+                stack.enter_context(head.fp32_weight())
+        yield
+
+
+def _autocast(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)
 
 
 def compute_in_float32(model: Any) -> Any:

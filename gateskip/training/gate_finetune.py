@@ -26,6 +26,7 @@ from gateskip.model.families import find_branches, head
 from gateskip.model.gating import ANCHORS
 from gateskip.model.progress import Progress
 from gateskip.model.reference import masked_forward
+from gateskip.quantization.as_stored import heads_in_float32
 from gateskip.training.budget_price import BudgetPrice
 from gateskip.training.cast_once import cast_once
 from gateskip.training.loop import Loop, adapt, precision, training_device
@@ -251,7 +252,8 @@ class _Session(Loop):
                 loss = loss + near * (len(part) / count)
             return loss
 
-        return in_chunks(hidden.flatten(0, 1), loss_of)
+        with heads_in_float32(self.running, self.teacher):
+            return in_chunks(hidden.flatten(0, 1), loss_of)
 
     def writer(self, draw: float) -> Write:
         """What continues prompts as the gated model does at a budget that it trains at."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gateskip.model.families import backbone, head
 from gateskip.model.progress import Progress
+from gateskip.quantization.as_stored import heads_in_float32
 from gateskip.training.cast_once import cast_once
 from gateskip.training.grids import PACE
 from gateskip.training.loop import Loop, Row, adapt, precision, training_device
@@ -161,7 +162,7 @@ class _Healing(Loop):
             near = self.distance(logits, target, self.config.temperature, own)
             return near * (len(part) / block.numel())
 
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), heads_in_float32(self.model, self.teacher):
             return in_chunks(hidden, loss_of)
 
     def _validated(self, row: Row, blocks: Tensor) -> Row:

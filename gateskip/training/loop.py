@@ -11,6 +11,7 @@ shared out (`sharding`).
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.families import backbone
 from gateskip.model.progress import Progress
-from gateskip.quantization.packed_linear import PackedLinear
+from gateskip.quantization.packed_linear import DenseLinear, PackedLinear
 from gateskip.training import sharding
 from gateskip.training.objectives import distill_loss, divergence
 from gateskip.training.recipe import PACKED, LoopConfig
@@ -79,14 +80,18 @@ def adapt(model: Any, config: LoopConfig, dense: Any | None = None) -> Any | Non
     if config.backbone != "lora":
         return None
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import Linear as LoraLinear
 
     named = backbone(model).layers.named_modules()
-    linears = [name for name, part in named if isinstance(part, nn.Linear)]
+    linears = [name for name, part in named if isinstance(part, (nn.Linear, DenseLinear))]
     rank = config.lora_rank
-    return get_peft_model(
-        model,
-        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linears, init_lora_weights=True),
+    settings = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=linears, init_lora_weights=True
     )
+    settings._register_custom_module({DenseLinear: LoraLinear})
+    with warnings.catch_warnings():  # of layers that peft itself does not know
+        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+        return get_peft_model(model, settings)
 
 
 class Loop:

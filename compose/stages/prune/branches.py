@@ -10,16 +10,17 @@ transformers multiplies by the zeros.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from compose.errors import RuleBroken, UserError
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.base import ModelShape, Stage, StageJob
 from compose.stages.gate import Gate
 from compose.stages.gate_transfer import keep_gates, require_gates_that_move
 from compose.stages.prune.edit import (
     RANK_BLOCKS,
+    Pruning,
     keep_layers,
     last_linear,
     model_and_blocks,
@@ -35,11 +36,8 @@ Unit = tuple[int, ...]
 """Branches that go or stay together."""
 
 
-class PruneBranches(Stage):
+class PruneBranches(Pruning):
     """Remove the branches that gates (almost) always skip at a budget."""
-
-    role: ClassVar[Role] = "prune"
-    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
     use: Literal["prune-branches"] = "prune-branches"
     """The stage's name."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Stage, StageJob
+from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.gate_transfer import thresholds_from_decoding
+from compose.stages.memory import AS_STORED
 from compose.stages.rules import RULES
 
 if TYPE_CHECKING:
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 RANK_BLOCKS = 16  # calibration blocks that rank layers: one score a layer needs few
 LOSS_BLOCKS = 4  # calibration blocks of a loss, which is measured many times
+LOGITS = 3  # copies of a block's that exist at once
 PER_LAYER = ("layer_types", "no_rope_layers")  # lists in a config with an entry a layer
 
 OUTPUT_LAYERS = ("o_proj", "dense", "down_proj", "dense_4h_to_h")
@@ -31,6 +34,26 @@ GATED_MLP = (
     "phi3",
 )
 """Families whose MLP is gate, up and down projection, the first two fused or not."""
+
+
+class Pruning(Stage):
+    """What is common to all stages that prune."""
+
+    role: ClassVar[Role] = "prune"
+    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
+
+    def kept_share(self) -> float:
+        """The share of the model's weights that are copied when others go."""
+        return 0.0
+
+    def held(self) -> float:
+        """The file as it is mapped, and what is kept of it; with gates whose thresholds come from
+        decoded text the model is in float32, which is not known here."""
+        return AS_STORED * (1 + self.kept_share())
+
+    def worked_on(self, shape: ModelShape, length: int) -> float:
+        """Logits of a block, beside the LM head in float32 or their own copies."""
+        return 4.0 * shape.vocab_size * max(shape.hidden_size + length, LOGITS * length)
 
 
 def require_layout(stage: Stage, shape: ModelShape, known: tuple[str, ...]) -> None:
@@ -76,14 +99,18 @@ def last_linear(branch: Any) -> Any:
 
 
 def model_and_blocks(job: StageJob, limit: int | None = None) -> tuple[Any, Tensor]:
-    """The source model in float32, and calibration blocks [N, length] of token ids on its device:
-    all of the split, or at most `limit`."""
+    """The source model, which computes in float32, and calibration blocks [N, length] of token ids
+    on its device: all of the split, or at most `limit`."""
     from transformers import AutoTokenizer
 
+    from compose.artifacts.packed_folder import load_as_stored
     from gateskip.quantization.folders import load_model
 
     assert job.calibration is not None, "pruning reads the calibration split"
-    model = load_model(job.source, "float32")
+    if thresholds_from_decoding(job.source):
+        model = load_model(job.source, "float32")
+    else:
+        model = load_as_stored(job.source)
     tokenizer = AutoTokenizer.from_pretrained(job.source)
     limit = min(job.calibration.limit, limit or job.calibration.limit)
     return model, job.blocks("calibration", tokenizer, limit=limit).to(model.device)
@@ -147,6 +174,12 @@ def keep_layers(model: Any, kept: list[int]) -> None:
     for name in PER_LAYER:
         if getattr(config, name, None):
             setattr(config, name, [getattr(config, name)[i] for i in kept])
+
+
+def narrowed(weight: Tensor, old: Tensor, job: StageJob) -> Tensor:
+    """New weights in float32 for a layer that had `old`, in the type in which they will be saved
+    where that is the layer's own: a whole model of them in float32 is not held."""
+    return weight.to(old.dtype) if str(old.dtype) == f"torch.{job.dtype}" else weight
 
 
 def keep_rows(linear: Any, rows: Tensor) -> None:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.base import ModelShape, Stage, StageJob
 from compose.stages.prune.edit import (
     GATED_MLP,
+    Pruning,
     keep_columns,
     keep_rows,
     model_and_blocks,
+    narrowed,
     refuse_long_rope,
     require_layout,
     save_pruned,
@@ -32,12 +34,10 @@ HEADS_DIVIDE_HIDDEN = ("llama", "gemma2", "gemma3_text")
 """Families whose config refuses a number of heads that does not divide the hidden size."""
 
 
-class PruneHeads(Stage):
+class PruneHeads(Pruning):
     """Remove the least important attention heads, as many from every layer."""
 
-    role: ClassVar[Role] = "prune"
     version: ClassVar[int] = 2
-    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
     use: Literal["prune-heads"] = "prune-heads"
     """The stage's name."""
@@ -106,10 +106,16 @@ class PruneHeads(Stage):
             return f"no count fits: set take: {other}"
         return f"set count: {min(fitting, key=lambda count: abs(count - self.count))}"
 
+    def kept_share(self) -> float:
+        """At most the projections of attention, about a third of a model."""
+        return 1 / 3
+
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """Products of the channels of all heads of a layer with each other."""
+        """Products of the channels of all heads of a layer with each other; or what all pruning
+        works on."""
         width = shape.num_heads * shape.head_dim
-        return 4.0 * shape.num_layers * width**2 if self.refit else 0.0
+        fit = 4.0 * shape.num_layers * width**2 if self.refit else 0.0
+        return max(fit, super().worked_on(shape, length))
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Fewer heads, and fewer KV heads where whole groups go."""
@@ -147,7 +153,7 @@ class PruneHeads(Stage):
             channels = cut_heads(attention, heads, shape)
             if grams is not None:
                 fitted = refitted(weight, channels, grams[number], blocks.numel())
-                attention.o_proj.weight.data = fitted
+                attention.o_proj.weight.data = narrowed(fitted, weight, job)
             rest = sorted(set(range(shape.num_heads)) - set(heads.flatten().tolist()))
             gone.append(rest)
             lost.append(round(float(squares[rest].sqrt().sum() / squares.sqrt().sum()), 4))

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.base import ModelShape, Stage, StageJob
 from compose.stages.prune.edit import (
     GATED_MLP,
     Hook,
+    Pruning,
     keep_columns,
     keep_rows,
     model_and_blocks,
+    narrowed,
     refuse_long_rope,
     require_layout,
     run_hooked,
@@ -36,11 +38,8 @@ NEAR = 0.9  # of the size asked for: what is still worth advising
 ROUNDINGS = (64, 32, 16, 8, 4, 2, 1)
 
 
-class PruneHidden(Stage):
+class PruneHidden(Pruning):
     """Remove the least important channels of the residual stream from all weights that touch it."""
-
-    role: ClassVar[Role] = "prune"
-    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
     use: Literal["prune-hidden"] = "prune-hidden"
     """The stage's name."""
@@ -98,9 +97,14 @@ class PruneHidden(Stage):
                 return f"set round_to: {size}, which keeps {kept}"
         return "take a smaller ratio, or prune-width"
 
+    def kept_share(self) -> float:
+        """What is left of the layers that are cut, nearly all of a model."""
+        return 1 - self.ratio
+
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """Products of the channels with each other, two a layer."""
-        return 8.0 * shape.num_layers * shape.hidden_size**2 if self.refit else 0.0
+        """Products of the channels with each other, two a layer; or what all pruning works on."""
+        fit = 8.0 * shape.num_layers * shape.hidden_size**2 if self.refit else 0.0
+        return max(fit, super().worked_on(shape, length))
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """A narrower residual stream; heads keep their width."""
@@ -121,7 +125,7 @@ class PruneHidden(Stage):
         scores = torch.stack([squares / squares.sum() for squares in every]).mean(0)
         kept = scores.argsort(descending=True)[:size].sort().values
         factors = norm_factors(model, kept, blocks, job)
-        fitted = [] if grams is None else _fitted(inside, kept, grams, blocks.numel())
+        fitted = [] if grams is None else _fitted(inside, kept, grams, blocks.numel(), job)
         cut_channels(model, kept, factors)
         for linear, weight in zip(inside, fitted, strict=False):
             linear.weight.data = weight
@@ -136,10 +140,13 @@ class PruneHidden(Stage):
         }
 
 
-def _fitted(linears: list[Any], kept: Tensor, grams: list[Tensor], tokens: int) -> list[Tensor]:
+def _fitted(
+    linears: list[Any], kept: Tensor, grams: list[Tensor], tokens: int, job: StageJob
+) -> list[Tensor]:
     """Re-fitted weights of the layers that read the residual stream, for the channels `kept`."""
-    pairs = zip(linears, grams, strict=False)  # the last product is the LM head's
-    return [refitted(linear.weight.detach(), kept, gram, tokens) for linear, gram in pairs]
+    weights = [linear.weight.detach() for linear in linears]
+    pairs = zip(weights, grams, strict=False)  # the last product is the LM head's
+    return [narrowed(refitted(old, kept, gram, tokens), old, job) for old, gram in pairs]
 
 
 def readers(model: Any) -> Iterator[Any]:
@@ -203,7 +210,8 @@ def cut_channels(model: Any, kept: Tensor, factors: list[float]) -> None:
                 keep_columns(part, kept)
             elif name.endswith(WRITERS):
                 keep_rows(part, kept)
-    embedding.weight = nn.Parameter(embedding.weight.detach()[:, kept] * grown)
+    table = embedding.weight.detach()[:, kept]
+    embedding.weight = nn.Parameter(table if grown == 1 else table.float() * grown)
     embedding.embedding_dim = len(kept)
     if tied:
         head.weight, head.in_features = embedding.weight, len(kept)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.base import ModelShape, Stage, StageJob
 from compose.stages.gate_transfer import keep_gates, require_gates_that_move
 from compose.stages.prune.edit import (
     RANK_BLOCKS,
     Hook,
+    Pruning,
     keep_layers,
     model_and_blocks,
     run_hooked,
@@ -27,12 +28,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class DropLayers(Stage):
+class DropLayers(Pruning):
     """Remove whole decoder layers: the ones named, or the `count` that are missed least."""
 
-    role: ClassVar[Role] = "prune"
     version: ClassVar[int] = 2
-    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
     use: Literal["drop-layers"] = "drop-layers"
     """The stage's name."""

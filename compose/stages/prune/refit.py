@@ -9,6 +9,7 @@ added to the residual stream.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,38 @@ def input_grams(model: Any, readers: list[Any], blocks: Tensor, job: StageJob) -
     return [means[first] for first in owner]
 
 
+def grams_by_layer(
+    model: Any, readers: list[Any], blocks: Tensor, job: StageJob
+) -> Iterator[Tensor]:
+    """`input_grams` of one reader a layer, one after another, so that one exists at a time.
+
+    Blocks pass layer after layer. When a layer's matrix comes they have left it, and it may change.
+    """
+    import torch
+
+    from gateskip.model.families import backbone
+    from gateskip.quantization.layerwise import enter, run_layer
+
+    device = blocks.device.type
+    with torch.inference_mode(), _fast_products(device):
+        hidden, settings = enter(model, blocks, batch=1)
+    layers = list(backbone(model).layers)
+    for number, (layer, reader) in enumerate(zip(layers, readers, strict=True)):
+        gram = torch.zeros(reader.in_features, reader.in_features, device=blocks.device)
+
+        def add(module: Any, inputs: tuple[Tensor, ...], gram: Tensor = gram) -> None:
+            rows = inputs[0].flatten(0, -2).float()
+            gram.addmm_(rows.T, rows)
+
+        hook = reader.register_forward_pre_hook(add)
+        with torch.inference_mode(), _fast_products(device):
+            for place, states in enumerate(hidden):
+                hidden[place] = run_layer(layer, states, settings[number])
+        hook.remove()
+        job.progress(number + 1, len(layers), "refitting")
+        yield gram / blocks.numel()
+
+
 def refitted(weight: Tensor, kept: Tensor, gram: Tensor, tokens: int) -> Tensor:
     """Weights [out, kept] whose outputs come nearest to those of `weight` [out, in].
 
@@ -87,7 +120,7 @@ def refitted(weight: Tensor, kept: Tensor, gram: Tensor, tokens: int) -> Tensor:
     gone = (~stays).nonzero().squeeze(1)
     if len(gone) == 0:
         return weight[:, kept]
-    ridge = ridge_for(len(gram), tokens)
+    weight, ridge = weight.float(), ridge_for(len(gram), tokens)
     predictors = ridge_solution(gram[kept][:, kept], gram[kept][:, gone], ridge)  # [kept, gone]
     return weight[:, kept] + weight[:, gone] @ predictors.T
 
@@ -139,7 +172,8 @@ class Gap:
         from gateskip.calibration.fit_shortcuts import ridge_solution
 
         ridge = ridge_for(len(self.gram), tokens)
-        self.reader.weight.data += ridge_solution(self.gram, self.cross, ridge).T
+        added = ridge_solution(self.gram, self.cross, ridge).T
+        self.reader.weight.data = self.reader.weight.float() + added
 
 
 def close_gaps(model: Any, gone: set[int], blocks: Tensor, job: StageJob) -> int:

@@ -8,27 +8,30 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.base import ModelShape, Stage, StageJob
 from compose.stages.prune.edit import (
     GATED_MLP,
+    Pruning,
     model_and_blocks,
+    narrowed,
     require_layout,
     save_pruned,
     text_loss,
 )
-from compose.stages.prune.importance import Importance, importance_scores
-from compose.stages.prune.refit import input_grams, refitted
+from compose.stages.prune.importance import Importance, activation_scores, importance_scores
+from compose.stages.prune.refit import grams_by_layer, refitted
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class PruneWidth(Stage):
+FIT = 5  # matrices of a fit's size that exist at once
+
+
+class PruneWidth(Pruning):
     """Remove the least important neurons from every MLP; all MLPs keep the same width."""
 
-    role: ClassVar[Role] = "prune"
     version: ClassVar[int] = 2
-    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
     use: Literal["prune-width"] = "prune-width"
     """The stage's name."""
@@ -71,9 +74,15 @@ class PruneWidth(Stage):
                 fix="take a smaller ratio or a smaller round_to",
             )
 
+    def kept_share(self) -> float:
+        """What is left of the layers that are cut, nearly all of a model."""
+        return 1 - self.ratio
+
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """Products of the neurons of every MLP with each other."""
-        return 4.0 * shape.num_layers * shape.intermediate_size**2 if self.refit else 0.0
+        """Products of an MLP's neurons with each other, and the states of the text, which the job
+        knows alone; or what all pruning works on."""
+        fit = FIT * 4.0 * shape.intermediate_size**2 if self.refit else 0.0
+        return max(fit, super().worked_on(shape, length))
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Narrower MLPs."""
@@ -88,21 +97,28 @@ class PruneWidth(Stage):
         before = text_loss(model, blocks)
         mlps: list[Any] = [layer.mlp for layer in backbone(model).layers]
         readers = [mlp.down_proj for mlp in mlps]
-        grams = input_grams(model, readers, blocks, job) if self.refit else None
-        writers = [list(_writers(mlp)) for mlp in mlps]
-        ranks = importance_scores(
-            self.importance, model, readers, blocks, job, grams, writers=writers
-        )
+        grams = grams_by_layer(model, readers, blocks, job) if self.refit else None
+        ranked_by_fit = self.refit and self.importance == "activation"
+        ranks: list[Tensor] = []
+        if not ranked_by_fit:
+            writers = [list(_writers(mlp)) for mlp in mlps]
+            ranks = importance_scores(
+                self.importance, model, readers, blocks, job, None, writers=writers
+            )
         lost = []
-        for number, (mlp, squares) in enumerate(zip(mlps, ranks, strict=True)):
-            scores = squares.sqrt()
+        for number, mlp in enumerate(mlps):
+            gram = None if grams is None else next(grams)
+            if ranked_by_fit and gram is not None:
+                ranks += activation_scores([mlp.down_proj], [gram.diagonal()])
+            scores = ranks[number].sqrt()
             order = scores.argsort()
             gone, kept = order[: len(scores) - width], order[len(scores) - width :].sort().values
             lost.append(round(float(scores[gone].sum() / scores.sum()), 4))
             weight = mlp.down_proj.weight.detach()
             cut_neurons(mlp, sorted(gone.tolist()))
-            if grams is not None:
-                mlp.down_proj.weight.data = refitted(weight, kept, grams[number], blocks.numel())
+            if gram is not None:
+                fitted = refitted(weight, kept, gram, blocks.numel())
+                mlp.down_proj.weight.data = narrowed(fitted, weight, job)
         model.config.intermediate_size = width
         loss = {"before": before, "after": text_loss(model, blocks)}
         save_pruned(model, job)
