@@ -30,7 +30,7 @@ from compose.stages.registry import STAGES, DataSpec, ModelShape, StageJob
 
 STAGES_RUN: dict[str, dict[str, Any]] = {
     "drop-layers": {"use": "drop-layers", "count": 2},
-    "prune-heads": {"use": "prune-heads", "count": 4},
+    "prune-heads": {"use": "prune-heads", "count": 16},
     "prune-width": {"use": "prune-width", "ratio": 0.2},
     "prune-hidden": {"use": "prune-hidden", "ratio": 0.2},
     "heal-lora": {"use": "heal", "backbone": "lora", "steps": 2, "checkpointing": True},
@@ -71,6 +71,8 @@ def held(parameters: dict[str, Any], folder: Path, blocks: int) -> dict[str, Any
     """The peak of this process in a stage, its estimate, both in GB, and the seconds it took."""
     stage = STAGES[parameters["use"]].model_validate(parameters)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    shape = ModelShape.from_config(config)
+    stage.check(shape, ())
     text = DataSpec(source="calibration-text", limit=blocks, length=512)
     made = folder.with_name(f"{folder.name}-made")
     shutil.rmtree(made, ignore_errors=True)
@@ -90,7 +92,7 @@ def held(parameters: dict[str, Any], folder: Path, blocks: int) -> dict[str, Any
     started = time.perf_counter()
     stage.run(job)
     seconds = time.perf_counter() - started
-    estimate = stage.memory(ModelShape.from_config(config), 512)
+    estimate = stage.memory(shape, 512)
     shutil.rmtree(made)
     return {
         "parameters": parameters,

@@ -16,6 +16,7 @@ from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.draft_models import MOST_DRAFTED, drafted_tokens
 from gateskip.decoding.sampling import Sampler
 from gateskip.model.inputs import input_squares
+from gateskip.quantization import rounding
 from gateskip.quantization.draft_copy import (
     COPIES,
     draft_head,
@@ -23,6 +24,7 @@ from gateskip.quantization.draft_copy import (
     nf4_copy,
     read_text,
 )
+from gateskip.quantization.grid import Offset
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.quantization.rounding import GROUP, round_to_grid
 from gateskip.runtime.drafting_engine import DraftHead
@@ -51,6 +53,21 @@ def test_what_lies_on_a_grid_is_kept() -> None:
 def test_a_constant_group_survives() -> None:
     weight = torch.full((16, 32), 0.5)
     torch.testing.assert_close(rounded(weight, torch.ones(32)), weight, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("offset", ["real", "integer", "none"])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_rows_are_rounded_alike_however_many_are_taken_at_once(
+    per_row: bool, offset: Offset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, squares = weights(), weights(40 if per_row else 1).square()
+    squares = squares if per_row else squares[0]
+    whole = round_to_grid(weight, squares, 4, GROUP, offset)
+    monkeypatch.setattr(rounding, "AT_ONCE", 7 * 96 + 1)  # seven rows, the last part five
+    parts = round_to_grid(weight, squares, 4, GROUP, offset)
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts.scale, whole.scale)
+    assert torch.equal(parts.weight(), whole.weight())
 
 
 def test_errors_go_where_inputs_are_small() -> None:

@@ -21,11 +21,9 @@ from gateskip.model.families import final_norm
 from gateskip.model.inputs import input_squares
 from gateskip.model.reference import masked_forward
 from gateskip.quantization.dequantize import dense_weight, linear_layers, stored_bits
-from gateskip.quantization.grid import joined
 from gateskip.quantization.packed_linear import PackedLinear, has_kernels, quantize_nf4
 from gateskip.quantization.rounding import GROUP, round_to_grid
 
-ROWS = 4096  # rounded at a time: an LM head has many
 Pack = Callable[[Any], PackedLinear | None]  # of a linear layer
 
 
@@ -125,9 +123,8 @@ def draft_head(
 
 
 def _packed(weight: Tensor, squares: Tensor, bias: Tensor | None, how: CopyFormat) -> PackedLinear:
-    """Weights [n, k] rounded by the mean squares [k] of their inputs, some rows at a time."""
-    grids = [round_to_grid(rows, squares, how.bits, how.group) for rows in weight.split(ROWS)]
-    return PackedLinear.of(joined(grids), bias)
+    """Weights [n, k] rounded by the mean squares [k] of their inputs."""
+    return PackedLinear.of(round_to_grid(weight, squares, how.bits, how.group), bias)
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from gateskip.quantization.grid import Grid, Offset, exact_minimum, exact_scale, middle
+from gateskip.quantization.grid import Grid, Offset, exact_minimum, exact_scale, joined, middle
 
+AT_ONCE = 1 << 17  # weights
 GROUP = 32  # weights that share a scale, where nobody says otherwise
 CUTS = {2: (0.0, 0.1, 0.2, 0.3, 0.4), 3: (0.0, 0.06, 0.12, 0.18, 0.24, 0.3)}
 USUAL_CUTS = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2)  # parts of a group's range that may be cut off
@@ -29,10 +30,19 @@ def round_to_grid(
 
     Of several ranges for each group the one with the least sum of weighted squared errors wins.
     Within a range, scale and minimum follow from the codes by least squares, are put on numbers
-    that all formats hold (grid.py), and codes are chosen again.
+    that all formats hold (grid.py), and codes are chosen again. Rows are taken a few at a time, so
+    that what is between stays in the processor's cache.
     """
-    groups = weight.unflatten(1, (-1, group))  # [n, groups, group]
-    importance = (squares / squares.mean().clamp_min(1e-12)).view(-1, groups.shape[1], group) + 1e-6
+    importance = squares / squares.mean().clamp_min(1e-12) + 1e-6  # [k] or [n, k]
+    importance = importance.expand(len(weight), -1)
+    rows = max(1, AT_ONCE // weight.shape[1])
+    parts = zip(weight.split(rows), importance.split(rows), strict=True)
+    return joined([_round_rows(*part, bits, group, offset) for part in parts])
+
+
+def _round_rows(weight: Tensor, importance: Tensor, bits: int, group: int, offset: Offset) -> Grid:
+    """`round_to_grid` of some rows: weights and their importance, [n, k] each."""
+    groups, importance = (each.unflatten(1, (-1, group)) for each in (weight, importance))
     fit = _FITS[offset]
     best: Fit | None = None
     for low, high in _ranges(groups, bits, offset):
