@@ -19,6 +19,7 @@ import gateskip
 from compose.artifacts.folder import copy_companions, probe_logits
 from compose.errors import RuleBroken, UserError
 from compose.stages.base import Stage
+from compose.stages.gate_transfer import thresholds_from_decoding
 from compose.stages.prune.edit import GATED_MLP, block_loss, text_loss
 from compose.stages.prune.hidden import READERS
 from compose.stages.prune.importance import taylor_scores
@@ -638,6 +639,18 @@ def test_layer_drop_after_gates_keeps_the_gates_of_what_stays(
     assert {len(row) for row in new.grid.values()} == {6}
     if kind != "static":  # whole branches: budgets are kept roughly
         assert new.kept[0.5] == pytest.approx(0.5, abs=0.06)
+
+
+def test_gates_that_were_calibrated_by_decoding_move_beside_weights_in_float32(
+    run: Run, make_tiny: Tiny
+) -> None:
+    folder = gated(run, make_tiny("llama"))
+    assert not thresholds_from_decoding(folder)
+    file = gates_of(folder)
+    parameters = {**file.training["parameters"], "calibrate_on": "written"}
+    save_gates(folder, replace(file, training={**file.training, "parameters": parameters}))
+    assert thresholds_from_decoding(folder)
+    assert not thresholds_from_decoding(make_tiny("llama"))
 
 
 def test_thresholds_after_a_layer_drop_are_calibrated_anew_and_decode(

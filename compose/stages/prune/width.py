@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -96,21 +97,10 @@ class PruneWidth(Pruning):
         width = self.kept_width(model.config.intermediate_size)
         before = text_loss(model, blocks)
         mlps: list[Any] = [layer.mlp for layer in backbone(model).layers]
-        readers = [mlp.down_proj for mlp in mlps]
-        grams = grams_by_layer(model, readers, blocks, job) if self.refit else None
-        ranked_by_fit = self.refit and self.importance == "activation"
-        ranks: list[Tensor] = []
-        if not ranked_by_fit:
-            writers = [list(_writers(mlp)) for mlp in mlps]
-            ranks = importance_scores(
-                self.importance, model, readers, blocks, job, None, writers=writers
-            )
+        ranked = self._ranked(model, mlps, blocks, job)
         lost = []
-        for number, mlp in enumerate(mlps):
-            gram = None if grams is None else next(grams)
-            if ranked_by_fit and gram is not None:
-                ranks += activation_scores([mlp.down_proj], [gram.diagonal()])
-            scores = ranks[number].sqrt()
+        for mlp, (squares, gram) in zip(mlps, ranked, strict=True):
+            scores = squares.sqrt()
             order = scores.argsort()
             gone, kept = order[: len(scores) - width], order[len(scores) - width :].sort().values
             lost.append(round(float(scores[gone].sum() / scores.sum()), 4))
@@ -128,6 +118,27 @@ class PruneWidth(Pruning):
             "importance_lost": lost,
             "loss": loss,
         }
+
+    def _ranked(
+        self, model: Any, mlps: list[Any], blocks: Tensor, job: StageJob
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Of one MLP after another the squared importance of its neurons, and the products of what
+        its down projection reads, where that is re-fitted: they tell what neurons add on text, too.
+        """
+        readers, scores = [mlp.down_proj for mlp in mlps], None
+        if not (self.refit and self.importance == "activation"):
+            writers = [list(_writers(mlp)) for mlp in mlps]
+            scores = importance_scores(
+                self.importance, model, readers, blocks, job, None, writers=writers
+            )
+        if scores is not None and not self.refit:
+            yield from ((squares, None) for squares in scores)
+            return
+        for number, gram in enumerate(grams_by_layer(model, readers, blocks, job)):
+            if scores is None:
+                yield activation_scores([readers[number]], [gram.diagonal()])[0], gram
+            else:
+                yield scores[number], gram
 
 
 def _writers(mlp: Any) -> tuple[Tensor, ...]:
