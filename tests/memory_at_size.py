@@ -15,7 +15,6 @@ import argparse
 import json
 import multiprocessing
 import shutil
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 from shapes import SHAPES, write_random
 
+from compose.artifacts.folder import copy_companions
 from compose.assets.fetch import default_cache
 from compose.memory import peak_bytes
 from compose.results.environment import capture_environment
@@ -39,6 +39,8 @@ STAGES_RUN: dict[str, dict[str, Any]] = {
     "int4": {"use": "int4"},
     "gptq": {"use": "gptq"},
 }
+AFTER = {"heal-lora": "prune-width"}
+"""Stages that start from what another one made."""
 
 
 def main() -> None:
@@ -57,43 +59,49 @@ def main() -> None:
     file = options.out / "summary.json"
     summary = json.loads(file.read_text()) if file.is_file() else {"stages": {}}
     where = capture_environment()
-    summary |= {"command": " ".join(["python", *sys.argv]), "processor": where["processor"]}
+    summary["processor"] = where["processor"]
     spawn = multiprocessing.get_context("spawn")
     for name in options.only or STAGES_RUN:
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            measured = pool.submit(held, STAGES_RUN[name], folder, options.blocks).result()
-        summary["stages"][name] = {"commit": where["git_commit"], **measured}
+            source = options.out / AFTER[name] if name in AFTER else folder
+            given = (STAGES_RUN[name], source, folder, options.out / name, options.blocks)
+            measured = pool.submit(held, *given).result()
+        command = f"python tests/memory_at_size.py {options.shape} --only {name}"
+        measured |= {"commit": where["git_commit"], "command": command, "blocks": options.blocks}
+        summary["stages"][name] = measured
         print(name, json.dumps(measured), flush=True)
         file.write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def held(parameters: dict[str, Any], folder: Path, blocks: int) -> dict[str, Any]:
-    """The peak of this process in a stage, its estimate, both in GB, and the seconds it took."""
+def held(
+    parameters: dict[str, Any], source: Path, dense: Path, made: Path, blocks: int
+) -> dict[str, Any]:
+    """The peak of this process in a stage, its estimate, both in GB, and the seconds it took. What
+    the stage makes lies in `made`."""
     stage = STAGES[parameters["use"]].model_validate(parameters)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     shape = ModelShape.from_config(config)
     stage.check(shape, ())
     text = DataSpec(source="calibration-text", limit=blocks, length=512)
-    made = folder.with_name(f"{folder.name}-made")
     shutil.rmtree(made, ignore_errors=True)
-    (made / "model").mkdir(parents=True)
+    made.mkdir()
     job = StageJob(
-        source=folder,
-        target=made / "model",
+        source=source,
+        target=made,
         seed=0,
         dtype="bfloat16",
         train=text,
         calibration=text,
-        dense=folder,
+        dense=dense,
         progress=lambda done, total, phase, **_: None,
-        work=made / "work",
+        work=made.with_name(f"{made.name}-work"),
         asset_cache=default_cache(),
     )
     started = time.perf_counter()
     stage.run(job)
     seconds = time.perf_counter() - started
     estimate = stage.memory(shape, 512)
-    shutil.rmtree(made)
+    copy_companions(source, made)
     return {
         "parameters": parameters,
         "peak_gb": round(peak_bytes() / 1e9, 2),

@@ -10,7 +10,7 @@ transformers multiplies by the zeros.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -38,6 +38,8 @@ Unit = tuple[int, ...]
 
 class PruneBranches(Pruning):
     """Remove the branches that gates (almost) always skip at a budget."""
+
+    version: ClassVar[int] = 2
 
     use: Literal["prune-branches"] = "prune-branches"
     """The stage's name."""

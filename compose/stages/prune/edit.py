@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 RANK_BLOCKS = 16  # calibration blocks that rank layers: one score a layer needs few
 LOSS_BLOCKS = 4  # calibration blocks of a loss, which is measured many times
-LOGITS = 3  # copies of a block's that exist at once
+LOSS_TOKENS = 64  # whose logits exist at once
+LOGITS = 3  # copies of them
 PER_LAYER = ("layer_types", "no_rope_layers")  # lists in a config with an entry a layer
 
 OUTPUT_LAYERS = ("o_proj", "dense", "down_proj", "dense_4h_to_h")
@@ -42,18 +43,14 @@ class Pruning(Stage):
     role: ClassVar[Role] = "prune"
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
 
-    def kept_share(self) -> float:
-        """The share of the model's weights that are copied when others go."""
-        return 0.0
-
     def held(self) -> float:
-        """The file as it is mapped, and what is kept of it; with gates whose thresholds come from
-        decoded text the model is in float32, which is not known here."""
-        return AS_STORED * (1 + self.kept_share())
+        """The file as it is mapped; with gates whose thresholds come from decoded text the model is
+        in float32, which is not known here."""
+        return AS_STORED
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """Logits of a block, beside the LM head in float32 or their own copies."""
-        return 4.0 * shape.vocab_size * max(shape.hidden_size + length, LOGITS * length)
+        """The LM head in float32, and logits of a few tokens."""
+        return 4.0 * shape.vocab_size * (shape.hidden_size + LOGITS * LOSS_TOKENS)
 
 
 def require_layout(stage: Stage, shape: ModelShape, known: tuple[str, ...]) -> None:
@@ -135,9 +132,23 @@ def text_loss(model: Any, blocks: Tensor) -> float:
     """Mean loss over the first `LOSS_BLOCKS` of blocks [N, S], in nats a token."""
     import torch
 
-    with torch.inference_mode():
-        losses = [block_loss(model, block) for block in blocks[:LOSS_BLOCKS].split(1)]
-    return float(sum(losses)) / len(losses)
+    from gateskip.quantization.as_stored import heads_in_float32
+
+    with torch.inference_mode(), heads_in_float32(model):
+        losses = [_loss_in_parts(model, block) for block in blocks[:LOSS_BLOCKS].split(1)]
+    return sum(losses) / len(losses)
+
+
+def _loss_in_parts(model: Any, block: Tensor) -> float:
+    """`block_loss` without gradients: logits exist for a few tokens at a time."""
+    from gateskip.model.families import backbone, head
+    from gateskip.training.objectives import next_token_loss
+
+    states = backbone(model)(block, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    following = block[:, 1:].flatten()
+    parts = zip(states.split(LOSS_TOKENS), following.split(LOSS_TOKENS), strict=True)
+    losses = (float(next_token_loss(head(model, part), then)) * len(then) for part, then in parts)
+    return sum(losses) / len(following)
 
 
 def run_hooked(

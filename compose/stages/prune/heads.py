@@ -9,6 +9,7 @@ from pydantic import Field
 
 from compose.errors import RuleBroken
 from compose.stages.base import ModelShape, Stage, StageJob
+from compose.stages.memory import AS_STORED
 from compose.stages.prune.edit import (
     GATED_MLP,
     Pruning,
@@ -106,16 +107,14 @@ class PruneHeads(Pruning):
             return f"no count fits: set take: {other}"
         return f"set count: {min(fitting, key=lambda count: abs(count - self.count))}"
 
-    def kept_share(self) -> float:
-        """At most the projections of attention, about a third of a model."""
-        return 1 / 3
-
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """Products of the channels of all heads of a layer with each other; or what all pruning
-        works on."""
-        width = shape.num_heads * shape.head_dim
-        fit = 4.0 * shape.num_layers * width**2 if self.refit else 0.0
-        return max(fit, super().worked_on(shape, length))
+        """What is kept of attention, products of the channels of all heads of each layer with each
+        other, and what all pruning works on."""
+        width, left = shape.num_heads * shape.head_dim, self.reshape(shape)
+        heads = 2 * (left.num_heads + left.num_kv_heads)  # queries and outputs, keys and values
+        kept = AS_STORED * heads * shape.head_dim * shape.hidden_size
+        fit = 4.0 * width**2 if self.refit else 0.0
+        return shape.num_layers * (kept + fit) + super().worked_on(shape, length)
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Fewer heads, and fewer KV heads where whole groups go."""

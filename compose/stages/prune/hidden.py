@@ -11,6 +11,7 @@ from pydantic import Field
 
 from compose.errors import RuleBroken
 from compose.stages.base import ModelShape, Stage, StageJob
+from compose.stages.memory import AS_STORED
 from compose.stages.prune.edit import (
     GATED_MLP,
     Hook,
@@ -97,14 +98,12 @@ class PruneHidden(Pruning):
                 return f"set round_to: {size}, which keeps {kept}"
         return "take a smaller ratio, or prune-width"
 
-    def kept_share(self) -> float:
-        """What is left of the layers that are cut, nearly all of a model."""
-        return 1 - self.ratio
-
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """Products of the channels with each other, two a layer; or what all pruning works on."""
+        """What is kept of all weights, products of the channels with each other, two a layer, and
+        what all pruning works on."""
+        kept = AS_STORED * (1 - self.ratio) * shape.weights
         fit = 8.0 * shape.num_layers * shape.hidden_size**2 if self.refit else 0.0
-        return max(fit, super().worked_on(shape, length))
+        return kept + fit + super().worked_on(shape, length)
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """A narrower residual stream; heads keep their width."""

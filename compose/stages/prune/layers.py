@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class DropLayers(Pruning):
     """Remove whole decoder layers: the ones named, or the `count` that are missed least."""
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     use: Literal["drop-layers"] = "drop-layers"
     """The stage's name."""

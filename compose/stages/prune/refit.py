@@ -102,7 +102,7 @@ def grams_by_layer(
                 hidden[place] = run_layer(layer, states, settings[number])
         hook.remove()
         job.progress(number + 1, len(layers), "refitting")
-        yield gram / blocks.numel()
+        yield gram.div_(blocks.numel())
 
 
 def refitted(weight: Tensor, kept: Tensor, gram: Tensor, tokens: int) -> Tensor:

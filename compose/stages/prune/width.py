@@ -10,6 +10,7 @@ from pydantic import Field
 
 from compose.errors import RuleBroken
 from compose.stages.base import ModelShape, Stage, StageJob
+from compose.stages.memory import AS_STORED
 from compose.stages.prune.edit import (
     GATED_MLP,
     Pruning,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-FIT = 5  # matrices of a fit's size that exist at once
+FIT = 4  # matrices of a fit's size that exist at once
 
 
 class PruneWidth(Pruning):
@@ -75,15 +76,12 @@ class PruneWidth(Pruning):
                 fix="take a smaller ratio or a smaller round_to",
             )
 
-    def kept_share(self) -> float:
-        """What is left of the layers that are cut, nearly all of a model."""
-        return 1 - self.ratio
-
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """Products of an MLP's neurons with each other, and the states of the text, which the job
-        knows alone; or what all pruning works on."""
+        """What is kept of the MLPs, and products of one's neurons with each other or what all
+        pruning works on; beside them the states of the text, which the job alone knows."""
+        kept = AS_STORED * 3 * self.kept_width(shape.intermediate_size) * shape.hidden_size
         fit = FIT * 4.0 * shape.intermediate_size**2 if self.refit else 0.0
-        return max(fit, super().worked_on(shape, length))
+        return shape.num_layers * kept + max(fit, super().worked_on(shape, length))
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Narrower MLPs."""
