@@ -34,7 +34,14 @@ STAGES_RUN: dict[str, dict[str, Any]] = {
     "prune-width": {"use": "prune-width", "ratio": 0.2},
     "prune-hidden": {"use": "prune-hidden", "ratio": 0.2},
     "heal-lora": {"use": "heal", "backbone": "lora", "steps": 2, "checkpointing": True},
-    "gate": {"use": "gate", "backbone": "frozen", "steps": 2, "checkpointing": True},
+    "gate": {
+        "use": "gate",
+        "backbone": "frozen",
+        "steps": 2,
+        "checkpointing": True,
+        "budgets": [0.8],  # each takes a pass over the text
+        "calibration_blocks": 8,
+    },
     "int4-without-compensation": {"use": "int4", "compensate": False},
     "int4": {"use": "int4"},
     "gptq": {"use": "gptq"},
