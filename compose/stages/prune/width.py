@@ -96,17 +96,10 @@ class PruneWidth(Pruning):
         before = text_loss(model, blocks)
         mlps: list[Any] = [layer.mlp for layer in backbone(model).layers]
         ranked = self._ranked(model, mlps, blocks, job)
-        lost = []
-        for mlp, (squares, gram) in zip(mlps, ranked, strict=True):
-            scores = squares.sqrt()
-            order = scores.argsort()
-            gone, kept = order[: len(scores) - width], order[len(scores) - width :].sort().values
-            lost.append(round(float(scores[gone].sum() / scores.sum()), 4))
-            weight = mlp.down_proj.weight.detach()
-            cut_neurons(mlp, sorted(gone.tolist()))
-            if gram is not None:
-                fitted = refitted(weight, kept, gram, blocks.numel())
-                mlp.down_proj.weight.data = narrowed(fitted, weight, job)
+        lost = [
+            _cut(mlp, width, *found, blocks.numel(), job)
+            for mlp, found in zip(mlps, ranked, strict=True)
+        ]
         model.config.intermediate_size = width
         loss = {"before": before, "after": text_loss(model, blocks)}
         save_pruned(model, job)
@@ -137,6 +130,22 @@ class PruneWidth(Pruning):
                 yield activation_scores([readers[number]], [gram.diagonal()])[0], gram
             else:
                 yield scores[number], gram
+
+
+def _cut(
+    mlp: Any, width: int, squares: Tensor, gram: Tensor | None, tokens: int, job: StageJob
+) -> float:
+    """Leave an MLP its most important neurons, re-fitted to their products over so many tokens
+    where these are known; returns the share of the importance that went."""
+    scores = squares.sqrt()
+    order = scores.argsort()
+    gone, kept = order[: len(scores) - width], order[len(scores) - width :].sort().values
+    weight = mlp.down_proj.weight.detach()
+    cut_neurons(mlp, sorted(gone.tolist()))
+    if gram is not None:
+        fitted = refitted(weight, kept, gram, tokens)
+        mlp.down_proj.weight.data = narrowed(fitted, weight, job)
+    return round(float(scores[gone].sum() / scores.sum()), 4)
 
 
 def _writers(mlp: Any) -> tuple[Tensor, ...]:
