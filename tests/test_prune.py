@@ -135,7 +135,7 @@ STAGES_THAT_PRUNE: dict[str, dict[str, Any]] = {
     "layers": {"use": "drop-layers", "count": 2},
     "greedy": {**GREEDY, "count": 1, "refit": False},
     "heads": {"use": "prune-heads", "count": 2},
-    "slopes": {"use": "prune-heads", "count": 2, "take": "queries", "importance": "taylor"},
+    "gradients": {"use": "prune-heads", "count": 2, "take": "queries", "importance": "taylor"},
     "width": {"use": "prune-width", "ratio": 0.3, "round_to": 8},
     "magnitude": {"use": "prune-width", "ratio": 0.3, "round_to": 8, "importance": "magnitude"},
     "hidden": {"use": "prune-hidden", "ratio": 0.25, "round_to": 4},

@@ -192,12 +192,14 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def load_as_stored(folder: Path) -> Any:
+def load_as_stored(folder: Path, widen: bool = False) -> Any:
     """The folder's model, which computes in float32 with its weights in the type that they are
-    stored in: as the file is mapped."""
+    stored in: as the file is mapped; `widen` takes them into float32, too."""
     from gateskip.quantization.as_stored import compute_in_float32
     from gateskip.quantization.folders import load_model
 
+    if widen:
+        return load_model(folder, "float32")
     return compute_in_float32(load_model(folder, stored_dtype(folder)))
 
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from compose.errors import UserError
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
-from compose.stages.memory import TRAINED, training_bytes
+from compose.stages.memory import AS_STORED, TRAINED, training_bytes
 from compose.stages.on_policy import OnPolicyText, as_settings, require_room
 from compose.stages.prompts import prompts_to_answer
 from gateskip.calibration.settings import DEFAULT_BUDGETS, Allocation, PromptOrder
@@ -262,7 +262,7 @@ class Gate(Stage):
 
     def held(self) -> float:
         """The model, its teacher, and what trains of it; or the file as it is mapped."""
-        return 2.0 if self._computes_as_stored() else TRAINED[self.backbone]
+        return AS_STORED if self._computes_as_stored() else TRAINED[self.backbone]
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
         """A training step, and what a warm start has of a block: logits that it differentiates,
@@ -284,12 +284,13 @@ class Gate(Stage):
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Gates beside the model: attach, fine-tune, calibrate; the backbone moves if asked."""
+        from compose.artifacts.packed_folder import load_as_stored
         from gateskip.checkpoint import GateFile, save_gates
         from gateskip.model.norms import has_folded_norms
         from gateskip.quantization.packed_linear import accelerate_linears
         from gateskip.training.loop import training_device
 
-        model = self._load(job)
+        model = load_as_stored(job.source, widen=not self._computes_as_stored())
         train, calibration = self._blocks(job)
         if self.backbone == "frozen":
             model.requires_grad_(False)
@@ -324,15 +325,6 @@ class Gate(Stage):
         """Whether the model stays in the type of its file. The engine decodes otherwise in bfloat16
         than in float32, and so does who writes text with it."""
         return self.backbone == "frozen" and self.on_policy is None and self.calibrate_on == "text"
-
-    def _load(self, job: StageJob) -> Any:
-        """The source model, which computes in float32."""
-        from compose.artifacts.packed_folder import load_as_stored
-        from gateskip.quantization.folders import load_model
-
-        if not self._computes_as_stored():
-            return load_model(job.source, "float32")
-        return load_as_stored(job.source)
 
     def _blocks(self, job: StageJob) -> tuple[Tensor, Tensor]:
         """Token blocks [N, length] to train on, and to calibrate on."""

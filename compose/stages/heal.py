@@ -146,7 +146,7 @@ class Heal(Stage):
         tokenizer = AutoTokenizer.from_pretrained(job.source)
         blocks = job.blocks("train", tokenizer, length, sequences + held)
         train, held_out = hold_out(blocks, held)
-        model = self._load(job)
+        model = load_as_stored(job.source, widen=not self._computes_as_stored())
         shared = {field.name for field in fields(HealConfig)} & set(type(self).model_fields)
         chosen = {name: getattr(self, name) for name in shared - {"on_policy"}}
         config = HealConfig(**chosen, seed=job.seed, on_policy=as_settings(self.on_policy))
@@ -167,15 +167,6 @@ class Heal(Stage):
         """Whether the model stays in the type of its file. The engine decodes otherwise in bfloat16
         than in float32, and so does who writes text with it."""
         return self.backbone == "lora" and self.on_policy is None
-
-    def _load(self, job: StageJob) -> Any:
-        """The model that learns, which computes in float32."""
-        from compose.artifacts.packed_folder import load_as_stored
-        from gateskip.quantization.folders import load_model
-
-        if self._computes_as_stored():
-            return load_as_stored(job.source)
-        return load_model(job.source, "float32")
 
     def _save(self, job: StageJob, model: Any) -> None:
         """Write what was healed; packed weights stay packed, and gates go along."""

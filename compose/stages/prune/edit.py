@@ -101,13 +101,9 @@ def model_and_blocks(job: StageJob, limit: int | None = None) -> tuple[Any, Tens
     from transformers import AutoTokenizer
 
     from compose.artifacts.packed_folder import load_as_stored
-    from gateskip.quantization.folders import load_model
 
     assert job.calibration is not None, "pruning reads the calibration split"
-    if thresholds_from_decoding(job.source):
-        model = load_model(job.source, "float32")
-    else:
-        model = load_as_stored(job.source)
+    model = load_as_stored(job.source, widen=thresholds_from_decoding(job.source))
     tokenizer = AutoTokenizer.from_pretrained(job.source)
     limit = min(job.calibration.limit, limit or job.calibration.limit)
     return model, job.blocks("calibration", tokenizer, limit=limit).to(model.device)

@@ -15,6 +15,7 @@ from compose.artifacts.folder import GRID_METHOD
 from compose.errors import RuleBroken, UserError
 from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJob, StoredBits
 from compose.stages.gate_transfer import carry_gates
+from compose.stages.memory import AS_STORED
 from compose.stages.quantize.grid_folder import (
     Stored,
     as_gptq,
@@ -165,7 +166,7 @@ class Integers(Stage):
         """The file as it is mapped, and what is rounded so far; bits by need hold the model in
         float32."""
         rounded = self._in_file(max(self.bits, 4)) / 8  # values and the embedding keep more bits
-        return 8.0 if self.allocate else 2.0 + rounded
+        return 8.0 if self.allocate else AS_STORED + rounded
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
         """The embedding in float32, or a layer and the widest second moments in it; bits by need
