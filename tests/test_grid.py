@@ -97,7 +97,7 @@ def test_compensation_lowers_the_outputs_error(bits: int, offset: str) -> None:
     """And each part of it does: GPTQ against plain rounding, refitting against GPTQ alone."""
     w, h = weight(48, 128, 3), moments(128)
     plain = round_to_grid(w, h.diagonal(), bits, 32, offset)  # type: ignore[arg-type]
-    gptq = round_compensated(w, h, Rounding(bits, 32, offset, rounds=0))  # type: ignore[arg-type]
+    gptq = round_compensated(w, h, Rounding(bits, 32, offset, sweeps=0))  # type: ignore[arg-type]
     full = round_compensated(w, h, Rounding(bits, 32, offset))  # type: ignore[arg-type]
     errors = [output_error(w, h, grid) for grid in (plain, gptq, full)]
     assert errors[1] < 0.95 * errors[0]

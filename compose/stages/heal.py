@@ -27,7 +27,7 @@ class Heal(Stage):
 
     role: ClassVar[Role] = "heal"
     on_gpu: ClassVar[bool] = True
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     reads_data: ClassVar[tuple[Split, ...]] = ("train",)
 
     use: Literal["heal"] = "heal"

@@ -4,8 +4,9 @@ What counts is the error of a layer's output, (W - Q) H (W - Q)^T with H the sec
 inputs. Columns are rounded one after another, and the columns still to come take over what each
 lost (GPTQ, arXiv 2210.17323, section 3). Groups are taken by falling input, each gets its range
 when its turn comes, from weights that have taken over earlier errors. Then the same error is
-lowered further with what GPTQ leaves alone: scales and minima by least squares for the codes found,
-and codes one column at a time for those scales (coordinate descent).
+lowered further with what GPTQ leaves alone, group after group with all others as they are: scale
+and minimum by least squares for the codes found, and codes one column at a time for those
+(coordinate descent).
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from gateskip.quantization.grid import Grid, Offset, exact_minimum, exact_scale
 from gateskip.quantization.rounding import round_to_grid
 
 DAMP = 0.01  # of the mean second moment, added to all
-ROUNDS = 2  # of least squares and descent after GPTQ
-SWEEPS = 2  # of descent over all columns in each
-AT_ONCE = 1 << 25  # numbers of the largest tensor of the least squares
+SWEEPS = 6  # over all groups after GPTQ
 HELD = 1e-4  # how strongly scales are held where the least squares leave them free
 
 
@@ -33,7 +32,7 @@ class Rounding:
     group: int = 32
     offset: Offset = "real"
     damp: float = DAMP
-    rounds: int = ROUNDS
+    sweeps: int = SWEEPS
 
 
 @torch.no_grad()
@@ -43,9 +42,7 @@ def round_compensated(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
     order = _by_input(moments.diagonal(), how.group)
     back = order.argsort()
     moments, ordered = moments[order.unsqueeze(1), order], weight.float()[:, order]
-    grid = _gptq(ordered, moments, how)
-    for _ in range(how.rounds):
-        grid = _descend(ordered, moments, _refit(ordered, moments, grid, how.offset))
+    grid = _descend(ordered, moments, _gptq(ordered, moments, how), how)
     groups = back[:: how.group] // how.group  # where each group went
     minimum = None if grid.minimum is None else grid.minimum[:, groups]
     return Grid(grid.codes[:, back], grid.scale[:, groups], minimum, how.bits)
@@ -79,21 +76,22 @@ def _gptq(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     upper = torch.linalg.cholesky(inverse, upper=True)
     del inverse  # a quarter of what a wide layer takes
-    grids, codes = [], torch.empty(left.shape, dtype=torch.uint8)
+    grids, codes = [], torch.empty_like(left, dtype=torch.uint8)
     for first in range(0, len(left), how.group):
         last = first + how.group
         here, part = upper[first:last, first:last], left[first:last]
         needs = here.diagonal().square().reciprocal()
         grid = round_to_grid(part.T, needs, how.bits, how.group, how.offset)
         grids.append(grid)
-        steps = _Steps.of(grid, 0)
+        scale, lowest = grid.scale[:, 0].contiguous(), _lowest(grid)[:, 0]
+        steps = _Steps.of(scale, lowest, grid)
         errors = torch.empty_like(part)
         for i in range(how.group):
             code, value = steps.nearest(part[i])
             codes[first + i] = code
             errors[i] = (part[i] - value) / here[i, i]
-            part[i + 1 :] -= torch.outer(here[i, i + 1 :], errors[i])
-        left[last:] -= upper[first:last, last:].T @ errors
+            part[i + 1 :].addr_(here[i, i + 1 :], errors[i], alpha=-1)
+        left[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
     minima = [grid.minimum for grid in grids if grid.minimum is not None]
     return Grid(
         codes.T.contiguous(),
@@ -115,11 +113,10 @@ class _Steps:
     most: int
 
     @classmethod
-    def of(cls, grid: Grid, group: int) -> _Steps:
-        scale = grid.scale[:, group].contiguous()
+    def of(cls, scale: Tensor, lowest: Tensor, grid: Grid) -> _Steps:
         inverse = torch.where(scale == 0, torch.zeros_like(scale), scale.reciprocal())
         least = int(grid.minimum is None)  # a symmetric grid leaves its lowest code out
-        return cls(scale, inverse, _lowest(grid)[:, group], least, (1 << grid.bits) - 1)
+        return cls(scale, inverse, lowest, least, (1 << grid.bits) - 1)
 
     def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The codes nearest to weights [n], as floats, and their values."""
@@ -132,75 +129,70 @@ def _lowest(grid: Grid) -> Tensor:
     return -grid.middle * grid.scale if grid.minimum is None else grid.minimum
 
 
-def _descend(weight: Tensor, moments: Tensor, grid: Grid, sweeps: int = SWEEPS) -> Grid:
-    """Codes chosen again column by column, all others as they are: the error only falls."""
-    left, values = weight.T.contiguous(), grid.weight().T.contiguous()  # [k, n]
+def _descend(weight: Tensor, moments: Tensor, grid: Grid, how: Rounding) -> Grid:
+    """Group after group: scale and minimum for its codes, then its codes column by column, all
+    others as they are. Every step lowers the error, but for what exact numbers cost scales."""
+    lost = (weight - grid.weight()).T.contiguous()  # [k, n]: a column of weights lies together
     codes = grid.codes.T.contiguous()
-    steps = [_Steps.of(grid, group) for group in range(grid.scale.shape[1])]
+    scale, lowest = grid.scale.T.contiguous(), _lowest(grid).T.contiguous()  # [groups, n]
+    zeros = _zero_codes(grid, how.offset)
     curves = moments.diagonal().reciprocal()
-    for _ in range(sweeps):
-        for number, step in enumerate(steps):
-            first, last = number * grid.group, (number + 1) * grid.group
-            here = moments[first:last, first:last]
+    for _ in range(how.sweeps):
+        for number, zero in enumerate(zeros):
+            part = slice(number * grid.group, (number + 1) * grid.group)
+            here, chosen = moments[part, part], codes[part].float()
+            values = chosen * scale[number] + lowest[number]  # [group, n]
+            weights = lost[part] + values
             # half the slope of the error in each value of the group: what its columns still want
-            want = moments[first:last] @ (left - values)  # [group, n]
+            want = (moments[part] @ lost).addmm_(here, values)  # were the group's values zero
+            held = scale[number], lowest[number]
+            scale[number], lowest[number] = _line(chosen, here, want, held, zero, grid.bits)
+            values = chosen * scale[number] + lowest[number]
+            want.addmm_(here, values, alpha=-1)
+            steps = _Steps.of(scale[number], lowest[number], grid)
             for i in range(grid.group):
-                old = values[first + i]
-                code, new = step.nearest(old + want[i] * curves[first + i])
-                want[i + 1 :] -= torch.outer(here[i + 1 :, i], new - old)
-                values[first + i], codes[first + i] = new, code
-    return Grid(codes.T.contiguous(), grid.scale, grid.minimum, grid.bits)
+                old = values[i].clone()
+                code, new = steps.nearest(old + want[i] * curves[part][i])
+                want[i + 1 :].addr_(here[i + 1 :, i], new - old, alpha=-1)
+                values[i], codes[part][i] = new, code
+            lost[part] = weights - values
+    minimum = None if grid.minimum is None else lowest.T.contiguous()
+    return Grid(codes.T.contiguous(), scale.T.contiguous(), minimum, grid.bits)
 
 
-def _refit(weight: Tensor, moments: Tensor, grid: Grid, offset: Offset) -> Grid:
-    """Scales and minima of least error for the codes as they are; integer zero points stay."""
-    zero = None if offset != "integer" else grid.zero_points()
-    columns = grid.codes.float().unflatten(1, (-1, grid.group))  # [n, groups, group]
-    if grid.minimum is None:
-        columns = columns - grid.middle
-    elif zero is not None:
-        columns = columns - zero.unsqueeze(2)
-    bases = [columns] if offset != "real" else [columns, torch.ones_like(columns)]
-    known = [grid.scale] if offset != "real" else [grid.scale, _lowest(grid)]
-    found = _least_squares(weight, moments, bases, torch.cat(known, 1))
-    scale = exact_scale(found[:, : grid.scale.shape[1]].clamp_min(0))
+def _zero_codes(grid: Grid, offset: Offset) -> list[Tensor | None]:
+    """Group by group the codes [n] that stand for zero and stay; None where a minimum is free."""
+    groups = range(grid.scale.shape[1])
     if offset == "real":
-        minimum = exact_minimum(found[:, grid.scale.shape[1] :], scale, grid.bits)
-        return Grid(grid.codes, scale, minimum, grid.bits)
-    return Grid(grid.codes, scale, None if zero is None else -zero * scale, grid.bits)
+        return [None for _ in groups]
+    middle = torch.full_like(grid.scale, grid.middle)
+    zeros = middle if grid.minimum is None else grid.zero_points()
+    return [zeros[:, group].contiguous() for group in groups]
 
 
-def _least_squares(weight: Tensor, moments: Tensor, bases: list[Tensor], known: Tensor) -> Tensor:
-    """Factors [n, bases * groups] of columns [n, groups, group] that come nearest to weights.
-
-    The normal equations of each row; they hold what the moments leave free at the values `known`.
-    """
-    solved = [
-        _solved(weight[rows], moments, [base[rows] for base in bases], known[rows])
-        for rows in _chunks(bases[0])
-    ]
-    return torch.cat(solved)
-
-
-def _chunks(base: Tensor) -> list[slice]:
-    """Rows [n] of [n, groups, group] that are solved at a time, within some 200 MB."""
-    n, groups, group = base.shape
-    step = max(1, AT_ONCE // (groups * groups * group))
-    return [slice(first, first + step) for first in range(0, n, step)]
-
-
-def _solved(weight: Tensor, moments: Tensor, bases: list[Tensor], known: Tensor) -> Tensor:
-    """The same for rows that fit into memory at once."""
-    groups, group = bases[0].shape[1:]
-    blocks = moments.view(groups, group, -1)  # [groups, group, k]
-    wanted = (weight @ moments).unflatten(1, (groups, group))
-    right = torch.cat([(wanted * base).sum(2) for base in bases], 1)  # [n, bases * groups]
-    parts = []
-    for base in bases:
-        seen = torch.einsum("ngi,gik->ngk", base, blocks).unflatten(2, (groups, group))
-        parts.append(torch.cat([(seen * other.unsqueeze(1)).sum(3) for other in bases], 2))
-    left = torch.cat(parts, 1)  # [n, bases * groups, bases * groups]
-    hold = HELD * left.diagonal(dim1=1, dim2=2).clamp_min(1e-12)
-    left = left + torch.diag_embed(hold)
-    found: Tensor = torch.linalg.solve(left, right + hold * known)
-    return found
+def _line(
+    codes: Tensor,
+    moments: Tensor,
+    want: Tensor,
+    known: tuple[Tensor, Tensor],
+    zero: Tensor | None,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    """Scale and lowest value [n] of least error for codes [group, n]: least squares under moments
+    [group, group], to which `want` [group, n] is the right side. What moments leave free is held at
+    the values `known`. A code `zero` [n] that stands for zero leaves the scale alone free."""
+    scale, lowest = known
+    signed = codes if zero is None else codes - zero
+    seen = moments @ signed
+    both = (signed * seen).sum(0)  # the normal equations: signed codes, and ones
+    hold = HELD * both.clamp_min(1e-12)
+    both, right = both + hold, (signed * want).sum(0) + hold * scale
+    if zero is not None:
+        scale = exact_scale((right / both).clamp_min(0))
+        return scale, -zero * scale
+    mixed, ones = seen.sum(0), moments.sum()
+    right_ones = want.sum(0) + HELD * ones * lowest
+    ones = ones * (1 + HELD)
+    free = (right * ones - right_ones * mixed) / (both * ones - mixed.square())
+    scale = exact_scale(free.clamp_min(0))
+    return scale, exact_minimum((right_ones - mixed * scale) / ones, scale, bits)

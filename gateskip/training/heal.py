@@ -17,7 +17,7 @@ from gateskip.quantization.as_stored import heads_in_float32
 from gateskip.training.cast_once import cast_once
 from gateskip.training.grids import PACE
 from gateskip.training.loop import Loop, Row, adapt, precision, training_device
-from gateskip.training.objectives import distill_loss, in_chunks
+from gateskip.training.objectives import CHUNK, distill_loss, in_chunks
 from gateskip.training.recipe import PACKED, HealConfig
 from gateskip.training.rollouts import Write, rollout_writer
 from gateskip.training.scales import places
@@ -168,12 +168,17 @@ class _Healing(Loop):
     def _validated(self, row: Row, blocks: Tensor) -> Row:
         """The row with the mean KL on held-out blocks [M, S]; the best weights are remembered."""
         total = 0.0
-        with torch.no_grad(), self.accelerator.autocast():
+        with (
+            torch.no_grad(),
+            self.accelerator.autocast(),
+            heads_in_float32(self.model, self.teacher),
+        ):
             for part in blocks.to(self.accelerator.device).split(1):
-                target = head(self.teacher, self._hidden(backbone(self.teacher), part))
-                total += float(
-                    distill_loss(head(self.model, self._hidden(self.body, part)), target)
-                )
+                hidden = self._hidden(self.body, part).flatten(0, 1).split(CHUNK)
+                dense = self._hidden(backbone(self.teacher), part).flatten(0, 1).split(CHUNK)
+                for near, far in zip(hidden, dense, strict=True):
+                    loss = distill_loss(head(self.model, near), head(self.teacher, far))
+                    total += float(loss) * len(near) / part.numel()
         row = row | {"valid": total / len(blocks)}
         best = best_row(self.curve)
         if best is None or row["valid"] < best["valid"]:
