@@ -289,11 +289,21 @@ class Entry(ctypes.Structure):
     )
 
 
+class GroupSteps(ctypes.Structure):
+    """What one group of columns of a weight can be."""
+
+    _fields_ = (
+        *((name, Pointer) for name in ("scale", "inverse", "lowest")),
+        *((name, Int) for name in ("n", "group", "least", "most", "threads")),
+    )
+
+
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     each.__name__: each
     for each in (
         *(Matrix, Norm, Shortcut, Layer, Model, CacheView),
         *(Step, Sampling, Embedding, DraftNetwork, Draft, Round, Speculation, PromptRows, Entry),
+        GroupSteps,
     )
 }
 _SCALARS: dict[str, Any] = {

@@ -150,6 +150,31 @@ def prompt_attention_branch(
     return found
 
 
+# -- rounding a group of columns --------------------------------------------------------------
+
+
+def round_columns(
+    steps: abi.GroupSteps, upper: Tensor, left: Tensor, codes: Tensor, errors: Tensor
+) -> None:
+    """Nearest codes, uint8 [group, n], of columns left [group, n] one after the other, into `codes`
+    and what they lose into `errors`: see the header."""
+    at = map(_at, (upper, left, codes, errors))
+    _library().gateskip_round_columns(ctypes.byref(steps), *at)
+
+
+def descend_columns(
+    steps: abi.GroupSteps,
+    moments: Tensor,
+    curves: Tensor,
+    want: Tensor,
+    codes: Tensor,
+    values: Tensor,
+) -> None:
+    """Better codes, uint8 [group, n], and their values [group, n], in place: see the header."""
+    at = map(_at, (moments, curves, want, codes, values))
+    _library().gateskip_descend_columns(ctypes.byref(steps), *at)
+
+
 # -- whole tokens -----------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gateskip.quantization.columns import Steps, descend_columns, round_columns
 from gateskip.quantization.grid import Grid, Offset, exact_minimum, exact_scale
 from gateskip.quantization.rounding import round_to_grid
 
@@ -83,14 +84,8 @@ def _gptq(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
         needs = here.diagonal().square().reciprocal()
         grid = round_to_grid(part.T, needs, how.bits, how.group, how.offset)
         grids.append(grid)
-        scale, lowest = grid.scale[:, 0].contiguous(), _lowest(grid)[:, 0]
-        steps = _Steps.of(scale, lowest, grid)
-        errors = torch.empty_like(part)
-        for i in range(how.group):
-            code, value = steps.nearest(part[i])
-            codes[first + i] = code
-            errors[i] = (part[i] - value) / here[i, i]
-            part[i + 1 :].addr_(here[i, i + 1 :], errors[i], alpha=-1)
+        steps = Steps.of(grid.scale[:, 0], _lowest(grid)[:, 0], how.bits, how.offset == "none")
+        codes[first:last], errors = round_columns(part, here, steps)
         left[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
     minima = [grid.minimum for grid in grids if grid.minimum is not None]
     return Grid(
@@ -99,29 +94,6 @@ def _gptq(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
         torch.cat(minima, 1) if minima else None,
         how.bits,
     )
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """The values of one group of columns, for all rows [n]."""
-
-    scale: Tensor
-    inverse: Tensor
-    lowest: Tensor
-    """What code 0 stands for."""
-    least: int
-    most: int
-
-    @classmethod
-    def of(cls, scale: Tensor, lowest: Tensor, grid: Grid) -> _Steps:
-        inverse = torch.where(scale == 0, torch.zeros_like(scale), scale.reciprocal())
-        least = int(grid.minimum is None)  # a symmetric grid leaves its lowest code out
-        return cls(scale, inverse, lowest, least, (1 << grid.bits) - 1)
-
-    def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The codes nearest to weights [n], as floats, and their values."""
-        code = ((weight - self.lowest) * self.inverse).round_().clamp_(self.least, self.most)
-        return code, code * self.scale + self.lowest
 
 
 def _lowest(grid: Grid) -> Tensor:
@@ -136,7 +108,6 @@ def _descend(weight: Tensor, moments: Tensor, grid: Grid, how: Rounding) -> Grid
     codes = grid.codes.T.contiguous()
     scale, lowest = grid.scale.T.contiguous(), _lowest(grid).T.contiguous()  # [groups, n]
     zeros = _zero_codes(grid, how.offset)
-    curves = moments.diagonal().reciprocal()
     for _ in range(how.sweeps):
         for number, zero in enumerate(zeros):
             part = slice(number * grid.group, (number + 1) * grid.group)
@@ -149,12 +120,8 @@ def _descend(weight: Tensor, moments: Tensor, grid: Grid, how: Rounding) -> Grid
             scale[number], lowest[number] = _line(chosen, here, want, held, zero, grid.bits)
             values = chosen * scale[number] + lowest[number]
             want.addmm_(here, values, alpha=-1)
-            steps = _Steps.of(scale[number], lowest[number], grid)
-            for i in range(grid.group):
-                old = values[i].clone()
-                code, new = steps.nearest(old + want[i] * curves[part][i])
-                want[i + 1 :].addr_(here[i + 1 :, i], new - old, alpha=-1)
-                values[i], codes[part][i] = new, code
+            steps = Steps.of(scale[number], lowest[number], grid.bits, how.offset == "none")
+            descend_columns(values, codes[part], want, here, steps)
             lost[part] = weights - values
     minimum = None if grid.minimum is None else lowest.T.contiguous()
     return Grid(codes.T.contiguous(), scale.T.contiguous(), minimum, grid.bits)

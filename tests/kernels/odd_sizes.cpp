@@ -473,11 +473,31 @@ void attention() {
     }
 }
 
+void rounding() {
+  for (int n : {1, 16, 21, 48})
+    for (int group : {32, 128}) {
+      const std::vector<float> scale(n, 0.25f), inverse(n, 4.0f), lowest(n, -2.0f), curves(group, 1.0f);
+      std::vector<float> unit(size_t(group) * group), left(size_t(group) * n), errors(left.size()), values(left.size());
+      for (int i = 0; i < group; i++) unit[size_t(i) * group + i] = 1.0f;
+      for (size_t i = 0; i < left.size(); i++) left[i] = float(i % 16) * 0.25f - 2.0f + 0.1f;
+      std::vector<uint8_t> codes(left.size());
+      const GroupSteps steps{scale.data(), inverse.data(), lowest.data(), n, group, 0, 15, 3};
+      gateskip_round_columns(&steps, unit.data(), left.data(), codes.data(), errors.data());
+      for (size_t i = 0; i < left.size(); i++)
+        check(codes[i] == i % 16 && near(errors[i], 0.1f, 1e-5f), "nearest code", n, group, int(i));
+      std::fill(codes.begin(), codes.end(), uint8_t(0));
+      gateskip_descend_columns(&steps, unit.data(), curves.data(), left.data(), codes.data(), values.data());
+      for (size_t i = 0; i < left.size(); i++)
+        check(codes[i] == i % 16 && near(values[i], left[i] - 0.1f, 1e-5f), "descent", n, group, int(i));
+    }
+}
+
 }  // namespace
 
 int main() {
   check(gateskip_abi_version() == GATESKIP_ABI_VERSION, "version", 0, 0, 0);
   check(gateskip_struct_size("Layer") == int64_t(sizeof(Layer)) && gateskip_struct_size("other") == -1, "sizes", 0, 0, 0);
+  rounding();
   if (gateskip_has_decoder()) {
     products();
     between_products();

@@ -17,7 +17,7 @@ int64_t gateskip_struct_size(const char* name) {
       {"Step", sizeof(Step)},     {"Draft", sizeof(Draft)}, {"Sampling", sizeof(Sampling)},
       {"Embedding", sizeof(Embedding)}, {"DraftNetwork", sizeof(DraftNetwork)},
       {"Round", sizeof(Round)},   {"Speculation", sizeof(Speculation)}, {"PromptRows", sizeof(PromptRows)},
-      {"Entry", sizeof(Entry)},
+      {"Entry", sizeof(Entry)},   {"GroupSteps", sizeof(GroupSteps)},
   };
   for (const auto& each : sizes)
     if (!std::strcmp(each.name, name)) return each.size;

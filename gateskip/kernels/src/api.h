@@ -11,7 +11,7 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 13 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 14 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
@@ -292,6 +292,18 @@ typedef struct Entry {
   const float* bias;     /* [H] */
 } Entry;
 
+/* What one group of columns can be, for each of n rows of a weight: `scale * code + lowest`. */
+typedef struct GroupSteps {
+  const float* scale;   /* [n] */
+  const float* inverse; /* [n]: 1 / scale, 0 where that is 0 */
+  const float* lowest;  /* [n] */
+  int32_t n;
+  int32_t group; /* columns, at most 128 */
+  int32_t least; /* code */
+  int32_t most;
+  int32_t threads;
+} GroupSteps;
+
 /* Memory that the calls of one model use again and again; not for two calls at a time. */
 typedef struct Arena Arena;
 
@@ -316,6 +328,17 @@ void gateskip_unpack(const uint8_t* codes, const float* scale, const float* offs
                      int32_t n, int32_t k, int32_t group, int32_t bf16, void* out, int32_t threads);
 /* rows [count, H] of tokens */
 void gateskip_embed(const Embedding* embedding, const int32_t* tokens, int32_t count, float* out);
+
+/* -- rounding a group of columns, one after the other: rounding.cpp -- */
+
+/* nearest codes [group, n] of columns left [group, n]; what each loses, over upper's diagonal, goes into errors
+ * [group, n], and the later columns take it over by upper [group, group] */
+void gateskip_round_columns(const GroupSteps* steps, const float* upper, const float* left, uint8_t* codes,
+                            float* errors);
+/* better codes [group, n] for values [group, n], which become theirs; `want` [group, n] is half the slope of the error
+ * in each, moments [group, group] are its curvature, and `curves` [group] 1 over their diagonal */
+void gateskip_descend_columns(const GroupSteps* steps, const float* moments, const float* curves, const float* want,
+                              uint8_t* codes, float* values);
 
 /* -- whole tokens: decoder.cpp, draft.cpp, products.cpp -- */
 
