@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -41,6 +41,8 @@ ROUNDINGS = (64, 32, 16, 8, 4, 2, 1)
 
 class PruneHidden(Pruning):
     """Remove the least important channels of the residual stream from all weights that touch it."""
+
+    version: ClassVar[int] = 2
 
     use: Literal["prune-hidden"] = "prune-hidden"
     """The stage's name."""
@@ -99,11 +101,11 @@ class PruneHidden(Pruning):
         return "take a smaller ratio, or prune-width"
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """What is kept of all weights, products of the channels with each other, two a layer, and
-        what all pruning works on."""
+        """Products of the channels, two a layer, and what all pruning works on; then what is kept
+        of all weights."""
         kept = AS_STORED * (1 - self.ratio) * shape.weights
         fit = 8.0 * shape.num_layers * shape.hidden_size**2 if self.refit else 0.0
-        return kept + fit + super().worked_on(shape, length)
+        return max(kept, fit + super().worked_on(shape, length))
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """A narrower residual stream; heads keep their width."""
@@ -124,10 +126,9 @@ class PruneHidden(Pruning):
         scores = torch.stack([squares / squares.sum() for squares in every]).mean(0)
         kept = scores.argsort(descending=True)[:size].sort().values
         factors = norm_factors(model, kept, blocks, job)
-        fitted = [] if grams is None else _fitted(inside, kept, grams, blocks.numel(), job)
+        if grams is not None:
+            _refit(inside, kept, grams, blocks.numel(), job)
         cut_channels(model, kept, factors)
-        for linear, weight in zip(inside, fitted, strict=False):
-            linear.weight.data = weight
         model.config.head_dim = shape.head_dim  # no longer hidden size over heads
         loss = {"before": before, "after": text_loss(model, blocks)}
         save_pruned(model, job)
@@ -139,13 +140,17 @@ class PruneHidden(Pruning):
         }
 
 
-def _fitted(
+def _refit(
     linears: list[Any], kept: Tensor, grams: list[Tensor], tokens: int, job: StageJob
-) -> list[Tensor]:
-    """Re-fitted weights of the layers that read the residual stream, for the channels `kept`."""
-    weights = [linear.weight.detach() for linear in linears]
-    pairs = zip(weights, grams, strict=False)  # the last product is the LM head's
-    return [narrowed(refitted(old, kept, gram, tokens), old, job) for old, gram in pairs]
+) -> None:
+    """Re-fit the layers that read the residual stream for the channels `kept`, one after another;
+    each product goes once its layers are fitted."""
+    from torch import nn
+
+    for linear in linears:  # the last product is the LM head's
+        old = linear.weight.detach()
+        linear.weight = nn.Parameter(narrowed(refitted(old, kept, grams.pop(0), tokens), old, job))
+        linear.in_features = len(kept)
 
 
 def readers(model: Any) -> Iterator[Any]:
@@ -172,7 +177,9 @@ def norm_factors(model: Any, kept: Tensor, blocks: Tensor, job: StageJob) -> lis
     """
     import torch
 
-    norms = residual_norms(model)
+    from gateskip.model.families import backbone
+
+    norms, body = residual_norms(model), backbone(model)
     total = [0.0] * len(norms)
 
     def watch(number: int) -> Any:
@@ -186,12 +193,13 @@ def norm_factors(model: Any, kept: Tensor, blocks: Tensor, job: StageJob) -> lis
 
     hooks: list[Hook] = [norm.register_forward_pre_hook(watch(i)) for i, norm in enumerate(norms)]
     with torch.inference_mode():
-        run_hooked(lambda block: model(block, use_cache=False), blocks, hooks, job, "norms")
+        run_hooked(lambda block: body(block, use_cache=False), blocks, hooks, job, "norms")
     return [value / len(blocks) for value in total]
 
 
 def cut_channels(model: Any, kept: Tensor, factors: list[float]) -> None:
-    """Leave these channels of the residual stream; norms are scaled by `factors`, one each."""
+    """Leave these channels of the residual stream, where layers do not have them alone by now;
+    norms are scaled by `factors`, one each."""
     from torch import nn
 
     from gateskip.model.families import backbone
@@ -205,7 +213,7 @@ def cut_channels(model: Any, kept: Tensor, factors: list[float]) -> None:
         _scale_norm(residual_norms(model)[-1], slice(None), 1 / grown)
     for layer in backbone(model).layers:
         for name, part in layer.named_modules():
-            if name.endswith(READERS):
+            if name.endswith(READERS) and part.in_features > len(kept):
                 keep_columns(part, kept)
             elif name.endswith(WRITERS):
                 keep_rows(part, kept)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Importance = Literal["activation", "magnitude", "taylor"]
 GRADIENT_BLOCKS = 16  # calibration blocks that gradients are taken on
+AT_ONCE = 1 << 26  # weights in float32
 
 
 def activation_scores(readers: list[Any], squares: list[Tensor], group: int = 1) -> list[Tensor]:
@@ -27,7 +28,7 @@ def activation_scores(readers: list[Any], squares: list[Tensor], group: int = 1)
     are the activations' mean squares, [in] a reader.
     """
     return [
-        _by_group(square * reader.weight.detach().float().square().sum(0), group)
+        _by_group(square * _column_squares(reader.weight), group)
         for square, reader in zip(squares, readers, strict=True)
     ]
 
@@ -80,10 +81,17 @@ def magnitude_scores(reader: Any, writers: list[Tensor], group: int = 1) -> Tens
 
     `writers` [N, ...] are the weights that compute the N channels which the layer `reader` reads.
     """
-    squares: Tensor = reader.weight.detach().float().square().sum(0)
+    squares = _column_squares(reader.weight)
     for weight in writers:
         squares = squares + weight.detach().float().square().sum(1)
     return _by_group(squares, group)
+
+
+def _column_squares(weight: Tensor) -> Tensor:
+    """Sums of squares [in] over the rows of weights [out, in], of a large LM head in parts."""
+    rows = max(1, AT_ONCE // weight.shape[1])
+    total: Tensor = sum(part.float().square().sum(0) for part in weight.detach().split(rows))
+    return total
 
 
 def _by_group(channels: Tensor, group: int) -> Tensor:
