@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gateskip.kernels.autotune import bfloat16_is_faster
+from gateskip.kernels.autotune import is_fast_in_bfloat16
 from gateskip.model.families import backbone
 from gateskip.model.progress import Progress
 from gateskip.quantization.packed_linear import DenseLinear, PackedLinear
@@ -38,9 +38,7 @@ def precision(asked: str) -> str:
     """Mixed precision as accelerate names it. `auto` is bf16 where that is faster, else `no`."""
     if asked != "auto":
         return asked
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if bfloat16_is_faster() else "no"
+    return "bf16" if is_fast_in_bfloat16(training_device().type) else "no"
 
 
 def training_device() -> torch.device:

@@ -10,7 +10,6 @@ added to the residual stream.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from compose.stages.base import StageJob
@@ -22,20 +21,13 @@ if TYPE_CHECKING:
 RIDGE_PER_INPUT = 4.0  # over the number of tokens of a fit (docs/experiments.md)
 
 
-def _fast_products(device: str) -> AbstractContextManager[Any]:
-    """Within this context a model multiplies in bfloat16 where that is faster."""
-    import torch
-
-    from gateskip.training.loop import precision
-
-    return torch.autocast(device, torch.bfloat16, enabled=precision("auto") == "bf16")
-
-
 def run_text(model: Any, blocks: Tensor, hooks: list[Hook], job: StageJob, note: str) -> None:
     """Run a model once over blocks [N, S], without gradients, and remove the hooks afterwards."""
     import torch
 
-    with torch.inference_mode(), _fast_products(blocks.device.type):
+    from gateskip.kernels.autotune import fast_products
+
+    with torch.inference_mode(), fast_products(blocks.device.type):
         run_hooked(lambda block: model(block, use_cache=False), blocks, hooks, job, note)
 
 
@@ -82,11 +74,12 @@ def grams_by_layer(
     """
     import torch
 
+    from gateskip.kernels.autotune import fast_products
     from gateskip.model.families import backbone
     from gateskip.quantization.layerwise import enter, run_layer
 
     device = blocks.device.type
-    with torch.inference_mode(), _fast_products(device):
+    with torch.inference_mode(), fast_products(device):
         hidden, settings = enter(model, blocks, batch=1)
     layers = list(backbone(model).layers)
     for number, (layer, reader) in enumerate(zip(layers, readers, strict=True)):
@@ -97,7 +90,7 @@ def grams_by_layer(
             gram.addmm_(rows.T, rows)
 
         hook = reader.register_forward_pre_hook(add)
-        with torch.inference_mode(), _fast_products(device):
+        with torch.inference_mode(), fast_products(device):
             for place, states in enumerate(hidden):
                 hidden[place] = run_layer(layer, states, settings[number])
         hook.remove()
