@@ -44,12 +44,13 @@ def growth(parameters: dict[str, Any], first: StageJob, then: StageJob) -> int:
     ("most", "parameters"),
     [
         (6.0, {"use": "int4", "compensate": False}),
+        (7.0, {"use": "int4"}),
         (6.9, {"use": "gate", "steps": 0, "backbone": "frozen", "length": 32}),
         (6.9, {"use": "prune-width", "ratio": 0.2}),
         (5.0, {"use": "prune-hidden", "ratio": 0.2, "round_to": 32}),
         (6.9, {"use": "heal", "backbone": "lora", "steps": 1, "checkpointing": True}),
     ],
-    ids=["int4", "gate", "narrow", "hidden", "heal"],
+    ids=["int4-alone", "int4", "gate", "narrow", "hidden", "heal"],
 )
 def test_no_second_copy_of_the_weights(
     most: float,
