@@ -24,12 +24,13 @@ from compose.execution.costs import (  # noqa: E402
 from compose.execution.disk import WIDTHS  # noqa: E402
 from compose.execution.estimate import folder_size, seconds_of  # noqa: E402
 from compose.execution.needs import FOLDERS_HELD, PROCESS_BYTES  # noqa: E402
+from compose.language.parse import load_pipeline  # noqa: E402
 from compose.language.schema import Pipeline  # noqa: E402
 from compose.planning.plan import SOURCE, speculates  # noqa: E402
 from compose.planning.planner import make_plan  # noqa: E402
 from compose.results.io import load_results  # noqa: E402
 from compose.results.schema import Results  # noqa: E402
-from compose.stages.registry import STAGES, DataSpec, ModelShape  # noqa: E402
+from compose.stages.registry import STAGES, ModelShape  # noqa: E402
 
 PUBLISHED = ROOT / "reports" / "published" / "quickstart" / "results.json"
 PAGE = ROOT / "docs" / "scale.md"
@@ -39,17 +40,15 @@ SMALL = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, tie_embeddings=True)
 """SmolLM2-135M, on which the costs were measured."""
 LARGE = ModelShape("llama", 8192, 28672, 80, 64, 8, 128, 128256, tie_embeddings=False)
 """The sizes of Llama 3 70B."""
-DATA = {
-    "train": {"source": "calibration-text", "limit": 100, "length": 256},
-    "calibration": {"source": "calibration-text", "limit": 48, "length": 256},
-}
+DATA = load_pipeline(ROOT / "pipelines" / "quickstart.yaml").data
 """As much text as quickstart has."""
 
 
 def published_costs(results: Results) -> list[Cost]:
     """What each step and cell of the published run took."""
     found: dict[str, Cost] = {}
-    data = {split: DataSpec.model_validate(each) for split, each in DATA.items()}
+    assert DATA.train is not None and DATA.calibration is not None, "quickstart has both"
+    data = {"train": DATA.train, "calibration": DATA.calibration}
     for cell in results.measured:
         uses = {step.name: step for step in cell.steps or ()}
         for name, seconds in (cell.step_seconds or {}).items():
@@ -97,7 +96,7 @@ def matrix(results: Results) -> Pipeline:
             "schema": 1,
             "name": "scale",
             "model": {"source": "llama-70b", "dtype": "bfloat16"},
-            "data": DATA,
+            "data": DATA.model_dump(),
             "stages": stages | gates | decode,
             "matrix": {
                 "gate": ("none", *gates),
