@@ -193,12 +193,37 @@ def test_a_layer_that_is_not_there_is_refused(quantize: Callable[..., Made]) -> 
         quantize(use="gptq", group_size=32, mixed={"downproj": 8})
 
 
-@pytest.mark.parametrize(
-    "stage", [{"use": "gptq", "group_size": 32}, {"use": "bnb", "format": "nf4"}]
-)
-def test_layers_may_be_placed_by_accelerate(
-    stage: dict[str, Any], quantize: Callable[..., Made]
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+def test_gptq_from_the_file_is_that_of_the_whole_model(
+    family: str,
+    make_tiny: Callable[..., Path],
+    quantize: Callable[..., Made],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """One layer at a time or through optimum, which holds the model: the same tensors."""
+    from compose.stages.quantize import gptq
+
+    by_layer, record = quantize(make_tiny(family), use="gptq")
+    monkeypatch.setattr(gptq, "UNKNOWN", (family,))
+    whole, again = quantize(make_tiny(family), use="gptq")
+    assert settings(whole)["meta"]["quantizer"][0].startswith("optimum")
+    first, second = (load_file(folder / "model.safetensors") for folder in (by_layer, whole))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert record == again
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox"])
+def test_gptq_of_what_gptqmodel_does_not_know(
+    family: str, make_tiny: Callable[..., Path], quantize: Callable[..., Made]
+) -> None:
+    folder, record = quantize(make_tiny(family), use="gptq")
+    assert 0 < mean(record) < 0.2
+    assert load_model(folder, "float32")(probe_ids(folder)).logits.isfinite().all()
+
+
+def test_layers_may_be_placed_by_accelerate(quantize: Callable[..., Made]) -> None:
+    stage = {"use": "bnb", "format": "nf4"}
     placed, whole = (quantize(**stage, **more)[0] for more in ({"device_map": "auto"}, {}))
     first, second = (load_file(folder / "model.safetensors") for folder in (placed, whole))
     assert first.keys() == second.keys()

@@ -49,8 +49,9 @@ def growth(parameters: dict[str, Any], first: StageJob, then: StageJob) -> int:
         (6.9, {"use": "prune-width", "ratio": 0.2}),
         (5.0, {"use": "prune-hidden", "ratio": 0.2, "round_to": 32}),
         (6.9, {"use": "heal", "backbone": "lora", "steps": 1, "checkpointing": True}),
+        (6.0, {"use": "gptq"}),
     ],
-    ids=["int4-alone", "int4", "gate", "narrow", "hidden", "heal"],
+    ids=["int4-alone", "int4", "gate", "narrow", "hidden", "heal", "gptq"],
 )
 def test_no_second_copy_of_the_weights(
     most: float,

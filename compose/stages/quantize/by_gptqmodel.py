@@ -1,8 +1,9 @@
-"""GPTQ by gptqmodel itself: other bits for some layers or for the LM head, and FOEM.
+"""GPTQ by gptqmodel itself, which reads one layer at a time from the model's file.
 
-optimum, through which all else goes, has no word for them. gptqmodel writes what differs into the
-quantization config as `dynamic`, which vLLM and SGLang read as well. FOEM (first-order error
-compensation, AAAI 2026) is an option of its GPTQ, and leaves nothing in the checkpoint.
+optimum, which calls gptqmodel too, holds the whole model, and has no word for other bits of some
+layers or of the LM head, nor for FOEM. gptqmodel writes what differs into the quantization config
+as `dynamic`, which vLLM and SGLang read as well. FOEM (first-order error compensation, AAAI 2026)
+is an option of its GPTQ, and leaves nothing in the checkpoint.
 """
 
 from __future__ import annotations

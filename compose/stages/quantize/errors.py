@@ -15,14 +15,20 @@ def layer_errors(job: StageJob, blocks: Tensor) -> dict[str, float]:
     """Relative error of every packed layer's output: its name -> ||y' - y|| / ||y||.
 
     Both see what the source model gives the layer on token ids [N, S], so that errors do not add
-    up from layer to layer; y' is computed by the layer as it loads from `job.target`.
+    up from layer to layer; y' is computed by the layer as it loads from `job.target`. Source
+    weights become float32 for one product at a time.
     """
     import torch
 
+    from compose.artifacts.packed_folder import stored_dtype
+    from gateskip.model.families import backbone
+    from gateskip.quantization.as_stored import compute_in_float32
     from gateskip.quantization.folders import load_model
+    from gateskip.quantization.packed_linear import DenseLinear
 
-    dense, packed = load_model(job.source, "float32"), load_model(job.target)
-    packed_layers = dict(packed.named_modules())
+    dense = compute_in_float32(load_model(job.source, stored_dtype(job.source)))
+    packed_layers = dict(load_model(job.target).named_modules())
+    plain = torch.nn.Linear, DenseLinear
     sums: dict[str, Tensor] = {}  # squared error and squared output
 
     def watch(name: str, layer: Any) -> Any:
@@ -36,12 +42,15 @@ def layer_errors(job: StageJob, blocks: Tensor) -> dict[str, float]:
 
         return hook
 
+    watched = []
     for name, module in dense.named_modules():
-        if isinstance(module, torch.nn.Linear) and type(packed_layers[name]) is not torch.nn.Linear:
+        if isinstance(module, plain) and type(packed_layers[name]) is not torch.nn.Linear:
             module.register_forward_hook(watch(name, packed_layers[name]))
+            watched.append(module)
+    run = dense if dense.get_output_embeddings() in watched else backbone(dense)
     with torch.inference_mode():
         for done, block in enumerate(blocks.split(1)):
-            dense(block.to(dense.device), use_cache=False)
+            run(block.to(dense.device), use_cache=False)
             job.progress(done + 1, len(blocks), "measuring rounding errors")
     return {name: float(f"{(e / y).sqrt().item():.4g}") for name, (e, y) in sums.items()}
 

@@ -10,19 +10,17 @@ from pydantic import Field, model_validator
 from compose.errors import RuleBroken
 from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJob, StoredBits
 from compose.stages.gate_transfer import carry_gates
+from compose.stages.memory import AS_STORED
 from compose.stages.quantize.gptq_rules import WHOLE_ROW, refuse_cut_groups, refuse_odd_tiles
-from compose.stages.quantize.linears import (
-    Bits,
-    DeviceMap,
-    linear_names,
-    matching,
-    refuse_tied_head,
-)
+from compose.stages.quantize.linears import Bits, linear_names, matching, refuse_tied_head
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-UNKNOWN = ("phi3",)  # architectures whose MLP gptqmodel's table does not have
+UNKNOWN = ("phi3", "gpt_neox")
+"""Architectures that gptqmodel does not quantize from the file: its tables lack Phi3's MLP, and it
+does not write GPT-NeoX's LM head."""
+
 ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
 
 
@@ -73,10 +71,6 @@ class Gptq(Stage):
     batch: int = Field(default=1, ge=1)
     """Calibration sequences that pass the model at once."""
 
-    device_map: DeviceMap | None = None
-    """How accelerate places the layers, as `from_pretrained` takes it: with `auto` those that fit
-    no GPU wait in memory, and GPTQ fetches them block by block."""
-
     @model_validator(mode="after")
     def _has_a_kernel(self) -> Self:
         if self.group_size == WHOLE_ROW and not self.sym:
@@ -84,10 +78,6 @@ class Gptq(Stage):
                 "a scale for a whole row (group_size: -1) needs a symmetric grid (sym: true):"
                 " gptqmodel's kernel for CPUs multiplies other ones wrongly"
             )
-        if self.device_map and self.is_mixed():
-            raise ValueError("device_map is optimum's, which gives all layers the same bits")
-        if self.device_map and self.foem:
-            raise ValueError("device_map is optimum's, which has no foem")
         return self
 
     def groups_know_activation(self) -> bool:
@@ -98,8 +88,8 @@ class Gptq(Stage):
         """Whether layers differ in bits, or the LM head is one of them."""
         return bool(self.mixed or self.lm_head)
 
-    def by_gptqmodel(self) -> bool:
-        """Whether gptqmodel is asked itself: optimum has no word for mixed bits and for FOEM."""
+    def beyond_optimum(self) -> bool:
+        """Whether gptqmodel itself has to do it: optimum has no word for mixed bits and FOEM."""
         return self.is_mixed() or self.foem is not None
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
@@ -113,7 +103,7 @@ class Gptq(Stage):
             if not any(skipped.endswith(name) for skipped in self.skip)
         }
         refuse_odd_tiles(shape)
-        if self.by_gptqmodel() and shape.model_type in UNKNOWN:
+        if self.beyond_optimum() and shape.model_type in UNKNOWN:
             raise RuleBroken(
                 "layout-known",
                 f"gptqmodel, which mixes bits and has FOEM, does not know the layers of"
@@ -140,20 +130,31 @@ class Gptq(Stage):
         shared = 0.0 if self.group_size == WHOLE_ROW else (16 + self.bits) / self.group_size
         return StoredBits(self.bits + shared)
 
+    def held(self) -> float:
+        """The source as it is mapped, and what was made of it, whose errors are measured then; the
+        embedding stays as it is."""
+        return AS_STORED + max(1.0, self.most_bits() / 8)
+
+    def worked_on(self, shape: ModelShape, length: int) -> float:
+        """A matrix in float32; optimum holds the model and gptqmodel's work on it."""
+        whole = 5.0 * shape.weights if shape.model_type in UNKNOWN else 0.0
+        return whole + 4.0 * shape.intermediate_size * shape.hidden_size
+
     def run(self, job: StageJob) -> dict[str, Any]:
         """Quantize, and save in the AutoGPTQ format; measures what the rounding did."""
         from transformers import AutoTokenizer
 
+        from compose.artifacts.folder import require_model
         from compose.stages.quantize.by_gptqmodel import quantize_by_gptqmodel
         from compose.stages.quantize.counted import counted
         from compose.stages.quantize.errors import layer_errors
 
         blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
         with counted(job.progress, self._count(job), f"GPTQ, {self.bits} bits"):
-            if self.by_gptqmodel():
-                quantize_by_gptqmodel(self, job, blocks)
-            else:
+            if require_model(job.source)["model_type"] in UNKNOWN and not self.beyond_optimum():
                 self._through_optimum(job, blocks)
+            else:
+                quantize_by_gptqmodel(self, job, blocks)
         carry_gates(job)
         errors = layer_errors(job, blocks[:ERROR_BLOCKS])
         return {"bits": self.bits, "blocks": len(blocks), "layer_errors": errors}
@@ -165,7 +166,8 @@ class Gptq(Stage):
         return len(inside) - len(matching(self.skip, inside)) + (self.lm_head is not None)
 
     def _through_optimum(self, job: StageJob, blocks: Tensor) -> None:
-        """All layers with the same bits; optimum's GPTQ is gptqmodel's."""
+        """All layers with the same bits. optimum finds the layers by itself and calls gptqmodel; it
+        holds the whole model."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -173,7 +175,6 @@ class Gptq(Stage):
             job.source,
             dtype=getattr(torch, job.dtype),
             quantization_config=self._config(job, blocks),
-            device_map=self.device_map,
         )
         as_autogptq(model)
         model.save_pretrained(job.target)
