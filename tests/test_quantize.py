@@ -203,7 +203,8 @@ def test_gptq_from_the_file_is_that_of_the_whole_model(
     """One layer at a time or through optimum, which holds the model: the same tensors."""
     from compose.stages.quantize import gptq
 
-    by_layer, record = quantize(make_tiny(family), use="gptq")
+    monkeypatch.chdir(make_tiny(family))
+    by_layer, record = quantize(Path(), use="gptq")  # read from elsewhere, too
     monkeypatch.setattr(gptq, "UNKNOWN", (family,))
     whole, again = quantize(make_tiny(family), use="gptq")
     assert settings(whole)["meta"]["quantizer"][0].startswith("optimum")

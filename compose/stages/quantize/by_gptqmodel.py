@@ -107,11 +107,12 @@ def quantize_by_gptqmodel(stage: GptqSettings, job: StageJob, blocks: Tensor) ->
         # the older format cannot hold a zero point of 0
         format="gptq" if stage.sym else "gptq_v2",
         offload_to_disk=True,  # layers come in for their turn alone
-        offload_to_disk_path=str(job.work / "layers"),
+        offload_to_disk_path=str(job.work.resolve() / "layers"),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
+    source = str(job.source.resolve())  # read from elsewhere, too, see below
     model: Any = GPTQModel.load(
-        str(job.source), config, dtype=getattr(torch, job.dtype), backend=BACKEND.AUTO
+        source, config, dtype=getattr(torch, job.dtype), backend=BACKEND.AUTO
     )
     rows = [
         {"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in blocks
