@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -192,6 +193,25 @@ def test_prompts_stand_beside_the_plain_cell_of_the_same_weights(results: Result
     assert plain == "| `int8` | 220 (200 to 180) | – | – | 380 (400 to 420) | – |"
     assert "264 (240 to 216) | 2.40x (2.30 to 2.50) | 1.20x (1.20 to 1.20) |" in skips
     assert skips.endswith("456 (480 to 504) | 1.20x (1.20 to 1.20) |")
+
+
+def test_decoding_has_a_column_for_each_shape(results: Results) -> None:
+    ratio = Estimate(value=2.0, low=1.8, high=2.2, n=5, different=True)
+
+    def numbers(tokens: float) -> dict[str, Any]:
+        found = Measured(median=tokens, quartiles=(tokens, tokens), repeats=(tokens,))
+        return {"decode_tokens_per_s": found, "decode_ratio": ratio}
+
+    batches = {32: SpeedNumbers(**numbers(300)), 8: SpeedNumbers(**numbers(200))}
+    later = {2048: SpeedNumbers(**numbers(50))}
+    speed = Speed(**numbers(100), by_batch=batches, by_context=later)
+    cell = CellResult(name="int8", chain=(), status="ok", speed=speed)
+    head, _, line = TABLES["decoding"](results.model_copy(update={"cells": (cell,)}))
+    shapes = ("1 row", "8 rows", "32 rows", "after 2048 tokens")
+    assert head == f"|  | {' | '.join(f'{each}, tok/s | x dense' for each in shapes)} |"
+    two = "2.00x (1.80 to 2.20)"
+    speeds = " | ".join(f"{n} ({n} to {n}) | {two}" for n in ("100", "200", "300", "50.0"))
+    assert line == f"| `int8` | {speeds} |"
 
 
 def test_seeds_have_their_mean_and_the_ends_of_its_interval(results: Results) -> None:

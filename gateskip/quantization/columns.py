@@ -68,8 +68,8 @@ def descend_columns(
     values: Tensor, codes: Tensor, want: Tensor, moments: Tensor, steps: Steps
 ) -> None:
     """Better codes, uint8 [group, n], and their values [group, n], in place. The error of a row is
-    a parabola of its values: `want` [group, n] is half its slope, moments [group, group] its
-    curvature, and each column goes to where it is lowest, the others as they are."""
+    a parabola of its values: `want` [group, n] is half its fall with each of them, moments
+    [group, group] its curvature. Each column goes to where it is lowest, the others as they are."""
     moments, curves = moments.contiguous(), moments.diagonal().reciprocal()
     if (native := steps.native(len(values))) is not None:
         ops.descend_columns(native, moments, curves, want, codes, values)

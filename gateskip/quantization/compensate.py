@@ -37,9 +37,10 @@ class Rounding:
 
 
 @torch.no_grad()
-def round_compensated(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
-    """Weights [n, k] on a grid; moments [k, k] are the mean products of the layer's inputs."""
-    moments = _damped(moments.float(), how.damp)
+def round_compensated(weight: Tensor, moments: Tensor, how: Rounding, chance: float = 0.0) -> Grid:
+    """Weights [n, k] on a grid; moments [k, k] are the mean products of the layer's inputs, of
+    which products of different inputs are chance to that share (moments.py)."""
+    moments = _damped(moments.float(), how.damp, chance)
     order = _by_input(moments.diagonal(), how.group)
     back = order.argsort()
     moments, ordered = moments[order.unsqueeze(1), order], weight.float()[:, order]
@@ -58,10 +59,10 @@ def output_error(weight: Tensor, moments: Tensor, grid: Grid) -> float:
     )
 
 
-def _damped(moments: Tensor, damp: float) -> Tensor:
-    mean = moments.diagonal().mean().clamp_min(1e-12)
-    damped = moments.clone()
-    damped.diagonal().add_(damp * mean)
+def _damped(moments: Tensor, damp: float, chance: float) -> Tensor:
+    diagonal = moments.diagonal()
+    damped = moments * (1 - chance)
+    damped.diagonal().copy_(diagonal + damp * diagonal.mean().clamp_min(1e-12))
     return damped
 
 
@@ -114,8 +115,8 @@ def _descend(weight: Tensor, moments: Tensor, grid: Grid, how: Rounding) -> Grid
             here, chosen = moments[part, part], codes[part].float()
             values = chosen * scale[number] + lowest[number]  # [group, n]
             weights = lost[part] + values
-            # half the slope of the error in each value of the group: what its columns still want
-            want = (moments[part] @ lost).addmm_(here, values)  # were the group's values zero
+            # half the fall of the error with each value, were those of the group zero
+            want = (moments[part] @ lost).addmm_(here, values)
             held = scale[number], lowest[number]
             scale[number], lowest[number] = _line(chosen, here, want, held, zero, grid.bits)
             values = chosen * scale[number] + lowest[number]

@@ -22,6 +22,7 @@ from gateskip.model.families import backbone
 from gateskip.quantization.as_stored import embed_in_float32
 from gateskip.quantization.compensate import Rounding, output_error, round_compensated
 from gateskip.quantization.grid import Grid
+from gateskip.quantization.moments import Moments
 from gateskip.quantization.rounding import round_to_grid
 
 BATCH = 4  # blocks in a pass, at most
@@ -89,10 +90,12 @@ def _entered(model: Any, blocks: Tensor, let_go: bool) -> tuple[list[Tensor], li
 
 
 def _round_readers(
-    chosen: dict[str, tuple[Any, Rounding]], moments: Tensor, compensate: bool
+    chosen: dict[str, tuple[Any, Rounding]], seen: Moments, compensate: bool
 ) -> dict[str, Rounded]:
     """Round modules that read the same input, in place. Rows do not depend on each other, so those
     of all modules that are rounded alike go through together, which takes a third less time."""
+    chance = seen.chance() if compensate else 0.0
+    moments = seen.mean()
     alike: dict[Rounding, list[str]] = {}
     for name, (_, how) in chosen.items():
         alike.setdefault(how, []).append(name)
@@ -100,7 +103,7 @@ def _round_readers(
     for how, names in alike.items():
         weights = [chosen[name][0].weight.detach().float() for name in names]
         if compensate:
-            whole = round_compensated(torch.cat(weights), moments, how)
+            whole = round_compensated(torch.cat(weights), moments, how, chance)
         else:
             squares = moments.diagonal()
             whole = round_to_grid(torch.cat(weights), squares, how.bits, how.group, how.offset)
@@ -184,16 +187,12 @@ def _readers(layer: nn.Module, hidden: Tensor, settings: dict[str, Any]) -> list
     return groups
 
 
-def _moments(layer: nn.Module, module: Any, hidden: list[Tensor], settings: Any) -> Tensor:
-    """Mean products [k, k] of a module's inputs over all hidden states."""
-    total = torch.zeros(module.in_features, module.in_features, device=hidden[0].device)
-    count = 0
+def _moments(layer: nn.Module, module: Any, hidden: list[Tensor], settings: Any) -> Moments:
+    """Those of a module's inputs over all hidden states."""
+    moments = Moments(module.in_features, hidden[0].device)
 
     def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        nonlocal count
-        rows = args[0].flatten(0, -2).float()
-        total.addmm_(rows.T, rows)
-        count += len(rows)
+        moments.add(args[0].flatten(0, -2).float())
         raise _Stop
 
     hook = module.register_forward_pre_hook(add)
@@ -202,4 +201,4 @@ def _moments(layer: nn.Module, module: Any, hidden: list[Tensor], settings: Any)
             _stopped(lambda part=part: _passed(layer, part, settings))  # type: ignore[misc]
     finally:
         hook.remove()
-    return total / max(1, count)
+    return moments

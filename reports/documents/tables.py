@@ -106,8 +106,7 @@ def speculation(results: Results, cells: str | None = None) -> list[str]:
 def speed(results: Results, cells: str | None = None) -> list[str]:
     """Prefill, first token, and decoding at every batch size and context."""
     rows = chosen(results, cells)
-    batches = sorted({b for cell in rows for b in _by(cell, "by_batch")})
-    contexts = sorted({c for cell in rows for c in _by(cell, "by_context")})
+    batches, contexts = _sizes(rows, "by_batch"), _sizes(rows, "by_context")
     head = ["", "prefill, tok/s", "x dense", "first token, ms", "decode, tok/s", "x dense"]
     head += [f"batch {b}" for b in batches] + [f"context {c}" for c in contexts]
     lines = []
@@ -134,7 +133,7 @@ def prompts(results: Results, cells: str | None = None) -> list[str]:
     """How fast prompts of each length are read: over dense, and over the plain cell of the same
     weights, paired by round."""
     rows = chosen(results, cells)
-    contexts = sorted({c for cell in rows for c in _by(cell, "by_context")})
+    contexts = _sizes(rows, "by_context")
     shortest = (results.benchmark or {})["speed"]["prompt_tokens"]
     head = [""]
     for context in (shortest, *contexts):
@@ -149,6 +148,29 @@ def prompts(results: Results, cells: str | None = None) -> list[str]:
             line += [factor(own.prefill_ratio), factor(_prompt_ratio(own, base))]
         lines.append(line)
     return table(head, lines)
+
+
+def decoding(results: Results, cells: str | None = None) -> list[str]:
+    """Decoding of one row, of several, and after longer prompts, each over dense."""
+    rows = chosen(results, cells)
+    shapes = [("by_batch", n, f"{n} rows") for n in _sizes(rows, "by_batch")]
+    shapes += [("by_context", n, f"after {n} tokens") for n in _sizes(rows, "by_context")]
+    head = ["", "1 row, tok/s", "x dense"]
+    for _, _, what in shapes:
+        head += [f"{what}, tok/s", "x dense"]
+    lines = []
+    for cell in rows:
+        numbers = [cell.speed or SpeedNumbers()]
+        numbers += [_by(cell, by).get(n) or SpeedNumbers() for by, n, _ in shapes]
+        line = [f"`{cell.name}`"]
+        for each in numbers:
+            line += [measured(each.decode_tokens_per_s), factor(each.decode_ratio)]
+        lines.append(line)
+    return table(head, lines)
+
+
+def _sizes(rows: list[CellResult], shapes: str) -> list[int]:
+    return sorted({size for cell in rows for size in _by(cell, shapes)})
 
 
 def _after(cell: CellResult | None, context: int | None) -> SpeedNumbers:
@@ -265,6 +287,7 @@ TABLES: Mapping[str, Callable[..., list[str]]] = {
     "skipping": skipping,
     "speculation": speculation,
     "speed": speed,
+    "decoding": decoding,
     "speed-at-equal-quality": speed_at_equal_quality,
     "verdicts": verdicts,
     "written": written,

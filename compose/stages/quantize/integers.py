@@ -72,7 +72,7 @@ class Allocate(BaseModel):
 class Integers(Stage):
     """Round linear layers to integers with a scale, and a minimum, for every group of weights."""
 
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     role: ClassVar[Role] = "quantize"
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
     bits: ClassVar[Bits]
@@ -365,7 +365,7 @@ class Int8(Integers):
 class WithOffset(Integers):
     """Few bits, where an offset for each group pays, and values keep more bits than the rest."""
 
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     offset: Literal["real", "integer"] = "real"
     """What a group has beside its scale: a minimum, as GGUF's Q4_1 has, or an integer zero point,

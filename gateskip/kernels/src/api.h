@@ -335,7 +335,7 @@ void gateskip_embed(const Embedding* embedding, const int32_t* tokens, int32_t c
  * [group, n], and the later columns take it over by upper [group, group] */
 void gateskip_round_columns(const GroupSteps* steps, const float* upper, const float* left, uint8_t* codes,
                             float* errors);
-/* better codes [group, n] for values [group, n], which become theirs; `want` [group, n] is half the slope of the error
+/* better codes [group, n] for values [group, n], which become theirs; `want` [group, n] is half the fall of the error
  * in each, moments [group, group] are its curvature, and `curves` [group] 1 over their diagonal */
 void gateskip_descend_columns(const GroupSteps* steps, const float* moments, const float* curves, const float* want,
                               uint8_t* codes, float* values);
