@@ -232,7 +232,7 @@ def test_scales_and_minima_learn_and_codes_where_asked(
 ) -> None:
     folder, _ = round_it(use="int2")
     healed, record = round_it(
-        folder, use="heal", backbone=learning, steps=20, lr=1e-2, validate_every=10
+        folder, use="heal", backbone=learning, steps=20, lr=3e-3, validate_every=10
     )
     assert record["held_out"]["after"] < record["held_out"]["before"]
     before, after = (load_file(each / "model.safetensors") for each in (folder, healed))
