@@ -136,9 +136,10 @@ class Gptq(Stage):
         return AS_STORED + max(1.0, self.most_bits() / 8)
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """A matrix in float32; optimum holds the model and gptqmodel's work on it."""
+        """The widest matrix and its second moments in float32; optimum holds the whole model."""
         whole = 5.0 * shape.weights if shape.model_type in UNKNOWN else 0.0
-        return whole + 4.0 * shape.intermediate_size * shape.hidden_size
+        inner, outer = shape.intermediate_size, shape.hidden_size
+        return whole + 4.0 * inner * (inner + outer)
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Quantize, and save in the AutoGPTQ format; measures what the rounding did."""
