@@ -280,6 +280,7 @@ def _over_seeds(values: Sequence[float], by: float) -> str:
 
 
 TABLES: Mapping[str, Callable[..., list[str]]] = {
+    "decoding": decoding,
     "peers": peers,
     "prompts": prompts,
     "quality": quality,
@@ -287,7 +288,6 @@ TABLES: Mapping[str, Callable[..., list[str]]] = {
     "skipping": skipping,
     "speculation": speculation,
     "speed": speed,
-    "decoding": decoding,
     "speed-at-equal-quality": speed_at_equal_quality,
     "verdicts": verdicts,
     "written": written,

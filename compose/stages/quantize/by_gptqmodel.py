@@ -173,7 +173,7 @@ def _refuse_forgotten(stage: GptqSettings, job: StageJob) -> None:
         raise UserError(
             f"gptqmodel does not pack {len(forgotten)} layers of this architecture, such as"
             f" {forgotten[0]}",
-            fix="give all layers the same bits, which go through optimum; or skip those layers",
+            fix="skip those layers; Phi3 and GPT-NeoX take the same bits for all, through optimum",
         )
 
 
