@@ -174,11 +174,12 @@ def _tiny_tokenizer(vocab_size: int) -> Any:
 
 
 def save_tiny(folder: Path, family: str, seed: int = 0, **overrides: Any) -> Path:
-    """Save a random float32 model of `family`, a key of TINY_FAMILIES, with its tokenizer."""
+    """Save a random float32 model of `family`, with its tokenizer. Those that are not keys of
+    TINY_FAMILIES have no settings but TINY_SIZES."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes = {**TINY_SIZES, **TINY_FAMILIES[family], **overrides}
+    sizes = {**TINY_SIZES, **TINY_FAMILIES.get(family, {}), **overrides}
     tokenizer = _tiny_tokenizer(sizes["vocab_size"])
     config = AutoConfig.for_model(
         family,

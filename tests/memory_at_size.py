@@ -73,7 +73,10 @@ def main() -> None:
             source = options.out / AFTER[name] if name in AFTER else folder
             given = (STAGES_RUN[name], source, folder, options.out / name, options.blocks)
             measured = pool.submit(held, *given).result()
-        command = f"python tests/memory_at_size.py {options.shape} --only {name}"
+        command = (
+            f"python tests/memory_at_size.py {options.shape} --only {name}"
+            f" --blocks {options.blocks}"
+        )
         measured |= {"commit": where["git_commit"], "command": command, "blocks": options.blocks}
         summary["stages"][name] = measured
         print(name, json.dumps(measured), flush=True)

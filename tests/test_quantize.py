@@ -14,7 +14,7 @@ from torch import Tensor
 
 import gateskip
 from compose.artifacts.folder import copy_companions, probe_ids
-from compose.errors import UserError
+from compose.errors import RuleBroken, UserError
 from compose.stages.quantize.errors import layer_errors
 from compose.stages.registry import STAGES, DataSpec, StageJob
 from gateskip.quantization.folders import load_model, mixed_bits
@@ -214,13 +214,20 @@ def test_gptq_from_the_file_is_that_of_the_whole_model(
     assert record == again
 
 
-@pytest.mark.parametrize("family", ["phi3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox", "arcee"])
 def test_gptq_of_what_gptqmodel_does_not_know(
     family: str, make_tiny: Callable[..., Path], quantize: Callable[..., Made]
 ) -> None:
     folder, record = quantize(make_tiny(family), use="gptq")
     assert 0 < mean(record) < 0.2
     assert load_model(folder, "float32")(probe_ids(folder)).logits.isfinite().all()
+
+
+def test_mixed_bits_of_what_gptqmodel_does_not_know_are_refused(
+    make_tiny: Callable[..., Path], quantize: Callable[..., Made]
+) -> None:
+    with pytest.raises(RuleBroken, match="does not know the layers of arcee"):
+        quantize(make_tiny("arcee"), **MIXED)
 
 
 def test_layers_may_be_placed_by_accelerate(quantize: Callable[..., Made]) -> None:

@@ -87,6 +87,13 @@ class GptqSettings(Protocol):
         ...
 
 
+def has_table_of(model_type: str) -> bool:
+    """Whether gptqmodel knows the layers of an architecture, named as in config.json."""
+    from gptqmodel.models.auto import MODEL_MAP
+
+    return model_type in MODEL_MAP
+
+
 def quantize_by_gptqmodel(stage: GptqSettings, job: StageJob, blocks: Tensor) -> None:
     """Quantize `job.source` into `job.target`, calibrated on token blocks [N, S]."""
     import torch

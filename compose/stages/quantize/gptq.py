@@ -104,12 +104,7 @@ class Gptq(Stage):
         }
         refuse_odd_tiles(shape)
         if self.beyond_optimum() and shape.model_type in UNKNOWN:
-            raise RuleBroken(
-                "layout-known",
-                f"gptqmodel, which mixes bits and has FOEM, does not know the layers of"
-                f" {shape.model_type}",
-                fix="leave mixed, lm_head and foem out: all else goes through optimum",
-            )
+            raise self._unknown(shape.model_type)
         if self.lm_head:
             widths["lm_head"] = shape.hidden_size
             refuse_tied_head(shape)
@@ -146,19 +141,32 @@ class Gptq(Stage):
         from transformers import AutoTokenizer
 
         from compose.artifacts.folder import require_model
-        from compose.stages.quantize.by_gptqmodel import quantize_by_gptqmodel
+        from compose.stages.quantize.by_gptqmodel import has_table_of, quantize_by_gptqmodel
         from compose.stages.quantize.counted import counted
         from compose.stages.quantize.errors import layer_errors
 
         blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
         with counted(job.progress, self._count(job), f"GPTQ, {self.bits} bits"):
-            if require_model(job.source)["model_type"] in UNKNOWN and not self.beyond_optimum():
-                self._through_optimum(job, blocks)
-            else:
+            kind = require_model(job.source)["model_type"]
+            beyond = self.beyond_optimum()
+            if has_table_of(kind) and (beyond or kind not in UNKNOWN):
                 quantize_by_gptqmodel(self, job, blocks)
+            elif beyond:
+                raise self._unknown(kind)
+            else:
+                self._through_optimum(job, blocks)
         carry_gates(job)
         errors = layer_errors(job, blocks[:ERROR_BLOCKS])
         return {"bits": self.bits, "blocks": len(blocks), "layer_errors": errors}
+
+    @staticmethod
+    def _unknown(model_type: str) -> RuleBroken:
+        """That optimum cannot do what is asked for of an architecture."""
+        return RuleBroken(
+            "layout-known",
+            f"gptqmodel, which mixes bits and has FOEM, does not know the layers of {model_type}",
+            fix="leave mixed, lm_head and foem out: all else goes through optimum",
+        )
 
     def _count(self, job: StageJob) -> int:
         """How many linear layers are quantized."""
