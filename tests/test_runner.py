@@ -245,6 +245,23 @@ def test_a_cell_stays_loaded_between_quality_and_speed(
     assert len(script.done("speed")) > len(cells)
 
 
+def test_what_stayed_loaded_gives_way_to_a_cell_that_needs_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells_module, "FREE_BYTES_TO_KEEP", 0)
+    script, alive, note = Script(), list[tuple[str, int]](), Script.note
+    script.local = True
+
+    def noted(*event: str) -> None:
+        alive.append((event[0], script.live))
+        note(script, *event)
+
+    monkeypatch.setattr(script, "note", noted)
+    monkeypatch.setattr(script, "free_bytes", lambda: 0 if script.live else 10**12)
+    assert go(tmp_path, script).exit_code == 0
+    assert {live for kind, live in alive if kind == "quality"} == {1}
+
+
 def test_steps_then_quality_then_interleaved_rounds(tmp_path: Path) -> None:
     script = Script()
     result = go(tmp_path, script)

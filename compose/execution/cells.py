@@ -6,8 +6,6 @@ import time
 from functools import partial
 from typing import Any
 
-import psutil
-
 from compose.errors import AssetError, ComposeError
 from compose.execution.attempts import attempted
 from compose.execution.board import Line
@@ -97,6 +95,7 @@ class _Measurement:
         """
         run, cell, result = self.run, self.cell, dict[str, Any]()
         self.phase = "load"
+        _make_room(run, cell)
         worker = open_cell(run, cell, f"cell-{cell.name}")
         try:
             for self.phase in phases_of(cell):
@@ -124,7 +123,18 @@ def _keeps(run: RunState, cell: Cell) -> bool:
     """
     alone = not run.plan.pipeline.benchmark.speed.one_process
     timed = cell.repeats is None and run.workers.executor.local and alone
-    return timed and psutil.virtual_memory().available >= FREE_BYTES_TO_KEEP
+    return timed and run.workers.executor.free_bytes() >= FREE_BYTES_TO_KEEP
+
+
+def _make_room(run: RunState, cell: Cell) -> None:
+    """End processes that stayed for speed, where a cell needs their memory to be measured."""
+    needed = cell_needs(run.plan, cell, run.store).memory or 0
+    for name in list(run.loaded):
+        if run.workers.executor.free_bytes() >= needed:
+            return
+        worker = run.loaded.pop(name, None)  # which another thread may have ended
+        if worker is not None:
+            run.workers.end(worker)
 
 
 def _lacks_reference(run: RunState) -> bool:
