@@ -193,7 +193,9 @@ def _small_results() -> bytes:
 
 def targets() -> dict[str, Target]:
     """All targets by name."""
-    pipelines = [file.read_bytes() for file in sorted((ROOT / "pipelines").glob("*.yaml"))]
+    folder = ROOT / "pipelines"
+    pipelines = [file.read_bytes() for file in sorted(folder.glob("*.yaml"))]
+    named = {file.relative_to(folder).as_posix(): b"" for file in folder.glob("*/*.safetensors")}
     anchors = (
         b"name: x\nmodel: &m {source: a}\nstages:\n  a: &a {use: heal}\n  b: {<<: *a, steps: 3}\n"
     )
@@ -205,7 +207,7 @@ def targets() -> dict[str, Target]:
     ]
     lines = "\n".join(map(json.dumps, rows)).encode()
     made = (
-        Target("pipeline", _pipeline, "p.yaml", [*pipelines, anchors], YAML_WORDS),
+        Target("pipeline", _pipeline, "p.yaml", [*pipelines, anchors], YAML_WORDS, named),
         Target("gates", _gates, "gates.safetensors", [gates], JSON_WORDS),
         Target(
             "gates-meta",
@@ -311,6 +313,7 @@ def attempt(target: Target, data: bytes, folder: Path) -> tuple[bool, float]:
     file = folder / target.file
     file.write_bytes(data)
     for name, content in target.beside.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     started = time.process_time()
     signal.setitimer(signal.ITIMER_PROF, HANG_S)
