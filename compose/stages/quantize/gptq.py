@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNKNOWN = ("phi3", "gpt_neox")
-"""Architectures that gptqmodel does not quantize from the file: its tables lack Phi3's MLP, and it
-does not write GPT-NeoX's LM head."""
+"""Architectures of our families that gptqmodel does not quantize from the file: its tables lack
+Phi3's MLP, and it does not write GPT-NeoX's LM head. Others that it has no table of are found when
+the stage runs."""
 
 ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
 
