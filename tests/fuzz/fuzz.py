@@ -308,13 +308,19 @@ def inputs(target: Target, seed: int) -> Iterator[bytes]:
         yield mutated(draw.choice(target.seeds), draw, target)
 
 
-def attempt(target: Target, data: bytes, folder: Path) -> tuple[bool, float]:
-    """Whether a target took an input, and the processor time; raises what is a finding."""
+def _lay_out(target: Target, data: bytes, folder: Path) -> Path:
+    """Write an input, and the files beside it that it names."""
     file = folder / target.file
     file.write_bytes(data)
     for name, content in target.beside.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
+    return file
+
+
+def attempt(target: Target, data: bytes, folder: Path) -> tuple[bool, float]:
+    """Whether a target took an input, and the processor time; raises what is a finding."""
+    file = _lay_out(target, data, folder)
     started = time.process_time()
     signal.setitimer(signal.ITIMER_PROF, HANG_S)
     try:
@@ -336,8 +342,7 @@ def fuzz(target: Target, seconds: float, seed: int, kept: Path, most: int | None
     tally, end = Tally(), time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="gateskip-fuzz-") as folder:
         with contextlib.suppress(Exception):  # what is imported at first use is not timed
-            (Path(folder) / target.file).write_bytes(target.seeds[0])
-            target.read(Path(folder) / target.file)
+            target.read(_lay_out(target, target.seeds[0], Path(folder)))
         for data in inputs(target, seed):
             if time.monotonic() >= end or tally.inputs == most:
                 return tally
