@@ -153,6 +153,29 @@ def test_an_edited_text_makes_what_was_measured_on_it_unknown(tmp_path: Path) ->
         assert {each for each in before if after[each] != before[each]} == expected, name
 
 
+def test_a_local_copy_makes_what_was_measured_without_it_unknown(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = plan.pipeline.model_dump()
+    raw["benchmark"]["quality"] |= {"perplexity": ("wikitext2",), "tasks": ("piqa", "arithmetic")}
+    scored = make_plan(Pipeline.model_validate(raw))
+
+    def key() -> str:
+        return phase_key(scored, scored.cell("dense"), "quality")
+
+    monkeypatch.setenv("GATESKIP_DATA", str(tmp_path))
+    keys = [key()]
+    for name in ("wikitext2_raw_test.txt", "piqa_val.jsonl", "arc_easy_test.jsonl"):
+        (tmp_path / name).write_text("one")
+        keys.append(key())
+    (tmp_path / "piqa_val.jsonl").write_text("two")
+    keys.append(key())
+    assert keys[2] == keys[3], "no phase reads it"
+    assert len(set(keys)) == 4
+    monkeypatch.delenv("GATESKIP_DATA")
+    assert key() == keys[0]
+
+
 def test_without_a_text_file_the_keys_are_what_they_were(plan: Plan) -> None:
     """Numbers of earlier versions stay current."""
     cell, benchmark = plan.cell("cut"), plan.pipeline.benchmark.model_dump(mode="json")

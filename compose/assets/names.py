@@ -43,16 +43,23 @@ def require_text_name(source: str) -> None:
 
 
 def text_file(source: str) -> Path | None:
-    """The file that a text is read from: a path, or a stem in the folder of local copies.
+    """The file of this machine that a text is read from, if it is one.
 
-    None for an alias, and for what is no file of this machine.
+    That is a path, or a file in the folder of local copies: under the stem `source`, or under the
+    one that an alias has there.
     """
-    if source in TEXTS:
-        return None
+    if (alias := TEXTS.get(source)) is not None:
+        return None if alias.local is None else local_copy(alias.local)
     path = os.path.expanduser(source)  # unlike Path's, it leaves `~nobody` as it stands
     if os.path.isfile(path):  # unlike Path's, it bears a name that is too long
         return Path(path)
     return local_copy(source) if "/" not in source else None
+
+
+def task_file(name: str) -> Path | None:
+    """The file in the folder of local copies that a task's questions are read from, if any."""
+    alias = TASKS.get(name)
+    return None if alias is None else local_copy(alias.local)
 
 
 def is_hub_name(source: str) -> bool:

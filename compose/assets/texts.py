@@ -32,6 +32,7 @@ from compose.assets.rows import TextData, cut_rows, pack_rows
 from compose.assets.sums import sums_rows
 from compose.assets.table import TEXTS, HubData, TextAlias
 from compose.errors import AssetError
+from compose.hashes import remembered_hash
 from compose.units import Progress
 
 if TYPE_CHECKING:
@@ -107,11 +108,14 @@ def first_available(
 def data_pin(source: str) -> str | None:
     """A hash that stands for the rows while planning, without any download.
 
-    None for what is known by its name only (a hub data set) and for files, which planning hashes.
+    An alias that is read from a local copy has the hash of that file. None for what is known by its
+    name only (a hub data set) and for files, which planning hashes.
     """
     alias = TEXTS.get(source)
     if alias is None:
         return None
+    if (copy := text_file(source)) is not None:
+        return remembered_hash(copy)
     if alias.packaged is not None:
         return hashlib.sha256(_packaged(alias.packaged).encode()).hexdigest()
     if alias.drawn:

@@ -155,7 +155,8 @@ def phase_key(plan: Plan, cell: Cell, phase: Phase, code: str | None = None) -> 
             reads |= {"learns_from": learns_from(plan)}
     elif phase == "lossless":
         reads |= {"lossless": benchmark["lossless"]}
-    if files := text_hashes(_texts_of(plan, cell, phase)):
+    tasks = plan.pipeline.benchmark.quality.tasks if phase == "quality" else ()
+    if files := text_hashes(_texts_of(plan, cell, phase), tasks):
         reads |= {"files": files}
     recipe = {"cell": cell.key, "phase": phase, "reads": reads, "version": MEASURE_VERSION}
     return digest(recipe | {"code": code or fingerprint()})

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from compose.assets import text_file
+from compose.assets import task_file, text_file
 from compose.errors import PlanError
 from compose.hashes import hash_file, remembered_hash
 from compose.language.positions import Loc
@@ -123,17 +123,20 @@ class StepKeys:
         return self._files[str(path)]
 
 
-def text_hashes(sources: Iterable[str]) -> dict[str, str]:
-    """Source -> SHA-256 of every text that is a file of this machine; empty where none is.
+def text_hashes(sources: Iterable[str], tasks: Iterable[str] = ()) -> dict[str, str]:
+    """Source -> SHA-256 of every text that is a file of this machine, and `task NAME` -> that of
+    every task whose questions are one; empty where none is.
 
-    What is read of an alias or a hub data set is known by its name. A file that cannot be read is
-    left out: who reads it says why.
+    What comes from a wheel or the hub is known by its name. A file that cannot be read is left out:
+    who reads it says why.
     """
+    files = {source: text_file(source) for source in sources}
+    files |= {f"task {name}": task_file(name) for name in tasks}
     hashes: dict[str, str] = {}
-    for source in sources:
-        if (file := text_file(source)) is not None:
+    for name, file in files.items():
+        if file is not None:
             with contextlib.suppress(OSError):
-                hashes[source] = remembered_hash(file)
+                hashes[name] = remembered_hash(file)
     return hashes
 
 
