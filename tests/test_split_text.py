@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from compose.language.parse import load_pipeline
 from compose.planning.prepare import load_plan
 from compose.stages.registry import DataSpec, StageJob
 from compose.stages.split_text import interleaved
+from gateskip.decoding import self_generate
 from gateskip.decoding.self_generate import opening
 
 Blocks = Callable[..., torch.Tensor]
@@ -73,6 +75,35 @@ def test_what_the_model_writes_can_be_mixed_in(blocks: Blocks, tiny_llama: Path)
     made = blocks(spec, 8)
     first = opening(AutoTokenizer.from_pretrained(tiny_llama))
     assert sum(row[: len(first)] == first for row in made.tolist()) == 4
+
+
+def test_the_same_text_is_written_once_for_all_stages(
+    tiny_llama: Path,
+    make_tiny: Callable[..., Path],
+    make_job: Callable[..., StageJob],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written: list[int] = []
+
+    def write(decoder: Any, count: int, *rest: Any) -> torch.Tensor:
+        written.append(count)
+        return self_generate.go_on(decoder, torch.tensor([[1]] * count), *rest)
+
+    monkeypatch.setattr(self_generate, "write", write)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    spec = DataSpec(source="self-written", limit=4, length=24)
+
+    def text(source: Path, step: str, seed: int = 0) -> torch.Tensor:
+        target = tmp_path / step / "model"
+        job = make_job(source, target, train=spec, seed=seed, asset_cache=tmp_path / "cache")
+        return job.blocks("train", tokenizer)
+
+    first = text(tiny_llama, "one")
+    assert torch.equal(text(tiny_llama, "two"), first) and written == [4]
+    assert not torch.equal(text(tiny_llama, "two", seed=1), first)
+    assert not torch.equal(text(make_tiny("llama", seed=1), "three"), first)
+    assert written == [4, 4, 4]
 
 
 def test_prompts_are_followed_by_answers(blocks: Blocks, tiny_llama: Path, tmp_path: Path) -> None:

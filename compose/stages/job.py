@@ -49,7 +49,6 @@ class StageJob:
             tokenizer=tokenizer,
             length=length or spec.length,
             dense=self.dense,
-            work=self.work,
             cache=self.asset_cache,
             seed=2 * self.seed + (split == "train"),
             progress=self.progress,

@@ -1,65 +1,104 @@
-"""Text that the dense model generates itself, as token blocks, kept until the stage has ended."""
+"""Text that the dense model generates itself, as token blocks.
+
+It is kept in the cache: stages, runs and pipelines that ask for the same text of the same model
+have it written once.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from compose.assets.fetch import build_once
+from compose.hashes import hash_files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gateskip.decoding.self_generate import Writer
+
 Progress = Callable[[int, int], None]
 
-
-def written_once(
-    dense: Path, kept: Path, count: int, length: int, seed: int, progress: Progress
-) -> Tensor:
-    """Blocks [count, length] that the model in `dense` writes; from `kept` where a killed run had
-    them already."""
-    import gateskip
-    from gateskip.decoding.self_generate import write
-
-    return _once(kept, lambda: write(gateskip.load(dense), count, length, seed, progress))
+VERSION = 1  # raised when a model is to write its text anew
+BLOCKS = "blocks.safetensors"
 
 
-def continued_once(
-    dense: Path, kept: Path, given: Tensor, length: int, seed: int, progress: Progress
-) -> Tensor:
-    """Blocks [N, length] that begin as `given` [N, P] and go on as the model in `dense` does."""
-    import gateskip
-    from gateskip.decoding.self_generate import go_on
+@dataclass(frozen=True, kw_only=True)
+class OwnText:
+    """What the model in `dense` writes, in blocks of `length` tokens."""
 
-    return _once(kept, lambda: go_on(gateskip.load(dense), given, length, seed, progress))
+    dense: Path
+    cache: Path
+    """The folder of downloaded models and data, where the text is kept, too."""
+    length: int
+    seed: int
+    progress: Progress
 
+    def written(self, count: int) -> Tensor:
+        """Blocks [count, length] without any text given."""
+        from gateskip.decoding.self_generate import write
 
-def answered_once(
-    dense: Path,
-    kept: Path,
-    prompts: Sequence[str],
-    count: int,
-    length: int,
-    seed: int,
-    progress: Progress,
-) -> Tensor:
-    """Blocks [N, length], N at most `count`, of prompts and the dense model's answers, end to end.
+        return self._once(
+            {"how": "written"},
+            count,
+            lambda decoder: write(decoder, count, self.length, self.seed, self.progress),
+        )
 
-    Raises:
-        ValueError: they do not fill one block.
-    """
-    import gateskip
-    from gateskip.decoding.self_generate import answer
+    def continued(self, given: Tensor) -> Tensor:
+        """Blocks [N, length] that begin as `given` [N, P] and go on as the model does."""
+        from gateskip.decoding.self_generate import go_on
 
-    return _once(kept, lambda: answer(gateskip.load(dense), prompts, count, length, seed, progress))
+        return self._once(
+            {"how": "continued", "given": given.tolist()},
+            len(given),
+            lambda decoder: go_on(decoder, given, self.length, self.seed, self.progress),
+        )
 
+    def answered(self, prompts: Sequence[str], count: int) -> Tensor:
+        """Blocks [N, length], N at most `count`, of prompts and the model's answers, end to end.
 
-def _once(kept: Path, make: Callable[[], Tensor]) -> Tensor:
-    """What the file holds; it is made first where it does not exist."""
-    from safetensors.torch import load_file, save_file
+        Raises:
+            ValueError: they do not fill one block.
+        """
+        from gateskip.decoding.self_generate import answer
 
-    if not kept.is_file():
-        blocks = make()
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"blocks": blocks}, kept.with_suffix(".part"))
-        kept.with_suffix(".part").replace(kept)
-    return load_file(kept)["blocks"]
+        return self._once(
+            {"how": "answered", "prompts": list(prompts)},
+            count,
+            lambda decoder: answer(decoder, prompts, count, self.length, self.seed, self.progress),
+        )
+
+    def _once(self, asked: dict[str, Any], count: int, make: Callable[[Writer], Tensor]) -> Tensor:
+        """The blocks that the cache has of this text; they are made where it has none.
+
+        Another process that makes them is waited for.
+        """
+        from safetensors.torch import load_file, save_file
+
+        import gateskip
+
+        def build(folder: Path) -> dict[str, Any]:
+            blocks = make(gateskip.load(self.dense))
+            save_file({"blocks": blocks}, folder / BLOCKS)
+            return {"how": asked["how"], "blocks": len(blocks), "length": self.length}
+
+        self.progress(0, count)
+        target = self.cache / "own-text" / self._key(asked, count)
+        build_once(target, build, note="text that the model writes")
+        return load_file(target / BLOCKS)["blocks"]
+
+    def _key(self, asked: dict[str, Any], count: int) -> str:
+        """16 hex digits over the model's files and all that decides what it writes."""
+        names = sorted(file.name for file in self.dense.iterdir() if file.is_file())
+        recipe = asked | {
+            "version": VERSION,
+            "model": hash_files(self.dense, names),
+            "count": count,
+            "length": self.length,
+            "seed": self.seed,
+        }
+        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]

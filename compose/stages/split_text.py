@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compose.assets import SELF_WRITTEN, load_texts, token_blocks
-from compose.stages.own_text import Progress, answered_once, continued_once, written_once
+from compose.stages.own_text import OwnText
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +32,8 @@ class SplitText:
     length: int
     dense: Path
     """The folder of the untouched model, which writes."""
-    work: Path
-    """Where its text stays while the stage runs, so that a killed one finds it."""
     cache: Path
-    """Where data is downloaded to."""
+    """Where data is downloaded to, and text that the model wrote is kept."""
     seed: int
     progress: Shown
 
@@ -59,28 +56,26 @@ class SplitText:
 
     def _of(self, source: str, count: int) -> Tensor:
         """Blocks of one source, at most `count`."""
-        limit, seed = self.spec.limit, self.seed
+        limit = self.spec.limit
         if source == SELF_WRITTEN:
-            count = min(count, limit)
-            kept, progress = self._kept(source, count), self._told("writing")
-            return written_once(self.dense, kept, count, self.length, seed, progress)
+            return self._own("writing").written(min(count, limit))
         texts = load_texts(source, limit, self.cache)
         if source not in self.spec.answered:
             return token_blocks(texts, self.tokenizer, self.length, count)
-        kept, progress = self._kept(source, count), self._told("answering")
+        own = self._own("answering")
         if texts.prompts is not None:
-            asked, length = texts.prompts, self.length
-            return answered_once(self.dense, kept, asked, count, length, seed, progress)
-        given = token_blocks(texts, self.tokenizer, self.length, count)[:, : self.length // GIVEN]
-        return continued_once(self.dense, kept, given, self.length, seed, progress)
+            return own.answered(texts.prompts, count)
+        given = token_blocks(texts, self.tokenizer, self.length, count)
+        return own.continued(given[:, : self.length // GIVEN])
 
-    def _kept(self, source: str, count: int) -> Path:
-        """The file of what is written for one source; two files of one name are two sources."""
-        own = f"{Path(source).name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-        return self.work / f"{own}-{self.split}-{count}-{self.length}.safetensors"
-
-    def _told(self, doing: str) -> Progress:
-        return lambda done, total: self.progress(done, total, f"{doing} {self.split} text")
+    def _own(self, doing: str) -> OwnText:
+        return OwnText(
+            dense=self.dense,
+            cache=self.cache,
+            length=self.length,
+            seed=self.seed,
+            progress=lambda done, total: self.progress(done, total, f"{doing} {self.split} text"),
+        )
 
 
 def interleaved(parts: list[Tensor]) -> Tensor:
