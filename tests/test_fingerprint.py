@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from compose.planning.fingerprint import MEASURING, ROOT, fingerprint, fingerpri
 from compose.planning.keys import digest
 from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
+from compose.planning.prepare import input_hashes
 from compose.terminal.show import plan_state
 
 
@@ -174,6 +176,17 @@ def test_a_local_copy_makes_what_was_measured_without_it_unknown(
     assert len(set(keys)) == 4
     monkeypatch.delenv("GATESKIP_DATA")
     assert key() == keys[0]
+
+
+def test_a_stage_that_reads_a_local_copy_is_known_by_it(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = plan.pipeline.model_dump() | {"data": {"train": {"source": "wikitext2"}}}
+    pipeline = Pipeline.model_validate(raw)
+    assert "wikitext2" not in input_hashes(pipeline)["data_sha256"]
+    (tmp_path / "wikitext2_raw_test.txt").write_text("text")
+    monkeypatch.setenv("GATESKIP_DATA", str(tmp_path))
+    assert input_hashes(pipeline)["data_sha256"]["wikitext2"] == hashlib.sha256(b"text").hexdigest()
 
 
 def test_without_a_text_file_the_keys_are_what_they_were(plan: Plan) -> None:

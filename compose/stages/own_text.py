@@ -6,15 +6,14 @@ have it written once.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.assets.fetch import build_once
-from compose.hashes import hash_files
+from compose.assets.model_asset import digest
+from compose.hashes import remembered_hash
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,13 +91,13 @@ class OwnText:
         return load_file(target / BLOCKS)["blocks"]
 
     def _key(self, asked: dict[str, Any], count: int) -> str:
-        """16 hex digits over the model's files and all that decides what it writes."""
-        names = sorted(file.name for file in self.dense.iterdir() if file.is_file())
+        """A hash over the model's files and all that decides what it writes."""
+        files = sorted(file for file in self.dense.iterdir() if file.is_file())
         recipe = asked | {
             "version": VERSION,
-            "model": hash_files(self.dense, names),
+            "model": {file.name: remembered_hash(file) for file in files},
             "count": count,
             "length": self.length,
             "seed": self.seed,
         }
-        return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+        return digest(recipe)
