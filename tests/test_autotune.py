@@ -133,7 +133,7 @@ def test_a_step_makes_the_same_whatever_the_stopwatch_said(
         }
         run_step(request, lambda *_, **__: None)
         files = ("model/gates.safetensors", "model/gateskip.json", "model/model.safetensors")
-        written = sorted((folder / "work").glob("self-written-*.safetensors"))
+        written = sorted((folder / "cache" / "own-text").glob("*/*.safetensors"))
         assert len(written) == 2
         made.append([(folder / name).read_bytes() for name in files])
         made[-1] += [path.read_bytes() for path in written]

@@ -81,11 +81,11 @@ class OwnText:
         import gateskip
 
         def build(folder: Path) -> dict[str, Any]:
+            self.progress(0, count)
             blocks = make(gateskip.load(self.dense))
             save_file({"blocks": blocks}, folder / BLOCKS)
             return {"how": asked["how"], "blocks": len(blocks), "length": self.length}
 
-        self.progress(0, count)
         target = self.cache / "own-text" / self._key(asked, count)
         build_once(target, build, note="text that the model writes")
         return load_file(target / BLOCKS)["blocks"]
