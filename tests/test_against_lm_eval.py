@@ -1,6 +1,6 @@
 """On the real dense model our scores are those of lm-eval's own model class and of transformers.
 
-Twenty questions a task, in float32, through the decoder with which cells are measured.
+Twelve questions a task, in float32, through the decoder with which cells are measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compose.bench.text import score_blocks
 
 LIKELIHOOD = ("arc_easy", "piqa", "hellaswag", "winogrande", "lambada_openai")
 WRITTEN = ("arithmetic", "squad")
-QUESTIONS = 20
+QUESTIONS = 12
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ stages:
     init: %s
     backbone: frozen
     steps: 1
+    length: 64
     budgets: [0.8, 0.6]
     calibration_blocks: 4
   skip80: {use: skip, budget: 0.8}
@@ -105,7 +106,7 @@ def test_speculation_is_lossless(cells: dict[str, Any]) -> None:
 @pytest.mark.real
 def test_skipping_saves_and_keeps_sense(cells: dict[str, Any]) -> None:
     cell = cells["skipping"]
-    assert 0.15 < cell["compute"]["saved_gross"] < 0.28  # 1000 tokens of another text
+    assert 0.15 < cell["compute"]["saved_gross"] < 0.28  # calibrated on 256 tokens of another text
     assert cell["compute"]["kept"] == pytest.approx(1 - cell["compute"]["saved_gross"], abs=1e-3)
     assert cell["compute"]["saved_net"] > 0.13
     for name in ("dense", "nf4+gates"):

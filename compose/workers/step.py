@@ -163,6 +163,6 @@ def _run_stage(
 
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy and torch."""
-    from transformers import set_seed
+    from accelerate.utils import set_seed  # transformers' own one imports peft and bitsandbytes
 
     set_seed(seed)
