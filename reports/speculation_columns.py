@@ -58,7 +58,10 @@ def accepted_entry(report: Report, row: Row) -> Entry:
         return Entry(FELL_BACK, "" if rate is None else f"{share(rate)} of few", rate or 0.0)
     if rate is None:
         return Entry()
-    return Entry(share(rate), "" if mean is None else f"{mean:.2f} a pass", rate)
+    ends = row.cell.speculation.acceptance_rate_ci95 if row.cell.speculation else None
+    notes = [span(*ends, share)] if ends else []
+    notes += [] if mean is None else [f"{mean:.2f} a pass"]
+    return Entry(share(rate), ", ".join(notes), rate)
 
 
 def plain_steps_entry(report: Report, row: Row) -> Entry:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from reports.columns import Column, Entry, Table, metric_column, retained_help, table_of
 from reports.load import Report, Row
-from reports.numbers import TIMES, megabytes, millis, number, ratio, share
+from reports.numbers import TIMES, megabytes, millis, number, ratio, share, span
 from reports.quality_columns import (
     AGREE_HELP,
     KL_HELP,
@@ -293,5 +293,9 @@ def lossless(report: Report) -> Table:
 
 def _forced_rate(report: Report, row: Row) -> Entry:
     check = row.cell.lossless_check
-    rate = None if check is None else check.acceptance_rate
-    return Entry() if rate is None else Entry(share(rate), sort=rate)
+    if check is None or check.acceptance_rate is None:
+        return Entry()
+    ends = check.acceptance_rate_ci95
+    return Entry(
+        share(check.acceptance_rate), span(*ends, share) if ends else "", check.acceptance_rate
+    )

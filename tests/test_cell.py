@@ -85,6 +85,8 @@ def test_speculation_is_checked_with_drafts(
     checked = bench.lossless()
     assert checked["lossless"] and checked["first_divergence"] is None
     assert checked["acceptance_rate"] == 1.0, "a draft at full compute is the model"
+    assert len(checked["drafts_by_prompt"]) == 2
+    assert all(drafted == accepted > 0 for drafted, accepted in checked["drafts_by_prompt"])
     assert checked["forced_draft_length"] == 3
     assert set(checked["forced_draft_length_histogram"]) <= {1, 2, 3}, "every pass drafts"
     assert 0 in checked["own_draft_length_histogram"], "the cell times a plain step first"

@@ -100,6 +100,10 @@ def test_speculation_is_of_all_timed_rounds() -> None:
     speculation = Speculation.model_validate(parts["speculation"])
     assert speculation.acceptance_rate == 0.5
     assert speculation.draft_weights == "int4"
+    assert speculation.drafts_by_round == ((10, 0, 15), (10, 10, 10))
+    assert speculation.acceptance_rate_ci95 == (0.0, 1.0), "two rounds, none and all"
+    least, most = speculation.mean_accepted_tokens_ci95 or (0, 0)
+    assert 1 <= least < 1.4 < most
     assert speculation.mean_accepted_tokens == pytest.approx((25 + 10) / 25)
     assert speculation.draft_length_histogram == {0: 5, 1: 20}
     assert (speculation.plain_steps, speculation.fell_back) == (0.2, False)

@@ -179,7 +179,8 @@ class ScriptedWorker:
         if do == "load":
             return {"size": {"disk_bytes": 100, "resident_bytes": 200}, "kernels": {"native": 3}}
         if do == "lossless":
-            return {"lossless": True, "acceptance_rate": 0.6, "forced_draft_length": 3}
+            forced = {"forced_draft_length": 3, "drafts_by_prompt": [[10, 5], [10, 7]]}
+            return {"lossless": True, "acceptance_rate": 0.6, **forced}
         if do == "roofline":
             return {"memory_gb_per_s": 20.0}
         if do in TIMED:
@@ -378,6 +379,8 @@ def test_the_result_is_typed_and_compared_with_the_baseline(tmp_path: Path) -> N
     assert results.quality(spec) == gates.quality
     assert spec.speculation is not None and spec.lossless_check is not None
     assert spec.lossless_check.lossless is True
+    low, high = spec.lossless_check.acceptance_rate_ci95 or (1, 0)
+    assert 0 == low < 0.6 < high == 1, "two prompts know little"
     assert spec.speculation.speedup == pytest.approx(3.0)
     assert spec.verdict is not None and dense.verdict is None
     assert (spec.fingerprint or {}).keys() == {"load", "lossless", "speed"}

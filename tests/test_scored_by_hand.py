@@ -166,7 +166,7 @@ def test_batches_of_blocks_change_no_score(decoder: Decoder) -> None:
     assert two.kl == pytest.approx(one.kl, rel=1e-3) and one.kl is not None and one.kl > 1e-3
     assert one.perplexity > own.perplexity / 2 > 1
     assert two.agreement == one.agreement and two.perplexity == pytest.approx(one.perplexity)
-    with pytest.raises(StepError, match=r"^the reference was made from other text$"):
+    with pytest.raises(StepError, match=r"(?s)^the reference was made from other text.+--again"):
         load_blocks(stored, blocks.flip(0))
 
 

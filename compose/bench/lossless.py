@@ -47,13 +47,15 @@ def check_lossless(
     plain = decoder.generate(list(prompts), new_tokens, **undrafted).tokens
     divergences: list[dict[str, Any]] = []
     totals: dict[str, Stats] = {}
+    drafts: dict[str, list[tuple[int, int]]] = {}
     passes = {"forced": forced_length} | ({"own": own_length} if own_length == "auto" else {})
     for name, length in passes.items():
-        totals[name] = Stats()
+        totals[name], drafts[name] = Stats(), []
         for number, prompt in enumerate(prompts):
             asked = {**settings, "draft_length": length}
             own = decoder.generate([prompt], new_tokens, "speculate", **asked)
             totals[name].add(own.stats)
+            drafts[name].append((own.stats.drafted, own.stats.accepted))
             if own.tokens[0] != plain[number]:
                 # A batch rounds in another order: decode the row by itself.
                 plain[number] = decoder.generate([prompt], new_tokens, **undrafted).tokens[0]
@@ -72,6 +74,7 @@ def check_lossless(
         "forced_draft_length_histogram": forced.draft_lengths,
         "own_draft_length_histogram": totals.get("own", forced).draft_lengths,
         "acceptance_rate": forced.acceptance_rate,
+        "drafts_by_prompt": drafts["forced"],
         "acceptance_by_position": [accepted / tried for tried, accepted in forced.positions],
     }
 

@@ -234,7 +234,11 @@ def load_blocks(stored: Mapping[str, Tensor], blocks: Tensor) -> Tensor:
         StepError: it scored other text, or none.
     """
     if "blocks" not in stored or not torch.equal(stored["blocks"], blocks.cpu()):
-        raise StepError("the reference was made from other text")
+        raise StepError(
+            "the reference was made from other text: the data has changed since the baseline was"
+            " measured",
+            fix="measure all cells on the new text with --again, or name a new folder with --out",
+        )
     return stored["hidden"]
 
 

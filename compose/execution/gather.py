@@ -19,6 +19,7 @@ from compose.execution.gather_speed import timed_parts
 from compose.execution.run_folder import Phase, RunFolder, phases_of, read_phase
 from compose.execution.sessions import Session
 from compose.planning.plan import Cell, Plan
+from compose.results.intervals import ratio_of_sums
 from compose.results.relate import relate
 from compose.results.schema import CellResult, Results
 from compose.units import public_path
@@ -141,6 +142,10 @@ def _merge_phase(part: dict[str, Any], phase: Phase, record: dict[str, Any]) -> 
     if phase == "load":
         part |= record  # what is left describes the whole cell, such as its kernels
         return
+    if drafts := record.get("drafts_by_prompt"):
+        drafted, accepted = zip(*drafts, strict=True)
+        if rate := ratio_of_sums(accepted, drafted, most=1.0):
+            record["acceptance_rate_ci95"] = rate.ci95
     part["quality" if phase == "quality" else "lossless_check"] = record
 
 

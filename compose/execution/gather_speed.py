@@ -12,7 +12,7 @@ from typing import Any
 
 from compose.bench.turns import add_counts, add_speculation, mean_compute
 from compose.execution.sessions import Numbers, Session, Shape
-from compose.results.intervals import paired_speed_ratio
+from compose.results.intervals import paired_speed_ratio, ratio_of_sums
 from compose.results.parts import Estimate
 from compose.results.spread import Kind, Spread, spread_in, widened
 
@@ -46,8 +46,8 @@ def timed_parts(
     if saved:
         parts["compute"] = mean_compute(saved)
     if "speculation" in main[0]:
-        counts = add_speculation([own["speculation"] for own in main])
-        parts["speculation"] = speculation_of(counts)
+        rounds = [own["speculation"] for own in main]
+        parts["speculation"] = speculation_of(add_speculation(rounds)) | _by_round(rounds)
         if plain is not None:
             pairs, spread = session.main_paired(name, plain), spread_in(session.environment)
             found = _ratio(pairs, "decode", "decode_tokens_per_s", spread)
@@ -78,6 +78,19 @@ def speculation_of(counts: dict[str, Any]) -> dict[str, Any]:
         "draft_s": counts["draft_s"],
         "verify_s": counts["verify_s"],
     }
+
+
+def _by_round(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was drafted, accepted and passed in each round, and intervals over rounds."""
+    drafted, accepted, passes = (
+        [each[name] for each in rounds] for name in ("drafted", "accepted", "passes")
+    )
+    found: dict[str, Any] = {"drafts_by_round": list(zip(drafted, accepted, passes, strict=True))}
+    if rate := ratio_of_sums(accepted, drafted, most=1.0):
+        found["acceptance_rate_ci95"] = rate.ci95
+    if gained := ratio_of_sums(accepted, passes):
+        found["mean_accepted_tokens_ci95"] = (1 + gained.low, 1 + gained.high)
+    return found
 
 
 def _speedup(session: Session, name: str, plain: str, found: Estimate | None) -> dict[str, Any]:

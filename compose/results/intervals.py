@@ -10,6 +10,7 @@ answer the same questions, read the same blocks of text, and are timed in the sa
 | perplexity over the baseline's | block of 512 tokens, both losses | Student's t |
 | mean KL | block, answer | Student's t |
 | speed over the baseline's | round, both speeds | Student's t of the log ratios |
+| accepted drafts, over drafted or passes | prompt, round | Student's t, linearized ratio |
 
 The bootstrap draws `RESAMPLES` times from a fixed seed: the same outcomes give the same interval.
 Its percentiles are too narrow for a handful of values (of four blocks, a nominal 95 % covers 80 %),
@@ -61,6 +62,25 @@ def mean_interval(values: Sequence[float]) -> Estimate | None:
         return None
     mean, half = _mean_and_half(np.asarray(values, dtype=np.float64))
     return Estimate(value=mean, low=mean - half, high=mean + half, n=len(values))
+
+
+def ratio_of_sums(
+    parts: Sequence[float], wholes: Sequence[float], most: float = math.inf
+) -> Estimate | None:
+    """Sum of `parts` over sum of `wholes`, one pair a prompt or round, with Student's interval.
+
+    Tokens of a prompt are alike, so prompts are what is drawn. The standard error is that of the
+    ratio estimator (Cochran 1977, Sampling Techniques, section 6.3). The interval ends at 0 and at
+    `most`. None below two pairs, or where the wholes sum to 0.
+    """
+    pairs = _pairs(parts, wholes)
+    n, total = len(pairs), float(pairs[:, 1].sum())
+    if n < 2 or total <= 0:
+        return None
+    value = float(pairs[:, 0].sum()) / total
+    residuals = pairs[:, 0] - value * pairs[:, 1]
+    half = t_quantile(n) * math.sqrt(n / (n - 1) * float(residuals @ residuals)) / total
+    return Estimate(value=value, low=max(value - half, 0.0), high=min(value + half, most), n=n)
 
 
 def paired_ratio(own: Sequence[float], base: Sequence[float]) -> Estimate | None:

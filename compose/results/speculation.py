@@ -65,6 +65,12 @@ class LosslessCheck(Record):
     acceptance_rate: float | None = None
     """Accepted over drafted tokens under the forced length; not that of the timed rounds."""
 
+    acceptance_rate_ci95: tuple[float, float] | None = None
+    """95 % interval of `acceptance_rate` over prompts."""
+
+    drafts_by_prompt: tuple[tuple[int, int], ...] | None = None
+    """Tokens of each prompt that were drafted, and accepted, under the forced length."""
+
     acceptance_by_position: tuple[float, ...] | None = None
     """Share accepted at each position of a draft under the forced length, where all drafts before
     it had been accepted."""
@@ -83,8 +89,17 @@ class Speculation(Record):
     acceptance_rate: float | None = None
     """Accepted over drafted tokens; absent where nothing was drafted."""
 
+    acceptance_rate_ci95: tuple[float, float] | None = None
+    """95 % interval of `acceptance_rate` over rounds."""
+
     mean_accepted_tokens: float | None = None
     """Tokens gained by one pass of the whole model; plain decoding has 1."""
+
+    mean_accepted_tokens_ci95: tuple[float, float] | None = None
+    """95 % interval of `mean_accepted_tokens` over rounds."""
+
+    drafts_by_round: tuple[tuple[int, int, int], ...] | None = None
+    """Tokens of each timed round that were drafted, and accepted, and passes of the whole model."""
 
     acceptance_by_position: tuple[float, ...] | None = None
     """Share accepted of the drafts at each position, where all before them had been accepted."""

@@ -17,6 +17,8 @@ INTERVALS = {
     "value": "ci95",
     "speedup": "speedup_ci95",
     "kl": "kl_ci95",
+    "acceptance_rate": "acceptance_rate_ci95",
+    "mean_accepted_tokens": "mean_accepted_tokens_ci95",
 }
 """Fields whose interval stands beside them, and its field."""
 

@@ -92,8 +92,10 @@ def speculation(results: Results, cells: str | None = None) -> list[str]:
                 else f"{'yes' if check.lossless else 'NO'}, {check.prompts} prompts,"
                 f" {check.tokens} tokens",
                 _lengths(timed.draft_length_histogram if timed else None),
-                percent(timed.acceptance_rate if timed else None),
-                with_ends(timed.mean_accepted_tokens if timed else None, None),
+                percent(timed.acceptance_rate, timed.acceptance_rate_ci95) if timed else DASH,
+                with_ends(timed.mean_accepted_tokens, timed.mean_accepted_tokens_ci95)
+                if timed
+                else DASH,
                 _plain_steps(cell),
                 DASH
                 if timed is None or timed.speedup is None
