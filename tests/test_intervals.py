@@ -73,6 +73,9 @@ def test_ratio_of_sums_worked_by_hand() -> None:
     assert found.ci95 == pytest.approx((0.4 - half, 0.4 + half), rel=1e-6)
     sure = ratio_of_sums([9.0, 10.0, 4.0], [10.0, 10.0, 5.0], most=1.0)
     assert sure is not None and sure.high == 1.0
+    assert ratio_of_sums([4.0, 3.0, 0.0], [4.0, 3.0, 0.0]) is None, (
+        "seven of seven are not certainty"
+    )
     assert ratio_of_sums([1.0], [2.0]) is None and ratio_of_sums([0.0] * 3, [0.0] * 3) is None
 
 

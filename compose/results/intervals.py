@@ -71,7 +71,8 @@ def ratio_of_sums(
 
     Tokens of a prompt are alike, so prompts are what is drawn. The standard error is that of the
     ratio estimator (Cochran 1977, Sampling Techniques, section 6.3). The interval ends at 0 and at
-    `most`. None below two pairs, or where the wholes sum to 0.
+    `most`. None below two pairs, where the wholes sum to 0, and where all pairs have one ratio, as
+    where all of a few drafts were accepted: such pairs do not tell how far others lie.
     """
     pairs = _pairs(parts, wholes)
     n, total = len(pairs), float(pairs[:, 1].sum())
@@ -79,6 +80,8 @@ def ratio_of_sums(
         return None
     value = float(pairs[:, 0].sum()) / total
     residuals = pairs[:, 0] - value * pairs[:, 1]
+    if np.allclose(residuals, 0.0):
+        return None
     half = t_quantile(n) * math.sqrt(n / (n - 1) * float(residuals @ residuals)) / total
     return Estimate(value=value, low=max(value - half, 0.0), high=min(value + half, most), n=n)
 
