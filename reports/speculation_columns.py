@@ -58,7 +58,7 @@ def accepted_entry(report: Report, row: Row) -> Entry:
         return Entry(FELL_BACK, "" if rate is None else f"{share(rate)} of few", rate or 0.0)
     if rate is None:
         return Entry()
-    ends = row.cell.speculation.acceptance_rate_ci95 if row.cell.speculation else None
+    ends = report.interval(row, "acceptance")
     notes = [span(*ends, share)] if ends else []
     notes += [] if mean is None else [f"{mean:.2f} a pass"]
     return Entry(share(rate), ", ".join(notes), rate)

@@ -289,6 +289,8 @@ def _with_timed_drafts(cells: list[dict[str, Any]]) -> None:
         cell["speculation"] |= {"plain_steps": 0.04, "fell_back": False, "looked_up_share": 0.1}
         cell["speculation"] |= {"acceptance_by_position": [0.8, 0.7], "speedup_ci95": [1.1, 1.3]}
         cell["lossless_check"] |= {"forced_draft_length": 3, "acceptance_rate": 0.63}
+        cell["lossless_check"] |= {"acceptance_rate_ci95": [0.57, 0.69]}
+        cell["speculation"] |= {"acceptance_rate_ci95": [0.5, 0.7]}
         cell["lossless_check"] |= {"forced_draft_length_histogram": {"0": 3, "3": 300}}
     fell_back = {"plain_steps": 0.964, "fell_back": True, "speedup": 0.99}
     cells[0]["speculation"] |= fell_back | {"speedup_ci95": [0.96, 1.02]}

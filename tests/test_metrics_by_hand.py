@@ -55,12 +55,16 @@ class TestIntervals:
         cell: dict[str, Any] = text(25.0, (1.2, 1.25))
         cell["quality"] |= {"kl_to_baseline": 0.5, "kl_ci95": (0.4, 0.6)}
         cell["speculation"] = {"speedup": 1.5, "speedup_ci95": (1.4, 1.6)}
+        cell["speculation"] |= {"acceptance_rate": 0.5, "acceptance_rate_ci95": (0.45, 0.55)}
+        cell["speculation"] |= {"mean_accepted_tokens_ci95": (1.7, 1.9)}
         cell["speed"] = {"decode_ratio": SPREAD, "prefill_ratio": SPREAD | {"high": 2.5}}
         results = run_of({"name": "dense"} | text(20.0), {"name": "nf4"} | cell, {"name": "bare"})
         own, bare = results.cell("nf4"), results.cell("bare")
         wanted = {
             "kl": (0.4, 0.6),
             "speedup": (1.4, 1.6),
+            "acceptance": (0.45, 0.55),
+            "accepted": (1.7, 1.9),
             "perplexity-ratio": (1.2, 1.25),
             "retained": (0.8, 1 / 1.2),  # one over each end, in turn
             "decode-ratio": (1.25, 1.75),

@@ -264,6 +264,8 @@ def test_timed_speculation_and_the_lossless_check_are_two_tables(evident: Report
     assert accepted["gates+spec"]["Speed-up (over plain)"].text == "no difference"
     assert accepted["gates+spec"]["Draft length (most often)"].text == "none"
     assert forced["gates+spec"]["Accepted (%, forced)"].text == "63.0"
+    assert forced["gates+spec"]["Accepted (%, forced)"].note == "57.0–69.0"
+    assert accepted["gates+spec"]["Accepted (%)"].note == "50.0–70.0"
     assert "Fell back to plain decoding" in Page(to_html(evident, {})).words
     assert "fell back to plain decoding" in to_markdown(evident, {})
 

@@ -150,8 +150,14 @@ def _kl_interval(results: Results, cell: CellResult) -> Interval | None:
     return None if quality is None else quality.kl_ci95
 
 
-def _speedup_interval(results: Results, cell: CellResult) -> Interval | None:
-    return None if cell.speculation is None else cell.speculation.speedup_ci95
+def _speculation(title: str, field: str) -> Metric:
+    """A number of the timed speculation with the interval beside it, better when higher."""
+
+    def interval(results: Results, cell: CellResult) -> Interval | None:
+        ends: Interval | None = getattr(cell.speculation, f"{field}_ci95", None)
+        return ends
+
+    return Metric(title, "higher", _part("speculation", field), interval)
 
 
 def _own_answers(field: str) -> Callable[[Results, CellResult], float | None]:
@@ -200,13 +206,9 @@ METRICS: dict[str, Metric] = {
     "answer-kl": Metric("KL on the baseline's own answers", "lower", _own_answers("kl")),
     "prefix": Metric("tokens of greedy answers in common", "higher", _own_answers("common_prefix")),
     "agreement": Metric("greedy agreement", "higher", _part("quality", "greedy_agreement")),
-    "acceptance": Metric("acceptance rate", "higher", _part("speculation", "acceptance_rate")),
-    "accepted": Metric(
-        "mean accepted tokens", "higher", _part("speculation", "mean_accepted_tokens")
-    ),
-    "speedup": Metric(
-        "speed-up of speculation", "higher", _part("speculation", "speedup"), _speedup_interval
-    ),
+    "acceptance": _speculation("acceptance rate", "acceptance_rate"),
+    "accepted": _speculation("mean accepted tokens", "mean_accepted_tokens"),
+    "speedup": _speculation("speed-up of speculation", "speedup"),
 }
 """Every number that tables, constraints and aims may name."""
 
