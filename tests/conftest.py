@@ -126,7 +126,7 @@ def _share_kernels(source: Path, target: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _older_objects_are_not_collected() -> None:
-    """Leave what earlier files imported and hold to no later collection: of a process that has
+    """Take what earlier tests imported and hold out of later collections: in a process that has
     imported everything each takes a third of a second, and gptqmodel asks for many."""
     gc.collect()
     gc.freeze()
