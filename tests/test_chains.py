@@ -43,9 +43,9 @@ AFTER = {"branches": "gates", "rescale": "nf4"}
 """What stages need before them."""
 FAMILIES = ("qwen2", "qwen3", "mistral", "gemma2", "phi3")  # Llama takes the long walk
 LONGEST = 3
-NEARLY_ALIKE = {"hidden", "rescale", "drafts", "gptq4"}
-"""To the planner they are narrow, what packed it, the last of a chain, and nf4."""
-PRUNINGS = {"drop", "narrow", "heads"}
+NEARLY_ALIKE = {"heads", "hidden", "rescale", "drafts", "gptq4"}
+"""To the planner they are narrow, narrow, what packed it, the last of a chain, and nf4."""
+PRUNINGS = {"drop", "narrow"}
 WORSE = 3.0  # times the tiny model's perplexity, that of chance, is no sense any more
 RELOAD = """
 import json, sys
