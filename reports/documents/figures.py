@@ -10,17 +10,8 @@ from compose.results.schema import Results
 from reports.documents.text import digits, factor, measured, spread
 
 SHAPES = ("auto", "number", "percent", "points", "x", "mb", "text")
-INTERVALS = {
-    "ratio_to_baseline": "ratio_ci95",
-    "kl_to_baseline": "kl_ci95",
-    "retained": "retained_ci95",
-    "value": "ci95",
-    "speedup": "speedup_ci95",
-    "kl": "kl_ci95",
-    "acceptance_rate": "acceptance_rate_ci95",
-    "mean_accepted_tokens": "mean_accepted_tokens_ci95",
-}
-"""Fields whose interval stands beside them, and its field."""
+INTERVALS = {"ratio_to_baseline": "ratio_ci95", "kl_to_baseline": "kl_ci95", "value": "ci95"}
+"""Fields whose interval is beside them under another name than theirs with `_ci95`."""
 
 
 def figure(
@@ -60,7 +51,7 @@ def _at(record: Any, path: str) -> tuple[Any, tuple[float, float] | None]:
     ends = None
     for name in path.split("."):
         inner = _get(record, name)
-        ends = _get(record, INTERVALS.get(name, ""))
+        ends = _get(record, INTERVALS.get(name, f"{name}_ci95"))
         record = inner
     return record, ends
 
