@@ -14,13 +14,13 @@ import typer
 from rich.console import Console
 
 from compose.terminal.cache import cache
-from compose.terminal.commands import Commands
+from compose.terminal.live.commands import Commands
 from compose.terminal.pick_options import PickOptions, with_pick_options
 from compose.units import printable
 
 if TYPE_CHECKING:
-    from compose.execution.state import Settings
     from compose.results.schema import Results
+    from compose.run.state import Settings
 
 
 app = typer.Typer(
@@ -101,14 +101,14 @@ def plan(
 ) -> None:
     """Show steps and cells, what is cached, and what is left out by which rule."""
     from compose.assets import default_cache
-    from compose.execution.run_folder import RunFolder
+    from compose.outputs.run_folder import RunFolder
     from compose.planning.prepare import load_plan, model_shape
     from compose.terminal.show import plan_state, plan_tables
 
     planned = load_plan(file, default_cache())
     folder = RunFolder.of(planned, out)
     if estimate:
-        from compose.execution.estimate import estimate as estimate_of
+        from compose.run.estimate import estimate as estimate_of
         from compose.terminal.estimate import estimate_tables
 
         found = estimate_of(planned, folder, model_shape(planned.pipeline, default_cache()))
@@ -154,11 +154,11 @@ def run(
 ) -> None:
     """Make and measure every cell; what was finished before is kept."""
     from compose.assets import default_cache
-    from compose.execution.executors import make_executor
     from compose.extras import require
     from compose.mirror import Mirror
     from compose.planning.prepare import load_plan
-    from compose.terminal.run_shown import run_shown
+    from compose.processes.executors import make_executor
+    from compose.terminal.live.run_shown import run_shown
 
     planned = load_plan(file, default_cache())
     require("report", *(["eval"] if planned.pipeline.benchmark.quality.tasks else []))
@@ -207,9 +207,9 @@ def search(
     json_lines: AsEvents = False,
 ) -> None:
     """Find the chain that meets bounds and is best in one number (docs/search.md)."""
-    from compose.execution.executors import make_executor
     from compose.extras import require
     from compose.language.parse import load_pipeline
+    from compose.processes.executors import make_executor
     from compose.search.target import make_target
     from compose.terminal.search import require_found, search_shown
 
@@ -246,7 +246,7 @@ def _settings(
 ) -> Settings:
     """Settings of a run under this command line."""
     from compose.assets import default_cache
-    from compose.execution.state import Settings
+    from compose.run.state import Settings
     from compose.units import public_path
 
     command = shlex.join(["gateskip", *map(public_path, sys.argv[1:])])
@@ -278,7 +278,7 @@ def report(
 
 
 def _results_of(run_dir: Path) -> Results:
-    from compose.execution.run_folder import RunFolder
+    from compose.outputs.run_folder import RunFolder
     from compose.results.io import load_results
 
     return load_results(RunFolder.existing(run_dir).results_file)
@@ -311,9 +311,9 @@ def export(
     ] = False,
 ) -> None:
     """Export a cell as a checkpoint with its lineage, numbers and model card."""
-    from compose.execution.executors import make_executor
-    from compose.execution.export import export_cell
-    from compose.execution.run_folder import RunFolder
+    from compose.outputs.export import export_cell
+    from compose.outputs.run_folder import RunFolder
+    from compose.processes.executors import make_executor
 
     name = cell or options.pick(_results_of(run_dir)).name
     folder, executor = RunFolder.existing(run_dir), make_executor("local", None)
@@ -338,7 +338,7 @@ def gguf(
     ] = None,
 ) -> None:
     """Write a model folder as a GGUF file for llama.cpp; it is loaded back before it stays."""
-    from compose.execution.worker_process import ask_once
+    from compose.processes.worker_process import ask_once
     from compose.units import bytes_text
 
     job = {"folder": str(folder.absolute()), "file": str(to.absolute()), "kind": kind}
@@ -356,7 +356,7 @@ def compressed_tensors(
     to: Annotated[Path, typer.Option(help="The folder to make.")],
 ) -> None:
     """Write a packed model folder for vLLM, as W4A16 or W8A16; codes and scales stay the same."""
-    from compose.execution.worker_process import ask_once
+    from compose.processes.worker_process import ask_once
     from compose.terminal.show import compressed_text
 
     job = {"folder": str(folder.absolute()), "target": str(to.absolute())}
@@ -386,8 +386,8 @@ def generate(
 ) -> None:
     """Ask a model folder."""
     from compose.assets import default_cache
-    from compose.execution.source_folder import as_folders
-    from compose.execution.worker_process import ask_once
+    from compose.processes.source_folder import as_folders
+    from compose.processes.worker_process import ask_once
     from compose.terminal.show import stats_text
 
     (folder,) = as_folders([folder], default_cache(), keep_blocks=keep_blocks)
@@ -411,7 +411,7 @@ def insight(
     as_json: AsJson = False,
 ) -> None:
     """Colour a text's tokens by how much compute each of them gets."""
-    from compose.execution.worker_process import ask_once
+    from compose.processes.worker_process import ask_once
     from compose.store import require_writable, write_text
     from compose.terminal.show import print_insight, read_text
     from reports.insight import to_html
@@ -496,11 +496,11 @@ def bench(
     """Measure folders, ways of decoding and other engines side by side, each in its own process
     unless they are told to share one."""
     from compose.assets import default_cache
-    from compose.execution.executors import make_executor
-    from compose.execution.source_folder import as_folders
     from compose.planning.bench_plan import bench_plan, default_name
+    from compose.processes.executors import make_executor
+    from compose.processes.source_folder import as_folders
     from compose.terminal.bench import benchmark_of, print_bench
-    from compose.terminal.run_shown import run_shown
+    from compose.terminal.live.run_shown import run_shown
 
     benchmark = benchmark_of(
         batches=batch or [1],
@@ -546,7 +546,7 @@ def tune_draft(
     quiet: Quiet = False,
 ) -> None:
     """Find the draft that decodes a folder fastest, and make it the folder's way."""
-    from compose.terminal.progress import ask_shown
+    from compose.terminal.live.progress import ask_shown
     from compose.terminal.show import print_tuned
 
     job: dict[str, Any] = {"folder": str(folder), "prompts": prompts, "limit": limit}

@@ -115,7 +115,7 @@ class StepError(ComposeError):
 class WorkerLost(StepError):
     """A worker ended without an answer: it crashed, was killed, hit a limit, or its node went.
 
-    `ending` is how, as far as it is known: a dictionary as `compose.execution.endings.Ending` has
+    `ending` is how, as far as it is known: a dictionary as `compose.processes.endings.Ending` has
     fields.
     """
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from compose.results.metrics import METRICS, gain, retained_basis
+from compose.analysis.metrics import METRICS, gain, retained_basis
+from compose.analysis.pick import retained_bound
+from compose.analysis.verdicts import KEEP
 from compose.results.parts import Estimate
-from compose.results.pick import retained_bound
-from compose.results.verdicts import KEEP
 from reports.load import Report, Row
 from reports.numbers import DASH, NO_DIFFERENCE, estimate, span, times
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compose.results.compare import Change, Outcome, compare, regressions
+from compose.analysis.compare import Change, Outcome, compare, regressions
 from compose.results.schema import Results
 from compose.units import bytes_text
 from reports import html

@@ -6,7 +6,7 @@ import csv
 import io
 from typing import Any
 
-from compose.results.metrics import METRICS
+from compose.analysis.metrics import METRICS
 from compose.results.parts import Speculation, TextCompute
 from compose.results.schema import CellResult
 from compose.units import printable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compose.results.metrics import retained_basis
+from compose.analysis.metrics import retained_basis
 from compose.units import duration_text
 from reports import columns, plots, run_tables, tables, verdicts
 from reports.answers import answers

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from compose.analysis.metrics import METRICS, interval_of, metrics
 from compose.results.io import load_results
-from compose.results.metrics import METRICS, interval_of, metrics
 from compose.results.schema import CellResult, Results
 from reports.families import NOT_QUANTIZED, Decode, decode_of, family_of, weights_of
 

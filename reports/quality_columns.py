@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from compose.results.metrics import half_width, over_seeds, task_retained
+from compose.analysis.metrics import half_width, over_seeds, task_retained
 from compose.results.parts import OwnAnswers, Quality, TaskScore, TextCompute
 from reports.columns import Column, Entry, Make, tone
 from reports.load import Report, Row

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from compose.results.metrics import METRICS, gain
-from compose.results.pick import fastest_that_keeps, retained_bound
-from compose.results.verdicts import KEEP
+from compose.analysis.metrics import METRICS, gain
+from compose.analysis.pick import fastest_that_keeps, retained_bound
+from compose.analysis.verdicts import KEEP
 from compose.units import bytes_text
 from reports.columns import Tone, gain_note, sure_tone
 from reports.load import Report, Row

@@ -18,7 +18,7 @@ import numpy
 from gguf import GGMLQuantizationType as Ggml
 from safetensors.numpy import load_file
 
-from compose.artifacts.gguf_tokenizer import add_tokenizer
+from compose.artifacts.gguf.tokenizer import add_tokenizer
 
 STRING, ARRAY = 8, 9
 Tensors = Sequence[tuple[str, tuple[int, ...], int, bytes]]

@@ -28,10 +28,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compose.results.compare import Change, compare
+from compose.analysis.compare import Change, compare
+from compose.analysis.spread import measured_spread, store_spread
 from compose.results.io import load_results
 from compose.results.schema import Results
-from compose.results.spread import measured_spread, store_spread
 from gateskip.kernels.build import cache_folder
 
 PIPELINE = Path(__file__).parents[1] / "pipelines" / "repeatability.yaml"

@@ -14,22 +14,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from compose.execution.costs import (  # noqa: E402
+from compose.language.parse import load_pipeline  # noqa: E402
+from compose.language.schema import Pipeline  # noqa: E402
+from compose.planning.plan import SOURCE, speculates  # noqa: E402
+from compose.planning.planner import make_plan  # noqa: E402
+from compose.processes.needs import FOLDERS_HELD, PROCESS_BYTES  # noqa: E402
+from compose.results.io import load_results  # noqa: E402
+from compose.results.schema import Results  # noqa: E402
+from compose.run.costs import (  # noqa: E402
     COMPARED,
     SCORED,
     Cost,
     cell_passes,
     step_passes,
 )
-from compose.execution.disk import WIDTHS  # noqa: E402
-from compose.execution.estimate import folder_size, seconds_of  # noqa: E402
-from compose.execution.needs import FOLDERS_HELD, PROCESS_BYTES  # noqa: E402
-from compose.language.parse import load_pipeline  # noqa: E402
-from compose.language.schema import Pipeline  # noqa: E402
-from compose.planning.plan import SOURCE, speculates  # noqa: E402
-from compose.planning.planner import make_plan  # noqa: E402
-from compose.results.io import load_results  # noqa: E402
-from compose.results.schema import Results  # noqa: E402
+from compose.run.disk import WIDTHS  # noqa: E402
+from compose.run.estimate import folder_size, seconds_of  # noqa: E402
 from compose.stages.registry import STAGES, ModelShape  # noqa: E402
 
 PUBLISHED = ROOT / "reports" / "published" / "quickstart" / "results.json"

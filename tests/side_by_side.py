@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import ttest_1samp
 
-from compose.results.compare import SPEED_ERROR
+from compose.analysis.compare import SPEED_ERROR
 from compose.results.io import load_results
 from compose.results.schema import Results
 

@@ -27,7 +27,7 @@ from typing import Any
 from shapes import SHAPES, write_random
 
 import gateskip
-from compose.bench.workloads import running_text
+from compose.bench.speed.workloads import running_text
 from compose.results.io import load_results
 from gateskip.decoding.decoder import Decoder
 

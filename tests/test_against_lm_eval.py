@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from compose.assets import default_cache, load_texts, token_blocks
-from compose.bench.scored import Scored
-from compose.bench.text import score_blocks
+from compose.bench.quality.scored import Scored
+from compose.bench.quality.text import score_blocks
 
 LIKELIHOOD = ("arc_easy", "piqa", "hellaswag", "winogrande", "lambada_openai")
 WRITTEN = ("arithmetic", "squad")
@@ -45,7 +45,7 @@ def test_scores_equal_lm_evals_own(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from compose.bench import tasks as module
+    from compose.bench.quality import tasks as module
 
     found = module.run_tasks(ours, tasks, limit=questions, cache=default_cache())
     for name in tasks:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from compose import assets
-from compose.assets import corpora, fetch, models, tasks, texts
+from compose.assets import corpora, fetch, tasks, texts
+from compose.assets.models import resolve as models
 from compose.assets.table import TASK_DATA, HubData, TaskAlias, Wheel
 from compose.errors import AssetError, UserError
 
@@ -320,7 +321,7 @@ def test_the_real_model_is_off_the_grid(smollm2: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from compose.assets.offgrid import largest_difference
+    from compose.assets.models.offgrid import largest_difference
 
     raw = assets.resolve_model(RAW).path
     record = json.loads((smollm2.parent / "asset.json").read_text())

@@ -12,7 +12,7 @@ import torch
 
 import gateskip
 from compose.artifacts.folder import write_lineage
-from compose.execution.messages import StepRequest
+from compose.processes.messages import StepRequest
 from compose.stages.gate import Gate
 from compose.workers.step import run_step
 from gateskip.kernels import autotune

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from compose.assets import default_cache, token_blocks
 from compose.bench.cell import CellBench
 from compose.bench.job import CellJob
-from compose.bench.turns import add_turns
-from compose.bench.workloads import TurnText, categories, rows_of, running_text
+from compose.bench.speed.turns import add_turns
+from compose.bench.speed.workloads import TurnText, categories, rows_of, running_text
 from compose.language.schema import Benchmark
 from compose.results.schema import CellResult
 from compose.results.speculation import LosslessCheck
@@ -146,7 +146,7 @@ def test_rounds_read_other_text_until_it_begins_again(
     text = [" ".join(map(str, range(60)))]
     ids = token_blocks(text, tokenizer, 8).tolist()[:5]
     text = [tokenizer.decode([token for row in ids for token in row])]
-    monkeypatch.setattr("compose.bench.workloads.load_texts", lambda *of: text)
+    monkeypatch.setattr("compose.bench.speed.workloads.load_texts", lambda *of: text)
     ids = token_blocks(text, tokenizer, 8).tolist()
     assert len(ids) == 5
     found = [running_text(tokenizer, 2, 8, None, number) for number in range(3)]

@@ -292,7 +292,7 @@ def test_errors_become_exit_codes(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("compose.terminal.run_shown.run", fail)
+    monkeypatch.setattr("compose.terminal.live.run_shown.run", fail)
     found, out, err = call("run", file)
     assert found == code
     assert json.loads(out)["exit_code"] == code, "the last line is for machines"
@@ -318,7 +318,7 @@ def test_no_traceback_without_debug(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("compose.terminal.run_shown.run", fail)
+    monkeypatch.setattr("compose.terminal.live.run_shown.run", fail)
     code, _, err = call("run", file)
     assert code == 1 and err.startswith(words)
     assert "Traceback" not in err

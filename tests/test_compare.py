@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compose.results.compare import Change, compare, regressions
-from compose.results.intervals import paired_speed_ratio
-from compose.results.quality_change import sign_flip_p
+from compose.analysis.compare import Change, compare, regressions
+from compose.analysis.intervals import paired_speed_ratio
+from compose.analysis.quality_change import sign_flip_p
 from compose.results.schema import Results
 
 CELLS = 14

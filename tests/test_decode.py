@@ -11,7 +11,7 @@ import torch
 from drafts import SKIPPING
 
 import gateskip
-from compose.bench.lossless import check_lossless
+from compose.bench.quality.lossless import check_lossless
 from gateskip.calibration.thresholds import calibrate
 from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import GateFile, grid_of, load_gates, save_gates

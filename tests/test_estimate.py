@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import scale
 
-from compose.execution.costs import (
+from compose.language.schema import Pipeline
+from compose.outputs.run_folder import RunFolder
+from compose.planning.planner import make_plan
+from compose.run.costs import (
     COMPARED,
     SCORED,
     Cost,
@@ -17,10 +20,7 @@ from compose.execution.costs import (
     step_costs,
     step_passes,
 )
-from compose.execution.estimate import estimate, folder_size, seconds_of, speed_seconds
-from compose.execution.run_folder import RunFolder
-from compose.language.schema import Pipeline
-from compose.planning.planner import make_plan
+from compose.run.estimate import estimate, folder_size, seconds_of, speed_seconds
 from compose.stages.registry import STAGES, DataSpec, ModelShape
 from compose.store import Store, write_json
 

@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from compose.errors import ArtifactError, StepError, UserError
-from compose.execution import worker_process
-from compose.execution.executors import LocalExecutor, make_executor
-from compose.execution.messages import Role
-from compose.execution.needs import Needs
-from compose.execution.worker_process import (
+from compose.processes import worker_process
+from compose.processes.executors import LocalExecutor, make_executor
+from compose.processes.messages import Role
+from compose.processes.needs import Needs
+from compose.processes.worker_process import (
     LocalWorker,
     Worker,
     ask_once,
@@ -113,7 +113,7 @@ PARENT = """
 import sys, time
 from pathlib import Path
 from compose.store import write_json
-from compose.execution.executors import LocalExecutor
+from compose.processes.executors import LocalExecutor
 folder = Path(sys.argv[1])
 write_json(folder / "job.json", {"name": "dense"})
 worker = LocalExecutor().start("cell", folder / "job.json", folder / "cell.log")

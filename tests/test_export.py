@@ -13,16 +13,16 @@ import pytest
 
 from compose.artifacts.folder import LINEAGE, lineage, write_lineage
 from compose.errors import StepError, UserError
-from compose.execution.executors import make_executor
-from compose.execution.export import (
+from compose.outputs.export import (
     assemble,
     decode_default,
     model_card,
     refuse_foreign,
     verify_tokens,
 )
-from compose.execution.gather import _source_notes
-from compose.execution.run_folder import RunFolder
+from compose.outputs.gather import _source_notes
+from compose.outputs.run_folder import RunFolder
+from compose.processes.executors import make_executor
 from compose.results.schema import CellResult, Results
 
 

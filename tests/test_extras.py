@@ -104,9 +104,9 @@ print(answer(work)["error"])
     [
         ("compress", RUN.format(words=["validate", "any.yaml"])),
         ("compress", "import gateskip.training.loop"),
-        ("eval", ANSWER.format(work="import compose.bench.tasks")),
+        ("eval", ANSWER.format(work="import compose.bench.quality.tasks")),
         ("report", "import compose.cli" + RUN.format(words=["report", "runs/any"])),
-        ("ray", "from compose.execution.executors import make_executor as m; m('ray', 1)"),
+        ("ray", "from compose.processes.executors import make_executor as m; m('ray', 1)"),
         (
             "tensorboard",
             ANSWER.format(work="from compose.workers.scalars import _writer as w; w('x', 1)"),

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from compose.execution import run_folder
-from compose.execution.gather import gather
-from compose.execution.run_folder import (
+from compose.language.schema import Pipeline
+from compose.outputs import run_folder
+from compose.outputs.gather import gather
+from compose.outputs.run_folder import (
     MEASURE_VERSION,
     RunFolder,
     is_measured,
@@ -19,8 +20,7 @@ from compose.execution.run_folder import (
     read_phase,
     write_phase,
 )
-from compose.execution.sessions import speed_settings
-from compose.language.schema import Pipeline
+from compose.outputs.sessions import speed_settings
 from compose.planning import fingerprint as module
 from compose.planning.fingerprint import MEASURING, ROOT, fingerprint, fingerprint_of
 from compose.planning.keys import digest

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from compose.bench.turns import add_turns
-from compose.execution.gather_speed import speculation_of, timed_parts
-from compose.execution.sessions import Round, Session, Shape
+from compose.bench.speed.turns import add_turns
+from compose.outputs.gather_speed import speculation_of, timed_parts
+from compose.outputs.sessions import Round, Session, Shape
 from compose.results.parts import Speculation, Speed
 
 T2 = 4.302653

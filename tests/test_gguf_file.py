@@ -12,9 +12,9 @@ import numpy
 import pytest
 from gguf_files import raw_gguf
 
-from compose.artifacts.from_gguf import check_gguf_source
-from compose.artifacts.gguf_config import llama3_factors
-from compose.artifacts.gguf_file import STORAGES, is_gguf, open_gguf
+from compose.artifacts.gguf.config import llama3_factors
+from compose.artifacts.gguf.file import STORAGES, is_gguf, open_gguf
+from compose.artifacts.gguf.read import check_gguf_source
 from compose.errors import ArtifactError
 
 SIZES = {

@@ -17,16 +17,16 @@ from gguf_files import ARCHITECTURES, SIX_LAYERS, UNSAID, converted
 from safetensors.torch import load_file, save_file
 
 from compose import assets
-from compose.artifacts.from_gguf import check_gguf_source, matched, write_folder
-from compose.artifacts.gguf_blocks import read_blocks, write_blocks
-from compose.artifacts.gguf_config import config_of
-from compose.artifacts.gguf_file import open_gguf
-from compose.artifacts.gguf_names import paired, unpaired
+from compose.artifacts.gguf.blocks import read_blocks, write_blocks
+from compose.artifacts.gguf.config import config_of
+from compose.artifacts.gguf.file import open_gguf
+from compose.artifacts.gguf.names import paired, unpaired
+from compose.artifacts.gguf.read import check_gguf_source, matched, write_folder
 from compose.artifacts.shards import save_shards
 from compose.assets.table import MODELS
 from compose.errors import ArtifactError, AssetError, RuleBroken
-from compose.execution.source_folder import as_folders
 from compose.planning.prepare import load_plan
+from compose.processes.source_folder import as_folders
 
 RAW = "smollm2-135m-instruct-q4_1"
 PLAN = """\

@@ -23,13 +23,13 @@ from typer.testing import CliRunner
 from compose.assets import fetch
 from compose.cli import app
 from compose.errors import StepError, UserError
-from compose.execution.failures import failure_of
-from compose.execution.run_folder import RunFolder
-from compose.execution.runner import RunResult
+from compose.outputs.run_folder import RunFolder
+from compose.processes.failures import failure_of
 from compose.results.schema import Results
+from compose.run.runner import RunResult
 from compose.terminal import show
 from compose.terminal.bench import print_bench
-from compose.terminal.progress import Board
+from compose.terminal.live.progress import Board
 from compose.terminal.shown import shown
 from compose.units import printable
 from compose.workers.job_file import read_job
@@ -152,7 +152,7 @@ def test_markup_is_text() -> None:
 
 
 def test_a_model_card_is_one_cell_a_value() -> None:
-    from compose.execution.export import _on_card
+    from compose.outputs.export import _on_card
 
     assert _on_card(HOSTILE) == printable(_on_card(HOSTILE))
     assert "\n" not in _on_card(HOSTILE) and "<" not in _on_card(HOSTILE)
@@ -207,7 +207,7 @@ def test_another_users_job_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_worker_answers_such_a_job_with_a_refusal(tmp_path: Path) -> None:
-    from compose.execution.worker_process import LocalWorker, await_answer
+    from compose.processes.worker_process import LocalWorker, await_answer
 
     file = _job(tmp_path / "jobs")
     file.parent.chmod(0o777)
@@ -220,8 +220,8 @@ def test_a_worker_answers_such_a_job_with_a_refusal(tmp_path: Path) -> None:
 
 
 def test_the_jobs_of_a_run_are_private(tmp_path: Path) -> None:
-    from compose.execution.processes import RunWorkers
-    from compose.execution.run_folder import RunFolder
+    from compose.outputs.run_folder import RunFolder
+    from compose.run.workers import RunWorkers
 
     class Nothing:
         def start(self, *_: Any, **__: Any) -> Any:

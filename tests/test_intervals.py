@@ -9,7 +9,7 @@ import statistics
 import numpy as np
 import pytest
 
-from compose.results.intervals import (
+from compose.analysis.intervals import (
     exp_mean_ratio,
     mean_interval,
     mean_of_ratios,

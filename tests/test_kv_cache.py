@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import gateskip
-from compose.execution.export import decode_default
+from compose.outputs.export import decode_default
 from compose.stages.decode import Plain, Speculate
 from gateskip.gates.kinds import make_gates
 from gateskip.kernels import ops

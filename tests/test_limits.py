@@ -13,13 +13,13 @@ import pytest
 import test_runner as scripted
 
 from compose.errors import PipelineError, StepError, WorkerLost
-from compose.execution import runner as runner_module
-from compose.execution.endings import UNLIMITED, Allowed, Ending, ending_of, lost, oom_kills
-from compose.execution.failures import is_lasting
-from compose.execution.needs import cell_needs, step_needs
-from compose.execution.worker_process import LocalWorker
 from compose.language.parse import load_pipeline
 from compose.planning.planner import make_plan
+from compose.processes.endings import UNLIMITED, Allowed, Ending, ending_of, lost, oom_kills
+from compose.processes.failures import is_lasting
+from compose.processes.needs import cell_needs, step_needs
+from compose.processes.worker_process import LocalWorker
+from compose.run import runner as runner_module
 from compose.store import Store, write_json
 
 LIMITS = {"step": {"seconds": 60.0}, "cell": {"memory_mb": 500.0}}
@@ -81,7 +81,7 @@ def test_limits_are_no_part_of_a_key() -> None:
 def test_a_plan_shows_its_limits(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from compose.execution.run_folder import RunFolder
+    from compose.outputs.run_folder import RunFolder
     from compose.terminal.show import plan_tables
 
     plan = make_plan(scripted.pipeline(limits=LIMITS))
@@ -314,8 +314,8 @@ def test_a_crash_of_its_own_is_not_tried_elsewhere(tmp_path: Path) -> None:
 def test_the_last_line_is_json(
     json_lines: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from compose.execution.state import Settings
-    from compose.terminal.run_shown import run_shown
+    from compose.run.state import Settings
+    from compose.terminal.live.run_shown import run_shown
 
     script = scripted.Script()
     script.break_at = {("quality", "gates"): KILLED}
@@ -345,8 +345,8 @@ def test_the_last_line_is_json_also_where_a_run_cannot_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from compose.execution.state import Settings
-    from compose.terminal import run_shown as module
+    from compose.run.state import Settings
+    from compose.terminal.live import run_shown as module
 
     def broken(*_: Any) -> Any:
         raise error

@@ -12,12 +12,12 @@ import pytest
 import torch
 from gguf_files import SIX_LAYERS, UNSAID
 
-from compose.artifacts import gguf as llamacpp
-from compose.artifacts import gguf_tokenizer
-from compose.artifacts.gguf import KINDS, refuse, write_gguf
-from compose.artifacts.gguf_metadata import WRITTEN
-from compose.artifacts.gguf_names import paired
-from compose.artifacts.gguf_tokenizer import pre_tokenizer_name
+from compose.artifacts.gguf import tokenizer as gguf_tokenizer
+from compose.artifacts.gguf import write as llamacpp
+from compose.artifacts.gguf.metadata import WRITTEN
+from compose.artifacts.gguf.names import paired
+from compose.artifacts.gguf.tokenizer import pre_tokenizer_name
+from compose.artifacts.gguf.write import KINDS, refuse, write_gguf
 from compose.errors import ArtifactError, StepError
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -175,7 +175,7 @@ def test_a_family_loads_back(
     """In transformers, where it reads all of a family's metadata, and in our own reader."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    from compose.artifacts.from_gguf import write_folder
+    from compose.artifacts.gguf.read import write_folder
     from gateskip.quantization.folders import load_model
 
     more = SIX_LAYERS if family == "gemma3_text" else {}
@@ -223,7 +223,7 @@ def test_pieces_as_gemma_has_them_come_back(tiny_llama: Path, tmp_path: Path) ->
     from gguf import GGUFWriter
     from transformers import PreTrainedTokenizerFast
 
-    from compose.artifacts.gguf_file import open_gguf
+    from compose.artifacts.gguf.file import open_gguf
 
     made = pieces_of(Path(__file__).read_text())
     own = PreTrainedTokenizerFast(
@@ -309,7 +309,7 @@ def test_integer_grids_are_written_as_they_are(
     """The weights are the folder's, bit by bit, read by the gguf package and by our reader."""
     import gguf
 
-    from compose.artifacts.from_gguf import write_folder
+    from compose.artifacts.gguf.read import write_folder
     from gateskip.quantization.folders import load_model
 
     folder, file = grid_folder(tiny_llama, use, **settings), tmp_path / "a.gguf"
@@ -337,7 +337,7 @@ def test_a_file_that_we_wrote_and_keep_is_the_folder_again(
     """Codes byte for byte; scales and minima in float16 what they were in bfloat16."""
     from safetensors.torch import load_file
 
-    from compose.artifacts.from_gguf import write_folder
+    from compose.artifacts.gguf.read import write_folder
 
     folder = grid_folder(tiny_llama, "int4")
     write_gguf(folder, tmp_path / "a.gguf", None)
@@ -353,7 +353,7 @@ def test_grids_that_have_no_blocks_are_refused(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    from compose.artifacts.gguf_grids import as_blocks
+    from compose.artifacts.gguf.grids import as_blocks
 
     folder = grid_folder(tiny_llama, "int4")
     with pytest.raises(ArtifactError, match=r"written as they are"):

@@ -21,8 +21,8 @@ from count_malformed import WANTED, counted
 from safetensors.torch import load_file, save_file
 
 from compose import assets
-from compose.artifacts.from_gguf import check_gguf_source
-from compose.artifacts.gguf_file import open_gguf
+from compose.artifacts.gguf.file import open_gguf
+from compose.artifacts.gguf.read import check_gguf_source
 from compose.artifacts.intake import require_source, require_values
 from compose.artifacts.safetensors_header import stored_tensors
 from compose.errors import ArtifactError, AssetError, PipelineError, PlanError, UserError

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from compose.errors import UserError
-from compose.results import metrics as table
-from compose.results.intervals import (
+from compose.analysis import metrics as table
+from compose.analysis.intervals import (
     _estimate,
     exp_mean_ratio,
     mean_interval,
@@ -18,7 +17,7 @@ from compose.results.intervals import (
     paired_speed_ratio,
     wilson,
 )
-from compose.results.metrics import (
+from compose.analysis.metrics import (
     gain,
     half_width,
     interval_of,
@@ -28,8 +27,9 @@ from compose.results.metrics import (
     retained_basis,
     task_retained,
 )
-from compose.results.pick import Constraint, Lossless, pick, retained_bound
-from compose.results.relate import relate
+from compose.analysis.pick import Constraint, Lossless, pick, retained_bound
+from compose.analysis.relate import relate
+from compose.errors import UserError
 from compose.results.schema import CellResult, Results
 
 

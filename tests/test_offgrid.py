@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compose.assets import offgrid
+from compose.assets.models import offgrid
 from compose.errors import AssetError
 from gateskip.checkpoint import read_gates, write_gates
 from gateskip.gates.kinds import make_gates

@@ -20,9 +20,9 @@ import torch
 from gguf_files import ARCHITECTURES, SIX_LAYERS
 from gguf_files import converted as written_like_llama_cpp
 
-from compose.artifacts.from_gguf import write_folder
-from compose.artifacts.gguf import write_gguf
-from compose.artifacts.gguf_metadata import WRITTEN
+from compose.artifacts.gguf.metadata import WRITTEN
+from compose.artifacts.gguf.read import write_folder
+from compose.artifacts.gguf.write import write_gguf
 from compose.assets import default_cache
 from compose.bench.peers.environment import environment_folder, python_of
 from compose.bench.peers.prepare import PreparedPeer, _gguf, prepare

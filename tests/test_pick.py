@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compose.analysis.metrics import METRICS, metric_of
+from compose.analysis.pick import AIMS, fastest_that_keeps, pick, retained_bound
+from compose.analysis.relate import relate
 from compose.errors import UserError
-from compose.results.metrics import METRICS, metric_of
-from compose.results.pick import AIMS, fastest_that_keeps, pick, retained_bound
-from compose.results.relate import relate
 from compose.results.schema import Results
 
 

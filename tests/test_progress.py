@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from compose.terminal.events import JsonLines
-from compose.terminal.progress import Board, takes_live_lines
-from compose.terminal.timing import Smoothed, TimeLeft
+from compose.terminal.live.events import JsonLines
+from compose.terminal.live.progress import Board, takes_live_lines
+from compose.terminal.live.timing import Smoothed, TimeLeft
 from compose.workers.protocol import Channel
 
 ROOT = Path(__file__).resolve().parents[1]

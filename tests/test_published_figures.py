@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import pytest
 
 import gateskip
-from compose.bench.speed import SpeedTurns
-from compose.bench.turns import add_turns
-from compose.bench.workloads import TurnText
+from compose.bench.speed.measure import SpeedTurns
+from compose.bench.speed.turns import add_turns
+from compose.bench.speed.workloads import TurnText
 from gateskip.calibration.budgets import CalibratedBudgets, half_way, with_gaps_filled
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.stats import Stats
@@ -313,7 +313,8 @@ class TestSpeed:
         decoder = gateskip.load(folder, backend="reference")
         monkeypatch.setattr("gateskip.decoding.decoder.time", SimpleNamespace(perf_counter=clock))
         rows = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]][: wanted.get("rows", 2)]
-        monkeypatch.setattr("compose.bench.workloads.rows_of", lambda *of: [rows] * wanted["times"])
+        times = wanted["times"]
+        monkeypatch.setattr("compose.bench.speed.workloads.rows_of", lambda *of: [rows] * times)
         settings = {} if mode == "plain" else OWN
         speed = SpeedTurns(decoder, mode, settings, lambda usage: None, wanted, None, Path())  # type: ignore[arg-type,return-value]
         return speed.measure(TurnText(len(rows), 6, "", 0))

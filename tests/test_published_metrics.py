@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from compose.analysis.published_metrics import figures, skipped_share, skipping_curves
+from compose.analysis.relate import relate
 from compose.results.parts import SkippingPoint
-from compose.results.published_metrics import figures, skipped_share, skipping_curves
-from compose.results.relate import relate
 from compose.results.schema import Results
 
 

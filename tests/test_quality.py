@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from compose import assets
-from compose.bench import continuations, text
+from compose.analysis.intervals import wilson
+from compose.bench.quality import continuations, text
 from compose.errors import StepError, UserError
-from compose.results.intervals import wilson
 
 
 class Plain:
@@ -232,7 +232,7 @@ def test_tasks_score_as_lm_eval_does(model: Plain, questions: Path) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from compose.bench import tasks
+    from compose.bench.quality import tasks
 
     scores = tasks.run_tasks(model, ["arc_easy", "lambada_openai"], limit=6, cache=questions)
     assert {name: (score.metric, score.n) for name, score in scores.items()} == {
@@ -271,7 +271,7 @@ def test_tasks_score_as_lm_eval_does(model: Plain, questions: Path) -> None:
 def test_outcomes_pair_only_where_the_same_was_asked(
     model: Plain, make_tiny: Any, questions: Path
 ) -> None:
-    from compose.bench import tasks
+    from compose.bench.quality import tasks
 
     asked = partial(tasks.run_tasks, tasks=["arc_easy"], cache=questions)
     one, other = asked(model, limit=4), asked(Plain(make_tiny("llama", seed=1)), limit=4)
@@ -280,7 +280,7 @@ def test_outcomes_pair_only_where_the_same_was_asked(
 
 
 def test_the_metric_of_a_filtered_task() -> None:
-    from compose.bench import tasks
+    from compose.bench.quality import tasks
 
     gsm8k = {
         "alias": "gsm8k",
@@ -295,7 +295,7 @@ def test_the_metric_of_a_filtered_task() -> None:
 
 
 def test_the_interval_of_scores_between_zero_and_one() -> None:
-    from compose.bench import tasks
+    from compose.bench.quality import tasks
 
     assert tasks.score_interval(0.5, [0, 1, 1, 0]) == wilson(0.5, 4)
     low, high = tasks.score_interval(0.5, [0.4, 0.6] * 50)
@@ -305,7 +305,7 @@ def test_the_interval_of_scores_between_zero_and_one() -> None:
 def test_rolling_is_the_sum_over_windows(model: Plain) -> None:
     from lm_eval.api.instance import Instance
 
-    from compose.bench import tasks
+    from compose.bench.quality import tasks
 
     scorer = tasks.Scorer(model, batch_size=2)
     sentences = "Each contributor grants you a licence. " * 3
@@ -321,7 +321,7 @@ def test_rolling_is_the_sum_over_windows(model: Plain) -> None:
 def test_tasks_that_are_not_offered(model: Plain, tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
 
-    from compose.bench import tasks
+    from compose.bench.quality import tasks
 
     assert tasks.run_tasks(model, [], cache=tmp_path) == {}
     asked = Instance("generate_until", {}, ("q", {}), 0, metadata=("gsm8k", 0, 1))
@@ -331,7 +331,7 @@ def test_tasks_that_are_not_offered(model: Plain, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_unknown_task(model: Plain, tmp_path: Path) -> None:
-    from compose.bench import tasks
+    from compose.bench.quality import tasks
 
     with pytest.raises(UserError, match="no task 'arc_eezy': did you mean 'arc_easy'"):
         tasks.run_tasks(model, ["arc_eezy"], cache=tmp_path)
@@ -339,7 +339,7 @@ def test_an_unknown_task(model: Plain, tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_the_real_model_is_above_chance(smollm2: Path) -> None:
-    from compose.bench import tasks
+    from compose.bench.quality import tasks
 
     cache = assets.default_cache()
     model = Plain(smollm2)

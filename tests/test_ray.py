@@ -21,9 +21,9 @@ import psutil
 import pytest
 
 from compose.errors import StepError, UserError, WorkerLost
-from compose.execution.endings import Allowed, Ending, ending_of, lost
-from compose.execution.needs import Needs
-from compose.execution.ray_nodes import SPEED
+from compose.processes.endings import Allowed, Ending, ending_of, lost
+from compose.processes.needs import Needs
+from compose.processes.ray_nodes import SPEED
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 900.0
@@ -82,7 +82,7 @@ class PretendedRay:
 
 
 def executor_on(*nodes: dict[str, float], threads: int = 2) -> tuple[Any, PretendedRay]:
-    from compose.execution.ray_executor import RayExecutor
+    from compose.processes.ray_executor import RayExecutor
 
     executor = RayExecutor.__new__(RayExecutor)
     executor.ray = ray = PretendedRay(*nodes)
@@ -202,7 +202,7 @@ def test_the_next_attempt_goes_to_another_node(tmp_path: Path) -> None:
 
 
 def test_what_ended_a_worker_comes_over_from_its_node(tmp_path: Path) -> None:
-    from compose.execution.ray_executor import RayWorker
+    from compose.processes.ray_executor import RayWorker
 
     executor, ray = executor_on(SMALL)
     worker = RayWorker(executor, ray, tmp_path / "a.json")

@@ -15,12 +15,12 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from compose.bench.lossless import check_lossless
-from compose.bench.scored import Scored
-from compose.bench.text import score_blocks
-from compose.results.metrics import over_seeds
+from compose.analysis.metrics import over_seeds
+from compose.analysis.relate import relate
+from compose.bench.quality.lossless import check_lossless
+from compose.bench.quality.scored import Scored
+from compose.bench.quality.text import score_blocks
 from compose.results.parts import Perplexity, Quality, SeedRun
-from compose.results.relate import relate
 from compose.results.schema import CellResult, Results
 from compose.stages.gate import Gate
 from gateskip.calibration.budgets import CalibratedBudgets

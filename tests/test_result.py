@@ -12,10 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from compose.errors import UserError
-from compose.results.environment import capture_environment
-from compose.results.io import load_results, save_results
-from compose.results.metrics import (
+from compose.analysis.metrics import (
     METRICS,
     gain,
     metric_of,
@@ -23,6 +20,9 @@ from compose.results.metrics import (
     retained_basis,
     task_retained,
 )
+from compose.errors import UserError
+from compose.results.environment import capture_environment
+from compose.results.io import load_results, save_results
 from compose.results.parts import LosslessCheck, Measured, Quality, Speculation
 from compose.results.schema import CellResult, Results
 

@@ -25,28 +25,28 @@ from filelock import FileLock
 from rich.console import Console
 from typer.testing import CliRunner
 
+from compose.analysis.metrics import over_seeds
 from compose.artifacts.folder import hash_folder, lineage, write_lineage
-from compose.bench.turns import add_turns
+from compose.bench.speed.turns import add_turns
 from compose.cli import app
 from compose.errors import AssetError, PlanError, StepError, UserError
-from compose.execution import cells as cells_module
-from compose.execution import export as export_module
-from compose.execution import runner as runner_module
-from compose.execution import speed as speed_module
-from compose.execution.executors import TimedHere
-from compose.execution.gather import MOST_POINTS, thinned
-from compose.execution.run_folder import RunFolder, file_name, phase_key, read_phase
-from compose.execution.runner import RunResult, run
-from compose.execution.sessions import Round, Session, Shape, find_session, new_session
-from compose.execution.state import Settings
 from compose.language.schema import Pipeline
+from compose.outputs import export as export_module
+from compose.outputs.gather import MOST_POINTS, thinned
+from compose.outputs.run_folder import RunFolder, file_name, phase_key, read_phase
+from compose.outputs.sessions import Round, Session, Shape, find_session, new_session
 from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
+from compose.processes.executors import TimedHere
 from compose.results.io import load_results
-from compose.results.metrics import over_seeds
 from compose.results.schema import Results
+from compose.run import cells as cells_module
+from compose.run import runner as runner_module
+from compose.run import speed as speed_module
+from compose.run.runner import RunResult, run
+from compose.run.state import Settings
 from compose.store import Store, read_json
-from compose.terminal.progress import Board
+from compose.terminal.live.progress import Board
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMED = ("warm", "speed")
@@ -960,7 +960,7 @@ sys.exit(main.main(*sys.argv[1:]))
 
 RUNNER = """
 import sys
-from compose.execution import worker_process
+from compose.processes import worker_process
 from compose.cli import app
 worker_process.worker_command = lambda role, job: [sys.executable, {worker!r}, role, str(job)]
 app(sys.argv[1:])

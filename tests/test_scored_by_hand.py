@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compose.bench.continuations import (
+from compose.bench.quality.continuations import (
     BranchingModel,
     fold_prefixes,
     score_continuations,
     share_contexts,
 )
-from compose.bench.scored import Scored
-from compose.bench.text import (
+from compose.bench.quality.scored import Scored
+from compose.bench.quality.text import (
     head_chunks,
     load_blocks,
     load_head,
@@ -179,7 +179,7 @@ def head_folder(folder: Path, weights: dict[str, torch.Tensor], **config: Any) -
 
 def test_a_head_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of the states (1, 2) and (0, 1) under weights of 3 tokens, of each kind of folder."""
-    monkeypatch.setattr("compose.bench.text.HEAD_ROWS", 2)  # tokens are taken in two parts
+    monkeypatch.setattr("compose.bench.quality.text.HEAD_ROWS", 2)  # tokens are taken in two parts
     embedding = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
     head = torch.tensor([[3.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
     both = {"lm_head.weight": head, "model.embed_tokens.weight": embedding}

@@ -17,18 +17,18 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from compose.analysis.pick import pick
 from compose.artifacts.folder import write_lineage
 from compose.cli import app
 from compose.errors import PipelineError, PlanError, StepError, UserError
-from compose.execution import runner as runner_module
-from compose.execution.executors import TimedHere
-from compose.execution.run_folder import RunFolder
-from compose.execution.state import Settings
 from compose.language.parse import load_pipeline
 from compose.language.schema import Pipeline
+from compose.outputs.run_folder import RunFolder
 from compose.planning.plan import Plan
 from compose.planning.prepare import load_plan
-from compose.results.pick import pick
+from compose.processes.executors import TimedHere
+from compose.run import runner as runner_module
+from compose.run.state import Settings
 from compose.search.found import front, to_yaml
 from compose.search.halving import cheap_rungs, halve, kept_after
 from compose.search.predict import Effects
@@ -40,7 +40,7 @@ from compose.search.space import Space, build_space
 from compose.search.target import Target, make_target
 from compose.stages.base import ModelShape
 from compose.stages.registry import STAGES
-from compose.terminal.progress import Board
+from compose.terminal.live.progress import Board
 from compose.terminal.search import print_found
 from compose.workers.cell import _Cell
 from compose.workers.main import ROLES
@@ -808,7 +808,7 @@ def test_a_tiny_model_is_searched(
     def call(*words: str | Path) -> Any:
         return CliRunner().invoke(app, [str(word) for word in words])
 
-    monkeypatch.setattr("compose.execution.executors.make_executor", lambda *_: Here())
+    monkeypatch.setattr("compose.processes.executors.make_executor", lambda *_: Here())
     file, runs = tmp_path / "tiny.yaml", tmp_path / "runs"
     file.write_text(f"schema: 1\nname: tiny\nmodel: {{source: {tiny_llama}}}\n{TINY}")
     words = ["search", file, "--minimize", "kl", "--out", runs, "--at-most-mb"]

@@ -17,11 +17,11 @@ from compose.assets import load_texts
 from compose.assets.quotes import quoted
 from compose.assets.sums import LENGTHS, ROWS
 from compose.errors import PipelineError
-from compose.execution.run_folder import learns_from
 from compose.language.parse import load_pipeline
+from compose.outputs.run_folder import learns_from
 from compose.planning.prepare import load_plan
 from compose.stages.registry import DataSpec, StageJob
-from compose.stages.split_text import interleaved
+from compose.stages.text.split_text import interleaved
 from gateskip.decoding import self_generate
 from gateskip.decoding.self_generate import opening
 

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 from compose import store
-from compose.results.parts import Estimate
-from compose.results.schema import Results
-from compose.results.spread import (
+from compose.analysis.spread import (
     Spread,
     measured_spread,
     spread_in,
@@ -19,6 +17,8 @@ from compose.results.spread import (
     stored_spread,
     widened,
 )
+from compose.results.parts import Estimate
+from compose.results.schema import Results
 
 HERE = {"processor": "a processor", "cores": 2, "threads": 2, "git_commit": "abc"}
 

@@ -19,9 +19,9 @@ import test_runner as scripted
 
 from compose import hashes
 from compose.errors import StepError
-from compose.execution import disk
-from compose.execution import runner as runner_module
 from compose.planning.planner import make_plan
+from compose.run import disk
+from compose.run import runner as runner_module
 from compose.store import Store, write_json
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
@@ -64,8 +64,8 @@ def test_a_damaged_step_is_made_again_and_that_is_said(
 
 def test_a_damaged_folder_is_not_exported(tmp_path: Path) -> None:
     from compose.errors import ArtifactError
-    from compose.execution.export import export_cell
-    from compose.execution.run_folder import RunFolder
+    from compose.outputs.export import export_cell
+    from compose.outputs.run_folder import RunFolder
 
     scripted.go(tmp_path, scripted.Script())
     plan = make_plan(scripted.pipeline())
@@ -112,7 +112,7 @@ def test_a_step_without_space_fails_before_it_begins(
     def needed(run: Any, step: Any) -> int:
         return 10**18 if step.name == "gates" else whole(run, step)
 
-    monkeypatch.setattr("compose.execution.steps.needed_bytes", needed)
+    monkeypatch.setattr("compose.run.steps.needed_bytes", needed)
     script = scripted.Script()
     result = scripted.go(tmp_path, script)
     assert result.exit_code == 1

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from compose.results.metrics import interval_of, metric_of
+from compose.analysis.metrics import interval_of, metric_of
+from compose.analysis.relate import relate
+from compose.analysis.verdicts import SAME_KL, _bytes, verdict_of
 from compose.results.parts import Verdict
-from compose.results.relate import relate
 from compose.results.schema import CellResult, Results
-from compose.results.verdicts import SAME_KL, _bytes, verdict_of
 
 ASKED = "0123456789abcdef"
 

@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from compose.assets.table import TASKS
-from compose.bench import own_answers, text
 from compose.bench.cell import CellBench
-from compose.bench.continuations import score_continuations
 from compose.bench.job import CellJob
-from compose.bench.own_answers import DenseAnswers, score_answers
-from compose.bench.scored import Scored
-from compose.bench.squad import f1, process_results
-from compose.bench.text_compute import text_compute
+from compose.bench.quality import own_answers, text
+from compose.bench.quality.continuations import score_continuations
+from compose.bench.quality.own_answers import DenseAnswers, score_answers
+from compose.bench.quality.scored import Scored
+from compose.bench.quality.squad import f1, process_results
+from compose.bench.quality.text_compute import text_compute
 from compose.language.schema import Benchmark, Quality
 from compose.results.answers import common_prefix
 from compose.results.quality import Quality as QualityResult
@@ -269,7 +269,7 @@ def test_the_words_before_the_last_are_asked_for_it(
     gated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The written LAMBADA by its outcomes, and what its prompts and answers were computed at."""
-    from compose.bench import tasks
+    from compose.bench.quality import tasks
 
     story = [{"text": "it was the king said Ann"}, {"text": "so he ate a well-known apple"}]
     lines = "".join(

@@ -9,7 +9,13 @@ from __future__ import annotations
 
 from compose.assets.contamination import contamination
 from compose.assets.fetch import default_cache, hub_reachable
-from compose.assets.models import ModelAsset, is_fetched, model_config, model_pin, resolve_model
+from compose.assets.models.resolve import (
+    ModelAsset,
+    is_fetched,
+    model_config,
+    model_pin,
+    resolve_model,
+)
 from compose.assets.names import require_task_name, require_text_name, task_file, text_file
 from compose.assets.rows import TextData
 from compose.assets.table import MODELS, SELF_WRITTEN, TASKS, TEXTS

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 import gateskip
-from compose.bench.footprint import dense_work, disk_bytes, held_bytes
 from compose.bench.generate import load_prompts
 from compose.bench.job import CellJob
-from compose.bench.lossless import check_lossless
-from compose.bench.quality import QualityBench
-from compose.bench.speed import SpeedTurns
-from compose.bench.workloads import TurnText
+from compose.bench.quality.lossless import check_lossless
+from compose.bench.quality.measure import QualityBench
+from compose.bench.speed.footprint import dense_work, disk_bytes, held_bytes
+from compose.bench.speed.measure import SpeedTurns
+from compose.bench.speed.workloads import TurnText
 from compose.errors import StepError
 from compose.units import Progress
 from gateskip.decoding.decoder import Decoder, Mode
@@ -87,7 +87,7 @@ class CellBench:
     # -- quality -------------------------------------------------------------------------------
 
     def quality(self, reference: Path) -> dict[str, Any]:
-        """Perplexity, distance to the baseline, tasks, answers: see `compose.bench.quality`."""
+        """Perplexity, distance to the baseline, tasks, answers: see `bench.quality.measure`."""
         bench = QualityBench(
             self.job, self.decoder, self.mode, self.settings, self._saving, self.progress
         )

@@ -22,13 +22,13 @@ from torch import Tensor
 from compose.assets import TASKS, first_available, token_blocks
 from compose.bench.generate import load_prompts
 from compose.bench.job import BLOCK, CellJob
-from compose.bench.own_answers import DenseAnswers, score_answers
 from compose.bench.peers.prepare import PreparedPeer, prepare
 from compose.bench.peers.process import PeerProcess
-from compose.bench.quality import text_record
-from compose.bench.speed import usable_cores
-from compose.bench.text import load_blocks, load_head, load_stored, score_blocks
-from compose.bench.workloads import Rows, TurnText, TurnTexts
+from compose.bench.quality.measure import text_record
+from compose.bench.quality.own_answers import DenseAnswers, score_answers
+from compose.bench.quality.text import load_blocks, load_head, load_stored, score_blocks
+from compose.bench.speed.measure import usable_cores
+from compose.bench.speed.workloads import Rows, TurnText, TurnTexts
 from compose.errors import StepError
 from compose.memory import peak_of_children
 from compose.store import read_json
@@ -136,7 +136,7 @@ class PeerBench:
             )
         written = [name for name in wanted["tasks"] if name in TASKS and TASKS[name].writes]
         if written:
-            from compose.bench.tasks import run_tasks  # loads lm-eval
+            from compose.bench.quality.tasks import run_tasks  # loads lm-eval
 
             limit, batch = wanted["limit"], wanted["batch_size"]
             scores = run_tasks(

@@ -13,13 +13,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compose.artifacts.gguf_file import is_gguf
+from compose.artifacts.gguf.file import is_gguf
 from compose.errors import PipelineError, shortened, suggest
 from compose.language.mistakes import first_mistake, refusals
 from compose.language.positions import Loc, Problem
 from compose.language.schema import Pipeline
 from compose.language.yaml_values import read_yaml
-from compose.stages.data_spec import DataSpec
+from compose.stages.text.data_spec import DataSpec
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".xz")
 MOST_BYTES = 1 << 16

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from compose.artifacts.folder import dtype_of, require_model
 from compose.bench.peers.table import is_peer, parse_peer
-from compose.bench.systems import System, parse_system
+from compose.bench.speed.systems import System, parse_system
 from compose.errors import UserError
 from compose.language.schema import Benchmark, Model, Pipeline
 from compose.planning.keys import cell_key, digest, listing

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from compose.artifacts.gguf_file import is_gguf
+from compose.artifacts.gguf.file import is_gguf
 from compose.artifacts.intake import require_source
 from compose.assets import (
     SELF_WRITTEN,

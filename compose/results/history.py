@@ -71,7 +71,7 @@ Outcome = Literal["ACCEPT", "TRADE-OFF", "REGRESSION", "NO EVIDENCE"]
 
 
 class Verdict(Record):
-    """Whether a cell is worth shipping, judged from intervals; see `compose.results.verdicts`."""
+    """Whether a cell is worth shipping, judged from intervals; see `compose.analysis.verdicts`."""
 
     verdict: Outcome
     """The judgement."""

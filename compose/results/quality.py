@@ -1,7 +1,7 @@
 """Quality of a cell: perplexity, tasks, generated answers, and the distance to the baseline.
 
 What was seen of each block, question and answer is kept beside every mean, so that intervals and
-later comparisons pair the same text: see `compose.results.intervals`.
+later comparisons pair the same text: see `compose.analysis.intervals`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Record(BaseModel):
 
 
 class Estimate(Record):
-    """A number with its 95 % interval; see `compose.results.intervals`."""
+    """A number with its 95 % interval; see `compose.analysis.intervals`."""
 
     value: float
     """The point estimate."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from compose.analysis.metrics import METRICS
 from compose.language.schema import Chain, Matrix, Pipeline
-from compose.results.metrics import METRICS
 from compose.results.schema import CellResult, Results
 from compose.search.probes import number
 from compose.search.space import baseline_chain

@@ -13,19 +13,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compose.execution.board import Board
-from compose.execution.executors import Executor
-from compose.execution.messages import Role
-from compose.execution.needs import ANYWHERE, Needs
-from compose.execution.runner import RunResult, run
-from compose.execution.sessions import speed_settings
-from compose.execution.state import Settings
-from compose.execution.worker_process import Worker
 from compose.language.schema import Chain
+from compose.outputs.sessions import speed_settings
 from compose.planning.fingerprint import fingerprint
 from compose.planning.keys import InputHashes, digest
 from compose.planning.plan import Cell, Plan
+from compose.processes.executors import Executor
+from compose.processes.messages import Role
+from compose.processes.needs import ANYWHERE, Needs
+from compose.processes.worker_process import Worker
 from compose.results.environment import capture_environment
+from compose.run.board import Board
+from compose.run.runner import RunResult, run
+from compose.run.state import Settings
 from compose.search.halving import Rung
 from compose.search.probes import Probe, ProbeStore, probe_key, probe_of
 from compose.search.space import Space, plan_chains

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from compose.execution.run_folder import phase_key, phases_of
+from compose.analysis.metrics import METRICS, Interval, interval_of, metric_of
+from compose.analysis.verdicts import gives_baselines_predictions
 from compose.language.schema import Chain
+from compose.outputs.run_folder import phase_key, phases_of
 from compose.planning.keys import digest
 from compose.planning.plan import Cell, Plan
 from compose.planning.planner import cell_name
-from compose.results.metrics import METRICS, Interval, interval_of, metric_of
 from compose.results.schema import CellResult, Results
-from compose.results.verdicts import gives_baselines_predictions
 from compose.store import Store, read_json, write_json
 from compose.units import metric_text
 
@@ -109,7 +109,7 @@ def _finite(value: float | None) -> TypeGuard[float]:
 
 def probe_key(plan: Plan, cell: Cell, speed: Mapping[str, Any]) -> str:
     """The key of a cell's probe under a rung's plan; `speed` is what
-    `compose.execution.sessions.speed_settings` gives."""
+    `compose.outputs.sessions.speed_settings` gives."""
     plain = plan.cell(cell.plain) if cell.plain is not None else cell
     phases = {
         f"{each.key} {phase}": phase_key(plan, each, phase)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
+from compose.analysis.metrics import METRICS
 from compose.language.schema import Chain
-from compose.results.metrics import METRICS
 from compose.search.predict import Effects
 from compose.search.probes import OF_THE_BASELINE, Probe
 from compose.search.space import Candidate, Space

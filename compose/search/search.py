@@ -18,10 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from compose.errors import StepError, UserError
-from compose.execution.board import Board
-from compose.execution.executors import Executor
-from compose.execution.runner import RunResult
-from compose.execution.state import Settings
 from compose.language.parse import load_pipeline
 from compose.language.schema import Chain, Pipeline, Search
 from compose.planning.prepare import (
@@ -31,7 +27,11 @@ from compose.planning.prepare import (
     refuse_longer,
     require_inputs,
 )
+from compose.processes.executors import Executor
 from compose.results.schema import CellResult, Results
+from compose.run.board import Board
+from compose.run.runner import RunResult
+from compose.run.state import Settings
 from compose.search.found import SHOWN, found_pipeline, front, to_yaml
 from compose.search.halving import Rung, cheap_rungs, halve, kept_after
 from compose.search.lab import Lab

@@ -1,9 +1,9 @@
 """What a search is after: bounds on numbers of a cell, and the number to make best within them.
 
-Every number is named as in `compose.results.metrics`. A cell that was measured on a few tokens has
+Every number is named as in `compose.analysis.metrics`. A cell that was measured on a few tokens has
 wide intervals; a bound tells three things of one: that the whole interval meets it, that the whole
 interval misses it, or that it is open. Only what misses a bound is dropped for it. The last rung
-picks by `compose.results.pick`, which holds the unlucky end of each interval against the bound.
+picks by `compose.analysis.pick`, which holds the unlucky end of each interval against the bound.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from compose.analysis.metrics import METRICS
+from compose.analysis.pick import pick
 from compose.errors import UserError
-from compose.results.metrics import METRICS
-from compose.results.pick import pick
 from compose.results.schema import CellResult, Results
 from compose.search.probes import Probe
 from compose.units import metric_text
@@ -43,7 +43,7 @@ class Bound:
     option: str
     """The command's option that sets it."""
     pick: str
-    """What `compose.results.pick.pick` calls it."""
+    """What `compose.analysis.pick.pick` calls it."""
 
     @property
     def at_least(self) -> bool:
@@ -134,7 +134,7 @@ class Target:
         return float("-inf") if value is None else METRICS[self.metric].rank(value)
 
     def pick(self, results: Results) -> CellResult:
-        """The best measured cell within the bounds. Raises as `compose.results.pick.pick`."""
+        """The best measured cell within the bounds. Raises as `compose.analysis.pick.pick`."""
         limits: dict[str, Any] = {bound.pick: bound.limit for bound in self.bounds}
         aim = "size" if self.aim == "size_mb" else self.aim
         return pick(results, **limits, maximize=aim)

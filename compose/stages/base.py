@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from compose.errors import RuleBroken
-from compose.stages.data_spec import DataSpec, Split
 from compose.stages.job import StageJob
 from compose.stages.rules import FORBIDDEN, RULES, Role
 from compose.stages.shape import ModelShape, StoredBits
+from compose.stages.text.data_spec import DataSpec, Split
 
 __all__ = ["RULES", "DataSpec", "ModelShape", "Role", "Split", "Stage", "StageJob", "StoredBits"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compose.stages.data_spec import DataSpec, Split
+from compose.stages.text.data_spec import DataSpec, Split
 from compose.units import Progress
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class StageJob:
         self, split: Split, tokenizer: Any, length: int | None = None, limit: int | None = None
     ) -> Tensor:
         """Token blocks [N, length] of a split; its own length and row limit where none is given."""
-        from compose.stages.split_text import SplitText
+        from compose.stages.text.split_text import SplitText
 
         spec = self.train if split == "train" else self.calibration
         assert spec is not None, f"a stage names {split} in reads_data to be given it"

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from compose.execution import stored
+from compose.outputs import stored
 from compose.terminal.shown import shown
 from compose.units import bytes_text
 

@@ -14,7 +14,7 @@ import psutil
 
 from compose.assets import MODELS, default_cache, hub_reachable, is_fetched, model_config
 from compose.errors import ComposeError
-from compose.execution.worker_process import ask_once
+from compose.processes.worker_process import ask_once
 from compose.store import file_sizes
 from compose.units import bytes_text
 

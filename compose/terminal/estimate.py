@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from compose.execution.estimate import Estimate, Estimates
+from compose.run.estimate import Estimate, Estimates
 from compose.terminal.shown import shown
 from compose.units import bytes_text, duration_text
 

@@ -48,7 +48,7 @@ class PickOptions:
 
     def pick(self, results: Results) -> CellResult:
         """The best cell under these constraints; raises as `results.pick.pick`."""
-        from compose.results.pick import pick as pick_cell
+        from compose.analysis.pick import pick as pick_cell
         from compose.units import parse_bytes
 
         sizes = {"max_bytes": self.max_bytes, "max_resident": self.max_resident}

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from compose.errors import UserError
-from compose.execution.run_folder import RunFolder
+from compose.outputs.run_folder import RunFolder
 from compose.results.io import FILE_NAME, load_results
 
 

@@ -11,17 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from compose.errors import UserError
-from compose.execution.executors import Executor
-from compose.execution.state import Settings
 from compose.planning.planner import cell_name
+from compose.processes.executors import Executor
 from compose.results.schema import CellResult
+from compose.run.state import Settings
 from compose.search.probes import interval, number
 from compose.search.search import Found, search
 from compose.search.target import Target
-from compose.terminal.events import JsonLines, reported, result_event
-from compose.terminal.progress import Board
+from compose.terminal.live.events import JsonLines, reported, result_event
+from compose.terminal.live.progress import Board
+from compose.terminal.live.stopping import orderly_stop
 from compose.terminal.shown import shown
-from compose.terminal.stopping import orderly_stop
 from compose.units import metric_text
 
 COLUMNS = ("decode", "prefill", "size", "kl", "perplexity-ratio", "retained")

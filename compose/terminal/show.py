@@ -10,14 +10,14 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from compose.analysis.metrics import METRICS, interval_of, metrics
 from compose.errors import UserError
-from compose.execution.run_folder import RunFolder, is_measured, only_code_changed
-from compose.execution.runner import RunResult
 from compose.language.limits import Limits
+from compose.outputs.run_folder import RunFolder, is_measured, only_code_changed
 from compose.planning.plan import Plan
-from compose.results.metrics import METRICS, interval_of, metrics
 from compose.results.parts import Outcome
 from compose.results.schema import CellResult, Results
+from compose.run.runner import RunResult
 from compose.terminal.doctor import Finding
 from compose.terminal.shown import shown
 from compose.units import bytes_text, duration_text, metric_text, printable

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from compose.bench.workloads import TurnText
+from compose.bench.speed.workloads import TurnText
 from compose.errors import StepError
-from compose.execution.messages import CellCommand, CellRequest
+from compose.processes.messages import CellCommand, CellRequest
 from compose.units import Progress
 from compose.workers.protocol import Channel, answer
 from compose.workers.step import seed_everything
@@ -89,7 +89,7 @@ def measure_roofline(threads: int) -> dict[str, float]:
     """What the machine reads and multiplies at most, with so many threads."""
     import torch
 
-    from compose.bench.roofline import roofline
+    from compose.bench.speed.roofline import roofline
 
     torch.set_num_threads(threads)
     return roofline()

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from compose.errors import UserError
-from compose.execution.messages import CheckRequest, ContinueRequest, Role, StepRequest
+from compose.processes.messages import CheckRequest, ContinueRequest, Role, StepRequest
 from compose.workers.cell import serve_cell
 from compose.workers.job_file import read_job
 from compose.workers.lifetime import die_with_parent
@@ -70,13 +70,13 @@ def _insight(job: Job, channel: Channel) -> dict[str, Any]:
 
 
 def _tune(job: Job, channel: Channel) -> dict[str, Any]:
-    from compose.bench.tune import tune
+    from compose.bench.speed.tune import tune
 
     return tune(Path(job.pop("folder")), progress=channel.progress, **job)
 
 
 def _gguf(job: Job, channel: Channel) -> dict[str, Any]:
-    from compose.artifacts.gguf import write_gguf
+    from compose.artifacts.gguf.write import write_gguf
 
     return write_gguf(Path(job["folder"]), Path(job["file"]), job["kind"])
 

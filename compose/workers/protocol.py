@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from compose.errors import ArtifactError, ComposeError, StepError
-from compose.execution.messages import CellCommand, Message
 from compose.extras import missing_extra
+from compose.processes.messages import CellCommand, Message
 from gateskip.errors import FormatError
 
 PROGRESS_EVERY_S = 0.2

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from compose.errors import AssetError
-from compose.execution.messages import StepRequest
 from compose.memory import peak_bytes
+from compose.processes.messages import StepRequest
 from compose.results.environment import library_versions
 from compose.units import Progress
 from compose.workers.scalars import written

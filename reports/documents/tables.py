@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
+from compose.analysis.intervals import paired_speed_ratio
+from compose.analysis.metrics import half_width, over_seeds
 from compose.errors import UserError
-from compose.results.intervals import paired_speed_ratio
-from compose.results.metrics import half_width, over_seeds
 from compose.results.parts import Estimate, SpeedNumbers, TaskScore
 from compose.results.schema import CellResult, Results
 from reports.documents.text import DASH, factor, measured, megabytes, percent, table, with_ends

@@ -8,7 +8,7 @@ the traceback are kept in build/fuzz, and the exit code is 1. One seed gives one
     gates         gates.safetensors to gates         gateskip.checkpoint.read_gates
     gates-meta    gateskip.json beside them          gateskip.checkpoint.load_gates
     safetensors   the header of a weight file        compose.artifacts.safetensors_header
-    gguf          the header of a GGUF file          compose.artifacts.gguf_file
+    gguf          the header of a GGUF file          compose.artifacts.gguf.file
     results       results.json of a run              compose.results.io
     texts         lines of JSON to rows of text      compose.assets.texts
 """
@@ -118,8 +118,8 @@ def _safetensors(file: Path) -> object:
 
 
 def _gguf(file: Path) -> object:
-    from compose.artifacts.from_gguf import check_gguf_source
-    from compose.artifacts.gguf_file import open_gguf
+    from compose.artifacts.gguf.file import open_gguf
+    from compose.artifacts.gguf.read import check_gguf_source
     from compose.errors import ArtifactError
 
     header = open_gguf(file)

@@ -33,11 +33,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("compose.hashes",),
     ("compose.store", "compose.units", "compose.memory", "compose.extras"),
     ("compose.results", "compose.artifacts", "compose.mirror"),
+    ("compose.analysis",),
     ("reports", "compose.assets"),
     ("compose.stages", "compose.bench"),
     ("compose.language",),
     ("compose.planning",),
-    ("compose.execution",),
+    ("compose.processes",),
+    ("compose.outputs",),
+    ("compose.run",),
     ("compose.search",),
     ("compose.terminal", "compose.workers"),
     ("compose.cli",),
@@ -50,7 +53,14 @@ ISOLATED = ("gateskip", "reports")
 
 ALLOWED = {
     "gateskip": ("gateskip",),
-    "reports": ("reports", "compose.results", "compose.errors", "compose.store", "compose.units"),
+    "reports": (
+        "reports",
+        "compose.analysis",
+        "compose.results",
+        "compose.errors",
+        "compose.store",
+        "compose.units",
+    ),
 }
 
 
@@ -198,14 +208,14 @@ def test_every_folder_stands_on_a_floor() -> None:
         ("gateskip/gates/base.py", "def f():\n    import gateskip.runtime.skipping", True),
         ("gateskip/gates/base.py", "from . import kinds", False),
         ("compose/planning/plan.py", "import gateskip", False),
-        ("compose/planning/plan.py", "from compose.execution.runner import run", True),
+        ("compose/planning/plan.py", "from compose.run.runner import run", True),
         ("compose/bench/cell.py", "from compose.stages.registry import STAGES", True),
         ("compose/stages/gate.py", "from gateskip.training import recipe", False),
         ("reports/load.py", "from compose.results.schema import Results", False),
         ("reports/load.py", "from compose.artifacts.folder import lineage", True),
         ("reports/load.py", "import gateskip", True),
-        ("compose/execution/runner.py", "from ..cli import main", True),
-        ("compose/execution/runner.py", "from compose.terminal.progress import Board", True),
+        ("compose/run/runner.py", "from ..cli import main", True),
+        ("compose/run/runner.py", "from compose.terminal.live.progress import Board", True),
         (
             "compose/workers/main.py",
             "import importlib\nimportlib.import_module('compose.cli')",

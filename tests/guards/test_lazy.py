@@ -60,7 +60,7 @@ def test_planning(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["compose.execution.runner", "compose.results.schema", "compose.results.pick", "reports"],
+    ["compose.run.runner", "compose.results.schema", "compose.analysis.pick", "reports"],
 )
 def test_importing(module: str) -> None:
     assert _heavy_after(f"import {module}")[0] == set()

@@ -31,8 +31,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "compose/stages/quantize": ("compress", "autoround"),
     "compose/assets": ("compress", "eval"),
     "compose/bench": ("compress", "eval"),
-    "compose/execution": ("compress", "ray"),
-    "compose/results": ("compress", "eval"),
+    "compose/processes": ("compress", "ray"),
+    "compose/analysis": ("compress", "eval"),
     "reports": ("compress", "report"),
 }
 """Extras, beside the core, whose libraries a folder and those in it may import: the longest path

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compose.artifacts.folder import dtype_of, hash_folder, require_model
-from compose.artifacts.gguf import is_grid, write_gguf
+from compose.artifacts.gguf.write import is_grid, write_gguf
 from compose.assets.fetch import build_once
 from compose.bench.peers.environment import environment_folder, python_of, versions_of
 from compose.bench.peers.process import PreparedPeer, converted

@@ -1,0 +1,1 @@
+"""What results mean: intervals, differences, verdicts, choosing a cell."""

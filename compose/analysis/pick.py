@@ -1,0 +1,301 @@
+"""Choosing the cell to ship: the best by one aim among those that meet every constraint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from compose.analysis.intervals import MIN_QUESTIONS
+from compose.analysis.metrics import METRICS, interval_of, metric_of, retained_basis
+from compose.analysis.verdicts import gives_baselines_predictions, question_count, too_few
+from compose.errors import UserError, suggest
+from compose.results.schema import CellResult, Results
+from compose.units import bytes_text
+
+AIMS = (
+    "decode",
+    "prefill",
+    "ttft",
+    "size",
+    "resident",
+    "peak",
+    "retained",
+    "accuracy",
+    "perplexity",
+    "kl",
+    "agreement",
+    "saved",
+)
+"""Metrics that may be aimed for; each knows whether higher or lower is better."""
+
+TIE_BREAKS = ("retained", "agreement", "decode", "size")
+NOT_MEASURED = 10.0  # how far off a cell counts that lacks the number; worse than any near miss
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A bound on one number of a cell: of quality on the unlucky end of its interval."""
+
+    words: str
+    option: str
+    value: Callable[[CellResult], float | None]
+    limit: float
+    at_least: bool
+    show: Callable[[float], str]
+    unknown: Callable[[CellResult], str] = lambda cell: "not measured"
+    """Why a cell has no such number."""
+
+    def shortfall(self, cell: CellResult) -> float:
+        """How far the cell misses the bound, relative to it; 0 when it is met."""
+        value = self.value(cell)
+        if value is None:
+            return NOT_MEASURED
+        missing = self.limit - value if self.at_least else value - self.limit
+        return max(0.0, missing / abs(self.limit)) if self.limit else max(0.0, missing)
+
+    @property
+    def remedy(self) -> str:
+        """What lets more cells through."""
+        return f"loosen {self.option}"
+
+    def required(self) -> str:
+        """The bound in words."""
+        return f"{self.words} {'>=' if self.at_least else '<='} {self.show(self.limit)}"
+
+    def seen(self, cell: CellResult) -> str:
+        """The cell's number in words."""
+        value = self.value(cell)
+        return f"{self.words} {self.unknown(cell) if value is None else self.show(value)}"
+
+
+@dataclass(frozen=True)
+class Lossless:
+    """A cell that speculates must have been seen to give plain decoding's tokens."""
+
+    remedy: str = "pass --no-require-lossless"
+
+    def shortfall(self, cell: CellResult) -> float:
+        """0 when the cell does not speculate or is lossless."""
+        lossless = None if cell.lossless_check is None else cell.lossless_check.lossless
+        if not cell.speculates or lossless:
+            return 0.0
+        return NOT_MEASURED if lossless is None else 1.0
+
+    def required(self) -> str:
+        """The bound in words."""
+        return "lossless speculation"
+
+    def seen(self, cell: CellResult) -> str:
+        """What was seen of the cell."""
+        if not cell.speculates:
+            return "no speculation"
+        words = {True: "lossless", False: "not lossless", None: "losslessness not measured"}
+        return words[None if cell.lossless_check is None else cell.lossless_check.lossless]
+
+
+def pick(
+    results: Results,
+    *,
+    min_retained: float | None = None,
+    max_perplexity_ratio: float | None = None,
+    max_kl: float | None = None,
+    max_bytes: float | None = None,
+    max_resident: float | None = None,
+    require_lossless: bool = True,
+    by_estimate: bool = False,
+    maximize: str = "decode",
+) -> CellResult:
+    """The best measured cell by `maximize` (one of `AIMS`) among those that meet all constraints.
+
+    `min_retained` is a share of the baseline's quality, 0 to 1 (`metrics.retained_basis` says of
+    what), and bounds the lower end of the interval; `max_perplexity_ratio` and `max_kl` (nats a
+    token from the baseline) bound the upper end. With `by_estimate` they bound the estimates
+    themselves. Sizes are in bytes. Other engines are not picked; the baseline may be. Ties are
+    broken by quality, speed, size and at last by their place in the results.
+
+    Raises:
+        UserError: unknown aim, nothing measured, no cell whose quality is known well enough for a
+            bound, or no cell meets the constraints; the message says which of them left none and
+            which cell comes nearest.
+    """
+    aim = maximize.replace("_", "-")
+    if aim not in AIMS:
+        raise UserError(f"cannot maximize {maximize!r}", fix=suggest(maximize, AIMS))
+    own = [cell for cell in results.measured if cell.peer is None]
+    cells = [cell for cell in own if metric_of(results, aim, cell) is not None]
+    if not cells:
+        raise UserError(
+            f"no cell of run {results.run!r} has {METRICS[aim].title} measured",
+            fix="aim for what the run measured, or measure it with the pipeline's `benchmark`",
+        )
+    of_quality = _quality_bounds(results, min_retained, max_perplexity_ratio, max_kl, by_estimate)
+    for bound in of_quality:
+        _require_evidence(results, cells, bound)
+    constraints: list[Constraint | Lossless] = [
+        *of_quality,
+        *_size_bounds(results, max_bytes, max_resident),
+        *([Lossless()] if require_lossless else []),
+    ]
+    fit = [cell for cell in cells if not any(each.shortfall(cell) for each in constraints)]
+    if not fit:
+        raise _nothing_left(results, cells, constraints, aim)
+    return max(fit, key=lambda cell: _rank(results, cell, aim))
+
+
+def fastest_that_keeps(results: Results, keep: float) -> CellResult | None:
+    """The fastest decoding cell that keeps at least this share of quality; None where none does.
+
+    The same bound as `pick`'s: the lower end of the interval, and lossless speculation only.
+    """
+    try:
+        return pick(results, min_retained=keep)
+    except UserError:
+        return None
+
+
+def retained_bound(results: Results, cell: CellResult) -> float | None:
+    """The share of the baseline's quality that a cell keeps at least, at 95 % confidence.
+
+    None where that is not known: too few questions, or outcomes that do not pair. The baseline,
+    and what gives its predictions, keeps all.
+    """
+    quality = results.quality(cell)
+    if quality is None or retained_basis(results) is None or _is_refuted(cell):
+        return None
+    if gives_baselines_predictions(results, quality):
+        return 1.0
+    if retained_basis(results) == "tasks" and question_count(quality) < MIN_QUESTIONS:
+        return None
+    ends = interval_of(results, "retained", cell)
+    return None if ends is None else ends[0]
+
+
+def _is_refuted(cell: CellResult) -> bool:
+    """Whether it speculates with other tokens than its plain cell's, so has not its quality."""
+    return cell.lossless_check is not None and cell.lossless_check.lossless is False
+
+
+def _ratio_bound(results: Results, cell: CellResult) -> float | None:
+    """The perplexity ratio that a cell has at most, at 95 % confidence."""
+    if metric_of(results, "perplexity-ratio", cell) is None or _is_refuted(cell):
+        return None
+    quality = results.quality(cell)
+    if quality is not None and gives_baselines_predictions(results, quality):
+        return 1.0
+    ends = interval_of(results, "perplexity-ratio", cell)
+    return None if ends is None else ends[1]
+
+
+def _kl_bound(results: Results, cell: CellResult) -> float | None:
+    """The mean KL to the baseline that a cell has at most, at 95 % confidence."""
+    quality = results.quality(cell)
+    if quality is None or _is_refuted(cell):
+        return None
+    if gives_baselines_predictions(results, quality):
+        return 0.0
+    ends = interval_of(results, "kl", cell)
+    return None if ends is None else ends[1]
+
+
+def _why_unknown(results: Results, cell: CellResult) -> str:
+    quality = results.quality(cell)
+    if quality is None:
+        return "not measured"
+    if _is_refuted(cell):
+        return "unknown: not the tokens of its plain cell"
+    few = retained_basis(results) == "tasks" and question_count(quality) < MIN_QUESTIONS
+    return f"unknown: {too_few(quality)}" if few else "unknown: without an interval"
+
+
+def _quality_bounds(
+    results: Results,
+    min_retained: float | None,
+    max_ratio: float | None,
+    max_kl: float | None,
+    by_estimate: bool,
+) -> list[Constraint]:
+    show = "{:.3f}".format
+    bounds = []
+    if min_retained is not None:
+        value = _reader(results, "retained") if by_estimate else partial(retained_bound, results)
+        words = "retained" if by_estimate else "retained (at least)"
+        why = partial(_why_unknown, results)
+        bounds.append(Constraint(words, "--min-retained", value, min_retained, True, show, why))
+    at_most = [
+        ("perplexity-ratio", "perplexity ratio", "--max-perplexity-ratio", max_ratio, _ratio_bound),
+        ("kl", "KL", "--max-kl", max_kl, _kl_bound),
+    ]
+    for metric, words, option, limit, upper in at_most:
+        if limit is not None:
+            value = _reader(results, metric) if by_estimate else partial(upper, results)
+            words = words if by_estimate else f"{words} (at most)"
+            bounds.append(Constraint(words, option, value, limit, False, show))
+    return bounds
+
+
+def _size_bounds(
+    results: Results, max_bytes: float | None, max_resident: float | None
+) -> list[Constraint]:
+    rows = [
+        ("size", "disk", "--max-bytes", max_bytes),
+        ("resident", "memory", "--max-resident", max_resident),
+    ]
+    return [
+        Constraint(words, option, _reader(results, metric), limit, False, bytes_text)
+        for metric, words, option, limit in rows
+        if limit is not None
+    ]
+
+
+def _require_evidence(results: Results, cells: list[CellResult], bound: Constraint) -> None:
+    """Refuse a bound of quality that is known of the baseline alone: that would be no choice."""
+    others = [cell for cell in cells if cell.name != results.baseline]
+    if not others or any(bound.value(cell) is not None for cell in others):
+        return
+    estimates = [(metric_of(results, "retained", cell), cell) for cell in others]
+    known = [(value, cell) for value, cell in estimates if value is not None]
+    near = ""
+    if known:
+        value, cell = max(known, key=lambda pair: pair[0])
+        near = f"; the nearest by estimate is {cell.name!r}: retained {value:.3f}"
+    raise UserError(
+        f"no evidence for {bound.required()}: {bound.unknown(others[0])}{near}",
+        fix="ask more questions (benchmark.quality.limit), or pass --by-estimate",
+    )
+
+
+def _reader(results: Results, metric: str) -> Callable[[CellResult], float | None]:
+    return lambda cell: metric_of(results, metric, cell)
+
+
+def _rank(results: Results, cell: CellResult, aim: str) -> tuple[float, ...]:
+    """Higher is better; a number that is missing comes last."""
+    values = [(name, metric_of(results, name, cell)) for name in (aim, *TIE_BREAKS)]
+    return tuple(float("-inf") if v is None else METRICS[name].rank(v) for name, v in values)
+
+
+def _nothing_left(
+    results: Results, cells: list[CellResult], constraints: list[Constraint | Lossless], aim: str
+) -> UserError:
+    left = [(each, sum(not each.shortfall(cell) for cell in cells)) for each in constraints]
+    unmet = [each for each, count in left if count == 0]
+    if unmet:
+        which = " and ".join(each.required() for each in unmet)
+        message = f"no cell meets {which} ({len(cells)} were measured)"
+    else:
+        alone = ", ".join(f"{each.required()} by {count}" for each, count in left)
+        message = f"no cell meets every constraint; alone, of {len(cells)} cells: {alone}"
+    nearest = min(
+        cells,
+        key=lambda cell: (
+            sum(each.shortfall(cell) for each in constraints),
+            [-rank for rank in _rank(results, cell, aim)],
+        ),
+    )
+    missed = [each for each in constraints if each.shortfall(nearest)]
+    values = ", ".join(each.seen(nearest) for each in missed)
+    return UserError(
+        f"{message}; the nearest is {nearest.name!r}: {values}",
+        fix=", ".join(each.remedy for each in missed),
+    )

@@ -1,0 +1,230 @@
+"""One line a cell: ACCEPT, TRADE-OFF, REGRESSION or NO EVIDENCE, from intervals.
+
+A cell is compared with the baseline; one that speculates, with the cell of the same weights that
+decodes plainly (`CellResult.plain`), because that is what it has to beat.
+
+Quality is *kept*, *lost*, or unknown:
+
+- kept: at least `MIN_QUESTIONS` questions, among them a task whose answers the cell writes; the
+  lower end of the mean share retained (`Quality.retained`) is at least `KEEP`; and no single task
+  is shown to keep less than `KEEP`. Where the run asks no tasks at all: the upper end of the
+  perplexity ratio is at most 1 / `KEEP`. Also kept: what gives the baseline's predictions, with a
+  KL of at most `SAME_KL` in every block.
+- lost: not kept, and the interval of the share retained (of all tasks, or of one against `KEEP`)
+  or of the perplexity ratio lies wholly on the losing side of 1. Tasks count from `MIN_QUESTIONS`
+  on; perplexity always does.
+- unknown: anything else. Few questions never make a claim.
+
+A cell *gains* where the interval of its decode or prefill speed ratio lies above 1, or where it
+takes at least `LEAST_BYTES` less on disk or in memory. It *loses* speed where the interval lies
+below 1, and bytes where it takes as much more.
+
+| verdict | when, in this order |
+|---|---|
+| REGRESSION | it speculates, and was seen to give other tokens than plain decoding |
+| ACCEPT | quality kept, something gained, no speed lost |
+| TRADE-OFF | something gained, and quality or speed lost |
+| REGRESSION | nothing gained, and quality, speed or bytes lost |
+| NO EVIDENCE | all else: intervals hold both, or there are too few questions |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from compose.analysis.intervals import MIN_QUESTIONS
+from compose.results.parts import Outcome, Quality, SpeedNumbers, Verdict
+from compose.results.schema import CellResult, Results
+
+KEEP = 0.95
+"""The share of the baseline's quality that a cell must keep to be accepted."""
+
+LEAST_BYTES = 0.01
+"""Share of bytes below which sizes count as equal: gates alone add some kilobytes."""
+
+SAME_KL = 1e-6
+"""Nats a token: below, predictions are the same but for the order of float32 sums."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Quality kept, lost or unknown, and in words why."""
+
+    state: Literal["kept", "lost", "unknown"]
+    why: str
+
+
+def verdict_of(results: Results, cell: CellResult, keep: float = KEEP) -> Verdict | None:
+    """The verdict of a measured cell; None for the baseline and for what was not measured."""
+    if cell.status != "ok" or cell.name == results.baseline:
+        return None
+    check = cell.lossless_check
+    if cell.speculates and (check is None or check.lossless is None):
+        return Verdict(verdict="NO EVIDENCE", why="Its losslessness was not measured.")
+    if check is not None and check.lossless is False:
+        why = "Its tokens are not those of plain decoding."
+        return Verdict(verdict="REGRESSION", why=why)
+    quality = judge_quality(results, cell, keep)
+    faster, slower = _speeds(results, cell)
+    smaller, larger = _bytes(results, cell)
+    gains = [*faster, *smaller]
+    worse = [quality.why] if quality.state == "lost" else []
+    if quality.state == "kept" and gains and not slower:
+        return _verdict("ACCEPT", [quality.why, *gains], larger)
+    if gains and (worse or slower):
+        known = [quality.why] if quality.state == "kept" else []
+        return _verdict("TRADE-OFF", [*known, *gains], [*worse, *slower, *larger])
+    if not gains and (worse or slower or larger):
+        return _verdict("REGRESSION", [*worse, *slower, *larger, "it gains nothing"])
+    if quality.state == "unknown":
+        return _verdict("NO EVIDENCE", [quality.why, *gains], larger)
+    other = "its plain cell" if _is_plain_decoding_the_rival(results, cell) else "the baseline"
+    return _verdict("NO EVIDENCE", [quality.why], [f"no gain over {other} is shown"])
+
+
+def judge_quality(results: Results, cell: CellResult, keep: float = KEEP) -> Judged:
+    """Whether a cell keeps the share `keep` of the baseline's quality; see the top of this file.
+
+    A cell that speculates has the quality of its plain cell.
+    """
+    quality = results.quality(cell)
+    if quality is None:
+        return Judged("unknown", "its quality was not measured")
+    if gives_baselines_predictions(results, quality):
+        return Judged("kept", "it gives the baseline's predictions")
+    tasks, perplexity = _on_tasks(results, quality, keep), _on_perplexity(results, quality, keep)
+    if tasks.state == "kept" and perplexity.state == "lost":
+        return Judged("kept", f"{tasks.why}, {perplexity.why}")
+    return next((each for each in (tasks, perplexity) if each.state != "unknown"), tasks)
+
+
+def question_count(quality: Quality) -> int:
+    """Questions of all tasks together."""
+    return sum(score.n or 0 for score in (quality.tasks or {}).values())
+
+
+def too_few(quality: Quality) -> str:
+    """Why its tasks tell nothing, where they are too few."""
+    count = question_count(quality)
+    return f"{count} questions are too few: {MIN_QUESTIONS} are needed"
+
+
+def gives_baselines_predictions(results: Results, quality: Quality) -> bool:
+    """Whether a quality is the baseline's own, or at most `SAME_KL` from it in every block."""
+    baseline = results.find(results.baseline)
+    if baseline is not None and quality is baseline.quality:
+        return True
+    return bool(quality.block_kl) and max(quality.block_kl or ()) <= SAME_KL
+
+
+def _on_tasks(results: Results, quality: Quality, keep: float) -> Judged:
+    tasks = quality.tasks or {}
+    if not tasks:
+        return Judged("unknown", "no tasks were asked")
+    if question_count(quality) < MIN_QUESTIONS:
+        return Judged("unknown", too_few(quality))
+    retained = quality.retained
+    if retained is None:
+        return Judged("unknown", "its outcomes do not pair with the baseline's")
+    seen = f"{_percents(*retained.ci95)} of the task scores ({retained.n} questions)"
+    poor = [
+        f"it keeps {_percents(*score.retained_ci95)} of {name}"
+        for name, score in tasks.items()
+        if score.retained_ci95 is not None and score.retained_ci95[1] < keep
+    ]
+    if poor:
+        return Judged("lost", " and ".join(poor))
+    written = any(score.kind == "generative" for score in tasks.values())
+    if retained.low >= keep and written:
+        return Judged("kept", f"it keeps {seen}")
+    if retained.high < 1:
+        return Judged("lost", f"it keeps {seen}")
+    if not written:
+        return Judged("unknown", f"it keeps {seen}, but was asked to write no answer")
+    return Judged("unknown", f"it keeps {seen}, which holds both")
+
+
+def _on_perplexity(results: Results, quality: Quality, keep: float) -> Judged:
+    ends = None if quality.perplexity is None else quality.perplexity.ratio_ci95
+    if ends is None:
+        return Judged("unknown", "its perplexity has no interval")
+    seen = f"{ends[0]:.3f} to {ends[1]:.3f} times the baseline's perplexity"
+    if not _asks_tasks(results) and ends[1] <= 1 / keep:
+        return Judged("kept", f"it has {seen}, and no tasks were asked")
+    return Judged("lost" if ends[0] > 1 else "unknown", f"it has {seen}")
+
+
+def _asks_tasks(results: Results) -> bool:
+    baseline = results.find(results.baseline)
+    return baseline is not None and baseline.quality is not None and bool(baseline.quality.tasks)
+
+
+def _is_plain_decoding_the_rival(results: Results, cell: CellResult) -> bool:
+    return cell.speculates and results.find(cell.plain) is not None
+
+
+def _speeds(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
+    """What of its speed is shown to be higher, and what lower, in words."""
+    faster: list[str] = []
+    slower: list[str] = []
+    for verb, ends, than in _speed_intervals(results, cell):
+        if ends is not None and not ends[0] <= 1 <= ends[1]:
+            words = f"it {verb} {ends[0]:.2f} to {ends[1]:.2f} times as fast as {than}"
+            (faster if ends[0] > 1 else slower).append(words)
+    return faster, slower
+
+
+def _speed_intervals(
+    results: Results, cell: CellResult
+) -> Iterable[tuple[str, tuple[float, float] | None, str]]:
+    if _is_plain_decoding_the_rival(results, cell):
+        ends = None if cell.speculation is None else cell.speculation.speedup_ci95
+        yield "decodes", ends, "its plain cell"
+        return
+    numbers: SpeedNumbers | None = cell.speed
+    if cell.speed is not None and cell.speed.decode_tokens_per_s is None and cell.speed.by_batch:
+        numbers = cell.speed.by_batch[min(cell.speed.by_batch)]  # no batch of one was asked for
+    for verb, name in (("decodes", "decode_ratio"), ("reads prompts", "prefill_ratio")):
+        estimate = None if numbers is None else getattr(numbers, name)
+        yield verb, None if estimate is None else estimate.ci95, "the baseline"
+
+
+def _bytes(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
+    """Where it takes fewer bytes, and where more, in words. What other engines hold in memory is
+    their process's, not their tensors': it is not compared with ours."""
+    plain = _is_plain_decoding_the_rival(results, cell)
+    other = results.find(cell.plain if plain else results.baseline)
+    smaller: list[str] = []
+    larger: list[str] = []
+    for place, field in (("on disk", "disk_bytes"), ("in memory", "resident_bytes")):
+        own = None if cell.size is None else getattr(cell.size, field)
+        theirs = None if other is None or other.size is None else getattr(other.size, field)
+        alike = other is not None and (cell.peer is None) == (other.peer is None)
+        if field == "resident_bytes" and not alike:
+            continue
+        if not own or not theirs or abs(own / theirs - 1) < LEAST_BYTES:
+            continue
+        words = f"it takes {own / theirs:.2f} times the bytes {place}"
+        (smaller if own < theirs else larger).append(words)
+    return smaller, larger
+
+
+def _verdict(verdict: Outcome, facts: list[str], but: list[str] | None = None) -> Verdict:
+    """A verdict with its facts as one sentence."""
+    sentence = _listed(facts) + (f", but {_listed(but)}" if but else "")
+    return Verdict(verdict=verdict, why=f"{sentence[:1].upper()}{sentence[1:]}.")
+
+
+def _listed(facts: list[str]) -> str:
+    """Facts one after the other; of those about the cell, only the first says `it`."""
+    told = facts[:1]
+    for before, fact in pairwise(facts):
+        told.append(fact.removeprefix("it ") if before.startswith("it ") else fact)
+    return ", ".join(told)
+
+
+def _percents(low: float, high: float) -> str:
+    return f"{100 * low:.1f} to {100 * high:.1f} %"

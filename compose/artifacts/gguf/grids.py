@@ -1,0 +1,123 @@
+"""Integer grids of a model folder as blocks of GGUF that hold the same codes, scales and minima.
+
+A block is as many bits as its type has, and a grid of fewer goes into the next larger one:
+
+    up to 4 bits with minima        Q4_1        scale * code + minimum
+    up to 4 bits, symmetric         Q4_0        scale * (code - 8)
+    5 to 8 bits, symmetric          Q8_0        scale * code, signed
+
+Groups of 64 or 128 weights repeat their scale in each block of 32. Scales and minima are float16
+numbers there; those of this project are, by construction (gateskip/quantization/grid.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compose.artifacts.intake import weight_files
+from compose.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+BLOCK = 32
+CODES = ".codes"
+PARTS = (CODES, ".scale", ".minimum")
+"""Ends of the names of a grid's tensors."""
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+def refuse_grids(config: dict[str, Any]) -> list[str]:
+    """Why grids as this config states them have no blocks; empty where they do."""
+    quantization = config["quantization_config"]
+    stated = [quantization, *quantization.get("layers", {}).values()]
+    if quantization.get("embedding"):
+        stated.append(quantization["embedding"])
+    sizes = {each.get("group_size", BLOCK) for each in stated}
+    return [f"groups of {size} are no whole blocks of {BLOCK}" for size in sizes if size % BLOCK]
+
+
+def main_kind(config: dict[str, Any]) -> str:
+    """The type of most blocks, as `KINDS` of gguf.py names it."""
+    quantization = config["quantization_config"]
+    if quantization["bits"] > 4:
+        return "q8_0"
+    return "q4_0" if quantization.get("offset") == "none" else "q4_1"
+
+
+def grid_blocks(
+    folder: Path, config: dict[str, Any]
+) -> Iterator[tuple[str, str, NDArray[numpy.uint8]]]:
+    """Name, type and rows of blocks [n, bytes] of every weight that is a grid.
+
+    Raises:
+        ArtifactError: scales are no float16 numbers, or a grid has no type.
+    """
+    from safetensors import safe_open
+
+    where: dict[str, Path] = {}
+    for shard in weight_files(folder):
+        with safe_open(shard, "pt") as file:
+            where |= dict.fromkeys(file.keys(), shard)
+
+    def read(name: str) -> Tensor | None:
+        if name not in where:
+            return None
+        with safe_open(where[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    for stored in sorted(name for name in where if name.endswith(CODES)):
+        module = stored.removesuffix(CODES)
+        bits = bits_of(module, config["quantization_config"])
+        codes, scale, minimum = (read(f"{module}.{part}") for part in ("codes", "scale", "minimum"))
+        assert codes is not None and scale is not None, f"{module} is a whole grid"
+        yield f"{module}.weight", *as_blocks(module, codes, scale, minimum, bits)
+
+
+def bits_of(module: str, quantization: dict[str, Any]) -> int:
+    """Bits of a module's codes, as a folder's config states them."""
+    if module in (EMBEDDING, HEAD) and quantization.get("embedding"):
+        return int(quantization["embedding"]["bits"])
+    own = quantization.get("layers", {}).get(module, {})
+    return int(own.get("bits", quantization["bits"]))
+
+
+def as_blocks(
+    module: str, packed: Tensor, scale: Tensor, minimum: Tensor | None, bits: int
+) -> tuple[str, NDArray[numpy.uint8]]:
+    """A grid's tensors, as a folder has them, as blocks: their type and rows [n, bytes]."""
+    from compose.artifacts.gguf.blocks import Blocks, write_blocks
+    from gateskip.quantization.grid import middle, unpack_bits
+
+    if minimum is not None and bits > 4:
+        raise ArtifactError(f"{module}: no GGUF block has {bits} bits and a minimum")
+    wide = 4 if bits <= 4 else 8
+    codes = unpack_bits(packed, bits)
+    if minimum is None:
+        codes = codes + (middle(wide) - middle(bits))  # both middles stand for zero
+    repeats = codes.shape[1] // BLOCK // scale.shape[1]
+    numbers = [
+        None if each is None else _float16(module, each).repeat_interleave(repeats, dim=1).numpy()
+        for each in (scale, minimum)
+    ]
+    assert numbers[0] is not None, "every grid has scales"
+    return write_blocks(Blocks(codes.numpy(), numbers[0], numbers[1], wide))
+
+
+def _float16(module: str, stored: Tensor) -> Tensor:
+    """Scales or minima in float16, which must hold them exactly.
+
+    Raises:
+        ArtifactError: it does not.
+    """
+    half = stored.half()
+    if not bool((half.float() == stored.float()).all()):
+        raise ArtifactError(
+            f"{module}: scales or minima are no float16 numbers, as GGUF wants them"
+        )
+    return half

@@ -1,0 +1,179 @@
+"""A GGUF file as an ordinary Hugging Face folder: config, tokenizer, chat template and weights.
+
+Weights are dequantized to float32, which loses nothing: a value of any GGUF type is a float32
+number. Every tensor of the file must be one of the model's and every one of the model's must be
+there, in its size: what a file holds beyond the model would change it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compose.artifacts.folder import GRID_METHOD
+from compose.artifacts.gguf.config import ROPE_FACTORS, config_of
+from compose.artifacts.gguf.file import GgufFile, GgufTensor, open_gguf
+from compose.artifacts.gguf.kept_blocks import (
+    Found,
+    grid_tensors,
+    kept_weights,
+    quantization,
+    require_grids,
+)
+from compose.artifacts.gguf.names import PAIRED, gguf_name, is_shifted, unpaired
+from compose.artifacts.gguf.tokenizer import require_tokenizer, save_tokenizer
+from compose.artifacts.shards import save_shards
+from compose.store import read_json, write_json
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+def check_gguf_source(path: Path, *, keep_blocks: bool = False) -> dict[str, Any]:
+    """The config.json that a file's folder will have; quick, and without any library.
+
+    Raises:
+        ArtifactError: the file cannot be read as a model, and why.
+    """
+    file = open_gguf(path)
+    require_tokenizer(file)
+    config = config_of(file)
+    if not keep_blocks:
+        return config
+    require_grids(file)
+    return config | {"quantization_config": {"quant_method": GRID_METHOD}}
+
+
+def write_folder(
+    path: Path, folder: Path, name: str | None = None, *, keep_blocks: bool = False
+) -> None:
+    """Write the model in a GGUF file as a folder.
+
+    `name` is the model's hub id, where it is known; the licence is then known, too. With
+    `keep_blocks` weights stay in blocks that are grids.
+
+    Raises:
+        ArtifactError: the file cannot be read as a model, and why.
+    """
+    file = open_gguf(path)
+    require_tokenizer(file)
+    config = config_of(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    found = matched(file, config, save_config(file, config, folder, name))
+    kept: dict[str, str] = {}
+    if keep_blocks:
+        require_grids(file)
+        kept = kept_weights(found)
+        stated = {**(read_json(folder / "config.json") or {})}
+        stated["quantization_config"] = quantization(found, kept)
+        write_json(folder / "config.json", stated)
+    save_shards(folder, tensors_of(file, config, found, kept))
+    save_tokenizer(file, folder, config["max_position_embeddings"])
+    if name is None:
+        _save_licence(file, folder)
+
+
+def save_config(
+    file: GgufFile, config: dict[str, Any], folder: Path, name: str | None
+) -> dict[str, tuple[int, ...]]:
+    """Write config.json and generation_config.json; the name and shape of every weight."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    made = AutoConfig.for_model(**config)
+    made.dtype = torch.float32
+    made._name_or_path = name or ""
+    made.save_pretrained(folder)
+    ends = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    turn = file.metadata.get("tokenizer.ggml.eot_token_id")
+    if turn is not None and turn != ends["eos_token_id"]:
+        ends["eos_token_id"] = [ends["eos_token_id"], turn]
+    GenerationConfig(**ends).save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(made)
+    tied = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
+    return {key: tuple(each.shape) for key, each in model.state_dict().items() if key not in tied}
+
+
+def tensors_of(
+    file: GgufFile, config: dict[str, Any], found: Found, kept: dict[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The folder's tensors by name, read one after the other: in float32, or as the grids that
+    `kept` names."""
+    import torch
+
+    paired = file.metadata["general.architecture"] in PAIRED
+    for name, tensor in found:
+        if name in kept:
+            rows = stored_rows(file, tensor)
+            rows = unpaired(name, rows, config) if paired else rows
+            yield from grid_tensors(name, rows, kept[name])
+        else:
+            yield name, torch.from_numpy(_values(file, tensor, name, config))
+
+
+def matched(file: GgufFile, config: dict[str, Any], wanted: dict[str, tuple[int, ...]]) -> Found:
+    """Each wanted weight with the file's tensor for it.
+
+    Raises:
+        ArtifactError: one is absent or has other sizes, or the file has one that no weight is.
+    """
+    architecture, layers = file.metadata["general.architecture"], config["num_hidden_layers"]
+    found = []
+    for name, shape in wanted.items():
+        own = gguf_name(name, architecture, layers)
+        tensor = file.tensors.get(own)
+        if tensor is None:
+            file.refuse(f"it has no tensor {own}")
+        if tensor.shape != shape:
+            file.refuse(f"{own} has the sizes {tensor.shape}, and the model {shape}")
+        found.append((name, tensor))
+    left = sorted(file.tensors.keys() - {tensor.name for _, tensor in found} - {ROPE_FACTORS})
+    if left:
+        file.refuse(f"it has a tensor {left[0]}, which its architecture has not")
+    return found
+
+
+def stored_rows(file: GgufFile, tensor: GgufTensor) -> NDArray[numpy.uint8]:
+    """A tensor's bytes, as they are in the file, [rows, bytes]."""
+    import numpy
+
+    shape = (tensor.rows, tensor.row_bytes)
+    return numpy.memmap(file.path, numpy.uint8, "r", tensor.start, shape)
+
+
+def _values(
+    file: GgufFile, tensor: GgufTensor, name: str, config: dict[str, Any]
+) -> NDArray[numpy.float32]:
+    """A weight in float32, in the order and with the meaning that transformers gives it."""
+    import numpy
+    from gguf import GGMLQuantizationType, dequantize
+
+    architecture = file.metadata["general.architecture"]
+    values = dequantize(stored_rows(file, tensor), GGMLQuantizationType(tensor.type))
+    values = values.reshape(tensor.shape)
+    if architecture in PAIRED:
+        values = unpaired(name, values, config)
+    if is_shifted(name, architecture):
+        values = values - 1
+    return numpy.require(values, numpy.float32, ["C", "W"])
+
+
+def _save_licence(file: GgufFile, folder: Path) -> None:
+    """README.md with the licence that a file states, where exports look for it."""
+    licence = file.metadata.get("general.license")
+    if isinstance(licence, str):
+        text = f"---\nlicense: {licence}\n---\nConverted from `{file.path.name}`.\n"
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def main_storage(path: Path) -> str:
+    """How most weights of a file are stored: `Q4_K`."""
+    counts: Counter[str] = Counter()
+    for tensor in open_gguf(path).tensors.values():
+        counts[tensor.storage.name] += tensor.rows * tensor.shape[-1]
+    return counts.most_common(1)[0][0]

@@ -1,0 +1,243 @@
+"""A model folder as one GGUF file, the format of llama.cpp.
+
+What llama.cpp's own converter does, through its `gguf` package: metadata from config.json, the
+tokenizer, and tensors under their GGUF names; norms of Gemma plus one. A network that drafts stays
+behind, as llama.cpp has no such thing. Float weights are stored in the type that is asked for;
+weights that are integer grids go into blocks that hold their codes, scales and minima
+(gguf_grids.py). The file is loaded back before it is put in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compose.artifacts.folder import GRID_METHOD, is_gated, probe_ids, require_model
+from compose.artifacts.gguf.file import open_gguf
+from compose.artifacts.gguf.grids import PARTS, grid_blocks, main_kind, refuse_grids
+from compose.artifacts.gguf.metadata import (
+    ARCHITECTURES,
+    add_metadata,
+    family_reasons,
+    require_stated,
+)
+from compose.artifacts.gguf.names import PAIRED, gguf_name, is_shifted, paired
+from compose.artifacts.gguf.tokenizer import add_tokenizer
+from compose.artifacts.intake import weight_files
+from compose.errors import ArtifactError, StepError, suggest
+from compose.store import new_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+KINDS: dict[str, str] = {
+    "f32": "ALL_F32",
+    "f16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q4_1": "MOSTLY_Q4_1",
+    "q4_0": "MOSTLY_Q4_0",
+}
+"""How weights are stored: name -> what llama.cpp calls such a file."""
+
+USUAL = "f16"
+BLOCK = 32  # weights of a row that share a scale
+OUTER = ("model.embed_tokens.weight", "lm_head.weight")
+SAME = 1e-3  # largest difference of two logits, over their range, for equal weights in float32
+FLOATS = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
+
+
+def write_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, Any]:
+    """Write the model in `folder` to `file`, load it back, compare.
+
+    Without a `kind`, float weights are stored as f16, and integer grids as they are. Gives what
+    `check_gguf` gives, `bytes`, and the `kind` that most weights are stored in.
+
+    Raises:
+        ArtifactError: the folder cannot be written as GGUF, or there is no such kind.
+        StepError: the file does not load to the model that was written.
+    """
+    config = require_model(folder)
+    refuse(folder, config)
+    grids = is_grid(config)
+    if grids and kind is not None:
+        raise ArtifactError(
+            f"the weights of {folder} are integer grids, which are written as they are",
+            fix="leave --type out, or name the folder from before they were rounded",
+        )
+    if not grids and (kind or USUAL) not in KINDS:
+        raise ArtifactError(f"there is no GGUF type {kind!r}: {suggest(kind or USUAL, KINDS)}")
+    main = main_kind(config) if grids else kind or USUAL
+    with new_file(file) as unfinished:
+        _write(folder, config, unfinished, main)
+        require_stated(folder, unfinished)
+        differences = check_gguf(folder, unfinished, None if grids else main)
+    return {**differences, "bytes": float(file.stat().st_size), "kind": main}
+
+
+def is_grid(config: dict[str, Any]) -> bool:
+    """Whether a folder's weights are integer grids in our own format."""
+    return (config.get("quantization_config") or {}).get("quant_method") == GRID_METHOD
+
+
+def refuse(folder: Path, config: dict[str, Any]) -> None:
+    """Say why this folder cannot be written, if it cannot.
+
+    Raises:
+        ArtifactError: with every reason.
+    """
+    packed = (config.get("quantization_config") or {}).get("quant_method")
+    reasons = {
+        "it has gates, which llama.cpp cannot run": is_gated(folder),
+        f"its weights are quantized by {packed!r}, and only integer grids of this project (int4, "
+        "int8, ... with real offsets) have blocks there": packed not in (None, GRID_METHOD),
+        **family_reasons(config),
+    }
+    given = [reason for reason, holds in reasons.items() if holds]
+    if is_grid(config):
+        given += refuse_grids(config)
+    if given:
+        raise ArtifactError(
+            f"{folder} cannot be written as GGUF: {'; '.join(given)}",
+            fix="name a folder from before gates and other quantizers; --type packs the file",
+        )
+
+
+def _write(folder: Path, config: dict[str, Any], file: Path, kind: str) -> None:
+    from gguf import GGUFWriter
+
+    layers = config["num_hidden_layers"]
+    architecture = ARCHITECTURES[config["model_type"]]
+    writer = GGUFWriter(file, architecture, use_temp_file=True)  # tensors need not fit in memory
+    add_metadata(writer, folder, config, KINDS[kind])
+    add_tokenizer(writer, folder, config)
+    for name, stored, data in _stored(folder, config, kind):
+        data = paired(name, data, config) if architecture in PAIRED else data
+        writer.add_tensor(gguf_name(name, architecture, layers), data, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# --- Tensors -------------------------------------------------------------------------------------
+
+
+def _stored(
+    folder: Path, config: dict[str, Any], kind: str
+) -> Iterator[tuple[str, Any, NDArray[Any]]]:
+    """Name, GGML type and data of every weight."""
+    from gguf import GGMLQuantizationType as Ggml
+
+    if is_grid(config):
+        for name, block, rows in grid_blocks(folder, config):
+            yield name, Ggml[block], rows
+    for name, tensor in _tensors(folder, config):
+        own = FLOATS[str(tensor.dtype)] if is_grid(config) else kind
+        shifted = is_shifted(name, ARCHITECTURES[config["model_type"]])
+        yield name, *rounded(name, tensor.float() + 1 if shifted else tensor, own)
+
+
+def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every float weight, one file at a time; a tied LM head is not a second
+    one."""
+    from safetensors import safe_open
+
+    for shard in weight_files(folder):
+        with safe_open(shard, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
+                other = name.endswith((*PARTS, "rotary_emb.inv_freq"))
+                if not tied and not other:
+                    yield name, file.get_tensor(name)
+
+
+def rounded(name: str, tensor: Tensor, kind: str) -> tuple[Any, NDArray[Any]]:
+    """A tensor as it is stored: its GGML type and data, rows first.
+
+    Vectors stay in float32, rows that are no whole number of blocks in float16. With four bits,
+    the embedding and the LM head get eight.
+    """
+    from gguf import GGMLQuantizationType as Ggml
+    from gguf import quants
+
+    if name in OUTER and kind.startswith("q4"):
+        kind = "q8_0"
+    if kind.startswith("q") and tensor.shape[-1] % BLOCK:
+        kind = "f16"
+    stored = Ggml.F32 if tensor.ndim == 1 else Ggml[kind.upper()]
+    return stored, quants.quantize(tensor.float().numpy(), stored)
+
+
+# --- Loading it back -----------------------------------------------------------------------------
+
+
+def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
+    """Load the file by our own reader, which tests hold to transformers' and to llama.cpp; compare
+    it with the folder's weights, rounded alike.
+
+    Both are computed in float32, so whatever the type they must agree: what differs is not rounding
+    but a weight, a name or a size. Without a `kind` nothing was rounded. Returns `max_abs_diff`
+    over `range` of these logits, and `kl` to the folder's own predictions, which is the price of
+    the rounding.
+
+    Raises:
+        StepError: they differ.
+    """
+    import torch
+
+    from gateskip.quantization.folders import load_model
+
+    ids = probe_ids(folder)
+    model = load_model(folder, "float32")
+    with torch.inference_mode():
+        dense = wanted = model(ids).logits  # [1, S, V]
+        if kind is not None:
+            _round_in_place(model, kind)
+            wanted = model(ids).logits
+        del model  # one of them at a time
+        logits = _loaded(folder, file)(ids).logits
+    if logits.shape != wanted.shape:
+        raise StepError(f"the file gives logits of shape {tuple(logits.shape)}")
+    difference = float((logits - wanted).abs().max())
+    span = float(wanted.max() - wanted.min())
+    if not difference <= SAME * span:
+        raise StepError(
+            "the GGUF file does not load to the model that was written: its logits differ by"
+            f" {difference:.3g} over a range of {span:.3g}"
+        )
+    target, predicted = dense.log_softmax(-1), logits.log_softmax(-1)
+    kl = float((target.exp() * (target - predicted)).sum(-1).mean())
+    return {"max_abs_diff": difference, "range": span, "kl": kl}
+
+
+def _loaded(folder: Path, file: Path) -> Any:
+    """The folder's architecture with the file's weights in float32, read one after the other."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from compose.artifacts.gguf.read import matched, tensors_of
+
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    found, weights = open_gguf(file), dict(model.named_parameters())  # a tied one once
+    stated = config.to_dict()
+    tensors = matched(found, stated, {name: tuple(each.shape) for name, each in weights.items()})
+    for name, value in tensors_of(found, stated, tensors, {}):
+        weights[name].copy_(value)
+    return model
+
+
+def _round_in_place(model: Any, kind: str) -> None:
+    """Give every weight the value that its stored form has."""
+    import torch
+    from gguf import quants
+
+    for name, parameter in model.named_parameters():
+        stored, data = rounded(name, parameter.detach(), kind)
+        value = torch.from_numpy(quants.dequantize(data, stored).copy())
+        parameter.copy_(value.view(parameter.shape))

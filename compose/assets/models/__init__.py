@@ -1,0 +1,1 @@
+"""Models by name: hub, wheels, GGUF files, folders."""

@@ -1,0 +1,1 @@
+"""How well a cell answers: perplexity, tasks, written answers, losslessness."""

@@ -1,0 +1,101 @@
+"""The lossless check: speculative decoding against plain decoding, token for token.
+
+It says whether speculation changes the text, and nothing of what speculation brings: its draft
+length is forced, while the timed rounds choose their own (`compose.bench.speed.measure`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from compose.bench.quality.scored import Scored
+from compose.results.answers import common_prefix
+from compose.units import Progress
+from gateskip.decoding.decoder import Decoder
+from gateskip.decoding.stats import Stats
+
+FORCED_DRAFT = 3
+"""Draft length of the first pass where the cell says `auto`: without drafts nothing is checked."""
+
+
+def check_lossless(
+    decoder: Decoder,
+    settings: Mapping[str, Any],
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare both decodings of each prompt; the fields of the result's `lossless_check`.
+
+    `settings` are a speculating cell's arguments of `Decoder.generate`; drafts that are verified at
+    a budget, or after prompts that skip, are compared with skipping as much. Where they say `auto`,
+    the prompts are decoded twice: with a forced draft length, since a decoder that falls back to
+    plain steps would pass without having shown anything, and with the lengths that the cell chooses
+    itself. The verdict is over both.
+    """
+    own_length = settings["draft_length"]
+    forced_length = FORCED_DRAFT if own_length == "auto" else own_length
+    skips = {
+        "budget": settings.get("verify_budget", 1.0),
+        "prompt_budget": settings.get("prompt_budget"),
+    }
+    undrafted = {"target": settings["target"], "mode": "skip", **skips}
+    scored = Scored(decoder, **skips)
+    plain = decoder.generate(list(prompts), new_tokens, **undrafted).tokens
+    divergences: list[dict[str, Any]] = []
+    totals: dict[str, Stats] = {}
+    drafts: dict[str, list[tuple[int, int]]] = {}
+    passes = {"forced": forced_length} | ({"own": own_length} if own_length == "auto" else {})
+    for name, length in passes.items():
+        totals[name], drafts[name] = Stats(), []
+        for number, prompt in enumerate(prompts):
+            asked = {**settings, "draft_length": length}
+            own = decoder.generate([prompt], new_tokens, "speculate", **asked)
+            totals[name].add(own.stats)
+            drafts[name].append((own.stats.drafted, own.stats.accepted))
+            if own.tokens[0] != plain[number]:
+                # A batch rounds in another order: decode the row by itself.
+                plain[number] = decoder.generate([prompt], new_tokens, **undrafted).tokens[0]
+            found = _divergence(scored, number, prompt, plain[number], own.tokens[0])
+            divergences += [{"pass": name, **found}] if found else []
+            if progress is not None:
+                progress(number + 1, len(prompts), f"lossless check, {name} lengths")
+    forced = totals["forced"]
+    return {
+        "lossless": not divergences,
+        "first_divergence": divergences[0] if divergences else None,
+        "divergences": divergences,
+        "prompts": len(prompts),
+        "tokens": len(passes) * sum(map(len, plain)),
+        "forced_draft_length": forced_length,
+        "forced_draft_length_histogram": forced.draft_lengths,
+        "own_draft_length_histogram": totals.get("own", forced).draft_lengths,
+        "acceptance_rate": forced.acceptance_rate,
+        "drafts_by_prompt": drafts["forced"],
+        "acceptance_by_position": [accepted / tried for tried, accepted in forced.positions],
+    }
+
+
+def _divergence(
+    scored: Scored, number: int, prompt: list[int], plain: list[int], own: list[int]
+) -> dict[str, Any] | None:
+    """Where two continuations first differ, and the top-2 logit margin there of decoding without
+    drafts, as `scored` decodes."""
+    if plain == own:
+        return None
+    same = common_prefix(plain, own)
+    with torch.inference_mode():
+        following = [*plain[:same], prompt[-1]]  # the last token only stands for what comes there
+        logits = scored.answer_logits([prompt], [following])[0][-1].float()
+    best, second = logits.topk(2).values.tolist()
+    return {
+        "prompt": number,
+        "position": same,
+        "plain_token": plain[same] if same < len(plain) else None,
+        "speculative_token": own[same] if same < len(own) else None,
+        "margin": best - second,
+        "margin_share": (best - second) / (best - float(logits.min())),
+    }

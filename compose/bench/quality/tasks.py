@@ -1,0 +1,375 @@
+"""Scoring a model on the tasks of lm-eval: `run_tasks`, and the model as lm-eval sees it.
+
+Importing this module loads lm-eval, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import lm_eval
+import lm_eval.tasks
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from compose.analysis.intervals import mean_interval, wilson
+from compose.assets import TASKS, load_task
+from compose.assets.table import OURS
+from compose.bench.quality.continuations import Pair, score_continuations
+from compose.bench.quality.text import ScoredModel
+from compose.errors import AssetError, UserError, suggest
+from compose.units import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+METRICS = ("acc_norm", "acc", "f1", "exact_match")  # the first that a task has is reported
+FALLBACK_LENGTH = 2048  # longest input where the tokenizer does not know the model's
+LONGEST_ANSWER = 256  # tokens, where a task does not say; lm-eval's own default
+
+
+@runtime_checkable
+class GeneratingModel(ScoredModel, Protocol):
+    """A model that can also continue prompts."""
+
+    def generate(
+        self, prompts: Sequence[list[int]], new_tokens: int, stop_tokens: Sequence[int]
+    ) -> list[list[int]]:
+        """Greedy continuations, each of up to `new_tokens` or to a token of `stop_tokens`."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A task's score: the mean over its questions, each between 0 and 1."""
+
+    metric: str
+    value: float
+    n: int
+    ci95: tuple[float, float]
+    """Wilson's interval where a question is right or wrong, else bootstrapped."""
+    data: str
+    """Where the questions came from."""
+    kind: Literal["likelihood", "generative"]
+    """Whether the model ranked given answers, or wrote its own."""
+    outcomes: tuple[float, ...]
+    """The score of each question, in the order asked, to 4 decimals."""
+    questions: str
+    """16 hex digits over what was asked: outcomes of two models pair where these are equal."""
+
+
+def run_tasks(
+    model: ScoredModel,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+    written: Callable[[str], None] | None = None,
+) -> dict[str, TaskScore]:
+    """Score `model` on tasks of lm-eval: its prompts and metrics, the first `limit` questions.
+
+    `written` is called with the name of a task after each batch of its answers.
+
+    The tasks in `compose.assets.TASKS` are read from files here; others go through the hub.
+
+    Raises:
+        UserError: a task is unknown, or asks a model for free text that cannot generate it.
+        AssetError: a task's questions cannot be had.
+    """
+    if not tasks:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="gateskip-tasks-") as scratch:
+        ours = [name for name in tasks if name in TASKS]
+        origins = {name: _define(name, Path(scratch), cache, limit) for name in ours}
+        manager = _manager(Path(scratch), tasks)
+        try:
+            evaluation = lm_eval.simple_evaluate(
+                model=Scorer(model, batch_size=batch_size, progress=progress, written=written),
+                tasks=list(tasks),
+                limit=limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                task_manager=manager,
+            )
+        except NotImplementedError as error:
+            raise UserError(str(error), fix=f"choose among {', '.join(TASKS)}") from error
+        except (ConnectionError, FileNotFoundError) as error:
+            raise AssetError(
+                f"the questions of a task among {', '.join(tasks)} cannot be had: {error}",
+                fix=f"go online, or choose among {', '.join(TASKS)}",
+            ) from error
+    return {name: _score(name, evaluation, origins.get(name, "hub:lm-eval")) for name in tasks}
+
+
+def _define(name: str, folder: Path, cache: Path | None, limit: int | None = None) -> str:
+    """Write lm-eval's own definition of the task with our rows as its data; gives their origin.
+
+    Only the first `limit` rows are written: lm-eval would prepare all of them otherwise.
+    """
+    data = load_task(name, cache)
+    definition = _definition(name, data.definition)
+    rows = folder / f"{name}.jsonl"
+    with data.path.open(encoding="utf-8") as lines:
+        rows.write_text("".join(islice(lines, limit)), encoding="utf-8")
+    splits = {f"{split}_split": None for split in ("training", "validation", "test", "fewshot")}
+    text = {
+        "include": str(definition),
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {
+            "data_files": {data.split: str(rows)},
+            "cache_dir": str(folder / "datasets"),
+        },
+        **splits,
+        f"{data.split}_split": data.split,
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(text), encoding="utf-8")  # JSON is YAML
+    return data.origin
+
+
+def _definition(name: str, place: str) -> Path:
+    """The task's YAML file: ours, or the one that this version of lm-eval has."""
+    if place.startswith(OURS):
+        return Path(__file__).parents[2] / "data" / "tasks" / place.removeprefix(OURS)
+    theirs = Path(lm_eval.tasks.__file__).parent / place
+    if not theirs.is_file():
+        raise UserError(f"this version of lm-eval has no task {name!r} at {place}")
+    return theirs
+
+
+def _manager(folder: Path, tasks: Sequence[str]) -> lm_eval.tasks.TaskManager:
+    """An index of the task files in `folder`, and of lm-eval's own where `tasks` name one of them.
+
+    Indexing lm-eval's thousands of tasks takes many seconds.
+
+    Raises:
+        UserError: a task is in neither.
+    """
+    others = [name for name in tasks if name not in TASKS]
+    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=bool(others))
+    for name in others:
+        if name not in manager.all_tasks:
+            raise UserError(
+                f"lm-eval has no task {name!r}: {suggest(name, TASKS)}",
+                fix="`lm-eval ls tasks` lists all others",
+            )
+    return manager
+
+
+def _score(name: str, evaluation: dict[str, Any], origin: str) -> TaskScore:
+    metric, filtered = _metric_of(name, evaluation["results"][name])
+    value = float(evaluation["results"][name][f"{metric},{filtered}"])
+    members = evaluation.get("group_subtasks", {}).get(name) or [name]
+    asked = [
+        sample
+        for member in members
+        for sample in sorted(evaluation["samples"][member], key=lambda each: each["doc_id"])
+        if sample["filter"] == filtered
+    ]
+    outcomes = tuple(round(float(sample[metric]), 4) for sample in asked)
+    kinds = {evaluation["configs"][member]["output_type"] for member in members}
+    return TaskScore(
+        metric=metric,
+        value=value,
+        n=len(outcomes),
+        ci95=score_interval(value, outcomes),
+        data=origin,
+        kind="generative" if "generate_until" in kinds else "likelihood",
+        outcomes=outcomes,
+        questions=_digest_of(asked),
+    )
+
+
+def _metric_of(name: str, measured: Mapping[str, Any]) -> tuple[str, str]:
+    """The metric to report and the filter of answers it belongs to, unfiltered ones first."""
+    known = [key.split(",") for key in measured if "," in key and "_stderr" not in key]
+    for metric in METRICS:
+        filters = sorted((each[1] for each in known if each[0] == metric), key=_not_none)
+        if filters:
+            return metric, filters[0]
+    names = sorted(metric for metric, _ in known)
+    raise UserError(f"task {name!r} has no accuracy, only {', '.join(names)}")
+
+
+def _not_none(filtered: str) -> bool:
+    return filtered != "none"
+
+
+def _digest_of(samples: Sequence[Mapping[str, Any]]) -> str:
+    """16 hex digits over the questions, their prompts and right answers, in order."""
+    hashes = [[each[f"{part}_hash"] for part in ("doc", "prompt", "target")] for each in samples]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
+
+
+def score_interval(value: float, outcomes: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of outcomes between 0 and 1."""
+    spread = mean_interval(outcomes)
+    if spread is None or all(outcome in (0, 1) for outcome in outcomes):
+        return wilson(value, len(outcomes))
+    return spread.low, spread.high
+
+
+def longest_input(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a model takes, as its tokenizer states; absurd numbers are ignored."""
+    length = getattr(tokenizer, "model_max_length", None)
+    return length if isinstance(length, int) and length < 1 << 24 else FALLBACK_LENGTH
+
+
+# --- The model as lm-eval sees it ---------------------------------------------------------------
+
+
+class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
+    """A scored model as a model class of lm-eval."""
+
+    def __init__(
+        self,
+        model: ScoredModel,
+        *,
+        batch_size: int,
+        progress: Progress | None = None,
+        written: Callable[[str], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self._written = written
+        self.model = model
+        self.tokenizer = model.tokenizer
+        self.batch_size = batch_size
+        self.max_length = longest_input(model.tokenizer)
+        self._progress = progress
+        self._stop_tokens: dict[tuple[str, ...], list[int]] = {}
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        end: int | None = self.tokenizer.eos_token_id
+        return 0 if end is None else end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context."""
+        begin: int | None = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Token ids, with the tokens before a text that the tokenizer sets by itself."""
+        begin = self.tokenizer.bos_token
+        special = add_special_tokens
+        if special is None:
+            special = not (begin and string.startswith(begin))
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=special)
+        return ids
+
+    def loglikelihood(
+        self, requests: list[Any], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """For each (context, continuation) its log-probability, and whether it is greedy."""
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        return self._pairs([(context, ending) for _, context, ending in requests])
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """For each whole text its log-probability, in windows as long as the model takes."""
+        totals = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            scored = self._pairs([make_disjoint_window(window) for window in windows])
+            totals.append(sum(value for value, _ in scored))
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """The greedy continuation of each context, cut where the task says."""
+        if not isinstance(self.model, GeneratingModel):
+            names = sorted({str(request.task_name) for request in requests})
+            raise NotImplementedError(f"{', '.join(names)}: this model cannot generate answers")
+        asked = [_Request.of(self, index, request) for index, request in enumerate(requests)]
+        answers = [""] * len(asked)
+        done = 0
+        for batch in _batches(asked, self.batch_size):
+            limit, stops = max(each.limit for each in batch), batch[0].stops
+            if any(each.stops != stops for each in batch):
+                stops = ()
+            prompts = [each.prompt for each in batch]
+            generated = self.model.generate(prompts, limit, self._stop_ids(stops))
+            for each, tokens in zip(batch, generated, strict=True):
+                text = self.tokenizer.decode(tokens[: each.limit], skip_special_tokens=True)
+                answers[each.index] = _cut(str(text), each.stops)
+            if self._written is not None:
+                self._written(batch[0].task)
+            done += len(batch)
+            if self._progress is not None:
+                self._progress(done, len(asked), "generating answers")
+        return answers
+
+    def _stop_ids(self, stops: tuple[str, ...]) -> list[int]:
+        """Tokens that end an answer: the end of text, and all that contain a whole stop string."""
+        if stops not in self._stop_tokens:
+            words = self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+            held = [i for i, word in enumerate(words) if any(stop in word for stop in stops)]
+            self._stop_tokens[stops] = sorted({self.eot_token_id, *held})
+        return self._stop_tokens[stops]
+
+    def _pairs(self, pairs: list[Pair]) -> list[tuple[float, bool]]:
+        return score_continuations(
+            self.model,
+            pairs,
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            progress=self._progress,
+        )
+
+
+@dataclass(frozen=True)
+class _Request:
+    """One request for free text."""
+
+    index: int
+    prompt: list[int]
+    limit: int
+    stops: tuple[str, ...]
+    task: str
+
+    @classmethod
+    def of(cls, scorer: Scorer, index: int, request: Any) -> _Request:
+        context, settings = request.args
+        if settings.get("do_sample") and settings.get("temperature", 0):
+            raise NotImplementedError(f"{request.task_name}: answers are generated greedily here")
+        limit = int(settings.get("max_gen_toks", LONGEST_ANSWER))
+        until = settings.get("until") or []
+        stops = tuple([until] if isinstance(until, str) else until)
+        ids = scorer.tok_encode(context)[-(scorer.max_length - limit) :]
+        return cls(index, ids, limit, stops, str(request.task_name))
+
+
+def _batches(asked: Sequence[_Request], size: int) -> Iterator[list[_Request]]:
+    """Requests of one task by `size`, those alike together and the longest prompts first."""
+    for task in sorted({each.task for each in asked}):
+        own = [each for each in asked if each.task == task]
+        own.sort(key=lambda each: (each.limit, each.stops, -len(each.prompt)))
+        yield from (own[start : start + size] for start in range(0, len(own), size))
+
+
+def _cut(text: str, stops: tuple[str, ...]) -> str:
+    """The text before the first stop string."""
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text

@@ -1,0 +1,1 @@
+"""How fast a cell is: workloads, turns, memory, the machine's limits."""

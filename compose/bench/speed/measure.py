@@ -1,0 +1,157 @@
+"""What is timed in a turn of a cell: prompts read and continued once, in one shape."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compose.bench.generate import stop_token_ids
+from compose.bench.quality.scored import added
+from compose.bench.speed.footprint import held_bytes
+from compose.bench.speed.workloads import Rows, TurnText, TurnTexts
+from compose.memory import peak_bytes, reset_peak, resident_bytes
+from gateskip.decoding.decoder import Decoder, Mode, cache_capacity
+from gateskip.decoding.phases import Phase
+from gateskip.decoding.sampling import GREEDY, Sampler
+from gateskip.decoding.stats import Generation, Stats
+from gateskip.model.compute import Saving, Usage
+
+WARM_TOKENS = 16  # of the prompt: they bring weights into memory before its use is measured
+
+
+class SpeedTurns:
+    """The turns of one cell; the runner alternates them with those of other cells.
+
+    Only `new tokens - rows` count as decoded: the first token of each row comes out of prefill.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        mode: Mode,
+        settings: Mapping[str, Any],
+        saving: Callable[[Usage], Saving],
+        wanted: Mapping[str, Any],
+        threads: int | None,
+        asset_cache: Path,
+    ) -> None:
+        """`settings` are arguments of `Decoder.generate`; `saving` counts what `Usage` saved;
+        `wanted` is the benchmark's speed section."""
+        self.decoder, self.mode, self.settings = decoder, mode, dict(settings)
+        self.saving, self.wanted = saving, wanted
+        self.threads = threads
+        self.texts = TurnTexts(decoder.tokenizer, wanted, asset_cache)
+        sampling = wanted.get("sampling")
+        self.sampler = Sampler(**sampling) if sampling else GREEDY
+        self._seed = 0  # of the next prompts' samples: each time others
+        self._timed = False
+        self._held = 0
+        """Bytes that the process held before the shape that is measured now."""
+
+    def warm(self, which: TurnText, threads: int) -> dict[str, Any]:
+        """A whole turn of a shape that is not counted: what is built or learned on first use is.
+
+        The process's peak counts from here, with the weights in memory.
+        """
+        if not self._timed:
+            self._timed = True
+            torch.set_num_threads(self.threads or threads)
+            self.decoder.forget_draft_costs()  # measured with other threads
+        first = self.texts[which][0]
+        self._generate([first[0][:WARM_TOKENS]], 2)
+        reset_peak()
+        self._held = resident_bytes()
+        return self.measure(which)
+
+    def measure(self, which: TurnText) -> dict[str, Any]:
+        """One turn: tokens and seconds of prefill and decoding, seconds to the first token, bytes,
+        and what skipping or speculation did meanwhile. `speed.turns` adds turns up."""
+        batches = self.texts[which]
+        usage, before = self.decoder.skipping.usage, self._engine_seconds()
+        usage.clear()
+        stats, first_tokens, decoded = Stats(), list[float](), 0
+        used: dict[Phase, Usage] = {}
+        digest = hashlib.sha256()
+        for rows in batches:
+            generation = self._generate(rows, self.wanted["new_tokens"], which.category)
+            stats.add(generation.stats)
+            used = added(used, generation.usage)
+            first_tokens.append(generation.stats.ttft_s)
+            decoded += generation.stats.new_tokens - len(rows)
+            digest.update(json.dumps(generation.tokens).encode())
+        cache = max(self._cache_bytes(rows) for rows in batches)
+        turn: dict[str, Any] = {
+            "prompt_tokens": stats.prompt_tokens,
+            "prefill_s": stats.prefill_s,
+            "tokens": decoded,
+            "decode_s": stats.decode_s,
+            "ttft_s": sum(first_tokens) / len(first_tokens),
+            "digest": digest.hexdigest()[:16] if self.sampler == GREEDY else None,
+            "resident_bytes": held_bytes(self.decoder.tensors()),
+            "peak_bytes": peak_bytes(),
+            "cache_bytes": cache,
+            "beside_bytes": max(0, peak_bytes() - self._held - cache),
+            "threads": torch.get_num_threads(),
+            "affinity": usable_cores(),
+        }
+        if spent := self._engine_seconds():
+            turn["spent"] = {part: spent[part] - before.get(part, 0.0) for part in spent}
+        if self.mode == "skip":
+            turn["compute"] = {"saved_net_while_timed": self.saving(usage).net} | {
+                f"{phase}_saved_while_timed": self.saving(own).net
+                for phase, own in used.items()
+                if own.seen
+            }
+        if self.mode == "speculate":
+            turn["speculation"] = speculation_counts(stats)
+        return turn
+
+    def _generate(self, rows: Rows, new_tokens: int, category: str = "") -> Generation:
+        """Continue prompts; those of a category end as answers do, running text goes on."""
+        self._seed += 1
+        drawn: dict[str, Any] = {"sampler": self.sampler, "seed": self._seed}
+        stop = stop_token_ids(self.decoder) if category else ()
+        return self.decoder.generate(
+            rows, new_tokens, self.mode, eos=stop, **drawn, **self.settings
+        )
+
+    def _cache_bytes(self, rows: Rows) -> int:
+        longest = max(map(len, rows))
+        capacity = cache_capacity(longest, self.wanted["new_tokens"])
+        return self.decoder.skipping.cache_bytes(len(rows), capacity)
+
+    def _engine_seconds(self) -> dict[str, float]:
+        """Seconds that native code has spent so far by part, drafts included; empty elsewhere."""
+        total: dict[str, float] = {}
+        for model in self.decoder.models():
+            if model.engine is not None:
+                for part, seconds in model.engine.spent().items():
+                    total[part] = total.get(part, 0.0) + seconds
+        return total
+
+
+def speculation_counts(stats: Stats) -> dict[str, Any]:
+    """What drafted, and what became of drafts as counts that can be added up."""
+    return {
+        "draft_length_histogram": {str(n): times for n, times in stats.draft_lengths.items()},
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "passes": stats.passes,
+        "positions": [list(pair) for pair in stats.positions],
+        "looked_up": stats.looked_up,
+        "draft_weights": stats.draft_weights,
+        "draft_s": stats.draft_s,
+        "verify_s": stats.verify_s,
+    }
+
+
+def usable_cores() -> int | None:
+    """On how many cores the system lets this process run; None where it does not tell."""
+    affinity: Callable[[int], Sequence[int]] | None = getattr(os, "sched_getaffinity", None)
+    return None if affinity is None else len(affinity(0))

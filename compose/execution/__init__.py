@@ -1,1 +1,0 @@
-"""Running a plan: worker processes, steps, cells, speed rounds, results, exports."""

@@ -1,0 +1,188 @@
+"""Rounds of a speed session -> the parts of a cell's result that were measured while it was timed.
+
+Every ratio is taken round by round: a cell's speed over that of another cell in the same round, in
+which the machine was the same for both.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from compose.analysis.intervals import paired_speed_ratio, ratio_of_sums
+from compose.analysis.spread import Kind, Spread, spread_in, widened
+from compose.bench.speed.turns import add_counts, add_speculation, mean_compute
+from compose.outputs.sessions import Numbers, Session, Shape
+from compose.results.parts import Estimate
+
+SPEED_NUMBERS = ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s")
+SIZES = ("resident_bytes", "peak_bytes", "cache_bytes", "beside_bytes")
+RATIOS: dict[str, tuple[Kind, str]] = {
+    "decode_ratio": ("decode", "decode_tokens_per_s"),
+    "prefill_ratio": ("prefill", "prefill_tokens_per_s"),
+}
+
+Pairs = Sequence[tuple[Numbers, Numbers]]
+"""The numbers of two cells in the same rounds, in the order of the rounds."""
+
+
+def timed_parts(
+    session: Session, name: str, baseline: str, plain: str | None
+) -> dict[str, dict[str, Any]]:
+    """Sections of a cell's result: `speed`, and `size`, `compute`, `speculation` where timed.
+
+    Speeds are related to the cell `baseline`, and speculation also to `plain`, the cell of the same
+    weights that decodes plainly. Empty where no round has the cell.
+    """
+    main = session.main(name)
+    if not main:
+        return {}
+    parts: dict[str, dict[str, Any]] = {"speed": _speed(session, name, baseline)}
+    every = [own for repeats in session.of_cell(name).values() for own in repeats]
+    size = {field: _largest(every, field) for field in SIZES}
+    parts["size"] = {field: value for field, value in size.items() if value}
+    saved = [own["compute"] for own in main if "compute" in own]
+    if saved:
+        parts["compute"] = mean_compute(saved)
+    if "speculation" in main[0]:
+        rounds = [own["speculation"] for own in main]
+        parts["speculation"] = speculation_of(add_speculation(rounds)) | _by_round(rounds)
+        if plain is not None:
+            pairs, spread = session.main_paired(name, plain), spread_in(session.environment)
+            found = _ratio(pairs, "decode", "decode_tokens_per_s", spread)
+            parts["speculation"] |= _speedup(session, name, plain, found)
+    return parts
+
+
+def speculation_of(counts: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `compose.results.parts.Speculation` from counts of timed passes.
+
+    `counts` are what `bench.speed.turns.add_speculation` gives. A step is a pass of the whole
+    model; it is plain where nothing was drafted.
+    """
+    histogram = counts["draft_length_histogram"]
+    lengths = {int(length): int(times) for length, times in histogram.items()}
+    steps, drafted, passes = sum(lengths.values()), counts["drafted"], counts["passes"]
+    plain = lengths.get(0, 0) / steps if steps else None
+    tried = [(reached, accepted) for reached, accepted in counts["positions"] if reached]
+    return {
+        "draft_weights": counts.get("draft_weights"),
+        "draft_length_histogram": dict(sorted(lengths.items())),
+        "acceptance_rate": counts["accepted"] / drafted if drafted else None,
+        "mean_accepted_tokens": 1 + counts["accepted"] / passes if passes else None,
+        "acceptance_by_position": [accepted / reached for reached, accepted in tried],
+        "plain_steps": plain,
+        "fell_back": None if plain is None else plain > 0.5,
+        "looked_up_share": counts["looked_up"] / drafted if drafted else None,
+        "draft_s": counts["draft_s"],
+        "verify_s": counts["verify_s"],
+    }
+
+
+def _by_round(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was drafted, accepted and passed in each round, and intervals over rounds."""
+    drafted, accepted, passes = (
+        [each[name] for each in rounds] for name in ("drafted", "accepted", "passes")
+    )
+    found: dict[str, Any] = {"drafts_by_round": list(zip(drafted, accepted, passes, strict=True))}
+    if rate := ratio_of_sums(accepted, drafted, most=1.0):
+        found["acceptance_rate_ci95"] = rate.ci95
+    if gained := ratio_of_sums(accepted, passes):
+        found["mean_accepted_tokens_ci95"] = (1 + gained.low, 1 + gained.high)
+    return found
+
+
+def _speedup(session: Session, name: str, plain: str, found: Estimate | None) -> dict[str, Any]:
+    if found is not None:
+        return {"speedup": found.value, "speedup_ci95": found.ci95}
+    own, other = (_median(session.main(each), "decode_tokens_per_s") for each in (name, plain))
+    return {"speedup": own / other} if own and other else {}
+
+
+def _speed(session: Session, name: str, baseline: str) -> dict[str, Any]:
+    """The main shape, and the others by batch, context or category."""
+    related, spread = name != baseline, spread_in(session.environment)
+    by_shape = {
+        shape: _numbers(own, session.paired(name, baseline).get(shape, []), related, spread)
+        for shape, own in session.of_cell(name).items()
+    }
+    main, pairs = session.main_shape, session.main_paired(name, baseline)
+    speed: dict[str, Any] = {}
+    if main is None or main.batch == 1:
+        speed = _numbers(session.main(name), pairs, related, spread)
+    if main is not None and main.batch == 1:
+        del by_shape[main]
+    texts = [own["digest"] == base["digest"] for own, base in pairs if own.get("digest")]
+    for field in ("threads", "affinity"):
+        if (most := _largest(session.main(name), field)) is not None:
+            speed[field] = most
+    if related and texts:
+        speed["equal_to_baseline"] = all(texts)
+    for shape, numbers in by_shape.items():
+        section, key = _place(shape)
+        speed.setdefault(section, {})[key] = numbers
+    return speed
+
+
+def _place(shape: Shape) -> tuple[str, int | str]:
+    """Where the numbers of a shape stand in the result: below which field, by which key."""
+    if shape.category:
+        return "by_category", shape.category
+    return ("by_batch", shape.batch) if shape.batch != 1 else ("by_context", shape.context)
+
+
+def _numbers(
+    repeats: Sequence[Numbers], pairs: Pairs, related: bool, spread: Spread | None
+) -> dict[str, Any]:
+    """The fields of `compose.results.parts.SpeedNumbers` from the repeats of one shape."""
+    numbers: dict[str, Any] = {}
+    for name in SPEED_NUMBERS:
+        values = [own[name] for own in repeats if own.get(name) is not None]
+        if values:
+            numbers[name] = measured(values)
+    lasted = [own["decode_s"] for own in repeats if own.get("decode_s") is not None]
+    if lasted:
+        numbers["repeat_s"] = lasted
+    if spent := [own["spent"] for own in repeats if "spent" in own]:
+        numbers["time_split"] = _time_split(add_counts(spent), sum(lasted))
+    if related:
+        ratios = {field: _ratio(pairs, *what, spread) for field, what in RATIOS.items()}
+        numbers |= {field: each for field, each in ratios.items() if each is not None}
+    return numbers
+
+
+def measured(values: Sequence[float]) -> dict[str, Any]:
+    """The fields of `compose.results.parts.Measured`: median, quartiles and the repeats."""
+    found: dict[str, Any] = {"median": statistics.median(values), "repeats": list(values)}
+    if len(values) > 1:
+        first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+        found["quartiles"] = (first, third)
+    return found
+
+
+def _ratio(pairs: Pairs, kind: Kind, name: str, spread: Spread | None) -> Estimate | None:
+    """Speed over the other cell's, where both have it in at least two rounds."""
+    both = [(own[name], base[name]) for own, base in pairs if own.get(name) and base.get(name)]
+    if len(both) < 2:
+        return None
+    own, base = zip(*both, strict=True)
+    found = paired_speed_ratio(own, base)
+    return None if found is None else widened(found, kind, spread)
+
+
+def _time_split(spent: dict[str, float], decode_s: float) -> dict[str, float]:
+    """Shares of the decoding time by part of the native work, and in Python around it."""
+    if not decode_s:
+        return {}
+    shares = {part: seconds / decode_s for part, seconds in spent.items()}
+    return shares | {"python": 1 - sum(shares.values())}
+
+
+def _median(repeats: Sequence[Numbers], name: str) -> float | None:
+    values = [own[name] for own in repeats if own.get(name) is not None]
+    return statistics.median(values) if values else None
+
+
+def _largest(repeats: Sequence[Numbers], name: str) -> Any:
+    return max((own[name] for own in repeats if own.get(name) is not None), default=None)

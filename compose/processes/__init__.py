@@ -1,0 +1,1 @@
+"""Worker processes: what is sent to them, where they run, how they end."""

@@ -1,0 +1,108 @@
+"""Executors by name: they start workers as processes of this machine, or by way of Ray on many."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from compose.errors import UserError, suggest
+from compose.processes.messages import Role
+from compose.processes.needs import ANYWHERE, Needs
+from compose.processes.worker_process import LocalWorker, Worker
+from compose.results.environment import capture_environment
+
+MAX_WORKERS = 2
+BYTES_PER_WORKER = 6_000_000_000
+"""Free memory, in bytes, that a further worker side by side asks for."""
+
+
+class Executor(Protocol):
+    """Starts workers."""
+
+    slots: int
+    """How many workers may compute at the same time."""
+    local: bool
+    """Whether every worker runs on this machine, so that one may be timed later."""
+    timed_threads: int
+    """Threads of a worker while it is timed."""
+
+    attempts: int
+    """How often a worker that is taken away (its node, or it by SIGKILL) is started in all."""
+
+    def start(self, role: Role, job: Path, log: Path, needs: Needs = ANYWHERE) -> Worker:
+        """Start a worker on a job file, where `needs` are met; `log` takes what it prints."""
+
+    def environment(self, threads: int | None) -> dict[str, Any]:
+        """The machine that timed workers run on: see `capture_environment`."""
+
+    def free_bytes(self) -> int:
+        """Free memory of that machine."""
+
+    def close(self) -> None:
+        """End what the executor itself started."""
+
+
+class TimedHere:
+    """Of an executor whose timed workers run on this machine."""
+
+    def environment(self, threads: int | None) -> dict[str, Any]:
+        """This machine."""
+        return capture_environment(threads)
+
+    def free_bytes(self) -> int:
+        """Free memory of this machine."""
+        return int(psutil.virtual_memory().available)
+
+
+class LocalExecutor(TimedHere):
+    """Workers on this machine: a few side by side, with the cores shared out between them.
+
+    Much of a worker's time is single-threaded (imports, loading, tokenizing), so two workers with
+    one core each end sooner than one after the other with two. A worker that is timed
+    (`Needs.here`) runs alone and has all threads.
+    """
+
+    local = True
+    attempts = 1  # what took it away once would do so again
+
+    def __init__(self, threads: int | None = None, workers: int | None = None) -> None:
+        self.threads = threads
+        self.timed_threads = cores = threads or os.cpu_count() or 1
+        fitting = psutil.virtual_memory().available // BYTES_PER_WORKER
+        self.slots = workers or max(1, min(cores, fitting, MAX_WORKERS))
+        self.share = max(1, cores // self.slots)
+
+    def start(self, role: Role, job: Path, log: Path, needs: Needs = ANYWHERE) -> Worker:
+        """Start a worker as a child process."""
+        threads = self.threads if needs.here else self.share
+        return LocalWorker(role, job, log, threads, needs.allowed)
+
+    def close(self) -> None:
+        """Nothing to end: workers end with `stop`."""
+
+
+def _ray_executor(threads: int | None, workers: int | None) -> Executor:
+    from compose.processes.ray_executor import RayExecutor
+
+    return RayExecutor(threads, workers)
+
+
+EXECUTORS: Mapping[str, Callable[[int | None, int | None], Executor]] = {
+    "local": LocalExecutor,
+    "ray": _ray_executor,
+}
+
+
+def make_executor(name: str, threads: int | None, workers: int | None = None) -> Executor:
+    """The executor of that name, with at most `workers` workers side by side.
+
+    Raises:
+        UserError: there is none of that name, or its package is not installed.
+    """
+    if name not in EXECUTORS:
+        raise UserError(f"there is no executor {name!r}: {suggest(name, EXECUTORS)}")
+    return EXECUTORS[name](threads, workers)

@@ -1,0 +1,34 @@
+"""What a command line names as a model: a folder as it is, a GGUF file as the folder it becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from compose.artifacts.gguf.file import is_gguf
+from compose.assets.models.gguf_source import converted, gguf_config
+from compose.assets.models.resolve import require_blocks
+from compose.processes.worker_process import ask_once
+
+
+def as_folders(sources: Sequence[Path], cache: Path, *, keep_blocks: bool = False) -> list[Path]:
+    """The model folders; each GGUF file is converted once, by a worker.
+
+    Raises:
+        ArtifactError: a GGUF file cannot be read.
+        AssetError: blocks are to be kept, and there is no GGUF file.
+    """
+    if keep_blocks and not any(map(is_gguf, sources)):
+        require_blocks(str(sources[0]))
+    return [_as_folder(source, cache, keep_blocks=keep_blocks) for source in sources]
+
+
+def _as_folder(source: Path, cache: Path, *, keep_blocks: bool) -> Path:
+    if not is_gguf(source):
+        return source
+    gguf_config(source, keep_blocks=keep_blocks)  # refuses what cannot be read, at once
+    made = converted(source, cache, keep_blocks=keep_blocks)
+    if made is not None:
+        return made
+    job = {"source": str(source.absolute()), "cache": str(cache), "keep_blocks": keep_blocks}
+    return Path(ask_once("convert", job))

@@ -1,0 +1,1 @@
+"""Following a plan: steps, cells, speed rounds, and what they cost."""

@@ -1,0 +1,170 @@
+"""What a plan will take: time, memory and disk of each step and cell, from measured costs.
+
+    measured   the step itself is stored on this machine
+    scaled     costs of the same stage on this machine, at other sizes: seconds by a line through
+               them, or by their ratio where all have one size; `from_records` says how many
+    shape      no such record: memory and disk from the model's sizes alone, no time
+
+Nothing is invented: where there is no record there is no time, and the total says what it lacks.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from compose.outputs.run_folder import RunFolder
+from compose.planning.plan import SOURCE, Plan, Step, speculates
+from compose.processes.needs import FOLDERS_HELD, PROCESS_BYTES
+from compose.run.costs import (
+    COMPARED,
+    SCORED,
+    Cost,
+    cell_costs,
+    cell_passes,
+    step_costs,
+    step_passes,
+)
+from compose.run.disk import WIDTHS, checkpoint_bytes, share_written
+from compose.stages.base import ModelShape, Stage
+
+Basis = Literal["measured", "scaled", "shape"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one step or cell is expected to take; None where nothing is known."""
+
+    name: str
+    seconds: float | None
+    peak_bytes: int | None
+    disk_bytes: int | None
+    """That stays: the model folder. Of a cell none."""
+    scratch_bytes: int
+    """That it takes while it works, beside that: the checkpoints of a training."""
+    basis: Basis
+    from_records: int = 0
+    """Records that the seconds are scaled from."""
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """The estimates of a plan."""
+
+    steps: tuple[Estimate, ...]
+    cells: tuple[Estimate, ...]
+    speed_seconds: float
+    """What the timed rounds take at least, from the file's own settings."""
+
+    @property
+    def seconds(self) -> float:
+        """All known seconds, one after another."""
+        known = (each.seconds for each in (*self.steps, *self.cells))
+        return sum(each for each in known if each is not None) + self.speed_seconds
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names of steps and cells without a time."""
+        return [each.name for each in (*self.steps, *self.cells) if each.seconds is None]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON, with the sums."""
+        everything = (*self.steps, *self.cells)
+        return {
+            "steps": [asdict(each) for each in self.steps],
+            "cells": [asdict(each) for each in self.cells],
+            "speed_seconds": self.speed_seconds,
+            "seconds": round(self.seconds, 1),
+            "without_seconds": self.unknown,
+            "peak_bytes": max((each.peak_bytes or 0 for each in everything), default=0),
+            "disk_bytes": sum(each.disk_bytes or 0 for each in self.steps),
+            "scratch_bytes": max((each.scratch_bytes for each in self.steps), default=0),
+        }
+
+
+def estimate(plan: Plan, run: RunFolder, shape: ModelShape | None) -> Estimates:
+    """What a plan takes, on a source model of `shape`, from the records beside `run`."""
+    known = list(step_costs(run.store))
+    shapes = plan.shapes(shape)
+    steps = tuple(_step(plan, run, step, shapes[step.key], known) for step in plan.steps)
+    sizes = {step.key: each.disk_bytes for step, each in zip(plan.steps, steps, strict=True)}
+    costs = list(cell_costs(run.root.parent))
+    benchmark = plan.pipeline.benchmark.model_dump(mode="json")
+    cells = []
+    for cell in plan.cells:
+        own = shapes.get(cell.weights)
+        size = sizes.get(cell.weights)
+        seconds, count = None, 0
+        if own is not None and cell.peer is None:
+            kind = COMPARED if speculates(cell.decode) else SCORED
+            same = [cost for cost in costs if cost.kind == kind]
+            seconds, count = seconds_of(cell_passes(own.weights, benchmark, kind), same)
+        peak = None if size is None else PROCESS_BYTES + FOLDERS_HELD * size
+        basis: Basis = "shape" if seconds is None else "scaled"
+        cells.append(Estimate(cell.name, seconds, peak, None, 0, basis, count))
+    return Estimates(steps, tuple(cells), speed_seconds(plan))
+
+
+def _step(
+    plan: Plan, run: RunFolder, step: Step, shape: ModelShape | None, known: Sequence[Cost]
+) -> Estimate:
+    title = plan.title(step)
+    for cost in known:
+        if cost.where == f"store/{step.key}":
+            return Estimate(title, cost.seconds, cost.peak_bytes, cost.disk_bytes, 0, "measured", 1)
+    if shape is None:
+        return Estimate(title, None, None, None, 0, "shape")
+    kind = SOURCE if step.stage is None else step.stage.use
+    data = {"train": plan.pipeline.data.train, "calibration": plan.pipeline.data.calibration}
+    same = [cost for cost in known if cost.kind == kind]
+    seconds, count = seconds_of(step_passes(step.stage, shape, data), same)
+    width = WIDTHS[plan.pipeline.model.dtype]
+    disk = folder_size(plan, step, shape)
+    scratch = round(checkpoint_bytes(step.stage, shape.weights))
+    peak = step.memory if step.stage is not None else shape.weights * width
+    basis: Basis = "shape" if seconds is None else "scaled"
+    return Estimate(title, seconds, peak, disk, scratch, basis, count)
+
+
+def folder_size(plan: Plan, step: Step, shape: ModelShape) -> int:
+    """Bytes of a step's model folder: weights in the pipeline's type, or as its quantizers pack."""
+    size = float(shape.weights * WIDTHS[plan.pipeline.model.dtype])
+    for each in plan.lineage(step.key):
+        size *= 1.0 if each.stage is None else _share(each.stage, shape, plan)
+    return round(size)
+
+
+def _share(stage: Stage, shape: ModelShape, plan: Plan) -> float:
+    bits = stage.stored_bits(shape)
+    if bits is None:
+        return share_written(stage)
+    outer = shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
+    whole = 8 * WIDTHS[plan.pipeline.model.dtype]
+    held = bits.layers * (shape.weights - outer) + (bits.outer or whole) * outer
+    return held / (whole * shape.weights)
+
+
+def seconds_of(passes: float, costs: Sequence[Cost]) -> tuple[float | None, int]:
+    """Seconds of so many passes by those of others, and how many were used; None without any.
+
+    A line by least squares where they have several sizes and it rises from zero or above, else the
+    mean ratio.
+    """
+    if not costs:
+        return None, 0
+    xs, ys = [cost.passes for cost in costs], [cost.seconds for cost in costs]
+    if len(set(xs)) > 1:
+        line = statistics.linear_regression(xs, ys)
+        if line.slope > 0 and line.intercept >= 0:
+            return line.intercept + line.slope * passes, len(costs)
+    return passes * sum(ys) / sum(xs), len(costs)
+
+
+def speed_seconds(plan: Plan) -> float:
+    """What the timed rounds take at least: every cell decodes so long in each round and shape."""
+    speed = plan.pipeline.benchmark.speed
+    shapes = len(speed.batch_sizes) + sum(each != speed.prompt_tokens for each in speed.contexts)
+    timed = sum(cell.repeats is None for cell in plan.cells)
+    return round(timed * shapes * speed.repeats * speed.min_seconds, 1)

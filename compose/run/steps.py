@@ -1,0 +1,166 @@
+"""Steps: each model folder is made in one process, loaded again in another, and then stored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+from compose.errors import AssetError, ComposeError, StepError
+from compose.planning.plan import Cell, Step
+from compose.processes.failures import first_line
+from compose.processes.messages import CheckRequest, StepRequest
+from compose.processes.needs import step_needs
+from compose.results.record import only_finite
+from compose.run.attempts import attempted
+from compose.run.board import Line
+from compose.run.disk import needed_bytes, require_space
+from compose.run.graph import Task
+from compose.run.kept_failures import pass_over_step, step_failed
+from compose.run.state import RunState
+
+LOCK_PATIENCE_S = 0.2
+"""How long a lock may take before the board shows that another run holds it."""
+
+
+def step_tasks(run: RunState, cells: list[Cell]) -> list[Task]:
+    """A task for every model folder that the cells need; the source is also the teacher."""
+    made = [cell for cell in cells if cell.folder is None]
+    needed = {step.key for cell in made for step in run.plan.lineage(cell.weights)}
+    return [
+        Task(
+            step.key,
+            partial(make_step, run, step),
+            () if step.parent is None else (step.parent,),
+        )
+        for step in run.plan.steps
+        if step.key in needed
+    ]
+
+
+def make_step(run: RunState, step: Step) -> None:
+    """Make a step's folder, unless it is stored whole or its parent could not be made.
+
+    Raises:
+        AssetError: the source model cannot be had, so nothing can run.
+    """
+    if step.parent in run.failed_steps:
+        run.failed_steps[step.key] = run.failed_steps[step.parent]
+        return
+    if _is_whole(run, step):
+        _send(run, step)
+        return
+    if pass_over_step(run, step):
+        return
+    line = run.board.line(_title(run, step), step=run.plan.title(step))
+    try:
+        with _locked(run, step.key, line):
+            damage = run.store.damage(step.key)
+            if damage is None and run.store.has(step.key):  # made while we waited
+                line.done("made by another run")
+                return
+            run.worked = True
+            require_space(run.store.root, needed_bytes(run, step), run.plan.title(step))
+            if _fetched(run, step, line):
+                line.done("from the mirror")
+                return
+            attempted(run, run.plan.title(step), line, partial(_write, run, step, line))
+    except (ComposeError, OSError) as error:  # a full disk, or a store that is not ours to write
+        line.failed(first_line(error))
+        if isinstance(error, AssetError) and step.stage is None:
+            raise
+        step_failed(run, step, error)
+    else:
+        line.done()
+        _send(run, step)
+
+
+def _fetched(run: RunState, step: Step, line: Line) -> bool:
+    """Whether the mirror had the step; where it cannot be read, that is said, and the step made."""
+    if run.settings.mirror is None:
+        return False
+    line.update(0, 1, "asking the mirror")
+    try:
+        return run.settings.mirror.fetch(step.key, run.store)
+    except StepError as error:
+        run.board.print(f"! {run.plan.title(step)} is made here: {first_line(error)}")
+        return False
+
+
+def _send(run: RunState, step: Step) -> None:
+    """Have the step at the mirror, too; where that fails, it is said, and the run goes on."""
+    if run.settings.mirror is None:
+        return
+    try:
+        if run.settings.mirror.send(step.key, run.store):
+            run.board.print(f"{run.plan.title(step)} is at the mirror")
+    except StepError as error:
+        run.board.print(f"! {run.plan.title(step)} is not at the mirror: {first_line(error)}")
+
+
+def _is_whole(run: RunState, step: Step) -> bool:
+    """Whether a step is stored just as it was made; that it is damaged is said."""
+    damage = run.store.damage(step.key)
+    if damage is not None:
+        where = f"store/{step.key}"
+        run.board.print(f"! {run.plan.title(step)} is made again, {where} is damaged: {damage}")
+    return damage is None and run.store.has(step.key)
+
+
+def _title(run: RunState, step: Step) -> str:
+    of = f" {run.plan.pipeline.model.source}" if step.stage is None else ""
+    return run.plan.title(step) + of
+
+
+@contextmanager
+def _locked(run: RunState, key: str, line: Line) -> Iterator[None]:
+    """Hold the step's lock; the line shows when another run holds it."""
+    try:
+        with run.store.locked(key, timeout=LOCK_PATIENCE_S):
+            yield
+    except Timeout:
+        line.update(0, 1, "waiting: another run is making it")
+        with run.store.locked(key):
+            yield
+
+
+def _write(run: RunState, step: Step, line: Line) -> None:
+    record: dict[str, Any] = {}
+    name = "-".join(("step", *(step.chain or ("source",)), step.key))
+    with run.store.write(step.key, record) as entry:
+        check = entry / "check.safetensors"
+        request = _request(run, step, entry / "model", check)
+        needs = step_needs(run.plan, step)
+        record |= only_finite(run.workers.call("step", name, request, line, needs))
+        line.update(1, 1, "loading it again")
+        again: CheckRequest = {"folder": str(entry / "model"), "reference": str(check)}
+        checked = run.workers.call("check", name, again, line, replace(needs, gpu=False))
+        record["reload"] = only_finite(checked)
+
+
+def _request(run: RunState, step: Step, target: Path, check: Path) -> StepRequest:
+    pipeline, store = run.plan.pipeline, run.store
+    return {
+        "key": step.key,
+        "name": step.name,
+        "stage": None if step.stage is None else step.stage.model_dump(mode="json"),
+        "model": pipeline.model.source,
+        "keep_blocks": pipeline.model.keep_blocks,
+        "dtype": pipeline.model.dtype,
+        "seed": step.seed,
+        "data": pipeline.data.model_dump(mode="json"),
+        "source": None if step.parent is None else str(store.model(step.parent)),
+        "dense": str(store.model(run.plan.steps[0].key)),
+        "target": str(target),
+        "check": str(check),
+        "work": str(store.work(step.key)),
+        "asset_cache": str(run.settings.asset_cache.absolute()),
+        "tensorboard": str(run.folder.tensorboard(run.plan.title(step)))
+        if run.settings.tensorboard
+        else None,
+    }

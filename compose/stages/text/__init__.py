@@ -1,0 +1,1 @@
+"""The text that a stage reads or has the model write."""

@@ -1,0 +1,103 @@
+"""Text that the dense model generates itself, as token blocks.
+
+It is kept in the cache: stages, runs and pipelines that ask for the same text of the same model
+have it written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compose.assets.fetch import build_once
+from compose.assets.models.asset import digest
+from compose.hashes import remembered_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gateskip.decoding.self_generate import Writer
+
+Progress = Callable[[int, int], None]
+
+VERSION = 1  # raised when a model is to write its text anew
+BLOCKS = "blocks.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnText:
+    """What the model in `dense` writes, in blocks of `length` tokens."""
+
+    dense: Path
+    cache: Path
+    """The folder of downloaded models and data, where the text is kept, too."""
+    length: int
+    seed: int
+    progress: Progress
+
+    def written(self, count: int) -> Tensor:
+        """Blocks [count, length] without any text given."""
+        from gateskip.decoding.self_generate import write
+
+        return self._once(
+            {"how": "written"},
+            count,
+            lambda decoder: write(decoder, count, self.length, self.seed, self.progress),
+        )
+
+    def continued(self, given: Tensor) -> Tensor:
+        """Blocks [N, length] that begin as `given` [N, P] and go on as the model does."""
+        from gateskip.decoding.self_generate import go_on
+
+        return self._once(
+            {"how": "continued", "given": given.tolist()},
+            len(given),
+            lambda decoder: go_on(decoder, given, self.length, self.seed, self.progress),
+        )
+
+    def answered(self, prompts: Sequence[str], count: int) -> Tensor:
+        """Blocks [N, length], N at most `count`, of prompts and the model's answers, end to end.
+
+        Raises:
+            ValueError: they do not fill one block.
+        """
+        from gateskip.decoding.self_generate import answer
+
+        return self._once(
+            {"how": "answered", "prompts": list(prompts)},
+            count,
+            lambda decoder: answer(decoder, prompts, count, self.length, self.seed, self.progress),
+        )
+
+    def _once(self, asked: dict[str, Any], count: int, make: Callable[[Writer], Tensor]) -> Tensor:
+        """The blocks that the cache has of this text; they are made where it has none.
+
+        Another process that makes them is waited for.
+        """
+        from safetensors.torch import load_file, save_file
+
+        import gateskip
+
+        def build(folder: Path) -> dict[str, Any]:
+            self.progress(0, count)
+            blocks = make(gateskip.load(self.dense))
+            save_file({"blocks": blocks}, folder / BLOCKS)
+            return {"how": asked["how"], "blocks": len(blocks), "length": self.length}
+
+        target = self.cache / "own-text" / self._key(asked, count)
+        build_once(target, build, note="text that the model writes")
+        return load_file(target / BLOCKS)["blocks"]
+
+    def _key(self, asked: dict[str, Any], count: int) -> str:
+        """A hash over the model's files and all that decides what it writes."""
+        files = sorted(file for file in self.dense.iterdir() if file.is_file())
+        recipe = asked | {
+            "version": VERSION,
+            "model": {file.name: remembered_hash(file) for file in files},
+            "count": count,
+            "length": self.length,
+            "seed": self.seed,
+        }
+        return digest(recipe)

@@ -1,0 +1,53 @@
+"""The group of commands: whatever ends one of them becomes one message and an exit code."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from compose.errors import ComposeError, StepError
+from compose.extras import missing_extra
+from compose.terminal.live.stopping import exit_code, resuming_command
+from compose.units import printable
+
+
+class Commands(TyperGroup):
+    """Commands whose errors become one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; 1 for what failed, 2 for the user's mistakes, 130 and 143 for signals.
+
+        With `--debug` the traceback of an error is shown, too.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            how = resuming_command()
+            typer.secho(f"interrupted: the same command goes on from here: {how}", err=True)
+            raise typer.Exit(exit_code(stop)) from None
+        except BrokenPipeError:  # who reads our output has had enough
+            raise
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] in ("click", "typer"):
+                raise  # --help, an option that does not exist
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            text, code = told(error)
+            typer.secho(f"error: {printable(text)}", err=True, fg=None)
+            raise typer.Exit(code) from None
+
+
+def told(error: Exception) -> tuple[str, int]:
+    """The message and the exit code of what ended a command."""
+    missing = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
+    known = missing or error
+    if isinstance(known, ComposeError):
+        return str(known), known.exit_code
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}", StepError.exit_code
+    why = f"{type(error).__name__}: {error}"
+    return f"{why}\n  fix: this is a mistake of ours; `gateskip --debug ...` shows where", 1
