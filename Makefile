@@ -1,6 +1,6 @@
 # Every target makes its own .venv from nothing but python3 and pip; nothing has to be activated.
 #   make quickstart    the whole way on a real model: matrix, report, export, an answer
-#   make test          every test          make test ARGS="tests/test_plan.py -m 'not real'"
+#   make test          every test          make test ARGS="tests/compose/planning/test_plan.py -m 'not real'"
 #   make check         format, lint, types, import guard
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
@@ -64,29 +64,29 @@ KERNELS := gateskip/kernels/src
 sanitize:
 	mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -march=native -ffp-contract=off -fopenmp -fsanitize=address,undefined \
-	  -fno-sanitize-recover=all -I$(KERNELS) tests/kernels/*.cpp $(KERNELS)/*.cpp -o build/odd_sizes
+	  -fno-sanitize-recover=all -I$(KERNELS) tests/gateskip/kernels/*.cpp $(KERNELS)/*.cpp -o build/odd_sizes
 	ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=0 build/odd_sizes
 
 # llama.cpp is compiled here, which needs a C++ compiler; the others are installed.
 peers-test: $(VENV)/.dev
-	GATESKIP_BUILD_PEERS=1 $(BIN)/python -m pytest tests/test_peers.py tests/test_readers.py $(ARGS)
+	GATESKIP_BUILD_PEERS=1 $(BIN)/python -m pytest tests/compose/bench/test_peers.py tests/compose/artifacts/test_readers.py $(ARGS)
 
 figures: $(VENV)/.run
 	$(BIN)/python -m reports.documents
 
 SECONDS ?= 60
 fuzz: $(VENV)/.run
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --seconds $(SECONDS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz.py --seconds $(SECONDS) $(ARGS)
 
 # A full disk is a tmpfs, so that part asks for root, and is skipped by name without it.
 chaos: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/chaos.py $(ARGS)
 
 repeatability: $(VENV)/.run
-	$(BIN)/python tests/repeatability.py $(ARGS)
+	$(BIN)/python tools/repeatability.py $(ARGS)
 
 side-by-side: $(VENV)/.run
-	$(BIN)/python tests/side_by_side.py $(FOLDER) $(ARGS)
+	$(BIN)/python tools/side_by_side.py $(FOLDER) $(ARGS)
 
 # One thread a process: mutants run in forks of a process that has imported everything.
 # make mutants MUTANTS="gateskip.model.compute*" runs those of one file
@@ -94,11 +94,11 @@ mutants: $(VENV)/.dev
 	mkdir -p build/tiny
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 GATESKIP_TINY_MODELS=$(abspath build/tiny) \
 	  $(BIN)/mutmut run $(MUTANTS)
-	$(BIN)/python tests/mutants/report.py
+	$(BIN)/python tools/mutants.py
 
 bench: $(VENV)/.run
 	$(BIN)/gateskip run $(PIPELINE)
 
 clean:
 	rm -rf $(VENV) runs exports build mutants dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find compose gateskip reports tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find compose gateskip reports tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

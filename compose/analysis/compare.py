@@ -20,7 +20,7 @@ was not measured, that of another machine is assumed. A change below the toleran
 What can be seen: of decode speed 5 % where equal runs differ by 1 %, and nothing below 20 % on a
 shared machine where they differ by 6 %: there, versions are compared as systems of one
 `gateskip bench`, by the interval of the rounds that they share (`Estimate.rounds_ci95`,
-tests/side_by_side.py). Of accuracy 2 points from 500 questions a cell on.
+tools/side_by_side.py). Of accuracy 2 points from 500 questions a cell on.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "structure.md"
 PACKAGES = ("gateskip", "compose", "reports")
-TOP = (*PACKAGES, "pipelines", "tests", "docs")
+TOP = (*PACKAGES, "pipelines", "tests", "tools", "docs")
 QUESTIONS = 10
 
 
@@ -56,7 +56,7 @@ def _guard_of_imports() -> Any:
 
 
 def test_every_folder_has_its_line() -> None:
-    wanted = _package_folders() | {"pipelines", "tests", "docs"}
+    wanted = _package_folders() | {"pipelines", "tests", "tools", "docs"}
     missing = sorted(wanted - listed_folders(_section("Folders")))
     assert not missing, f"docs/structure.md has no line for {', '.join(missing)}"
 

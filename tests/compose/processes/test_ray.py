@@ -1,0 +1,323 @@
+"""Runs on a Ray cluster: what is asked of it, and what comes out where workers and nodes go.
+
+The last tests start a head and two further nodes on this machine, as processes of their own, and
+compare the run with a local one. They are skipped where the package ray is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import chaos
+import psutil
+import pytest
+
+from compose.errors import StepError, UserError, WorkerLost
+from compose.processes.endings import Allowed, Ending, ending_of, lost
+from compose.processes.needs import Needs
+from compose.processes.ray_nodes import SPEED
+
+ROOT = Path(__file__).resolve().parents[3]
+PATIENCE_S = 900.0
+
+
+# --- What is asked, on a cluster that is pretended ----------------------------------------------
+
+
+class RayError(Exception):
+    """As Ray's own."""
+
+
+class RayTaskError(RayError):
+    """What an actor raised."""
+
+    cause: Exception
+
+
+class PretendedRay:
+    """As much of Ray as placing asks for: nodes, and actors that are only noted."""
+
+    exceptions = types.SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError)
+
+    def __init__(self, *nodes: dict[str, float]) -> None:
+        self._nodes = nodes
+        self.asked: list[dict[str, Any]] = []
+        self.processors: dict[str, str] = {}
+        self.arguments: list[tuple[Any, ...]] = []
+        self.util = self
+        self.scheduling_strategies = self
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {"NodeID": f"n{number}", "Alive": True, "Resources": resources}
+            for number, resources in enumerate(self._nodes)
+        ]
+
+    def NodeAffinitySchedulingStrategy(self, node: str, *, soft: bool) -> tuple[str, bool]:
+        return node, soft
+
+    def get_runtime_context(self) -> Any:
+        return type("Context", (), {"get_node_id": lambda _: "driver"})()
+
+    def remote(self, *arguments: Any) -> Any:
+        self.arguments.append(arguments)
+        return self
+
+    def get(self, _: Any) -> dict[str, Any]:
+        """The environment of the node that was asked last."""
+        node, _ = self.asked[-1]["scheduling_strategy"]
+        return {"processor": self.processors[node], "threads": 2}
+
+    def options(self, **options: Any) -> Any:
+        self.asked.append(options)
+        return self
+
+
+def executor_on(*nodes: dict[str, float], threads: int = 2) -> tuple[Any, PretendedRay]:
+    from compose.processes.ray_executor import RayExecutor
+
+    executor = RayExecutor.__new__(RayExecutor)
+    executor.ray = ray = PretendedRay(*nodes)
+    executor.threads = executor.timed_threads = threads
+    executor._left = {}
+    return executor, ray
+
+
+SMALL = {"CPU": 2.0, "memory": 4e9}
+LARGE = {"CPU": 8.0, "memory": 64e9, "GPU": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("needs", "nodes", "asked"),
+    [
+        (Needs(), [SMALL], {"num_cpus": 2}),
+        (Needs(memory=3_000_000_000), [SMALL], {"num_cpus": 2, "memory": 3_000_000_000}),
+        (Needs(gpu=True), [SMALL, LARGE], {"num_cpus": 2, "num_gpus": 1}),
+        (Needs(gpu=True), [SMALL], {"num_cpus": 2}),
+        (Needs(), [LARGE], {"num_cpus": 2}),
+    ],
+    ids=["cpus", "memory", "gpu", "no-gpu-there", "gpu-not-needed"],
+)
+def test_a_step_asks_for_what_it_needs(
+    needs: Needs, nodes: list[dict[str, float]], asked: dict[str, Any], tmp_path: Path
+) -> None:
+    executor, ray = executor_on(*nodes)
+    executor.start("step", tmp_path / "a.json", tmp_path / "a.log", needs)
+    assert {
+        k: v for k, v in ray.asked[-1].items() if k.startswith("num_") or k == "memory"
+    } == asked
+
+
+def test_a_worker_that_is_timed_runs_where_the_run_does(tmp_path: Path) -> None:
+    executor, ray = executor_on(SMALL)
+    executor.start("cell", tmp_path / "a.json", tmp_path / "a.log", Needs(here=True, memory=10**15))
+    assert ray.asked[-1]["scheduling_strategy"] == ("driver", False)
+    assert ray.asked[-1]["num_cpus"] == 0
+
+
+def start_timed(executor: Any, folder: Path) -> str:
+    """The node on which a timed worker is started."""
+    executor.start("cell", folder / "a.json", folder / "a.log", Needs(here=True))
+    node, soft = executor.ray.asked[-1]["scheduling_strategy"]
+    assert not soft, "there or nowhere"
+    return str(node)
+
+
+MARKED = SMALL | {SPEED: 1.0}
+MARKED_A100 = LARGE | {SPEED: 1.0, "accelerator_type:A100": 1.0}
+
+
+def test_cells_are_timed_on_one_marked_node_and_then_on_another_of_its_kind(tmp_path: Path) -> None:
+    executor, ray = executor_on(SMALL, MARKED, MARKED)
+    ray.processors = {"n1": "EPYC", "n2": "EPYC"}
+    assert [start_timed(executor, tmp_path) for _ in range(2)] == ["n1", "n1"]
+    assert executor.environment(2) == {"processor": "EPYC", "threads": 2}
+    ray._nodes = (SMALL, SMALL, MARKED)
+    assert start_timed(executor, tmp_path) == "n2"
+    ray._nodes, ray.processors["n3"] = (SMALL, SMALL, SMALL, MARKED), "Xeon"
+    with pytest.raises(StepError, match="the kind EPYC, and none is left"):
+        start_timed(executor, tmp_path)
+    ray._nodes = (SMALL,)
+    with pytest.raises(StepError, match="the kind EPYC, and none is left"):
+        start_timed(executor, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "processors", "told"),
+    [
+        ([MARKED, MARKED], ["EPYC", "Xeon"], r"2 kinds.*EPYC \(1 nodes\); Xeon \(1 nodes\)"),
+        ([MARKED, MARKED_A100], ["EPYC", "EPYC"], "EPYC with A100"),
+    ],
+    ids=["processor", "accelerator"],
+)
+def test_nodes_of_two_kinds_are_not_timed_on(
+    nodes: list[dict[str, float]], processors: list[str], told: str, tmp_path: Path
+) -> None:
+    executor, ray = executor_on(*nodes)
+    ray.processors = {f"n{number}": each for number, each in enumerate(processors)}
+    with pytest.raises(UserError, match=told):
+        start_timed(executor, tmp_path)
+
+
+def test_limits_travel_to_the_worker(tmp_path: Path) -> None:
+    executor, ray = executor_on(SMALL)
+    allowed = Allowed(5.0, 10, "limits.step")
+    executor.start("step", tmp_path / "a.json", tmp_path / "a.log", Needs(allowed=allowed))
+    assert ray.arguments[-1][-1] == allowed
+
+
+@pytest.mark.parametrize(
+    ("needs", "threads"), [(Needs(memory=5_000_000_000), 2), (Needs(), 4)], ids=["memory", "cpus"]
+)
+def test_what_no_node_has_is_refused_and_not_waited_for(
+    needs: Needs, threads: int, tmp_path: Path
+) -> None:
+    executor, _ = executor_on(SMALL, threads=threads)
+    with pytest.raises(StepError, match="no node of the Ray cluster has"):
+        executor.start("step", tmp_path / "a.json", tmp_path / "a.log", needs)
+
+
+def test_the_next_attempt_goes_to_another_node(tmp_path: Path) -> None:
+    executor, ray = executor_on(SMALL, SMALL, LARGE)
+    job = tmp_path / "a.json"
+    executor.note_lost(job, "n0")
+    executor.start("step", job, tmp_path / "a.log")
+    assert ray.asked[-1]["scheduling_strategy"] == ("n1", True)
+    executor.note_lost(job, "n1")
+    executor.start("step", job, tmp_path / "a.log")
+    assert ray.asked[-1]["scheduling_strategy"] == ("n2", True)
+    executor.note_lost(job, "n2")
+    executor.start("step", job, tmp_path / "a.log")
+    assert "scheduling_strategy" not in ray.asked[-1], "none is left: anywhere"
+    executor.start("step", tmp_path / "other.json", tmp_path / "a.log")
+    assert "scheduling_strategy" not in ray.asked[-1]
+
+
+def test_what_ended_a_worker_comes_over_from_its_node(tmp_path: Path) -> None:
+    from compose.processes.ray_executor import RayWorker
+
+    executor, ray = executor_on(SMALL)
+    worker = RayWorker(executor, ray, tmp_path / "a.json")
+    worker.node = "n0"
+    error = RayTaskError()
+    error.cause = lost(Ending(signal="SIGKILL", most_bytes=7))
+
+    def raises(each: Exception) -> Callable[..., Any]:
+        def get(*_: Any, **__: Any) -> Any:
+            raise each
+
+        return get
+
+    ray.get = raises(error)  # type: ignore[attr-defined]
+    with pytest.raises(WorkerLost, match="killed by SIGKILL") as caught:
+        worker._call(ray)
+    assert ending_of(caught.value) == Ending(signal="SIGKILL", most_bytes=7)
+    ray.get = raises(RayError("the actor died"))  # type: ignore[attr-defined]
+    with pytest.raises(WorkerLost, match="lost with its node") as caught:
+        worker._call(ray)
+    assert ending_of(caught.value) == Ending(node="n0", node_lost=True)
+    assert "memory" not in str(caught.value), "nothing is guessed"
+    assert executor._left == {tmp_path / "a.json": {"n0"}}
+
+
+# --- A cluster of three nodes, here --------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A head without cores, and two nodes with one each, the second marked for speed."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    sizes = {"object_store_memory": 80_000_000, "memory": 4_000_000_000}
+    marked: dict[str, Any] = {"resources": {SPEED: 1}}
+    made = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **sizes}
+    )
+    try:
+        made.workers = [made.add_node(num_cpus=1, **sizes, **more) for more in ({}, marked)]
+        made.wait_for_nodes()
+        yield made
+    finally:
+        made.shutdown()
+
+
+class Run:
+    """`gateskip run --executor ray` on the pipeline of chaos, as a process of its own."""
+
+    def __init__(self, whole: Any, out: Path, address: str) -> None:
+        self.whole, self.out = whole, out
+        os.environ["RAY_ADDRESS"] = address
+        try:
+            self.process = whole.start(out, "--executor", "ray", "--retry-failed")
+        finally:
+            del os.environ["RAY_ADDRESS"]
+
+    def wait_for_worker(self, role: str, part: str) -> psutil.Process:
+        """The worker of a job whose file has `part` in its name, once it runs."""
+        end = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.process.communicate()
+            for each in psutil.process_iter():
+                with contextlib.suppress(psutil.Error):
+                    words = each.cmdline()
+                    job = Path(words[-1]) if words else Path()
+                    ours = "compose.workers.main" in words and job.is_relative_to(self.out)
+                    if ours and words[-2] == role and part in job.name:
+                        return each
+            time.sleep(0.05)
+        raise AssertionError(f"no worker {role} {part}")
+
+    def finish(self) -> str:
+        told, _ = self.process.communicate(timeout=PATIENCE_S)
+        assert self.process.returncode == 0, told
+        return str(told)
+
+
+@pytest.mark.slow
+def test_a_matrix_on_a_cluster_whose_workers_and_nodes_go_ends_like_a_local_one(
+    cluster: Any, tmp_path: Path
+) -> None:
+    whole = chaos.Chaos(tmp_path, 0, 1.0)
+    out = tmp_path / "ray"
+    run = Run(whole, out, cluster.address)
+    run.wait_for_worker("step", "gates").send_signal(signal.SIGKILL)
+    run.wait_for_worker("cell", "cell-")
+    cluster.remove_node(cluster.workers[0], allow_graceful=False)
+    run.wait_for_worker("cell", "cell-").send_signal(signal.SIGKILL)
+    timed = run.wait_for_worker("cell", "speed-")
+    (raylet,) = cluster.workers[1].all_processes["raylet"]
+    assert raylet.process.pid in {parent.pid for parent in timed.parents()}, "the marked node"
+    told = run.finish()
+    assert "attempt 1 of 3" in told and "SIGKILL" in told
+    assert chaos.differences(whole.wanted, chaos.comparable(out)) == []
+    assert chaos.left_files(out, tmp_path / "scratch") == []
+
+
+@pytest.mark.slow
+def test_a_run_whose_cluster_went_goes_on_elsewhere(cluster: Any, tmp_path: Path) -> None:
+    whole = chaos.Chaos(tmp_path, 0, 1.0)
+    out = tmp_path / "ray"
+    run = Run(whole, out, cluster.address)
+    run.wait_for_worker("cell", "cell-")
+    steps = chaos.stored(out)
+    cluster.remove_node(cluster.head_node, allow_graceful=False)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        run.process.wait(timeout=180)
+    if run.process.poll() is None:
+        run.process.send_signal(signal.SIGTERM)
+    run.process.communicate(timeout=120)
+    assert run.process.returncode != 0
+    code, told = whole.finish(out, "--retry-failed")
+    assert code == 0, told
+    assert chaos.differences(whole.wanted, chaos.comparable(out)) == []
+    now = chaos.stored(out)
+    assert {key: now[key] for key in steps} == steps, "finished steps are not made again"

@@ -1,0 +1,496 @@
+"""The command: exit codes, one message a mistake, and that it stays light until work begins."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from compose.cli import _settings, app
+from compose.errors import StepError, UserError
+from compose.language.schema import Pipeline
+from compose.planning.planner import make_plan
+from compose.planning.prepare import load_plan
+from compose.results.io import save_results
+from compose.results.schema import CellResult, Results
+from compose.store import write_json
+from compose.terminal.doctor import Finding
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = """\
+schema: 1
+name: small
+model: {source: smollm2-135m-instruct}
+stages:
+  drop: {use: drop-layers, count: 1}
+  gates: {use: gate, steps: 0}
+  skip: {use: skip}
+matrix:
+  prune: [none, drop]
+  gate: [none, gates]
+  decode: [none, skip]
+"""
+
+
+def call(*arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    done = CliRunner().invoke(app, [str(each) for each in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+# --- validate, plan, schema ---------------------------------------------------------------------
+
+
+def test_a_valid_file_is_counted(file: Path) -> None:
+    code, out, _ = call("validate", file)
+    assert code == 0
+    assert "4 steps, 6 cells, 2 left out" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "words"),
+    [
+        (("gates: {use: gate, steps: 0}", "gates: {use: gate, stepz: 0}"), 6, "did you mean"),
+        (("steps: 0", "steps: many"), 6, "steps"),
+        (("use: drop-layers", "use: dorp-layers"), 5, "drop-layers"),
+        (("matrix:", "pipelines: {late: [skip, gates]}\nmatrix:"), 8, "decode-needs-gates"),
+        (("schema: 1", "schema: [1"), None, ""),
+    ],
+    ids=["misspelt-key", "wrong-type", "unknown-stage", "impossible-order", "no-yaml"],
+)
+def test_a_mistake_is_one_message_with_its_line(
+    file: Path, change: tuple[str, str], place: int | None, words: str
+) -> None:
+    file.write_text(GOOD.replace(*change))
+    code, out, err = call("validate", file)
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.startswith(f"error: {file}:{'' if place is None else place}")
+    assert re.search(rf"{re.escape(str(file))}:\d+:\d+: ", err)
+    assert words in err
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_the_model_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "page.html"):
+        code, _, err = call("insight", tmp_path / "absent", "--text", "a", "--html", place)
+        assert code == 2 and f"{place} cannot be written" in err
+
+
+def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
+    for command in ("validate", "plan", "run"):
+        code, _, err = call(command, tmp_path / "absent.yaml")
+        assert code == 2
+        assert "no such file" in err
+
+
+def test_a_plan_shows_steps_cells_state_and_rules(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, _ = call("plan", file, "--out", tmp_path / "runs")
+    assert code == 0
+    for word in ("drop+gates+skip", "to run", "decode-needs-gates", "4 steps, 6 cells"):
+        assert word in out
+    assert "cached" not in out
+    plan = load_plan(file, tmp_path)
+    entry = tmp_path / "runs" / "store" / plan.steps[0].key
+    write_json(entry / "manifest.json", {"key": plan.steps[0].key, "files": {}})
+    code, out, _ = call("plan", file, "--out", tmp_path / "runs", "--json")
+    shown = json.loads(out)
+    assert [step["cached"] for step in shown["steps"]] == [True, False, False, False]
+    assert shown["baseline"] == "dense"
+    assert {left["rule"] for left in shown["left_out"]} == {"decode-needs-gates"}
+
+
+def test_the_schema_is_json_schema(file: Path) -> None:
+    code, out, _ = call("schema")
+    assert code == 0
+    assert {"model", "stages", "matrix"} <= set(json.loads(out)["properties"])
+
+
+LIGHT = """
+import sys
+from typer.testing import CliRunner
+from compose.cli import _settings, app
+for arguments in {commands!r}:
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, (arguments, done.output, done.exception)
+heavy = [name for name in ("torch", "transformers", "lm_eval", "ray") if name in sys.modules]
+assert not heavy, heavy
+"""
+
+
+def test_commands_that_need_no_weights_load_no_torch(file: Path, finished: Path) -> None:
+    commands = [
+        *(["validate", str(file)], ["plan", str(file)], ["schema"], ["--help"]),
+        *(["pick", str(finished)], ["report", str(finished)], ["--version"]),
+    ]
+    subprocess.run(
+        [sys.executable, "-c", LIGHT.format(commands=commands)],
+        check=True,
+        cwd=file.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+# --- report, pick, export -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A run's folder with three measured cells and a failed one."""
+
+    def cell(name: str, rate: float, ratio: float, size: int) -> CellResult:
+        perplexity = {"dataset": "wikitext2", "value": 10 * ratio, "ratio_to_baseline": ratio}
+        return CellResult.model_validate(
+            {
+                "name": name,
+                "chain": () if name == "dense" else tuple(name.split("+")),
+                "status": "ok",
+                "size": {"disk_bytes": size},
+                "speed": {"decode_tokens_per_s": {"median": rate, "repeats": (rate,)}},
+                "quality": {"perplexity": perplexity},
+            }
+        )
+
+    failed = CellResult(name="gptq", chain=("gptq",), status="failed", reason="no compiler")
+    cells = (cell("dense", 10, 1, 500), cell("nf4", 20, 1.2, 100), cell("drop", 30, 2, 400))
+    run = tmp_path / "runs" / "small"
+    pipeline = Pipeline.model_validate(
+        {"schema": 1, "name": "small", "model": {"source": "smollm2-135m-instruct"}}
+    )
+    write_json(run / "plan.json", make_plan(pipeline).to_json())
+    save_results(Results(run="small", cells=(*cells, failed)), run / "results.json")
+    return run
+
+
+def test_pick_finds_the_best_under_constraints(finished: Path) -> None:
+    picked = {
+        name: json.loads(call("pick", finished, "--json", *options)[1])["cell"]["name"]
+        for name, options in {
+            "fastest": (),
+            "good": ("--max-perplexity-ratio", "1.5", "--by-estimate"),
+            "small": ("--maximize", "size"),
+            "fits": ("--max-bytes", "0.3kB", "--maximize", "decode"),
+        }.items()
+    }
+    assert picked == {"fastest": "drop", "good": "nf4", "small": "nf4", "fits": "nf4"}
+    code, out, _ = call("pick", finished)
+    assert code == 0
+    assert "drop" in out
+
+
+def test_a_bound_of_quality_without_evidence_is_refused(finished: Path) -> None:
+    code, _, err = call("pick", finished, "--max-perplexity-ratio", "1.5")
+    assert code == 2
+    assert "no evidence for perplexity ratio (at most) <= 1.500" in err
+    assert "--by-estimate" in err
+
+
+def test_pick_names_the_constraint_that_left_nothing(finished: Path) -> None:
+    code, _, err = call("pick", finished, "--max-bytes", "5")
+    assert code == 2
+    assert "nf4" in err
+    assert "Traceback" not in err
+    for wrong in (("--max-bytes", "much"), ("--maximize", "sped")):
+        code, _, err = call("pick", finished, *wrong)
+        assert code == 2
+        assert wrong[1] in err
+
+
+def test_a_report_is_drawn_again(finished: Path) -> None:
+    code, out, _ = call("report", finished)
+    assert code == 0
+    assert (finished / "report.html").is_file()
+    assert (finished / "report.md").is_file()
+    assert "report.html" in out
+
+
+def _kept(folder: Path, decode: float) -> Path:
+    """A folder with results in which a cell decodes so many times as fast as the baseline."""
+    folder.mkdir()
+    ratio = {"value": decode, "low": decode * 0.99, "high": decode * 1.01, "n": 5}
+    speed = {"decode_tokens_per_s": {"median": 10 * decode}, "decode_ratio": ratio}
+    cells = [
+        {"name": "dense", "chain": [], "status": "ok"},
+        {"name": "nf4", "chain": ["nf4"], "status": "ok", "speed": speed},
+    ]
+    data = {"schema_version": 3, "run": folder.name, "cells": cells}
+    (folder / "results.json").write_text(json.dumps(data))
+    return folder
+
+
+def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
+    before, after = _kept(tmp_path / "before", 2.0), _kept(tmp_path / "after", 1.0)
+    code, out, _ = call("report", before, after)
+    assert code == 0
+    assert "worse: nf4, decode" in out
+    for kind in ("html", "md", "json"):
+        assert (after / f"comparison.{kind}").is_file()
+        assert not (before / f"comparison.{kind}").exists()
+    code, _, _ = call("report", before, after, "--fail-on-regression")
+    assert code == 1
+    code, out, _ = call("report", after, before, "--fail-on-regression")
+    assert code == 0
+    assert "1 better" in out
+
+
+def test_one_run_has_nothing_to_regress_from(tmp_path: Path) -> None:
+    code, _, err = call("report", _kept(tmp_path / "run", 2.0), "--fail-on-regression")
+    assert code == 2
+    assert "nothing to regress from" in err
+
+
+@pytest.mark.parametrize("command", ["report", "pick", "export"])
+def test_a_folder_that_is_no_run_is_refused(command: str, tmp_path: Path) -> None:
+    more = ("--to", tmp_path / "x") if command == "export" else ()
+    code, _, err = call(command, tmp_path, *more)
+    assert code == 2
+    assert "not the folder of a run" in err
+
+
+def test_exports_that_cannot_be_made_are_refused(finished: Path, tmp_path: Path) -> None:
+    code, _, err = call("export", finished, "--cell", "gptq", "--to", tmp_path / "x")
+    assert code == 2
+    assert "no compiler" in err
+    code, _, err = call("export", finished, "--cell", "gpt", "--to", tmp_path / "x")
+    assert code == 2
+    assert "did you mean 'gptq'" in err
+    code, _, err = call("export", finished, "--cell", "dense", "--to", tmp_path / "x")
+    assert code == 2
+    assert "no longer in the store" in err
+
+
+# --- The rest -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError("yours", fix="do this"), 2), (StepError("broken"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_errors_become_exit_codes(
+    file: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("compose.terminal.live.run_shown.run", fail)
+    found, out, err = call("run", file)
+    assert found == code
+    assert json.loads(out)["exit_code"] == code, "the last line is for machines"
+    assert "Traceback" not in err
+    assert err.startswith("interrupted" if code == 130 else "error: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            OSError(28, "No space left on device", "a.json"),
+            "error: a.json: No space left on device",
+        ),
+        (PermissionError(13, "Permission denied"), "error: Permission denied"),
+        (KeyError("x"), "error: KeyError: 'x'\n  fix: this is a mistake of ours"),
+        (RecursionError("deep"), "error: RecursionError: deep"),
+    ],
+)
+def test_no_traceback_without_debug(
+    file: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("compose.terminal.live.run_shown.run", fail)
+    code, _, err = call("run", file)
+    assert code == 1 and err.startswith(words)
+    assert "Traceback" not in err
+    code, _, err = call("--debug", "run", file)
+    assert code == 1 and "Traceback" in err and words in err
+
+
+def test_a_misspelt_option_is_clicks_own_message(file: Path) -> None:
+    code, _, err = call("run", file, "--agian")
+    assert code == 2 and "No such option" in err
+
+
+def test_a_result_names_no_folder_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    words = ["gateskip", "run", "pipelines/a.yaml", "--out", str(tmp_path / "runs")]
+    monkeypatch.setattr("sys.argv", words)
+    assert _settings(tmp_path, again=False).command == "gateskip run pipelines/a.yaml --out runs"
+
+
+def test_an_unknown_executor_or_cell_is_the_users_mistake(file: Path, tmp_path: Path) -> None:
+    code, _, err = call("run", file, "--executor", "locl")
+    assert code == 2
+    assert "did you mean 'local'" in err
+    code, _, err = call("run", file, "--out", tmp_path, "--only", "gatez")
+    assert code == 2
+    assert "no cell is named 'gatez'" in err
+
+
+def test_doctor_shows_what_is_missing_and_how_to_put_it_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    findings = [Finding("python", "ok", "3.12"), Finding("gptqmodel", "missing", "no", "pip it")]
+    monkeypatch.setattr("compose.terminal.doctor.examine", lambda: findings)
+    code, out, _ = call("doctor")
+    assert code == 1
+    assert "3.12" in out
+    assert "fix: pip it" in out
+    monkeypatch.setattr("compose.terminal.doctor.examine", lambda: findings[:1])
+    assert call("doctor")[0] == 0
+
+
+@pytest.mark.slow
+def test_doctor_shows_why_there_are_no_compiled_kernels() -> None:
+    from compose.terminal.doctor import _accelerator, _kernels
+
+    finding = _kernels({"kernels": {"error": "g++: error: unknown flag"}})
+    assert finding.status == "note" and finding.detail == "g++: error: unknown flag"
+    assert "gathered" in str(finding.fix)
+    assert "packed weights do not" in str(_accelerator({"gpu": "A card"}).fix)
+
+
+def test_doctor_looks_at_this_machine() -> None:
+    code, out, err = call("doctor")
+    for name in ("python", "threads", "memory", "disk", "compiler", "torch", "GPU", "cache"):
+        assert name in out
+    for name in ("bitsandbytes", "gptqmodel", "hub", "smollm2-135m-instruct"):
+        assert name in out
+    assert err == ""
+    assert code in (0, 1)
+
+
+def test_the_options_of_every_command_are_frozen() -> None:
+    """Scripts rely on them: a change here is a change for users."""
+    import typer.main
+
+    command = typer.main.get_command(app)
+    options = {
+        name: sorted(option for each in sub.params for option in each.opts)
+        for name, sub in command.commands.items()  # type: ignore[attr-defined]
+    }
+    wanted = [
+        *("--max-bytes", "--max-kl", "--max-perplexity-ratio", "--max-resident"),
+        *("--by-estimate", "--maximize", "--min-retained", "--require-lossless"),
+    ]
+    drawn = ["--temperature", "--top-k", "--top-p", "--seed", "--stop"]
+    asked = ["--keep-blocks", "--stats", "folder", "prompt"]
+    assert options == {
+        "validate": ["file"],
+        "plan": ["--estimate", "--json", "--out", "file"],
+        "run": [
+            *(
+                "--again",
+                "--executor",
+                "--json-lines",
+                "--mirror",
+                "--only",
+                "--out",
+                "--quiet",
+                "--retry-failed",
+            ),
+            *("--tensorboard", "--workers", "file"),
+        ],
+        "search": [
+            *("--at-most-kl", "--at-most-mb", "--at-most-perplexity-ratio", "--budget-minutes"),
+            *("--executor", "--json-lines", "--maximize", "--min-retained", "--minimize"),
+            *("--out", "--quiet", "--workers", "file"),
+        ],
+        "report": ["--fail-on-regression", "run_dirs"],
+        "pick": sorted([*wanted, "--json", "run_dir"]),
+        "export": sorted([*wanted, "--cell", "--to", "--verify", "run_dir"]),
+        "gguf": ["--to", "--type", "folder"],
+        "compressed-tensors": ["--to", "folder"],
+        "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
+        "bench": [
+            *(
+                "--against",
+                "--batch",
+                "--context",
+                "--json-lines",
+                "--keep-blocks",
+                "--limit",
+            ),
+            "--min-seconds",
+            *("--name", "--new-tokens", "--one-process", "--out", "--prompts", "--quality"),
+            "--questions",
+            *("--quiet", "--repeats"),
+            *("--system", "--task", "--temperature", "--text", "--threads", "--tokens"),
+            *("--top-p", "folders"),
+        ],
+        "tune-draft": [
+            "--limit",
+            "--new-tokens",
+            "--prompts",
+            *("--quiet", "--repeats", "--write", "folder"),
+        ],
+        "insight": ["--budget", "--html", "--json", "--text", "folder"],
+        "cache": [],
+        "doctor": [],
+        "stages": [],
+        "schema": [],
+    }
+    assert {
+        name: sorted(option for each in sub.params for option in each.opts)
+        for name, sub in command.commands["cache"].commands.items()  # type: ignore[attr-defined]
+    } == {"list": ["--json", "--out"], "prune": ["--dry-run", "--out"], "verify": ["--out"]}
+    assert sorted(option for each in command.params for option in each.opts) == [
+        "--debug",
+        "--version",
+    ]
+
+
+def test_generate_refuses_what_is_no_model(tmp_path: Path) -> None:
+    code, _, err = call("generate", tmp_path / "absent", "Hello?")
+    assert code == 2
+    assert "no folder" in err
+    assert "Traceback" not in err
+
+
+def test_gguf_refuses_what_it_cannot_write(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    code, _, err = call("gguf", make_tiny("mistral"), "--to", tmp_path / "a.gguf")
+    assert code == 2
+    assert "only these are supported: llama" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.slow
+def test_gguf_writes_a_file(make_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    code, out, _ = call("gguf", make_tiny("llama"), "--to", file, "--type", "q8_0")
+    assert code == 0
+    assert file.is_file()
+    assert "loads back" in out
+
+
+@pytest.mark.slow
+def test_generate_answers_from_a_folder(make_tiny: Callable[..., Path]) -> None:
+    folder = make_tiny("llama")
+    code, _, err = call("generate", folder, "What now?", "--max-new-tokens", "8", "--stats")
+    assert code == 0
+    assert "8 tokens" in err and "tokens/s" in err
+    code, _, err = call("generate", folder, "What now?", "--budget", "0.5")
+    assert code == 2
+    assert "no gates" in err

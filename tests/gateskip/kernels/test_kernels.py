@@ -1,0 +1,230 @@
+"""The boundary to the compiled kernels: a handshake, and the compiler's own words."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateskip.kernels import abi, build
+
+OF_WIDE_VECTORS = {
+    "gateskip_prompt_products",
+    "gateskip_prompt_mlp",
+    "gateskip_prompt_mlp_branch",
+    "gateskip_prompt_attention_branch",
+    "gateskip_pack",
+    "gateskip_attend",
+}
+needs_library = pytest.mark.skipif(build.library() is None, reason="no compiled kernels here")
+
+
+@pytest.fixture
+def fresh() -> Any:
+    """The library is looked for anew, and again afterwards."""
+    build._loaded.cache_clear()
+    yield
+    build._loaded.cache_clear()
+
+
+def test_the_header_is_what_python_has() -> None:
+    header = abi.read_header()
+    assert set(header.structures) == set(abi.STRUCTURES)
+    step = header.functions["gateskip_step"]
+    assert step.result is None and step.arguments[-1] is ctypes.c_int32
+    assert step.arguments[0] is ctypes.POINTER(abi.Model)
+    assert header.functions["gateskip_arena_new"].result is ctypes.c_void_p
+    assert header.functions["gateskip_struct_size"].arguments == (ctypes.c_char_p,)
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler here")
+def test_the_program_that_make_sanitize_runs_fits_the_header() -> None:
+    """It is compiled by hand alone, and would fall behind unseen."""
+    program = Path(__file__).with_name("odd_sizes.cpp")
+    command = [str(build.compiler()), "-std=c++17", "-fsyntax-only", f"-I{build.FOLDER}"]
+    ended = subprocess.run([*command, str(program)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="not x86-64")
+@pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("kind", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "cascadelake"])
+def test_kernels_compile_for_other_processors(kind: str) -> None:
+    """Without AVX2, without AVX-512, without its products of bytes, and without bfloat16."""
+    sources = map(str, sorted(build.FOLDER.glob("*.cpp")))
+    flags = ["-std=c++17", "-fopenmp", "-fsyntax-only", f"-march={kind}"]
+    command = [str(build.compiler()), *flags, *sources]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+@needs_library
+def test_a_library_has_every_function_of_the_header() -> None:
+    """Less those that need AVX-512 with VNNI, where the processor has none."""
+    library = build.library()
+    if not library.gateskip_has_decoder():
+        pytest.skip("linear layers alone: the processor has no AVX2")
+    absent = {name for name in abi.read_header().functions if not hasattr(library, name)}
+    assert absent == (set() if library.gateskip_attends() else OF_WIDE_VECTORS)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("int32_t window;", "int64_t window;", "structure Layer: int64_t window in api.h, int32_t"),
+        ("int32_t window;", "int32_t span;", "structure Layer: int32_t span in api.h"),
+        ("int32_t capacity;", "", "structure CacheView: int32_t bf16 in api.h, int32_t capacity"),
+        ("double* spent;", "double* spent; int32_t more;", "Step: int32_t more in api.h, pointer"),
+        ("share them */", "share them */ int32_t more;", "Step has 11 fields in api.h, 10 in"),
+        ("ABI_VERSION 14 ", "ABI_VERSION 99 ", "the library has ABI version 14, api.h 99"),
+        ("INT8_A8 = 13", "INT8_A8 = 14", "enum MatrixKind of api.h is not Kind"),
+        ("GELU = 2", "GELU = 3", "enum Activation of api.h is not Activation"),
+    ],
+)
+def test_another_header_is_refused_by_name(
+    tmp_path: Path, before: str, after: str, message: str
+) -> None:
+    text = abi.HEADER.read_text("utf-8")
+    assert before in text
+    (tmp_path / "api.h").write_text(text.replace(before, after))
+    with pytest.raises(abi.AbiMismatch, match=message):
+        abi.check(build.library(), abi.read_header(tmp_path / "api.h"))
+
+
+@needs_library
+def test_a_library_of_another_struct_size_is_refused_by_name() -> None:
+    class Other:
+        """A library that was built from another header."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(build.library(), name)
+
+        def gateskip_struct_size(self, name: bytes) -> int:
+            return 7 if name == b"Draft" else build.library().gateskip_struct_size(name)
+
+    with pytest.raises(abi.AbiMismatch, match="structure Draft has 7 bytes in the library"):
+        abi.check(Other(), abi.read_header())
+
+
+@needs_library
+def test_a_stale_library_in_the_cache_is_not_used(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "build", lambda: Path(ctypes.util.find_library("m") or "libm.so.6"))
+    assert build.library() is None
+    assert "does not say which ABI it has" in str(build.problem())
+
+
+def compiler(folder: Path, name: str, script: str) -> str:
+    tool = folder / name
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    return str(tool)
+
+
+def test_a_compilers_own_error_is_kept(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = compiler(tmp_path, "broken++", "echo 'api.h:7: no such thing' >&2; exit 1")
+    monkeypatch.setenv("CXX", broken)
+    monkeypatch.setattr(build, "COMPILERS", ())
+    assert build.library() is None
+    assert build.problem() == f"{broken}: api.h:7: no such thing"
+
+
+def test_the_next_compiler_is_tried(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A clang++ without OpenMP, say."""
+    broken = compiler(tmp_path, "clang++", "echo \"'omp.h' file not found\" >&2; exit 1")
+    good = compiler(tmp_path, "good++", 'while [ "$1" != -o ]; do shift; done; echo x > "$2"')
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "COMPILERS", (broken, good))
+    assert build.compilers() == [broken, good]
+    assert build.build().read_text() == "x\n"
+    monkeypatch.setattr(build, "COMPILERS", (broken,))
+    with pytest.raises(build.BuildError, match=r"clang\+\+: 'omp.h' file not found"):
+        build.build()
+
+
+def test_no_compiler_and_kernels_turned_off_are_said(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(build, "COMPILERS", ())
+    assert "no C++ compiler found" in str(build.problem())
+    build._loaded.cache_clear()
+    monkeypatch.setenv("GATESKIP_NATIVE", "0")
+    assert "GATESKIP_NATIVE" in str(build.problem())
+
+
+@pytest.mark.parametrize(
+    ("folder_mode", "file_mode", "refused"),
+    [
+        (0o700, 0o755, None),
+        (0o755, 0o755, None),
+        (0o775, 0o755, "native can be written to by other users"),
+        (0o757, 0o755, "native can be written to by other users"),
+        (0o700, 0o775, "kernels.so can be written to by other users"),
+        (0o700, 0o757, "kernels.so can be written to by other users"),
+    ],
+)
+def test_a_cache_that_others_write_to_is_refused(
+    folder_mode: int, file_mode: int, refused: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "native" / "kernels.so"
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    file.chmod(file_mode)
+    file.parent.chmod(folder_mode)
+    if refused is None:
+        build.require_private(file)
+        return
+    with pytest.raises(build.BuildError, match=refused):
+        build.require_private(file)
+
+
+def test_another_users_cache_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    if tmp_path.stat().st_uid == 0:
+        build.require_private(tmp_path / "kernels.so")  # root's own may be used by all
+        return
+    with pytest.raises(build.BuildError, match="is another user's"):
+        build.require_private(tmp_path / "kernels.so")
+
+
+def test_a_refused_cache_is_the_problem_that_is_told(
+    fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATESKIP_CACHE", str(tmp_path))
+    monkeypatch.delenv("GATESKIP_NATIVE", raising=False)
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native").chmod(0o777)
+    assert build.library() is None
+    if build.compilers():
+        assert "not taken from it" in (build.problem() or "")
+
+
+def test_a_new_cache_is_private(tmp_path: Path) -> None:
+    import os
+    import stat
+
+    if not build.compilers():
+        pytest.skip("no compiler")
+    before = os.umask(0)
+    try:
+        target = tmp_path / "native" / "kernels.so"
+        source = tmp_path / "empty.cpp"
+        source.write_text('extern "C" int one() { return 1; }\n')
+        assert build.compile_kernels(build.compilers()[0], [source], target) is None
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(target.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
+    build.require_private(target)
