@@ -66,7 +66,9 @@ def fingerprint_of(root: Path, versions: dict[str, str]) -> str:
     """
     digest = hashlib.sha256(json.dumps(versions, sort_keys=True).encode())
     modules = project_modules(root)
-    for part in sorted(part for file in _sources(root) for part in code_parts(file, modules)):
+    for part in sorted(
+        part for file in measuring_files(root) for part in code_parts(file, modules)
+    ):
         digest.update(part)
     return digest.hexdigest()[:16]
 
@@ -75,13 +77,13 @@ def _bytes_hash(root: Path, versions: dict[str, str]) -> str:
     """A hash over the bytes of the sources and of what makes a fingerprint of them."""
     facts = [versions, sys.version, sorted(project_modules(root))]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for file in (Path(__file__), Path(parser.__file__), *_sources(root)):
+    for file in (Path(__file__), Path(parser.__file__), *measuring_files(root)):
         digest.update(str(file).encode())
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def _sources(root: Path) -> Iterator[Path]:
+def measuring_files(root: Path) -> Iterator[Path]:
     """Every file of `MEASURING` but compiled ones, in a fixed order."""
     for name in MEASURING:
         place = root / name
