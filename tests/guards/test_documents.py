@@ -58,6 +58,15 @@ def test_links_lead_somewhere() -> None:
     assert not broken, broken
 
 
+def test_the_page_of_mutants_is_made_by_its_command() -> None:
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tests/mutants/report.py")
+    assert spec and spec.loader
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    text = report.PAGE.read_text("utf-8")
+    assert report.counts_of(text) and report.page(report.counts_of(text)) == text
+
+
 def test_every_experiment_has_its_line() -> None:
     """docs/experiments.md has one line for each entry of docs/experiments/, by its heading."""
     entries = {
