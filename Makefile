@@ -7,6 +7,8 @@
 #   make repeatability  equal runs against each other, then planted differences (half an hour)
 #   make side-by-side FOLDER=DIR  a model against its copy, then 5 % slower (20 minutes)
 #   make figures       tables and figures of README and docs anew, from reports/published
+#   make publish RUN=runs/peers    a run's results beside the code, in reports/published: NAME=peers
+#   make stale         what has changed since each published run, in what it measured
 #   make fuzz       mutated pipelines, gates, GGUF files, results: make fuzz SECONDS=1800 ARGS="--target gguf"
 #   make chaos      runs that are killed, starved of disk, damaged, stopped, and resumed: ARGS="--kills 5"
 #   make mutants       mutation testing of the files whose numbers are published: docs/mutants.md
@@ -23,7 +25,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check sanitize fuzz chaos peers-test figures mutants repeatability side-by-side bench clean
+.PHONY: help quickstart test check sanitize fuzz chaos peers-test figures publish stale mutants repeatability side-by-side bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -73,6 +75,14 @@ peers-test: $(VENV)/.dev
 
 figures: $(VENV)/.run
 	$(BIN)/python -m reports.documents
+
+NAME ?= $(notdir $(patsubst %/,%,$(RUN)))
+publish: $(VENV)/.run
+	$(BIN)/python -m reports.documents.publish $(RUN) $(NAME)
+	$(BIN)/python -m reports.documents
+
+stale: $(VENV)/.run
+	$(BIN)/python tools/stale.py
 
 SECONDS ?= 60
 fuzz: $(VENV)/.run

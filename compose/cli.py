@@ -278,10 +278,10 @@ def report(
 
 
 def _results_of(run_dir: Path) -> Results:
-    from compose.outputs.run_folder import RunFolder
     from compose.results.io import load_results
+    from compose.terminal.reports import folder_of_results
 
-    return load_results(RunFolder.existing(run_dir).results_file)
+    return load_results(folder_of_results(run_dir))
 
 
 @app.command()

@@ -21,11 +21,11 @@ __all__ = ["Decoder", "Generation", "Sampler", "custom_generate", "load"]
 
 
 _HOMES = {
-    "Decoder": "decoding.decoder",
-    "Generation": "decoding.stats",
-    "Sampler": "decoding.sampling",
-    "custom_generate": "decoding.hf_generate",
-    "load": "checkpoint",
+    "Decoder": "gateskip.decoding.decoder",
+    "Generation": "gateskip.decoding.stats",
+    "Sampler": "gateskip.decoding.sampling",
+    "custom_generate": "gateskip.decoding.hf_generate",
+    "load": "gateskip.checkpoint",
 }
 
 
@@ -33,4 +33,4 @@ def __getattr__(name: str) -> Any:
     """Import torch only when something here is used: planning reads training.recipe alone."""
     if name not in _HOMES:
         raise AttributeError(f"module 'gateskip' has no attribute {name!r}")
-    return getattr(import_module(f"gateskip.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)

@@ -20,7 +20,7 @@ def draw(run_dir: Path) -> str:
     """
     from reports.render import render
 
-    with _held(_folder(run_dir)):
+    with _held(folder_of_results(run_dir)):
         done = render(run_dir, run_dir)
     return "\n".join(str(run_dir / path.name) for path in (done.html, done.markdown, done.csv))
 
@@ -43,7 +43,7 @@ def compare_and_tell(
         return False
     from reports.comparison import compare_runs, in_words, line
 
-    runs = [load_results(_folder(each)) for each in run_dirs]
+    runs = [load_results(folder_of_results(each)) for each in run_dirs]
     with _held(run_dirs[-1]):
         done = compare_runs(runs, run_dirs[-1])
     tell("\n".join(str(run_dirs[-1] / path.name) for path in (done.html, done.markdown, done.json)))
@@ -54,8 +54,12 @@ def compare_and_tell(
     return any(pair.regressions for pair in done.pairs)
 
 
-def _folder(run_dir: Path) -> Path:
-    """The folder, which holds results: that of a run, or one kept of it."""
+def folder_of_results(run_dir: Path) -> Path:
+    """The folder, which holds results: that of a run, or one that is published of it.
+
+    Raises:
+        UserError: it is neither.
+    """
     if not (run_dir / FILE_NAME).is_file():
         RunFolder.existing(run_dir)
     return run_dir

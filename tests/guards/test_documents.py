@@ -58,6 +58,47 @@ def test_links_lead_somewhere() -> None:
     assert not broken, broken
 
 
+def test_the_page_of_mutants_is_made_by_its_command() -> None:
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "tools/mutants.py")
+    assert spec and spec.loader
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    text = report.PAGE.read_text("utf-8")
+    assert report.counts_of(text) and report.page(report.counts_of(text)) == text
+
+
+def test_every_experiment_has_its_line() -> None:
+    """docs/experiments.md has one line for each entry of docs/experiments/, by its heading."""
+    entries = {
+        f"experiments/{page.name}#{anchor(title)}"
+        for page in (ROOT / "docs" / "experiments").glob("*.md")
+        for title in re.findall(r"^## (\d{4}-.*)$", page.read_text("utf-8"), re.MULTILINE)
+    }
+    ledger = (ROOT / "docs" / "experiments.md").read_text("utf-8")
+    lines = re.findall(r"^\| \d{4}-\d\d-\d\d \| \[.+\]\((\S+)\) \| .+ \|$", ledger, re.MULTILINE)
+    assert len(lines) == len(entries) and set(lines) == entries
+
+
+def anchor(title: str) -> str:
+    """What a heading is linked by."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def test_anchors_of_experiments_exist() -> None:
+    broken = []
+    for document in _documents():
+        links = re.findall(
+            r"\]\(([^)\s]*experiments/\w+\.md)#([^)\s]+)\)", document.read_text("utf-8")
+        )
+        for path, named in links:
+            titles = re.findall(
+                r"^## (.+)$", (document.parent / path).read_text("utf-8"), re.MULTILINE
+            )
+            if named not in map(anchor, titles):
+                broken.append(f"{document.name}: {path}#{named}")
+    assert not broken, broken
+
+
 def test_paths_exist() -> None:
     """Files that README and CONTRIBUTING name; docs/structure.md has a guard of its own."""
     example = "compose/stages/clip.py"  # the stage that CONTRIBUTING.md teaches to write

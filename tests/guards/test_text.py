@@ -112,7 +112,7 @@ def test_the_ignored_and_the_kept() -> None:
     for name in (".venv/bin/python", "runs/quickstart/results.json", "exports/shipped/config.json"):
         assert ignored(name), name
     for name in (
-        "reports/published/peers/report.html",
+        "reports/published/peers/report.md",
         "reports/published/peers/results.json",
         "pipelines/gates/smollm2.safetensors",
         "compose/data/prompts.jsonl",

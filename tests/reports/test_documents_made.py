@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stale import changed_since
 
 from compose import store
 from compose.errors import UserError
+from compose.planning.code_parts import PACKAGES
 from compose.results.io import save_results
 from compose.results.parts import (
     Compute,
@@ -32,8 +34,11 @@ from compose.results.schema import CellResult, Results
 from reports.documents import __main__ as command
 from reports.documents.figures import figure
 from reports.documents.markers import fill, outside, unfinished
-from reports.documents.provenance import commits_since, missing_provenance
+from reports.documents.provenance import missing_provenance
+from reports.documents.publish import compact
 from reports.documents.tables import TABLES
+
+MEASURED_BY = {"load": "0123456789abcdef", "quality": "0123456789abcdef"}
 
 
 def speed(median: float, ratio: Estimate | None = None) -> Speed:
@@ -68,7 +73,7 @@ def results() -> Results:
         environment={
             "processor": "Some Xeon",
             "threads": 2,
-            "versions": {"torch": "2.13"},
+            "versions": {"torch": "2.13", "gateskip-compose": "0.1.0"},
             "git_commit": "0123456789abcdef",
             "date": "2026-11-26T12:00:00",
         },
@@ -78,6 +83,7 @@ def results() -> Results:
                 name="dense",
                 chain=(),
                 status="ok",
+                fingerprint=MEASURED_BY,
                 speed=speed(96.0),
                 size=Size(disk_bytes=269_000_000),
                 quality=scored(1.0, None, 0.204),
@@ -86,6 +92,7 @@ def results() -> Results:
                 name="nf4",
                 chain=("nf4",),
                 status="ok",
+                fingerprint=MEASURED_BY,
                 speed=speed(375.0, faster),
                 size=Size(disk_bytes=117_400_000),
                 quality=scored(1.44, 0.415, 0.086),
@@ -96,6 +103,7 @@ def results() -> Results:
                 name="spec",
                 chain=("spec",),
                 status="ok",
+                fingerprint=MEASURED_BY,
                 speed=speed(97.0, same),
                 quality_of="dense",
                 plain="dense",
@@ -112,6 +120,7 @@ def results() -> Results:
                 name="llama.cpp:q4_k_m",
                 chain=(),
                 status="ok",
+                fingerprint=MEASURED_BY,
                 speed=speed(140.0, faster),
                 size=Size(disk_bytes=105_000_000),
                 quality=scored(1.09, 0.104, 0.168),
@@ -286,7 +295,7 @@ def test_a_document_is_filled_and_filled_again_stays(results: Results, tmp_path:
     assert "| `nf4` | REGRESSION | it writes less well |" in filled
     assert (
         "[reports/published/peers/results.json](../reports/published/peers/results.json):"
-        " Some Xeon, 2 threads, commit 0123456789ab, 2026-11-26,"
+        " Some Xeon, 2 threads, version 0.1.0, commit 0123456789ab, 2026-11-26,"
         " `gateskip run pipelines/peers.yaml`"
     ) in filled
     assert "nf4 speed.decode_ratio interval=no -->3.90x<!-- end --> as fast" in filled
@@ -340,24 +349,44 @@ def test_a_marker_without_its_end_is_found() -> None:
 def test_what_a_result_has_to_say(results: Results) -> None:
     assert not missing_provenance(results)
     bare = Results(run="x", cells=results.cells)
-    assert missing_provenance(bare) == ["processor", "versions", "git_commit", "date", "command"]
+    facts = ["processor", "versions", "git_commit", "date", "version", "command"]
+    assert missing_provenance(bare) == facts
+    cell = results.cells[0].model_copy(update={"fingerprint": None})
+    assert missing_provenance(results.model_copy(update={"cells": (cell,)})) == ["fingerprint"]
 
 
-def test_commits_that_touch_what_is_measured_are_counted(tmp_path: Path) -> None:
+def test_a_published_result_is_compact(results: Results) -> None:
+    dense = results.cell("dense")
+    assert dense.speed and dense.speed.decode_tokens_per_s
+    shape = SpeedNumbers(decode_tokens_per_s=dense.speed.decode_tokens_per_s)
+    fast = dense.speed.model_copy(
+        update={"ttft_s": dense.speed.decode_tokens_per_s, "by_batch": {8: shape}}
+    )
+    cells = (dense.model_copy(update={"speed": fast}), *results.cells[1:])
+    small = compact(results.model_copy(update={"cells": cells})).cell("dense").speed
+    assert small and small.ttft_s and small.by_batch and small.by_batch[8].decode_tokens_per_s
+    assert small.decode_tokens_per_s == fast.decode_tokens_per_s, "drawn"
+    for measured in (small.ttft_s, small.by_batch[8].decode_tokens_per_s):
+        assert measured == fast.decode_tokens_per_s.model_copy(update={"repeats": ()})
+
+
+def test_what_changed_since_a_commit(tmp_path: Path) -> None:
     def git(*words: str) -> str:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b.c")
         command = ["git", *identity, "-C", str(tmp_path), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init", "-q")
-    for number, folder in enumerate(("gateskip", "docs", "compose/bench", "compose/cli")):
-        file = tmp_path / folder / "file"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(str(number))
-        git("add", "-A")
-        git("commit", "-qm", folder)
-        if number == 0:
-            first = git("rev-parse", "HEAD")
-    assert commits_since(first, tmp_path) == 1
-    assert commits_since(f"{first}-dirty", tmp_path) == 1
-    assert commits_since("0" * 40, tmp_path) is None
+    for folder in (*PACKAGES, "compose/bench"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "old.py").write_text("def score(x):\n    return x + 1\n")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    commit = git("rev-parse", "HEAD")
+    assert changed_since(commit, tmp_path) == changed_since(f"{commit}-dirty", tmp_path) == {}
+    scorer = (tmp_path / "compose/bench/old.py").rename(tmp_path / "compose/bench/new.py")
+    scorer.write_text(f'"""Moved."""\n\n{scorer.read_text()}')
+    assert changed_since(commit, tmp_path) == {}
+    scorer.write_text(scorer.read_text().replace("x + 1", "x - 1"))
+    assert changed_since(commit, tmp_path) == {"compose/bench/new.py": 1}
+    assert changed_since("0" * 40, tmp_path) is None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from compose.outputs.run_folder import (
 )
 from compose.outputs.sessions import speed_settings
 from compose.planning import fingerprint as module
+from compose.planning.code_parts import cpp_tokens, python_parts
 from compose.planning.fingerprint import MEASURING, ROOT, fingerprint, fingerprint_of
 from compose.planning.keys import digest
 from compose.planning.plan import Plan
@@ -98,7 +101,7 @@ def test_any_source_and_any_version_counts(tmp_path: Path) -> None:
         if not place.suffix:
             place = place / "kernel.cpp"
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text("one\n")
+        place.write_text("1\n")
     first = fingerprint_of(tmp_path, {"torch": "2.13"})
     assert first == fingerprint_of(tmp_path, {"torch": "2.13"}) and len(first) == 16
     assert first != fingerprint_of(tmp_path, {"torch": "2.14"})
@@ -106,8 +109,169 @@ def test_any_source_and_any_version_counts(tmp_path: Path) -> None:
     cache.mkdir()
     (cache / "load.pyc").write_bytes(b"compiled")
     assert first == fingerprint_of(tmp_path, {"torch": "2.13"})
-    (tmp_path / "compose" / "assets" / "rows.py").write_text("two\n")
+    (tmp_path / "compose" / "assets" / "rows.py").write_text("2\n")
     assert first != fingerprint_of(tmp_path, {"torch": "2.13"})
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources that measure."""
+    root = tmp_path_factory.mktemp("sources")
+    for name in MEASURING:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+    return root
+
+
+def _now(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    """Fingerprints are those of the sources at `root` from now on."""
+    monkeypatch.setattr(module, "ROOT", root)
+    fingerprint.cache_clear()
+
+
+def test_a_move_and_a_mended_sentence_leave_cells_measured_and_an_operator_does_not(
+    plan: Plan, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _now(monkeypatch, sources)
+    run, cell = _measure(plan, tmp_path), plan.cells[0]
+    assert is_measured(run, plan, cell)
+
+    scorer = sources / "compose" / "bench" / "continuations.py"
+    moved = scorer.rename(sources / "compose" / "bench" / "peers" / "endings.py")
+    for file in sources.rglob("*.py"):
+        text = file.read_text("utf-8")
+        file.write_text(
+            text.replace("compose.bench.quality.continuations", "compose.bench.peers.endings")
+        )
+    text = moved.read_text("utf-8")
+    moved.write_text(text.replace('"""', '"""Mended: ', 1).replace("\n\n\n", "\n\n\n# A note.\n"))
+    _now(monkeypatch, sources)
+    assert is_measured(run, plan, cell)
+
+    assert text.count("max_length - ") + text.count("len(rows) - 1")
+    changed = text.replace("len(rows) - 1", "len(rows) + 1").replace(
+        "max_length - ", "max_length + "
+    )
+    moved.write_text(changed)
+    _now(monkeypatch, sources)
+    assert not is_measured(run, plan, cell) and only_code_changed(run, plan, cell)
+    fingerprint.cache_clear()
+
+
+def test_a_constant_in_cpp_counts_and_its_comment_does_not(sources: Path) -> None:
+    file = sources / "gateskip" / "kernels" / "src" / "codes.h"
+    text, before = file.read_text("utf-8"), fingerprint_of(sources, {})
+    file.write_text(
+        "/* BLOCK / 5 */\n" + text.replace("BLOCK / 4;  ", "BLOCK  /\n  4; // changed ")
+    )
+    assert fingerprint_of(sources, {}) == before
+    file.write_text(text.replace("BLOCK / 4;", "BLOCK / 8;"))
+    assert fingerprint_of(sources, {}) != before
+    file.write_text(text)
+
+
+BEFORE = '''"""A module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from gateskip.model import compute
+from gateskip.gates.base import Gate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LIMIT = 3
+
+
+class Scorer(Gate):
+    """Scores."""
+
+    rows: int
+    """Rows of a batch."""
+
+    def score(self, x: Tensor, of: int = 2) -> Tensor:
+        """Its score."""
+        total: int = compute.count(x)  # all
+        if of > LIMIT:
+            return np.log(x)
+        return total - of
+'''
+MODULES = {"gateskip.model", "gateskip.model.compute", "gateskip.gates.base", "gateskip.cost.flops"}
+
+
+def _parts(text: str) -> list[bytes]:
+    return sorted(python_parts(text, MODULES))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"""A module."""\n', ""),
+        ('        """Its score."""\n', ""),
+        ("  # all", ""),
+        ("total: int =", "total ="),
+        ("x: Tensor, of: int = 2) -> Tensor", "x, of=2)"),
+        ("LIMIT = 3", "LIMIT: Final = (\n    3\n)"),
+        ("from gateskip.gates.base import", "from gateskip.gates.kinds import"),
+        ("    from torch import Tensor\n", "    from torch import Tensor, nn\n"),
+        ("import numpy as np\n", "import numpy as np\nfrom gateskip.errors import Refused\n"),
+    ],
+)
+def test_what_computes_nothing_changes_nothing(old: str, new: str) -> None:
+    assert BEFORE.count(old) == 1
+    assert _parts(BEFORE.replace(old, new)) == _parts(BEFORE)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("total - of", "total + of"),
+        ("of > LIMIT", "of >= LIMIT"),
+        ("LIMIT = 3", "LIMIT = 3.0"),
+        ("of: int = 2", "of: int = 4"),
+        ("import numpy as np", "import torch as np"),
+        ("compute.count", "compute.counted"),
+        ("    rows: int\n", ""),
+        ("class Scorer(Gate)", "class Scorer"),
+    ],
+)
+def test_what_computes_changes_it(old: str, new: str) -> None:
+    assert BEFORE.count(old) == 1
+    assert _parts(BEFORE.replace(old, new)) != _parts(BEFORE)
+
+
+def test_a_renamed_module_and_a_split_file_change_nothing() -> None:
+    renamed = BEFORE.replace(
+        "from gateskip.model import compute", "from gateskip.cost import flops"
+    )
+    assert _parts(renamed.replace("compute.count", "flops.count")) == _parts(BEFORE)
+    imports, constant, scorer = re.split(r"(LIMIT = 3\n)", BEFORE)
+    split = [*_parts(constant), *_parts(imports + "from gateskip.limits import LIMIT\n" + scorer)]
+    assert sorted(split) == _parts(BEFORE)
+
+
+def test_tokens_of_cpp() -> None:
+    def tokens(text: str) -> list[str]:
+        return list(cpp_tokens(text))
+
+    assert tokens("int  x=1; // one\n/* two */ int\ty ;") == tokens("int x = 1;\nint y;")
+    assert tokens("int x") != tokens("intx")
+    assert tokens("a + +b") != tokens("a ++b")
+    assert tokens('f("a  // b")') == ["f", "(", '"a  // b"', ")"]
+    assert tokens('R"x(a /* " */)x"') == ['R"x(a /* " */)x"']
+    assert tokens("1'000'000.5e-3f + '\"'") == ["1'000'000.5e-3f", "+", "'\"'"]
+    assert tokens("#define A 1\nB") != tokens("#define A 1 B")
+    assert tokens("#define A \\\n  1\nB") == tokens("#define A 1 // one\n\nB")
+    assert tokens('#include "old.h"\n#include <cmath>\n') == tokens(
+        '#include <cmath>\n#include "new.h"'
+    )
+    assert tokens("#include <cmath>") != tokens("#include <math>")
 
 
 def test_an_edited_text_makes_what_was_measured_on_it_unknown(tmp_path: Path) -> None:
