@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from compose.results.environment import git_commit
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "mutants.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "mutants.md"
 HEAD = """\
 # Mutants
 

@@ -139,7 +139,7 @@ def test_a_move_and_a_mended_sentence_leave_cells_measured_and_an_operator_does_
     run, cell = _measure(plan, tmp_path), plan.cells[0]
     assert is_measured(run, plan, cell)
 
-    scorer = sources / "compose" / "bench" / "continuations.py"
+    scorer = sources / "compose" / "bench" / "quality" / "continuations.py"
     moved = scorer.rename(sources / "compose" / "bench" / "peers" / "endings.py")
     for file in sources.rglob("*.py"):
         text = file.read_text("utf-8")
