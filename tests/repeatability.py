@@ -2,8 +2,8 @@
 
     make repeatability        (`python tests/repeatability.py --help` has its options)
 
-Runs `pipelines/repeatability.yaml` again and again. Quality is measured once, since unchanged code
-gives unchanged answers; speed is measured anew, in new processes, each time. How far these equal
+Runs `pipelines/studies/repeatability.yaml` again and again. Quality is measured once, since
+unchanged code gives unchanged answers; speed is measured anew, in new processes, each time. How far these equal
 runs lie apart is stored for this machine: from then on every run has it in its intervals.
 
 Each run is compared with the one before it, by the spread of all other runs: every change that is
@@ -34,7 +34,7 @@ from compose.results.schema import Results
 from compose.results.spread import measured_spread, store_spread
 from gateskip.kernels.build import cache_folder
 
-PIPELINE = Path(__file__).parents[1] / "pipelines" / "repeatability.yaml"
+PIPELINE = Path(__file__).parents[1] / "pipelines" / "studies" / "repeatability.yaml"
 PLANTED_IN = "nf4"
 SLOWER = 0.95  # of the planted cell's decode speed
 CALLED = 5.0  # standard errors of a change that the test of a whole family calls
