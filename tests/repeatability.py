@@ -3,8 +3,9 @@
     make repeatability        (`python tests/repeatability.py --help` has its options)
 
 Runs `pipelines/studies/repeatability.yaml` again and again. Quality is measured once, since
-unchanged code gives unchanged answers; speed is measured anew, in new processes, each time. How far these equal
-runs lie apart is stored for this machine: from then on every run has it in its intervals.
+unchanged code gives unchanged answers; speed is measured anew, in new processes, each time. How far
+these equal runs lie apart is stored for this machine: from then on every run has it in its
+intervals.
 
 Each run is compared with the one before it, by the spread of all other runs: every change that is
 called is a false one. Then decode speed and 2 points of accuracy are taken away from one cell in
