@@ -2,9 +2,10 @@
 
     make repeatability        (`python tools/repeatability.py --help` has its options)
 
-Runs `pipelines/repeatability.yaml` again and again. Quality is measured once, since unchanged code
-gives unchanged answers; speed is measured anew, in new processes, each time. How far these equal
-runs lie apart is stored for this machine: from then on every run has it in its intervals.
+Runs `pipelines/studies/repeatability.yaml` again and again. Quality is measured once, since
+unchanged code gives unchanged answers; speed is measured anew, in new processes, each time. How far
+these equal runs lie apart is stored for this machine: from then on every run has it in its
+intervals.
 
 Each run is compared with the one before it, by the spread of all other runs: every change that is
 called is a false one. Then decode speed and 2 points of accuracy are taken away from one cell in
@@ -34,7 +35,7 @@ from compose.results.io import load_results
 from compose.results.schema import Results
 from gateskip.kernels.build import cache_folder
 
-PIPELINE = Path(__file__).parents[1] / "pipelines" / "repeatability.yaml"
+PIPELINE = Path(__file__).parents[1] / "pipelines" / "studies" / "repeatability.yaml"
 PLANTED_IN = "nf4"
 SLOWER = 0.95  # of the planted cell's decode speed
 CALLED = 5.0  # standard errors of a change that the test of a whole family calls

@@ -2,10 +2,10 @@
 
     python tools/speculation_matrix.py BF16 INT8 INT4        (`--help` has its options)
 
-The folders hold one model in three formats, each with a draft network (learned-drafts.yaml
-makes them). Each is decoded plainly and with its drafts by `gateskip bench`, greedily and at
-temperature 0.7, in up to 32 and 128 tokens after prompts of eight kinds. Ratios to plain decoding
-of the same folder, with 95 % intervals, go to `summary.json`.
+The folders hold one model in three formats, each with a draft network
+(pipelines/studies/learned-drafts.yaml makes them). Each is decoded plainly and with its drafts by
+`gateskip bench`, greedily and at temperature 0.7, in up to 32 and 128 tokens after prompts of eight
+kinds. Ratios to plain decoding of the same folder, with 95 % intervals, go to `summary.json`.
 
 An interval is over rounds, each of other texts. Look-up gains on few of them, so that it takes many
 rounds to say that it loses on none. Takes three to ten minutes for each of the twelve on two cores

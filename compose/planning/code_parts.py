@@ -89,15 +89,13 @@ def _imported(tree: ast.Module, modules: Set[str]) -> dict[str, str | None]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                bound = alias.asname or alias.name.partition(".")[0]
-                names[bound] = (
-                    None if _is_ours(alias.name) else alias.name if alias.asname else bound
-                )
+                path = alias.name if alias.asname else alias.name.partition(".")[0]
+                names[alias.asname or path] = None if _is_ours(path) else path
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 path = f"{node.module}.{alias.name}"
                 ours = None if path in modules else alias.name
-                names[alias.asname or alias.name] = ours if _is_ours(path) else path
+                names[alias.asname or alias.name] = ours if node.level or _is_ours(path) else path
     return names
 
 

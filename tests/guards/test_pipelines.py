@@ -16,8 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```ya?ml\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
+EXAMPLES = sorted((ROOT / "pipelines").glob("*.yaml"))
+"""What a user would start from; studies/ beside them holds the runs behind documents."""
+
+MOST_EXAMPLES = 12
+
+
 def _shipped() -> list[Path]:
-    return sorted((ROOT / "pipelines").glob("*.yaml"))
+    return sorted((ROOT / "pipelines").rglob("*.yaml"))
 
 
 def _shown() -> list[tuple[str, str]]:
@@ -48,6 +54,17 @@ def test_there_are_pipelines() -> None:
     assert {"quickstart.yaml", "from-scratch.yaml", "smollm2-matrix.yaml"} <= {
         path.name for path in _shipped()
     }
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_says_what_it_is_for_and_how_long_it_takes(path: Path) -> None:
+    opening = re.match(r"(?:#.*\n)+", path.read_text("utf-8"))
+    assert opening and re.search(r"\b(?:hours?|minutes)\b", opening[0])
+    assert re.search(rf"gateskip (?:run|search) pipelines/{path.name}|make \w+", opening[0])
+
+
+def test_examples_are_few() -> None:
+    assert len(EXAMPLES) <= MOST_EXAMPLES, "a study belongs in pipelines/studies/"
 
 
 @pytest.mark.parametrize("path", _shipped(), ids=lambda path: path.name)
