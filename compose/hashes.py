@@ -59,12 +59,14 @@ def hash_files(
     """
     names = list(names)
     marks = {name: _mark(folder / name) for name in names}
-    kept = {} if memory is None or again else _read(memory)
-    known = {name: kept[name][1] for name in names if name in kept and kept[name][0] == marks[name]}
-    unread = [name for name in names if name not in known]
+    stored = {} if memory is None or again else _read(memory)
+    valid = {
+        name: stored[name][1] for name in names if name in stored and stored[name][0] == marks[name]
+    }
+    unread = [name for name in names if name not in valid]
     with ThreadPoolExecutor(max_workers=READERS) as pool:
-        found = dict(zip(unread, pool.map(hash_file, (folder / n for n in unread)), strict=True))
-    hashes = {name: known.get(name) or found[name] for name in names}
+        computed = dict(zip(unread, pool.map(hash_file, (folder / n for n in unread)), strict=True))
+    hashes = {name: valid.get(name) or computed[name] for name in names}
     if memory is not None and unread:
         _write(memory, {name: (mark, hashes[name]) for name, mark in marks.items() if _old(mark)})
     return hashes
@@ -83,18 +85,18 @@ def _old(mark: Mark) -> bool:
 def _read(memory: Path) -> dict[str, tuple[Mark, str]]:
     """What is kept; nothing where the file is absent or not whole."""
     try:
-        kept = json.loads(memory.read_text(encoding="utf-8"))
-        return {str(name): (list(mark), str(sha256)) for name, (mark, sha256) in kept.items()}
+        stored = json.loads(memory.read_text(encoding="utf-8"))
+        return {str(name): (list(mark), str(sha256)) for name, (mark, sha256) in stored.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def _write(memory: Path, kept: dict[str, tuple[Mark, str]]) -> None:
+def _write(memory: Path, stored: dict[str, tuple[Mark, str]]) -> None:
     temporary = memory.with_name(f".{os.getpid()}-{time.monotonic_ns()}-{memory.name}")
     with contextlib.suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_text(json.dumps(kept), encoding="utf-8")
+            temporary.write_text(json.dumps(stored), encoding="utf-8")
             os.replace(temporary, memory)
         finally:
             temporary.unlink(missing_ok=True)

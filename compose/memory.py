@@ -35,7 +35,7 @@ def most_held_by(process: int) -> int | None:
     gone. On systems that do not tell (Linux does), what the process holds now."""
     with contextlib.suppress(OSError):
         started = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii")
-        peaks = [_high_water(each) for each in (str(process), *started.split())]
+        peaks = [_high_water(pid) for pid in (str(process), *started.split())]
         return max((peak for peak in peaks if peak is not None), default=None)
     with contextlib.suppress(psutil.Error):
         return int(psutil.Process(process).memory_info().rss)

@@ -149,7 +149,7 @@ def require_writable(path: Path) -> None:
     Raises:
         UserError: it is a folder, or its folder may not be written to.
     """
-    folder = next(each for each in path.absolute().parents if each.exists())
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{path} cannot be written", fix="name a file in a folder of yours")
 
@@ -225,13 +225,13 @@ class Store:
             return f"{added[0]} was not stored with it{_more(added)}"
         memory = self.root / ".hashes" / f"{key}.json"
         try:
-            found = hash_files(self.path(key), stored, memory, again=again)
+            hashes = hash_files(self.path(key), stored, memory, again=again)
         except OSError as error:
             return f"{error.filename} cannot be read: {error.strerror}"
-        changed = [name for name in stored if found[name] != stored[name]]
+        changed = [name for name in stored if hashes[name] != stored[name]]
         if changed and not again:  # what is remembered may itself be damaged
-            found = hash_files(self.path(key), stored, memory, again=True)
-            changed = [name for name in stored if found[name] != stored[name]]
+            hashes = hash_files(self.path(key), stored, memory, again=True)
+            changed = [name for name in stored if hashes[name] != stored[name]]
         if changed:
             return f"{changed[0]} is not what was stored{_more(changed)}"
         return None
@@ -245,16 +245,16 @@ class Store:
         hashed = "digest" in manifest or "sha256" in manifest  # not in an older store
         if hashed and manifest.get("digest") != _digest(manifest):
             return None, f"its {MANIFEST} is not what was stored"
-        wanted = manifest.get("files")
-        if not isinstance(wanted, dict):
+        sizes = manifest.get("files")
+        if not isinstance(sizes, dict):
             return None, f"its {MANIFEST} lists no files"
-        for name, size in wanted.items():
+        for name, size in sizes.items():
             try:
-                found = (self.path(key) / name).stat().st_size
+                on_disk = (self.path(key) / name).stat().st_size
             except OSError:
                 return manifest, f"{name} is missing"
-            if found != size:
-                return manifest, f"{name} has {found} bytes, not {size}"
+            if on_disk != size:
+                return manifest, f"{name} has {on_disk} bytes, not {size}"
         return manifest, None
 
     @contextmanager
@@ -304,10 +304,10 @@ class Store:
         with new_folder(self.path(key), within=self.root / TEMPORARY) as folder:
             yield folder
             stored = manifest["sha256"]
-            found = hash_files(folder, file_sizes(folder))
-            wrong = sorted(name for name in stored if found.get(name) != stored[name])
-            if wrong or found.keys() != stored.keys():
-                name = wrong[0] if wrong else min(found.keys() - stored.keys())
+            hashes = hash_files(folder, file_sizes(folder))
+            wrong = sorted(name for name in stored if hashes.get(name) != stored[name])
+            if wrong or hashes.keys() != stored.keys():
+                name = wrong[0] if wrong else min(hashes.keys() - stored.keys())
                 raise StepError(f"{name} of {key} is not what its manifest says")
             write_json(folder / MANIFEST, dict(manifest))
         shutil.rmtree(self._work(key), ignore_errors=True)

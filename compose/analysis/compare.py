@@ -122,13 +122,13 @@ def _of_speeds(
     before: Results, after: Results, both: list[tuple[CellResult, CellResult]]
 ) -> list[Change]:
     reason = _other_conditions(before, after)
-    known = [spread_in(run.environment) for run in (before, after)]
-    spread = next((each for each in reversed(known) if each is not None), ASSUMED)
-    found: list[tuple[Change, Tested | None]] = []
+    measured = [spread_in(run.environment) for run in (before, after)]
+    spread = next((candidate for candidate in reversed(measured) if candidate is not None), ASSUMED)
+    pairs: list[tuple[Change, Tested | None]] = []
     for old, new in both:
         if new.name == after.baseline and new.speed is not None:
             why = "its speed holds the machine's drift: the others are compared through it"
-            found.append((Change(new.name, "decode", "not comparable", why=why), None))
+            pairs.append((Change(new.name, "decode", "not comparable", why=why), None))
             continue
         earlier = dict(_ratios(old))
         for metric, ratio in _ratios(new):
@@ -136,8 +136,8 @@ def _of_speeds(
                 first = earlier[metric]
                 change = Change(new.name, metric, "not comparable", first.value, ratio.value)
                 test = None if reason else _speed_test(first, ratio, metric, spread)
-                found.append((replace(change, why=reason), test))
-    return _judged(found, SPEED_ERROR, higher_is_better=True)
+                pairs.append((replace(change, why=reason), test))
+    return _judged(pairs, SPEED_ERROR, higher_is_better=True)
 
 
 def _ratios(cell: CellResult) -> Iterator[tuple[str, Estimate]]:
@@ -145,9 +145,9 @@ def _ratios(cell: CellResult) -> Iterator[tuple[str, Estimate]]:
     if cell.speed is None:
         return
     shapes: list[tuple[str, SpeedNumbers]] = [("", cell.speed)]
-    shapes += [(f", batch {n}", each) for n, each in (cell.speed.by_batch or {}).items()]
-    shapes += [(f", context {n}", each) for n, each in (cell.speed.by_context or {}).items()]
-    shapes += [(f", {name}", each) for name, each in (cell.speed.by_category or {}).items()]
+    shapes += [(f", batch {n}", shape) for n, shape in (cell.speed.by_batch or {}).items()]
+    shapes += [(f", context {n}", shape) for n, shape in (cell.speed.by_context or {}).items()]
+    shapes += [(f", {name}", shape) for name, shape in (cell.speed.by_category or {}).items()]
     for suffix, numbers in shapes:
         for kind, ratio in (("decode", numbers.decode_ratio), ("prefill", numbers.prefill_ratio)):
             if ratio is not None and ratio.n > 1:
@@ -164,7 +164,7 @@ def _other_conditions(before: Results, after: Results) -> str | None:
             return f"another machine or setting: {key} {old}, then {new}"
     speeds = [(run.benchmark or {}).get("speed") or {} for run in (before, after)]
     for key in SETTINGS:
-        old, new = (each.get(key) for each in speeds)
+        old, new = (speed.get(key) for speed in speeds)
         if old != new:
             return f"another workload: {key} {old}, then {new}"
     return None
@@ -258,11 +258,11 @@ def _plain(
 
 
 def _judged(
-    found: list[tuple[Change, Tested | None]], error: float, *, higher_is_better: bool
+    pairs: list[tuple[Change, Tested | None]], error: float, *, higher_is_better: bool
 ) -> list[Change]:
     """Outcomes by Holm's method: the smallest of m probabilities is held against error / m, the
     next against error / (m - 1), until one is too large."""
-    tests = [test for _, test in found if test is not None]
+    tests = [test for _, test in pairs if test is not None]
     called: set[int] = set()
     for rank, test in enumerate(sorted(tests, key=lambda test: test.p)):
         if test.p > error / (len(tests) - rank):
@@ -270,7 +270,7 @@ def _judged(
         called.add(id(test))
     return [
         change if test is None else _called(change, test, id(test) in called, higher_is_better)
-        for change, test in found
+        for change, test in pairs
     ]
 
 

@@ -86,13 +86,13 @@ def ratio_of_sums(
     return Estimate(value=value, low=max(value - half, 0.0), high=min(value + half, most), n=n)
 
 
-def paired_ratio(own: Sequence[float], base: Sequence[float]) -> Estimate | None:
+def paired_ratio(scores: Sequence[float], base: Sequence[float]) -> Estimate | None:
     """Mean score over the baseline's mean score, both of the same questions in the same order.
 
     Scores are 0 to 1. None where there is no question, or the baseline has none right: then nothing
     is a share of it, or the interval has no end.
     """
-    return mean_of_ratios([(own, base)])
+    return mean_of_ratios([(scores, base)])
 
 
 def mean_of_ratios(tasks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Estimate | None:
@@ -101,8 +101,8 @@ def mean_of_ratios(tasks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> 
     `tasks` are pairs of the cell's and the baseline's scores. None where one task has no ratio.
     """
     values, draws, total = [], [], 0
-    for number, (own, base) in enumerate(tasks):
-        pairs = _pairs(own, base)  # [n, 2]
+    for number, (scores, base) in enumerate(tasks):
+        pairs = _pairs(scores, base)  # [n, 2]
         if not len(pairs) or pairs[:, 1].sum() <= 0:
             return None
         values.append(float(pairs[:, 0].mean() / pairs[:, 1].mean()))
@@ -119,18 +119,18 @@ ONE_EACH: Floats = np.array([[1.0, 0.0], [0.0, 1.0]])
 """The two pairs that questions get in addition: see the top of this file."""
 
 
-def exp_mean_ratio(own: Sequence[float], base: Sequence[float]) -> Estimate | None:
+def exp_mean_ratio(losses: Sequence[float], base: Sequence[float]) -> Estimate | None:
     """Perplexity over the baseline's from mean losses (nats) of the same blocks; None below two."""
-    return None if len(own) < 2 else exp_t_interval(np.subtract(*_pairs(own, base).T))
+    return None if len(losses) < 2 else exp_t_interval(np.subtract(*_pairs(losses, base).T))
 
 
-def paired_speed_ratio(own: Sequence[float], base: Sequence[float]) -> Estimate | None:
+def paired_speed_ratio(speeds: Sequence[float], base: Sequence[float]) -> Estimate | None:
     """Speed over the baseline's from repeats of the same rounds, in the order of the rounds.
 
     The value is the geometric mean of the ratios round by round, the interval Student's t of their
     logarithms. None below two rounds.
     """
-    logs = np.log(_pairs(own, base)) @ np.array([1.0, -1.0])
+    logs = np.log(_pairs(speeds, base)) @ np.array([1.0, -1.0])
     return None if len(logs) < 2 else exp_t_interval(logs)
 
 
@@ -155,10 +155,10 @@ def _mean_and_half(values: Floats) -> tuple[float, float]:
     return float(values.mean()), t_quantile(len(values)) * error
 
 
-def _pairs(own: Sequence[float], base: Sequence[float]) -> Floats:
+def _pairs(values: Sequence[float], base: Sequence[float]) -> Floats:
     """Both as one array [n, 2]."""
-    assert len(own) == len(base), "pairs need the same questions, blocks or rounds"
-    return np.column_stack([np.asarray(own, np.float64), np.asarray(base, np.float64)])
+    assert len(values) == len(base), "pairs need the same questions, blocks or rounds"
+    return np.column_stack([np.asarray(values, np.float64), np.asarray(base, np.float64)])
 
 
 def _resampled_means(rows: Floats, seed: int = SEED) -> Floats:

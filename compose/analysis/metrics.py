@@ -99,8 +99,8 @@ def _retained(results: Results, cell: CellResult) -> float | None:
     dense = results.quality(results.cell(results.baseline))
     tasks = [] if dense is None else list(dense.tasks or ())
     shares = [task_retained(results, cell, task) for task in tasks]
-    known = [share for share in shares if share is not None]
-    return sum(known) / len(known) if known and len(known) == len(tasks) else None
+    present = [share for share in shares if share is not None]
+    return sum(present) / len(present) if present and len(present) == len(tasks) else None
 
 
 def _retained_interval(results: Results, cell: CellResult) -> Interval | None:
@@ -173,8 +173,8 @@ def _own_answers(field: str) -> Callable[[Results, CellResult], float | None]:
 def _accuracy(results: Results, cell: CellResult) -> float | None:
     quality = results.quality(cell)
     scores = [] if quality is None else [s.value for s in (quality.tasks or {}).values()]
-    known = [score for score in scores if score is not None]
-    return sum(known) / len(known) if known and len(known) == len(scores) else None
+    present = [score for score in scores if score is not None]
+    return sum(present) / len(present) if present and len(present) == len(scores) else None
 
 
 METRICS: dict[str, Metric] = {
@@ -249,7 +249,7 @@ def over_seeds(results: Results, name: str, cell: CellResult) -> tuple[float, ..
         cell.model_copy(update={"quality": run.quality, "compute": run.compute})
         for run in cell.seeds or ()
     ]
-    values = [metric_of(results, name, each) for each in (cell, *runs)]
+    values = [metric_of(results, name, seeded) for seeded in (cell, *runs)]
     return tuple(value for value in values if value is not None)
 
 
@@ -264,8 +264,8 @@ def gain(results: Results, name: str, cell: CellResult) -> float | None:
     baseline = results.find(results.baseline)
     if baseline is None:
         return None
-    own, dense = metric_of(results, name, cell), metric_of(results, name, baseline)
-    return own / dense if own is not None and dense else None
+    value, dense = metric_of(results, name, cell), metric_of(results, name, baseline)
+    return value / dense if value is not None and dense else None
 
 
 def retained_basis(results: Results) -> Literal["tasks", "perplexity"] | None:

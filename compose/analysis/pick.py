@@ -122,8 +122,8 @@ def pick(
     aim = maximize.replace("_", "-")
     if aim not in AIMS:
         raise UserError(f"cannot maximize {maximize!r}", fix=suggest(maximize, AIMS))
-    own = [cell for cell in results.measured if cell.peer is None]
-    cells = [cell for cell in own if metric_of(results, aim, cell) is not None]
+    ours = [cell for cell in results.measured if cell.peer is None]
+    cells = [cell for cell in ours if metric_of(results, aim, cell) is not None]
     if not cells:
         raise UserError(
             f"no cell of run {results.run!r} has {METRICS[aim].title} measured",
@@ -137,7 +137,7 @@ def pick(
         *_size_bounds(results, max_bytes, max_resident),
         *([Lossless()] if require_lossless else []),
     ]
-    fit = [cell for cell in cells if not any(each.shortfall(cell) for each in constraints)]
+    fit = [cell for cell in cells if not any(bound.shortfall(cell) for bound in constraints)]
     if not fit:
         raise _nothing_left(results, cells, constraints, aim)
     return max(fit, key=lambda cell: _rank(results, cell, aim))
@@ -254,10 +254,10 @@ def _require_evidence(results: Results, cells: list[CellResult], bound: Constrai
     if not others or any(bound.value(cell) is not None for cell in others):
         return
     estimates = [(metric_of(results, "retained", cell), cell) for cell in others]
-    known = [(value, cell) for value, cell in estimates if value is not None]
+    measured = [(value, cell) for value, cell in estimates if value is not None]
     near = ""
-    if known:
-        value, cell = max(known, key=lambda pair: pair[0])
+    if measured:
+        value, cell = max(measured, key=lambda pair: pair[0])
         near = f"; the nearest by estimate is {cell.name!r}: retained {value:.3f}"
     raise UserError(
         f"no evidence for {bound.required()}: {bound.unknown(others[0])}{near}",
@@ -278,24 +278,24 @@ def _rank(results: Results, cell: CellResult, aim: str) -> tuple[float, ...]:
 def _nothing_left(
     results: Results, cells: list[CellResult], constraints: list[Constraint | Lossless], aim: str
 ) -> UserError:
-    left = [(each, sum(not each.shortfall(cell) for cell in cells)) for each in constraints]
-    unmet = [each for each, count in left if count == 0]
+    left = [(bound, sum(not bound.shortfall(cell) for cell in cells)) for bound in constraints]
+    unmet = [bound for bound, count in left if count == 0]
     if unmet:
-        which = " and ".join(each.required() for each in unmet)
+        which = " and ".join(bound.required() for bound in unmet)
         message = f"no cell meets {which} ({len(cells)} were measured)"
     else:
-        alone = ", ".join(f"{each.required()} by {count}" for each, count in left)
+        alone = ", ".join(f"{bound.required()} by {count}" for bound, count in left)
         message = f"no cell meets every constraint; alone, of {len(cells)} cells: {alone}"
     nearest = min(
         cells,
         key=lambda cell: (
-            sum(each.shortfall(cell) for each in constraints),
+            sum(bound.shortfall(cell) for bound in constraints),
             [-rank for rank in _rank(results, cell, aim)],
         ),
     )
-    missed = [each for each in constraints if each.shortfall(nearest)]
-    values = ", ".join(each.seen(nearest) for each in missed)
+    missed = [bound for bound in constraints if bound.shortfall(nearest)]
+    values = ", ".join(bound.seen(nearest) for bound in missed)
     return UserError(
         f"{message}; the nearest is {nearest.name!r}: {values}",
-        fix=", ".join(each.remedy for each in missed),
+        fix=", ".join(bound.remedy for bound in missed),
     )

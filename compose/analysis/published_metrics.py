@@ -35,14 +35,14 @@ def skipping_curves(results: Results) -> tuple[SkippingCurve, ...]:
     baseline = results.find(results.baseline)
     if baseline is None:
         return ()
-    found = []
+    curves = []
     for weights, cells in _families(results).items():
         for kind, tasks in _tasks_by_kind(results, baseline).items():
             dense = _accuracy(results, baseline, tasks)
             measured = [c for c in cells if _accuracy(results, c, tasks) is not None]
             if dense is not None and any(map(_skips, measured)):
-                found.append(_curve(results, weights, kind, tasks, measured, dense))
-    return tuple(found)
+                curves.append(_curve(results, weights, kind, tasks, measured, dense))
+    return tuple(curves)
 
 
 def figures(points: Sequence[SkippingPoint], reference: float | None = None) -> SkippingFigures:
@@ -66,8 +66,8 @@ def skipped_share(cell: CellResult) -> float | None:
     """
     if not _skips(cell):
         return 0.0
-    kept = None if cell.compute is None else cell.compute.kept_shares
-    return 1 - statistics.fmean(kept) if kept else None
+    entered = None if cell.compute is None else cell.compute.kept_shares
+    return 1 - statistics.fmean(entered) if entered else None
 
 
 def _curve(
@@ -122,9 +122,9 @@ def _saved_net(results: Results, cell: CellResult, tasks: Sequence[str]) -> floa
     """Saved on the tasks' own text where all of them tell, else on the running text."""
     quality = results.quality(cell)
     scores = {} if quality is None else quality.tasks or {}
-    own = [compute.saved_net for task in tasks if (compute := scores[task].compute) is not None]
-    if own and len(own) == len(tasks):
-        return statistics.fmean(own)
+    saved = [compute.saved_net for task in tasks if (compute := scores[task].compute) is not None]
+    if saved and len(saved) == len(tasks):
+        return statistics.fmean(saved)
     return None if cell.compute is None else cell.compute.saved_net
 
 
@@ -145,8 +145,8 @@ def _accuracy(results: Results, cell: CellResult, tasks: Sequence[str]) -> float
     quality = results.quality(cell)
     scores = {} if quality is None else quality.tasks or {}
     values = [scores[name].value if name in scores else None for name in tasks]
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(tasks) else None
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present and len(present) == len(tasks) else None
 
 
 def _interpolated(points: Sequence[SkippingPoint], saved: float) -> float | None:

@@ -58,7 +58,7 @@ class Tested:
 
         half = float(t.ppf(0.5 + LEVEL / 2, self.degrees)) * math.sqrt(self.variance * self.per)
         low, high = self.value - half, self.value + half
-        ends = [math.exp(each) if self.is_log else each for each in (self.value, low, high)]
+        ends = [math.exp(end) if self.is_log else end for end in (self.value, low, high)]
         return Estimate(
             value=ends[0],
             low=ends[1],
@@ -70,7 +70,7 @@ class Tested:
 
 def perplexity_change(old: Perplexity, new: Perplexity) -> Tested | None:
     """Change of log perplexity on the same blocks; None where they are not the same."""
-    losses = [np.array(each.block_nll or ()) for each in (old, new)]
+    losses = [np.array(perplexity.block_nll or ()) for perplexity in (old, new)]
     if not paired_blocks(new, old) or len(losses[1]) < 2:
         return None
     differences = losses[1] - losses[0]

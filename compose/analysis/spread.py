@@ -72,7 +72,9 @@ def _pooled(runs: Sequence[Results], field: str) -> float:
             ratio: Estimate | None = getattr(cell.speed, field, None) if cell.speed else None
             if ratio is not None:
                 logs.setdefault(cell.name, []).append(math.log(ratio.value))
-    variances = [statistics.variance(each) for each in logs.values() if len(each) == len(runs)]
+    variances = [
+        statistics.variance(values) for values in logs.values() if len(values) == len(runs)
+    ]
     if not variances:
         raise ValueError(f"no cell has a {field} in every run")
     return math.sqrt(statistics.fmean(variances))
@@ -80,8 +82,8 @@ def _pooled(runs: Sequence[Results], field: str) -> float:
 
 def spread_in(environment: Mapping[str, Any]) -> Spread | None:
     """What a run's environment says of its machine; None where it was not measured."""
-    found = environment.get("between_runs")
-    return None if found is None else Spread.model_validate(found)
+    record = environment.get("between_runs")
+    return None if record is None else Spread.model_validate(record)
 
 
 def widened(ratio: Estimate, kind: Kind, spread: Spread | None) -> Estimate:
@@ -93,8 +95,8 @@ def widened(ratio: Estimate, kind: Kind, spread: Spread | None) -> Estimate:
     if spread is None:
         return ratio
     half = t_quantile(spread.runs) * spread.of(kind)
-    own = (math.log(ratio.high) - math.log(ratio.low)) / 2
-    if half <= own:
+    rounds_half = (math.log(ratio.high) - math.log(ratio.low)) / 2
+    if half <= rounds_half:
         return ratio
     low, high = ratio.value * math.exp(-half), ratio.value * math.exp(half)
     wide = {"low": low, "high": high, "different": not low <= 1 <= high}

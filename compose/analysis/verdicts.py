@@ -75,8 +75,8 @@ def verdict_of(results: Results, cell: CellResult, keep: float = KEEP) -> Verdic
     if quality.state == "kept" and gains and not slower:
         return _verdict("ACCEPT", [quality.why, *gains], larger)
     if gains and (worse or slower):
-        known = [quality.why] if quality.state == "kept" else []
-        return _verdict("TRADE-OFF", [*known, *gains], [*worse, *slower, *larger])
+        quality_kept = [quality.why] if quality.state == "kept" else []
+        return _verdict("TRADE-OFF", [*quality_kept, *gains], [*worse, *slower, *larger])
     if not gains and (worse or slower or larger):
         return _verdict("REGRESSION", [*worse, *slower, *larger, "it gains nothing"])
     if quality.state == "unknown":
@@ -98,7 +98,7 @@ def judge_quality(results: Results, cell: CellResult, keep: float = KEEP) -> Jud
     tasks, perplexity = _on_tasks(results, quality, keep), _on_perplexity(results, quality, keep)
     if tasks.state == "kept" and perplexity.state == "lost":
         return Judged("kept", f"{tasks.why}, {perplexity.why}")
-    return next((each for each in (tasks, perplexity) if each.state != "unknown"), tasks)
+    return next((judged for judged in (tasks, perplexity) if judged.state != "unknown"), tasks)
 
 
 def question_count(quality: Quality) -> int:
@@ -200,15 +200,15 @@ def _bytes(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
     smaller: list[str] = []
     larger: list[str] = []
     for place, field in (("on disk", "disk_bytes"), ("in memory", "resident_bytes")):
-        own = None if cell.size is None else getattr(cell.size, field)
+        ours = None if cell.size is None else getattr(cell.size, field)
         theirs = None if other is None or other.size is None else getattr(other.size, field)
         alike = other is not None and (cell.peer is None) == (other.peer is None)
         if field == "resident_bytes" and not alike:
             continue
-        if not own or not theirs or abs(own / theirs - 1) < LEAST_BYTES:
+        if not ours or not theirs or abs(ours / theirs - 1) < LEAST_BYTES:
             continue
-        words = f"it takes {own / theirs:.2f} times the bytes {place}"
-        (smaller if own < theirs else larger).append(words)
+        words = f"it takes {ours / theirs:.2f} times the bytes {place}"
+        (smaller if ours < theirs else larger).append(words)
     return smaller, larger
 
 
@@ -220,10 +220,10 @@ def _verdict(verdict: Outcome, facts: list[str], but: list[str] | None = None) -
 
 def _listed(facts: list[str]) -> str:
     """Facts one after the other; of those about the cell, only the first says `it`."""
-    told = facts[:1]
+    clauses = facts[:1]
     for before, fact in pairwise(facts):
-        told.append(fact.removeprefix("it ") if before.startswith("it ") else fact)
-    return ", ".join(told)
+        clauses.append(fact.removeprefix("it ") if before.startswith("it ") else fact)
+    return ", ".join(clauses)
 
 
 def _percents(low: float, high: float) -> str:

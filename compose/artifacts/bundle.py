@@ -75,7 +75,7 @@ def sources(roots: Sequence[str] | None = None) -> dict[str, str]:
         name = waiting.pop()
         if name not in texts:
             texts[name] = _file(name).read_text(encoding="utf-8")
-            waiting += [each for match in _IMPORT.finditer(texts[name]) for each in _modules(match)]
+            waiting += [part for match in _IMPORT.finditer(texts[name]) for part in _modules(match)]
     return texts
 
 
@@ -118,8 +118,8 @@ def _relative(source: str) -> str:
             return f"{space}from .{flat_name(base)} import {names}"
         called = [alias for _, alias in _aliased(names)]
         lines = [
-            f"from . import {flat_name(each)} as {alias}"
-            for each, alias in zip(modules, called, strict=True)
+            f"from . import {flat_name(module)} as {alias}"
+            for module, alias in zip(modules, called, strict=True)
         ]
         return space + f"\n{space}".join(lines)
 

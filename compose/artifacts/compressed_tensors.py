@@ -62,16 +62,16 @@ def write_compressed(folder: Path, target: Path) -> dict[str, Any]:
     inner = [name for name in source.layers if not name.endswith(OUTER)]
     floats = [*source.embeddings, *(name for name in source.layers if name not in inner)]
     schemes = _schemes(source, inner)
-    with new_folder(target) as made:
-        save_shards(made, _tensors(source, inner, floats, schemes), SHARD)
-        rounded = _read_back(made, source, inner, schemes)
-        dense = _dense_linears(made)
+    with new_folder(target) as unfinished:
+        save_shards(unfinished, _tensors(source, inner, floats, schemes), SHARD)
+        rounded = _read_back(unfinished, source, inner, schemes)
+        dense = _dense_linears(unfinished)
         config = {**source.config, "quantization_config": _config(schemes, dense)}
-        write_json(made / "config.json", config)
+        write_json(unfinished / "config.json", config)
         for pattern in COMPANIONS:
             for path in sorted(folder.glob(pattern)):
-                place_file(path, made / path.name, link=False)
-        size = sum(path.stat().st_size for path in made.glob("*.safetensors"))
+                place_file(path, unfinished / path.name, link=False)
+        size = sum(path.stat().st_size for path in unfinished.glob("*.safetensors"))
     return {
         "schemes": sorted({f"W{bits}A16" for bits, _, _ in schemes.values()}),
         "layers": len(inner),
@@ -91,7 +91,7 @@ def _refuse_gates(folder: Path) -> None:
 
 def _schemes(source: PackedFolder, names: list[str]) -> dict[str, Scheme]:
     """The scheme of each layer; all are symmetric, or none, because readers fuse q, k and v."""
-    found = {}
+    schemes = {}
     for name in names:
         layer = source.layer(name)
         if layer.bits not in BITS:
@@ -101,9 +101,9 @@ def _schemes(source: PackedFolder, names: list[str]) -> dict[str, Scheme]:
                 fix="make the folder with bits of 4 or 8 alone",
             )
         group = WHOLE_ROW if source.stated.get("group_size") == WHOLE_ROW else layer.group
-        found[name] = (layer.bits, group, layer.zeros is None)
-    symmetric = all(each for _, _, each in found.values())
-    return {name: (bits, group, symmetric) for name, (bits, group, _) in found.items()}
+        schemes[name] = (layer.bits, group, layer.zeros is None)
+    symmetric = all(is_symmetric for _, _, is_symmetric in schemes.values())
+    return {name: (bits, group, symmetric) for name, (bits, group, _) in schemes.items()}
 
 
 def _tensors(
@@ -171,13 +171,13 @@ def _dense_linears(folder: Path) -> list[str]:
     and naming it does no harm."""
     from safetensors import safe_open
 
-    found = {"lm_head"}  # also where it shares the embedding's weights, and is in no file
+    names = {"lm_head"}  # also where it shares the embedding's weights, and is in no file
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if name.endswith(".weight") and len(file.get_slice(name).get_shape()) == 2:
-                    found.add(name.removesuffix(".weight"))
-    return sorted(found)
+                    names.add(name.removesuffix(".weight"))
+    return sorted(names)
 
 
 def _config(schemes: dict[str, Scheme], dense: list[str]) -> dict[str, Any]:

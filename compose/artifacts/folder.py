@@ -162,8 +162,8 @@ def copy_source(source: Path, target: Path, dtype: str, *, link: bool) -> None:
 
 
 def _place_all(source: Path, target: Path, *, link: bool) -> None:
-    wanted = ("*.json", "*.safetensors")
-    for path in sorted(path for pattern in wanted for path in source.glob(pattern)):
+    patterns = ("*.json", "*.safetensors")
+    for path in sorted(path for pattern in patterns for path in source.glob(pattern)):
         if path.name != LINEAGE and not (target / path.name).exists():
             place_file(path, target / path.name, link=link)
 
@@ -181,12 +181,12 @@ def _cast_shard(source: Path, target: Path, dtype: str) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    wanted = getattr(torch, dtype)
+    float_type = getattr(torch, dtype)
     with safe_open(source, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     cast = {
-        name: tensor.to(wanted)
+        name: tensor.to(float_type)
         if tensor.is_floating_point() and not name.endswith(GRID_NUMBERS)
         else tensor
         for name, tensor in tensors.items()
@@ -209,9 +209,11 @@ def clean_config(folder: Path) -> None:
     Where a model is from stands in its lineage.
     """
     config = require_model(folder)
-    kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map")}
-    if kept != config:
-        write_json(folder / "config.json", kept)
+    clean = {
+        key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map")
+    }
+    if clean != config:
+        write_json(folder / "config.json", clean)
 
 
 def probe_ids(folder: Path) -> Tensor:

@@ -147,7 +147,7 @@ def _require_rows(folder: Path, source: str) -> None:
         token: row for token, row in vocabulary.items() if isinstance(rows, int) and row >= rows
     }
     if beyond:
-        token = min(beyond, key=lambda each: beyond[each])
+        token = min(beyond, key=beyond.__getitem__)
         raise AssetError(
             f"{source}: the tokenizer has {max(vocabulary.values()) + 1} tokens, and the model rows"
             f" for {rows}: {shortened(repr(token))} is number {beyond[token]}",

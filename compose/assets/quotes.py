@@ -33,14 +33,14 @@ def quoted(texts: Iterable[str]) -> list[str]:
     draws = random.Random(20_261_127)
     rows: list[str] = []
     for passage in _passages(texts):
-        sentences = [each for each in _sentences(passage) if _fits(each)]
+        sentences = [sentence for sentence in _sentences(passage) if _fits(sentence)]
         if len(rows) == ROWS:
             break
         if len(sentences) < 2:
             continue
-        asked = draws.sample(sentences, min(ASKED, len(sentences)))
+        picks = draws.sample(sentences, min(ASKED, len(sentences)))
         form = FORMS[len(rows) % len(FORMS)]
-        rows.append("\n\n".join((passage, "\n".join(form(each.split()) for each in asked))))
+        rows.append("\n\n".join((passage, "\n".join(form(sentence.split()) for sentence in picks))))
     return rows
 
 

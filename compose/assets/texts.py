@@ -141,7 +141,7 @@ def token_blocks(
     rows, special = _rendered(texts, tokenizer)
     head = _leading(tokenizer)
     body_length = length - len(head)
-    wanted = None if limit is None else limit * body_length
+    needed = None if limit is None else limit * body_length
     separator = [] if special else _separator(tokenizer)
     stream: list[int] = []
     for start in range(0, len(rows), 64):
@@ -149,7 +149,7 @@ def token_blocks(
         encoded = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
         for ids in encoded:
             stream += (separator if stream else []) + list(ids)
-        if wanted is not None and len(stream) >= wanted:
+        if needed is not None and len(stream) >= needed:
             break
     count = len(stream) // body_length if limit is None else min(limit, len(stream) // body_length)
     if count == 0:
@@ -181,8 +181,8 @@ def _leading(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that pretraining puts between documents; a chat model's EOS is another one."""
-    known = tokenizer.get_vocab()
-    end = known.get("<|endoftext|>", tokenizer.eos_token_id)
+    vocabulary = tokenizer.get_vocab()
+    end = vocabulary.get("<|endoftext|>", tokenizer.eos_token_id)
     return [] if end is None else [end]
 
 

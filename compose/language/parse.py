@@ -61,7 +61,7 @@ def _text_of(file: Path) -> str:
         with file.open("rb") as stream:
             data = stream.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        beside = sorted(each.name for each in file.absolute().parent.glob("*.yaml"))
+        beside = sorted(path.name for path in file.absolute().parent.glob("*.yaml"))
         hint = suggest(file.name, beside) if beside else None
         raise PipelineError("there is no such file", file=file, fix=hint) from None
     except OSError as error:
@@ -90,12 +90,12 @@ def _resolve_paths(pipeline: Pipeline, folder: Path) -> tuple[Pipeline, list[Pro
         for split, spec in (("train", data.train), ("calibration", data.calibration))
     }
     place = ("benchmark", "quality", "perplexity")
-    sets = tuple(paths.text(each, place) for each in benchmark.quality.perplexity)
+    sets = tuple(paths.text(data_set, place) for data_set in benchmark.quality.perplexity)
     prompts = paths.text(benchmark.lossless.source, ("benchmark", "lossless"))
     quality: dict[str, Any] = {"perplexity": sets}
-    if (asked := benchmark.quality.own_answers) is not None:
-        source = paths.text(asked.source, ("benchmark", "quality", "own_answers"))
-        quality["own_answers"] = asked.model_copy(update={"source": source})
+    if (answers := benchmark.quality.own_answers) is not None:
+        source = paths.text(answers.source, ("benchmark", "quality", "own_answers"))
+        quality["own_answers"] = answers.model_copy(update={"source": source})
     parts: dict[str, Any] = {
         "quality": benchmark.quality.model_copy(update=quality),
         "lossless": benchmark.lossless.model_copy(update={"source": prompts}),

@@ -68,27 +68,27 @@ def _cheap(benchmark: Benchmark, tokens: int, before_last: int, target: Target) 
         batch_size=benchmark.quality.batch_size,
         own_answers=None,
     )
-    asked = benchmark.lossless
-    lossless = asked.model_copy(
+    check = benchmark.lossless
+    lossless = check.model_copy(
         update={
-            "prompts": min(asked.prompts, CHECKED.prompts),
-            "new_tokens": min(asked.new_tokens, CHECKED.new_tokens),
+            "prompts": min(check.prompts, CHECKED.prompts),
+            "new_tokens": min(check.new_tokens, CHECKED.new_tokens),
         }
     )
     update = {"quality": quality, "lossless": lossless, "against": ()}
     return benchmark.model_copy(update={**update, "speed": _turn(benchmark.speed)})
 
 
-def _turn(asked: Speed) -> Speed:
+def _turn(speed: Speed) -> Speed:
     """A short turn of the file's first shape."""
     return Speed(
-        prompt_tokens=min(asked.prompt_tokens, TURN.prompt_tokens),
-        new_tokens=min(asked.new_tokens, TURN.new_tokens),
-        min_seconds=min(asked.min_seconds, TURN.min_seconds),
+        prompt_tokens=min(speed.prompt_tokens, TURN.prompt_tokens),
+        new_tokens=min(speed.new_tokens, TURN.new_tokens),
+        min_seconds=min(speed.min_seconds, TURN.min_seconds),
         repeats=TURN.repeats,
-        batch_sizes=(1 if 1 in asked.batch_sizes else min(asked.batch_sizes),),
-        prompts=asked.prompts,
-        prompts_per_category=None if asked.prompts is None else 1,
+        batch_sizes=(1 if 1 in speed.batch_sizes else min(speed.batch_sizes),),
+        prompts=speed.prompts,
+        prompts_per_category=None if speed.prompts is None else 1,
     )
 
 
@@ -107,9 +107,9 @@ def halve(probes: Iterable[Probe], target: Target, keep: int) -> Halved:
 
     Where every chain misses, the `keep` nearest stay: they answer what can be had.
     """
-    known = list(probes)
-    able = [probe for probe in known if probe.failure is None]
-    dropped = {probe.chain: f"failed: {probe.failure}" for probe in known if probe.failure}
+    measured = list(probes)
+    able = [probe for probe in measured if probe.failure is None]
+    dropped = {probe.chain: f"failed: {probe.failure}" for probe in measured if probe.failure}
     missed = [probe for probe in able if target.standing(probe) == "missed"]
     ranked = sorted(able, key=lambda probe: (-target.rank(probe), probe.chain))
     if len(missed) == len(able):
@@ -117,16 +117,16 @@ def halve(probes: Iterable[Probe], target: Target, keep: int) -> Halved:
         dropped |= {probe.chain: target.why_missed(probe) for probe in nearest[keep:]}
         return Halved(tuple(nearest[:keep]), dropped)
     dropped |= {probe.chain: target.why_missed(probe) for probe in missed}
-    kept, sure = [], 0
+    left, sure = [], 0
     for probe in ranked:
         if probe.chain in dropped:
             continue
         if sure >= keep:
             dropped[probe.chain] = f"{keep} chains that surely meet the bound are better"
             continue
-        kept.append(probe)
+        left.append(probe)
         sure += target.standing(probe) == "met"
-    return Halved(tuple(kept), dropped)
+    return Halved(tuple(left), dropped)
 
 
 def kept_after(count: int, finalists: int, *, is_last: bool) -> int:

@@ -64,13 +64,13 @@ class Lab:
         self,
         space: Space,
         shape: ModelShape | None,
-        known: InputHashes,
+        hashes: InputHashes,
         settings: Settings,
         executor: Executor,
         board: Board,
     ) -> None:
         self.space, self.settings, self.board = space, settings, board
-        self._shape, self._known, self._executor = shape, known, Shared(executor)
+        self._shape, self._known, self._executor = shape, hashes, Shared(executor)
         self.folder = settings.out.absolute() / f"{space.pipeline.name}-search"
         self.store = Store.beside(settings.out.absolute())
         self.probes = ProbeStore(self.store)
@@ -83,10 +83,10 @@ class Lab:
             UserError: the source model, or the baseline's data, cannot be had.
         """
         keys = self._keys(self._plan(chains, rung))
-        found = {chain: self.probes.get(key) for chain, key in keys.items()}
-        known = {chain: probe for chain, probe in found.items() if probe is not None}
-        missing = [chain for chain in keys if chain not in known]
-        return known | (self._measured(missing, rung) if missing else {})
+        stored = {chain: self.probes.get(key) for chain, key in keys.items()}
+        probes = {chain: probe for chain, probe in stored.items() if probe is not None}
+        missing = [chain for chain in keys if chain not in probes]
+        return probes | (self._measured(missing, rung) if missing else {})
 
     def _measured(self, chains: Sequence[Chain], rung: Rung) -> dict[Chain, Probe]:
         """Run a plan of chains that have no probe, and keep what it measured of them.

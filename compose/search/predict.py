@@ -48,7 +48,7 @@ class Effects:
         by_sibling: dict[Chain, list[float]] = {}
         for choice, effect in self._effects.items():
             by_sibling.setdefault(space.siblings(choice), []).append(effect)
-        self._siblings = {base: statistics.mean(each) for base, each in by_sibling.items()}
+        self._siblings = {base: statistics.mean(effects) for base, effects in by_sibling.items()}
 
     def predict(self, candidate: Candidate) -> float | None:
         """The metric that a candidate is likely to have; None where a choice is unknown."""
@@ -67,16 +67,16 @@ class Effects:
 
 def _ridge(rows: Iterable[tuple[tuple[Chain, ...], float]]) -> dict[Chain, float]:
     """Choice -> its effect: the least squares of sums of effects against the values."""
-    known = list(rows)
-    names = list(dict.fromkeys(choice for choices, _ in known for choice in choices))
+    measured = list(rows)
+    names = list(dict.fromkeys(choice for choices, _ in measured for choice in choices))
     if not names:
         return {}
     place = {name: index for index, name in enumerate(names)}
-    design = np.zeros((len(known), len(names)))
-    for row, (choices, _) in enumerate(known):
+    design = np.zeros((len(measured), len(names)))
+    for row, (choices, _) in enumerate(measured):
         for choice in choices:
             design[row, place[choice]] = 1.0
-    values = np.array([value for _, value in known])
+    values = np.array([value for _, value in measured])
     normal = design.T @ design + RIDGE * np.eye(len(names))
     effects = np.linalg.solve(normal, design.T @ values)
     return {name: float(effects[index]) for name, index in place.items()}

@@ -85,8 +85,8 @@ def interval(results: Results, metric: str, cell: CellResult) -> Interval | None
 
 def _is_the_baselines(results: Results, metric: str, cell: CellResult) -> bool:
     quality = results.quality(cell)
-    known = quality is not None and gives_baselines_predictions(results, quality)
-    return known and metric in OF_THE_BASELINE
+    is_same = quality is not None and gives_baselines_predictions(results, quality)
+    return is_same and metric in OF_THE_BASELINE
 
 
 def probe_of(results: Results, cell: CellResult) -> Probe:
@@ -98,7 +98,7 @@ def probe_of(results: Results, cell: CellResult) -> Probe:
     return Probe(
         chain=cell.chain,
         numbers={name: value for name, value in numbers.items() if _finite(value)},
-        intervals={name: each for name, each in ends.items() if each and all(map(_finite, each))},
+        intervals={name: pair for name, pair in ends.items() if pair and all(map(_finite, pair))},
         lossless=None if cell.lossless_check is None else cell.lossless_check.lossless,
     )
 
@@ -112,10 +112,10 @@ def probe_key(plan: Plan, cell: Cell, speed: Mapping[str, Any]) -> str:
     `compose.outputs.sessions.speed_settings` gives."""
     plain = plan.cell(cell.plain) if cell.plain is not None else cell
     phases = {
-        f"{each.key} {phase}": phase_key(plan, each, phase)
-        for each in (plain, cell)
-        if each is not plan.cells[0]
-        for phase in phases_of(each)
+        f"{part.key} {phase}": phase_key(plan, part, phase)
+        for part in (plain, cell)
+        if part is not plan.cells[0]
+        for phase in phases_of(part)
     }
     return digest({"baseline": plan.cells[0].key, "phases": phases, "speed": dict(speed)})
 

@@ -52,19 +52,21 @@ class Proposer:
             if (bound := too_large(candidate, target)) is not None
         }
         if len(self.large) == len(space.candidates):  # the smallest tell how near it is
-            sized = sorted(space.candidates, key=lambda each: each.predicted_bytes or 0)
+            sized = sorted(space.candidates, key=lambda candidate: candidate.predicted_bytes or 0)
             for candidate in sized[:best]:
                 del self.large[candidate.chain]
-        self.able = [each for each in space.candidates if each.chain not in self.large]
+        self.able = [
+            candidate for candidate in space.candidates if candidate.chain not in self.large
+        ]
         self.whole = len(self.able) <= most
         """Whether every candidate is measured, whatever is predicted of it."""
         lots = list(range(len(self.able)))
         random.Random(seed).shuffle(lots)
-        self._lot = {each.chain: lot for each, lot in zip(self.able, lots, strict=True)}
+        self._lot = {candidate.chain: lot for candidate, lot in zip(self.able, lots, strict=True)}
 
     def propose(self, probes: Mapping[Chain, Probe], batch: int) -> list[Candidate]:
         """The next candidates, at most `batch`; none when the search has seen enough."""
-        waiting = [each for each in self.able if each.chain not in probes]
+        waiting = [candidate for candidate in self.able if candidate.chain not in probes]
         room = min(batch, self.most - len(probes))
         if not waiting or room < 1:
             return []
@@ -75,9 +77,9 @@ class Proposer:
         ranked = self._ranked(waiting, probes)
         if self.whole:
             first = [candidate for _, candidate in ranked]
-            return [*first, *(each for each in waiting if each not in first)][:room]
+            return [*first, *(candidate for candidate in waiting if candidate not in first)][:room]
         chosen = self._may_win(ranked, probes)[:room]
-        rest = [each for each in waiting if each not in chosen]
+        rest = [candidate for candidate in waiting if candidate not in chosen]
         if rest and len(chosen) >= LEAST_FOR_A_LOT:  # it corrects what is predicted
             chosen[-1] = min(rest, key=self._by_lot)
         return chosen
@@ -91,20 +93,20 @@ class Proposer:
         """Short chains with a choice that no probe has, those without seen siblings first."""
         seen = {
             choice
-            for each in self.space.candidates
-            if each.chain in probes
-            for choice in each.choices
+            for candidate in self.space.candidates
+            if candidate.chain in probes
+            for choice in candidate.choices
         }
         chosen: list[Candidate] = []
         while len(chosen) < room:
-            new = [each for each in waiting if not seen.issuperset(each.choices)]
+            new = [candidate for candidate in waiting if not seen.issuperset(candidate.choices)]
             if not new:
                 break
             related = {self.space.siblings(choice) for choice in seen}
 
             def order(candidate: Candidate, related: set[Chain] = related) -> tuple[int, int, int]:
-                known = sum(self.space.siblings(each) in related for each in candidate.choices)
-                return len(candidate.choices), known, self._by_lot(candidate)
+                near = sum(self.space.siblings(choice) in related for choice in candidate.choices)
+                return len(candidate.choices), near, self._by_lot(candidate)
 
             chosen.append(min(new, key=order))
             seen.update(chosen[-1].choices)
@@ -120,14 +122,14 @@ class Proposer:
         ]
         aim = Effects(self.space, self.target.metric, probes)
         metric = METRICS[self.target.metric]
-        found = []
+        ranked = []
         for candidate in waiting:
-            if not all(self._reaches(candidate, bound, each) for bound, each in limits):
+            if not all(self._reaches(candidate, bound, effects) for bound, effects in limits):
                 continue
             value = self._size_or(candidate, self.target.metric, aim)
             rank = float("-inf") if value is None else metric.rank(value)
-            found.append((rank, candidate))
-        return sorted(found, key=lambda pair: (-pair[0], self._by_lot(pair[1])))
+            ranked.append((rank, candidate))
+        return sorted(ranked, key=lambda pair: (-pair[0], self._by_lot(pair[1])))
 
     def _size_or(self, candidate: Candidate, metric: str, effects: Effects) -> float | None:
         """A predicted number: bytes as the plan has them, where it has."""
@@ -162,4 +164,8 @@ class Proposer:
         if len(sure) < self.best:
             return [candidate for _, candidate in ranked]
         least = sure[self.best - 1]
-        return [each for rank, each in ranked if rank * (GAIN if rank > 0 else 1 / GAIN) > least]
+        return [
+            candidate
+            for rank, candidate in ranked
+            if rank * (GAIN if rank > 0 else 1 / GAIN) > least
+        ]

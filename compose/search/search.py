@@ -140,9 +140,9 @@ class _Search:
         self.asked = self.pipeline.search or Search()
         shape = model_shape(self.pipeline, settings.asset_cache)
         refuse_longer(self.pipeline, shape)
-        known = input_hashes(self.pipeline, settings.asset_cache)
-        self.space = build_space(self.pipeline, shape, known)
-        self.lab = Lab(self.space, shape, known, settings, executor, board)
+        hashes = input_hashes(self.pipeline, settings.asset_cache)
+        self.space = build_space(self.pipeline, shape, hashes)
+        self.lab = Lab(self.space, shape, hashes, settings, executor, board)
         self.rungs = cheap_rungs(self.pipeline.benchmark, self.asked.tokens, target)
         self.fates: Fates = {}
 
@@ -189,7 +189,7 @@ class _Search:
                 end = "the time was over"
                 break
             seen = f"{len(probes)} of {len(proposer.able)} chains were measured before"
-            probes |= self._measure(self.rungs[0], [each.chain for each in batch], seen)
+            probes |= self._measure(self.rungs[0], [candidate.chain for candidate in batch], seen)
         failures = [probe.failure for probe in probes.values() if probe.failure]
         if len(failures) == len(probes):
             raise StepError(f"no chain could be measured: {failures[0]}")
@@ -207,15 +207,15 @@ class _Search:
         line = self.board.line(f"rung {rung.number} ({tokens} tokens): {len(chains)} chains")
         probes = self.lab.measure(chains, rung)
         best = max(
-            (each for each in probes.values() if not each.failure),
-            key=lambda each: (self.target.standing(each) != "missed", self.target.rank(each)),
+            (probe for probe in probes.values() if not probe.failure),
+            key=lambda probe: (self.target.standing(probe) != "missed", self.target.rank(probe)),
             default=None,
         )
         line.done(note if best is None else f"{note}; {best.name}: {self._shown(best)}")
         return probes
 
     def _shown(self, probe: Probe) -> str:
-        names = dict.fromkeys([self.target.metric, *(each.metric for each in self.target.bounds)])
+        names = dict.fromkeys([self.target.metric, *(bound.metric for bound in self.target.bounds)])
         return ", ".join(probe.shown(name) for name in names)
 
     def _further_rungs(self, probes: Mapping[Chain, Probe]) -> list[Chain]:
@@ -225,8 +225,8 @@ class _Search:
         for rung in self.rungs:
             if rung is not self.rungs[0]:
                 chains = [probe.chain for probe in alive]
-                found = self._measure(rung, chains, f"{len(chains)} of {first} chains are left")
-                alive = [found[chain] for chain in chains]
+                measured = self._measure(rung, chains, f"{len(chains)} of {first} chains are left")
+                alive = [measured[chain] for chain in chains]
             keep = kept_after(len(alive), self.asked.finalists, is_last=rung is self.rungs[-1])
             halved = halve(alive, self.target, keep)
             for chain, why in halved.dropped.items():
@@ -271,7 +271,7 @@ class _Search:
         """Write the pipeline file: the winner first, then the front."""
         cells = [*([] if winner is None else [winner]), *best]
         chains = list(dict.fromkeys(cell.chain for cell in cells if cell.chain)) or list(finalists)
-        found = found_pipeline(self.space.pipeline, name, chains)
+        written = found_pipeline(self.space.pipeline, name, chains)
         path = self.lab.folder / f"{name}.yaml"
         remarks = [f"Found by a search for {self.target}."]
         if winner is None:
@@ -281,7 +281,7 @@ class _Search:
         else:
             remarks.append(f"Winner: {winner.name}: {self._shown(probe_of(last, winner))}.")
         remarks.append("The chains after it are the front: none of them is surpassed by another.")
-        write_text(path, to_yaml(found, path.parent, remarks))
+        write_text(path, to_yaml(written, path.parent, remarks))
         return path
 
 

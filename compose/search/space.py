@@ -59,7 +59,7 @@ class Space:
 
     def candidate(self, chain: Chain) -> Candidate | None:
         """The candidate with this chain."""
-        return next((each for each in self.candidates if each.chain == chain), None)
+        return next((candidate for candidate in self.candidates if candidate.chain == chain), None)
 
     def siblings(self, choice: Chain) -> Chain:
         """The choice with every variant's name replaced by that of the stage in the file."""
@@ -67,7 +67,7 @@ class Space:
 
 
 def build_space(
-    pipeline: Pipeline, shape: ModelShape | None = None, known: InputHashes | None = None
+    pipeline: Pipeline, shape: ModelShape | None = None, hashes: InputHashes | None = None
 ) -> Space:
     """The space of a pipeline file on a model of `shape`.
 
@@ -75,17 +75,19 @@ def build_space(
         PlanError: the file has nothing to choose from, or more chains than `MOST_CHAINS`.
     """
     (axes, excluded), vary = _axes(pipeline), _vary(pipeline)
-    made = {
+    families = {
         name: variants(name, stage, vary[name]) if name in vary else {name: stage}
         for name, stage in pipeline.stages.items()
     }
-    stages = {name: stage for each in made.values() for name, stage in each.items()}
-    bases = {variant: name for name, each in made.items() for variant in each}
+    stages = {name: stage for family in families.values() for name, stage in family.items()}
+    bases = {variant: name for name, family in families.items() for variant in family}
     widened = pipeline.model_copy(update={"stages": {**pipeline.stages, **stages}})
-    choices = _all_choices(axes, {name: tuple(each) for name, each in made.items()}, excluded)
+    choices = _all_choices(
+        axes, {name: tuple(family) for name, family in families.items()}, excluded
+    )
     for chain in pipeline.pipelines.values():
         choices.setdefault(chain, tuple((name,) for name in chain))
-    plan = plan_chains(widened, tuple(choices), shape, known)
+    plan = plan_chains(widened, tuple(choices), shape, hashes)
     candidates = tuple(_candidates(plan, choices, shape))
     if not candidates:
         raise PlanError(
@@ -99,7 +101,7 @@ def plan_chains(
     pipeline: Pipeline,
     chains: Sequence[Chain],
     shape: ModelShape | None,
-    known: InputHashes | None,
+    hashes: InputHashes | None,
 ) -> Plan:
     """The plan of exactly these chains, beside the cells that they are compared with.
 
@@ -114,7 +116,7 @@ def plan_chains(
         "search": None,
         "export": {},
     }
-    return make_plan(pipeline.model_copy(update=update), shape, known)
+    return make_plan(pipeline.model_copy(update=update), shape, hashes)
 
 
 def baseline_chain(pipeline: Pipeline) -> tuple[Chain, ...]:
@@ -125,7 +127,7 @@ def baseline_chain(pipeline: Pipeline) -> tuple[Chain, ...]:
 
 def _all_choices(
     axes: Mapping[str, Sequence[Chain]],
-    made: Mapping[str, tuple[str, ...]],
+    families: Mapping[str, tuple[str, ...]],
     excluded: Sequence[Mapping[str, Choice]],
 ) -> dict[Chain, Choices]:
     """Chain -> its choices, for one choice of every axis; the empty chain is left out.
@@ -136,7 +138,7 @@ def _all_choices(
         [
             (choice, variant)
             for choice in choices
-            for variant in itertools.product(*(made.get(name, (name,)) for name in choice))
+            for variant in itertools.product(*(families.get(name, (name,)) for name in choice))
         ]
         for choices in axes.values()
     ]
@@ -146,7 +148,7 @@ def _all_choices(
             f"the space has {count} chains, more than {MOST_CHAINS}",
             fix="name fewer axes, or fewer values under search.vary",
         )
-    found: dict[Chain, Choices] = {}
+    chains: dict[Chain, Choices] = {}
     for pairs in itertools.product(*widened):
         written = dict(zip(axes, (choice for choice, _ in pairs), strict=True))
         if any(
@@ -157,8 +159,8 @@ def _all_choices(
         taken = tuple(variant for _, variant in pairs if variant)
         chain = tuple(itertools.chain.from_iterable(taken))
         if chain:
-            found.setdefault(chain, taken)
-    return found
+            chains.setdefault(chain, taken)
+    return chains
 
 
 def _candidates(
@@ -180,9 +182,9 @@ def _axes(
 ) -> tuple[dict[str, tuple[Chain, ...]], tuple[Mapping[str, Choice], ...]]:
     """The axes that the file names, or those of its matrix with what that excludes, or one for
     each kind of stage."""
-    asked = pipeline.search or Search()
-    if asked.axes:
-        return Matrix.model_validate(dict(asked.axes)).axes, ()
+    search = pipeline.search or Search()
+    if search.axes:
+        return Matrix.model_validate(dict(search.axes)).axes, ()
     if pipeline.matrix is not None:
         return pipeline.matrix.axes, pipeline.matrix.exclude
     by_role: dict[str, tuple[Chain, ...]] = {}
@@ -195,9 +197,9 @@ def _axes(
 
 def _vary(pipeline: Pipeline) -> Mapping[str, Values]:
     """The values that the file names; where it names neither axes nor values, sensible ones."""
-    asked = pipeline.search or Search()
-    if asked.axes or asked.vary:
-        return asked.vary
+    search = pipeline.search or Search()
+    if search.axes or search.vary:
+        return search.vary
     around = {name: _around(stage) for name, stage in pipeline.stages.items()}
     return {name: values for name, values in around.items() if values}
 
@@ -207,7 +209,7 @@ def _around(stage: Stage) -> dict[str, tuple[float | int, ...]]:
     ratio, count = getattr(stage, "ratio", None), getattr(stage, "count", None)
     if isinstance(ratio, float):
         ratios = (round(factor * ratio, 4) for factor in AROUND)
-        return {"ratio": tuple(each for each in ratios if each < 1)}
+        return {"ratio": tuple(value for value in ratios if value < 1)}
     if isinstance(count, int) and not isinstance(count, bool):
         counts = (max(1, round(factor * count)) for factor in AROUND)
         return {"count": tuple(dict.fromkeys(counts))}

@@ -111,22 +111,24 @@ class Target:
 
     def standing(self, probe: Probe) -> Standing:
         """The worst of all bounds; speculation that was seen to change tokens misses."""
-        found = {bound.standing(probe) for bound in self.bounds}
-        if probe.lossless is False or "missed" in found:
+        standings = {bound.standing(probe) for bound in self.bounds}
+        if probe.lossless is False or "missed" in standings:
             return "missed"
-        return "open" if "open" in found else "met"
+        return "open" if "open" in standings else "met"
 
     def why_missed(self, probe: Probe) -> str:
         """In words, what a probe misses."""
         if probe.lossless is False:
             return "its speculation changes tokens"
-        missed = [each for each in self.bounds if each.standing(probe) == "missed"]
-        return " and ".join(f"{probe.shown(each.metric)} misses {each}" for each in missed)
+        missed = [bound for bound in self.bounds if bound.standing(probe) == "missed"]
+        return " and ".join(f"{probe.shown(bound.metric)} misses {bound}" for bound in missed)
 
     def shortfall(self, probe: Probe) -> float:
         """How far the estimates miss the bounds, all together."""
         lossy = 1.0 if probe.lossless is False else 0.0
-        return lossy + sum(each.shortfall(probe.numbers.get(each.metric)) for each in self.bounds)
+        return lossy + sum(
+            bound.shortfall(probe.numbers.get(bound.metric)) for bound in self.bounds
+        )
 
     def rank(self, probe: Probe) -> float:
         """The aim's number as one that is better when it is higher; the lowest where missing."""
@@ -145,7 +147,7 @@ class Target:
 
     def to_json(self) -> dict[str, Any]:
         """The target for scripts: metric -> limit, and the aim."""
-        return {"bounds": {each.metric: each.limit for each in self.bounds}, "aim": self.aim}
+        return {"bounds": {bound.metric: bound.limit for bound in self.bounds}, "aim": self.aim}
 
 
 def make_target(

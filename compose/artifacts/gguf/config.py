@@ -88,8 +88,8 @@ class _Reading:
 
     @property
     def head_dim(self) -> int:
-        own = self.need("embedding_length") // self.heads
-        return int(self.get(KEYS) or self.get(ROTATED) or own)
+        default = self.need("embedding_length") // self.heads
+        return int(self.get(KEYS) or self.get(ROTATED) or default)
 
     def has(self, tensor: str) -> bool:
         return tensor in self.file.tensors
@@ -148,8 +148,8 @@ def _refuse_sizes(reading: _Reading) -> None:
 def _refuse_unknown(reading: _Reading, family: Family) -> None:
     """Refuse a file that states, under its architecture, what is not read here."""
     start = f"{reading.prefix}."
-    own = [key.removeprefix(start) for key in reading.file.metadata if key.startswith(start)]
-    unknown = sorted(set(own) - {*KNOWN, *SILENT, *family.keys})
+    keys = [key.removeprefix(start) for key in reading.file.metadata if key.startswith(start)]
+    unknown = sorted(set(keys) - {*KNOWN, *SILENT, *family.keys})
     if unknown:
         reading.file.refuse(f"it states {start}{shortened(unknown[0])}, which is not read here")
     if any(reading.get(key) for key in EXPERTS):
@@ -177,7 +177,7 @@ def _rope(reading: _Reading, *, partial: bool = False) -> dict[str, Any]:
         reading.file.refuse(
             f"its positions are scaled by {shortened(repr(scaled))} (read are none and linear)"
         )
-    if any(reading.has(f"rope_factors_{each}.weight") for each in ("long", "short")):
+    if any(reading.has(f"rope_factors_{kind}.weight") for kind in ("long", "short")):
         reading.file.refuse("it has factors for long contexts (rope_factors_long.weight)")
     return rope
 
@@ -189,9 +189,9 @@ def _llama_rope(reading: _Reading) -> dict[str, Any]:
         return rope
     stored = reading.file.floats(ROPE_FACTORS)
     for factor in LLAMA3_FACTORS:
-        wanted = llama3_factors(reading.head_dim, rope["rope_theta"], factor)
-        pairs = zip(stored, wanted, strict=False)
-        if len(stored) == len(wanted) and all(abs(a - b) <= 1e-3 * b for a, b in pairs):
+        expected = llama3_factors(reading.head_dim, rope["rope_theta"], factor)
+        pairs = zip(stored, expected, strict=False)
+        if len(stored) == len(expected) and all(abs(a - b) <= 1e-3 * b for a, b in pairs):
             return {**LLAMA3, "rope_type": "llama3", "rope_theta": rope["rope_theta"]} | {
                 "factor": factor
             }

@@ -185,12 +185,12 @@ class _Header:
         for _ in range(entries):
             key = self._string(MOST_NAME)
             metadata[key] = self._value(self._number("I"))
-        found = [self._tensor() for _ in range(tensors)]
+        parsed = [self._tensor() for _ in range(tensors)]
         data = self._data_start(metadata.get("general.alignment", ALIGNMENT))
-        placed = [GgufTensor(name, shape, kind, data + at) for name, shape, kind, at in found]
-        held = {each.name: self._whole(each) for each in placed}
+        placed = [GgufTensor(name, shape, kind, data + at) for name, shape, kind, at in parsed]
+        held = {tensor.name: self._whole(tensor) for tensor in placed}
         if len(held) < len(placed):
-            twice = Counter(each.name for each in placed).most_common(1)[0][0]
+            twice = Counter(tensor.name for tensor in placed).most_common(1)[0][0]
             raise _refused(self._path, f"{shortened(twice)} stands in it twice", None)
         return GgufFile(self._path, metadata, held)
 
@@ -204,9 +204,9 @@ class _Header:
         """The tensor, if it is stored in a known way and the file holds all of it."""
         storage, name = STORAGES.get(tensor.type), shortened(tensor.name)
         if storage is None:
-            known = ", ".join(each.name for each in STORAGES.values())
+            readable = ", ".join(kind.name for kind in STORAGES.values())
             said = f"{name} is stored as GGML type {tensor.type}"
-            raise _refused(self._path, said, f"types that are read: {known}")
+            raise _refused(self._path, said, f"types that are read: {readable}")
         if not tensor.shape or tensor.shape[-1] % storage.weights:
             raise _refused(self._path, f"{name} has the sizes {tensor.shape}", None)
         end = tensor.start + tensor.rows * tensor.row_bytes

@@ -37,7 +37,7 @@ def refuse_grids(config: dict[str, Any]) -> list[str]:
     stated = [quantization, *quantization.get("layers", {}).values()]
     if quantization.get("embedding"):
         stated.append(quantization["embedding"])
-    sizes = {each.get("group_size", BLOCK) for each in stated}
+    sizes = {grid.get("group_size", BLOCK) for grid in stated}
     return [f"groups of {size} are no whole blocks of {BLOCK}" for size in sizes if size % BLOCK]
 
 
@@ -83,8 +83,8 @@ def bits_of(module: str, quantization: dict[str, Any]) -> int:
     """Bits of a module's codes, as a folder's config states them."""
     if module in (EMBEDDING, HEAD) and quantization.get("embedding"):
         return int(quantization["embedding"]["bits"])
-    own = quantization.get("layers", {}).get(module, {})
-    return int(own.get("bits", quantization["bits"]))
+    layer = quantization.get("layers", {}).get(module, {})
+    return int(layer.get("bits", quantization["bits"]))
 
 
 def as_blocks(
@@ -102,8 +102,8 @@ def as_blocks(
         codes = codes + (middle(wide) - middle(bits))  # both middles stand for zero
     repeats = codes.shape[1] // BLOCK // scale.shape[1]
     numbers = [
-        None if each is None else _float16(module, each).repeat_interleave(repeats, dim=1).numpy()
-        for each in (scale, minimum)
+        None if data is None else _float16(module, data).repeat_interleave(repeats, dim=1).numpy()
+        for data in (scale, minimum)
     ]
     assert numbers[0] is not None, "every grid has scales"
     return write_blocks(Blocks(codes.numpy(), numbers[0], numbers[1], wide))

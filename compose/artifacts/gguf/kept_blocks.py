@@ -36,9 +36,9 @@ def require_grids(file: GgufFile) -> None:
         ArtifactError: with how they are stored.
     """
     kinds = Counter(
-        each.storage.name
-        for name, each in file.tensors.items()
-        if name.startswith("blk.") and len(each.shape) == 2
+        tensor.storage.name
+        for name, tensor in file.tensors.items()
+        if name.startswith("blk.") and len(tensor.shape) == 2
     )
     if not any(kind in GRIDS for kind in kinds):
         stored = ", ".join(kind for kind, _ in kinds.most_common())
@@ -48,12 +48,12 @@ def require_grids(file: GgufFile) -> None:
         )
 
 
-def kept_weights(found: Found) -> dict[str, str]:
+def kept_weights(tensors: Found) -> dict[str, str]:
     """Name -> storage of the weights that stay in their blocks."""
-    kinds = {name: tensor.storage.name for name, tensor in found}
+    kinds = {name: tensor.storage.name for name, tensor in tensors}
     layers = {
         name: kinds[name]
-        for name, tensor in found
+        for name, tensor in tensors
         if name.startswith("model.layers.") and len(tensor.shape) == 2 and kinds[name] in GRIDS
     }
     outer = {name: kinds[name] for name in (EMBEDDING, HEAD) if name in kinds}
@@ -62,12 +62,14 @@ def kept_weights(found: Found) -> dict[str, str]:
     return layers | (outer if alike and symmetric else {})
 
 
-def quantization(found: Found, kept: dict[str, str]) -> dict[str, Any]:
+def quantization(tensors: Found, kinds: dict[str, str]) -> dict[str, Any]:
     """config.json's `quantization_config`: what most layers are, and which differ."""
-    layers = {name.removesuffix(".weight"): kind for name, kind in kept.items() if _inside(name)}
+    layers = {name.removesuffix(".weight"): kind for name, kind in kinds.items() if _inside(name)}
     usual, _ = Counter(layers.values()).most_common(1)[0]
-    linears = [name for name, tensor in found if _inside(name) and len(tensor.shape) == 2]
-    embedding = {"bits": _bits(kept[EMBEDDING]), "group_size": GROUP} if EMBEDDING in kept else None
+    linears = [name for name, tensor in tensors if _inside(name) and len(tensor.shape) == 2]
+    embedding = (
+        {"bits": _bits(kinds[EMBEDDING]), "group_size": GROUP} if EMBEDDING in kinds else None
+    )
     return {
         "quant_method": GRID_METHOD,
         "bits": _bits(usual),
@@ -79,7 +81,7 @@ def quantization(found: Found, kept: dict[str, str]) -> dict[str, Any]:
             for name, kind in layers.items()
             if kind != usual
         },
-        "unpacked": [name.removesuffix(".weight") for name in linears if name not in kept],
+        "unpacked": [name.removesuffix(".weight") for name in linears if name not in kinds],
         "embedding": embedding,
     }
 

@@ -32,12 +32,12 @@ def gguf_name(name: str, architecture: str, layers: int) -> str:
     Raises:
         ArtifactError: the tensor has no name there.
     """
-    found: str | None = _names(architecture, layers).get_name(
+    stored_name: str | None = _names(architecture, layers).get_name(
         name, try_suffixes=(".weight", ".bias")
     )
-    if found is None:
+    if stored_name is None:
         raise ArtifactError(f"the tensor {name!r} has no name in GGUF")
-    return found
+    return stored_name
 
 
 @functools.cache

@@ -77,8 +77,8 @@ def _pre_tokenizer_of(file: GgufFile) -> list[dict[str, Any]]:
     name = str(file.metadata.get("tokenizer.ggml.pre", "default"))
     parts = PRE_TOKENIZERS.get(OTHER_NAMES.get(name, name))
     if parts is None:
-        known = ", ".join((*PRE_TOKENIZERS, *OTHER_NAMES))
-        file.refuse(f"its pre-tokenizer is {shortened(repr(name))} (read are {known})")
+        readable = ", ".join((*PRE_TOKENIZERS, *OTHER_NAMES))
+        file.refuse(f"its pre-tokenizer is {shortened(repr(name))} (read are {readable})")
     return parts
 
 
@@ -107,16 +107,16 @@ def _built(parts: list[dict[str, Any]]) -> Any:
     """A pre-tokenizer of the tokenizers library from the parts that its JSON has."""
     from tokenizers import Regex, pre_tokenizers
 
-    made: list[Any] = []
+    built: list[Any] = []
     for part in parts:
         if part["type"] == "Digits":
-            made.append(pre_tokenizers.Digits(individual_digits=part["individual_digits"]))
+            built.append(pre_tokenizers.Digits(individual_digits=part["individual_digits"]))
         elif part["type"] == "Split":
-            made.append(pre_tokenizers.Split(Regex(part["pattern"]["Regex"]), "isolated"))
+            built.append(pre_tokenizers.Split(Regex(part["pattern"]["Regex"]), "isolated"))
         else:
-            own = {key: part[key] for key in ("add_prefix_space", "use_regex")}
-            made.append(pre_tokenizers.ByteLevel(**own))
-    return made[0] if len(made) == 1 else pre_tokenizers.Sequence(made)
+            settings = {key: part[key] for key in ("add_prefix_space", "use_regex")}
+            built.append(pre_tokenizers.ByteLevel(**settings))
+    return built[0] if len(built) == 1 else pre_tokenizers.Sequence(built)
 
 
 # --- Into a file ---------------------------------------------------------------------------------
@@ -186,8 +186,8 @@ def pre_tokenizer_name(stored: dict[str, Any]) -> str:
     model, cut = stored.get("model") or {}, stored.get("pre_tokenizer") or {}
     parts = [_plain(part) for part in cut.get("pretokenizers") or [cut]]
     if model.get("type") == "BPE" and stored.get("normalizer") is None:
-        for name, wanted in PRE_TOKENIZERS.items():
-            if parts == wanted:
+        for name, expected in PRE_TOKENIZERS.items():
+            if parts == expected:
                 return name
     raise ArtifactError(
         "the tokenizer cannot be written as GGUF: it cuts text in another way than "

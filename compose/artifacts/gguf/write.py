@@ -95,12 +95,12 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
         "int8, ... with real offsets) have blocks there": packed not in (None, GRID_METHOD),
         **family_reasons(config),
     }
-    given = [reason for reason, holds in reasons.items() if holds]
+    refusals = [reason for reason, holds in reasons.items() if holds]
     if is_grid(config):
-        given += refuse_grids(config)
-    if given:
+        refusals += refuse_grids(config)
+    if refusals:
         raise ArtifactError(
-            f"{folder} cannot be written as GGUF: {'; '.join(given)}",
+            f"{folder} cannot be written as GGUF: {'; '.join(refusals)}",
             fix="name a folder from before gates and other quantizers; --type packs the file",
         )
 
@@ -135,9 +135,9 @@ def _stored(
         for name, block, rows in grid_blocks(folder, config):
             yield name, Ggml[block], rows
     for name, tensor in _tensors(folder, config):
-        own = FLOATS[str(tensor.dtype)] if is_grid(config) else kind
+        storage = FLOATS[str(tensor.dtype)] if is_grid(config) else kind
         shifted = is_shifted(name, ARCHITECTURES[config["model_type"]])
-        yield name, *rounded(name, tensor.float() + 1 if shifted else tensor, own)
+        yield name, *rounded(name, tensor.float() + 1 if shifted else tensor, storage)
 
 
 def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -193,16 +193,16 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
     ids = probe_ids(folder)
     model = load_model(folder, "float32")
     with torch.inference_mode():
-        dense = wanted = model(ids).logits  # [1, S, V]
+        dense = expected = model(ids).logits  # [1, S, V]
         if kind is not None:
             _round_in_place(model, kind)
-            wanted = model(ids).logits
+            expected = model(ids).logits
         del model  # one of them at a time
         logits = _loaded(folder, file)(ids).logits
-    if logits.shape != wanted.shape:
+    if logits.shape != expected.shape:
         raise StepError(f"the file gives logits of shape {tuple(logits.shape)}")
-    difference = float((logits - wanted).abs().max())
-    span = float(wanted.max() - wanted.min())
+    difference = float((logits - expected).abs().max())
+    span = float(expected.max() - expected.min())
     if not difference <= SAME * span:
         raise StepError(
             "the GGUF file does not load to the model that was written: its logits differ by"
@@ -224,10 +224,10 @@ def _loaded(folder: Path, file: Path) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    found, weights = open_gguf(file), dict(model.named_parameters())  # a tied one once
+    gguf, weights = open_gguf(file), dict(model.named_parameters())  # a tied one once
     stated = config.to_dict()
-    tensors = matched(found, stated, {name: tuple(each.shape) for name, each in weights.items()})
-    for name, value in tensors_of(found, stated, tensors, {}):
+    tensors = matched(gguf, stated, {name: tuple(value.shape) for name, value in weights.items()})
+    for name, value in tensors_of(gguf, stated, tensors, {}):
         weights[name].copy_(value)
     return model
 

@@ -58,12 +58,12 @@ def from_gguf(
     """
     name = file.stem
 
-    def build(made: Path) -> dict[str, Any]:
+    def build(unfinished: Path) -> dict[str, Any]:
         if progress is not None:
             progress(0, 1, f"reading {file.name}")
-        write_folder(file, made / name, keep_blocks=keep_blocks)
+        write_folder(file, unfinished / name, keep_blocks=keep_blocks)
         stored = main_storage(file)
-        return {"folder": name, "sha256": hash_folder(made / name), "stored": stored}
+        return {"folder": name, "sha256": hash_folder(unfinished / name), "stored": stored}
 
     target = _target(file, cache, keep_blocks=keep_blocks)
     record = build_once(target, build, note=file.name, whole=functools.partial(_whole, target))

@@ -98,7 +98,7 @@ def _snapshot(name: str, revision: str | None, *, offline: bool) -> Path:
     """The text files and the safetensors of a repository: no code, and nothing pickled."""
     from huggingface_hub import snapshot_download
 
-    wanted = [*_TEXT, "*.safetensors"]
+    files = [*_TEXT, "*.safetensors"]
     return Path(
-        snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline)
+        snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=offline)
     )

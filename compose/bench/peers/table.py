@@ -151,8 +151,8 @@ class PeerName:
     @property
     def file(self) -> Path | None:
         """The .gguf file that is named, where one is."""
-        given = self.option if self.option.endswith(".gguf") else ""
-        return Path(given).expanduser() if given else None
+        path = self.option if self.option.endswith(".gguf") else ""
+        return Path(path).expanduser() if path else None
 
     def settings(self) -> str:
         """One plain sentence on how it is run."""
@@ -186,9 +186,9 @@ def parse_peer(text: str) -> PeerName:
     option = rest.removesuffix(FLASH) if flash else rest
     if option in engine.options or (kind == "llama.cpp" and option.endswith(".gguf")):
         return PeerName(text, engine, option, flash)
-    known = [each for each in engine.options if each]
+    options = [name for name in engine.options if name]
     raise UserError(
-        f"peer {text!r}: {suggest(option, known)}",
-        fix=f"as in {kind}:{known[0]}"
+        f"peer {text!r}: {suggest(option, options)}",
+        fix=f"as in {kind}:{options[0]}"
         + (", with +fa for flash attention, or a .gguf file" if kind == "llama.cpp" else ""),
     )

@@ -104,18 +104,18 @@ class QualityBench:
     # -- running text --------------------------------------------------------------------------
 
     def _on_text(self) -> dict[str, Any]:
-        wanted, model = self.wanted, self.model
-        texts = first_available(wanted["perplexity"], None, self.job.asset_cache)
-        count = max(1, wanted["perplexity_tokens"] // BLOCK)
+        settings, model = self.wanted, self.model
+        texts = first_available(settings["perplexity"], None, self.job.asset_cache)
+        count = max(1, settings["perplexity_tokens"] // BLOCK)
         blocks = token_blocks(texts, self.decoder.tokenizer, BLOCK, count)
         self.scored[texts.name] = texts.rows
         usage = self.decoder.skipping.usage
         usage.clear()
         record: dict[str, Any] = {}
         if self.is_baseline:
-            scores, kept = score_reference(model, blocks, progress=self.progress)
-            self.stored |= kept
-            record |= self._noise_floor(blocks, kept["hidden"], scores)
+            scores, tensors = score_reference(model, blocks, progress=self.progress)
+            self.stored |= tensors
+            record |= self._noise_floor(blocks, tensors["hidden"], scores)
         else:
             scores = score_blocks(
                 model,
@@ -132,9 +132,9 @@ class QualityBench:
                 f"perplexity, KL and agreement are of the last {BLOCK - read} tokens of each block,"
                 f" after a prompt of {read}, and beside the dense model on the same tokens"
             )
-        if texts.name != wanted["perplexity"][0]:
+        if texts.name != settings["perplexity"][0]:
             notes.append(
-                f"perplexity: {wanted['perplexity'][0]} could not be had here, "
+                f"perplexity: {settings['perplexity'][0]} could not be had here, "
                 f"so {texts.name} stands in"
             )
         if notes:
@@ -147,7 +147,7 @@ class QualityBench:
             record["insight"] = self._insight(blocks[:INSIGHT_BLOCKS], model.thresholds)
         return record
 
-    def _noise_floor(self, blocks: Tensor, hidden: Tensor, own: BlockScores) -> dict[str, Any]:
+    def _noise_floor(self, blocks: Tensor, hidden: Tensor, base: BlockScores) -> dict[str, Any]:
         """The same model in the other float type: what is closer than that is rounding.
 
         Nothing where its weights are packed: there is no other type of them.
@@ -160,7 +160,7 @@ class QualityBench:
         floor = {
             "dtype": other,
             "kl": scores.kl,
-            "ratio": scores.perplexity / own.perplexity,
+            "ratio": scores.perplexity / base.perplexity,
             "greedy_agreement": scores.agreement,
         }
         return {"noise_floor": floor}
@@ -209,10 +209,10 @@ class QualityBench:
 
     # -- what is written -----------------------------------------------------------------------
 
-    def _own_answers(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _own_answers(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """How the cell answers prompts, beside the dense model: see `own_answers`."""
-        tokenizer, new_tokens = self.decoder.tokenizer, asked["new_tokens"]
-        texts = prompt_texts(asked["source"], asked["prompts"], self.job.asset_cache)
+        tokenizer, new_tokens = self.decoder.tokenizer, settings["new_tokens"]
+        texts = prompt_texts(settings["source"], settings["prompts"], self.job.asset_cache)
         prompts = [prompt_ids(tokenizer, text) for text in texts]
         stops = stop_token_ids(self.decoder)
         if self.is_baseline:
@@ -254,29 +254,29 @@ class QualityBench:
             written=written,
         )
         records = {name: asdict(score) for name, score in scores.items()}
-        for name, own in used.items():
+        for name, usage in used.items():
             if self.mode == "skip" and name in records:
-                records[name]["compute"] = text_compute(own, self.decoder, self.saving)
+                records[name]["compute"] = text_compute(usage, self.decoder, self.saving)
         return records
 
     # -- contamination -------------------------------------------------------------------------
 
     def _add_contamination(self, record: dict[str, Any]) -> None:
         """13-gram contamination of all that is scored, and a note for each text that has any."""
-        wanted = self.wanted
+        settings = self.wanted
         texts = dict(self.scored)
-        if asked := wanted["own_answers"]:
-            own = load_texts(asked["source"], asked["prompts"], self.job.asset_cache)
-            texts.setdefault(own.name, own.rows)
-        tasks = [name for name in wanted["tasks"] if name in TASKS]
+        if answers := settings["own_answers"]:
+            prompts = load_texts(answers["source"], answers["prompts"], self.job.asset_cache)
+            texts.setdefault(prompts.name, prompts.rows)
+        tasks = [name for name in settings["tasks"] if name in TASKS]
         shares = contamination(
-            self.job.learns_from, texts, tasks, wanted["limit"], self.job.asset_cache
+            self.job.learns_from, texts, tasks, settings["limit"], self.job.asset_cache
         )
         notes = [
-            f"{each['contaminated']} of {each['rows']} rows of {name} share thirteen words in a row"
+            f"{text['contaminated']} of {text['rows']} rows of {name} share thirteen words in a row"
             " with a text that stages learn from"
-            for name, each in shares.items()
-            if each["contaminated"]
+            for name, text in shares.items()
+            if text["contaminated"]
         ]
         record["contamination"] = shares
         if notes:

@@ -54,9 +54,9 @@ class DenseAnswers:
         """As named tensors, to be stored."""
         return {
             "answers.prompts": _flat(self.prompts),
-            "answers.prompt_lengths": torch.tensor([len(each) for each in self.prompts]),
+            "answers.prompt_lengths": torch.tensor([len(prompt) for prompt in self.prompts]),
             "answers.tokens": _flat(self.answers),
-            "answers.lengths": torch.tensor([len(each) for each in self.answers]),
+            "answers.lengths": torch.tensor([len(answer) for answer in self.answers]),
             "answers.hidden": torch.cat(self.hidden).contiguous().cpu(),
         }
 
@@ -68,15 +68,15 @@ class DenseAnswers:
             StepError: there is none, or it answers other prompts than these.
         """
         try:
-            asked = _cut(stored["answers.prompts"], stored["answers.prompt_lengths"])
+            answered = _cut(stored["answers.prompts"], stored["answers.prompt_lengths"])
             lengths = stored["answers.lengths"]
             answers = _cut(stored["answers.tokens"], lengths)
             hidden = list(stored["answers.hidden"].split(lengths.tolist()))
         except KeyError as error:
             raise StepError(f"the reference holds no answers of the dense model: {error}") from None
-        if asked != prompts:
+        if answered != prompts:
             raise StepError("the reference holds answers to other prompts")
-        return cls(asked, answers, hidden)
+        return cls(answered, answers, hidden)
 
 
 def write_answers(
@@ -115,8 +115,8 @@ def score_answers(
     for start in range(0, len(dense.prompts), BATCH):
         some = slice(start, start + BATCH)
         led = model.answer_logits(dense.prompts[some], dense.answers[some])
-        for own, theirs in zip(led, dense.hidden[some], strict=True):
-            sums.append(_summed_kl(own, theirs, head))
+        for logits, theirs in zip(led, dense.hidden[some], strict=True):
+            sums.append(_summed_kl(logits, theirs, head))
         if progress is not None:
             progress(min(start + BATCH, len(dense.prompts)), len(dense.prompts), "own answers")
     written = _generate(model, dense.prompts, new_tokens, stop_tokens)
@@ -126,7 +126,7 @@ def score_answers(
         "kl": sum(sums) / sum(lengths),
         "answer_kl": [round(kl / n, 6) for kl, n in zip(sums, lengths, strict=True)],
         **_counts(dense, new_tokens),
-        **_shared([common_prefix(theirs, own) for theirs, own in pairs]),
+        **_shared([common_prefix(theirs, answer) for theirs, answer in pairs]),
         "texts": texts_of(written, tokenizer),
     }
 
@@ -136,14 +136,14 @@ def texts_of(answers: Rows, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in answers[:SHOWN]]
 
 
-def _summed_kl(own: Tensor, theirs: Tensor, head: Head) -> float:
+def _summed_kl(logits: Tensor, theirs: Tensor, head: Head) -> float:
     """KL(dense || cell), summed over the positions of an answer.
 
     `own` are the cell's logits [T, V], `theirs` the dense model's final states [T, H].
     """
     with torch.inference_mode():
-        target = log_probs(head(theirs.to(own.device)))  # [T, V]
-        return float(kl_rows(target, log_probs(own)).sum())
+        target = log_probs(head(theirs.to(logits.device)))  # [T, V]
+        return float(kl_rows(target, log_probs(logits)).sum())
 
 
 def _generate(

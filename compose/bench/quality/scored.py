@@ -147,22 +147,22 @@ class Scored(BranchingModel):
             read[row, start - 1 : start] if not phases.apart else read.new_zeros(0)
             for row, start in enumerate(starts)
         ]
-        rows = [row for row, own in enumerate(steps) if own]
+        rows = [row for row, ids in enumerate(steps) if ids]
         if not rows:
             return states
-        found = skipping.decode(
+        decoded = skipping.decode(
             [steps[row] for row in rows], cache, rows, [starts[row] for row in rows], phases.answer
         )
         self._count({"answer": skipping.usage.since(after)})
-        for row, own in zip(rows, found.split([len(steps[row]) for row in rows]), strict=True):
+        for row, rest in zip(rows, decoded.split([len(steps[row]) for row in rows]), strict=True):
             first = states[row]
-            states[row] = torch.cat((first, own.to(first.dtype))) if len(first) else own
+            states[row] = torch.cat((first, rest.to(first.dtype))) if len(first) else rest
         return states
 
     def answer_logits(self, prompts: Rows, answers: Rows) -> list[Tensor]:
         """Of each answer, the logits [T, V] that predict its T tokens, as the cell decodes."""
         states = self.answer_states(prompts, answers)
-        return [self.decoder.skipping.head(own) for own in states]
+        return [self.decoder.skipping.head(hidden) for hidden in states]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., H] -> logits [..., V]."""

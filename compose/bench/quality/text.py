@@ -166,7 +166,7 @@ def _score_row(
 
 def _summary(rows: Sequence[_Row]) -> BlockScores:
     """Means, median and percentile over all blocks."""
-    nll, kl, same, _ = (torch.cat(each) for each in zip(*rows, strict=True))
+    nll, kl, same, _ = (torch.cat(column) for column in zip(*rows, strict=True))
     perplexity, block_nll = _exp(float(nll.mean())), tuple(float(row.nll.mean()) for row in rows)
     if not len(kl):
         return BlockScores(perplexity, len(nll), block_nll)
@@ -193,15 +193,15 @@ def score_reference(
 
     It holds `hidden` [N, S, H] in the model's type, and `blocks`.
     """
-    kept: list[Tensor] = []
+    states: list[Tensor] = []
     scores = score_blocks(
         model,
         blocks,
         batch_size=batch_size,
         progress=progress,
-        keep=lambda hidden: kept.append(hidden.cpu().clone()),
+        keep=lambda hidden: states.append(hidden.cpu().clone()),
     )
-    return scores, {"hidden": torch.cat(kept).contiguous(), "blocks": blocks.cpu()}
+    return scores, {"hidden": torch.cat(states).contiguous(), "blocks": blocks.cpu()}
 
 
 def store(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -37,17 +37,17 @@ class SpeedTurns:
         mode: Mode,
         settings: Mapping[str, Any],
         saving: Callable[[Usage], Saving],
-        wanted: Mapping[str, Any],
+        speed: Mapping[str, Any],
         threads: int | None,
         asset_cache: Path,
     ) -> None:
         """`settings` are arguments of `Decoder.generate`; `saving` counts what `Usage` saved;
         `wanted` is the benchmark's speed section."""
         self.decoder, self.mode, self.settings = decoder, mode, dict(settings)
-        self.saving, self.wanted = saving, wanted
+        self.saving, self.wanted = saving, speed
         self.threads = threads
-        self.texts = TurnTexts(decoder.tokenizer, wanted, asset_cache)
-        sampling = wanted.get("sampling")
+        self.texts = TurnTexts(decoder.tokenizer, speed, asset_cache)
+        sampling = speed.get("sampling")
         self.sampler = Sampler(**sampling) if sampling else GREEDY
         self._seed = 0  # of the next prompts' samples: each time others
         self._timed = False
@@ -104,9 +104,9 @@ class SpeedTurns:
             turn["spent"] = {part: spent[part] - before.get(part, 0.0) for part in spent}
         if self.mode == "skip":
             turn["compute"] = {"saved_net_while_timed": self.saving(usage).net} | {
-                f"{phase}_saved_while_timed": self.saving(own).net
-                for phase, own in used.items()
-                if own.seen
+                f"{phase}_saved_while_timed": self.saving(phase_usage).net
+                for phase, phase_usage in used.items()
+                if phase_usage.seen
             }
         if self.mode == "speculate":
             turn["speculation"] = speculation_counts(stats)

@@ -137,9 +137,9 @@ def measure(
                 done += 1
                 if progress is not None:
                     progress(done, total, workload)
-            first = [each.tokens for each in runs[names[0]]]
-            for name, own in runs.items():
-                measurements[name, workload].add(own, first == [each.tokens for each in own])
+            first = [run.tokens for run in runs[names[0]]]
+            for name, series in runs.items():
+                measurements[name, workload].add(series, first == [run.tokens for run in series])
     return list(measurements.values())
 
 

@@ -86,8 +86,8 @@ def tune(
         "decode": decode_of(best),
         "speedup": speedup(second, best),
         "speedup_ci95": None if interval is None else interval.ci95,
-        "first": [each.to_json() for each in first],
-        "second": [each.to_json() for each in second],
+        "first": [entry.to_json() for entry in first],
+        "second": [entry.to_json() for entry in second],
         "written": write,
     }
 
@@ -163,11 +163,14 @@ def speedup_interval(measurements: Sequence[Measurement], name: str) -> Estimate
 
 def _log_ratios(measurements: Sequence[Measurement], name: str) -> list[float]:
     """Repeat by repeat the log of the ratio to plain decoding, mean over the workloads."""
-    plain = {each.workload: each.decode for each in measurements if each.system == PLAIN}
+    plain = {entry.workload: entry.decode for entry in measurements if entry.system == PLAIN}
     ratios = [
-        [math.log(own / base) for own, base in zip(each.decode, plain[each.workload], strict=True)]
-        for each in measurements
-        if each.system == name
+        [
+            math.log(rate / base)
+            for rate, base in zip(entry.decode, plain[entry.workload], strict=True)
+        ]
+        for entry in measurements
+        if entry.system == name
     ]
     return [statistics.mean(repeat) for repeat in zip(*ratios, strict=True)]
 

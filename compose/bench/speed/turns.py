@@ -50,8 +50,8 @@ def add_turns(turns: Sequence[Turn]) -> dict[str, Any]:
 def mean_compute(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each share of compute over the records that have it."""
     return {
-        name: statistics.mean(each[name] for each in records if name in each)
-        for name in dict.fromkeys(name for each in records for name in each)
+        name: statistics.mean(record[name] for record in records if name in record)
+        for name in dict.fromkeys(name for record in records for name in record)
     }
 
 
@@ -77,8 +77,8 @@ def add_speculation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def add_counts(counts: Iterable[Mapping[Any, float]]) -> dict[str, float]:
     """Counts by name, added up. Names become text, as in JSON."""
     total: dict[str, float] = {}
-    for each in counts:
-        for name, count in each.items():
+    for record in counts:
+        for name, count in record.items():
             total[str(name)] = total.get(str(name), 0) + count
     return total
 

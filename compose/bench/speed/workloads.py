@@ -39,7 +39,7 @@ class TurnText(NamedTuple):
 def rows_of(
     tokenizer: PreTrainedTokenizerBase,
     which: TurnText,
-    wanted: Mapping[str, Any],
+    speed: Mapping[str, Any],
     cache: Path | None,
 ) -> list[Rows]:
     """The batches of a turn: rows of running text, or the prompts of a category, one at a time.
@@ -48,8 +48,8 @@ def rows_of(
     Raises AssetError where the texts cannot be had.
     """
     if which.category:
-        texts = _texts_by_category(wanted["prompts"], cache)[which.category]
-        count = min(wanted["prompts_per_category"] or len(texts), len(texts))
+        texts = _texts_by_category(speed["prompts"], cache)[which.category]
+        count = min(speed["prompts_per_category"] or len(texts), len(texts))
         return [[prompt_ids(tokenizer, text)] for text in _next(texts, which.round, count)]
     return [running_text(tokenizer, which.batch, which.context, cache, which.round)]
 
@@ -58,14 +58,14 @@ class TurnTexts(dict[TurnText, list[Rows]]):
     """The batches of turns, each made on first use: see `rows_of`."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, wanted: Mapping[str, Any], cache: Path | None
+        self, tokenizer: PreTrainedTokenizerBase, speed: Mapping[str, Any], cache: Path | None
     ) -> None:
         super().__init__()
-        self._given = tokenizer, wanted, cache
+        self._given = tokenizer, speed, cache
 
     def __missing__(self, which: TurnText) -> list[Rows]:
-        tokenizer, wanted, cache = self._given
-        self[which] = rows_of(tokenizer, which, wanted, cache)
+        tokenizer, speed, cache = self._given
+        self[which] = rows_of(tokenizer, which, speed, cache)
         return self[which]
 
 
@@ -115,7 +115,7 @@ def _texts_by_category(source: str, cache: Path | None) -> dict[str, list[str]]:
     data = load_texts(source, None, cache)
     texts = data.prompts or data.rows
     names = data.categories or [UNNAMED] * len(texts)
-    found: dict[str, list[str]] = {}
+    by_category: dict[str, list[str]] = {}
     for name, text in zip(names, texts, strict=True):
-        found.setdefault(name, []).append(text)
-    return found
+        by_category.setdefault(name, []).append(text)
+    return by_category

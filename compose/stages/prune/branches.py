@@ -99,25 +99,25 @@ class PruneBranches(Pruning):
         if not gone:
             raise self._nothing(shares, spared)
         count = len(backbone(model).layers)
-        kept = [i for i in range(count) if not {2 * i, 2 * i + 1} <= gone]
-        if not kept:
+        layers = [i for i in range(count) if not {2 * i, 2 * i + 1} <= gone]
+        if not layers:
             raise RuleBroken("layers-fit", f"the gates skip all {count} layers; one must stay")
-        zeroed = [(new, old % 2) for new, old in _places(kept, gone)]
-        keep_layers(model, kept)
+        zeroed = [(new, old % 2) for new, old in _places(layers, gone)]
+        keep_layers(model, layers)
         branches = find_branches(model)
         never_read = sum(
             parameter.numel()
             for layer, part in zeroed
             for parameter in branches[2 * layer + part].module.parameters()
         )
-        keep_gates(job, model, kept, frozenset(2 * layer + part for layer, part in zeroed))
+        keep_gates(job, model, layers, frozenset(2 * layer + part for layer, part in zeroed))
         loss = {"before": before, "after": text_loss(model, blocks)}
         removed = whole_size - model.num_parameters()
         save_pruned(model, job)
         return {
             "entered": {_name(i): round(share, 4) for i, share in enumerate(shares)},
-            "dropped": [layer for layer in range(count) if layer not in kept],
-            "zeroed": [_name(old) for _, old in _places(kept, gone)],
+            "dropped": [layer for layer in range(count) if layer not in layers],
+            "zeroed": [_name(old) for _, old in _places(layers, gone)],
             "spared": {"+".join(map(_name, unit)): rise for unit, rise in spared.items()},
             "parameters": {
                 "removed": round(removed / whole_size, 4),
@@ -166,13 +166,13 @@ class PruneBranches(Pruning):
     def _nothing(self, shares: list[float], spared: dict[Unit, float]) -> UserError:
         what = "branch" if self.single == "zero" else "layer with both branches"
         if spared:
-            unit = min(spared, key=lambda each: spared[each])
+            unit = min(spared, key=spared.__getitem__)
             return UserError(
                 f"removing any {what} that tokens skip at budget {self.budget} raises the loss: "
                 f"{' and '.join(map(_name, unit))} raises it least, by {spared[unit]:.3g} nats",
                 fix=f"set rise: {_above(spared[unit])}, or use skip, which asks for each token",
             )
-        unit = min(self._all_units(shares), key=lambda each: _most(shares, each))
+        unit = min(self._all_units(shares), key=lambda candidate: _most(shares, candidate))
         nearest = _most(shares, unit)
         return UserError(
             f"no {what} is entered by at most {self.share:.3g} of the tokens at budget "
@@ -207,9 +207,9 @@ def entered_shares(job: StageJob, model: Any, blocks: Tensor, budget: float) -> 
     entered = torch.zeros(gates.branches, device=blocks.device)
 
     def rule(branch: Any, logits: Tensor) -> Tensor:
-        kept: Tensor = (logits >= thresholds[branch.index]).to(logits.dtype)
-        entered[branch.index] += kept[:, ANCHORS:].mean()
-        return kept
+        entered_tokens: Tensor = (logits >= thresholds[branch.index]).to(logits.dtype)
+        entered[branch.index] += entered_tokens[:, ANCHORS:].mean()
+        return entered_tokens
 
     with torch.inference_mode():
         for done, block in enumerate(blocks.split(1)):
@@ -236,9 +236,9 @@ def _set(parameters: list[Tensor], values: list[Any]) -> None:
             parameter.copy_(torch.as_tensor(value, device=parameter.device))
 
 
-def _places(kept: list[int], gone: set[int]) -> list[tuple[int, int]]:
+def _places(layers: list[int], gone: set[int]) -> list[tuple[int, int]]:
     """(new number of its layer, old number) of each branch that goes from a layer that stays."""
-    return [(kept.index(index // 2), index) for index in sorted(gone) if index // 2 in kept]
+    return [(layers.index(index // 2), index) for index in sorted(gone) if index // 2 in layers]
 
 
 def _name(branch: int) -> str:

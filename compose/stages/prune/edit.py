@@ -53,17 +53,17 @@ class Pruning(Stage):
         return 4.0 * shape.vocab_size * (shape.hidden_size + LOGITS * LOSS_TOKENS)
 
 
-def require_layout(stage: Stage, shape: ModelShape, known: tuple[str, ...]) -> None:
+def require_layout(stage: Stage, shape: ModelShape, families: tuple[str, ...]) -> None:
     """Refuse a family whose weights the stage does not know by name.
 
     Raises:
         RuleBroken: `layout-known`, naming the family and those that are known.
     """
-    if shape.model_type not in known:
+    if shape.model_type not in families:
         raise RuleBroken(
             "layout-known",
             f"{stage.use} cannot cut a {shape.model_type} model: {RULES['layout-known']}",
-            fix=f"use drop-layers, or take one of {', '.join(known)}",
+            fix=f"use drop-layers, or take one of {', '.join(families)}",
         )
 
 
@@ -164,23 +164,23 @@ def run_hooked(
             hook.remove()
 
 
-def keep_layers(model: Any, kept: list[int]) -> None:
+def keep_layers(model: Any, layers: list[int]) -> None:
     """Leave only these decoder layers, renumbered, and say so in the config."""
     from torch import nn
 
     from gateskip.model.families import backbone
 
     config, body = model.config, backbone(model)
-    body.layers = nn.ModuleList(body.layers[i] for i in kept)
+    body.layers = nn.ModuleList(body.layers[i] for i in layers)
     for number, layer in enumerate(body.layers):
         parts: Iterator[Any] = layer.modules()
         for part in parts:
             if hasattr(part, "layer_idx"):
                 part.layer_idx = number  # the cache files its entries under this number
-    config.num_hidden_layers = len(kept)
+    config.num_hidden_layers = len(layers)
     for name in PER_LAYER:
         if getattr(config, name, None):
-            setattr(config, name, [getattr(config, name)[i] for i in kept])
+            setattr(config, name, [getattr(config, name)[i] for i in layers])
 
 
 def narrowed(weight: Tensor, old: Tensor, job: StageJob) -> Tensor:

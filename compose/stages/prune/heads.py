@@ -112,9 +112,9 @@ class PruneHeads(Pruning):
         other, and what all pruning works on."""
         width, left = shape.num_heads * shape.head_dim, self.reshape(shape)
         heads = 2 * (left.num_heads + left.num_kv_heads)  # queries and outputs, keys and values
-        kept = AS_STORED * heads * shape.head_dim * shape.hidden_size
+        stored = AS_STORED * heads * shape.head_dim * shape.hidden_size
         fit = 4.0 * width**2 if self.refit else 0.0
-        return shape.num_layers * (kept + fit) + super().worked_on(shape, length)
+        return shape.num_layers * (stored + fit) + super().worked_on(shape, length)
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Fewer heads, and fewer KV heads where whole groups go."""
@@ -143,7 +143,7 @@ class PruneHeads(Pruning):
             job,
             grams,
             group=shape.head_dim,
-            writers=[[_queries(each, shape)] for each in attentions],
+            writers=[[_queries(attention, shape)] for attention in attentions],
         )
         gone, lost = [], []
         for number, (attention, squares) in enumerate(zip(attentions, scores, strict=True)):
@@ -164,7 +164,7 @@ class PruneHeads(Pruning):
             "kv_heads": model.config.num_key_value_heads,
             "dropped": gone,
             "importance": self.importance,
-            "scores": [[round(value, 6) for value in each.sqrt().tolist()] for each in scores],
+            "scores": [[round(value, 6) for value in layer.sqrt().tolist()] for layer in scores],
             "importance_lost": lost,
             "loss": loss,
         }
@@ -176,10 +176,10 @@ class PruneHeads(Pruning):
         """
         import torch
 
-        groups, each = squares.shape
-        heads = torch.arange(squares.numel(), device=squares.device).view(groups, each)
+        groups, per_group = squares.shape
+        heads = torch.arange(squares.numel(), device=squares.device).view(groups, per_group)
         if self.take == "groups":
-            stay = squares.sum(1).argsort()[self.count // each :].sort().values
+            stay = squares.sum(1).argsort()[self.count // per_group :].sort().values
             return heads[stay]
         stay = squares.argsort(dim=1)[:, self.count // groups :].sort(dim=1).values
         return heads.gather(1, stay)
@@ -201,9 +201,9 @@ def cut_heads(attention: Any, heads: Tensor, shape: ModelShape) -> Tensor:
     """
     import torch
 
-    each = shape.num_heads // shape.num_kv_heads
+    per_group = shape.num_heads // shape.num_kv_heads
     queries = _channels(heads.flatten(), shape.head_dim)
-    groups = _channels(heads[:, 0] // each, shape.head_dim)
+    groups = _channels(heads[:, 0] // per_group, shape.head_dim)
     if hasattr(attention, "qkv_proj"):  # Phi3: queries, keys, values, one below the other
         keys = shape.num_heads * shape.head_dim
         values = keys + shape.num_kv_heads * shape.head_dim

@@ -118,7 +118,7 @@ def importance_scores(
     """
     if importance == "magnitude":
         written_by: list[list[Tensor]] = writers or [[] for _ in readers]
-        return [magnitude_scores(*each, group) for each in zip(readers, written_by, strict=True)]
+        return [magnitude_scores(*pair, group) for pair in zip(readers, written_by, strict=True)]
     if importance == "taylor":
         return taylor_scores(model, readers, blocks, job, group)
     if grams is not None:

@@ -104,11 +104,11 @@ class DropLayers(Pruning):
         self._require_layers(count)  # prune-branches may have left fewer than were planned with
         before = text_loss(model, blocks)
         gone, scores = self._choose(model, blocks, job)
-        kept = [layer for layer in range(count) if layer not in gone]
+        layers = [layer for layer in range(count) if layer not in gone]
         closed = close_gaps(model, gone, every, job) if self.refit else 0
-        keep_layers(model, kept)
+        keep_layers(model, layers)
         loss = {"before": before, "after": text_loss(model, blocks)}
-        keep_gates(job, model, kept)
+        keep_gates(job, model, layers)
         save_pruned(model, job)
         return {"dropped": sorted(gone), **scores, "gaps_closed": closed, "loss": loss}
 
@@ -120,7 +120,7 @@ class DropLayers(Pruning):
             return set(self.layers), {}
         if self.metric == "perplexity-greedy":
             rounds = greedy_drops(model, blocks, self.dropped, job)
-            return {each["layer"] for each in rounds}, {"rounds": rounds}
+            return {entry["layer"] for entry in rounds}, {"rounds": rounds}
         scores = block_influence(model, blocks, job)
         order = sorted(range(len(scores)), key=lambda layer: scores[layer])
         return set(order[: self.dropped]), {"block_influence": scores}
@@ -164,7 +164,7 @@ def greedy_drops(model: Any, blocks: Tensor, count: int, job: StageJob) -> list[
     total = sum(len(layers) - done for done in range(count))
     tried = 0
     for _ in range(count):
-        gone = [each["layer"] for each in rounds]
+        gone = [entry["layer"] for entry in rounds]
         losses: dict[int, float] = {}
         for number in sorted(set(range(len(layers))) - set(gone)):
             with bypassed([layers[i] for i in (*gone, number)]):

@@ -98,7 +98,7 @@ def grams_by_layer(
         yield gram.div_(blocks.numel())
 
 
-def refitted(weight: Tensor, kept: Tensor, gram: Tensor, tokens: int) -> Tensor:
+def refitted(weight: Tensor, columns: Tensor, gram: Tensor, tokens: int) -> Tensor:
     """Weights [out, kept] whose outputs come nearest to those of `weight` [out, in].
 
     They read the inputs `kept` alone, indices [kept]. `gram` [in, in] holds the mean products of
@@ -109,13 +109,15 @@ def refitted(weight: Tensor, kept: Tensor, gram: Tensor, tokens: int) -> Tensor:
     from gateskip.calibration.fit_shortcuts import ridge_solution
 
     stays = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
-    stays[kept] = True
+    stays[columns] = True
     gone = (~stays).nonzero().squeeze(1)
     if len(gone) == 0:
-        return weight[:, kept]
+        return weight[:, columns]
     weight, ridge = weight.float(), ridge_for(len(gram), tokens)
-    predictors = ridge_solution(gram[kept][:, kept], gram[kept][:, gone], ridge)  # [kept, gone]
-    return weight[:, kept] + weight[:, gone] @ predictors.T
+    predictors = ridge_solution(
+        gram[columns][:, columns], gram[columns][:, gone], ridge
+    )  # [k, gone]
+    return weight[:, columns] + weight[:, gone] @ predictors.T
 
 
 def ridge_for(inputs: int, tokens: int) -> float:

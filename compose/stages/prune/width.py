@@ -59,8 +59,8 @@ class PruneWidth(Pruning):
         >>> PruneWidth(ratio=0.2).kept_width(1536)
         1216
         """
-        kept = int(width * (1 - self.ratio))
-        return kept - kept % self.round_to
+        size = int(width * (1 - self.ratio))
+        return size - size % self.round_to
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, `layout-known`, and `width-fits`: some neurons stay after rounding."""
@@ -79,9 +79,9 @@ class PruneWidth(Pruning):
     def worked_on(self, shape: ModelShape, length: int) -> float:
         """What is kept of the MLPs, and products of one's neurons with each other or what all
         pruning works on; beside them the states of the text, which the job alone knows."""
-        kept = AS_STORED * 3 * self.kept_width(shape.intermediate_size) * shape.hidden_size
+        stored = AS_STORED * 3 * self.kept_width(shape.intermediate_size) * shape.hidden_size
         fit = FIT * 4.0 * shape.intermediate_size**2 if self.refit else 0.0
-        return shape.num_layers * kept + max(fit, super().worked_on(shape, length))
+        return shape.num_layers * stored + max(fit, super().worked_on(shape, length))
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Narrower MLPs."""
@@ -97,8 +97,8 @@ class PruneWidth(Pruning):
         mlps: list[Any] = [layer.mlp for layer in backbone(model).layers]
         ranked = self._ranked(model, mlps, blocks, job)
         lost = [
-            _cut(mlp, width, *found, blocks.numel(), job)
-            for mlp, found in zip(mlps, ranked, strict=True)
+            _cut(mlp, width, *ranking, blocks.numel(), job)
+            for mlp, ranking in zip(mlps, ranked, strict=True)
         ]
         model.config.intermediate_size = width
         loss = {"before": before, "after": text_loss(model, blocks)}
@@ -139,11 +139,11 @@ def _cut(
     where these are known; returns the share of the importance that went."""
     scores = squares.sqrt()
     order = scores.argsort()
-    gone, kept = order[: len(scores) - width], order[len(scores) - width :].sort().values
+    gone, neurons = order[: len(scores) - width], order[len(scores) - width :].sort().values
     weight = mlp.down_proj.weight.detach()
     cut_neurons(mlp, sorted(gone.tolist()))
     if gram is not None:
-        fitted = refitted(weight, kept, gram, tokens)
+        fitted = refitted(weight, neurons, gram, tokens)
         mlp.down_proj.weight.data = narrowed(fitted, weight, job)
     return round(float(scores[gone].sum() / scores.sum()), 4)
 

@@ -132,8 +132,8 @@ class AutoRound(Stage):
             low_cpu_mem_usage=False,
             seed=job.seed,
         )
-        made, _ = rounding.quantize()
-        layers = {name: layer for name, layer in made.named_modules() if hasattr(layer, "scale")}
+        result, _ = rounding.quantize()
+        layers = {name: layer for name, layer in result.named_modules() if hasattr(layer, "scale")}
         return {name: grid_of(layer, self.bits) for name, layer in layers.items()}
 
 

@@ -62,7 +62,7 @@ class Bnb(Stage):
         if shape is None:
             return
         for name, width in shape.linear_in_features().items():
-            skipped = any(each.endswith(name) for each in self.skip)
+            skipped = any(end.endswith(name) for end in self.skip)
             if self.format != "int8" and width % BLOCK_INPUTS and not skipped:
                 raise RuleBroken(
                     "whole-tiles",
@@ -115,10 +115,10 @@ class Bnb(Stage):
         from transformers import BitsAndBytesConfig
 
         linears, head = linear_names(job)
-        kept = matching(self.skip, linears)
+        skipped = matching(self.skip, linears)
         settings: dict[str, Any] = {}
         if self.skip or self.lm_head:  # else transformers leaves out the head by itself
-            settings["llm_int8_skip_modules"] = kept + ([] if self.lm_head else head)
+            settings["llm_int8_skip_modules"] = skipped + ([] if self.lm_head else head)
         if self.format == "int8":
             outliers = {} if self.threshold is None else {"llm_int8_threshold": self.threshold}
             return BitsAndBytesConfig(load_in_8bit=True, **outliers, **settings)

@@ -143,9 +143,9 @@ def _foem(beta: float | None) -> Any:
     try:
         from gptqmodel.quantization import FOEMConfig
     except ImportError:
-        found = metadata.version("gptqmodel")
+        version = metadata.version("gptqmodel")
         raise UserError(
-            f"foem: gptqmodel {found} has no FOEM",
+            f"foem: gptqmodel {version} has no FOEM",
             fix="pip install --upgrade 'gptqmodel>=7,<8', or leave foem out",
         ) from None
     return FOEMConfig(alpha=0, beta=beta)  # alpha above 0 is GPTAQ beside it
@@ -173,9 +173,9 @@ def _refuse_forgotten(stage: GptqSettings, job: StageJob) -> None:
     from gateskip.quantization.folders import packed_layers
 
     linears, head = linear_names(job)
-    wanted = {name for name in linears if name not in head or stage.lm_head}
-    wanted -= set(matching(stage.skip, linears))
-    forgotten = sorted(wanted - set(packed_layers(job.target.glob("*.safetensors"))))
+    expected = {name for name in linears if name not in head or stage.lm_head}
+    expected -= set(matching(stage.skip, linears))
+    forgotten = sorted(expected - set(packed_layers(job.target.glob("*.safetensors"))))
     if forgotten:
         raise UserError(
             f"gptqmodel does not pack {len(forgotten)} layers of this architecture, such as"
@@ -189,9 +189,9 @@ def _tidy(job: StageJob) -> None:
     from compose.artifacts.folder import require_model
     from compose.store import write_json
 
-    made = require_model(job.target)["quantization_config"]
+    quantization = require_model(job.target)["quantization_config"]
     config = {**require_model(job.source), "dtype": job.dtype}
-    stated = {name: made[name] for name in STATED if name in made}
+    stated = {name: quantization[name] for name in STATED if name in quantization}
     for differing in ("dynamic", "lm_head"):  # where nothing does, transformers loads it by itself
         if not stated.get(differing):
             stated.pop(differing, None)

@@ -217,8 +217,8 @@ class Gptq(Stage):
             return None
         linears, _ = linear_names(job)
         inside = [name.partition(".0.")[2] for name in linears if ".0." in name]
-        kept = matching(self.skip, inside)
-        return [[name] for name in inside if name not in kept]
+        skipped = matching(self.skip, inside)
+        return [[name] for name in inside if name not in skipped]
 
 
 def as_autogptq(model: Any) -> None:
@@ -230,9 +230,9 @@ def as_autogptq(model: Any) -> None:
     """
     from gptqmodel.utils.model import hf_convert_gptq_v2_to_v1_format
 
-    made, config = model.hf_quantizer.optimum_quantizer, model.config.quantization_config
+    gptq, config = model.hf_quantizer.optimum_quantizer, model.config.quantization_config
     _, converted = hf_convert_gptq_v2_to_v1_format(
-        model, made.sym, made.bits, made.quant_linear, made.format, made.meta
+        model, gptq.sym, gptq.bits, gptq.quant_linear, gptq.format, gptq.meta
     )
     if converted:
         config.format = "gptq"

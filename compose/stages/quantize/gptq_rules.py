@@ -39,10 +39,10 @@ def refuse_cut_groups(group: int, widths: Mapping[str, int]) -> None:
             )
 
 
-def _fitting_group(wanted: int, widths: Mapping[str, int]) -> str:
+def _fitting_group(requested: int, widths: Mapping[str, int]) -> str:
     """The setting nearest to groups of `wanted` that divide all `widths`, else whole rows."""
     common = math.gcd(*widths.values())
     fitting = [size for size in GROUP_SIZES if common % size == 0]
     if not fitting:
         return f"set group_size: {WHOLE_ROW} and sym: true"
-    return f"set group_size: {min(fitting, key=lambda size: abs(size - wanted))}"
+    return f"set group_size: {min(fitting, key=lambda size: abs(size - requested))}"

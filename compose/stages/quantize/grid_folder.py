@@ -49,7 +49,7 @@ def _replaced(job: StageJob, grids: Mapping[str, Stored]) -> Iterator[tuple[str,
             yield name, tensor.to(getattr(torch, job.dtype)) if floats else tensor
         else:
             module = name.removesuffix("weight")
-            yield from ((module + key, each) for key, each in grid.items())
+            yield from ((module + key, part) for key, part in grid.items())
 
 
 HEADER = 400  # bytes that a file's header and the config say of a packed layer, at most

@@ -197,7 +197,7 @@ class Integers(Stage):
         record: dict[str, Any] = {"bits": self.bits, "blocks": len(blocks)}
         if self.allocate is not None:
             record["allocation"], how = self._allocated(job, model, blocks, how)
-            record["layer_bits"] = {name: each.bits for name, each in how.items()}
+            record["layer_bits"] = {name: rounding.bits for name, rounding in how.items()}
             measured = blocks[: self.allocate.blocks]
         dense = distribution(model, measured) if len(measured) else None
         errors = {}
@@ -230,11 +230,11 @@ class Integers(Stage):
         inside = [name for name in linears if name not in head]
         bits: dict[str, Bits] = dict.fromkeys(inside, self.bits)
         bits |= dict.fromkeys(value_projections(inside), self.value_bits())
-        for end, own in self.mixed.items():
-            bits |= dict.fromkeys(matching([end], inside, "mixed"), own)
+        for end, n_bits in self.mixed.items():
+            bits |= dict.fromkeys(matching([end], inside, "mixed"), n_bits)
         for name in matching(self.skip, inside):
             del bits[name]
-        return {name: self._rounding(own) for name, own in bits.items()}
+        return {name: self._rounding(n_bits) for name, n_bits in bits.items()}
 
     def _rounding(self, bits: Bits) -> Rounding:
         from gateskip.quantization.compensate import Rounding
@@ -256,7 +256,8 @@ class Integers(Stage):
         costs = self._costs(job, model, blocks, free)
         layers = dict(model.named_modules())
         sizes = {
-            name: {each.bits: grid_bytes(layers[name], each) for each in options} for name in costs
+            name: {option.bits: grid_bytes(layers[name], option) for option in options}
+            for name in costs
         }
         limit = self._limit(job, layers, how, fixed)
         try:
@@ -267,15 +268,15 @@ class Integers(Stage):
                 fix="raise size_mb or bits_per_weight, give fewer bits in `among`, or pack the "
                 "embedding in fewer bits",
             ) from error
-        chosen = {name: self._rounding(cast(Bits, own)) for name, own in bits.items()}
+        chosen = {name: self._rounding(cast(Bits, n_bits)) for name, n_bits in bits.items()}
         record = {
             "by": self.allocate.by,
-            "predicted_kl": _short(sum(costs[name][own] for name, own in bits.items())),
+            "predicted_kl": _short(sum(costs[name][n_bits] for name, n_bits in bits.items())),
             "sensitivities": {
-                n: {b: _short(c) for b, c in each.items()} for n, each in costs.items()
+                n: {b: _short(c) for b, c in by_bits.items()} for n, by_bits in costs.items()
             },
         }
-        return record, {name: chosen.get(name, each) for name, each in how.items()}
+        return record, {name: chosen.get(name, rounding) for name, rounding in how.items()}
 
     def _costs(
         self, job: StageJob, model: Any, blocks: Tensor, options: dict[str, list[Rounding]]
@@ -337,17 +338,17 @@ class Integers(Stage):
     def _quantization(self, job: StageJob, how: dict[str, Rounding]) -> dict[str, Any]:
         """What the folder's config says of its grids."""
         linears, head = linear_names(job)
-        own = {
-            name: {"bits": each.bits, "group_size": each.group}
-            for name, each in how.items()
-            if (each.bits, each.group) != (self.bits, self.group_size)
+        layers = {
+            name: {"bits": rounding.bits, "group_size": rounding.group}
+            for name, rounding in how.items()
+            if (rounding.bits, rounding.group) != (self.bits, self.group_size)
         }
         return {
             "quant_method": GRID_METHOD,
             "bits": self.bits,
             "group_size": self.group_size,
             "offset": self.grid_offset(min(self.bits, 4)),
-            "layers": own,
+            "layers": layers,
             "unpacked": [name for name in linears if name not in how and name not in head],
             "embedding": {"bits": self.embedding, "group_size": 32} if self.embedding else None,
         }
@@ -381,15 +382,15 @@ class WithOffset(Integers):
 
     @model_validator(mode="after")
     def _fits_its_format(self) -> Self:
-        given = self.model_fields_set
-        if "values" not in given and (self.offset == "integer" or self.allocate is not None):
+        stated = self.model_fields_set
+        if "values" not in stated and (self.offset == "integer" or self.allocate is not None):
             object.__setattr__(self, "values", None)
         if self.offset == "integer" and (self.mixed or self.values or self.bits == 3):
             raise ValueError(
                 "offset: integer is written as GPTQ, in 4 or 2 bits for all layers: "
                 "leave mixed and values out, or set offset: real"
             )
-        if self.offset == "integer" and "embedding" not in given:
+        if self.offset == "integer" and "embedding" not in stated:
             object.__setattr__(self, "embedding", None)
         if self.offset == "integer" and self.embedding is not None:
             raise ValueError("GPTQ holds no packed embedding: set embedding: null")

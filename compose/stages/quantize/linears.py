@@ -44,12 +44,12 @@ def matching(ends: Iterable[str], names: list[str], key: str = "skip") -> list[s
     Raises:
         UserError: an end fits no name.
     """
-    found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
-    for end, fitting in found.items():
+    matches = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
+    for end, fitting in matches.items():
         if not fitting:
-            known = sorted({name.rpartition(".")[2] for name in names})
-            raise UserError(f"{key}: no linear layer is called {end!r}: {suggest(end, known)}")
-    return [name for fitting in found.values() for name in fitting]
+            last_names = sorted({name.rpartition(".")[2] for name in names})
+            raise UserError(f"{key}: no linear layer is called {end!r}: {suggest(end, last_names)}")
+    return [name for fitting in matches.values() for name in fitting]
 
 
 def value_projections(names: Iterable[str]) -> list[str]:

@@ -125,36 +125,36 @@ class LlamaCpp:
             for row, prompt in enumerate(prompts)
             for position, token in enumerate(prompt)
         ]
-        found: list[int] = []
+        first: list[int] = []
         for start in range(0, len(flat), self.most):
-            found += self._decode(flat[start : start + self.most])
-        return found
+            first += self._decode(flat[start : start + self.most])
+        return first
 
     def _decode(self, step: list[tuple[int, int, int, bool]]) -> list[int]:
         """Run (token, position, sequence, wanted) in one call; the likeliest after each wanted."""
-        wanted = self._fill(step)
+        rows = self._fill(step)
         began = time.perf_counter()
         failed = self.api.llama_decode(self.context, self.batch)
         self.inside += time.perf_counter() - began
         if failed:
             raise RuntimeError(f"llama_decode returned {failed}")
-        best: list[int] = self._logits(wanted).argmax(-1).tolist() if wanted else []
+        best: list[int] = self._logits(rows).argmax(-1).tolist() if rows else []
         return best
 
     def _fill(self, step: list[tuple[int, int, int, bool]]) -> int:
         """Write a step into the batch; the number of rows of logits that it asks for."""
-        batch, wanted = self.batch, 0
+        batch, rows = self.batch, 0
         token, pos, seq, logits = batch.token, batch.pos, batch.seq_id, batch.logits
         count = batch.n_seq_id
-        for index, (each, position, sequence, asked) in enumerate(step):
-            token[index] = each
+        for index, (token_id, position, sequence, needs_logits) in enumerate(step):
+            token[index] = token_id
             pos[index] = position
             count[index] = 1
             seq[index][0] = sequence
-            logits[index] = asked
-            wanted += asked
+            logits[index] = needs_logits
+            rows += needs_logits
         batch.n_tokens = len(step)
-        return wanted
+        return rows
 
     def _logits(self, rows: int) -> Any:
         """llama.cpp's own logits of the last step, [rows, V], in the order of the batch."""
@@ -182,8 +182,8 @@ class LlamaCpp:
                 self._fill([(token, start + at, 0, True) for at, token in enumerate(part)])
                 if self.api.llama_decode(self.context, self.batch):
                     raise RuntimeError("llama_decode failed")
-                given = self._logits(len(part))
-                written[index, start : start + len(part)] = given[:, :vocabulary]
+                logits = self._logits(len(part))
+                written[index, start : start + len(part)] = logits[:, :vocabulary]
         written.flush()
         return {"shape": shape}
 

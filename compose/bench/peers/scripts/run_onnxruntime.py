@@ -119,13 +119,13 @@ class OnnxRuntime:
         }
         empty = (1, decoder["num_key_value_heads"], 0, decoder["head_size"])
         types = {"tensor(float)": numpy.float32, "tensor(float16)": numpy.float16}
-        given = {
-            each.name: numbers[each.name]
-            if each.name in numbers
-            else numpy.zeros(empty, types[each.type])
-            for each in self.session.get_inputs()
+        inputs = {
+            entry.name: numbers[entry.name]
+            if entry.name in numbers
+            else numpy.zeros(empty, types[entry.type])
+            for entry in self.session.get_inputs()
         }
-        return self.session.run(["logits"], given)[0][0].astype(numpy.float32)
+        return self.session.run(["logits"], inputs)[0][0].astype(numpy.float32)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ class OpenVino:
                 "position_ids": numpy.arange(len(block), dtype=numpy.int64)[None],
                 "beam_idx": numpy.zeros(1, numpy.int32),
             }
-            names = {name for each in self.compiled.model_inputs for name in each.names}
+            names = {name for entry in self.compiled.model_inputs for name in entry.names}
             self.compiled.infer({name: numbers[name] for name in numbers if name in names})
             written[index] = self.compiled.get_tensor("logits").data[0][:, :vocabulary]
         written.flush()
