@@ -32,9 +32,9 @@ from compose.results.schema import CellResult, Results
 from compose.run.board import Board
 from compose.run.runner import RunResult
 from compose.run.state import Settings
-from compose.search.found import SHOWN, found_pipeline, front, to_yaml
 from compose.search.halving import Rung, cheap_rungs, halve, kept_after
 from compose.search.lab import Lab
+from compose.search.output import SHOWN, found_pipeline, front, to_yaml
 from compose.search.probes import Probe, number, probe_of
 from compose.search.propose import Proposer
 from compose.search.space import Space, build_space

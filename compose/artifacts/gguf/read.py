@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import GRID_METHOD
-from compose.artifacts.gguf.config import ROPE_FACTORS, config_of
-from compose.artifacts.gguf.file import GgufFile, GgufTensor, open_gguf
-from compose.artifacts.gguf.kept_blocks import (
+from compose.artifacts.gguf.block_grids import (
     Found,
     grid_tensors,
     kept_weights,
     quantization,
     require_grids,
 )
+from compose.artifacts.gguf.config import ROPE_FACTORS, config_of
+from compose.artifacts.gguf.file import GgufFile, GgufTensor, open_gguf
 from compose.artifacts.gguf.names import PAIRED, gguf_name, is_shifted, unpaired
 from compose.artifacts.gguf.tokenizer import require_tokenizer, save_tokenizer
 from compose.artifacts.shards import save_shards

@@ -29,8 +29,8 @@ from compose.planning.prepare import load_plan
 from compose.processes.executors import TimedHere
 from compose.run import runner as runner_module
 from compose.run.state import Settings
-from compose.search.found import front, to_yaml
 from compose.search.halving import cheap_rungs, halve, kept_after
+from compose.search.output import front, to_yaml
 from compose.search.predict import Effects
 from compose.search.probes import Probe
 from compose.search.propose import Proposer
