@@ -21,7 +21,7 @@ from typing import Literal
 from compose.results.parts import SkippingCurve, SkippingFigures, SkippingPoint
 from compose.results.schema import CellResult, Results
 
-KEPT = 0.9
+REFERENCE_SHARE = 0.9
 """Share of the reference that "saved @90 %" asks for."""
 
 PERCENTS = range(0, 65, 5)
@@ -49,7 +49,7 @@ def figures(points: Sequence[SkippingPoint], reference: float | None = None) -> 
     """The figures of at least one point; without a reference, the first point is the reference."""
     ordered = tuple(sorted(points, key=lambda point: point.saved))
     whole = ordered[0].accuracy if reference is None else reference
-    keeps = [point.saved for point in ordered if point.accuracy >= KEPT * whole - 1e-9]
+    keeps = [point.saved for point in ordered if point.accuracy >= REFERENCE_SHARE * whole - 1e-9]
     at = {percent: _interpolated(ordered, percent / 100) for percent in PERCENTS}
     return SkippingFigures(
         points=ordered,

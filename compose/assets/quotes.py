@@ -18,7 +18,7 @@ ROWS = 4000
 PASSAGE = 700  # characters
 SENTENCE = (8, 40)  # words, least and most
 BEGUN = 5  # words of a sentence that are given
-ASKED = 4  # sentences of a passage, at most
+PER_PASSAGE = 4  # sentences of a passage, at most
 
 Form = Callable[[Sequence[str]], str]
 
@@ -38,7 +38,7 @@ def quoted(texts: Iterable[str]) -> list[str]:
             break
         if len(sentences) < 2:
             continue
-        picks = draws.sample(sentences, min(ASKED, len(sentences)))
+        picks = draws.sample(sentences, min(PER_PASSAGE, len(sentences)))
         form = FORMS[len(rows) % len(FORMS)]
         rows.append("\n\n".join((passage, "\n".join(form(sentence.split()) for sentence in picks))))
     return rows
@@ -66,7 +66,7 @@ def _goes_on(words: Sequence[str]) -> str:
     return f'After "{" ".join(words[:BEGUN])}" it says: {" ".join(words[BEGUN:])}'
 
 
-def _found(words: Sequence[str]) -> str:
+def _find(words: Sequence[str]) -> str:
     return f"Find: {' '.join(words[:BEGUN])}\nFound: {' '.join(words)}"
 
 
@@ -76,5 +76,5 @@ def _missing(words: Sequence[str]) -> str:
     return f"{' '.join(around)}: {words[left]}"
 
 
-FORMS: tuple[Form, ...] = (_goes_on, _found, _missing)
+FORMS: tuple[Form, ...] = (_goes_on, _find, _missing)
 """How a sentence [words] is asked for, and given."""

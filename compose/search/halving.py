@@ -94,9 +94,9 @@ def _turn(speed: Speed) -> Speed:
 
 @dataclass(frozen=True)
 class Halved:
-    """What a rung leaves for the next one."""
+    """The outcome of a rung."""
 
-    kept: tuple[Probe, ...]
+    survivors: tuple[Probe, ...]
     """The best first."""
     dropped: dict[Chain, str]
     """Chain -> why it was dropped."""
@@ -117,19 +117,19 @@ def halve(probes: Iterable[Probe], target: Target, keep: int) -> Halved:
         dropped |= {probe.chain: target.why_missed(probe) for probe in nearest[keep:]}
         return Halved(tuple(nearest[:keep]), dropped)
     dropped |= {probe.chain: target.why_missed(probe) for probe in missed}
-    left, sure = [], 0
+    survivors, sure = [], 0
     for probe in ranked:
         if probe.chain in dropped:
             continue
         if sure >= keep:
             dropped[probe.chain] = f"{keep} chains that surely meet the bound are better"
             continue
-        left.append(probe)
+        survivors.append(probe)
         sure += target.standing(probe) == "met"
-    return Halved(tuple(left), dropped)
+    return Halved(tuple(survivors), dropped)
 
 
-def kept_after(count: int, finalists: int, *, is_last: bool) -> int:
+def survivor_count(count: int, finalists: int, *, is_last: bool) -> int:
     """How many chains that surely meet the bound go on from a rung of `count`: one in `FACTOR`,
     at least the finalists; from the last cheap rung these alone."""
     return finalists if is_last else max(finalists, math.ceil(count / FACTOR))

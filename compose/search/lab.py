@@ -70,7 +70,7 @@ class Lab:
         board: Board,
     ) -> None:
         self.space, self.settings, self.board = space, settings, board
-        self._shape, self._known, self._executor = shape, hashes, Shared(executor)
+        self._shape, self._hashes, self._executor = shape, hashes, Shared(executor)
         self.folder = settings.out.absolute() / f"{space.pipeline.name}-search"
         self.store = Store.beside(settings.out.absolute())
         self.probes = ProbeStore(self.store)
@@ -116,7 +116,7 @@ class Lab:
     def _plan(self, chains: Sequence[Chain], rung: Rung) -> Plan:
         update = {"benchmark": rung.benchmark, "more_seeds": ()}
         pipeline = self.space.pipeline.model_copy(update=update)
-        return plan_chains(pipeline, chains, self._shape, self._known)
+        return plan_chains(pipeline, chains, self._shape, self._hashes)
 
     def _keys(self, plan: Plan) -> dict[Chain, str]:
         """Chain -> the key of its probe."""
@@ -135,7 +135,7 @@ class Lab:
     def plan_finalists(self, chains: Sequence[Chain], name: str) -> Plan:
         """The plan of the last rung: chains under the file's own benchmark."""
         pipeline = self.space.pipeline.model_copy(update={"name": name})
-        return plan_chains(pipeline, chains, self._shape, self._known)
+        return plan_chains(pipeline, chains, self._shape, self._hashes)
 
 
 def _probed(plan: Plan) -> list[Cell]:

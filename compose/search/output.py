@@ -48,7 +48,7 @@ def _is_surpassed(name: str, ranks: Mapping[str, tuple[float, ...]]) -> bool:
     )
 
 
-def found_pipeline(pipeline: Pipeline, name: str, chains: Sequence[Chain]) -> Pipeline:
+def pipeline_of_chains(pipeline: Pipeline, name: str, chains: Sequence[Chain]) -> Pipeline:
     """A pipeline of these chains alone, in this order, with the stages that they need."""
     baseline = pipeline.benchmark.baseline
     named = {label: chain for label, chain in pipeline.pipelines.items() if label == baseline}

@@ -24,7 +24,7 @@ from compose.results.schema import CellResult, Results
 from compose.store import Store, read_json, write_json
 from compose.units import metric_text
 
-KEPT = (
+PROBED = (
     *("decode", "prefill", "decode-ratio", "prefill-ratio", "size"),
     *("kl", "perplexity", "perplexity-ratio", "retained"),
 )
@@ -93,8 +93,8 @@ def probe_of(results: Results, cell: CellResult) -> Probe:
     """The probe of a cell of a rung's results."""
     if cell.status != "ok":
         return Probe(cell.chain, failure=cell.reason or cell.status)
-    numbers = {name: number(results, name, cell) for name in KEPT}
-    ends = {name: interval(results, name, cell) for name in KEPT}
+    numbers = {name: number(results, name, cell) for name in PROBED}
+    ends = {name: interval(results, name, cell) for name in PROBED}
     return Probe(
         chain=cell.chain,
         numbers={name: value for name, value in numbers.items() if _finite(value)},

@@ -32,9 +32,9 @@ from compose.results.schema import CellResult, Results
 from compose.run.board import Board
 from compose.run.runner import RunResult
 from compose.run.state import Settings
-from compose.search.halving import Rung, cheap_rungs, halve, kept_after
+from compose.search.halving import Rung, cheap_rungs, halve, survivor_count
 from compose.search.lab import Lab
-from compose.search.output import SHOWN, found_pipeline, front, to_yaml
+from compose.search.output import SHOWN, front, pipeline_of_chains, to_yaml
 from compose.search.probes import Probe, number, probe_of
 from compose.search.propose import Proposer
 from compose.search.space import Space, build_space
@@ -48,7 +48,7 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """How a search ended."""
 
     target: Target
@@ -102,7 +102,7 @@ def search(
     *,
     budget_s: float | None = None,
     clock: Clock = time.monotonic,
-) -> Found:
+) -> SearchResult:
     """Search the space of a pipeline file; it ends in a pipeline file with what was found.
 
     After `budget_s` seconds no further batch is proposed; what was measured is then brought to its
@@ -137,16 +137,16 @@ class _Search:
         self.pipeline = load_pipeline(file)
         _require_measures(self.pipeline, target)
         require_inputs(self.pipeline)
-        self.asked = self.pipeline.search or Search()
+        self.search = self.pipeline.search or Search()
         shape = model_shape(self.pipeline, settings.asset_cache)
         refuse_longer(self.pipeline, shape)
         hashes = input_hashes(self.pipeline, settings.asset_cache)
         self.space = build_space(self.pipeline, shape, hashes)
         self.lab = Lab(self.space, shape, hashes, settings, executor, board)
-        self.rungs = cheap_rungs(self.pipeline.benchmark, self.asked.tokens, target)
+        self.rungs = cheap_rungs(self.pipeline.benchmark, self.search.tokens, target)
         self.fates: Fates = {}
 
-    def run(self) -> Found:
+    def run(self) -> SearchResult:
         """All rungs, and the file."""
         probes = self._first_rung()
         finalists = self._further_rungs(probes)
@@ -157,7 +157,7 @@ class _Search:
         best = front(last, self.target)
         written = self._write(name, last, winner, best, finalists)
         again = self.lab.finish(load_plan(written, self.settings.asset_cache))
-        return Found(
+        return SearchResult(
             target=self.target,
             winner=winner,
             why_none=why_none,
@@ -178,13 +178,13 @@ class _Search:
         proposer = Proposer(
             self.space,
             self.target,
-            most=self.asked.probes,
+            most=self.search.probes,
             seed=self.pipeline.seed,
-            best=self.asked.finalists,
+            best=self.search.finalists,
         )
         probes: dict[Chain, Probe] = {}
         end = "others were predicted to do better"
-        while batch := proposer.propose(probes, self.asked.batch):
+        while batch := proposer.propose(probes, self.search.batch):
             if probes and self.clock() >= self.until:
                 end = "the time was over"
                 break
@@ -227,14 +227,14 @@ class _Search:
                 chains = [probe.chain for probe in alive]
                 measured = self._measure(rung, chains, f"{len(chains)} of {first} chains are left")
                 alive = [measured[chain] for chain in chains]
-            keep = kept_after(len(alive), self.asked.finalists, is_last=rung is self.rungs[-1])
+            keep = survivor_count(len(alive), self.search.finalists, is_last=rung is self.rungs[-1])
             halved = halve(alive, self.target, keep)
             for chain, why in halved.dropped.items():
                 self.fates[chain] = f"rung {rung.number}: {why}"
-            alive = list(halved.kept)
+            alive = list(halved.survivors)
         chosen = [probe.chain for probe in alive]
         for chain in self._beside(probes):
-            if len(chosen) >= self.asked.finalists:
+            if len(chosen) >= self.search.finalists:
                 break
             if chain not in chosen:
                 chosen.append(chain)
@@ -271,7 +271,7 @@ class _Search:
         """Write the pipeline file: the winner first, then the front."""
         cells = [*([] if winner is None else [winner]), *best]
         chains = list(dict.fromkeys(cell.chain for cell in cells if cell.chain)) or list(finalists)
-        written = found_pipeline(self.space.pipeline, name, chains)
+        written = pipeline_of_chains(self.space.pipeline, name, chains)
         path = self.lab.folder / f"{name}.yaml"
         remarks = [f"Found by a search for {self.target}."]
         if winner is None:

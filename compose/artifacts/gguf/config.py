@@ -31,7 +31,7 @@ TRAINED = "rope.scaling.original_context_length"
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 ATTENTION_CAP, FINAL_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 EXPERTS = ("expert_count", "expert_used_count")
-KNOWN = (*SIZES, NORM, KV_HEADS, KEYS, VALUES, ROTATED, THETA, SCALING, FACTOR, TRAINED)
+READ_KEYS = (*SIZES, NORM, KV_HEADS, KEYS, VALUES, ROTATED, THETA, SCALING, FACTOR, TRAINED)
 SILENT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", *EXPERTS)
 """Keys that say nothing new: the embedding has as many rows as there are tokens."""
 
@@ -149,7 +149,7 @@ def _refuse_unknown(reading: _Reading, family: Family) -> None:
     """Refuse a file that states, under its architecture, what is not read here."""
     start = f"{reading.prefix}."
     keys = [key.removeprefix(start) for key in reading.file.metadata if key.startswith(start)]
-    unknown = sorted(set(keys) - {*KNOWN, *SILENT, *family.keys})
+    unknown = sorted(set(keys) - {*READ_KEYS, *SILENT, *family.keys})
     if unknown:
         reading.file.refuse(f"it states {start}{shortened(unknown[0])}, which is not read here")
     if any(reading.get(key) for key in EXPERTS):

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import GRID_METHOD
 from compose.artifacts.gguf.block_grids import (
-    Found,
+    NamedTensors,
+    block_weights,
     grid_tensors,
-    kept_weights,
     quantization,
     require_grids,
 )
@@ -67,7 +67,7 @@ def write_folder(
     blocks: dict[str, str] = {}
     if keep_blocks:
         require_grids(file)
-        blocks = kept_weights(tensors)
+        blocks = block_weights(tensors)
         stated = {**(read_json(folder / "config.json") or {})}
         stated["quantization_config"] = quantization(tensors, blocks)
         write_json(folder / "config.json", stated)
@@ -100,7 +100,7 @@ def save_config(
 
 
 def tensors_of(
-    file: GgufFile, config: dict[str, Any], tensors: Found, blocks: dict[str, str]
+    file: GgufFile, config: dict[str, Any], tensors: NamedTensors, blocks: dict[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
     """The folder's tensors by name, read one after the other: in float32, or as the grids that
     `kept` names."""
@@ -116,7 +116,9 @@ def tensors_of(
             yield name, torch.from_numpy(_values(file, tensor, name, config))
 
 
-def matched(file: GgufFile, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Found:
+def matched(
+    file: GgufFile, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> NamedTensors:
     """Each wanted weight with the file's tensor for it.
 
     Raises:

@@ -65,7 +65,7 @@ class QualityBench:
         """`mode` and `settings` are how it is decoded; `saving` counts compute that was saved."""
         self.job, self.decoder, self.mode, self.saving = job, decoder, mode, saving
         self.progress = progress
-        self.wanted: Mapping[str, Any] = job.benchmark["quality"]
+        self.quality: Mapping[str, Any] = job.benchmark["quality"]
         self.model = Scored(decoder, **settings) if mode == "skip" else Scored(decoder, None)
         self.is_baseline = job.is_baseline
         self.stored: dict[str, Tensor] = {}
@@ -83,16 +83,16 @@ class QualityBench:
             AssetError: a text, a task or the prompts cannot be had.
         """
         record: dict[str, Any] = {}
-        if self.wanted["perplexity"] or self.wanted["own_answers"]:
+        if self.quality["perplexity"] or self.quality["own_answers"]:
             if not self.is_baseline:
                 self.stored = load_stored(reference)
-            if self.wanted["perplexity"]:
+            if self.quality["perplexity"]:
                 record |= self._on_text()
-            if self.wanted["own_answers"]:
-                record["own_answers"] = self._own_answers(self.wanted["own_answers"])
+            if self.quality["own_answers"]:
+                record["own_answers"] = self._own_answers(self.quality["own_answers"])
             if self.is_baseline:
                 store(self.stored, reference)
-        if self.wanted["tasks"]:
+        if self.quality["tasks"]:
             record["tasks"] = self._tasks()
         if self.job.learns_from:
             self._add_contamination(record)
@@ -104,9 +104,9 @@ class QualityBench:
     # -- running text --------------------------------------------------------------------------
 
     def _on_text(self) -> dict[str, Any]:
-        settings, model = self.wanted, self.model
-        texts = first_available(settings["perplexity"], None, self.job.asset_cache)
-        count = max(1, settings["perplexity_tokens"] // BLOCK)
+        quality, model = self.quality, self.model
+        texts = first_available(quality["perplexity"], None, self.job.asset_cache)
+        count = max(1, quality["perplexity_tokens"] // BLOCK)
         blocks = token_blocks(texts, self.decoder.tokenizer, BLOCK, count)
         self.scored[texts.name] = texts.rows
         usage = self.decoder.skipping.usage
@@ -132,9 +132,9 @@ class QualityBench:
                 f"perplexity, KL and agreement are of the last {BLOCK - read} tokens of each block,"
                 f" after a prompt of {read}, and beside the dense model on the same tokens"
             )
-        if texts.name != settings["perplexity"][0]:
+        if texts.name != quality["perplexity"][0]:
             notes.append(
-                f"perplexity: {settings['perplexity'][0]} could not be had here, "
+                f"perplexity: {quality['perplexity'][0]} could not be had here, "
                 f"so {texts.name} stands in"
             )
         if notes:
@@ -246,9 +246,9 @@ class QualityBench:
         self.model.clear_used()
         scores = run_tasks(
             self.model,
-            self.wanted["tasks"],
-            limit=self.wanted["limit"],
-            batch_size=self.wanted["batch_size"],
+            self.quality["tasks"],
+            limit=self.quality["limit"],
+            batch_size=self.quality["batch_size"],
             cache=self.job.asset_cache,
             progress=self.progress,
             written=written,
@@ -263,14 +263,14 @@ class QualityBench:
 
     def _add_contamination(self, record: dict[str, Any]) -> None:
         """13-gram contamination of all that is scored, and a note for each text that has any."""
-        settings = self.wanted
+        quality = self.quality
         texts = dict(self.scored)
-        if answers := settings["own_answers"]:
+        if answers := quality["own_answers"]:
             prompts = load_texts(answers["source"], answers["prompts"], self.job.asset_cache)
             texts.setdefault(prompts.name, prompts.rows)
-        tasks = [name for name in settings["tasks"] if name in TASKS]
+        tasks = [name for name in quality["tasks"] if name in TASKS]
         shares = contamination(
-            self.job.learns_from, texts, tasks, settings["limit"], self.job.asset_cache
+            self.job.learns_from, texts, tasks, quality["limit"], self.job.asset_cache
         )
         notes = [
             f"{text['contaminated']} of {text['rows']} rows of {name} share thirteen words in a row"

@@ -44,7 +44,7 @@ class SpeedTurns:
         """`settings` are arguments of `Decoder.generate`; `saving` counts what `Usage` saved;
         `wanted` is the benchmark's speed section."""
         self.decoder, self.mode, self.settings = decoder, mode, dict(settings)
-        self.saving, self.wanted = saving, speed
+        self.saving, self.speed = saving, speed
         self.threads = threads
         self.texts = TurnTexts(decoder.tokenizer, speed, asset_cache)
         sampling = speed.get("sampling")
@@ -79,7 +79,7 @@ class SpeedTurns:
         used: dict[Phase, Usage] = {}
         digest = hashlib.sha256()
         for rows in batches:
-            generation = self._generate(rows, self.wanted["new_tokens"], which.category)
+            generation = self._generate(rows, self.speed["new_tokens"], which.category)
             stats.add(generation.stats)
             used = added(used, generation.usage)
             first_tokens.append(generation.stats.ttft_s)
@@ -123,7 +123,7 @@ class SpeedTurns:
 
     def _cache_bytes(self, rows: Rows) -> int:
         longest = max(map(len, rows))
-        capacity = cache_capacity(longest, self.wanted["new_tokens"])
+        capacity = cache_capacity(longest, self.speed["new_tokens"])
         return self.decoder.skipping.cache_bytes(len(rows), capacity)
 
     def _engine_seconds(self) -> dict[str, float]:

@@ -61,10 +61,10 @@ class TurnTexts(dict[TurnText, list[Rows]]):
         self, tokenizer: PreTrainedTokenizerBase, speed: Mapping[str, Any], cache: Path | None
     ) -> None:
         super().__init__()
-        self._given = tokenizer, speed, cache
+        self._arguments = tokenizer, speed, cache
 
     def __missing__(self, which: TurnText) -> list[Rows]:
-        tokenizer, speed, cache = self._given
+        tokenizer, speed, cache = self._arguments
         self[which] = rows_of(tokenizer, which, speed, cache)
         return self[which]
 
