@@ -1,4 +1,4 @@
-"""Two runs of the same cells: what became better or worse beyond what chance explains.
+"""Compares two runs of the same cells: changes that chance does not explain.
 
 | metric | compared through | test |
 |---|---|---|
@@ -13,14 +13,15 @@ family, any false call has at most the family's probability. For speeds that is 
 twenty runs of unchanged code pass in nine cases of ten without one false call. For quality it is
 `QUALITY_ERROR`, since unchanged code gives unchanged answers.
 
-The noise of a speed is what lies between equal runs on this machine (spread.py), which is far more
-than its rounds show: neighbours and the place of memory change from run to run. Where the machine
-was not measured, that of another machine is assumed. A change below the tolerances is never called.
+The noise of a speed is the spread between equal runs on this machine (spread.py). It is far larger
+than the spread of one run's rounds: neighbours and the placement of memory change from run to run.
+Where this machine was not measured, the spread of another machine is assumed. A change below the
+tolerances is never reported.
 
-What can be seen: of decode speed 5 % where equal runs differ by 1 %, and nothing below 20 % on a
-shared machine where they differ by 6 %: there, versions are compared as systems of one
-`gateskip bench`, by the interval of the rounds that they share (`Estimate.rounds_ci95`,
-tools/side_by_side.py). Of accuracy 2 points from 500 questions a cell on.
+The smallest changes that can be detected: 5 % of decode speed where equal runs differ by 1 %, and
+20 % on a shared machine where they differ by 6 %. On such a machine, compare versions as systems of
+one `gateskip bench`, by the interval of the rounds that they share (`Estimate.rounds_ci95`,
+tools/side_by_side.py). For accuracy: 2 points from 500 questions a cell on.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ QUALITY_ERROR = 0.05
 """The same among all accuracies, and among all perplexities."""
 
 SAME_SPEED = 0.005
-"""Change of a log speed ratio that is never called: where memory lies changes from run to run."""
+"""Change of a log speed ratio that is never reported: the placement of memory changes it."""
 
 SAVED_POINTS = 0.005
-"""Change of the share of compute saved that is never called."""
+"""Change of the share of compute saved that is never reported."""
 
 MACHINE = ("processor", "cores", "threads", "accelerator")
 SETTINGS = ("prompt_tokens", "new_tokens", "prompts")
@@ -58,7 +59,7 @@ Outcome = Literal["better", "worse", "no difference", "not comparable"]
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one number of one cell from the first run to the second."""
+    """The change of one number of one cell from the first run to the second."""
 
     cell: str
     metric: str
@@ -74,7 +75,7 @@ class Change:
     p: float | None = None
     """Probability of such a change by chance, this comparison alone."""
     why: str | None = None
-    """Why it cannot be compared, or what changed that is no number."""
+    """Why it cannot be compared, or a change that is not a number."""
 
 
 def compare(before: Results, after: Results) -> tuple[Change, ...]:

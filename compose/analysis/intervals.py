@@ -1,7 +1,7 @@
-"""95 % intervals of what is published: shares, ratios of scores, of perplexities and of speeds.
+"""95 % intervals of published numbers: shares, ratios of scores, of perplexities and of speeds.
 
-What is compared is paired wherever it can be, because pairs carry less noise than groups: cells
-answer the same questions, read the same blocks of text, and are timed in the same rounds.
+Comparisons are paired wherever possible, because pairs carry less noise than groups: cells answer
+the same questions, read the same blocks of text, and are timed in the same rounds.
 
 | number | unit that is drawn anew | method |
 |---|---|---|
@@ -14,12 +14,12 @@ answer the same questions, read the same blocks of text, and are timed in the sa
 
 The bootstrap draws `RESAMPLES` times from a fixed seed: the same outcomes give the same interval.
 Its percentiles are too narrow for a handful of values (of four blocks, a nominal 95 % covers 80 %),
-so what is counted in blocks and rounds gets Student's t instead. A ratio of perplexities is exp of
-a mean difference of losses, and the noise of speeds multiplies, so t stands on logarithms in both.
+so numbers per block and per round get Student's t instead. A ratio of perplexities is exp of a mean
+difference of losses, and the noise of speeds multiplies, so t is taken of logarithms in both.
 
-Questions get one more pair that the cell alone has right and one that the baseline alone has right
-(Agresti and Min 2005): without them, four questions lost of 200 would already be "different", which
-happens to equal cells one time in eight.
+Two pairs are added to the questions: one that only the cell has right, and one that only the
+baseline has right (Agresti and Min 2005). Without them, four questions lost of 200 would already be
+"different", which happens to equal cells one time in eight.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def ratio_of_sums(
 ) -> Estimate | None:
     """Sum of `parts` over sum of `wholes`, one pair a prompt or round, with Student's interval.
 
-    Tokens of a prompt are alike, so prompts are what is drawn. The standard error is that of the
+    Tokens of a prompt are correlated, so the prompt is the unit. The standard error is that of the
     ratio estimator (Cochran 1977, Sampling Techniques, section 6.3). The interval ends at 0 and at
-    `most`. None below two pairs, where the wholes sum to 0, and where all pairs have one ratio, as
-    where all of a few drafts were accepted: such pairs do not tell how far others lie.
+    `most`. None below two pairs, where the wholes sum to 0, and where all pairs have one ratio, for
+    example where all of a few drafts were accepted: such pairs do not show any spread.
     """
     pairs = _pairs(parts, wholes)
     n, total = len(pairs), float(pairs[:, 1].sum())
@@ -89,8 +89,8 @@ def ratio_of_sums(
 def paired_ratio(scores: Sequence[float], base: Sequence[float]) -> Estimate | None:
     """Mean score over the baseline's mean score, both of the same questions in the same order.
 
-    Scores are 0 to 1. None where there is no question, or the baseline has none right: then nothing
-    is a share of it, or the interval has no end.
+    Scores are 0 to 1. None where there is no question, or the baseline has none right: the ratio or
+    its interval is not finite then.
     """
     return mean_of_ratios([(scores, base)])
 
@@ -143,7 +143,7 @@ def exp_t_interval(logs: ArrayLike) -> Estimate:
 
 @cache
 def t_quantile(n: int) -> float:
-    """How many standard errors a 95 % interval of `n` values reaches to either side."""
+    """Half the width of a 95 % interval of the mean of `n` values, in standard errors."""
     from scipy.stats import t
 
     return float(t.ppf(0.5 + LEVEL / 2, n - 1))

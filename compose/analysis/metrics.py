@@ -1,4 +1,4 @@
-"""Numbers of a cell by name: those that tables show, and that constraints and aims refer to."""
+"""Numbers of a cell by name, for tables, constraints and aims."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def task_retained(results: Results, cell: CellResult, task: str) -> float | None
 def _retained(results: Results, cell: CellResult) -> float | None:
     """Mean share of the baseline's task scores; without tasks, its perplexity over the cell's.
 
-    A cell that lacks one of the baseline's tasks has no mean: it would not compare.
+    A cell that lacks one of the baseline's tasks has no mean: it would not be comparable.
     """
     basis = retained_basis(results)
     if basis == "perplexity":
@@ -269,7 +269,7 @@ def gain(results: Results, name: str, cell: CellResult) -> float | None:
 
 
 def retained_basis(results: Results) -> Literal["tasks", "perplexity"] | None:
-    """What `retained` is a share of: one basis for the whole run, so that cells compare."""
+    """The quantity of which `retained` is a share: one for the whole run, so that cells compare."""
     baseline = results.find(results.baseline)
     quality = None if baseline is None else results.quality(baseline)
     if quality is None:

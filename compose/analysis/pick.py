@@ -30,12 +30,12 @@ AIMS = (
 """Metrics that may be aimed for; each knows whether higher or lower is better."""
 
 TIE_BREAKS = ("retained", "agreement", "decode", "size")
-NOT_MEASURED = 10.0  # how far off a cell counts that lacks the number; worse than any near miss
+NOT_MEASURED = 10.0  # shortfall of a cell that lacks the number; worse than any near miss
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """A bound on one number of a cell: of quality on the unlucky end of its interval."""
+    """A bound on one number of a cell; for quality, on the worse end of its interval."""
 
     words: str
     option: str
@@ -71,7 +71,7 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Lossless:
-    """A cell that speculates must have been seen to give plain decoding's tokens."""
+    """A cell that speculates must have passed the lossless check."""
 
     remedy: str = "pass --no-require-lossless"
 
@@ -157,8 +157,8 @@ def fastest_that_keeps(results: Results, keep: float) -> CellResult | None:
 def retained_bound(results: Results, cell: CellResult) -> float | None:
     """The share of the baseline's quality that a cell keeps at least, at 95 % confidence.
 
-    None where that is not known: too few questions, or outcomes that do not pair. The baseline,
-    and what gives its predictions, keeps all.
+    None where that is not known: too few questions, or outcomes that do not pair. The baseline, and
+    a cell with its predictions, keeps all.
     """
     quality = results.quality(cell)
     if quality is None or retained_basis(results) is None or _is_refuted(cell):
@@ -172,7 +172,8 @@ def retained_bound(results: Results, cell: CellResult) -> float | None:
 
 
 def _is_refuted(cell: CellResult) -> bool:
-    """Whether it speculates with other tokens than its plain cell's, so has not its quality."""
+    """Whether it speculates and its tokens differ from its plain cell's, so that its quality may,
+    too."""
     return cell.lossless_check is not None and cell.lossless_check.lossless is False
 
 
@@ -249,7 +250,8 @@ def _size_bounds(
 
 
 def _require_evidence(results: Results, cells: list[CellResult], bound: Constraint) -> None:
-    """Refuse a bound of quality that is known of the baseline alone: that would be no choice."""
+    """Refuse a bound on quality where only the baseline's is known: there is nothing to choose
+    from."""
     others = [cell for cell in cells if cell.name != results.baseline]
     if not others or any(bound.value(cell) is not None for cell in others):
         return

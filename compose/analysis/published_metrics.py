@@ -1,11 +1,12 @@
-"""The figures by which GateSkip was published (arXiv 2510.13876), and the same counted our way.
+"""The metrics of the GateSkip paper (arXiv 2510.13876), and the same metrics counted our way.
 
 A *curve* is made of the cells that skip with the same weights at several budgets, and of the cell
-of those weights that skips nothing. The published way counts as saved the mean over branches of the
-share of tokens that skipped it, and compares a point with the curve's own first point; so gates and
-the keys and values of skipped tokens cost nothing, and what training the gates has lost is no loss.
-Our way counts multiply-adds net, and compares with the dense model; tasks whose answers are written
-count what was spent on their own prompts and answers, since other text keeps another share.
+of those weights that skips nothing. The paper counts as saved the mean over branches of the share
+of tokens that skipped it, and compares a point with the curve's own first point. So it leaves out
+the cost of gates and of the keys and values of skipped tokens, and the quality that was lost by
+training the gates. Our way counts net multiply-adds, and compares with the dense model. Tasks whose
+answers are written count the compute of their own prompts and answers, because the share that is
+skipped differs between texts.
 
 - *Saved @90 %*: the most saved by a measured point that keeps 90 % of the reference.
 - *Accuracy at 0, 5, ... 60 %*: linear between neighbouring points, nothing beyond the outermost.
@@ -22,7 +23,7 @@ from compose.results.parts import SkippingCurve, SkippingFigures, SkippingPoint
 from compose.results.schema import CellResult, Results
 
 REFERENCE_SHARE = 0.9
-"""Share of the reference that "saved @90 %" asks for."""
+"""Share of the reference's accuracy that "saved @90 %" requires."""
 
 PERCENTS = range(0, 65, 5)
 """Where accuracy is interpolated."""
@@ -119,7 +120,7 @@ def _skips(cell: CellResult) -> bool:
 
 
 def _saved_net(results: Results, cell: CellResult, tasks: Sequence[str]) -> float | None:
-    """Saved on the tasks' own text where all of them tell, else on the running text."""
+    """Share saved on the tasks' own text where all of them have it, else on the running text."""
     quality = results.quality(cell)
     scores = {} if quality is None else quality.tasks or {}
     saved = [compute.saved_net for task in tasks if (compute := scores[task].compute) is not None]

@@ -15,7 +15,7 @@ from compose.analysis.relate import paired_blocks, paired_questions
 from compose.results.parts import Estimate, Perplexity, TaskScore
 
 SAME_PERPLEXITY = 0.001
-"""Change of log perplexity that is never called: another order of sums changes as much."""
+"""Change of log perplexity that is never reported: another order of sums changes as much."""
 
 EXACT_FLIPS = 16
 """Changed questions up to which all sign flips are counted; above, their sum is taken as normal."""
@@ -23,14 +23,14 @@ EXACT_FLIPS = 16
 
 @dataclass
 class Tested:
-    """A change, and what says whether chance explains it."""
+    """A change, and the numbers of its significance test."""
 
     value: float
     """Of a logarithm, or of an accuracy; 0 is no change."""
     variance: float
-    """Of one of the values whose mean it is."""
+    """Variance of one of the values whose mean it is."""
     per: float
-    """By what `variance` is multiplied to be that of `value`, as 1/n."""
+    """Factor from `variance` to the variance of `value`, such as 1/n."""
     degrees: float
     """Degrees of freedom with which `variance` is known; infinite for z."""
     tolerance: float = 0.0

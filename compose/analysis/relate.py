@@ -1,7 +1,7 @@
-"""What relates the cells of a run to its baseline: ratios with intervals, verdicts, curves.
+"""Relates the cells of a run to its baseline: ratios with intervals, verdicts, curves.
 
-`relate` is pure: from the outcomes that cells carry to the same results with these fields filled.
-Speeds are related where rounds are known, in `compose.outputs.gather`.
+`relate` is pure: it returns the same results with these fields filled from the cells' outcomes.
+Speeds are related in `compose.outputs.gather`, where the rounds are known.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def relate(results: Results) -> Results:
 
 
 def _with(record: R, **fields: Any) -> R:
-    """A copy with other fields; what is cached on the record does not travel."""
+    """A copy with other fields, without the record's cached values."""
     return type(record)(**dict(record) | fields)
 
 
@@ -80,7 +80,8 @@ def _perplexity(score: Perplexity, base: Perplexity) -> Perplexity:
 
 
 def _after_prompts(score: Perplexity, dense: tuple[float, ...]) -> Perplexity:
-    """Beside what the dense model says of the same tokens, which are not all of the text's."""
+    """Relate to the dense model's losses of the same tokens, which are only a part of the
+    text's."""
     losses = score.block_nll or ()
     fields: dict[str, Any] = {"ratio_ci95": _ends(exp_mean_ratio(losses, dense))}
     if len(losses) == len(dense):
@@ -132,7 +133,7 @@ def _answers(answers: OwnAnswers) -> OwnAnswers:
 
 
 def _ends(estimate: Estimate | None, least: float | None = None) -> tuple[float, float] | None:
-    """Both ends of an interval, cut at what the number cannot go below."""
+    """Both ends of an interval, cut at the number's lower limit."""
     if estimate is None:
         return None
     low, high = estimate.ci95

@@ -1,10 +1,10 @@
-"""How far equal runs lie apart on a machine: what the rounds of one run cannot show.
+"""The spread between equal runs on a machine, which the rounds of one run cannot show.
 
-The rounds of a run follow each other within a minute or two. What changes more slowly (neighbours
-on a shared machine, where memory came to lie) is the same for all of them, and is different in the
-next run. So a speed ratio of one run has at least the standard deviation that the same ratio had
-over many equal runs. `make repeatability` measures it and stores it for the machine; a run records
-it with its environment.
+The rounds of a run follow each other within a minute or two. Slower influences (neighbours on a
+shared machine, the placement of memory) are the same for all of them, and different in the next
+run. So a speed ratio of one run has at least the standard deviation that the same ratio had over
+many equal runs. `make repeatability` measures it and stores it for the machine; a run records it
+with its environment.
 """
 
 from __future__ import annotations
@@ -81,13 +81,14 @@ def _pooled(runs: Sequence[Results], field: str) -> float:
 
 
 def spread_in(environment: Mapping[str, Any]) -> Spread | None:
-    """What a run's environment says of its machine; None where it was not measured."""
+    """The spread that a run's environment states for its machine; None where it was not
+    measured."""
     record = environment.get("between_runs")
     return None if record is None else Spread.model_validate(record)
 
 
 def widened(ratio: Estimate, kind: Kind, spread: Spread | None) -> Estimate:
-    """The ratio with an interval that another run of the same would respect, too.
+    """The ratio with an interval that covers the spread between runs.
 
     Its half width, on the logarithm, is that of its rounds, or Student's t of the spread between
     runs where that is larger. Unchanged where no spread is known.
@@ -104,7 +105,7 @@ def widened(ratio: Estimate, kind: Kind, spread: Spread | None) -> Estimate:
 
 
 def store_spread(folder: Path, spread: Spread, environment: Mapping[str, Any]) -> Path:
-    """Keep a machine's spread in the folder of what is measured once a machine."""
+    """Store a machine's spread in the folder of measurements that are made once a machine."""
     record = {name: environment.get(name) for name in MACHINE}
     record |= {"commit": environment.get("git_commit"), "between_runs": spread.model_dump()}
     record["date"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -114,7 +115,7 @@ def store_spread(folder: Path, spread: Spread, environment: Mapping[str, Any]) -
 
 
 def stored_spread(folder: Path, environment: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is stored for this machine at this number of threads, as an environment has it."""
+    """The spread stored for this machine at this number of threads, as an environment has it."""
     try:
         record = json.loads((folder / FILE).read_text(encoding="utf-8"))
         same = all(record[name] == environment.get(name) for name in MACHINE)

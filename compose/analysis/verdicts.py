@@ -1,7 +1,7 @@
 """One line a cell: ACCEPT, TRADE-OFF, REGRESSION or NO EVIDENCE, from intervals.
 
 A cell is compared with the baseline; one that speculates, with the cell of the same weights that
-decodes plainly (`CellResult.plain`), because that is what it has to beat.
+decodes plainly (`CellResult.plain`), because it has to beat that cell.
 
 Quality is *kept*, *lost*, or unknown:
 
@@ -51,7 +51,7 @@ SAME_KL = 1e-6
 
 @dataclass(frozen=True)
 class Judged:
-    """Quality kept, lost or unknown, and in words why."""
+    """Whether quality was kept or lost, and the reason in words."""
 
     state: Literal["kept", "lost", "unknown"]
     why: str
@@ -107,7 +107,7 @@ def question_count(quality: Quality) -> int:
 
 
 def too_few(quality: Quality) -> str:
-    """Why its tasks tell nothing, where they are too few."""
+    """The reason given where its questions are too few for a verdict."""
     count = question_count(quality)
     return f"{count} questions are too few: {MIN_QUESTIONS} are needed"
 
@@ -167,7 +167,7 @@ def _is_plain_decoding_the_rival(results: Results, cell: CellResult) -> bool:
 
 
 def _speeds(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
-    """What of its speed is shown to be higher, and what lower, in words."""
+    """The speeds that are shown to be higher, and those shown to be lower, in words."""
     faster: list[str] = []
     slower: list[str] = []
     for verb, ends, than in _speed_intervals(results, cell):
@@ -193,8 +193,8 @@ def _speed_intervals(
 
 
 def _bytes(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
-    """Where it takes fewer bytes, and where more, in words. What other engines hold in memory is
-    their process's, not their tensors': it is not compared with ours."""
+    """Where it takes fewer bytes, and where more, in words. The memory of other engines is that of
+    their process, not of their tensors, so it is not compared with ours."""
     plain = _is_plain_decoding_the_rival(results, cell)
     other = results.find(cell.plain if plain else results.baseline)
     smaller: list[str] = []
@@ -219,7 +219,7 @@ def _verdict(verdict: Outcome, facts: list[str], but: list[str] | None = None) -
 
 
 def _listed(facts: list[str]) -> str:
-    """Facts one after the other; of those about the cell, only the first says `it`."""
+    """Facts joined into one sentence; of those that begin with `it`, only the first keeps it."""
     clauses = facts[:1]
     for before, fact in pairwise(facts):
         clauses.append(fact.removeprefix("it ") if before.startswith("it ") else fact)

@@ -25,7 +25,7 @@ GRIDS = ("Q4_0", "Q4_1", "Q8_0")
 WITH_MINIMUM = "Q4_1"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-NamedTensors = list[tuple[str, GgufTensor]]
+Tensors = list[tuple[str, GgufTensor]]
 """Each weight's name in transformers, with the file's tensor for it."""
 
 
@@ -48,7 +48,7 @@ def require_grids(file: GgufFile) -> None:
         )
 
 
-def block_weights(tensors: NamedTensors) -> dict[str, str]:
+def block_weights(tensors: Tensors) -> dict[str, str]:
     """Name -> storage of the weights that stay in their blocks."""
     kinds = {name: tensor.storage.name for name, tensor in tensors}
     layers = {
@@ -62,7 +62,7 @@ def block_weights(tensors: NamedTensors) -> dict[str, str]:
     return layers | (outer if alike and symmetric else {})
 
 
-def quantization(tensors: NamedTensors, kinds: dict[str, str]) -> dict[str, Any]:
+def quantization(tensors: Tensors, kinds: dict[str, str]) -> dict[str, Any]:
     """config.json's `quantization_config`: what most layers are, and which differ."""
     layers = {name.removesuffix(".weight"): kind for name, kind in kinds.items() if _inside(name)}
     usual, _ = Counter(layers.values()).most_common(1)[0]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import GRID_METHOD
 from compose.artifacts.gguf.block_grids import (
-    NamedTensors,
+    Tensors,
     block_weights,
     grid_tensors,
     quantization,
@@ -100,7 +100,7 @@ def save_config(
 
 
 def tensors_of(
-    file: GgufFile, config: dict[str, Any], tensors: NamedTensors, blocks: dict[str, str]
+    file: GgufFile, config: dict[str, Any], tensors: Tensors, blocks: dict[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
     """The folder's tensors by name, read one after the other: in float32, or as the grids that
     `kept` names."""
@@ -116,9 +116,7 @@ def tensors_of(
             yield name, torch.from_numpy(_values(file, tensor, name, config))
 
 
-def matched(
-    file: GgufFile, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]
-) -> NamedTensors:
+def matched(file: GgufFile, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Tensors:
     """Each wanted weight with the file's tensor for it.
 
     Raises:

@@ -147,9 +147,7 @@ class PruneHeads(Pruning):
         )
         gone, lost = [], []
         for number, (attention, squares) in enumerate(zip(attentions, scores, strict=True)):
-            heads = self._remaining(
-                squares.view(shape.num_kv_heads, -1)
-            )  # [kept groups, kept of each]
+            heads = self._left(squares.view(shape.num_kv_heads, -1))  # [kept groups, kept of each]
             weight = attention.o_proj.weight.detach()
             channels = cut_heads(attention, heads, shape)
             if grams is not None:
@@ -171,7 +169,7 @@ class PruneHeads(Pruning):
             "loss": loss,
         }
 
-    def _remaining(self, squares: Tensor) -> Tensor:
+    def _left(self, squares: Tensor) -> Tensor:
         """Numbers of the heads that stay, [kept groups, kept of each]. squares [groups, of each].
 
         Both are in their old order, so that a query head still finds its KV head by division.
