@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = (4, 8)
-"""What kernels for these tensors exist for."""
+"""Bits for which kernels for these tensors exist."""
 SHARD = 4 << 30  # bytes of tensors in one file
 WHOLE_ROW = -1
 OUTER = ("embed_tokens", "lm_head")
@@ -47,9 +47,9 @@ Scheme = tuple[int, int, bool]
 def write_compressed(folder: Path, target: Path) -> dict[str, Any]:
     """Write the packed model in `folder` to the new folder `target`, and read it back.
 
-    Gives `schemes` (as vLLM calls them: W4A16 ...), `layers`, `floats` (what was packed and is not
-    any more), `rounded_scales` (whether a reader in the folder's float type rounds the scales), and
-    `bytes`.
+    Returns `schemes` (as vLLM calls them: W4A16 ...), `layers`, `floats` (layers that were packed
+    and are not any more), `rounded_scales` (whether a reader in the folder's float type rounds the
+    scales), and `bytes`.
 
     Raises:
         ArtifactError: the folder cannot be written in this format, or `target` exists.
@@ -139,7 +139,8 @@ def _zeros(layer: IntegerLayer) -> Tensor:
 def _read_back(
     folder: Path, source: PackedFolder, names: list[str], schemes: dict[str, Scheme]
 ) -> bool:
-    """Compare codes and zero points with the source's; whether the float type rounds scales.
+    """Compare codes and zero points with the source's; returns whether the float type rounds
+    scales.
 
     Raises:
         StepError: they differ.
@@ -167,8 +168,8 @@ def _rounds(scale: Tensor, dtype: Any) -> bool:
 
 
 def _dense_linears(folder: Path) -> list[str]:
-    """Layers with a matrix of floats, by name: what is not packed. An embedding is no linear layer,
-    and naming it does no harm."""
+    """Names of the layers that are not packed: they have a matrix of floats. An embedding is not a
+    linear layer, but naming it does no harm."""
     from safetensors import safe_open
 
     names = {"lm_head"}  # also where it shares the embedding's weights, and is in no file

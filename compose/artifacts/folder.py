@@ -36,7 +36,7 @@ PROBE_TEXT = (
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Dtype -> largest difference of two logits that counts as the same model, over their range."""
 
-# What a tokenizer, a chat template and a generation config are stored as.
+# Files of a tokenizer, a chat template and a generation config.
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -81,7 +81,7 @@ def dtype_of(folder: Path) -> str:
 
 
 def lineage(folder: Path) -> list[dict[str, Any]]:
-    """What was done to the folder, oldest first: the source, then one entry a stage.
+    """The steps that made the folder, oldest first: the source, then one entry a stage.
 
     Raises:
         ArtifactError: the folder was not made by this program.
@@ -138,8 +138,8 @@ def copy_companions(source: Path, target: Path) -> None:
 def copy_source(source: Path, target: Path, dtype: str, *, link: bool) -> None:
     """Fill `target` with the model in `source`, its floating-point weights in `dtype`.
 
-    Weights are cast tensor by tensor, a file at a time. A quantized source stays as it is, but for
-    what is not packed beside integer grids of our own. Files that need no change are linked when
+    Weights are cast tensor by tensor, a file at a time. A quantized source is not cast, except for
+    the float tensors beside integer grids of our own. Files that need no change are linked when
     `link` is set: only for folders that nobody edits. Code stays behind.
 
     Raises:
@@ -204,9 +204,9 @@ def _place_index(source: Path, target: Path, shards: list[Path]) -> None:
 
 
 def clean_config(folder: Path) -> None:
-    """Take this machine's paths out of config.json, and what asks for code of the folder.
+    """Remove this machine's paths, and references to code in the folder, from config.json.
 
-    Where a model is from stands in its lineage.
+    The model's origin is in its lineage.
     """
     config = require_model(folder)
     clean = {

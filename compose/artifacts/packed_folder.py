@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 GRID = ("codes", "scale", "minimum")
-"""What the tensors of a packed layer are called, after its name: the first one has the codes."""
+"""Ends of the names of a packed layer's tensors: the first one has the codes."""
 
 WORD = 32  # bits of an int32 that codes are packed in
 
@@ -168,7 +168,7 @@ def packed(codes: Tensor, bits: int) -> Tensor:
 
 
 def tensors_of(folder: Path) -> Callable[[str], Tensor]:
-    """A function that gives a tensor of the folder by its name."""
+    """A function that returns a tensor of the folder by its name."""
     from safetensors import safe_open
 
     files = tensor_files(folder)

@@ -1,4 +1,5 @@
-"""Weights written into safetensors files as they are made, a few gigabytes in memory at most."""
+"""Writes weights into safetensors files as they are made, with a few gigabytes in memory at
+most."""
 
 from __future__ import annotations
 

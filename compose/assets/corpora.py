@@ -1,4 +1,4 @@
-"""Plain text out of corpora as they come: a mix to calibrate on, and a rest to measure on."""
+"""Plain text out of corpora: a mix to calibrate on, and held-out text to measure on."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def calibration_rows(folder: Path) -> list[str]:
 def training_rows(folder: Path) -> list[str]:
     """Rows of calibration_rows, with code among them, and some written as `spaced` writes.
 
-    Gates that have seen one way to write keep more, and lose more, where a text is written in
-    another.
+    Gates that are trained on one style of writing keep more branches, and lose more quality, on
+    text in another style.
     """
     code = list(pieces([(folder / "code.utf8").read_text(encoding="utf-8")]))[::CODE_SHARE]
     last = SPACED_SHARE - 1
@@ -103,7 +103,7 @@ def interleave(sources: Sequence[Sequence[str]]) -> list[str]:
 
 
 def join_wikitext(lines: Iterable[str]) -> str:
-    """WikiText's lines as the one text over which its perplexities are published.
+    """WikiText's lines as the single text over which its perplexities are published.
 
     Published numbers join the data set's rows by a blank line; a row is a line with its line break,
     or nothing where the line is blank.

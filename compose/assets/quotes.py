@@ -1,8 +1,8 @@
-"""Passages and what they say, asked for by their own words: text to learn reading back by.
+"""Passages followed by quotes from them: training text for copying from the context.
 
-Each row is a passage of prose and some of its sentences, begun again and gone on with as they
-stand there. A model that skips branches soon loses what finds an earlier place again, which prose
-alone asks for rarely. The passages are those of calibration-text.
+Each row is a passage of prose, then some of its sentences, each with a beginning that leads to the
+rest. A model that skips branches soon loses the ability to find an earlier place again, and plain
+prose rarely trains it. The passages are those of calibration-text.
 """
 
 from __future__ import annotations
@@ -77,4 +77,4 @@ def _missing(words: Sequence[str]) -> str:
 
 
 FORMS: tuple[Form, ...] = (_goes_on, _find, _missing)
-"""How a sentence [words] is asked for, and given."""
+"""Forms of a question for a sentence [words], with the answer."""

@@ -1,4 +1,4 @@
-"""What a row of text is: a text, a prompt with or without its response, or a chat."""
+"""Rows of text: a text, a prompt with or without its response, or a chat."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TextData:
     """Rows of text in a fixed order."""
 
     name: str
-    """What was asked for: the alias, hub id or file name."""
+    """The requested alias, hub id or file name."""
     rows: list[str]
     """Each row as plain text; a chat is its turns, one below the other."""
     prompts: list[str] | None
@@ -37,7 +37,7 @@ class TextData:
     sha256: str
     """Hash over the rows."""
     categories: list[str] | None = None
-    """What each row says of its `category`, where all of them do."""
+    """The `category` of each row, where all rows have one."""
 
 
 def cut_rows(data: TextData, limit: int | None) -> TextData:

@@ -83,4 +83,4 @@ FORMS: tuple[tuple[Problem, str], ...] = (
     (_three_terms, "\n"),
     (_story, "\n"),
 )
-"""A form of problem, and what stands between two of them."""
+"""A form of problem, and the separator between two of them."""

@@ -53,7 +53,7 @@ def load_task(name: str, cache: Path | None = None, progress: Progress | None = 
     wheel.
 
     Raises:
-        AssetError: no such task is known here, or it cannot be had.
+        AssetError: no such task is known here, or it is not available.
     """
     cache = cache or default_cache()
     alias = TASKS.get(name)

@@ -63,7 +63,7 @@ def load_texts(
     A row of JSON is a string, a text, a prompt with or without its response, or a chat.
 
     Raises:
-        AssetError: it cannot be had, or it holds no text; the message says what was tried.
+        AssetError: it is not available, or it holds no text; the message lists the sources tried.
     """
     cache = cache or default_cache()
     require_text_name(source)
@@ -86,7 +86,7 @@ def first_available(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> TextData:
-    """The first of `sources` that can be had; its `name` tells which.
+    """The first of `sources` that is available; its `name` tells which.
 
     Raises:
         AssetError: none can be had.
@@ -106,7 +106,7 @@ def first_available(
 def data_pin(source: str) -> str | None:
     """A hash that stands for the rows while planning, without any download.
 
-    None for what is known by its name only (a hub data set) and for files, which planning hashes.
+    None for a hub data set, of which only the name is known, and for files, which planning hashes.
     """
     alias = TEXTS.get(source)
     if alias is None:
@@ -130,8 +130,8 @@ def token_blocks(
     """Cut rows, laid end to end, into blocks: int64 [N, length], N at most `limit`.
 
     Between rows stands the end-of-text token. Where the tokenizer begins a text with a BOS token,
-    every block does. Chats are rendered by the tokenizer's chat template where it has one. What
-    is left over at the end is dropped.
+    every block does. Chats are rendered by the tokenizer's chat template where it has one. The rest
+    at the end is dropped.
 
     Raises:
         AssetError: the text is too short for one block.
@@ -305,7 +305,7 @@ def read_text(path: Path) -> str:
 
 
 def _unpacked(data: bytes, path: Path) -> bytes:
-    """What an .xz file holds, up to a limit: a few kilobytes can be packed from terabytes."""
+    """The content of an .xz file, up to a limit: a few kilobytes can be packed from terabytes."""
     with lzma.open(io.BytesIO(data)) as packed:
         text = packed.read(MOST_UNPACKED + 1)
     if len(text) > MOST_UNPACKED:

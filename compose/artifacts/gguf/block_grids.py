@@ -1,11 +1,10 @@
 """A GGUF file's own blocks as the grids of a model folder: nothing is rounded again.
 
-Blocks of Q4_0, Q4_1 and Q8_0 are grids (gguf_blocks.py). Their float16 scales and minima stay
-float16 in the folder, so that the weights are the file's, bit by bit, wherever torch or a kernel
-multiplies in float32. Native products of 8-bit activations round scales and minima to bfloat16: KL
-0.0007 on SmolLM2's Q4_1 file, a fifth of what rounding the activations costs. An embedding, and an
-LM head of its own, stay in blocks where both are symmetric and of the same kind; all else is
-dequantized.
+Blocks of Q4_0, Q4_1 and Q8_0 are grids (blocks.py). Their float16 scales and minima stay float16 in
+the folder, so that the weights are the file's, bit by bit, wherever torch or a kernel multiplies in
+float32. Native products of 8-bit activations round scales and minima to bfloat16: KL 0.0007 on
+SmolLM2's Q4_1 file, a fifth of the cost of rounding the activations. An embedding, and an LM head
+of its own, stay in blocks where both are symmetric and of the same kind; all else is dequantized.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Tensors = list[tuple[str, GgufTensor]]
 
 
 def require_grids(file: GgufFile) -> None:
-    """Refuse a file none of whose layers is in blocks that can be kept.
+    """Refuse a file where no layer is in blocks that can be kept.
 
     Raises:
         ArtifactError: with how they are stored.
@@ -63,7 +62,7 @@ def block_weights(tensors: Tensors) -> dict[str, str]:
 
 
 def quantization(tensors: Tensors, kinds: dict[str, str]) -> dict[str, Any]:
-    """config.json's `quantization_config`: what most layers are, and which differ."""
+    """config.json's `quantization_config`: the bits of most layers, and the layers that differ."""
     layers = {name.removesuffix(".weight"): kind for name, kind in kinds.items() if _inside(name)}
     usual, _ = Counter(layers.values()).most_common(1)[0]
     linears = [name for name, tensor in tensors if _inside(name) and len(tensor.shape) == 2]

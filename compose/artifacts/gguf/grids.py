@@ -1,6 +1,6 @@
 """Integer grids of a model folder as blocks of GGUF that hold the same codes, scales and minima.
 
-A block is as many bits as its type has, and a grid of fewer goes into the next larger one:
+A block has the bits of its type, and a grid of fewer bits goes into the next larger type:
 
     up to 4 bits with minima        Q4_1        scale * code + minimum
     up to 4 bits, symmetric         Q4_0        scale * (code - 8)
@@ -32,7 +32,7 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 def refuse_grids(config: dict[str, Any]) -> list[str]:
-    """Why grids as this config states them have no blocks; empty where they do."""
+    """Reasons why the grids of this config have no blocks; empty where they have."""
     quantization = config["quantization_config"]
     stated = [quantization, *quantization.get("layers", {}).values()]
     if quantization.get("embedding"):
@@ -42,7 +42,7 @@ def refuse_grids(config: dict[str, Any]) -> list[str]:
 
 
 def main_kind(config: dict[str, Any]) -> str:
-    """The type of most blocks, as `KINDS` of gguf.py names it."""
+    """The type of most blocks, as `KINDS` of write.py names it."""
     quantization = config["quantization_config"]
     if quantization["bits"] > 4:
         return "q8_0"

@@ -1,8 +1,8 @@
 """A model folder's config.json as a GGUF file's metadata, architecture by architecture.
 
-What an architecture's metadata cannot say (which layers see a window, how queries are scaled) is
-in llama.cpp's code. So what was written is read back by gguf_config.py, and has to be the folder's
-config again.
+Some entries of a config have no metadata (which layers see a window, how queries are scaled):
+llama.cpp has them in its code. So the metadata that was written is read back by config.py, and has
+to give the folder's config again.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _add_gemma(writer: Any, config: dict[str, Any], rope: dict[str, Any]) -> Non
 
 
 def require_stated(folder: Path, file: Path) -> None:
-    """Refuse a model of which a file does not say all that its config says.
+    """Refuse a model whose config cannot be read back from its file.
 
     Raises:
         ArtifactError: with the entry of config.json that is another one when it is read back.

@@ -1,7 +1,7 @@
 """Tensors of a model under GGUF's names, in GGUF's order of rows.
 
-transformers rotates channel i of a head [D] with channel i + D / 2, llama.cpp's `llama` 2i with
-2i + 1: there the rows of q and k are reordered. They are whole rows, so packed ones move alike.
+transformers rotates channel i of a head [D] with channel i + D / 2, llama.cpp's `llama` 2i with 2i
++ 1: there the rows of q and k are reordered. Whole rows move, so packed rows move in the same way.
 """
 
 from __future__ import annotations

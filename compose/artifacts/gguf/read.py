@@ -2,7 +2,7 @@
 
 Weights are dequantized to float32, which loses nothing: a value of any GGUF type is a float32
 number. Every tensor of the file must be one of the model's and every one of the model's must be
-there, in its size: what a file holds beyond the model would change it.
+there, in its size: a tensor beyond the model's would change the function.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def save_config(
 def tensors_of(
     file: GgufFile, config: dict[str, Any], tensors: Tensors, blocks: dict[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The folder's tensors by name, read one after the other: in float32, or as the grids that
-    `kept` names."""
+    """The folder's tensors by name, read one after the other: in float32, or, for the weights in
+    `blocks`, as grids."""
     import torch
 
     paired = file.metadata["general.architecture"] in PAIRED
@@ -117,7 +117,7 @@ def tensors_of(
 
 
 def matched(file: GgufFile, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Tensors:
-    """Each wanted weight with the file's tensor for it.
+    """Pairs of each weight's name in `shapes` and the file's tensor for it.
 
     Raises:
         ArtifactError: one is absent or has other sizes, or the file has one that no weight is.

@@ -1,7 +1,8 @@
 """A tokenizer in a GGUF file and in a Hugging Face folder, both ways.
 
-Vocabulary, merges and special tokens lie in both. How text is cut before merges are applied lies in
-tokenizer.json; a GGUF file has only a name for it, so what has no name here is refused.
+Both have vocabulary, merges and special tokens. tokenizer.json also has the pre-tokenizer, which
+cuts text before merges are applied. A GGUF file has only a name for it, so a pre-tokenizer without
+a name here is refused.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _pre_tokenizer_of(file: GgufFile) -> list[dict[str, Any]]:
 def save_tokenizer(file: GgufFile, folder: Path, longest: int) -> None:
     """Write the tokenizer and chat template of a file into a model folder.
 
-    transformers builds vocabulary, merges and special tokens; how text is cut comes from here.
+    transformers builds vocabulary, merges and special tokens; the pre-tokenizer comes from here.
     `longest` is the model's context.
     """
     from transformers import AutoTokenizer

@@ -1,10 +1,10 @@
 """A model folder as one GGUF file, the format of llama.cpp.
 
-What llama.cpp's own converter does, through its `gguf` package: metadata from config.json, the
-tokenizer, and tensors under their GGUF names; norms of Gemma plus one. A network that drafts stays
-behind, as llama.cpp has no such thing. Float weights are stored in the type that is asked for;
-weights that are integer grids go into blocks that hold their codes, scales and minima
-(gguf_grids.py). The file is loaded back before it is put in place.
+Does the same as llama.cpp's own converter, through its `gguf` package: metadata from config.json,
+the tokenizer, and tensors under their GGUF names; norms of Gemma plus one. A draft network is left
+out, because llama.cpp cannot run one. Float weights are stored in the requested type; weights that
+are integer grids go into blocks that hold their codes, scales and minima (grids.py). The file is
+loaded back before it is put in place.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ FLOATS = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf1
 def write_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, Any]:
     """Write the model in `folder` to `file`, load it back, compare.
 
-    Without a `kind`, float weights are stored as f16, and integer grids as they are. Gives what
-    `check_gguf` gives, `bytes`, and the `kind` that most weights are stored in.
+    Without a `kind`, float weights are stored as f16, and integer grids as they are. Returns the
+    result of `check_gguf`, `bytes`, and the `kind` that most weights are stored in.
 
     Raises:
         ArtifactError: the folder cannot be written as GGUF, or there is no such kind.
@@ -141,8 +141,7 @@ def _stored(
 
 
 def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every float weight, one file at a time; a tied LM head is not a second
-    one."""
+    """Name and value of every float weight, one file at a time, without a tied LM head."""
     from safetensors import safe_open
 
     for shard in weight_files(folder):
@@ -178,10 +177,10 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
     """Load the file by our own reader, which tests hold to transformers' and to llama.cpp; compare
     it with the folder's weights, rounded alike.
 
-    Both are computed in float32, so whatever the type they must agree: what differs is not rounding
-    but a weight, a name or a size. Without a `kind` nothing was rounded. Returns `max_abs_diff`
-    over `range` of these logits, and `kl` to the folder's own predictions, which is the price of
-    the rounding.
+    Both are computed in float32, so they must agree whatever the type: a difference comes from a
+    wrong weight, name or size, not from rounding. Without a `kind` nothing was rounded. Returns
+    `max_abs_diff` and `range` of these logits, and `kl` to the folder's own predictions, which is
+    the cost of the rounding.
 
     Raises:
         StepError: they differ.

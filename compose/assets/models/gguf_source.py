@@ -23,7 +23,7 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 def gguf_config(file: Path, *, keep_blocks: bool) -> dict[str, Any]:
-    """What the config.json of the file's folder will say, without making it.
+    """The config.json that the file's folder will have, without making the folder.
 
     Raises:
         ArtifactError: the file cannot be read as a model, and why.
@@ -74,7 +74,7 @@ def from_gguf(
 
 
 def _note(stored: str, *, keep_blocks: bool) -> str | None:
-    """That the weights once were quantized, for cards and reports."""
+    """A note for cards and reports: that the weights once were quantized."""
     if stored in FLOATS:
         return None
     if keep_blocks:

