@@ -1,7 +1,7 @@
 """Hashes of files, read side by side, and remembered by inode, size and times.
 
-A file whose inode, size, time of change and time of status change are what they were when it was
-read has the content it had, unless the disk itself lost bits: `again` reads everything. A file that
+A file whose inode, size, time of change and time of status change are the same as when it was read
+has the same content, unless the disk itself lost bits: `again` reads everything. A file that
 changed in the last seconds is never remembered: a second change within the clock's tick would not
 show (as in git's index).
 """
@@ -32,7 +32,7 @@ def hash_file(path: Path) -> str:
 
 
 def remembered_hash(path: Path) -> str:
-    """`hash_file`, read once a process for as long as inode, size and times stay what they are.
+    """`hash_file`, read once a process for as long as inode, size and times stay the same.
 
     Raises:
         OSError: it cannot be read.
@@ -52,7 +52,7 @@ def hash_files(
     """SHA-256 by name of files in a folder.
 
     `memory` is a file in which hashes are kept for the next call; where it cannot be written,
-    nothing is kept. With `again` what is kept is not believed.
+    nothing is kept. With `again` all files are read.
 
     Raises:
         OSError: one of them cannot be read.
@@ -83,7 +83,7 @@ def _old(mark: Mark) -> bool:
 
 
 def _read(memory: Path) -> dict[str, tuple[Mark, str]]:
-    """What is kept; nothing where the file is absent or not whole."""
+    """The stored hashes; nothing where the file is absent or not whole."""
     try:
         stored = json.loads(memory.read_text(encoding="utf-8"))
         return {str(name): (list(mark), str(sha256)) for name, (mark, sha256) in stored.items()}

@@ -35,7 +35,7 @@ def contamination(
         tasks: names of tasks, of which the first `limit` questions are scored.
 
     Raises:
-        AssetError: a text or task cannot be had.
+        AssetError: a text or task is not available.
     """
     seen: set[int] = set()
     for source, rows in training:

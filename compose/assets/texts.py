@@ -89,7 +89,7 @@ def first_available(
     """The first of `sources` that is available; its `name` tells which.
 
     Raises:
-        AssetError: none can be had.
+        AssetError: none is available.
     """
     errors = []
     for source in sources:

@@ -1,4 +1,4 @@
-"""The section `limits`: what a step and a cell may take of the machine. No part of any key."""
+"""The section `limits`: time and memory of a step and of a cell. It is not part of any key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Section(BaseModel):
 
 
 class Limit(_Section):
-    """What one step or one cell may take; what is left out is not limited."""
+    """Limits of one step or one cell; a limit that is left out does not apply."""
 
     seconds: Amount | None = None
     """How long one of its processes may work, in seconds. Time in which a process waits for its
@@ -28,11 +28,11 @@ class Limit(_Section):
 
 
 class Limits(_Section):
-    """Where a step or a cell that takes too long, or too much, is ended. What was hit is its
-    result; the others go on, and `gateskip run --retry-failed` tries it again."""
+    """Limits at which a step or a cell is ended. Its result names the limit; the others go on, and
+    `gateskip run --retry-failed` tries it again."""
 
     step: Limit = Limit()
-    """Of making one model folder, and of loading it again."""
+    """Limits of making one model folder, and of loading it again."""
 
     cell: Limit = Limit()
-    """Of loading and scoring one cell, and of its turns of speed."""
+    """Limits of loading and scoring one cell, and of its turns of speed."""

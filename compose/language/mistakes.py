@@ -1,4 +1,5 @@
-"""What pydantic refuses in a pipeline -> problems in plain words, at the key or value at fault."""
+"""Turns pydantic's errors in a pipeline into problems in plain words, at the key or value at
+fault."""
 
 from __future__ import annotations
 
@@ -34,10 +35,10 @@ def first_mistake(problems: Iterable[Problem], source_map: SourceMap) -> Pipelin
 
 
 def refusals(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem]:
-    """One problem a place: what the branches of a union expected goes into one sentence.
+    """One problem a place: the expectations of a union's branches go into one sentence.
 
     A key that is missing beside an unknown one is most likely misspelt, so only the unknown one is
-    reported; and of a mapping where a number may stand, too, what is wrong inside it.
+    reported. Of a mapping where a number is allowed, too, only the mistakes inside it are reported.
     """
     details = error.errors(include_url=False)
     misspelt = {detail["loc"][:-1] for detail in details if detail["type"] == "extra_forbidden"}
@@ -63,13 +64,13 @@ def refusals(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem
 
 
 def _only_counts_the_good(detail: ErrorDetails) -> bool:
-    """Whether a list is called too short because items of it are wrong, which is said by itself."""
+    """Whether a list is called too short only because some of its items are wrong."""
     minimum = detail.get("ctx", {}).get("min_length", 0)
     return detail["type"] == "too_short" and len(detail["input"]) >= minimum
 
 
 def _in_file(loc: Loc, raw: Any) -> Loc:
-    """pydantic's place without the parts that only name a branch of a union."""
+    """pydantic's location without the parts that only name a branch of a union."""
     place: list[str | int] = []
     for part in loc:
         if isinstance(raw, dict) and part in raw:
@@ -110,7 +111,7 @@ def _refusal(loc: Loc, details: list[ErrorDetails], raw: Mapping[str, Any]) -> P
 
 
 def _expected(detail: ErrorDetails) -> str:
-    """What pydantic expected, as the end of "expected ..."."""
+    """The end of "expected ..." for a pydantic error."""
     limits: dict[str, Any] = detail.get("ctx", {})
     types = {
         "int_type": "a whole number",

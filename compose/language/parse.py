@@ -1,7 +1,7 @@
 """A YAML file -> `Pipeline`, with every mistake reported at its file, line and column.
 
 The file becomes plain values and a map of their positions (`yaml_values`), pydantic reads the
-values strictly (no text for a number), and what it refuses is worded anew (`mistakes`).
+values strictly (no text for a number), and `mistakes` words its errors anew.
 """
 
 from __future__ import annotations
@@ -127,13 +127,13 @@ class _Paths:
 
     def _absolute(self, path: str | Path) -> Path:
         """From the root, without `..`: a path that is part of a key has one spelling."""
-        home = os.path.expanduser(path)  # unlike Path's, it leaves `~nobody` as it stands
+        home = os.path.expanduser(path)  # unlike Path's, it keeps `~nobody`
         return Path(os.path.normpath(self._folder / home))
 
     def file(self, path: str | Path, loc: Loc) -> str:
         """A file that must exist."""
         absolute = self._absolute(path)
-        if not os.path.isfile(absolute):  # unlike Path's, it bears a name that is too long
+        if not os.path.isfile(absolute):  # unlike Path's, it accepts a name that is too long
             fix = "paths are taken from the folder of this YAML file"
             self.missing.append(Problem(loc, f"there is no file {str(absolute)!r}", fix))
         return str(absolute)

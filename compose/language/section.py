@@ -1,4 +1,4 @@
-"""What every section of the pipeline language is: frozen, unknown keys refused."""
+"""Common settings of all sections of the pipeline language: frozen, unknown keys refused."""
 
 from __future__ import annotations
 

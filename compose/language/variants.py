@@ -1,7 +1,7 @@
 """The variants of a stage: the same stage with other values of some parameters.
 
 A search varies parameters (`search.vary`); each combination of values is a stage of its own, under
-a name that says what was varied: `narrow` with `ratio: [0.1, 0.2]` gives `narrow-ratio0.1` and
+a name with the varied parameters: `narrow` with `ratio: [0.1, 0.2]` gives `narrow-ratio0.1` and
 `narrow-ratio0.2`.
 """
 
@@ -69,8 +69,8 @@ def _text(value: object) -> str:
 def vary_problems(
     vary: Mapping[str, Values], stages: Mapping[str, Stage], loc: Loc
 ) -> Iterator[Problem]:
-    """What is wrong with `vary`, which stands at `loc`: names that point at nothing, and values
-    that a stage does not take."""
+    """Problems of `vary`, which stands at `loc`: names that point at nothing, and values that a
+    stage does not take."""
     for name, values in vary.items():
         if name not in stages:
             message = f"no stage is named {name!r}: {suggest(name, stages)}"

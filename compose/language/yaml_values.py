@@ -1,8 +1,8 @@
 """YAML text -> plain values, and the line and column of each of them.
 
 The text is composed into nodes with their marks, and each node becomes a plain value; a list
-becomes a tuple. Only what a pipeline needs is accepted: mappings, lists, text, numbers, booleans,
-null; and no more of them, nor deeper, than a person writes, so that no file keeps us busy.
+becomes a tuple. Only mappings, lists, text, numbers, booleans and null are accepted, with limits on
+their number and depth, so that a hostile file cannot take all memory or time.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class _Reader:
         return merged | stated
 
     def _merged(self, node: Node, loc: Loc) -> dict[str, Any]:
-        """What `<<: *base` brings in; the first of several bases wins."""
+        """The keys of `<<: *base`; the first of several bases wins."""
         bases = node.value if isinstance(node, SequenceNode) else [node]
         merged: dict[str, Any] = {}
         for base in bases:
@@ -191,7 +191,7 @@ def _mark(node: Node) -> Mark:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, as the end of "expected ..., not ..."."""
+    """The kind of a value, as the end of "expected ..., not ..."."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, Mapping):

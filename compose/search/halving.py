@@ -1,9 +1,9 @@
 """Successive halving: many chains on a few tokens, few chains on the file's own benchmark.
 
 After a rung a chain is dropped for two reasons only. Its interval lies wholly beyond a bound; or
-enough chains that surely meet every bound are better in what is aimed for. A chain whose interval
-still reaches the bound is never dropped for the bound, and counts for no other chain's drop: the
-next rung, with four times the tokens, tells.
+enough chains that surely meet every bound are better in the aim. A chain whose interval still
+reaches the bound is never dropped for the bound, and no other chain is dropped because of it: the
+next rung, with four times the tokens, decides.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from compose.search.probes import Probe
 from compose.search.target import Target
 
 FACTOR = 4
-"""How many times the tokens of a rung the next one has."""
+"""Tokens of the next rung over those of a rung."""
 
 TURN = Speed(prompt_tokens=128, new_tokens=64, min_seconds=0.5, repeats=2)
-"""The speed of a cheap rung, at most: two rounds, since a ratio to the baseline needs two. It is
-timed whatever is aimed for, so that a search with another aim finds the probes."""
+"""The speed of a cheap rung, at most: two rounds, since a ratio to the baseline needs two. Speed is
+timed whatever the aim is, so that a search with another aim finds the probes."""
 
 CHECKED = Lossless(prompts=2, new_tokens=16)
 """How speculation is checked on a cheap rung."""
 
 LEAST_QUESTIONS = 24
-"""Of a task on a cheap rung."""
+"""Questions of a task on a cheap rung, at least."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,10 @@ class Halved:
 
 
 def halve(probes: Iterable[Probe], target: Target, keep: int) -> Halved:
-    """Drop what misses a bound, and what `keep` chains that surely meet all of them surpass.
+    """Drop chains that miss a bound, and chains that `keep` better ones surpass which surely meet
+    all.
 
-    Where every chain misses, the `keep` nearest stay: they answer what can be had.
+    Where every chain misses, the `keep` nearest stay: they show what is available.
     """
     measured = list(probes)
     able = [probe for probe in measured if probe.failure is None]

@@ -54,7 +54,7 @@ class Shared:
         return self._executor.free_bytes()
 
     def close(self) -> None:
-        """Nothing: who made the executor closes it."""
+        """Does nothing: the creator of the executor closes it."""
 
 
 class Lab:
@@ -80,7 +80,7 @@ class Lab:
         speculate, which are measured with them.
 
         Raises:
-            UserError: the source model, or the baseline's data, cannot be had.
+            UserError: the source model, or the baseline's data, is not available.
         """
         keys = self._keys(self._plan(chains, rung))
         stored = {chain: self.probes.get(key) for chain, key in keys.items()}
@@ -89,7 +89,7 @@ class Lab:
         return probes | (self._measured(missing, rung) if missing else {})
 
     def _measured(self, chains: Sequence[Chain], rung: Rung) -> dict[Chain, Probe]:
-        """Run a plan of chains that have no probe, and keep what it measured of them.
+        """Run a plan of chains that have no probe, and store their probes.
 
         All batches of a rung share one run folder, so that the baseline, and the plain cells of
         those that draft, are scored once.

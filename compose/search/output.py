@@ -1,4 +1,4 @@
-"""What a search found, as an ordinary pipeline file: the winner, and the front around it."""
+"""The output of a search: an ordinary pipeline file with the winner and the front around it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from compose.search.space import baseline_chain
 from compose.search.target import Target
 
 SHOWN = {"decode-ratio": "decode", "prefill-ratio": "prefill"}
-"""Metric of probes -> that of cells which were timed together."""
+"""Metric of probes -> metric of cells that were timed together."""
 
 
 def front(results: Results, target: Target) -> list[CellResult]:
-    """The cells that no other one surpasses: at least as good in the aim and in every bounded
-    number, and better in one. In the order of the aim, the best first."""
+    """The Pareto front: the cells for which no other cell is at least as good in the aim and in
+    every bounded number, and better in one. In the order of the aim, the best first."""
     names = [SHOWN.get(target.metric, target.metric), *(bound.metric for bound in target.bounds)]
     ranks: dict[str, tuple[float, ...]] = {}
     cells = [cell for cell in results.measured if cell.peer is None]

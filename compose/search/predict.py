@@ -1,9 +1,9 @@
-"""What chains that were not measured are likely to have: the effects of their choices, added up.
+"""Predicts metrics of chains that were not measured: the effects of their choices, added up.
 
-A KL to the baseline adds up over choices that do not know of each other; of ratios (speed,
-perplexity, what is retained, bytes) the logarithms do. The effects come from the measured chains by
-ridge regression, in which a chain of nothing has no effect. A choice that was never measured is
-taken for the mean of its siblings: the same stages with other values.
+A KL to the baseline adds up over independent choices; so do the logarithms of ratios (speed,
+perplexity, share retained, bytes). The effects are fitted to the measured chains by ridge
+regression, in which an empty chain has no effect. A choice that was never measured gets the mean
+effect of its siblings: the same stages with other values.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from compose.search.probes import Probe
 from compose.search.space import Candidate, Space
 
 RIDGE = 1e-3
-"""Weight of the effects' squares beside the squared errors: hardly any, so that chains of one
-choice are told as measured."""
+"""Ridge penalty: so small that chains of one choice are predicted as measured."""
 
 AS_THEY_ARE = ("kl",)
 """Metrics whose effects add up by themselves; those of all others do in logarithms."""
@@ -51,7 +50,7 @@ class Effects:
         self._siblings = {base: statistics.mean(effects) for base, effects in by_sibling.items()}
 
     def predict(self, candidate: Candidate) -> float | None:
-        """The metric that a candidate is likely to have; None where a choice is unknown."""
+        """The predicted metric of a candidate; None where a choice is unknown."""
         total = self._level
         for choice in candidate.choices:
             effect = self._effects.get(choice, self._siblings.get(self._space.siblings(choice)))

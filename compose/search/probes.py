@@ -1,8 +1,8 @@
 """Probes: a chain's numbers as one rung measured them, kept in the store under their key.
 
-A probe's key covers all that decides its numbers: the cell, the baseline, the settings of the
-rung's benchmark, the code, the libraries and the machine. A search that was ended, or another one
-with another target, finds it again. What failed is not kept: the next search tries again.
+A probe's key covers everything that affects its numbers: the cell, the baseline, the settings of
+the rung's benchmark, the code, the libraries and the machine. An interrupted search, or a search
+with another target, finds it again. Failed probes are not stored: the next search tries again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROBED = (
 """Metrics of a probe."""
 
 OF_THE_BASELINE = {"kl": 0.0, "perplexity-ratio": 1.0, "retained": 1.0}
-"""What a cell with the baseline's own predictions has."""
+"""Metrics of a cell with the baseline's own predictions."""
 
 EXACT = ("size",)
 """Metrics that are counted, not estimated."""
@@ -39,7 +39,7 @@ EXACT = ("size",)
 
 @dataclass(frozen=True)
 class Probe:
-    """What one rung measured of a chain, or why it could not."""
+    """The metrics of a chain on one rung, or why they could not be measured."""
 
     chain: Chain
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -69,14 +69,14 @@ class Probe:
 
 
 def number(results: Results, metric: str, cell: CellResult) -> float | None:
-    """A metric of a cell; what has the baseline's predictions is at no distance from it."""
+    """A metric of a cell; a cell with the baseline's predictions has no distance from it."""
     if _is_the_baselines(results, metric, cell):
         return OF_THE_BASELINE[metric]
     return metric_of(results, metric, cell)
 
 
 def interval(results: Results, metric: str, cell: CellResult) -> Interval | None:
-    """The 95 % interval of `number`: its value twice where nothing is estimated."""
+    """The 95 % interval of `number`: its value twice where it is exact."""
     value = number(results, metric, cell)
     if value is not None and (metric in EXACT or _is_the_baselines(results, metric, cell)):
         return value, value

@@ -1,7 +1,7 @@
-"""Which chains to measure next: such that every choice was seen once, then what may do best.
+"""Proposes the chains to measure next: first every choice once, then the most promising chains.
 
-The order is the same for the same seed and the same numbers. What the plan alone shows to be too
-large is never proposed.
+The order is the same for the same seed and the same numbers. A chain that is too large by its plan
+alone is never proposed.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from compose.search.space import Candidate, Space
 from compose.search.target import Bound, Target
 
 SIZE_SLACK = 1.05
-"""How much larger than a bound on bytes a plan may be: gates, norms and headers are not in it."""
+"""Factor by which a plan's bytes may exceed a bound: gates, norms and headers are not in it."""
 
 REACH = 1.5
-"""How much farther than a bound a chain may be predicted to be from the baseline and still be
-proposed: effects only nearly add up."""
+"""A chain is proposed up to this multiple of a bound's distance from the baseline: effects only
+nearly add up."""
 
 LEAST_FOR_A_LOT = 4
-"""Size of a batch from which on its last chain is drawn by lot."""
+"""Size of a batch from which on its last chain is drawn at random."""
 
 GAIN = 1.05
-"""How much better than predicted a chain may turn out."""
+"""Factor by which a chain may turn out better than predicted."""
 
 
 def too_large(candidate: Candidate, target: Target) -> Bound | None:
@@ -51,7 +51,7 @@ class Proposer:
             for candidate in space.candidates
             if (bound := too_large(candidate, target)) is not None
         }
-        if len(self.large) == len(space.candidates):  # the smallest tell how near it is
+        if len(self.large) == len(space.candidates):  # the smallest ones show how near the bound is
             sized = sorted(space.candidates, key=lambda candidate: candidate.predicted_bytes or 0)
             for candidate in sized[:best]:
                 del self.large[candidate.chain]
@@ -59,7 +59,7 @@ class Proposer:
             candidate for candidate in space.candidates if candidate.chain not in self.large
         ]
         self.whole = len(self.able) <= most
-        """Whether every candidate is measured, whatever is predicted of it."""
+        """Whether every candidate is measured, whatever its prediction."""
         lots = list(range(len(self.able)))
         random.Random(seed).shuffle(lots)
         self._lot = {candidate.chain: lot for candidate, lot in zip(self.able, lots, strict=True)}
@@ -80,7 +80,7 @@ class Proposer:
             return [*first, *(candidate for candidate in waiting if candidate not in first)][:room]
         chosen = self._may_win(ranked, probes)[:room]
         rest = [candidate for candidate in waiting if candidate not in chosen]
-        if rest and len(chosen) >= LEAST_FOR_A_LOT:  # it corrects what is predicted
+        if rest and len(chosen) >= LEAST_FOR_A_LOT:  # it corrects the predictions
             chosen[-1] = min(rest, key=self._by_lot)
         return chosen
 
@@ -116,7 +116,7 @@ class Proposer:
         self, waiting: Sequence[Candidate], probes: Mapping[Chain, Probe]
     ) -> list[tuple[float, Candidate]]:
         """Candidates that are predicted to come near every bound, with the aim's predicted value,
-        the best first; those of which nothing is known come last."""
+        the best first; candidates without a prediction come last."""
         limits = [
             (bound, Effects(self.space, bound.metric, probes)) for bound in self.target.bounds
         ]

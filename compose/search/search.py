@@ -1,12 +1,12 @@
-"""The search: propose, measure by halves, pick, and write down what was found.
+"""The search: propose, measure by successive halving, pick, and write a pipeline file.
 
     first rung    batches of proposals on few tokens, until space, `probes` or time is used up
     further rungs what is left, with four times the tokens each
     last rung     the finalists under the file's own benchmark, in one run
     found         the winner and the front, as a pipeline file whose run is the last rung's
 
-Nothing but probes and runs is kept: a search that is started again proposes the same chains, finds
-their probes, and goes on where none is.
+Only probes and runs are stored: a search that is started again proposes the same chains, finds
+their probes, and goes on with the chains that have none.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class SearchResult:
     winner: CellResult | None
     """The best cell within the bounds; None where no cell is known to meet them."""
     why_none: UserError | None
-    """What stands in the way, and the nearest cell."""
+    """The reason why none is, and the nearest cell."""
     front: tuple[CellResult, ...]
-    """Cells that no other one surpasses, the best in the aim first."""
+    """The Pareto front, the best in the aim first."""
     last: Results
     """All finalists, measured in full."""
     run: RunResult
@@ -103,10 +103,10 @@ def search(
     budget_s: float | None = None,
     clock: Clock = time.monotonic,
 ) -> SearchResult:
-    """Search the space of a pipeline file; it ends in a pipeline file with what was found.
+    """Search the space of a pipeline file; writes a pipeline file with the best chains.
 
-    After `budget_s` seconds no further batch is proposed; what was measured is then brought to its
-    end. The executor is closed.
+    After `budget_s` seconds no further batch is proposed; the chains measured until then go through
+    the remaining rungs. The executor is closed.
 
     Raises:
         UserError: the file, or what it names, cannot be used.
@@ -174,7 +174,7 @@ class _Search:
     # -- rungs ---------------------------------------------------------------------------------
 
     def _first_rung(self) -> dict[Chain, Probe]:
-        """Batches of proposals, each from what the ones before showed."""
+        """Batches of proposals, each based on the probes of the batches before."""
         proposer = Proposer(
             self.space,
             self.target,
@@ -202,7 +202,7 @@ class _Search:
         return probes
 
     def _measure(self, rung: Rung, chains: Sequence[Chain], note: str) -> dict[Chain, Probe]:
-        """The probes of a batch, under a line of its own."""
+        """The probes of a batch, with a progress line of its own."""
         tokens = rung.benchmark.quality.perplexity_tokens
         line = self.board.line(f"rung {rung.number} ({tokens} tokens): {len(chains)} chains")
         probes = self.lab.measure(chains, rung)
@@ -219,7 +219,7 @@ class _Search:
         return ", ".join(probe.shown(name) for name in names)
 
     def _further_rungs(self, probes: Mapping[Chain, Probe]) -> list[Chain]:
-        """The chains of the last rung: what no rung dropped, and the front beside it."""
+        """The chains of the last rung: those that no rung dropped, and the front beside them."""
         first = len(probes)
         alive = list(probes.values())
         for rung in self.rungs:
@@ -242,8 +242,8 @@ class _Search:
         return chosen
 
     def _beside(self, probes: Mapping[Chain, Probe]) -> list[Chain]:
-        """Chains of the first rung that are nearest to the bounds among those beyond them, and then
-        the best of all others: they show what a looser bound would bring."""
+        """Chains of the first rung beyond the bounds, the nearest first, and then the best of all
+        others: they show the effect of a looser bound."""
         able = [probe for probe in probes.values() if not probe.failure]
         able.sort(key=lambda probe: (self.target.shortfall(probe), -self.target.rank(probe)))
         return [probe.chain for probe in able]

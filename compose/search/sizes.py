@@ -28,7 +28,7 @@ def predicted_bytes(shape: ModelShape, chain: Sequence[Stage], dtype: str) -> in
             layers, outer = packed.layers, packed.outer or outer
         smaller = stage.reshape(shape)
         if stage.role == "prune" and smaller == shape:
-            return None  # what it removes is seen on the weights alone
+            return None  # only the weights show what it removes
         shape = smaller
     outside = shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
     return round(((shape.weights - outside) * layers + outside * outer) / 8)

@@ -1,8 +1,8 @@
 """The search space: every chain that a pipeline file allows and no order rule forbids.
 
 Axes come from the file's `search` section, from its matrix, or from its stages, one axis for each
-kind. Varied stages (`compose.language.variants`) replace themselves in every choice. Planning says
-which chains break a rule, and which are one and the same.
+kind. Varied stages (`compose.language.variants`) replace themselves in every choice. Planning finds
+the chains that break a rule, and the chains that are equal.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ MOST_CHAINS = 4000
 """Chains of a space, at most: planning them takes seconds."""
 
 AROUND = (0.5, 1.0, 1.5)
-"""What widths and numbers of layers are multiplied with where a file says no values."""
+"""Factors on widths and numbers of layers where a file gives no values."""
 
 Choices = tuple[Chain, ...]
-"""What a chain takes of each axis, without the axes of which it takes nothing."""
+"""The choices of a chain, one an axis, without empty ones."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ def _candidates(
 def _axes(
     pipeline: Pipeline,
 ) -> tuple[dict[str, tuple[Chain, ...]], tuple[Mapping[str, Choice], ...]]:
-    """The axes that the file names, or those of its matrix with what that excludes, or one for
-    each kind of stage."""
+    """The axes that the file names, or those of its matrix with its exclusions, or one for each
+    kind of stage."""
     search = pipeline.search or Search()
     if search.axes:
         return Matrix.model_validate(dict(search.axes)).axes, ()
@@ -196,7 +196,8 @@ def _axes(
 
 
 def _vary(pipeline: Pipeline) -> Mapping[str, Values]:
-    """The values that the file names; where it names neither axes nor values, sensible ones."""
+    """The values that the file names; where it names neither axes nor values, values around its
+    own."""
     search = pipeline.search or Search()
     if search.axes or search.vary:
         return search.vary

@@ -1,6 +1,6 @@
-"""A peer made ready: its environment, and the model folder in the engine's own format.
+"""Prepares a peer: its environment, and the model folder in the engine's own format.
 
-cache/peers/models/FOLDER-ENGINE-OPTION   what an engine reads; FOLDER is a hash of the content
+cache/peers/models/FOLDER-ENGINE-OPTION   the input of an engine; FOLDER is a hash of the content
 
 Converted models are made once for each folder and stay in the cache.
 """
@@ -30,8 +30,8 @@ def prepare(
     """Make a peer ready for the model in `folder`: environment and conversion, each made once.
 
     Raises:
-        UserError: there is no such peer, it cannot be had on this machine, or it cannot run this
-            model.
+        UserError: there is no such peer, it cannot be installed on this machine, or it cannot run
+        this model.
     """
     name = parse_peer(option_name)
     config = require_model(folder)
@@ -85,7 +85,7 @@ def _model(
 
 
 def _gguf(folder: Path, models: Path, content: str, option: str, progress: Progress | None) -> Path:
-    """The folder as a GGUF file in its own float type, or as bf16 where that is asked for."""
+    """The folder as a GGUF file in its own float type, or as bf16 where the option says so."""
     if is_grid(require_model(folder)):
         raise UserError(
             f"llama.cpp:{option} quantizes floats, and {folder} holds integers",

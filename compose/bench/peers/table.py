@@ -1,4 +1,4 @@
-"""The other engines, as one literal table: their options, what pip installs, how they are run.
+"""The other engines, as one literal table: their options, their requirements, how they are run.
 
 Nothing of this is installed into our own environment. `environment` makes one for each engine from
 the ranges here; a change of a range makes another environment.
@@ -27,14 +27,14 @@ class Engine:
     distributions: tuple[str, ...]
     """Distributions whose versions are recorded."""
     requirements: tuple[str, ...] = ()
-    """What pip installs, pinned to ranges; empty where our own environment has it."""
+    """Requirements for pip, pinned to ranges; empty where our own environment has them."""
     pip_options: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the installation."""
     compiled: bool = False
     """Whether pip compiles it for this processor, so that other processors need their own."""
     settings: str = ""
-    """How every option is run; the options' sentences follow."""
+    """A sentence on how every option is run; the options' own sentences follow."""
 
     @property
     def script_path(self) -> Path:

@@ -1,4 +1,4 @@
-"""Log-probabilities of continuations of a context, as multiple-choice tasks ask for them."""
+"""Log-probabilities of continuations of a context, for multiple-choice tasks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class BranchingModel(ScoredModel, Protocol):
     """A model that can read a context once for all continuations of it."""
 
     parts: bool
-    """Whether contexts and what follows them are computed differently, so that every context is
-    read by itself."""
+    """Whether contexts and their continuations are computed differently, so that every context is
+    prefilled by itself."""
 
     def branch(
         self, contexts: Sequence[list[int]], endings: Sequence[list[int]], owner: Sequence[int]
@@ -114,7 +114,7 @@ def _score_rows(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         hidden = model.hidden(*_pad([rows[row] for row in batch], model.device))  # [B, S, H]
-        places: list[tuple[int, int]] = []  # (row in the batch, position) of each asked token
+        places: list[tuple[int, int]] = []  # (row in the batch, position) of each scored token
         targets: list[int] = []
         endings = [(place, index) for place, row in enumerate(batch) for index in asks[row]]
         counts = []
@@ -155,7 +155,8 @@ def _pad(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tenso
 def _score_places(
     model: ScoredModel, hidden: Tensor, places: list[tuple[int, int]], targets: list[int]
 ) -> tuple[list[float], list[bool]]:
-    """Log-probability of each target at its place (row, position) of [B, S, H]; is it greedy."""
+    """Log-probability of each target at its place (row, position) of [B, S, H], and whether it is
+    the argmax."""
     values: list[float] = []
     greedy: list[bool] = []
     index = torch.tensor(places, device=hidden.device).view(-1, 2)

@@ -1,7 +1,7 @@
 """The lossless check: speculative decoding against plain decoding, token for token.
 
-It says whether speculation changes the text, and nothing of what speculation brings: its draft
-length is forced, while the timed rounds choose their own (`compose.bench.speed.measure`).
+It shows whether speculation changes the text, not how fast it is: its draft length is forced, while
+the timed rounds choose their own (`compose.bench.speed.measure`).
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _divergence(
         return None
     same = common_prefix(plain, speculated)
     with torch.inference_mode():
-        following = [*plain[:same], prompt[-1]]  # the last token only stands for what comes there
+        following = [*plain[:same], prompt[-1]]  # the last token is a placeholder
         logits = scored.answer_logits([prompt], [following])[0][-1].float()
     best, second = logits.topk(2).values.tolist()
     return {

@@ -1,8 +1,8 @@
 """The quality of a cell: text, tasks and written answers, each against the baseline's.
 
-All cells score the same tokens and answer the same questions and prompts, and what was seen of each
-block, question and answer is kept: `compose.analysis.intervals` makes intervals of it. The baseline
-comes first and stores what the others are compared with.
+All cells score the same tokens and answer the same questions and prompts. The outcome of each
+block, question and answer is kept, and `compose.analysis.intervals` computes intervals from them.
+The baseline comes first and stores the reference of the others.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ from gateskip.model.compute import Saving, Usage
 ROUNDING_TOKENS = 129  # on which the engine's rounding is compared
 INSIGHT_BLOCKS = 2  # of the perplexity's text, on which the gates are inspected
 OTHER_TYPE = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
-"""Float type of a pipeline -> the one in which the dense model is scored again: the noise floor."""
+"""Float type of a pipeline -> the type in which the dense model is scored again for the noise
+floor."""
 
 
 class QualityBench:
@@ -69,7 +70,7 @@ class QualityBench:
         self.model = Scored(decoder, **settings) if mode == "skip" else Scored(decoder, None)
         self.is_baseline = job.is_baseline
         self.stored: dict[str, Tensor] = {}
-        """What the baseline leaves for the others, or left."""
+        """Tensors that the baseline stores for the other cells."""
         self.scored: dict[str, list[str]] = {}
         """Name of the text that was scored -> its rows."""
 
@@ -80,7 +81,7 @@ class QualityBench:
 
         Raises:
             StepError: the baseline's file is absent, or was made from other text.
-            AssetError: a text, a task or the prompts cannot be had.
+            AssetError: a text, a task or the prompts are not available.
         """
         record: dict[str, Any] = {}
         if self.quality["perplexity"] or self.quality["own_answers"]:
@@ -148,7 +149,7 @@ class QualityBench:
         return record
 
     def _noise_floor(self, blocks: Tensor, hidden: Tensor, base: BlockScores) -> dict[str, Any]:
-        """The same model in the other float type: what is closer than that is rounding.
+        """The same model in the other float type: smaller differences than this are rounding.
 
         Nothing where its weights are packed: there is no other type of them.
         """
@@ -182,7 +183,7 @@ class QualityBench:
         return float((scored.exp() * (scored - decoded)).sum(-1).mean())
 
     def _insight(self, blocks: Tensor, thresholds: Sequence[float]) -> dict[str, Any]:
-        """Which tokens get how much compute, on a few blocks [N, S] of the same text."""
+        """The compute of each token, on a few blocks [N, S] of the same text."""
         skipping, tokenizer = self.decoder.skipping, self.decoder.tokenizer
         assert skipping.gates is not None, "thresholds come with gates"
         rows = [row.tolist() for row in blocks]
@@ -207,7 +208,7 @@ class QualityBench:
             record["kept_shares"] = [round(share, 4) for share in usage.shares()]
         return record
 
-    # -- what is written -----------------------------------------------------------------------
+    # -- written answers -----------------------------------------------------------------------
 
     def _own_answers(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """How the cell answers prompts, beside the dense model: see `own_answers`."""
@@ -228,7 +229,7 @@ class QualityBench:
         return record if spent is None else {**record, "compute": spent}
 
     def _spent(self) -> dict[str, Any] | None:
-        """What was spent on text that was written since `clear_used`; None where none skips."""
+        """Compute of the text that was written since `clear_used`; None where none skips."""
         if self.mode != "skip":
             return None
         return text_compute(self.model.used, self.decoder, self.saving)
@@ -239,7 +240,7 @@ class QualityBench:
         used: dict[str, dict[Phase, Usage]] = {}
 
         def written(task: str) -> None:
-            """What was written since the last call belongs to this task."""
+            """Book the text that was written since the last call under this task."""
             used[task] = added(used.get(task, {}), self.model.used)
             self.model.clear_used()
 

@@ -1,12 +1,12 @@
 """The dense model's own greedy answers, and how far another cell is from them.
 
 The baseline writes an answer to each prompt, and keeps the final hidden states that predict its
-tokens. Another cell is compared in two ways. It is led through the same answers, and KL(dense ||
-cell) is taken at every token. It answers the same prompts itself, and the tokens that both answers
-share from the start are counted.
+tokens. Another cell is compared in two ways. It is teacher-forced along the same answers, and
+KL(dense || cell) is taken at every token. It answers the same prompts itself, and the tokens that
+both answers share from the start are counted.
 
-Both are done as the cell decodes: the prompt is a prompt, the answer's tokens are decoding steps,
-with activations rounded and branches skipped as in generation.
+Both run as the cell decodes: the prompt is prefilled, the answer's tokens are decoding steps, with
+activations rounded and branches skipped as in generation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHOWN = 10  # of them, whose texts are kept
 
 
 class AnsweringModel(Protocol):
-    """A model that answers prompts, and can be led through answers of another one."""
+    """A model that answers prompts, and can be teacher-forced along the answers of another one."""
 
     def generate(self, prompts: Rows, new_tokens: int, stop_tokens: Sequence[int]) -> Rows:
         """Greedy answers of up to `new_tokens`; the token that ends one is part of it."""
@@ -41,7 +41,7 @@ class AnsweringModel(Protocol):
 
 @dataclass(frozen=True)
 class DenseAnswers:
-    """What the dense model wrote, and what it knew at each token."""
+    """The dense model's answers, and its final states at each of their tokens."""
 
     prompts: Rows
     """Token ids of each prompt."""
@@ -62,7 +62,7 @@ class DenseAnswers:
 
     @classmethod
     def of(cls, stored: dict[str, Tensor], prompts: Rows) -> DenseAnswers:
-        """What `tensors` gave.
+        """The answers in the tensors of `tensors`.
 
         Raises:
             StepError: there is none, or it answers other prompts than these.
@@ -132,14 +132,14 @@ def score_answers(
 
 
 def texts_of(answers: Rows, tokenizer: Any) -> list[str]:
-    """The first answers as a reader sees them."""
+    """The first answers as text."""
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in answers[:SHOWN]]
 
 
 def _summed_kl(logits: Tensor, theirs: Tensor, head: Head) -> float:
     """KL(dense || cell), summed over the positions of an answer.
 
-    `own` are the cell's logits [T, V], `theirs` the dense model's final states [T, H].
+    `logits` are the cell's [T, V], `theirs` the dense model's final states [T, H].
     """
     with torch.inference_mode():
         target = log_probs(head(theirs.to(logits.device)))  # [T, V]

@@ -34,7 +34,7 @@ class Scored(BranchingModel):
         self.reads = skipping.get("prompt_budget") is not None
         """Whether prompts skip by thresholds that are for tokens of which nothing is predicted."""
         self.used: dict[Phase, Usage] = {}
-        """What the tokens of prompts and of answers entered since `clear_used`."""
+        """Usage of the tokens of prompts and of answers since `clear_used`."""
 
     def clear_used(self) -> None:
         """Count what is written from zero."""
@@ -71,8 +71,8 @@ class Scored(BranchingModel):
         )
 
     def read_of(self, length: int) -> int:
-        """How many tokens of a block of running text are only read, where the cell's prompts skip
-        what answers do not need: half of them. What is predicted from these is not scored."""
+        """How many tokens of a block of running text are only context, where the cell's prompts
+        skip by thresholds of their own: half of them. Predictions at these are not scored."""
         return length // 2 if self.reads else 0
 
     def generate(
@@ -115,7 +115,7 @@ class Scored(BranchingModel):
         return self.decoder.skipping.forward(last, cache, starts, self.phases.answer)[:, 0]
 
     def _read(self, contexts: Sequence[list[int]], cache: Cache) -> Tensor:
-        """Final states [G, S, H] of what of the contexts passes together."""
+        """Final states [G, S, H] of the part of the contexts that is prefilled together."""
         lengths = [self.phases.read(len(context)) for context in contexts]
         ids, zeros = padded(contexts)[:, : max(lengths)].to(self.device), [0] * len(contexts)
         if not max(lengths):

@@ -61,7 +61,7 @@ class TaskScore:
     outcomes: tuple[float, ...]
     """The score of each question, in the order asked, to 4 decimals."""
     questions: str
-    """16 hex digits over what was asked: outcomes of two models pair where these are equal."""
+    """16 hex digits over the questions: outcomes of two models pair where these are equal."""
 
 
 def run_tasks(
@@ -76,13 +76,13 @@ def run_tasks(
 ) -> dict[str, TaskScore]:
     """Score `model` on tasks of lm-eval: its prompts and metrics, the first `limit` questions.
 
-    `written` is called with the name of a task after each batch of its answers.
+    `written` is called with a task's name after each batch of its answers.
 
     The tasks in `compose.assets.TASKS` are read from files here; others go through the hub.
 
     Raises:
         UserError: a task is unknown, or asks a model for free text that cannot generate it.
-        AssetError: a task's questions cannot be had.
+        AssetError: a task's questions are not available.
     """
     if not tasks:
         return {}
@@ -110,7 +110,7 @@ def run_tasks(
 
 
 def _define(name: str, folder: Path, cache: Path | None, limit: int | None = None) -> str:
-    """Write lm-eval's own definition of the task with our rows as its data; gives their origin.
+    """Write lm-eval's own definition of the task with our rows as its data; returns their origin.
 
     Only the first `limit` rows are written: lm-eval would prepare all of them otherwise.
     """
@@ -257,7 +257,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """The token before a text that has no context."""
         begin: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 

@@ -97,8 +97,8 @@ def score_blocks(
 ) -> BlockScores:
     """Run `blocks` [N, S] once and measure perplexity, and the distance to `reference` if given.
 
-    `keep` is called with the hidden states [B, S, H] of each batch. Of each block the first `after`
-    tokens are only read: what is predicted from them does not count.
+    `keep` is called with the hidden states [B, S, H] of each batch. The first `after` tokens of
+    each block are only context: predictions at them do not count.
 
     Raises:
         StepError: the reference was computed from other blocks.
@@ -129,14 +129,14 @@ def score_blocks(
 
 
 class _Row(NamedTuple):
-    """What was seen of a block of S tokens; float64 on the CPU."""
+    """Scores of a block of S tokens; float64 on the CPU."""
 
     nll: Tensor
     """[S - 1], of each predicted token."""
     kl: Tensor
     """[S], at each position; empty without a dense model."""
     same: Tensor
-    """[S], whether both put the same token first."""
+    """[S], whether both have the same argmax."""
     dense_nll: Tensor
     """[S - 1], the dense model's of each predicted token; empty without one."""
 
@@ -189,7 +189,7 @@ def _summary(rows: Sequence[_Row]) -> BlockScores:
 def score_reference(
     model: ScoredModel, blocks: Tensor, *, batch_size: int = 1, progress: Progress | None = None
 ) -> tuple[BlockScores, dict[str, Tensor]]:
-    """Score the baseline on `blocks` [N, S]; the second is what the other cells compare with.
+    """Score the baseline on `blocks` [N, S]; the second value is the reference of the other cells.
 
     It holds `hidden` [N, S, H] in the model's type, and `blocks`.
     """
@@ -213,7 +213,7 @@ def store(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_stored(path: Path) -> dict[str, Tensor]:
-    """What `store` wrote.
+    """The tensors that `store` wrote.
 
     Raises:
         StepError: the file is absent or unreadable.
@@ -246,7 +246,7 @@ def load_head(folder: Path) -> Head:
     """The LM head of a model folder, read without the rest of the model unless it is packed.
 
     It multiplies in float32 whatever the weights' type: logits rounded to bfloat16 would add a KL
-    of their own to what is compared.
+    of their own.
 
     Raises:
         StepError: the folder has no such weight.

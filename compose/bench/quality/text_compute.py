@@ -1,4 +1,4 @@
-"""What a cell that skips spent on the very text that was scored: on prompts, and on answers."""
+"""The compute of a cell that skips on the text that was scored: on prompts, and on answers."""
 
 from __future__ import annotations
 

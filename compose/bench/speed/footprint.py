@@ -1,4 +1,4 @@
-"""What a model folder takes: bytes on disk, bytes in memory, multiply-adds."""
+"""The size of a model folder: bytes on disk, bytes in memory, multiply-adds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is timed in a turn of a cell: prompts read and continued once, in one shape."""
+"""A timed turn of a cell: prompts are prefilled and continued once, in one shape."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class SpeedTurns:
         threads: int | None,
         asset_cache: Path,
     ) -> None:
-        """`settings` are arguments of `Decoder.generate`; `saving` counts what `Usage` saved;
-        `wanted` is the benchmark's speed section."""
+        """`settings` are arguments of `Decoder.generate`; `saving` counts the compute that a
+        `Usage` saved; `speed` is the benchmark's speed section."""
         self.decoder, self.mode, self.settings = decoder, mode, dict(settings)
         self.saving, self.speed = saving, speed
         self.threads = threads
@@ -55,7 +55,8 @@ class SpeedTurns:
         """Bytes that the process held before the shape that is measured now."""
 
     def warm(self, which: TurnText, threads: int) -> dict[str, Any]:
-        """A whole turn of a shape that is not counted: what is built or learned on first use is.
+        """Run a whole turn of a shape that is not counted, so that everything made on first use
+        exists.
 
         The process's peak counts from here, with the weights in memory.
         """
@@ -71,7 +72,7 @@ class SpeedTurns:
 
     def measure(self, which: TurnText) -> dict[str, Any]:
         """One turn: tokens and seconds of prefill and decoding, seconds to the first token, bytes,
-        and what skipping or speculation did meanwhile. `speed.turns` adds turns up."""
+        and the counts of skipping or speculation. `speed.turns` adds turns up."""
         batches = self.texts[which]
         usage, before = self.decoder.skipping.usage, self._engine_seconds()
         usage.clear()
@@ -137,7 +138,7 @@ class SpeedTurns:
 
 
 def speculation_counts(stats: Stats) -> dict[str, Any]:
-    """What drafted, and what became of drafts as counts that can be added up."""
+    """The draft's name, and the drafts' outcomes as counts that can be added up."""
     return {
         "draft_length_histogram": {str(n): times for n, times in stats.draft_lengths.items()},
         "drafted": stats.drafted,

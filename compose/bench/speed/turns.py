@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Turn = Mapping[str, Any]
-"""What a cell's process tells of one turn; see `compose.bench.speed.measure.SpeedTurns.measure`."""
+"""The record of one turn from a cell's process: see
+`compose.bench.speed.measure.SpeedTurns.measure`."""
 
 SUMS = ("prompt_tokens", "prefill_s", "tokens", "decode_s")
 LARGEST = ("resident_bytes", "peak_bytes", "cache_bytes", "beside_bytes", "threads", "affinity")
@@ -56,8 +57,8 @@ def mean_compute(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def add_speculation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of speculation, added up: of the turns of a repeat, or of the repeats of a cell; with
-    what drafted in the last one."""
+    """Counts of speculation, added up over the turns of a repeat, or the repeats of a cell, with
+    the draft's name of the last one."""
     longest = max(len(record["positions"]) for record in records)
     positions = [[0, 0] for _ in range(longest)]
     for record in records:

@@ -43,9 +43,9 @@ def rows_of(
     cache: Path | None,
 ) -> list[Rows]:
     """The batches of a turn: rows of running text, or the prompts of a category, one at a time.
-    `wanted` is the benchmark's speed section.
+    `speed` is the benchmark's speed section.
 
-    Raises AssetError where the texts cannot be had.
+    Raises AssetError where the texts are not available.
     """
     if which.category:
         texts = _texts_by_category(speed["prompts"], cache)[which.category]
@@ -92,7 +92,7 @@ def _next(all_of_them: list[T], number: int, count: int) -> list[T]:
 def categories(source: str, cache: Path | None) -> list[str]:
     """The categories of a file's prompts, in their order; no tokenizer is needed.
 
-    Raises AssetError where `source` cannot be had.
+    Raises AssetError where `source` is not available.
     """
     return list(_texts_by_category(source, cache))
 
@@ -102,7 +102,7 @@ def prompts_by_category(
 ) -> Workloads:
     """Category -> its prompts, each a batch of one; `limit` of each category.
 
-    Raises AssetError where `source` cannot be had.
+    Raises AssetError where `source` is not available.
     """
     return {
         name: [[prompt_ids(tokenizer, text)] for text in texts[:limit]]

@@ -1,7 +1,7 @@
 """The peer `llama.cpp`, through the C functions of llama-cpp-python.
 
-Its own high-level class evaluates one sequence and copies logits; here a step is one
-`llama_decode` with one sequence a row, as llama.cpp's own `llama-batched-bench` does it.
+Its high-level class evaluates one sequence and copies logits. Here a step is one `llama_decode`
+with one sequence a row, as in llama.cpp's own `llama-batched-bench`.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class LlamaCpp:
         return {**answer, "python_s": ended - first - self.inside}
 
     def _prefill(self, prompts: list[list[int]]) -> list[int]:
-        """The likeliest token after each prompt; tokens of all rows share batches."""
+        """The argmax token after each prompt; tokens of all rows share batches."""
         flat = [
             (token, position, row, position == len(prompt) - 1)
             for row, prompt in enumerate(prompts)
@@ -131,7 +131,8 @@ class LlamaCpp:
         return first
 
     def _decode(self, step: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Run (token, position, sequence, wanted) in one call; the likeliest after each wanted."""
+        """Run (token, position, sequence, needs logits) in one call; the argmax of each row of
+        logits."""
         rows = self._fill(step)
         began = time.perf_counter()
         failed = self.api.llama_decode(self.context, self.batch)
@@ -142,7 +143,7 @@ class LlamaCpp:
         return best
 
     def _fill(self, step: list[tuple[int, int, int, bool]]) -> int:
-        """Write a step into the batch; the number of rows of logits that it asks for."""
+        """Write a step into the batch; returns the number of rows of logits that it computes."""
         batch, rows = self.batch, 0
         token, pos, seq, logits = batch.token, batch.pos, batch.seq_id, batch.logits
         count = batch.n_seq_id

@@ -16,7 +16,7 @@ WARM_TOKENS = 2
 
 
 class OnnxRuntime:
-    """One loaded model; a generator a call, with the batch that is asked for."""
+    """One loaded model; each call makes a generator for its batch."""
 
     def __init__(self) -> None:
         self.model: Any = None

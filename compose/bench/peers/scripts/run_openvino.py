@@ -70,8 +70,8 @@ class OpenVino:
     ) -> dict[str, Any]:
         """Add a request for each row, then step until all are finished.
 
-        Rows whose prompts come first may be ahead when the last row has its first token; what they
-        have by then is counted in `first_tokens`.
+        Rows whose prompts come first may be ahead when the last row has its first token; their
+        tokens until then are counted in `first_tokens`.
         """
         import numpy
 
@@ -134,7 +134,7 @@ class OpenVino:
 
 
 def _read(handle: Any, row: list[int]) -> None:
-    """Add to `row` what a request has written since it was last read."""
+    """Add to `row` the tokens that a request has written since it was last read."""
     while handle.can_read():
         (output,) = handle.read().values()
         row.extend(output.generated_ids)

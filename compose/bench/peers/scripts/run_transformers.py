@@ -63,8 +63,8 @@ class Transformers:
         """Continue all prompts in one call, padded on the left.
 
         The first token is timed by a stopping criterion, which transformers calls after each step:
-        prefill and decoding are two parts of one call. `compiled_graphs` counts what was compiled
-        meanwhile: 0, or the times are not those of decoding.
+        prefill and decoding are two parts of one call. `compiled_graphs` counts the graphs compiled
+        meanwhile: where it is not 0, the times include compilation.
         """
         import torch
         from transformers import StoppingCriteria, StoppingCriteriaList
@@ -109,7 +109,8 @@ class Transformers:
     def _one_by_one(
         self, prompts: list[list[int]], new_tokens: int, stop: list[int], ignore_stop: bool
     ) -> dict[str, Any]:
-        """Look-up has no batches in transformers, so rows follow each other; times add up."""
+        """transformers has no batched prompt look-up, so rows run one after another; times add
+        up."""
         runs = [self.generate([row], new_tokens, stop, ignore_stop) for row in prompts]
         total = {name: sum(run[name] for run in runs) for name in runs[0] if name != "tokens"}
         return {**total, "tokens": [run["tokens"][0] for run in runs]}

@@ -51,7 +51,7 @@ def resident_bytes() -> int:
 
 
 BARE = resident_bytes()
-"""What the bare interpreter holds; scripts import this module before any library."""
+"""Memory of the bare interpreter; scripts import this module before any library."""
 
 
 def held_bytes() -> int:
