@@ -62,7 +62,7 @@ def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _with_a_written_task(tasks: tuple[str, ...]) -> tuple[str, ...]:
-    """The tasks, and one whose answers are written where none of them is known to be."""
+    """The tasks, and one with written answers where none of them is known to have them."""
     written = [name for name in tasks if name in TASKS and TASKS[name].writes]
     return tasks if written or not tasks else (*tasks, WRITTEN_TASK)
 
@@ -124,7 +124,7 @@ class Data(_Section):
     """For stages that train: gate, heal."""
 
     calibration: DataSpec = DataSpec()
-    """For stages that only look: thresholds, block influence, pruning, GPTQ."""
+    """Text for stages that only measure: thresholds, block influence, pruning, GPTQ."""
 
 
 class Matrix(BaseModel):
@@ -146,7 +146,7 @@ class Matrix(BaseModel):
 
 
 class Search(_Section):
-    """What `gateskip search` may make chains of, and how many of them it measures."""
+    """The chains that `gateskip search` may build, and how many of them it measures."""
 
     axes: dict[Text, Annotated[tuple[Choice, ...], Field(min_length=1)]] = {}
     """One choice of each axis, in chain order, as in a matrix. When left out: the axes of the
@@ -160,7 +160,7 @@ class Search(_Section):
     """Chains measured on the first rung, at most. A space that is not larger is measured whole."""
 
     batch: Count = 8
-    """Chains that are proposed and measured together; the next ones follow from what was found."""
+    """Chains that are proposed and measured together; the next ones follow from their results."""
 
     tokens: Annotated[int, Field(ge=2)] = 2048
     """Tokens on which the first rung scores; each further rung has four times as many, and the last
@@ -203,9 +203,9 @@ class Speed(_Section):
 
     one_process: bool = False
     """Whether all cells of ours are timed in one process, into which each round loads them anew, in
-    another order. What makes a process a few percent faster or slower than its equal for as long as
-    it lives is then the same for all, and where weights come to lie changes with the rounds. What
-    each cell holds in memory at most is not measured then."""
+    another order. A process can be a few percent faster or slower than an equal one for as long as
+    it lives; one process makes this the same for all cells, and the placement of weights changes
+    with the rounds. The peak memory of each cell is not measured then."""
 
     batch_sizes: Annotated[tuple[Count, ...], AfterValidator(_no_repeats), Field(min_length=1)] = (
         1,
@@ -246,7 +246,7 @@ class Quality(_Section):
         tuple[Text, ...],
         BeforeValidator(_candidates, json_schema_input_type=Text | tuple[Text, ...] | None),
     ] = ("wikitext2", "heldout-text")
-    """A data set, or several of which the first that can be had is used; null measures none."""
+    """A data set, or several of which the first available one is used; null measures none."""
 
     perplexity_tokens: Annotated[int, Field(ge=2)] = 8192
     """Tokens over which perplexity, KL and agreement are measured."""
@@ -254,8 +254,9 @@ class Quality(_Section):
     tasks: Annotated[
         tuple[Text, ...], AfterValidator(_no_repeats), AfterValidator(_with_a_written_task)
     ] = ()
-    """Tasks of lm-eval. Where none of them is known to be written, `arithmetic` is added: skipping
-    costs little in likelihoods and much in text, so no mean goes without a written task."""
+    """Tasks of lm-eval. Where none of them has written answers, `arithmetic` is added: skipping
+    costs little in likelihoods and much in written text, so every mean includes a task with written
+    answers."""
 
     limit: Count = 500
     """Questions taken of each task."""
@@ -358,7 +359,7 @@ class Pipeline(_Section):
     """The texts that stages read."""
 
     stages: dict[FreeName, AnyStage] = {}
-    """What chains are made of: a name for each stage with its parameters."""
+    """The stages of chains: a name for each stage with its parameters."""
 
     pipelines: dict[FreeName, tuple[Text, ...]] = {}
     """Named chains; one that breaks a rule is an error."""
@@ -371,13 +372,13 @@ class Pipeline(_Section):
     decoders, which is also what a file without matrix, pipelines and search means."""
 
     search: Search | None = None
-    """What `gateskip search` may make chains of; `gateskip run` passes it over."""
+    """The chains that `gateskip search` may build; `gateskip run` ignores it."""
 
     benchmark: Benchmark = Benchmark()
     """What is measured of every cell."""
 
     limits: Limits = Limits()
-    """What a step and a cell may take: time and memory. Not limited when left out."""
+    """Limits on time and memory of a step and of a cell. Not limited when left out."""
 
     export: dict[Text, Export] = {}
     """Cells to export when the run ends: name -> where to."""
@@ -399,7 +400,7 @@ class Pipeline(_Section):
 
     @property
     def source_map(self) -> SourceMap | None:
-        """Where everything stands in the file; None when the pipeline was not read from one."""
+        """Positions of all values in the file; None when the pipeline was not read from one."""
         return self._source_map
 
     def with_source_map(self, source_map: SourceMap) -> Pipeline:

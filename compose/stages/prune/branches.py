@@ -45,18 +45,18 @@ class PruneBranches(Pruning):
     """The stage's name."""
 
     budget: float = Field(default=0.8, gt=0, lt=1)
-    """The budget at which the gates are asked."""
+    """The budget at which the gates are evaluated."""
 
     share: float = Field(default=0.02, ge=0, lt=1)
     """A branch may go when at most this share of tokens enters it."""
 
     rise: float = Field(default=0.05, gt=0)
     """A branch stays when the calibration loss rises by more without it, in nats a token. Gates do
-    not decide on the first token, which may need what the others skip."""
+    not decide on the first token, which may need branches that the others skip."""
 
     single: Literal["zero", "keep"] = "zero"
-    """What happens to a branch whose neighbour in the layer stays: its output becomes zero and no
-    token enters it, or it is kept, and only whole layers go."""
+    """Treatment of a branch whose neighbour in the layer stays: its output becomes zero and no
+    token enters it, or it is kept, and only whole layers are removed."""
 
     def tolerates(self, rule: str) -> bool:
         """What goes is what gates know."""
@@ -85,11 +85,12 @@ class PruneBranches(Pruning):
             )
 
     def reshape(self, shape: ModelShape) -> ModelShape:
-        """The same shape: how many layers go is known when the gates are; it can only be fewer."""
+        """The same shape: the number of removed layers depends on the gates; it can only shrink."""
         return shape
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Ask the gates, silence what the loss can do without, drop whole layers, recalibrate."""
+        """Evaluate the gates, zero branches while the loss permits, drop whole layers,
+        recalibrate."""
         from gateskip.model.families import backbone, find_branches
 
         model, blocks = model_and_blocks(job, RANK_BLOCKS)
@@ -127,7 +128,8 @@ class PruneBranches(Pruning):
         }
 
     def _units(self, shares: list[float]) -> list[Unit]:
-        """What may go, least used first: branches, or layers where single ones are kept."""
+        """Units that may be removed, least used first: branches, or layers where single branches
+        are kept."""
         rare = [unit for unit in self._all_units(shares) if _most(shares, unit) <= self.share]
         return sorted(rare, key=lambda unit: _most(shares, unit))
 
@@ -140,7 +142,7 @@ class PruneBranches(Pruning):
     ) -> tuple[set[int], dict[Unit, float]]:
         """Zero the units one after another; undo where the loss rises too far.
 
-        Returns the branches that went, and what the spared units would have cost.
+        Returns the removed branches, and the loss that the spared units would have cost.
         """
         gone: set[int] = set()
         spared: dict[Unit, float] = {}

@@ -1,4 +1,4 @@
-"""What all pruning stages share: loading, the loss on text, hooks, cutting layers and weights."""
+"""Functions of all pruning stages: loading, the loss on text, hooks, cutting layers and weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 RANK_BLOCKS = 16  # calibration blocks that rank layers: one score a layer needs few
 LOSS_BLOCKS = 4  # calibration blocks of a loss, which is measured many times
-LOSS_TOKENS = 64  # whose logits exist at once
+LOSS_TOKENS = 64  # tokens whose logits exist at once
 LOGITS = 3  # copies of them
 PER_LAYER = ("layer_types", "no_rope_layers")  # lists in a config with an entry a layer
 
@@ -38,7 +38,7 @@ GATED_MLP = (
 
 
 class Pruning(Stage):
-    """What is common to all stages that prune."""
+    """Base class of all stages that prune."""
 
     role: ClassVar[Role] = "prune"
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
@@ -76,10 +76,10 @@ class Hook(Protocol):
 
 
 def refuse_long_rope(shape: ModelShape, rule: str, other: str) -> None:
-    """Refuse to change what a long-context Phi3 counts its rotary factors by.
+    """Refuse to change a size by which a long-context Phi3 counts its rotary factors.
 
     Raises:
-        RuleBroken: `rule`; `other` says what the config would have to take.
+        RuleBroken: `rule`; `other` names that size in the message.
     """
     if shape.model_type == "phi3" and shape.long_rope:
         raise RuleBroken(

@@ -47,12 +47,12 @@ class PruneHeads(Pruning):
     """How many query heads go from each layer."""
 
     take: Literal["groups", "queries"] = "groups"
-    """What goes: `groups` are KV heads with all their query heads, which makes the cache smaller
-    too; `queries` are as many query heads of every KV head."""
+    """The heads that are removed: `groups` are KV heads with all their query heads, which makes the
+    cache smaller too; `queries` are as many query heads of every KV head."""
 
     importance: Importance = "activation"
-    """What ranks heads: what they add on text (`activation`), the loss's gradient in them there
-    (`taylor`), or their weights alone (`magnitude`)."""
+    """How heads are ranked: by their contribution on text (`activation`), by the loss's gradient in
+    them there (`taylor`), or by their weights alone (`magnitude`)."""
 
     refit: bool = True
     """Whether output projections are re-fitted by least squares, so that the remaining heads
@@ -79,7 +79,8 @@ class PruneHeads(Pruning):
         return shape.num_heads // groups if self.take == "groups" else groups
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """Order rules, `layout-known`, and `heads-fit`: a plain config can say what is left."""
+        """Order rules, `layout-known`, and `heads-fit`: a plain config can state the remaining
+        heads."""
         super().check(shape, before)
         if shape is None:
             return
@@ -108,8 +109,8 @@ class PruneHeads(Pruning):
         return f"set count: {min(fitting, key=lambda count: abs(count - self.count))}"
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """What is kept of attention, products of the channels of all heads of each layer with each
-        other, and what all pruning works on."""
+        """The remaining attention weights, the Gram matrices of the channels of all heads of each
+        layer, and the memory of all pruning."""
         width, left = shape.num_heads * shape.head_dim, self.reshape(shape)
         heads = 2 * (left.num_heads + left.num_kv_heads)  # queries and outputs, keys and values
         stored = AS_STORED * heads * shape.head_dim * shape.hidden_size
@@ -126,7 +127,8 @@ class PruneHeads(Pruning):
         )
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Rank the heads of each layer, cut the least important ones, and state what is left."""
+        """Rank the heads of each layer, cut the least important ones, and state the remaining
+        shape."""
         from gateskip.model.families import backbone
 
         model, blocks = model_and_blocks(job)
@@ -197,7 +199,7 @@ def _queries(attention: Any, shape: ModelShape) -> Tensor:
 def cut_heads(attention: Any, heads: Tensor, shape: ModelShape) -> Tensor:
     """Leave only these query heads [kept groups, kept of each] and the KV heads that they read.
 
-    Returns which channels of the heads' outputs stay.
+    Returns the channels of the heads' outputs that stay.
     """
     import torch
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 WRITERS = ("o_proj", "down_proj")
-NEAR = 0.9  # of the size asked for: what is still worth advising
+NEAR = 0.9  # share of the requested size that a suggested fix must keep
 ROUNDINGS = (64, 32, 16, 8, 4, 2, 1)
 
 
@@ -55,8 +55,9 @@ class PruneHidden(Pruning):
     the config asks for it."""
 
     importance: Importance = "activation"
-    """What ranks channels: what they add to all that reads them on text (`activation`), the loss's
-    gradient in them there (`taylor`), or the weights alone (`magnitude`)."""
+    """How channels are ranked: by their contribution to all layers that read them on text
+    (`activation`), by the loss's gradient in them there (`taylor`), or by the weights alone
+    (`magnitude`)."""
 
     refit: bool = True
     """Whether layers that read the residual stream are re-fitted by least squares, so that the
@@ -78,7 +79,8 @@ class PruneHidden(Pruning):
         return math.lcm(self.round_to, shape.num_heads if divides else 1)
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """Order rules, `layout-known`, and `hidden-fits`: a plain config can say what is left."""
+        """Order rules, `layout-known`, and `hidden-fits`: a plain config can state the remaining
+        size."""
         super().check(shape, before)
         if shape is None:
             return
@@ -101,8 +103,8 @@ class PruneHidden(Pruning):
         return "take a smaller ratio, or prune-width"
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """Products of the channels, two a layer, and what all pruning works on; then what is kept
-        of all weights."""
+        """Gram matrices of the channels, two a layer, and the memory of all pruning; then the
+        remaining weights."""
         stored = AS_STORED * (1 - self.ratio) * shape.weights
         fit = 8.0 * shape.num_layers * shape.hidden_size**2 if self.refit else 0.0
         return max(stored, fit + super().worked_on(shape, length))
@@ -143,11 +145,11 @@ class PruneHidden(Pruning):
 def _refit(
     linears: list[Any], channels: Tensor, grams: list[Tensor], tokens: int, job: StageJob
 ) -> None:
-    """Re-fit the layers that read the residual stream for the channels `kept`, one after another;
-    each product goes once its layers are fitted."""
+    """Re-fit the layers that read the residual stream for `channels`, one after another; each Gram
+    matrix is freed once its layers are fitted."""
     from torch import nn
 
-    for linear in linears:  # the last product is the LM head's
+    for linear in linears:  # the last Gram matrix is the LM head's
         old = linear.weight.detach()
         linear.weight = nn.Parameter(
             narrowed(refitted(old, channels, grams.pop(0), tokens), old, job)
@@ -164,7 +166,7 @@ def readers(model: Any) -> Iterator[Any]:
 
 
 def residual_norms(model: Any) -> list[nn.Module]:
-    """Norms over the residual stream or what is added to it; those of heads lie deeper."""
+    """Norms over the residual stream or over the branches' outputs; those of heads lie deeper."""
     from gateskip.model.families import backbone, final_norm
 
     parts = [part for layer in backbone(model).layers for part in layer.children()]
@@ -172,10 +174,10 @@ def residual_norms(model: Any) -> list[nn.Module]:
 
 
 def norm_factors(model: Any, channels: Tensor, blocks: Tensor, job: StageJob) -> list[float]:
-    """For each norm the mean ratio of the root mean square of the kept channels to that of all.
+    """For each norm the mean ratio of the root mean square of `channels` to that of all.
 
-    A norm divides by the root mean square, which is another number over fewer channels. Multiplying
-    the norm's weights by this ratio keeps its output.
+    A norm divides by the root mean square, which differs over fewer channels. Multiplying the
+    norm's weights by this ratio keeps its output.
     """
     import torch
 
@@ -200,7 +202,7 @@ def norm_factors(model: Any, channels: Tensor, blocks: Tensor, job: StageJob) ->
 
 
 def cut_channels(model: Any, channels: Tensor, factors: list[float]) -> None:
-    """Leave these channels of the residual stream, where layers do not have them alone by now;
+    """Leave only these channels of the residual stream in all weights that still have all of them;
     norms are scaled by `factors`, one each."""
     from torch import nn
 
@@ -230,7 +232,8 @@ def cut_channels(model: Any, channels: Tensor, factors: list[float]) -> None:
 
 
 def _embedding_scale(model: Any, channels: Tensor) -> float:
-    """What embeddings must grow by: Gemma multiplies them by the root of the hidden size."""
+    """Factor on the embedding: Gemma multiplies it by the root of the hidden size, which
+    shrinks."""
     if not model.config.model_type.startswith("gemma"):
         return 1.0
     embedding = model.get_input_embeddings()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class DropLayers(Pruning):
-    """Remove whole decoder layers: the ones named, or the `count` that are missed least."""
+    """Remove whole decoder layers: the named ones, or the `count` least important ones."""
 
     version: ClassVar[int] = 3
 
@@ -48,8 +48,8 @@ class DropLayers(Pruning):
     """
 
     refit: bool = True
-    """Whether the MLP before a dropped layer is fitted anew, to add what that layer did as far as
-    it can tell. Takes all of the calibration text."""
+    """Whether the MLP before a dropped layer is re-fitted to add that layer's contribution, too.
+    Takes all of the calibration text."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:
@@ -115,7 +115,7 @@ class DropLayers(Pruning):
     def _choose(
         self, model: Any, blocks: Tensor, job: StageJob
     ) -> tuple[set[int], dict[str, list[Any]]]:
-        """Which layers go, and what they were chosen by, for the record."""
+        """The layers to drop, and the scores behind the choice, for the record."""
         if self.layers is not None:
             return set(self.layers), {}
         if self.metric == "perplexity-greedy":

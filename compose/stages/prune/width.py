@@ -45,8 +45,8 @@ class PruneWidth(Pruning):
     """The width that is kept is rounded down to a multiple of this."""
 
     importance: Importance = "activation"
-    """What ranks neurons: what they add on text (`activation`), the loss's gradient in them there
-    (`taylor`), or their weights alone (`magnitude`)."""
+    """How neurons are ranked: by their contribution on text (`activation`), by the loss's gradient
+    in them there (`taylor`), or by their weights alone (`magnitude`)."""
 
     refit: bool = True
     """Whether down projections are re-fitted by least squares, so that the remaining neurons
@@ -77,8 +77,8 @@ class PruneWidth(Pruning):
             )
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """What is kept of the MLPs, and products of one's neurons with each other or what all
-        pruning works on; beside them the states of the text, which the job alone knows."""
+        """The remaining MLP weights, and the larger of one MLP's Gram matrix and the memory of all
+        pruning; in addition to them the states of the text, whose size only the job knows."""
         stored = AS_STORED * 3 * self.kept_width(shape.intermediate_size) * shape.hidden_size
         fit = FIT * 4.0 * shape.intermediate_size**2 if self.refit else 0.0
         return shape.num_layers * stored + max(fit, super().worked_on(shape, length))
@@ -113,8 +113,8 @@ class PruneWidth(Pruning):
     def _ranked(
         self, model: Any, mlps: list[Any], blocks: Tensor, job: StageJob
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Of one MLP after another the squared importance of its neurons, and the products of what
-        its down projection reads, where that is re-fitted: they tell what neurons add on text, too.
+        """For one MLP after another the squared importance of its neurons, and the Gram matrix of
+        its down projection's inputs, where that is re-fitted: `activation` needs it, too.
         """
         readers, scores = [mlp.down_proj for mlp in mlps], None
         if not (self.refit and self.importance == "activation"):
@@ -135,8 +135,8 @@ class PruneWidth(Pruning):
 def _cut(
     mlp: Any, width: int, squares: Tensor, gram: Tensor | None, tokens: int, job: StageJob
 ) -> float:
-    """Leave an MLP its most important neurons, re-fitted to their products over so many tokens
-    where these are known; returns the share of the importance that went."""
+    """Leave an MLP its most important neurons, re-fitted where their Gram matrix over `tokens`
+    tokens is known; returns the share of the importance that was removed."""
     scores = squares.sqrt()
     order = scores.argsort()
     gone, neurons = order[: len(scores) - width], order[len(scores) - width :].sort().values

@@ -32,7 +32,7 @@ class Bnb(Stage):
     """Whether the scales of 4-bit blocks are quantized, too: 0.4 bits less a weight."""
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """What 4-bit weights are multiplied in; when left out, the model's own type."""
+    """The type in which 4-bit weights are multiplied; when left out, the model's own."""
 
     threshold: float | None = Field(default=None, ge=0)
     """Size from which on an activation counts as an outlier to `int8`; when left out, 6."""
@@ -92,7 +92,7 @@ class Bnb(Stage):
         return StoredBits(4 + scales)
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Load through bitsandbytes, save what it made, and measure what the rounding did."""
+        """Load through bitsandbytes, save the result, and measure the rounding errors."""
         import torch
         from transformers import AutoModelForCausalLM
 

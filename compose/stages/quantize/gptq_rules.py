@@ -1,4 +1,4 @@
-"""What a folder in the GPTQ format asks of a model's shape, because of the kernels that read it."""
+"""Requirements of the GPTQ format on a model's shape, because of the kernels that read it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def refuse_cut_groups(group: int, widths: Mapping[str, int]) -> None:
 
 
 def _fitting_group(requested: int, widths: Mapping[str, int]) -> str:
-    """The setting nearest to groups of `wanted` that divide all `widths`, else whole rows."""
+    """The setting for groups nearest to `requested` that divide all `widths`, else whole rows."""
     common = math.gcd(*widths.values())
     fitting = [size for size in GROUP_SIZES if common % size == 0]
     if not fitting:

@@ -10,7 +10,7 @@ from compose.stages.base import ModelShape, StageJob
 from compose.stages.shape import is_value
 
 DeviceMap = Literal["auto", "balanced", "sequential", "cpu"]
-"""How accelerate places layers, as `from_pretrained` takes it."""
+"""How accelerate places layers: `device_map` of `from_pretrained`."""
 
 Bits = Literal[2, 3, 4, 8]
 """Bits of one packed weight."""
@@ -39,7 +39,7 @@ def refuse_tied_head(shape: ModelShape) -> None:
 
 
 def matching(ends: Iterable[str], names: list[str], key: str = "skip") -> list[str]:
-    """The names that end as one of `ends` does; `key` is what a stage calls those ends.
+    """The names that end as one of `ends` does; `key` is the stage's setting of those ends.
 
     Raises:
         UserError: an end fits no name.
