@@ -19,7 +19,6 @@ from compose.language.variants import Values, variants
 from compose.planning.keys import InputHashes
 from compose.planning.plan import Plan
 from compose.planning.planner import cell_name, make_plan
-from compose.search.sizes import predicted_bytes
 from compose.stages.base import ModelShape, Role, Stage
 
 MOST_CHAINS = 4000
@@ -27,6 +26,9 @@ MOST_CHAINS = 4000
 
 AROUND = (0.5, 1.0, 1.5)
 """Factors on widths and numbers of layers where a file gives no values."""
+
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
+"""Bits of a weight that is not packed, by the pipeline's type."""
 
 Choices = tuple[Chain, ...]
 """The choices of a chain, one an axis, without empty ones."""
@@ -175,6 +177,30 @@ def _candidates(
         stages = [plan.pipeline.stages[name] for name in cell.chain]
         size = None if shape is None else predicted_bytes(shape, stages, dtype)
         yield Candidate(cell_name(cell.chain), cell.chain, taken, size)
+
+
+def predicted_bytes(shape: ModelShape, chain: Sequence[Stage], dtype: str) -> int | None:
+    """Bytes of the weight files that a chain of stages makes of a model of `shape`.
+
+    Norms, biases and gates are left out: kilobytes to a few megabytes. None where a stage packs
+    weights or removes some and does not say how many.
+    """
+    if shape.quantized is not None:
+        return None
+    layers: float = BITS[dtype]
+    outer: float = BITS[dtype]
+    for stage in chain:
+        if stage.role == "quantize":
+            packed = stage.stored_bits(shape)
+            if packed is None:
+                return None
+            layers, outer = packed.layers, packed.outer or outer
+        smaller = stage.reshape(shape)
+        if stage.role == "prune" and smaller == shape:
+            return None  # only the weights show what it removes
+        shape = smaller
+    outside = shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
+    return round(((shape.weights - outside) * layers + outside * outer) / 8)
 
 
 def _axes(

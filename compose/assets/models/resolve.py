@@ -10,7 +10,7 @@ from typing import Any
 
 from compose.artifacts.folder import GRID_METHOD, hash_folder
 from compose.artifacts.gguf.file import is_gguf
-from compose.artifacts.gguf.read import write_folder
+from compose.artifacts.gguf.read import check_gguf_source, write_folder
 from compose.artifacts.intake import require_weights
 from compose.assets import fetch
 from compose.assets.fetch import (
@@ -21,7 +21,7 @@ from compose.assets.fetch import (
     read_record,
 )
 from compose.assets.models.asset import ModelAsset, asset_of, digest, is_whole, read_config
-from compose.assets.models.gguf_source import BLOCKS, CONVERSION, from_gguf, gguf_config, gguf_pin
+from compose.assets.models.gguf_source import BLOCKS, CONVERSION, from_gguf, gguf_pin
 from compose.assets.models.hub import (
     cached_snapshot,
     from_hub,
@@ -118,7 +118,7 @@ def model_config(
         return {**MODELS[source].config, **packed}
     path = Path(source).expanduser()
     if is_gguf(source):
-        return gguf_config(path, keep_blocks=keep_blocks)
+        return check_gguf_source(path, keep_blocks=keep_blocks)
     if path.is_dir():
         return read_config(path)
     require_hub_id(source)

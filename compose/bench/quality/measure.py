@@ -26,7 +26,7 @@ from compose.bench.quality.own_answers import (
     score_answers,
     write_answers,
 )
-from compose.bench.quality.scored import Scored, added
+from compose.bench.quality.scored import Scored, added, text_compute
 from compose.bench.quality.text import (
     BlockScores,
     Head,
@@ -37,7 +37,6 @@ from compose.bench.quality.text import (
     score_reference,
     store,
 )
-from compose.bench.quality.text_compute import text_compute
 from compose.units import Progress
 from gateskip.calibration.insight import inspect_text, summarize
 from gateskip.decoding.decoder import Decoder, Mode

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from compose.bench.quality.continuations import BranchingModel
 from gateskip.decoding.decoder import Decoder, Mode
 from gateskip.decoding.phases import FULL, Phase
-from gateskip.model.compute import Usage
+from gateskip.model.compute import Saving, Usage
 from gateskip.runtime.backend import Cache
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 Rows = list[list[int]]
 """Token ids, row by row."""
+
+Saves = Callable[[Usage], Saving]
+"""Counts the compute that was saved over tokens."""
 
 
 class Scored(BranchingModel):
@@ -173,6 +177,27 @@ def added(first: Mapping[Phase, Usage], second: Mapping[Phase, Usage]) -> dict[P
     """Both counts of each phase together."""
     both = first.keys() & second.keys()
     return {**first, **second, **{phase: first[phase].plus(second[phase]) for phase in both}}
+
+
+def text_compute(
+    used: Mapping[Phase, Usage], decoder: Decoder, saving: Saves
+) -> dict[str, Any] | None:
+    """`TextCompute` of tokens by phase; None where none was counted."""
+    seen = {phase: usage for phase, usage in used.items() if usage.seen}
+    if not seen:
+        return None
+    whole: dict[str, Any] = _numbers(reduce(Usage.plus, seen.values()), decoder, saving)
+    for phase, usage in seen.items():
+        whole[phase] = _numbers(usage, decoder, saving)
+    return whole
+
+
+def _numbers(usage: Usage, decoder: Decoder, saving: Saves) -> dict[str, Any]:
+    return {
+        "tokens": usage.seen,
+        "kept": round(decoder.kept_of(usage), 4),
+        "saved_net": round(saving(usage).net, 4),
+    }
 
 
 def padded(rows: Sequence[list[int]]) -> Tensor:

@@ -23,7 +23,13 @@ from compose.stages.quantize.grid_folder import (
     gptq_config,
     write_grids,
 )
-from compose.stages.quantize.linears import Bits, linear_names, matching, value_projections
+from compose.stages.quantize.linears import (
+    Bits,
+    linear_names,
+    matching,
+    packed_inputs,
+    value_projections,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,19 +123,13 @@ class Integers(Stage):
         super().check(shape, before)
         if shape is None:
             return
-        widths = {
-            name: width
-            for name, width in shape.linear_in_features().items()
-            if not any(skipped.endswith(name) for skipped in self.skip)
-        }
-        cut = {name: width for name, width in widths.items() if width % self.group_size}
-        if cut:
-            name, width = next(iter(cut.items()))
-            raise RuleBroken(
-                "group-divides",
-                f"group_size {self.group_size} does not divide the {width} inputs of {name}",
-                fix="set group_size: 32, and round_to: 32 where it was pruned",
-            )
+        for name, width in packed_inputs(shape, self.skip).items():
+            if width % self.group_size:
+                raise RuleBroken(
+                    "group-divides",
+                    f"group_size {self.group_size} does not divide the {width} inputs of {name}",
+                    fix="set group_size: 32, and round_to: 32 where it was pruned",
+                )
         if self.embedding and shape.hidden_size % 32:
             raise RuleBroken(
                 "whole-tiles",

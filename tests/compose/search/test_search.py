@@ -35,8 +35,7 @@ from compose.search.predict import Effects
 from compose.search.probes import Probe
 from compose.search.propose import Proposer
 from compose.search.search import SearchResult, search
-from compose.search.sizes import predicted_bytes
-from compose.search.space import Space, build_space
+from compose.search.space import Space, build_space, predicted_bytes
 from compose.search.target import Target, make_target
 from compose.stages.base import ModelShape
 from compose.stages.registry import STAGES
