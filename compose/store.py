@@ -74,9 +74,7 @@ def new_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
         yield temporary
         sync_all(temporary)
         with contextlib.suppress(FileNotFoundError):
-            os.replace(
-                path, replaced
-            )  # quicker than removing: for hardly a moment neither folder is there
+            os.replace(path, replaced)  # quicker than removing: hardly a moment with neither
         try:
             os.replace(temporary, path)
         except OSError:

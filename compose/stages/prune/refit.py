@@ -116,9 +116,8 @@ def refitted(weight: Tensor, columns: Tensor, gram: Tensor, tokens: int) -> Tens
     if len(gone) == 0:
         return weight[:, columns]
     weight, ridge = weight.float(), ridge_for(len(gram), tokens)
-    predictors = ridge_solution(
-        gram[columns][:, columns], gram[columns][:, gone], ridge
-    )  # [k, gone]
+    rows = gram[columns]  # [k, in]
+    predictors = ridge_solution(rows[:, columns], rows[:, gone], ridge)  # [k, gone]
     return weight[:, columns] + weight[:, gone] @ predictors.T
 
 
