@@ -33,8 +33,8 @@ from compose.run.board import Board
 from compose.run.runner import RunResult
 from compose.run.state import Settings
 from compose.search.halving import Rung, cheap_rungs, halve, survivor_count
-from compose.search.lab import Lab
 from compose.search.output import SHOWN, front, pipeline_of_chains, to_yaml
+from compose.search.probe_runner import Lab
 from compose.search.probes import Probe, number, probe_of
 from compose.search.propose import Proposer
 from compose.search.space import Space, build_space
