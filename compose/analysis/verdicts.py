@@ -25,7 +25,7 @@ below 1, and bytes where it takes as much more.
 | ACCEPT | quality kept, something gained, no speed lost |
 | TRADE-OFF | something gained, and quality or speed lost |
 | REGRESSION | nothing gained, and quality, speed or bytes lost |
-| NO EVIDENCE | all else: intervals hold both, or there are too few questions |
+| NO EVIDENCE | all else: an interval includes gain and loss, or there are too few questions |
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SAME_KL = 1e-6
 
 
 @dataclass(frozen=True)
-class Judged:
+class QualityVerdict:
     """Whether quality was kept or lost, and the reason in words."""
 
     state: Literal["kept", "lost", "unknown"]
@@ -81,23 +81,23 @@ def verdict_of(results: Results, cell: CellResult, keep: float = KEEP) -> Verdic
         return _verdict("REGRESSION", [*worse, *slower, *larger, "it gains nothing"])
     if quality.state == "unknown":
         return _verdict("NO EVIDENCE", [quality.why, *gains], larger)
-    other = "its plain cell" if _is_plain_decoding_the_rival(results, cell) else "the baseline"
+    other = "its plain cell" if _is_compared_with_plain(results, cell) else "the baseline"
     return _verdict("NO EVIDENCE", [quality.why], [f"no gain over {other} is shown"])
 
 
-def judge_quality(results: Results, cell: CellResult, keep: float = KEEP) -> Judged:
+def judge_quality(results: Results, cell: CellResult, keep: float = KEEP) -> QualityVerdict:
     """Whether a cell keeps the share `keep` of the baseline's quality; see the top of this file.
 
     A cell that speculates has the quality of its plain cell.
     """
     quality = results.quality(cell)
     if quality is None:
-        return Judged("unknown", "its quality was not measured")
+        return QualityVerdict("unknown", "its quality was not measured")
     if gives_baselines_predictions(results, quality):
-        return Judged("kept", "it gives the baseline's predictions")
+        return QualityVerdict("kept", "it gives the baseline's predictions")
     tasks, perplexity = _on_tasks(results, quality, keep), _on_perplexity(results, quality, keep)
     if tasks.state == "kept" and perplexity.state == "lost":
-        return Judged("kept", f"{tasks.why}, {perplexity.why}")
+        return QualityVerdict("kept", f"{tasks.why}, {perplexity.why}")
     return next((judged for judged in (tasks, perplexity) if judged.state != "unknown"), tasks)
 
 
@@ -120,15 +120,15 @@ def gives_baselines_predictions(results: Results, quality: Quality) -> bool:
     return bool(quality.block_kl) and max(quality.block_kl or ()) <= SAME_KL
 
 
-def _on_tasks(results: Results, quality: Quality, keep: float) -> Judged:
+def _on_tasks(results: Results, quality: Quality, keep: float) -> QualityVerdict:
     tasks = quality.tasks or {}
     if not tasks:
-        return Judged("unknown", "no tasks were asked")
+        return QualityVerdict("unknown", "no tasks were asked")
     if question_count(quality) < MIN_QUESTIONS:
-        return Judged("unknown", too_few(quality))
+        return QualityVerdict("unknown", too_few(quality))
     retained = quality.retained
     if retained is None:
-        return Judged("unknown", "its outcomes do not pair with the baseline's")
+        return QualityVerdict("unknown", "its outcomes do not pair with the baseline's")
     seen = f"{_percents(*retained.ci95)} of the task scores ({retained.n} questions)"
     poor = [
         f"it keeps {_percents(*score.retained_ci95)} of {name}"
@@ -136,25 +136,25 @@ def _on_tasks(results: Results, quality: Quality, keep: float) -> Judged:
         if score.retained_ci95 is not None and score.retained_ci95[1] < keep
     ]
     if poor:
-        return Judged("lost", " and ".join(poor))
+        return QualityVerdict("lost", " and ".join(poor))
     written = any(score.kind == "generative" for score in tasks.values())
     if retained.low >= keep and written:
-        return Judged("kept", f"it keeps {seen}")
+        return QualityVerdict("kept", f"it keeps {seen}")
     if retained.high < 1:
-        return Judged("lost", f"it keeps {seen}")
+        return QualityVerdict("lost", f"it keeps {seen}")
     if not written:
-        return Judged("unknown", f"it keeps {seen}, but was asked to write no answer")
-    return Judged("unknown", f"it keeps {seen}, which holds both")
+        return QualityVerdict("unknown", f"it keeps {seen}, but was asked to write no answer")
+    return QualityVerdict("unknown", f"it keeps {seen}, which holds both")
 
 
-def _on_perplexity(results: Results, quality: Quality, keep: float) -> Judged:
+def _on_perplexity(results: Results, quality: Quality, keep: float) -> QualityVerdict:
     ends = None if quality.perplexity is None else quality.perplexity.ratio_ci95
     if ends is None:
-        return Judged("unknown", "its perplexity has no interval")
+        return QualityVerdict("unknown", "its perplexity has no interval")
     seen = f"{ends[0]:.3f} to {ends[1]:.3f} times the baseline's perplexity"
     if not _asks_tasks(results) and ends[1] <= 1 / keep:
-        return Judged("kept", f"it has {seen}, and no tasks were asked")
-    return Judged("lost" if ends[0] > 1 else "unknown", f"it has {seen}")
+        return QualityVerdict("kept", f"it has {seen}, and no tasks were asked")
+    return QualityVerdict("lost" if ends[0] > 1 else "unknown", f"it has {seen}")
 
 
 def _asks_tasks(results: Results) -> bool:
@@ -162,7 +162,7 @@ def _asks_tasks(results: Results) -> bool:
     return baseline is not None and baseline.quality is not None and bool(baseline.quality.tasks)
 
 
-def _is_plain_decoding_the_rival(results: Results, cell: CellResult) -> bool:
+def _is_compared_with_plain(results: Results, cell: CellResult) -> bool:
     return cell.speculates and results.find(cell.plain) is not None
 
 
@@ -180,7 +180,7 @@ def _speeds(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
 def _speed_intervals(
     results: Results, cell: CellResult
 ) -> Iterable[tuple[str, tuple[float, float] | None, str]]:
-    if _is_plain_decoding_the_rival(results, cell):
+    if _is_compared_with_plain(results, cell):
         ends = None if cell.speculation is None else cell.speculation.speedup_ci95
         yield "decodes", ends, "its plain cell"
         return
@@ -195,7 +195,7 @@ def _speed_intervals(
 def _bytes(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
     """Where it takes fewer bytes, and where more, in words. The memory of other engines is that of
     their process, not of their tensors, so it is not compared with ours."""
-    plain = _is_plain_decoding_the_rival(results, cell)
+    plain = _is_compared_with_plain(results, cell)
     other = results.find(cell.plain if plain else results.baseline)
     smaller: list[str] = []
     larger: list[str] = []

@@ -93,7 +93,7 @@ def _turn(speed: Speed) -> Speed:
 
 
 @dataclass(frozen=True)
-class Halved:
+class RungOutcome:
     """The outcome of a rung."""
 
     survivors: tuple[Probe, ...]
@@ -102,7 +102,7 @@ class Halved:
     """Chain -> why it was dropped."""
 
 
-def halve(probes: Iterable[Probe], target: Target, keep: int) -> Halved:
+def halve(probes: Iterable[Probe], target: Target, keep: int) -> RungOutcome:
     """Drop chains that miss a bound, and chains that `keep` better ones surpass which surely meet
     all.
 
@@ -116,7 +116,7 @@ def halve(probes: Iterable[Probe], target: Target, keep: int) -> Halved:
     if len(missed) == len(able):
         nearest = sorted(ranked, key=target.shortfall)
         dropped |= {probe.chain: target.why_missed(probe) for probe in nearest[keep:]}
-        return Halved(tuple(nearest[:keep]), dropped)
+        return RungOutcome(tuple(nearest[:keep]), dropped)
     dropped |= {probe.chain: target.why_missed(probe) for probe in missed}
     survivors, sure = [], 0
     for probe in ranked:
@@ -127,7 +127,7 @@ def halve(probes: Iterable[Probe], target: Target, keep: int) -> Halved:
             continue
         survivors.append(probe)
         sure += target.standing(probe) == "met"
-    return Halved(tuple(survivors), dropped)
+    return RungOutcome(tuple(survivors), dropped)
 
 
 def survivor_count(count: int, finalists: int, *, is_last: bool) -> int:

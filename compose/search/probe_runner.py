@@ -57,7 +57,7 @@ class Shared:
         """Does nothing: the creator of the executor closes it."""
 
 
-class Lab:
+class ProbeRunner:
     """Runs plans of a search's chains, and keeps their probes."""
 
     def __init__(

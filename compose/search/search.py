@@ -34,7 +34,7 @@ from compose.run.runner import RunResult
 from compose.run.state import Settings
 from compose.search.halving import Rung, cheap_rungs, halve, survivor_count
 from compose.search.output import SHOWN, front, pipeline_of_chains, to_yaml
-from compose.search.probe_runner import Lab
+from compose.search.probe_runner import ProbeRunner
 from compose.search.probes import Probe, number, probe_of
 from compose.search.propose import Proposer
 from compose.search.space import Space, build_space
@@ -142,7 +142,7 @@ class _Search:
         refuse_longer(self.pipeline, shape)
         hashes = input_hashes(self.pipeline, settings.asset_cache)
         self.space = build_space(self.pipeline, shape, hashes)
-        self.lab = Lab(self.space, shape, hashes, settings, executor, board)
+        self.runner = ProbeRunner(self.space, shape, hashes, settings, executor, board)
         self.rungs = cheap_rungs(self.pipeline.benchmark, self.search.tokens, target)
         self.fates: Fates = {}
 
@@ -151,12 +151,12 @@ class _Search:
         probes = self._first_rung()
         finalists = self._further_rungs(probes)
         name = f"{self.pipeline.name}-found"
-        plan = self.lab.plan_finalists(finalists, name)
-        last = self.lab.finish(plan, report=False).results
+        plan = self.runner.plan_finalists(finalists, name)
+        last = self.runner.finish(plan, report=False).results
         winner, why_none = self._pick(last)
         best = front(last, self.target)
         written = self._write(name, last, winner, best, finalists)
-        again = self.lab.finish(load_plan(written, self.settings.asset_cache))
+        again = self.runner.finish(load_plan(written, self.settings.asset_cache))
         return SearchResult(
             target=self.target,
             winner=winner,
@@ -205,7 +205,7 @@ class _Search:
         """The probes of a batch, with a progress line of its own."""
         tokens = rung.benchmark.quality.perplexity_tokens
         line = self.board.line(f"rung {rung.number} ({tokens} tokens): {len(chains)} chains")
-        probes = self.lab.measure(chains, rung)
+        probes = self.runner.measure(chains, rung)
         best = max(
             (probe for probe in probes.values() if not probe.failure),
             key=lambda probe: (self.target.standing(probe) != "missed", self.target.rank(probe)),
@@ -272,7 +272,7 @@ class _Search:
         cells = [*([] if winner is None else [winner]), *best]
         chains = list(dict.fromkeys(cell.chain for cell in cells if cell.chain)) or list(finalists)
         written = pipeline_of_chains(self.space.pipeline, name, chains)
-        path = self.lab.folder / f"{name}.yaml"
+        path = self.runner.folder / f"{name}.yaml"
         remarks = [f"Found by a search for {self.target}."]
         if winner is None:
             remarks.append(
