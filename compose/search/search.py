@@ -3,7 +3,7 @@
     first rung    batches of proposals on few tokens, until space, `probes` or time is used up
     further rungs what is left, with four times the tokens each
     last rung     the finalists under the file's own benchmark, in one run
-    found         the winner and the front, as a pipeline file whose run is the last rung's
+    output        the winner and the front, as a pipeline file whose run is the last rung's
 
 Only probes and runs are stored: a search that is started again proposes the same chains, finds
 their probes, and goes on with the chains that have none.

@@ -10,7 +10,7 @@ import ctypes
 import time
 from typing import Any
 
-from serve import held_bytes, serve, timed
+from serve import held_bytes, serve, timed, write_logits
 
 MOST_TOKENS = 2048  # of a prompt in one batch, llama.cpp's own n_batch
 LEAST_TOKENS = 512  # its own n_ubatch
@@ -170,23 +170,20 @@ class LlamaCpp:
 
     def logits(self, blocks: list[list[int]], path: str, vocabulary: int) -> dict[str, Any]:
         """Write float32 logits [N, S, V] of the blocks as .npy, each block from an empty cache."""
-        import numpy
-
         if len(blocks[0]) > self.length:
             raise ValueError(f"blocks of {len(blocks[0])} tokens, a context of {self.length}")
-        shape = (len(blocks), len(blocks[0]), vocabulary)
-        written: Any = numpy.lib.format.open_memmap(path, "w+", numpy.float32, shape)  # type: ignore[no-untyped-call]
-        for index, block in enumerate(blocks):
-            self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
-            for start in range(0, len(block), self.most):
-                part = block[start : start + self.most]
-                self._fill([(token, start + at, 0, True) for at, token in enumerate(part)])
-                if self.api.llama_decode(self.context, self.batch):
-                    raise RuntimeError("llama_decode failed")
-                logits = self._logits(len(part))
-                written[index, start : start + len(part)] = logits[:, :vocabulary]
-        written.flush()
-        return {"shape": shape}
+        answer: dict[str, Any] = write_logits(path, blocks, vocabulary, self._forward)
+        return answer
+
+    def _forward(self, block: list[int], row: Any) -> None:
+        """Set `row` to the logits [S, V] of one block."""
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        for start in range(0, len(block), self.most):
+            part = block[start : start + self.most]
+            self._fill([(token, start + at, 0, True) for at, token in enumerate(part)])
+            if self.api.llama_decode(self.context, self.batch):
+                raise RuntimeError("llama_decode failed")
+            row[start : start + len(part)] = self._logits(len(part))[:, : row.shape[1]]
 
 
 if __name__ == "__main__":
