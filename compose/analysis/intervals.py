@@ -46,7 +46,8 @@ Floats = NDArray[np.float64]
 def wilson(share: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share that was seen in `n` trials.
 
-    A share that is no whole number of successes, such as a group's mean, is rounded to the nearest.
+    A share that is not a whole number of successes, such as a group's mean, is rounded to the
+    nearest.
     """
     if n == 0:
         return 0.0, 1.0

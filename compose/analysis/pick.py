@@ -56,7 +56,7 @@ class Constraint:
 
     @property
     def remedy(self) -> str:
-        """What lets more cells through."""
+        """The option that lets more cells through."""
         return f"loosen {self.option}"
 
     def required(self) -> str:
@@ -87,7 +87,7 @@ class Lossless:
         return "lossless speculation"
 
     def seen(self, cell: CellResult) -> str:
-        """What was seen of the cell."""
+        """The cell's losslessness in words."""
         if not cell.speculates:
             return "no speculation"
         words = {True: "lossless", False: "not lossless", None: "losslessness not measured"}

@@ -26,7 +26,7 @@ class Tested:
     """A change, and the numbers of its significance test."""
 
     value: float
-    """Of a logarithm, or of an accuracy; 0 is no change."""
+    """Change of a logarithm, or of an accuracy; 0 means no change."""
     variance: float
     """Variance of one of the values whose mean it is."""
     per: float

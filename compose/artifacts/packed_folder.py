@@ -57,7 +57,7 @@ class PackedFolder:
     """The tensors of a folder whose weights GPTQ's tensors or gateskip's hold.
 
     Raises:
-        ArtifactError: it is no such folder.
+        ArtifactError: it is not such a folder.
     """
 
     def __init__(self, folder: Path) -> None:

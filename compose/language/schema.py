@@ -96,7 +96,7 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    """Which model is compressed."""
+    """The model that is compressed."""
 
     source: Text
     """An alias, a hub id, a local folder or a GGUF file (relative to this file)."""
@@ -110,7 +110,7 @@ class Model(_Section):
 
 
 class TrainSpec(DataSpec):
-    """Which texts gates and healing learn from."""
+    """The texts that gates and healing learn from."""
 
     limit: Count = 2000
     """How many rows of text are taken, in a fixed order."""
@@ -226,7 +226,7 @@ class Speed(_Section):
 
 
 class OwnAnswers(_Section):
-    """Which prompts the dense model answers; other cells are compared along its answers."""
+    """The prompts that the dense model answers; other cells are compared along its answers."""
 
     source: Text = "prompts"
     """Where the prompts come from: an alias, a hub data set id, or a path."""
@@ -282,7 +282,7 @@ class Lossless(_Section):
 
 
 class Benchmark(_Section):
-    """What is measured of every cell."""
+    """The measurements of every cell."""
 
     baseline: Text = DENSE
     """The cell that speed and quality are compared with."""
@@ -352,7 +352,7 @@ class Pipeline(_Section):
     The report has means with intervals."""
 
     model: Model
-    """Which model is compressed."""
+    """The model that is compressed."""
 
     data: Data = Data()
     """The texts that stages read."""
@@ -374,7 +374,7 @@ class Pipeline(_Section):
     """The chains that `gateskip search` may build; `gateskip run` ignores it."""
 
     benchmark: Benchmark = Benchmark()
-    """What is measured of every cell."""
+    """The measurements of every cell."""
 
     limits: Limits = Limits()
     """Limits on time and memory of a step and of a cell. Not limited when left out."""

@@ -37,7 +37,7 @@ class Rung:
     number: int
     """From 1."""
     benchmark: Benchmark
-    """What is measured of each chain."""
+    """The measurements of each chain."""
 
 
 def cheap_rungs(benchmark: Benchmark, tokens: int, target: Target) -> tuple[Rung, ...]:

@@ -152,7 +152,7 @@ class Proposer:
     def _may_win(
         self, ranked: Sequence[tuple[float, Candidate]], probes: Mapping[Chain, Probe]
     ) -> list[Candidate]:
-        """Those that may surpass one of the best probes that surely meet the bounds."""
+        """The candidates that may surpass one of the best probes that surely meet the bounds."""
         sure = sorted(
             (
                 self.target.rank(probe)

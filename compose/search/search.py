@@ -63,7 +63,7 @@ class SearchResult:
     run: RunResult
     """The run of the file that was written."""
     file: Path
-    """That file."""
+    """The written pipeline file."""
     space: Space
     probed: int
     """Chains that the first rung measured."""

@@ -118,7 +118,7 @@ class Target:
         return "open" if "open" in standings else "met"
 
     def why_missed(self, probe: Probe) -> str:
-        """In words, what a probe misses."""
+        """The bounds that a probe misses, in words."""
         if probe.lossless is False:
             return "its speculation changes tokens"
         missed = [bound for bound in self.bounds if bound.standing(probe) == "missed"]

@@ -55,7 +55,7 @@ def grid_blocks(
     """Name, type and rows of blocks [n, bytes] of every weight that is a grid.
 
     Raises:
-        ArtifactError: scales are no float16 numbers, or a grid has no type.
+        ArtifactError: scales are not exact in float16, or a grid has no type.
     """
     from safetensors import safe_open
 

@@ -156,7 +156,7 @@ def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor
 def rounded(name: str, tensor: Tensor, kind: str) -> tuple[Any, NDArray[Any]]:
     """A tensor as it is stored: its GGML type and data, rows first.
 
-    Vectors stay in float32, rows that are no whole number of blocks in float16. With four bits,
+    Vectors stay in float32, rows that are not a whole number of blocks in float16. With four bits,
     the embedding and the LM head get eight.
     """
     from gguf import GGMLQuantizationType as Ggml

@@ -62,7 +62,7 @@ class Measurement:
 
     system: str
     workload: str
-    """What the prompts are: a category."""
+    """The category of the prompts."""
     prefill: list[float] = field(default_factory=list)
     """Prompt tokens a second, one for each repeat."""
     decode: list[float] = field(default_factory=list)

@@ -8,7 +8,7 @@ from typing import Any
 from compose.errors import UserError, suggest
 
 BACKENDS = ("reference", "gathered", "native")
-"""Those of `gateskip.runtime.backend`, which imports torch."""
+"""The backends of `gateskip.runtime.backend`, which imports torch."""
 KINDS = ("plain", "skip", "draft", *BACKENDS)
 SKIPS: dict[str, dict[str, Any]] = {
     "full-prompt": {"prompt": "full"},

@@ -25,7 +25,7 @@ UNNAMED = "prompts"
 
 
 class TurnText(NamedTuple):
-    """Which prompts a turn reads."""
+    """The prompts of a turn."""
 
     batch: int
     context: int

@@ -59,7 +59,7 @@ class PruneBranches(Pruning):
     token enters it, or it is kept, and only whole layers are removed."""
 
     def tolerates(self, rule: str) -> bool:
-        """What goes is what gates know."""
+        """It may stand after gates, because it follows their decisions."""
         return rule == "prune-after-gate"
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:

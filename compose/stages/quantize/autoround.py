@@ -77,7 +77,7 @@ class AutoRound(Stage):
         return StoredBits(self.bits + (16 + self.bits) / self.group_size)
 
     def most_bits(self) -> int:
-        """Those of all layers."""
+        """The bits of all layers."""
         return self.bits
 
     def held(self) -> float:

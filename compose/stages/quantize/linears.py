@@ -59,6 +59,6 @@ def matching(ends: Iterable[str], names: list[str], key: str = "skip") -> list[s
 
 
 def value_projections(names: Iterable[str]) -> list[str]:
-    """Those of the layers' names that are value projections; none where queries, keys and values
-    are one layer."""
+    """The names of value projections among layers; none where queries, keys and values are one
+    layer."""
     return [name for name in names if is_value(name)]
