@@ -10,13 +10,7 @@ from pydantic import Field, model_validator
 from compose.errors import RuleBroken
 from compose.stages.base import UNPACKED, ModelShape, Role, Stage, StageJob, StoredBits
 from compose.stages.gate_transfer import carry_gates
-from compose.stages.quantize.linears import (
-    DeviceMap,
-    linear_names,
-    matching,
-    packed_inputs,
-    refuse_tied_head,
-)
+from compose.stages.quantize.linears import DeviceMap, linear_names, matching, refuse_tied_head
 
 BLOCK_INPUTS = 64  # that share a scale in bitsandbytes' 4-bit formats
 
@@ -67,7 +61,7 @@ class Bnb(Stage):
         super().check(shape, before)
         if shape is None:
             return
-        for name, width in packed_inputs(shape, self.skip).items():
+        for name, width in shape.linear_in_features(self.skip).items():
             if self.format != "int8" and width % BLOCK_INPUTS:
                 raise RuleBroken(
                     "whole-tiles",

@@ -12,13 +12,7 @@ from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJ
 from compose.stages.gate_transfer import carry_gates
 from compose.stages.memory import AS_STORED
 from compose.stages.quantize.gptq_rules import WHOLE_ROW, refuse_cut_groups, refuse_odd_tiles
-from compose.stages.quantize.linears import (
-    Bits,
-    linear_names,
-    matching,
-    packed_inputs,
-    refuse_tied_head,
-)
+from compose.stages.quantize.linears import Bits, linear_names, matching, refuse_tied_head
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +100,7 @@ class Gptq(Stage):
         super().check(shape, before)
         if shape is None:
             return
-        widths = packed_inputs(shape, self.skip)
+        widths = shape.linear_in_features(self.skip)
         refuse_odd_tiles(shape)
         if self.beyond_optimum() and shape.model_type in UNKNOWN:
             raise self._unknown(shape.model_type)

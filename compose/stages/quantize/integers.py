@@ -23,13 +23,7 @@ from compose.stages.quantize.grid_folder import (
     gptq_config,
     write_grids,
 )
-from compose.stages.quantize.linears import (
-    Bits,
-    linear_names,
-    matching,
-    packed_inputs,
-    value_projections,
-)
+from compose.stages.quantize.linears import Bits, linear_names, matching, value_projections
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,7 +117,7 @@ class Integers(Stage):
         super().check(shape, before)
         if shape is None:
             return
-        for name, width in packed_inputs(shape, self.skip).items():
+        for name, width in shape.linear_in_features(self.skip).items():
             if width % self.group_size:
                 raise RuleBroken(
                     "group-divides",

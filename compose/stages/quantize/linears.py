@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Literal
 
 from compose.errors import RuleBroken, UserError, suggest
@@ -26,12 +26,6 @@ def linear_names(job: StageJob) -> tuple[list[str], list[str]]:
     head = model.get_output_embeddings()
     linears = {n: part for n, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
     return list(linears), [name for name, part in linears.items() if part is head]
-
-
-def packed_inputs(shape: ModelShape, skip: Sequence[str]) -> dict[str, int]:
-    """Inputs of each linear layer that is packed, by the layer's name."""
-    inputs = shape.linear_in_features()
-    return {name: n for name, n in inputs.items() if not any(end.endswith(name) for end in skip)}
 
 
 def refuse_tied_head(shape: ModelShape) -> None:
