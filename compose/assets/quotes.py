@@ -33,7 +33,7 @@ def quoted(texts: Iterable[str]) -> list[str]:
     draws = random.Random(20_261_127)
     rows: list[str] = []
     for passage in _passages(texts):
-        sentences = [sentence for sentence in _sentences(passage) if _fits(sentence)]
+        sentences = [part for part in re.split(r"(?<=[.!?]) ", passage) if _fits(part)]
         if len(rows) == ROWS:
             break
         if len(sentences) < 2:
@@ -51,10 +51,6 @@ def _passages(texts: Iterable[str]) -> Iterable[str]:
         cut = max(flat.rfind(end, 0, PASSAGE) for end in (". ", "! ", "? "))
         if cut > PASSAGE // 3:
             yield flat[: cut + 1]
-
-
-def _sentences(passage: str) -> list[str]:
-    return re.split(r"(?<=[.!?]) ", passage)
 
 
 def _fits(sentence: str) -> bool:

@@ -224,14 +224,10 @@ class QualityBench:
         record = score_answers(
             self.model, dense, self._dense_head(), new_tokens, stops, tokenizer, self.progress
         )
-        spent = self._spent()
-        return record if spent is None else {**record, "compute": spent}
-
-    def _spent(self) -> dict[str, Any] | None:
-        """Compute of the text that was written since `clear_used`; None where none skips."""
-        if self.mode != "skip":
-            return None
-        return text_compute(self.model.used, self.decoder, self.saving)
+        if self.mode == "skip":
+            spent = text_compute(self.model.used, self.decoder, self.saving)
+            return record if spent is None else {**record, "compute": spent}
+        return record
 
     def _tasks(self) -> dict[str, Any]:
         from compose.bench.quality.tasks import run_tasks  # loads lm-eval

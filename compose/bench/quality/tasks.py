@@ -193,15 +193,11 @@ def _metric_of(name: str, measured: Mapping[str, Any]) -> tuple[str, str]:
     """The metric to report and the filter of answers it belongs to, unfiltered ones first."""
     pairs = [key.split(",") for key in measured if "," in key and "_stderr" not in key]
     for metric in METRICS:
-        filters = sorted((pair[1] for pair in pairs if pair[0] == metric), key=_not_none)
+        filters = [filtered for key, filtered in pairs if key == metric]
         if filters:
-            return metric, filters[0]
+            return metric, "none" if "none" in filters else min(filters)
     names = sorted(metric for metric, _ in pairs)
     raise UserError(f"task {name!r} has no accuracy, only {', '.join(names)}")
-
-
-def _not_none(filtered: str) -> bool:
-    return filtered != "none"
 
 
 def _digest_of(samples: Sequence[Mapping[str, Any]]) -> str:

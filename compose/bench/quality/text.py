@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from compose.artifacts.packed_folder import tensor_files, tensors_of
 from compose.errors import StepError
 from compose.store import new_file
 from compose.units import Progress
@@ -273,15 +274,9 @@ def load_head(folder: Path) -> Head:
 
 
 def _read_weight(folder: Path, names: Sequence[str]) -> Tensor | None:
-    from safetensors import safe_open
-
-    for name in names:
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                if name in file.keys():  # noqa: SIM118 -- not a mapping
-                    weight: Tensor = file.get_tensor(name)
-                    return weight
-    return None
+    files = tensor_files(folder)
+    name = next((name for name in names if name in files), None)
+    return None if name is None else tensors_of(folder)(name)
 
 
 def _unpacked_head(folder: Path) -> Tensor | None:
