@@ -13,7 +13,8 @@ SECTION = ConfigDict(
     allow_inf_nan=False,
     populate_by_name=True,
 )
-"""The settings of every section of a pipeline file: frozen, unknown keys refused."""
+"""The settings of the models that a pipeline file is read into."""
+
 
 Amount = Annotated[float, Field(gt=0)]
 
