@@ -1,7 +1,7 @@
 """Hashes of files, read side by side, and remembered by inode, size and times.
 
-A file whose inode, size, time of change and time of status change are what they were when it was
-read has the content it had, unless the disk itself lost bits: `again` reads everything. A file that
+A file whose inode, size, time of change and time of status change are the same as when it was read
+has the same content, unless the disk itself lost bits: `again` reads everything. A file that
 changed in the last seconds is never remembered: a second change within the clock's tick would not
 show (as in git's index).
 """
@@ -32,7 +32,7 @@ def hash_file(path: Path) -> str:
 
 
 def remembered_hash(path: Path) -> str:
-    """`hash_file`, read once a process for as long as inode, size and times stay what they are.
+    """`hash_file`, read once a process for as long as inode, size and times stay the same.
 
     Raises:
         OSError: it cannot be read.
@@ -52,19 +52,21 @@ def hash_files(
     """SHA-256 by name of files in a folder.
 
     `memory` is a file in which hashes are kept for the next call; where it cannot be written,
-    nothing is kept. With `again` what is kept is not believed.
+    nothing is kept. With `again` all files are read.
 
     Raises:
         OSError: one of them cannot be read.
     """
     names = list(names)
     marks = {name: _mark(folder / name) for name in names}
-    kept = {} if memory is None or again else _read(memory)
-    known = {name: kept[name][1] for name in names if name in kept and kept[name][0] == marks[name]}
-    unread = [name for name in names if name not in known]
+    stored = {} if memory is None or again else _read(memory)
+    valid = {
+        name: stored[name][1] for name in names if name in stored and stored[name][0] == marks[name]
+    }
+    unread = [name for name in names if name not in valid]
     with ThreadPoolExecutor(max_workers=READERS) as pool:
-        found = dict(zip(unread, pool.map(hash_file, (folder / n for n in unread)), strict=True))
-    hashes = {name: known.get(name) or found[name] for name in names}
+        computed = dict(zip(unread, pool.map(hash_file, (folder / n for n in unread)), strict=True))
+    hashes = {name: valid.get(name) or computed[name] for name in names}
     if memory is not None and unread:
         _write(memory, {name: (mark, hashes[name]) for name, mark in marks.items() if _old(mark)})
     return hashes
@@ -81,20 +83,20 @@ def _old(mark: Mark) -> bool:
 
 
 def _read(memory: Path) -> dict[str, tuple[Mark, str]]:
-    """What is kept; nothing where the file is absent or not whole."""
+    """The stored hashes; nothing where the file is absent or not whole."""
     try:
-        kept = json.loads(memory.read_text(encoding="utf-8"))
-        return {str(name): (list(mark), str(sha256)) for name, (mark, sha256) in kept.items()}
+        stored = json.loads(memory.read_text(encoding="utf-8"))
+        return {str(name): (list(mark), str(sha256)) for name, (mark, sha256) in stored.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def _write(memory: Path, kept: dict[str, tuple[Mark, str]]) -> None:
+def _write(memory: Path, stored: dict[str, tuple[Mark, str]]) -> None:
     temporary = memory.with_name(f".{os.getpid()}-{time.monotonic_ns()}-{memory.name}")
     with contextlib.suppress(OSError):
         memory.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_text(json.dumps(kept), encoding="utf-8")
+            temporary.write_text(json.dumps(stored), encoding="utf-8")
             os.replace(temporary, memory)
         finally:
             temporary.unlink(missing_ok=True)

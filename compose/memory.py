@@ -1,4 +1,4 @@
-"""How much memory this process holds, and has held at most. Imports no torch."""
+"""The memory that this process holds, and its peak. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 
 
 def reset_peak() -> None:
-    """Set the peak to what the process holds now, where the system can (Linux)."""
+    """Reset the peak to the memory held now, where the system can (Linux)."""
     gc.collect()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -32,10 +32,10 @@ def peak_of_children() -> int | None:
 
 def most_held_by(process: int) -> int | None:
     """The most memory that a process, or one that it started itself, has held; None where it is
-    gone. On systems that do not tell (Linux does), what the process holds now."""
+    gone. On systems that do not tell (Linux does), the memory that it holds now."""
     with contextlib.suppress(OSError):
         started = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii")
-        peaks = [_high_water(each) for each in (str(process), *started.split())]
+        peaks = [_high_water(pid) for pid in (str(process), *started.split())]
         return max((peak for peak in peaks if peak is not None), default=None)
     with contextlib.suppress(psutil.Error):
         return int(psutil.Process(process).memory_info().rss)

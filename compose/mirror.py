@@ -3,9 +3,10 @@
 URL/KEY/manifest.json   written last; it names the folder of the files
 URL/KEY/DIGEST/FILE     files of the entry whose manifest has this digest
 
-An entry is fetched before its step would be made, and sent once it is stored. What comes is
-compared with the hashes in its manifest, as a stored step is; a manifest names no place outside its
-folder. Two machines that send one step write to folders of their own, and the last manifest counts.
+An entry is fetched before its step would be made, and sent once it is stored. Fetched files are
+compared with the hashes in their manifest, as those of a stored step are; a manifest cannot name a
+place outside its folder. Two machines that send one step write to folders of their own, and the
+last manifest counts.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Mirror:
         Hold `store.locked(key)` around it.
 
         Raises:
-            StepError: the mirror cannot be read, or what it has is damaged; the store is as it was.
+            StepError: the mirror cannot be read, or its entry is damaged; the store is as it was.
         """
         with _reached("read"):
             manifest = self._manifest(key)
@@ -132,7 +133,8 @@ def _is_below(name: str) -> bool:
 
 @contextmanager
 def _reached(what: str) -> Iterator[None]:
-    """Name whatever the protocol's library raises: each has exceptions of its own."""
+    """Turn any exception of the protocol's library into a StepError: each has its own
+    exceptions."""
     try:
         yield
     except (StepError, UserError):

@@ -43,7 +43,7 @@ _UNFINISHED = re.compile(r"\.\d+-\d+-.+")
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A path to write to; the file there replaces `path` in one move when the block ends well.
+    """A path to write to; the file there replaces `path` in one move when the block succeeds.
 
     A reader finds the old file or the new one, also after a kill. Folders are made as needed.
     """
@@ -60,7 +60,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
-    """An empty folder to fill; it replaces the folder `path` when the block ends well.
+    """An empty folder to fill; it replaces the folder `path` when the block succeeds.
 
     It is made in `within`, else beside `path`. A block that raises leaves `path` as it was. All
     files are on the disk before the folder has its name.
@@ -74,7 +74,7 @@ def new_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
         yield temporary
         sync_all(temporary)
         with contextlib.suppress(FileNotFoundError):
-            os.replace(path, replaced)  # quicker than removing: hardly a moment without either
+            os.replace(path, replaced)  # quicker than removing: hardly a moment with neither
         try:
             os.replace(temporary, path)
         except OSError:
@@ -88,7 +88,8 @@ def new_folder(path: Path, within: Path | None = None) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what `new_file` and `new_folder` left below a folder when their process was killed.
+    """Remove the files that `new_file` and `new_folder` left below a folder when their process was
+    killed.
 
     Hold a lock that keeps every other process from writing there.
     """
@@ -100,7 +101,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def remove_unfinished_of(path: Path) -> None:
-    """Remove what a killed `new_folder(path)` left beside `path`."""
+    """Remove the folders that a killed `new_folder(path)` left beside `path`."""
     for left in path.parent.glob(f".{glob.escape(path.name)}-*"):
         if re.fullmatch(r"-[0-9a-f]{8}(-old)?", left.name[len(path.name) + 1 :]):
             _remove(left)
@@ -144,12 +145,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Refuse a file that `new_file` could not put in place, before what it is to hold is made.
+    """Refuse a file that `new_file` could not put in place, before its content is made.
 
     Raises:
         UserError: it is a folder, or its folder may not be written to.
     """
-    folder = next(each for each in path.absolute().parents if each.exists())
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{path} cannot be written", fix="name a file in a folder of yours")
 
@@ -210,7 +211,7 @@ class Store:
         return self.manifest(key) is not None
 
     def damage(self, key: str, *, again: bool = False) -> str | None:
-        """What is wrong with an entry that is there; None for a whole one, or where there is none.
+        """The damage of an entry that is there; None for a whole one, or where there is none.
 
         Files are hashed once and remembered by inode, size and time; with `again` all are read.
         """
@@ -225,19 +226,19 @@ class Store:
             return f"{added[0]} was not stored with it{_more(added)}"
         memory = self.root / ".hashes" / f"{key}.json"
         try:
-            found = hash_files(self.path(key), stored, memory, again=again)
+            hashes = hash_files(self.path(key), stored, memory, again=again)
         except OSError as error:
             return f"{error.filename} cannot be read: {error.strerror}"
-        changed = [name for name in stored if found[name] != stored[name]]
-        if changed and not again:  # what is remembered may itself be damaged
-            found = hash_files(self.path(key), stored, memory, again=True)
-            changed = [name for name in stored if found[name] != stored[name]]
+        changed = [name for name in stored if hashes[name] != stored[name]]
+        if changed and not again:  # the remembered hashes may themselves be damaged
+            hashes = hash_files(self.path(key), stored, memory, again=True)
+            changed = [name for name in stored if hashes[name] != stored[name]]
         if changed:
             return f"{changed[0]} is not what was stored{_more(changed)}"
         return None
 
     def _read(self, key: str) -> tuple[dict[str, Any] | None, str | None]:
-        """An entry's manifest, and what is wrong with it or with its files' names and sizes."""
+        """An entry's manifest, and the damage of it or of its files' names and sizes."""
         file = self.path(key) / MANIFEST
         manifest = read_json(file)
         if not isinstance(manifest, dict) or manifest.get("key") != key:
@@ -245,21 +246,21 @@ class Store:
         hashed = "digest" in manifest or "sha256" in manifest  # not in an older store
         if hashed and manifest.get("digest") != _digest(manifest):
             return None, f"its {MANIFEST} is not what was stored"
-        wanted = manifest.get("files")
-        if not isinstance(wanted, dict):
+        sizes = manifest.get("files")
+        if not isinstance(sizes, dict):
             return None, f"its {MANIFEST} lists no files"
-        for name, size in wanted.items():
+        for name, size in sizes.items():
             try:
-                found = (self.path(key) / name).stat().st_size
+                on_disk = (self.path(key) / name).stat().st_size
             except OSError:
                 return manifest, f"{name} is missing"
-            if found != size:
-                return manifest, f"{name} has {found} bytes, not {size}"
+            if on_disk != size:
+                return manifest, f"{name} has {on_disk} bytes, not {size}"
         return manifest, None
 
     @contextmanager
     def locked(self, key: str, timeout: float = -1) -> Iterator[None]:
-        """Hold the key alone, and remove what a killed writer of it left behind.
+        """Hold the key alone, and remove the unfinished files of a killed writer.
 
         The lock goes with the process that held it. `timeout` is in seconds, -1 waits forever.
 
@@ -296,7 +297,7 @@ class Store:
     @contextmanager
     def receive(self, key: str, manifest: Mapping[str, Any]) -> Iterator[Path]:
         """A new folder for an entry that was made elsewhere, to be filled with its files; moved
-        into place where they are what its manifest says. Hold `locked(key)` around it.
+        into place where they match its manifest. Hold `locked(key)` around it.
 
         Raises:
             StepError: a file is missing or is another one; the store is as it was.
@@ -304,10 +305,10 @@ class Store:
         with new_folder(self.path(key), within=self.root / TEMPORARY) as folder:
             yield folder
             stored = manifest["sha256"]
-            found = hash_files(folder, file_sizes(folder))
-            wrong = sorted(name for name in stored if found.get(name) != stored[name])
-            if wrong or found.keys() != stored.keys():
-                name = wrong[0] if wrong else min(found.keys() - stored.keys())
+            hashes = hash_files(folder, file_sizes(folder))
+            wrong = sorted(name for name in stored if hashes.get(name) != stored[name])
+            if wrong or hashes.keys() != stored.keys():
+                name = wrong[0] if wrong else min(hashes.keys() - stored.keys())
                 raise StepError(f"{name} of {key} is not what its manifest says")
             write_json(folder / MANIFEST, dict(manifest))
         shutil.rmtree(self._work(key), ignore_errors=True)
@@ -332,9 +333,9 @@ class Store:
         return folder
 
     def sweep(self) -> None:
-        """Remove what killed processes left behind, but for the scratch of unfinished steps.
+        """Remove the unfinished files of killed processes, except the scratch of unfinished steps.
 
-        What another process is at work on stays.
+        Entries that another process is writing stay.
         """
         temporary = self.root / TEMPORARY
         left = temporary.iterdir() if temporary.is_dir() else ()

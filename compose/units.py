@@ -25,8 +25,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u
 def printable(text: str) -> str:
     """Text that a terminal or a page shows as it is: without control sequences and characters.
 
-    Lines and tabs stay. What turns the direction of writing goes, and halves of surrogate pairs.
-    Names, reasons, tokens and logs come from elsewhere and may hold any of these.
+    Lines and tabs stay. Characters that turn the direction of writing are removed, and halves of
+    surrogate pairs. Names, reasons, tokens and logs are not ours and may hold any of these.
 
     >>> printable("a\\x1b[31mb\\x1b]0;title\\x07c\\r\\u202e")
     'abc'
@@ -35,8 +35,8 @@ def printable(text: str) -> str:
 
 
 def public_path(text: str) -> str:
-    """A source or a word of a command as results may show it: of a path from the root, its last
-    part, since the folders of a machine are nobody's business."""
+    """A source or a word of a command as results show it: only the last part of an absolute path,
+    so that results do not name folders of a machine."""
     return Path(text).name if Path(text).is_absolute() else text
 
 

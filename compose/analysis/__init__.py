@@ -1,1 +1,1 @@
-"""What results mean: intervals, differences, verdicts, choosing a cell."""
+"""Intervals, differences between runs, verdicts, and choosing a cell."""

@@ -1,4 +1,4 @@
-"""Two runs of the same cells: what became better or worse beyond what chance explains.
+"""Compares two runs of the same cells: changes that chance does not explain.
 
 | metric | compared through | test |
 |---|---|---|
@@ -13,14 +13,15 @@ family, any false call has at most the family's probability. For speeds that is 
 twenty runs of unchanged code pass in nine cases of ten without one false call. For quality it is
 `QUALITY_ERROR`, since unchanged code gives unchanged answers.
 
-The noise of a speed is what lies between equal runs on this machine (spread.py), which is far more
-than its rounds show: neighbours and the place of memory change from run to run. Where the machine
-was not measured, that of another machine is assumed. A change below the tolerances is never called.
+The noise of a speed is the spread between equal runs on this machine (spread.py). It is far larger
+than the spread of one run's rounds: neighbours and the placement of memory change from run to run.
+Where this machine was not measured, the spread of another machine is assumed. A change below the
+tolerances is never reported.
 
-What can be seen: of decode speed 5 % where equal runs differ by 1 %, and nothing below 20 % on a
-shared machine where they differ by 6 %: there, versions are compared as systems of one
-`gateskip bench`, by the interval of the rounds that they share (`Estimate.rounds_ci95`,
-tools/side_by_side.py). Of accuracy 2 points from 500 questions a cell on.
+The smallest changes that can be detected: 5 % of decode speed where equal runs differ by 1 %, and
+20 % on a shared machine where they differ by 6 %. On such a machine, compare versions as systems of
+one `gateskip bench`, by the interval of the rounds that they share (`Estimate.rounds_ci95`,
+tools/side_by_side.py). For accuracy: 2 points from 500 questions a cell on.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ QUALITY_ERROR = 0.05
 """The same among all accuracies, and among all perplexities."""
 
 SAME_SPEED = 0.005
-"""Change of a log speed ratio that is never called: where memory lies changes from run to run."""
+"""Change of a log speed ratio that is never reported: the placement of memory changes it."""
 
 SAVED_POINTS = 0.005
-"""Change of the share of compute saved that is never called."""
+"""Change of the share of compute saved that is never reported."""
 
 MACHINE = ("processor", "cores", "threads", "accelerator")
 SETTINGS = ("prompt_tokens", "new_tokens", "prompts")
@@ -58,7 +59,7 @@ Outcome = Literal["better", "worse", "no difference", "not comparable"]
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one number of one cell from the first run to the second."""
+    """The change of one number of one cell from the first run to the second."""
 
     cell: str
     metric: str
@@ -74,7 +75,7 @@ class Change:
     p: float | None = None
     """Probability of such a change by chance, this comparison alone."""
     why: str | None = None
-    """Why it cannot be compared, or what changed that is no number."""
+    """Why it cannot be compared, or a change that is not a number."""
 
 
 def compare(before: Results, after: Results) -> tuple[Change, ...]:
@@ -122,13 +123,13 @@ def _of_speeds(
     before: Results, after: Results, both: list[tuple[CellResult, CellResult]]
 ) -> list[Change]:
     reason = _other_conditions(before, after)
-    known = [spread_in(run.environment) for run in (before, after)]
-    spread = next((each for each in reversed(known) if each is not None), ASSUMED)
-    found: list[tuple[Change, Tested | None]] = []
+    measured = [spread_in(run.environment) for run in (before, after)]
+    spread = next((candidate for candidate in reversed(measured) if candidate is not None), ASSUMED)
+    pairs: list[tuple[Change, Tested | None]] = []
     for old, new in both:
         if new.name == after.baseline and new.speed is not None:
             why = "its speed holds the machine's drift: the others are compared through it"
-            found.append((Change(new.name, "decode", "not comparable", why=why), None))
+            pairs.append((Change(new.name, "decode", "not comparable", why=why), None))
             continue
         earlier = dict(_ratios(old))
         for metric, ratio in _ratios(new):
@@ -136,8 +137,8 @@ def _of_speeds(
                 first = earlier[metric]
                 change = Change(new.name, metric, "not comparable", first.value, ratio.value)
                 test = None if reason else _speed_test(first, ratio, metric, spread)
-                found.append((replace(change, why=reason), test))
-    return _judged(found, SPEED_ERROR, higher_is_better=True)
+                pairs.append((replace(change, why=reason), test))
+    return _judged(pairs, SPEED_ERROR, higher_is_better=True)
 
 
 def _ratios(cell: CellResult) -> Iterator[tuple[str, Estimate]]:
@@ -145,9 +146,9 @@ def _ratios(cell: CellResult) -> Iterator[tuple[str, Estimate]]:
     if cell.speed is None:
         return
     shapes: list[tuple[str, SpeedNumbers]] = [("", cell.speed)]
-    shapes += [(f", batch {n}", each) for n, each in (cell.speed.by_batch or {}).items()]
-    shapes += [(f", context {n}", each) for n, each in (cell.speed.by_context or {}).items()]
-    shapes += [(f", {name}", each) for name, each in (cell.speed.by_category or {}).items()]
+    shapes += [(f", batch {n}", shape) for n, shape in (cell.speed.by_batch or {}).items()]
+    shapes += [(f", context {n}", shape) for n, shape in (cell.speed.by_context or {}).items()]
+    shapes += [(f", {name}", shape) for name, shape in (cell.speed.by_category or {}).items()]
     for suffix, numbers in shapes:
         for kind, ratio in (("decode", numbers.decode_ratio), ("prefill", numbers.prefill_ratio)):
             if ratio is not None and ratio.n > 1:
@@ -164,7 +165,7 @@ def _other_conditions(before: Results, after: Results) -> str | None:
             return f"another machine or setting: {key} {old}, then {new}"
     speeds = [(run.benchmark or {}).get("speed") or {} for run in (before, after)]
     for key in SETTINGS:
-        old, new = (each.get(key) for each in speeds)
+        old, new = (speed.get(key) for speed in speeds)
         if old != new:
             return f"another workload: {key} {old}, then {new}"
     return None
@@ -258,11 +259,11 @@ def _plain(
 
 
 def _judged(
-    found: list[tuple[Change, Tested | None]], error: float, *, higher_is_better: bool
+    pairs: list[tuple[Change, Tested | None]], error: float, *, higher_is_better: bool
 ) -> list[Change]:
     """Outcomes by Holm's method: the smallest of m probabilities is held against error / m, the
     next against error / (m - 1), until one is too large."""
-    tests = [test for _, test in found if test is not None]
+    tests = [test for _, test in pairs if test is not None]
     called: set[int] = set()
     for rank, test in enumerate(sorted(tests, key=lambda test: test.p)):
         if test.p > error / (len(tests) - rank):
@@ -270,7 +271,7 @@ def _judged(
         called.add(id(test))
     return [
         change if test is None else _called(change, test, id(test) in called, higher_is_better)
-        for change, test in found
+        for change, test in pairs
     ]
 
 

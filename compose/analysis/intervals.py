@@ -1,7 +1,7 @@
-"""95 % intervals of what is published: shares, ratios of scores, of perplexities and of speeds.
+"""95 % intervals of published numbers: shares, ratios of scores, of perplexities and of speeds.
 
-What is compared is paired wherever it can be, because pairs carry less noise than groups: cells
-answer the same questions, read the same blocks of text, and are timed in the same rounds.
+Comparisons are paired wherever possible, because pairs carry less noise than groups: cells answer
+the same questions, read the same blocks of text, and are timed in the same rounds.
 
 | number | unit that is drawn anew | method |
 |---|---|---|
@@ -14,12 +14,12 @@ answer the same questions, read the same blocks of text, and are timed in the sa
 
 The bootstrap draws `RESAMPLES` times from a fixed seed: the same outcomes give the same interval.
 Its percentiles are too narrow for a handful of values (of four blocks, a nominal 95 % covers 80 %),
-so what is counted in blocks and rounds gets Student's t instead. A ratio of perplexities is exp of
-a mean difference of losses, and the noise of speeds multiplies, so t stands on logarithms in both.
+so numbers per block and per round get Student's t instead. A ratio of perplexities is exp of a mean
+difference of losses, and the noise of speeds multiplies, so t is taken of logarithms in both.
 
-Questions get one more pair that the cell alone has right and one that the baseline alone has right
-(Agresti and Min 2005): without them, four questions lost of 200 would already be "different", which
-happens to equal cells one time in eight.
+Two pairs are added to the questions: one that only the cell has right, and one that only the
+baseline has right (Agresti and Min 2005). Without them, four questions lost of 200 would already be
+"different", which happens to equal cells one time in eight.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ Floats = NDArray[np.float64]
 def wilson(share: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a share that was seen in `n` trials.
 
-    A share that is no whole number of successes, such as a group's mean, is rounded to the nearest.
+    A share that is not a whole number of successes, such as a group's mean, is rounded to the
+    nearest.
     """
     if n == 0:
         return 0.0, 1.0
@@ -69,10 +70,10 @@ def ratio_of_sums(
 ) -> Estimate | None:
     """Sum of `parts` over sum of `wholes`, one pair a prompt or round, with Student's interval.
 
-    Tokens of a prompt are alike, so prompts are what is drawn. The standard error is that of the
+    Tokens of a prompt are correlated, so the prompt is the unit. The standard error is that of the
     ratio estimator (Cochran 1977, Sampling Techniques, section 6.3). The interval ends at 0 and at
-    `most`. None below two pairs, where the wholes sum to 0, and where all pairs have one ratio, as
-    where all of a few drafts were accepted: such pairs do not tell how far others lie.
+    `most`. None below two pairs, where the wholes sum to 0, and where all pairs have one ratio, for
+    example where all of a few drafts were accepted: such pairs do not show any spread.
     """
     pairs = _pairs(parts, wholes)
     n, total = len(pairs), float(pairs[:, 1].sum())
@@ -86,13 +87,13 @@ def ratio_of_sums(
     return Estimate(value=value, low=max(value - half, 0.0), high=min(value + half, most), n=n)
 
 
-def paired_ratio(own: Sequence[float], base: Sequence[float]) -> Estimate | None:
+def paired_ratio(scores: Sequence[float], base: Sequence[float]) -> Estimate | None:
     """Mean score over the baseline's mean score, both of the same questions in the same order.
 
-    Scores are 0 to 1. None where there is no question, or the baseline has none right: then nothing
-    is a share of it, or the interval has no end.
+    Scores are 0 to 1. None where there is no question, or the baseline has none right: the ratio or
+    its interval is not finite then.
     """
-    return mean_of_ratios([(own, base)])
+    return mean_of_ratios([(scores, base)])
 
 
 def mean_of_ratios(tasks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Estimate | None:
@@ -101,8 +102,8 @@ def mean_of_ratios(tasks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> 
     `tasks` are pairs of the cell's and the baseline's scores. None where one task has no ratio.
     """
     values, draws, total = [], [], 0
-    for number, (own, base) in enumerate(tasks):
-        pairs = _pairs(own, base)  # [n, 2]
+    for number, (scores, base) in enumerate(tasks):
+        pairs = _pairs(scores, base)  # [n, 2]
         if not len(pairs) or pairs[:, 1].sum() <= 0:
             return None
         values.append(float(pairs[:, 0].mean() / pairs[:, 1].mean()))
@@ -119,18 +120,18 @@ ONE_EACH: Floats = np.array([[1.0, 0.0], [0.0, 1.0]])
 """The two pairs that questions get in addition: see the top of this file."""
 
 
-def exp_mean_ratio(own: Sequence[float], base: Sequence[float]) -> Estimate | None:
+def exp_mean_ratio(losses: Sequence[float], base: Sequence[float]) -> Estimate | None:
     """Perplexity over the baseline's from mean losses (nats) of the same blocks; None below two."""
-    return None if len(own) < 2 else exp_t_interval(np.subtract(*_pairs(own, base).T))
+    return None if len(losses) < 2 else exp_t_interval(np.subtract(*_pairs(losses, base).T))
 
 
-def paired_speed_ratio(own: Sequence[float], base: Sequence[float]) -> Estimate | None:
+def paired_speed_ratio(speeds: Sequence[float], base: Sequence[float]) -> Estimate | None:
     """Speed over the baseline's from repeats of the same rounds, in the order of the rounds.
 
     The value is the geometric mean of the ratios round by round, the interval Student's t of their
     logarithms. None below two rounds.
     """
-    logs = np.log(_pairs(own, base)) @ np.array([1.0, -1.0])
+    logs = np.log(_pairs(speeds, base)) @ np.array([1.0, -1.0])
     return None if len(logs) < 2 else exp_t_interval(logs)
 
 
@@ -143,7 +144,7 @@ def exp_t_interval(logs: ArrayLike) -> Estimate:
 
 @cache
 def t_quantile(n: int) -> float:
-    """How many standard errors a 95 % interval of `n` values reaches to either side."""
+    """Half the width of a 95 % interval of the mean of `n` values, in standard errors."""
     from scipy.stats import t
 
     return float(t.ppf(0.5 + LEVEL / 2, n - 1))
@@ -155,10 +156,10 @@ def _mean_and_half(values: Floats) -> tuple[float, float]:
     return float(values.mean()), t_quantile(len(values)) * error
 
 
-def _pairs(own: Sequence[float], base: Sequence[float]) -> Floats:
+def _pairs(values: Sequence[float], base: Sequence[float]) -> Floats:
     """Both as one array [n, 2]."""
-    assert len(own) == len(base), "pairs need the same questions, blocks or rounds"
-    return np.column_stack([np.asarray(own, np.float64), np.asarray(base, np.float64)])
+    assert len(values) == len(base), "pairs need the same questions, blocks or rounds"
+    return np.column_stack([np.asarray(values, np.float64), np.asarray(base, np.float64)])
 
 
 def _resampled_means(rows: Floats, seed: int = SEED) -> Floats:

@@ -1,4 +1,4 @@
-"""Numbers of a cell by name: those that tables show, and that constraints and aims refer to."""
+"""Numbers of a cell by name, for tables, constraints and aims."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from compose.analysis.intervals import t_quantile
 from compose.errors import UserError, suggest
-from compose.results.parts import Estimate
 from compose.results.schema import CellResult, Results
 
 Interval = tuple[float, float]
@@ -31,27 +30,37 @@ class Metric:
         return value if self.better == "higher" else -value
 
 
-def _median(results: Results, cell: CellResult, field: str) -> float | None:
-    measured = None if cell.speed is None else getattr(cell.speed, field)
-    return None if measured is None else float(measured.median)
+def _read(part: str, *fields: str) -> Callable[[Results, CellResult], Any]:
+    """Reads a field of a part of a cell, at any depth; None where one on the way is None."""
 
-
-def _part(part: str, field: str) -> Callable[[Results, CellResult], float | None]:
-    def read(results: Results, cell: CellResult) -> float | None:
-        record = results.quality(cell) if part == "quality" else getattr(cell, part)
-        value = None if record is None else getattr(record, field)
-        return None if value is None else float(value)
+    def read(results: Results, cell: CellResult) -> Any:
+        value = results.quality(cell) if part == "quality" else getattr(cell, part)
+        for field in fields:
+            value = None if value is None else getattr(value, field)
+        return value
 
     return read
 
 
-def _speed(field: str) -> Callable[[Results, CellResult], float | None]:
-    return lambda results, cell: _median(results, cell, field)
+def _number(part: str, *fields: str) -> Callable[[Results, CellResult], float | None]:
+    read = _read(part, *fields)
+
+    def number(results: Results, cell: CellResult) -> float | None:
+        value = read(results, cell)
+        return None if value is None else float(value)
+
+    return number
 
 
-def _perplexity(results: Results, cell: CellResult) -> float | None:
-    quality = results.quality(cell)
-    return None if quality is None or quality.perplexity is None else quality.perplexity.value
+def _estimated(title: str, *path: str) -> Metric:
+    """A metric that is an estimate with an interval, and better when higher."""
+    return Metric(title, "higher", _number(*path, "value"), _read(*path, "ci95"))
+
+
+def _speculation(title: str, field: str) -> Metric:
+    """A number of the timed speculation with the interval beside it, better when higher."""
+    read = _read("speculation", f"{field}_ci95")
+    return Metric(title, "higher", _number("speculation", field), read)
 
 
 def _perplexity_ratio(results: Results, cell: CellResult) -> float | None:
@@ -82,10 +91,13 @@ def task_retained(results: Results, cell: CellResult, task: str) -> float | None
     return score.value / theirs.value
 
 
+_perplexity_interval = _read("quality", "perplexity", "ratio_ci95")
+
+
 def _retained(results: Results, cell: CellResult) -> float | None:
     """Mean share of the baseline's task scores; without tasks, its perplexity over the cell's.
 
-    A cell that lacks one of the baseline's tasks has no mean: it would not compare.
+    A cell that lacks one of the baseline's tasks has no mean: it would not be comparable.
     """
     basis = retained_basis(results)
     if basis == "perplexity":
@@ -99,8 +111,8 @@ def _retained(results: Results, cell: CellResult) -> float | None:
     dense = results.quality(results.cell(results.baseline))
     tasks = [] if dense is None else list(dense.tasks or ())
     shares = [task_retained(results, cell, task) for task in tasks]
-    known = [share for share in shares if share is not None]
-    return sum(known) / len(known) if known and len(known) == len(tasks) else None
+    present = [share for share in shares if share is not None]
+    return sum(present) / len(present) if present and len(present) == len(tasks) else None
 
 
 def _retained_interval(results: Results, cell: CellResult) -> Interval | None:
@@ -108,104 +120,58 @@ def _retained_interval(results: Results, cell: CellResult) -> Interval | None:
     if quality is None:
         return None
     if retained_basis(results) == "perplexity":
-        ends = _ratio_interval(results, cell)
+        ends = _perplexity_interval(results, cell)
         return None if ends is None else (1 / ends[1], 1 / ends[0])
     return None if quality.retained is None else quality.retained.ci95
-
-
-def _estimate(part: str, field: str) -> Callable[[Results, CellResult], Estimate | None]:
-    """Reads an estimate of a part of a cell: of its speed, or of its quality."""
-
-    def read(results: Results, cell: CellResult) -> Estimate | None:
-        record = results.quality(cell) if part == "quality" else getattr(cell, part)
-        return None if record is None else getattr(record, field)
-
-    return read
-
-
-def _field(
-    read: Callable[[Results, CellResult], Estimate | None], name: str
-) -> Callable[[Results, CellResult], Any]:
-    """Reads a part of an estimate: its `value` or its `ci95`."""
-
-    def field(results: Results, cell: CellResult) -> Any:
-        estimate = read(results, cell)
-        return None if estimate is None else getattr(estimate, name)
-
-    return field
-
-
-def _estimated(title: str, read: Callable[[Results, CellResult], Estimate | None]) -> Metric:
-    """A metric that is an estimate with an interval, and better when higher."""
-    return Metric(title, "higher", _field(read, "value"), _field(read, "ci95"))
-
-
-def _ratio_interval(results: Results, cell: CellResult) -> Interval | None:
-    quality = results.quality(cell)
-    return None if quality is None or quality.perplexity is None else quality.perplexity.ratio_ci95
-
-
-def _kl_interval(results: Results, cell: CellResult) -> Interval | None:
-    quality = results.quality(cell)
-    return None if quality is None else quality.kl_ci95
-
-
-def _speculation(title: str, field: str) -> Metric:
-    """A number of the timed speculation with the interval beside it, better when higher."""
-
-    def interval(results: Results, cell: CellResult) -> Interval | None:
-        ends: Interval | None = getattr(cell.speculation, f"{field}_ci95", None)
-        return ends
-
-    return Metric(title, "higher", _part("speculation", field), interval)
-
-
-def _own_answers(field: str) -> Callable[[Results, CellResult], float | None]:
-    def read(results: Results, cell: CellResult) -> float | None:
-        quality = results.quality(cell)
-        answers = None if quality is None else quality.own_answers
-        value = None if answers is None else getattr(answers, field)
-        return None if value is None else float(value)
-
-    return read
 
 
 def _accuracy(results: Results, cell: CellResult) -> float | None:
     quality = results.quality(cell)
     scores = [] if quality is None else [s.value for s in (quality.tasks or {}).values()]
-    known = [score for score in scores if score is not None]
-    return sum(known) / len(known) if known and len(known) == len(scores) else None
+    present = [score for score in scores if score is not None]
+    return sum(present) / len(present) if present and len(present) == len(scores) else None
 
 
 METRICS: dict[str, Metric] = {
-    "decode": Metric("decode tokens/s", "higher", _speed("decode_tokens_per_s")),
-    "prefill": Metric("prefill tokens/s", "higher", _speed("prefill_tokens_per_s")),
-    "ttft": Metric("seconds to the first token", "lower", _speed("ttft_s")),
-    "size": Metric("bytes on disk", "lower", _part("size", "disk_bytes")),
-    "resident": Metric("bytes in memory", "lower", _part("size", "resident_bytes")),
-    "peak": Metric("peak bytes", "lower", _part("size", "peak_bytes")),
-    "saved": Metric("compute saved, net", "higher", _part("compute", "saved_net")),
-    "saved-gross": Metric("compute saved, gross", "higher", _part("compute", "saved_gross")),
-    "decode-ratio": _estimated(
-        "decode speed over the baseline's", _estimate("speed", "decode_ratio")
+    "decode": Metric(
+        "decode tokens/s", "higher", _number("speed", "decode_tokens_per_s", "median")
     ),
-    "prefill-ratio": _estimated(
-        "prefill speed over the baseline's", _estimate("speed", "prefill_ratio")
+    "prefill": Metric(
+        "prefill tokens/s", "higher", _number("speed", "prefill_tokens_per_s", "median")
     ),
+    "ttft": Metric("seconds to the first token", "lower", _number("speed", "ttft_s", "median")),
+    "size": Metric("bytes on disk", "lower", _number("size", "disk_bytes")),
+    "resident": Metric("bytes in memory", "lower", _number("size", "resident_bytes")),
+    "peak": Metric("peak bytes", "lower", _number("size", "peak_bytes")),
+    "saved": Metric("compute saved, net", "higher", _number("compute", "saved_net")),
+    "saved-gross": Metric("compute saved, gross", "higher", _number("compute", "saved_gross")),
+    "decode-ratio": _estimated("decode speed over the baseline's", "speed", "decode_ratio"),
+    "prefill-ratio": _estimated("prefill speed over the baseline's", "speed", "prefill_ratio"),
     "retained": Metric("share of quality retained", "higher", _retained, _retained_interval),
-    "written": _estimated(
-        "share of written tasks retained", _estimate("quality", "written_retained")
-    ),
+    "written": _estimated("share of written tasks retained", "quality", "written_retained"),
     "ranked": _estimated(
-        "share of tasks ranked by likelihood retained", _estimate("quality", "ranked_retained")
+        "share of tasks ranked by likelihood retained", "quality", "ranked_retained"
     ),
     "accuracy": Metric("mean task score", "higher", _accuracy),
-    "perplexity": Metric("perplexity", "lower", _perplexity),
-    "perplexity-ratio": Metric("perplexity ratio", "lower", _perplexity_ratio, _ratio_interval),
-    "kl": Metric("KL to the baseline", "lower", _part("quality", "kl_to_baseline"), _kl_interval),
-    "answer-kl": Metric("KL on the baseline's own answers", "lower", _own_answers("kl")),
-    "prefix": Metric("tokens of greedy answers in common", "higher", _own_answers("common_prefix")),
-    "agreement": Metric("greedy agreement", "higher", _part("quality", "greedy_agreement")),
+    "perplexity": Metric("perplexity", "lower", _number("quality", "perplexity", "value")),
+    "perplexity-ratio": Metric(
+        "perplexity ratio", "lower", _perplexity_ratio, _perplexity_interval
+    ),
+    "kl": Metric(
+        "KL to the baseline",
+        "lower",
+        _number("quality", "kl_to_baseline"),
+        _read("quality", "kl_ci95"),
+    ),
+    "answer-kl": Metric(
+        "KL on the baseline's own answers", "lower", _number("quality", "own_answers", "kl")
+    ),
+    "prefix": Metric(
+        "tokens of greedy answers in common",
+        "higher",
+        _number("quality", "own_answers", "common_prefix"),
+    ),
+    "agreement": Metric("greedy agreement", "higher", _number("quality", "greedy_agreement")),
     "acceptance": _speculation("acceptance rate", "acceptance_rate"),
     "accepted": _speculation("mean accepted tokens", "mean_accepted_tokens"),
     "speedup": _speculation("speed-up of speculation", "speedup"),
@@ -249,7 +215,7 @@ def over_seeds(results: Results, name: str, cell: CellResult) -> tuple[float, ..
         cell.model_copy(update={"quality": run.quality, "compute": run.compute})
         for run in cell.seeds or ()
     ]
-    values = [metric_of(results, name, each) for each in (cell, *runs)]
+    values = [metric_of(results, name, seeded) for seeded in (cell, *runs)]
     return tuple(value for value in values if value is not None)
 
 
@@ -264,12 +230,12 @@ def gain(results: Results, name: str, cell: CellResult) -> float | None:
     baseline = results.find(results.baseline)
     if baseline is None:
         return None
-    own, dense = metric_of(results, name, cell), metric_of(results, name, baseline)
-    return own / dense if own is not None and dense else None
+    value, dense = metric_of(results, name, cell), metric_of(results, name, baseline)
+    return value / dense if value is not None and dense else None
 
 
 def retained_basis(results: Results) -> Literal["tasks", "perplexity"] | None:
-    """What `retained` is a share of: one basis for the whole run, so that cells compare."""
+    """The quantity of which `retained` is a share: one for the whole run, so that cells compare."""
     baseline = results.find(results.baseline)
     quality = None if baseline is None else results.quality(baseline)
     if quality is None:

@@ -30,12 +30,12 @@ AIMS = (
 """Metrics that may be aimed for; each knows whether higher or lower is better."""
 
 TIE_BREAKS = ("retained", "agreement", "decode", "size")
-NOT_MEASURED = 10.0  # how far off a cell counts that lacks the number; worse than any near miss
+NOT_MEASURED = 10.0  # shortfall of a cell that lacks the number; worse than any near miss
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """A bound on one number of a cell: of quality on the unlucky end of its interval."""
+    """A bound on one number of a cell; for quality, on the worse end of its interval."""
 
     words: str
     option: str
@@ -56,7 +56,7 @@ class Constraint:
 
     @property
     def remedy(self) -> str:
-        """What lets more cells through."""
+        """The option that lets more cells through."""
         return f"loosen {self.option}"
 
     def required(self) -> str:
@@ -71,7 +71,7 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Lossless:
-    """A cell that speculates must have been seen to give plain decoding's tokens."""
+    """A cell that speculates must have passed the lossless check."""
 
     remedy: str = "pass --no-require-lossless"
 
@@ -87,7 +87,7 @@ class Lossless:
         return "lossless speculation"
 
     def seen(self, cell: CellResult) -> str:
-        """What was seen of the cell."""
+        """The cell's losslessness in words."""
         if not cell.speculates:
             return "no speculation"
         words = {True: "lossless", False: "not lossless", None: "losslessness not measured"}
@@ -122,8 +122,8 @@ def pick(
     aim = maximize.replace("_", "-")
     if aim not in AIMS:
         raise UserError(f"cannot maximize {maximize!r}", fix=suggest(maximize, AIMS))
-    own = [cell for cell in results.measured if cell.peer is None]
-    cells = [cell for cell in own if metric_of(results, aim, cell) is not None]
+    ours = [cell for cell in results.measured if cell.peer is None]
+    cells = [cell for cell in ours if metric_of(results, aim, cell) is not None]
     if not cells:
         raise UserError(
             f"no cell of run {results.run!r} has {METRICS[aim].title} measured",
@@ -137,7 +137,7 @@ def pick(
         *_size_bounds(results, max_bytes, max_resident),
         *([Lossless()] if require_lossless else []),
     ]
-    fit = [cell for cell in cells if not any(each.shortfall(cell) for each in constraints)]
+    fit = [cell for cell in cells if not any(bound.shortfall(cell) for bound in constraints)]
     if not fit:
         raise _nothing_left(results, cells, constraints, aim)
     return max(fit, key=lambda cell: _rank(results, cell, aim))
@@ -157,8 +157,8 @@ def fastest_that_keeps(results: Results, keep: float) -> CellResult | None:
 def retained_bound(results: Results, cell: CellResult) -> float | None:
     """The share of the baseline's quality that a cell keeps at least, at 95 % confidence.
 
-    None where that is not known: too few questions, or outcomes that do not pair. The baseline,
-    and what gives its predictions, keeps all.
+    None where that is not known: too few questions, or outcomes that do not pair. The baseline, and
+    a cell with its predictions, keeps all.
     """
     quality = results.quality(cell)
     if quality is None or retained_basis(results) is None or _is_refuted(cell):
@@ -172,7 +172,8 @@ def retained_bound(results: Results, cell: CellResult) -> float | None:
 
 
 def _is_refuted(cell: CellResult) -> bool:
-    """Whether it speculates with other tokens than its plain cell's, so has not its quality."""
+    """Whether it speculates and its tokens differ from its plain cell's, so that its quality may,
+    too."""
     return cell.lossless_check is not None and cell.lossless_check.lossless is False
 
 
@@ -249,15 +250,16 @@ def _size_bounds(
 
 
 def _require_evidence(results: Results, cells: list[CellResult], bound: Constraint) -> None:
-    """Refuse a bound of quality that is known of the baseline alone: that would be no choice."""
+    """Refuse a bound on quality where only the baseline's is known: there is nothing to choose
+    from."""
     others = [cell for cell in cells if cell.name != results.baseline]
     if not others or any(bound.value(cell) is not None for cell in others):
         return
     estimates = [(metric_of(results, "retained", cell), cell) for cell in others]
-    known = [(value, cell) for value, cell in estimates if value is not None]
+    measured = [(value, cell) for value, cell in estimates if value is not None]
     near = ""
-    if known:
-        value, cell = max(known, key=lambda pair: pair[0])
+    if measured:
+        value, cell = max(measured, key=lambda pair: pair[0])
         near = f"; the nearest by estimate is {cell.name!r}: retained {value:.3f}"
     raise UserError(
         f"no evidence for {bound.required()}: {bound.unknown(others[0])}{near}",
@@ -278,24 +280,24 @@ def _rank(results: Results, cell: CellResult, aim: str) -> tuple[float, ...]:
 def _nothing_left(
     results: Results, cells: list[CellResult], constraints: list[Constraint | Lossless], aim: str
 ) -> UserError:
-    left = [(each, sum(not each.shortfall(cell) for cell in cells)) for each in constraints]
-    unmet = [each for each, count in left if count == 0]
+    left = [(bound, sum(not bound.shortfall(cell) for cell in cells)) for bound in constraints]
+    unmet = [bound for bound, count in left if count == 0]
     if unmet:
-        which = " and ".join(each.required() for each in unmet)
+        which = " and ".join(bound.required() for bound in unmet)
         message = f"no cell meets {which} ({len(cells)} were measured)"
     else:
-        alone = ", ".join(f"{each.required()} by {count}" for each, count in left)
+        alone = ", ".join(f"{bound.required()} by {count}" for bound, count in left)
         message = f"no cell meets every constraint; alone, of {len(cells)} cells: {alone}"
     nearest = min(
         cells,
         key=lambda cell: (
-            sum(each.shortfall(cell) for each in constraints),
+            sum(bound.shortfall(cell) for bound in constraints),
             [-rank for rank in _rank(results, cell, aim)],
         ),
     )
-    missed = [each for each in constraints if each.shortfall(nearest)]
-    values = ", ".join(each.seen(nearest) for each in missed)
+    missed = [bound for bound in constraints if bound.shortfall(nearest)]
+    values = ", ".join(bound.seen(nearest) for bound in missed)
     return UserError(
         f"{message}; the nearest is {nearest.name!r}: {values}",
-        fix=", ".join(each.remedy for each in missed),
+        fix=", ".join(bound.remedy for bound in missed),
     )

@@ -1,11 +1,12 @@
-"""The figures by which GateSkip was published (arXiv 2510.13876), and the same counted our way.
+"""The metrics of the GateSkip paper (arXiv 2510.13876), and the same metrics counted our way.
 
 A *curve* is made of the cells that skip with the same weights at several budgets, and of the cell
-of those weights that skips nothing. The published way counts as saved the mean over branches of the
-share of tokens that skipped it, and compares a point with the curve's own first point; so gates and
-the keys and values of skipped tokens cost nothing, and what training the gates has lost is no loss.
-Our way counts multiply-adds net, and compares with the dense model; tasks whose answers are written
-count what was spent on their own prompts and answers, since other text keeps another share.
+of those weights that skips nothing. The paper counts as saved the mean over branches of the share
+of tokens that skipped it, and compares a point with the curve's own first point. So it leaves out
+the cost of gates and of the keys and values of skipped tokens, and the quality that was lost by
+training the gates. Our way counts net multiply-adds, and compares with the dense model. Tasks whose
+answers are written count the compute of their own prompts and answers, because the share that is
+skipped differs between texts.
 
 - *Saved @90 %*: the most saved by a measured point that keeps 90 % of the reference.
 - *Accuracy at 0, 5, ... 60 %*: linear between neighbouring points, nothing beyond the outermost.
@@ -21,8 +22,8 @@ from typing import Literal
 from compose.results.parts import SkippingCurve, SkippingFigures, SkippingPoint
 from compose.results.schema import CellResult, Results
 
-KEPT = 0.9
-"""Share of the reference that "saved @90 %" asks for."""
+REFERENCE_SHARE = 0.9
+"""Share of the reference's accuracy that "saved @90 %" requires."""
 
 PERCENTS = range(0, 65, 5)
 """Where accuracy is interpolated."""
@@ -35,21 +36,21 @@ def skipping_curves(results: Results) -> tuple[SkippingCurve, ...]:
     baseline = results.find(results.baseline)
     if baseline is None:
         return ()
-    found = []
+    curves = []
     for weights, cells in _families(results).items():
         for kind, tasks in _tasks_by_kind(results, baseline).items():
             dense = _accuracy(results, baseline, tasks)
             measured = [c for c in cells if _accuracy(results, c, tasks) is not None]
             if dense is not None and any(map(_skips, measured)):
-                found.append(_curve(results, weights, kind, tasks, measured, dense))
-    return tuple(found)
+                curves.append(_curve(results, weights, kind, tasks, measured, dense))
+    return tuple(curves)
 
 
 def figures(points: Sequence[SkippingPoint], reference: float | None = None) -> SkippingFigures:
     """The figures of at least one point; without a reference, the first point is the reference."""
     ordered = tuple(sorted(points, key=lambda point: point.saved))
     whole = ordered[0].accuracy if reference is None else reference
-    keeps = [point.saved for point in ordered if point.accuracy >= KEPT * whole - 1e-9]
+    keeps = [point.saved for point in ordered if point.accuracy >= REFERENCE_SHARE * whole - 1e-9]
     at = {percent: _interpolated(ordered, percent / 100) for percent in PERCENTS}
     return SkippingFigures(
         points=ordered,
@@ -66,8 +67,8 @@ def skipped_share(cell: CellResult) -> float | None:
     """
     if not _skips(cell):
         return 0.0
-    kept = None if cell.compute is None else cell.compute.kept_shares
-    return 1 - statistics.fmean(kept) if kept else None
+    entered = None if cell.compute is None else cell.compute.kept_shares
+    return 1 - statistics.fmean(entered) if entered else None
 
 
 def _curve(
@@ -119,12 +120,12 @@ def _skips(cell: CellResult) -> bool:
 
 
 def _saved_net(results: Results, cell: CellResult, tasks: Sequence[str]) -> float | None:
-    """Saved on the tasks' own text where all of them tell, else on the running text."""
+    """Share saved on the tasks' own text where all of them have it, else on the running text."""
     quality = results.quality(cell)
     scores = {} if quality is None else quality.tasks or {}
-    own = [compute.saved_net for task in tasks if (compute := scores[task].compute) is not None]
-    if own and len(own) == len(tasks):
-        return statistics.fmean(own)
+    saved = [compute.saved_net for task in tasks if (compute := scores[task].compute) is not None]
+    if saved and len(saved) == len(tasks):
+        return statistics.fmean(saved)
     return None if cell.compute is None else cell.compute.saved_net
 
 
@@ -145,8 +146,8 @@ def _accuracy(results: Results, cell: CellResult, tasks: Sequence[str]) -> float
     quality = results.quality(cell)
     scores = {} if quality is None else quality.tasks or {}
     values = [scores[name].value if name in scores else None for name in tasks]
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(tasks) else None
+    present = [value for value in values if value is not None]
+    return statistics.fmean(present) if present and len(present) == len(tasks) else None
 
 
 def _interpolated(points: Sequence[SkippingPoint], saved: float) -> float | None:

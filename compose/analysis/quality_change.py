@@ -15,7 +15,7 @@ from compose.analysis.relate import paired_blocks, paired_questions
 from compose.results.parts import Estimate, Perplexity, TaskScore
 
 SAME_PERPLEXITY = 0.001
-"""Change of log perplexity that is never called: another order of sums changes as much."""
+"""Change of log perplexity that is never reported: another order of sums changes as much."""
 
 EXACT_FLIPS = 16
 """Changed questions up to which all sign flips are counted; above, their sum is taken as normal."""
@@ -23,14 +23,14 @@ EXACT_FLIPS = 16
 
 @dataclass
 class Tested:
-    """A change, and what says whether chance explains it."""
+    """A change, and the numbers of its significance test."""
 
     value: float
-    """Of a logarithm, or of an accuracy; 0 is no change."""
+    """Change of a logarithm, or of an accuracy; 0 means no change."""
     variance: float
-    """Of one of the values whose mean it is."""
+    """Variance of one of the values whose mean it is."""
     per: float
-    """By what `variance` is multiplied to be that of `value`, as 1/n."""
+    """Factor from `variance` to the variance of `value`, such as 1/n."""
     degrees: float
     """Degrees of freedom with which `variance` is known; infinite for z."""
     tolerance: float = 0.0
@@ -58,7 +58,7 @@ class Tested:
 
         half = float(t.ppf(0.5 + LEVEL / 2, self.degrees)) * math.sqrt(self.variance * self.per)
         low, high = self.value - half, self.value + half
-        ends = [math.exp(each) if self.is_log else each for each in (self.value, low, high)]
+        ends = [math.exp(end) if self.is_log else end for end in (self.value, low, high)]
         return Estimate(
             value=ends[0],
             low=ends[1],
@@ -70,7 +70,7 @@ class Tested:
 
 def perplexity_change(old: Perplexity, new: Perplexity) -> Tested | None:
     """Change of log perplexity on the same blocks; None where they are not the same."""
-    losses = [np.array(each.block_nll or ()) for each in (old, new)]
+    losses = [np.array(perplexity.block_nll or ()) for perplexity in (old, new)]
     if not paired_blocks(new, old) or len(losses[1]) < 2:
         return None
     differences = losses[1] - losses[0]

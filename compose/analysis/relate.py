@@ -1,7 +1,7 @@
-"""What relates the cells of a run to its baseline: ratios with intervals, verdicts, curves.
+"""Relates the cells of a run to its baseline: ratios with intervals, verdicts, curves.
 
-`relate` is pure: from the outcomes that cells carry to the same results with these fields filled.
-Speeds are related where rounds are known, in `compose.outputs.gather`.
+`relate` is pure: it returns the same results with these fields filled from the cells' outcomes.
+Speeds are related in `compose.outputs.gather`, where the rounds are known.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def relate(results: Results) -> Results:
 
 
 def _with(record: R, **fields: Any) -> R:
-    """A copy with other fields; what is cached on the record does not travel."""
+    """A copy with other fields, without the record's cached values."""
     return type(record)(**dict(record) | fields)
 
 
@@ -68,57 +68,58 @@ def _related(quality: Quality | None, base: Quality | None, *, is_baseline: bool
     return _with(quality, **fields)
 
 
-def _perplexity(own: Perplexity, base: Perplexity) -> Perplexity:
-    if own.dataset != base.dataset or own.value is None or not base.value:
-        return own
-    if own.dense_nll is not None:
-        return _after_prompts(own, own.dense_nll)
-    fields: dict[str, Any] = {"ratio_to_baseline": own.value / base.value}
-    if own is not base and paired_blocks(own, base):
-        fields["ratio_ci95"] = _ends(exp_mean_ratio(own.block_nll or (), base.block_nll or ()))
-    return _with(own, **fields)
+def _perplexity(score: Perplexity, base: Perplexity) -> Perplexity:
+    if score.dataset != base.dataset or score.value is None or not base.value:
+        return score
+    if score.dense_nll is not None:
+        return _after_prompts(score, score.dense_nll)
+    fields: dict[str, Any] = {"ratio_to_baseline": score.value / base.value}
+    if score is not base and paired_blocks(score, base):
+        fields["ratio_ci95"] = _ends(exp_mean_ratio(score.block_nll or (), base.block_nll or ()))
+    return _with(score, **fields)
 
 
-def _after_prompts(own: Perplexity, dense: tuple[float, ...]) -> Perplexity:
-    """Beside what the dense model says of the same tokens, which are not all of the text's."""
-    losses = own.block_nll or ()
+def _after_prompts(score: Perplexity, dense: tuple[float, ...]) -> Perplexity:
+    """Relate to the dense model's losses of the same tokens, which are only a part of the
+    text's."""
+    losses = score.block_nll or ()
     fields: dict[str, Any] = {"ratio_ci95": _ends(exp_mean_ratio(losses, dense))}
     if len(losses) == len(dense):
         change = sum(losses) - sum(dense)
         fields["ratio_to_baseline"] = math.exp(change / len(dense))
-    return _with(own, **fields)
+    return _with(score, **fields)
 
 
-def paired_blocks(own: Perplexity, base: Perplexity) -> bool:
+def paired_blocks(score: Perplexity, base: Perplexity) -> bool:
     """Whether both have the losses of the same blocks of the same text."""
-    same = own.dataset == base.dataset and own.tokens == base.tokens
-    ours, theirs = own.block_nll or (), base.block_nll or ()
+    same = score.dataset == base.dataset and score.tokens == base.tokens
+    ours, theirs = score.block_nll or (), base.block_nll or ()
     return same and bool(ours) and len(ours) == len(theirs)
 
 
-def _task(own: TaskScore, base: TaskScore | None) -> TaskScore:
-    if base is None or own.value is None or not base.value:
-        return own
-    fields: dict[str, Any] = {"retained": own.value / base.value}
-    if own is not base and paired_questions(own, base):
-        fields["retained_ci95"] = _ends(paired_ratio(own.outcomes or (), base.outcomes or ()))
-    return _with(own, **fields)
+def _task(score: TaskScore, base: TaskScore | None) -> TaskScore:
+    if base is None or score.value is None or not base.value:
+        return score
+    fields: dict[str, Any] = {"retained": score.value / base.value}
+    if score is not base and paired_questions(score, base):
+        fields["retained_ci95"] = _ends(paired_ratio(score.outcomes or (), base.outcomes or ()))
+    return _with(score, **fields)
 
 
-def paired_questions(own: TaskScore, base: TaskScore) -> bool:
+def paired_questions(score: TaskScore, base: TaskScore) -> bool:
     """Whether both have the outcomes of the same questions."""
-    same = own.questions is not None and own.questions == base.questions
-    ours, theirs = own.outcomes or (), base.outcomes or ()
+    same = score.questions is not None and score.questions == base.questions
+    ours, theirs = score.outcomes or (), base.outcomes or ()
     return same and bool(ours) and len(ours) == len(theirs)
 
 
-def _retained(own: Quality, base: Quality, kind: TaskKind | None = None) -> Estimate | None:
+def _retained(quality: Quality, base: Quality, kind: TaskKind | None = None) -> Estimate | None:
     """Over all of the baseline's tasks, or over those of one kind."""
     pairs = []
     for name, theirs in (base.tasks or {}).items():
         if kind not in (None, theirs.kind):
             continue
-        score = (own.tasks or {}).get(name)
+        score = (quality.tasks or {}).get(name)
         if score is None or not paired_questions(score, theirs):
             return None
         pairs.append((score.outcomes or (), theirs.outcomes or ()))
@@ -132,7 +133,7 @@ def _answers(answers: OwnAnswers) -> OwnAnswers:
 
 
 def _ends(estimate: Estimate | None, least: float | None = None) -> tuple[float, float] | None:
-    """Both ends of an interval, cut at what the number cannot go below."""
+    """Both ends of an interval, cut at the number's lower limit."""
     if estimate is None:
         return None
     low, high = estimate.ci95

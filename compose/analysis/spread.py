@@ -1,10 +1,10 @@
-"""How far equal runs lie apart on a machine: what the rounds of one run cannot show.
+"""The spread between equal runs on a machine, which the rounds of one run cannot show.
 
-The rounds of a run follow each other within a minute or two. What changes more slowly (neighbours
-on a shared machine, where memory came to lie) is the same for all of them, and is different in the
-next run. So a speed ratio of one run has at least the standard deviation that the same ratio had
-over many equal runs. `make repeatability` measures it and stores it for the machine; a run records
-it with its environment.
+The rounds of a run follow each other within a minute or two. Slower influences (neighbours on a
+shared machine, the placement of memory) are the same for all of them, and different in the next
+run. So a speed ratio of one run has at least the standard deviation that the same ratio had over
+many equal runs. `make repeatability` measures it and stores it for the machine; a run records it
+with its environment.
 """
 
 from __future__ import annotations
@@ -72,20 +72,23 @@ def _pooled(runs: Sequence[Results], field: str) -> float:
             ratio: Estimate | None = getattr(cell.speed, field, None) if cell.speed else None
             if ratio is not None:
                 logs.setdefault(cell.name, []).append(math.log(ratio.value))
-    variances = [statistics.variance(each) for each in logs.values() if len(each) == len(runs)]
+    variances = [
+        statistics.variance(values) for values in logs.values() if len(values) == len(runs)
+    ]
     if not variances:
         raise ValueError(f"no cell has a {field} in every run")
     return math.sqrt(statistics.fmean(variances))
 
 
 def spread_in(environment: Mapping[str, Any]) -> Spread | None:
-    """What a run's environment says of its machine; None where it was not measured."""
-    found = environment.get("between_runs")
-    return None if found is None else Spread.model_validate(found)
+    """The spread that a run's environment states for its machine; None where it was not
+    measured."""
+    record = environment.get("between_runs")
+    return None if record is None else Spread.model_validate(record)
 
 
 def widened(ratio: Estimate, kind: Kind, spread: Spread | None) -> Estimate:
-    """The ratio with an interval that another run of the same would respect, too.
+    """The ratio with an interval that covers the spread between runs.
 
     Its half width, on the logarithm, is that of its rounds, or Student's t of the spread between
     runs where that is larger. Unchanged where no spread is known.
@@ -93,8 +96,8 @@ def widened(ratio: Estimate, kind: Kind, spread: Spread | None) -> Estimate:
     if spread is None:
         return ratio
     half = t_quantile(spread.runs) * spread.of(kind)
-    own = (math.log(ratio.high) - math.log(ratio.low)) / 2
-    if half <= own:
+    rounds_half = (math.log(ratio.high) - math.log(ratio.low)) / 2
+    if half <= rounds_half:
         return ratio
     low, high = ratio.value * math.exp(-half), ratio.value * math.exp(half)
     wide = {"low": low, "high": high, "different": not low <= 1 <= high}
@@ -102,7 +105,7 @@ def widened(ratio: Estimate, kind: Kind, spread: Spread | None) -> Estimate:
 
 
 def store_spread(folder: Path, spread: Spread, environment: Mapping[str, Any]) -> Path:
-    """Keep a machine's spread in the folder of what is measured once a machine."""
+    """Store a machine's spread in the folder of measurements that are made once a machine."""
     record = {name: environment.get(name) for name in MACHINE}
     record |= {"commit": environment.get("git_commit"), "between_runs": spread.model_dump()}
     record["date"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -112,7 +115,7 @@ def store_spread(folder: Path, spread: Spread, environment: Mapping[str, Any]) -
 
 
 def stored_spread(folder: Path, environment: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is stored for this machine at this number of threads, as an environment has it."""
+    """The spread stored for this machine at this number of threads, as an environment has it."""
     try:
         record = json.loads((folder / FILE).read_text(encoding="utf-8"))
         same = all(record[name] == environment.get(name) for name in MACHINE)

@@ -1,7 +1,7 @@
 """One line a cell: ACCEPT, TRADE-OFF, REGRESSION or NO EVIDENCE, from intervals.
 
 A cell is compared with the baseline; one that speculates, with the cell of the same weights that
-decodes plainly (`CellResult.plain`), because that is what it has to beat.
+decodes plainly (`CellResult.plain`), because it has to beat that cell.
 
 Quality is *kept*, *lost*, or unknown:
 
@@ -25,7 +25,7 @@ below 1, and bytes where it takes as much more.
 | ACCEPT | quality kept, something gained, no speed lost |
 | TRADE-OFF | something gained, and quality or speed lost |
 | REGRESSION | nothing gained, and quality, speed or bytes lost |
-| NO EVIDENCE | all else: intervals hold both, or there are too few questions |
+| NO EVIDENCE | all else: an interval includes gain and loss, or there are too few questions |
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ SAME_KL = 1e-6
 
 
 @dataclass(frozen=True)
-class Judged:
-    """Quality kept, lost or unknown, and in words why."""
+class QualityVerdict:
+    """Whether quality was kept or lost, and the reason in words."""
 
     state: Literal["kept", "lost", "unknown"]
     why: str
@@ -75,30 +75,30 @@ def verdict_of(results: Results, cell: CellResult, keep: float = KEEP) -> Verdic
     if quality.state == "kept" and gains and not slower:
         return _verdict("ACCEPT", [quality.why, *gains], larger)
     if gains and (worse or slower):
-        known = [quality.why] if quality.state == "kept" else []
-        return _verdict("TRADE-OFF", [*known, *gains], [*worse, *slower, *larger])
+        quality_kept = [quality.why] if quality.state == "kept" else []
+        return _verdict("TRADE-OFF", [*quality_kept, *gains], [*worse, *slower, *larger])
     if not gains and (worse or slower or larger):
         return _verdict("REGRESSION", [*worse, *slower, *larger, "it gains nothing"])
     if quality.state == "unknown":
         return _verdict("NO EVIDENCE", [quality.why, *gains], larger)
-    other = "its plain cell" if _is_plain_decoding_the_rival(results, cell) else "the baseline"
+    other = "its plain cell" if _is_compared_with_plain(results, cell) else "the baseline"
     return _verdict("NO EVIDENCE", [quality.why], [f"no gain over {other} is shown"])
 
 
-def judge_quality(results: Results, cell: CellResult, keep: float = KEEP) -> Judged:
+def judge_quality(results: Results, cell: CellResult, keep: float = KEEP) -> QualityVerdict:
     """Whether a cell keeps the share `keep` of the baseline's quality; see the top of this file.
 
     A cell that speculates has the quality of its plain cell.
     """
     quality = results.quality(cell)
     if quality is None:
-        return Judged("unknown", "its quality was not measured")
+        return QualityVerdict("unknown", "its quality was not measured")
     if gives_baselines_predictions(results, quality):
-        return Judged("kept", "it gives the baseline's predictions")
+        return QualityVerdict("kept", "it gives the baseline's predictions")
     tasks, perplexity = _on_tasks(results, quality, keep), _on_perplexity(results, quality, keep)
     if tasks.state == "kept" and perplexity.state == "lost":
-        return Judged("kept", f"{tasks.why}, {perplexity.why}")
-    return next((each for each in (tasks, perplexity) if each.state != "unknown"), tasks)
+        return QualityVerdict("kept", f"{tasks.why}, {perplexity.why}")
+    return next((judged for judged in (tasks, perplexity) if judged.state != "unknown"), tasks)
 
 
 def question_count(quality: Quality) -> int:
@@ -107,7 +107,7 @@ def question_count(quality: Quality) -> int:
 
 
 def too_few(quality: Quality) -> str:
-    """Why its tasks tell nothing, where they are too few."""
+    """The reason given where its questions are too few for a verdict."""
     count = question_count(quality)
     return f"{count} questions are too few: {MIN_QUESTIONS} are needed"
 
@@ -120,15 +120,15 @@ def gives_baselines_predictions(results: Results, quality: Quality) -> bool:
     return bool(quality.block_kl) and max(quality.block_kl or ()) <= SAME_KL
 
 
-def _on_tasks(results: Results, quality: Quality, keep: float) -> Judged:
+def _on_tasks(results: Results, quality: Quality, keep: float) -> QualityVerdict:
     tasks = quality.tasks or {}
     if not tasks:
-        return Judged("unknown", "no tasks were asked")
+        return QualityVerdict("unknown", "no tasks were asked")
     if question_count(quality) < MIN_QUESTIONS:
-        return Judged("unknown", too_few(quality))
+        return QualityVerdict("unknown", too_few(quality))
     retained = quality.retained
     if retained is None:
-        return Judged("unknown", "its outcomes do not pair with the baseline's")
+        return QualityVerdict("unknown", "its outcomes do not pair with the baseline's")
     seen = f"{_percents(*retained.ci95)} of the task scores ({retained.n} questions)"
     poor = [
         f"it keeps {_percents(*score.retained_ci95)} of {name}"
@@ -136,25 +136,25 @@ def _on_tasks(results: Results, quality: Quality, keep: float) -> Judged:
         if score.retained_ci95 is not None and score.retained_ci95[1] < keep
     ]
     if poor:
-        return Judged("lost", " and ".join(poor))
+        return QualityVerdict("lost", " and ".join(poor))
     written = any(score.kind == "generative" for score in tasks.values())
     if retained.low >= keep and written:
-        return Judged("kept", f"it keeps {seen}")
+        return QualityVerdict("kept", f"it keeps {seen}")
     if retained.high < 1:
-        return Judged("lost", f"it keeps {seen}")
+        return QualityVerdict("lost", f"it keeps {seen}")
     if not written:
-        return Judged("unknown", f"it keeps {seen}, but was asked to write no answer")
-    return Judged("unknown", f"it keeps {seen}, which holds both")
+        return QualityVerdict("unknown", f"it keeps {seen}, but was asked to write no answer")
+    return QualityVerdict("unknown", f"it keeps {seen}, which holds both")
 
 
-def _on_perplexity(results: Results, quality: Quality, keep: float) -> Judged:
+def _on_perplexity(results: Results, quality: Quality, keep: float) -> QualityVerdict:
     ends = None if quality.perplexity is None else quality.perplexity.ratio_ci95
     if ends is None:
-        return Judged("unknown", "its perplexity has no interval")
+        return QualityVerdict("unknown", "its perplexity has no interval")
     seen = f"{ends[0]:.3f} to {ends[1]:.3f} times the baseline's perplexity"
     if not _asks_tasks(results) and ends[1] <= 1 / keep:
-        return Judged("kept", f"it has {seen}, and no tasks were asked")
-    return Judged("lost" if ends[0] > 1 else "unknown", f"it has {seen}")
+        return QualityVerdict("kept", f"it has {seen}, and no tasks were asked")
+    return QualityVerdict("lost" if ends[0] > 1 else "unknown", f"it has {seen}")
 
 
 def _asks_tasks(results: Results) -> bool:
@@ -162,12 +162,12 @@ def _asks_tasks(results: Results) -> bool:
     return baseline is not None and baseline.quality is not None and bool(baseline.quality.tasks)
 
 
-def _is_plain_decoding_the_rival(results: Results, cell: CellResult) -> bool:
+def _is_compared_with_plain(results: Results, cell: CellResult) -> bool:
     return cell.speculates and results.find(cell.plain) is not None
 
 
 def _speeds(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
-    """What of its speed is shown to be higher, and what lower, in words."""
+    """The speeds that are shown to be higher, and those shown to be lower, in words."""
     faster: list[str] = []
     slower: list[str] = []
     for verb, ends, than in _speed_intervals(results, cell):
@@ -180,7 +180,7 @@ def _speeds(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
 def _speed_intervals(
     results: Results, cell: CellResult
 ) -> Iterable[tuple[str, tuple[float, float] | None, str]]:
-    if _is_plain_decoding_the_rival(results, cell):
+    if _is_compared_with_plain(results, cell):
         ends = None if cell.speculation is None else cell.speculation.speedup_ci95
         yield "decodes", ends, "its plain cell"
         return
@@ -193,22 +193,22 @@ def _speed_intervals(
 
 
 def _bytes(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
-    """Where it takes fewer bytes, and where more, in words. What other engines hold in memory is
-    their process's, not their tensors': it is not compared with ours."""
-    plain = _is_plain_decoding_the_rival(results, cell)
+    """Where it takes fewer bytes, and where more, in words. The memory of other engines is that of
+    their process, not of their tensors, so it is not compared with ours."""
+    plain = _is_compared_with_plain(results, cell)
     other = results.find(cell.plain if plain else results.baseline)
     smaller: list[str] = []
     larger: list[str] = []
     for place, field in (("on disk", "disk_bytes"), ("in memory", "resident_bytes")):
-        own = None if cell.size is None else getattr(cell.size, field)
+        ours = None if cell.size is None else getattr(cell.size, field)
         theirs = None if other is None or other.size is None else getattr(other.size, field)
         alike = other is not None and (cell.peer is None) == (other.peer is None)
         if field == "resident_bytes" and not alike:
             continue
-        if not own or not theirs or abs(own / theirs - 1) < LEAST_BYTES:
+        if not ours or not theirs or abs(ours / theirs - 1) < LEAST_BYTES:
             continue
-        words = f"it takes {own / theirs:.2f} times the bytes {place}"
-        (smaller if own < theirs else larger).append(words)
+        words = f"it takes {ours / theirs:.2f} times the bytes {place}"
+        (smaller if ours < theirs else larger).append(words)
     return smaller, larger
 
 
@@ -219,11 +219,11 @@ def _verdict(verdict: Outcome, facts: list[str], but: list[str] | None = None) -
 
 
 def _listed(facts: list[str]) -> str:
-    """Facts one after the other; of those about the cell, only the first says `it`."""
-    told = facts[:1]
+    """Facts joined into one sentence; of those that begin with `it`, only the first keeps it."""
+    clauses = facts[:1]
     for before, fact in pairwise(facts):
-        told.append(fact.removeprefix("it ") if before.startswith("it ") else fact)
-    return ", ".join(told)
+        clauses.append(fact.removeprefix("it ") if before.startswith("it ") else fact)
+    return ", ".join(clauses)
 
 
 def _percents(low: float, high: float) -> str:

@@ -1,9 +1,9 @@
 """The code that an export carries: our own modules, rewritten to lie in one folder.
 
-With `trust_remote_code=True` transformers loads `custom_generate/generate.py` of a folder, and
-what that imports beside itself; so it does the model class that `auto_map` in config.json names.
-The modules that decoding, or loading integer grids, needs are copied there with their imports made
-relative: the same implementation, not a second one.
+With `trust_remote_code=True` transformers loads `custom_generate/generate.py` of a folder and the
+modules that it imports from beside itself, and also the model class that `auto_map` in config.json
+names. The modules that decoding, or loading integer grids, needs are copied there with their
+imports made relative: the same implementation, not a second one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _IMPORT = re.compile(r"^(\s*)from gateskip(?:\.([\w.]+))? import (\(|.+$)", re.M
 
 
 def write_bundle(folder: Path) -> list[Path]:
-    """Put `custom_generate/` into a model folder; the files written."""
+    """Put `custom_generate/` into a model folder; returns the files written."""
     return _carry(folder / ENTRY, "custom_generate.py.txt", ROOTS)
 
 
@@ -68,14 +68,14 @@ def _carry(target: Path, template: str, roots: Sequence[str]) -> list[Path]:
 
 
 def sources(roots: Sequence[str] | None = None) -> dict[str, str]:
-    """Dotted module name below gateskip -> source, of `roots` (what decoding needs, where none are
-    named) and all that they import from it."""
+    """Dotted module name below gateskip -> source, for `roots` (by default the modules that
+    decoding needs) and all modules that they import from gateskip."""
     waiting, texts = list(ROOTS if roots is None else roots), dict[str, str]()
     while waiting:
         name = waiting.pop()
         if name not in texts:
             texts[name] = _file(name).read_text(encoding="utf-8")
-            waiting += [each for match in _IMPORT.finditer(texts[name]) for each in _modules(match)]
+            waiting += [part for match in _IMPORT.finditer(texts[name]) for part in _modules(match)]
     return texts
 
 
@@ -95,7 +95,7 @@ def _file(module: str) -> Path:
 
 
 def _modules(match: re.Match[str]) -> list[str]:
-    """The modules that an import statement names: the one it imports from, or what it imports."""
+    """The modules that an import statement names: the one it imports from, or those it imports."""
     _, base, names = match.groups()
     if base is not None and _file(base).is_file():
         return [base]
@@ -103,7 +103,7 @@ def _modules(match: re.Match[str]) -> list[str]:
 
 
 def _aliased(names: str) -> list[tuple[str, str]]:
-    """(name, what it is called here) of each part of `a, b as c`."""
+    """(name, alias) of each part of `a, b as c`."""
     parts = [re.split(r"\s+as\s+", part) for part in re.split(r",\s*", names)]
     return [(part[0], part[-1]) for part in parts]
 
@@ -118,8 +118,8 @@ def _relative(source: str) -> str:
             return f"{space}from .{flat_name(base)} import {names}"
         called = [alias for _, alias in _aliased(names)]
         lines = [
-            f"from . import {flat_name(each)} as {alias}"
-            for each, alias in zip(modules, called, strict=True)
+            f"from . import {flat_name(module)} as {alias}"
+            for module, alias in zip(modules, called, strict=True)
         ]
         return space + f"\n{space}".join(lines)
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = (4, 8)
-"""What kernels for these tensors exist for."""
+"""Bits for which kernels for these tensors exist."""
 SHARD = 4 << 30  # bytes of tensors in one file
 WHOLE_ROW = -1
 OUTER = ("embed_tokens", "lm_head")
@@ -47,9 +47,9 @@ Scheme = tuple[int, int, bool]
 def write_compressed(folder: Path, target: Path) -> dict[str, Any]:
     """Write the packed model in `folder` to the new folder `target`, and read it back.
 
-    Gives `schemes` (as vLLM calls them: W4A16 ...), `layers`, `floats` (what was packed and is not
-    any more), `rounded_scales` (whether a reader in the folder's float type rounds the scales), and
-    `bytes`.
+    Returns `schemes` (as vLLM calls them: W4A16 ...), `layers`, `floats` (layers that were packed
+    and are not any more), `rounded_scales` (whether a reader in the folder's float type rounds the
+    scales), and `bytes`.
 
     Raises:
         ArtifactError: the folder cannot be written in this format, or `target` exists.
@@ -62,16 +62,16 @@ def write_compressed(folder: Path, target: Path) -> dict[str, Any]:
     inner = [name for name in source.layers if not name.endswith(OUTER)]
     floats = [*source.embeddings, *(name for name in source.layers if name not in inner)]
     schemes = _schemes(source, inner)
-    with new_folder(target) as made:
-        save_shards(made, _tensors(source, inner, floats, schemes), SHARD)
-        rounded = _read_back(made, source, inner, schemes)
-        dense = _dense_linears(made)
+    with new_folder(target) as unfinished:
+        save_shards(unfinished, _tensors(source, inner, floats, schemes), SHARD)
+        rounded = _read_back(unfinished, source, inner, schemes)
+        dense = _dense_linears(unfinished)
         config = {**source.config, "quantization_config": _config(schemes, dense)}
-        write_json(made / "config.json", config)
+        write_json(unfinished / "config.json", config)
         for pattern in COMPANIONS:
             for path in sorted(folder.glob(pattern)):
-                place_file(path, made / path.name, link=False)
-        size = sum(path.stat().st_size for path in made.glob("*.safetensors"))
+                place_file(path, unfinished / path.name, link=False)
+        size = sum(path.stat().st_size for path in unfinished.glob("*.safetensors"))
     return {
         "schemes": sorted({f"W{bits}A16" for bits, _, _ in schemes.values()}),
         "layers": len(inner),
@@ -91,7 +91,7 @@ def _refuse_gates(folder: Path) -> None:
 
 def _schemes(source: PackedFolder, names: list[str]) -> dict[str, Scheme]:
     """The scheme of each layer; all are symmetric, or none, because readers fuse q, k and v."""
-    found = {}
+    schemes = {}
     for name in names:
         layer = source.layer(name)
         if layer.bits not in BITS:
@@ -101,9 +101,9 @@ def _schemes(source: PackedFolder, names: list[str]) -> dict[str, Scheme]:
                 fix="make the folder with bits of 4 or 8 alone",
             )
         group = WHOLE_ROW if source.stated.get("group_size") == WHOLE_ROW else layer.group
-        found[name] = (layer.bits, group, layer.zeros is None)
-    symmetric = all(each for _, _, each in found.values())
-    return {name: (bits, group, symmetric) for name, (bits, group, _) in found.items()}
+        schemes[name] = (layer.bits, group, layer.zeros is None)
+    symmetric = all(is_symmetric for _, _, is_symmetric in schemes.values())
+    return {name: (bits, group, symmetric) for name, (bits, group, _) in schemes.items()}
 
 
 def _tensors(
@@ -139,7 +139,8 @@ def _zeros(layer: IntegerLayer) -> Tensor:
 def _read_back(
     folder: Path, source: PackedFolder, names: list[str], schemes: dict[str, Scheme]
 ) -> bool:
-    """Compare codes and zero points with the source's; whether the float type rounds scales.
+    """Compare codes and zero points with the source's; returns whether the float type rounds
+    scales.
 
     Raises:
         StepError: they differ.
@@ -167,17 +168,17 @@ def _rounds(scale: Tensor, dtype: Any) -> bool:
 
 
 def _dense_linears(folder: Path) -> list[str]:
-    """Layers with a matrix of floats, by name: what is not packed. An embedding is no linear layer,
-    and naming it does no harm."""
+    """Names of the layers that are not packed: they have a matrix of floats. An embedding is not a
+    linear layer, but naming it does no harm."""
     from safetensors import safe_open
 
-    found = {"lm_head"}  # also where it shares the embedding's weights, and is in no file
+    names = {"lm_head"}  # also where it shares the embedding's weights, and is in no file
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if name.endswith(".weight") and len(file.get_slice(name).get_shape()) == 2:
-                    found.add(name.removesuffix(".weight"))
-    return sorted(found)
+                    names.add(name.removesuffix(".weight"))
+    return sorted(names)
 
 
 def _config(schemes: dict[str, Scheme], dense: list[str]) -> dict[str, Any]:

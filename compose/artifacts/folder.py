@@ -36,7 +36,7 @@ PROBE_TEXT = (
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Dtype -> largest difference of two logits that counts as the same model, over their range."""
 
-# What a tokenizer, a chat template and a generation config are stored as.
+# Files of a tokenizer, a chat template and a generation config.
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -81,7 +81,7 @@ def dtype_of(folder: Path) -> str:
 
 
 def lineage(folder: Path) -> list[dict[str, Any]]:
-    """What was done to the folder, oldest first: the source, then one entry a stage.
+    """The steps that made the folder, oldest first: the source, then one entry a stage.
 
     Raises:
         ArtifactError: the folder was not made by this program.
@@ -138,8 +138,8 @@ def copy_companions(source: Path, target: Path) -> None:
 def copy_source(source: Path, target: Path, dtype: str, *, link: bool) -> None:
     """Fill `target` with the model in `source`, its floating-point weights in `dtype`.
 
-    Weights are cast tensor by tensor, a file at a time. A quantized source stays as it is, but for
-    what is not packed beside integer grids of our own. Files that need no change are linked when
+    Weights are cast tensor by tensor, a file at a time. A quantized source is not cast, except for
+    the float tensors beside integer grids of our own. Files that need no change are linked when
     `link` is set: only for folders that nobody edits. Code stays behind.
 
     Raises:
@@ -162,8 +162,8 @@ def copy_source(source: Path, target: Path, dtype: str, *, link: bool) -> None:
 
 
 def _place_all(source: Path, target: Path, *, link: bool) -> None:
-    wanted = ("*.json", "*.safetensors")
-    for path in sorted(path for pattern in wanted for path in source.glob(pattern)):
+    patterns = ("*.json", "*.safetensors")
+    for path in sorted(path for pattern in patterns for path in source.glob(pattern)):
         if path.name != LINEAGE and not (target / path.name).exists():
             place_file(path, target / path.name, link=link)
 
@@ -181,12 +181,12 @@ def _cast_shard(source: Path, target: Path, dtype: str) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    wanted = getattr(torch, dtype)
+    float_type = getattr(torch, dtype)
     with safe_open(source, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     cast = {
-        name: tensor.to(wanted)
+        name: tensor.to(float_type)
         if tensor.is_floating_point() and not name.endswith(GRID_NUMBERS)
         else tensor
         for name, tensor in tensors.items()
@@ -204,14 +204,16 @@ def _place_index(source: Path, target: Path, shards: list[Path]) -> None:
 
 
 def clean_config(folder: Path) -> None:
-    """Take this machine's paths out of config.json, and what asks for code of the folder.
+    """Remove this machine's paths, and references to code in the folder, from config.json.
 
-    Where a model is from stands in its lineage.
+    The model's origin is in its lineage.
     """
     config = require_model(folder)
-    kept = {key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map")}
-    if kept != config:
-        write_json(folder / "config.json", kept)
+    clean = {
+        key: value for key, value in config.items() if key not in ("_name_or_path", "auto_map")
+    }
+    if clean != config:
+        write_json(folder / "config.json", clean)
 
 
 def probe_ids(folder: Path) -> Tensor:

@@ -1,7 +1,7 @@
-"""What a source model must be before anything is made of it; each refusal names file and tensor.
+"""Checks of a source model before anything is made of it; each refusal names file and tensor.
 
-A folder's own code is never run, and weights are never unpickled: both would run what a stranger
-wrote. A tensor that is missing is filled with random numbers by transformers; `load_model` refuses.
+A folder's own code is never run, and weights are never unpickled: both would run untrusted code. A
+tensor that is missing is filled with random numbers by transformers; `load_model` refuses.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def require_weights(folder: Path) -> None:
 
 
 def _refuse_code(folder: Path, source: str) -> None:
-    """Refuse an architecture that transformers does not have, but the folder brings along."""
+    """Refuse an architecture whose code is in the folder and not in transformers."""
     from transformers import CONFIG_MAPPING
 
     config = require_config(folder)
@@ -90,7 +90,7 @@ def _refuse_code(folder: Path, source: str) -> None:
 
 
 def _require_indexed(folder: Path, held: set[str]) -> None:
-    """Every tensor and file that the index of a sharded checkpoint names is there."""
+    """Require every tensor and file that the index of a sharded checkpoint names."""
     if not (folder / INDEX).is_file():
         return
     index = read_json(folder / INDEX)
@@ -108,7 +108,7 @@ def _require_indexed(folder: Path, held: set[str]) -> None:
 def require_values(folder: Path, source: str) -> None:
     """Refuse unknown architectures, weights that are not finite, and tokenizers that do not fit.
 
-    `source` is what messages call the model in `folder`, which may be a folder of the moment.
+    `source` is the model's name in messages; `folder` may be a temporary one.
 
     Raises:
         AssetError: with the first such tensor, or with the token that has no row.
@@ -147,7 +147,7 @@ def _require_rows(folder: Path, source: str) -> None:
         token: row for token, row in vocabulary.items() if isinstance(rows, int) and row >= rows
     }
     if beyond:
-        token = min(beyond, key=lambda each: beyond[each])
+        token = min(beyond, key=beyond.__getitem__)
         raise AssetError(
             f"{source}: the tokenizer has {max(vocabulary.values()) + 1} tokens, and the model rows"
             f" for {rows}: {shortened(repr(token))} is number {beyond[token]}",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 GRID = ("codes", "scale", "minimum")
-"""What the tensors of a packed layer are called, after its name: the first one has the codes."""
+"""Ends of the names of a packed layer's tensors: the first one has the codes."""
 
 WORD = 32  # bits of an int32 that codes are packed in
 
@@ -57,7 +57,7 @@ class PackedFolder:
     """The tensors of a folder whose weights GPTQ's tensors or gateskip's hold.
 
     Raises:
-        ArtifactError: it is no such folder.
+        ArtifactError: it is not such a folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -139,10 +139,10 @@ class PackedFolder:
             )
         from gateskip.quantization.grid import unpack_bits
 
-        own = (self.stated.get("layers") or {}).get(name, {})
+        of_layer = (self.stated.get("layers") or {}).get(name, {})
         outer = name in self.embeddings or name.endswith("lm_head")
         embedding = (self.stated.get("embedding") or {}) if outer else {}
-        bits = int({**self.stated, **own, **embedding}["bits"])
+        bits = int({**self.stated, **of_layer, **embedding}["bits"])
         return IntegerLayer(bits, unpack_bits(packed, bits), scale, None)
 
 
@@ -168,7 +168,7 @@ def packed(codes: Tensor, bits: int) -> Tensor:
 
 
 def tensors_of(folder: Path) -> Callable[[str], Tensor]:
-    """A function that gives a tensor of the folder by its name."""
+    """A function that returns a tensor of the folder by its name."""
     from safetensors import safe_open
 
     files = tensor_files(folder)
@@ -209,9 +209,9 @@ def stored_dtype(folder: Path) -> torch.dtype:
     import torch
     from safetensors import safe_open
 
-    found = set()
+    dtypes = set()
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
-            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     small = {"BF16": torch.bfloat16, "F16": torch.float16}
-    return small.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
+    return small.get(dtypes.pop(), torch.float32) if len(dtypes) == 1 else torch.float32

@@ -1,4 +1,4 @@
-"""What a safetensors file says it holds, checked against its size; no tensor is read.
+"""The header of a safetensors file, checked against the file's size; no tensor is read.
 
 A file is eight bytes with the length of the header, the header (JSON: name -> type, shape, begin
 and end), and the tensors' bytes. https://github.com/huggingface/safetensors#format

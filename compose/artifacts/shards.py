@@ -1,4 +1,5 @@
-"""Weights written into safetensors files as they are made, a few gigabytes in memory at most."""
+"""Writes weights into safetensors files as they are made, with a few gigabytes in memory at
+most."""
 
 from __future__ import annotations
 
@@ -32,12 +33,12 @@ def save_shards(
         held.clear()
 
     for name, tensor in tensors:
-        own = tensor.numel() * tensor.element_size()
-        if held and size + own > most:
+        nbytes = tensor.numel() * tensor.element_size()
+        if held and size + nbytes > most:
             write()
             size = 0
         held[name] = tensor.contiguous()
-        size, total = size + own, total + own
+        size, total = size + nbytes, total + nbytes
     write()
     if len(written) == 1:
         written[0][0].rename(folder / ONE)

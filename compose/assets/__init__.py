@@ -1,8 +1,8 @@
 """Models and data by name: an alias, a path, or a hub id -> files on this machine.
 
 `table` lists the aliases; `fetch` brings files here once and checks them; `models`, `texts` (with
-`rows` and `corpora`) and `tasks` make of them what the rest of the package reads. Importing this
-loads no torch.
+`rows` and `corpora`) and `tasks` turn them into the values that the rest of the package reads.
+Importing this loads no torch.
 """
 
 from __future__ import annotations

@@ -35,16 +35,16 @@ def contamination(
         tasks: names of tasks, of which the first `limit` questions are scored.
 
     Raises:
-        AssetError: a text or task cannot be had.
+        AssetError: a text or task is not available.
     """
-    known: set[int] = set()
+    seen: set[int] = set()
     for source, rows in training:
         for row in load_texts(source, rows, cache).rows:
-            known.update(runs(row))
+            seen.update(runs(row))
     questions = {name: list(_questions(load_task(name, cache).path, limit)) for name in tasks}
     scored: dict[str, Sequence[str]] = {**texts, **questions}
     return {
-        name: {"rows": len(rows), "contaminated": sum(_is_contaminated(row, known) for row in rows)}
+        name: {"rows": len(rows), "contaminated": sum(_is_contaminated(row, seen) for row in rows)}
         for name, rows in scored.items()
     }
 
@@ -56,8 +56,8 @@ def runs(text: str, length: int = RUN) -> Iterator[int]:
         yield hash(tuple(words[start : start + length]))
 
 
-def _is_contaminated(text: str, known: set[int]) -> bool:
-    return any(run in known for run in runs(text))
+def _is_contaminated(text: str, seen: set[int]) -> bool:
+    return any(run in seen for run in runs(text))
 
 
 def _questions(path: Path, limit: int | None) -> Iterator[str]:

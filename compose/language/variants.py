@@ -1,7 +1,7 @@
 """The variants of a stage: the same stage with other values of some parameters.
 
 A search varies parameters (`search.vary`); each combination of values is a stage of its own, under
-a name that says what was varied: `narrow` with `ratio: [0.1, 0.2]` gives `narrow-ratio0.1` and
+a name with the varied parameters: `narrow` with `ratio: [0.1, 0.2]` gives `narrow-ratio0.1` and
 `narrow-ratio0.2`.
 """
 
@@ -30,20 +30,20 @@ def variants(name: str, stage: Stage, values: Values) -> dict[str, Stage]:
     Raises:
         ValidationError: a stage does not take a combination.
     """
-    found: dict[str, Stage] = {}
+    stages: dict[str, Stage] = {}
     for combination in itertools.product(*values.values()):
-        given = dict(zip(values, combination, strict=True))
-        found[variant_name(name, given)] = with_values(stage, given)
-    return found
+        chosen = dict(zip(values, combination, strict=True))
+        stages[variant_name(name, chosen)] = with_values(stage, chosen)
+    return stages
 
 
-def with_values(stage: Stage, given: Mapping[str, Any]) -> Stage:
+def with_values(stage: Stage, changes: Mapping[str, Any]) -> Stage:
     """The stage with other values. ValidationError where it does not take them."""
     written = {"use": stage.use, **stage.model_dump(exclude_unset=True)}
-    return type(stage).model_validate({**written, **given}, strict=True)
+    return type(stage).model_validate({**written, **changes}, strict=True)
 
 
-def variant_name(name: str, given: Mapping[str, Any]) -> str:
+def variant_name(name: str, changes: Mapping[str, Any]) -> str:
     """The name of a variant, in the characters that names may have.
 
     >>> variant_name("narrow", {"ratio": 0.1})
@@ -51,7 +51,7 @@ def variant_name(name: str, given: Mapping[str, Any]) -> str:
     >>> variant_name("draft", {"draft_weights": "int4-head", "lookup": True})
     'draft-draft_weights-int4-head-lookup-true'
     """
-    return "-".join([name, *(f"{parameter}{_text(value)}" for parameter, value in given.items())])
+    return "-".join([name, *(f"{parameter}{_text(value)}" for parameter, value in changes.items())])
 
 
 def _text(value: object) -> str:
@@ -69,21 +69,21 @@ def _text(value: object) -> str:
 def vary_problems(
     vary: Mapping[str, Values], stages: Mapping[str, Stage], loc: Loc
 ) -> Iterator[Problem]:
-    """What is wrong with `vary`, which stands at `loc`: names that point at nothing, and values
-    that a stage does not take."""
+    """Problems of `vary`, which stands at `loc`: names that point at nothing, and values that a
+    stage does not take."""
     for name, values in vary.items():
         if name not in stages:
             message = f"no stage is named {name!r}: {suggest(name, stages)}"
             yield Problem((*loc, name), message, at_key=True)
             continue
-        known = [each for each in type(stages[name]).model_fields if each != "use"]
+        parameters = [field for field in type(stages[name]).model_fields if field != "use"]
         wrong = False
         for parameter, choices in values.items():
             place = (*loc, name, parameter)
-            if parameter not in known:
+            if parameter not in parameters:
                 wrong = True
                 message = f"{stages[name].use} has no parameter {parameter!r}"
-                yield Problem(place, f"{message}: {suggest(parameter, known)}", at_key=True)
+                yield Problem(place, f"{message}: {suggest(parameter, parameters)}", at_key=True)
             elif parameter in stages[name].files():
                 wrong = True
                 message = f"{parameter} names a file: give each file a stage of its own"
@@ -103,15 +103,15 @@ def vary_problems(
 def _refused(name: str, stage: Stage, values: Values, loc: Loc) -> Iterator[Problem]:
     """The first combination of values that the stage does not take."""
     for combination in itertools.product(*values.values()):
-        given = dict(zip(values, combination, strict=True))
+        chosen = dict(zip(values, combination, strict=True))
         try:
-            with_values(stage, given)
+            with_values(stage, chosen)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             reason = str(first["msg"]).removeprefix("Value error, ")
-            yield Problem(loc, f"{stage.use} does not take {_shown(given)}: {reason}")
+            yield Problem(loc, f"{stage.use} does not take {_shown(chosen)}: {reason}")
             return
 
 
-def _shown(given: Mapping[str, Any]) -> str:
-    return ", ".join(f"{parameter}: {value}" for parameter, value in given.items())
+def _shown(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{parameter}: {value}" for parameter, value in changes.items())

@@ -1,8 +1,8 @@
 """YAML text -> plain values, and the line and column of each of them.
 
 The text is composed into nodes with their marks, and each node becomes a plain value; a list
-becomes a tuple. Only what a pipeline needs is accepted: mappings, lists, text, numbers, booleans,
-null; and no more of them, nor deeper, than a person writes, so that no file keeps us busy.
+becomes a tuple. Only mappings, lists, text, numbers, booleans and null are accepted, with limits on
+their number and depth, so that a hostile file cannot take all memory or time.
 """
 
 from __future__ import annotations
@@ -130,26 +130,26 @@ class _Reader:
                 )
             if isinstance(node, MappingNode):
                 return self._mapping(node, loc)
-            return tuple(self.value(each, (*loc, i)) for i, each in enumerate(node.value))
+            return tuple(self.value(item, (*loc, i)) for i, item in enumerate(node.value))
         finally:
             self._open.pop()
 
     def _mapping(self, node: MappingNode, loc: Loc) -> dict[str, Any]:
-        merged, own = {}, {}
+        merged, stated = {}, {}
         for key, value in node.value:
             if str(key.tag) == _TAG + "merge":
                 merged.update(self._merged(value, loc))
                 continue
             name = self._key(key)
-            if name in own:
+            if name in stated:
                 first, shown = self._keys[(*loc, name)][0], shortened(repr(name))
                 raise self._refuse(key, f"the key {shown} stands here again (first: line {first})")
             self._keys[(*loc, name)] = _mark(key)
-            own[name] = self.value(value, (*loc, name))
-        return merged | own
+            stated[name] = self.value(value, (*loc, name))
+        return merged | stated
 
     def _merged(self, node: Node, loc: Loc) -> dict[str, Any]:
-        """What `<<: *base` brings in; the first of several bases wins."""
+        """The keys of `<<: *base`; the first of several bases wins."""
         bases = node.value if isinstance(node, SequenceNode) else [node]
         merged: dict[str, Any] = {}
         for base in bases:
@@ -177,8 +177,8 @@ class _Reader:
 
     def _text(self, node: Node) -> str:
         text = str(node.value)
-        if (found := _NO_TEXT.search(text)) is not None:
-            raise self._refuse(node, f"this text holds the character U+{ord(found[0]):04X}")
+        if (match := _NO_TEXT.search(text)) is not None:
+            raise self._refuse(node, f"this text holds the character U+{ord(match[0]):04X}")
         return text
 
     def _refuse(self, node: Node, message: str) -> PipelineError:
@@ -191,7 +191,7 @@ def _mark(node: Node) -> Mark:
 
 
 def kind_of(value: object) -> str:
-    """What a value is, as the end of "expected ..., not ..."."""
+    """The kind of a value, as the end of "expected ..., not ..."."""
     if value is None:
         return "nothing (null)"
     if isinstance(value, Mapping):

@@ -12,7 +12,7 @@ from compose.artifacts.folder import LINEAGE
 from compose.store import MANIFEST, Store, file_sizes, read_json
 
 PLANS = ("*/plan.json", "*-search/probes/*/plan.json")
-"""Plans of runs, and of the runs that a search is made of (compose/search/lab.py)."""
+"""Plans of runs, and of the runs that a search is made of (compose/search/probe_runner.py)."""
 
 
 @dataclass(frozen=True)

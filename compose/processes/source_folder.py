@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compose.artifacts.gguf.file import is_gguf
-from compose.assets.models.gguf_source import converted, gguf_config
+from compose.artifacts.gguf.read import check_gguf_source
+from compose.assets.models.gguf_source import converted
 from compose.assets.models.resolve import require_blocks
 from compose.processes.worker_process import ask_once
 
@@ -26,7 +27,7 @@ def as_folders(sources: Sequence[Path], cache: Path, *, keep_blocks: bool = Fals
 def _as_folder(source: Path, cache: Path, *, keep_blocks: bool) -> Path:
     if not is_gguf(source):
         return source
-    gguf_config(source, keep_blocks=keep_blocks)  # refuses what cannot be read, at once
+    check_gguf_source(source, keep_blocks=keep_blocks)  # refuses what cannot be read, at once
     made = converted(source, cache, keep_blocks=keep_blocks)
     if made is not None:
         return made

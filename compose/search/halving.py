@@ -1,9 +1,9 @@
 """Successive halving: many chains on a few tokens, few chains on the file's own benchmark.
 
 After a rung a chain is dropped for two reasons only. Its interval lies wholly beyond a bound; or
-enough chains that surely meet every bound are better in what is aimed for. A chain whose interval
-still reaches the bound is never dropped for the bound, and counts for no other chain's drop: the
-next rung, with four times the tokens, tells.
+enough chains that surely meet every bound are better in the aim. A chain whose interval still
+reaches the bound is never dropped for the bound, and no other chain is dropped because of it: the
+next rung, with four times the tokens, decides.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from compose.search.probes import Probe
 from compose.search.target import Target
 
 FACTOR = 4
-"""How many times the tokens of a rung the next one has."""
+"""Tokens of the next rung over those of a rung."""
 
 TURN = Speed(prompt_tokens=128, new_tokens=64, min_seconds=0.5, repeats=2)
-"""The speed of a cheap rung, at most: two rounds, since a ratio to the baseline needs two. It is
-timed whatever is aimed for, so that a search with another aim finds the probes."""
+"""The speed of a cheap rung, at most: two rounds, since a ratio to the baseline needs two. Speed is
+timed whatever the aim is, so that a search with another aim finds the probes."""
 
 CHECKED = Lossless(prompts=2, new_tokens=16)
 """How speculation is checked on a cheap rung."""
 
 LEAST_QUESTIONS = 24
-"""Of a task on a cheap rung."""
+"""Questions of a task on a cheap rung, at least."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Rung:
     number: int
     """From 1."""
     benchmark: Benchmark
-    """What is measured of each chain."""
+    """The measurements of each chain."""
 
 
 def cheap_rungs(benchmark: Benchmark, tokens: int, target: Target) -> tuple[Rung, ...]:
@@ -68,68 +68,69 @@ def _cheap(benchmark: Benchmark, tokens: int, before_last: int, target: Target) 
         batch_size=benchmark.quality.batch_size,
         own_answers=None,
     )
-    asked = benchmark.lossless
-    lossless = asked.model_copy(
+    check = benchmark.lossless
+    lossless = check.model_copy(
         update={
-            "prompts": min(asked.prompts, CHECKED.prompts),
-            "new_tokens": min(asked.new_tokens, CHECKED.new_tokens),
+            "prompts": min(check.prompts, CHECKED.prompts),
+            "new_tokens": min(check.new_tokens, CHECKED.new_tokens),
         }
     )
     update = {"quality": quality, "lossless": lossless, "against": ()}
     return benchmark.model_copy(update={**update, "speed": _turn(benchmark.speed)})
 
 
-def _turn(asked: Speed) -> Speed:
+def _turn(speed: Speed) -> Speed:
     """A short turn of the file's first shape."""
     return Speed(
-        prompt_tokens=min(asked.prompt_tokens, TURN.prompt_tokens),
-        new_tokens=min(asked.new_tokens, TURN.new_tokens),
-        min_seconds=min(asked.min_seconds, TURN.min_seconds),
+        prompt_tokens=min(speed.prompt_tokens, TURN.prompt_tokens),
+        new_tokens=min(speed.new_tokens, TURN.new_tokens),
+        min_seconds=min(speed.min_seconds, TURN.min_seconds),
         repeats=TURN.repeats,
-        batch_sizes=(1 if 1 in asked.batch_sizes else min(asked.batch_sizes),),
-        prompts=asked.prompts,
-        prompts_per_category=None if asked.prompts is None else 1,
+        batch_sizes=(1 if 1 in speed.batch_sizes else min(speed.batch_sizes),),
+        prompts=speed.prompts,
+        prompts_per_category=None if speed.prompts is None else 1,
     )
 
 
 @dataclass(frozen=True)
-class Halved:
-    """What a rung leaves for the next one."""
+class RungOutcome:
+    """The outcome of a rung."""
 
-    kept: tuple[Probe, ...]
+    survivors: tuple[Probe, ...]
     """The best first."""
     dropped: dict[Chain, str]
     """Chain -> why it was dropped."""
 
 
-def halve(probes: Iterable[Probe], target: Target, keep: int) -> Halved:
-    """Drop what misses a bound, and what `keep` chains that surely meet all of them surpass.
+def halve(probes: Iterable[Probe], target: Target, keep: int) -> RungOutcome:
+    """Drop chains that miss a bound, and chains that `keep` better ones surpass which surely meet
+    all.
 
-    Where every chain misses, the `keep` nearest stay: they answer what can be had.
+    Where every chain misses, the `keep` nearest stay: they show what is available.
     """
-    known = list(probes)
-    able = [probe for probe in known if probe.failure is None]
-    dropped = {probe.chain: f"failed: {probe.failure}" for probe in known if probe.failure}
+    measured = list(probes)
+    able = [probe for probe in measured if probe.failure is None]
+    dropped = {probe.chain: f"failed: {probe.failure}" for probe in measured if probe.failure}
     missed = [probe for probe in able if target.standing(probe) == "missed"]
     ranked = sorted(able, key=lambda probe: (-target.rank(probe), probe.chain))
     if len(missed) == len(able):
         nearest = sorted(ranked, key=target.shortfall)
         dropped |= {probe.chain: target.why_missed(probe) for probe in nearest[keep:]}
-        return Halved(tuple(nearest[:keep]), dropped)
+        return RungOutcome(tuple(nearest[:keep]), dropped)
     dropped |= {probe.chain: target.why_missed(probe) for probe in missed}
-    kept, sure = [], 0
+    survivors, sure = [], 0
     for probe in ranked:
         if probe.chain in dropped:
             continue
         if sure >= keep:
             dropped[probe.chain] = f"{keep} chains that surely meet the bound are better"
             continue
-        kept.append(probe)
+        survivors.append(probe)
         sure += target.standing(probe) == "met"
-    return Halved(tuple(kept), dropped)
+    return RungOutcome(tuple(survivors), dropped)
 
 
-def kept_after(count: int, finalists: int, *, is_last: bool) -> int:
+def survivor_count(count: int, finalists: int, *, is_last: bool) -> int:
     """How many chains that surely meet the bound go on from a rung of `count`: one in `FACTOR`,
     at least the finalists; from the last cheap rung these alone."""
     return finalists if is_last else max(finalists, math.ceil(count / FACTOR))

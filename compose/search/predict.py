@@ -1,9 +1,9 @@
-"""What chains that were not measured are likely to have: the effects of their choices, added up.
+"""Predicts metrics of chains that were not measured: the effects of their choices, added up.
 
-A KL to the baseline adds up over choices that do not know of each other; of ratios (speed,
-perplexity, what is retained, bytes) the logarithms do. The effects come from the measured chains by
-ridge regression, in which a chain of nothing has no effect. A choice that was never measured is
-taken for the mean of its siblings: the same stages with other values.
+A KL to the baseline adds up over independent choices; so do the logarithms of ratios (speed,
+perplexity, share retained, bytes). The effects are fitted to the measured chains by ridge
+regression, in which an empty chain has no effect. A choice that was never measured gets the mean
+effect of its siblings: the same stages with other values.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from compose.search.probes import Probe
 from compose.search.space import Candidate, Space
 
 RIDGE = 1e-3
-"""Weight of the effects' squares beside the squared errors: hardly any, so that chains of one
-choice are told as measured."""
+"""Ridge penalty: so small that chains of one choice are predicted as measured."""
 
 AS_THEY_ARE = ("kl",)
 """Metrics whose effects add up by themselves; those of all others do in logarithms."""
@@ -48,10 +47,10 @@ class Effects:
         by_sibling: dict[Chain, list[float]] = {}
         for choice, effect in self._effects.items():
             by_sibling.setdefault(space.siblings(choice), []).append(effect)
-        self._siblings = {base: statistics.mean(each) for base, each in by_sibling.items()}
+        self._siblings = {base: statistics.mean(effects) for base, effects in by_sibling.items()}
 
     def predict(self, candidate: Candidate) -> float | None:
-        """The metric that a candidate is likely to have; None where a choice is unknown."""
+        """The predicted metric of a candidate; None where a choice is unknown."""
         total = self._level
         for choice in candidate.choices:
             effect = self._effects.get(choice, self._siblings.get(self._space.siblings(choice)))
@@ -67,16 +66,16 @@ class Effects:
 
 def _ridge(rows: Iterable[tuple[tuple[Chain, ...], float]]) -> dict[Chain, float]:
     """Choice -> its effect: the least squares of sums of effects against the values."""
-    known = list(rows)
-    names = list(dict.fromkeys(choice for choices, _ in known for choice in choices))
+    measured = list(rows)
+    names = list(dict.fromkeys(choice for choices, _ in measured for choice in choices))
     if not names:
         return {}
     place = {name: index for index, name in enumerate(names)}
-    design = np.zeros((len(known), len(names)))
-    for row, (choices, _) in enumerate(known):
+    design = np.zeros((len(measured), len(names)))
+    for row, (choices, _) in enumerate(measured):
         for choice in choices:
             design[row, place[choice]] = 1.0
-    values = np.array([value for _, value in known])
+    values = np.array([value for _, value in measured])
     normal = design.T @ design + RIDGE * np.eye(len(names))
     effects = np.linalg.solve(normal, design.T @ values)
     return {name: float(effects[index]) for name, index in place.items()}

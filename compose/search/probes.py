@@ -1,8 +1,8 @@
 """Probes: a chain's numbers as one rung measured them, kept in the store under their key.
 
-A probe's key covers all that decides its numbers: the cell, the baseline, the settings of the
-rung's benchmark, the code, the libraries and the machine. A search that was ended, or another one
-with another target, finds it again. What failed is not kept: the next search tries again.
+A probe's key covers everything that affects its numbers: the cell, the baseline, the settings of
+the rung's benchmark, the code, the libraries and the machine. An interrupted search, or a search
+with another target, finds it again. Failed probes are not stored: the next search tries again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from compose.results.schema import CellResult, Results
 from compose.store import Store, read_json, write_json
 from compose.units import metric_text
 
-KEPT = (
+PROBED = (
     *("decode", "prefill", "decode-ratio", "prefill-ratio", "size"),
     *("kl", "perplexity", "perplexity-ratio", "retained"),
 )
 """Metrics of a probe."""
 
 OF_THE_BASELINE = {"kl": 0.0, "perplexity-ratio": 1.0, "retained": 1.0}
-"""What a cell with the baseline's own predictions has."""
+"""Metrics of a cell with the baseline's own predictions."""
 
 EXACT = ("size",)
 """Metrics that are counted, not estimated."""
@@ -39,7 +39,7 @@ EXACT = ("size",)
 
 @dataclass(frozen=True)
 class Probe:
-    """What one rung measured of a chain, or why it could not."""
+    """The metrics of a chain on one rung, or why they could not be measured."""
 
     chain: Chain
     numbers: Mapping[str, float] = field(default_factory=dict)
@@ -69,14 +69,14 @@ class Probe:
 
 
 def number(results: Results, metric: str, cell: CellResult) -> float | None:
-    """A metric of a cell; what has the baseline's predictions is at no distance from it."""
+    """A metric of a cell; a cell with the baseline's predictions has no distance from it."""
     if _is_the_baselines(results, metric, cell):
         return OF_THE_BASELINE[metric]
     return metric_of(results, metric, cell)
 
 
 def interval(results: Results, metric: str, cell: CellResult) -> Interval | None:
-    """The 95 % interval of `number`: its value twice where nothing is estimated."""
+    """The 95 % interval of `number`: its value twice where it is exact."""
     value = number(results, metric, cell)
     if value is not None and (metric in EXACT or _is_the_baselines(results, metric, cell)):
         return value, value
@@ -85,20 +85,20 @@ def interval(results: Results, metric: str, cell: CellResult) -> Interval | None
 
 def _is_the_baselines(results: Results, metric: str, cell: CellResult) -> bool:
     quality = results.quality(cell)
-    known = quality is not None and gives_baselines_predictions(results, quality)
-    return known and metric in OF_THE_BASELINE
+    is_same = quality is not None and gives_baselines_predictions(results, quality)
+    return is_same and metric in OF_THE_BASELINE
 
 
 def probe_of(results: Results, cell: CellResult) -> Probe:
     """The probe of a cell of a rung's results."""
     if cell.status != "ok":
         return Probe(cell.chain, failure=cell.reason or cell.status)
-    numbers = {name: number(results, name, cell) for name in KEPT}
-    ends = {name: interval(results, name, cell) for name in KEPT}
+    numbers = {name: number(results, name, cell) for name in PROBED}
+    ends = {name: interval(results, name, cell) for name in PROBED}
     return Probe(
         chain=cell.chain,
         numbers={name: value for name, value in numbers.items() if _finite(value)},
-        intervals={name: each for name, each in ends.items() if each and all(map(_finite, each))},
+        intervals={name: pair for name, pair in ends.items() if pair and all(map(_finite, pair))},
         lossless=None if cell.lossless_check is None else cell.lossless_check.lossless,
     )
 
@@ -112,10 +112,10 @@ def probe_key(plan: Plan, cell: Cell, speed: Mapping[str, Any]) -> str:
     `compose.outputs.sessions.speed_settings` gives."""
     plain = plan.cell(cell.plain) if cell.plain is not None else cell
     phases = {
-        f"{each.key} {phase}": phase_key(plan, each, phase)
-        for each in (plain, cell)
-        if each is not plan.cells[0]
-        for phase in phases_of(each)
+        f"{part.key} {phase}": phase_key(plan, part, phase)
+        for part in (plain, cell)
+        if part is not plan.cells[0]
+        for phase in phases_of(part)
     }
     return digest({"baseline": plan.cells[0].key, "phases": phases, "speed": dict(speed)})
 

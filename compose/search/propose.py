@@ -1,7 +1,7 @@
-"""Which chains to measure next: such that every choice was seen once, then what may do best.
+"""Proposes the chains to measure next: first every choice once, then the most promising chains.
 
-The order is the same for the same seed and the same numbers. What the plan alone shows to be too
-large is never proposed.
+The order is the same for the same seed and the same numbers. A chain that is too large by its plan
+alone is never proposed.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from compose.search.space import Candidate, Space
 from compose.search.target import Bound, Target
 
 SIZE_SLACK = 1.05
-"""How much larger than a bound on bytes a plan may be: gates, norms and headers are not in it."""
+"""Factor by which a plan's bytes may exceed a bound: gates, norms and headers are not in it."""
 
 REACH = 1.5
-"""How much farther than a bound a chain may be predicted to be from the baseline and still be
-proposed: effects only nearly add up."""
+"""A chain is proposed up to this multiple of a bound's distance from the baseline: effects only
+nearly add up."""
 
 LEAST_FOR_A_LOT = 4
-"""Size of a batch from which on its last chain is drawn by lot."""
+"""Size of a batch from which on its last chain is drawn at random."""
 
 GAIN = 1.05
-"""How much better than predicted a chain may turn out."""
+"""Factor by which a chain may turn out better than predicted."""
 
 
 def too_large(candidate: Candidate, target: Target) -> Bound | None:
@@ -51,20 +51,22 @@ class Proposer:
             for candidate in space.candidates
             if (bound := too_large(candidate, target)) is not None
         }
-        if len(self.large) == len(space.candidates):  # the smallest tell how near it is
-            sized = sorted(space.candidates, key=lambda each: each.predicted_bytes or 0)
+        if len(self.large) == len(space.candidates):  # the smallest ones show how near the bound is
+            sized = sorted(space.candidates, key=lambda candidate: candidate.predicted_bytes or 0)
             for candidate in sized[:best]:
                 del self.large[candidate.chain]
-        self.able = [each for each in space.candidates if each.chain not in self.large]
+        self.able = [
+            candidate for candidate in space.candidates if candidate.chain not in self.large
+        ]
         self.whole = len(self.able) <= most
-        """Whether every candidate is measured, whatever is predicted of it."""
+        """Whether every candidate is measured, whatever its prediction."""
         lots = list(range(len(self.able)))
         random.Random(seed).shuffle(lots)
-        self._lot = {each.chain: lot for each, lot in zip(self.able, lots, strict=True)}
+        self._lot = {candidate.chain: lot for candidate, lot in zip(self.able, lots, strict=True)}
 
     def propose(self, probes: Mapping[Chain, Probe], batch: int) -> list[Candidate]:
         """The next candidates, at most `batch`; none when the search has seen enough."""
-        waiting = [each for each in self.able if each.chain not in probes]
+        waiting = [candidate for candidate in self.able if candidate.chain not in probes]
         room = min(batch, self.most - len(probes))
         if not waiting or room < 1:
             return []
@@ -75,10 +77,10 @@ class Proposer:
         ranked = self._ranked(waiting, probes)
         if self.whole:
             first = [candidate for _, candidate in ranked]
-            return [*first, *(each for each in waiting if each not in first)][:room]
+            return [*first, *(candidate for candidate in waiting if candidate not in first)][:room]
         chosen = self._may_win(ranked, probes)[:room]
-        rest = [each for each in waiting if each not in chosen]
-        if rest and len(chosen) >= LEAST_FOR_A_LOT:  # it corrects what is predicted
+        rest = [candidate for candidate in waiting if candidate not in chosen]
+        if rest and len(chosen) >= LEAST_FOR_A_LOT:  # it corrects the predictions
             chosen[-1] = min(rest, key=self._by_lot)
         return chosen
 
@@ -91,20 +93,20 @@ class Proposer:
         """Short chains with a choice that no probe has, those without seen siblings first."""
         seen = {
             choice
-            for each in self.space.candidates
-            if each.chain in probes
-            for choice in each.choices
+            for candidate in self.space.candidates
+            if candidate.chain in probes
+            for choice in candidate.choices
         }
         chosen: list[Candidate] = []
         while len(chosen) < room:
-            new = [each for each in waiting if not seen.issuperset(each.choices)]
+            new = [candidate for candidate in waiting if not seen.issuperset(candidate.choices)]
             if not new:
                 break
             related = {self.space.siblings(choice) for choice in seen}
 
             def order(candidate: Candidate, related: set[Chain] = related) -> tuple[int, int, int]:
-                known = sum(self.space.siblings(each) in related for each in candidate.choices)
-                return len(candidate.choices), known, self._by_lot(candidate)
+                near = sum(self.space.siblings(choice) in related for choice in candidate.choices)
+                return len(candidate.choices), near, self._by_lot(candidate)
 
             chosen.append(min(new, key=order))
             seen.update(chosen[-1].choices)
@@ -114,20 +116,20 @@ class Proposer:
         self, waiting: Sequence[Candidate], probes: Mapping[Chain, Probe]
     ) -> list[tuple[float, Candidate]]:
         """Candidates that are predicted to come near every bound, with the aim's predicted value,
-        the best first; those of which nothing is known come last."""
+        the best first; candidates without a prediction come last."""
         limits = [
             (bound, Effects(self.space, bound.metric, probes)) for bound in self.target.bounds
         ]
         aim = Effects(self.space, self.target.metric, probes)
         metric = METRICS[self.target.metric]
-        found = []
+        ranked = []
         for candidate in waiting:
-            if not all(self._reaches(candidate, bound, each) for bound, each in limits):
+            if not all(self._reaches(candidate, bound, effects) for bound, effects in limits):
                 continue
             value = self._size_or(candidate, self.target.metric, aim)
             rank = float("-inf") if value is None else metric.rank(value)
-            found.append((rank, candidate))
-        return sorted(found, key=lambda pair: (-pair[0], self._by_lot(pair[1])))
+            ranked.append((rank, candidate))
+        return sorted(ranked, key=lambda pair: (-pair[0], self._by_lot(pair[1])))
 
     def _size_or(self, candidate: Candidate, metric: str, effects: Effects) -> float | None:
         """A predicted number: bytes as the plan has them, where it has."""
@@ -150,7 +152,7 @@ class Proposer:
     def _may_win(
         self, ranked: Sequence[tuple[float, Candidate]], probes: Mapping[Chain, Probe]
     ) -> list[Candidate]:
-        """Those that may surpass one of the best probes that surely meet the bounds."""
+        """The candidates that may surpass one of the best probes that surely meet the bounds."""
         sure = sorted(
             (
                 self.target.rank(probe)
@@ -162,4 +164,8 @@ class Proposer:
         if len(sure) < self.best:
             return [candidate for _, candidate in ranked]
         least = sure[self.best - 1]
-        return [each for rank, each in ranked if rank * (GAIN if rank > 0 else 1 / GAIN) > least]
+        return [
+            candidate
+            for rank, candidate in ranked
+            if rank * (GAIN if rank > 0 else 1 / GAIN) > least
+        ]

@@ -1,12 +1,12 @@
-"""The search: propose, measure by halves, pick, and write down what was found.
+"""The search: propose, measure by successive halving, pick, and write a pipeline file.
 
     first rung    batches of proposals on few tokens, until space, `probes` or time is used up
     further rungs what is left, with four times the tokens each
     last rung     the finalists under the file's own benchmark, in one run
-    found         the winner and the front, as a pipeline file whose run is the last rung's
+    output        the winner and the front, as a pipeline file whose run is the last rung's
 
-Nothing but probes and runs is kept: a search that is started again proposes the same chains, finds
-their probes, and goes on where none is.
+Only probes and runs are stored: a search that is started again proposes the same chains, finds
+their probes, and goes on with the chains that have none.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from compose.results.schema import CellResult, Results
 from compose.run.board import Board
 from compose.run.runner import RunResult
 from compose.run.state import Settings
-from compose.search.found import SHOWN, found_pipeline, front, to_yaml
-from compose.search.halving import Rung, cheap_rungs, halve, kept_after
-from compose.search.lab import Lab
+from compose.search.halving import Rung, cheap_rungs, halve, survivor_count
+from compose.search.output import SHOWN, front, pipeline_of_chains, to_yaml
+from compose.search.probe_runner import ProbeRunner
 from compose.search.probes import Probe, number, probe_of
 from compose.search.propose import Proposer
 from compose.search.space import Space, build_space
@@ -48,22 +48,22 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """How a search ended."""
 
     target: Target
     winner: CellResult | None
     """The best cell within the bounds; None where no cell is known to meet them."""
     why_none: UserError | None
-    """What stands in the way, and the nearest cell."""
+    """The reason why none is, and the nearest cell."""
     front: tuple[CellResult, ...]
-    """Cells that no other one surpasses, the best in the aim first."""
+    """The Pareto front, the best in the aim first."""
     last: Results
     """All finalists, measured in full."""
     run: RunResult
     """The run of the file that was written."""
     file: Path
-    """That file."""
+    """The written pipeline file."""
     space: Space
     probed: int
     """Chains that the first rung measured."""
@@ -102,11 +102,11 @@ def search(
     *,
     budget_s: float | None = None,
     clock: Clock = time.monotonic,
-) -> Found:
-    """Search the space of a pipeline file; it ends in a pipeline file with what was found.
+) -> SearchResult:
+    """Search the space of a pipeline file; writes a pipeline file with the best chains.
 
-    After `budget_s` seconds no further batch is proposed; what was measured is then brought to its
-    end. The executor is closed.
+    After `budget_s` seconds no further batch is proposed; the chains measured until then go through
+    the remaining rungs. The executor is closed.
 
     Raises:
         UserError: the file, or what it names, cannot be used.
@@ -137,27 +137,27 @@ class _Search:
         self.pipeline = load_pipeline(file)
         _require_measures(self.pipeline, target)
         require_inputs(self.pipeline)
-        self.asked = self.pipeline.search or Search()
+        self.search = self.pipeline.search or Search()
         shape = model_shape(self.pipeline, settings.asset_cache)
         refuse_longer(self.pipeline, shape)
-        known = input_hashes(self.pipeline, settings.asset_cache)
-        self.space = build_space(self.pipeline, shape, known)
-        self.lab = Lab(self.space, shape, known, settings, executor, board)
-        self.rungs = cheap_rungs(self.pipeline.benchmark, self.asked.tokens, target)
+        hashes = input_hashes(self.pipeline, settings.asset_cache)
+        self.space = build_space(self.pipeline, shape, hashes)
+        self.runner = ProbeRunner(self.space, shape, hashes, settings, executor, board)
+        self.rungs = cheap_rungs(self.pipeline.benchmark, self.search.tokens, target)
         self.fates: Fates = {}
 
-    def run(self) -> Found:
+    def run(self) -> SearchResult:
         """All rungs, and the file."""
         probes = self._first_rung()
         finalists = self._further_rungs(probes)
         name = f"{self.pipeline.name}-found"
-        plan = self.lab.plan_finalists(finalists, name)
-        last = self.lab.finish(plan, report=False).results
+        plan = self.runner.plan_finalists(finalists, name)
+        last = self.runner.finish(plan, report=False).results
         winner, why_none = self._pick(last)
         best = front(last, self.target)
         written = self._write(name, last, winner, best, finalists)
-        again = self.lab.finish(load_plan(written, self.settings.asset_cache))
-        return Found(
+        again = self.runner.finish(load_plan(written, self.settings.asset_cache))
+        return SearchResult(
             target=self.target,
             winner=winner,
             why_none=why_none,
@@ -174,22 +174,22 @@ class _Search:
     # -- rungs ---------------------------------------------------------------------------------
 
     def _first_rung(self) -> dict[Chain, Probe]:
-        """Batches of proposals, each from what the ones before showed."""
+        """Batches of proposals, each based on the probes of the batches before."""
         proposer = Proposer(
             self.space,
             self.target,
-            most=self.asked.probes,
+            most=self.search.probes,
             seed=self.pipeline.seed,
-            best=self.asked.finalists,
+            best=self.search.finalists,
         )
         probes: dict[Chain, Probe] = {}
         end = "others were predicted to do better"
-        while batch := proposer.propose(probes, self.asked.batch):
+        while batch := proposer.propose(probes, self.search.batch):
             if probes and self.clock() >= self.until:
                 end = "the time was over"
                 break
             seen = f"{len(probes)} of {len(proposer.able)} chains were measured before"
-            probes |= self._measure(self.rungs[0], [each.chain for each in batch], seen)
+            probes |= self._measure(self.rungs[0], [candidate.chain for candidate in batch], seen)
         failures = [probe.failure for probe in probes.values() if probe.failure]
         if len(failures) == len(probes):
             raise StepError(f"no chain could be measured: {failures[0]}")
@@ -202,39 +202,39 @@ class _Search:
         return probes
 
     def _measure(self, rung: Rung, chains: Sequence[Chain], note: str) -> dict[Chain, Probe]:
-        """The probes of a batch, under a line of its own."""
+        """The probes of a batch, with a progress line of its own."""
         tokens = rung.benchmark.quality.perplexity_tokens
         line = self.board.line(f"rung {rung.number} ({tokens} tokens): {len(chains)} chains")
-        probes = self.lab.measure(chains, rung)
+        probes = self.runner.measure(chains, rung)
         best = max(
-            (each for each in probes.values() if not each.failure),
-            key=lambda each: (self.target.standing(each) != "missed", self.target.rank(each)),
+            (probe for probe in probes.values() if not probe.failure),
+            key=lambda probe: (self.target.standing(probe) != "missed", self.target.rank(probe)),
             default=None,
         )
         line.done(note if best is None else f"{note}; {best.name}: {self._shown(best)}")
         return probes
 
     def _shown(self, probe: Probe) -> str:
-        names = dict.fromkeys([self.target.metric, *(each.metric for each in self.target.bounds)])
+        names = dict.fromkeys([self.target.metric, *(bound.metric for bound in self.target.bounds)])
         return ", ".join(probe.shown(name) for name in names)
 
     def _further_rungs(self, probes: Mapping[Chain, Probe]) -> list[Chain]:
-        """The chains of the last rung: what no rung dropped, and the front beside it."""
+        """The chains of the last rung: those that no rung dropped, and the front beside them."""
         first = len(probes)
         alive = list(probes.values())
         for rung in self.rungs:
             if rung is not self.rungs[0]:
                 chains = [probe.chain for probe in alive]
-                found = self._measure(rung, chains, f"{len(chains)} of {first} chains are left")
-                alive = [found[chain] for chain in chains]
-            keep = kept_after(len(alive), self.asked.finalists, is_last=rung is self.rungs[-1])
+                measured = self._measure(rung, chains, f"{len(chains)} of {first} chains are left")
+                alive = [measured[chain] for chain in chains]
+            keep = survivor_count(len(alive), self.search.finalists, is_last=rung is self.rungs[-1])
             halved = halve(alive, self.target, keep)
             for chain, why in halved.dropped.items():
                 self.fates[chain] = f"rung {rung.number}: {why}"
-            alive = list(halved.kept)
+            alive = list(halved.survivors)
         chosen = [probe.chain for probe in alive]
         for chain in self._beside(probes):
-            if len(chosen) >= self.asked.finalists:
+            if len(chosen) >= self.search.finalists:
                 break
             if chain not in chosen:
                 chosen.append(chain)
@@ -242,8 +242,8 @@ class _Search:
         return chosen
 
     def _beside(self, probes: Mapping[Chain, Probe]) -> list[Chain]:
-        """Chains of the first rung that are nearest to the bounds among those beyond them, and then
-        the best of all others: they show what a looser bound would bring."""
+        """Chains of the first rung beyond the bounds, the nearest first, and then the best of all
+        others: they show the effect of a looser bound."""
         able = [probe for probe in probes.values() if not probe.failure]
         able.sort(key=lambda probe: (self.target.shortfall(probe), -self.target.rank(probe)))
         return [probe.chain for probe in able]
@@ -271,8 +271,8 @@ class _Search:
         """Write the pipeline file: the winner first, then the front."""
         cells = [*([] if winner is None else [winner]), *best]
         chains = list(dict.fromkeys(cell.chain for cell in cells if cell.chain)) or list(finalists)
-        found = found_pipeline(self.space.pipeline, name, chains)
-        path = self.lab.folder / f"{name}.yaml"
+        written = pipeline_of_chains(self.space.pipeline, name, chains)
+        path = self.runner.folder / f"{name}.yaml"
         remarks = [f"Found by a search for {self.target}."]
         if winner is None:
             remarks.append(
@@ -281,7 +281,7 @@ class _Search:
         else:
             remarks.append(f"Winner: {winner.name}: {self._shown(probe_of(last, winner))}.")
         remarks.append("The chains after it are the front: none of them is surpassed by another.")
-        write_text(path, to_yaml(found, path.parent, remarks))
+        write_text(path, to_yaml(written, path.parent, remarks))
         return path
 
 

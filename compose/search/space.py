@@ -1,8 +1,8 @@
 """The search space: every chain that a pipeline file allows and no order rule forbids.
 
 Axes come from the file's `search` section, from its matrix, or from its stages, one axis for each
-kind. Varied stages (`compose.language.variants`) replace themselves in every choice. Planning says
-which chains break a rule, and which are one and the same.
+kind. Varied stages (`compose.language.variants`) replace themselves in every choice. Planning finds
+the chains that break a rule, and the chains that are equal.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from compose.language.variants import Values, variants
 from compose.planning.keys import InputHashes
 from compose.planning.plan import Plan
 from compose.planning.planner import cell_name, make_plan
-from compose.search.sizes import predicted_bytes
 from compose.stages.base import ModelShape, Role, Stage
 
 MOST_CHAINS = 4000
 """Chains of a space, at most: planning them takes seconds."""
 
 AROUND = (0.5, 1.0, 1.5)
-"""What widths and numbers of layers are multiplied with where a file says no values."""
+"""Factors on widths and numbers of layers where a file gives no values."""
+
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
+"""Bits of a weight that is not packed, by the pipeline's type."""
 
 Choices = tuple[Chain, ...]
-"""What a chain takes of each axis, without the axes of which it takes nothing."""
+"""The choices of a chain, one an axis, without empty ones."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Space:
 
     def candidate(self, chain: Chain) -> Candidate | None:
         """The candidate with this chain."""
-        return next((each for each in self.candidates if each.chain == chain), None)
+        return next((candidate for candidate in self.candidates if candidate.chain == chain), None)
 
     def siblings(self, choice: Chain) -> Chain:
         """The choice with every variant's name replaced by that of the stage in the file."""
@@ -67,7 +69,7 @@ class Space:
 
 
 def build_space(
-    pipeline: Pipeline, shape: ModelShape | None = None, known: InputHashes | None = None
+    pipeline: Pipeline, shape: ModelShape | None = None, hashes: InputHashes | None = None
 ) -> Space:
     """The space of a pipeline file on a model of `shape`.
 
@@ -75,17 +77,19 @@ def build_space(
         PlanError: the file has nothing to choose from, or more chains than `MOST_CHAINS`.
     """
     (axes, excluded), vary = _axes(pipeline), _vary(pipeline)
-    made = {
+    families = {
         name: variants(name, stage, vary[name]) if name in vary else {name: stage}
         for name, stage in pipeline.stages.items()
     }
-    stages = {name: stage for each in made.values() for name, stage in each.items()}
-    bases = {variant: name for name, each in made.items() for variant in each}
+    stages = {name: stage for family in families.values() for name, stage in family.items()}
+    bases = {variant: name for name, family in families.items() for variant in family}
     widened = pipeline.model_copy(update={"stages": {**pipeline.stages, **stages}})
-    choices = _all_choices(axes, {name: tuple(each) for name, each in made.items()}, excluded)
+    choices = _all_choices(
+        axes, {name: tuple(family) for name, family in families.items()}, excluded
+    )
     for chain in pipeline.pipelines.values():
         choices.setdefault(chain, tuple((name,) for name in chain))
-    plan = plan_chains(widened, tuple(choices), shape, known)
+    plan = plan_chains(widened, tuple(choices), shape, hashes)
     candidates = tuple(_candidates(plan, choices, shape))
     if not candidates:
         raise PlanError(
@@ -99,7 +103,7 @@ def plan_chains(
     pipeline: Pipeline,
     chains: Sequence[Chain],
     shape: ModelShape | None,
-    known: InputHashes | None,
+    hashes: InputHashes | None,
 ) -> Plan:
     """The plan of exactly these chains, beside the cells that they are compared with.
 
@@ -114,7 +118,7 @@ def plan_chains(
         "search": None,
         "export": {},
     }
-    return make_plan(pipeline.model_copy(update=update), shape, known)
+    return make_plan(pipeline.model_copy(update=update), shape, hashes)
 
 
 def baseline_chain(pipeline: Pipeline) -> tuple[Chain, ...]:
@@ -125,7 +129,7 @@ def baseline_chain(pipeline: Pipeline) -> tuple[Chain, ...]:
 
 def _all_choices(
     axes: Mapping[str, Sequence[Chain]],
-    made: Mapping[str, tuple[str, ...]],
+    families: Mapping[str, tuple[str, ...]],
     excluded: Sequence[Mapping[str, Choice]],
 ) -> dict[Chain, Choices]:
     """Chain -> its choices, for one choice of every axis; the empty chain is left out.
@@ -136,7 +140,7 @@ def _all_choices(
         [
             (choice, variant)
             for choice in choices
-            for variant in itertools.product(*(made.get(name, (name,)) for name in choice))
+            for variant in itertools.product(*(families.get(name, (name,)) for name in choice))
         ]
         for choices in axes.values()
     ]
@@ -146,7 +150,7 @@ def _all_choices(
             f"the space has {count} chains, more than {MOST_CHAINS}",
             fix="name fewer axes, or fewer values under search.vary",
         )
-    found: dict[Chain, Choices] = {}
+    chains: dict[Chain, Choices] = {}
     for pairs in itertools.product(*widened):
         written = dict(zip(axes, (choice for choice, _ in pairs), strict=True))
         if any(
@@ -157,8 +161,8 @@ def _all_choices(
         taken = tuple(variant for _, variant in pairs if variant)
         chain = tuple(itertools.chain.from_iterable(taken))
         if chain:
-            found.setdefault(chain, taken)
-    return found
+            chains.setdefault(chain, taken)
+    return chains
 
 
 def _candidates(
@@ -175,14 +179,38 @@ def _candidates(
         yield Candidate(cell_name(cell.chain), cell.chain, taken, size)
 
 
+def predicted_bytes(shape: ModelShape, chain: Sequence[Stage], dtype: str) -> int | None:
+    """Bytes of the weight files that a chain of stages makes of a model of `shape`.
+
+    Norms, biases and gates are left out: kilobytes to a few megabytes. None where a stage packs
+    weights or removes some and does not say how many.
+    """
+    if shape.quantized is not None:
+        return None
+    layers: float = BITS[dtype]
+    outer: float = BITS[dtype]
+    for stage in chain:
+        if stage.role == "quantize":
+            packed = stage.stored_bits(shape)
+            if packed is None:
+                return None
+            layers, outer = packed.layers, packed.outer or outer
+        smaller = stage.reshape(shape)
+        if stage.role == "prune" and smaller == shape:
+            return None  # only the weights show what it removes
+        shape = smaller
+    outside = shape.vocab_size * shape.hidden_size * (1 if shape.tie_embeddings else 2)
+    return round(((shape.weights - outside) * layers + outside * outer) / 8)
+
+
 def _axes(
     pipeline: Pipeline,
 ) -> tuple[dict[str, tuple[Chain, ...]], tuple[Mapping[str, Choice], ...]]:
-    """The axes that the file names, or those of its matrix with what that excludes, or one for
-    each kind of stage."""
-    asked = pipeline.search or Search()
-    if asked.axes:
-        return Matrix.model_validate(dict(asked.axes)).axes, ()
+    """The axes that the file names, or those of its matrix with its exclusions, or one for each
+    kind of stage."""
+    search = pipeline.search or Search()
+    if search.axes:
+        return Matrix.model_validate(dict(search.axes)).axes, ()
     if pipeline.matrix is not None:
         return pipeline.matrix.axes, pipeline.matrix.exclude
     by_role: dict[str, tuple[Chain, ...]] = {}
@@ -194,10 +222,11 @@ def _axes(
 
 
 def _vary(pipeline: Pipeline) -> Mapping[str, Values]:
-    """The values that the file names; where it names neither axes nor values, sensible ones."""
-    asked = pipeline.search or Search()
-    if asked.axes or asked.vary:
-        return asked.vary
+    """The values that the file names; where it names neither axes nor values, values around its
+    own."""
+    search = pipeline.search or Search()
+    if search.axes or search.vary:
+        return search.vary
     around = {name: _around(stage) for name, stage in pipeline.stages.items()}
     return {name: values for name, values in around.items() if values}
 
@@ -207,7 +236,7 @@ def _around(stage: Stage) -> dict[str, tuple[float | int, ...]]:
     ratio, count = getattr(stage, "ratio", None), getattr(stage, "count", None)
     if isinstance(ratio, float):
         ratios = (round(factor * ratio, 4) for factor in AROUND)
-        return {"ratio": tuple(each for each in ratios if each < 1)}
+        return {"ratio": tuple(value for value in ratios if value < 1)}
     if isinstance(count, int) and not isinstance(count, bool):
         counts = (max(1, round(factor * count)) for factor in AROUND)
         return {"count": tuple(dict.fromkeys(counts))}

@@ -1,9 +1,10 @@
-"""What a search is after: bounds on numbers of a cell, and the number to make best within them.
+"""The target of a search: bounds on metrics of a cell, and the metric to optimize within them.
 
-Every number is named as in `compose.analysis.metrics`. A cell that was measured on a few tokens has
-wide intervals; a bound tells three things of one: that the whole interval meets it, that the whole
-interval misses it, or that it is open. Only what misses a bound is dropped for it. The last rung
-picks by `compose.analysis.pick`, which holds the unlucky end of each interval against the bound.
+Metrics are named as in `compose.analysis.metrics`. A cell that was measured on a few tokens has
+wide intervals. Against a bound, an interval has one of three standings: all of it meets the bound,
+all of it misses the bound, or it is open. Only a cell that misses a bound is dropped for it. The
+last rung picks by `compose.analysis.pick`, which compares the worse end of each interval with the
+bound.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ AIMS: dict[str, str] = {
     "kl": "kl",
     "perplexity": "perplexity",
 }
-"""What may be made best -> the metric by which probes are ranked: of speeds the ratio to the
-baseline in the same rounds, since probes are timed at different times."""
+"""Aim -> the metric by which probes are ranked. For speeds it is the ratio to the baseline in the
+same rounds, since probes are timed at different times."""
 
 MAXIMIZED, MINIMIZED = ("decode", "prefill"), ("size_mb", "kl", "perplexity")
 
@@ -43,7 +44,7 @@ class Bound:
     option: str
     """The command's option that sets it."""
     pick: str
-    """What `compose.analysis.pick.pick` calls it."""
+    """The keyword argument of `compose.analysis.pick.pick`."""
 
     @property
     def at_least(self) -> bool:
@@ -83,7 +84,7 @@ BOUNDS: dict[str, tuple[str, str]] = {
     "at_most_mb": ("size", "max_bytes"),
     "min_retained": ("retained", "min_retained"),
 }
-"""Name of a bound -> its metric, and what `pick` calls it."""
+"""Name of a bound -> its metric, and the keyword argument of `pick`."""
 
 
 @dataclass(frozen=True)
@@ -110,23 +111,25 @@ class Target:
         return tuple(bound for bound in self.bounds if bound.metric == metric)
 
     def standing(self, probe: Probe) -> Standing:
-        """The worst of all bounds; speculation that was seen to change tokens misses."""
-        found = {bound.standing(probe) for bound in self.bounds}
-        if probe.lossless is False or "missed" in found:
+        """The worst standing over all bounds; speculation that changes tokens misses."""
+        standings = {bound.standing(probe) for bound in self.bounds}
+        if probe.lossless is False or "missed" in standings:
             return "missed"
-        return "open" if "open" in found else "met"
+        return "open" if "open" in standings else "met"
 
     def why_missed(self, probe: Probe) -> str:
-        """In words, what a probe misses."""
+        """The bounds that a probe misses, in words."""
         if probe.lossless is False:
             return "its speculation changes tokens"
-        missed = [each for each in self.bounds if each.standing(probe) == "missed"]
-        return " and ".join(f"{probe.shown(each.metric)} misses {each}" for each in missed)
+        missed = [bound for bound in self.bounds if bound.standing(probe) == "missed"]
+        return " and ".join(f"{probe.shown(bound.metric)} misses {bound}" for bound in missed)
 
     def shortfall(self, probe: Probe) -> float:
         """How far the estimates miss the bounds, all together."""
         lossy = 1.0 if probe.lossless is False else 0.0
-        return lossy + sum(each.shortfall(probe.numbers.get(each.metric)) for each in self.bounds)
+        return lossy + sum(
+            bound.shortfall(probe.numbers.get(bound.metric)) for bound in self.bounds
+        )
 
     def rank(self, probe: Probe) -> float:
         """The aim's number as one that is better when it is higher; the lowest where missing."""
@@ -145,7 +148,7 @@ class Target:
 
     def to_json(self) -> dict[str, Any]:
         """The target for scripts: metric -> limit, and the aim."""
-        return {"bounds": {each.metric: each.limit for each in self.bounds}, "aim": self.aim}
+        return {"bounds": {bound.metric: bound.limit for bound in self.bounds}, "aim": self.aim}
 
 
 def make_target(
@@ -154,7 +157,7 @@ def make_target(
     """A target from a command's options; `limits` are named as in `BOUNDS`, megabytes as such.
 
     Raises:
-        UserError: no bound, no aim or two of them, or one that there is not.
+        UserError: no bound, no aim or two of them, or an unknown aim.
     """
     bounds = []
     for name, (metric, argument) in BOUNDS.items():

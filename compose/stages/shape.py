@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,9 +114,12 @@ class ModelShape:
         attention = 2 * queries + 2 * values + 2 * self.hidden_size
         return self.num_layers * (attention + 3 * self.intermediate_size + 2 * self.hidden_size)
 
-    def linear_in_features(self) -> dict[str, int]:
-        """Input width of each kind of linear layer in a decoder layer; the LM head is not one."""
-        return {
+    def linear_in_features(self, skip: Sequence[str] = ()) -> dict[str, int]:
+        """Input width of each kind of linear layer in a decoder layer; the LM head is not one.
+
+        Kinds that an entry of `skip` ends in are left out.
+        """
+        widths = {
             "q_proj": self.hidden_size,
             "k_proj": self.hidden_size,
             "v_proj": self.hidden_size,
@@ -124,6 +127,9 @@ class ModelShape:
             "gate_proj": self.hidden_size,
             "up_proj": self.hidden_size,
             "down_proj": self.intermediate_size,
+        }
+        return {
+            name: n for name, n in widths.items() if not any(end.endswith(name) for end in skip)
         }
 
 

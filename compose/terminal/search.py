@@ -16,7 +16,7 @@ from compose.processes.executors import Executor
 from compose.results.schema import CellResult
 from compose.run.state import Settings
 from compose.search.probes import interval, number
-from compose.search.search import Found, search
+from compose.search.search import SearchResult, search
 from compose.search.target import Target
 from compose.terminal.live.events import JsonLines, reported, result_event
 from compose.terminal.live.progress import Board
@@ -41,7 +41,7 @@ def search_shown(
     quiet: bool,
     json_lines: bool,
     echo: Callable[[str], None],
-) -> Found:
+) -> SearchResult:
     """Search, show how it goes on and what was found, and end with one line of JSON.
 
     With `json_lines` text is on stderr, and events are on stdout.
@@ -67,7 +67,7 @@ def search_shown(
     return found
 
 
-def print_found(console: Console, found: Found) -> None:
+def print_found(console: Console, found: SearchResult) -> None:
     """The finalists in a table, why others were dropped, and where the pipeline file is."""
     title = (
         f"Found by {found.probed} probes of {len(found.space.candidates)} chains: {found.target}"
@@ -93,24 +93,24 @@ def print_found(console: Console, found: Found) -> None:
     console.print(f"  {shown(str(report))}", highlight=False, soft_wrap=True)
 
 
-def _cells(found: Found) -> list[CellResult]:
+def _cells(found: SearchResult) -> list[CellResult]:
     """The measured finalists: the winner, the front, then the others."""
     first = [*([] if found.winner is None else [found.winner]), *found.front]
     cells = [*first, *found.last.measured]
     return list({cell.name: cell for cell in cells}.values())
 
 
-def _sign(found: Found, cell: CellResult) -> str:
+def _sign(found: SearchResult, cell: CellResult) -> str:
     if found.winner is not None and cell.name == found.winner.name:
         return "*"
     return "+" if cell.name in {each.name for each in found.front} else ""
 
 
-def _known(found: Found, metric: str, cell: CellResult) -> bool:
+def _known(found: SearchResult, metric: str, cell: CellResult) -> bool:
     return number(found.last, metric, cell) is not None
 
 
-def _shown(found: Found, metric: str, cell: CellResult) -> str:
+def _shown(found: SearchResult, metric: str, cell: CellResult) -> str:
     """A number, with its interval where the target bounds it."""
     text = metric_text(metric, number(found.last, metric, cell))
     bounded = any(bound.metric == metric for bound in found.target.bounds)
@@ -120,7 +120,7 @@ def _shown(found: Found, metric: str, cell: CellResult) -> str:
     return f"{text} ({metric_text(metric, ends[0])} to {metric_text(metric, ends[1])})"
 
 
-def require_found(found: Found) -> None:
+def require_found(found: SearchResult) -> None:
     """Raise why there is no winner, where there is none."""
     if found.why_none is not None:
         raise found.why_none

@@ -25,7 +25,7 @@ BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 
 @dataclass(frozen=True)
 class Blocks:
-    """A matrix [n, k] as codes, and what its groups of 32 scale them by."""
+    """A matrix [n, k] as codes, with a scale for each group of 32."""
 
     codes: NDArray[numpy.uint8]
     """[n, k]"""

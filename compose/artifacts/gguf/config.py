@@ -1,8 +1,8 @@
 """A GGUF file's metadata as the config.json of transformers, architecture by architecture.
 
-llama.cpp keeps in its code what transformers keeps in a config: which layers see a window, how
-queries are scaled. What a file says beyond the keys that are known here might change the function,
-so it is refused by name, and so is an architecture that is not in the table.
+Some entries of a transformers config are in llama.cpp's code instead: which layers see a window,
+how queries are scaled. A key that is not known here might change the function, so a file that has
+one is refused by the key's name, and so is an architecture that is not in the table.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TRAINED = "rope.scaling.original_context_length"
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 ATTENTION_CAP, FINAL_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 EXPERTS = ("expert_count", "expert_used_count")
-KNOWN = (*SIZES, NORM, KV_HEADS, KEYS, VALUES, ROTATED, THETA, SCALING, FACTOR, TRAINED)
+READ_KEYS = (*SIZES, NORM, KV_HEADS, KEYS, VALUES, ROTATED, THETA, SCALING, FACTOR, TRAINED)
 SILENT = ("vocab_size", "tensor_data_layout", "rope.scaling.finetuned", *EXPERTS)
 """Keys that say nothing new: the embedding has as many rows as there are tokens."""
 
@@ -49,7 +49,7 @@ LLAMA3 = {
 
 @dataclass(frozen=True)
 class Family:
-    """How transformers names an architecture, and what its config says beyond sizes."""
+    """How transformers names an architecture, and the entries of its config beyond sizes."""
 
     model_type: str
     model_class: str
@@ -88,8 +88,8 @@ class _Reading:
 
     @property
     def head_dim(self) -> int:
-        own = self.need("embedding_length") // self.heads
-        return int(self.get(KEYS) or self.get(ROTATED) or own)
+        default = self.need("embedding_length") // self.heads
+        return int(self.get(KEYS) or self.get(ROTATED) or default)
 
     def has(self, tensor: str) -> bool:
         return tensor in self.file.tensors
@@ -99,7 +99,7 @@ def config_of(file: GgufFile) -> dict[str, Any]:
     """The config.json of the model in a file, as transformers would write it.
 
     Raises:
-        ArtifactError: its architecture is not read here, or it says what no config can.
+        ArtifactError: its architecture is not read here, or its metadata fits no config.
     """
     try:
         return _config_of(file)
@@ -137,7 +137,7 @@ def _config_of(file: GgufFile) -> dict[str, Any]:
 
 
 def _refuse_sizes(reading: _Reading) -> None:
-    """Refuse sizes that are no counts, or that no model has: they would fill the memory."""
+    """Refuse sizes that are not counts, or larger than any model's: they would fill the memory."""
     sizes = {key: reading.need(key) for key in SIZES} | {KEYS: reading.head_dim}
     for key, size in sizes.items():
         most = MOST_CONTEXT if key == "context_length" else MOST_SIZE
@@ -146,10 +146,10 @@ def _refuse_sizes(reading: _Reading) -> None:
 
 
 def _refuse_unknown(reading: _Reading, family: Family) -> None:
-    """Refuse a file that states, under its architecture, what is not read here."""
+    """Refuse a file with a key of its architecture that is not read here."""
     start = f"{reading.prefix}."
-    own = [key.removeprefix(start) for key in reading.file.metadata if key.startswith(start)]
-    unknown = sorted(set(own) - {*KNOWN, *SILENT, *family.keys})
+    keys = [key.removeprefix(start) for key in reading.file.metadata if key.startswith(start)]
+    unknown = sorted(set(keys) - {*READ_KEYS, *SILENT, *family.keys})
     if unknown:
         reading.file.refuse(f"it states {start}{shortened(unknown[0])}, which is not read here")
     if any(reading.get(key) for key in EXPERTS):
@@ -177,7 +177,7 @@ def _rope(reading: _Reading, *, partial: bool = False) -> dict[str, Any]:
         reading.file.refuse(
             f"its positions are scaled by {shortened(repr(scaled))} (read are none and linear)"
         )
-    if any(reading.has(f"rope_factors_{each}.weight") for each in ("long", "short")):
+    if any(reading.has(f"rope_factors_{kind}.weight") for kind in ("long", "short")):
         reading.file.refuse("it has factors for long contexts (rope_factors_long.weight)")
     return rope
 
@@ -189,9 +189,9 @@ def _llama_rope(reading: _Reading) -> dict[str, Any]:
         return rope
     stored = reading.file.floats(ROPE_FACTORS)
     for factor in LLAMA3_FACTORS:
-        wanted = llama3_factors(reading.head_dim, rope["rope_theta"], factor)
-        pairs = zip(stored, wanted, strict=False)
-        if len(stored) == len(wanted) and all(abs(a - b) <= 1e-3 * b for a, b in pairs):
+        expected = llama3_factors(reading.head_dim, rope["rope_theta"], factor)
+        pairs = zip(stored, expected, strict=False)
+        if len(stored) == len(expected) and all(abs(a - b) <= 1e-3 * b for a, b in pairs):
             return {**LLAMA3, "rope_type": "llama3", "rope_theta": rope["rope_theta"]} | {
                 "factor": factor
             }
@@ -199,7 +199,7 @@ def _llama_rope(reading: _Reading) -> dict[str, Any]:
 
 
 def llama3_factors(head_dim: int, theta: float, factor: float) -> list[float]:
-    """By what each rotary frequency [head_dim / 2] is divided: llama.cpp's form of `llama3`."""
+    """Divisors of the rotary frequencies [head_dim / 2]: llama.cpp's form of `llama3`."""
     low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
     trained = LLAMA3["original_max_position_embeddings"]
     factors = []
@@ -251,10 +251,10 @@ def _phi3(reading: _Reading) -> dict[str, Any]:
 
 
 def _gemma(reading: _Reading, pattern: int, scaled_by_width: int) -> dict[str, Any]:
-    """What Gemma 2 and 3 share: all but one of `pattern` layers see a window.
+    """The entries that Gemma 2 and 3 share: all but one of `pattern` layers see a window.
 
     The models with `scaled_by_width` layers, the largest, scale queries by hidden size over heads;
-    llama.cpp tells them in this way, too.
+    llama.cpp recognizes them in this way, too.
     """
     layers, width = reading.need("block_count"), reading.need("embedding_length")
     by_width = layers == scaled_by_width
@@ -278,7 +278,7 @@ def _gemma2(reading: _Reading) -> dict[str, Any]:
 
 
 def _gemma3(reading: _Reading) -> dict[str, Any]:
-    """Layers with a window rotate by a base of their own, which llama.cpp's code has."""
+    """Layers with a window have their own RoPE base, which is in llama.cpp's code."""
     local = {"rope_type": "default", "rope_theta": reading.get(LOCAL_THETA, 10000.0)}
     rope = {"full_attention": _rope(reading), "sliding_attention": local}
     return _gemma(reading, reading.get(PATTERN, 6), scaled_by_width=62) | {"rope_parameters": rope}

@@ -1,4 +1,4 @@
-"""What a GGUF file holds: its metadata, and where each tensor lies; read without any library.
+"""The header of a GGUF file: its metadata and the place of each tensor; read without any library.
 
     magic "GGUF", version, tensors, metadata entries
     entries: key, type, value              strings and arrays state their length
@@ -24,7 +24,7 @@ from compose.errors import ArtifactError, shortened
 
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
-VERSIONS = (2, 3)  # of version 1, which counted in 32 bits, no file is around any more
+VERSIONS = (2, 3)  # version 1, with 32-bit counts, is not in use any more
 ALIGNMENT = 32
 MOST_ALIGNMENT = 1 << 20
 MOST_NAME = 1 << 16  # bytes of a key, or of a tensor's name
@@ -50,7 +50,7 @@ NUMBERS = {
 
 @dataclass(frozen=True)
 class Storage:
-    """A way to store weights: so many of a row take so many bytes."""
+    """A way to store weights: `weights` of a row take `bytes` bytes."""
 
     name: str
     weights: int
@@ -84,7 +84,7 @@ STORAGES: dict[int, Storage] = {
     35: Storage("TQ2_0", 256, 66),
     39: Storage("MXFP4", 32, 17),
 }
-"""GGML type -> how it stores weights: all that the gguf package can dequantize (tests compare)."""
+"""GGML type -> its storage: all types that the gguf package can dequantize (tests compare)."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class GgufTensor:
 
     @property
     def rows(self) -> int:
-        """How many rows it has; a vector is one."""
+        """Number of rows; a vector has one."""
         return math.prod(self.shape[:-1])
 
 
@@ -147,8 +147,8 @@ def open_gguf(path: Path) -> GgufFile:
     """Read the header of a GGUF file and check that all its tensors are there.
 
     Raises:
-        ArtifactError: there is no such file, it is no GGUF file, it is not whole, or a tensor is
-            stored in a way that is not known.
+        ArtifactError: there is no such file, it is not a GGUF file, it is not whole, or a tensor
+        has an unknown type.
     """
     try:
         with path.open("rb") as file:
@@ -185,12 +185,12 @@ class _Header:
         for _ in range(entries):
             key = self._string(MOST_NAME)
             metadata[key] = self._value(self._number("I"))
-        found = [self._tensor() for _ in range(tensors)]
+        parsed = [self._tensor() for _ in range(tensors)]
         data = self._data_start(metadata.get("general.alignment", ALIGNMENT))
-        placed = [GgufTensor(name, shape, kind, data + at) for name, shape, kind, at in found]
-        held = {each.name: self._whole(each) for each in placed}
+        placed = [GgufTensor(name, shape, kind, data + at) for name, shape, kind, at in parsed]
+        held = {tensor.name: self._whole(tensor) for tensor in placed}
         if len(held) < len(placed):
-            twice = Counter(each.name for each in placed).most_common(1)[0][0]
+            twice = Counter(tensor.name for tensor in placed).most_common(1)[0][0]
             raise _refused(self._path, f"{shortened(twice)} stands in it twice", None)
         return GgufFile(self._path, metadata, held)
 
@@ -204,9 +204,9 @@ class _Header:
         """The tensor, if it is stored in a known way and the file holds all of it."""
         storage, name = STORAGES.get(tensor.type), shortened(tensor.name)
         if storage is None:
-            known = ", ".join(each.name for each in STORAGES.values())
+            readable = ", ".join(kind.name for kind in STORAGES.values())
             said = f"{name} is stored as GGML type {tensor.type}"
-            raise _refused(self._path, said, f"types that are read: {known}")
+            raise _refused(self._path, said, f"types that are read: {readable}")
         if not tensor.shape or tensor.shape[-1] % storage.weights:
             raise _refused(self._path, f"{name} has the sizes {tensor.shape}", None)
         end = tensor.start + tensor.rows * tensor.row_bytes

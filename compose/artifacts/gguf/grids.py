@@ -1,6 +1,6 @@
 """Integer grids of a model folder as blocks of GGUF that hold the same codes, scales and minima.
 
-A block is as many bits as its type has, and a grid of fewer goes into the next larger one:
+A block has the bits of its type, and a grid of fewer bits goes into the next larger type:
 
     up to 4 bits with minima        Q4_1        scale * code + minimum
     up to 4 bits, symmetric         Q4_0        scale * (code - 8)
@@ -32,17 +32,17 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 def refuse_grids(config: dict[str, Any]) -> list[str]:
-    """Why grids as this config states them have no blocks; empty where they do."""
+    """Reasons why the grids of this config have no blocks; empty where they have."""
     quantization = config["quantization_config"]
     stated = [quantization, *quantization.get("layers", {}).values()]
     if quantization.get("embedding"):
         stated.append(quantization["embedding"])
-    sizes = {each.get("group_size", BLOCK) for each in stated}
+    sizes = {grid.get("group_size", BLOCK) for grid in stated}
     return [f"groups of {size} are no whole blocks of {BLOCK}" for size in sizes if size % BLOCK]
 
 
 def main_kind(config: dict[str, Any]) -> str:
-    """The type of most blocks, as `KINDS` of gguf.py names it."""
+    """The type of most blocks, as `KINDS` of write.py names it."""
     quantization = config["quantization_config"]
     if quantization["bits"] > 4:
         return "q8_0"
@@ -55,7 +55,7 @@ def grid_blocks(
     """Name, type and rows of blocks [n, bytes] of every weight that is a grid.
 
     Raises:
-        ArtifactError: scales are no float16 numbers, or a grid has no type.
+        ArtifactError: scales are not exact in float16, or a grid has no type.
     """
     from safetensors import safe_open
 
@@ -83,8 +83,8 @@ def bits_of(module: str, quantization: dict[str, Any]) -> int:
     """Bits of a module's codes, as a folder's config states them."""
     if module in (EMBEDDING, HEAD) and quantization.get("embedding"):
         return int(quantization["embedding"]["bits"])
-    own = quantization.get("layers", {}).get(module, {})
-    return int(own.get("bits", quantization["bits"]))
+    layer = quantization.get("layers", {}).get(module, {})
+    return int(layer.get("bits", quantization["bits"]))
 
 
 def as_blocks(
@@ -102,8 +102,8 @@ def as_blocks(
         codes = codes + (middle(wide) - middle(bits))  # both middles stand for zero
     repeats = codes.shape[1] // BLOCK // scale.shape[1]
     numbers = [
-        None if each is None else _float16(module, each).repeat_interleave(repeats, dim=1).numpy()
-        for each in (scale, minimum)
+        None if data is None else _float16(module, data).repeat_interleave(repeats, dim=1).numpy()
+        for data in (scale, minimum)
     ]
     assert numbers[0] is not None, "every grid has scales"
     return write_blocks(Blocks(codes.numpy(), numbers[0], numbers[1], wide))

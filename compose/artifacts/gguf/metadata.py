@@ -1,8 +1,8 @@
 """A model folder's config.json as a GGUF file's metadata, architecture by architecture.
 
-What an architecture's metadata cannot say (which layers see a window, how queries are scaled) is
-in llama.cpp's code. So what was written is read back by gguf_config.py, and has to be the folder's
-config again.
+Some entries of a config have no metadata (which layers see a window, how queries are scaled):
+llama.cpp has them in its code. So the metadata that was written is read back by config.py, and has
+to give the folder's config again.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ def family_reasons(config: dict[str, Any]) -> dict[str, bool]:
     """Why a config's family cannot be written: reason -> whether it holds."""
     family = str(config.get("model_type"))
     if family not in WRITTEN:
-        known = ", ".join(WRITTEN)
-        return {f"its architecture is {family!r}, and only these are supported: {known}": True}
+        supported = ", ".join(WRITTEN)
+        return {f"its architecture is {family!r}, and only these are supported: {supported}": True}
     types = {rope.get("rope_type", "default") for rope in _ropes(config)}
-    wanted, name = ("gelu_pytorch_tanh", "GELU") if "gemma" in family else ("silu", "SiLU")
-    own = config.get("hidden_activation") or config.get("hidden_act") or wanted
+    expected, name = ("gelu_pytorch_tanh", "GELU") if "gemma" in family else ("silu", "SiLU")
+    activation = config.get("hidden_activation") or config.get("hidden_act") or expected
     return {
         f"its positions are scaled ({', '.join(sorted(types - {'default'}))})": types
         != {"default"},
-        f"its activation is not {name}": own != wanted,
+        f"its activation is not {name}": activation != expected,
     }
 
 
 def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
     """How positions are rotated: once for all layers, or by kind of layer."""
     stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    by_kind = [each for each in stated.values() if isinstance(each, dict)]
+    by_kind = [rope for rope in stated.values() if isinstance(rope, dict)]
     return by_kind or [stated]
 
 
@@ -87,7 +87,7 @@ def _add_gemma(writer: Any, config: dict[str, Any], rope: dict[str, Any]) -> Non
 
 
 def require_stated(folder: Path, file: Path) -> None:
-    """Refuse a model of which a file does not say all that its config says.
+    """Refuse a model whose config cannot be read back from its file.
 
     Raises:
         ArtifactError: with the entry of config.json that is another one when it is read back.
@@ -95,12 +95,12 @@ def require_stated(folder: Path, file: Path) -> None:
     from transformers import AutoConfig
 
     stated = config_of(open_gguf(file))
-    own = AutoConfig.from_pretrained(folder).to_dict()
+    ours = AutoConfig.from_pretrained(folder).to_dict()
     read = AutoConfig.for_model(**stated).to_dict()
     for key in sorted(stated.keys() - set(SILENT)):
-        if not _same(own.get(key), read.get(key)):
+        if not _same(ours.get(key), read.get(key)):
             raise ArtifactError(
-                f"{folder} cannot be written as GGUF: its {key} is {own.get(key)}, and a file of "
+                f"{folder} cannot be written as GGUF: its {key} is {ours.get(key)}, and a file of "
                 f"this architecture says {read.get(key)}",
                 fix="convert the folder with llama.cpp's own convert_hf_to_gguf.py",
             )

@@ -1,7 +1,7 @@
 """Tensors of a model under GGUF's names, in GGUF's order of rows.
 
-transformers rotates channel i of a head [D] with channel i + D / 2, llama.cpp's `llama` 2i with
-2i + 1: there the rows of q and k are reordered. They are whole rows, so packed ones move alike.
+transformers rotates channel i of a head [D] with channel i + D / 2, llama.cpp's `llama` 2i with 2i
++ 1: there the rows of q and k are reordered. Whole rows move, so packed rows move in the same way.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def gguf_name(name: str, architecture: str, layers: int) -> str:
     Raises:
         ArtifactError: the tensor has no name there.
     """
-    found: str | None = _names(architecture, layers).get_name(
+    stored_name: str | None = _names(architecture, layers).get_name(
         name, try_suffixes=(".weight", ".bias")
     )
-    if found is None:
+    if stored_name is None:
         raise ArtifactError(f"the tensor {name!r} has no name in GGUF")
-    return found
+    return stored_name
 
 
 @functools.cache

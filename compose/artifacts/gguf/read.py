@@ -2,7 +2,7 @@
 
 Weights are dequantized to float32, which loses nothing: a value of any GGUF type is a float32
 number. Every tensor of the file must be one of the model's and every one of the model's must be
-there, in its size: what a file holds beyond the model would change it.
+there, in its size: a tensor beyond the model's would change the function.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import GRID_METHOD
-from compose.artifacts.gguf.config import ROPE_FACTORS, config_of
-from compose.artifacts.gguf.file import GgufFile, GgufTensor, open_gguf
-from compose.artifacts.gguf.kept_blocks import (
-    Found,
+from compose.artifacts.gguf.block_grids import (
+    Tensors,
+    block_weights,
     grid_tensors,
-    kept_weights,
     quantization,
     require_grids,
 )
+from compose.artifacts.gguf.config import ROPE_FACTORS, config_of
+from compose.artifacts.gguf.file import GgufFile, GgufTensor, open_gguf
 from compose.artifacts.gguf.names import PAIRED, gguf_name, is_shifted, unpaired
 from compose.artifacts.gguf.tokenizer import require_tokenizer, save_tokenizer
 from compose.artifacts.shards import save_shards
@@ -63,15 +63,15 @@ def write_folder(
     require_tokenizer(file)
     config = config_of(file)
     folder.mkdir(parents=True, exist_ok=True)
-    found = matched(file, config, save_config(file, config, folder, name))
-    kept: dict[str, str] = {}
+    tensors = matched(file, config, save_config(file, config, folder, name))
+    blocks: dict[str, str] = {}
     if keep_blocks:
         require_grids(file)
-        kept = kept_weights(found)
+        blocks = block_weights(tensors)
         stated = {**(read_json(folder / "config.json") or {})}
-        stated["quantization_config"] = quantization(found, kept)
+        stated["quantization_config"] = quantization(tensors, blocks)
         write_json(folder / "config.json", stated)
-    save_shards(folder, tensors_of(file, config, found, kept))
+    save_shards(folder, tensors_of(file, config, tensors, blocks))
     save_tokenizer(file, folder, config["max_position_embeddings"])
     if name is None:
         _save_licence(file, folder)
@@ -84,58 +84,58 @@ def save_config(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    made = AutoConfig.for_model(**config)
-    made.dtype = torch.float32
-    made._name_or_path = name or ""
-    made.save_pretrained(folder)
+    stated = AutoConfig.for_model(**config)
+    stated.dtype = torch.float32
+    stated._name_or_path = name or ""
+    stated.save_pretrained(folder)
     ends = {key: value for key, value in config.items() if key.endswith("_token_id")}
     turn = file.metadata.get("tokenizer.ggml.eot_token_id")
     if turn is not None and turn != ends["eos_token_id"]:
         ends["eos_token_id"] = [ends["eos_token_id"], turn]
     GenerationConfig(**ends).save_pretrained(folder)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(made)
+        model = AutoModelForCausalLM.from_config(stated)
     tied = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
-    return {key: tuple(each.shape) for key, each in model.state_dict().items() if key not in tied}
+    return {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in tied}
 
 
 def tensors_of(
-    file: GgufFile, config: dict[str, Any], found: Found, kept: dict[str, str]
+    file: GgufFile, config: dict[str, Any], tensors: Tensors, blocks: dict[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The folder's tensors by name, read one after the other: in float32, or as the grids that
-    `kept` names."""
+    """The folder's tensors by name, read one after the other: in float32, or, for the weights in
+    `blocks`, as grids."""
     import torch
 
     paired = file.metadata["general.architecture"] in PAIRED
-    for name, tensor in found:
-        if name in kept:
+    for name, tensor in tensors:
+        if name in blocks:
             rows = stored_rows(file, tensor)
             rows = unpaired(name, rows, config) if paired else rows
-            yield from grid_tensors(name, rows, kept[name])
+            yield from grid_tensors(name, rows, blocks[name])
         else:
             yield name, torch.from_numpy(_values(file, tensor, name, config))
 
 
-def matched(file: GgufFile, config: dict[str, Any], wanted: dict[str, tuple[int, ...]]) -> Found:
-    """Each wanted weight with the file's tensor for it.
+def matched(file: GgufFile, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> Tensors:
+    """Pairs of each weight's name in `shapes` and the file's tensor for it.
 
     Raises:
         ArtifactError: one is absent or has other sizes, or the file has one that no weight is.
     """
     architecture, layers = file.metadata["general.architecture"], config["num_hidden_layers"]
-    found = []
-    for name, shape in wanted.items():
-        own = gguf_name(name, architecture, layers)
-        tensor = file.tensors.get(own)
+    pairs = []
+    for name, shape in shapes.items():
+        stored_name = gguf_name(name, architecture, layers)
+        tensor = file.tensors.get(stored_name)
         if tensor is None:
-            file.refuse(f"it has no tensor {own}")
+            file.refuse(f"it has no tensor {stored_name}")
         if tensor.shape != shape:
-            file.refuse(f"{own} has the sizes {tensor.shape}, and the model {shape}")
-        found.append((name, tensor))
-    left = sorted(file.tensors.keys() - {tensor.name for _, tensor in found} - {ROPE_FACTORS})
+            file.refuse(f"{stored_name} has the sizes {tensor.shape}, and the model {shape}")
+        pairs.append((name, tensor))
+    left = sorted(file.tensors.keys() - {tensor.name for _, tensor in pairs} - {ROPE_FACTORS})
     if left:
         file.refuse(f"it has a tensor {left[0]}, which its architecture has not")
-    return found
+    return pairs
 
 
 def stored_rows(file: GgufFile, tensor: GgufTensor) -> NDArray[numpy.uint8]:

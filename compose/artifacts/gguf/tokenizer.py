@@ -1,7 +1,8 @@
 """A tokenizer in a GGUF file and in a Hugging Face folder, both ways.
 
-Vocabulary, merges and special tokens lie in both. How text is cut before merges are applied lies in
-tokenizer.json; a GGUF file has only a name for it, so what has no name here is refused.
+Both have vocabulary, merges and special tokens. tokenizer.json also has the pre-tokenizer, which
+cuts text before merges are applied. A GGUF file has only a name for it, so a pre-tokenizer without
+a name here is refused.
 """
 
 from __future__ import annotations
@@ -77,15 +78,15 @@ def _pre_tokenizer_of(file: GgufFile) -> list[dict[str, Any]]:
     name = str(file.metadata.get("tokenizer.ggml.pre", "default"))
     parts = PRE_TOKENIZERS.get(OTHER_NAMES.get(name, name))
     if parts is None:
-        known = ", ".join((*PRE_TOKENIZERS, *OTHER_NAMES))
-        file.refuse(f"its pre-tokenizer is {shortened(repr(name))} (read are {known})")
+        readable = ", ".join((*PRE_TOKENIZERS, *OTHER_NAMES))
+        file.refuse(f"its pre-tokenizer is {shortened(repr(name))} (read are {readable})")
     return parts
 
 
 def save_tokenizer(file: GgufFile, folder: Path, longest: int) -> None:
     """Write the tokenizer and chat template of a file into a model folder.
 
-    transformers builds vocabulary, merges and special tokens; how text is cut comes from here.
+    transformers builds vocabulary, merges and special tokens; the pre-tokenizer comes from here.
     `longest` is the model's context.
     """
     from transformers import AutoTokenizer
@@ -107,16 +108,16 @@ def _built(parts: list[dict[str, Any]]) -> Any:
     """A pre-tokenizer of the tokenizers library from the parts that its JSON has."""
     from tokenizers import Regex, pre_tokenizers
 
-    made: list[Any] = []
+    built: list[Any] = []
     for part in parts:
         if part["type"] == "Digits":
-            made.append(pre_tokenizers.Digits(individual_digits=part["individual_digits"]))
+            built.append(pre_tokenizers.Digits(individual_digits=part["individual_digits"]))
         elif part["type"] == "Split":
-            made.append(pre_tokenizers.Split(Regex(part["pattern"]["Regex"]), "isolated"))
+            built.append(pre_tokenizers.Split(Regex(part["pattern"]["Regex"]), "isolated"))
         else:
-            own = {key: part[key] for key in ("add_prefix_space", "use_regex")}
-            made.append(pre_tokenizers.ByteLevel(**own))
-    return made[0] if len(made) == 1 else pre_tokenizers.Sequence(made)
+            settings = {key: part[key] for key in ("add_prefix_space", "use_regex")}
+            built.append(pre_tokenizers.ByteLevel(**settings))
+    return built[0] if len(built) == 1 else pre_tokenizers.Sequence(built)
 
 
 # --- Into a file ---------------------------------------------------------------------------------
@@ -186,8 +187,8 @@ def pre_tokenizer_name(stored: dict[str, Any]) -> str:
     model, cut = stored.get("model") or {}, stored.get("pre_tokenizer") or {}
     parts = [_plain(part) for part in cut.get("pretokenizers") or [cut]]
     if model.get("type") == "BPE" and stored.get("normalizer") is None:
-        for name, wanted in PRE_TOKENIZERS.items():
-            if parts == wanted:
+        for name, expected in PRE_TOKENIZERS.items():
+            if parts == expected:
                 return name
     raise ArtifactError(
         "the tokenizer cannot be written as GGUF: it cuts text in another way than "

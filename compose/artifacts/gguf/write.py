@@ -1,10 +1,10 @@
 """A model folder as one GGUF file, the format of llama.cpp.
 
-What llama.cpp's own converter does, through its `gguf` package: metadata from config.json, the
-tokenizer, and tensors under their GGUF names; norms of Gemma plus one. A network that drafts stays
-behind, as llama.cpp has no such thing. Float weights are stored in the type that is asked for;
-weights that are integer grids go into blocks that hold their codes, scales and minima
-(gguf_grids.py). The file is loaded back before it is put in place.
+Does the same as llama.cpp's own converter, through its `gguf` package: metadata from config.json,
+the tokenizer, and tensors under their GGUF names; norms of Gemma plus one. A draft network is left
+out, because llama.cpp cannot run one. Float weights are stored in the requested type; weights that
+are integer grids go into blocks that hold their codes, scales and minima (grids.py). The file is
+loaded back before it is put in place.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ FLOATS = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf1
 def write_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, Any]:
     """Write the model in `folder` to `file`, load it back, compare.
 
-    Without a `kind`, float weights are stored as f16, and integer grids as they are. Gives what
-    `check_gguf` gives, `bytes`, and the `kind` that most weights are stored in.
+    Without a `kind`, float weights are stored as f16, and integer grids as they are. Returns the
+    result of `check_gguf`, `bytes`, and the `kind` that most weights are stored in.
 
     Raises:
         ArtifactError: the folder cannot be written as GGUF, or there is no such kind.
@@ -95,12 +95,12 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
         "int8, ... with real offsets) have blocks there": packed not in (None, GRID_METHOD),
         **family_reasons(config),
     }
-    given = [reason for reason, holds in reasons.items() if holds]
+    refusals = [reason for reason, holds in reasons.items() if holds]
     if is_grid(config):
-        given += refuse_grids(config)
-    if given:
+        refusals += refuse_grids(config)
+    if refusals:
         raise ArtifactError(
-            f"{folder} cannot be written as GGUF: {'; '.join(given)}",
+            f"{folder} cannot be written as GGUF: {'; '.join(refusals)}",
             fix="name a folder from before gates and other quantizers; --type packs the file",
         )
 
@@ -135,14 +135,13 @@ def _stored(
         for name, block, rows in grid_blocks(folder, config):
             yield name, Ggml[block], rows
     for name, tensor in _tensors(folder, config):
-        own = FLOATS[str(tensor.dtype)] if is_grid(config) else kind
+        storage = FLOATS[str(tensor.dtype)] if is_grid(config) else kind
         shifted = is_shifted(name, ARCHITECTURES[config["model_type"]])
-        yield name, *rounded(name, tensor.float() + 1 if shifted else tensor, own)
+        yield name, *rounded(name, tensor.float() + 1 if shifted else tensor, storage)
 
 
 def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every float weight, one file at a time; a tied LM head is not a second
-    one."""
+    """Name and value of every float weight, one file at a time, without a tied LM head."""
     from safetensors import safe_open
 
     for shard in weight_files(folder):
@@ -157,7 +156,7 @@ def _tensors(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, Tensor
 def rounded(name: str, tensor: Tensor, kind: str) -> tuple[Any, NDArray[Any]]:
     """A tensor as it is stored: its GGML type and data, rows first.
 
-    Vectors stay in float32, rows that are no whole number of blocks in float16. With four bits,
+    Vectors stay in float32, rows that are not a whole number of blocks in float16. With four bits,
     the embedding and the LM head get eight.
     """
     from gguf import GGMLQuantizationType as Ggml
@@ -178,10 +177,10 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
     """Load the file by our own reader, which tests hold to transformers' and to llama.cpp; compare
     it with the folder's weights, rounded alike.
 
-    Both are computed in float32, so whatever the type they must agree: what differs is not rounding
-    but a weight, a name or a size. Without a `kind` nothing was rounded. Returns `max_abs_diff`
-    over `range` of these logits, and `kl` to the folder's own predictions, which is the price of
-    the rounding.
+    Both are computed in float32, so they must agree whatever the type: a difference comes from a
+    wrong weight, name or size, not from rounding. Without a `kind` nothing was rounded. Returns
+    `max_abs_diff` and `range` of these logits, and `kl` to the folder's own predictions, which is
+    the cost of the rounding.
 
     Raises:
         StepError: they differ.
@@ -193,16 +192,16 @@ def check_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, float]:
     ids = probe_ids(folder)
     model = load_model(folder, "float32")
     with torch.inference_mode():
-        dense = wanted = model(ids).logits  # [1, S, V]
+        dense = expected = model(ids).logits  # [1, S, V]
         if kind is not None:
             _round_in_place(model, kind)
-            wanted = model(ids).logits
+            expected = model(ids).logits
         del model  # one of them at a time
         logits = _loaded(folder, file)(ids).logits
-    if logits.shape != wanted.shape:
+    if logits.shape != expected.shape:
         raise StepError(f"the file gives logits of shape {tuple(logits.shape)}")
-    difference = float((logits - wanted).abs().max())
-    span = float(wanted.max() - wanted.min())
+    difference = float((logits - expected).abs().max())
+    span = float(expected.max() - expected.min())
     if not difference <= SAME * span:
         raise StepError(
             "the GGUF file does not load to the model that was written: its logits differ by"
@@ -224,10 +223,10 @@ def _loaded(folder: Path, file: Path) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    found, weights = open_gguf(file), dict(model.named_parameters())  # a tied one once
+    gguf, weights = open_gguf(file), dict(model.named_parameters())  # a tied one once
     stated = config.to_dict()
-    tensors = matched(found, stated, {name: tuple(each.shape) for name, each in weights.items()})
-    for name, value in tensors_of(found, stated, tensors, {}):
+    tensors = matched(gguf, stated, {name: tuple(value.shape) for name, value in weights.items()})
+    for name, value in tensors_of(gguf, stated, tensors, {}):
         weights[name].copy_(value)
     return model
 

@@ -1,4 +1,4 @@
-"""A model that lies on this machine, and what identifies it."""
+"""A model on this machine, with its identity."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ModelAsset:
     config: Mapping[str, Any]
     """Its config.json."""
     note: str | None = None
-    """What a reader of its numbers must know: that the weights once were quantized."""
+    """A note for readers of its numbers: that the weights once were quantized."""
 
 
 def asset_of(folder: Path, origin: str) -> ModelAsset:

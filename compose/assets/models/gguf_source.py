@@ -11,24 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from compose.artifacts.folder import hash_folder
-from compose.artifacts.gguf.read import check_gguf_source, main_storage, write_folder
+from compose.artifacts.gguf.read import main_storage, write_folder
 from compose.assets.fetch import build_once, read_record
 from compose.assets.models.asset import ModelAsset, digest, is_whole, read_config
-from compose.hashes import hash_file
+from compose.hashes import remembered_hash
 from compose.units import Progress
 
 CONVERSION = 1  # raised when the same GGUF file begins to give another folder
 BLOCKS = "-blocks"
 FLOATS = ("F32", "F16", "BF16")
-
-
-def gguf_config(file: Path, *, keep_blocks: bool) -> dict[str, Any]:
-    """What the config.json of the file's folder will say, without making it.
-
-    Raises:
-        ArtifactError: the file cannot be read as a model, and why.
-    """
-    return check_gguf_source(file, keep_blocks=keep_blocks)
 
 
 def gguf_pin(file: Path, *, keep_blocks: bool) -> str:
@@ -37,7 +28,7 @@ def gguf_pin(file: Path, *, keep_blocks: bool) -> str:
     Raises:
         ArtifactError: the file cannot be read.
     """
-    return digest([_sha256(file), CONVERSION, *([BLOCKS] if keep_blocks else [])])
+    return digest([remembered_hash(file), CONVERSION, *([BLOCKS] if keep_blocks else [])])
 
 
 def converted(file: Path, cache: Path, *, keep_blocks: bool) -> Path | None:
@@ -58,23 +49,23 @@ def from_gguf(
     """
     name = file.stem
 
-    def build(made: Path) -> dict[str, Any]:
+    def build(unfinished: Path) -> dict[str, Any]:
         if progress is not None:
             progress(0, 1, f"reading {file.name}")
-        write_folder(file, made / name, keep_blocks=keep_blocks)
+        write_folder(file, unfinished / name, keep_blocks=keep_blocks)
         stored = main_storage(file)
-        return {"folder": name, "sha256": hash_folder(made / name), "stored": stored}
+        return {"folder": name, "sha256": hash_folder(unfinished / name), "stored": stored}
 
     target = _target(file, cache, keep_blocks=keep_blocks)
     record = build_once(target, build, note=file.name, whole=functools.partial(_whole, target))
     folder = target / record["folder"]
     note = _note(record["stored"], keep_blocks=keep_blocks)
-    origin = f"gguf:{file.name}#{_sha256(file)}"
+    origin = f"gguf:{file.name}#{remembered_hash(file)}"
     return ModelAsset(folder, origin, record["sha256"], read_config(folder), note)
 
 
 def _note(stored: str, *, keep_blocks: bool) -> str | None:
-    """That the weights once were quantized, for cards and reports."""
+    """A note for cards and reports: that the weights once were quantized."""
     if stored in FLOATS:
         return None
     if keep_blocks:
@@ -93,15 +84,4 @@ def _whole(target: Path, record: dict[str, Any]) -> bool:
 
 def _target(file: Path, cache: Path, *, keep_blocks: bool) -> Path:
     end = BLOCKS if keep_blocks else ""
-    return cache / "models" / f"gguf-{_sha256(file)[:16]}-v{CONVERSION}{end}"
-
-
-def _sha256(file: Path) -> str:
-    facts = file.stat()
-    return _hashed(file, facts.st_size, facts.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=16)
-def _hashed(file: Path, size: int, time: int) -> str:
-    """The content's hash, computed once a process while the file stays as it is."""
-    return hash_file(file)
+    return cache / "models" / f"gguf-{remembered_hash(file)[:16]}-v{CONVERSION}{end}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compose.artifacts.intake import require_weights, weight_files
 from compose.assets import fetch
-from compose.assets.fetch import Unavailable, require_hub
+from compose.assets.fetch import asking_hub
 from compose.assets.models.asset import ModelAsset, asset_of
 from compose.assets.table import MODELS
 from compose.errors import AssetError, suggest
@@ -27,7 +27,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def require_hub_id(source: str) -> None:
-    """Refuse what can be no hub id: a path to nothing, or a misspelt alias."""
+    """Refuse a name that cannot be a hub id: a path to nothing, or a misspelt alias."""
     if not is_hub_id(source):
         raise AssetError(f"there is no model folder {source!r}", fix="check the path")
     if "/" not in source:
@@ -59,12 +59,8 @@ def from_hub(source: str) -> ModelAsset:
     name, _, revision = source.partition("@")
     if (folder := cached_snapshot(name, revision or None)) is not None:
         return _asset(name, folder)
-    require_hub(name)
-    try:
+    with asking_hub(source):
         folder = _snapshot(name, revision or None, offline=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise Unavailable(f"the Hugging Face hub refuses {source} ({reason[0]})") from error
     require_weights(folder)
     return _asset(name, folder)
 
@@ -98,7 +94,7 @@ def _snapshot(name: str, revision: str | None, *, offline: bool) -> Path:
     """The text files and the safetensors of a repository: no code, and nothing pickled."""
     from huggingface_hub import snapshot_download
 
-    wanted = [*_TEXT, "*.safetensors"]
+    files = [*_TEXT, "*.safetensors"]
     return Path(
-        snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=offline)
+        snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=offline)
     )

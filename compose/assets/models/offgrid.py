@@ -1,8 +1,8 @@
-"""The same model with other weights: one that no longer lies on the grid it was rounded to.
+"""The same model with other weights, which no longer lie on the grid that they were rounded to.
 
 A model that comes out of a 4-bit file flatters every 4-bit quantizer: groups of 32 values find the
-old grid again, and rounding seems to cost nothing. Two rewrites leave the function as it was and
-the grid behind:
+old grid again, and rounding seems to cost nothing. Two rewrites keep the function and move the
+weights off the grid:
 
     norms    RMSNorm's weight w goes into the layers that read it: W (w * x) = (W diag(w)) x. The
              norm's own weight is then one. Norms that no linear layer reads stay: those after
@@ -46,7 +46,7 @@ class Norms:
 
     attention: str
     mlp: str
-    less: float = 0.0  # what is stored is the weight less this
+    less: float = 0.0  # the file stores the weight less this
     folded: bool = True  # whether all of a norm's weight goes into its readers, or random scales
     version: int = 1  # raised when the same folder begins to be rewritten in another way
 
@@ -72,8 +72,8 @@ def write_off_grid(source: Path, target: Path, card: str) -> float:
 
     config = require_model(source)
     if config.get("model_type") not in NORMS:
-        known = " or ".join(NORMS)
-        raise AssetError(f"{source} is no {known}, so its weights cannot be taken off a grid")
+        families = " or ".join(NORMS)
+        raise AssetError(f"{source} is no {families}, so its weights cannot be taken off a grid")
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
         if path.suffix != ".safetensors":
@@ -116,12 +116,12 @@ def _move_norm(
     """Multiply the columns of `readers` by the norm's weight [H], which becomes ones, or by random
     scales, which it is divided by."""
     stored = weights[f"{norm}.weight"]
-    own = stored.double() + family.less
-    by = own if family.folded else _scales(len(own), draw)
+    weight = stored.double() + family.less
+    by = weight if family.folded else _scales(len(weight), draw)
     for reader in readers:
         name = f"{prefix}{reader}.weight"
         weights[name] = (weights[name].double() * by).to(weights[name].dtype)
-    left = own.new_ones(own.shape) if family.folded else own / by
+    left = weight.new_ones(weight.shape) if family.folded else weight / by
     weights[f"{norm}.weight"] = (left - family.less).to(stored.dtype)
 
 

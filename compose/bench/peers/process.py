@@ -1,8 +1,8 @@
 """A peer in a process of its own: JSON lines over its standard input and output.
 
-Processes, because engines do not bear each other's company: with llama.cpp inside, our process died
-of SIGILL on a processor with AMX, whose tile configuration belongs to a thread and is also set by
-oneDNN.
+Engines need separate processes because they disturb each other: with llama.cpp inside, our process
+died of SIGILL on a processor with AMX, whose tile configuration belongs to a thread and is also set
+by oneDNN.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CLOSING_S = 10.0
 
 @dataclass(frozen=True)
 class PreparedPeer:
-    """What `PeerProcess` starts: everything is on this machine."""
+    """The settings of a `PeerProcess`; all paths are on this machine."""
 
     name: str
     """As the user names it: `llama.cpp:q4_k_m`."""
@@ -138,7 +138,7 @@ def converted(name: PeerName, python: Path, source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _talk(name: str, python: Path, script: Path, threads: int) -> Iterator[Any]:
-    """Start a script; gives a function that sends one request and returns the result."""
+    """Start a script; yields a function that sends one request and returns the result."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.Popen(
             [str(python), "-u", str(script)],
@@ -151,10 +151,10 @@ def _talk(name: str, python: Path, script: Path, threads: int) -> Iterator[Any]:
         )
         assert child.stdin is not None and child.stdout is not None
 
-        def ask(do: str, **given: Any) -> Any:
+        def ask(do: str, **args: Any) -> Any:
             line = ""
             with contextlib.suppress(BrokenPipeError):
-                child.stdin.write(json.dumps({"do": do, "with": given}) + "\n")  # type: ignore[union-attr]
+                child.stdin.write(json.dumps({"do": do, "with": args}) + "\n")  # type: ignore[union-attr]
                 child.stdin.flush()  # type: ignore[union-attr]
                 line = child.stdout.readline()  # type: ignore[union-attr]
             if not line:
@@ -171,7 +171,7 @@ def _talk(name: str, python: Path, script: Path, threads: int) -> Iterator[Any]:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Variables of the process: its threads, and nothing of our own Python path."""
+    """Environment variables of the process: its number of threads, without our own Python path."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     return {
         **inherited,

@@ -1,4 +1,4 @@
-"""The other engines, as one literal table: their options, what pip installs, how they are run.
+"""The other engines, as one literal table: their options, their requirements, how they are run.
 
 Nothing of this is installed into our own environment. `environment` makes one for each engine from
 the ranges here; a change of a range makes another environment.
@@ -27,14 +27,14 @@ class Engine:
     distributions: tuple[str, ...]
     """Distributions whose versions are recorded."""
     requirements: tuple[str, ...] = ()
-    """What pip installs, pinned to ranges; empty where our own environment has it."""
+    """Requirements for pip, pinned to ranges; empty where our own environment has them."""
     pip_options: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the installation."""
     compiled: bool = False
     """Whether pip compiles it for this processor, so that other processors need their own."""
     settings: str = ""
-    """How every option is run; the options' sentences follow."""
+    """A sentence on how every option is run; the options' own sentences follow."""
 
     @property
     def script_path(self) -> Path:
@@ -151,8 +151,8 @@ class PeerName:
     @property
     def file(self) -> Path | None:
         """The .gguf file that is named, where one is."""
-        given = self.option if self.option.endswith(".gguf") else ""
-        return Path(given).expanduser() if given else None
+        path = self.option if self.option.endswith(".gguf") else ""
+        return Path(path).expanduser() if path else None
 
     def settings(self) -> str:
         """One plain sentence on how it is run."""
@@ -186,9 +186,9 @@ def parse_peer(text: str) -> PeerName:
     option = rest.removesuffix(FLASH) if flash else rest
     if option in engine.options or (kind == "llama.cpp" and option.endswith(".gguf")):
         return PeerName(text, engine, option, flash)
-    known = [each for each in engine.options if each]
+    options = [name for name in engine.options if name]
     raise UserError(
-        f"peer {text!r}: {suggest(option, known)}",
-        fix=f"as in {kind}:{known[0]}"
+        f"peer {text!r}: {suggest(option, options)}",
+        fix=f"as in {kind}:{options[0]}"
         + (", with +fa for flash attention, or a .gguf file" if kind == "llama.cpp" else ""),
     )

@@ -1,4 +1,4 @@
-"""Log-probabilities of continuations of a context, as multiple-choice tasks ask for them."""
+"""Log-probabilities of continuations of a context, for multiple-choice tasks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class BranchingModel(ScoredModel, Protocol):
     """A model that can read a context once for all continuations of it."""
 
     parts: bool
-    """Whether contexts and what follows them are computed differently, so that every context is
-    read by itself."""
+    """Whether contexts and their continuations are computed differently, so that every context is
+    prefilled by itself."""
 
     def branch(
         self, contexts: Sequence[list[int]], endings: Sequence[list[int]], owner: Sequence[int]
@@ -77,7 +77,7 @@ def share_contexts(pairs: Sequence[Pair], max_length: int, least: int = 2) -> li
         if context and len(context) + len(ending) <= max_length:
             groups.setdefault(tuple(context), []).append(index)
     shared = [(len(key), group) for key, group in groups.items() if len(group) >= least]
-    return [group for _, group in sorted(shared, key=lambda each: -each[0])]
+    return [group for _, group in sorted(shared, key=lambda pair: -pair[0])]
 
 
 def _score_families(
@@ -114,19 +114,19 @@ def _score_rows(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         hidden = model.hidden(*_pad([rows[row] for row in batch], model.device))  # [B, S, H]
-        places: list[tuple[int, int]] = []  # (row in the batch, position) of each asked token
+        places: list[tuple[int, int]] = []  # (row in the batch, position) of each scored token
         targets: list[int] = []
-        asked = [(place, index) for place, row in enumerate(batch) for index in asks[row]]
+        endings = [(place, index) for place, row in enumerate(batch) for index in asks[row]]
         counts = []
-        for place, index in asked:
+        for place, index in endings:
             ending, end = pairs[chosen[index]][1], len(inputs[index])
-            kept = ending[-end:]  # all of it, unless it is longer than the model allows
-            places += [(place, end - len(kept) + offset) for offset in range(len(kept))]
-            targets += kept
-            counts.append(len(kept))
+            tokens = ending[-end:]  # all of it, unless it is longer than the model allows
+            places += [(place, end - len(tokens) + offset) for offset in range(len(tokens))]
+            targets += tokens
+            counts.append(len(tokens))
         values, greedy = _score_places(model, hidden, places, targets)
         first = 0
-        for (_, index), count in zip(asked, counts, strict=True):
+        for (_, index), count in zip(endings, counts, strict=True):
             part = slice(first, first + count)
             yield chosen[index], (sum(values[part]), all(greedy[part]))
             first += count
@@ -137,7 +137,7 @@ def fold_prefixes(inputs: Sequence[list[int]]) -> tuple[list[list[int]], list[in
     rows: list[list[int]] = []
     row_of = [0] * len(inputs)
     # In reverse lexical order, an input comes right after the inputs that it is a prefix of.
-    for index in sorted(range(len(inputs)), key=lambda each: inputs[each], reverse=True):
+    for index in sorted(range(len(inputs)), key=inputs.__getitem__, reverse=True):
         ids = inputs[index]
         if not rows or rows[-1][: len(ids)] != ids:
             rows.append(ids)
@@ -155,14 +155,15 @@ def _pad(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tenso
 def _score_places(
     model: ScoredModel, hidden: Tensor, places: list[tuple[int, int]], targets: list[int]
 ) -> tuple[list[float], list[bool]]:
-    """Log-probability of each target at its place (row, position) of [B, S, H]; is it greedy."""
+    """Log-probability of each target at its place (row, position) of [B, S, H], and whether it is
+    the argmax."""
     values: list[float] = []
     greedy: list[bool] = []
     index = torch.tensor(places, device=hidden.device).view(-1, 2)
-    wanted = torch.tensor(targets, device=hidden.device)
+    target_ids = torch.tensor(targets, device=hidden.device)
     for part in head_chunks(len(targets)):
         picked = hidden[index[part, 0], index[part, 1]]  # [C, H]
         predicted = log_probs(model.head(picked))  # [C, V]
-        values += predicted.gather(1, wanted[part, None])[:, 0].tolist()
-        greedy += (predicted.argmax(-1) == wanted[part]).tolist()
+        values += predicted.gather(1, target_ids[part, None])[:, 0].tolist()
+        greedy += (predicted.argmax(-1) == target_ids[part]).tolist()
     return values, greedy

@@ -1,7 +1,7 @@
 """The lossless check: speculative decoding against plain decoding, token for token.
 
-It says whether speculation changes the text, and nothing of what speculation brings: its draft
-length is forced, while the timed rounds choose their own (`compose.bench.speed.measure`).
+It shows whether speculation changes the text, not how fast it is: its draft length is forced, while
+the timed rounds choose their own (`compose.bench.speed.measure`).
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ def check_lossless(
     for name, length in passes.items():
         totals[name], drafts[name] = Stats(), []
         for number, prompt in enumerate(prompts):
-            asked = {**settings, "draft_length": length}
-            own = decoder.generate([prompt], new_tokens, "speculate", **asked)
-            totals[name].add(own.stats)
-            drafts[name].append((own.stats.drafted, own.stats.accepted))
-            if own.tokens[0] != plain[number]:
+            arguments = {**settings, "draft_length": length}
+            speculated = decoder.generate([prompt], new_tokens, "speculate", **arguments)
+            totals[name].add(speculated.stats)
+            drafts[name].append((speculated.stats.drafted, speculated.stats.accepted))
+            if speculated.tokens[0] != plain[number]:
                 # A batch rounds in another order: decode the row by itself.
                 plain[number] = decoder.generate([prompt], new_tokens, **undrafted).tokens[0]
-            found = _divergence(scored, number, prompt, plain[number], own.tokens[0])
-            divergences += [{"pass": name, **found}] if found else []
+            divergence = _divergence(scored, number, prompt, plain[number], speculated.tokens[0])
+            divergences += [{"pass": name, **divergence}] if divergence else []
             if progress is not None:
                 progress(number + 1, len(prompts), f"lossless check, {name} lengths")
     forced = totals["forced"]
@@ -80,22 +80,22 @@ def check_lossless(
 
 
 def _divergence(
-    scored: Scored, number: int, prompt: list[int], plain: list[int], own: list[int]
+    scored: Scored, number: int, prompt: list[int], plain: list[int], speculated: list[int]
 ) -> dict[str, Any] | None:
     """Where two continuations first differ, and the top-2 logit margin there of decoding without
     drafts, as `scored` decodes."""
-    if plain == own:
+    if plain == speculated:
         return None
-    same = common_prefix(plain, own)
+    same = common_prefix(plain, speculated)
     with torch.inference_mode():
-        following = [*plain[:same], prompt[-1]]  # the last token only stands for what comes there
+        following = [*plain[:same], prompt[-1]]  # the last token is a placeholder
         logits = scored.answer_logits([prompt], [following])[0][-1].float()
     best, second = logits.topk(2).values.tolist()
     return {
         "prompt": number,
         "position": same,
         "plain_token": plain[same] if same < len(plain) else None,
-        "speculative_token": own[same] if same < len(own) else None,
+        "speculative_token": speculated[same] if same < len(speculated) else None,
         "margin": best - second,
         "margin_share": (best - second) / (best - float(logits.min())),
     }

@@ -1,8 +1,8 @@
 """The quality of a cell: text, tasks and written answers, each against the baseline's.
 
-All cells score the same tokens and answer the same questions and prompts, and what was seen of each
-block, question and answer is kept: `compose.analysis.intervals` makes intervals of it. The baseline
-comes first and stores what the others are compared with.
+All cells score the same tokens and answer the same questions and prompts. The outcome of each
+block, question and answer is kept, and `compose.analysis.intervals` computes intervals from them.
+The baseline comes first and stores the reference of the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from compose.bench.quality.own_answers import (
     score_answers,
     write_answers,
 )
-from compose.bench.quality.scored import Scored, added
+from compose.bench.quality.scored import Scored, added, text_compute
 from compose.bench.quality.text import (
     BlockScores,
     Head,
@@ -37,7 +37,6 @@ from compose.bench.quality.text import (
     score_reference,
     store,
 )
-from compose.bench.quality.text_compute import text_compute
 from compose.units import Progress
 from gateskip.calibration.insight import inspect_text, summarize
 from gateskip.decoding.decoder import Decoder, Mode
@@ -47,7 +46,8 @@ from gateskip.model.compute import Saving, Usage
 ROUNDING_TOKENS = 129  # on which the engine's rounding is compared
 INSIGHT_BLOCKS = 2  # of the perplexity's text, on which the gates are inspected
 OTHER_TYPE = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
-"""Float type of a pipeline -> the one in which the dense model is scored again: the noise floor."""
+"""Float type of a pipeline -> the type in which the dense model is scored again for the noise
+floor."""
 
 
 class QualityBench:
@@ -65,11 +65,11 @@ class QualityBench:
         """`mode` and `settings` are how it is decoded; `saving` counts compute that was saved."""
         self.job, self.decoder, self.mode, self.saving = job, decoder, mode, saving
         self.progress = progress
-        self.wanted: Mapping[str, Any] = job.benchmark["quality"]
+        self.quality: Mapping[str, Any] = job.benchmark["quality"]
         self.model = Scored(decoder, **settings) if mode == "skip" else Scored(decoder, None)
         self.is_baseline = job.is_baseline
         self.stored: dict[str, Tensor] = {}
-        """What the baseline leaves for the others, or left."""
+        """Tensors that the baseline stores for the other cells."""
         self.scored: dict[str, list[str]] = {}
         """Name of the text that was scored -> its rows."""
 
@@ -80,19 +80,19 @@ class QualityBench:
 
         Raises:
             StepError: the baseline's file is absent, or was made from other text.
-            AssetError: a text, a task or the prompts cannot be had.
+            AssetError: a text, a task or the prompts are not available.
         """
         record: dict[str, Any] = {}
-        if self.wanted["perplexity"] or self.wanted["own_answers"]:
+        if self.quality["perplexity"] or self.quality["own_answers"]:
             if not self.is_baseline:
                 self.stored = load_stored(reference)
-            if self.wanted["perplexity"]:
+            if self.quality["perplexity"]:
                 record |= self._on_text()
-            if self.wanted["own_answers"]:
-                record["own_answers"] = self._own_answers(self.wanted["own_answers"])
+            if self.quality["own_answers"]:
+                record["own_answers"] = self._own_answers(self.quality["own_answers"])
             if self.is_baseline:
                 store(self.stored, reference)
-        if self.wanted["tasks"]:
+        if self.quality["tasks"]:
             record["tasks"] = self._tasks()
         if self.job.learns_from:
             self._add_contamination(record)
@@ -104,18 +104,18 @@ class QualityBench:
     # -- running text --------------------------------------------------------------------------
 
     def _on_text(self) -> dict[str, Any]:
-        wanted, model = self.wanted, self.model
-        texts = first_available(wanted["perplexity"], None, self.job.asset_cache)
-        count = max(1, wanted["perplexity_tokens"] // BLOCK)
+        quality, model = self.quality, self.model
+        texts = first_available(quality["perplexity"], None, self.job.asset_cache)
+        count = max(1, quality["perplexity_tokens"] // BLOCK)
         blocks = token_blocks(texts, self.decoder.tokenizer, BLOCK, count)
         self.scored[texts.name] = texts.rows
         usage = self.decoder.skipping.usage
         usage.clear()
         record: dict[str, Any] = {}
         if self.is_baseline:
-            scores, kept = score_reference(model, blocks, progress=self.progress)
-            self.stored |= kept
-            record |= self._noise_floor(blocks, kept["hidden"], scores)
+            scores, tensors = score_reference(model, blocks, progress=self.progress)
+            self.stored |= tensors
+            record |= self._noise_floor(blocks, tensors["hidden"], scores)
         else:
             scores = score_blocks(
                 model,
@@ -132,9 +132,9 @@ class QualityBench:
                 f"perplexity, KL and agreement are of the last {BLOCK - read} tokens of each block,"
                 f" after a prompt of {read}, and beside the dense model on the same tokens"
             )
-        if texts.name != wanted["perplexity"][0]:
+        if texts.name != quality["perplexity"][0]:
             notes.append(
-                f"perplexity: {wanted['perplexity'][0]} could not be had here, "
+                f"perplexity: {quality['perplexity'][0]} could not be had here, "
                 f"so {texts.name} stands in"
             )
         if notes:
@@ -147,8 +147,8 @@ class QualityBench:
             record["insight"] = self._insight(blocks[:INSIGHT_BLOCKS], model.thresholds)
         return record
 
-    def _noise_floor(self, blocks: Tensor, hidden: Tensor, own: BlockScores) -> dict[str, Any]:
-        """The same model in the other float type: what is closer than that is rounding.
+    def _noise_floor(self, blocks: Tensor, hidden: Tensor, base: BlockScores) -> dict[str, Any]:
+        """The same model in the other float type: smaller differences than this are rounding.
 
         Nothing where its weights are packed: there is no other type of them.
         """
@@ -160,7 +160,7 @@ class QualityBench:
         floor = {
             "dtype": other,
             "kl": scores.kl,
-            "ratio": scores.perplexity / own.perplexity,
+            "ratio": scores.perplexity / base.perplexity,
             "greedy_agreement": scores.agreement,
         }
         return {"noise_floor": floor}
@@ -182,7 +182,7 @@ class QualityBench:
         return float((scored.exp() * (scored - decoded)).sum(-1).mean())
 
     def _insight(self, blocks: Tensor, thresholds: Sequence[float]) -> dict[str, Any]:
-        """Which tokens get how much compute, on a few blocks [N, S] of the same text."""
+        """The compute of each token, on a few blocks [N, S] of the same text."""
         skipping, tokenizer = self.decoder.skipping, self.decoder.tokenizer
         assert skipping.gates is not None, "thresholds come with gates"
         rows = [row.tolist() for row in blocks]
@@ -207,12 +207,12 @@ class QualityBench:
             record["kept_shares"] = [round(share, 4) for share in usage.shares()]
         return record
 
-    # -- what is written -----------------------------------------------------------------------
+    # -- written answers -----------------------------------------------------------------------
 
-    def _own_answers(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def _own_answers(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """How the cell answers prompts, beside the dense model: see `own_answers`."""
-        tokenizer, new_tokens = self.decoder.tokenizer, asked["new_tokens"]
-        texts = prompt_texts(asked["source"], asked["prompts"], self.job.asset_cache)
+        tokenizer, new_tokens = self.decoder.tokenizer, settings["new_tokens"]
+        texts = prompt_texts(settings["source"], settings["prompts"], self.job.asset_cache)
         prompts = [prompt_ids(tokenizer, text) for text in texts]
         stops = stop_token_ids(self.decoder)
         if self.is_baseline:
@@ -224,14 +224,10 @@ class QualityBench:
         record = score_answers(
             self.model, dense, self._dense_head(), new_tokens, stops, tokenizer, self.progress
         )
-        spent = self._spent()
-        return record if spent is None else {**record, "compute": spent}
-
-    def _spent(self) -> dict[str, Any] | None:
-        """What was spent on text that was written since `clear_used`; None where none skips."""
-        if self.mode != "skip":
-            return None
-        return text_compute(self.model.used, self.decoder, self.saving)
+        if self.mode == "skip":
+            spent = text_compute(self.model.used, self.decoder, self.saving)
+            return record if spent is None else {**record, "compute": spent}
+        return record
 
     def _tasks(self) -> dict[str, Any]:
         from compose.bench.quality.tasks import run_tasks  # loads lm-eval
@@ -239,44 +235,44 @@ class QualityBench:
         used: dict[str, dict[Phase, Usage]] = {}
 
         def written(task: str) -> None:
-            """What was written since the last call belongs to this task."""
+            """Book the text that was written since the last call under this task."""
             used[task] = added(used.get(task, {}), self.model.used)
             self.model.clear_used()
 
         self.model.clear_used()
         scores = run_tasks(
             self.model,
-            self.wanted["tasks"],
-            limit=self.wanted["limit"],
-            batch_size=self.wanted["batch_size"],
+            self.quality["tasks"],
+            limit=self.quality["limit"],
+            batch_size=self.quality["batch_size"],
             cache=self.job.asset_cache,
             progress=self.progress,
             written=written,
         )
         records = {name: asdict(score) for name, score in scores.items()}
-        for name, own in used.items():
+        for name, usage in used.items():
             if self.mode == "skip" and name in records:
-                records[name]["compute"] = text_compute(own, self.decoder, self.saving)
+                records[name]["compute"] = text_compute(usage, self.decoder, self.saving)
         return records
 
     # -- contamination -------------------------------------------------------------------------
 
     def _add_contamination(self, record: dict[str, Any]) -> None:
         """13-gram contamination of all that is scored, and a note for each text that has any."""
-        wanted = self.wanted
+        quality = self.quality
         texts = dict(self.scored)
-        if asked := wanted["own_answers"]:
-            own = load_texts(asked["source"], asked["prompts"], self.job.asset_cache)
-            texts.setdefault(own.name, own.rows)
-        tasks = [name for name in wanted["tasks"] if name in TASKS]
+        if answers := quality["own_answers"]:
+            prompts = load_texts(answers["source"], answers["prompts"], self.job.asset_cache)
+            texts.setdefault(prompts.name, prompts.rows)
+        tasks = [name for name in quality["tasks"] if name in TASKS]
         shares = contamination(
-            self.job.learns_from, texts, tasks, wanted["limit"], self.job.asset_cache
+            self.job.learns_from, texts, tasks, quality["limit"], self.job.asset_cache
         )
         notes = [
-            f"{each['contaminated']} of {each['rows']} rows of {name} share thirteen words in a row"
+            f"{text['contaminated']} of {text['rows']} rows of {name} share thirteen words in a row"
             " with a text that stages learn from"
-            for name, each in shares.items()
-            if each["contaminated"]
+            for name, text in shares.items()
+            if text["contaminated"]
         ]
         record["contamination"] = shares
         if notes:

@@ -1,12 +1,12 @@
 """The dense model's own greedy answers, and how far another cell is from them.
 
 The baseline writes an answer to each prompt, and keeps the final hidden states that predict its
-tokens. Another cell is compared in two ways. It is led through the same answers, and KL(dense ||
-cell) is taken at every token. It answers the same prompts itself, and the tokens that both answers
-share from the start are counted.
+tokens. Another cell is compared in two ways. It is teacher-forced along the same answers, and
+KL(dense || cell) is taken at every token. It answers the same prompts itself, and the tokens that
+both answers share from the start are counted.
 
-Both are done as the cell decodes: the prompt is a prompt, the answer's tokens are decoding steps,
-with activations rounded and branches skipped as in generation.
+Both run as the cell decodes: the prompt is prefilled, the answer's tokens are decoding steps, with
+activations rounded and branches skipped as in generation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHOWN = 10  # of them, whose texts are kept
 
 
 class AnsweringModel(Protocol):
-    """A model that answers prompts, and can be led through answers of another one."""
+    """A model that answers prompts, and can be teacher-forced along the answers of another one."""
 
     def generate(self, prompts: Rows, new_tokens: int, stop_tokens: Sequence[int]) -> Rows:
         """Greedy answers of up to `new_tokens`; the token that ends one is part of it."""
@@ -41,7 +41,7 @@ class AnsweringModel(Protocol):
 
 @dataclass(frozen=True)
 class DenseAnswers:
-    """What the dense model wrote, and what it knew at each token."""
+    """The dense model's answers, and its final states at each of their tokens."""
 
     prompts: Rows
     """Token ids of each prompt."""
@@ -54,29 +54,29 @@ class DenseAnswers:
         """As named tensors, to be stored."""
         return {
             "answers.prompts": _flat(self.prompts),
-            "answers.prompt_lengths": torch.tensor([len(each) for each in self.prompts]),
+            "answers.prompt_lengths": torch.tensor([len(prompt) for prompt in self.prompts]),
             "answers.tokens": _flat(self.answers),
-            "answers.lengths": torch.tensor([len(each) for each in self.answers]),
+            "answers.lengths": torch.tensor([len(answer) for answer in self.answers]),
             "answers.hidden": torch.cat(self.hidden).contiguous().cpu(),
         }
 
     @classmethod
     def of(cls, stored: dict[str, Tensor], prompts: Rows) -> DenseAnswers:
-        """What `tensors` gave.
+        """The answers in the tensors of `tensors`.
 
         Raises:
             StepError: there is none, or it answers other prompts than these.
         """
         try:
-            asked = _cut(stored["answers.prompts"], stored["answers.prompt_lengths"])
+            answered = _cut(stored["answers.prompts"], stored["answers.prompt_lengths"])
             lengths = stored["answers.lengths"]
             answers = _cut(stored["answers.tokens"], lengths)
             hidden = list(stored["answers.hidden"].split(lengths.tolist()))
         except KeyError as error:
             raise StepError(f"the reference holds no answers of the dense model: {error}") from None
-        if asked != prompts:
+        if answered != prompts:
             raise StepError("the reference holds answers to other prompts")
-        return cls(asked, answers, hidden)
+        return cls(answered, answers, hidden)
 
 
 def write_answers(
@@ -115,8 +115,8 @@ def score_answers(
     for start in range(0, len(dense.prompts), BATCH):
         some = slice(start, start + BATCH)
         led = model.answer_logits(dense.prompts[some], dense.answers[some])
-        for own, theirs in zip(led, dense.hidden[some], strict=True):
-            sums.append(_summed_kl(own, theirs, head))
+        for logits, theirs in zip(led, dense.hidden[some], strict=True):
+            sums.append(_summed_kl(logits, theirs, head))
         if progress is not None:
             progress(min(start + BATCH, len(dense.prompts)), len(dense.prompts), "own answers")
     written = _generate(model, dense.prompts, new_tokens, stop_tokens)
@@ -126,24 +126,24 @@ def score_answers(
         "kl": sum(sums) / sum(lengths),
         "answer_kl": [round(kl / n, 6) for kl, n in zip(sums, lengths, strict=True)],
         **_counts(dense, new_tokens),
-        **_shared([common_prefix(theirs, own) for theirs, own in pairs]),
+        **_shared([common_prefix(theirs, answer) for theirs, answer in pairs]),
         "texts": texts_of(written, tokenizer),
     }
 
 
 def texts_of(answers: Rows, tokenizer: Any) -> list[str]:
-    """The first answers as a reader sees them."""
+    """The first answers as text."""
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in answers[:SHOWN]]
 
 
-def _summed_kl(own: Tensor, theirs: Tensor, head: Head) -> float:
+def _summed_kl(logits: Tensor, theirs: Tensor, head: Head) -> float:
     """KL(dense || cell), summed over the positions of an answer.
 
-    `own` are the cell's logits [T, V], `theirs` the dense model's final states [T, H].
+    `logits` are the cell's [T, V], `theirs` the dense model's final states [T, H].
     """
     with torch.inference_mode():
-        target = log_probs(head(theirs.to(own.device)))  # [T, V]
-        return float(kl_rows(target, log_probs(own)).sum())
+        target = log_probs(head(theirs.to(logits.device)))  # [T, V]
+        return float(kl_rows(target, log_probs(logits)).sum())
 
 
 def _generate(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from compose.bench.quality.continuations import BranchingModel
 from gateskip.decoding.decoder import Decoder, Mode
 from gateskip.decoding.phases import FULL, Phase
-from gateskip.model.compute import Usage
+from gateskip.model.compute import Saving, Usage
 from gateskip.runtime.backend import Cache
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 Rows = list[list[int]]
 """Token ids, row by row."""
+
+Saves = Callable[[Usage], Saving]
+"""Counts the compute that was saved over tokens."""
 
 
 class Scored(BranchingModel):
@@ -34,7 +38,7 @@ class Scored(BranchingModel):
         self.reads = skipping.get("prompt_budget") is not None
         """Whether prompts skip by thresholds that are for tokens of which nothing is predicted."""
         self.used: dict[Phase, Usage] = {}
-        """What the tokens of prompts and of answers entered since `clear_used`."""
+        """Usage of the tokens of prompts and of answers since `clear_used`."""
 
     def clear_used(self) -> None:
         """Count what is written from zero."""
@@ -71,8 +75,8 @@ class Scored(BranchingModel):
         )
 
     def read_of(self, length: int) -> int:
-        """How many tokens of a block of running text are only read, where the cell's prompts skip
-        what answers do not need: half of them. What is predicted from these is not scored."""
+        """How many tokens of a block of running text are only context, where the cell's prompts
+        skip by thresholds of their own: half of them. Predictions at these are not scored."""
         return length // 2 if self.reads else 0
 
     def generate(
@@ -115,7 +119,7 @@ class Scored(BranchingModel):
         return self.decoder.skipping.forward(last, cache, starts, self.phases.answer)[:, 0]
 
     def _read(self, contexts: Sequence[list[int]], cache: Cache) -> Tensor:
-        """Final states [G, S, H] of what of the contexts passes together."""
+        """Final states [G, S, H] of the part of the contexts that is prefilled together."""
         lengths = [self.phases.read(len(context)) for context in contexts]
         ids, zeros = padded(contexts)[:, : max(lengths)].to(self.device), [0] * len(contexts)
         if not max(lengths):
@@ -147,22 +151,22 @@ class Scored(BranchingModel):
             read[row, start - 1 : start] if not phases.apart else read.new_zeros(0)
             for row, start in enumerate(starts)
         ]
-        rows = [row for row, own in enumerate(steps) if own]
+        rows = [row for row, ids in enumerate(steps) if ids]
         if not rows:
             return states
-        found = skipping.decode(
+        decoded = skipping.decode(
             [steps[row] for row in rows], cache, rows, [starts[row] for row in rows], phases.answer
         )
         self._count({"answer": skipping.usage.since(after)})
-        for row, own in zip(rows, found.split([len(steps[row]) for row in rows]), strict=True):
+        for row, rest in zip(rows, decoded.split([len(steps[row]) for row in rows]), strict=True):
             first = states[row]
-            states[row] = torch.cat((first, own.to(first.dtype))) if len(first) else own
+            states[row] = torch.cat((first, rest.to(first.dtype))) if len(first) else rest
         return states
 
     def answer_logits(self, prompts: Rows, answers: Rows) -> list[Tensor]:
         """Of each answer, the logits [T, V] that predict its T tokens, as the cell decodes."""
         states = self.answer_states(prompts, answers)
-        return [self.decoder.skipping.head(own) for own in states]
+        return [self.decoder.skipping.head(hidden) for hidden in states]
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final hidden states [..., H] -> logits [..., V]."""
@@ -173,6 +177,27 @@ def added(first: Mapping[Phase, Usage], second: Mapping[Phase, Usage]) -> dict[P
     """Both counts of each phase together."""
     both = first.keys() & second.keys()
     return {**first, **second, **{phase: first[phase].plus(second[phase]) for phase in both}}
+
+
+def text_compute(
+    used: Mapping[Phase, Usage], decoder: Decoder, saving: Saves
+) -> dict[str, Any] | None:
+    """`TextCompute` of tokens by phase; None where none was counted."""
+    seen = {phase: usage for phase, usage in used.items() if usage.seen}
+    if not seen:
+        return None
+    whole: dict[str, Any] = _numbers(reduce(Usage.plus, seen.values()), decoder, saving)
+    for phase, usage in seen.items():
+        whole[phase] = _numbers(usage, decoder, saving)
+    return whole
+
+
+def _numbers(usage: Usage, decoder: Decoder, saving: Saves) -> dict[str, Any]:
+    return {
+        "tokens": usage.seen,
+        "kept": round(decoder.kept_of(usage), 4),
+        "saved_net": round(saving(usage).net, 4),
+    }
 
 
 def padded(rows: Sequence[list[int]]) -> Tensor:

@@ -25,23 +25,23 @@ def words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-def f1(answer: str, wanted: str) -> float:
+def f1(answer: str, reference: str) -> float:
     """Harmonic mean of the shares of words that two answers have in common, 0 to 1.
 
     >>> round(f1("in the wax comb", "wax combs"), 3)  # one of three and one of two
     0.4
     """
-    own, theirs = words(answer), words(wanted)
-    if not own or not theirs:
-        return float(own == theirs)
-    common = sum((Counter(own) & Counter(theirs)).values())
-    return 2 * common / (len(own) + len(theirs))
+    ours, theirs = words(answer), words(reference)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs))
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Scores of the one answer in `results`, the best over the row's `answers`."""
-    wanted: list[str] = doc["answers"]["text"]
+    answers: list[str] = doc["answers"]["text"]
     return {
-        "f1": max(f1(results[0], each) for each in wanted),
-        "exact_match": float(any(words(results[0]) == words(each) for each in wanted)),
+        "f1": max(f1(results[0], answer) for answer in answers),
+        "exact_match": float(any(words(results[0]) == words(answer) for answer in answers)),
     }

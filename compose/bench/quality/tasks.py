@@ -61,7 +61,7 @@ class TaskScore:
     outcomes: tuple[float, ...]
     """The score of each question, in the order asked, to 4 decimals."""
     questions: str
-    """16 hex digits over what was asked: outcomes of two models pair where these are equal."""
+    """16 hex digits over the questions: outcomes of two models pair where these are equal."""
 
 
 def run_tasks(
@@ -76,13 +76,13 @@ def run_tasks(
 ) -> dict[str, TaskScore]:
     """Score `model` on tasks of lm-eval: its prompts and metrics, the first `limit` questions.
 
-    `written` is called with the name of a task after each batch of its answers.
+    `written` is called with a task's name after each batch of its answers.
 
     The tasks in `compose.assets.TASKS` are read from files here; others go through the hub.
 
     Raises:
         UserError: a task is unknown, or asks a model for free text that cannot generate it.
-        AssetError: a task's questions cannot be had.
+        AssetError: a task's questions are not available.
     """
     if not tasks:
         return {}
@@ -110,7 +110,7 @@ def run_tasks(
 
 
 def _define(name: str, folder: Path, cache: Path | None, limit: int | None = None) -> str:
-    """Write lm-eval's own definition of the task with our rows as its data; gives their origin.
+    """Write lm-eval's own definition of the task with our rows as its data; returns their origin.
 
     Only the first `limit` rows are written: lm-eval would prepare all of them otherwise.
     """
@@ -169,13 +169,13 @@ def _score(name: str, evaluation: dict[str, Any], origin: str) -> TaskScore:
     metric, filtered = _metric_of(name, evaluation["results"][name])
     value = float(evaluation["results"][name][f"{metric},{filtered}"])
     members = evaluation.get("group_subtasks", {}).get(name) or [name]
-    asked = [
+    samples = [
         sample
         for member in members
-        for sample in sorted(evaluation["samples"][member], key=lambda each: each["doc_id"])
+        for sample in sorted(evaluation["samples"][member], key=lambda entry: entry["doc_id"])
         if sample["filter"] == filtered
     ]
-    outcomes = tuple(round(float(sample[metric]), 4) for sample in asked)
+    outcomes = tuple(round(float(sample[metric]), 4) for sample in samples)
     kinds = {evaluation["configs"][member]["output_type"] for member in members}
     return TaskScore(
         metric=metric,
@@ -185,28 +185,26 @@ def _score(name: str, evaluation: dict[str, Any], origin: str) -> TaskScore:
         data=origin,
         kind="generative" if "generate_until" in kinds else "likelihood",
         outcomes=outcomes,
-        questions=_digest_of(asked),
+        questions=_digest_of(samples),
     )
 
 
 def _metric_of(name: str, measured: Mapping[str, Any]) -> tuple[str, str]:
     """The metric to report and the filter of answers it belongs to, unfiltered ones first."""
-    known = [key.split(",") for key in measured if "," in key and "_stderr" not in key]
+    pairs = [key.split(",") for key in measured if "," in key and "_stderr" not in key]
     for metric in METRICS:
-        filters = sorted((each[1] for each in known if each[0] == metric), key=_not_none)
+        filters = [filtered for key, filtered in pairs if key == metric]
         if filters:
-            return metric, filters[0]
-    names = sorted(metric for metric, _ in known)
+            return metric, "none" if "none" in filters else min(filters)
+    names = sorted(metric for metric, _ in pairs)
     raise UserError(f"task {name!r} has no accuracy, only {', '.join(names)}")
-
-
-def _not_none(filtered: str) -> bool:
-    return filtered != "none"
 
 
 def _digest_of(samples: Sequence[Mapping[str, Any]]) -> str:
     """16 hex digits over the questions, their prompts and right answers, in order."""
-    hashes = [[each[f"{part}_hash"] for part in ("doc", "prompt", "target")] for each in samples]
+    hashes = [
+        [sample[f"{part}_hash"] for part in ("doc", "prompt", "target")] for sample in samples
+    ]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]
 
 
@@ -255,7 +253,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """The token before a text that has no context."""
         begin: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
@@ -301,23 +299,23 @@ class Scorer(TemplateLM):  # type: ignore[misc]  # lm-eval has no annotations
         if not isinstance(self.model, GeneratingModel):
             names = sorted({str(request.task_name) for request in requests})
             raise NotImplementedError(f"{', '.join(names)}: this model cannot generate answers")
-        asked = [_Request.of(self, index, request) for index, request in enumerate(requests)]
-        answers = [""] * len(asked)
+        queue = [_Request.of(self, index, request) for index, request in enumerate(requests)]
+        answers = [""] * len(queue)
         done = 0
-        for batch in _batches(asked, self.batch_size):
-            limit, stops = max(each.limit for each in batch), batch[0].stops
-            if any(each.stops != stops for each in batch):
+        for batch in _batches(queue, self.batch_size):
+            limit, stops = max(request.limit for request in batch), batch[0].stops
+            if any(request.stops != stops for request in batch):
                 stops = ()
-            prompts = [each.prompt for each in batch]
+            prompts = [request.prompt for request in batch]
             generated = self.model.generate(prompts, limit, self._stop_ids(stops))
-            for each, tokens in zip(batch, generated, strict=True):
-                text = self.tokenizer.decode(tokens[: each.limit], skip_special_tokens=True)
-                answers[each.index] = _cut(str(text), each.stops)
+            for request, tokens in zip(batch, generated, strict=True):
+                text = self.tokenizer.decode(tokens[: request.limit], skip_special_tokens=True)
+                answers[request.index] = _cut(str(text), request.stops)
             if self._written is not None:
                 self._written(batch[0].task)
             done += len(batch)
             if self._progress is not None:
-                self._progress(done, len(asked), "generating answers")
+                self._progress(done, len(queue), "generating answers")
         return answers
 
     def _stop_ids(self, stops: tuple[str, ...]) -> list[int]:
@@ -360,12 +358,12 @@ class _Request:
         return cls(index, ids, limit, stops, str(request.task_name))
 
 
-def _batches(asked: Sequence[_Request], size: int) -> Iterator[list[_Request]]:
+def _batches(requests: Sequence[_Request], size: int) -> Iterator[list[_Request]]:
     """Requests of one task by `size`, those alike together and the longest prompts first."""
-    for task in sorted({each.task for each in asked}):
-        own = [each for each in asked if each.task == task]
-        own.sort(key=lambda each: (each.limit, each.stops, -len(each.prompt)))
-        yield from (own[start : start + size] for start in range(0, len(own), size))
+    for task in sorted({request.task for request in requests}):
+        group = [request for request in requests if request.task == task]
+        group.sort(key=lambda request: (request.limit, request.stops, -len(request.prompt)))
+        yield from (group[start : start + size] for start in range(0, len(group), size))
 
 
 def _cut(text: str, stops: tuple[str, ...]) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from compose.artifacts.packed_folder import tensor_files, tensors_of
 from compose.errors import StepError
 from compose.store import new_file
 from compose.units import Progress
@@ -97,8 +98,8 @@ def score_blocks(
 ) -> BlockScores:
     """Run `blocks` [N, S] once and measure perplexity, and the distance to `reference` if given.
 
-    `keep` is called with the hidden states [B, S, H] of each batch. Of each block the first `after`
-    tokens are only read: what is predicted from them does not count.
+    `keep` is called with the hidden states [B, S, H] of each batch. The first `after` tokens of
+    each block are only context: predictions at them do not count.
 
     Raises:
         StepError: the reference was computed from other blocks.
@@ -129,14 +130,14 @@ def score_blocks(
 
 
 class _Row(NamedTuple):
-    """What was seen of a block of S tokens; float64 on the CPU."""
+    """Scores of a block of S tokens; float64 on the CPU."""
 
     nll: Tensor
     """[S - 1], of each predicted token."""
     kl: Tensor
     """[S], at each position; empty without a dense model."""
     same: Tensor
-    """[S], whether both put the same token first."""
+    """[S], whether both have the same argmax."""
     dense_nll: Tensor
     """[S - 1], the dense model's of each predicted token; empty without one."""
 
@@ -166,7 +167,7 @@ def _score_row(
 
 def _summary(rows: Sequence[_Row]) -> BlockScores:
     """Means, median and percentile over all blocks."""
-    nll, kl, same, _ = (torch.cat(each) for each in zip(*rows, strict=True))
+    nll, kl, same, _ = (torch.cat(column) for column in zip(*rows, strict=True))
     perplexity, block_nll = _exp(float(nll.mean())), tuple(float(row.nll.mean()) for row in rows)
     if not len(kl):
         return BlockScores(perplexity, len(nll), block_nll)
@@ -189,19 +190,19 @@ def _summary(rows: Sequence[_Row]) -> BlockScores:
 def score_reference(
     model: ScoredModel, blocks: Tensor, *, batch_size: int = 1, progress: Progress | None = None
 ) -> tuple[BlockScores, dict[str, Tensor]]:
-    """Score the baseline on `blocks` [N, S]; the second is what the other cells compare with.
+    """Score the baseline on `blocks` [N, S]; the second value is the reference of the other cells.
 
     It holds `hidden` [N, S, H] in the model's type, and `blocks`.
     """
-    kept: list[Tensor] = []
+    states: list[Tensor] = []
     scores = score_blocks(
         model,
         blocks,
         batch_size=batch_size,
         progress=progress,
-        keep=lambda hidden: kept.append(hidden.cpu().clone()),
+        keep=lambda hidden: states.append(hidden.cpu().clone()),
     )
-    return scores, {"hidden": torch.cat(kept).contiguous(), "blocks": blocks.cpu()}
+    return scores, {"hidden": torch.cat(states).contiguous(), "blocks": blocks.cpu()}
 
 
 def store(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -213,7 +214,7 @@ def store(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_stored(path: Path) -> dict[str, Tensor]:
-    """What `store` wrote.
+    """The tensors that `store` wrote.
 
     Raises:
         StepError: the file is absent or unreadable.
@@ -246,7 +247,7 @@ def load_head(folder: Path) -> Head:
     """The LM head of a model folder, read without the rest of the model unless it is packed.
 
     It multiplies in float32 whatever the weights' type: logits rounded to bfloat16 would add a KL
-    of their own to what is compared.
+    of their own.
 
     Raises:
         StepError: the folder has no such weight.
@@ -273,15 +274,9 @@ def load_head(folder: Path) -> Head:
 
 
 def _read_weight(folder: Path, names: Sequence[str]) -> Tensor | None:
-    from safetensors import safe_open
-
-    for name in names:
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                if name in file.keys():  # noqa: SIM118 -- not a mapping
-                    weight: Tensor = file.get_tensor(name)
-                    return weight
-    return None
+    files = tensor_files(folder)
+    name = next((name for name in names if name in files), None)
+    return None if name is None else tensors_of(folder)(name)
 
 
 def _unpacked_head(folder: Path) -> Tensor | None:

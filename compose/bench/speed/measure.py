@@ -1,4 +1,4 @@
-"""What is timed in a turn of a cell: prompts read and continued once, in one shape."""
+"""A timed turn of a cell: prompts are prefilled and continued once, in one shape."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class SpeedTurns:
         mode: Mode,
         settings: Mapping[str, Any],
         saving: Callable[[Usage], Saving],
-        wanted: Mapping[str, Any],
+        speed: Mapping[str, Any],
         threads: int | None,
         asset_cache: Path,
     ) -> None:
-        """`settings` are arguments of `Decoder.generate`; `saving` counts what `Usage` saved;
-        `wanted` is the benchmark's speed section."""
+        """`settings` are arguments of `Decoder.generate`; `saving` counts the compute that a
+        `Usage` saved; `speed` is the benchmark's speed section."""
         self.decoder, self.mode, self.settings = decoder, mode, dict(settings)
-        self.saving, self.wanted = saving, wanted
+        self.saving, self.speed = saving, speed
         self.threads = threads
-        self.texts = TurnTexts(decoder.tokenizer, wanted, asset_cache)
-        sampling = wanted.get("sampling")
+        self.texts = TurnTexts(decoder.tokenizer, speed, asset_cache)
+        sampling = speed.get("sampling")
         self.sampler = Sampler(**sampling) if sampling else GREEDY
         self._seed = 0  # of the next prompts' samples: each time others
         self._timed = False
@@ -55,7 +55,8 @@ class SpeedTurns:
         """Bytes that the process held before the shape that is measured now."""
 
     def warm(self, which: TurnText, threads: int) -> dict[str, Any]:
-        """A whole turn of a shape that is not counted: what is built or learned on first use is.
+        """Run a whole turn of a shape that is not counted, so that everything made on first use
+        exists.
 
         The process's peak counts from here, with the weights in memory.
         """
@@ -71,7 +72,7 @@ class SpeedTurns:
 
     def measure(self, which: TurnText) -> dict[str, Any]:
         """One turn: tokens and seconds of prefill and decoding, seconds to the first token, bytes,
-        and what skipping or speculation did meanwhile. `speed.turns` adds turns up."""
+        and the counts of skipping or speculation. `speed.turns` adds turns up."""
         batches = self.texts[which]
         usage, before = self.decoder.skipping.usage, self._engine_seconds()
         usage.clear()
@@ -79,7 +80,7 @@ class SpeedTurns:
         used: dict[Phase, Usage] = {}
         digest = hashlib.sha256()
         for rows in batches:
-            generation = self._generate(rows, self.wanted["new_tokens"], which.category)
+            generation = self._generate(rows, self.speed["new_tokens"], which.category)
             stats.add(generation.stats)
             used = added(used, generation.usage)
             first_tokens.append(generation.stats.ttft_s)
@@ -104,9 +105,9 @@ class SpeedTurns:
             turn["spent"] = {part: spent[part] - before.get(part, 0.0) for part in spent}
         if self.mode == "skip":
             turn["compute"] = {"saved_net_while_timed": self.saving(usage).net} | {
-                f"{phase}_saved_while_timed": self.saving(own).net
-                for phase, own in used.items()
-                if own.seen
+                f"{phase}_saved_while_timed": self.saving(phase_usage).net
+                for phase, phase_usage in used.items()
+                if phase_usage.seen
             }
         if self.mode == "speculate":
             turn["speculation"] = speculation_counts(stats)
@@ -123,7 +124,7 @@ class SpeedTurns:
 
     def _cache_bytes(self, rows: Rows) -> int:
         longest = max(map(len, rows))
-        capacity = cache_capacity(longest, self.wanted["new_tokens"])
+        capacity = cache_capacity(longest, self.speed["new_tokens"])
         return self.decoder.skipping.cache_bytes(len(rows), capacity)
 
     def _engine_seconds(self) -> dict[str, float]:
@@ -137,7 +138,7 @@ class SpeedTurns:
 
 
 def speculation_counts(stats: Stats) -> dict[str, Any]:
-    """What drafted, and what became of drafts as counts that can be added up."""
+    """The draft's name, and the drafts' outcomes as counts that can be added up."""
     return {
         "draft_length_histogram": {str(n): times for n, times in stats.draft_lengths.items()},
         "drafted": stats.drafted,

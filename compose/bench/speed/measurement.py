@@ -1,7 +1,7 @@
-"""Drafts of one folder timed against each other in one process, for `gateskip tune-draft`.
+"""Times drafts of one folder against each other in one process, for `gateskip tune-draft`.
 
-Each repeat runs every system on every batch of every workload once. Cells of a run and what
-`gateskip bench` compares have processes of their own: see `compose.run.speed`.
+Each repeat runs every system on every batch of every workload once. Cells of a run, and systems of
+`gateskip bench`, have processes of their own: see `compose.run.speed`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Measurement:
 
     system: str
     workload: str
-    """What the prompts are: a category."""
+    """The category of the prompts."""
     prefill: list[float] = field(default_factory=list)
     """Prompt tokens a second, one for each repeat."""
     decode: list[float] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Measurement:
 
 
 def runners_of(decoder: Decoder, names: Sequence[str]) -> dict[str, Runner]:
-    """Name of a system -> what runs it.
+    """Name of a system -> the function that runs it.
 
     Raises UserError for a system that is not known, or that the folder cannot run.
     """
@@ -124,7 +124,7 @@ def measure(
         (name, workload): Measurement(name, workload) for name in runners for workload in workloads
     }
     done, total = 0, repeats * sum(map(len, workloads.values()))
-    for run in runners.values():  # what is built on first use is built before anything is timed
+    for run in runners.values():  # everything built on first use exists before the timing starts
         run(next(iter(workloads.values()))[0], new_tokens)
     names = list(runners)
     for _ in range(repeats):
@@ -137,9 +137,9 @@ def measure(
                 done += 1
                 if progress is not None:
                     progress(done, total, workload)
-            first = [each.tokens for each in runs[names[0]]]
-            for name, own in runs.items():
-                measurements[name, workload].add(own, first == [each.tokens for each in own])
+            first = [run.tokens for run in runs[names[0]]]
+            for name, series in runs.items():
+                measurements[name, workload].add(series, first == [run.tokens for run in series])
     return list(measurements.values())
 
 

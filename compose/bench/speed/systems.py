@@ -8,7 +8,7 @@ from typing import Any
 from compose.errors import UserError, suggest
 
 BACKENDS = ("reference", "gathered", "native")
-"""Those of `gateskip.runtime.backend`, which imports torch."""
+"""The backends of `gateskip.runtime.backend`, which imports torch."""
 KINDS = ("plain", "skip", "draft", *BACKENDS)
 SKIPS: dict[str, dict[str, Any]] = {
     "full-prompt": {"prompt": "full"},
@@ -17,9 +17,9 @@ SKIPS: dict[str, dict[str, Any]] = {
 }
 """Settings of a system that skips, by the word that names them."""
 DRAFTS = ("auto", "int4", "int3", "int2", "nf4", "int4-head", "learned")
-"""What drafts, where it is not the model itself: `Weights` of `gateskip.decoding`."""
+"""The draft, where it is not the model itself: `Weights` of `gateskip.decoding`."""
 UNSAID: dict[str, Any] = {"draft_weights": "own", "lookup": False}
-"""What a draft is whose words say nothing but its budget."""
+"""The settings of a draft that names only its budget."""
 VERIFY, PROMPT = "verify", "prompt"
 KV_SUFFIX = "+int8-kv"
 
@@ -81,7 +81,7 @@ def parse_system(text: str) -> System:
 
 
 def _skip_settings(words: list[str]) -> dict[str, Any]:
-    """What the words after a budget ask for. Raises ValueError for an unknown one."""
+    """The settings that the words after a budget name. Raises ValueError for an unknown one."""
     settings: dict[str, Any] = {}
     for word in words:
         if word.startswith(PROMPT):

@@ -56,7 +56,7 @@ def tune(
     round. Where that interval reaches down to 1, no draft is shown to be faster: plain is best.
 
     Raises:
-        AssetError: the prompts cannot be had.
+        AssetError: the prompts are not available.
     """
     decoder: Decoder = gateskip.load(folder)
     workloads = prompts_by_category(decoder.tokenizer, prompts, limit, cache)
@@ -86,14 +86,14 @@ def tune(
         "decode": decode_of(best),
         "speedup": speedup(second, best),
         "speedup_ci95": None if interval is None else interval.ci95,
-        "first": [each.to_json() for each in first],
-        "second": [each.to_json() for each in second],
+        "first": [entry.to_json() for entry in first],
+        "second": [entry.to_json() for entry in second],
         "written": write,
     }
 
 
 def candidates(decoder: Decoder) -> list[str]:
-    """Every draft that this folder can make, as systems of `gateskip bench`."""
+    """Every draft that this folder supports, as systems of `gateskip bench`."""
     budgets = [1.0, *sorted((b for b in decoder.grid if b < 1.0), reverse=True)]
     kinds = ["", *(["+int4-head"] if decoder.skipping.engine else [])]
     kinds += [f"+{name}" for name in draft_copies(decoder.skipping)]
@@ -102,7 +102,7 @@ def candidates(decoder: Decoder) -> list[str]:
         for budget in budgets:
             for extra in ("", "+lookup"):
                 itself = budget == 1.0 and kind in ("", "+int4-head")
-                if extra or not itself:  # a draft that is the model itself is none
+                if extra or not itself:  # the model itself is not a draft
                     names.append(f"draft:{budget:g}{kind}{extra}")
     learned = ["draft:1+learned", "draft:1+learned+lookup"]  # it skips nothing
     return names if decoder.network is None else [*learned, *names]
@@ -163,11 +163,14 @@ def speedup_interval(measurements: Sequence[Measurement], name: str) -> Estimate
 
 def _log_ratios(measurements: Sequence[Measurement], name: str) -> list[float]:
     """Repeat by repeat the log of the ratio to plain decoding, mean over the workloads."""
-    plain = {each.workload: each.decode for each in measurements if each.system == PLAIN}
+    plain = {entry.workload: entry.decode for entry in measurements if entry.system == PLAIN}
     ratios = [
-        [math.log(own / base) for own, base in zip(each.decode, plain[each.workload], strict=True)]
-        for each in measurements
-        if each.system == name
+        [
+            math.log(rate / base)
+            for rate, base in zip(entry.decode, plain[entry.workload], strict=True)
+        ]
+        for entry in measurements
+        if entry.system == name
     ]
     return [statistics.mean(repeat) for repeat in zip(*ratios, strict=True)]
 
@@ -186,8 +189,8 @@ def write_decode(
     prompts: str,
     thresholds: Sequence[float] | None = None,
 ) -> None:
-    """Write `decode` into the folder's settings, and into its lineage where it has one; with them
-    the thresholds of its budget, where those were calibrated anew."""
+    """Write `decode` into the folder's settings, and into its lineage where it has one, and also
+    the thresholds of its budget where they were calibrated anew."""
     if thresholds is not None:
         file = load_gates(folder)
         assert file is not None, "a folder that skips has gates"

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Turn = Mapping[str, Any]
-"""What a cell's process tells of one turn; see `compose.bench.speed.measure.SpeedTurns.measure`."""
+"""The record of one turn from a cell's process: see
+`compose.bench.speed.measure.SpeedTurns.measure`."""
 
 SUMS = ("prompt_tokens", "prefill_s", "tokens", "decode_s")
 LARGEST = ("resident_bytes", "peak_bytes", "cache_bytes", "beside_bytes", "threads", "affinity")
@@ -50,14 +51,14 @@ def add_turns(turns: Sequence[Turn]) -> dict[str, Any]:
 def mean_compute(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each share of compute over the records that have it."""
     return {
-        name: statistics.mean(each[name] for each in records if name in each)
-        for name in dict.fromkeys(name for each in records for name in each)
+        name: statistics.mean(record[name] for record in records if name in record)
+        for name in dict.fromkeys(name for record in records for name in record)
     }
 
 
 def add_speculation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of speculation, added up: of the turns of a repeat, or of the repeats of a cell; with
-    what drafted in the last one."""
+    """Counts of speculation, added up over the turns of a repeat, or the repeats of a cell, with
+    the draft's name of the last one."""
     longest = max(len(record["positions"]) for record in records)
     positions = [[0, 0] for _ in range(longest)]
     for record in records:
@@ -77,8 +78,8 @@ def add_speculation(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def add_counts(counts: Iterable[Mapping[Any, float]]) -> dict[str, float]:
     """Counts by name, added up. Names become text, as in JSON."""
     total: dict[str, float] = {}
-    for each in counts:
-        for name, count in each.items():
+    for record in counts:
+        for name, count in record.items():
             total[str(name)] = total.get(str(name), 0) + count
     return total
 

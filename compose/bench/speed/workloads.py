@@ -25,7 +25,7 @@ UNNAMED = "prompts"
 
 
 class TurnText(NamedTuple):
-    """Which prompts a turn reads."""
+    """The prompts of a turn."""
 
     batch: int
     context: int
@@ -39,17 +39,17 @@ class TurnText(NamedTuple):
 def rows_of(
     tokenizer: PreTrainedTokenizerBase,
     which: TurnText,
-    wanted: Mapping[str, Any],
+    speed: Mapping[str, Any],
     cache: Path | None,
 ) -> list[Rows]:
     """The batches of a turn: rows of running text, or the prompts of a category, one at a time.
-    `wanted` is the benchmark's speed section.
+    `speed` is the benchmark's speed section.
 
-    Raises AssetError where the texts cannot be had.
+    Raises AssetError where the texts are not available.
     """
     if which.category:
-        texts = _texts_by_category(wanted["prompts"], cache)[which.category]
-        count = min(wanted["prompts_per_category"] or len(texts), len(texts))
+        texts = _texts_by_category(speed["prompts"], cache)[which.category]
+        count = min(speed["prompts_per_category"] or len(texts), len(texts))
         return [[prompt_ids(tokenizer, text)] for text in _next(texts, which.round, count)]
     return [running_text(tokenizer, which.batch, which.context, cache, which.round)]
 
@@ -58,14 +58,14 @@ class TurnTexts(dict[TurnText, list[Rows]]):
     """The batches of turns, each made on first use: see `rows_of`."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, wanted: Mapping[str, Any], cache: Path | None
+        self, tokenizer: PreTrainedTokenizerBase, speed: Mapping[str, Any], cache: Path | None
     ) -> None:
         super().__init__()
-        self._given = tokenizer, wanted, cache
+        self._arguments = tokenizer, speed, cache
 
     def __missing__(self, which: TurnText) -> list[Rows]:
-        tokenizer, wanted, cache = self._given
-        self[which] = rows_of(tokenizer, which, wanted, cache)
+        tokenizer, speed, cache = self._arguments
+        self[which] = rows_of(tokenizer, which, speed, cache)
         return self[which]
 
 
@@ -92,7 +92,7 @@ def _next(all_of_them: list[T], number: int, count: int) -> list[T]:
 def categories(source: str, cache: Path | None) -> list[str]:
     """The categories of a file's prompts, in their order; no tokenizer is needed.
 
-    Raises AssetError where `source` cannot be had.
+    Raises AssetError where `source` is not available.
     """
     return list(_texts_by_category(source, cache))
 
@@ -102,7 +102,7 @@ def prompts_by_category(
 ) -> Workloads:
     """Category -> its prompts, each a batch of one; `limit` of each category.
 
-    Raises AssetError where `source` cannot be had.
+    Raises AssetError where `source` is not available.
     """
     return {
         name: [[prompt_ids(tokenizer, text)] for text in texts[:limit]]
@@ -115,7 +115,7 @@ def _texts_by_category(source: str, cache: Path | None) -> dict[str, list[str]]:
     data = load_texts(source, None, cache)
     texts = data.prompts or data.rows
     names = data.categories or [UNNAMED] * len(texts)
-    found: dict[str, list[str]] = {}
+    by_category: dict[str, list[str]] = {}
     for name, text in zip(names, texts, strict=True):
-        found.setdefault(name, []).append(text)
-    return found
+        by_category.setdefault(name, []).append(text)
+    return by_category

@@ -45,21 +45,21 @@ class PruneBranches(Pruning):
     """The stage's name."""
 
     budget: float = Field(default=0.8, gt=0, lt=1)
-    """The budget at which the gates are asked."""
+    """The budget at which the gates are evaluated."""
 
     share: float = Field(default=0.02, ge=0, lt=1)
     """A branch may go when at most this share of tokens enters it."""
 
     rise: float = Field(default=0.05, gt=0)
     """A branch stays when the calibration loss rises by more without it, in nats a token. Gates do
-    not decide on the first token, which may need what the others skip."""
+    not decide on the first token, which may need branches that the others skip."""
 
     single: Literal["zero", "keep"] = "zero"
-    """What happens to a branch whose neighbour in the layer stays: its output becomes zero and no
-    token enters it, or it is kept, and only whole layers go."""
+    """Treatment of a branch whose neighbour in the layer stays: its output becomes zero and no
+    token enters it, or it is kept, and only whole layers are removed."""
 
     def tolerates(self, rule: str) -> bool:
-        """What goes is what gates know."""
+        """It may stand after gates, because it follows their decisions."""
         return rule == "prune-after-gate"
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
@@ -85,11 +85,12 @@ class PruneBranches(Pruning):
             )
 
     def reshape(self, shape: ModelShape) -> ModelShape:
-        """The same shape: how many layers go is known when the gates are; it can only be fewer."""
+        """The same shape: the number of removed layers depends on the gates; it can only shrink."""
         return shape
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Ask the gates, silence what the loss can do without, drop whole layers, recalibrate."""
+        """Evaluate the gates, zero branches while the loss permits, drop whole layers,
+        recalibrate."""
         from gateskip.model.families import backbone, find_branches
 
         model, blocks = model_and_blocks(job, RANK_BLOCKS)
@@ -99,25 +100,25 @@ class PruneBranches(Pruning):
         if not gone:
             raise self._nothing(shares, spared)
         count = len(backbone(model).layers)
-        kept = [i for i in range(count) if not {2 * i, 2 * i + 1} <= gone]
-        if not kept:
+        layers = [i for i in range(count) if not {2 * i, 2 * i + 1} <= gone]
+        if not layers:
             raise RuleBroken("layers-fit", f"the gates skip all {count} layers; one must stay")
-        zeroed = [(new, old % 2) for new, old in _places(kept, gone)]
-        keep_layers(model, kept)
+        zeroed = [(new, old % 2) for new, old in _places(layers, gone)]
+        keep_layers(model, layers)
         branches = find_branches(model)
         never_read = sum(
             parameter.numel()
             for layer, part in zeroed
             for parameter in branches[2 * layer + part].module.parameters()
         )
-        keep_gates(job, model, kept, frozenset(2 * layer + part for layer, part in zeroed))
+        keep_gates(job, model, layers, frozenset(2 * layer + part for layer, part in zeroed))
         loss = {"before": before, "after": text_loss(model, blocks)}
         removed = whole_size - model.num_parameters()
         save_pruned(model, job)
         return {
             "entered": {_name(i): round(share, 4) for i, share in enumerate(shares)},
-            "dropped": [layer for layer in range(count) if layer not in kept],
-            "zeroed": [_name(old) for _, old in _places(kept, gone)],
+            "dropped": [layer for layer in range(count) if layer not in layers],
+            "zeroed": [_name(old) for _, old in _places(layers, gone)],
             "spared": {"+".join(map(_name, unit)): rise for unit, rise in spared.items()},
             "parameters": {
                 "removed": round(removed / whole_size, 4),
@@ -127,7 +128,8 @@ class PruneBranches(Pruning):
         }
 
     def _units(self, shares: list[float]) -> list[Unit]:
-        """What may go, least used first: branches, or layers where single ones are kept."""
+        """Units that may be removed, least used first: branches, or layers where single branches
+        are kept."""
         rare = [unit for unit in self._all_units(shares) if _most(shares, unit) <= self.share]
         return sorted(rare, key=lambda unit: _most(shares, unit))
 
@@ -140,7 +142,7 @@ class PruneBranches(Pruning):
     ) -> tuple[set[int], dict[Unit, float]]:
         """Zero the units one after another; undo where the loss rises too far.
 
-        Returns the branches that went, and what the spared units would have cost.
+        Returns the removed branches, and the loss that the spared units would have cost.
         """
         gone: set[int] = set()
         spared: dict[Unit, float] = {}
@@ -166,13 +168,13 @@ class PruneBranches(Pruning):
     def _nothing(self, shares: list[float], spared: dict[Unit, float]) -> UserError:
         what = "branch" if self.single == "zero" else "layer with both branches"
         if spared:
-            unit = min(spared, key=lambda each: spared[each])
+            unit = min(spared, key=spared.__getitem__)
             return UserError(
                 f"removing any {what} that tokens skip at budget {self.budget} raises the loss: "
                 f"{' and '.join(map(_name, unit))} raises it least, by {spared[unit]:.3g} nats",
                 fix=f"set rise: {_above(spared[unit])}, or use skip, which asks for each token",
             )
-        unit = min(self._all_units(shares), key=lambda each: _most(shares, each))
+        unit = min(self._all_units(shares), key=lambda candidate: _most(shares, candidate))
         nearest = _most(shares, unit)
         return UserError(
             f"no {what} is entered by at most {self.share:.3g} of the tokens at budget "
@@ -207,9 +209,9 @@ def entered_shares(job: StageJob, model: Any, blocks: Tensor, budget: float) -> 
     entered = torch.zeros(gates.branches, device=blocks.device)
 
     def rule(branch: Any, logits: Tensor) -> Tensor:
-        kept: Tensor = (logits >= thresholds[branch.index]).to(logits.dtype)
-        entered[branch.index] += kept[:, ANCHORS:].mean()
-        return kept
+        entered_tokens: Tensor = (logits >= thresholds[branch.index]).to(logits.dtype)
+        entered[branch.index] += entered_tokens[:, ANCHORS:].mean()
+        return entered_tokens
 
     with torch.inference_mode():
         for done, block in enumerate(blocks.split(1)):
@@ -236,9 +238,9 @@ def _set(parameters: list[Tensor], values: list[Any]) -> None:
             parameter.copy_(torch.as_tensor(value, device=parameter.device))
 
 
-def _places(kept: list[int], gone: set[int]) -> list[tuple[int, int]]:
+def _places(layers: list[int], gone: set[int]) -> list[tuple[int, int]]:
     """(new number of its layer, old number) of each branch that goes from a layer that stays."""
-    return [(kept.index(index // 2), index) for index in sorted(gone) if index // 2 in kept]
+    return [(layers.index(index // 2), index) for index in sorted(gone) if index // 2 in layers]
 
 
 def _name(branch: int) -> str:

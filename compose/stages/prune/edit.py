@@ -1,4 +1,4 @@
-"""What all pruning stages share: loading, the loss on text, hooks, cutting layers and weights."""
+"""Functions of all pruning stages: loading, the loss on text, hooks, cutting layers and weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 RANK_BLOCKS = 16  # calibration blocks that rank layers: one score a layer needs few
 LOSS_BLOCKS = 4  # calibration blocks of a loss, which is measured many times
-LOSS_TOKENS = 64  # whose logits exist at once
+LOSS_TOKENS = 64  # tokens whose logits exist at once
 LOGITS = 3  # copies of them
 PER_LAYER = ("layer_types", "no_rope_layers")  # lists in a config with an entry a layer
 
@@ -38,7 +38,7 @@ GATED_MLP = (
 
 
 class Pruning(Stage):
-    """What is common to all stages that prune."""
+    """Base class of all stages that prune."""
 
     role: ClassVar[Role] = "prune"
     reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
@@ -53,17 +53,17 @@ class Pruning(Stage):
         return 4.0 * shape.vocab_size * (shape.hidden_size + LOGITS * LOSS_TOKENS)
 
 
-def require_layout(stage: Stage, shape: ModelShape, known: tuple[str, ...]) -> None:
+def require_layout(stage: Stage, shape: ModelShape, families: tuple[str, ...]) -> None:
     """Refuse a family whose weights the stage does not know by name.
 
     Raises:
         RuleBroken: `layout-known`, naming the family and those that are known.
     """
-    if shape.model_type not in known:
+    if shape.model_type not in families:
         raise RuleBroken(
             "layout-known",
             f"{stage.use} cannot cut a {shape.model_type} model: {RULES['layout-known']}",
-            fix=f"use drop-layers, or take one of {', '.join(known)}",
+            fix=f"use drop-layers, or take one of {', '.join(families)}",
         )
 
 
@@ -76,10 +76,10 @@ class Hook(Protocol):
 
 
 def refuse_long_rope(shape: ModelShape, rule: str, other: str) -> None:
-    """Refuse to change what a long-context Phi3 counts its rotary factors by.
+    """Refuse to change a size by which a long-context Phi3 counts its rotary factors.
 
     Raises:
-        RuleBroken: `rule`; `other` says what the config would have to take.
+        RuleBroken: `rule`; `other` names that size in the message.
     """
     if shape.model_type == "phi3" and shape.long_rope:
         raise RuleBroken(
@@ -164,23 +164,23 @@ def run_hooked(
             hook.remove()
 
 
-def keep_layers(model: Any, kept: list[int]) -> None:
+def keep_layers(model: Any, layers: list[int]) -> None:
     """Leave only these decoder layers, renumbered, and say so in the config."""
     from torch import nn
 
     from gateskip.model.families import backbone
 
     config, body = model.config, backbone(model)
-    body.layers = nn.ModuleList(body.layers[i] for i in kept)
+    body.layers = nn.ModuleList(body.layers[i] for i in layers)
     for number, layer in enumerate(body.layers):
         parts: Iterator[Any] = layer.modules()
         for part in parts:
             if hasattr(part, "layer_idx"):
                 part.layer_idx = number  # the cache files its entries under this number
-    config.num_hidden_layers = len(kept)
+    config.num_hidden_layers = len(layers)
     for name in PER_LAYER:
         if getattr(config, name, None):
-            setattr(config, name, [getattr(config, name)[i] for i in kept])
+            setattr(config, name, [getattr(config, name)[i] for i in layers])
 
 
 def narrowed(weight: Tensor, old: Tensor, job: StageJob) -> Tensor:

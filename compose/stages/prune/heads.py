@@ -47,12 +47,12 @@ class PruneHeads(Pruning):
     """How many query heads go from each layer."""
 
     take: Literal["groups", "queries"] = "groups"
-    """What goes: `groups` are KV heads with all their query heads, which makes the cache smaller
-    too; `queries` are as many query heads of every KV head."""
+    """The heads that are removed: `groups` are KV heads with all their query heads, which makes the
+    cache smaller too; `queries` are as many query heads of every KV head."""
 
     importance: Importance = "activation"
-    """What ranks heads: what they add on text (`activation`), the loss's gradient in them there
-    (`taylor`), or their weights alone (`magnitude`)."""
+    """How heads are ranked: by their contribution on text (`activation`), by the loss's gradient in
+    them there (`taylor`), or by their weights alone (`magnitude`)."""
 
     refit: bool = True
     """Whether output projections are re-fitted by least squares, so that the remaining heads
@@ -79,7 +79,8 @@ class PruneHeads(Pruning):
         return shape.num_heads // groups if self.take == "groups" else groups
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """Order rules, `layout-known`, and `heads-fit`: a plain config can say what is left."""
+        """Order rules, `layout-known`, and `heads-fit`: a plain config can state the remaining
+        heads."""
         super().check(shape, before)
         if shape is None:
             return
@@ -108,13 +109,13 @@ class PruneHeads(Pruning):
         return f"set count: {min(fitting, key=lambda count: abs(count - self.count))}"
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """What is kept of attention, products of the channels of all heads of each layer with each
-        other, and what all pruning works on."""
+        """The remaining attention weights, the Gram matrices of the channels of all heads of each
+        layer, and the memory of all pruning."""
         width, left = shape.num_heads * shape.head_dim, self.reshape(shape)
         heads = 2 * (left.num_heads + left.num_kv_heads)  # queries and outputs, keys and values
-        kept = AS_STORED * heads * shape.head_dim * shape.hidden_size
+        stored = AS_STORED * heads * shape.head_dim * shape.hidden_size
         fit = 4.0 * width**2 if self.refit else 0.0
-        return shape.num_layers * (kept + fit) + super().worked_on(shape, length)
+        return shape.num_layers * (stored + fit) + super().worked_on(shape, length)
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Fewer heads, and fewer KV heads where whole groups go."""
@@ -126,7 +127,8 @@ class PruneHeads(Pruning):
         )
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Rank the heads of each layer, cut the least important ones, and state what is left."""
+        """Rank the heads of each layer, cut the least important ones, and state the remaining
+        shape."""
         from gateskip.model.families import backbone
 
         model, blocks = model_and_blocks(job)
@@ -143,11 +145,11 @@ class PruneHeads(Pruning):
             job,
             grams,
             group=shape.head_dim,
-            writers=[[_queries(each, shape)] for each in attentions],
+            writers=[[_queries(attention, shape)] for attention in attentions],
         )
         gone, lost = [], []
         for number, (attention, squares) in enumerate(zip(attentions, scores, strict=True)):
-            heads = self._kept(squares.view(shape.num_kv_heads, -1))  # [kept groups, kept of each]
+            heads = self._left(squares.view(shape.num_kv_heads, -1))  # [kept groups, kept of each]
             weight = attention.o_proj.weight.detach()
             channels = cut_heads(attention, heads, shape)
             if grams is not None:
@@ -164,22 +166,22 @@ class PruneHeads(Pruning):
             "kv_heads": model.config.num_key_value_heads,
             "dropped": gone,
             "importance": self.importance,
-            "scores": [[round(value, 6) for value in each.sqrt().tolist()] for each in scores],
+            "scores": [[round(value, 6) for value in layer.sqrt().tolist()] for layer in scores],
             "importance_lost": lost,
             "loss": loss,
         }
 
-    def _kept(self, squares: Tensor) -> Tensor:
+    def _left(self, squares: Tensor) -> Tensor:
         """Numbers of the heads that stay, [kept groups, kept of each]. squares [groups, of each].
 
         Both are in their old order, so that a query head still finds its KV head by division.
         """
         import torch
 
-        groups, each = squares.shape
-        heads = torch.arange(squares.numel(), device=squares.device).view(groups, each)
+        groups, per_group = squares.shape
+        heads = torch.arange(squares.numel(), device=squares.device).view(groups, per_group)
         if self.take == "groups":
-            stay = squares.sum(1).argsort()[self.count // each :].sort().values
+            stay = squares.sum(1).argsort()[self.count // per_group :].sort().values
             return heads[stay]
         stay = squares.argsort(dim=1)[:, self.count // groups :].sort(dim=1).values
         return heads.gather(1, stay)
@@ -197,13 +199,13 @@ def _queries(attention: Any, shape: ModelShape) -> Tensor:
 def cut_heads(attention: Any, heads: Tensor, shape: ModelShape) -> Tensor:
     """Leave only these query heads [kept groups, kept of each] and the KV heads that they read.
 
-    Returns which channels of the heads' outputs stay.
+    Returns the channels of the heads' outputs that stay.
     """
     import torch
 
-    each = shape.num_heads // shape.num_kv_heads
+    per_group = shape.num_heads // shape.num_kv_heads
     queries = _channels(heads.flatten(), shape.head_dim)
-    groups = _channels(heads[:, 0] // each, shape.head_dim)
+    groups = _channels(heads[:, 0] // per_group, shape.head_dim)
     if hasattr(attention, "qkv_proj"):  # Phi3: queries, keys, values, one below the other
         keys = shape.num_heads * shape.head_dim
         values = keys + shape.num_kv_heads * shape.head_dim

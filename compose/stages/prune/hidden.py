@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 READERS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 WRITERS = ("o_proj", "down_proj")
-NEAR = 0.9  # of the size asked for: what is still worth advising
+NEAR = 0.9  # share of the requested size that a suggested fix must keep
 ROUNDINGS = (64, 32, 16, 8, 4, 2, 1)
 
 
@@ -55,8 +55,9 @@ class PruneHidden(Pruning):
     the config asks for it."""
 
     importance: Importance = "activation"
-    """What ranks channels: what they add to all that reads them on text (`activation`), the loss's
-    gradient in them there (`taylor`), or the weights alone (`magnitude`)."""
+    """How channels are ranked: by their contribution to all layers that read them on text
+    (`activation`), by the loss's gradient in them there (`taylor`), or by the weights alone
+    (`magnitude`)."""
 
     refit: bool = True
     """Whether layers that read the residual stream are re-fitted by least squares, so that the
@@ -70,15 +71,16 @@ class PruneHidden(Pruning):
         704
         """
         step = self._step(shape)
-        wanted = math.floor(shape.hidden_size * (1 - self.ratio) + 1e-9)
-        return wanted - wanted % step
+        size = math.floor(shape.hidden_size * (1 - self.ratio) + 1e-9)
+        return size - size % step
 
     def _step(self, shape: ModelShape) -> int:
         divides = shape.model_type in HEADS_DIVIDE_HIDDEN
         return math.lcm(self.round_to, shape.num_heads if divides else 1)
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
-        """Order rules, `layout-known`, and `hidden-fits`: a plain config can say what is left."""
+        """Order rules, `layout-known`, and `hidden-fits`: a plain config can state the remaining
+        size."""
         super().check(shape, before)
         if shape is None:
             return
@@ -93,19 +95,19 @@ class PruneHidden(Pruning):
             )
 
     def _nearest(self, shape: ModelShape) -> str:
-        wanted = shape.hidden_size * (1 - self.ratio)
+        target = shape.hidden_size * (1 - self.ratio)
         for size in (size for size in ROUNDINGS if size < self.round_to):
-            kept = self.model_copy(update={"round_to": size}).kept_size(shape)
-            if kept >= NEAR * wanted:
-                return f"set round_to: {size}, which keeps {kept}"
+            nearest = self.model_copy(update={"round_to": size}).kept_size(shape)
+            if nearest >= NEAR * target:
+                return f"set round_to: {size}, which keeps {nearest}"
         return "take a smaller ratio, or prune-width"
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """Products of the channels, two a layer, and what all pruning works on; then what is kept
-        of all weights."""
-        kept = AS_STORED * (1 - self.ratio) * shape.weights
+        """Gram matrices of the channels, two a layer, and the memory of all pruning; then the
+        remaining weights."""
+        stored = AS_STORED * (1 - self.ratio) * shape.weights
         fit = 8.0 * shape.num_layers * shape.hidden_size**2 if self.refit else 0.0
-        return max(kept, fit + super().worked_on(shape, length))
+        return max(stored, fit + super().worked_on(shape, length))
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """A narrower residual stream; heads keep their width."""
@@ -124,33 +126,35 @@ class PruneHidden(Pruning):
         grams = input_grams(model, [*inside, head], blocks, job) if self.refit else None
         every = importance_scores(self.importance, model, [*inside, head], blocks, job, grams)
         scores = torch.stack([squares / squares.sum() for squares in every]).mean(0)
-        kept = scores.argsort(descending=True)[:size].sort().values
-        factors = norm_factors(model, kept, blocks, job)
+        channels = scores.argsort(descending=True)[:size].sort().values
+        factors = norm_factors(model, channels, blocks, job)
         if grams is not None:
-            _refit(inside, kept, grams, blocks.numel(), job)
-        cut_channels(model, kept, factors)
+            _refit(inside, channels, grams, blocks.numel(), job)
+        cut_channels(model, channels, factors)
         model.config.head_dim = shape.head_dim  # no longer hidden size over heads
         loss = {"before": before, "after": text_loss(model, blocks)}
         save_pruned(model, job)
         return {
             "hidden_size": size,
             "importance": self.importance,
-            "importance_lost": round(1 - float(scores[kept].sum() / scores.sum()), 4),
+            "importance_lost": round(1 - float(scores[channels].sum() / scores.sum()), 4),
             "loss": loss,
         }
 
 
 def _refit(
-    linears: list[Any], kept: Tensor, grams: list[Tensor], tokens: int, job: StageJob
+    linears: list[Any], channels: Tensor, grams: list[Tensor], tokens: int, job: StageJob
 ) -> None:
-    """Re-fit the layers that read the residual stream for the channels `kept`, one after another;
-    each product goes once its layers are fitted."""
+    """Re-fit the layers that read the residual stream for `channels`, one after another; each Gram
+    matrix is freed once its layers are fitted."""
     from torch import nn
 
-    for linear in linears:  # the last product is the LM head's
+    for linear in linears:  # the last Gram matrix is the LM head's
         old = linear.weight.detach()
-        linear.weight = nn.Parameter(narrowed(refitted(old, kept, grams.pop(0), tokens), old, job))
-        linear.in_features = len(kept)
+        linear.weight = nn.Parameter(
+            narrowed(refitted(old, channels, grams.pop(0), tokens), old, job)
+        )
+        linear.in_features = len(channels)
 
 
 def readers(model: Any) -> Iterator[Any]:
@@ -162,18 +166,18 @@ def readers(model: Any) -> Iterator[Any]:
 
 
 def residual_norms(model: Any) -> list[nn.Module]:
-    """Norms over the residual stream or what is added to it; those of heads lie deeper."""
+    """Norms over the residual stream or over the branches' outputs; those of heads lie deeper."""
     from gateskip.model.families import backbone, final_norm
 
     parts = [part for layer in backbone(model).layers for part in layer.children()]
     return [part for part in parts if type(part).__name__.endswith("Norm")] + [final_norm(model)]
 
 
-def norm_factors(model: Any, kept: Tensor, blocks: Tensor, job: StageJob) -> list[float]:
-    """For each norm the mean ratio of the root mean square of the kept channels to that of all.
+def norm_factors(model: Any, channels: Tensor, blocks: Tensor, job: StageJob) -> list[float]:
+    """For each norm the mean ratio of the root mean square of `channels` to that of all.
 
-    A norm divides by the root mean square, which is another number over fewer channels. Multiplying
-    the norm's weights by this ratio keeps its output.
+    A norm divides by the root mean square, which differs over fewer channels. Multiplying the
+    norm's weights by this ratio keeps its output.
     """
     import torch
 
@@ -186,7 +190,7 @@ def norm_factors(model: Any, kept: Tensor, blocks: Tensor, job: StageJob) -> lis
         def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
             squares = inputs[0].float().square()
             whole = squares.mean(-1)
-            ratio = squares[..., kept].mean(-1)[whole > 0] / whole[whole > 0]  # padding is 0
+            ratio = squares[..., channels].mean(-1)[whole > 0] / whole[whole > 0]  # padding is 0
             total[number] += float(ratio.sqrt().mean())
 
         return hook
@@ -197,8 +201,8 @@ def norm_factors(model: Any, kept: Tensor, blocks: Tensor, job: StageJob) -> lis
     return [value / len(blocks) for value in total]
 
 
-def cut_channels(model: Any, kept: Tensor, factors: list[float]) -> None:
-    """Leave these channels of the residual stream, where layers do not have them alone by now;
+def cut_channels(model: Any, channels: Tensor, factors: list[float]) -> None:
+    """Leave only these channels of the residual stream in all weights that still have all of them;
     norms are scaled by `factors`, one each."""
     from torch import nn
 
@@ -206,41 +210,42 @@ def cut_channels(model: Any, kept: Tensor, factors: list[float]) -> None:
 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
-    grown = _embedding_scale(model, kept)
+    grown = _embedding_scale(model, channels)
     for norm, factor in zip(residual_norms(model), factors, strict=True):
-        _scale_norm(norm, kept, factor)
+        _scale_norm(norm, channels, factor)
     if tied and grown != 1:
         _scale_norm(residual_norms(model)[-1], slice(None), 1 / grown)
     for layer in backbone(model).layers:
         for name, part in layer.named_modules():
-            if name.endswith(READERS) and part.in_features > len(kept):
-                keep_columns(part, kept)
+            if name.endswith(READERS) and part.in_features > len(channels):
+                keep_columns(part, channels)
             elif name.endswith(WRITERS):
-                keep_rows(part, kept)
-    table = embedding.weight.detach()[:, kept]
+                keep_rows(part, channels)
+    table = embedding.weight.detach()[:, channels]
     embedding.weight = nn.Parameter(table if grown == 1 else table.float() * grown)
-    embedding.embedding_dim = len(kept)
+    embedding.embedding_dim = len(channels)
     if tied:
-        head.weight, head.in_features = embedding.weight, len(kept)
+        head.weight, head.in_features = embedding.weight, len(channels)
     else:
-        keep_columns(head, kept)
-    model.config.hidden_size = len(kept)
+        keep_columns(head, channels)
+    model.config.hidden_size = len(channels)
 
 
-def _embedding_scale(model: Any, kept: Tensor) -> float:
-    """What embeddings must grow by: Gemma multiplies them by the root of the hidden size."""
+def _embedding_scale(model: Any, channels: Tensor) -> float:
+    """Factor on the embedding: Gemma multiplies it by the root of the hidden size, which
+    shrinks."""
     if not model.config.model_type.startswith("gemma"):
         return 1.0
     embedding = model.get_input_embeddings()
-    factor = math.sqrt(model.config.hidden_size / len(kept))
+    factor = math.sqrt(model.config.hidden_size / len(channels))
     if hasattr(embedding, "embed_scale"):
         embedding.embed_scale = embedding.embed_scale / factor
     return factor
 
 
-def _scale_norm(norm: Any, kept: Tensor | slice, factor: float) -> None:
+def _scale_norm(norm: Any, channels: Tensor | slice, factor: float) -> None:
     """Leave a norm these channels, its output scaled; Gemma's weights are kept minus one."""
     from torch import nn
 
     one = 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
-    norm.weight = nn.Parameter((norm.weight.detach()[kept] + one) * factor - one)
+    norm.weight = nn.Parameter((norm.weight.detach()[channels] + one) * factor - one)

@@ -1,6 +1,6 @@
 """Importance of neurons, heads and channels: by magnitude, by activation, or by Taylor expansion.
 
-Neurons and heads are channels, or groups of channels, of what a linear layer reads: the MLP's down
+Neurons and heads are input channels, or groups of them, of a linear layer: the MLP's down
 projection and the attention's output projection. One measurement serves both.
 """
 
@@ -21,7 +21,7 @@ AT_ONCE = 1 << 26  # weights in float32
 
 
 def activation_scores(readers: list[Any], squares: list[Tensor], group: int = 1) -> list[Tensor]:
-    """Mean square of what each group of input channels adds, [groups] a reader.
+    """Mean square of the contribution of each group of input channels, [groups] a reader.
 
     A channel adds its activation times its column of weights, so its contribution has the size of
     activation times column norm (Wanda's score, arXiv 2306.11695, summed over a column). `squares`
@@ -40,7 +40,8 @@ def taylor_scores(
     over the first blocks.
 
     The gradient in a token's mask is the sum of activation times gradient over the group. To first
-    order it is what removing the group there changes (Taylor criterion, arXiv 1906.10771, eq. 8).
+    order it is the change of the loss when the group is removed there (Taylor criterion, arXiv
+    1906.10771, eq. 8).
     """
     import torch
 
@@ -118,7 +119,7 @@ def importance_scores(
     """
     if importance == "magnitude":
         written_by: list[list[Tensor]] = writers or [[] for _ in readers]
-        return [magnitude_scores(*each, group) for each in zip(readers, written_by, strict=True)]
+        return [magnitude_scores(*pair, group) for pair in zip(readers, written_by, strict=True)]
     if importance == "taylor":
         return taylor_scores(model, readers, blocks, job, group)
     if grams is not None:

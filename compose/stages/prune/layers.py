@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class DropLayers(Pruning):
-    """Remove whole decoder layers: the ones named, or the `count` that are missed least."""
+    """Remove whole decoder layers: the named ones, or the `count` least important ones."""
 
     version: ClassVar[int] = 3
 
@@ -48,8 +48,8 @@ class DropLayers(Pruning):
     """
 
     refit: bool = True
-    """Whether the MLP before a dropped layer is fitted anew, to add what that layer did as far as
-    it can tell. Takes all of the calibration text."""
+    """Whether the MLP before a dropped layer is re-fitted to add that layer's contribution, too.
+    Takes all of the calibration text."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:
@@ -104,23 +104,23 @@ class DropLayers(Pruning):
         self._require_layers(count)  # prune-branches may have left fewer than were planned with
         before = text_loss(model, blocks)
         gone, scores = self._choose(model, blocks, job)
-        kept = [layer for layer in range(count) if layer not in gone]
+        layers = [layer for layer in range(count) if layer not in gone]
         closed = close_gaps(model, gone, every, job) if self.refit else 0
-        keep_layers(model, kept)
+        keep_layers(model, layers)
         loss = {"before": before, "after": text_loss(model, blocks)}
-        keep_gates(job, model, kept)
+        keep_gates(job, model, layers)
         save_pruned(model, job)
         return {"dropped": sorted(gone), **scores, "gaps_closed": closed, "loss": loss}
 
     def _choose(
         self, model: Any, blocks: Tensor, job: StageJob
     ) -> tuple[set[int], dict[str, list[Any]]]:
-        """Which layers go, and what they were chosen by, for the record."""
+        """The layers to drop, and the scores behind the choice, for the record."""
         if self.layers is not None:
             return set(self.layers), {}
         if self.metric == "perplexity-greedy":
             rounds = greedy_drops(model, blocks, self.dropped, job)
-            return {each["layer"] for each in rounds}, {"rounds": rounds}
+            return {entry["layer"] for entry in rounds}, {"rounds": rounds}
         scores = block_influence(model, blocks, job)
         order = sorted(range(len(scores)), key=lambda layer: scores[layer])
         return set(order[: self.dropped]), {"block_influence": scores}
@@ -164,7 +164,7 @@ def greedy_drops(model: Any, blocks: Tensor, count: int, job: StageJob) -> list[
     total = sum(len(layers) - done for done in range(count))
     tried = 0
     for _ in range(count):
-        gone = [each["layer"] for each in rounds]
+        gone = [entry["layer"] for entry in rounds]
         losses: dict[int, float] = {}
         for number in sorted(set(range(len(layers))) - set(gone)):
             with bypassed([layers[i] for i in (*gone, number)]):

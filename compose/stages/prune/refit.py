@@ -1,10 +1,10 @@
 """Least-squares reconstruction after structured pruning.
 
-A linear layer that loses input channels is re-fitted: its remaining weights are those that come
-nearest to its old outputs on text (channel pruning: arXiv 1707.06168, eq. 4). The fit needs only
+A linear layer that loses input channels is re-fitted: its remaining weights come as near as
+possible to its old outputs on text (channel pruning: arXiv 1707.06168, eq. 4). The fit needs only
 the products of the layer's inputs with each other, so one pass over the text serves all layers, and
-no gradient is taken. The MLP before dropped layers is re-fitted in the same way: it adds what they
-added to the residual stream.
+no gradient is taken. The MLP before dropped layers is re-fitted in the same way, to add their
+contribution to the residual stream.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def input_grams(model: Any, readers: list[Any], blocks: Tensor, job: StageJob) -
 def grams_by_layer(
     model: Any, readers: list[Any], blocks: Tensor, job: StageJob
 ) -> Iterator[Tensor]:
-    """`input_grams` of one reader a layer, one after another, so that one exists at a time.
+    """Gram matrices as in `input_grams` of one reader a layer, one after another, so that only one
+    exists at a time.
 
     Blocks pass layer after layer. When a layer's matrix comes they have left it, and it may change.
     """
@@ -98,24 +99,26 @@ def grams_by_layer(
         yield gram.div_(blocks.numel())
 
 
-def refitted(weight: Tensor, kept: Tensor, gram: Tensor, tokens: int) -> Tensor:
-    """Weights [out, kept] whose outputs come nearest to those of `weight` [out, in].
+def refitted(weight: Tensor, columns: Tensor, gram: Tensor, tokens: int) -> Tensor:
+    """Weights [out, k] whose outputs come nearest to those of `weight` [out, in].
 
-    They read the inputs `kept` alone, indices [kept]. `gram` [in, in] holds the mean products of
-    all inputs over `tokens` tokens. The error is measured as a sum of squares on that text.
+    They read only the input columns with the indices `columns` [k]. `gram` [in, in] holds the mean
+    products of all inputs over `tokens` tokens. The error is measured as a sum of squares on that
+    text.
     """
     import torch
 
     from gateskip.calibration.fit_shortcuts import ridge_solution
 
     stays = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
-    stays[kept] = True
+    stays[columns] = True
     gone = (~stays).nonzero().squeeze(1)
     if len(gone) == 0:
-        return weight[:, kept]
+        return weight[:, columns]
     weight, ridge = weight.float(), ridge_for(len(gram), tokens)
-    predictors = ridge_solution(gram[kept][:, kept], gram[kept][:, gone], ridge)  # [kept, gone]
-    return weight[:, kept] + weight[:, gone] @ predictors.T
+    rows = gram[columns]  # [k, in]
+    predictors = ridge_solution(rows[:, columns], rows[:, gone], ridge)  # [k, gone]
+    return weight[:, columns] + weight[:, gone] @ predictors.T
 
 
 def ridge_for(inputs: int, tokens: int) -> float:
@@ -161,7 +164,8 @@ class Gap:
         self.cross.addmm_(scaled.T, after.float() - self.before)
 
     def close(self, tokens: int) -> None:
-        """Re-fit the MLP before the gap, on as many tokens as were read, to add what is dropped."""
+        """Re-fit the MLP before the gap to add the contribution of the dropped layers, on all
+        tokens read."""
         from gateskip.calibration.fit_shortcuts import ridge_solution
 
         ridge = ridge_for(len(self.gram), tokens)
@@ -170,7 +174,7 @@ class Gap:
 
 
 def close_gaps(model: Any, gone: set[int], blocks: Tensor, job: StageJob) -> int:
-    """Re-fit the MLPs before the layers `gone`, which are dropped next; returns how many it were.
+    """Re-fit the MLPs before the layers `gone`, which are dropped next; returns the number of MLPs.
 
     blocks [N, S] are the text of the fit. No MLP stands before layer 0. An MLP whose output is
     normed (Gemma, OLMo2) is left alone, as are families that are not known by name.

@@ -45,8 +45,8 @@ class PruneWidth(Pruning):
     """The width that is kept is rounded down to a multiple of this."""
 
     importance: Importance = "activation"
-    """What ranks neurons: what they add on text (`activation`), the loss's gradient in them there
-    (`taylor`), or their weights alone (`magnitude`)."""
+    """How neurons are ranked: by their contribution on text (`activation`), by the loss's gradient
+    in them there (`taylor`), or by their weights alone (`magnitude`)."""
 
     refit: bool = True
     """Whether down projections are re-fitted by least squares, so that the remaining neurons
@@ -59,8 +59,8 @@ class PruneWidth(Pruning):
         >>> PruneWidth(ratio=0.2).kept_width(1536)
         1216
         """
-        kept = int(width * (1 - self.ratio))
-        return kept - kept % self.round_to
+        size = int(width * (1 - self.ratio))
+        return size - size % self.round_to
 
     def check(self, shape: ModelShape | None, before: tuple[Stage, ...]) -> None:
         """Order rules, `layout-known`, and `width-fits`: some neurons stay after rounding."""
@@ -77,11 +77,11 @@ class PruneWidth(Pruning):
             )
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """What is kept of the MLPs, and products of one's neurons with each other or what all
-        pruning works on; beside them the states of the text, which the job alone knows."""
-        kept = AS_STORED * 3 * self.kept_width(shape.intermediate_size) * shape.hidden_size
+        """The remaining MLP weights, and the larger of one MLP's Gram matrix and the memory of all
+        pruning; in addition to them the states of the text, whose size only the job knows."""
+        stored = AS_STORED * 3 * self.kept_width(shape.intermediate_size) * shape.hidden_size
         fit = FIT * 4.0 * shape.intermediate_size**2 if self.refit else 0.0
-        return shape.num_layers * kept + max(fit, super().worked_on(shape, length))
+        return shape.num_layers * stored + max(fit, super().worked_on(shape, length))
 
     def reshape(self, shape: ModelShape) -> ModelShape:
         """Narrower MLPs."""
@@ -97,8 +97,8 @@ class PruneWidth(Pruning):
         mlps: list[Any] = [layer.mlp for layer in backbone(model).layers]
         ranked = self._ranked(model, mlps, blocks, job)
         lost = [
-            _cut(mlp, width, *found, blocks.numel(), job)
-            for mlp, found in zip(mlps, ranked, strict=True)
+            _cut(mlp, width, *ranking, blocks.numel(), job)
+            for mlp, ranking in zip(mlps, ranked, strict=True)
         ]
         model.config.intermediate_size = width
         loss = {"before": before, "after": text_loss(model, blocks)}
@@ -113,8 +113,8 @@ class PruneWidth(Pruning):
     def _ranked(
         self, model: Any, mlps: list[Any], blocks: Tensor, job: StageJob
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Of one MLP after another the squared importance of its neurons, and the products of what
-        its down projection reads, where that is re-fitted: they tell what neurons add on text, too.
+        """For one MLP after another the squared importance of its neurons, and the Gram matrix of
+        its down projection's inputs, where that is re-fitted: `activation` needs it, too.
         """
         readers, scores = [mlp.down_proj for mlp in mlps], None
         if not (self.refit and self.importance == "activation"):
@@ -135,15 +135,15 @@ class PruneWidth(Pruning):
 def _cut(
     mlp: Any, width: int, squares: Tensor, gram: Tensor | None, tokens: int, job: StageJob
 ) -> float:
-    """Leave an MLP its most important neurons, re-fitted to their products over so many tokens
-    where these are known; returns the share of the importance that went."""
+    """Leave an MLP its most important neurons, re-fitted where their Gram matrix over `tokens`
+    tokens is known; returns the share of the importance that was removed."""
     scores = squares.sqrt()
     order = scores.argsort()
-    gone, kept = order[: len(scores) - width], order[len(scores) - width :].sort().values
+    gone, neurons = order[: len(scores) - width], order[len(scores) - width :].sort().values
     weight = mlp.down_proj.weight.detach()
     cut_neurons(mlp, sorted(gone.tolist()))
     if gram is not None:
-        fitted = refitted(weight, kept, gram, tokens)
+        fitted = refitted(weight, neurons, gram, tokens)
         mlp.down_proj.weight.data = narrowed(fitted, weight, job)
     return round(float(scores[gone].sum() / scores.sum()), 4)
 

@@ -1,4 +1,5 @@
-"""The stage `autoround`: which way each weight is rounded is learned (arXiv 2309.05516)."""
+"""The stage `autoround`: the direction in which each weight is rounded is learned (arXiv
+2309.05516)."""
 
 from __future__ import annotations
 
@@ -76,7 +77,7 @@ class AutoRound(Stage):
         return StoredBits(self.bits + (16 + self.bits) / self.group_size)
 
     def most_bits(self) -> int:
-        """Those of all layers."""
+        """The bits of all layers."""
         return self.bits
 
     def held(self) -> float:
@@ -84,7 +85,7 @@ class AutoRound(Stage):
         return 12.0
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Learn, and save in the GPTQ format; measures what the rounding did."""
+        """Learn, and save in the GPTQ format; measures the rounding errors."""
         from transformers import AutoTokenizer
 
         from compose.stages.quantize.errors import layer_errors
@@ -107,7 +108,7 @@ class AutoRound(Stage):
         import torch
         from transformers import AutoModelForCausalLM
 
-        # 8 bits are told from weights that it leaves in the type it computed in: not in bfloat16.
+        # Codes are recovered from the rounded weights; bfloat16 is too coarse for those of 8 bits.
         exact = self.bits == 8 or job.dtype == "float32"
         dtype = torch.float32 if exact else getattr(torch, job.dtype)
         model = AutoModelForCausalLM.from_pretrained(job.source, dtype=dtype)
@@ -128,18 +129,19 @@ class AutoRound(Stage):
             batch_size=min(self.batch, len(rows)),
             device_map="cuda" if torch.cuda.is_available() else "cpu",
             amp=not exact,
-            enable_torch_compile=False,  # compilers round in ways of their own
+            enable_torch_compile=False,  # a compiled graph rounds differently
             low_cpu_mem_usage=False,
             seed=job.seed,
         )
-        made, _ = rounding.quantize()
-        layers = {name: layer for name, layer in made.named_modules() if hasattr(layer, "scale")}
+        result, _ = rounding.quantize()
+        layers = {name: layer for name, layer in result.named_modules() if hasattr(layer, "scale")}
         return {name: grid_of(layer, self.bits) for name, layer in layers.items()}
 
 
 @contextmanager
 def _counted(progress: Progress, phase: str) -> Iterator[None]:
-    """Report each decoder layer that auto-round finishes: it tells a progress bar alone."""
+    """Report each decoder layer that auto-round finishes: auto-round itself only moves a progress
+    bar."""
     from auto_round.compressors import orchestrator
 
     class Reporting(orchestrator.tqdm):  # type: ignore[misc]

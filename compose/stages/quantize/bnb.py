@@ -32,7 +32,7 @@ class Bnb(Stage):
     """Whether the scales of 4-bit blocks are quantized, too: 0.4 bits less a weight."""
 
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """What 4-bit weights are multiplied in; when left out, the model's own type."""
+    """The type in which 4-bit weights are multiplied; when left out, the model's own."""
 
     threshold: float | None = Field(default=None, ge=0)
     """Size from which on an activation counts as an outlier to `int8`; when left out, 6."""
@@ -61,9 +61,8 @@ class Bnb(Stage):
         super().check(shape, before)
         if shape is None:
             return
-        for name, width in shape.linear_in_features().items():
-            skipped = any(each.endswith(name) for each in self.skip)
-            if self.format != "int8" and width % BLOCK_INPUTS and not skipped:
+        for name, width in shape.linear_in_features(self.skip).items():
+            if self.format != "int8" and width % BLOCK_INPUTS:
                 raise RuleBroken(
                     "whole-tiles",
                     f"{name} has {width} inputs, no multiple of {BLOCK_INPUTS}",
@@ -92,7 +91,7 @@ class Bnb(Stage):
         return StoredBits(4 + scales)
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Load through bitsandbytes, save what it made, and measure what the rounding did."""
+        """Load through bitsandbytes, save the result, and measure the rounding errors."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -115,10 +114,10 @@ class Bnb(Stage):
         from transformers import BitsAndBytesConfig
 
         linears, head = linear_names(job)
-        kept = matching(self.skip, linears)
+        skipped = matching(self.skip, linears)
         settings: dict[str, Any] = {}
         if self.skip or self.lm_head:  # else transformers leaves out the head by itself
-            settings["llm_int8_skip_modules"] = kept + ([] if self.lm_head else head)
+            settings["llm_int8_skip_modules"] = skipped + ([] if self.lm_head else head)
         if self.format == "int8":
             outliers = {} if self.threshold is None else {"llm_int8_threshold": self.threshold}
             return BitsAndBytesConfig(load_in_8bit=True, **outliers, **settings)

@@ -1,9 +1,9 @@
 """GPTQ by gptqmodel itself, which reads one layer at a time from the model's file.
 
 optimum, which calls gptqmodel too, holds the whole model, and has no word for other bits of some
-layers or of the LM head, nor for FOEM. gptqmodel writes what differs into the quantization config
-as `dynamic`, which vLLM and SGLang read as well. FOEM (first-order error compensation, AAAI 2026)
-is an option of its GPTQ, and leaves nothing in the checkpoint.
+layers or of the LM head, nor for FOEM. gptqmodel writes the layers that differ into the
+quantization config as `dynamic`, which vLLM and SGLang read as well. FOEM (first-order error
+compensation, AAAI 2026) is an option of its GPTQ, and leaves nothing in the checkpoint.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 STATED = (
     *("quant_method", "bits", "group_size", "desc_act", "sym", "dynamic", "lm_head"),
     *("format", "checkpoint_format", "pack_dtype"),
-)  # of what gptqmodel says of its work; the rest is about the machine
+)  # entries of gptqmodel's metadata that are kept; the rest is about the machine
 WORKERS = "GPTQMODEL_CPU_WORKERS"
 
 
 class GptqSettings(Protocol):
-    """What is read of the stage `gptq`, which stands above this file."""
+    """The fields of the stage `gptq` that this module reads; `gptq` imports this module."""
 
     @property
     def bits(self) -> Bits:
@@ -98,7 +98,7 @@ def quantize_by_gptqmodel(stage: GptqSettings, job: StageJob, blocks: Tensor) ->
     """Quantize `job.source` into `job.target`, calibrated on token blocks [N, S]."""
     import torch
 
-    os.environ.setdefault(WORKERS, "2")  # it wants two, and has only half as many as cores
+    os.environ.setdefault(WORKERS, "2")  # it needs two; its default is half the cores
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(
@@ -113,7 +113,7 @@ def quantize_by_gptqmodel(stage: GptqSettings, job: StageJob, blocks: Tensor) ->
         foem=_foem(stage.foem),
         # the older format cannot hold a zero point of 0
         format="gptq" if stage.sym else "gptq_v2",
-        offload_to_disk=True,  # layers come in for their turn alone
+        offload_to_disk=True,  # each layer is loaded only for its turn
         offload_to_disk_path=str(job.work.resolve() / "layers"),
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
@@ -125,7 +125,7 @@ def quantize_by_gptqmodel(stage: GptqSettings, job: StageJob, blocks: Tensor) ->
         {"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in blocks
     ]
     job.work.mkdir(parents=True, exist_ok=True)
-    with contextlib.chdir(job.work):  # it writes its logs wherever it is
+    with contextlib.chdir(job.work):  # it writes its logs into the working directory
         model.quantize(rows, batch_size=stage.batch)
     model.save(str(job.target))
     _tidy(job)
@@ -143,16 +143,16 @@ def _foem(beta: float | None) -> Any:
     try:
         from gptqmodel.quantization import FOEMConfig
     except ImportError:
-        found = metadata.version("gptqmodel")
+        version = metadata.version("gptqmodel")
         raise UserError(
-            f"foem: gptqmodel {found} has no FOEM",
+            f"foem: gptqmodel {version} has no FOEM",
             fix="pip install --upgrade 'gptqmodel>=7,<8', or leave foem out",
         ) from None
     return FOEMConfig(alpha=0, beta=beta)  # alpha above 0 is GPTAQ beside it
 
 
 def patterns(stage: GptqSettings, job: StageJob) -> dict[str, dict[str, Any]]:
-    """What gptqmodel calls `dynamic`: a pattern for each layer that differs, as it reads them.
+    """gptqmodel's `dynamic`: a pattern for each layer that differs.
 
     One that begins with a minus is a layer that stays as it is. A layer that several entries of
     `mixed` fit goes by the last one.
@@ -169,13 +169,13 @@ def patterns(stage: GptqSettings, job: StageJob) -> dict[str, dict[str, Any]]:
 
 
 def _refuse_forgotten(stage: GptqSettings, job: StageJob) -> None:
-    """Raises UserError where gptqmodel passed layers over: it goes by tables of architectures."""
+    """Raises UserError where gptqmodel left layers out, which its tables of architectures lack."""
     from gateskip.quantization.folders import packed_layers
 
     linears, head = linear_names(job)
-    wanted = {name for name in linears if name not in head or stage.lm_head}
-    wanted -= set(matching(stage.skip, linears))
-    forgotten = sorted(wanted - set(packed_layers(job.target.glob("*.safetensors"))))
+    expected = {name for name in linears if name not in head or stage.lm_head}
+    expected -= set(matching(stage.skip, linears))
+    forgotten = sorted(expected - set(packed_layers(job.target.glob("*.safetensors"))))
     if forgotten:
         raise UserError(
             f"gptqmodel does not pack {len(forgotten)} layers of this architecture, such as"
@@ -185,14 +185,17 @@ def _refuse_forgotten(stage: GptqSettings, job: StageJob) -> None:
 
 
 def _tidy(job: StageJob) -> None:
-    """The source's own config with what gptqmodel did, and none of its logs."""
+    """Write the source's own config with gptqmodel's quantization, and remove its logs."""
     from compose.artifacts.folder import require_model
     from compose.store import write_json
 
-    made = require_model(job.target)["quantization_config"]
+    quantization = require_model(job.target)["quantization_config"]
     config = {**require_model(job.source), "dtype": job.dtype}
-    stated = {name: made[name] for name in STATED if name in made}
-    for differing in ("dynamic", "lm_head"):  # where nothing does, transformers loads it by itself
+    stated = {name: quantization[name] for name in STATED if name in quantization}
+    for differing in (
+        "dynamic",
+        "lm_head",
+    ):  # where no layer differs, transformers loads the folder by itself
         if not stated.get(differing):
             stated.pop(differing, None)
     config["quantization_config"] = stated

@@ -44,7 +44,7 @@ def counted(progress: Progress, total: int, phase: str) -> Iterator[None]:
 
     progress(0, total, phase)
     methods = (vars(quantization).get(name) for name in METHODS)
-    originals = {each: each.quantize for each in methods if "quantize" in vars(each or object)}
+    originals = {cls: cls.quantize for cls in methods if "quantize" in vars(cls or object)}
     for method, original in originals.items():
         method.quantize = counting(original)
     try:

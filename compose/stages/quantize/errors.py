@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def layer_errors(job: StageJob, blocks: Tensor) -> dict[str, float]:
     """Relative error of every packed layer's output: its name -> ||y' - y|| / ||y||.
 
-    Both see what the source model gives the layer on token ids [N, S], so that errors do not add
+    Both get the source model's inputs to the layer on token ids [N, S], so that errors do not add
     up from layer to layer; y' is computed by the layer as it loads from `job.target`. Source
     weights become float32 for one product at a time.
     """

@@ -26,7 +26,8 @@ ERROR_BLOCKS = 1  # calibration block on which GPTQ's rounding is measured
 
 
 class Gptq(Stage):
-    """Quantize the linear layers one by one, making up for each rounding in the next weights."""
+    """Quantize the linear layers one by one, compensating each rounding error in the next
+    weights."""
 
     role: ClassVar[Role] = "quantize"
     on_gpu: ClassVar[bool] = True
@@ -53,8 +54,9 @@ class Gptq(Stage):
     """Share of the Hessian's mean diagonal that is added to its diagonal."""
 
     foem: float | None = Field(default=None, gt=0, le=1)
-    """FOEM's beta, which also makes up for errors of first order: how far a weight that earlier
-    roundings moved is drawn back to where it was. Its authors use 0.1 to 0.25; without: GPTQ."""
+    """FOEM's beta, which also compensates first-order errors: how far a weight that earlier
+    roundings moved is drawn back to its original value. Its authors use 0.1 to 0.25; without:
+    GPTQ."""
 
     skip: tuple[str, ...] = ()
     """Linear layers that stay as they are, in every decoder layer, by the end of their name:
@@ -67,7 +69,7 @@ class Gptq(Stage):
 
     lm_head: Bits | None = None
     """Bits of the LM head, which is left as it is without them; one that shares the embedding's
-    weights cannot be packed. What `mixed` says of loading holds here, too."""
+    weights cannot be packed. The note on loading at `mixed` applies here, too."""
 
     batch: int = Field(default=1, ge=1)
     """Calibration sequences that pass the model at once."""
@@ -98,11 +100,7 @@ class Gptq(Stage):
         super().check(shape, before)
         if shape is None:
             return
-        widths = {
-            name: width
-            for name, width in shape.linear_in_features().items()
-            if not any(skipped.endswith(name) for skipped in self.skip)
-        }
+        widths = shape.linear_in_features(self.skip)
         refuse_odd_tiles(shape)
         if self.beyond_optimum() and shape.model_type in UNKNOWN:
             raise self._unknown(shape.model_type)
@@ -127,7 +125,7 @@ class Gptq(Stage):
         return StoredBits(self.bits + shared)
 
     def held(self) -> float:
-        """The source as it is mapped, and what was made of it, whose errors are measured then; the
+        """The source as it is mapped, and the packed result, whose errors are measured then; the
         embedding stays as it is."""
         return AS_STORED + max(1.0, self.most_bits() / 8)
 
@@ -138,7 +136,7 @@ class Gptq(Stage):
         return whole + 4.0 * inner * (inner + outer)
 
     def run(self, job: StageJob) -> dict[str, Any]:
-        """Quantize, and save in the AutoGPTQ format; measures what the rounding did."""
+        """Quantize, and save in the AutoGPTQ format; measures the rounding errors."""
         from transformers import AutoTokenizer
 
         from compose.artifacts.folder import require_model
@@ -162,7 +160,7 @@ class Gptq(Stage):
 
     @staticmethod
     def _unknown(model_type: str) -> RuleBroken:
-        """That optimum cannot do what is asked for of an architecture."""
+        """The error that optimum cannot do this for an architecture."""
         return RuleBroken(
             "layout-known",
             f"gptqmodel, which mixes bits and has FOEM, does not know the layers of {model_type}",
@@ -206,19 +204,20 @@ class Gptq(Stage):
             dataset=texts,
             model_seqlen=blocks.shape[1],
             batch_size=self.batch,
-            pad_token_id=0,  # asked for with batches; blocks have one length, so nothing is padded
+            pad_token_id=0,  # required with batches; blocks have one length, so nothing is padded
             format="gptq",
             modules_in_block_to_quantize=self._modules(job),
         )
 
     def _modules(self, job: StageJob) -> list[list[str]] | None:
-        """What of a decoder layer is quantized, one after another; None is all of it."""
+        """The linear layers of a decoder layer that are quantized, one after another; None for
+        all."""
         if not self.skip:
             return None
         linears, _ = linear_names(job)
         inside = [name.partition(".0.")[2] for name in linears if ".0." in name]
-        kept = matching(self.skip, inside)
-        return [[name] for name in inside if name not in kept]
+        skipped = matching(self.skip, inside)
+        return [[name] for name in inside if name not in skipped]
 
 
 def as_autogptq(model: Any) -> None:
@@ -226,13 +225,13 @@ def as_autogptq(model: Any) -> None:
 
     optimum packs for gptqmodel's own format, whose zero points are one higher. On a symmetric grid
     they can be stored the old way; on another a zero point of 0 has no old form, and the config
-    goes on saying `gptq_v2`. The calibration text is no business of a checkpoint.
+    goes on saying `gptq_v2`. The calibration text is removed from the config.
     """
     from gptqmodel.utils.model import hf_convert_gptq_v2_to_v1_format
 
-    made, config = model.hf_quantizer.optimum_quantizer, model.config.quantization_config
+    gptq, config = model.hf_quantizer.optimum_quantizer, model.config.quantization_config
     _, converted = hf_convert_gptq_v2_to_v1_format(
-        model, made.sym, made.bits, made.quant_linear, made.format, made.meta
+        model, gptq.sym, gptq.bits, gptq.quant_linear, gptq.format, gptq.meta
     )
     if converted:
         config.format = "gptq"

@@ -1,4 +1,4 @@
-"""What a folder in the GPTQ format asks of a model's shape, because of the kernels that read it."""
+"""Requirements of the GPTQ format on a model's shape, because of the kernels that read it."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def refuse_cut_groups(group: int, widths: Mapping[str, int]) -> None:
             )
 
 
-def _fitting_group(wanted: int, widths: Mapping[str, int]) -> str:
-    """The setting nearest to groups of `wanted` that divide all `widths`, else whole rows."""
+def _fitting_group(requested: int, widths: Mapping[str, int]) -> str:
+    """The setting for groups nearest to `requested` that divide all `widths`, else whole rows."""
     common = math.gcd(*widths.values())
     fitting = [size for size in GROUP_SIZES if common % size == 0]
     if not fitting:
         return f"set group_size: {WHOLE_ROW} and sym: true"
-    return f"set group_size: {min(fitting, key=lambda size: abs(size - wanted))}"
+    return f"set group_size: {min(fitting, key=lambda size: abs(size - requested))}"

@@ -22,7 +22,8 @@ Stored = dict[str, "Tensor"]
 
 
 def write_grids(job: StageJob, grids: Mapping[str, Stored], quantization: dict[str, Any]) -> None:
-    """`job.source` in `job.target`, with grids in place of the weights of the modules named."""
+    """Write `job.source` into `job.target`, with grids in place of the weights of the modules
+    named."""
     from compose.artifacts.folder import copy_companions, require_model
     from compose.artifacts.shards import save_shards
     from compose.store import write_json
@@ -49,15 +50,15 @@ def _replaced(job: StageJob, grids: Mapping[str, Stored]) -> Iterator[tuple[str,
             yield name, tensor.to(getattr(torch, job.dtype)) if floats else tensor
         else:
             module = name.removesuffix("weight")
-            yield from ((module + key, each) for key, each in grid.items())
+            yield from ((module + key, part) for key, part in grid.items())
 
 
-HEADER = 400  # bytes that a file's header and the config say of a packed layer, at most
+HEADER = 400  # bytes of a packed layer in a file's header and the config, at most
 
 
 def bytes_beside(job: StageJob, packed: set[str], embedding: int | None) -> int:
-    """Bytes of the folder's files without the grids of the layers `packed`: what stays as it is,
-    the embedding in so many bits, headers, and the tokenizer's files."""
+    """Bytes of the folder's files without the grids of the layers `packed`: tensors that stay as
+    they are, the embedding in its bits, headers, and the tokenizer's files."""
     from safetensors import safe_open
 
     from compose.artifacts.folder import COMPANIONS
@@ -105,7 +106,7 @@ def as_gptq(grid: Grid, older: bool = False) -> dict[str, Tensor]:
 
 
 def gptq_config(bits: int, group: int, sym: bool = False) -> dict[str, Any]:
-    """What such a folder's config says of its weights."""
+    """`quantization_config` of such a folder."""
     layout = "gptq" if sym else "gptq_v2"
     return {
         "quant_method": "gptq",

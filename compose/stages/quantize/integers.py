@@ -1,7 +1,7 @@
 """The stages `int8`, `int4`, `int3` and `int2`: weights on integer grids in groups.
 
-Ranges are searched by the error of the layer's output, and each rounding is made up for by the
-weights still to come (gateskip/quantization/compensate.py).
+Ranges are searched by the error of the layer's output, and the weights still to come compensate
+each rounding error (gateskip/quantization/compensate.py).
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Allocate(BaseModel):
     """The bits that a layer may get."""
 
     by: Literal["measured", "gradients"] = "measured"
-    """Where costs come from: measured, a pass for each option of each layer, or estimated from the
+    """Source of the costs: measured, a pass for each option of each layer, or estimated from the
     gradients of 2048 calibration tokens, in about a tenth of the time and less exactly. The KL of
-    what is chosen is measured in any case."""
+    the final choice is measured in any case."""
 
     blocks: int = Field(default=2, ge=1)
     """Calibration blocks on which KL is measured."""
@@ -82,7 +82,7 @@ class Integers(Stage):
     """Weights that share a scale; it must divide every linear layer's inputs."""
 
     compensate: bool = True
-    """Whether errors are made up for, layer after layer, on calibration text; without it each
+    """Whether errors are compensated, layer after layer, on calibration text; without it each
     weight is rounded by itself, which takes seconds."""
 
     damp: float = Field(default=0.01, gt=0, lt=1)
@@ -105,7 +105,7 @@ class Integers(Stage):
     both as they are."""
 
     def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
-        """What groups of that many bits have beside their scale."""
+        """The offset of groups of that many bits, beside their scale."""
         return "none" if bits == 8 else "real"
 
     def value_bits(self) -> Bits:
@@ -117,19 +117,13 @@ class Integers(Stage):
         super().check(shape, before)
         if shape is None:
             return
-        widths = {
-            name: width
-            for name, width in shape.linear_in_features().items()
-            if not any(skipped.endswith(name) for skipped in self.skip)
-        }
-        cut = {name: width for name, width in widths.items() if width % self.group_size}
-        if cut:
-            name, width = next(iter(cut.items()))
-            raise RuleBroken(
-                "group-divides",
-                f"group_size {self.group_size} does not divide the {width} inputs of {name}",
-                fix="set group_size: 32, and round_to: 32 where it was pruned",
-            )
+        for name, width in shape.linear_in_features(self.skip).items():
+            if width % self.group_size:
+                raise RuleBroken(
+                    "group-divides",
+                    f"group_size {self.group_size} does not divide the {width} inputs of {name}",
+                    fix="set group_size: 32, and round_to: 32 where it was pruned",
+                )
         if self.embedding and shape.hidden_size % 32:
             raise RuleBroken(
                 "whole-tiles",
@@ -159,19 +153,19 @@ class Integers(Stage):
         return StoredBits(layers, None if self.embedding is None else self.embedding + 16 / 32)
 
     def _in_file(self, bits: int) -> float:
-        """Bits of a weight with its share of what its group has."""
+        """Bits of a weight with its share of its group's scale and offset."""
         beside = {"none": 16, "real": 32, "integer": 16 + bits}[self.grid_offset(bits)]
         return bits + beside / self.group_size
 
     def held(self) -> float:
-        """The file as it is mapped, and what is rounded so far; bits by need hold the model in
+        """The file as it is mapped, and the layers rounded so far; `allocate` holds the model in
         float32."""
         rounded = self._in_file(max(self.bits, 4)) / 8  # values and the embedding keep more bits
         return 8.0 if self.allocate else AS_STORED + rounded
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
-        """The embedding in float32, or a layer and the widest second moments in it; bits by need
-        hold inputs and gradients of all layers for some tokens."""
+        """The embedding in float32, or a layer and the widest second moments in it; `allocate`
+        holds inputs and gradients of all layers for some tokens."""
         gradients = self.allocate is not None and self.allocate.by == "gradients"
         table = 4.0 * shape.vocab_size * shape.hidden_size
         inner, outer = shape.intermediate_size, shape.hidden_size
@@ -190,14 +184,14 @@ class Integers(Stage):
         from gateskip.quantization.layerwise import round_layers
 
         blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
-        grids = self._embedding(job)  # first: what it refuses costs no minutes then
-        whole = self.allocate is not None  # which measures what the model becomes
+        grids = self._embedding(job)  # first: a refusal comes before minutes of work
+        whole = self.allocate is not None  # which measures the rounded model
         model = load_model(job.source, "float32" if whole else stored_dtype(job.source))
         how, measured = self._settings(job), blocks[:0]
         record: dict[str, Any] = {"bits": self.bits, "blocks": len(blocks)}
         if self.allocate is not None:
             record["allocation"], how = self._allocated(job, model, blocks, how)
-            record["layer_bits"] = {name: each.bits for name, each in how.items()}
+            record["layer_bits"] = {name: rounding.bits for name, rounding in how.items()}
             measured = blocks[: self.allocate.blocks]
         dense = distribution(model, measured) if len(measured) else None
         errors = {}
@@ -230,11 +224,11 @@ class Integers(Stage):
         inside = [name for name in linears if name not in head]
         bits: dict[str, Bits] = dict.fromkeys(inside, self.bits)
         bits |= dict.fromkeys(value_projections(inside), self.value_bits())
-        for end, own in self.mixed.items():
-            bits |= dict.fromkeys(matching([end], inside, "mixed"), own)
+        for end, n_bits in self.mixed.items():
+            bits |= dict.fromkeys(matching([end], inside, "mixed"), n_bits)
         for name in matching(self.skip, inside):
             del bits[name]
-        return {name: self._rounding(own) for name, own in bits.items()}
+        return {name: self._rounding(n_bits) for name, n_bits in bits.items()}
 
     def _rounding(self, bits: Bits) -> Rounding:
         from gateskip.quantization.compensate import Rounding
@@ -244,7 +238,7 @@ class Integers(Stage):
     def _allocated(
         self, job: StageJob, model: Any, blocks: Tensor, how: dict[str, Rounding]
     ) -> tuple[dict[str, Any], dict[str, Rounding]]:
-        """How layers are rounded under the size, behind the record of what led to it."""
+        """The record of the allocation, and how each layer is rounded under the size."""
         from gateskip.quantization.allocation import allocate
 
         assert self.allocate is not None, "the caller asked"
@@ -256,7 +250,8 @@ class Integers(Stage):
         costs = self._costs(job, model, blocks, free)
         layers = dict(model.named_modules())
         sizes = {
-            name: {each.bits: grid_bytes(layers[name], each) for each in options} for name in costs
+            name: {option.bits: grid_bytes(layers[name], option) for option in options}
+            for name in costs
         }
         limit = self._limit(job, layers, how, fixed)
         try:
@@ -267,20 +262,20 @@ class Integers(Stage):
                 fix="raise size_mb or bits_per_weight, give fewer bits in `among`, or pack the "
                 "embedding in fewer bits",
             ) from error
-        chosen = {name: self._rounding(cast(Bits, own)) for name, own in bits.items()}
+        chosen = {name: self._rounding(cast(Bits, n_bits)) for name, n_bits in bits.items()}
         record = {
             "by": self.allocate.by,
-            "predicted_kl": _short(sum(costs[name][own] for name, own in bits.items())),
+            "predicted_kl": _short(sum(costs[name][n_bits] for name, n_bits in bits.items())),
             "sensitivities": {
-                n: {b: _short(c) for b, c in each.items()} for n, each in costs.items()
+                n: {b: _short(c) for b, c in by_bits.items()} for n, by_bits in costs.items()
             },
         }
-        return record, {name: chosen.get(name, each) for name, each in how.items()}
+        return record, {name: chosen.get(name, rounding) for name, rounding in how.items()}
 
     def _costs(
         self, job: StageJob, model: Any, blocks: Tensor, options: dict[str, list[Rounding]]
     ) -> Costs:
-        """What each layer's options cost in KL."""
+        """The KL cost of each layer's options."""
         from gateskip.quantization.allocation import measure_costs
         from gateskip.quantization.sensitivity import estimate_costs
 
@@ -335,19 +330,19 @@ class Integers(Stage):
         return {name: self._stored(_rounded_rows(job, name, self.embedding)) for name in tables}
 
     def _quantization(self, job: StageJob, how: dict[str, Rounding]) -> dict[str, Any]:
-        """What the folder's config says of its grids."""
+        """The folder's `quantization_config`."""
         linears, head = linear_names(job)
-        own = {
-            name: {"bits": each.bits, "group_size": each.group}
-            for name, each in how.items()
-            if (each.bits, each.group) != (self.bits, self.group_size)
+        layers = {
+            name: {"bits": rounding.bits, "group_size": rounding.group}
+            for name, rounding in how.items()
+            if (rounding.bits, rounding.group) != (self.bits, self.group_size)
         }
         return {
             "quant_method": GRID_METHOD,
             "bits": self.bits,
             "group_size": self.group_size,
             "offset": self.grid_offset(min(self.bits, 4)),
-            "layers": own,
+            "layers": layers,
             "unpacked": [name for name in linears if name not in how and name not in head],
             "embedding": {"bits": self.embedding, "group_size": 32} if self.embedding else None,
         }
@@ -363,14 +358,14 @@ class Int8(Integers):
 
 
 class WithOffset(Integers):
-    """Few bits, where an offset for each group pays, and values keep more bits than the rest."""
+    """Few bits, where an offset for each group pays off, and value projections keep more bits."""
 
     version: ClassVar[int] = 5
 
     offset: Literal["real", "integer"] = "real"
-    """What a group has beside its scale: a minimum, as GGUF's Q4_1 has, or an integer zero point,
-    which is all that the GPTQ format holds. The latter is written as GPTQ, values in the bits of
-    the rest, embedding and LM head left as they are; gptqmodel, vLLM and transformers read it."""
+    """The offset of a group beside its scale: a minimum, as in GGUF's Q4_1, or an integer zero
+    point, the only one in the GPTQ format. The latter is written as GPTQ, values in the bits of the
+    rest, embedding and LM head left as they are; gptqmodel, vLLM and transformers read it."""
 
     values: Bits | None = 8
     """Bits of the value projections (`v_proj`), which are 3 % of SmolLM2's weights and cause a
@@ -381,15 +376,15 @@ class WithOffset(Integers):
 
     @model_validator(mode="after")
     def _fits_its_format(self) -> Self:
-        given = self.model_fields_set
-        if "values" not in given and (self.offset == "integer" or self.allocate is not None):
+        stated = self.model_fields_set
+        if "values" not in stated and (self.offset == "integer" or self.allocate is not None):
             object.__setattr__(self, "values", None)
         if self.offset == "integer" and (self.mixed or self.values or self.bits == 3):
             raise ValueError(
                 "offset: integer is written as GPTQ, in 4 or 2 bits for all layers: "
                 "leave mixed and values out, or set offset: real"
             )
-        if self.offset == "integer" and "embedding" not in given:
+        if self.offset == "integer" and "embedding" not in stated:
             object.__setattr__(self, "embedding", None)
         if self.offset == "integer" and self.embedding is not None:
             raise ValueError("GPTQ holds no packed embedding: set embedding: null")
@@ -444,7 +439,7 @@ class Int2(WithOffset):
 
 
 def grid_bytes(linear: Any, how: Rounding) -> int:
-    """What a linear layer's grid takes in a file."""
+    """Bytes of a linear layer's grid in a file."""
     per_group = 4 if how.offset == "real" else 2
     weights: int = linear.weight.numel()
     return weights * how.bits // 8 + weights // how.group * per_group

@@ -10,7 +10,7 @@ from compose.stages.base import ModelShape, StageJob
 from compose.stages.shape import is_value
 
 DeviceMap = Literal["auto", "balanced", "sequential", "cpu"]
-"""How accelerate places layers, as `from_pretrained` takes it."""
+"""How accelerate places layers: `device_map` of `from_pretrained`."""
 
 Bits = Literal[2, 3, 4, 8]
 """Bits of one packed weight."""
@@ -39,20 +39,20 @@ def refuse_tied_head(shape: ModelShape) -> None:
 
 
 def matching(ends: Iterable[str], names: list[str], key: str = "skip") -> list[str]:
-    """The names that end as one of `ends` does; `key` is what a stage calls those ends.
+    """The names that end as one of `ends` does; `key` is the stage's setting of those ends.
 
     Raises:
         UserError: an end fits no name.
     """
-    found = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
-    for end, fitting in found.items():
+    matches = {end: [name for name in names if f".{name}".endswith(f".{end}")] for end in ends}
+    for end, fitting in matches.items():
         if not fitting:
-            known = sorted({name.rpartition(".")[2] for name in names})
-            raise UserError(f"{key}: no linear layer is called {end!r}: {suggest(end, known)}")
-    return [name for fitting in found.values() for name in fitting]
+            last_names = sorted({name.rpartition(".")[2] for name in names})
+            raise UserError(f"{key}: no linear layer is called {end!r}: {suggest(end, last_names)}")
+    return [name for fitting in matches.values() for name in fitting]
 
 
 def value_projections(names: Iterable[str]) -> list[str]:
-    """Those of the layers' names that are value projections; none where queries, keys and values
-    are one layer."""
+    """The names of value projections among layers; none where queries, keys and values are one
+    layer."""
     return [name for name in names if is_value(name)]

@@ -329,21 +329,21 @@ class TestReaders:
     def test_parts(self) -> None:
         results = run_of({"name": "x"} | self.CELL, {"name": "bare"}, {"name": "empty", "size": {}})
         own, bare, empty = results.cells
-        disk = table._part("size", "disk_bytes")
+        disk = table._number("size", "disk_bytes")
         assert [disk(results, cell) for cell in (own, bare, empty)] == [10.0, None, None]
         assert isinstance(disk(results, own), float)
-        assert table._part("size", "resident_bytes")(results, own) == 20.0
-        kl = table._part("quality", "kl_to_baseline")
+        assert table._number("size", "resident_bytes")(results, own) == 20.0
+        kl = table._number("quality", "kl_to_baseline")
         assert [kl(results, cell) for cell in (own, bare)] == [0.5, None]
-        agreement = table._part("quality", "greedy_agreement")
+        agreement = table._number("quality", "greedy_agreement")
         assert agreement(results, own) is None
 
     def test_speculation_has_the_quality_of_its_plain_cell(self) -> None:
         spec = {"name": "spec", "quality_of": "x", "plain": "x"}
         results = run_of({"name": "x"} | self.CELL, spec)
         cell = results.cell("spec")
-        assert table._part("quality", "kl_to_baseline")(results, cell) == 0.5
-        assert table._own_answers("kl")(results, cell) == 0.25
+        assert table._number("quality", "kl_to_baseline")(results, cell) == 0.5
+        assert table._number("quality", "own_answers", "kl")(results, cell) == 0.25
 
     def test_speeds(self) -> None:
         results = run_of(
@@ -351,12 +351,13 @@ class TestReaders:
         )
         own, bare, empty = results.cells
         cells = (own, bare, empty)
-        assert [table._speed("decode_tokens_per_s")(results, c) for c in cells] == [2.5, None, None]
-        gained = table._estimate("speed", "decode_ratio")
-        assert [table._field(gained, "value")(results, c) for c in cells] == [1.5, None, None]
-        ends = table._field(gained, "ci95")
+        median = table._number("speed", "decode_tokens_per_s", "median")
+        assert [median(results, cell) for cell in cells] == [2.5, None, None]
+        gained = table._number("speed", "decode_ratio", "value")
+        assert [gained(results, cell) for cell in cells] == [1.5, None, None]
+        ends = table._read("speed", "decode_ratio", "ci95")
         assert [ends(results, cell) for cell in cells] == [(1.25, 1.75), None, None]
-        assert table._estimate("speed", "prefill_ratio")(results, own) is None
+        assert table._read("speed", "prefill_ratio")(results, own) is None
 
     def test_written_and_ranked_tasks_are_retained_apart(self) -> None:
         def tasks(sums: list[float], passages: list[float], ranked: list[float]) -> dict[str, Any]:
@@ -389,7 +390,8 @@ class TestReaders:
         results = run_of(
             {"name": "x"} | self.CELL, {"name": "bare"}, {"name": "empty", "quality": {}}
         )
-        kl, count, prefix = map(table._own_answers, ("kl", "answers", "common_prefix"))
+        fields = ("kl", "answers", "common_prefix")
+        kl, count, prefix = (table._number("quality", "own_answers", name) for name in fields)
         assert [kl(results, cell) for cell in results.cells] == [0.25, None, None]
         assert (count(results, results.cells[0]), prefix(results, results.cells[0])) == (7.0, None)
 

@@ -19,9 +19,8 @@ from compose.bench.job import CellJob
 from compose.bench.quality import own_answers, text
 from compose.bench.quality.continuations import score_continuations
 from compose.bench.quality.own_answers import DenseAnswers, score_answers
-from compose.bench.quality.scored import Scored
+from compose.bench.quality.scored import Scored, text_compute
 from compose.bench.quality.squad import f1, process_results
-from compose.bench.quality.text_compute import text_compute
 from compose.language.schema import Benchmark, Quality
 from compose.results.answers import common_prefix
 from compose.results.quality import Quality as QualityResult

@@ -29,14 +29,13 @@ from compose.planning.prepare import load_plan
 from compose.processes.executors import TimedHere
 from compose.run import runner as runner_module
 from compose.run.state import Settings
-from compose.search.found import front, to_yaml
-from compose.search.halving import cheap_rungs, halve, kept_after
+from compose.search.halving import cheap_rungs, halve, survivor_count
+from compose.search.output import front, to_yaml
 from compose.search.predict import Effects
 from compose.search.probes import Probe
 from compose.search.propose import Proposer
-from compose.search.search import Found, search
-from compose.search.sizes import predicted_bytes
-from compose.search.space import Space, build_space
+from compose.search.search import SearchResult, search
+from compose.search.space import Space, build_space, predicted_bytes
 from compose.search.target import Target, make_target
 from compose.stages.base import ModelShape
 from compose.stages.registry import STAGES
@@ -312,7 +311,7 @@ def test_what_reaches_the_bound_is_never_dropped_for_it() -> None:
         Probe(("broken",), failure="out of memory"),
     ]
     halved = halve(probes, target, keep=2)
-    assert [each.name for each in halved.kept] == ["open-fast", "sure-fast", "open", "sure"]
+    assert [each.name for each in halved.survivors] == ["open-fast", "sure-fast", "open", "sure"]
     assert "misses" in halved.dropped[("beyond",)]
     assert "0.2 (0.15 to 0.25)" in halved.dropped[("beyond",)]
     assert "2 chains that surely meet the bound are better" in halved.dropped[("open-slow",)]
@@ -322,13 +321,13 @@ def test_what_reaches_the_bound_is_never_dropped_for_it() -> None:
 def test_open_chains_drop_no_other() -> None:
     probes = [probe(f"open{number}", 0.06, 0.02, 3.0) for number in range(9)]
     halved = halve([*probes, probe("sure", 0.01, 0.001, 1.0)], decode_within(0.05), keep=2)
-    assert len(halved.kept) == 10 and not halved.dropped
+    assert len(halved.survivors) == 10 and not halved.dropped
 
 
 def test_where_all_miss_the_nearest_stay() -> None:
     probes = [probe(f"p{number}", 0.1 * number, 0.01, number) for number in range(1, 6)]
     halved = halve(probes, decode_within(0.05), keep=2)
-    assert [each.name for each in halved.kept] == ["p1", "p2"]
+    assert [each.name for each in halved.survivors] == ["p1", "p2"]
     assert len(halved.dropped) == 3
 
 
@@ -343,7 +342,7 @@ def test_rungs_grow_to_the_files_own_benchmark(pipeline: Pipeline) -> None:
     assert [each.benchmark.quality.perplexity_tokens for each in rungs] == [1024, 4096]
     assert all(each.benchmark.speed.repeats == 2 for each in rungs)
     assert len(cheap_rungs(pipeline.benchmark, 99999, decode_within(0.05))) == 1
-    assert (kept_after(40, 6, is_last=False), kept_after(40, 6, is_last=True)) == (10, 6)
+    assert (survivor_count(40, 6, is_last=False), survivor_count(40, 6, is_last=True)) == (10, 6)
 
 
 # --- Proposals -----------------------------------------------------------------------------------
@@ -538,7 +537,7 @@ def quick_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(runner_module, "draw_report", draw)
 
 
-def go(file: Path, target: Target, script: Script, **more: Any) -> Found:
+def go(file: Path, target: Target, script: Script, **more: Any) -> SearchResult:
     out = file.parent / "runs"
     console = Console(file=io.StringIO(), width=200)
     settings = Settings(out, out / "cache", "gateskip search")

@@ -1,7 +1,7 @@
 """The peer `llama.cpp`, through the C functions of llama-cpp-python.
 
-Its own high-level class evaluates one sequence and copies logits; here a step is one
-`llama_decode` with one sequence a row, as llama.cpp's own `llama-batched-bench` does it.
+Its high-level class evaluates one sequence and copies logits. Here a step is one `llama_decode`
+with one sequence a row, as in llama.cpp's own `llama-batched-bench`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ctypes
 import time
 from typing import Any
 
-from serve import held_bytes, serve, timed
+from serve import held_bytes, serve, timed, write_logits
 
 MOST_TOKENS = 2048  # of a prompt in one batch, llama.cpp's own n_batch
 LEAST_TOKENS = 512  # its own n_ubatch
@@ -119,42 +119,43 @@ class LlamaCpp:
         return {**answer, "python_s": ended - first - self.inside}
 
     def _prefill(self, prompts: list[list[int]]) -> list[int]:
-        """The likeliest token after each prompt; tokens of all rows share batches."""
+        """The argmax token after each prompt; tokens of all rows share batches."""
         flat = [
             (token, position, row, position == len(prompt) - 1)
             for row, prompt in enumerate(prompts)
             for position, token in enumerate(prompt)
         ]
-        found: list[int] = []
+        first: list[int] = []
         for start in range(0, len(flat), self.most):
-            found += self._decode(flat[start : start + self.most])
-        return found
+            first += self._decode(flat[start : start + self.most])
+        return first
 
     def _decode(self, step: list[tuple[int, int, int, bool]]) -> list[int]:
-        """Run (token, position, sequence, wanted) in one call; the likeliest after each wanted."""
-        wanted = self._fill(step)
+        """Run (token, position, sequence, needs logits) in one call; the argmax of each row of
+        logits."""
+        rows = self._fill(step)
         began = time.perf_counter()
         failed = self.api.llama_decode(self.context, self.batch)
         self.inside += time.perf_counter() - began
         if failed:
             raise RuntimeError(f"llama_decode returned {failed}")
-        best: list[int] = self._logits(wanted).argmax(-1).tolist() if wanted else []
+        best: list[int] = self._logits(rows).argmax(-1).tolist() if rows else []
         return best
 
     def _fill(self, step: list[tuple[int, int, int, bool]]) -> int:
-        """Write a step into the batch; the number of rows of logits that it asks for."""
-        batch, wanted = self.batch, 0
+        """Write a step into the batch; returns the number of rows of logits that it computes."""
+        batch, rows = self.batch, 0
         token, pos, seq, logits = batch.token, batch.pos, batch.seq_id, batch.logits
         count = batch.n_seq_id
-        for index, (each, position, sequence, asked) in enumerate(step):
-            token[index] = each
+        for index, (token_id, position, sequence, needs_logits) in enumerate(step):
+            token[index] = token_id
             pos[index] = position
             count[index] = 1
             seq[index][0] = sequence
-            logits[index] = asked
-            wanted += asked
+            logits[index] = needs_logits
+            rows += needs_logits
         batch.n_tokens = len(step)
-        return wanted
+        return rows
 
     def _logits(self, rows: int) -> Any:
         """llama.cpp's own logits of the last step, [rows, V], in the order of the batch."""
@@ -169,23 +170,20 @@ class LlamaCpp:
 
     def logits(self, blocks: list[list[int]], path: str, vocabulary: int) -> dict[str, Any]:
         """Write float32 logits [N, S, V] of the blocks as .npy, each block from an empty cache."""
-        import numpy
-
         if len(blocks[0]) > self.length:
             raise ValueError(f"blocks of {len(blocks[0])} tokens, a context of {self.length}")
-        shape = (len(blocks), len(blocks[0]), vocabulary)
-        written: Any = numpy.lib.format.open_memmap(path, "w+", numpy.float32, shape)  # type: ignore[no-untyped-call]
-        for index, block in enumerate(blocks):
-            self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
-            for start in range(0, len(block), self.most):
-                part = block[start : start + self.most]
-                self._fill([(token, start + at, 0, True) for at, token in enumerate(part)])
-                if self.api.llama_decode(self.context, self.batch):
-                    raise RuntimeError("llama_decode failed")
-                given = self._logits(len(part))
-                written[index, start : start + len(part)] = given[:, :vocabulary]
-        written.flush()
-        return {"shape": shape}
+        answer: dict[str, Any] = write_logits(path, blocks, vocabulary, self._forward)
+        return answer
+
+    def _forward(self, block: list[int], row: Any) -> None:
+        """Set `row` to the logits [S, V] of one block."""
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        for start in range(0, len(block), self.most):
+            part = block[start : start + self.most]
+            self._fill([(token, start + at, 0, True) for at, token in enumerate(part)])
+            if self.api.llama_decode(self.context, self.batch):
+                raise RuntimeError("llama_decode failed")
+            row[start : start + len(part)] = self._logits(len(part))[:, : row.shape[1]]
 
 
 if __name__ == "__main__":

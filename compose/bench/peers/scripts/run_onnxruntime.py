@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serve import cut, held_bytes, serve, timed
+from serve import cut, held_bytes, one_by_one, serve, timed, write_logits
 
 WARM_TOKENS = 2
 
 
 class OnnxRuntime:
-    """One loaded model; a generator a call, with the batch that is asked for."""
+    """One loaded model; each call makes a generator for its batch."""
 
     def __init__(self) -> None:
         self.model: Any = None
@@ -57,9 +57,10 @@ class OnnxRuntime:
         Where stop tokens are ignored, `min_length` keeps the generator from choosing them.
         """
         if len(set(map(len, prompts))) > 1:
-            runs = [self.generate([row], new_tokens, stop, ignore_stop) for row in prompts]
-            total = {name: sum(run[name] for run in runs) for name in runs[0] if name != "tokens"}
-            return {**total, "tokens": [run["tokens"][0] for run in runs]}
+            answers: dict[str, Any] = one_by_one(
+                self.generate, prompts, new_tokens, stop, ignore_stop
+            )
+            return answers
         import numpy
 
         length = len(prompts[0]) + new_tokens
@@ -91,17 +92,11 @@ class OnnxRuntime:
 
     def logits(self, blocks: list[list[int]], path: str, vocabulary: int) -> dict[str, Any]:
         """Write float32 logits [N, S, V] as .npy: onnxruntime on the model's graph, no past."""
-        import numpy
+        answer: dict[str, Any] = write_logits(path, blocks, vocabulary, self._forward)
+        return answer
 
-        shape = (len(blocks), len(blocks[0]), vocabulary)
-        written: Any = numpy.lib.format.open_memmap(path, "w+", numpy.float32, shape)  # type: ignore[no-untyped-call]
-        for index, block in enumerate(blocks):
-            written[index] = self._forward(block)[:, :vocabulary]
-        written.flush()
-        return {"shape": shape}
-
-    def _forward(self, block: list[int]) -> Any:
-        """Logits [S, V] of one block."""
+    def _forward(self, block: list[int], row: Any) -> None:
+        """Set `row` to the logits [S, V] of one block."""
         import numpy
         import onnxruntime
 
@@ -119,13 +114,13 @@ class OnnxRuntime:
         }
         empty = (1, decoder["num_key_value_heads"], 0, decoder["head_size"])
         types = {"tensor(float)": numpy.float32, "tensor(float16)": numpy.float16}
-        given = {
-            each.name: numbers[each.name]
-            if each.name in numbers
-            else numpy.zeros(empty, types[each.type])
-            for each in self.session.get_inputs()
+        inputs = {
+            entry.name: numbers[entry.name]
+            if entry.name in numbers
+            else numpy.zeros(empty, types[entry.type])
+            for entry in self.session.get_inputs()
         }
-        return self.session.run(["logits"], given)[0][0].astype(numpy.float32)
+        row[:] = self.session.run(["logits"], inputs)[0][0][:, : row.shape[1]]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from serve import cut, held_bytes, serve, timed
+from serve import cut, held_bytes, serve, timed, write_logits
 
 WARM_TOKENS = 2
 KV_BLOCK = 32  # tokens of a block of the paged cache on a CPU
@@ -70,8 +70,8 @@ class OpenVino:
     ) -> dict[str, Any]:
         """Add a request for each row, then step until all are finished.
 
-        Rows whose prompts come first may be ahead when the last row has its first token; what they
-        have by then is counted in `first_tokens`.
+        Rows whose prompts come first may be ahead when the last row has its first token; their
+        tokens until then are counted in `first_tokens`.
         """
         import numpy
 
@@ -110,31 +110,31 @@ class OpenVino:
 
     def logits(self, blocks: list[list[int]], path: str, vocabulary: int) -> dict[str, Any]:
         """Write float32 logits [N, S, V] as .npy: OpenVINO on the exported graph, state reset."""
-        import numpy
-
         if self.compiled is None:
             core = self.openvino.Core()
             graph = core.compile_model(self.folder / MODEL, "CPU", self.properties)
             self.compiled = graph.create_infer_request()
-        shape = (len(blocks), len(blocks[0]), vocabulary)
-        written: Any = numpy.lib.format.open_memmap(path, "w+", numpy.float32, shape)  # type: ignore[no-untyped-call]
-        for index, block in enumerate(blocks):
-            self.compiled.reset_state()
-            numbers = {
-                "input_ids": numpy.array([block], numpy.int64),
-                "attention_mask": numpy.ones((1, len(block)), numpy.int64),
-                "position_ids": numpy.arange(len(block), dtype=numpy.int64)[None],
-                "beam_idx": numpy.zeros(1, numpy.int32),
-            }
-            names = {name for each in self.compiled.model_inputs for name in each.names}
-            self.compiled.infer({name: numbers[name] for name in numbers if name in names})
-            written[index] = self.compiled.get_tensor("logits").data[0][:, :vocabulary]
-        written.flush()
-        return {"shape": shape}
+        answer: dict[str, Any] = write_logits(path, blocks, vocabulary, self._forward)
+        return answer
+
+    def _forward(self, block: list[int], row: Any) -> None:
+        """Set `row` to the logits [S, V] of one block."""
+        import numpy
+
+        self.compiled.reset_state()
+        numbers = {
+            "input_ids": numpy.array([block], numpy.int64),
+            "attention_mask": numpy.ones((1, len(block)), numpy.int64),
+            "position_ids": numpy.arange(len(block), dtype=numpy.int64)[None],
+            "beam_idx": numpy.zeros(1, numpy.int32),
+        }
+        names = {name for entry in self.compiled.model_inputs for name in entry.names}
+        self.compiled.infer({name: numbers[name] for name in numbers if name in names})
+        row[:] = self.compiled.get_tensor("logits").data[0][:, : row.shape[1]]
 
 
 def _read(handle: Any, row: list[int]) -> None:
-    """Add to `row` what a request has written since it was last read."""
+    """Add to `row` the tokens that a request has written since it was last read."""
     while handle.can_read():
         (output,) = handle.read().values()
         row.extend(output.generated_ids)

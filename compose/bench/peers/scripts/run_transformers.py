@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from serve import cut, held_bytes, serve, timed
+from serve import cut, held_bytes, one_by_one, serve, timed, write_logits
 
 LOOKED_UP = 10  # tokens proposed from the prompt, as the documentation of transformers has it
 WARM_TOKENS = 4
@@ -63,14 +63,17 @@ class Transformers:
         """Continue all prompts in one call, padded on the left.
 
         The first token is timed by a stopping criterion, which transformers calls after each step:
-        prefill and decoding are two parts of one call. `compiled_graphs` counts what was compiled
-        meanwhile: 0, or the times are not those of decoding.
+        prefill and decoding are two parts of one call. `compiled_graphs` counts the graphs compiled
+        meanwhile: where it is not 0, the times include compilation.
         """
         import torch
         from transformers import StoppingCriteria, StoppingCriteriaList
 
         if self.settings.get("prompt_lookup_num_tokens") and len(prompts) > 1:
-            return self._one_by_one(prompts, new_tokens, stop, ignore_stop)
+            answers: dict[str, Any] = one_by_one(
+                self.generate, prompts, new_tokens, stop, ignore_stop
+            )
+            return answers  # transformers has no batched prompt look-up
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(row)) + row for row in prompts])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
@@ -106,27 +109,18 @@ class Transformers:
         answer = timed(tokens, started, first[0], ended, at_first)
         return {**answer, "compiled_graphs": _compiled_graphs() - compiled}
 
-    def _one_by_one(
-        self, prompts: list[list[int]], new_tokens: int, stop: list[int], ignore_stop: bool
-    ) -> dict[str, Any]:
-        """Look-up has no batches in transformers, so rows follow each other; times add up."""
-        runs = [self.generate([row], new_tokens, stop, ignore_stop) for row in prompts]
-        total = {name: sum(run[name] for run in runs) for name in runs[0] if name != "tokens"}
-        return {**total, "tokens": [run["tokens"][0] for run in runs]}
-
     def logits(self, blocks: list[list[int]], path: str, vocabulary: int) -> dict[str, Any]:
         """Write float32 logits [N, S, V] of the blocks as .npy."""
-        import numpy
+        answer: dict[str, Any] = write_logits(path, blocks, vocabulary, self._forward)
+        return answer
+
+    def _forward(self, block: list[int], row: Any) -> None:
+        """Set `row` to the logits [S, V] of one block."""
         import torch
 
-        shape = (len(blocks), len(blocks[0]), vocabulary)
-        written: Any = numpy.lib.format.open_memmap(path, "w+", numpy.float32, shape)  # type: ignore[no-untyped-call]
         with torch.inference_mode():
-            for index, block in enumerate(blocks):
-                logits = self.model(torch.tensor([block])).logits[0]  # [S, V]
-                written[index] = logits[:, :vocabulary].float().numpy()
-        written.flush()
-        return {"shape": shape}
+            logits = self.model(torch.tensor([block])).logits[0]  # [S, V]
+            row[:] = logits[:, : row.shape[1]].float().numpy()
 
 
 def _compiled_graphs() -> int:

@@ -1,4 +1,4 @@
-"""One JSON object a line in, one out: how a peer's script answers. Standard library alone.
+"""One JSON object a line in, one out: how a peer's script answers.
 
 Request  {"do": "generate", "with": {...}}
 Answer   {"result": {...}} or {"error": "Type: message", "trace": "..."}
@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 
@@ -51,7 +52,7 @@ def resident_bytes() -> int:
 
 
 BARE = resident_bytes()
-"""What the bare interpreter holds; scripts import this module before any library."""
+"""Memory of the bare interpreter; scripts import this module before any library."""
 
 
 def held_bytes() -> int:
@@ -80,3 +81,26 @@ def timed(
         "ttft_s": first - started,
         "first_tokens": first_tokens,
     }
+
+
+def one_by_one(
+    generate: Callable[..., dict[str, Any]], prompts: list[list[int]], *settings: Any
+) -> dict[str, Any]:
+    """The answer to `generate` where rows run one after another; times add up."""
+    runs = [generate([row], *settings) for row in prompts]
+    total = {name: sum(run[name] for run in runs) for name in runs[0] if name != "tokens"}
+    return {**total, "tokens": [run["tokens"][0] for run in runs]}
+
+
+def write_logits(
+    path: str, blocks: list[list[int]], vocabulary: int, fill: Callable[[list[int], Any], None]
+) -> dict[str, Any]:
+    """Write float32 logits [N, S, V] as .npy; `fill(block, row)` sets those of a block [S, V]."""
+    import numpy
+
+    shape = (len(blocks), len(blocks[0]), vocabulary)
+    written: Any = numpy.lib.format.open_memmap(path, "w+", numpy.float32, shape)  # type: ignore[no-untyped-call]
+    for block, row in zip(blocks, written, strict=True):
+        fill(block, row)
+    written.flush()
+    return {"shape": shape}

@@ -54,23 +54,23 @@ class Shared:
         return self._executor.free_bytes()
 
     def close(self) -> None:
-        """Nothing: who made the executor closes it."""
+        """Does nothing: the creator of the executor closes it."""
 
 
-class Lab:
+class ProbeRunner:
     """Runs plans of a search's chains, and keeps their probes."""
 
     def __init__(
         self,
         space: Space,
         shape: ModelShape | None,
-        known: InputHashes,
+        hashes: InputHashes,
         settings: Settings,
         executor: Executor,
         board: Board,
     ) -> None:
         self.space, self.settings, self.board = space, settings, board
-        self._shape, self._known, self._executor = shape, known, Shared(executor)
+        self._shape, self._hashes, self._executor = shape, hashes, Shared(executor)
         self.folder = settings.out.absolute() / f"{space.pipeline.name}-search"
         self.store = Store.beside(settings.out.absolute())
         self.probes = ProbeStore(self.store)
@@ -80,16 +80,16 @@ class Lab:
         speculate, which are measured with them.
 
         Raises:
-            UserError: the source model, or the baseline's data, cannot be had.
+            UserError: the source model, or the baseline's data, is not available.
         """
         keys = self._keys(self._plan(chains, rung))
-        found = {chain: self.probes.get(key) for chain, key in keys.items()}
-        known = {chain: probe for chain, probe in found.items() if probe is not None}
-        missing = [chain for chain in keys if chain not in known]
-        return known | (self._measured(missing, rung) if missing else {})
+        stored = {chain: self.probes.get(key) for chain, key in keys.items()}
+        probes = {chain: probe for chain, probe in stored.items() if probe is not None}
+        missing = [chain for chain in keys if chain not in probes]
+        return probes | (self._measured(missing, rung) if missing else {})
 
     def _measured(self, chains: Sequence[Chain], rung: Rung) -> dict[Chain, Probe]:
-        """Run a plan of chains that have no probe, and keep what it measured of them.
+        """Run a plan of chains that have no probe, and store their probes.
 
         All batches of a rung share one run folder, so that the baseline, and the plain cells of
         those that draft, are scored once.
@@ -116,7 +116,7 @@ class Lab:
     def _plan(self, chains: Sequence[Chain], rung: Rung) -> Plan:
         update = {"benchmark": rung.benchmark, "more_seeds": ()}
         pipeline = self.space.pipeline.model_copy(update=update)
-        return plan_chains(pipeline, chains, self._shape, self._known)
+        return plan_chains(pipeline, chains, self._shape, self._hashes)
 
     def _keys(self, plan: Plan) -> dict[Chain, str]:
         """Chain -> the key of its probe."""
@@ -135,7 +135,7 @@ class Lab:
     def plan_finalists(self, chains: Sequence[Chain], name: str) -> Plan:
         """The plan of the last rung: chains under the file's own benchmark."""
         pipeline = self.space.pipeline.model_copy(update={"name": name})
-        return plan_chains(pipeline, chains, self._shape, self._known)
+        return plan_chains(pipeline, chains, self._shape, self._hashes)
 
 
 def _probed(plan: Plan) -> list[Cell]:

@@ -1,11 +1,10 @@
 """A GGUF file's own blocks as the grids of a model folder: nothing is rounded again.
 
-Blocks of Q4_0, Q4_1 and Q8_0 are grids (gguf_blocks.py). Their float16 scales and minima stay
-float16 in the folder, so that the weights are the file's, bit by bit, wherever torch or a kernel
-multiplies in float32. Native products of 8-bit activations round scales and minima to bfloat16: KL
-0.0007 on SmolLM2's Q4_1 file, a fifth of what rounding the activations costs. An embedding, and an
-LM head of its own, stay in blocks where both are symmetric and of the same kind; all else is
-dequantized.
+Blocks of Q4_0, Q4_1 and Q8_0 are grids (blocks.py). Their float16 scales and minima stay float16 in
+the folder, so that the weights are the file's, bit by bit, wherever torch or a kernel multiplies in
+float32. Native products of 8-bit activations round scales and minima to bfloat16: KL 0.0007 on
+SmolLM2's Q4_1 file, a fifth of the cost of rounding the activations. An embedding, and an LM head
+of its own, stay in blocks where both are symmetric and of the same kind; all else is dequantized.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ GRIDS = ("Q4_0", "Q4_1", "Q8_0")
 WITH_MINIMUM = "Q4_1"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-Found = list[tuple[str, GgufTensor]]
+Tensors = list[tuple[str, GgufTensor]]
 """Each weight's name in transformers, with the file's tensor for it."""
 
 
 def require_grids(file: GgufFile) -> None:
-    """Refuse a file none of whose layers is in blocks that can be kept.
+    """Refuse a file where no layer is in blocks that can be kept.
 
     Raises:
         ArtifactError: with how they are stored.
     """
     kinds = Counter(
-        each.storage.name
-        for name, each in file.tensors.items()
-        if name.startswith("blk.") and len(each.shape) == 2
+        tensor.storage.name
+        for name, tensor in file.tensors.items()
+        if name.startswith("blk.") and len(tensor.shape) == 2
     )
     if not any(kind in GRIDS for kind in kinds):
         stored = ", ".join(kind for kind, _ in kinds.most_common())
@@ -48,12 +47,12 @@ def require_grids(file: GgufFile) -> None:
         )
 
 
-def kept_weights(found: Found) -> dict[str, str]:
+def block_weights(tensors: Tensors) -> dict[str, str]:
     """Name -> storage of the weights that stay in their blocks."""
-    kinds = {name: tensor.storage.name for name, tensor in found}
+    kinds = {name: tensor.storage.name for name, tensor in tensors}
     layers = {
         name: kinds[name]
-        for name, tensor in found
+        for name, tensor in tensors
         if name.startswith("model.layers.") and len(tensor.shape) == 2 and kinds[name] in GRIDS
     }
     outer = {name: kinds[name] for name in (EMBEDDING, HEAD) if name in kinds}
@@ -62,12 +61,14 @@ def kept_weights(found: Found) -> dict[str, str]:
     return layers | (outer if alike and symmetric else {})
 
 
-def quantization(found: Found, kept: dict[str, str]) -> dict[str, Any]:
-    """config.json's `quantization_config`: what most layers are, and which differ."""
-    layers = {name.removesuffix(".weight"): kind for name, kind in kept.items() if _inside(name)}
+def quantization(tensors: Tensors, kinds: dict[str, str]) -> dict[str, Any]:
+    """config.json's `quantization_config`: the bits of most layers, and the layers that differ."""
+    layers = {name.removesuffix(".weight"): kind for name, kind in kinds.items() if _inside(name)}
     usual, _ = Counter(layers.values()).most_common(1)[0]
-    linears = [name for name, tensor in found if _inside(name) and len(tensor.shape) == 2]
-    embedding = {"bits": _bits(kept[EMBEDDING]), "group_size": GROUP} if EMBEDDING in kept else None
+    linears = [name for name, tensor in tensors if _inside(name) and len(tensor.shape) == 2]
+    embedding = (
+        {"bits": _bits(kinds[EMBEDDING]), "group_size": GROUP} if EMBEDDING in kinds else None
+    )
     return {
         "quant_method": GRID_METHOD,
         "bits": _bits(usual),
@@ -79,7 +80,7 @@ def quantization(found: Found, kept: dict[str, str]) -> dict[str, Any]:
             for name, kind in layers.items()
             if kind != usual
         },
-        "unpacked": [name.removesuffix(".weight") for name in linears if name not in kept],
+        "unpacked": [name.removesuffix(".weight") for name in linears if name not in kinds],
         "embedding": embedding,
     }
 

@@ -1,4 +1,4 @@
-"""What a search found, as an ordinary pipeline file: the winner, and the front around it."""
+"""The output of a search: an ordinary pipeline file with the winner and the front around it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from compose.search.space import baseline_chain
 from compose.search.target import Target
 
 SHOWN = {"decode-ratio": "decode", "prefill-ratio": "prefill"}
-"""Metric of probes -> that of cells which were timed together."""
+"""Metric of probes -> metric of cells that were timed together."""
 
 
 def front(results: Results, target: Target) -> list[CellResult]:
-    """The cells that no other one surpasses: at least as good in the aim and in every bounded
-    number, and better in one. In the order of the aim, the best first."""
-    names = [SHOWN.get(target.metric, target.metric), *(each.metric for each in target.bounds)]
+    """The Pareto front: the cells for which no other cell is at least as good in the aim and in
+    every bounded number, and better in one. In the order of the aim, the best first."""
+    names = [SHOWN.get(target.metric, target.metric), *(bound.metric for bound in target.bounds)]
     ranks: dict[str, tuple[float, ...]] = {}
     cells = [cell for cell in results.measured if cell.peer is None]
     for cell in cells:
         values = [(name, number(results, name, cell)) for name in names]
-        known = [METRICS[name].rank(value) for name, value in values if value is not None]
-        if len(known) == len(names) and not _changes_tokens(cell):
-            ranks[cell.name] = tuple(known)
+        rank = [METRICS[name].rank(value) for name, value in values if value is not None]
+        if len(rank) == len(names) and not _changes_tokens(cell):
+            ranks[cell.name] = tuple(rank)
     best = [cell for cell in cells if cell.name in ranks and not _is_surpassed(cell.name, ranks)]
     return sorted(best, key=lambda cell: ranks[cell.name], reverse=True)
 
@@ -41,23 +41,23 @@ def _changes_tokens(cell: CellResult) -> bool:
 
 
 def _is_surpassed(name: str, ranks: Mapping[str, tuple[float, ...]]) -> bool:
-    own = ranks[name]
+    values = ranks[name]
     return any(
-        all(theirs >= ours for theirs, ours in zip(other, own, strict=True)) and other != own
+        all(theirs >= ours for theirs, ours in zip(other, values, strict=True)) and other != values
         for other in ranks.values()
     )
 
 
-def found_pipeline(pipeline: Pipeline, name: str, chains: Sequence[Chain]) -> Pipeline:
+def pipeline_of_chains(pipeline: Pipeline, name: str, chains: Sequence[Chain]) -> Pipeline:
     """A pipeline of these chains alone, in this order, with the stages that they need."""
     baseline = pipeline.benchmark.baseline
-    named = {each: chain for each, chain in pipeline.pipelines.items() if each == baseline}
+    named = {label: chain for label, chain in pipeline.pipelines.items() if label == baseline}
     every = tuple(dict.fromkeys((*baseline_chain(pipeline), *chains)))
     needed = {stage for chain in (*every, *named.values()) for stage in chain}
     return pipeline.model_copy(
         update={
             "name": name,
-            "stages": {each: stage for each, stage in pipeline.stages.items() if each in needed},
+            "stages": {label: stage for label, stage in pipeline.stages.items() if label in needed},
             "pipelines": named,
             "matrix": Matrix.model_validate({"found": every}),
             "search": None,
@@ -94,7 +94,7 @@ def to_yaml(pipeline: Pipeline, folder: Path, remarks: Iterable[str] = ()) -> st
         "limits": plain.get("limits"),
     }
     empty: tuple[Any, ...] = (None, {}, [])
-    written = {name: each for name, each in values.items() if each not in empty}
+    written = {name: value for name, value in values.items() if value not in empty}
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = None
     yaml.width = 110
@@ -107,9 +107,9 @@ def to_yaml(pipeline: Pipeline, folder: Path, remarks: Iterable[str] = ()) -> st
 def _relative(value: Any, folder: Path) -> Any:
     """Plain values with every path from the root written relative to `folder`."""
     if isinstance(value, dict):
-        return {_relative(name, folder): _relative(each, folder) for name, each in value.items()}
+        return {_relative(name, folder): _relative(item, folder) for name, item in value.items()}
     if isinstance(value, list):
-        return [_relative(each, folder) for each in value]
+        return [_relative(item, folder) for item in value]
     if isinstance(value, str) and Path(value).is_absolute():
         relative = os.path.relpath(value, folder)
         return relative if relative.startswith(".") else f"./{relative}"
