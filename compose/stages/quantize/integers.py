@@ -1,7 +1,7 @@
 """The stages `int8`, `int4`, `int3` and `int2`: weights on integer grids in groups.
 
 Ranges are searched by the error of the layer's output, and each rounding is made up for by the
-weights still to come (gateskip/quantization/compensate.py).
+weights still to come (gateskip/rounding/compensate.py).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from compose.stages.quantize.linears import Bits, linear_names, matching, value_
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gateskip.quantization.allocation import Costs
-    from gateskip.quantization.compensate import Rounding
     from gateskip.quantization.grid import Grid
+    from gateskip.rounding.allocation import Costs
+    from gateskip.rounding.compensate import Rounding
 
 MOMENTS = 5 * 4  # bytes for each number of second moments: them, their order, and their inverse
 WORKED = 6 * 4  # bytes for each weight of the linear layers that are rounded together
@@ -185,9 +185,9 @@ class Integers(Stage):
         from transformers import AutoTokenizer
 
         from compose.artifacts.packed_folder import stored_dtype
-        from gateskip.quantization.allocation import distribution, mean_kl
         from gateskip.quantization.folders import load_model
-        from gateskip.quantization.layerwise import round_layers
+        from gateskip.rounding.allocation import distribution, mean_kl
+        from gateskip.rounding.layerwise import round_layers
 
         blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
         grids = self._embedding(job)  # first: what it refuses costs no minutes then
@@ -237,7 +237,7 @@ class Integers(Stage):
         return {name: self._rounding(own) for name, own in bits.items()}
 
     def _rounding(self, bits: Bits) -> Rounding:
-        from gateskip.quantization.compensate import Rounding
+        from gateskip.rounding.compensate import Rounding
 
         return Rounding(bits, self.group_size, self.grid_offset(bits), self.damp)
 
@@ -245,7 +245,7 @@ class Integers(Stage):
         self, job: StageJob, model: Any, blocks: Tensor, how: dict[str, Rounding]
     ) -> tuple[dict[str, Any], dict[str, Rounding]]:
         """How layers are rounded under the size, behind the record of what led to it."""
-        from gateskip.quantization.allocation import allocate
+        from gateskip.rounding.allocation import allocate
 
         assert self.allocate is not None, "the caller asked"
         fixed = {n for end in self.mixed for n in matching([end], list(how), "mixed")}
@@ -281,8 +281,8 @@ class Integers(Stage):
         self, job: StageJob, model: Any, blocks: Tensor, options: dict[str, list[Rounding]]
     ) -> Costs:
         """What each layer's options cost in KL."""
-        from gateskip.quantization.allocation import measure_costs
-        from gateskip.quantization.sensitivity import estimate_costs
+        from gateskip.rounding.allocation import measure_costs
+        from gateskip.rounding.sensitivity import estimate_costs
 
         assert self.allocate is not None, "the caller asked"
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from gateskip.kernels.autotune import fast_products
 from gateskip.model.families import backbone
 from gateskip.quantization.as_stored import embed_in_float32
-from gateskip.quantization.compensate import Rounding, output_error, round_compensated
 from gateskip.quantization.grid import Grid
-from gateskip.quantization.moments import Moments
 from gateskip.quantization.rounding import round_to_grid
+from gateskip.rounding.compensate import Rounding, output_error, round_compensated
+from gateskip.rounding.moments import Moments
 
 BATCH = 4  # blocks in a pass, at most
 
@@ -58,7 +58,7 @@ def round_layers(
     Layers are rounded in float32, whatever type the model is loaded in; text passes them in
     bfloat16 where that is faster, and sums of inputs' products are float32. With `let_go` each is
     freed after its turn, and the model cannot run any more; else it keeps the rounded values as
-    ordinary weights. Without `compensate` each weight is rounded by itself (rounding.py).
+    ordinary weights. Without `compensate` each weight is rounded by itself (quantization/rounding.py).
     """
     names = {module: name for name, module in model.named_modules()}
     hidden, settings = _entered(model, blocks, let_go)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gateskip.kernels import build
-from gateskip.quantization.columns import Steps, descend_columns, round_columns
+from gateskip.rounding.columns import Steps, descend_columns, round_columns
 
 needs_library = pytest.mark.skipif(build.library() is None, reason="no compiled kernels")
 

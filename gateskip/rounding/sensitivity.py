@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gateskip.model.families import backbone
-from gateskip.quantization.allocation import Costs
-from gateskip.quantization.compensate import Rounding
 from gateskip.quantization.rounding import round_to_grid
+from gateskip.rounding.allocation import Costs
+from gateskip.rounding.compensate import Rounding
 
 TOKENS = 2048  # tokens whose gradients are taken, at most
 SEQUENCE = 256  # tokens that attend to each other; with 64, early layers' estimates rise further

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gateskip.model.families import backbone, final_norm, head
 from gateskip.model.inputs import input_squares
-from gateskip.quantization.compensate import Rounding
-from gateskip.quantization.layerwise import enter, run_layer
 from gateskip.quantization.rounding import round_to_grid
+from gateskip.rounding.compensate import Rounding
+from gateskip.rounding.layerwise import enter, run_layer
 
 EVERY = 4  # positions of a text for one that is compared: logits cost as much as many layers
 

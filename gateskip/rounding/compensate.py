@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gateskip.quantization.columns import Steps, descend_columns, round_columns
 from gateskip.quantization.grid import Grid, Offset, exact_minimum, exact_scale
 from gateskip.quantization.rounding import round_to_grid
+from gateskip.rounding.columns import Steps, descend_columns, round_columns
 
 DAMP = 0.01  # share of the mean second moment that is added to all
 SWEEPS = 6  # over all groups after GPTQ
