@@ -58,7 +58,8 @@ def round_layers(
     Layers are rounded in float32, whatever type the model is loaded in; text passes them in
     bfloat16 where that is faster, and sums of inputs' products are float32. With `let_go` each is
     freed after its turn, and the model cannot run any more; else it keeps the rounded values as
-    ordinary weights. Without `compensate` each weight is rounded by itself (quantization/rounding.py).
+    ordinary weights. Without `compensate` each weight is rounded by itself
+    (quantization/rounding.py).
     """
     names = {module: name for name, module in model.named_modules()}
     hidden, settings = _entered(model, blocks, let_go)
