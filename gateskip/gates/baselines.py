@@ -118,9 +118,7 @@ class ExitGates(Gates):
 
     def __init__(self, branches: int, hidden_size: int) -> None:
         super().__init__(branches, hidden_size)
-        self.unused = nn.Parameter(
-            torch.zeros(1), requires_grad=False
-        )  # so that a file holds a tensor
+        self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)  # a file needs a tensor
         self.checks: frozenset[int] = frozenset()
         self._vocabulary = 0
         self._model: list[Any] = []  # in a list, so that it is no submodule
