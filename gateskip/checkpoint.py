@@ -214,7 +214,7 @@ def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
         if DOWN in state:
             gates.shortcuts = Shortcuts(branches, hidden, _take_ranks(state))
         if HARM in state:
-            gates.harm = torch.zeros(branches)
+            gates.prompt_sensitivity = torch.zeros(branches)
         gates.load_state_dict(state)
     except (IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise FormatError(f"{path} holds {kind} gates of other sizes: {error}") from error

@@ -32,7 +32,7 @@ WARM, OPEN = "warm", "open"
 WARM_BLOCKS = 24  # of the training text: about ten tokens for each weight of a gate of 576
 SHORTCUT_BLOCKS = 64
 SENSITIVITY_BLOCKS = 4
-HARM_BLOCKS = 8  # a pass over half of the model for each branch of it
+SENSITIVITY_BLOCKS = 8  # each takes a pass over half of the model for every branch
 VALIDATION_BLOCKS = 2
 SUMS = 2  # products of a branch's inputs with each other, and with its outputs
 LOGITS = 5  # copies of a block's that exist at once
@@ -184,7 +184,7 @@ class Gate(Stage):
     # -- how thresholds are calibrated
 
     allocation: Allocation = "global"
-    """How a budget is shared out: one threshold for all, the same for each, or by measured harm."""
+    """How a budget is shared out: one threshold for all, the same for each, or by sensitivity."""
 
     least: Share = 0.0
     """Share of tokens that every branch keeps at any budget."""
@@ -298,7 +298,7 @@ class Gate(Stage):
             accelerate_linears(model)  # unpacks 4-bit weights faster than their own modules do
         gates, sensitivity = self._start(job, model, train)
         if self.reading:
-            self._measure_harm(job, model, gates, calibration)
+            self._measure_sensitivity(job, model, gates, calibration)
         curve = self._train(job, model, gates, train, calibration)
         if gates.shortcuts is not None:
             gates.shortcuts.settle()
@@ -448,8 +448,8 @@ class Gate(Stage):
         settings: dict[str, Any] = {
             "allocation": self.allocation,
             "sensitivity": sensitivity,
-            "least": self.least,
-            "most": self.most,
+            "min_share": self.least,
+            "max_share": self.most,
             "closed": frozenset(i for i, kind in enumerate(kinds) if kind not in skippable),
             "progress": job.progress,
         }
@@ -488,8 +488,8 @@ class Gate(Stage):
         if not self.prompt_budgets:
             return None
         if self.prompt_order == "harm":
-            self._measure_harm(job, model, gates, blocks)
-        shared = {name: settings[name] for name in ("least", "most", "closed", "progress")}
+            self._measure_sensitivity(job, model, gates, blocks)
+        shared = {name: settings[name] for name in ("min_share", "max_share", "closed", "progress")}
         return calibrate_prompts(
             model,
             gates,
@@ -501,14 +501,16 @@ class Gate(Stage):
             **shared,
         )
 
-    def _measure_harm(self, job: StageJob, model: Any, gates: Gates, blocks: Tensor) -> None:
-        """What the absence of branches from prompts costs answers, unless that is known of these
-        very weights."""
-        from gateskip.calibration.reading import answer_harm
+    def _measure_sensitivity(self, job: StageJob, model: Any, gates: Gates, blocks: Tensor) -> None:
+        """Measure how sensitive answers are to branches' absence from prompts, unless the gates
+        have that of these very weights."""
+        from gateskip.calibration.reading import prompt_sensitivity
 
-        if gates.harm is None or self.backbone != "frozen":
-            some = blocks[:HARM_BLOCKS]
-            gates.harm = answer_harm(model, gates, some, self.kv, job.seed, job.progress)
+        if gates.prompt_sensitivity is None or self.backbone != "frozen":
+            some = blocks[:SENSITIVITY_BLOCKS]
+            gates.prompt_sensitivity = prompt_sensitivity(
+                model, gates, some, self.kv, job.seed, job.progress
+            )
 
     def _save_backbone(self, job: StageJob, model: Any) -> None:
         """A trained backbone is written; a frozen one is the source's files, untouched."""

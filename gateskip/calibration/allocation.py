@@ -19,32 +19,36 @@ def allocator(
     costs: Tensor,
     free: Tensor,
     sensitivity: Sequence[float] | None,
-    least: float,
-    most: float,
+    min_share: float,
+    max_share: float,
 ) -> Allocate:
-    """How a budget becomes thresholds, by the allocation's name.
+    """The function from gate logits and a budget to thresholds, by the allocation's name.
 
     costs [branches] are multiply-adds of a token, `free` [branches] marks those that may skip,
-    `least` and `most` bound a branch's kept share. Raises ValueError for an unknown name.
+    `min_share` and `max_share` bound the share of tokens that a branch keeps.
+
+    Raises ValueError for an unknown name, and for "sensitivity" without sensitivities.
     """
 
     def by_shares(shares: Callable[[float], Tensor]) -> Allocate:
         def allocate(logits: Tensor, budget: float) -> Tensor:
-            thresholds = quantiles(logits, shares(budget).clamp(least, most))
+            thresholds = quantiles(logits, shares(budget).clamp(min_share, max_share))
             return thresholds.masked_fill(~free, NEVER_SKIP)
 
         return allocate
 
     if name == "global":
-        return lambda logits, budget: global_thresholds(logits, budget, costs, free, least, most)
+        return lambda logits, budget: global_thresholds(
+            logits, budget, costs, free, min_share, max_share
+        )
     if name == "uniform":
         ratio = float(costs.sum() / costs[free].sum())
         return by_shares(lambda budget: (1 - (1 - budget) * ratio) * torch.ones_like(costs))
     if name == "sensitivity":
         if sensitivity is None:
             raise ValueError("allocation 'sensitivity' needs the branches' measured sensitivities")
-        harm = torch.tensor(sensitivity, device=costs.device).masked_fill(~free, 1e9)
-        return by_shares(lambda budget: allocate_shares(harm, costs, budget, least))
+        measured = torch.tensor(sensitivity, device=costs.device).masked_fill(~free, 1e9)
+        return by_shares(lambda budget: allocate_shares(measured, costs, budget, min_share))
     raise ValueError(f"allocation {name!r}: one of {', '.join(ALLOCATIONS)}")
 
 
@@ -53,14 +57,14 @@ def global_thresholds(
     budget: float,
     costs: Tensor,
     free: Tensor,
-    least: float = 0.0,
-    most: float = 1.0,
+    min_share: float = 0.0,
+    max_share: float = 1.0,
 ) -> Tensor:
     """One threshold for all free branches: the cost-weighted quantile of all gate logits.
 
-    With bounds on a branch's kept share its threshold is moved where they ask for it, and the
-    common one is searched again until the whole keeps the budget. logits [branches, tokens] ->
-    [branches]; branches that are not `free` [branches] never skip.
+    Bounds on a branch's kept share move its threshold; the common one is then searched again until
+    all branches together keep the budget. logits [branches, tokens] -> [branches]; branches that
+    are not `free` [branches] never skip.
     """
     z = logits[free].flatten()
     weight = costs[free].unsqueeze(1).expand_as(logits[free]).flatten()
@@ -70,16 +74,16 @@ def global_thresholds(
     cut = int(torch.searchsorted(spent, torch.tensor(skip, dtype=torch.double, device=z.device)))
     thresholds = torch.full((len(costs),), NEVER_SKIP, dtype=logits.dtype, device=logits.device)
     thresholds[free] = z[order[min(cut, len(order) - 1)]]
-    if least <= 0.0 and most >= 1.0:
+    if min_share <= 0.0 and max_share >= 1.0:
         return thresholds
-    highest = quantiles(logits, torch.full_like(costs, least))
-    lowest = quantiles(logits, torch.full_like(costs, most))
+    highest = quantiles(logits, torch.full_like(costs, min_share))
+    lowest = quantiles(logits, torch.full_like(costs, max_share))
     low, high = 0, len(order) - 1
     while low < high:  # the kept cost falls as the common threshold rises
         middle = (low + high) // 2
         bounded = z[order[middle]].clamp(lowest, highest)  # [branches]
-        kept = (logits >= bounded.unsqueeze(1)).double().mean(1)
-        dropped = float(((1 - kept) * costs)[free].sum())
+        shares = (logits >= bounded.unsqueeze(1)).double().mean(1)
+        dropped = float(((1 - shares) * costs)[free].sum())
         low, high = (middle + 1, high) if dropped < (1 - budget) * costs.sum() else (low, middle)
     bounded = z[order[low]].clamp(lowest, highest)
     thresholds[free] = bounded[free]
@@ -98,19 +102,19 @@ def quantiles(logits: Tensor, shares: Tensor) -> Tensor:
 
 
 def allocate_shares(
-    sensitivity: Tensor, costs: Tensor, budget: float, least: float = 0.0
+    sensitivity: Tensor, costs: Tensor, budget: float, min_share: float = 0.0
 ) -> Tensor:
-    """Kept share of each branch that costs the least loss at a budget.
+    """Kept share of each branch [branches] that minimizes the loss at a budget.
 
-    Dropping a share d of a branch's tokens is taken to cost sensitivity * d^2 / 2; the optimum
-    under sum(costs * d) = (1 - budget) * sum(costs) is d = multiplier * cost / sensitivity, cut to
-    [0, 1 - least]; the multiplier is found by bisection.
+    The loss of dropping a share d of a branch's tokens is modelled as sensitivity * d^2 / 2. The
+    optimum under sum(costs * d) = (1 - budget) * sum(costs) is d = multiplier * cost / sensitivity,
+    cut to [0, 1 - min_share]; bisection finds the multiplier.
     """
     ratio = costs / sensitivity.clamp_min(1e-6)
     target = (1 - budget) * float(costs.sum())
     low, high = 0.0, float((1.0 / ratio).max())
     for _ in range(80):
         middle = (low + high) / 2
-        dropped = (middle * ratio).clamp(0, 1 - least)
+        dropped = (middle * ratio).clamp(0, 1 - min_share)
         low, high = (middle, high) if float((dropped * costs).sum()) < target else (low, middle)
-    return 1 - (high * ratio).clamp(0, 1 - least)
+    return 1 - (high * ratio).clamp(0, 1 - min_share)

@@ -1,8 +1,7 @@
-"""What any budget becomes: thresholds between the calibrated ones, and the share they keep.
+"""Thresholds of any budget, interpolated between calibrated ones, and the share that they keep.
 
-Thresholds are interpolated between two calibrated budgets. What such a budget keeps is not a
-matter of course, so calibration measures it half-way between each two, and a budget that would
-keep something else is refused instead of quietly taken for another one.
+The share that interpolated thresholds keep can differ from the budget. So calibration measures it
+half-way between each two calibrated budgets, and a budget that would keep another share is refused.
 """
 
 from __future__ import annotations
@@ -13,33 +12,33 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-OFF = 0.02  # between a budget and what it keeps: more is another budget
+OFF = 0.02  # accepted difference between a budget and the share that it keeps
 STEP = 0.1  # between two calibrated budgets at most
-HIGHEST = 0.97  # of the budgets that are calibrated whatever is asked: above is full compute
+HIGHEST = 0.97  # the highest budget, always calibrated: above it comes full compute
 TINY = 1e-9
 
 
 @dataclass(frozen=True)
 class CalibratedBudgets:
-    """Everything that was calibrated of a model's gates."""
+    """All calibrated numbers of a model's gates."""
 
     thresholds: Mapping[float, Sequence[float]]
     """Thresholds, one a branch, for each calibrated budget."""
     kept: Mapping[float, float] = field(default_factory=dict)
-    """Share of the branches' multiply-adds that each kept on the calibration text."""
+    """Share of the branches' multiply-adds that each budget kept on the calibration text."""
     between: Mapping[float, float] = field(default_factory=dict)
     """The same for interpolated budgets, half-way between two calibrated ones."""
     phases: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
-    """What each kept of prompts (`prompt`) and of the answers written at it (`answer`), where
-    thresholds were calibrated on written text."""
+    """The share that each budget kept of prompts (`prompt`) and of the answers written at it
+    (`answer`), where thresholds were calibrated on written text."""
     prompts: CalibratedBudgets | None = None
-    """The same for tokens of prompts, by what answers need of them: see calibration/reading.py."""
+    """The same for tokens of prompts, by their effect on answers: see calibration/reading.py."""
 
     def for_prompts(self) -> CalibratedBudgets:
-        """What was calibrated for tokens of prompts.
+        """The budgets that were calibrated for tokens of prompts.
 
         Raises:
-            ValueError: nothing was.
+            ValueError: none were.
         """
         if self.prompts is None:
             raise ValueError(
@@ -51,24 +50,25 @@ class CalibratedBudgets:
         """Thresholds for a budget; None means full compute.
 
         Raises:
-            ValueError: the budget is below the lowest calibrated one, what it keeps was never
-                measured, or is more than OFF away from it.
+            ValueError: the budget is below the lowest calibrated one, or the share that it keeps
+                was never measured or is more than OFF away from it.
         """
         if budget >= 1.0:
             return None
-        kept = self.kept_at(budget)
+        kept_share = self.kept_at(budget)
         exact = _nearest(self.thresholds, budget)
-        if exact is None and abs(kept - budget) > OFF + TINY:
-            known = ", ".join(f"{each:g}" for each in sorted(self.thresholds))
+        if exact is None and abs(kept_share - budget) > OFF + TINY:
+            calibrated = ", ".join(f"{other:g}" for other in sorted(self.thresholds))
             raise ValueError(
-                f"budget {budget:g} would keep {kept:.2f} of the multiply-adds; calibrated are "
-                f"{known}: take one of them, or name {budget:g} in the gate stage's budgets"
+                f"budget {budget:g} would keep {kept_share:.2f} of the multiply-adds;"
+                f" calibrated are {calibrated}: take one of them, or name {budget:g} in the gate"
+                " stage's budgets"
             )
         if exact is not None:
             return list(self.thresholds[exact])
         low, high = self._around(budget)
-        if high is None:  # above all: one of its ends, whichever is nearer
-            return list(self.thresholds[low]) if kept < 1.0 else None
+        if high is None:  # above the highest: that, or full compute, whichever is nearer
+            return list(self.thresholds[low]) if kept_share < 1.0 else None
         return interpolate(self.thresholds, low, high, budget)
 
     def kept_at(self, budget: float) -> float:
@@ -77,8 +77,8 @@ class CalibratedBudgets:
         Measured at calibrated budgets and half-way between two of them; linear in between.
 
         Raises:
-            ValueError: the budget is below the lowest calibrated one, or in a gap wider than STEP
-                of a file that measured nothing in it.
+            ValueError: the budget is below the lowest calibrated one, or lies in a gap wider than
+                STEP in which nothing was measured.
         """
         if budget >= 1.0:
             return 1.0
@@ -98,9 +98,9 @@ class CalibratedBudgets:
                 f"what budget {budget:g} keeps, between {low:g} and {high:g}, was never measured: "
                 f"take one of these, or make the gates again with {budget:g} among their budgets"
             )
-        for (x, y), (following, its) in itertools.pairwise(points):
-            if budget <= following:
-                return y + (its - y) * (budget - x) / (following - x)
+        for (below, share), (above, next_share) in itertools.pairwise(points):
+            if budget <= above:
+                return share + (next_share - share) * (budget - below) / (above - below)
         raise AssertionError("a budget lies between its neighbours")
 
     def curve(self, count: int) -> tuple[float, float, list[list[float]]]:
@@ -110,37 +110,37 @@ class CalibratedBudgets:
         Raises:
             ValueError: fewer than two budgets are calibrated.
         """
-        known = sorted(self.thresholds)
-        if len(known) < 2:
+        budgets = sorted(self.thresholds)
+        if len(budgets) < 2:
             raise ValueError(
-                f"a budget is held by thresholds of several budgets, and {len(known)} calibrated:"
+                f"a budget is held by thresholds of several budgets, and {len(budgets)} calibrated:"
                 " make the gates again with more among their budgets"
             )
-        low, high, rows = known[0], known[-1], list[list[float]]()
+        low, high, rows = budgets[0], budgets[-1], list[list[float]]()
         for number in range(count):
             budget = low + (high - low) * number / (count - 1)
-            above = min(max(1, bisect_left(known, budget)), len(known) - 1)
-            rows.append(interpolate(self.thresholds, known[above - 1], known[above], budget))
+            above = min(max(1, bisect_left(budgets, budget)), len(budgets) - 1)
+            rows.append(interpolate(self.thresholds, budgets[above - 1], budgets[above], budget))
         return low, high, rows
 
     def _measured(self, budget: float) -> float:
-        """What a calibrated budget kept; the budget itself where the file does not say."""
-        known = _nearest(self.kept, budget)
-        return budget if known is None else self.kept[known]
+        """The share that a calibrated budget kept; the budget itself where it was not stored."""
+        exact = _nearest(self.kept, budget)
+        return budget if exact is None else self.kept[exact]
 
     def _around(self, budget: float) -> tuple[float, float | None]:
         """The calibrated budgets next below and next above; None above the highest."""
-        known = sorted(self.thresholds)
-        if not known or budget < known[0]:
-            lowest = f"{known[0]:g}" if known else "none"
+        budgets = sorted(self.thresholds)
+        if not budgets or budget < budgets[0]:
+            lowest = f"{budgets[0]:g}" if budgets else "none"
             raise ValueError(f"budget {budget:g} was not calibrated; the lowest is {lowest}")
-        above = bisect_left(known, budget)
-        return known[above - 1], known[above] if above < len(known) else None
+        above = bisect_left(budgets, budget)
+        return budgets[above - 1], budgets[above] if above < len(budgets) else None
 
 
 def _nearest(values: Mapping[float, object], budget: float) -> float | None:
     """The key that is this budget up to rounding."""
-    return next((each for each in values if abs(each - budget) < TINY), None)
+    return next((key for key in values if abs(key - budget) < TINY), None)
 
 
 def half_way(low: float, high: float) -> float:
@@ -165,11 +165,11 @@ def _between(low: float, high: float, part: float) -> float:
 
 def with_gaps_filled(budgets: Sequence[float]) -> list[float]:
     """The budgets with others between and above them, so that no gap is wider than STEP."""
-    asked = sorted({budget for budget in budgets if budget < 1})
-    if asked and asked[-1] < HIGHEST - OFF / 2:
-        asked.append(HIGHEST)
-    filled = asked[:1]
-    for low, high in itertools.pairwise(asked):
+    ordered = sorted({budget for budget in budgets if budget < 1})
+    if ordered and ordered[-1] < HIGHEST - OFF / 2:
+        ordered.append(HIGHEST)
+    filled = ordered[:1]
+    for low, high in itertools.pairwise(ordered):
         parts = math.ceil((high - low) / STEP - TINY)
         filled += [round(low + (high - low) * n / parts, 3) for n in range(1, parts)]
         filled.append(high)

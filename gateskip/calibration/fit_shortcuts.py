@@ -19,11 +19,12 @@ LARGEST_WEIGHT = 4.0  # of a token in the fit, in medians
 
 @torch.no_grad()
 def fit_shortcuts(model: Any, blocks: Tensor, rank: int | Sequence[int]) -> Shortcuts:
-    """Least-squares shortcuts of a rank, or one for each branch, from what the dense model does on
-    blocks [N, S]. Blocks pass layer after layer, so that only one layer's sums exist at a time.
+    """Least-squares shortcuts of one rank, or of one rank for each branch, that imitate the dense
+    model's branches on blocks [N, S] of token ids. Blocks pass layer after layer, so that only one
+    layer's sums exist at a time.
 
-    Tokens weigh by one over the square of what the branch adds to them, so that relative errors
-    count: a few tokens carry activations a thousand times the usual, and would own the fit.
+    A token's weight is one over the square of the branch's output there, so that relative errors
+    count: a few tokens carry activations a thousand times the usual and would dominate the fit.
     """
     branches, width = len(find_branches(model)), model.config.hidden_size
     shortcuts = Shortcuts(branches, width, rank).to(device_of(model))
@@ -39,8 +40,8 @@ def fit_shortcuts(model: Any, blocks: Tensor, rank: int | Sequence[int]) -> Shor
             hidden[place] = masked_forward(
                 model, part, observe=observe, start=(first, states), stop=first + 2
             )
-        for index, each in sums.items():
-            fitted = each.solve(shortcuts.ranks[index])
+        for index, branch_sums in sums.items():
+            fitted = branch_sums.solve(shortcuts.ranks[index])
             for stored, part in zip(shortcuts.of(index), fitted, strict=True):
                 stored.copy_(part)
     return shortcuts

@@ -1,8 +1,8 @@
-"""What the gates learned: how much compute each branch, each kind of token and each position gets.
+"""Inspection of gates: how much compute each branch, kind of token and position gets.
 
 The paper reports that the first token has the highest gates in early layers, that punctuation stays
-high, and that deep layers turn to content words (arXiv 2510.13876, section 5). Here the same
-questions are asked of any text, of the gates as they decide at a budget.
+high, and that deep layers turn to content words (arXiv 2510.13876, section 5). This module measures
+the same on any text, under the gates' decisions at a budget.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gateskip.model.gating import ANCHORS
 from gateskip.model.reference import masked_forward
 
 KINDS = ("first", "template", "punctuation", "digits", "function", "content", "space")
-"""Kinds of tokens: the first of a text, special tokens (chat template), and what the others are."""
+"""Kinds of tokens: the first of a text, special tokens (chat template), and kinds by spelling."""
 
 FUNCTION_WORDS = frozenset(
     """a about above after again against all am an and any are as at be because been before being
@@ -41,7 +41,7 @@ class Inspection:
 
     kinds: tuple[str, ...]  # [S]
     importance: Tensor  # [branches, S]: the gates' means, 0 to 1
-    kept: Tensor  # bool [branches, S]: which branches each token entered
+    entered: Tensor  # bool [branches, S]: which branches each token entered
     compute: Tensor  # [S]: share of the branches' multiply-adds that each token got
 
 
@@ -54,21 +54,21 @@ def inspect_text(
     thresholds: Sequence[float],
     kv_rule: str = "project",
 ) -> Inspection:
-    """Run a text's token ids [S] at some thresholds, one a branch, and see who enters what."""
+    """Run a text's token ids [S] under thresholds, one a branch, and note which tokens enter."""
     importance: list[Tensor] = []
-    kept: list[Tensor] = []
+    masks: list[Tensor] = []  # bool [S], a branch each
 
     def rule(branch: Branch, z: Tensor) -> Tensor:
         enters = z[0] >= thresholds[branch.index]
         enters[:ANCHORS] = True
         importance.append(torch.sigmoid(z[0]))
-        kept.append(enters)
+        masks.append(enters)
         return enters.to(z.dtype).unsqueeze(0)
 
     device = device_of(model)
     masked_forward(model, torch.tensor([list(ids)], device=device), gates, rule, kv_rule)
     costs = torch.tensor([cost.over(len(ids)) for cost in branch_costs(model)], device=device)
-    entered = torch.stack(kept)
+    entered = torch.stack(masks)
     compute = (entered * costs.unsqueeze(1)).sum(0) / costs.sum()
     return Inspection(token_kinds(tokenizer, ids), torch.stack(importance), entered, compute)
 
@@ -105,22 +105,22 @@ def summarize(inspections: Sequence[Inspection], positions: int = 8) -> dict[str
     of compute, and kept share of each branch for each kind and each eighth of the texts. The first
     token of a text is left out of branches and positions: it never skips.
     """
-    importance = torch.cat([each.importance[:, ANCHORS:] for each in inspections], 1)
-    kept = torch.cat([each.kept[:, ANCHORS:] for each in inspections], 1)
+    importance = torch.cat([text.importance[:, ANCHORS:] for text in inspections], 1)
+    entered = torch.cat([text.entered[:, ANCHORS:] for text in inspections], 1)
     by_kind = {}
     for kind in KINDS:
-        chosen = [torch.tensor([found == kind for found in each.kinds]) for each in inspections]
-        if any(bool(each.any()) for each in chosen):
+        chosen = [torch.tensor([name == kind for name in text.kinds]) for text in inspections]
+        if any(bool(mask.any()) for mask in chosen):
             by_kind[kind] = _group(inspections, chosen)
     by_position = []
     for part in range(positions):
-        chosen = [_part(len(each.kinds), part, positions) for each in inspections]
-        if any(bool(each.any()) for each in chosen):
+        chosen = [_part(len(text.kinds), part, positions) for text in inspections]
+        if any(bool(mask.any()) for mask in chosen):
             by_position.append(_group(inspections, chosen))
     return {
         "branches": [
             {"gate": round(float(gate), 4), "kept": round(float(share), 4)}
-            for gate, share in zip(importance.mean(1), kept.float().mean(1), strict=True)
+            for gate, share in zip(importance.mean(1), entered.float().mean(1), strict=True)
         ],
         "kinds": by_kind,
         "positions": by_position,
@@ -134,14 +134,12 @@ def _part(length: int, part: int, parts: int) -> Tensor:
 
 
 def _group(inspections: Sequence[Inspection], chosen: Sequence[Tensor]) -> dict[str, Any]:
-    compute = torch.cat(
-        [each.compute[which] for each, which in zip(inspections, chosen, strict=True)]
-    )
-    kept = torch.cat(
-        [each.kept[:, which] for each, which in zip(inspections, chosen, strict=True)], 1
-    )
+    """Means over the chosen tokens, bool [S] a text."""
+    pairs = list(zip(inspections, chosen, strict=True))
+    compute = torch.cat([text.compute[mask] for text, mask in pairs])
+    entered = torch.cat([text.entered[:, mask] for text, mask in pairs], 1)
     return {
         "tokens": len(compute),
         "compute": round(float(compute.mean()), 4),
-        "kept": [round(float(share), 4) for share in kept.float().mean(1)],
+        "kept": [round(float(share), 4) for share in entered.float().mean(1)],
     }

@@ -1,4 +1,4 @@
-"""What calibration may be asked for. Imports no torch: the gate stage reads it while planning."""
+"""Settings of calibration. Imports no torch: the gate stage reads it while planning."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ shares by measured sensitivity."""
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 PromptOrder = Literal["harm", "depth"]
-"""Which branches tokens of prompts skip first: those that answers need least for what they cost, or
-the last ones."""
+"""Which branches tokens of prompts skip first: those to which answers are least sensitive for their
+cost (`harm`), or the last ones."""
 
 DEFAULT_BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
-"""Budgets for which thresholds are calibrated when nobody says otherwise."""
+"""Budgets for which thresholds are calibrated by default."""

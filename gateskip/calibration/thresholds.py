@@ -1,6 +1,6 @@
 """Thresholds: from a budget, the share of multiply-adds to keep, to one number a branch.
 
-A threshold is calibrated once on text and stored, so that what a token skips depends on nothing but
+A threshold is calibrated once on text and stored, so that a token's skips depend on nothing but
 itself and its past: not on batch-mates, not on later tokens, not on how a prefill was cut. The
 published method takes a quantile of the running batch instead (arXiv 2510.13876, section 3.3).
 """
@@ -32,7 +32,7 @@ from gateskip.model.progress import Progress
 from gateskip.model.reference import masked_forward
 
 CLOSE = 0.004  # a kept share this near to its budget is good enough
-DAMPING = 0.8  # skipping more lowers later logits, so that full corrections overshoot
+DAMPING = 0.8  # of corrections: skipping more lowers later logits, so that full ones overshoot
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def text_of(blocks: Tensor) -> TextOf:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one budget became on the calibration text."""
+    """The thresholds of one budget, and their effect on the calibration text."""
 
     budget: float
     thresholds: tuple[float, ...]
@@ -78,8 +78,8 @@ def calibrate(
     allocation: Allocation = "global",
     kv_rule: str = "project",
     sensitivity: Sequence[float] | None = None,
-    least: float = 0.0,
-    most: float = 1.0,
+    min_share: float = 0.0,
+    max_share: float = 1.0,
     closed: frozenset[int] = frozenset(),
     gone: frozenset[int] = frozenset(),
     shifts: Tensor | None = None,
@@ -88,28 +88,30 @@ def calibrate(
     batch: int = 4,
     progress: Progress | None = None,
 ) -> list[Calibration]:
-    """Thresholds for each budget on blocks [N, S] of token ids, or on text of each budget's own.
+    """Thresholds for each budget on blocks [N, S] of token ids, or on another text for each budget.
 
-    Every branch keeps at least a share `least` of its tokens and at most `most`; `closed` branches
-    never skip. `gone` branches always do: where they alone save more than a budget asks for, less
-    than the budget is kept. `shifts` [branches] are added to the logits of each branch before they
-    are compared with those of others. Where less than a share `sure` of the tokens would enter a
-    branch, or would skip it, all do.
+    Every branch keeps at least a share `min_share` of its tokens and at most `max_share`; `closed`
+    branches never skip. `gone` branches always do: where they alone save more than a budget asks
+    for, less than the budget is kept. `shifts` [branches] are added to the logits of each branch
+    before they are compared with those of others. Where less than a share `sure` of the tokens
+    would enter a branch, or would skip it, all do.
 
-    Skipping changes what later gates read, so calibration is a closed loop of at most `rounds`:
+    Skipping changes the inputs of later gates, so calibration is a closed loop of at most `rounds`:
     thresholds are read off the logits measured at the neighbouring budget, the share that they
     really keep is measured, and the requested share is corrected. The closest round is returned.
     Budgets go from high to low.
+
+    Raises ValueError for an unknown allocation.
     """
     device = device_of(model)
     text = text_of(blocks) if isinstance(blocks, Tensor) else blocks
-    wanted = sorted(set(budgets), reverse=True)
-    samples = text(wanted[0])
+    requested = sorted(set(budgets), reverse=True)
+    samples = text(requested[0])
     costs = _costs(model, samples)
     free = torch.ones(len(costs), dtype=torch.bool, device=device)
     free[sorted(closed | gone)] = False
     free[0] &= kv_rule != "copy"  # the first attention has nothing below it to copy from
-    allocate = allocator(allocation, costs, free, sensitivity, least, most)
+    allocate = allocator(allocation, costs, free, sensitivity, min_share, max_share)
     if shifts is not None:
         allocate = _shifted(allocate, shifts)
     if sure:
@@ -119,50 +121,50 @@ def calibrate(
     spared = float(costs[sorted(gone)].sum() / costs.sum())
     logits = _collect(model, gates, samples, thresholds, kv_rule, batch)
     calibrations = []
-    for done, budget in enumerate(wanted):
+    for done, budget in enumerate(requested):
         if text(budget) is not samples:  # the neighbour's thresholds, on this budget's text
             samples = text(budget)
             logits = _collect(model, gates, samples, thresholds, kv_rule, batch)
         tried: list[tuple[Calibration, Tensor]] = []
-        skip = max(0.0, 1 - budget - spared)  # what is asked for
+        skip = max(0.0, 1 - budget - spared)  # the requested share
         for _ in range(rounds):
             thresholds = allocate(logits, 1 - skip)
             thresholds[sorted(gone)] = torch.inf
             left = _collect(model, gates, samples, thresholds, kv_rule, batch)
             tried.append((_record(budget, thresholds, left, costs), left))
-            kept = tried[-1][0].kept
-            if abs(kept - budget) < CLOSE:
+            kept_share = tried[-1][0].kept
+            if abs(kept_share - budget) < CLOSE:
                 break
-            skip = min(1.0, skip * ((1 - budget) / max(1e-6, 1 - kept)) ** DAMPING)
-        best, logits = min(tried, key=lambda each: abs(each[0].kept - budget))
+            skip = min(1.0, skip * ((1 - budget) / max(1e-6, 1 - kept_share)) ** DAMPING)
+        best, logits = min(tried, key=lambda attempt: abs(attempt[0].kept - budget))
         thresholds = torch.tensor(best.thresholds, device=device)
         calibrations.append(best)
         if progress is not None:
-            progress(done + 1, len(wanted), "calibrating budgets")
+            progress(done + 1, len(requested), "calibrating budgets")
     return calibrations
 
 
 def _shifted(allocate: Allocate, shifts: Tensor) -> Allocate:
-    """The same of logits that are shifted by branch [branches]."""
+    """The same allocation of logits that are shifted by `shifts` [branches]."""
     return lambda logits, budget: allocate(logits + shifts.unsqueeze(1), budget) - shifts
 
 
 def _decided(allocate: Allocate, sure: float) -> Allocate:
-    """The same, but that a branch with next to no tokens that skip, or enter, has none."""
+    """The same, but where less than a share `sure` of a branch's tokens skip, or enter, none do."""
 
     def decide(logits: Tensor, budget: float) -> Tensor:
         thresholds = allocate(logits, budget)
-        kept = (logits >= thresholds.unsqueeze(1)).float().mean(1)
-        thresholds = thresholds.masked_fill(kept > 1 - sure, NEVER_SKIP)
-        return thresholds.masked_fill(kept < sure, torch.inf)
+        shares = (logits >= thresholds.unsqueeze(1)).float().mean(1)
+        thresholds = thresholds.masked_fill(shares > 1 - sure, NEVER_SKIP)
+        return thresholds.masked_fill(shares < sure, torch.inf)
 
     return decide
 
 
 def _record(budget: float, thresholds: Tensor, logits: Tensor, costs: Tensor) -> Calibration:
     shares = (logits >= thresholds.unsqueeze(1)).float().mean(1)
-    kept = float((shares * costs).sum() / costs.sum())
-    return Calibration(budget, tuple(thresholds.tolist()), kept, tuple(shares.tolist()))
+    kept_share = float((shares * costs).sum() / costs.sum())
+    return Calibration(budget, tuple(thresholds.tolist()), kept_share, tuple(shares.tolist()))
 
 
 def _costs(model: Any, samples: Samples) -> Tensor:
@@ -183,8 +185,8 @@ def _collect(
         return (z >= thresholds[branch.index]).to(z.dtype)
 
     for sample in samples:
-        for part, own in zip(sample.ids.split(batch), sample.counted.split(batch), strict=True):
-            counted = own[:, ANCHORS:].flatten().to(thresholds.device)
+        for part, mask in zip(sample.ids.split(batch), sample.counted.split(batch), strict=True):
+            counted = mask[:, ANCHORS:].flatten().to(thresholds.device)
             masked_forward(model, part, gates, rule, kv_rule)
     return torch.stack([torch.cat(parts) for parts in logits])
 
@@ -193,7 +195,7 @@ def _collect(
 def mean_logits(
     model: Any, gates: Gates, blocks: Tensor, kv_rule: str = "project", batch: int = 4
 ) -> Tensor:
-    """Each branch's mean gate logit [branches] on blocks [N, S] of which no token skips."""
+    """Each branch's mean gate logit [branches] on blocks [N, S], while no token skips."""
     entered = torch.full((gates.branches,), NEVER_SKIP, device=device_of(model))
     return _collect(model, gates, [Sample.whole(blocks)], entered, kv_rule, batch).mean(1)
 
@@ -209,29 +211,29 @@ def calibrate_everywhere(
     batch: int = 4,
     **settings: Any,
 ) -> CalibratedBudgets:
-    """As `calibrate`, so that every budget from the lowest on can be had.
+    """As `calibrate`, but so that every budget from the lowest on is available.
 
-    Gaps between budgets are filled, and what the thresholds half-way between two keep is measured;
-    where that is more than half of OFF away, the half-way budget is calibrated too.
+    Gaps between budgets are filled. The share that thresholds half-way between two budgets keep is
+    measured; where it is more than half of OFF away, the half-way budget is calibrated too.
     """
     text = text_of(blocks) if isinstance(blocks, Tensor) else blocks
     thresholds: dict[float, Sequence[float]] = {}
-    kept: dict[float, float] = {}
-    wanted = with_gaps_filled(budgets)
+    kept_shares: dict[float, float] = {}
+    requested = with_gaps_filled(budgets)
     for _ in range(2):
-        done = calibrate(
-            model, gates, text, wanted, kv_rule=kv_rule, gone=gone, batch=batch, **settings
+        calibrations = calibrate(
+            model, gates, text, requested, kv_rule=kv_rule, gone=gone, batch=batch, **settings
         )
-        thresholds |= {each.budget: each.thresholds for each in done}
-        kept |= {each.budget: each.kept for each in done}
+        thresholds |= {row.budget: row.thresholds for row in calibrations}
+        kept_shares |= {row.budget: row.kept for row in calibrations}
         between = {
             middle: kept_by(model, gates, text(middle), row, kv_rule, batch)
             for middle, row in _half_way(thresholds).items()
         }
-        wanted = [middle for middle, share in between.items() if abs(share - middle) > OFF / 2]
-        if not wanted:
+        requested = [middle for middle, share in between.items() if abs(share - middle) > OFF / 2]
+        if not requested:
             break
-    return CalibratedBudgets(thresholds, kept, between)
+    return CalibratedBudgets(thresholds, kept_shares, between)
 
 
 def _half_way(thresholds: Mapping[float, Sequence[float]]) -> dict[float, list[float]]:

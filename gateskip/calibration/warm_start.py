@@ -1,12 +1,12 @@
-"""Gates without training: a linear read-out of what each branch measurably does.
+"""Gates without training: a linear read-out of each branch's measured effect.
 
-Two measurements make a gate. Within a branch, tokens are ranked by the size of what the branch adds
-to them, predicted from what it reads: the ridge regression of log ||o|| on x. Between branches the
-offset is what dropping one costs: with a mask m on the branch, moving m from 1 to 0 changes the
-model's own predictions by KL = E[(d log p(y) / dm)^2] / 2 to second order, y drawn from the model
-(the Fisher information of the mask). One backward pass gives that for every branch at once, effects
-on later tokens through keys and values included. So all branches share one unit, loss per
-multiply-add, and one threshold can serve them all.
+Two measurements make a gate. Within a branch, tokens are ranked by the size of the branch's output,
+predicted from its input: the ridge regression of log ||o|| on x. Between branches, the offset is
+the cost of dropping one: with a mask m on the branch, moving m from 1 to 0 changes the model's own
+predictions by KL = E[(d log p(y) / dm)^2] / 2 to second order, y drawn from the model (the Fisher
+information of the mask). One backward pass gives that for every branch at once, effects on later
+tokens through keys and values included. So all branches share one unit, loss per multiply-add, and
+one threshold can serve them all.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def warm_start(
     `gates` are set in place, whatever their kind; without them new scalar gates are made.
     `checkpointing` runs branches again for gradients rather than keep their activations.
 
-    The sensitivity is the KL that dropping the branch whole would cost, to second order. `ridge` is
-    relative to the mean variance of the gate's input. Where the gates have shortcuts, a branch is
-    worth what it adds beyond its shortcut.
+    The sensitivity is the KL that dropping the whole branch would cause, to second order. `ridge`
+    is relative to the mean variance of the gate's input. Where the gates have shortcuts, a branch's
+    output counts less its shortcut's.
     """
     branches = find_branches(model)
     width = model.config.hidden_size
@@ -75,20 +75,20 @@ def sensitivities(
 ) -> list[float]:
     """Each branch's mean score on blocks [N, S]: the KL of dropping it whole, to second order."""
     generator = torch.Generator().manual_seed(seed)
-    each = (
-        measure(model, block, generator, checkpointing=checkpointing) for block in blocks.split(1)
-    )
-    scores = [measured.scores.mean(1) for measured in each]
-    total: list[float] = torch.stack(scores).mean(0).tolist()
-    return total
+    scores = [
+        measure(model, block, generator, checkpointing=checkpointing).scores.mean(1)
+        for block in blocks.split(1)
+    ]
+    means: list[float] = torch.stack(scores).mean(0).tolist()
+    return means
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What every branch did to the tokens of one block."""
+    """Every branch's inputs and effects on the tokens of one block."""
 
-    inputs: list[Tensor]  # [S, H] a branch: what its gate reads
-    norms: Tensor  # [branches, S]: ||o||, what it added (beyond the shortcut, where there is one)
+    inputs: list[Tensor]  # [S, H] a branch: the inputs of its gate
+    norms: Tensor  # [branches, S]: ||o|| of its output o, less the shortcut's where there is one
     scores: Tensor  # [branches, S]: half the squared gradient of log p(y) in the branch's mask
 
 
@@ -132,17 +132,17 @@ def measure(
 
 
 class frozen:
-    """Within this context the model's parameters ask for no gradient."""
+    """Within this context no parameter of the model requires a gradient."""
 
     def __init__(self, model: Any) -> None:
-        self.asked = [p for p in model.parameters() if p.requires_grad]
+        self.trained = [p for p in model.parameters() if p.requires_grad]
 
     def __enter__(self) -> None:
-        for parameter in self.asked:
+        for parameter in self.trained:
             parameter.requires_grad_(False)
 
     def __exit__(self, *_: object) -> None:
-        for parameter in self.asked:
+        for parameter in self.trained:
             parameter.requires_grad_(True)
 
 

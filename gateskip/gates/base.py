@@ -3,8 +3,8 @@
 A gate is g(x) = sigmoid(W x + b), with x what the branch itself reads (GateSkip, arXiv 2510.13876,
 section 3.1). Its importance, the mean of g over the gate's outputs, decides what is skipped: a
 branch is entered where the importance, taken as a logit, reaches a calibrated threshold. Gates that
-`scale` also multiply what an entered branch adds, as published; gates that do not leave the model
-at full compute exactly what it was.
+`scale` also multiply an entered branch's output, as published. Gates that do not scale leave the
+model at full compute exactly as it was.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SPREAD = 0.01  # standard deviation of a new gate's weights
 
 
 class Gates(Stacked):
-    """The gates of all branches; subclasses say what one gate computes.
+    """The gates of all branches; subclasses define the computation of one gate.
 
-    `scales`: whether an entered branch's output [.., H] is multiplied by the gate. `place` says
-    what is multiplied: the branch's output (`after`, as published) or its input (`before`, an
-    ablation that asks for `scales`).
+    `scales`: whether an entered branch is multiplied by its gate. `place` says where: the branch's
+    output [..., H] (`after`, as published) or its input (`before`, an ablation that needs
+    `scales`).
     """
 
     kind: ClassVar[str]
@@ -40,10 +40,9 @@ class Gates(Stacked):
     folded: bool = False
     """Whether they read inputs of norms without weights (gates/norms.py)."""
     shortcuts: Shortcuts | None
-    """What skipped branches add; None is nothing, as published."""
+    """The output of skipped branches; None for zero, as published."""
     harm: Tensor | None
-    """Nats that a token of an answer loses where all tokens of its prompt skip a branch [branches],
-    as far as that was measured: see calibration/reading.py."""
+    """`prompt_sensitivity`, under its name in files."""
 
     def __init__(self, branches: int, hidden_size: int) -> None:
         super().__init__()
@@ -51,16 +50,26 @@ class Gates(Stacked):
         self.register_buffer("harm", None)
         self.branches, self.hidden_size = branches, hidden_size
 
+    @property
+    def prompt_sensitivity(self) -> Tensor | None:
+        """Nats that a token of an answer loses where all tokens of its prompt skip a branch
+        [branches]; None where that was not measured: see calibration/reading.py."""
+        return self.harm
+
+    @prompt_sensitivity.setter
+    def prompt_sensitivity(self, nats: Tensor | None) -> None:
+        self.harm = nats
+
     @abstractmethod
     def logit(self, branch: int, x: Tensor) -> Tensor:
         """Importance of each token at a branch, as a logit. x [..., H] -> [...], in float32."""
 
     def gate(self, branch: int, x: Tensor) -> Tensor:
-        """What a branch is multiplied by. x [..., H] -> [..., 1] or [..., H], between 0 and 1."""
+        """The factor of a branch, 0 to 1. x [..., H] -> [..., 1] or [..., H]."""
         return torch.sigmoid(self.logit(branch, x)).unsqueeze(-1)
 
     def attach(self, model: Any) -> None:
-        """Take from the model what the decision needs beside a branch's input: mostly nothing."""
+        """Take whatever the gates read beside a branch's input from the model: mostly nothing."""
 
     @abstractmethod
     def macs(self) -> int:
@@ -77,14 +86,16 @@ class Gates(Stacked):
         """Constructor arguments beyond the number of branches and H."""
         return {}
 
-    def rows(self, kept: list[int]) -> Self:
-        """The gates of some branches only, in the given order: what is left after a layer drop."""
-        chosen = type(self)(len(kept), self.hidden_size, **self.sizes())
-        own = dict(self.named_parameters())
+    def rows(self, branches: list[int]) -> Self:
+        """The gates of some branches only, in the given order: those left after a layer drop."""
+        chosen = type(self)(len(branches), self.hidden_size, **self.sizes())
+        state = dict(self.named_parameters())
         with torch.no_grad():
             for name, parameter in chosen.named_parameters():
-                parameter.copy_(own[name][kept] if name in self.per_branch else own[name])
-        chosen.shortcuts = None if self.shortcuts is None else self.shortcuts.rows(kept)
-        chosen.harm = None if self.harm is None else self.harm[kept]
+                rows = state[name][branches] if name in self.per_branch else state[name]
+                parameter.copy_(rows)
+        chosen.shortcuts = None if self.shortcuts is None else self.shortcuts.rows(branches)
+        nats = self.prompt_sensitivity
+        chosen.prompt_sensitivity = None if nats is None else nats[branches]
         chosen.scales, chosen.place, chosen.folded = self.scales, self.place, self.folded
         return chosen

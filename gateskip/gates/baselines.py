@@ -1,13 +1,13 @@
 """Baselines of learned gates, as gates: noise, constants, early exit, Mixture-of-Depths.
 
-Each decides by something else than a learned read-out of the token, so thresholds, budgets, KV
-rules, physical skipping and the count of multiply-adds are the same for all of them.
+Each decides by something other than a learned read-out of the token. Thresholds, budgets, KV rules,
+physical skipping and the count of multiply-adds are the same for all of them.
 
-    random   a coin that only looks random; trained with skipping when the backbone trains
-    static   whole branches by what dropping them costs, the same for every token
-    exit     a token leaves when the LM head is already sure of it (CALM, arXiv 2207.07061)
+    random   noise that is a function of the token; the backbone may train under its skipping
+    static   whole branches by the cost of dropping them, the same for every token
+    exit     a token exits when the LM head is already confident (CALM, arXiv 2207.07061)
     router   one router a layer for both its branches, every other layer (Mixture-of-Depths, arXiv
-             2404.02258); it scales what it lets in, and decides by a threshold in training as well
+             2404.02258); it scales entered branches, and decides by a threshold in training as well
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gateskip.gates.base import OPEN, SPREAD, Gates
 from gateskip.model.families import UnsupportedModel, final_norm, find_branches, head
 
-CHECKS = 5  # layers at which a token may leave
+CHECKS = 5  # layers at which a token may exit
 ALWAYS = 1e4  # logit of a branch that is never skipped
 
 
@@ -42,11 +42,11 @@ class RandomGates(Gates):
         return torch.logit(turns - turns.floor(), eps=1e-6)
 
     def macs(self) -> int:
-        """Nothing: a coin is free."""
+        """0: noise needs no products that count."""
         return 0
 
     def start(self, weight: Tensor, bias: Tensor, mean: Tensor) -> None:
-        """A coin has nothing to take over."""
+        """Noise takes nothing over."""
 
 
 class StaticGates(Gates):
@@ -64,11 +64,11 @@ class StaticGates(Gates):
         return self.part("bias", branch).expand(x.shape[:-1])
 
     def macs(self) -> int:
-        """Nothing."""
+        """0."""
         return 0
 
     def start(self, weight: Tensor, bias: Tensor, mean: Tensor) -> None:
-        """The read-outs at the mean input: what the branch is worth on the whole."""
+        """The read-outs at the mean input: the branch's mean importance."""
         with torch.no_grad():
             self.bias.copy_(bias + (weight * mean).sum(1))
 
@@ -90,7 +90,7 @@ class RouterGates(Gates):
         if branch % 4 < 2:  # even layers
             return torch.full(x.shape[:-1], ALWAYS, device=x.device)
         if branch % 2 == 1:
-            assert self._attention is not None, "branches are asked in the order they run"
+            assert self._attention is not None, "branches are evaluated in the order they run"
             return self._attention
         self._attention = x.float() @ self.part("weight", branch) + self.part("bias", branch)
         return self._attention
@@ -107,10 +107,10 @@ class RouterGates(Gates):
 
 
 class ExitGates(Gates):
-    """A token enters while the LM head, asked at a few layers, is not yet sure of the next one.
+    """A token enters while the LM head, evaluated at a few layers, is not yet confident.
 
-    The head is tied to a model by `attach`. Between two checks the last answer stands; a token that
-    left stays as it is, so every later check answers the same.
+    `attach` sets the model whose head it is. Between two checks the last decision stands; the state
+    of a token that exited no longer changes, so every later check decides the same.
     """
 
     kind = "exit"
@@ -118,14 +118,14 @@ class ExitGates(Gates):
 
     def __init__(self, branches: int, hidden_size: int) -> None:
         super().__init__(branches, hidden_size)
-        self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)  # a file holds something
+        self.unused = nn.Parameter(torch.zeros(1), requires_grad=False)  # a file needs a tensor
         self.checks: frozenset[int] = frozenset()
         self._vocabulary = 0
         self._model: list[Any] = []  # in a list, so that it is no submodule
         self._last: Tensor | None = None
 
     def attach(self, model: Any) -> None:
-        """Take the model whose LM head is asked; `UnsupportedModel` where norms do not tell it."""
+        """Take the model whose LM head decides; `UnsupportedModel` without RMS norms."""
         branches = find_branches(model)
         if branches[0].norm_in is None or branches[0].family.norm.offset:
             raise UnsupportedModel("early exit needs an RMS norm before every branch")
@@ -140,11 +140,12 @@ class ExitGates(Gates):
             self._last = self._doubt(branch, x)
         elif branch < min(self.checks):
             self._last = torch.full(x.shape[:-1], ALWAYS, device=x.device)
-        assert self._last is not None, "branches are asked in the order they run"
+        assert self._last is not None, "branches are evaluated in the order they run"
         return self._last
 
     def _doubt(self, branch: int, x: Tensor) -> Tensor:
-        """The branch's input is the stream under another norm's weights: exchange them."""
+        """Minus the logit of the head's top probability at a branch's input [..., H], in which the
+        final norm's weights replace the branch's own."""
         (model,) = self._model
         norm_in: Any = find_branches(model)[branch].norm_in
         hidden = x / norm_in.weight * final_norm(model).weight
@@ -156,4 +157,4 @@ class ExitGates(Gates):
         return len(self.checks) * self.hidden_size * self._vocabulary // self.branches
 
     def start(self, weight: Tensor, bias: Tensor, mean: Tensor) -> None:
-        """The LM head is what it is."""
+        """The LM head takes nothing over."""

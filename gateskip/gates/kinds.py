@@ -21,13 +21,13 @@ GATE_KINDS: dict[str, type[Gates]] = {
     "low-rank": LowRankGates,
     "shared": SharedGates,
     "mlp": MlpGates,
-    # to be compared with
+    # baselines
     "random": RandomGates,
     "static": StaticGates,
     "router": RouterGates,
     "exit": ExitGates,
 }
-"""What a gate may compute, by its name in a pipeline file."""
+"""Kinds of gates, by name in a pipeline file."""
 
 
 def make_gates(

@@ -1,4 +1,4 @@
-"""Gates that are learned: what one gate computes, from the published H x H one to H x 1."""
+"""Learned gates, from the published H x H one to H x 1."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class VectorGates(Gates):
         return self.hidden_size * self.hidden_size
 
     def start(self, weight: Tensor, bias: Tensor, mean: Tensor) -> None:
-        """Every channel begins as the read-out; the small noise it was made with stays on top."""
+        """Every channel begins as the read-out; its small initial noise stays on top."""
         with torch.no_grad():
             self.weight.add_(weight.unsqueeze(1))
             self.bias.copy_(bias.unsqueeze(1).expand_as(self.bias))
@@ -129,8 +129,8 @@ class SharedGates(Gates):
         with torch.no_grad():
             for kind in range(2):
                 self.weight[kind] = weight[kind::2].mean(0)
-            own = self.weight[torch.arange(self.branches, device=self.weight.device) % 2]
-            self.bias.copy_(bias + ((weight - own) * mean).sum(1))
+            weights = self.weight[torch.arange(self.branches, device=self.weight.device) % 2]
+            self.bias.copy_(bias + ((weight - weights) * mean).sum(1))
 
 
 class MlpGates(Gates):

@@ -1,8 +1,8 @@
-"""Gates for the same model with other norms: a read-out absorbs the weights that a norm gives up.
+"""Gates for the same model with other norms: folding a norm's weights into the gates, and back.
 
-A gate reads what its branch reads, w * x / rms(x). Where w was folded into the branch's layers the
-gate has to take it over as well: W (w * x) = (W diag(w)) x. Gates in that form serve every model of
-the same function, since dividing by a model's own w gives back what its norms ask for.
+A gate reads its branch's input, w * x / rms(x). Where w was folded into the branch's layers, it has
+to be folded into the gate as well: W (w * x) = (W diag(w)) x. Gates in that form fit every model of
+the same function: dividing by a model's own w gives the gates for its norms.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ READS = {
     "random": "direction",
     "router": "weight",
 }
-"""Gate kind -> the parameter [branches, ..., H] that its input meets. `static` has none, `exit`
-asks the model itself, and `shared` has one for many branches."""
+"""Gate kind -> the parameter [branches, ..., H] that multiplies its input. `static` has none,
+`exit` uses the model itself, and `shared` has one for many branches."""
 
 
 def scale_inputs(gates: Gates, by: Tensor) -> None:
-    """Multiply by `by` [branches, H] all that meets a branch's input, in place.
+    """Multiply all weights of a branch's input by `by` [branches, H], in place.
 
     Raises:
         ValueError: gates of this kind share weights between branches.
     """
     if gates.kind == "shared":
         raise ValueError("shared gates have one weight for all branches, but each has its own norm")
-    found: list[Any] = [getattr(gates, READS[gates.kind])] if gates.kind in READS else []
+    weights: list[Any] = [getattr(gates, READS[gates.kind])] if gates.kind in READS else []
     if gates.shortcuts is not None:
-        found.append(gates.shortcuts.down)
+        weights.append(gates.shortcuts.down)
     with torch.no_grad():
-        for weight in found:
+        for weight in weights:
             factor = by.to(weight.device)
             weight.mul_(factor if weight.ndim == 2 else factor.unsqueeze(1))
 
 
 def fold_norms_into_gates(gates: Gates, model: Any) -> None:
-    """Make gates that were trained on `model` ones for the same model with its norms folded.
+    """Make gates of `model` fit the same model with its norms folded, in place.
 
     Raises:
         ValueError: its norms add something, or gates of this kind share weights.
@@ -61,8 +61,8 @@ def fit_norms(gates: Gates, model: Any) -> None:
     """Make gates from a file fit the norms of `model`, in place.
 
     Raises:
-        ValueError: they cannot: the file is for norms with weights and the model's have none, or
-            the other way round for norms that add or gates that share weights.
+        ValueError: the gates are for norms with weights and the model's are folded; or the gates
+            are folded, and the model's norms add something or gates of this kind share weights.
     """
     ones = has_folded_norms(model)
     if gates.folded == ones:

@@ -1,11 +1,11 @@
-"""Shortcuts: what a token gets at a branch that it skips, for a few percent of the branch's price.
+"""Shortcuts: a low-rank output for skipped branches, at a few percent of a branch's cost.
 
-A branch is not nothing where it is least needed: a third to a half of what it adds, measured on the
-tokens that would skip it, is a linear function of what it reads, and of low rank. So a skipped
+Even where a branch is least needed its output is not zero: a third to a half of it, measured on the
+tokens that would skip the branch, is a linear function of its input, of low rank. So a skipped
 branch adds U (V x) + c, which a closed form fits before any training (linear shortcuts between
 layers: arXiv 2303.09435; reduced-rank regression: Izenman 1975). The published method passes the
-hidden state on unchanged; without shortcuts, so do we. They act on skipped tokens only: the model
-at full compute stays what it was.
+hidden state on unchanged, as we do without shortcuts. They act on skipped tokens only: the model at
+full compute does not change.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ STORED = torch.float16
 class Shortcuts(Stacked):
     """U (V x) + c a branch: down [branches, r, H], up [branches, H, r], bias [branches, H].
 
-    Ranks may differ: r is the largest, and what a branch of a smaller one does not use is 0.
+    Ranks may differ: r is the largest, and the unused part of branches with smaller ones is 0.
     """
 
     def __init__(self, branches: int, hidden_size: int, rank: int | Sequence[int]) -> None:
-        """`rank` is that of all branches, or that of each.
+        """`rank` is one for all branches, or a sequence with one for each.
 
-        Raises ValueError where that is not one for each branch, or one is below 0.
+        Raises ValueError where a sequence has not one for each branch, or a rank is below 0.
         """
         super().__init__()
         self.ranks = (rank,) * branches if isinstance(rank, int) else tuple(rank)
@@ -44,17 +44,17 @@ class Shortcuts(Stacked):
     def of(self, branch: int) -> tuple[Tensor, Tensor, Tensor]:
         """A branch's down [r, H], up [H, r] and bias [H], of its own rank."""
         down, up, bias = (self.part(name, branch) for name in ("down", "up", "bias"))
-        own = self.ranks[branch]
-        return (down, up, bias) if own == len(down) else (down[:own], up[:, :own], bias)
+        rank = self.ranks[branch]
+        return (down, up, bias) if rank == len(down) else (down[:rank], up[:, :rank], bias)
 
     def forward(self, branch: int, x: Tensor) -> Tensor:
-        """What skipping tokens get at a branch that reads x [..., H] -> [..., H], as x's dtype."""
+        """A skipped branch's output: x [..., H], its input -> [..., H], in x's dtype."""
         down, up, bias = self.of(branch)
         narrow = F.linear(x, down.to(x.dtype))
         return F.linear(narrow, up.to(narrow.dtype), bias.to(narrow.dtype))
 
     def settle(self) -> None:
-        """Round to what a file keeps (float16), so that loading changes nothing."""
+        """Round to the type of the file (float16), so that saving and loading change nothing."""
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(parameter.to(STORED))
@@ -63,11 +63,12 @@ class Shortcuts(Stacked):
         """Multiply-adds of one skipping token at a branch: 2 r H."""
         return 2 * self.ranks[branch] * self.bias.shape[1]
 
-    def rows(self, kept: list[int]) -> Shortcuts:
-        """Those of some branches only, in the given order."""
-        chosen = Shortcuts(len(kept), self.bias.shape[1], [self.ranks[branch] for branch in kept])
+    def rows(self, branches: list[int]) -> Shortcuts:
+        """The shortcuts of some branches only, in the given order."""
+        ranks = [self.ranks[branch] for branch in branches]
+        chosen = Shortcuts(len(branches), self.bias.shape[1], ranks)
         with torch.no_grad():
-            for each, own in enumerate(kept):
-                for to, part in zip(chosen.of(each), self.of(own), strict=True):
+            for row, branch in enumerate(branches):
+                for to, part in zip(chosen.of(row), self.of(branch), strict=True):
                     to.copy_(part)
         return chosen

@@ -22,13 +22,14 @@ class Stacked(nn.Module):
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Within this context all parts, those of modules inside too, come from one cut. The
-        gradient of a part that is cut on its own is as large as the whole, and zero elsewhere."""
+        """Within this context all parts, those of inner modules too, come from one `unbind`: the
+        gradient of a part that is indexed alone would be as large as the whole parameter."""
         inside = [module for module in self.modules() if isinstance(module, Stacked)]
-        for each in inside:
-            each._opened = {name: p.unbind(0) for name, p in each.named_parameters(recurse=False)}
+        for module in inside:
+            parameters = module.named_parameters(recurse=False)
+            module._opened = {name: parameter.unbind(0) for name, parameter in parameters}
         try:
             yield
         finally:
-            for each in inside:
-                each._opened = None
+            for module in inside:
+                module._opened = None

@@ -1,4 +1,4 @@
-"""Multiply-adds: what a token costs at each branch, and what skipping saved, gross and net."""
+"""Multiply-adds: the cost of a token at each branch, and the saving by skipping, gross and net."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class BranchCost:
         return self.at(attended(0, length, self.window) / length)
 
     def saved(self, kv_rule: str) -> int:
-        """What skipping saves of `linear` under a KV rule."""
+        """The part of `linear` that skipping saves under a KV rule."""
         return self.linear - (self.kv if kv_rule == "project" else 0)
 
 
@@ -51,8 +51,8 @@ def branch_costs(model: Any) -> list[BranchCost]:
 
 
 def saved_by_skipping(model: Any, shortcuts: BranchShortcuts | None, kv_rule: str) -> list[int]:
-    """Multiply-adds of each branch's linear layers that a skipping token saves, one a branch; its
-    shortcut is paid for, its gate is not."""
+    """Multiply-adds of each branch's linear layers that a skipping token saves, one a branch; less
+    those of its shortcut, but not those of its gate."""
     return [
         cost.saved(kv_rule) - (0 if shortcuts is None else shortcuts.macs(branch))
         for branch, cost in enumerate(branch_costs(model))
@@ -75,7 +75,7 @@ def _linear_macs(linear: Any) -> int:
 
 @dataclass
 class Usage:
-    """How many tokens entered each branch, out of how many that came by."""
+    """The number of tokens that entered each branch, and of all tokens."""
 
     kept: list[int]
     seen: int = 0
@@ -83,11 +83,11 @@ class Usage:
     windowed: dict[int, int] = field(default_factory=dict)
     """The same sum for layers that attend to a window: by the window's size."""
     ungated: int = 0
-    """Tokens that passed at full compute, so that no gate was asked about them."""
+    """Tokens that ran at full compute, for which no gate was evaluated."""
 
     @classmethod
     def of(cls, model: Any) -> Usage:
-        """A count from zero of what passes a model's branches."""
+        """A new count, of zero, for a model's branches."""
         costs = branch_costs(model)
         windows = {cost.window for cost in costs if cost.window is not None}
         return cls([0] * len(costs), windowed=dict.fromkeys(sorted(windows), 0))
@@ -110,11 +110,11 @@ class Usage:
         self.windowed = dict.fromkeys(self.windowed, 0)
 
     def copy(self) -> Usage:
-        """What was counted so far."""
+        """A copy of the count."""
         return replace(self, kept=list(self.kept), windowed=dict(self.windowed))
 
     def since(self, earlier: Usage) -> Usage:
-        """What was counted after `earlier`, a copy of this count."""
+        """The count after `earlier`, a copy of this count."""
         return self._with(earlier, -1)
 
     def plus(self, other: Usage) -> Usage:
@@ -122,18 +122,18 @@ class Usage:
         return self._with(other, 1)
 
     def _with(self, other: Usage, sign: int) -> Usage:
-        kept = [a + sign * b for a, b in zip(self.kept, other.kept, strict=True)]
+        entered = [a + sign * b for a, b in zip(self.kept, other.kept, strict=True)]
         windowed = {size: n + sign * other.windowed[size] for size, n in self.windowed.items()}
         sums = (a + sign * b for a, b in zip(self._sums(), other._sums(), strict=True))
         seen, context, ungated = sums
-        return Usage(kept, seen, context, windowed, ungated)
+        return Usage(entered, seen, context, windowed, ungated)
 
     def _sums(self) -> tuple[int, int, int]:
         return self.seen, self.context, self.ungated
 
     def shares(self) -> list[float]:
         """Kept share of each branch, 1.0 where nothing was counted."""
-        return [kept / self.seen if self.seen else 1.0 for kept in self.kept]
+        return [count / self.seen if self.seen else 1.0 for count in self.kept]
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,11 @@ class Work:
 
     @classmethod
     def of(cls, model: Any) -> Work:
-        """That of a causal LM."""
+        """The work of a causal LM."""
         return cls(tuple(branch_costs(model)), model.config.hidden_size * model.config.vocab_size)
 
     def of_branches(self, usage: Usage) -> float:
-        """Multiply-adds at the branches, had every token that `usage` counted entered all."""
+        """Multiply-adds at the branches if every token that `usage` counted had entered all."""
         return usage.seen * sum(_token_cost(cost, usage) for cost in self.branches)
 
 
@@ -159,8 +159,8 @@ def _token_cost(cost: BranchCost, usage: Usage) -> float:
 
 
 def kept_share(model: Any, usage: Usage) -> float:
-    """Share of the branches' multiply-adds that entered, of the tokens that `usage` counted; what
-    gates, shortcuts, and keys and values of skipped tokens cost is left out.
+    """Share of the branches' multiply-adds that the tokens of `usage` entered, without the cost of
+    gates, shortcuts, and keys and values of skipped tokens.
 
     Raises:
         ValueError: no token was counted.
@@ -168,17 +168,17 @@ def kept_share(model: Any, usage: Usage) -> float:
     if not usage.seen:
         raise ValueError("no token was counted")
     costs = [_token_cost(cost, usage) for cost in branch_costs(model)]
-    kept = sum(n * cost for n, cost in zip(usage.kept, costs, strict=True))
-    return kept / (usage.seen * sum(costs))
+    entered = sum(n * cost for n, cost in zip(usage.kept, costs, strict=True))
+    return entered / (usage.seen * sum(costs))
 
 
 @dataclass(frozen=True)
 class Saving:
     """Shares of a dense model's multiply-adds that were not spent, 0 when nothing was left out.
 
-    `gross` and `net` are shares of the branches' cost; net pays for the gates, for shortcuts, and
-    for keys and values still computed of skipped tokens. `model` is the net saving over the whole
-    model, its LM head included, which no skipping touches.
+    `gross` and `net` are shares of the branches' cost. Net subtracts the cost of gates, of
+    shortcuts, and of skipped tokens' keys and values that are still computed. `model` is the net
+    saving over the whole model, its LM head included, which no skipping touches.
     """
 
     gross: float
@@ -194,32 +194,32 @@ def saving(
     gated: Sequence[bool],
     dense: Work | None = None,
 ) -> Saving:
-    """What was saved over the tokens that `usage` counted.
+    """The saving over the tokens that `usage` counted.
 
     `gated[i]` says whether branch i's gate was evaluated, of tokens that were not at full compute.
-    `dense` is the work of the model that this one was cut from: what is not there any more was
-    saved, too. Without it the model's own.
+    `dense` is the work of the model that this one was pruned from: the pruned parts count as saved,
+    too. Without it, the model's own work counts.
 
     Raises:
         ValueError: no token was counted.
     """
     if not usage.seen:
         raise ValueError("no token was counted")
-    own = Work.of(model)
-    dense = own if dense is None else dense
+    current = Work.of(model)
+    dense = current if dense is None else dense
     before = dense.of_branches(usage)
-    cut = before - own.of_branches(usage)
-    skipped = [usage.seen - kept for kept in usage.kept]
-    costs = [_token_cost(cost, usage) for cost in own.branches]
+    cut = before - current.of_branches(usage)
+    skipped = [usage.seen - count for count in usage.kept]
+    costs = [_token_cost(cost, usage) for cost in current.branches]
     gross = cut + sum(n * cost for n, cost in zip(skipped, costs, strict=True))
     projecting = len(skipped) if kv_rule == "project" else 1  # branches that go on making keys
-    extra = sum(n * c.kv for n, c in zip(skipped[:projecting], own.branches, strict=False))
+    extra = sum(n * c.kv for n, c in zip(skipped[:projecting], current.branches, strict=False))
     if gates is not None:
         extra += gates.macs() * (usage.seen - usage.ungated) * sum(gated)
         if gates.shortcuts is not None:
             instead = map(gates.shortcuts.macs, range(len(skipped)))
             extra += sum(n * macs for n, macs in zip(skipped, instead, strict=True))
-    net, narrower = gross - extra, usage.seen * (dense.head - own.head)
+    net, narrower = gross - extra, usage.seen * (dense.head - current.head)
     return Saving(
         gross=gross / before,
         net=net / before,

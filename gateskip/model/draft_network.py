@@ -1,9 +1,9 @@
-"""A small network that drafts: the state before a token, and the token, give the state after it.
+"""A small draft network: from the state before a token and the token to the state after it.
 
-It has no attention and no cache: what the text said is in the model's last final state, from which
-a draft starts (the recurrence of EAGLE, arXiv 2401.15077, section 3.1; an MLP in place of its
-layer, as in Hydra, arXiv 2402.05109). The model's own LM head reads the states that it makes, in
-the rows of the tokens that are frequent in what it learned from (FR-Spec, arXiv 2502.14856).
+It has no attention and no cache: the model's last final state, from which a draft starts, carries
+the text so far (the recurrence of EAGLE, arXiv 2401.15077, section 3.1; an MLP in place of its
+layer, as in Hydra, arXiv 2402.05109). The model's own LM head reads the network's states, only in
+the rows of the tokens that are frequent in its training text (FR-Spec, arXiv 2502.14856).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DraftNetwork(nn.Module):
     """x = fuse [n(state), n(embedding)], then n(x + down(silu(gate n(x)) up n(x))); n are norms."""
 
     def __init__(self, hidden: int, inner: int, tokens: Tensor) -> None:
-        """`tokens` [T] are those that it can draft."""
+        """`tokens` [T] are those that the network can draft."""
         super().__init__()
         self.tokens: Tensor
         self.register_buffer("tokens", tokens.to(torch.int32).contiguous())
@@ -44,20 +44,20 @@ class DraftNetwork(nn.Module):
         x = self.fuse(torch.cat([self.norm_state(state), self.norm_token(embedded)], -1))
         normed = self.norm_mlp(x)
         x = x + self.down(F.silu(self.gate(normed)) * self.up(normed))
-        made: Tensor = self.norm_final(x)
-        return made
+        after: Tensor = self.norm_final(x)
+        return after
 
 
 def frequent(blocks: Tensor, count: int, vocabulary: int) -> Tensor:
-    """The `count` tokens [T] that are most frequent in token ids blocks [N, S], in ascending order;
-    of those that are as frequent the lower ids, which a byte pair encoding merged earlier."""
+    """The `count` tokens [T] that are most frequent in token ids blocks [N, S], in ascending order.
+    Ties go to the lower ids, which a byte pair encoding merged earlier."""
     counts = torch.bincount(blocks.flatten(), minlength=vocabulary)
     chosen = counts.argsort(descending=True, stable=True)[: min(count, vocabulary)]
     return chosen.sort().values
 
 
 def save_network(folder: Path, network: DraftNetwork, dtype: torch.dtype) -> None:
-    """Write a network into a model folder, its weights in a type."""
+    """Write a network into a model folder, its weights in `dtype`."""
     state = {
         name: (part if name == "tokens" else part.to(dtype)).contiguous()
         for name, part in network.state_dict().items()
@@ -66,7 +66,7 @@ def save_network(folder: Path, network: DraftNetwork, dtype: torch.dtype) -> Non
 
 
 def load_network(folder: Path, hidden: int, vocabulary: int) -> DraftNetwork | None:
-    """The network of a folder whose model has these sizes, in float32; None where it has none.
+    """The network of a folder whose model has these sizes, in float32; None without one.
 
     Raises FormatError where the file is damaged, or of another model.
     """

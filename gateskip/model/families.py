@@ -1,4 +1,4 @@
-"""What is particular to each architecture: one table row an architecture, data alone.
+"""The differences between architectures: one table row an architecture, data alone.
 
 Everything else in the package speaks of a `Branch`: a residual update
 `h' = h + norm_out(module(norm_in(h)))` that can be entered or skipped, token by token. The passes
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 BranchKind = Literal["attention", "mlp"]
 Rope = dict[str, tuple[Tensor, Tensor]]
-"""cos and sin by the key a branch asks for: "" where all layers rotate alike."""
+"""cos and sin by the key of a branch (`Branch.rope`): "" where all layers rotate alike."""
 
 
 class UnsupportedModel(ValueError):
@@ -27,19 +27,19 @@ class UnsupportedModel(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
-    """What norms do beside dividing by a row's root mean square."""
+    """What norms compute beside dividing by a row's root mean square."""
 
     centered: bool = False
     """Whether the mean is taken off first, and a bias added last: LayerNorm."""
     offset: float = 0.0
-    """What is added to a stored weight: Gemma stores w - 1."""
+    """A number that is added to a stored weight: Gemma stores w - 1."""
     weight_in_fp32: bool = False
     """Whether rows meet the weight before they are rounded to the model's type; after it else."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Attribute names, inside one decoder layer, of what a branch is made of, and what they do."""
+    """Attribute names of a branch's parts inside one decoder layer, and how the parts differ."""
 
     attention: str = "self_attn"
     attention_in: str | None = "input_layernorm"
@@ -55,20 +55,20 @@ class Family:
     queries come first, then all keys."""
     output: str = "o_proj"
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
-    """An MLP's gate and what it multiplies: two linear layers, or one, the gate's rows first."""
+    """An MLP's gate and up projection: two linear layers, or one, the gate's rows first."""
     gated: bool = True
     """Whether an MLP has such a gate; without, `gate_up` is the layer before the activation."""
     down: str = "down_proj"
     activation: str = "hidden_act"
-    """Where the config has its name."""
+    """The config's field with its name."""
     head_dim: str = "head_dim"
-    """Where an attention module has the width of a head."""
+    """The attention module's field with the width of a head."""
     one_window: bool = False
-    """Whether all layers attend to `config.sliding_window`; else each says so itself, or none."""
+    """Whether all layers attend to `config.sliding_window`; else a layer's own window, if any."""
     rope_by_layer_type: bool = False
     """Whether layers of different types (sliding, full) rotate differently."""
     may_be_parallel: bool = False
-    """Whether `config.use_parallel_residual` decides that the MLP reads what attention read."""
+    """Whether `config.use_parallel_residual` decides that the MLP reads attention's input."""
 
 
 PRE_NORM = Family()
@@ -126,14 +126,14 @@ class Branch:
     rope: str = ""
     """Which entry of a `Rope` its attention rotates by."""
     parallel: bool = False
-    """Whether it reads what its layer's attention read, not what that attention made of it."""
+    """Whether it reads the same stream as its layer's attention, before that attention is added."""
 
     def enter(self, hidden: Tensor) -> Tensor:
         """The branch's own view of the residual stream, which is also what its gate sees."""
         return hidden if self.norm_in is None else self.norm_in(hidden)
 
     def leave(self, output: Tensor) -> Tensor:
-        """What the branch adds to the residual stream (after the post-norm, where there is one)."""
+        """The term added to the residual stream: `output` after the post-norm, if there is one."""
         return output if self.norm_out is None else self.norm_out(output)
 
 
@@ -149,9 +149,9 @@ def family_of(model: Any) -> Family:
     """A causal LM's row. Raises `UnsupportedModel` where there is none."""
     family = FAMILIES.get(model.config.model_type)
     if family is None:
-        known = ", ".join(sorted(FAMILIES))
+        supported = ", ".join(sorted(FAMILIES))
         raise UnsupportedModel(
-            f"model type {model.config.model_type!r} is not supported; supported: {known}"
+            f"model type {model.config.model_type!r} is not supported; supported: {supported}"
         )
     return family
 
@@ -214,7 +214,7 @@ def embed(model: Any, input_ids: Tensor) -> Tensor:
 
 
 def embedding_scale(model: Any) -> float:
-    """What `embed` multiplies a row of the embedding's table by, in the table's type."""
+    """The factor of `embed` on a row of the embedding's table, rounded to the table's type."""
     embedding = model.get_input_embeddings()
     scale = getattr(embedding, "embed_scale", None)
     if scale is None:
@@ -231,7 +231,7 @@ def head(model: Any, hidden: Tensor) -> Tensor:
 
 
 def logit_cap(model: Any) -> float | None:
-    """What `head` squeezes logits between, above and below 0; None for no cap."""
+    """The bound of logits above and below 0 in `head`; None for no cap."""
     cap: float | None = getattr(model.config, "final_logit_softcapping", None)
     return cap
 

@@ -1,4 +1,4 @@
-"""What a pass over the model asks of gates: a Protocol, and two numbers that all passes share."""
+"""Gates as passes over a model see them: Protocols, and two numbers that all passes share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 ANCHORS = 1
 """Tokens at the start of a sequence that enter every branch, whatever their gates say.
 
-Models park surplus attention on the first token, through activations that a few branches build up
-there (arXiv 2309.17453). Skip one of these and every later token collapses, so it is never done.
+Models direct surplus attention to the first token, through activations that a few branches build up
+there (arXiv 2309.17453). Skipping one of these branches would break every later token.
 """
 
 NEVER_SKIP = -math.inf
@@ -23,10 +23,10 @@ Place = Literal["after", "before"]
 
 
 class BranchShortcuts(Protocol):
-    """What skipped tokens get instead of a branch's output."""
+    """The output of skipped branches."""
 
     def __call__(self, branch: int, x: Tensor) -> Tensor:
-        """x [..., H], what the branch reads -> [..., H]."""
+        """x [..., H], the branch's input -> [..., H]."""
         ...
 
     def macs(self, branch: int) -> int:
@@ -42,7 +42,7 @@ class TokenGates(Protocol):
 
     @property
     def shortcuts(self) -> BranchShortcuts | None:
-        """What skipped branches add; None is nothing."""
+        """The output of skipped branches; None for zero."""
         ...
 
     def logit(self, branch: int, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class TokenGates(Protocol):
         ...
 
     def gate(self, branch: int, x: Tensor) -> Tensor:
-        """What a branch is multiplied by. x [..., H] -> [..., 1] or [..., H], between 0 and 1."""
+        """The factor of a branch, 0 to 1. x [..., H] -> [..., 1] or [..., H]."""
         ...
 
     def opened(self) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""What linear layers read, measured while a model runs."""
+"""Mean squares of linear layers' inputs, measured while a model runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def input_squares(layers: Sequence[nn.Module], run: Callable[[], object]) -> list[Tensor]:
     """Mean square of each input of every layer [in], in float32, over all tokens of `run()`.
 
-    `run` lets the model read text. A layer that read nothing gets an empty tensor.
+    `run` runs the model on text. A layer that was not run gets an empty tensor.
     """
     sums: list[Tensor | None] = [None] * len(layers)
     counts = [0] * len(layers)

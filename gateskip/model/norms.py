@@ -1,7 +1,7 @@
-"""Weights of the norms before branches: what a gate's input was multiplied by.
+"""Weights of the norms before branches, the factors of a gate's input.
 
-RMSNorm gives w * x / rms(x). A model whose w were folded into the layers that read them has norms
-of weight one: the same function, but its branches, and so its gates, read x / rms(x).
+RMSNorm gives w * x / rms(x). Where w was folded into the layers after it, the norm's weight is one:
+the model's function is the same, but its branches, and so its gates, read x / rms(x).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gateskip.model.families import family_of, find_branches
 
 
 def input_norms(model: Any) -> Tensor | None:
-    """What the norm before each branch multiplies by: [branches, H], in float32.
+    """The weights of the norm before each branch: [branches, H], in float32.
 
     Ones where a branch has no norm before it. None where a norm also adds something (LayerNorm's
     bias), since no factor undoes that.
@@ -35,6 +35,6 @@ def input_norms(model: Any) -> Tensor | None:
 
 
 def has_folded_norms(model: Any) -> bool:
-    """Whether no norm before a branch multiplies by anything."""
+    """Whether all norms before branches have weights of one."""
     weights = input_norms(model)
     return weights is not None and bool((weights == 1).all())

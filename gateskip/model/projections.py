@@ -13,16 +13,16 @@ from torch.nn import functional as F
 from gateskip.model.families import Branch
 
 Turn = Callable[[Tensor, tuple[Tensor, Tensor]], Tensor]
-"""What `rotate` does."""
+"""The signature of `rotate`."""
 Multiply = Callable[[Branch, Sequence[str], Tensor], Sequence[Tensor]]
-"""What `by_modules` does."""
+"""The signature of `by_modules`."""
 NormHeads = Callable[[Branch, str, Tensor], Tensor]
-"""What `norm_heads` does."""
+"""The signature of `norm_heads`."""
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Numbers of one attention module that its projections do not tell."""
+    """Numbers of one attention module that its projections do not hold."""
 
     heads: int
     kv_heads: int
@@ -33,8 +33,7 @@ class AttentionShape:
 
 
 def attention_shape(model: Any, branch: Branch) -> AttentionShape:
-    """Read an attention branch's shape off its module first, and off the config where that is
-    silent."""
+    """An attention branch's shape, by its module first, and by the config for what that lacks."""
     config = model.config
     attention: Any = branch.module
     own_window = None if branch.family.one_window else getattr(attention, "sliding_window", None)
@@ -77,7 +76,7 @@ class Rows:
         return runs[:, self.first : self.first + self.run].flatten(0, 1)
 
     def columns(self, x: Tensor) -> Tensor:
-        """What these rows gave, of all outputs x [..., n]."""
+        """The outputs of these rows, among all outputs x [..., n]."""
         if self.run == self.count:
             return x[..., self.first : self.first + self.count]
         runs: Tensor = x.unflatten(-1, (-1, self.stride))
@@ -144,7 +143,7 @@ def mlp_parts(branch: Branch) -> tuple[Part | None, Part, Part]:
 
 
 def _is_plain(linear: Any) -> bool:
-    """Whether rows of its weight are all there is to it; peft's wrappers have a weight and more."""
+    """Whether a layer is its weight and bias alone; peft's wrappers have a weight and more."""
     if not isinstance(linear, nn.Linear):
         return False
     return linear.weight.is_floating_point() and linear.weight.ndim == 2
@@ -161,7 +160,7 @@ def by_modules(branch: Branch, names: Sequence[str], x: Tensor) -> list[Tensor]:
 
 def norm_heads(branch: Branch, name: str, x: Tensor) -> Tensor:
     """Queries or keys x [..., heads * D], normed by the branch's module of that name: by head
-    (Qwen3) or together (OLMo2); as they are where there is none."""
+    (Qwen3) or together (OLMo2); unchanged where there is none."""
     norm = getattr(branch.module, name, None)
     if norm is None:
         return x
@@ -189,7 +188,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Steps:
-    """How projections are computed: by torch, unless a backend has something else."""
+    """The functions that compute projections: torch's, unless a backend has its own."""
 
     multiply: Multiply = by_modules
     norm: NormHeads = norm_heads
@@ -218,8 +217,7 @@ def project_keys_values(
 def project_inputs(
     branch: Branch, x: Tensor, rope: tuple[Tensor, Tensor], by: Steps = BY_TORCH
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `project_queries` and `project_keys_values` give: rotated queries and keys, and
-    values."""
+    """`project_queries` and `project_keys_values` in one: rotated queries and keys, and values."""
     queries, keys, values = by.multiply(branch, PROJECTIONS[:3], x)
     return (
         _rotated(branch, "q_norm", queries, rope, by),
@@ -229,7 +227,7 @@ def project_inputs(
 
 
 def project_out(branch: Branch, mixed: Tensor, by: Steps = BY_TORCH) -> Tensor:
-    """The output projection: what the heads attended to [..., heads * head_dim] -> [..., H]."""
+    """The output projection: attention of all heads [..., heads * head_dim] -> [..., H]."""
     (output,) = by.multiply(branch, ("output",), mixed)
     return output
 

@@ -48,10 +48,10 @@ def masked_forward(
     Without gates and mask this is the dense model. `kv_rule` says whose keys and values a skipped
     token shows to later ones: its own projections (`project`) or those of the layer below (`copy`).
     Gates read the branch's input without passing gradients into it, as published. `watch` is called
-    with every branch's gate [B, S, 1 or H]. `checkpointing` trades a second run of each branch in
-    the backward pass for its activations' memory. `start` is a branch that a layer begins with, and
-    the residual stream [B, S, H] that comes to it: those before it are not run. `stop` is the first
-    branch that is not run: the residual stream that comes to it is returned.
+    with every branch's gate [B, S, 1 or H]. `checkpointing` runs each branch again in the backward
+    pass instead of keeping its activations. `start` is the first branch to run, which begins a
+    layer, and the residual stream [B, S, H] before it. `stop` is the first branch that does not
+    run: the residual stream before it is returned.
     """
     run = _recomputed if checkpointing and torch.is_grad_enabled() else _at_once
     input_ids = input_ids.to(device_of(model))  # text waits in memory until its turn
@@ -93,7 +93,7 @@ def masked_forward(
 def _mixed(
     gates: TokenGates | None, branch: Branch, x: Tensor, output: Tensor, keep: Tensor
 ) -> Tensor:
-    """The branch's output [B, S, H] where `keep` [B, S] is 1, and where it is 0 the shortcut's."""
+    """The branch's output [B, S, H] where `keep` [B, S] is 1, the shortcut's where it is 0."""
     entered = keep.unsqueeze(-1).to(output)
     if gates is None or gates.shortcuts is None:
         return output * entered
@@ -125,9 +125,9 @@ def _attention(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     keys, values = project_keys_values(branch, x, rope)  # [B, S, kv_heads, D]
     if kv_rule == "copy" and keep is not None and below is not None:
-        own = keep[..., None, None].to(keys)
-        keys = keys * own + below[0] * (1 - own)
-        values = values * own + below[1] * (1 - own)
+        projected = keep[..., None, None].to(keys)
+        keys = keys * projected + below[0] * (1 - projected)
+        values = values * projected + below[1] * (1 - projected)
     queries = project_queries(branch, x, rope)
     mixed = attend(
         queries.transpose(1, 2),
@@ -144,8 +144,8 @@ def attend(
 ) -> Tensor:
     """Softmax attention. queries [B, heads, Q, D], keys, values [B, kv_heads, T, D] -> as queries.
 
-    `visible` [B or 1, 1, Q, T] is True where a query may look; None means causal from the first
-    slot, which asks for Q = T.
+    `visible` [B or 1, 1, Q, T] is True where a query attends to a slot; None means causal from the
+    first slot, which requires Q = T.
     """
     if visible is None and (shape.softcap is not None or shape.window is not None):
         slots = torch.arange(keys.shape[2], device=keys.device)
@@ -177,7 +177,7 @@ def _softcapped(
 
 
 def causal(queries: Tensor, slots: Tensor, window: int | None) -> Tensor:
-    """Which slots a query sees. query positions [B, Q], slots [T] -> bool [B, 1, Q, T].
+    """The slots that a query sees. query positions [B, Q], slots [T] -> bool [B, 1, Q, T].
 
     A cache slot's number is its token's position, so padding needs no mask of its own.
     """

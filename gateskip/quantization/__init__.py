@@ -1,1 +1,1 @@
-"""Packed weights, and how they are rounded."""
+"""Packed weights: grids, packed layers, folders of them, draft copies."""

@@ -1,8 +1,8 @@
 """A model that computes in float32 with its weights in the type that they are stored in.
 
-Float32 holds bfloat16 and float16 exactly: a matrix is widened for each of its products and let go
-again. The results are to the bit those of the model loaded in float32, for half its memory; weights
-that are mapped from their file take none that could not be given back.
+Float32 holds bfloat16 and float16 exactly: a matrix is converted to float32 for each of its
+products and freed again. The results equal, bit by bit, those of the model loaded in float32, at
+half its memory; pages of weights that are mapped from their file can be evicted at any time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StoredEmbedding(nn.Module):
 
 
 def embed_in_float32(model: Any) -> None:
-    """Let tokens be looked up in float32, the table as it is stored; in place."""
+    """Replace an embedding, in place, by one that keeps its stored table and returns float32."""
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding) and embedding.weight.dtype != torch.float32:
         model.set_input_embeddings(StoredEmbedding(embedding))
@@ -46,8 +46,8 @@ def embed_in_float32(model: Any) -> None:
 
 @contextmanager
 def heads_in_float32(*models: Any) -> Iterator[None]:
-    """Within this context the models' LM heads exist in float32, for logits that come in parts;
-    where autocast chooses the type, they stay as they are."""
+    """Within this context the models' LM heads exist in float32, for logits computed in chunks;
+    where autocast chooses the type, they stay unchanged."""
     heads = {model.get_output_embeddings() for model in models}
     with ExitStack() as stack:
         for head in heads:
@@ -61,8 +61,8 @@ def _autocast(tensor: Tensor) -> bool:
 
 
 def compute_in_float32(model: Any) -> Any:
-    """`model`, changed in place, for work in which no weight of it trains: plain linear layers and
-    the embedding as they are stored, and all else in float32."""
+    """`model`, changed in place so that no weight trains: plain linear layers and the embedding
+    stay as they are stored, and all else becomes float32."""
     model.requires_grad_(False)
     small = [
         (name, part)

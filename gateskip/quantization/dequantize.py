@@ -1,7 +1,7 @@
-"""Linear layers of any format as what they multiply with: float32 weights, and the bits of one.
+"""Float32 weights of linear layers of any format, and the bits of one weight.
 
-Draft copies are made of these, layer by layer, so that a packed model is drafted for by a copy of
-itself in fewer bits.
+Draft copies are made of these, layer by layer, so that a packed model can have a draft copy in
+fewer bits.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def dense_weight(layer: Any) -> Tensor:
 
 
 def _of_four_bits(layer: Any) -> Tensor:
-    """The weights [out, in] of bitsandbytes' layer; one that has run on a CPU may keep its codes in
-    an order of its own, and is asked for its columns."""
+    """The weights [out, in] of bitsandbytes' layer. One that has run on a CPU may store its codes
+    in another order: it then multiplies the columns of the identity."""
     state = layer.weight.quant_state
     if not getattr(state, "packing_format_for_cpu", False):
-        known: Tensor = bitsandbytes_functions().dequantize_4bit(layer.weight.data, state)
-        return known
+        weight: Tensor = bitsandbytes_functions().dequantize_4bit(layer.weight.data, state)
+        return weight
     columns: Tensor = layer(torch.eye(layer.in_features, dtype=layer.compute_dtype))
     return (columns if layer.bias is None else columns - layer.bias).T

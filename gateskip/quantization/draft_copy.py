@@ -1,10 +1,10 @@
-"""Copies of a model's weights in fewer bits that draft for it, made while loading.
+"""Draft copies: a model's weights in fewer bits, made while loading.
 
 An integer copy (`int4`, `int3`, `int2`) is rounded by the mean squares of its layers' inputs
-(rounding.py). Those are measured on text that the model writes itself, so a copy asks for no data
-(arXiv 2305.17888). `nf4` is bitsandbytes' format, which looks at weights alone. What is copied may
-be packed itself: layers are unpacked one at a time, and those that a copy would not make smaller
-are shared.
+(rounding.py). They are measured on text that the model writes itself, so a copy needs no data
+(arXiv 2305.17888). `nf4` is bitsandbytes' format, which depends on weights alone. The model may be
+packed itself: layers are unpacked one at a time, and layers that would not become smaller are
+shared.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class CopyFormat:
     """How an integer copy is stored."""
 
     bits: int
-    """Of one weight."""
+    """Bits of one weight."""
     group: int
     """Weights that share a scale and an offset."""
 
@@ -45,35 +45,36 @@ COPY_HEAD = CopyFormat(3, 64)
 """The LM head of a copy. The model's own head chooses among the eight best of each thread, so that
 fewer bits cost nothing: 0.908 of drafts accepted with 3, 0.910 with 4, 0.861 with 2 (SmolLM2)."""
 NF4_BITS = 4
-LEAST_SHARE = 0.125
-"""Of a model's weights that a copy has in fewer bits, where one is tried unasked: value projections
-in 8 bits beside 4 (3 % of SmolLM2, at most 8 % where every head has values) make no draft."""
+MIN_SMALLER = 0.125
+"""Share of a model's weights that a copy has to make smaller to be tried by default: value
+projections in 8 bits beside 4 (3 % of SmolLM2, at most 8 % where every head has values) are too
+few."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Mean squares [in] of what linear layers read, and of what the LM head reads."""
+    """Mean squares [in] of the inputs of linear layers, and of the LM head."""
 
     layers: Mapping[Any, Tensor]
     head: Tensor
 
 
 def copy_bits(name: str) -> int | None:
-    """Bits of a weight in the copy of this name; None for what drafts without a copy."""
+    """Bits of a weight in the copy of this name; None for drafts without a copy."""
     return NF4_BITS if name == "nf4" else COPIES[name].bits if name in COPIES else None
 
 
 def can_copy(model: Any, bits: int) -> bool:
-    """Whether a copy in so many bits makes enough of the model's weights smaller to draft sooner,
+    """Whether a copy in `bits` bits makes enough of the model's weights smaller to draft faster,
     and kernels run it."""
     sizes = {layer: layer.in_features * layer.out_features for layer in linear_layers(model)}
     smaller = sum(size for layer, size in sizes.items() if stored_bits(layer) > bits)
-    return has_kernels(final_norm(model).weight) and smaller >= LEAST_SHARE * sum(sizes.values())
+    return has_kernels(final_norm(model).weight) and smaller >= MIN_SMALLER * sum(sizes.values())
 
 
 @torch.no_grad()
 def read_text(model: Any, blocks: Tensor) -> Inputs:
-    """What the model's linear layers and its LM head read in token ids blocks [N, S]."""
+    """Inputs of the model's linear layers and LM head, measured on token ids blocks [N, S]."""
     layers, states = linear_layers(model), list[Tensor]()
     squares = input_squares(layers, lambda: states.append(masked_forward(model, blocks)))
     head = states[0].float().flatten(0, 1).square().mean(0)
@@ -81,7 +82,7 @@ def read_text(model: Any, blocks: Tensor) -> Inputs:
 
 
 def nf4_copy(model: Any) -> Any:
-    """The model once more with its layers' linear weights in NF4; all other tensors are shared.
+    """A copy of the model with its layers' linear weights in NF4; all other tensors are shared.
 
     Raises ValueError where none of them can be packed in fewer bits than it has.
     """
@@ -89,14 +90,14 @@ def nf4_copy(model: Any) -> Any:
 
 
 def integer_copy(model: Any, inputs: Inputs, how: CopyFormat) -> Any:
-    """The same in integers with a scale and an offset for every group of weights.
+    """A copy of the model with its layers' linear weights on integer grids; it shares all else.
 
     Raises ValueError as `nf4_copy` does.
     """
 
     def pack(linear: Any) -> PackedLinear | None:
         squares = inputs.layers[linear]
-        if linear.in_features % how.group or not len(squares):  # nothing passed it
+        if linear.in_features % how.group or not len(squares):  # the layer was not run
             return None
         return _packed(dense_weight(linear), squares, linear.bias, how)
 
@@ -107,10 +108,11 @@ def integer_copy(model: Any, inputs: Inputs, how: CopyFormat) -> Any:
 def draft_head(
     model: Any, inputs: Inputs, how: CopyFormat = HEAD, tokens: Tensor | None = None
 ) -> PackedLinear | None:
-    """The LM head in such integers, for ranking a draft's tokens: its rows of tokens [T], or all;
-    in groups of 32 where larger ones do not divide its inputs.
+    """The LM head in the integers `how`, for ranking a draft's tokens: its rows of tokens [T], or
+    all; in groups of 32 where larger ones do not divide its inputs.
 
-    None where 32 does not, or it has as few bits already: then the model's own head ranks them.
+    None where 32 does not either, or the head has as few bits already: then the model's own head
+    ranks them.
     """
     head = model.get_output_embeddings()
     how = how if head.in_features % how.group == 0 else CopyFormat(how.bits, GROUP)
@@ -137,7 +139,7 @@ def _copy(model: Any, bits: int, pack: Pack) -> Any:
     if not any(packed.values()):
         raise ValueError(f"no weight of this model can be drafted with in {bits} bits")
     tensors = (*model.parameters(), *model.buffers())
-    copied = copy.deepcopy(model, {id(each): each for each in tensors})
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for name, layer in packed.items():
         if layer is not None:
             copied.set_submodule(name, layer)

@@ -1,10 +1,9 @@
-"""Loading model folders: what transformers loads, and what it does not by itself, our integer
-grids and GPTQ with mixed bits.
+"""Loading model folders: all that transformers loads, our integer grids, and GPTQ with mixed bits.
 
 A GPTQ checkpoint whose layers differ in bits says so in `dynamic` (patterns of layer names, and
-what is different there), one whose LM head is packed in `lm_head`; gptqmodel, vLLM and SGLang read
-both. optimum, by which transformers loads GPTQ, gives every layer of the decoder the same bits, so
-it is asked once for each number of bits.
+their settings), one whose LM head is packed in `lm_head`; gptqmodel, vLLM and SGLang read both.
+optimum, by which transformers loads GPTQ, gives every layer of the decoder the same bits, so it is
+called once for each number of bits.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from gateskip.quantization.grid_linear import METHOD
 QUANTIZER = "gptq"
 END = ".qweight"  # of the tensor that has a layer's codes
 LIBRARIES = {QUANTIZER: ("optimum", "gptqmodel"), "bitsandbytes": ("accelerate", "bitsandbytes")}
-"""What transformers loads packed weights with, by `quant_method`."""
+"""Libraries that transformers loads packed weights with, by `quant_method`."""
 
 
 _MADE_ANEW = re.compile(r"\.(g_idx|bias)$")
-"""Tensors that layers which other libraries packed need not have in a file: the usual order of a
+"""Tensors of packed layers that other libraries may leave out of a file: the usual order of a
 layer's inputs, and biases of zero."""
 
 
@@ -39,7 +38,7 @@ def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
 
     Raises ModuleNotFoundError, with the extra's name, where its packed weights need a library that
     is not installed.
-    Raises FormatError where a tensor is missing, or has a shape that the config does not ask for.
+    Raises FormatError where a tensor is missing, or has another shape than the config says.
     """
     from transformers import AutoModelForCausalLM
 
@@ -49,31 +48,30 @@ def load_model(folder: str | Path, dtype: str | torch.dtype = "auto") -> Any:
     need(f"{folder}: loading {packed} weights", *LIBRARIES.get(packed, ()))
     if packed == METHOD:
         register()
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    # Packed tensors of another shape are refused by who places them.
-    given = {} if packed else {"ignore_mismatched_sizes": True}
+    loaded_type = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    # Quantizers themselves refuse packed tensors of another shape
+    options = {} if packed else {"ignore_mismatched_sizes": True}
     with mixed_bits() if is_mixed(folder) else nullcontext():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, output_loading_info=True, **given
+            folder, dtype=loaded_type, output_loading_info=True, **options
         )
-    found = loaded[1]
+    info = loaded[1]
     if packed:
-        missing, ours = found.get("missing_keys") or (), packed == METHOD
-        kept = [name for name in missing if ours or not _MADE_ANEW.search(name)]
-        found = {"missing_keys": kept}
-    _refuse_random(folder, found)
+        missing, ours = info.get("missing_keys") or (), packed == METHOD
+        info = {"missing_keys": [n for n in missing if ours or not _MADE_ANEW.search(n)]}
+    _refuse_random(folder, info)
     return loaded[0].eval()
 
 
 def _refuse_random(folder: str | Path, info: dict[str, Any]) -> None:
     """FormatError where transformers filled a tensor with random numbers, for which it only warns.
 
-    `info` is its loading info: names of missing tensors, and (name, stored shape, wanted shape).
+    `info` is its loading info: names of missing tensors, and (name, stored shape, config's shape).
     """
-    for name, stored, wanted in info.get("mismatched_keys") or ():
+    for name, stored, expected in info.get("mismatched_keys") or ():
         raise FormatError(
             f"{folder}: the tensor {name} has the shape {list(stored)}, and the config asks for"
-            f" {list(wanted)}"
+            f" {list(expected)}"
         )
     missing = sorted(info.get("missing_keys") or ())
     if missing:
@@ -89,7 +87,7 @@ def is_mixed(folder: str | Path) -> bool:
 
 
 def _quantization(folder: str | Path) -> dict[str, Any]:
-    """What the folder's config says of packed weights; empty where it has none."""
+    """The quantization config of the folder's config; empty without one."""
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return config.get("quantization_config") or {}
@@ -119,8 +117,8 @@ def mixed_bits() -> Iterator[None]:
             self.dynamic, self.lm_head = dynamic, lm_head
 
         def to_dict_optimum(self) -> dict[str, Any]:
-            known = super().to_dict_optimum()  # type: ignore[no-untyped-call]
-            return {name: known[name] for name in known.keys() - {"dynamic", "lm_head"}}
+            fields = super().to_dict_optimum()  # type: ignore[no-untyped-call]
+            return {name: fields[name] for name in fields.keys() - {"dynamic", "lm_head"}}
 
     class MixedQuantizer(GptqHfQuantizer):
         """Layers get the bits that the config gives them."""
@@ -141,17 +139,19 @@ def mixed_bits() -> Iterator[None]:
         AUTO_QUANTIZATION_CONFIG_MAPPING[QUANTIZER], AUTO_QUANTIZER_MAPPING[QUANTIZER] = before
 
 
-def _place_packed_layers(model: Any, config: Any, quantizer: Any, given: dict[str, Any]) -> None:
+def _place_packed_layers(
+    model: Any, config: Any, quantizer: Any, arguments: dict[str, Any]
+) -> None:
     """Replace layers by empty packed ones where the checkpoint has packed ones, bits by bits."""
     from gptqmodel.quantization.config import dynamic_get
 
     usual = quantizer.bits
     layers = defaultdict(list)
-    for name in packed_layers(given["checkpoint_files"]):
+    for name in packed_layers(arguments["checkpoint_files"]):
         layers[dynamic_get(config.dynamic, name, "bits", usual)].append(name)
     for bits, names in layers.items():
         quantizer.bits = bits
-        quantizer.select_quant_linear(device_map=given.get("device_map"), pack=False)
+        quantizer.select_quant_linear(device_map=arguments.get("device_map"), pack=False)
         quantizer._replace_by_quant_layers(model, names)
     quantizer.bits = usual
 

@@ -1,4 +1,4 @@
-"""What a model's weights are stored as, in words."""
+"""The formats of a model's weights, in words."""
 
 from __future__ import annotations
 

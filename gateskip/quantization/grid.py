@@ -1,4 +1,4 @@
-"""Integer grids: what a group of weights is rounded to, and how its codes lie in a file.
+"""Integer grids: codes, scales and minima of groups of weights, and the packing of codes in files.
 
 A weight is `scale * code + minimum`, with codes 0 to 2**bits - 1 and a scale and a minimum for
 every `group` weights of a row. A grid without minima is symmetric: its code stands for
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 Offset = Literal["real", "integer", "none"]
-"""What a group has beside its scale: a minimum, a zero point (an integer code that stands for
-zero), or nothing."""
+"""A group's offset beside its scale: a minimum, a zero point (the integer code of the value zero),
+or nothing."""
 
 SIGNIFICANT = 8  # bits of a bfloat16 number
 SMALLEST = 2.0**-24  # step of the smallest float16 numbers
@@ -47,17 +47,17 @@ class Grid:
 
     @property
     def middle(self) -> int:
-        """The code that stands for zero in a symmetric grid."""
+        """The code of the value zero in a symmetric grid."""
         return middle(self.bits)
 
     def offset(self) -> Tensor | None:
-        """What the middle code stands for [n, groups]; None where that is zero."""
+        """The values of the middle code [n, groups]; None where they are zero."""
         return None if self.minimum is None else self.minimum + self.middle * self.scale
 
     def zero_points(self) -> Tensor:
-        """The codes [n, groups], whole numbers as floats, nearest to what stands for zero; 0 where
-        a group has no scale."""
-        assert self.minimum is not None, "the middle code of a symmetric grid stands for zero"
+        """The codes [n, groups], whole numbers as floats, whose values are nearest to zero; 0 where
+        a group's scale is zero."""
+        assert self.minimum is not None, "the middle code of a symmetric grid is zero"
         scale = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
         return (-self.minimum / scale).round()
 
@@ -95,7 +95,7 @@ def joined(grids: Sequence[Grid]) -> Grid:
 
 
 def middle(bits: int) -> int:
-    """The code in the middle of a grid's."""
+    """The middle one of a grid's codes."""
     return 1 << (bits - 1)
 
 
@@ -108,8 +108,8 @@ def exact_minimum(minimum: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Minima, in float32, that bfloat16 and float16 hold, as they do the middle code's value.
 
     A group's range holds zero: minima lie between those of all negative and all positive weights.
-    They are multiples of what the last bit of the larger of |minimum| and middle * scale counts, of
-    which both then need eight bits at most, and so does their sum. Scales are positive and exact.
+    They are multiples of the last bit of the larger of |minimum| and middle * scale, so that both,
+    and their sum, need eight bits at most. Scales are positive and exact.
     """
     largest = ((1 << bits) - 1) * scale
     minimum = torch.minimum(torch.maximum(minimum, -largest), torch.zeros_like(minimum))
@@ -122,7 +122,7 @@ def exact_minimum(minimum: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def _last_bit(size: Tensor) -> Tensor:
-    """What the eighth bit of a number counts, and no less than float16's smallest step."""
+    """The value of a number's eighth bit, but no less than float16's smallest step."""
     exponent = torch.frexp(size.clamp_min(SMALLEST)).exponent
     return torch.ldexp(torch.ones_like(size), exponent - SIGNIFICANT).clamp_min(SMALLEST)
 

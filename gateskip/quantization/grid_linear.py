@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from gateskip.quantization.grid import Grid, pack_bits, row_parts, unpack_bits
 
 METHOD = "gateskip"
-"""What a folder of such modules calls its `quant_method`."""
+"""The `quant_method` of a folder of such modules."""
 
 STORED = torch.bfloat16  # of scales and minima, which it holds exactly
 
@@ -54,11 +54,11 @@ class GridLinear(nn.Module):
     def of(cls, grid: Grid, bias: Tensor | None = None) -> GridLinear:
         """From a grid of weights [out, in]."""
         n, k = grid.codes.shape
-        made = cls(k, n, grid.bits, grid.group, grid.minimum is not None, bias is not None)
+        layer = cls(k, n, grid.bits, grid.group, grid.minimum is not None, bias is not None)
         for name, value in stored(grid).items():
-            setattr(made, name, value)
-        made.bias = None if bias is None else bias.detach()
-        return made
+            setattr(layer, name, value)
+        layer.bias = None if bias is None else bias.detach()
+        return layer
 
     def grid(self) -> Grid:
         """The weights as codes, scales and minima."""
@@ -71,8 +71,8 @@ class GridLinear(nn.Module):
 
 
 class GridEmbedding(nn.Module):
-    """An embedding table [vocabulary, hidden] as a symmetric grid, unpacked once it is asked for:
-    kernels never do."""
+    """An embedding table [vocabulary, hidden] as a symmetric grid, unpacked at the first access to
+    `weight`: kernels read the codes."""
 
     codes: Tensor
     scale: Tensor
@@ -161,7 +161,7 @@ def stored(grid: Grid) -> dict[str, Tensor]:
     tensors = {"codes": pack_bits(grid.codes, grid.bits), "scale": grid.scale.to(STORED)}
     if grid.minimum is not None:
         tensors["minimum"] = grid.minimum.to(STORED)
-    return {name: each.contiguous() for name, each in tensors.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def grids_of(model: Any) -> dict[str, GridLinear]:

@@ -1,8 +1,8 @@
 """An LM head in 8 bits: signed bytes, a scale for every 32 weights.
 
-It is half a bfloat16 head to read, and the head of a small model is a fifth of all that decoding
-reads. The file keeps the full weights, which the embedding shares in a tied model; a note beside
-them says that the head is to be rounded.
+It has half the bytes of a bfloat16 head, and the head of a small model is a fifth of all bytes that
+decoding reads. The file keeps the full weights, which the embedding shares in a tied model; a note
+beside them says that the head is to be rounded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 HEAD_FILE = "lm_head.json"
 INT8 = "int8"
 GROUP = 32
-ROWS = 8192  # rounded at a time
+ROWS = 8192  # rows that are rounded at a time
 
 
 def to_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def to_bytes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded(weight: Tensor) -> Tensor:
-    """What the weight [V, H] is once it is in 8 bits, in its own type."""
+    """The weight [V, H] rounded to 8 bits, in its own type."""
     parts = []
     for rows in weight.split(ROWS):
         codes, scale = to_bytes(rows)
@@ -43,8 +43,8 @@ def rounded(weight: Tensor) -> Tensor:
 
 
 class RoundedHead(nn.Module):
-    """An LM head that multiplies with its weights rounded to 8 bits; it keeps the full ones, which
-    may be the embedding's, and rounds them anew each time: the native engine does not."""
+    """An LM head that multiplies with its weights rounded to 8 bits. It keeps the full ones, which
+    may be the embedding's, and rounds them anew each time; the native engine rounds once."""
 
     def __init__(self, linear: Any) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class RoundedHead(nn.Module):
 
 
 def head_format(folder: Path) -> str | None:
-    """What a folder says of its LM head: `int8`, or None for what the weights are."""
+    """The format of a folder's LM head: `int8`, or None for the weights' own."""
     file = folder / HEAD_FILE
     return json.loads(file.read_text())["format"] if file.exists() else None
 

@@ -1,9 +1,8 @@
 """Model folders of integer grids, as transformers loads them.
 
-`config.json` says `quant_method: gateskip`; layers that differ in bits or group size stand in
-`layers`. transformers has registers for quantizers of others, so that `from_pretrained` reads such
-a folder once `register` was called; `trust_remote_code` does that for a folder that carries this
-code.
+`config.json` says `quant_method: gateskip`; `layers` lists the layers that differ in bits or group
+size. transformers has registers for other quantizers, so that `from_pretrained` reads such a folder
+once `register` was called; `trust_remote_code` calls it for a folder that carries this code.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from gateskip.quantization.grid_linear import METHOD, GridEmbedding, GridLinear,
 
 
 class GridConfig(QuantizationConfigMixin):
-    """What a folder's config says of its grids."""
+    """The quantization config of a folder of grids."""
 
     def __init__(
         self,
@@ -48,18 +47,18 @@ class GridConfig(QuantizationConfigMixin):
     @property
     def stored(self) -> torch.dtype:
         """The type of scales and minima."""
-        found: torch.dtype = getattr(torch, self.scales)
-        return found
+        dtype: torch.dtype = getattr(torch, self.scales)
+        return dtype
 
     def of(self, name: str) -> tuple[int, int]:
         """Bits and group size of a layer."""
-        own = self.layers.get(name, {})
-        return own.get("bits", self.bits), own.get("group_size", self.group_size)
+        layer = self.layers.get(name, {})
+        return layer.get("bits", self.bits), layer.get("group_size", self.group_size)
 
     def has_minima(self, name: str) -> bool:
         """Whether a layer's groups have a minimum; 8 bits are symmetric."""
-        own = self.layers.get(name, {}).get("offset", self.offset)
-        return own != "none" and self.of(name)[0] < 8
+        offset = self.layers.get(name, {}).get("offset", self.offset)
+        return offset != "none" and self.of(name)[0] < 8
 
 
 class GridQuantizer(HfQuantizer):

@@ -28,7 +28,7 @@ class PackedEmbedding(nn.Module):
         self.bits, self.group = table.bits, table.group
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids [...] -> [..., hidden]. Raises IndexError for what is no token."""
+        """ids [...] -> [..., hidden]. Raises IndexError for ids outside the vocabulary."""
         tokens = ids.reshape(-1).to(torch.int32).contiguous()
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.num_embeddings:
             raise IndexError(f"tokens are 0 to {self.num_embeddings - 1}")
@@ -41,7 +41,7 @@ class PackedEmbedding(nn.Module):
 
 def pack_embedding(model: Any) -> bool:
     """Pack a model's embedding in place where it is a grid of whole blocks and has kernels here,
-    and the LM head with it if they share a table; whether it was."""
+    and the LM head with it if they share a table. Returns whether it was packed."""
     table = model.get_input_embeddings()
     if not isinstance(table, GridEmbedding) or table.group % BLOCK:
         return False

@@ -1,9 +1,9 @@
-"""Linear layers for decoding: the model's own weights behind kernels that suit a few rows.
+"""Linear layers for decoding: the model's own weights behind kernels for few rows.
 
-`accelerate_linears` replaces what it knows a faster kernel for and leaves the rest alone. Within
-`streaming`, which decoding enters, rows go through the compiled kernels, which read the weights
-once; else through torch's GEMM, for which packed weights are unpacked on the way. So the caller's
-phase decides the arithmetic, not the number of rows.
+`accelerate_linears` replaces the layers that have a faster kernel. Within `streaming`, which
+decoding enters, rows go through the compiled kernels, which read the weights once; else through
+torch's GEMM, for which packed weights are unpacked on the way. So the caller's phase decides the
+arithmetic, not the number of rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ZERO_POINT = 128  # what makes signed bytes unsigned; the kernels take it off ag
 NF4_BLOCK = 64  # weights that share a scale in a draft's NF4
 Parts = tuple[Tensor, Tensor | None, Tensor | None, int]
 Samples = dict[str, tuple["PackedLinear", nn.Module]]
-"""One packed layer of each kind and shape: as it is here, and as its library made it."""
+"""One packed layer of each kind and shape: ours, and the library's that it replaces."""
 
 
 _streams: ContextVar[bool] = ContextVar("streaming", default=False)
@@ -51,10 +51,10 @@ def streaming() -> Iterator[None]:
 
 
 @contextmanager
-def rounding(asked: bool = True) -> Iterator[None]:
-    """Within this context prompts meet packed weights with the scales that the engine decodes with
-    and, in vectors, its activations in bytes (matvec.h), where a kernel of ours multiplies them."""
-    before = _rounds.set(asked)
+def rounding(enabled: bool = True) -> Iterator[None]:
+    """Within this context our kernels multiply prompts by packed weights with the rounded scales of
+    decoding and, in their vector form, with activations in bytes (matvec.h)."""
+    before = _rounds.set(enabled)
     try:
         yield
     finally:
@@ -75,15 +75,15 @@ def _needs_gradient(x: Tensor) -> bool:
 
 
 def prompt_kernel() -> bool:
-    """Whether a prompt's rows in bfloat16 meet packed weights in a kernel of ours, which knows any
-    number of rows; else torch multiplies by unpacked ones. Within `rounding` that is wherever the
-    kernel runs."""
+    """Whether a kernel of ours, for any number of rows, multiplies a prompt's rows in bfloat16 by
+    packed weights; else torch multiplies by unpacked ones. Within `rounding` our kernel does
+    wherever it runs."""
     return ops.prompt_units() != PromptUnits.NO_UNITS and (_rounds.get() or bfloat16_is_faster())
 
 
-class _Widened(torch.autograd.Function):
-    """A product with weights that do not train and have a smaller type than x: they are widened
-    anew for the backward pass, for which they would else be kept."""
+class _CastAnew(torch.autograd.Function):
+    """A product with weights that do not train and have a smaller type than x: the backward pass
+    casts them to x's type anew, instead of keeping the cast weights from the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,8 +97,8 @@ class _Widened(torch.autograd.Function):
 
 
 class DenseLinear(nn.Module):
-    """A linear layer with the weights of the one it replaces: float32, or bfloat16 where that
-    multiplies slower or float32 is to be computed in (as_stored.py)."""
+    """A linear layer with the weights of the one it replaces: float32; or bfloat16 where products
+    in bfloat16 are slower, or are to be computed in float32 (as_stored.py)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class DenseLinear(nn.Module):
 
     @contextmanager
     def fp32_weight(self) -> Iterator[None]:
-        """Within this context the weights exist in float32, for products that come in parts."""
+        """Within this context the weights exist in float32, for products computed in chunks."""
         self._fp32_weight = self.weight.float()
         try:
             yield
@@ -121,24 +121,24 @@ class DenseLinear(nn.Module):
 
     def part(self, x: Tensor, rows: Rows) -> Tensor:
         """x [..., in] -> some of the outputs."""
-        wide = None if self._fp32_weight is None else rows.of(self._fp32_weight)
+        fp32 = None if self._fp32_weight is None else rows.of(self._fp32_weight)
         bias = None if self.bias is None else rows.of(self.bias)
-        return self._multiply(x, wide, rows.of(self.weight), bias)
+        return self._multiply(x, fp32, rows.of(self.weight), bias)
 
     def _multiply(
-        self, x: Tensor, wide: Tensor | None, weight: Tensor, bias: Tensor | None
+        self, x: Tensor, fp32: Tensor | None, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        if wide is not None:
-            return product(x, wide, bias)
+        if fp32 is not None:
+            return product(x, fp32, bias)
         if _needs_gradient(x) and x.dtype != weight.dtype and not weight.requires_grad:
-            widened: Tensor = _Widened.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-            return widened
+            out: Tensor = _CastAnew.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+            return out
         if not _streaming() or x.dtype != weight.dtype:
             return product(x, weight, bias)
         if weight.dtype != torch.float32:
             return F.linear(x, weight, bias)
         flat = x.reshape(-1, self.in_features).contiguous()
-        out: Tensor = ops.dense(weight, flat).view(*x.shape[:-1], len(weight))
+        out = ops.dense(weight, flat).view(*x.shape[:-1], len(weight))
         return out if bias is None else out + bias
 
 
@@ -165,7 +165,7 @@ class PackedLinear(nn.Module):
         bias: Tensor | None,
         bits: int = 4,
     ) -> None:
-        """Raises ValueError where the inputs of a group are no multiple of 32, or codes of so many
+        """Raises ValueError where the inputs of a group are no multiple of 32, or codes of `bits`
         bits have no kernels."""
         super().__init__()
         self.out_features, self.in_features = codes.shape
@@ -182,8 +182,8 @@ class PackedLinear(nn.Module):
         self.bits, self.middle = bits, middle(bits)
         self.register_buffer("codes", pack_codes(codes, bits))
         low = None if offset is None else tiles(offset.float())
-        kept, low, self._zero = _kept(tiles(scale.float()), low, self.middle)
-        self.register_buffer("_scale", kept)
+        small, low, self._zero = _compact(tiles(scale.float()), low, self.middle)
+        self.register_buffer("_scale", small)
         self.register_buffer("_offset", low)
         self.register_buffer("book", None if book is None else book.float().contiguous())
         self.register_buffer("bias", None if bias is None else bias.float())
@@ -191,9 +191,9 @@ class PackedLinear(nn.Module):
 
     @classmethod
     def of(cls, grid: Grid, bias: Tensor | None = None) -> PackedLinear:
-        """A grid of weights [out, in]. Where codes have no kernel they get more bits: codes of
-        5 bits move to the middle of 6, and weights stay what they are."""
-        bits = next(each for each in BITS if each >= grid.bits)
+        """A grid of weights [out, in]. Codes without a kernel get more bits: codes of 5 bits move
+        to the middle of 6, and the weights do not change."""
+        bits = next(width for width in BITS if width >= grid.bits)
         codes, offset = grid.codes, grid.offset()
         if bits != grid.bits:
             codes = codes + (middle(bits) - grid.middle)
@@ -211,7 +211,7 @@ class PackedLinear(nn.Module):
 
     @property
     def offset(self) -> Tensor | None:
-        """What the middle code, or an entry 0, stands for: float32 as `scale`; None for zero."""
+        """Values of the middle code, or of an entry 0: float32, as `scale`; None for zero."""
         if self._offset is None:
             return None
         low = self._offset.float()
@@ -234,7 +234,7 @@ class PackedLinear(nn.Module):
             weight = self.unpacked(x.dtype if fast else torch.float32)
             return product(x, *(_of(rows, part) for part in (weight, self.bias)))
         rounded = _rounds.get()
-        parts = self.rounded_parts() if rounded else self.float_parts()  # what the matrix points to
+        parts = self.rounded_parts() if rounded else self.float_parts()  # the matrix points to them
         matrix = self._matrix(parts, rounded)
         if rows is None or not rows.whole(ROWS_PER_TILE):
             out = self._product(x, matrix, self.bias)
@@ -250,8 +250,8 @@ class PackedLinear(nn.Module):
         return out.view(*x.shape[:-1], matrix.n)
 
     def _matrix(self, parts: Parts, rounded: bool) -> Matrix:
-        """What kernels read, but for the bias; it points to the memory of this layer and of
-        `parts`."""
+        """The kernels' view of the layer without its bias; it points to the memory of this layer
+        and of `parts`."""
         n, k = self.out_features, self.in_features
         *tables, zero = parts
         kind = Kind.packed(self.bits, self.book is not None, rounded)
@@ -259,8 +259,8 @@ class PackedLinear(nn.Module):
         return Matrix(kind, n, k, self.group, zero, n, n, *places, None)
 
     def exact_matrix(self) -> tuple[Matrix, Parts]:
-        """The weights without a bias, none of them rounded, and what the matrix points to."""
-        rounded = self.book is None and self._scale.dtype == torch.bfloat16  # as _kept left both
+        """The weights, not rounded, without a bias; and the tensors that the matrix points to."""
+        rounded = self.book is None and self._scale.dtype == torch.bfloat16  # as _compact left both
         parts = self.rounded_parts() if rounded else self.float_parts()
         return self._matrix(parts, rounded), parts
 
@@ -271,7 +271,7 @@ class PackedLinear(nn.Module):
     def rounded_parts(self) -> Parts:
         """The same as kernels of 8-bit activations read them.
 
-        Scale and offset are bfloat16. The offset is what code 0 stands for, or the middle code
+        Scale and offset are bfloat16. The offset is the value of code 0, or of the middle code
         where bfloat16 holds that better: a grid's minima are exact, a GPTQ layer's are not.
         """
         if self._rounded_parts is None:
@@ -288,12 +288,12 @@ class PackedLinear(nn.Module):
             return self._scale.bfloat16(), low, None, self._zero
         choices = ((low - self.middle * self.scale, 0), (low, self.middle))
         best, zero = min(
-            choices, key=lambda each: float((each[0].bfloat16() - each[0]).abs().sum())
+            choices, key=lambda choice: float((choice[0].bfloat16() - choice[0]).abs().sum())
         )
         return self._scale.bfloat16(), best.bfloat16(), None, zero
 
     def streamed(self, x: Tensor) -> Tensor:
-        """The same by the compiled kernel, which multiplies in float32 and reads the codes once."""
+        """`forward` by the compiled kernel, which multiplies in float32 and reads codes once."""
         flat = x.reshape(-1, self.in_features).float().contiguous()
         out = ops.packed(*self._parts(), flat)
         out = out.view(*x.shape[:-1], self.out_features)
@@ -307,9 +307,11 @@ class PackedLinear(nn.Module):
         return self.codes, self.scale, self.offset, self.book, self.bits, self.out_features
 
 
-def _kept(scale: Tensor, offset: Tensor | None, middle: int) -> tuple[Tensor, Tensor | None, int]:
-    """Scales, offsets, and the code that these are of: in bfloat16 where that holds both exactly,
-    and of code 0 where it holds that."""
+def _compact(
+    scale: Tensor, offset: Tensor | None, middle: int
+) -> tuple[Tensor, Tensor | None, int]:
+    """Scales, offsets, and the code whose values the offsets are: in bfloat16 where that holds both
+    exactly; the code is 0 where bfloat16 holds its values, else the middle one."""
     small = scale.bfloat16()
     if not torch.equal(small.float(), scale):
         return scale, offset, middle
@@ -326,7 +328,7 @@ def _kept(scale: Tensor, offset: Tensor | None, middle: int) -> tuple[Tensor, Te
 def accelerate_linears(model: Any, samples: Samples | None = None) -> dict[str, int]:
     """Replace linear layers in place; returns how many of each kind now run on native kernels.
 
-    `samples`, where given, is filled with what `timed_pairs` reads.
+    `samples`, where given, is filled for `timed_pairs`.
     """
     counts: dict[str, int] = {}
     weight = final_norm(model).weight
@@ -346,7 +348,7 @@ def accelerate_linears(model: Any, samples: Samples | None = None) -> dict[str, 
 
 
 class Multiplies(Protocol):
-    """What has a kernel of its own for packed layers: the native engine."""
+    """The native engine, which has a kernel of its own for packed layers."""
 
     def multiplier(self, layer: PackedLinear) -> Kernel:
         """A call that multiplies rows [rows, in] by the layer."""
@@ -356,22 +358,22 @@ class Multiplies(Protocol):
 def timed_pairs(
     samples: Samples, engine: Multiplies | None
 ) -> dict[str, tuple[int, Kernel, Kernel]]:
-    """What `kernel_times` compares: inputs, our kernel (the engine's where it will run), theirs."""
+    """Kernels to time, by layer: inputs, our kernel (the engine's where it will run), theirs."""
     return {
-        name: (ours.in_features, ours.streamed if engine is None else engine.multiplier(ours), own)
-        for name, (ours, own) in samples.items()
+        name: (ours.in_features, ours.streamed if engine is None else engine.multiplier(ours), old)
+        for name, (ours, old) in samples.items()
     }
 
 
-def _named(own: nn.Module, ours: PackedLinear) -> str:
+def _named(old: nn.Module, ours: PackedLinear) -> str:
     """`Linear4bit 4 bits 576 x 1536`: inputs last, as in a weight."""
-    return f"{type(own).__name__} {ours.bits} bits {ours.out_features} x {ours.in_features}"
+    return f"{type(old).__name__} {ours.bits} bits {ours.out_features} x {ours.in_features}"
 
 
 def has_kernels(weight: Tensor) -> bool:
     """Whether weights of this type and device have kernels of ours here."""
-    known = weight.dtype in (torch.float32, torch.bfloat16)
-    return known and weight.device.type == "cpu" and build.library() is not None
+    supported = weight.dtype in (torch.float32, torch.bfloat16)
+    return supported and weight.device.type == "cpu" and build.library() is not None
 
 
 def _faster(module: nn.Module) -> nn.Module | None:
@@ -393,12 +395,12 @@ def _from_bitsandbytes(module: Any) -> PackedLinear | None:
     """NF4 or FP4 weights: two codes a byte, high nibble first, blocks along a row."""
     state = module.weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
-        return None  # it has run before, and its codes now lie as bitsandbytes' own kernel wants
+        return None  # it has run before: its codes are in the order of bitsandbytes' own kernel
     return _from_blocks(module.weight.data, state, module.bias)
 
 
 def _from_blocks(data: Tensor, state: Any, bias: Tensor | None) -> PackedLinear | None:
-    """bitsandbytes' codes and what its quantization state says of them."""
+    """A layer from bitsandbytes' codes and quantization state; None for blocks of other sizes."""
     rows, k = state.shape
     if k % state.blocksize or state.blocksize % BLOCK:
         return None
@@ -436,7 +438,7 @@ def int8_parts(module: Any) -> tuple[Tensor, Tensor]:
 
 
 def _from_int8(module: Any) -> PackedLinear | None:
-    """A scale a row. Outliers among activations need no search: each block of 32 has its scale."""
+    """A scale a row. Outliers need no search: each block of 32 activations has its own scale."""
     if module.in_features % BLOCK:
         return None
     codes, scale = int8_parts(module)

@@ -1,8 +1,8 @@
 """Rounding weights to integer grids, the range of each group searched.
 
-Which rounding error matters depends on what a weight is multiplied with: some inputs of a layer are
+A weight's rounding error matters in proportion to its input, and some inputs of a layer are
 hundreds of times larger than others. So the range of each group of weights is chosen for the least
-error of the layer's output, every input weighing by its mean square (activation-aware rounding:
+error of the layer's output, with each input weighted by its mean square (activation-aware rounding:
 arXiv 2306.00978; llama.cpp's importance matrices do the same).
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gateskip.quantization.grid import Grid, Offset, exact_minimum, exact_scale, joined, middle
 
-AT_ONCE = 1 << 17  # weights
-GROUP = 32  # weights that share a scale, where nobody says otherwise
+AT_ONCE = 1 << 17  # weights that are rounded at a time
+GROUP = 32  # weights that share a scale by default
 CUTS = {2: (0.0, 0.1, 0.2, 0.3, 0.4), 3: (0.0, 0.06, 0.12, 0.18, 0.24, 0.3)}
 USUAL_CUTS = (0.0, 0.04, 0.08, 0.12, 0.16, 0.2)  # parts of a group's range that may be cut off
 Fit = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -26,12 +26,12 @@ Fit = tuple[Tensor, Tensor, Tensor, Tensor]
 def round_to_grid(
     weight: Tensor, squares: Tensor, bits: int = 4, group: int = GROUP, offset: Offset = "real"
 ) -> Grid:
-    """Weights [n, k] on a grid; squares [k] or [n, k] weigh each weight's error.
+    """Weights [n, k] on a grid; squares [k] or [n, k] are the weights of each squared error.
 
     Of several ranges for each group the one with the least sum of weighted squared errors wins.
-    Within a range, scale and minimum follow from the codes by least squares, are put on numbers
-    that all formats hold (grid.py), and codes are chosen again. Rows are taken a few at a time, so
-    that what is between stays in the processor's cache.
+    Within a range, scale and minimum follow from the codes by least squares and are rounded to
+    numbers that all formats hold (grid.py); then codes are chosen again. Rows are taken a few at a
+    time, so that intermediate tensors stay in the processor's cache.
     """
     importance = squares / squares.mean().clamp_min(1e-12) + 1e-6  # [k] or [n, k]
     importance = importance.expand(len(weight), -1)
@@ -42,7 +42,7 @@ def round_to_grid(
 
 def _round_rows(weight: Tensor, importance: Tensor, bits: int, group: int, offset: Offset) -> Grid:
     """`round_to_grid` of some rows: weights and their importance, [n, k] each."""
-    groups, importance = (each.unflatten(1, (-1, group)) for each in (weight, importance))
+    groups, importance = (part.unflatten(1, (-1, group)) for part in (weight, importance))
     fit = _FITS[offset]
     best: Fit | None = None
     for low, high in _ranges(groups, bits, offset):
@@ -74,29 +74,29 @@ def _better(candidate: Fit, best: Fit) -> Fit:
 
 def _fit_real(groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, bits: int) -> Fit:
     """A scale and a minimum: the line through codes and weights."""
-    most = (1 << bits) - 1
-    codes = _codes(groups, (high - low) / most, low, most)
+    max_code = (1 << bits) - 1
+    codes = _codes(groups, (high - low) / max_code, low, max_code)
     total = importance.sum(2, keepdim=True)
     mean_code = (importance * codes).sum(2, keepdim=True) / total
     mean = (importance * groups).sum(2, keepdim=True) / total
     spread = (importance * (codes - mean_code).square()).sum(2, keepdim=True)
     scale = (importance * (codes - mean_code) * (groups - mean)).sum(2, keepdim=True)
     alike = spread == 0  # one code for the whole group: no line goes through one point
-    scale = torch.where(alike, (high - low) / most, scale / spread.clamp_min(1e-20))
+    scale = torch.where(alike, (high - low) / max_code, scale / spread.clamp_min(1e-20))
     scale = exact_scale(scale.clamp_min(0))
     low = exact_minimum(mean - scale * mean_code, scale, bits)
-    return _rounded(groups, importance, scale, low, most)
+    return _rounded(groups, importance, scale, low, max_code)
 
 
 def _fit_integer(groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, bits: int) -> Fit:
-    """A scale and the code that stands for zero."""
-    most = (1 << bits) - 1
-    scale = ((high - low) / most).clamp_min(1e-12)
-    zero = (-low / scale).round().clamp(0, most)
-    signed = _codes(groups, scale, -zero * scale, most) - zero
+    """A scale and the integer code of the value zero."""
+    max_code = (1 << bits) - 1
+    scale = ((high - low) / max_code).clamp_min(1e-12)
+    zero = (-low / scale).round().clamp(0, max_code)
+    signed = _codes(groups, scale, -zero * scale, max_code) - zero
     squares = (importance * signed.square()).sum(2, keepdim=True).clamp_min(1e-20)
     scale = exact_scale((importance * signed * groups).sum(2, keepdim=True) / squares)
-    return _rounded(groups, importance, scale, -zero * scale, most)
+    return _rounded(groups, importance, scale, -zero * scale, max_code)
 
 
 def _fit_none(groups: Tensor, importance: Tensor, low: Tensor, high: Tensor, bits: int) -> Fit:
@@ -118,14 +118,14 @@ _FITS: dict[Offset, Callable[[Tensor, Tensor, Tensor, Tensor, int], Fit]] = {
 }
 
 
-def _rounded(groups: Tensor, importance: Tensor, scale: Tensor, low: Tensor, most: int) -> Fit:
-    codes = _codes(groups, scale, low, most)
+def _rounded(groups: Tensor, importance: Tensor, scale: Tensor, low: Tensor, max_code: int) -> Fit:
+    codes = _codes(groups, scale, low, max_code)
     error = (importance * (scale * codes + low - groups).square()).sum(2, keepdim=True)
     return error, codes, scale, low
 
 
-def _codes(groups: Tensor, scale: Tensor, low: Tensor, most: int) -> Tensor:
-    return ((groups - low) / _divisor(scale)).round_().clamp_(0, most)
+def _codes(groups: Tensor, scale: Tensor, low: Tensor, max_code: int) -> Tensor:
+    return ((groups - low) / _divisor(scale)).round_().clamp_(0, max_code)
 
 
 def _divisor(scale: Tensor) -> Tensor:

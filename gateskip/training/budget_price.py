@@ -28,25 +28,25 @@ class BudgetPrice:
     def __init__(self, parameters: Sequence[Tensor], parts: int = 1) -> None:
         """The gates' `parameters`; `parts` backward passes make one step's gradients."""
         self.parameters, self.parts = parameters, parts
-        self.cost_gradients: list[Tensor] = []  # of what is paid, a parameter each
+        self.cost_gradients: list[Tensor] = []  # of the paid cost, one a parameter
         device = parameters[0].device if parameters else None
         self.cost_shift = torch.zeros((), device=device)  # gradients under a common shift
         self.loss_shift = torch.zeros((), device=device)
 
     def add_cost(self, rule: TrainMask) -> None:
-        """Gradients of what a pass pays, in the parameters and in the shift."""
+        """Add the gradients of a pass's paid cost, in the parameters and in the shift."""
         if rule.form == "hard" or not rule.paid.requires_grad:
             return
-        asked = [rule.shift, *self.parameters]
+        inputs = [rule.shift, *self.parameters]
         shift, *gradients = torch.autograd.grad(
-            rule.paid, asked, retain_graph=True, allow_unused=True, materialize_grads=True
+            rule.paid, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
         )
         self.cost_shift = self.cost_shift.to(shift) + shift / self.parts
-        before = self.cost_gradients or [torch.zeros_like(each) for each in gradients]
+        before = self.cost_gradients or [torch.zeros_like(gradient) for gradient in gradients]
         self.cost_gradients = [a + b / self.parts for a, b in zip(before, gradients, strict=True)]
 
     def add_loss(self, rule: TrainMask) -> None:
-        """Gradient of the loss under the shift, which the backward pass left in the rule."""
+        """Add the loss's gradient in the shift, which the backward pass left in the rule."""
         if rule.shift.grad is not None:
             self.loss_shift = self.loss_shift.to(rule.shift.grad) + rule.shift.grad
 

@@ -1,7 +1,7 @@
-"""Weights that do not train, once in the precision that autocast would cast them to at every use.
+"""Weights that do not train, cast once to the precision that autocast casts them to at every use.
 
-Autocast remembers a cast weight within a pass only where it gets a gradient. A frozen backbone, and
-a teacher's, was cast anew in every pass, and an LM head for every chunk of tokens.
+Autocast caches a cast weight within a pass only where the weight gets a gradient. It casts a frozen
+backbone, and a teacher's, anew in every pass, and an LM head for every chunk of tokens.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from torch import nn
 from gateskip.quantization.packed_linear import DenseLinear
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Accelerate's names of mixed precision -> what autocast casts to."""
+"""Accelerate's names of mixed precision -> the type that autocast casts to."""
 
 
 @torch.no_grad()
 def cast_once(model: Any, accelerator: Accelerator) -> Any:
-    """`model`, which is moved to the accelerator's device, for passes under its autocast that train
-    no weight: a copy that shares everything but its linear layers, whose weights are cast.
+    """A copy of `model` for passes under the accelerator's autocast that train no weight.
 
-    The passes compute the same numbers. Without mixed precision it is the model itself, and so
-    where it has no plain linear layer: packed ones see to their own precision.
+    The copy shares everything but the linear layers, whose weights are cast. Passes compute the
+    same numbers. Without mixed precision, or without a plain linear layer, it is the model itself:
+    packed layers choose their own precision. `model` is moved to the accelerator's device, and its
+    parameters stop requiring gradients.
     """
     model.requires_grad_(False).to(accelerator.device)
     dtype = PRECISIONS.get(accelerator.mixed_precision)
@@ -34,7 +35,7 @@ def cast_once(model: Any, accelerator: Accelerator) -> Any:
     if dtype is None or not linears:
         return model
     shared = (*model.parameters(), *model.buffers())
-    copied = copy.deepcopy(model, {id(each): each for each in shared})
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     for name in linears:
         copied.set_submodule(name, _cast(copied.get_submodule(name), dtype))
     return copied

@@ -1,7 +1,7 @@
-"""Training of the network that drafts: its states should say what the model's own would.
+"""Training of the draft network: its states learn to predict what the model's own states predict.
 
-The network reads its own states as it will when drafting: from the model's state before a token it
-is unrolled over the next tokens of the text, and each state is compared with the model's there.
+As in drafting, the network reads its own states: it is unrolled from the model's state before a
+token over the next tokens of the text, and each state is compared with the model's there.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from gateskip.training.loop import Loop, Row, precision
 from gateskip.training.objectives import distill_loss, in_chunks
 from gateskip.training.recipe import DraftConfig
 
-FADING = 0.8  # weight of each unrolled step, over that of the one before: later ones are rarer
-READ = 8  # blocks whose states are made at a time
+FADING = 0.8  # an unrolled step's weight over the one before: drafts reach later ones less often
+READ = 8  # blocks whose states are computed at a time
 
 
 def final_states(
     skipping: SkippingModel, blocks: Tensor, progress: Progress | None = None
 ) -> Tensor:
-    """What the LM head reads at each of token ids blocks [N, S]: [N, S, H] in bfloat16."""
+    """Final hidden states [N, S, H], in bfloat16, of token ids blocks [N, S]."""
     parts, done = list[Tensor](), 0
     for part in blocks.split(READ):
         cache = skipping.new_cache(*part.shape)
@@ -50,9 +50,10 @@ def train_draft_network(
     work: Path | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Train a network in place to draft for a model, on token ids blocks [N, S]; the curve.
+    """Train a network in place to draft for a model, on token ids blocks [N, S].
 
-    With `work`, a killed run goes on from its last checkpoint there.
+    Returns the curve, one row a step. With `work`, a killed run resumes from its last checkpoint
+    there.
     """
     network.requires_grad_(True)
     accelerator = Accelerator(cpu=True, mixed_precision=precision(config.precision))
@@ -68,19 +69,19 @@ def train_draft_network(
 def agreement(
     skipping: SkippingModel, network: DraftNetwork, blocks: Tensor, ahead: int
 ) -> list[float]:
-    """How often the network's likeliest token is the model's, 1 to `ahead` tokens on, of token ids
-    blocks [N, S]."""
+    """Shares of token ids blocks [N, S] at which the network's argmax is the model's, one share for
+    each of the next 1 to `ahead` tokens."""
     model, states = skipping.model, final_states(skipping, blocks)
-    made, found = states.float(), []
+    predicted, shares = states.float(), []
     head = dense_weight(model.get_output_embeddings())
     rows, tokens = head[network.tokens.long()], network.tokens.long()
     embedded = embed(model, blocks).float()
     for place in range(1, ahead + 1):
-        made = network(made[:, :-1], embedded[:, place:])
-        said = tokens[(made @ rows.T).argmax(-1)]
-        wanted = torch.cat([(each.float() @ head.T).argmax(-1)[None] for each in states[:, place:]])
-        found.append(round(float((said == wanted).double().mean()), 4))
-    return found
+        predicted = network(predicted[:, :-1], embedded[:, place:])
+        drafted = tokens[(predicted @ rows.T).argmax(-1)]
+        likeliest = [(row.float() @ head.T).argmax(-1) for row in states[:, place:]]
+        shares.append(round(float((drafted == torch.stack(likeliest)).double().mean()), 4))
+    return shares
 
 
 class _DraftTraining(Loop):
@@ -119,27 +120,28 @@ class _DraftTraining(Loop):
         return {"step": float(self.step), "loss": float(loss.detach())}
 
     def _loss(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """Mean divergence from what the model says after each token, over all unrolled steps.
+        """Mean KL from the model's distribution after each token, over all unrolled steps.
 
         states [B, S, H] are the model's, tokens [B, S].
         """
         with torch.no_grad():
             embedded = embed(self.source, tokens).to(states.dtype)
-        made, total, weights = states, torch.zeros(()), 0.0
+        predicted, total, weights = states, torch.zeros(()), 0.0
         for ahead in range(1, self.config.unroll + 1):
-            made = self.network(made[:, :-1], embedded[:, ahead:])
+            predicted = self.network(predicted[:, :-1], embedded[:, ahead:])
             weight = FADING ** (ahead - 1)
-            total = total + weight * self._distance(made, states[:, ahead:])
+            total = total + weight * self._distance(predicted, states[:, ahead:])
             weights += weight
         return total / weights
 
-    def _distance(self, made: Tensor, wanted: Tensor) -> Tensor:
-        """Mean KL between what the LM head makes of states [B, S, H] and of those wanted."""
-        made, wanted = made.flatten(0, 1), wanted.flatten(0, 1)
+    def _distance(self, predicted: Tensor, states: Tensor) -> Tensor:
+        """Mean KL of the LM head's distributions at predicted states [B, S, H] from those at the
+        model's."""
+        predicted, states = predicted.flatten(0, 1), states.flatten(0, 1)
 
         def loss_of(part: Tensor, rows: slice) -> Tensor:
-            target = wanted[rows].to(self.head.dtype) @ self.head.T
+            target = states[rows].to(self.head.dtype) @ self.head.T
             logits = part.to(self.head.dtype) @ self.head.T
-            return distill_loss(logits, target) * (len(part) / len(made))
+            return distill_loss(logits, target) * (len(part) / len(predicted))
 
-        return in_chunks(made, loss_of)
+        return in_chunks(predicted, loss_of)

@@ -1,10 +1,10 @@
-"""Gate fine-tuning: gates, and if asked the backbone, learn under masks as they are at inference.
+"""Gate fine-tuning: gates, and optionally the backbone, learn under masks as at inference.
 
 The paper trains with cross-entropy and an L2 pull on gates that scale (arXiv 2510.13876, equation
-3). Here the dense model's own distribution is the target by default: a denser signal, it needs no
-labels, and it is what raises draft acceptance. The mask is 0 or 1 as at inference, a
-straight-through estimator lets gradients reach the gates, and the budget of each step is drawn
-between 1 and a falling bound, so the ranking is learned before it is used.
+3). Here the target is the dense model's own distribution by default: the signal is denser, needs no
+labels, and raises draft acceptance. The mask is 0 or 1 as at inference. A straight-through
+estimator lets gradients reach the gates. The budget of each step is drawn between 1 and a falling
+bound, so the ranking is learned before it is used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from gateskip.calibration.allocation import global_thresholds, quantiles
-from gateskip.calibration.reading import drawn_cut, shifts_by_harm
+from gateskip.calibration.reading import draw_cut, shifts_by_sensitivity
 from gateskip.gates.base import Gates
 from gateskip.model.compute import branch_costs, saved_by_skipping
 from gateskip.model.families import find_branches, head
@@ -40,12 +40,12 @@ from gateskip.training.objectives import (
 )
 from gateskip.training.recipe import TrainConfig
 from gateskip.training.rollouts import Write, rollout_writer
-from gateskip.training.sharding import asked
+from gateskip.training.sharding import fsdp_requested
 
 SHIFT_BLOCKS = 8  # of the text, on which branches get their first ranks for reading
 WINDOW = 8  # steps whose gate logits set the thresholds: a mix of texts needs more than a few
 GAIN = 0.2  # of the feedback on the skipped share: part of the log error that a step corrects
-MOST_DRIFT = 1.5
+MAX_DRIFT = 1.5  # of that feedback: the log factor's bound
 
 
 def train_gates(
@@ -60,21 +60,24 @@ def train_gates(
 ) -> list[dict[str, float]]:
     """Fine-tune in place on blocks [N, S] of token ids; returns the curve, one row a step.
 
-    `teacher` is the dense model whose logits are matched; without one the model itself at full
-    compute is the teacher, which asks for a frozen backbone. With `work`, a killed run goes on from
+    `teacher` is the dense model whose logits are matched. Without one, the model itself at full
+    compute is the teacher, which needs a frozen backbone. With `work`, a killed run resumes from
     its last checkpoint there and ends with the same gates as an unbroken one. `validation` [M, S]
     is scored every `validate_every` steps; those rows of the curve carry `kl@BUDGET` for each of
     `validate_budgets`, and their mean `valid`.
+
+    Raises ValueError for settings that do not go together, and for `reading` with gates that have
+    no measured sensitivity.
     """
     if config.on_policy is not None and config.loss == "cross-entropy":
         raise ValueError("on_policy learns from a teacher: it needs loss: distill or both")
     if config.reading and config.on_policy is not None:
         raise ValueError("reading learns from given answers: leave on_policy out")
-    if config.reading and gates.harm is None:
-        raise ValueError("reading starts from measured harm: calibration.reading.answer_harm")
+    if config.reading and gates.prompt_sensitivity is None:
+        raise ValueError("reading needs gates.prompt_sensitivity: see calibration.reading")
     if teacher is None and config.backbone != "frozen" and config.loss != "cross-entropy":
         raise ValueError("a trained backbone needs the dense model as a teacher of its own")
-    asked()  # before accelerate looks
+    fsdp_requested()  # before accelerate looks
     accelerator = Accelerator(
         cpu=training_device().type == "cpu",
         mixed_precision=precision(config.precision),
@@ -125,9 +128,9 @@ class _Session(Loop):
         self.costs = (costs / costs.sum()).to(accelerator.device)
         self.prices = self._prices().to(accelerator.device)
         kinds = [branch.kind for branch in find_branches(model)]
-        wanted = ("attention", "mlp") if config.branches == "both" else (config.branches,)
+        skippable = ("attention", "mlp") if config.branches == "both" else (config.branches,)
         # On the CPU, as the window of logits is where thresholds are read off it
-        self.free = torch.tensor([kind in wanted for kind in kinds], device="cpu")  # [branches]
+        self.free = torch.tensor([kind in skippable for kind in kinds], device="cpu")  # [branches]
         self.free[0] &= config.kv_rule != "copy"
         self.shifts = self._shifts()  # of gate logits before branches are compared [branches]
         self.window: list[Tensor] = []  # gate logits [branches, tokens] of the last steps
@@ -138,23 +141,24 @@ class _Session(Loop):
         length, costs = self.blocks.shape[1], branch_costs(self.model)
         linear = saved_by_skipping(self.model, self.gates.shortcuts, self.config.kv_rule)
         saved = [
-            cost.over(length) - cost.linear + own for cost, own in zip(costs, linear, strict=True)
+            cost.over(length) - cost.linear + saved_linear
+            for cost, saved_linear in zip(costs, linear, strict=True)
         ]
         return torch.tensor(saved) / sum(c.over(length) for c in costs)
 
     def _shifts(self) -> Tensor:
-        """By harm where prompts learn to skip, else none."""
+        """Shifts of gate logits [branches]: by sensitivity with `reading`, else zero."""
         if not self.config.reading:
             return torch.zeros(self.gates.branches, device="cpu")
         some = self.blocks[:SHIFT_BLOCKS]
-        return shifts_by_harm(self.model, self.gates, some, self.config.kv_rule).cpu()
+        return shifts_by_sensitivity(self.model, self.gates, some, self.config.kv_rule).cpu()
 
     def _cut(self, part: int) -> int | None:
-        """Tokens of this step's blocks that are a prompt; None where nothing is."""
+        """Tokens of this step's blocks that form the prompt; None without `reading`."""
         if not self.config.reading:
             return None
         seed = (self.config.seed * 1_000_003 + self.step) * self.config.accumulate + part
-        return drawn_cut(self.blocks.shape[1], torch.Generator().manual_seed(seed))
+        return draw_cut(self.blocks.shape[1], torch.Generator().manual_seed(seed))
 
     def advance(self) -> dict[str, float]:
         """One optimizer step: `accumulate` passes over a batch a process."""
@@ -170,7 +174,7 @@ class _Session(Loop):
             with accelerator.accumulate(self.student):
                 block, cut = self._block(part), self._cut(part)
                 rule = self._mask(self._of_rows(block, common, budget, cut), cut)
-                loss = self._loss(block, rule, budget, self.own_text(part))
+                loss = self._loss(block, rule, budget, self.on_policy(part))
                 price.add_cost(rule)
                 accelerator.backward(loss)
                 price.add_loss(rule)
@@ -189,9 +193,9 @@ class _Session(Loop):
             logits.append(torch.stack(rule.logits))
         self._remember(torch.cat(logits, 1))
         self.step += 1
-        loss_of_all, kept = self.mean(sum(losses) / len(losses), sum(shares) / len(shares))
-        self._correct(budget, kept)
-        row = {"step": float(self.step), "loss": loss_of_all, "budget": budget, "kept": kept}
+        mean_loss, kept_share = self.mean(sum(losses) / len(losses), sum(shares) / len(shares))
+        self._correct(budget, kept_share)
+        row = {"step": float(self.step), "loss": mean_loss, "budget": budget, "kept": kept_share}
         due = config.validate_every and self.step % config.validate_every == 0
         if self.validation is not None and (due or self.step == config.steps):
             row |= self._validate(self.validation)
@@ -209,8 +213,10 @@ class _Session(Loop):
             cut,
         )
 
-    def _loss(self, block: Tensor, rule: TrainMask, budget: float, own: bool = False) -> Tensor:
-        """The step's loss on one block [B, S]; `own` says that the student wrote it."""
+    def _loss(
+        self, block: Tensor, rule: TrainMask, budget: float, on_policy: bool = False
+    ) -> Tensor:
+        """The step's loss on one block [B, S]; with `on_policy` the student wrote the block."""
         config = self.config
         hidden, gates = self.student(block, rule)
         dense = None
@@ -220,7 +226,7 @@ class _Session(Loop):
         answer = slice(rule.cut or 0, None)
         with self.accelerator.autocast():
             dense = None if dense is None else dense[:, answer]
-            loss = self._head_loss(hidden[:, answer], dense, block[:, answer], own)
+            loss = self._head_loss(hidden[:, answer], dense, block[:, answer], on_policy)
         if config.hidden_weight and dense is not None:
             loss = loss + config.hidden_weight * hidden_loss(hidden[:, answer], dense)
         if config.sparsity != "none":
@@ -228,11 +234,13 @@ class _Session(Loop):
             loss = loss + config.sparsity_weight * pull
         return loss
 
-    def _head_loss(self, hidden: Tensor, dense: Tensor | None, block: Tensor, own: bool) -> Tensor:
+    def _head_loss(
+        self, hidden: Tensor, dense: Tensor | None, block: Tensor, on_policy: bool
+    ) -> Tensor:
         """Loss of the logits of hidden [B, S, H] against the teacher's logits and the next tokens.
 
-        `dense` [B, S, H] is the teacher's final state, needed to distil; block [B, S]. On text that
-        the student wrote there are no right next tokens: only the teacher counts.
+        `dense` [B, S, H] is the teacher's final state, needed to distil; block [B, S]. Text that
+        the student wrote has no right next tokens, so only the teacher counts there.
         """
         config, count = self.config, block.numel()
         following = torch.cat((block[:, 1:], torch.full_like(block[:, :1], -100)), 1).flatten()
@@ -240,7 +248,7 @@ class _Session(Loop):
         def loss_of(part: Tensor, rows: slice) -> Tensor:
             logits = head(self.running, part)
             loss = torch.zeros((), device=part.device)
-            if config.loss != "distill" and not own:
+            if config.loss != "distill" and not on_policy:
                 followed = int((following[rows] >= 0).sum())
                 share = followed / (count - len(block))
                 loss = loss + share * next_token_loss(logits, following[rows])
@@ -248,7 +256,7 @@ class _Session(Loop):
                 assert dense is not None, "distillation has a teacher"
                 with torch.no_grad():
                     target = head(self.teacher, dense.flatten(0, 1)[rows])
-                near = self.distance(logits, target, config.loss_temperature, own)
+                near = self.distance(logits, target, config.loss_temperature, on_policy)
                 loss = loss + near * (len(part) / count)
             return loss
 
@@ -256,7 +264,7 @@ class _Session(Loop):
             return in_chunks(hidden.flatten(0, 1), loss_of)
 
     def writer(self, draw: float) -> Write:
-        """What continues prompts as the gated model does at a budget that it trains at."""
+        """A function that continues prompts with the gated model, at a budget of the training."""
         budget = self._drawn_budget(draw)
         thresholds = self._thresholds(budget).tolist()
         return rollout_writer(self.model, self.gates, self.config.kv_rule, thresholds)
@@ -284,7 +292,7 @@ class _Session(Loop):
         return torch.stack([self._ranked(row, budget) for row in of_rows.unbind(1)], 1)
 
     def _logits(self, block: Tensor, thresholds: Tensor, cut: int | None = None) -> Tensor:
-        """Gate logits [branches, tokens] of a pass over block [B, S] that teaches nothing."""
+        """Gate logits [branches, tokens] of a pass over block [B, S] without gradients."""
         rule = self._mask(thresholds, cut)
         with torch.no_grad(), self.accelerator.autocast():
             self.student(block, rule)
@@ -302,13 +310,13 @@ class _Session(Loop):
             thresholds = global_thresholds(logits + shifts, budget, costs, self.free) - self.shifts
         return thresholds.to(self.costs.device)
 
-    def _correct(self, budget: float, kept: float) -> None:
+    def _correct(self, budget: float, kept_share: float) -> None:
         """Feedback on the kept share: the window's logits come from other budgets, and gates move,
         so a threshold read off them keeps another share than the budget. The error is corrected in
         the next steps."""
-        if budget < 0.97 and kept < 1.0:
-            self.drift += GAIN * (math.log(1 - budget) - math.log(1 - kept))
-            self.drift = min(MOST_DRIFT, max(-MOST_DRIFT, self.drift))
+        if budget < 0.97 and kept_share < 1.0:
+            self.drift += GAIN * (math.log(1 - budget) - math.log(1 - kept_share))
+            self.drift = min(MAX_DRIFT, max(-MAX_DRIFT, self.drift))
 
     def _remember(self, logits: Tensor) -> None:
         """Keep the gate logits [branches, tokens] of a step, those of all processes."""
@@ -325,7 +333,7 @@ class _Session(Loop):
         row = {}
         with torch.no_grad(), self.accelerator.autocast():
             for budget in self.config.validate_budgets:
-                common, total, kept = self._thresholds(budget), 0.0, 0.0
+                common, total, kept_share = self._thresholds(budget), 0.0, 0.0
                 cut = blocks.shape[1] // 2 if self.config.reading else None
                 for part in blocks.to(self.accelerator.device).split(1):
                     dense = masked_forward(self.teacher, part)[:, cut or 0 :]
@@ -334,20 +342,23 @@ class _Session(Loop):
                     hidden = self.student(part, rule)[0][:, cut or 0 :]
                     target = head(self.teacher, dense)
                     total += float(distill_loss(head(self.running, hidden), target))
-                    kept += float(rule.share)
+                    kept_share += float(rule.share)
                 row[f"kl@{budget}"] = total / len(blocks)
-                row[f"kept@{budget}"] = kept / len(blocks)
+                row[f"kept@{budget}"] = kept_share / len(blocks)
         distances = [value for name, value in row.items() if name.startswith("kl@")]
         return row | {"valid": sum(distances) / len(distances)}
 
     def state(self) -> dict[str, Any]:
-        """Beside a loop's own: the gates, and what finds the next step's thresholds."""
-        own = {"window": self.window, "drift": self.drift, "gates": self.gates.state_dict()}
-        own["shifts"] = self.shifts
-        return super().state() | own
+        """The loop's state, the gates, and all that the next step's thresholds depend on."""
+        return super().state() | {
+            "window": self.window,
+            "drift": self.drift,
+            "gates": self.gates.state_dict(),
+            "shifts": self.shifts,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Become what `state` says."""
+        """Set all that `state` returned."""
         super().restore(state)
         self.window, self.drift = state["window"], state["drift"]
         self.shifts = state["shifts"]

@@ -18,10 +18,11 @@ from torch.nn import functional as F
 from gateskip.quantization.grid import Grid, exact_minimum, exact_scale, pack_bits
 
 WITHIN = 0.3
-"""How far, in steps of the grid, a weight's place begins at most from its code. At half a step the
-noise of the first gradients alone would change codes: KL 0.108 became 0.185 in 25 steps."""
+"""The largest distance, in steps of the grid, of a weight's first place from its code. At half a
+step the noise of the first gradients alone would change codes: KL 0.108 became 0.185 in 25 steps.
+"""
 
-PACE = 6.0
+PLACE_RATE = 6.0
 """The learning rate of places over that of scales: a hundred steps at 1e-3 carry a place, whose
 gradient always points one way, across a third of a step."""
 
@@ -29,8 +30,8 @@ gradient always points one way, across a third of a step."""
 class ScaledGrid(nn.Module):
     """A layer on an integer grid (quantization/grid.py) that learns its scales and its minima.
 
-    weight = scale * (gain * (code - middle) + shift) + offset: the offset is what the middle code
-    stands for, so that gains and shifts, which begin at 1 and 0, move a weight by like amounts.
+    weight = scale * (gain * (code - middle) + shift) + offset. The offset is the middle code's
+    value, so that gains and shifts, which begin at 1 and 0, move a weight by like amounts.
     """
 
     codes: Tensor
@@ -49,16 +50,16 @@ class ScaledGrid(nn.Module):
         self.shift = None if self.offset is None else nn.Parameter(torch.zeros_like(grid.scale))
 
     def learned(self) -> tuple[Tensor, Tensor | None]:
-        """The scales, and what middle codes stand for, [out, G] each."""
+        """Scales, and values of middle codes, [out, G] each; None where all of these are 0."""
         scale = self.scale * self.gain
         if self.offset is None or self.shift is None:
             return scale, None
         return scale, self.offset + self.scale * self.shift
 
     def tensors(self) -> dict[str, Tensor]:
-        """Scales and minima as they are now, on numbers that the format holds."""
-        raw, offset = (None if each is None else each.detach() for each in self.learned())
-        assert raw is not None, "only minima may lack"
+        """The current scales and minima, rounded to numbers that the format holds."""
+        raw, offset = self.learned()
+        raw, offset = raw.detach(), None if offset is None else offset.detach()
         scale = exact_scale(raw.clamp_min(0))
         if offset is None:
             return {"scale": scale}
@@ -84,12 +85,12 @@ class ScaledGrid(nn.Module):
 class LearnedGrid(ScaledGrid):
     """A layer on an integer grid that learns its codes, too.
 
-    Begins with the codes that it is given: a weight's place is that of the dense weight, or as near
-    to it as its code allows, so that weights which lie between two codes change first.
+    It begins with the grid's codes. A weight's place is that of the dense weight, or as near to it
+    as its code allows, so that weights between two codes change first.
     """
 
     def __init__(self, grid: Grid, bias: Tensor | None, dense: Tensor | None = None) -> None:
-        """dense [out, in] are the weights that were rounded; None where they are not known."""
+        """`dense` [out, in] are the weights that were rounded; None starts places at the codes."""
         super().__init__(grid, bias)
         codes = self.codes.float()
         within = torch.zeros_like(codes)
@@ -101,7 +102,7 @@ class LearnedGrid(ScaledGrid):
         del self.codes
 
     def tensors(self) -> dict[str, Tensor]:
-        """Scales, minima and codes as they are now."""
+        """The current scales, minima and codes."""
         codes = self.place.detach().round().clamp(0, (1 << self.bits) - 1).to(torch.uint8)
         return super().tensors() | {"codes": pack_bits(codes.flatten(1), self.bits)}
 
@@ -120,10 +121,10 @@ class _Rounded(torch.autograd.Function):
     def forward(
         ctx: Any, place: Tensor, scale: Tensor, offset: Tensor, bits: int, dtype: torch.dtype
     ) -> Tensor:
-        most = (1 << bits) - 1
+        max_code = (1 << bits) - 1
         codes = place.round()
-        inside = (codes >= 0) & (codes <= most)
-        codes = codes.clamp_(0, most).sub_(1 << (bits - 1))
+        inside = (codes >= 0) & (codes <= max_code)
+        codes = codes.clamp_(0, max_code).sub_(1 << (bits - 1))
         ctx.save_for_backward(codes.to(torch.int8), inside, scale)
         weight: Tensor = torch.addcmul(offset.unsqueeze(2), codes, scale.unsqueeze(2)).to(dtype)
         return weight

@@ -15,13 +15,13 @@ from gateskip.model.families import backbone, head
 from gateskip.model.progress import Progress
 from gateskip.quantization.as_stored import heads_in_float32
 from gateskip.training.cast_once import cast_once
-from gateskip.training.grids import PACE
+from gateskip.training.grids import PLACE_RATE
 from gateskip.training.loop import Loop, Row, adapt, precision, training_device
 from gateskip.training.objectives import CHUNK, distill_loss, in_chunks
 from gateskip.training.recipe import PACKED, HealConfig
 from gateskip.training.rollouts import Write, rollout_writer
 from gateskip.training.scales import places
-from gateskip.training.sharding import asked, whole
+from gateskip.training.sharding import fsdp_requested, whole
 
 
 def heal(
@@ -36,11 +36,12 @@ def heal(
     """Train `model` in place on blocks [N, S] of token ids; returns the curve, one row a step.
 
     With `held_out` [M, S], rows of the curve carry `valid`, the mean KL to the teacher there, at
-    step 0, every `validate_every` steps and at the end. The loop stops when `patience` of them in a
-    row brought nothing, and the weights of the best one stay: the model is never left further from
-    the teacher than it was. With `work`, a killed run goes on from its last checkpoint there.
+    step 0, every `validate_every` steps and at the end. The loop stops after `patience` validations
+    in a row without a better one, and keeps the weights of the best: the model never ends further
+    from the teacher than it began. With `work`, a killed run resumes from its last checkpoint
+    there.
     """
-    asked()  # before accelerate looks
+    fsdp_requested()  # before accelerate looks
     accelerator = Accelerator(
         cpu=training_device().type == "cpu",
         mixed_precision=precision(config.precision),
@@ -102,18 +103,18 @@ class _Healing(Loop):
         others = [p for p in self.trained.values() if id(p) not in placed]
         groups: list[dict[str, Any]] = [{"params": others, "lr": config.lr}]
         if placed:
-            groups.append({"params": list(placed.values()), "lr": PACE * config.lr})
+            groups.append({"params": list(placed.values()), "lr": PLACE_RATE * config.lr})
         optimizer, self.schedule = self.optimizer_of(groups)
         self.body, self.optimizer = self.prepare(body, optimizer)
         model.to(accelerator.device)  # the LM head, too
 
     def begin(self) -> None:
-        """A row of step 0 says how far the model is away before anything is done."""
+        """Validate at step 0, before anything is trained."""
         if self.held_out is not None:
             self.curve.append(self._validated({"step": 0.0}, self.held_out))
 
     def finished(self) -> bool:
-        """Whether all steps are done, or the last ones brought nothing."""
+        """Whether all steps are done, or `patience` validations brought nothing."""
         return super().finished() or worn_out(self.curve, self.config.patience)
 
     def advance(self) -> Row:
@@ -121,7 +122,7 @@ class _Healing(Loop):
         losses = []
         for part in range(self.config.accumulate):
             with self.accelerator.accumulate(self.body):
-                loss = self._loss(self._block(part), self.own_text(part))
+                loss = self._loss(self._block(part), self.on_policy(part))
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.trained.values(), self.config.clip)
@@ -131,8 +132,8 @@ class _Healing(Loop):
                 self.optimizer.zero_grad()
             losses.append(float(loss.detach()))
         self.step += 1
-        (loss_of_all,) = self.mean(sum(losses) / len(losses))
-        row = {"step": float(self.step), "loss": loss_of_all}
+        (mean_loss,) = self.mean(sum(losses) / len(losses))
+        row = {"step": float(self.step), "loss": mean_loss}
         due = self.config.validate_every and self.step % self.config.validate_every == 0
         if self.held_out is not None and (due or self.step == self.config.steps):
             row = self._validated(row, self.held_out)
@@ -145,12 +146,12 @@ class _Healing(Loop):
         return hidden
 
     def writer(self, draw: float) -> Write:
-        """What continues prompts as the model does."""
+        """A function that continues prompts with the model in training."""
         return rollout_writer(self.model)
 
-    def _loss(self, block: Tensor, own: bool) -> Tensor:
-        """Mean divergence from the teacher over the tokens of block [B, S]; `own` says that the
-        student wrote it."""
+    def _loss(self, block: Tensor, on_policy: bool) -> Tensor:
+        """Mean divergence from the teacher over the tokens of block [B, S]; with `on_policy` the
+        student wrote the block."""
         hidden = self._hidden(self.body, block).flatten(0, 1)
         with torch.no_grad():
             dense = self._hidden(backbone(self.teacher), block).flatten(0, 1)
@@ -159,14 +160,14 @@ class _Healing(Loop):
             with torch.no_grad():
                 target = head(self.teacher, dense[rows])
             logits = head(self.model, part)
-            near = self.distance(logits, target, self.config.temperature, own)
+            near = self.distance(logits, target, self.config.temperature, on_policy)
             return near * (len(part) / block.numel())
 
         with self.accelerator.autocast(), heads_in_float32(self.model, self.teacher):
             return in_chunks(hidden, loss_of)
 
     def _validated(self, row: Row, blocks: Tensor) -> Row:
-        """The row with the mean KL on held-out blocks [M, S]; the best weights are remembered."""
+        """The row with the mean KL on held-out blocks [M, S]; keeps a copy of the best weights."""
         total = 0.0
         with (
             torch.no_grad(),
@@ -191,10 +192,10 @@ class _Healing(Loop):
             self.put_back(self.best)
 
     def state(self) -> dict[str, Any]:
-        """Beside a loop's own: the best weights."""
+        """The loop's state and the best weights."""
         return super().state() | {"best": whole(self.best)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Become what `state` says."""
+        """Set all that `state` returned."""
         super().restore(state)
         self.best = state["best"]

@@ -3,9 +3,9 @@
 A fine-tune defines one step (`advance`) and the state that it adds to a checkpoint (`state`). A run
 that was killed resumes from its last checkpoint, which is written atomically.
 
-Several processes (`accelerate launch`) train one model: each takes its own blocks of a step, and
-gradients are averaged. By default each holds everything (DDP); with `--use_fsdp` what trains is
-shared out (`sharding`).
+Several processes (`accelerate launch`) train one model: each reads other blocks of a step, and
+gradients are averaged. By default each holds everything (DDP); with `--use_fsdp` the trained
+weights are sharded (sharding.py).
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ Row = dict[str, float]
 CHECKPOINT = "training.pt"
 
 
-def precision(asked: str) -> str:
+def precision(setting: str) -> str:
     """Mixed precision as accelerate names it. `auto` is bf16 where that is faster, else `no`."""
-    if asked != "auto":
-        return asked
+    if setting != "auto":
+        return setting
     return "bf16" if is_fast_in_bfloat16(training_device().type) else "no"
 
 
 def training_device() -> torch.device:
-    """Where fine-tunes run: the CUDA device, where there is one."""
+    """The device that fine-tunes run on: the CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -64,9 +64,9 @@ def refuse_cpu_layers(model: nn.Module, device: torch.device) -> None:
 
 
 def adapt(model: Any, config: LoopConfig, dense: Any | None = None) -> Any | None:
-    """Choose which parameters get gradients, as the config says; peft's wrapper under `lora`.
+    """Let the config's parameters require gradients; returns peft's wrapper under `lora`.
 
-    `dense` is the model that was packed, from whose weights codes begin to learn.
+    `dense` is the model before packing: codes that train begin near its weights.
     """
     if config.backbone in PACKED:
         open_scales(model, dense if config.backbone == "codes" else None)
@@ -117,21 +117,22 @@ class Loop:
         self.schedule: Any = None
         self.shards: sharding.Shards | None = None
 
-    def shard(self, module: nn.Module, kept: Iterable[nn.Parameter] = ()) -> nn.Module:
-        """The module that trains: with `--use_fsdp` one of which each process holds a share.
+    def shard(self, module: nn.Module, replicated: Iterable[nn.Parameter] = ()) -> nn.Module:
+        """The module that trains; with `--use_fsdp` each process holds a shard of it.
 
-        `trained` becomes those shares. Parameters in `kept` stay whole; `average` their gradients.
+        `trained` then names those shards. Parameters in `replicated` stay whole in every process;
+        `average` their gradients.
         """
-        if not sharding.asked() or self.accelerator.num_processes == 1:
+        if not sharding.fsdp_requested() or self.accelerator.num_processes == 1:
             return module
         sharding.refuse(self.config, self.accelerator.mixed_precision)
         self.model.to(self.accelerator.device)
-        self.shards = sharding.Shards(module, self.accelerator.device, kept)
-        self.trained = {name: self.shards.share_of(p) for name, p in self.trained.items()}
+        self.shards = sharding.Shards(module, self.accelerator.device, replicated)
+        self.trained = {name: self.shards.shard_of(p) for name, p in self.trained.items()}
         return self.shards.module  # type: ignore[no-any-return]
 
     def prepare(self, module: nn.Module, optimizer: Any) -> tuple[Any, Any]:
-        """Both as accelerate trains them; a module that is shared out is not copied."""
+        """Module and optimizer as accelerate trains them; a sharded module is not copied."""
         if self.shards is None:
             prepared: tuple[Any, Any] = self.accelerator.prepare(module, optimizer)
             return prepared
@@ -139,10 +140,10 @@ class Loop:
         return single, self.accelerator.prepare(optimizer)
 
     def step_rates(self) -> None:
-        """Go on in the schedule by one, after a step of the optimizer.
+        """Advance the schedule by one, after a step of the optimizer.
 
-        accelerate's own schedule goes on by the number of processes, as if each step of one process
-        were a step: two would warm up and decay twice as fast.
+        accelerate's own schedule advances by the number of processes: with two, rates would warm up
+        and decay twice as fast.
         """
         if not self.accelerator.optimizer_step_was_skipped:
             self.schedule.step()
@@ -162,24 +163,24 @@ class Loop:
         return means
 
     def collect(self) -> None:
-        """In every process: the model has all of what was trained so far."""
+        """Write the trained weights into the model, in every process."""
         if self.shards is not None:
             self.shards.collect()
 
     def begin(self) -> None:
-        """What is done once, before the first step."""
+        """Work that is done once, before the first step."""
 
     def advance(self) -> Row:
         """One optimizer step; its row of the curve."""
         raise NotImplementedError
 
     def writer(self, draw: float) -> Write:
-        """What continues prompts as the model does now; `draw`, uniform in [0, 1), chooses between
-        its ways to decode where it has several."""
+        """A function that continues prompts with the model as it is now. `draw`, uniform in [0, 1),
+        chooses the way to decode where there are several."""
         raise NotImplementedError
 
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether all steps are done."""
         return self.step >= self.config.steps
 
     def run(self, work: Path | None, progress: Progress | None) -> list[Row]:
@@ -231,26 +232,28 @@ class Loop:
             left = (1 - torch.cos(torch.tensor(left * torch.pi)).item()) / 2
         return 0.1 + 0.9 * left
 
-    def own_text(self, part: int) -> bool:
-        """Whether one pass of this step reads what the student wrote."""
+    def on_policy(self, part: int) -> bool:
+        """Whether one pass of this step reads text that the student wrote."""
         return self.rollouts is not None and self.rollouts.reads(self.step, part)
 
-    def distance(self, student: Tensor, teacher: Tensor, temperature: float, own: bool) -> Tensor:
-        """Mean divergence of the student's logits [N, V] from the teacher's: the distillation's, or
-        on text of its `own` the one that `on_policy` names."""
+    def distance(
+        self, student: Tensor, teacher: Tensor, temperature: float, on_policy: bool
+    ) -> Tensor:
+        """Mean divergence of the student's logits [N, V] from the teacher's: that of distillation,
+        or with `on_policy`, on text that the student wrote, the one that the config names."""
         policy = self.config.on_policy
-        if policy is None or not own:
+        if policy is None or not on_policy:
             return distill_loss(student, teacher, temperature)
         return divergence(student, teacher, policy.divergence, policy.top_k)
 
     def _block(self, part: int) -> Tensor:
         """Blocks [batch, S] of one pass of this step."""
-        own = self.rollouts if self.own_text(part) else None
-        blocks = self.blocks if own is None else own.blocks
+        rollouts = self.rollouts if self.on_policy(part) else None
+        blocks = self.blocks if rollouts is None else rollouts.blocks
         return blocks[self.chosen(part, len(blocks))].to(self.accelerator.device)
 
     def chosen(self, part: int, count: int) -> Tensor:
-        """Numbers [batch] of one pass's blocks, of `count`; each walk over them is reordered."""
+        """Indices [batch] of one pass's blocks, among `count`; each epoch has a new order."""
         config = self.config
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         done = (self.step * config.accumulate + part) * world + rank
@@ -274,12 +277,12 @@ class Loop:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Become what `state` says."""
+        """Set all that `state` returned."""
         self.step, self.curve = state["step"], state["curve"]
         self.put_back(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.shards is not None:
-            sharding.share_out_state(self.optimizer.optimizer)
+            sharding.shard_state(self.optimizer.optimizer)
         self.schedule.load_state_dict(state["schedule"])
         if self.rollouts is not None:
             self.rollouts.blocks = state["rollouts"]
@@ -297,7 +300,7 @@ class Loop:
         main = self.accelerator.is_main_process
         if not main and self.shards is None:
             return
-        state = self.state()  # gathered from all processes, where shared out
+        state = self.state()  # gathered from all processes, where sharded
         if not main:
             return
         work.mkdir(parents=True, exist_ok=True)
@@ -306,6 +309,6 @@ class Loop:
         unfinished.replace(work / CHECKPOINT)
 
     def resume(self, work: Path | None) -> None:
-        """Go on from a checkpoint in `work`, if there is one."""
+        """Restore a checkpoint in `work`, if there is one."""
         if work is not None and (work / CHECKPOINT).exists():
             self.restore(torch.load(work / CHECKPOINT, weights_only=True))

@@ -1,6 +1,6 @@
 """Losses of the fine-tunes: distillation, cross-entropy, hidden states, and pulls on the gates.
 
-All are plain functions of tensors. Logits are made a few rows at a time.
+All are plain functions of tensors. Logits are computed a few rows at a time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from gateskip.training.recipe import Divergence
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 CHUNK = 128  # tokens whose logits exist at once
-SLICE = 8  # of them, whose distributions do
-LEAST = 1e-6  # probability that tokens outside of the most likely ones have together
+SLICE = 8  # tokens whose distributions exist at once
+MIN_REST = 1e-6  # probability of all tokens outside the top k together
 
 # -- losses -----------------------------------------------------------------------------------
 
@@ -102,15 +102,15 @@ def distill_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> 
 def divergence(student: Tensor, teacher: Tensor, kind: Divergence, top_k: int = 0) -> Tensor:
     """Mean divergence over tokens, in nats. Logits [N, V] of both -> scalar.
 
-    With `top_k`, distributions are over the teacher's so many most likely tokens and one place for
+    With `top_k`, distributions are over the teacher's `top_k` most likely tokens and one entry for
     all others. The teacher gets no gradient.
     """
     if kind == "forward" and not top_k:
         return distill_loss(student, teacher)
-    log_q, log_p = (F.log_softmax(each.float(), dim=-1) for each in (student, teacher))
+    log_q, log_p = (F.log_softmax(logits.float(), dim=-1) for logits in (student, teacher))
     if top_k:
-        kept = log_p.topk(min(top_k, log_p.shape[-1] - 1), dim=-1).indices
-        log_q, log_p = _with_rest(log_q, kept), _with_rest(log_p, kept)
+        top = log_p.topk(min(top_k, log_p.shape[-1] - 1), dim=-1).indices
+        log_q, log_p = _with_rest(log_q, top), _with_rest(log_p, top)
     loss = torch.zeros((), device=student.device)
     if kind != "reverse":
         loss = loss + F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
@@ -119,11 +119,11 @@ def divergence(student: Tensor, teacher: Tensor, kind: Divergence, top_k: int = 
     return loss / 2 if kind == "mixed" else loss
 
 
-def _with_rest(log_probs: Tensor, kept: Tensor) -> Tensor:
-    """Log probabilities [N, V] at `kept` [N, K], and that of all other tokens -> [N, K + 1]."""
-    own = log_probs.gather(-1, kept)
-    rest = torch.log1p(-own.exp().sum(-1, keepdim=True).clamp(max=1 - LEAST))
-    return torch.cat((own, rest), -1)
+def _with_rest(log_probs: Tensor, top: Tensor) -> Tensor:
+    """Log probabilities [N, V] at tokens `top` [N, K], and that of all others -> [N, K + 1]."""
+    selected = log_probs.gather(-1, top)
+    rest = torch.log1p(-selected.exp().sum(-1, keepdim=True).clamp(max=1 - MIN_REST))
+    return torch.cat((selected, rest), -1)
 
 
 def next_token_loss(logits: Tensor, following: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def hidden_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def l1(gates: Tensor, budget: float) -> Tensor:
-    """Mean gate."""
+    """Mean gate [...] -> scalar; the budget does not matter."""
     return gates.mean()
 
 

@@ -6,26 +6,26 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Backbone = Literal["frozen", "lora", "full", "scales", "codes"]
-"""What of the model's own weights learns: nothing, low-rank updates that are merged at the end, all
-but the embeddings and the LM head; of a packed model scales and norms, or these and the codes of
-its integer grids."""
+"""The model's own weights that learn: none; low-rank updates, merged at the end; all but the
+embeddings and the LM head; of a packed model its scales and norms, or these and the codes of its
+integer grids."""
 
 
 PACKED: tuple[Backbone, ...] = ("scales", "codes")
-"""Those with which a packed model learns, and stays packed."""
+"""Settings with which a packed model learns and stays packed."""
 
 WHOLE: tuple[Backbone, ...] = ("full", "codes")
-"""Those with which every weight of the layers has a number that learns."""
+"""Settings with which every weight of the layers has a number that learns."""
 
 
 Divergence = Literal["forward", "reverse", "mixed"]
-"""How far a student is from its teacher: KL(teacher || student), KL(student || teacher), or the
+"""The student's distance from its teacher: KL(teacher || student), KL(student || teacher), or the
 mean of both."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicy:
-    """A second phase of a fine-tune, in which the model that trains writes some of the text itself
+    """A second phase of a fine-tune, in which the student writes some of the text itself
     (generalized knowledge distillation, arXiv 2306.13649)."""
 
     after: float = 0.5
@@ -83,7 +83,7 @@ class LoopConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LoopConfig):
-    """How gates (and, if asked, the backbone) are fine-tuned."""
+    """How gates, and optionally the backbone, are fine-tuned."""
 
     loss: Literal["distill", "cross-entropy", "both"] = "distill"
     """Match the dense model's logits, predict the text, or the sum of both."""
@@ -106,7 +106,7 @@ class TrainConfig(LoopConfig):
     """Which branches may be skipped."""
     reading: bool = False
     """Whether each block is cut into a prompt, which skips, and an answer at full compute, which
-    alone counts. Gates know their branches' harm then: see calibration/reading.py."""
+    alone counts. The gates then have a measured prompt sensitivity: see calibration/reading.py."""
     schedule: Literal["sampled", "linear", "cosine"] = "sampled"
     """How the budget runs from 1 to `budget`."""
     budget: float = 0.7
@@ -139,7 +139,7 @@ class HealConfig(LoopConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DraftConfig(LoopConfig):
-    """How a network that drafts is trained."""
+    """How a draft network is trained."""
 
     steps: int = 500
     batch: int = 8

@@ -1,9 +1,9 @@
-"""Text that the model in training writes itself, on which its teacher corrects it.
+"""Rollouts: text that the student writes itself, on which its teacher corrects it.
 
-A student that only reads other text never meets what follows from its own mistakes; a teacher's
-distribution on what the student wrote teaches it to go on from there (arXiv 2306.13649). A rollout
+A student that only reads other text never sees the consequences of its own mistakes. A teacher's
+distribution on the student's text teaches it to continue from there (arXiv 2306.13649). A rollout
 is a block of training text whose last tokens the student has written anew. Blocks are written in
-groups; a process writes every so many of them, and all processes get all.
+groups, which are shared out over processes; all processes get all blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gateskip.training.recipe import LoopConfig, OnPolicy
 
 TOGETHER = 16  # blocks that are written at a time
-BUDGET = 0.5  # stands for the thresholds of one group, whatever they keep
+BUDGET = 0.5  # a label for the thresholds of one group, whatever share they keep
 
 Write = Callable[[list[list[int]], int, Sampler, int], list[list[int]]]
 """(prompts, new tokens, sampler, seed) -> the tokens that follow each prompt."""
@@ -41,7 +41,7 @@ class Rollouts:
     ) -> None:
         """Blocks [N, S] of training text.
 
-        Raises ValueError where a block is no longer than what is to be written of it.
+        Raises ValueError where a block is no longer than the tokens to be written at its end.
         """
         if policy.tokens >= blocks.shape[1]:
             raise ValueError(
@@ -54,7 +54,7 @@ class Rollouts:
         self.blocks = blocks[:0]
 
     def due(self, step: int) -> bool:
-        """Whether the student writes anew before this step."""
+        """Whether the student writes new text before this step."""
         return step >= self.first and (step - self.first) % self.policy.every == 0
 
     def reads(self, step: int, part: int) -> bool:
@@ -67,30 +67,30 @@ class Rollouts:
     def renew(self, step: int, writer: Callable[[float], Write]) -> None:
         """Let the student write all blocks that are read before it writes again.
 
-        `writer` gives what writes, for a number in [0, 1) that is drawn for each group.
+        `writer` returns the writing function for a number in [0, 1), drawn for each group.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         steps = min(self.policy.every, self.passes.steps - step)
-        wanted = steps * self.passes.accumulate * self.passes.batch * world * self.policy.share
-        count = max(1, math.ceil(wanted))
+        reads = steps * self.passes.accumulate * self.passes.batch * world * self.policy.share
+        count = max(1, math.ceil(reads))
         order = torch.Generator().manual_seed(self.passes.seed * 6_151 + step)
         chosen = torch.randperm(len(self.texts), generator=order)[:count]
-        kept = self.texts[chosen, : -self.policy.tokens]  # [count, S - tokens]
-        own: list[tuple[int, list[list[int]]]] = []
-        for group, prompts in enumerate(kept.split(TOGETHER)):
+        prefixes = self.texts[chosen, : -self.policy.tokens]  # [count, S - tokens]
+        written: list[tuple[int, list[list[int]]]] = []  # (group, its blocks)
+        for group, prompts in enumerate(prefixes.split(TOGETHER)):
             if group % world == rank:
                 write = writer(self._draw(step * 1_000 + group, 2))
                 seed = self.passes.seed * 1_000_003 + step * 1_000 + group
-                own.append((group, self._write(write, prompts, seed)))
-        everyones = sorted(gather_object(own)) if world > 1 else own
-        self.blocks = torch.tensor([row for _, rows in everyones for row in rows])
+                written.append((group, self._write(write, prompts, seed)))
+        groups = sorted(gather_object(written)) if world > 1 else written
+        self.blocks = torch.tensor([row for _, rows in groups for row in rows])
 
     def _write(self, write: Write, prompts: Tensor, seed: int) -> list[list[int]]:
-        """Blocks that begin as prompts [B, P] and end as the student goes on."""
-        policy, given = self.policy, prompts.tolist()
+        """Blocks of prompts [B, P], each followed by the student's continuation."""
+        policy, rows = self.policy, prompts.tolist()
         sampler = Sampler(temperature=policy.temperature) if policy.temperature else GREEDY
-        written = write(given, policy.tokens, sampler, seed)
-        return [[*begun, *rest] for begun, rest in zip(given, written, strict=True)]
+        written = write(rows, policy.tokens, sampler, seed)
+        return [[*prompt, *answer] for prompt, answer in zip(rows, written, strict=True)]
 
     def _draw(self, number: int, stream: int) -> float:
         seeded = torch.Generator().manual_seed((self.passes.seed * 4 + stream) * 999_983 + number)
@@ -103,7 +103,7 @@ def rollout_writer(
     kv_rule: str = "project",
     thresholds: Sequence[float] | None = None,
 ) -> Write:
-    """What continues prompts as a model in training decodes now, under thresholds [branches]."""
+    """A function that continues prompts with a model in training, under thresholds [branches]."""
     grid = {} if thresholds is None else {BUDGET: thresholds}
     decoder = Decoder(runnable(model, gates, kv_rule), None, grid)
     mode: Mode = "plain" if thresholds is None else "skip"
@@ -111,10 +111,10 @@ def rollout_writer(
     def write(
         prompts: list[list[int]], new_tokens: int, sampler: Sampler, seed: int
     ) -> list[list[int]]:
-        found = decoder.generate(
+        generation = decoder.generate(
             prompts, new_tokens, mode=mode, budget=BUDGET, sampler=sampler, seed=seed
         )
-        return found.tokens
+        return generation.tokens
 
     return write
 

@@ -39,10 +39,10 @@ class ScaledLinear(nn.Module):
     def __init__(
         self, weight: Tensor, scale: Tensor, groups: Tensor, key: str, bias: Tensor | None
     ) -> None:
-        """weight [out, in] as the packed layer has it; scale [out, G]; groups [in], each column's.
+        """weight [out, in] of the packed layer; scale [out, G]; groups [in], the group of a column.
 
-        `key` is the name of the stored scales, after the layer's own name. Columns are kept group
-        by group, all of one size.
+        `key` is the name of the stored scales, after the layer's name. Columns are stored group by
+        group, all of one size.
         """
         super().__init__()
         order = groups.argsort(stable=True)
@@ -61,7 +61,7 @@ class ScaledLinear(nn.Module):
         return self.scale * self.gain
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored anew, by its name after the layer's."""
+        """The tensors to be stored anew, by name after the layer's."""
         return {self.key: self.learned()}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,13 +79,13 @@ Opened = ScaledLinear | ScaledGrid
 
 def open_scales(model: Any, dense: Any | None = None) -> list[str]:
     """Make a packed model's scales and norms its only trainable parameters, in place; with `dense`,
-    the model that was packed, the codes of its integer grids as well.
+    the model before packing, the codes of its integer grids as well.
 
     Returns the names of the layers that are trained.
 
     Raises:
-        ValueError: it has no packed layer, or one whose scales are packed themselves, or codes are
-            to be trained of a layer that is no integer grid.
+        ValueError: the model has no packed layer, or a layer whose scales are packed themselves, or
+            codes are to train in a layer that is not an integer grid.
     """
     model.requires_grad_(False)
     opened = []
@@ -93,8 +93,8 @@ def open_scales(model: Any, dense: Any | None = None) -> list[str]:
     for name, module in list(model.named_modules()):
         scaled = _scaled(name, module) if dense is None else _learned(name, module, weights)
         if scaled is not None:
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, scaled)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, scaled)
             opened.append(name)
     if not opened:
         raise ValueError("no linear layer of this model is packed")
@@ -112,19 +112,20 @@ def norms(model: Any) -> Iterator[Tensor]:
 
 
 def places(model: Any) -> dict[int, Tensor]:
-    """Where weights whose codes learn stand on their grids, by the identity of the parameter."""
-    found = (m.place for m in model.modules() if isinstance(m, LearnedGrid))
-    return {id(place): place for place in found}
+    """Parameters of the places on grids whose codes learn, by the parameter's id()."""
+    grids = (module for module in model.modules() if isinstance(module, LearnedGrid))
+    return {id(grid.place): grid.place for grid in grids}
 
 
 def save_scales(model: Any, source: Path, target: Path) -> None:
-    """Write the packed folder `source` again into `target`, with what `model` learned.
+    """Write the packed folder `source` again into `target`, with the scales, codes and norms that
+    `model` learned.
 
-    Every other tensor, and how it is stored, stays as it is.
+    All other tensors, and the format of all, stay as they are.
     """
     learned = {f"{n}.{key}": t for n, m in _opened(model) for key, t in m.tensors().items()}
-    known = {id(weight) for weight in norms(model)}
-    learned |= {n: p.detach() for n, p in model.named_parameters() if id(p) in known}
+    norm_ids = {id(weight) for weight in norms(model)}
+    learned |= {n: p.detach() for n, p in model.named_parameters() if id(p) in norm_ids}
     for path in sorted(source.glob("*.safetensors")):
         if path.name == "gates.safetensors":
             continue
@@ -147,7 +148,7 @@ def _opened(model: Any) -> Iterator[tuple[str, Opened]]:
 
 
 def _as_stored(learned: Tensor, stored: Tensor) -> Tensor:
-    """Scales [out, G] in the layout and type that a file has them in: GPTQ's lie the other way."""
+    """Scales [out, G] in the layout and type of the file: GPTQ stores them transposed."""
     turned = stored.ndim == 2 and learned.shape != stored.shape
     shaped = learned.T if turned else learned.reshape(stored.shape)
     return shaped.to(stored).contiguous()

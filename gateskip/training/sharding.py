@@ -1,9 +1,9 @@
-"""Training whose weights, gradients and optimizer state are shared out over processes: FSDP2.
+"""FSDP2: weights, gradients and optimizer state of a training are sharded over processes.
 
-accelerate shards on accelerators alone: on CPUs it takes `--use_fsdp` and then copies everything to
-every process. So the request is taken from it and met here, by torch's `fully_shard`, on any
-device. All that trains is one unit: its weights are gathered for a forward and backward pass, and
-between steps each process holds its share of weights, gradients and AdamW's two moments.
+accelerate shards on accelerators alone: on CPUs it accepts `--use_fsdp` and then copies everything
+to every process. So this module takes the request over and shards with torch's `fully_shard`, on
+any device. All that trains is one unit: its weights are gathered for a forward and backward pass,
+and between steps each process holds its shard of weights, gradients and AdamW's two moments.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ VARIABLE = "ACCELERATE_USE_FSDP"
 
 
 @cache
-def asked() -> bool:
-    """Whether this process was launched with `--use_fsdp`; accelerate itself no longer sees it."""
+def fsdp_requested() -> bool:
+    """Whether this process was launched with `--use_fsdp`; hides the request from accelerate."""
     return os.environ.pop(VARIABLE, "false").lower() == "true"
 
 
 def refuse(config: LoopConfig, precision: str) -> None:
-    """Raises ValueError where sharding would bring nothing, or was never made to work."""
+    """Raises ValueError for settings under which sharding brings nothing or is not supported."""
     if config.backbone == "frozen":
         raise ValueError(
             "FSDP shares out weights that train, and with backbone: frozen only gates do: launch"
@@ -45,52 +45,50 @@ def refuse(config: LoopConfig, precision: str) -> None:
 
 
 class Shards:
-    """A copy of a module of which every process holds a share.
+    """A copy of a module of which every process holds a shard.
 
-    What does not train, and the parameters in `kept`, is common to both modules: nothing of it is
-    copied or shared out.
+    Parameters that do not train, and those in `replicated`, belong to both modules: they are
+    neither copied nor sharded.
     """
 
     def __init__(
-        self, module: nn.Module, device: torch.device, kept: Iterable[nn.Parameter]
+        self, module: nn.Module, device: torch.device, replicated: Iterable[nn.Parameter]
     ) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        common = {p for p in module.parameters() if not p.requires_grad} | set(kept)
+        common = {p for p in module.parameters() if not p.requires_grad} | set(replicated)
         self.module: Any = copy.deepcopy(module, {id(p): p for p in common})
         mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
         fully_shard(self.module, mesh=mesh, ignored_params=common)
-        shared_out = dict(self.module.named_parameters())
-        self.pairs = [
-            (own, shared_out[name]) for name, own in module.named_parameters() if own not in common
-        ]
-        """The module's own parameter, and the share of it that this process trains."""
+        shards = dict(self.module.named_parameters())
+        self.pairs = [(p, shards[name]) for name, p in module.named_parameters() if p not in common]
+        """A parameter of the module, and the shard of it that this process trains."""
 
-    def share_of(self, parameter: Tensor) -> Tensor:
-        """What is trained in place of one of the module's own parameters."""
-        return next((share for own, share in self.pairs if own is parameter), parameter)
+    def shard_of(self, parameter: Tensor) -> Tensor:
+        """The shard that trains in place of a parameter; the parameter itself without one."""
+        return next((shard for original, shard in self.pairs if original is parameter), parameter)
 
     def collect(self) -> None:
-        """Write what was trained into the module's own parameters, in every process."""
+        """Copy the trained weights into the module's parameters, in every process."""
         with torch.no_grad():
-            for own, share in self.pairs:
-                own.copy_(whole(share))
+            for parameter, shard in self.pairs:
+                parameter.copy_(whole(shard))
 
 
 def whole(value: Any) -> Any:
-    """A state with every shared-out tensor gathered; all processes have to call it."""
+    """A state with every sharded tensor gathered; all processes have to call it."""
     if isinstance(value, Tensor):
-        own: Any = value.detach()
-        return own.full_tensor() if _is_share(own) else own
+        tensor: Any = value.detach()
+        return tensor.full_tensor() if _is_shard(tensor) else tensor
     if isinstance(value, dict):
-        return {key: whole(each) for key, each in value.items()}
-    return [whole(each) for each in value] if isinstance(value, list) else value
+        return {key: whole(item) for key, item in value.items()}
+    return [whole(item) for item in value] if isinstance(value, list) else value
 
 
 def like(value: Tensor, parameter: Any) -> Tensor:
-    """A whole tensor, shared out as `parameter` is."""
-    if not _is_share(parameter) or _is_share(value):
+    """A whole tensor, sharded as `parameter` is."""
+    if not _is_shard(parameter) or _is_shard(value):
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -98,14 +96,14 @@ def like(value: Tensor, parameter: Any) -> Tensor:
     return distribute_tensor(value.to(parameter.device), *where)
 
 
-def _is_share(value: Any) -> bool:
-    """Whether a tensor is this process's share of a larger one (a DTensor): its class takes long to
-    import, and one process never needs it."""
+def _is_shard(value: Any) -> bool:
+    """Whether a tensor is this process's shard of a larger one: a DTensor, by an attribute, since
+    importing the class takes long and a single process never needs it."""
     return hasattr(value, "full_tensor")
 
 
-def share_out_state(optimizer: torch.optim.Optimizer) -> None:
-    """Share out the moments that a whole checkpoint has set."""
+def shard_state(optimizer: torch.optim.Optimizer) -> None:
+    """Shard the moments that were loaded whole from a checkpoint."""
     for parameter, moments in _states(optimizer):
         for name, value in moments.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -1,8 +1,8 @@
 """Thresholds calibrated where they are used: on text that the skipping model itself decodes.
 
-Gates see other logits on an answer than on prose, and on what a skipping model writes than on what
-the dense one would have written. So the model answers prompts at every budget, thresholds are
-calibrated on the answers' tokens, and with these it answers again: a fixed point of a few rounds.
+Gate logits on answers differ from those on prose, and those on a skipping model's text from those
+on the dense model's. So the model answers prompts at every budget, thresholds are calibrated on the
+answers' tokens, and with these it answers again: a fixed point of a few rounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gateskip.model.progress import Progress
 from gateskip.training.rollouts import runnable
 
 ROUNDS = 2
-LEAST_ANSWERS = 2  # tokens that count in all answers to a budget; fewer calibrate nothing
+MIN_ANSWER_TOKENS = 2  # tokens that count in all answers at a budget; fewer calibrate nothing
 
 Prompts = Sequence[Sequence[int]]
 Source = Literal["written", "both"]
@@ -44,19 +44,20 @@ class Written:
     phases: Mapping[Phase, Tensor]  # bool [N, S] each
 
     def sample(self, phase: Phase) -> Sample:
-        """The tokens of one phase count."""
+        """A sample in which the tokens of one phase count."""
         return Sample(self.ids, self.phases[phase])
 
     @classmethod
     def of(cls, prompts: Prompts, answers: Prompts) -> Written:
-        """Rows of prompts and answers, without each answer's last token, which enters nothing."""
-        rows = [[*prompt, *own[:-1]] for prompt, own in zip(prompts, answers, strict=True)]
+        """Rows of prompts and answers, without each answer's last token, which the model never
+        reads."""
+        rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
         longest = max(map(len, rows))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         places = torch.arange(longest)
-        given = torch.tensor([[len(prompt)] for prompt in prompts])
-        whole = torch.tensor([[len(row)] for row in rows])
-        return cls(ids, {"prompt": places < given, "answer": (places >= given) & (places < whole)})
+        first = torch.tensor([[len(prompt)] for prompt in prompts])  # of the answer [N, 1]
+        end = torch.tensor([[len(row)] for row in rows])
+        return cls(ids, {"prompt": places < first, "answer": (places >= first) & (places < end)})
 
 
 def calibrate_written(
@@ -76,25 +77,23 @@ def calibrate_written(
     progress: Progress | None = None,
     **settings: Any,
 ) -> CalibratedBudgets:
-    """Thresholds for every budget on answers of up to `new_tokens` that are decoded at it.
+    """Thresholds for every budget, calibrated on answers of up to `new_tokens` decoded at it.
 
-    `first` are thresholds to begin with, of any text. Blocks `text` [N, S], where given, count
+    `first` are thresholds to begin with, from any text. Blocks `text` [N, S], where given, count
     beside the answers. `settings` are those of `calibrate`. Rounds end early once every budget
-    keeps its share on what is written at it.
+    keeps its share of the answers that are written at it.
 
     Raises ValueError where answers end too soon to calibrate on.
     """
-    found = first
+    calibrated = first
     for number in range(rounds):
         written = write_at(
-            model, gates, found, prompts, new_tokens, stops, kv_rule, seed + number, progress
+            model, gates, calibrated, prompts, new_tokens, stops, kv_rule, seed + number, progress
         )
-        if number and all(
-            abs(share - budget) < CLOSE
-            for budget, share in _shares(model, gates, found, written, kv_rule, "answer").items()
-        ):
+        shares = _shares(model, gates, calibrated, written, kv_rule, "answer") if number else {}
+        if number and all(abs(share - budget) < CLOSE for budget, share in shares.items()):
             break
-        found = calibrate_everywhere(
+        calibrated = calibrate_everywhere(
             model,
             gates,
             _text_of(written, text),
@@ -105,10 +104,10 @@ def calibrate_written(
             **settings,
         )
     phases: tuple[Phase, ...] = ("prompt", "answer")
-    written = write_at(model, gates, found, prompts, new_tokens, stops, kv_rule, seed + rounds)
-    shares = {name: _shares(model, gates, found, written, kv_rule, name) for name in phases}
-    apart = {b: {str(name): round(shares[name][b], 4) for name in phases} for b in written}
-    return replace(found, phases=apart, prompts=first.prompts)
+    written = write_at(model, gates, calibrated, prompts, new_tokens, stops, kv_rule, seed + rounds)
+    by_phase = {name: _shares(model, gates, calibrated, written, kv_rule, name) for name in phases}
+    apart = {b: {str(name): round(by_phase[name][b], 4) for name in phases} for b in written}
+    return replace(calibrated, phases=apart, prompts=first.prompts)
 
 
 def write_at(
@@ -122,32 +121,32 @@ def write_at(
     seed: int,
     progress: Progress | None = None,
 ) -> dict[float, Written]:
-    """What the model answers at each calibrated budget.
+    """The model's answers to the prompts at each calibrated budget.
 
-    Raises ValueError where the answers of a budget hold next to nothing.
+    Raises ValueError where all answers at a budget have fewer than MIN_ANSWER_TOKENS together.
     """
     decoder = Decoder(runnable(model, gates, kv_rule), None, budgets)
-    found: dict[float, Written] = {}
+    written: dict[float, Written] = {}
     for budget in sorted(budgets.thresholds, reverse=True):
         answers: list[list[int]] = []
         for start in range(0, len(prompts), TOGETHER):
-            some, drawn = prompts[start : start + TOGETHER], seed * 1_000_003 + start
+            part, part_seed = prompts[start : start + TOGETHER], seed * 1_000_003 + start
             answers += decoder.generate(
-                some, new_tokens, "skip", budget, sampler=SAMPLER, seed=drawn, eos=stops
+                part, new_tokens, "skip", budget, sampler=SAMPLER, seed=part_seed, eos=stops
             ).tokens
-        found[budget] = Written.of(prompts, answers)
-        if int(found[budget].phases["answer"].sum()) < LEAST_ANSWERS:
+        written[budget] = Written.of(prompts, answers)
+        if int(written[budget].phases["answer"].sum()) < MIN_ANSWER_TOKENS:
             raise ValueError(f"answers at budget {budget:g} end at once: nothing to calibrate on")
         if progress is not None:
-            progress(len(found), len(budgets.thresholds), "writing at budgets")
-    return found
+            progress(len(written), len(budgets.thresholds), "writing at budgets")
+    return written
 
 
 def _text_of(written: Mapping[float, Written], text: Tensor | None) -> Callable[[float], Samples]:
-    """The answers written at the nearest budget, and the same text beside all of them."""
+    """A budget -> the answers written at the nearest budget, with `text` beside all of them."""
     beside = [] if text is None else [Sample.whole(text)]
-    samples = {budget: [*beside, own.sample("answer")] for budget, own in written.items()}
-    return lambda budget: samples[min(samples, key=lambda each: abs(each - budget))]
+    samples = {budget: [*beside, rows.sample("answer")] for budget, rows in written.items()}
+    return lambda budget: samples[min(samples, key=lambda other: abs(other - budget))]
 
 
 def _shares(
@@ -158,8 +157,8 @@ def _shares(
     kv_rule: str,
     phase: Phase,
 ) -> dict[float, float]:
-    """What each budget's thresholds keep of one phase of what was written at it."""
+    """The share that each budget's thresholds keep of one phase of the text written at it."""
     return {
-        budget: kept_by(model, gates, [own.sample(phase)], budgets.thresholds[budget], kv_rule)
-        for budget, own in written.items()
+        budget: kept_by(model, gates, [rows.sample(phase)], budgets.thresholds[budget], kv_rule)
+        for budget, rows in written.items()
     }

@@ -22,6 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("gateskip.model",),
     ("gateskip.gates",),
     ("gateskip.quantization",),
+    ("gateskip.rounding",),
     ("gateskip.runtime",),
     ("gateskip.calibration",),
     ("gateskip.decoding",),

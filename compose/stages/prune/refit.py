@@ -77,7 +77,7 @@ def grams_by_layer(
 
     from gateskip.kernels.autotune import fast_products
     from gateskip.model.families import backbone
-    from gateskip.quantization.layerwise import enter, run_layer
+    from gateskip.rounding.layerwise import enter, run_layer
 
     device = blocks.device.type
     with torch.inference_mode(), fast_products(device):

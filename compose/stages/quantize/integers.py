@@ -1,7 +1,7 @@
 """The stages `int8`, `int4`, `int3` and `int2`: weights on integer grids in groups.
 
 Ranges are searched by the error of the layer's output, and the weights still to come compensate
-each rounding error (gateskip/quantization/compensate.py).
+each rounding error (gateskip/rounding/compensate.py).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from compose.stages.quantize.linears import Bits, linear_names, matching, value_
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gateskip.quantization.allocation import Costs
-    from gateskip.quantization.compensate import Rounding
     from gateskip.quantization.grid import Grid
+    from gateskip.rounding.allocation import Costs
+    from gateskip.rounding.compensate import Rounding
 
 MOMENTS = 5 * 4  # bytes for each number of second moments: them, their order, and their inverse
 WORKED = 6 * 4  # bytes for each weight of the linear layers that are rounded together
@@ -179,9 +179,9 @@ class Integers(Stage):
         from transformers import AutoTokenizer
 
         from compose.artifacts.packed_folder import stored_dtype
-        from gateskip.quantization.allocation import distribution, mean_kl
         from gateskip.quantization.folders import load_model
-        from gateskip.quantization.layerwise import round_layers
+        from gateskip.rounding.allocation import distribution, mean_kl
+        from gateskip.rounding.layerwise import round_layers
 
         blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
         grids = self._embedding(job)  # first: a refusal comes before minutes of work
@@ -231,7 +231,7 @@ class Integers(Stage):
         return {name: self._rounding(n_bits) for name, n_bits in bits.items()}
 
     def _rounding(self, bits: Bits) -> Rounding:
-        from gateskip.quantization.compensate import Rounding
+        from gateskip.rounding.compensate import Rounding
 
         return Rounding(bits, self.group_size, self.grid_offset(bits), self.damp)
 
@@ -239,7 +239,7 @@ class Integers(Stage):
         self, job: StageJob, model: Any, blocks: Tensor, how: dict[str, Rounding]
     ) -> tuple[dict[str, Any], dict[str, Rounding]]:
         """The record of the allocation, and how each layer is rounded under the size."""
-        from gateskip.quantization.allocation import allocate
+        from gateskip.rounding.allocation import allocate
 
         assert self.allocate is not None, "the caller asked"
         fixed = {n for end in self.mixed for n in matching([end], list(how), "mixed")}
@@ -276,8 +276,8 @@ class Integers(Stage):
         self, job: StageJob, model: Any, blocks: Tensor, options: dict[str, list[Rounding]]
     ) -> Costs:
         """The KL cost of each layer's options."""
-        from gateskip.quantization.allocation import measure_costs
-        from gateskip.quantization.sensitivity import estimate_costs
+        from gateskip.rounding.allocation import measure_costs
+        from gateskip.rounding.sensitivity import estimate_costs
 
         assert self.allocate is not None, "the caller asked"
 

@@ -1,4 +1,4 @@
-"""What answers need of prompts: measured harm, thresholds by it, and where they are kept."""
+"""What answers need of prompts: measured sensitivity, thresholds by it, and where they are kept."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from compose.results.schema import CellResult, Results
 from compose.stages.gate import Gate
 from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.fit_shortcuts import fit_shortcuts
-from gateskip.calibration.reading import answer_harm, calibrate_prompts
+from gateskip.calibration.reading import calibrate_prompts, prompt_sensitivity
 from gateskip.calibration.thresholds import calibrate_everywhere
 from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import GateFile, load_gates, read_gates, save_gates
@@ -50,7 +50,7 @@ def made(make_tiny: Callable[..., Path]) -> Any:
     gates, _ = warm_start(model, blocks)
     gates.shortcuts = fit_shortcuts(model, blocks, 4)
     gates.requires_grad_(False)
-    gates.harm = answer_harm(model, gates, blocks[:3])
+    gates.prompt_sensitivity = prompt_sensitivity(model, gates, blocks[:3])
     return model, gates, blocks
 
 
@@ -58,7 +58,7 @@ def made(make_tiny: Callable[..., Path]) -> Any:
 def test_harm_is_the_kl_of_whole_passes(made: Any, kv_rule: str) -> None:
     """Measured from the layer on that a branch is in, and here with all layers and a fixed cut."""
     model, gates, blocks = made
-    found = answer_harm(model, gates, blocks[:1], kv_rule, seed=4)
+    found = prompt_sensitivity(model, gates, blocks[:1], kv_rule, seed=4)
     least, most = 12, 42
     cut = int(torch.randint(least, most + 1, (), generator=torch.Generator().manual_seed(4)))
 
@@ -105,12 +105,12 @@ def kept_shares(made: Any, thresholds: Sequence[float]) -> list[float]:
 def test_what_harms_least_goes_first(made: Any, harmless: int) -> None:
     """An MLP is a sixth of what four layers of this model compute."""
     model, gates, blocks = made
-    before, gates.harm = gates.harm, torch.ones(gates.branches)
-    gates.harm[harmless] = 1e-5
+    before, gates.prompt_sensitivity = gates.prompt_sensitivity, torch.ones(gates.branches)
+    gates.prompt_sensitivity[harmless] = 1e-5
     try:
         thresholds = calibrate_prompts(model, gates, blocks, (0.9,)).thresholds[0.9]
     finally:
-        gates.harm = before
+        gates.prompt_sensitivity = before
     kept = kept_shares(made, thresholds)
     assert kept[harmless] < 0.6 and all(
         share > 0.9 for branch, share in enumerate(kept) if branch != harmless
@@ -118,13 +118,13 @@ def test_what_harms_least_goes_first(made: Any, harmless: int) -> None:
 
 
 def test_by_depth_the_last_branches_go_first(made: Any) -> None:
-    """Whole, but for the one in which the budget ends; no harm has to be known."""
+    """Whole, but for the one in which the budget ends; no sensitivity has to be measured."""
     model, gates, blocks = made
-    before, gates.harm = gates.harm, None
+    before, gates.prompt_sensitivity = gates.prompt_sensitivity, None
     try:
         found = calibrate_prompts(model, gates, blocks, (0.7,), order="depth")
     finally:
-        gates.harm = before
+        gates.prompt_sensitivity = before
     shares = kept_shares(made, found.thresholds[0.7])
     assert abs(found.kept[0.7] - 0.7) < 0.03
     assert shares == sorted(shares, reverse=True)
@@ -153,12 +153,16 @@ def test_they_survive_a_folder(made: Any, tmp_path: Path) -> None:
     budgets = CalibratedBudgets(text.thresholds, text.kept, text.between, prompts=prompts)
     save_gates(tmp_path, GateFile.of(gates, "project", budgets))
     file = load_gates(tmp_path)
-    assert file is not None and file.prompts is not None and file.gates.harm is not None
+    assert (
+        file is not None and file.prompts is not None and file.gates.prompt_sensitivity is not None
+    )
     assert file.budgets.for_prompts().kept == prompts.kept
     assert file.budgets.for_prompts().at(0.7) == pytest.approx(list(prompts.thresholds[0.7]))
-    assert torch.equal(file.gates.harm, gates.harm)
+    assert torch.equal(file.gates.prompt_sensitivity, gates.prompt_sensitivity)
     alone = read_gates(tmp_path / "gates.safetensors")
-    assert alone.harm is not None and torch.equal(alone.rows([2, 3]).harm, gates.harm[2:4])
+    assert alone.prompt_sensitivity is not None and torch.equal(
+        alone.rows([2, 3]).prompt_sensitivity, gates.prompt_sensitivity[2:4]
+    )
 
 
 @pytest.fixture
@@ -288,7 +292,7 @@ def test_gates_learn_what_answers_need(made: Any, tmp_path: Path) -> None:
         checkpoint_every=20,
     )
     start = deepcopy(gates).requires_grad_(True)
-    start.harm = torch.ones(gates.branches)  # nothing is known of the branches
+    start.prompt_sensitivity = torch.ones(gates.branches)  # nothing is known of the branches
     learned, again = deepcopy(start), deepcopy(start)
     before = train_gates(
         model, deepcopy(start), blocks, replace(config, steps=1, lr=1e-9), validation=blocks
@@ -302,9 +306,9 @@ def test_gates_learn_what_answers_need(made: Any, tmp_path: Path) -> None:
 def test_reading_asks_for_measured_harm(made: Any) -> None:
     model, gates, blocks = made
     bare = deepcopy(gates)
-    bare.harm = None
+    bare.prompt_sensitivity = None
     config = TrainConfig(steps=1, backbone="frozen", reading=True)
-    with pytest.raises(ValueError, match="starts from measured harm"):
+    with pytest.raises(ValueError, match=r"needs gates\.prompt_sensitivity"):
         train_gates(model, bare, blocks, config)
     with pytest.raises(ValueError, match="leave on_policy out"):
         train_gates(model, gates, blocks, replace(config, on_policy=OnPolicy()))

@@ -11,7 +11,7 @@ import torch
 
 from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.fit_shortcuts import fit_shortcuts
-from gateskip.calibration.reading import answer_harm, calibrate_prompts
+from gateskip.calibration.reading import calibrate_prompts, prompt_sensitivity
 from gateskip.calibration.thresholds import calibrate
 from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import grid_of
@@ -53,7 +53,7 @@ def made(make_tiny: Callable[..., Path]) -> Any:
     gates.shortcuts.settle()
     gates.requires_grad_(False)
     grid, _ = grid_of(calibrate(model, gates, blocks, BUDGETS))
-    gates.harm = answer_harm(model, gates, blocks[:2])
+    gates.prompt_sensitivity = prompt_sensitivity(model, gates, blocks[:2])
     return model, gates, grid, calibrate_prompts(model, gates, blocks, BUDGETS)
 
 

@@ -209,7 +209,7 @@ class TestInsight:
         inspections = [inspect_text(model, gates, tokenizer, row, levels) for row in rows]
         physical = SkippingModel(model, gates)
         physical.forward(ids(), physical.new_cache(2, 40), [0, 0], levels)
-        kept = torch.stack([each.kept.sum(1) for each in inspections]).sum(0).tolist()
+        kept = torch.stack([each.entered.sum(1) for each in inspections]).sum(0).tolist()
         assert kept == physical.usage.kept
         assert all(float(each.compute[0]) == pytest.approx(1.0) for each in inspections)
         found = summarize(inspections)

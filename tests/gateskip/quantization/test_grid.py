@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateskip.quantization.compensate import Rounding, output_error, round_compensated
 from gateskip.quantization.grid import (
     Grid,
     exact_minimum,
@@ -20,6 +19,7 @@ from gateskip.quantization.grid import (
 from gateskip.quantization.grid_linear import GridLinear
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.quantization.rounding import round_to_grid
+from gateskip.rounding.compensate import Rounding, output_error, round_compensated
 
 OFFSETS = ("real", "integer", "none")
 

@@ -274,7 +274,7 @@ def together(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         patch.setenv(sharding.VARIABLE, "false")
         AcceleratorState._reset_state()
         runpy.run_path(str(PROCESSES), run_name="__main__")
-        sharding.asked.cache_clear()
+        sharding.fsdp_requested.cache_clear()
         AcceleratorState._reset_state()
     build._loaded.cache_clear()
     return out

@@ -161,7 +161,7 @@ TRAININGS: dict[str, Any] = {
 }
 for HOW in ("ddp", "fsdp")[:WORLD]:
     os.environ[sharding.VARIABLE] = str(HOW == "fsdp").lower()
-    sharding.asked.cache_clear()
+    sharding.fsdp_requested.cache_clear()
     for name, training in TRAININGS.items():
         if (HOW, name) == ("fsdp", "gate-frozen"):
             continue

@@ -1,9 +1,8 @@
-"""Second moments of a layer's inputs, and how much of them is chance.
+"""Second moments of a layer's inputs, and the share of them that is noise.
 
-Few tokens tell products of two inputs badly from zero, and rounding that makes up for errors by
-them then makes up for what other text does not have. Products of different inputs are shrunk by the
-share that two halves of the text do not agree on (Ledoit and Wolf 2004, with the diagonal as target
-and correlations for the distance).
+On few tokens, mean products of two inputs are noisy, and compensation by them overfits the text.
+Products of different inputs are therefore shrunk by the share in which two halves of the text
+disagree (Ledoit and Wolf 2004, with the diagonal as target and correlations for the distance).
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PARTS = 4  # of the columns: of a symmetric product five eighths are computed
-ROWS = 512  # compared at once
+PARTS = 4  # parts of the columns: five eighths of a symmetric product are computed
+ROWS = 512  # rows that are compared at once
 
 
 class Moments:
@@ -29,8 +28,8 @@ class Moments:
             self._counts[number] += len(part)
 
     def chance(self) -> float:
-        """The share of the squared correlations of different inputs, over all text, that is
-        chance: what they differ by between the halves."""
+        """The share of the squared correlations of different inputs, over all text, that is noise:
+        their difference between the halves."""
         first, second = (
             half.diagonal().div(max(1, count))
             for half, count in zip(self._halves, self._counts, strict=True)
@@ -49,7 +48,7 @@ class Moments:
         return noise / (noise + signal) if noise else 0.0
 
     def mean(self) -> Tensor:
-        """Mean products [k, k] of all inputs. Takes the sums apart, so it comes last."""
+        """Mean products [k, k] of all inputs. Consumes the sums: call it last."""
         count, total = sum(self._counts), self._halves.pop(0)
         total.add_(self._halves.pop()).div_(max(1, count))
         for start in range(0, len(total), ROWS):
@@ -61,8 +60,8 @@ class Moments:
 
 
 def _add_products(total: Tensor, rows: Tensor) -> None:
-    """Add the products of rows [tokens, k] to the diagonal of total [k, k] and above it; some that
-    lie below come along."""
+    """Add the products of rows [tokens, k] to total [k, k] on and above the diagonal, and to some
+    places below it."""
     width = len(total)
     step = -(-width // PARTS)
     for start in range(0, width, step):

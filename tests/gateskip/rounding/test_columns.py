@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gateskip.kernels import build
-from gateskip.quantization.columns import Steps, descend_columns, round_columns
+from gateskip.rounding.columns import Steps, descend_columns, round_columns
 
 needs_library = pytest.mark.skipif(build.library() is None, reason="no compiled kernels")
 
@@ -65,4 +65,4 @@ def test_descending_lowers_the_error_of_every_row(symmetric: bool) -> None:
     assert (error() <= before * (1 + 1e-5)).all() and error()[1:].sum() < 0.9 * before[1:].sum()
     again = torch.stack([steps.scale * row + steps.lowest for row in codes])
     assert torch.equal(again, values)
-    assert codes.min() >= steps.least and codes.max() <= steps.most
+    assert codes.min() >= steps.min_code and codes.max() <= steps.max_code

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compose.artifacts.folder import probe_ids
-from gateskip.quantization.allocation import EVERY, allocate, measure_costs
-from gateskip.quantization.compensate import Rounding
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.rounding import round_to_grid
-from gateskip.quantization.sensitivity import SEQUENCE, TOKENS, estimate_costs, sequences
+from gateskip.rounding.allocation import EVERY, allocate, measure_costs
+from gateskip.rounding.compensate import Rounding
+from gateskip.rounding.sensitivity import SEQUENCE, TOKENS, estimate_costs, sequences
 
 BITS = (2, 4, 8)
 

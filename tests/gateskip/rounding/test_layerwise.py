@@ -11,9 +11,9 @@ from tiny_models import TINY_FAMILIES, stored_as
 
 from compose.artifacts.packed_folder import stored_dtype
 from gateskip.model.families import backbone
-from gateskip.quantization.compensate import Rounding
 from gateskip.quantization.folders import load_model
-from gateskip.quantization.layerwise import Rounded, round_layers
+from gateskip.rounding.compensate import Rounding
+from gateskip.rounding.layerwise import Rounded, round_layers
 
 BLOCKS = torch.randint(3, 512, (4, 24), generator=torch.Generator().manual_seed(5))
 

@@ -1,4 +1,4 @@
-"""What rounding a layer costs, estimated from gradients: a few passes instead of one an option.
+"""The cost of rounding a layer, estimated from gradients: a few passes instead of one an option.
 
 To second order the KL that an error dW of a layer's weights causes is half of E[(g . dW)^2], where
 g are gradients of the log-likelihood of tokens that the model draws itself (the Fisher information:
@@ -6,8 +6,8 @@ arXiv 2306.07629, where its diagonal weighs single weights; here whole errors ar
 the gradients). For weights W of a layer with inputs x and outputs y, g . dW is the sum over tokens
 of a = (dW x) . (gradient of y), so a pass forward and back serves all layers and all their options.
 
-The squares of the tokens' a are added up. How tokens of a sequence go together is left out: its
-estimate, the square of their sum, is one number a sequence and too noisy to help. On SmolLM2, 3
+The squares of the tokens' a are added up. Correlations between tokens of a sequence are left out:
+their estimate, the square of the sum, is one number a sequence and too noisy to help. On SmolLM2, 3
 bits, 42 linear layers of six decoder layers, the logarithms of these costs and of measured ones
 correlate by 0.87; layers 0 to 2 are estimated too high, MLPs there threefold.
 """
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gateskip.model.families import backbone
-from gateskip.quantization.allocation import Costs
-from gateskip.quantization.compensate import Rounding
 from gateskip.quantization.rounding import round_to_grid
+from gateskip.rounding.allocation import Costs
+from gateskip.rounding.compensate import Rounding
 
-TOKENS = 2048  # that gradients are taken of, at most
-SEQUENCE = 256  # tokens that see each other; of 64, early layers are estimated higher still
+TOKENS = 2048  # tokens whose gradients are taken, at most
+SEQUENCE = 256  # tokens that attend to each other; with 64, early layers' estimates rise further
 BATCH = 2  # sequences in a pass
 
 
@@ -40,7 +40,7 @@ def estimate_costs(
 ) -> Costs:
     """The cost of each option of each linear layer that has any, on token ids [N, S].
 
-    The model's weights stay, and so does whether they ask for gradients.
+    The model's weights, and whether they require gradients, do not change.
     """
     names = {module: name for name, module in model.named_modules()}
     linears = [
@@ -81,7 +81,7 @@ def _costs(
 
 
 class _Taps:
-    """What linear layers read, and the gradients of what they give, in bfloat16."""
+    """Inputs of linear layers, and gradients of their outputs, in bfloat16."""
 
     def __init__(self, linears: Sequence[nn.Module]) -> None:
         self.inputs: dict[nn.Module, list[Tensor]] = {part: [] for part in linears}
@@ -89,14 +89,14 @@ class _Taps:
         self._last: tuple[Tensor, Tensor] | None = None
 
     def note(self, part: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Keep an input, once for all that read it, and ask for the output's gradient."""
+        """Keep an input, once for all layers that read it, and hook the output's gradient."""
         if self._last is None or self._last[0] is not args[0]:
             self._last = args[0], args[0].detach().bfloat16()
         self.inputs[part].append(self._last[1])
         output.register_hook(lambda gradient: self.gradients[part].append(gradient.bfloat16()))
 
     def of(self, part: nn.Module) -> tuple[Tensor, Tensor]:
-        """Inputs [N, S, in] and gradients [N, S, out] of a layer, which are let go of."""
+        """Inputs [N, S, in] and gradients [N, S, out] of a layer, in float32; frees its own."""
         inputs, gradients = self.inputs.pop(part), self.gradients.pop(part)
         return torch.cat(inputs).float(), torch.cat(gradients).float()
 
@@ -104,7 +104,7 @@ class _Taps:
 def _taps(model: Any, linears: Sequence[nn.Module], ids: Tensor, seed: int) -> _Taps:
     """Passes forward and back over token ids [N, S], for tokens drawn from the model."""
     taps, generator = _Taps(linears), torch.Generator(ids.device).manual_seed(seed)
-    learning = [each for each in model.parameters() if each.requires_grad]
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
     model.requires_grad_(False)
     embedding = model.get_input_embeddings()
     hooks = [part.register_forward_hook(taps.note) for part in linears]
@@ -118,6 +118,6 @@ def _taps(model: Any, linears: Sequence[nn.Module], ids: Tensor, seed: int) -> _
     finally:
         for hook in hooks:
             hook.remove()
-        for each in learning:
-            each.requires_grad_()
+        for weight in learning:
+            weight.requires_grad_()
     return taps

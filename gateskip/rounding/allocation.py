@@ -1,10 +1,10 @@
-"""Bits by need: each layer gets the bits that cost the least KL under a size.
+"""Mixed bits: each layer gets the bits with which the model has the lowest KL under a size.
 
-What a layer's rounding costs is measured here: its weights are rounded alone, and the KL of the
-whole model's distribution from the unrounded one is taken on text, at every fourth token. That
-takes a pass for each option of each layer; sensitivity.py estimates the same from few passes. Costs
-of different layers are added up. That is not exact, but what it is asked for is an order: where
-another bit helps most.
+The cost of a layer's rounding is measured: its weights are rounded alone, and the KL of the whole
+model's distribution from the unrounded one is taken on text, at every fourth token. That takes a
+pass for each option of each layer; sensitivity.py estimates the same from few passes. Costs of
+different layers are added up. The sum is not exact, but it serves to rank layers by the use of
+another bit.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from gateskip.model.families import backbone, final_norm, head
 from gateskip.model.inputs import input_squares
-from gateskip.quantization.compensate import Rounding
-from gateskip.quantization.layerwise import enter, run_layer
 from gateskip.quantization.rounding import round_to_grid
+from gateskip.rounding.compensate import Rounding
+from gateskip.rounding.layerwise import enter, run_layer
 
-EVERY = 4  # of the positions of a text one is asked: logits cost as much as many layers
+EVERY = 4  # positions of a text for one that is compared: logits cost as much as many layers
 
 Costs = dict[str, dict[int, float]]
 """Layer -> bits -> KL in nats a token when this layer alone is rounded to so many bits."""
@@ -36,8 +36,8 @@ def measure_costs(
 ) -> Costs:
     """The cost of each option of each linear layer that has any, on token ids [N, S].
 
-    A layer's inputs come from the unrounded layers below it, which run once: what is rounded in
-    layer l only runs the layers from l on.
+    A layer's inputs come from the unrounded layers below it, which run once: an option of layer l
+    only runs the layers from l on.
     """
     names = {module: name for name, module in model.named_modules()}
     layers = list(backbone(model).layers)
@@ -70,7 +70,7 @@ class _Runs:
         self.model = model
         self.layers = list(backbone(model).layers)
         (hidden, *_), self.settings = enter(model, blocks, len(blocks))
-        self.entered = [hidden]  # what each layer reads
+        self.entered = [hidden]  # the input of each layer
         for layer, settings in zip(self.layers, self.settings, strict=True):
             self.entered.append(run_layer(layer, self.entered[-1], settings))
         self.dense = self._distribution(self.entered[-1])
@@ -94,16 +94,16 @@ def distribution(model: Any, blocks: Tensor) -> Tensor:
     return head(model, hidden[:, EVERY - 1 :: EVERY]).float().log_softmax(-1)
 
 
-def mean_kl(target: Tensor, found: Tensor) -> float:
-    """KL in nats a token of log-probabilities `found` [..., V] from those of the target."""
-    return float((target.exp() * (target - found)).sum(-1).mean())
+def mean_kl(target: Tensor, log_probs: Tensor) -> float:
+    """KL in nats a token of log-probabilities [..., V] from those of the target."""
+    return float((target.exp() * (target - log_probs)).sum(-1).mean())
 
 
 def allocate(costs: Costs, sizes: Mapping[str, Mapping[int, int]], limit: int) -> dict[str, int]:
-    """Bits of each layer: the least sum of costs among those of at most `limit` bytes together.
+    """Bits of each layer: a low sum of costs at no more than `limit` bytes together.
 
-    Starts from the smallest option of each layer and buys, again and again, what lowers the cost
-    most for each byte. Options that another one beats in both are never bought.
+    Greedy: starts from the smallest option of each layer and repeatedly takes the step that lowers
+    the cost most for each byte. Options that another one beats in both size and cost are not taken.
 
     Raises ValueError where even the smallest options are larger than `limit`.
     """
@@ -128,7 +128,7 @@ def allocate(costs: Costs, sizes: Mapping[str, Mapping[int, int]], limit: int) -
 def _steps(
     name: str, bits: int, costs: Mapping[int, float], sizes: Mapping[int, int]
 ) -> list[tuple[float, str, int, int]]:
-    """What more bytes bring in this layer: cost saved for each byte, name, bytes, bits."""
+    """Larger options of a layer, with less cost: cost saved for each byte, name, bytes, bits."""
     more = {other: sizes[other] - sizes[bits] for other in sizes if sizes[other] > sizes[bits]}
     return [
         ((costs[bits] - costs[other]) / extra, name, extra, other)

@@ -1,12 +1,11 @@
-"""Rounding to a grid with error compensation: each weight makes up for the errors of others.
+"""Rounding to a grid with error compensation: weights compensate for the errors of others.
 
-What counts is the error of a layer's output, (W - Q) H (W - Q)^T with H the second moments of its
-inputs. Columns are rounded one after another, and the columns still to come take over what each
-lost (GPTQ, arXiv 2210.17323, section 3). Groups are taken by falling input, each gets its range
-when its turn comes, from weights that have taken over earlier errors. Then the same error is
-lowered further with what GPTQ leaves alone, group after group with all others as they are: scale
-and minimum by least squares for the codes found, and codes one column at a time for those
-(coordinate descent).
+The objective is the error of a layer's output, (W - Q) H (W - Q)^T with H the second moments of its
+inputs. Columns are rounded one after another, and later columns compensate for the error of each
+(GPTQ, arXiv 2210.17323, section 3). Groups come in order of falling inputs, and the range of each
+is fitted when its turn comes, to weights that already compensate for earlier errors. Then the same
+error is lowered by coordinate descent over all that GPTQ fixes, group after group with all others
+fixed: scale and minimum by least squares for the codes, then codes one column at a time.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gateskip.quantization.columns import Steps, descend_columns, round_columns
 from gateskip.quantization.grid import Grid, Offset, exact_minimum, exact_scale
 from gateskip.quantization.rounding import round_to_grid
+from gateskip.rounding.columns import Steps, descend_columns, round_columns
 
-DAMP = 0.01  # of the mean second moment, added to all
+DAMP = 0.01  # share of the mean second moment that is added to all
 SWEEPS = 6  # over all groups after GPTQ
-HELD = 1e-4  # how strongly scales are held where the least squares leave them free
+HELD = 1e-4  # weight of the current scale where least squares leave it free
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Rounding:
 
 @torch.no_grad()
 def round_compensated(weight: Tensor, moments: Tensor, how: Rounding, chance: float = 0.0) -> Grid:
-    """Weights [n, k] on a grid; moments [k, k] are the mean products of the layer's inputs, of
-    which products of different inputs are chance to that share (moments.py)."""
+    """Weights [n, k] on a grid; moments [k, k] are the mean products of the layer's inputs.
+    `chance` is the share of products of different inputs that is noise (moments.py)."""
     moments = _damped(moments.float(), how.damp, chance)
     order = _by_input(moments.diagonal(), how.group)
     back = order.argsort()
@@ -98,13 +97,13 @@ def _gptq(weight: Tensor, moments: Tensor, how: Rounding) -> Grid:
 
 
 def _lowest(grid: Grid) -> Tensor:
-    """What code 0 stands for [n, groups]."""
+    """The values of code 0 [n, groups]."""
     return -grid.middle * grid.scale if grid.minimum is None else grid.minimum
 
 
 def _descend(weight: Tensor, moments: Tensor, grid: Grid, how: Rounding) -> Grid:
     """Group after group: scale and minimum for its codes, then its codes column by column, all
-    others as they are. Every step lowers the error, but for what exact numbers cost scales."""
+    others fixed. Every step lowers the error, but for the rounding of scales to exact numbers."""
     lost = (weight - grid.weight()).T.contiguous()  # [k, n]: a column of weights lies together
     codes = grid.codes.T.contiguous()
     scale, lowest = grid.scale.T.contiguous(), _lowest(grid).T.contiguous()  # [groups, n]
@@ -115,7 +114,7 @@ def _descend(weight: Tensor, moments: Tensor, grid: Grid, how: Rounding) -> Grid
             here, chosen = moments[part, part], codes[part].float()
             values = chosen * scale[number] + lowest[number]  # [group, n]
             weights = lost[part] + values
-            # half the fall of the error with each value, were those of the group zero
+            # minus half the error's gradient in each value, at values of zero in the group
             want = (moments[part] @ lost).addmm_(here, values)
             held = scale[number], lowest[number]
             scale[number], lowest[number] = _line(chosen, here, want, held, zero, grid.bits)
@@ -129,7 +128,7 @@ def _descend(weight: Tensor, moments: Tensor, grid: Grid, how: Rounding) -> Grid
 
 
 def _zero_codes(grid: Grid, offset: Offset) -> list[Tensor | None]:
-    """Group by group the codes [n] that stand for zero and stay; None where a minimum is free."""
+    """Group by group the fixed codes [n] of the value zero; None where a minimum is free."""
     groups = range(grid.scale.shape[1])
     if offset == "real":
         return [None for _ in groups]
@@ -142,14 +141,15 @@ def _line(
     codes: Tensor,
     moments: Tensor,
     want: Tensor,
-    known: tuple[Tensor, Tensor],
+    current: tuple[Tensor, Tensor],
     zero: Tensor | None,
     bits: int,
 ) -> tuple[Tensor, Tensor]:
     """Scale and lowest value [n] of least error for codes [group, n]: least squares under moments
-    [group, group], to which `want` [group, n] is the right side. What moments leave free is held at
-    the values `known`. A code `zero` [n] that stands for zero leaves the scale alone free."""
-    scale, lowest = known
+    [group, group] with the right side `want` [group, n]. Directions that moments leave free stay
+    near the `current` values. With `zero` [n], the code of the value zero, only the scale is
+    free."""
+    scale, lowest = current
     signed = codes if zero is None else codes - zero
     seen = moments @ signed
     both = (signed * seen).sum(0)  # the normal equations: signed codes, and ones

@@ -22,35 +22,35 @@ class Steps:
     scale: Tensor
     inverse: Tensor
     lowest: Tensor
-    """What code 0 stands for."""
-    least: int
-    most: int
+    """The value of code 0."""
+    min_code: int
+    max_code: int
 
     @classmethod
     def of(cls, scale: Tensor, lowest: Tensor, bits: int, symmetric: bool) -> Steps:
-        """Of codes of some bits; a symmetric grid leaves its lowest code out."""
+        """The steps of codes of some bits; a symmetric grid does not use its lowest code."""
         scale, lowest = scale.contiguous(), lowest.contiguous()
         inverse = torch.where(scale == 0, torch.zeros_like(scale), scale.reciprocal())
         return cls(scale, inverse, lowest, int(symmetric), (1 << bits) - 1)
 
     def nearest(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The codes nearest to weights [n], as floats, and their values."""
-        code = ((weight - self.lowest) * self.inverse).round_().clamp_(self.least, self.most)
+        code = ((weight - self.lowest) * self.inverse).round_().clamp_(self.min_code, self.max_code)
         return code, code * self.scale + self.lowest
 
     def native(self, group: int) -> abi.GroupSteps | None:
-        """The same for the kernels; None where they cannot be had."""
+        """The same for the kernels; None where they are not available."""
         if self.scale.device.type != "cpu" or build.library() is None:
             return None
-        pointers = (each.data_ptr() for each in (self.scale, self.inverse, self.lowest))
-        sizes = len(self.scale), group, self.least, self.most, torch.get_num_threads()
+        pointers = (part.data_ptr() for part in (self.scale, self.inverse, self.lowest))
+        sizes = len(self.scale), group, self.min_code, self.max_code, torch.get_num_threads()
         return abi.GroupSteps(*pointers, *sizes)
 
 
 def round_columns(left: Tensor, upper: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
-    """Nearest codes, uint8, of columns left [group, n], and what each column lost over `upper`'s
-    diagonal [group, n]. Later columns take it over by upper [group, group] (arXiv 2210.17323,
-    equation 3)."""
+    """Nearest codes, uint8, of columns left [group, n], and each column's error divided by
+    `upper`'s diagonal [group, n]. Later columns compensate for it by upper [group, group] (arXiv
+    2210.17323, equation 3)."""
     codes, errors = torch.empty_like(left, dtype=torch.uint8), torch.empty_like(left)
     left, upper = left.contiguous(), upper.contiguous()
     if (native := steps.native(len(left))) is not None:
@@ -68,8 +68,8 @@ def descend_columns(
     values: Tensor, codes: Tensor, want: Tensor, moments: Tensor, steps: Steps
 ) -> None:
     """Better codes, uint8 [group, n], and their values [group, n], in place. The error of a row is
-    a parabola of its values: `want` [group, n] is half its fall with each of them, moments
-    [group, group] its curvature. Each column goes to where it is lowest, the others as they are."""
+    quadratic in its values: `want` [group, n] is minus half its gradient, moments [group, group]
+    half its curvature. Each column in turn moves to the minimum, all others fixed."""
     moments, curves = moments.contiguous(), moments.diagonal().reciprocal()
     if (native := steps.native(len(values))) is not None:
         ops.descend_columns(native, moments, curves, want, codes, values)

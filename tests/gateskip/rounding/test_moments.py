@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gateskip.quantization.compensate import Rounding, output_error, round_compensated
-from gateskip.quantization.moments import Moments
+from gateskip.rounding.compensate import Rounding, output_error, round_compensated
+from gateskip.rounding.moments import Moments
 
 
 def inputs(tokens: int, width: int, seed: int, mixed: bool = False) -> Tensor:

@@ -1,9 +1,9 @@
-"""A model's linear layers rounded one after another, each for the inputs that it will then read.
+"""A model's linear layers rounded one after another, each for inputs from the rounded layers below.
 
 Token blocks pass the layers in order. Within a layer, linear modules that read the same input are
-rounded together, in the order in which they run, and what follows reads what they have become.
-Only one layer's second moments exist at a time, and where the model is let go, only one layer in
-float32: the rest stays in the file that it is mapped from.
+rounded together, in the order in which they run; later ones read the rounded outputs. Only one
+layer's second moments exist at a time, and with `let_go` only one layer in float32: the others stay
+in the file that they are mapped from.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from gateskip.kernels.autotune import fast_products
 from gateskip.model.families import backbone
 from gateskip.quantization.as_stored import embed_in_float32
-from gateskip.quantization.compensate import Rounding, output_error, round_compensated
 from gateskip.quantization.grid import Grid
-from gateskip.quantization.moments import Moments
 from gateskip.quantization.rounding import round_to_grid
+from gateskip.rounding.compensate import Rounding, output_error, round_compensated
+from gateskip.rounding.moments import Moments
 
 BATCH = 4  # blocks in a pass, at most
 
 Choose = Callable[[str], Rounding | None]
-"""Layer name -> how it is rounded; None leaves it as it is."""
+"""Layer name -> how it is rounded; None leaves it unchanged."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Rounded:
 
 
 class _Stop(Exception):
-    """Ends a pass of which no more is needed."""
+    """Ends a pass early."""
 
 
 @torch.no_grad()
@@ -57,8 +57,9 @@ def round_layers(
 
     Layers are rounded in float32, whatever type the model is loaded in; text passes them in
     bfloat16 where that is faster, and sums of inputs' products are float32. With `let_go` each is
-    emptied after its turn, and the model cannot run any more; else it keeps the rounded values as
-    ordinary weights. Without `compensate` each weight is rounded by itself (rounding.py).
+    freed after its turn, and the model cannot run any more; else it keeps the rounded values as
+    ordinary weights. Without `compensate` each weight is rounded by itself
+    (quantization/rounding.py).
     """
     names = {module: name for name, module in model.named_modules()}
     hidden, settings = _entered(model, blocks, let_go)
@@ -80,7 +81,7 @@ def round_layers(
 
 
 def _entered(model: Any, blocks: Tensor, let_go: bool) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """What `enter` gives, of the embedding in float32."""
+    """`enter` with the embedding in float32."""
     embed_in_float32(model)
     entered = enter(model, blocks)
     if let_go:
@@ -117,8 +118,8 @@ def _round_readers(
 def enter(
     model: Any, blocks: Tensor, batch: int | None = None
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Hidden states [B, S, H] before the first layer, batch by batch, and what each layer is given
-    beside them: masks and rotary tables, which depend on the length alone."""
+    """Hidden states [B, S, H] before the first layer, batch by batch, and each layer's other
+    arguments: masks and rotary tables, which depend on the length alone."""
     batch = batch or math.gcd(len(blocks), BATCH)
     layers = list(backbone(model).layers)
     settings: list[dict[str, Any]] = [{} for _ in layers]
@@ -153,14 +154,14 @@ def _stopped(run: Callable[[], object]) -> None:
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
-    """What a layer makes of hidden states [B, S, H]."""
+    """A layer's output [B, S, H] for hidden states [B, S, H]."""
     out = layer(hidden, **settings)
-    made: Tensor = out[0] if isinstance(out, tuple) else out
-    return made
+    states: Tensor = out[0] if isinstance(out, tuple) else out
+    return states
 
 
 def _passed(layer: nn.Module, hidden: Tensor, settings: dict[str, Any]) -> Tensor:
-    """The same, sooner where products in bfloat16 are."""
+    """`run_layer` with products in bfloat16 where they are faster."""
     with fast_products(hidden.device.type):
         return run_layer(layer, hidden, settings)
 
@@ -182,13 +183,13 @@ def _readers(layer: nn.Module, hidden: Tensor, settings: dict[str, Any]) -> list
     try:
         _passed(layer, hidden, settings)
     finally:
-        for each in hooks:
-            each.remove()
+        for hook in hooks:
+            hook.remove()
     return groups
 
 
 def _moments(layer: nn.Module, module: Any, hidden: list[Tensor], settings: Any) -> Moments:
-    """Those of a module's inputs over all hidden states."""
+    """Second moments of a module's inputs over all hidden states."""
     moments = Moments(module.in_features, hidden[0].device)
 
     def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:

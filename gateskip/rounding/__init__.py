@@ -1,0 +1,1 @@
+"""Rounding a model's layers: error compensation, layer by layer, and bits by measured cost."""
