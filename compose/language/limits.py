@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from compose.language.section import SECTION
+SECTION = ConfigDict(
+    frozen=True,
+    extra="forbid",
+    use_attribute_docstrings=True,
+    allow_inf_nan=False,
+    populate_by_name=True,
+)
+"""The settings of the models that a pipeline file is read into."""
+
 
 Amount = Annotated[float, Field(gt=0)]
 

@@ -12,7 +12,6 @@ from pydantic_core import ErrorDetails
 from compose.errors import PipelineError, shortened, suggest
 from compose.language.positions import Loc, Problem, SourceMap
 from compose.language.schema import Export, Pipeline
-from compose.language.yaml_values import kind_of
 from compose.stages.registry import STAGES
 
 
@@ -153,3 +152,14 @@ def _dotted(loc: Loc) -> str:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def kind_of(value: object) -> str:
+    """What a value is, as the end of "expected ..., not ..."."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, tuple):
+        return "a list" if value else "an empty list"
+    return str(value).lower() if isinstance(value, bool) else shortened(repr(value))

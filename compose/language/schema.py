@@ -24,9 +24,8 @@ from pydantic import (
 from compose.assets.table import TASKS, WRITTEN_TASK
 from compose.bench.peers.table import parse_peer
 from compose.errors import UserError, shortened, suggest
-from compose.language.limits import Limits
+from compose.language.limits import SECTION, Limits
 from compose.language.positions import Error, Loc, Problem, SourceMap
-from compose.language.section import SECTION
 from compose.language.variants import vary_problems
 from compose.stages.registry import AnyStage, DataSpec, Gate, Int4, Int8, Skip, Speculate, Stage
 

@@ -20,7 +20,7 @@ from compose.outputs.gather_speed import timed_parts
 from compose.outputs.run_folder import Phase, RunFolder, phases_of, read_phase
 from compose.outputs.sessions import Session
 from compose.planning.plan import Cell, Plan
-from compose.processes.failures import Failure
+from compose.processes.endings import Failure
 from compose.results.schema import CellResult, Results
 from compose.units import public_path
 

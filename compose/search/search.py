@@ -29,9 +29,8 @@ from compose.planning.prepare import (
 )
 from compose.processes.executors import Executor
 from compose.results.schema import CellResult, Results
-from compose.run.board import Board
 from compose.run.runner import RunResult
-from compose.run.state import Settings
+from compose.run.state import Board, Settings
 from compose.search.found import SHOWN, found_pipeline, front, to_yaml
 from compose.search.halving import Rung, cheap_rungs, halve, kept_after
 from compose.search.lab import Lab

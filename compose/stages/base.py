@@ -13,11 +13,10 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from compose.contract import DataSpec, Split, StageJob
 from compose.errors import RuleBroken
-from compose.stages.job import StageJob
 from compose.stages.rules import FORBIDDEN, RULES, Role
 from compose.stages.shape import ModelShape, StoredBits
-from compose.stages.text.data_spec import DataSpec, Split
 
 __all__ = ["RULES", "DataSpec", "ModelShape", "Role", "Split", "Stage", "StageJob", "StoredBits"]
 
@@ -130,3 +129,19 @@ def _standing(shape: ModelShape | None, before: tuple[Stage, ...]) -> list[tuple
     if shape is not None and shape.quantized and not quantized_in_chain:
         done.insert(0, ("quantize", f"{shape.quantized} (the source model is quantized)"))
     return done
+
+
+AS_STORED, IN_FLOAT32 = 2.0, 4.0
+"""Bytes a weight of a mapped file that has two, and of a model in float32."""
+
+TRAINED = {"frozen": 4.0, "lora": 9.0, "scales": 9.0, "full": 20.0, "codes": 26.0}
+"""Bytes a weight of the model in a fine-tune, by what learns, in float32: itself, and where
+anything of it learns a teacher, gradients and AdamW's two moments; where codes learn, their places,
+and the weights that these stand for."""
+
+
+def training_bytes(shape: ModelShape, tokens: int, seen: int = 0) -> float:
+    """About what a step on `tokens` keeps for its backward pass, in bytes: the floats of each token
+    in each layer, and its shares of attention to `seen` tokens where these are laid out."""
+    inside = 16 * shape.hidden_size + 6 * shape.intermediate_size + 3 * shape.num_heads * seen
+    return 4.0 * tokens * shape.num_layers * inside

@@ -9,8 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from compose.errors import UserError
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
-from compose.stages.memory import AS_STORED, TRAINED, training_bytes
+from compose.stages.base import (
+    AS_STORED,
+    TRAINED,
+    ModelShape,
+    Role,
+    Split,
+    Stage,
+    StageJob,
+    training_bytes,
+)
 from compose.stages.on_policy import OnPolicyText, as_settings, require_room
 from compose.stages.text.prompts import prompts_to_answer
 from gateskip.calibration.settings import DEFAULT_BUDGETS, Allocation, PromptOrder
@@ -330,10 +338,14 @@ class Gate(Stage):
         """Token blocks [N, length] to train on, and to calibrate on."""
         from transformers import AutoTokenizer
 
+        from compose.stages.text.split_text import split_blocks
+
         tokenizer = AutoTokenizer.from_pretrained(job.source)
         wanted = max(self.steps * self.accumulate * self.batch, SHORTCUT_BLOCKS)
-        calibration = job.blocks("calibration", tokenizer, self.length, self.calibration_blocks)
-        train = job.blocks("train", tokenizer, self.length, wanted + len(calibration))
+        calibration = split_blocks(
+            job, "calibration", tokenizer, self.length, self.calibration_blocks
+        )
+        train = split_blocks(job, "train", tokenizer, self.length, wanted + len(calibration))
         return unseen(train, calibration), calibration
 
     def _start(self, job: StageJob, model: Any, train: Tensor) -> tuple[Gates, list[float] | None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from compose.bench.quality.continuations import BranchingModel
 from gateskip.decoding.decoder import Decoder, Mode
 from gateskip.decoding.phases import FULL, Phase
-from gateskip.model.compute import Usage
+from gateskip.model.compute import Saving, Usage
 from gateskip.runtime.backend import Cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 Rows = list[list[int]]
 """Token ids, row by row."""
@@ -179,3 +181,28 @@ def padded(rows: Sequence[list[int]]) -> Tensor:
     """Token ids [N, S], padded on the right by zeros."""
     longest = max(map(len, rows))
     return torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long)
+
+
+Saves = Callable[[Usage], Saving]
+"""Counts the compute that was saved over tokens."""
+
+
+def text_compute(
+    used: Mapping[Phase, Usage], decoder: Decoder, saving: Saves
+) -> dict[str, Any] | None:
+    """`TextCompute` of tokens by phase; None where none was counted."""
+    seen = {phase: usage for phase, usage in used.items() if usage.seen}
+    if not seen:
+        return None
+    whole: dict[str, Any] = _numbers(reduce(Usage.plus, seen.values()), decoder, saving)
+    for phase, usage in seen.items():
+        whole[phase] = _numbers(usage, decoder, saving)
+    return whole
+
+
+def _numbers(usage: Usage, decoder: Decoder, saving: Saves) -> dict[str, Any]:
+    return {
+        "tokens": usage.seen,
+        "kept": round(decoder.kept_of(usage), 4),
+        "saved_net": round(saving(usage).net, 4),
+    }

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Stage, StageJob
-from compose.stages.memory import AS_STORED
+from compose.stages.base import AS_STORED, ModelShape, Stage, StageJob
 from compose.stages.prune.edit import (
     GATED_MLP,
     Hook,

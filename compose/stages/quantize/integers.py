@@ -13,9 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compose.artifacts.folder import GRID_METHOD
 from compose.errors import RuleBroken, UserError
-from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJob, StoredBits
+from compose.stages.base import (
+    AS_STORED,
+    UNPACKED,
+    ModelShape,
+    Role,
+    Split,
+    Stage,
+    StageJob,
+    StoredBits,
+)
 from compose.stages.gate_transfer import carry_gates
-from compose.stages.memory import AS_STORED
 from compose.stages.quantize.grid_folder import (
     Stored,
     as_gptq,
@@ -185,11 +193,12 @@ class Integers(Stage):
         from transformers import AutoTokenizer
 
         from compose.artifacts.packed_folder import stored_dtype
+        from compose.stages.text.split_text import split_blocks
         from gateskip.quantization.allocation import distribution, mean_kl
         from gateskip.quantization.folders import load_model
         from gateskip.quantization.layerwise import round_layers
 
-        blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
+        blocks = split_blocks(job, "calibration", AutoTokenizer.from_pretrained(job.source))
         grids = self._embedding(job)  # first: what it refuses costs no minutes then
         whole = self.allocate is not None  # which measures what the model becomes
         model = load_model(job.source, "float32" if whole else stored_dtype(job.source))
