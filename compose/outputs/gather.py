@@ -168,7 +168,8 @@ def _step_infos(plan: Plan, cell: Cell) -> tuple[dict[str, Any], ...] | None:
     for name, stage in stages:
         parameters = stage.model_dump(mode="json")
         parameters |= {key: path.name for key, path in stage.files().items()}
-        infos.append({"name": name, **parameters})
+        declared = {"role": stage.role, "stored_as": stage.stored_as()}
+        infos.append({"name": name, **parameters, **declared})
     return tuple(infos) or None
 
 

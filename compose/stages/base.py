@@ -46,6 +46,10 @@ class Stage(BaseModel):
     reads_data: ClassVar[tuple[Split, ...]] = ()
     """The entries of `data` that `run` reads; they are then part of the step's key."""
 
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Parameters with which the stage may stand in as many places as it can, where its defaults
+    do not: those that docs/composition.md is made with."""
+
     on_gpu: ClassVar[bool] = False
     """Whether `run` works on a GPU where there is one."""
 
@@ -72,6 +76,10 @@ class Stage(BaseModel):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The shape of the model that the stage makes of one of `shape`."""
         return shape
+
+    def stored_as(self) -> str | None:
+        """How reports call the weights that a quantizer leaves; None where nothing is packed."""
+        return self.use if self.role == "quantize" else None
 
     def most_bits(self) -> int:
         """Bits of the largest weights that the stage leaves in a model's layers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -68,6 +69,7 @@ class Gate(Stage):
     on_gpu: ClassVar[bool] = True
     version: ClassVar[int] = 7
     reads_data: ClassVar[tuple[Split, ...]] = ("train", "calibration")
+    example: ClassVar[Mapping[str, Any]] = {"backbone": "frozen"}
 
     use: Literal["gate"] = "gate"
     """The stage's name."""

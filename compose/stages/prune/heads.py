@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -38,6 +39,7 @@ class PruneHeads(Pruning):
     """Remove the least important attention heads, as many from every layer."""
 
     version: ClassVar[int] = 2
+    example: ClassVar[Mapping[str, Any]] = {"count": 3}
 
     use: Literal["prune-heads"] = "prune-heads"
     """The stage's name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -42,6 +42,7 @@ class PruneHidden(Pruning):
     """Remove the least important channels of the residual stream from all weights that touch it."""
 
     version: ClassVar[int] = 2
+    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.2}
 
     use: Literal["prune-hidden"] = "prune-hidden"
     """The stage's name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -33,6 +33,7 @@ class PruneWidth(Pruning):
     """Remove the least important neurons from every MLP; all MLPs keep the same width."""
 
     version: ClassVar[int] = 2
+    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.2}
 
     use: Literal["prune-width"] = "prune-width"
     """The stage's name."""

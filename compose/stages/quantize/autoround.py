@@ -75,6 +75,10 @@ class AutoRound(Stage):
         """Codes, and for each group a float16 scale and a zero point."""
         return StoredBits(self.bits + (16 + self.bits) / self.group_size)
 
+    def stored_as(self) -> str | None:
+        """Its format, with the bits of most weights."""
+        return f"{self.use} {self.bits}-bit"
+
     def most_bits(self) -> int:
         """Those of all layers."""
         return self.bits

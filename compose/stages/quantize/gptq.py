@@ -123,6 +123,10 @@ class Gptq(Stage):
         """The same sizes, packed."""
         return replace(shape, quantized="gptq")
 
+    def stored_as(self) -> str | None:
+        """Its format, with the bits of most weights."""
+        return f"{self.use} {self.bits}-bit"
+
     def most_bits(self) -> int:
         """The most of any layer, unless some stay as they are."""
         return UNPACKED if self.skip else max([self.bits, *self.mixed.values()])
