@@ -28,7 +28,8 @@ from reports.families import family_of, weights_of
 plan = make_plan(load_pipeline(sys.argv[1]))
 found = {}
 for planned in plan.cells:
-    cell = CellResult(name=planned.name, steps=_step_infos(plan, planned), status="ok")
+    steps, chain = _step_infos(plan, planned), planned.chain
+    cell = CellResult(name=planned.name, chain=chain, steps=steps, status="ok")
     found[planned.name] = [family_of(cell), weights_of(cell)]
 print(json.dumps({"page": as_markdown(), "schema": to_json_schema(), "families": found}))
 """
