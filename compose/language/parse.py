@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from compose.errors import PipelineError, shortened, suggest
 from compose.language.mistakes import first_mistake, kind_of, refusals
 from compose.language.positions import Loc, Mark, Problem, SourceMap
 from compose.language.schema import Pipeline
+from compose.stages.registry import STAGES
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".xz")
 MOST_BYTES = 1 << 16
@@ -48,11 +51,25 @@ def load_pipeline(path: str | Path) -> Pipeline:
         pipeline = Pipeline.model_validate(raw, strict=True)
     except ValidationError as error:
         raise first_mistake(refusals(error, raw), source_map) from None
+    source_map = _without_groups(source_map, raw.get("stages", {}))
     resolved, missing = _resolve_paths(pipeline, file.absolute().parent)
     problems = [*islice(pipeline.problems(), MOST_PROBLEMS), *missing]
     if problems:
         raise first_mistake(problems, source_map)
     return resolved.with_source_map(source_map)
+
+
+def _without_groups(source_map: SourceMap, stages: Mapping[str, Any]) -> SourceMap:
+    """The places of a valid file, with each parameter in a group of its stage also as if it stood
+    beside the group, where the stage has it."""
+    values, keys = dict(source_map.values), dict(source_map.keys)
+    for name, stage in stages.items():
+        for group in STAGES[stage["use"]].groups:
+            for parameter in stage.get(group, ()):
+                inside, beside = ("stages", name, group, parameter), ("stages", name, parameter)
+                if inside in values and inside in keys:
+                    values[beside], keys[beside] = values[inside], keys[inside]
+    return replace(source_map, values=values, keys=keys)
 
 
 def to_json_schema() -> dict[str, Any]:

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from compose.contract import DataSpec, Split, StageJob
 from compose.errors import RuleBroken
@@ -50,6 +52,10 @@ class Stage(BaseModel):
     """Parameters with which the stage may stand in as many places as it can, where its defaults
     do not: those that docs/composition.md is made with."""
 
+    groups: ClassVar[Mapping[str, type[BaseModel]]] = {}
+    """Groups in which a file may write the parameters: the key of each, and its fields. Values and
+    keys of steps are the same with and without them."""
+
     on_gpu: ClassVar[bool] = False
     """Whether `run` works on a GPU where there is one."""
 
@@ -76,6 +82,27 @@ class Stage(BaseModel):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The shape of the model that the stage makes of one of `shape`."""
         return shape
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The parameters, behind the groups that they may also be written in."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        known = schema["properties"]
+        grouped = {
+            key: {
+                "type": "object",
+                "description": group.__doc__,
+                "additionalProperties": False,
+                "properties": {name: known[name] for name in group.model_fields},
+            }
+            for key, group in cls.groups.items()
+        }
+        inside = {name for group in cls.groups.values() for name in group.model_fields}
+        own = {name: each for name, each in known.items() if name not in inside}
+        schema["properties"] = {**own, **grouped, **known}
+        return schema
 
     def stored_as(self) -> str | None:
         """How reports call the weights that a quantizer leaves; None where nothing is packed."""

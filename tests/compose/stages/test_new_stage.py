@@ -37,8 +37,8 @@ PIPELINE = """
 schema: 1
 name: clipped
 model: {source: smollm2-135m-instruct}
-stages: {clip: {use: clip-weights, sigmas: 3}, gates: {use: gate}}
-pipelines: {clipped: [clip], gated: [clip, gates]}
+stages: {clip: {use: clip-weights, sigmas: 3}}
+pipelines: {clipped: [clip]}
 """
 
 
