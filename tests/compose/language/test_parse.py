@@ -199,7 +199,7 @@ def test_settings_in_groups_mean_what_they_mean_without(tmp_path: Path) -> None:
         ),
         ("after: 0.4", "afer: 1", "8:36: unknown key 'afer' in stages.gates.train.on_policy: did"),
         ("kind: mlp,", "kind: none,", "7:18: stages.gates.gate.kind: expected 'scalar', 'vector'"),
-        ("mlp: 16", "mpl: 16", "7:49: unknown key 'mpl' in stages.gates.gate.shortcut: did you"),
+        ("mlp: 16", "mpl: 16", "7:48: unknown key 'mpl' in stages.gates.gate.shortcut: did you"),
         ("steps: 30", "kind: mlp", "8:13: stages.gates.train.kind: kind belongs in gate"),
         ("steps: 30", "recipe: ours", "8:13: stages.gates.train.recipe: recipe belongs beside"),
         (
