@@ -2,10 +2,10 @@
 
     python tools/cell_files.py
 
-A small pipeline (a tiny Llama, one dropped layer) runs in a temporary folder. Every Python process of
-the run notes which functions of this project it calls; functions that only an import calls are left
-out. Printed are the files of the packages in `WAY`, in order of path, then their number, and the line
-`ok` or `more than MOST`. Docs/structure.md lists the same files.
+A small pipeline (a tiny Llama, one dropped layer) runs in a temporary folder. Every process of the
+run notes which functions of this project it calls; functions that only an import calls are left
+out. The program prints the files of the packages in `WAY`, then their number, and whether that is
+above `MOST`. docs/structure.md lists the same files.
 """
 
 from __future__ import annotations

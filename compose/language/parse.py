@@ -1,7 +1,9 @@
 """A YAML file -> `Pipeline`, with every mistake reported at its file, line and column.
 
-The file becomes plain values and a map of their positions (`yaml_values`), pydantic reads the
-values strictly (no text for a number), and what it refuses is worded anew (`mistakes`).
+The file becomes plain values and a map of their positions (`read_yaml`), pydantic reads the
+values strictly (no text for a number), and what it refuses is worded anew (`mistakes`). Of YAML
+only what a pipeline needs is accepted: mappings, lists, text, numbers, booleans, null; and no more
+of them, nor deeper, than a person writes, so that no file keeps us busy.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     result    results.json, the report, and the exports that the pipeline names
 
 A failure becomes data: what depends on it fails with the same reason, everything else goes on.
-Crashes and limits that were hit are kept (`kept_failures`); other failures are tried again.
+Crashes and limits that were hit are kept (`failures`); other failures are tried again.
 After an end of this process, the next run goes on from the last finished step, phase or round.
 """
 

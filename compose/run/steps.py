@@ -1,4 +1,8 @@
-"""Steps: each model folder is made in one process, loaded again in another, and then stored."""
+"""Steps: each model folder is made in one process, loaded again in another, and then stored.
+
+A step that runs out of disk in its last minute has cost all minutes before, so what it writes is
+estimated first: its model folder, and the checkpoint of a training.
+"""
 
 from __future__ import annotations
 

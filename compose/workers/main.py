@@ -14,7 +14,7 @@
 
 Commands come as JSON lines on stdin; messages go out as JSON lines on what was stdout when the
 process began (`protocol`). All that is printed in between, by Python or by C, goes to stderr, which
-the executor points at a log file. The process ends with its parent (`lifetime`).
+the executor points at a log file. The process ends with its parent (`die_with_parent`).
 """
 
 from __future__ import annotations

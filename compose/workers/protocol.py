@@ -1,4 +1,8 @@
-"""The worker's end of the pipes to its parent: commands in, messages out, as JSON lines."""
+"""The worker's end of what it shares with its parent: the pipes, and its end.
+
+Commands come in and messages go out as JSON lines. The worker ends with its parent, and so does
+everything that it started.
+"""
 
 from __future__ import annotations
 

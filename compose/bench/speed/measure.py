@@ -1,4 +1,8 @@
-"""What is timed in a turn of a cell: prompts read and continued once, in one shape."""
+"""What is timed in a turn of a cell: prompts read and continued once, in one shape.
+
+Beside it what a model folder takes (bytes on disk and in memory, multiply-adds), and the machine's
+roofline: memory bandwidth bounds decoding, arithmetic bounds prefill.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Prompts that systems are timed on: running text of exact lengths, or a file's by category."""
+"""Prompts that systems are timed on, and the turns of a cell added up to a repeat.
+
+Prompts are running text of exact lengths, or a file's by category. Speeds of a repeat are sums of
+tokens over sums of seconds, so many short turns are what one long turn would have been, but spread
+over the time in which the other cells had theirs.
+"""
 
 from __future__ import annotations
 
