@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -338,11 +338,11 @@ def gguf(
     ] = None,
 ) -> None:
     """Write a model folder as a GGUF file for llama.cpp; it is loaded back before it stays."""
+    from compose.contract import GgufJob
     from compose.processes.worker_process import ask_once
     from compose.units import bytes_text
 
-    job = {"folder": str(folder.absolute()), "file": str(to.absolute()), "kind": kind}
-    written = ask_once("gguf", job)
+    written = ask_once(GgufJob(folder.absolute(), to.absolute(), kind))
     size, kl = bytes_text(written["bytes"]), f"{written['kl']:.2g}"
     said = f"{to}: {size}, {written['kind']}, loads back"
     typer.echo(f"{said}; KL of its predictions to the folder's: {kl}")
@@ -356,11 +356,12 @@ def compressed_tensors(
     to: Annotated[Path, typer.Option(help="The folder to make.")],
 ) -> None:
     """Write a packed model folder for vLLM, as W4A16 or W8A16; codes and scales stay the same."""
+    from compose.contract import CompressedTensorsJob
     from compose.processes.worker_process import ask_once
     from compose.terminal.show import compressed_text
 
-    job = {"folder": str(folder.absolute()), "target": str(to.absolute())}
-    typer.echo(compressed_text(to, ask_once("compressed-tensors", job)))
+    job = CompressedTensorsJob(folder.absolute(), to.absolute())
+    typer.echo(compressed_text(to, ask_once(job)))
 
 
 @app.command()
@@ -386,15 +387,24 @@ def generate(
 ) -> None:
     """Ask a model folder."""
     from compose.assets import default_cache
+    from compose.contract import AnswerJob
     from compose.processes.source_folder import as_folders
     from compose.processes.worker_process import ask_once
     from compose.terminal.show import stats_text
 
     (folder,) = as_folders([folder], default_cache(), keep_blocks=keep_blocks)
-    job: dict[str, Any] = {"folder": str(folder), "prompt": prompt, "budget": budget}
-    job |= {"max_new_tokens": max_new_tokens, "speculate": speculate, "seed": seed}
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    answer = ask_once("answer", {**job, "sampling": sampling, "stop": stop or []})
+    answer = ask_once(
+        AnswerJob(
+            folder=folder,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            budget=budget,
+            speculate=speculate,
+            sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+            seed=seed,
+            stop=tuple(stop or ()),
+        )
+    )
     typer.echo(printable(answer["text"]) if sys.stdout.isatty() else answer["text"])
     if stats:
         typer.echo(stats_text(answer), err=True)
@@ -411,6 +421,7 @@ def insight(
     as_json: AsJson = False,
 ) -> None:
     """Colour a text's tokens by how much compute each of them gets."""
+    from compose.contract import InsightJob
     from compose.processes.worker_process import ask_once
     from compose.store import require_writable, write_text
     from compose.terminal.show import print_insight, read_text
@@ -418,8 +429,7 @@ def insight(
 
     if html is not None:
         require_writable(html)
-    job = {"folder": str(folder), "text": read_text(text), "budget": budget}
-    shares = ask_once("insight", job)
+    shares = ask_once(InsightJob(folder, read_text(text), budget))
     if html is not None:
         write_text(html, to_html(shares, folder.name))
     if as_json:
@@ -546,12 +556,12 @@ def tune_draft(
     quiet: Quiet = False,
 ) -> None:
     """Find the draft that decodes a folder fastest, and make it the folder's way."""
+    from compose.contract import TuneJob
     from compose.terminal.live.progress import ask_shown
     from compose.terminal.show import print_tuned
 
-    job: dict[str, Any] = {"folder": str(folder), "prompts": prompts, "limit": limit}
-    job |= {"new_tokens": new_tokens, "repeats": repeats, "write": write}
-    tuned = ask_shown("tune", job, f"tune-draft {folder}", quiet=quiet)
+    job = TuneJob(folder, prompts, limit, new_tokens, repeats, write)
+    tuned = ask_shown(job, f"tune-draft {folder}", quiet=quiet)
     print_tuned(console(), tuned)
     typer.echo(json.dumps(tuned))
 

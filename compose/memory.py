@@ -62,3 +62,18 @@ def peak_bytes() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def oom_kills() -> int:
+    """Processes that the kernel has ended for want of memory since it began to count: in this
+    control group where that is told, else on this machine. 0 where nothing is told."""
+    for file, key in (
+        (Path("/sys/fs/cgroup/memory.events"), "oom_kill"),
+        (Path("/sys/fs/cgroup/memory/memory.oom_control"), "oom_kill"),
+        (Path("/proc/vmstat"), "oom_kill"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            for line in file.read_text(encoding="ascii").splitlines():
+                if line.startswith(f"{key} "):
+                    return int(line.split()[1])
+    return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compose.results.answers import common_prefix
+from compose.results.quality import common_prefix
 from reports.load import Report
 
 

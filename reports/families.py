@@ -12,7 +12,10 @@ Decode = Literal["plain", "skip", "speculate", "peer"]
 
 NOT_QUANTIZED = "not quantized"
 INTEGERS = frozenset({"int8", "int4", "int3", "int2"})
-PRUNING = frozenset({"drop-layers", "prune-width", "prune-heads", "prune-hidden", "prune-branches"})
+OLDER_ROLES = dict.fromkeys(
+    ("drop-layers", "prune-width", "prune-heads", "prune-hidden", "prune-branches"), "prune"
+) | {"gate": "gate"}
+"""Roles of stages in results from before each step stated its own."""
 
 
 def weights_of(cell: CellResult) -> str:
@@ -20,14 +23,22 @@ def weights_of(cell: CellResult) -> str:
     if cell.peer is not None:
         return cell.peer.option or NOT_QUANTIZED
     for step in cell.steps or ():
-        if step.use in INTEGERS:
-            return step.use
-        extra = step.model_extra or {}
-        if step.use == "bnb":
-            return str(extra.get("format", "bnb"))
-        if step.use in ("gptq", "autoround"):
-            return f"{step.use} {extra['bits']}-bit" if "bits" in extra else step.use
+        stored = _older_format(step) if step.role is None else step.stored_as
+        if stored is not None:
+            return stored
     return NOT_QUANTIZED
+
+
+def _older_format(step: StepInfo) -> str | None:
+    """What `stored_as` would say of a step in results that do not state it."""
+    extra = step.model_extra or {}
+    if step.use in INTEGERS:
+        return step.use
+    if step.use == "bnb":
+        return str(extra.get("format", "bnb"))
+    if step.use in ("gptq", "autoround"):
+        return f"{step.use} {extra['bits']}-bit" if "bits" in extra else step.use
+    return None
 
 
 def decode_of(cell: CellResult) -> Decode:
@@ -46,14 +57,15 @@ def family_of(cell: CellResult) -> str:
     """The family that the report filters by: the last thing that the chain does to speed."""
     if cell.peer is not None:
         return cell.peer.engine
-    decode, uses = decode_of(cell), _uses(cell.steps)
+    decode = decode_of(cell)
+    roles = {step.role or OLDER_ROLES.get(step.use) for step in cell.steps or ()}
     if decode == "speculate":
         return "speculation"
     if decode == "skip":
         return "skipping"
-    if uses & PRUNING:
+    if "prune" in roles:
         return "pruned"
-    if "gate" in uses:
+    if "gate" in roles:
         return "gated, all computed"
     return "dense" if weights_of(cell) == NOT_QUANTIZED else "quantized"
 

@@ -16,9 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 from compose.language.parse import load_pipeline  # noqa: E402
 from compose.language.schema import Pipeline  # noqa: E402
-from compose.planning.plan import SOURCE, speculates  # noqa: E402
+from compose.planning.plan import FOLDERS_HELD, PROCESS_BYTES, SOURCE, speculates  # noqa: E402
 from compose.planning.planner import make_plan  # noqa: E402
-from compose.processes.needs import FOLDERS_HELD, PROCESS_BYTES  # noqa: E402
 from compose.results.io import load_results  # noqa: E402
 from compose.results.schema import Results  # noqa: E402
 from compose.run.costs import (  # noqa: E402
@@ -28,8 +27,8 @@ from compose.run.costs import (  # noqa: E402
     cell_passes,
     step_passes,
 )
-from compose.run.disk import WIDTHS  # noqa: E402
 from compose.run.estimate import folder_size, seconds_of  # noqa: E402
+from compose.run.steps import WIDTHS  # noqa: E402
 from compose.stages.registry import STAGES, ModelShape  # noqa: E402
 
 PUBLISHED = ROOT / "reports" / "published" / "quickstart" / "results.json"

@@ -14,12 +14,11 @@ import torch
 
 import gateskip
 from compose.bench.generate import load_prompts
-from compose.bench.job import CellJob
 from compose.bench.quality.lossless import check_lossless
 from compose.bench.quality.measure import QualityBench
-from compose.bench.speed.footprint import dense_work, disk_bytes, held_bytes
-from compose.bench.speed.measure import SpeedTurns
+from compose.bench.speed.measure import SpeedTurns, dense_work, disk_bytes, held_bytes
 from compose.bench.speed.workloads import TurnText
+from compose.contract import CellJob
 from compose.errors import StepError
 from compose.units import Progress
 from gateskip.decoding.decoder import Decoder, Mode
@@ -60,10 +59,11 @@ class CellBench:
         return decoder
 
     def _load(self) -> Decoder:
+        job = self.job
         try:
-            decoder: Decoder = gateskip.load(self.job.folder, self.job.dtype, self.job.backend)
+            decoder: Decoder = gateskip.load(job.folder, job.dtype, job.backend)
         except UnsupportedModel as error:
-            raise StepError(f"{self.job.backend}: {error}") from error
+            raise StepError(f"{job.backend}: {error}") from error
         decoder.skipping.kv_cache = self.kv_cache  # of what is scored, too
         return decoder
 

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from compose.assets import TASKS, first_available, token_blocks
 from compose.bench.generate import load_prompts
-from compose.bench.job import BLOCK, CellJob
 from compose.bench.peers.prepare import PreparedPeer, prepare
 from compose.bench.peers.process import PeerProcess
 from compose.bench.quality.measure import text_record
 from compose.bench.quality.own_answers import DenseAnswers, score_answers
-from compose.bench.quality.text import load_blocks, load_head, load_stored, score_blocks
+from compose.bench.quality.text import BLOCK, load_blocks, load_head, load_stored, score_blocks
 from compose.bench.speed.measure import usable_cores
 from compose.bench.speed.workloads import Rows, TurnText, TurnTexts
+from compose.contract import CellJob
 from compose.errors import StepError
 from compose.memory import peak_of_children
 from compose.store import read_json

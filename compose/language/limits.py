@@ -1,4 +1,7 @@
-"""The section `limits`: time and memory of a step and of a cell. It is not part of any key."""
+"""The section `limits`: what a step and a cell may take of the machine. No part of any key.
+
+`SECTION` is how every section of a file is read: frozen, unknown keys refused.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,6 @@ from pydantic_core import ErrorDetails
 from compose.errors import PipelineError, shortened, suggest
 from compose.language.positions import Loc, Problem, SourceMap
 from compose.language.schema import Export, Pipeline
-from compose.language.yaml_values import kind_of
 from compose.stages.registry import STAGES
 
 
@@ -50,7 +49,8 @@ def refusals(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem
     ]
 
     def place(detail: ErrorDetails) -> Loc:
-        loc = _in_file(detail["loc"], raw)
+        within = detail.get("ctx", {}).get("within", ())
+        loc = _in_file((*detail["loc"], *within), raw)
         return (*loc, detail["loc"][-1]) if detail["type"] == "missing" else loc
 
     inside = {place(detail)[:-1] for detail in details}
@@ -70,9 +70,15 @@ def _only_counts_the_good(detail: ErrorDetails) -> bool:
 
 
 def _in_file(loc: Loc, raw: Any) -> Loc:
-    """pydantic's location without the parts that only name a branch of a union."""
+    """pydantic's place without the parts that only name a branch of a union, and with the group
+    that a parameter of a stage is written in."""
     place: list[str | int] = []
-    for part in loc:
+    for number, part in enumerate(loc):
+        if number == 2 and loc[0] == "stages" and isinstance(raw, dict) and part == raw.get("use"):
+            continue  # it names the branch, and may be the name of a group, too
+        if len(place) == 2 and (group := _group_of(str(part), raw)) is not None:
+            place.append(group)
+            raw = raw[group]
         if isinstance(raw, dict) and part in raw:
             raw = raw[str(part)]
         elif isinstance(raw, tuple) and isinstance(part, int) and part < len(raw):
@@ -81,6 +87,15 @@ def _in_file(loc: Loc, raw: Any) -> Loc:
             continue
         place.append(part)
     return tuple(place)
+
+
+def _group_of(parameter: str, raw: Any) -> str | None:
+    """The group in which a stage, `raw`, has a parameter; None where it stands by itself."""
+    stage = STAGES.get(str(raw.get("use"))) if isinstance(raw, dict) else None
+    if stage is None or parameter in raw:
+        return None
+    groups = {key: raw[key] for key in stage.groups if isinstance(raw.get(key), dict)}
+    return next((key for key, inside in groups.items() if parameter in inside), None)
 
 
 def _refusal(loc: Loc, details: list[ErrorDetails], raw: Mapping[str, Any]) -> Problem:
@@ -101,6 +116,8 @@ def _refusal(loc: Loc, details: list[ErrorDetails], raw: Mapping[str, Any]) -> P
         return Problem(
             (*loc, "use"), f"unknown stage {shortened(repr(named))}: {suggest(named, STAGES)}"
         )
+    if kind == "grouped":
+        return Problem(loc, f"{_dotted(loc)}: {detail['msg']}", at_key=True)
     if kind == "value_error":
         at_key = detail["loc"][-1] == "[key]"
         return Problem(
@@ -143,6 +160,10 @@ def _known_keys(loc: Loc, raw: Mapping[str, Any]) -> list[str]:
     elif loc[:1] == ("export",):
         model, loc = Export, ()
     for part in loc:
+        groups = getattr(model, "groups", {})
+        if part in groups:
+            model = groups[part]
+            continue
         annotation = model.model_fields[str(part)].annotation
         kinds = get_args(annotation) or (annotation,)  # a section may be null
         model = next(k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel))
@@ -160,3 +181,14 @@ def _dotted(loc: Loc) -> str:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def kind_of(value: object) -> str:
+    """What a value is, as the end of "expected ..., not ..."."""
+    if value is None:
+        return "nothing (null)"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, tuple):
+        return "a list" if value else "an empty list"
+    return str(value).lower() if isinstance(value, bool) else shortened(repr(value))

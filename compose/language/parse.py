@@ -1,25 +1,35 @@
 """A YAML file -> `Pipeline`, with every mistake reported at its file, line and column.
 
-The file becomes plain values and a map of their positions (`yaml_values`), pydantic reads the
-values strictly (no text for a number), and `mistakes` words its errors anew.
+The file becomes plain values and a map of their positions (`read_yaml`), pydantic reads the
+values strictly (no text for a number), and what it refuses is worded anew (`mistakes`). Of YAML
+only what a pipeline needs is accepted: mappings, lists, text, numbers, booleans, null; and no more
+of them, nor deeper, than a person writes, so that no file keeps us busy.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
 
 from compose.artifacts.gguf.file import is_gguf
+from compose.contract import DataSpec
 from compose.errors import PipelineError, shortened, suggest
-from compose.language.mistakes import first_mistake, refusals
-from compose.language.positions import Loc, Problem
+from compose.language.mistakes import first_mistake, kind_of, refusals
+from compose.language.positions import Loc, Mark, Problem, SourceMap
 from compose.language.schema import Pipeline
-from compose.language.yaml_values import read_yaml
-from compose.stages.text.data_spec import DataSpec
+from compose.stages.registry import STAGES
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".xz")
 MOST_BYTES = 1 << 16
@@ -43,11 +53,25 @@ def load_pipeline(path: str | Path) -> Pipeline:
         pipeline = Pipeline.model_validate(raw, strict=True)
     except ValidationError as error:
         raise first_mistake(refusals(error, raw), source_map) from None
+    source_map = _without_groups(source_map, raw.get("stages", {}))
     resolved, missing = _resolve_paths(pipeline, file.absolute().parent)
     problems = [*islice(pipeline.problems(), MOST_PROBLEMS), *missing]
     if problems:
         raise first_mistake(problems, source_map)
     return resolved.with_source_map(source_map)
+
+
+def _without_groups(source_map: SourceMap, stages: Mapping[str, Any]) -> SourceMap:
+    """The places of a valid file, with each parameter in a group of its stage also as if it stood
+    beside the group, where the stage has it."""
+    values, keys = dict(source_map.values), dict(source_map.keys)
+    for name, stage in stages.items():
+        for group in STAGES[stage["use"]].groups:
+            for parameter in stage.get(group, ()):
+                inside, beside = ("stages", name, group, parameter), ("stages", name, parameter)
+                if inside in values and inside in keys:
+                    values[beside], keys[beside] = values[inside], keys[inside]
+    return replace(source_map, values=values, keys=keys)
 
 
 def to_json_schema() -> dict[str, Any]:
@@ -178,3 +202,173 @@ class _Paths:
 
 def _looks_local(source: str) -> bool:
     return source.startswith((".", "/", "~"))
+
+
+MOST_VALUES = 5_000
+"""Values in a file, each counted again wherever an alias repeats it."""
+MOST_NESTED = 64
+"""How deep lists and mappings may stand inside each other."""
+
+_TAG = "tag:yaml.org,2002:"
+_CONSTRUCTED = {_TAG + kind for kind in ("null", "bool", "int", "float")}
+_COLLECTIONS = {_TAG + kind for kind in ("map", "seq")}
+_AS_TEXT = {_TAG + kind for kind in ("str", "timestamp")}
+_NO_TEXT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, which escapes such as "\\0" can write, and halves of surrogate pairs."""
+
+
+def read_yaml(text: str, file: str) -> tuple[dict[str, Any], SourceMap]:
+    """Plain values (lists as tuples) and their positions.
+
+    Raises:
+        PipelineError: not YAML, not one mapping of text keys without repeats, or larger than a
+            pipeline is.
+    """
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        _refuse_size(text, file)
+        root = yaml.compose(text)
+        reader = _Reader(yaml, file)
+        raw = {} if root is None else reader.value(root, ())
+    except YAMLError as error:
+        raise _not_yaml(error, text, file) from None
+    if root is None:
+        fix = "begin with 'schema: 1', 'name: first' and 'model: {source: smollm2-135m-instruct}'"
+        raise PipelineError("the file is empty", file=file, line=1, column=1, fix=fix)
+    if not isinstance(raw, dict):
+        message = f"a pipeline is a mapping of keys, not {kind_of(raw)}"
+        raise reader.map.locate(PipelineError(message, fix="begin with 'schema: 1'"), ())
+    return raw, reader.map
+
+
+def _refuse_size(text: str, file: str) -> None:
+    """Refuse too many values, or too deep ones, by the parser's events.
+
+    Composing takes longer, and recurses as deep as the values are nested.
+    """
+    depth = 0
+    for count, event in enumerate(YAML(typ="safe", pure=True).parse(text)):
+        if count > 2 * MOST_VALUES:  # keys and ends are events, too
+            line = event.start_mark.line + 1
+            message = f"the file holds more than {MOST_VALUES} values"
+            raise PipelineError(message, file=file, line=line)
+        if isinstance(event, CollectionStartEvent):
+            depth += 1
+            if depth > MOST_NESTED:
+                mark = event.start_mark
+                raise PipelineError(
+                    f"more than {MOST_NESTED} lists or mappings stand inside each other here",
+                    file=file,
+                    line=mark.line + 1,
+                    column=mark.column + 1,
+                )
+        elif isinstance(event, CollectionEndEvent):
+            depth -= 1
+
+
+def _not_yaml(error: YAMLError, text: str, file: str) -> PipelineError:
+    if isinstance(error, ReaderError):
+        before = text[: error.position]
+        line, column = before.count("\n") + 1, error.position - before.rfind("\n")
+        why = f"unacceptable character U+{error.character:04X}"
+        return PipelineError(f"not YAML: {why}", file=file, line=line, column=column)
+    if not isinstance(error, MarkedYAMLError):
+        return PipelineError(f"not YAML: {shortened(str(error).splitlines()[0])}", file=file)
+    mark = error.problem_mark
+    while_doing = f" ({error.context})" if error.context else ""
+    refused = PipelineError(f"not YAML: {shortened(f'{error.problem}{while_doing}')}", file=file)
+    if mark is not None:
+        refused.line, refused.column = mark.line + 1, mark.column + 1
+    return refused
+
+
+class _Reader:
+    """Turns nodes into values and notes the position of each."""
+
+    def __init__(self, yaml: YAML, file: str) -> None:
+        self._yaml = yaml
+        self._count = 0
+        self._open: list[int] = []  # ids of the nodes around the one being read
+        self._values: dict[Loc, Mark] = {}
+        self._keys: dict[Loc, Mark] = {}
+        self.map = SourceMap(file, self._values, self._keys)
+
+    def value(self, node: Node, loc: Loc) -> Any:
+        self._values[loc] = _mark(node)
+        if id(node) in self._open:
+            raise self._refuse(node, "this alias stands inside its own anchor")
+        self._count += 1
+        if self._count > MOST_VALUES or len(self._open) > MOST_NESTED:
+            raise self._refuse(
+                node,
+                f"with its aliases written out, the file holds more than {MOST_VALUES} values or "
+                f"{MOST_NESTED} levels here",
+            )
+        self._open.append(id(node))
+        try:
+            if isinstance(node, ScalarNode):
+                return self._scalar(node)
+            if str(node.tag) not in _COLLECTIONS:
+                raise self._refuse(
+                    node, f"the tag {shortened(repr(str(node.tag)))} means nothing here"
+                )
+            if isinstance(node, MappingNode):
+                return self._mapping(node, loc)
+            return tuple(self.value(each, (*loc, i)) for i, each in enumerate(node.value))
+        finally:
+            self._open.pop()
+
+    def _mapping(self, node: MappingNode, loc: Loc) -> dict[str, Any]:
+        merged, own = {}, {}
+        for key, value in node.value:
+            if str(key.tag) == _TAG + "merge":
+                merged.update(self._merged(value, loc))
+                continue
+            name = self._key(key)
+            if name in own:
+                first, shown = self._keys[(*loc, name)][0], shortened(repr(name))
+                raise self._refuse(key, f"the key {shown} stands here again (first: line {first})")
+            self._keys[(*loc, name)] = _mark(key)
+            own[name] = self.value(value, (*loc, name))
+        return merged | own
+
+    def _merged(self, node: Node, loc: Loc) -> dict[str, Any]:
+        """What `<<: *base` brings in; the first of several bases wins."""
+        bases = node.value if isinstance(node, SequenceNode) else [node]
+        merged: dict[str, Any] = {}
+        for base in bases:
+            if not isinstance(base, MappingNode):
+                raise self._refuse(base, "'<<' takes a mapping")
+            merged = self.value(base, loc) | merged
+        return merged
+
+    def _key(self, node: Node) -> str:
+        if not isinstance(node, ScalarNode) or str(node.tag) == _TAG + "null":
+            raise self._refuse(node, "a key is a word")
+        return self._text(node)
+
+    def _scalar(self, node: Node) -> Any:
+        tag = str(node.tag)
+        if tag in _CONSTRUCTED:
+            try:
+                return self._yaml.constructor.construct_object(node)
+            except (ValueError, KeyError, TypeError, IndexError, OverflowError):
+                kind, shown = tag.removeprefix(_TAG), shortened(repr(node.value))
+                raise self._refuse(node, f"{shown} is no {kind} that can be read") from None
+        if tag in _AS_TEXT:
+            return self._text(node)
+        raise self._refuse(node, f"the tag {shortened(repr(tag))} means nothing here")
+
+    def _text(self, node: Node) -> str:
+        text = str(node.value)
+        if (found := _NO_TEXT.search(text)) is not None:
+            raise self._refuse(node, f"this text holds the character U+{ord(found[0]):04X}")
+        return text
+
+    def _refuse(self, node: Node, message: str) -> PipelineError:
+        line, column = _mark(node)
+        return PipelineError(message, file=self.map.file, line=line, column=column)
+
+
+def _mark(node: Node) -> Mark:
+    return node.start_mark.line + 1, node.start_mark.column + 1

@@ -27,7 +27,11 @@ from compose.errors import UserError, shortened, suggest
 from compose.language.limits import SECTION, Limits
 from compose.language.positions import Error, Loc, Problem, SourceMap
 from compose.language.variants import vary_problems
-from compose.stages.registry import AnyStage, DataSpec, Gate, Int4, Int8, Skip, Speculate, Stage
+from compose.stages.base import DataSpec, Stage
+from compose.stages.decode import Skip, Speculate
+from compose.stages.gate import Gate
+from compose.stages.quantize.integers import Int4, Int8
+from compose.stages.registry import AnyStage
 
 Chain = tuple[str, ...]
 """Names of stages, in the order in which they run."""

@@ -6,7 +6,6 @@ that were stored when its step was made; only then it is moved into place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,15 @@ from compose.artifacts.folder import (
     require_model,
     write_lineage,
 )
+from compose.contract import CheckJob, ContinueJob, role_of, write_job
 from compose.errors import ArtifactError, ComposeError, StepError, UserError, suggest
 from compose.outputs.run_folder import RunFolder
 from compose.processes.executors import Executor
-from compose.processes.messages import CheckRequest, ContinueRequest, Role
 from compose.processes.worker_process import await_answer
 from compose.results.io import load_results
 from compose.results.parts import TaskScore
 from compose.results.schema import CellResult, Results
-from compose.store import new_folder, private_folder, read_json, write_json
+from compose.store import new_folder, read_json, write_json
 from compose.units import metric_text, printable
 
 MEASUREMENTS = "measurements.json"
@@ -169,9 +168,8 @@ def verify(folder: Path, run: RunFolder, weights: str, executor: Executor) -> No
         StepError: it does not load, or predicts something else.
     """
     reference = run.store.path(weights) / "check.safetensors"
-    request: CheckRequest = {"folder": str(folder), "reference": str(reference)}
     try:
-        _ask("check", request, run, weights, executor)
+        _ask(CheckJob(folder, reference), run, weights, executor)
     except ComposeError as error:
         raise StepError(f"the export does not load as it should: {error}") from error
 
@@ -205,22 +203,16 @@ def _continuation(
     weights: str,
     executor: Executor,
 ) -> list[int]:
-    request: ContinueRequest = {
-        "folder": str(folder),
-        "tokens": COMPARED_TOKENS,
-        "settings": settings,
-    }
-    tokens: list[int] = _ask("continue", request, run, weights, executor)
+    job = ContinueJob(folder, COMPARED_TOKENS, settings)
+    tokens: list[int] = _ask(job, run, weights, executor)
     return tokens
 
 
-def _ask(
-    role: Role, request: Mapping[str, Any], run: RunFolder, weights: str, executor: Executor
-) -> Any:
+def _ask(job: CheckJob | ContinueJob, run: RunFolder, weights: str, executor: Executor) -> Any:
     """The answer of one worker."""
+    role = role_of(job)
     file = run.job(f"export-{weights}.{role}")
-    private_folder(file.parent)
-    write_json(file, request)
+    write_job(file, job)
     worker = executor.start(role, file, run.log(f"export-{weights}"))
     try:
         return await_answer(worker)

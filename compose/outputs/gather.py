@@ -20,7 +20,7 @@ from compose.outputs.gather_speed import timed_parts
 from compose.outputs.run_folder import Phase, RunFolder, phases_of, read_phase
 from compose.outputs.sessions import Session
 from compose.planning.plan import Cell, Plan
-from compose.processes.failures import Failure
+from compose.processes.endings import Failure
 from compose.results.schema import CellResult, Results
 from compose.units import public_path
 
@@ -168,7 +168,8 @@ def _step_infos(plan: Plan, cell: Cell) -> tuple[dict[str, Any], ...] | None:
     for name, stage in stages:
         parameters = stage.model_dump(mode="json")
         parameters |= {key: path.name for key, path in stage.files().items()}
-        infos.append({"name": name, **parameters})
+        declared = {"role": stage.role, "stored_as": stage.stored_as()}
+        infos.append({"name": name, **parameters, **declared})
     return tuple(infos) or None
 
 

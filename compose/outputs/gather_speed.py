@@ -12,7 +12,7 @@ from typing import Any
 
 from compose.analysis.intervals import paired_speed_ratio, ratio_of_sums
 from compose.analysis.spread import Kind, Spread, spread_in, widened
-from compose.bench.speed.turns import add_counts, add_speculation, mean_compute
+from compose.bench.speed.workloads import add_counts, add_speculation, mean_compute
 from compose.outputs.sessions import Numbers, Session, Shape
 from compose.results.parts import Estimate
 

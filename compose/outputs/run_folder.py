@@ -3,7 +3,7 @@
     runs/NAME/plan.json                 the plan it followed
     runs/NAME/cells/CELL/PHASE.json     what a phase (load, quality, lossless) measured, and its key
     runs/NAME/speed/SESSION.jsonl       rounds of the cells whose speed was compared
-    runs/NAME/failed/NAME.json          crashes and limits that were hit: see `kept_failures`
+    runs/NAME/failed/NAME.json          crashes and limits that were hit: see `run.failures`
     runs/NAME/jobs, logs                the workers' jobs, and what they and libraries printed
     runs/NAME/tensorboard/STEP          scalars of training, where `--tensorboard` asks for them
     runs/NAME/results.json, report.*    made from the above, and from it alone

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compose.bench.speed.turns import add_turns
+from compose.bench.speed.workloads import add_turns
 from compose.outputs.run_folder import MEASURE_VERSION, RunFolder
 from compose.planning.keys import digest, text_hashes
 from compose.planning.plan import Cell, Plan

@@ -22,8 +22,7 @@ from compose.language.schema import Benchmark, Model, Pipeline
 from compose.planning.keys import cell_key, digest, listing
 from compose.planning.plan import Cell, Plan, why_no_baseline
 from compose.planning.prepare import require_inputs
-from compose.stages.decode import DecodeStage
-from compose.stages.registry import Plain, Skip, Speculate
+from compose.stages.decode import DecodeStage, Plain, Skip, Speculate
 
 PLAIN = "plain"
 OPTIONS = {

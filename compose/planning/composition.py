@@ -7,37 +7,23 @@ gates. Rules that need sizes (groups, heads, widths) are left out; the planner c
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
 
 from compose.errors import RuleBroken
 from compose.stages.base import RULES, Stage
-from compose.stages.gate import Gate
 from compose.stages.registry import STAGES
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "gate": {"backbone": "frozen"},
-    "drop-layers": {"count": 1},
-    "prune-width": {"ratio": 0.2},
-    "prune-heads": {"count": 3},
-    "prune-hidden": {"ratio": 0.2},
-    "prune-branches": {"budget": 0.8},
-    "bnb": {"format": "nf4"},
-    "speculate": {"target": "original"},
-}
-"""Parameters with which a stage is allowed in as many places as it can be."""
 
 NEEDS = ("decode-needs-gates", "branches-need-gates")
 YES, GATED = "yes", "with gates"
 
 
 def example(use: str) -> Stage:
-    """The stage with the parameters of `SETTINGS`."""
-    return STAGES[use].model_validate({"use": use, **SETTINGS.get(use, {})})
+    """The stage with the parameters of its `example`."""
+    return STAGES[use].model_validate({"use": use, **STAGES[use].example})
 
 
 def verdict(before: str, after: str) -> str:
     """`yes`, `with gates` (before both, or between), or the rule that the pair breaks."""
-    first, second, gates = example(before), example(after), Gate(backbone="frozen")
+    first, second, gates = example(before), example(after), example("gate")
     broken: list[str] = []
     for chain in ((first, second), (gates, first, second), (first, gates, second)):
         try:

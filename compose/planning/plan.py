@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from compose.contract import Allowed, Needs
 from compose.errors import PlanError, suggest
+from compose.language.limits import Limit
 from compose.language.schema import Chain, Pipeline, Quality
 from compose.stages.base import ModelShape, Stage
 from compose.store import Store
@@ -19,6 +21,11 @@ SOURCE = "source"
 """Name of the step that stores the source model."""
 SPECULATE = "speculate"
 """The decode stage that drafts and verifies."""
+PROCESS_BYTES = 800_000_000
+"""Memory of a cell's process beside its model: interpreter, torch, compiled code, some text."""
+FOLDERS_HELD = 2
+"""Bytes that a cell holds, over those of its model folder: weights as stored, and as computed
+with."""
 Origin = Literal["baseline", "pipeline", "matrix", "plain", "peer", "bench"]
 
 
@@ -176,3 +183,39 @@ def _step_json(step: Step) -> dict[str, Any]:
 def _cell_json(cell: Cell) -> dict[str, Any]:
     lists = {"chain": list(cell.chain), "aliases": list(cell.aliases)}
     return vars(cell) | {"decode": _stage_json(cell.decode)} | lists
+
+
+def step_needs(plan: Plan, step: Step) -> Needs:
+    """What making a step's folder needs: the plan's estimate, or its limit where that is less."""
+    limit, gpu = plan.pipeline.limits.step, step.stage is not None and step.stage.on_gpu
+    return Needs(memory=_within(step.memory, limit), gpu=gpu, allowed=_allowed(limit, "step"))
+
+
+def cell_needs(plan: Plan, cell: Cell, store: Store, *, here: bool = False) -> Needs:
+    """What measuring a cell needs, from the size of its folder."""
+    limit, size = plan.pipeline.limits.cell, folder_bytes(plan, cell, store)
+    memory = None if size is None else PROCESS_BYTES + FOLDERS_HELD * size
+    allowed = _allowed(limit, "cell")
+    return Needs(here=here, memory=_within(memory, limit), allowed=allowed)
+
+
+def folder_bytes(plan: Plan, cell: Cell, store: Store) -> int | None:
+    """Bytes of the files in a cell's model folder; None where they are not there."""
+    try:
+        folder = plan.model_folder(cell, store)
+        return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    except OSError:
+        return None
+
+
+def _within(memory: int | None, limit: Limit) -> int | None:
+    most = _bytes(limit)
+    return memory if most is None else min(most, memory or most)
+
+
+def _allowed(limit: Limit, what: str) -> Allowed:
+    return Allowed(limit.seconds, _bytes(limit), f"limits.{what}")
+
+
+def _bytes(limit: Limit) -> int | None:
+    return None if limit.memory_mb is None else round(limit.memory_mb * 1e6)

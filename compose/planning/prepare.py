@@ -23,7 +23,7 @@ from compose.language.schema import Pipeline
 from compose.planning.keys import InputHashes, text_hashes
 from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
-from compose.stages.registry import ModelShape
+from compose.stages.base import ModelShape
 
 
 def load_plan(file: Path, asset_cache: Path) -> Plan:

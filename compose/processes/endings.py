@@ -1,4 +1,4 @@
-"""How a worker ended without an answer: what the kernel says of it, and what is not known.
+"""How a worker ended without an answer, and failures as data: why a step or cell was not finished.
 
 The kernel gives the exit status or the signal, the most memory that the process held, and how many
 processes it has ended for want of memory. Who sent a signal it does not tell, so nobody is named.
@@ -9,30 +9,15 @@ from __future__ import annotations
 import contextlib
 import signal
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from compose.errors import WorkerLost
-from compose.units import bytes_text, duration_text
+from compose.units import bytes_text, duration_text, printable
 
 REQUESTS = ("SIGTERM", "SIGINT", "SIGHUP")
 """Signals by which someone asks for an end: they say nothing about the work."""
 UNASKED = ("SIGKILL", *REQUESTS)
 """Signals from outside the process; others follow from what it did itself."""
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """What a worker may take at most; None is no limit."""
-
-    seconds: float | None = None
-    memory: int | None = None
-    """Bytes that one of its processes may hold."""
-    name: str = "limits"
-    """Where the limit stands in the pipeline file, as in `limits.step`."""
-
-
-UNLIMITED = Allowed()
 
 
 @dataclass(frozen=True)
@@ -118,16 +103,37 @@ def ending_of_code(code: int, **known: Any) -> Ending:
     return Ending(signal=name, **known)
 
 
-def oom_kills() -> int:
-    """Processes that the kernel has ended for want of memory since it began to count: in this
-    control group where that is told, else on this machine. 0 where nothing is told."""
-    for file, key in (
-        (Path("/sys/fs/cgroup/memory.events"), "oom_kill"),
-        (Path("/sys/fs/cgroup/memory/memory.oom_control"), "oom_kill"),
-        (Path("/proc/vmstat"), "oom_kill"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            for line in file.read_text(encoding="ascii").splitlines():
-                if line.startswith(f"{key} "):
-                    return int(line.split()[1])
-    return 0
+@dataclass(frozen=True)
+class Failure:
+    """Why a step or a cell could not be finished."""
+
+    reason: str
+    """One sentence."""
+    failed_in: str
+    """The stage's name, or the phase of a cell: `load`, `quality`, `lossless`, `speed`."""
+    traceback: str | None = None
+    ending: dict[str, Any] | None = None
+    """How its process ended without an answer, where it did: see `endings.Ending`."""
+
+
+def failure_of(error: Exception, failed_in: str) -> Failure:
+    """An exception as data. A worker's traceback is a note of the exception."""
+    notes = getattr(error, "__notes__", [])
+    told = printable("\n".join(notes) or str(error))
+    ending = error.ending if isinstance(error, WorkerLost) else None
+    return Failure(first_line(error), failed_in, told, ending)
+
+
+def is_lasting(error: Exception) -> bool:
+    """Whether an exception is likely to come again, at the same cost: a crash, or a limit hit.
+
+    What a worker raised is not: a full disk or a missing library may be put right, and it costs
+    little to ask.
+    """
+    return isinstance(error, WorkerLost) and ending_of(error).lasting
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, or its type where it says nothing."""
+    lines = printable(str(error)).strip().splitlines() or [type(error).__name__]
+    return lines[0]

@@ -9,9 +9,8 @@ from typing import Any, Protocol
 
 import psutil
 
+from compose.contract import ANYWHERE, Needs, Role
 from compose.errors import UserError, suggest
-from compose.processes.messages import Role
-from compose.processes.needs import ANYWHERE, Needs
 from compose.processes.worker_process import LocalWorker, Worker
 from compose.results.environment import capture_environment
 

@@ -16,11 +16,9 @@ from typing import Any
 
 import psutil
 
+from compose.contract import ANYWHERE, Message, Needs, Role
 from compose.errors import StepError, UserError
-from compose.processes.endings import Ending, lost
-from compose.processes.failures import first_line
-from compose.processes.messages import Message, Role
-from compose.processes.needs import ANYWHERE, Needs
+from compose.processes.endings import Ending, first_line, lost
 from compose.processes.ray_nodes import Kind, Node, TimedNodes, accelerator_of
 from compose.processes.worker_process import GRACE_S, LocalWorker, Worker
 from compose.results.environment import capture_environment

@@ -9,6 +9,7 @@ from compose.artifacts.gguf.file import is_gguf
 from compose.artifacts.gguf.read import check_gguf_source
 from compose.assets.models.gguf_source import converted
 from compose.assets.models.resolve import require_blocks
+from compose.contract import ConvertJob
 from compose.processes.worker_process import ask_once
 
 
@@ -31,5 +32,4 @@ def _as_folder(source: Path, cache: Path, *, keep_blocks: bool) -> Path:
     made = converted(source, cache, keep_blocks=keep_blocks)
     if made is not None:
         return made
-    job = {"source": str(source.absolute()), "cache": str(cache), "keep_blocks": keep_blocks}
-    return Path(ask_once("convert", job))
+    return Path(ask_once(ConvertJob(source.absolute(), cache, keep_blocks)))

@@ -1,7 +1,7 @@
 """A worker process and what is exchanged with it: start, commands, answers, end.
 
 A worker is `python -m compose.workers.main ROLE JOB.json`. It reads commands as JSON lines on
-stdin and answers as JSON lines on stdout (`messages`); all else that it or a library prints goes to
+stdin and answers as JSON lines on stdout (`contract`); all else that it or a library prints goes to
 its log file.
 """
 
@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from compose.contract import UNLIMITED, Allowed, Job, Message, Role, write_job
 from compose.errors import (
     ArtifactError,
     AssetError,
@@ -30,10 +31,8 @@ from compose.errors import (
     UserError,
     WorkerLost,
 )
-from compose.memory import most_held_by, peak_bytes
-from compose.processes.endings import UNLIMITED, Allowed, Ending, ending_of_code, lost, oom_kills
-from compose.processes.messages import Message, Role
-from compose.store import write_json
+from compose.memory import most_held_by, oom_kills, peak_bytes
+from compose.processes.endings import Ending, ending_of_code, lost
 
 LOG_TAIL_LINES = 25
 GRACE_S = 5.0
@@ -297,16 +296,14 @@ def raised_by_worker(message: Message) -> ComposeError:
     return error
 
 
-def ask_once(
-    role: Role, job: Mapping[str, Any], on_message: Callable[[Message], None] | None = None
-) -> Any:
+def ask_once(job: Job, on_message: Callable[[Message], None] | None = None) -> Any:
     """Run one worker on this machine, in a temporary folder, and return its result.
 
     Raises as `await_answer`.
     """
     with tempfile.TemporaryDirectory(prefix="gateskip-") as folder:
-        file = Path(folder) / f"{role}.json"
-        write_json(file, job)
+        file = Path(folder) / "job.json"
+        role = write_job(file, job)
         worker = LocalWorker(role, file, file.with_suffix(".log"), None)
         try:
             return await_answer(worker, on_message)

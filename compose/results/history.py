@@ -31,6 +31,12 @@ class StepInfo(Record):
     use: str
     """Which stage it is: `gate`, `bnb`, `skip`, ..."""
 
+    role: str | None = None
+    """What it does to a model: `prune`, `heal`, `gate`, `quantize`, ...; None in older results."""
+
+    stored_as: str | None = None
+    """How its weights are stored, in words, where it is a quantizer."""
+
 
 class SeedRun(Record):
     """The same chain, run and scored with another seed."""

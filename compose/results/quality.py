@@ -6,7 +6,8 @@ later comparisons pair the same text: see `compose.analysis.intervals`.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from compose.results.performance import TextCompute
 from compose.results.record import Estimate, Record
@@ -191,3 +192,14 @@ class Quality(Record):
 
     contamination: dict[str, Contamination] | None = None
     """Of the baseline only: text or task -> how much of it stands in training texts."""
+
+
+def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many tokens or characters two answers share from the start.
+
+    >>> common_prefix([5, 6, 7, 2], [5, 6, 8])
+    2
+    """
+    pairs = zip(first, second, strict=False)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    return min(len(first), len(second)) if shared is None else shared

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+from compose.contract import Backend, CellCommand, CellJob
 from compose.errors import AssetError, ComposeError
 from compose.outputs.run_folder import (
     Phase,
@@ -15,16 +16,11 @@ from compose.outputs.run_folder import (
     phases_of,
     write_phase,
 )
-from compose.planning.plan import Cell
-from compose.processes.failures import first_line
-from compose.processes.messages import CellCommand, CellRequest
-from compose.processes.needs import cell_needs
+from compose.planning.plan import Cell, cell_needs
+from compose.processes.endings import first_line
 from compose.processes.worker_process import Worker
-from compose.run.attempts import attempted
-from compose.run.board import Line
-from compose.run.graph import Task
-from compose.run.kept_failures import cell_failed, pass_over_cell
-from compose.run.state import RunState
+from compose.run.failures import attempted, cell_failed, pass_over_cell
+from compose.run.state import Line, RunState, Task
 
 FREE_BYTES_TO_KEEP = 8_000_000_000
 """Free memory, in bytes, below which no further process is kept between quality and speed."""
@@ -150,28 +146,28 @@ def _lacks_reference(run: RunState) -> bool:
 def open_cell(run: RunState, cell: Cell, name: str, *, here: bool = False) -> Worker:
     """Start a cell's process under the log `name`; it loads nothing before it is asked to."""
     needs = cell_needs(run.plan, cell, run.store, here=here)
-    return run.workers.start("cell", name, cell_request(run, cell), needs)
+    return run.workers.start(name, cell_job(run, cell), needs)
 
 
-def cell_request(run: RunState, cell: Cell) -> CellRequest:
-    """What a process has to know of a cell."""
+def cell_job(run: RunState, cell: Cell) -> CellJob:
+    """What a process has to know to measure a cell."""
     pipeline, baseline = run.plan.pipeline, run.baseline
-    return {
-        "name": cell.name,
-        "folder": str(run.folder_of(cell)),
-        "baseline_folder": str(run.folder_of(baseline)),
-        "decode": None if cell.decode is None else cell.decode.model_dump(mode="json"),
-        "benchmark": pipeline.benchmark.model_dump(mode="json"),
-        "seed": pipeline.seed,
-        "dtype": cell.dtype or pipeline.model.dtype,
-        "backend": cell.backend,
-        "baseline_backend": baseline.backend,
-        "peer": cell.peer,
-        "asset_cache": str(run.settings.asset_cache.absolute()),
-        "reference": str(run.folder.reference(baseline.key)),
-        "threads": pipeline.benchmark.threads,
-        "learns_from": learns_from(run.plan) if cell is baseline else [],
-    }
+    return CellJob(
+        name=cell.name,
+        folder=run.folder_of(cell),
+        baseline_folder=run.folder_of(baseline),
+        decode=None if cell.decode is None else cell.decode.model_dump(mode="json"),
+        benchmark=pipeline.benchmark.model_dump(mode="json"),
+        seed=pipeline.seed,
+        dtype=cell.dtype or pipeline.model.dtype,
+        backend=cast(Backend, cell.backend),
+        baseline_backend=baseline.backend,
+        peer=cell.peer,
+        asset_cache=run.settings.asset_cache.absolute(),
+        reference=run.folder.reference(baseline.key),
+        threads=pipeline.benchmark.threads,
+        learns_from=learns_from(run.plan) if cell is baseline else (),
+    )
 
 
 def _note(result: dict[str, Any]) -> str:

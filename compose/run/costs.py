@@ -20,8 +20,9 @@ from compose.errors import ComposeError
 from compose.planning.plan import SOURCE
 from compose.results.io import load_results
 from compose.results.schema import CellResult, Results
-from compose.run.disk import WIDTHS
-from compose.stages.registry import STAGES, DataSpec, ModelShape, Stage
+from compose.run.steps import WIDTHS
+from compose.stages.base import DataSpec, ModelShape, Stage
+from compose.stages.registry import STAGES
 from compose.store import Store, read_json
 
 TRAINING_PASSES = 4

@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from compose.outputs.run_folder import RunFolder
-from compose.planning.plan import SOURCE, Plan, Step, speculates
-from compose.processes.needs import FOLDERS_HELD, PROCESS_BYTES
+from compose.planning.plan import FOLDERS_HELD, PROCESS_BYTES, SOURCE, Plan, Step, speculates
 from compose.run.costs import (
     COMPARED,
     SCORED,
@@ -27,7 +26,7 @@ from compose.run.costs import (
     step_costs,
     step_passes,
 )
-from compose.run.disk import WIDTHS, checkpoint_bytes, share_written
+from compose.run.steps import WIDTHS, checkpoint_bytes, share_written
 from compose.stages.base import ModelShape, Stage
 
 Basis = Literal["measured", "scaled", "shape"]

@@ -6,7 +6,7 @@
     result    results.json, the report, and the exports that the pipeline names
 
 A failure becomes data: what depends on it fails with the same reason, everything else goes on.
-Crashes and limits that were hit are kept (`kept_failures`); other failures are tried again.
+Crashes and limits that were hit are kept (`failures`); other failures are tried again.
 After an end of this process, the next run goes on from the last finished step, phase or round.
 """
 
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,19 +27,16 @@ from compose.outputs.run_folder import RunFolder
 from compose.outputs.sessions import Session
 from compose.planning.fingerprint import fingerprint
 from compose.planning.plan import Plan
+from compose.processes.endings import first_line
 from compose.processes.executors import Executor
-from compose.processes.failures import first_line
 from compose.processes.worker_process import remove_scratch
 from compose.results.io import load_results, save_results
 from compose.results.schema import Results
-from compose.run.board import Board
 from compose.run.cells import quality_tasks
-from compose.run.graph import run_graph, thread_pool
-from compose.run.kept_failures import forget_failures
+from compose.run.failures import forget_failures
 from compose.run.speed import measure_speed
-from compose.run.state import RunState, Settings
+from compose.run.state import Board, RunState, RunWorkers, Settings, Task
 from compose.run.steps import step_tasks
-from compose.run.workers import RunWorkers
 from compose.store import remove_unfinished, remove_unfinished_of, write_json
 
 
@@ -198,3 +197,38 @@ def _export(run: RunState, results: Results) -> bool:
         else:
             line.done()
     return whole
+
+
+def thread_pool(slots: int) -> ThreadPoolExecutor:
+    """Threads for `run_graph`. They must outlive every worker process that they start.
+
+    The kernel ends a worker with the thread that started it (PR_SET_PDEATHSIG).
+    """
+    return ThreadPoolExecutor(max_workers=slots, thread_name_prefix="worker")
+
+
+def run_graph(
+    tasks: Iterable[Task], slots: int, abort: Callable[[], None], pool: ThreadPoolExecutor
+) -> None:
+    """Do all tasks, each after those it needs, at most `slots` at a time, else in their order.
+
+    An exception of a task, or Ctrl-C, ends the graph: `abort` must end the tasks that are running.
+    """
+    waiting = list(tasks)
+    done: set[str] = set()
+    running: dict[Future[None], str] = {}
+    try:
+        while waiting or running:
+            ready = [task for task in waiting if done.issuperset(task.needs)]
+            for task in ready[: slots - len(running)]:
+                waiting.remove(task)
+                running[pool.submit(task.work)] = task.name
+            assert running, f"tasks that can never begin: {[task.name for task in waiting]}"
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                done.add(running.pop(future))
+                future.result()
+    except BaseException:
+        abort()
+        wait(running)
+        raise

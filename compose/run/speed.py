@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from compose.bench.speed.turns import add_turns
-from compose.bench.speed.workloads import categories
+from compose.bench.speed.workloads import add_turns, categories
+from compose.contract import CellCommand, to_json
 from compose.errors import ComposeError
 from compose.outputs.run_folder import read_phase
 from compose.outputs.sessions import (
@@ -27,11 +27,10 @@ from compose.outputs.sessions import (
     speed_settings,
 )
 from compose.planning.plan import Cell
-from compose.processes.failures import first_line
-from compose.processes.messages import CellCommand
+from compose.processes.endings import first_line
 from compose.processes.worker_process import Worker
-from compose.run.cells import cell_request, open_cell
-from compose.run.kept_failures import cell_failed
+from compose.run.cells import cell_job, open_cell
+from compose.run.failures import cell_failed
 from compose.run.state import RunState
 
 Done = TypeVar("Done")
@@ -191,7 +190,7 @@ class _Measurement:
             if self.shared is None:
                 self.shared = self._guarded(cell, start)
             else:
-                command: CellCommand = {"do": "join", "job": cell_request(self.run, cell)}
+                command: CellCommand = {"do": "join", "job": to_json(cell_job(self.run, cell))}
                 self._guarded(cell, partial(self.run.workers.ask, self.shared, command, self.line))
             if self.shared is not None and self._goes_on(cell.name):
                 self.workers[cell.name] = self.shared

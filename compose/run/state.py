@@ -1,18 +1,134 @@
-"""What the parts of one run share: plan, settings, workers, and what has failed so far."""
+"""What the parts of one run share: plan, settings, display, workers, and what has failed so far."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
+from compose.contract import ANYWHERE, CellCommand, Job, Message, Needs, role_of, write_job
+from compose.errors import StepError
 from compose.mirror import Mirror
 from compose.outputs.run_folder import RunFolder
 from compose.planning.plan import Cell, Plan
-from compose.processes.failures import Failure
-from compose.processes.worker_process import Worker
-from compose.run.board import Board
-from compose.run.workers import RunWorkers
+from compose.processes.endings import Failure
+from compose.processes.executors import Executor
+from compose.processes.worker_process import Worker, await_answer
 from compose.store import Store
+
+
+class Line(Protocol):
+    """The line of one job. Safe to call from any thread."""
+
+    def update(
+        self, done: int, total: int, phase: str = "", /, *, detail: str = "", **numbers: float
+    ) -> None:
+        """The job has finished `done` of `total` parts, or bytes; as `Progress` in `units`."""
+
+    def done(self, note: str = "") -> None:
+        """The job ended well."""
+
+    def failed(self, note: str) -> None:
+        """The job failed."""
+
+
+class Board(Protocol):
+    """The lines of a run."""
+
+    def line(self, name: str, *, step: str | None = None, cell: str | None = None) -> Line:
+        """A line for a new job, and which step or cell it is about."""
+
+    def print(self, text: str) -> None:
+        """Print a line that stays."""
+
+
+def show_progress(line: Line, message: Message) -> None:
+    """Show a worker's progress message on a line."""
+    done, total, phase, *more = message["progress"]
+    line.update(done, total, phase, **(more[0] if more else {}))
+
+
+class RunWorkers:
+    """Starts the workers of a run. Safe to use from several threads."""
+
+    def __init__(self, executor: Executor, folder: RunFolder) -> None:
+        self.executor = executor
+        self._folder = folder
+        self._live: set[Worker] = set()
+        self._lock = threading.Lock()
+        self._ending = False
+
+    def start(self, name: str, job: Job, needs: Needs = ANYWHERE) -> Worker:
+        """Start a worker on a job, with the job file and log of `name`.
+
+        Raises:
+            StepError: `end_all` was called before.
+        """
+        role = role_of(job)
+        file = self._folder.job(f"{name}.{role}")
+        write_job(file, job)
+        log = self._folder.log(name)
+        with self._lock:
+            if self._ending:
+                raise StepError("the run is ending")
+            worker = self.executor.start(role, file, log, needs)
+            self._live.add(worker)
+        return worker
+
+    def call(self, name: str, job: Job, line: Line, needs: Needs = ANYWHERE) -> dict[str, Any]:
+        """Start a worker, wait for its one answer, and end it. Raises as `answer`."""
+        worker = self.start(name, job, needs)
+        try:
+            return self.answer(worker, line)
+        finally:
+            self.end(worker)
+
+    def ask(self, worker: Worker, command: CellCommand, line: Line) -> dict[str, Any]:
+        """Send a worker a command and wait for the answer. Raises as `answer`."""
+        worker.send(command)
+        return self.answer(worker, line)
+
+    def answer(self, worker: Worker, line: Line) -> dict[str, Any]:
+        """The worker's next answer; its progress is shown on `line`.
+
+        Raises:
+            ComposeError: the work failed, or the worker died.
+        """
+        result: dict[str, Any] = await_answer(worker, partial(show_progress, line))
+        return result
+
+    def end(self, worker: Worker) -> None:
+        """End a worker."""
+        with self._lock:
+            self._live.discard(worker)
+        worker.stop()
+
+    def end_all(self) -> None:
+        """End every worker that is left, and refuse to start further ones."""
+        with self._lock:
+            self._ending = True
+            left = list(self._live)
+        stopping = [threading.Thread(target=worker.stop) for worker in left]
+        for each in stopping:  # one that does not listen keeps no other waiting
+            each.start()
+        for each in stopping:
+            each.join()
+
+
+@dataclass
+class Task:
+    """Something to do after all that it needs was tried.
+
+    `work` keeps failures to itself: what it raises ends the whole graph.
+    """
+
+    name: str
+    work: Callable[[], None]
+    needs: tuple[str, ...] = ()
+    """Names of other tasks."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,12 @@
-"""Steps: each model folder is made in one process, loaded again in another, and then stored."""
+"""Steps: each model folder is made in one process, loaded again in another, and then stored.
+
+A step that runs out of disk in its last minute has cost all minutes before, so what it writes is
+estimated first: its model folder, and the checkpoint of a training.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,18 +16,17 @@ from typing import Any
 
 from filelock import Timeout
 
+from compose.contract import CheckJob, StepJob
 from compose.errors import AssetError, ComposeError, StepError
-from compose.planning.plan import Cell, Step
-from compose.processes.failures import first_line
-from compose.processes.messages import CheckRequest, StepRequest
-from compose.processes.needs import step_needs
+from compose.planning.plan import Cell, Step, step_needs
+from compose.planning.prepare import model_shape
+from compose.processes.endings import first_line
 from compose.results.record import only_finite
-from compose.run.attempts import attempted
-from compose.run.board import Line
-from compose.run.disk import needed_bytes, require_space
-from compose.run.graph import Task
-from compose.run.kept_failures import pass_over_step, step_failed
-from compose.run.state import RunState
+from compose.run.failures import attempted, pass_over_step, step_failed
+from compose.run.state import Line, RunState, Task
+from compose.stages.base import Stage
+from compose.units import bytes_text
+from gateskip.training.recipe import WHOLE
 
 LOCK_PATIENCE_S = 0.2
 """How long a lock may take before the board shows that another run holds it."""
@@ -134,33 +138,89 @@ def _write(run: RunState, step: Step, line: Line) -> None:
     name = "-".join(("step", *(step.chain or ("source",)), step.key))
     with run.store.write(step.key, record) as entry:
         check = entry / "check.safetensors"
-        request = _request(run, step, entry / "model", check)
         needs = step_needs(run.plan, step)
-        record |= only_finite(run.workers.call("step", name, request, line, needs))
+        job = step_job(run, step, entry / "model", check)
+        record |= only_finite(run.workers.call(name, job, line, needs))
         line.update(1, 1, "loading it again")
-        again: CheckRequest = {"folder": str(entry / "model"), "reference": str(check)}
-        checked = run.workers.call("check", name, again, line, replace(needs, gpu=False))
+        again = CheckJob(entry / "model", check)
+        checked = run.workers.call(name, again, line, replace(needs, gpu=False))
         record["reload"] = only_finite(checked)
 
 
-def _request(run: RunState, step: Step, target: Path, check: Path) -> StepRequest:
+def step_job(run: RunState, step: Step, target: Path, check: Path) -> StepJob:
+    """What a process has to know to make a step's folder."""
     pipeline, store = run.plan.pipeline, run.store
-    return {
-        "key": step.key,
-        "name": step.name,
-        "stage": None if step.stage is None else step.stage.model_dump(mode="json"),
-        "model": pipeline.model.source,
-        "keep_blocks": pipeline.model.keep_blocks,
-        "dtype": pipeline.model.dtype,
-        "seed": step.seed,
-        "data": pipeline.data.model_dump(mode="json"),
-        "source": None if step.parent is None else str(store.model(step.parent)),
-        "dense": str(store.model(run.plan.steps[0].key)),
-        "target": str(target),
-        "check": str(check),
-        "work": str(store.work(step.key)),
-        "asset_cache": str(run.settings.asset_cache.absolute()),
-        "tensorboard": str(run.folder.tensorboard(run.plan.title(step)))
-        if run.settings.tensorboard
-        else None,
-    }
+    tensorboard = run.folder.tensorboard(run.plan.title(step)) if run.settings.tensorboard else None
+    return StepJob(
+        key=step.key,
+        name=step.name,
+        stage=None if step.stage is None else step.stage.model_dump(mode="json"),
+        model=pipeline.model.source,
+        keep_blocks=pipeline.model.keep_blocks,
+        dtype=pipeline.model.dtype,
+        seed=step.seed,
+        train=pipeline.data.train,
+        calibration=pipeline.data.calibration,
+        source=store.model(step.parent or step.key),
+        dense=store.model(run.plan.steps[0].key),
+        target=target,
+        check=check,
+        work=store.work(step.key),
+        asset_cache=run.settings.asset_cache.absolute(),
+        tensorboard=tensorboard,
+    )
+
+
+SPARE_BYTES = 64_000_000
+"""What else is written meanwhile: logs, logits of the probe text, records."""
+CHECKPOINT = 24
+"""Bytes a trained weight in a checkpoint: it and Adam's two moments in float32, old beside new."""
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a weight in each type that a pipeline may name."""
+
+
+def needed_bytes(run: RunState, step: Step) -> int:
+    """About how many bytes a step writes; 0 where nothing is known of its source."""
+    width = WIDTHS[run.plan.pipeline.model.dtype]
+    if step.parent is None:
+        try:
+            shape = model_shape(run.plan.pipeline, run.settings.asset_cache)
+        except ComposeError:
+            return 0
+        return 0 if shape is None else shape.weights * width
+    manifest = run.store.manifest(step.parent) or {}
+    parent: int = sum(manifest.get("files", {}).values())
+    assert step.stage is not None, "only the source has no stage"
+    written = parent * share_written(step.stage)
+    return round(written + checkpoint_bytes(step.stage, parent / width))
+
+
+def share_written(stage: Stage) -> float:
+    """Size of the folder that a stage writes, over that of the folder it starts from, at most."""
+    return 0.6 if stage.role == "quantize" else 1.0
+
+
+def checkpoint_bytes(stage: Stage | None, weights: float) -> float:
+    """Bytes of the checkpoints of a stage that trains all of so many weights, or their codes; 0 for
+    any other stage."""
+    trains_all = getattr(stage, "steps", 0) and getattr(stage, "backbone", None) in WHOLE
+    return CHECKPOINT * weights if trains_all else 0.0
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to begin what would not fit on the disk of `folder`.
+
+    Raises:
+        StepError: fewer than `needed` bytes, and some to spare, are free.
+    """
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed and free < needed + SPARE_BYTES:
+        raise StepError(
+            f"{what} writes about {bytes_text(needed)} to {folder}, where {bytes_text(free)} are "
+            "free",
+            fix="free some space (`gateskip cache prune` removes folders that no run names), or "
+            "name another folder with --out",
+        )

@@ -13,19 +13,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from compose.contract import ANYWHERE, Needs, Role
 from compose.language.schema import Chain
 from compose.outputs.sessions import speed_settings
 from compose.planning.fingerprint import fingerprint
 from compose.planning.keys import InputHashes, digest
 from compose.planning.plan import Cell, Plan
 from compose.processes.executors import Executor
-from compose.processes.messages import Role
-from compose.processes.needs import ANYWHERE, Needs
 from compose.processes.worker_process import Worker
 from compose.results.environment import capture_environment
-from compose.run.board import Board
 from compose.run.runner import RunResult, run
-from compose.run.state import Settings
+from compose.run.state import Board, Settings
 from compose.search.halving import Rung
 from compose.search.probes import Probe, ProbeStore, probe_key, probe_of
 from compose.search.space import Space, plan_chains

@@ -29,9 +29,8 @@ from compose.planning.prepare import (
 )
 from compose.processes.executors import Executor
 from compose.results.schema import CellResult, Results
-from compose.run.board import Board
 from compose.run.runner import RunResult
-from compose.run.state import Settings
+from compose.run.state import Board, Settings
 from compose.search.halving import Rung, cheap_rungs, halve, survivor_count
 from compose.search.output import SHOWN, front, pipeline_of_chains, to_yaml
 from compose.search.probe_runner import ProbeRunner

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
+from compose.contract import DataSpec, Split, StageJob
 from compose.errors import RuleBroken
-from compose.stages.job import StageJob
 from compose.stages.rules import FORBIDDEN, RULES, Role
 from compose.stages.shape import ModelShape, StoredBits
-from compose.stages.text.data_spec import DataSpec, Split
 
 __all__ = ["RULES", "DataSpec", "ModelShape", "Role", "Split", "Stage", "StageJob", "StoredBits"]
 
@@ -47,6 +48,14 @@ class Stage(BaseModel):
     reads_data: ClassVar[tuple[Split, ...]] = ()
     """The entries of `data` that `run` reads; they are then part of the step's key."""
 
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Parameters with which the stage may stand in as many places as it can, where its defaults
+    do not: those that docs/composition.md is made with."""
+
+    groups: ClassVar[Mapping[str, type[BaseModel]]] = {}
+    """Groups in which a file may write the parameters: the key of each, and its fields. Values and
+    keys of steps are the same with and without them."""
+
     on_gpu: ClassVar[bool] = False
     """Whether `run` works on a GPU where there is one."""
 
@@ -73,6 +82,31 @@ class Stage(BaseModel):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The shape of the model that the stage makes of one of `shape`."""
         return shape
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The parameters, behind the groups that they may also be written in."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        known = schema["properties"]
+        grouped = {
+            key: {
+                "type": "object",
+                "description": group.__doc__,
+                "additionalProperties": False,
+                "properties": {name: known[name] for name in group.model_fields},
+            }
+            for key, group in cls.groups.items()
+        }
+        inside = {name for group in cls.groups.values() for name in group.model_fields}
+        own = {name: each for name, each in known.items() if name not in inside}
+        schema["properties"] = {**own, **grouped, **known}
+        return schema
+
+    def stored_as(self) -> str | None:
+        """How reports call the weights that a quantizer leaves; None where nothing is packed."""
+        return self.use if self.role == "quantize" else None
 
     def most_bits(self) -> int:
         """Bits of the largest weights that the stage leaves in a model's layers."""
@@ -130,3 +164,19 @@ def _standing(shape: ModelShape | None, before: tuple[Stage, ...]) -> list[tuple
     if shape is not None and shape.quantized and not quantized_in_chain:
         done.insert(0, ("quantize", f"{shape.quantized} (the source model is quantized)"))
     return done
+
+
+AS_STORED, IN_FLOAT32 = 2.0, 4.0
+"""Bytes a weight of a mapped file that has two, and of a model in float32."""
+
+TRAINED = {"frozen": 4.0, "lora": 9.0, "scales": 9.0, "full": 20.0, "codes": 26.0}
+"""Bytes a weight of the model in a fine-tune, by what learns, in float32: itself, and where
+anything of it learns a teacher, gradients and AdamW's two moments; where codes learn, their places,
+and the weights that these stand for."""
+
+
+def training_bytes(shape: ModelShape, tokens: int, seen: int = 0) -> float:
+    """About what a step on `tokens` keeps for its backward pass, in bytes: the floats of each token
+    in each layer, and its shares of attention to `seen` tokens where these are laid out."""
+    inside = 16 * shape.hidden_size + 6 * shape.intermediate_size + 3 * shape.num_heads * seen
+    return 4.0 * tokens * shape.num_layers * inside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -104,6 +105,8 @@ class Skip(DecodeStage):
 
 class Speculate(DecodeStage):
     """Draft tokens cheaply, verify them with the whole model: the same text, sooner."""
+
+    example: ClassVar[Mapping[str, Any]] = {"target": "original"}
 
     use: Literal["speculate"] = "speculate"
     """The stage's name."""

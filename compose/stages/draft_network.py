@@ -106,11 +106,12 @@ class DraftNetwork(Stage):
         """A network that has learned, and the record of it."""
         import torch
 
+        from compose.stages.text.split_text import split_blocks
         from gateskip.training.draft_network import agreement, train_draft_network
 
         assert job.train is not None, "a draft network reads the training split"
         skipping, length = decoder.skipping, self.length or job.train.length
-        blocks = job.blocks("train", decoder.tokenizer, length, self.blocks)
+        blocks = split_blocks(job, "train", decoder.tokenizer, length, self.blocks)
         train, held_out = _parted(blocks)
         model = skipping.model
         network = self._new(model, train, job.seed) if self.init is None else self._given(model)

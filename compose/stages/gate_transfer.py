@@ -59,6 +59,7 @@ def keep_gates(
         return
     from transformers import AutoTokenizer
 
+    from compose.stages.text.split_text import split_blocks
     from gateskip.checkpoint import GateFile, load_gates, save_gates
 
     file = load_gates(job.source)
@@ -69,7 +70,7 @@ def keep_gates(
     gates.attach(model)
     sensitivity = file.sensitivity and [file.sensitivity[row] for row in rows]
     tokenizer = AutoTokenizer.from_pretrained(job.source)
-    blocks = job.blocks("calibration", tokenizer, stage.length, stage.calibration_blocks)
+    blocks = split_blocks(job, "calibration", tokenizer, stage.length, stage.calibration_blocks)
     found = stage.calibrate(job, model, gates, blocks, sensitivity, gone)
     training = {**file.training, "branches": rows}
     save_gates(

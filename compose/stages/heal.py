@@ -9,9 +9,18 @@ from pydantic import Field
 
 from compose.artifacts.folder import GRID_METHOD
 from compose.errors import RuleBroken, UserError
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.base import (
+    AS_STORED,
+    IN_FLOAT32,
+    TRAINED,
+    ModelShape,
+    Role,
+    Split,
+    Stage,
+    StageJob,
+    training_bytes,
+)
 from compose.stages.gate_transfer import carry_gates
-from compose.stages.memory import AS_STORED, IN_FLOAT32, TRAINED, training_bytes
 from compose.stages.on_policy import OnPolicyText, as_settings, require_room
 from gateskip.training.recipe import PACKED, HealConfig
 
@@ -136,6 +145,7 @@ class Heal(Stage):
         from transformers import AutoTokenizer
 
         from compose.artifacts.packed_folder import load_as_stored
+        from compose.stages.text.split_text import split_blocks
         from gateskip.training.heal import best_row, heal
 
         assert job.train is not None, "heal reads the training split"
@@ -144,7 +154,7 @@ class Heal(Stage):
         sequences = self.steps * self.accumulate * self.batch
         held = HELD_OUT if self.validate_every else 0
         tokenizer = AutoTokenizer.from_pretrained(job.source)
-        blocks = job.blocks("train", tokenizer, length, sequences + held)
+        blocks = split_blocks(job, "train", tokenizer, length, sequences + held)
         train, held_out = hold_out(blocks, held)
         model = load_as_stored(job.source, widen=not self._computes_as_stored())
         shared = {field.name for field in fields(HealConfig)} & set(type(self).model_fields)

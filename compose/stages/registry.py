@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field
 
-from compose.stages.base import RULES, DataSpec, ModelShape, Stage, StageJob
+from compose.stages.base import RULES as RULES
+from compose.stages.base import DataSpec as DataSpec
+from compose.stages.base import ModelShape as ModelShape
+from compose.stages.base import Stage
+from compose.stages.base import StageJob as StageJob
 from compose.stages.decode import Plain, Skip, Speculate
 from compose.stages.draft_network import DraftNetwork
 from compose.stages.gate import Gate
@@ -22,78 +26,34 @@ from compose.stages.quantize.gptq import Gptq
 from compose.stages.quantize.head import PackHead
 from compose.stages.quantize.integers import Int2, Int3, Int4, Int8
 
-STAGES: dict[str, type[Stage]] = {
-    "gate": Gate,
-    "drop-layers": DropLayers,
-    "prune-width": PruneWidth,
-    "prune-heads": PruneHeads,
-    "prune-hidden": PruneHidden,
-    "prune-branches": PruneBranches,
-    "heal": Heal,
-    "int8": Int8,
-    "int4": Int4,
-    "int3": Int3,
-    "int2": Int2,
-    "bnb": Bnb,
-    "gptq": Gptq,
-    "autoround": AutoRound,
-    "pack-head": PackHead,
-    "draft-network": DraftNetwork,
-    "plain": Plain,
-    "skip": Skip,
-    "speculate": Speculate,
-}
+CLASSES: tuple[type[Stage], ...] = (
+    Gate,
+    DropLayers,
+    PruneWidth,
+    PruneHeads,
+    PruneHidden,
+    PruneBranches,
+    Heal,
+    Int8,
+    Int4,
+    Int3,
+    Int2,
+    Bnb,
+    Gptq,
+    AutoRound,
+    PackHead,
+    DraftNetwork,
+    Plain,
+    Skip,
+    Speculate,
+)
+"""All stages, in the order in which pages list them."""
+
+STAGES: dict[str, type[Stage]] = {each.model_fields["use"].default: each for each in CLASSES}
 """What a YAML file's `use` may name."""
 
-AnyStage = Annotated[
-    Gate
-    | DropLayers
-    | PruneWidth
-    | PruneHeads
-    | PruneHidden
-    | PruneBranches
-    | Heal
-    | Int8
-    | Int4
-    | Int3
-    | Int2
-    | Bnb
-    | Gptq
-    | AutoRound
-    | PackHead
-    | DraftNetwork
-    | Plain
-    | Skip
-    | Speculate,
-    Field(discriminator="use"),
-]
-"""The same classes as a type that pydantic reads, told apart by `use`."""
-
-__all__ = [
-    "RULES",
-    "STAGES",
-    "AnyStage",
-    "AutoRound",
-    "Bnb",
-    "DataSpec",
-    "DraftNetwork",
-    "DropLayers",
-    "Gate",
-    "Gptq",
-    "Heal",
-    "Int2",
-    "Int3",
-    "Int4",
-    "Int8",
-    "ModelShape",
-    "PackHead",
-    "Plain",
-    "PruneBranches",
-    "PruneHeads",
-    "PruneHidden",
-    "PruneWidth",
-    "Skip",
-    "Speculate",
-    "Stage",
-    "StageJob",
-]
+if TYPE_CHECKING:
+    AnyStage = Stage
+else:
+    AnyStage = Annotated[Union[CLASSES], Field(discriminator="use")]  # noqa: UP007
+    """The same classes as a type that pydantic reads, told apart by `use`."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import psutil
 
 from compose.assets import MODELS, default_cache, hub_reachable, is_fetched, model_config
+from compose.contract import ProbeJob
 from compose.errors import ComposeError
 from compose.processes.worker_process import ask_once
 from compose.store import file_sizes
@@ -122,7 +123,7 @@ def probe_in_worker() -> dict[str, Any]:
     """What `compose.workers.probe` reports; the error of the worker itself is under "worker"."""
     facts: dict[str, Any] = {}
     try:
-        ask_once("probe", {}, lambda message: facts.update(message))
+        ask_once(ProbeJob(), lambda message: facts.update(message))
     except ComposeError as error:
         facts["worker"] = str(error)
     return facts

@@ -14,87 +14,193 @@
 
 Commands come as JSON lines on stdin; messages go out as JSON lines on what was stdout when the
 process began (`protocol`). All that is printed in between, by Python or by C, goes to stderr, which
-the executor points at a log file. The process ends with its parent (`lifetime`).
+the executor points at a log file. The process ends with its parent (`die_with_parent`).
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import os
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from compose.errors import UserError
-from compose.processes.messages import CheckRequest, ContinueRequest, Role, StepRequest
-from compose.workers.cell import serve_cell
-from compose.workers.job_file import read_job
-from compose.workers.lifetime import die_with_parent
+from compose.bench.speed.workloads import TurnText
+from compose.contract import (
+    AnswerJob,
+    CellCommand,
+    CellJob,
+    CheckJob,
+    CompressedTensorsJob,
+    ContinueJob,
+    ConvertJob,
+    GgufJob,
+    InsightJob,
+    ProbeJob,
+    Role,
+    StepJob,
+    TuneJob,
+    from_json,
+    read_job,
+)
+from compose.errors import StepError, UserError
+from compose.units import Progress
 from compose.workers.probe import probe_libraries
-from compose.workers.protocol import Channel, answer, failure_message
-from compose.workers.step import run_step
+from compose.workers.protocol import Channel, answer, die_with_parent, failure_message
+from compose.workers.step import run_step, seed_everything
 
-Job = dict[str, Any]
-"""A job file whose keys are the arguments of the function that does it."""
+if TYPE_CHECKING:
+    from compose.bench.cell import CellBench
+    from compose.bench.peer_cell import PeerBench
 
 
-def _step(job: StepRequest, channel: Channel) -> dict[str, Any]:
+def serve_cell(job: CellJob, channel: Channel) -> None:
+    """Answer the commands of the parent until `quit`, or until the parent closes the pipe."""
+    cells = {job.name: _Cell(job, channel.progress)}
+    for command in channel.receive():
+        if command["do"] == "quit":
+            return
+        if command["do"] == "join":
+            joining = from_json("cell", command["job"])
+            assert isinstance(joining, CellJob)
+            cells[joining.name] = _Cell(joining, channel.progress)
+            channel.send(answer(dict))
+            continue
+        if command["do"] == "drop":
+            for each in cells.values():
+                each.drop()
+            channel.send(answer(return_memory))
+            continue
+        cell = cells[command.get("cell", job.name)]
+        channel.send(answer(partial(cell.measure, command)))
+
+
+class _Cell:
+    """A cell under measurement; `load` comes before every other command."""
+
+    def __init__(self, job: CellJob, progress: Progress) -> None:
+        self._job, self._progress = job, progress
+        self._bench: CellBench | PeerBench | None = None
+
+    def drop(self) -> None:
+        """Forget the model; `load` loads it again."""
+        self._bench = None
+
+    def measure(self, command: CellCommand) -> dict[str, Any]:
+        """What a command measures.
+
+        Raises:
+            StepError: the cell was not loaded before.
+        """
+        if command["do"] == "roofline":
+            return measure_roofline(command["threads"])
+        if command["do"] == "load":
+            seed_everything(self._job.seed)
+            self._bench = open_bench(self._job, self._progress)
+            return self._bench.load()
+        if self._bench is None:
+            raise StepError(f"the cell was asked for {command['do']!r} before it was loaded")
+        if command["do"] == "quality":
+            return self._bench.quality(Path(command["reference"]))
+        if command["do"] == "lossless":
+            return self._bench.lossless()
+        which = TurnText(
+            command["batch"], command["context"], command["category"], command["round"]
+        )
+        if command["do"] == "warm":
+            return self._bench.warm(which, command["threads"])
+        return self._bench.speed(which)
+
+
+def return_memory() -> dict[str, Any]:
+    """Give memory that nothing uses back to the system, so that what comes next lies elsewhere."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+    return {}
+
+
+def measure_roofline(threads: int) -> dict[str, float]:
+    """What the machine reads and multiplies at most, with so many threads."""
+    import torch
+
+    from compose.bench.speed.measure import roofline
+
+    torch.set_num_threads(threads)
+    return roofline()
+
+
+def open_bench(job: CellJob, progress: Progress) -> CellBench | PeerBench:
+    """What measures the cell; it loads nothing yet."""
+    if job.peer is None:
+        from compose.bench.cell import CellBench
+
+        return CellBench(job, progress)
+    from compose.bench.peer_cell import PeerBench
+
+    return PeerBench(job, job.peer, progress)
+
+
+def _step(job: StepJob, channel: Channel) -> dict[str, Any]:
     return run_step(job, channel.progress)
 
 
-def _check(job: CheckRequest, channel: Channel) -> dict[str, float]:
+def _check(job: CheckJob, channel: Channel) -> dict[str, float]:
     from compose.artifacts.folder import reload_check
 
-    return reload_check(Path(job["folder"]), Path(job["reference"]))
+    return reload_check(job.folder, job.reference)
 
 
-def _continue(job: ContinueRequest, channel: Channel) -> list[int]:
+def _continue(job: ContinueJob, channel: Channel) -> list[int]:
     from compose.bench.generate import continue_probe
 
-    return continue_probe(Path(job["folder"]), job["tokens"], job["settings"])
+    return continue_probe(job.folder, job.tokens, job.settings)
 
 
-def _answer(job: Job, channel: Channel) -> dict[str, Any]:
+def _answer(job: AnswerJob, channel: Channel) -> dict[str, Any]:
     from compose.bench.generate import answer as generate
 
-    folder, prompt = Path(job.pop("folder")), job.pop("prompt")
-    return generate(folder, prompt, **job)
+    return generate(**vars(job))
 
 
-def _insight(job: Job, channel: Channel) -> dict[str, Any]:
+def _insight(job: InsightJob, channel: Channel) -> dict[str, Any]:
     from compose.bench.insight import insight
 
-    return insight(Path(job["folder"]), job["text"], job["budget"])
+    return insight(job.folder, job.text, job.budget)
 
 
-def _tune(job: Job, channel: Channel) -> dict[str, Any]:
+def _tune(job: TuneJob, channel: Channel) -> dict[str, Any]:
     from compose.bench.speed.tune import tune
 
-    return tune(Path(job.pop("folder")), progress=channel.progress, **job)
+    return tune(**vars(job), progress=channel.progress)
 
 
-def _gguf(job: Job, channel: Channel) -> dict[str, Any]:
+def _gguf(job: GgufJob, channel: Channel) -> dict[str, Any]:
     from compose.artifacts.gguf.write import write_gguf
 
-    return write_gguf(Path(job["folder"]), Path(job["file"]), job["kind"])
+    return write_gguf(job.folder, job.file, job.kind)
 
 
-def _convert(job: Job, channel: Channel) -> str:
+def _convert(job: ConvertJob, channel: Channel) -> str:
     from compose.assets import resolve_model
 
-    cache, keep = Path(job["cache"]), job["keep_blocks"]
-    return str(resolve_model(job["source"], cache, channel.progress, keep_blocks=keep).path)
+    source, keep = str(job.source), job.keep_blocks
+    return str(resolve_model(source, job.cache, channel.progress, keep_blocks=keep).path)
 
 
-def _compressed(job: Job, channel: Channel) -> dict[str, Any]:
+def _compressed(job: CompressedTensorsJob, channel: Channel) -> dict[str, Any]:
     from compose.artifacts.compressed_tensors import write_compressed
 
-    return write_compressed(Path(job["folder"]), Path(job["target"]))
+    return write_compressed(job.folder, job.target)
 
 
-def _probe(job: Job, channel: Channel) -> None:
+def _probe(job: ProbeJob, channel: Channel) -> None:
     probe_libraries(channel.send)
 
 
@@ -122,11 +228,11 @@ def main(role: Role, job_file: str) -> int:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     print(f"--- {role} {job_file} {datetime.now(UTC).isoformat(timespec='seconds')}", flush=True)
     try:
-        job = read_job(Path(job_file))
+        job = read_job(role, Path(job_file))
     except UserError as error:
         channel.send(failure_message(error))
         return error.exit_code
-    if role == "cell":
+    if isinstance(job, CellJob):
         serve_cell(job, channel)
         return 0
     message = answer(lambda: ROLES[role](job, channel))

@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("compose.errors",),
     ("compose.hashes",),
     ("compose.store", "compose.units", "compose.memory", "compose.extras"),
+    ("compose.contract",),
     ("compose.results", "compose.artifacts", "compose.mirror"),
     ("compose.analysis",),
     ("reports", "compose.assets"),

@@ -17,7 +17,7 @@ import psutil
 from rich.console import Console
 
 from compose.artifacts.folder import write_lineage
-from compose.bench.speed.turns import add_turns
+from compose.bench.speed.workloads import add_turns
 from compose.language.schema import Pipeline
 from compose.planning.plan import Plan
 from compose.planning.planner import make_plan
@@ -205,7 +205,7 @@ import json, os, shutil, sys, time, types
 from functools import partial
 from pathlib import Path
 from dataclasses import make_dataclass
-from compose.workers import cell, main, step
+from compose.workers import main, step
 from compose.stages.registry import DropLayers
 
 marks = Path(os.environ["TEST_MARKS"])
@@ -262,10 +262,9 @@ class SlowBench:
 DropLayers.run = slow_run
 bench = types.ModuleType("compose.bench.cell")
 bench.CellBench = SlowBench
-bench.CellJob = lambda **values: types.SimpleNamespace(**values)
 sys.modules["compose.bench.cell"] = bench
 # It imports transformers: seconds that test nothing.
-cell.seed_everything = step.seed_everything = lambda seed: None
+main.seed_everything = step.seed_everything = lambda seed: None
 sys.exit(main.main(*sys.argv[1:]))
 """
 

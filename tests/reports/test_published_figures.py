@@ -17,8 +17,7 @@ import pytest
 
 import gateskip
 from compose.bench.speed.measure import SpeedTurns
-from compose.bench.speed.turns import add_turns
-from compose.bench.speed.workloads import TurnText
+from compose.bench.speed.workloads import TurnText, add_turns
 from gateskip.calibration.budgets import CalibratedBudgets, half_way, with_gaps_filled
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.stats import Stats

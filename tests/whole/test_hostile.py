@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 
 from compose.assets import fetch
 from compose.cli import app
+from compose.contract import CheckJob, read_job
 from compose.errors import StepError, UserError
 from compose.outputs.run_folder import RunFolder
-from compose.processes.failures import failure_of
+from compose.processes.endings import failure_of
 from compose.results.schema import Results
 from compose.run.runner import RunResult
 from compose.terminal import show
@@ -32,7 +33,6 @@ from compose.terminal.bench import print_bench
 from compose.terminal.live.progress import Board
 from compose.terminal.shown import shown
 from compose.units import printable
-from compose.workers.job_file import read_job
 
 ROOT = Path(__file__).resolve().parents[2]
 ESCAPES = "\x1b[31m\x1b]0;title\x07\x9b2J\r\x00\u202e"
@@ -167,15 +167,17 @@ def _job(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     folder.chmod(0o700)
     file = folder / "a.step.json"
-    file.write_text('{"key": 1}')
+    file.write_text('{"folder": "a", "reference": "b"}')
     return file
 
 
 def test_a_job_of_ones_own_is_read(tmp_path: Path) -> None:
     file = _job(tmp_path / "jobs")
-    assert read_job(file) == {"key": 1}
+    assert read_job("check", file) == CheckJob(Path("a"), Path("b"))
     file.chmod(0o666)
-    assert read_job(file) == {"key": 1}, "nobody else gets into its folder"
+    assert read_job("check", file) == CheckJob(Path("a"), Path("b")), (
+        "nobody else gets into its folder"
+    )
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o775, 0o1777, 0o722])
@@ -183,16 +185,16 @@ def test_a_job_in_a_folder_that_others_write_to_is_refused(tmp_path: Path, mode:
     file = _job(tmp_path / "jobs")
     file.parent.chmod(mode)
     with pytest.raises(UserError, match="open to other users to write to, so what it asks for"):
-        read_job(file)
+        read_job("check", file)
 
 
 def test_a_job_that_others_write_to_is_refused(tmp_path: Path) -> None:
     file = _job(tmp_path / "jobs")
     file.parent.chmod(0o755)
-    assert read_job(file) == {"key": 1}
+    assert read_job("check", file) == CheckJob(Path("a"), Path("b"))
     file.chmod(0o666)
     with pytest.raises(UserError, match="open to other users"):
-        read_job(file)
+        read_job("check", file)
 
 
 def test_another_users_job_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,9 +203,9 @@ def test_another_users_job_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     if os.geteuid() == 0:
         os.chown(file.parent, 12345, -1)
     else:
-        monkeypatch.setattr("compose.workers.job_file.os.geteuid", lambda: other)
+        monkeypatch.setattr("compose.contract.os.geteuid", lambda: other)
     with pytest.raises(UserError, match="another user's"):
-        read_job(file)
+        read_job("check", file)
 
 
 def test_a_worker_answers_such_a_job_with_a_refusal(tmp_path: Path) -> None:
@@ -221,15 +223,15 @@ def test_a_worker_answers_such_a_job_with_a_refusal(tmp_path: Path) -> None:
 
 def test_the_jobs_of_a_run_are_private(tmp_path: Path) -> None:
     from compose.outputs.run_folder import RunFolder
-    from compose.run.workers import RunWorkers
+    from compose.run.state import RunWorkers
 
     class Nothing:
         def start(self, *_: Any, **__: Any) -> Any:
             return object()
 
     folder = RunFolder(tmp_path / "run")
-    RunWorkers(Nothing(), folder).start("step", "a", {"key": 1})  # type: ignore[arg-type]
-    assert stat.S_IMODE(folder.job("a.step").parent.stat().st_mode) == 0o700
+    RunWorkers(Nothing(), folder).start("a", CheckJob(Path("a"), Path("b")))  # type: ignore[arg-type]
+    assert stat.S_IMODE(folder.job("a.check").parent.stat().st_mode) == 0o700
 
 
 def test_an_archive_never_leaves_its_folder(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from compose.bench.quality.scored import Scored
-from compose.results.answers import common_prefix
+from compose.results.quality import common_prefix
 from compose.units import Progress
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.stats import Stats

@@ -18,7 +18,6 @@ from torch import Tensor
 import gateskip
 from compose.assets import TASKS, TextData, contamination, first_available, load_texts, token_blocks
 from compose.bench.generate import prompt_ids, prompt_texts, stop_token_ids
-from compose.bench.job import BLOCK, CellJob
 from compose.bench.quality.own_answers import (
     SHOWN,
     DenseAnswers,
@@ -28,6 +27,7 @@ from compose.bench.quality.own_answers import (
 )
 from compose.bench.quality.scored import Scored, added, text_compute
 from compose.bench.quality.text import (
+    BLOCK,
     BlockScores,
     Head,
     load_blocks,
@@ -37,6 +37,7 @@ from compose.bench.quality.text import (
     score_reference,
     store,
 )
+from compose.contract import CellJob
 from compose.units import Progress
 from gateskip.calibration.insight import inspect_text, summarize
 from gateskip.decoding.decoder import Decoder, Mode

@@ -22,7 +22,7 @@ from torch import Tensor
 from compose.bench.quality.scored import Rows, Scored
 from compose.bench.quality.text import Head, kl_rows, log_probs
 from compose.errors import StepError
-from compose.results.answers import common_prefix
+from compose.results.quality import common_prefix
 from compose.units import Progress
 
 BATCH = 8  # answers at once

@@ -1,4 +1,7 @@
-"""A cell's decoder as a scored model: hidden states that are computed while skipping."""
+"""A cell's decoder as a scored model: hidden states that are computed while skipping.
+
+`text_compute` is what a cell that skips spent on the very text that was scored.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from gateskip.runtime.backend import Cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 Rows = list[list[int]]
 """Token ids, row by row."""

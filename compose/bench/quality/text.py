@@ -26,6 +26,7 @@ from gateskip.quantization.folders import load_model
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+BLOCK = 512  # tokens of a block on which perplexity is measured
 HEAD_ROWS = 16384  # of a head in bfloat16 that are cast to float32 at once
 HEAD_CHUNK = 256  # tokens whose logits exist at once: 50 MB for a vocabulary of 49152
 

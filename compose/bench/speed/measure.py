@@ -1,26 +1,32 @@
-"""A timed turn of a cell: prompts are prefilled and continued once, in one shape."""
+"""What is timed in a turn of a cell: prompts read and continued once, in one shape.
+
+Beside it what a model folder takes (bytes on disk and in memory, multiply-adds), and the machine's
+roofline: memory bandwidth bounds decoding, arithmetic bounds prefill.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compose.bench.generate import stop_token_ids
 from compose.bench.quality.scored import added
-from compose.bench.speed.footprint import held_bytes
 from compose.bench.speed.workloads import Rows, TurnText, TurnTexts
 from compose.memory import peak_bytes, reset_peak, resident_bytes
 from gateskip.decoding.decoder import Decoder, Mode, cache_capacity
 from gateskip.decoding.phases import Phase
 from gateskip.decoding.sampling import GREEDY, Sampler
 from gateskip.decoding.stats import Generation, Stats
-from gateskip.model.compute import Saving, Usage
+from gateskip.model.compute import Saving, Usage, Work
 
 WARM_TOKENS = 16  # of the prompt: they bring weights into memory before its use is measured
 
@@ -156,3 +162,45 @@ def usable_cores() -> int | None:
     """On how many cores the system lets this process run; None where it does not tell."""
     affinity: Callable[[int], Sequence[int]] | None = getattr(os, "sched_getaffinity", None)
     return None if affinity is None else len(affinity(0))
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of a folder's weight files, gates included."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, each storage counted once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+@lru_cache
+def dense_work(folder: Path) -> Work:
+    """Multiply-adds of the model in a folder, whose weights are not read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return Work.of(AutoModelForCausalLM.from_config(config))
+
+
+READ_BYTES, GEMM_SIZE = 1 << 28, 1024
+
+
+def roofline() -> dict[str, float]:
+    """Bytes read from memory (GB/s) and multiply-adds of a GEMM (GFLOP/s), best of a few tries."""
+    data = torch.ones(READ_BYTES // 4)
+    read = min(_seconds(data.sum) for _ in range(5))
+    limits = {"memory_gb_per_s": READ_BYTES / read / 1e9}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a = torch.ones(GEMM_SIZE, GEMM_SIZE, dtype=dtype)
+        spent = min(_seconds(partial(torch.matmul, a, a)) for _ in range(3))
+        limits[f"gemm_{name}_gflop_per_s"] = 2 * GEMM_SIZE**3 / spent / 1e9
+    return limits
+
+
+def _seconds(work: Callable[[], Tensor]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

@@ -10,6 +10,7 @@ transformers multiplies by the zeros.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -40,6 +41,7 @@ class PruneBranches(Pruning):
     """Remove the branches that gates (almost) always skip at a budget."""
 
     version: ClassVar[int] = 2
+    example: ClassVar[Mapping[str, Any]] = {"budget": 0.8}
 
     use: Literal["prune-branches"] = "prune-branches"
     """The stage's name."""

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
+from compose.stages.base import AS_STORED, ModelShape, Role, Split, Stage, StageJob
 from compose.stages.gate_transfer import thresholds_from_decoding
-from compose.stages.memory import AS_STORED
 from compose.stages.rules import RULES
 
 if TYPE_CHECKING:
@@ -101,12 +100,13 @@ def model_and_blocks(job: StageJob, limit: int | None = None) -> tuple[Any, Tens
     from transformers import AutoTokenizer
 
     from compose.artifacts.packed_folder import load_as_stored
+    from compose.stages.text.split_text import split_blocks
 
     assert job.calibration is not None, "pruning reads the calibration split"
     model = load_as_stored(job.source, widen=thresholds_from_decoding(job.source))
     tokenizer = AutoTokenizer.from_pretrained(job.source)
     limit = min(job.calibration.limit, limit or job.calibration.limit)
-    return model, job.blocks("calibration", tokenizer, limit=limit).to(model.device)
+    return model, split_blocks(job, "calibration", tokenizer, limit=limit).to(model.device)
 
 
 def save_pruned(model: Any, job: StageJob) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Stage, StageJob
-from compose.stages.memory import AS_STORED
+from compose.stages.base import AS_STORED, ModelShape, Stage, StageJob
 from compose.stages.prune.edit import (
     GATED_MLP,
     Pruning,
@@ -39,6 +39,7 @@ class PruneHeads(Pruning):
     """Remove the least important attention heads, as many from every layer."""
 
     version: ClassVar[int] = 2
+    example: ClassVar[Mapping[str, Any]] = {"count": 3}
 
     use: Literal["prune-heads"] = "prune-heads"
     """The stage's name."""

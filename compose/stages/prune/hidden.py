@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Stage, StageJob
-from compose.stages.memory import AS_STORED
+from compose.stages.base import AS_STORED, ModelShape, Stage, StageJob
 from compose.stages.prune.edit import (
     GATED_MLP,
     Hook,
@@ -43,6 +42,7 @@ class PruneHidden(Pruning):
     """Remove the least important channels of the residual stream from all weights that touch it."""
 
     version: ClassVar[int] = 2
+    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.2}
 
     use: Literal["prune-hidden"] = "prune-hidden"
     """The stage's name."""

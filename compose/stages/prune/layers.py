@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -32,6 +32,7 @@ class DropLayers(Pruning):
     """Remove whole decoder layers: the named ones, or the `count` least important ones."""
 
     version: ClassVar[int] = 3
+    example: ClassVar[Mapping[str, Any]] = {"count": 1}
 
     use: Literal["drop-layers"] = "drop-layers"
     """The stage's name."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from compose.errors import RuleBroken
-from compose.stages.base import ModelShape, Stage, StageJob
-from compose.stages.memory import AS_STORED
+from compose.stages.base import AS_STORED, ModelShape, Stage, StageJob
 from compose.stages.prune.edit import (
     GATED_MLP,
     Pruning,
@@ -34,6 +33,7 @@ class PruneWidth(Pruning):
     """Remove the least important neurons from every MLP; all MLPs keep the same width."""
 
     version: ClassVar[int] = 2
+    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.2}
 
     use: Literal["prune-width"] = "prune-width"
     """The stage's name."""

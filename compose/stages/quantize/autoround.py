@@ -76,6 +76,10 @@ class AutoRound(Stage):
         """Codes, and for each group a float16 scale and a zero point."""
         return StoredBits(self.bits + (16 + self.bits) / self.group_size)
 
+    def stored_as(self) -> str | None:
+        """Its format, with the bits of most weights."""
+        return f"{self.use} {self.bits}-bit"
+
     def most_bits(self) -> int:
         """The bits of all layers."""
         return self.bits
@@ -90,9 +94,10 @@ class AutoRound(Stage):
 
         from compose.stages.quantize.errors import layer_errors
         from compose.stages.quantize.grid_folder import as_gptq, gptq_config, write_grids
+        from compose.stages.text.split_text import split_blocks
 
         tokenizer = AutoTokenizer.from_pretrained(job.source)
-        blocks = job.blocks("calibration", tokenizer)
+        blocks = split_blocks(job, "calibration", tokenizer)
         with _counted(job.progress, f"AutoRound, {self.bits} bits, {self.iters} steps a layer"):
             grids = self._learned(job, blocks, tokenizer)
         config = gptq_config(self.bits, self.group_size, self.sym)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -20,6 +21,7 @@ class Bnb(Stage):
 
     role: ClassVar[Role] = "quantize"
     version: ClassVar[int] = 2
+    example: ClassVar[Mapping[str, Any]] = {"format": "nf4"}
 
     use: Literal["bnb"] = "bnb"
     """The stage's name."""
@@ -74,6 +76,10 @@ class Bnb(Stage):
     def reshape(self, shape: ModelShape) -> ModelShape:
         """The same sizes, packed."""
         return replace(shape, quantized="bitsandbytes")
+
+    def stored_as(self) -> str | None:
+        """Its format, with the bits of most weights."""
+        return self.format
 
     def most_bits(self) -> int:
         """8 or 4, unless some layers stay as they are."""

@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from compose.errors import RuleBroken
-from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJob, StoredBits
+from compose.stages.base import (
+    AS_STORED,
+    UNPACKED,
+    ModelShape,
+    Role,
+    Split,
+    Stage,
+    StageJob,
+    StoredBits,
+)
 from compose.stages.gate_transfer import carry_gates
-from compose.stages.memory import AS_STORED
 from compose.stages.quantize.gptq_rules import WHOLE_ROW, refuse_cut_groups, refuse_odd_tiles
 from compose.stages.quantize.linears import Bits, linear_names, matching, refuse_tied_head
 
@@ -113,6 +121,10 @@ class Gptq(Stage):
         """The same sizes, packed."""
         return replace(shape, quantized="gptq")
 
+    def stored_as(self) -> str | None:
+        """Its format, with the bits of most weights."""
+        return f"{self.use} {self.bits}-bit"
+
     def most_bits(self) -> int:
         """The most of any layer, unless some stay as they are."""
         return UNPACKED if self.skip else max([self.bits, *self.mixed.values()])
@@ -143,8 +155,9 @@ class Gptq(Stage):
         from compose.stages.quantize.by_gptqmodel import has_table_of, quantize_by_gptqmodel
         from compose.stages.quantize.counted import counted
         from compose.stages.quantize.errors import layer_errors
+        from compose.stages.text.split_text import split_blocks
 
-        blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
+        blocks = split_blocks(job, "calibration", AutoTokenizer.from_pretrained(job.source))
         with counted(job.progress, self._count(job), f"GPTQ, {self.bits} bits"):
             kind = require_model(job.source)["model_type"]
             beyond = self.beyond_optimum()

@@ -13,9 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compose.artifacts.folder import GRID_METHOD
 from compose.errors import RuleBroken, UserError
-from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJob, StoredBits
+from compose.stages.base import (
+    AS_STORED,
+    UNPACKED,
+    ModelShape,
+    Role,
+    Split,
+    Stage,
+    StageJob,
+    StoredBits,
+)
 from compose.stages.gate_transfer import carry_gates
-from compose.stages.memory import AS_STORED
 from compose.stages.quantize.grid_folder import (
     Stored,
     as_gptq,
@@ -179,11 +187,12 @@ class Integers(Stage):
         from transformers import AutoTokenizer
 
         from compose.artifacts.packed_folder import stored_dtype
+        from compose.stages.text.split_text import split_blocks
         from gateskip.quantization.folders import load_model
         from gateskip.rounding.allocation import distribution, mean_kl
         from gateskip.rounding.layerwise import round_layers
 
-        blocks = job.blocks("calibration", AutoTokenizer.from_pretrained(job.source))
+        blocks = split_blocks(job, "calibration", AutoTokenizer.from_pretrained(job.source))
         grids = self._embedding(job)  # first: a refusal comes before minutes of work
         whole = self.allocate is not None  # which measures the rounded model
         model = load_model(job.source, "float32" if whole else stored_dtype(job.source))

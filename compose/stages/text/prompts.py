@@ -9,8 +9,7 @@ from compose.assets import SELF_WRITTEN, load_texts
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compose.stages.job import StageJob
-    from compose.stages.text.data_spec import DataSpec
+    from compose.contract import DataSpec, StageJob
 
 GIVEN = 32  # tokens of a block that are a prompt, for a model without a chat template
 ASKED = 48  # tokens of what a model asks in a user's place, at most

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from compose.stages.text.data_spec import DataSpec, Split
+    from compose.contract import DataSpec, Split, StageJob
     from compose.units import Progress as Shown
 
 GIVEN = 4  # one part in so many of a block is given, where the untouched model goes on
@@ -76,6 +76,30 @@ class SplitText:
             seed=self.seed,
             progress=lambda done, total: self.progress(done, total, f"{doing} {self.split} text"),
         )
+
+
+def split_blocks(
+    job: StageJob,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int | None = None,
+    limit: int | None = None,
+) -> Tensor:
+    """Token blocks [N, length] of a split of a stage's job; the split's own length and row limit
+    where none is given."""
+    spec = job.train if split == "train" else job.calibration
+    assert spec is not None, f"a stage names {split} in reads_data to be given it"
+    text = SplitText(
+        spec=spec,
+        split=split,
+        tokenizer=tokenizer,
+        length=length or spec.length,
+        dense=job.dense,
+        cache=job.asset_cache,
+        seed=2 * job.seed + (split == "train"),
+        progress=job.progress,
+    )
+    return text.blocks(limit or spec.limit)
 
 
 def interleaved(parts: list[Tensor]) -> Tensor:

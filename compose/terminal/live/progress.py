@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from compose.processes.messages import Role
-from compose.run.board import show_progress
+from compose.contract import Job
+from compose.run.state import show_progress
 from compose.terminal.live.events import JsonLines
 from compose.terminal.live.timing import Smoothed, TimeLeft
 from compose.terminal.shown import shown
@@ -192,14 +192,14 @@ def _text(
     return " · ".join(part for part in parts if part)
 
 
-def ask_shown(role: Role, job: Mapping[str, Any], title: str, *, quiet: bool = False) -> Any:
+def ask_shown(job: Job, title: str, *, quiet: bool = False) -> Any:
     """As `processes.worker_process.ask_once`, with the worker's progress shown on stderr."""
     from compose.processes.worker_process import ask_once
 
     with Board(Console(stderr=True), quiet=quiet).shown() as board:
         line = board.line(title)
         try:
-            result = ask_once(role, job, partial(show_progress, line))
+            result = ask_once(job, partial(show_progress, line))
         except BaseException:
             line.failed("")
             raise

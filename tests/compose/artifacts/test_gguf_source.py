@@ -296,6 +296,7 @@ def test_a_file_of_several_kinds(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_a_step_makes_the_source_of_a_file(file_of: Callable[..., Path], tmp_path: Path) -> None:
     """With blocks kept, what is not packed is cast, and scales stay float16."""
+    from compose.contract import StepJob
     from compose.workers.step import run_step
     from gateskip.quantization.folders import load_model
 
@@ -303,23 +304,24 @@ def test_a_step_makes_the_source_of_a_file(file_of: Callable[..., Path], tmp_pat
     for keep in (False, True):
         work = tmp_path / str(keep)
         run_step(
-            {
-                "key": "0" * 16,
-                "name": "source",
-                "stage": None,
-                "model": str(file),
-                "keep_blocks": keep,
-                "dtype": "bfloat16",
-                "seed": 0,
-                "data": {},
-                "source": None,
-                "dense": str(work / "model"),
-                "target": str(work / "model"),
-                "check": str(work / "check.safetensors"),
-                "work": str(work / "work"),
-                "asset_cache": str(tmp_path / "cache"),
-                "tensorboard": None,
-            },
+            StepJob(
+                key="0" * 16,
+                name="source",
+                stage=None,
+                model=str(file),
+                keep_blocks=keep,
+                dtype="bfloat16",
+                seed=0,
+                train=None,
+                calibration=None,
+                source=work / "model",
+                dense=work / "model",
+                target=work / "model",
+                check=work / "check.safetensors",
+                work=work / "work",
+                asset_cache=tmp_path / "cache",
+                tensorboard=None,
+            ),
             lambda *_, **__: None,
         )
         entry = json.loads((work / "model/compose.json").read_text())["stages"][0]

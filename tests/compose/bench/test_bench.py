@@ -12,12 +12,12 @@ import pytest
 
 from compose.assets import default_cache
 from compose.bench.cell import CellBench
-from compose.bench.job import CellJob
 from compose.bench.peer_cell import PeerBench, stop_ids
-from compose.bench.speed.roofline import roofline
+from compose.bench.speed.measure import roofline
 from compose.bench.speed.systems import BACKENDS, parse_system
 from compose.bench.speed.tune import tune
 from compose.bench.speed.workloads import TurnText
+from compose.contract import CellJob
 from compose.errors import PlanError, UserError
 from compose.language.schema import Benchmark, Pipeline
 from compose.planning.bench_plan import bench_plan, decode_stage, default_name

@@ -11,9 +11,8 @@ from transformers import AutoTokenizer
 
 from compose.assets import default_cache, token_blocks
 from compose.bench.cell import CellBench
-from compose.bench.job import CellJob
-from compose.bench.speed.turns import add_turns
-from compose.bench.speed.workloads import TurnText, categories, rows_of, running_text
+from compose.bench.speed.workloads import TurnText, add_turns, categories, rows_of, running_text
+from compose.contract import CellJob
 from compose.language.schema import Benchmark
 from compose.results.schema import CellResult
 from compose.results.speculation import LosslessCheck

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compose.bench.speed.turns import add_speculation, add_turns
+from compose.bench.speed.workloads import add_speculation, add_turns
 
 
 def turn(**own: Any) -> dict[str, Any]:

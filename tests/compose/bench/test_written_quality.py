@@ -15,15 +15,15 @@ from transformers import AutoTokenizer
 
 from compose.assets.table import TASKS
 from compose.bench.cell import CellBench
-from compose.bench.job import CellJob
 from compose.bench.quality import own_answers, text
 from compose.bench.quality.continuations import score_continuations
 from compose.bench.quality.own_answers import DenseAnswers, score_answers
 from compose.bench.quality.scored import Scored, text_compute
 from compose.bench.quality.squad import f1, process_results
+from compose.contract import CellJob
 from compose.language.schema import Benchmark, Quality
-from compose.results.answers import common_prefix
 from compose.results.quality import Quality as QualityResult
+from compose.results.quality import common_prefix
 
 
 class Table:

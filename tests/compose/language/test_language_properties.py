@@ -14,9 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compose.errors import PipelineError, PlanError, UserError
-from compose.language.parse import load_pipeline
+from compose.language.parse import load_pipeline, read_yaml
 from compose.language.schema import Pipeline
-from compose.language.yaml_values import read_yaml
 from compose.planning.planner import make_plan
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])

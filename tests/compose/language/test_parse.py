@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from compose.errors import PipelineError
 from compose.language.parse import load_pipeline, to_json_schema
 from compose.language.schema import DEFAULT_STAGES, Matrix, Model, Pipeline
+from compose.planning.planner import make_plan
 from compose.stages.registry import DropLayers, Gate, Speculate
 
 WORKED_EXAMPLE = """\
@@ -145,6 +146,78 @@ def test_anchors_and_merge_keys(tmp_path: Path) -> None:
     dumped = {name: pipeline.stages[name].model_dump() for name in "abc"}
     assert dumped["a"] == dumped["c"]
     assert dumped["b"] == dumped["a"] | {"steps": 6}
+
+
+GROUPED = """\
+schema: 1
+name: grouped
+model: {source: smollm2-135m-instruct}
+stages:
+  gates:
+    use: gate
+    gate: {kind: mlp, shortcut: {attention: 8, mlp: 16}}
+    train: {steps: 30, on_policy: {after: 0.4}}
+    calibrate: {budgets: [0.8]}
+pipelines: {gated: [gates]}
+"""
+FLAT = """\
+schema: 1
+name: grouped
+model: {source: smollm2-135m-instruct}
+stages:
+  gates:
+    use: gate
+    kind: mlp
+    shortcut: {attention: 8, mlp: 16}
+    steps: 30
+    on_policy: {after: 0.4}
+    budgets: [0.8]
+pipelines: {gated: [gates]}
+"""
+
+
+def test_settings_in_groups_mean_what_they_mean_without(tmp_path: Path) -> None:
+    grouped, flat = load(tmp_path, GROUPED), load(tmp_path, FLAT)
+    assert grouped.stages["gates"] == flat.stages["gates"]
+    assert grouped.stages["gates"].model_dump() == flat.stages["gates"].model_dump()
+    assert [s.key for s in make_plan(grouped).steps] == [s.key for s in make_plan(flat).steps]
+    assert grouped.stages["gates"].identity({})["params"]["steps"] == 30, "keys are of flat names"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "{steps: 30",
+            "{stepz: 30",
+            "8:13: unknown key 'stepz' in stages.gates.train: did you mean",
+        ),
+        (
+            "steps: 30",
+            "steps: '30'",
+            "8:20: stages.gates.train.steps: expected a whole number, not",
+        ),
+        ("after: 0.4", "afer: 1", "8:36: unknown key 'afer' in stages.gates.train.on_policy: did"),
+        ("kind: mlp,", "kind: none,", "7:18: stages.gates.gate.kind: expected 'scalar', 'vector'"),
+        ("mlp: 16", "mpl: 16", "7:48: unknown key 'mpl' in stages.gates.gate.shortcut: did you"),
+        ("steps: 30", "kind: mlp", "8:13: stages.gates.train.kind: kind belongs in gate"),
+        ("steps: 30", "recipe: ours", "8:13: stages.gates.train.recipe: recipe belongs beside"),
+        (
+            "use: gate",
+            "use: gate\n    steps: 1",
+            "9:13: stages.gates.train.steps: steps stands twi",
+        ),
+        ("{budgets: [0.8]}", "7", "9:5: stages.gates.calibrate: expected a mapping of settings"),
+        ("kind: mlp,", "init: gone.safetensors,", "7:18: there is no file "),
+    ],
+)
+def test_a_mistake_in_a_group_has_its_line(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    assert old in GROUPED
+    with pytest.raises(PipelineError) as caught:
+        load(tmp_path, GROUPED.replace(old, new, 1))
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from compose.bench.speed.turns import add_turns
+from compose.bench.speed.workloads import add_turns
 from compose.outputs.gather_speed import speculation_of, timed_parts
 from compose.outputs.sessions import Round, Session, Shape
 from compose.results.parts import Speculation, Speed

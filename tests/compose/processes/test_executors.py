@@ -14,12 +14,12 @@ from typing import get_args
 
 import psutil
 import pytest
+from jobs import write_idle_job
 
+from compose.contract import AnswerJob, Needs, Role
 from compose.errors import ArtifactError, StepError, UserError
 from compose.processes import worker_process
 from compose.processes.executors import LocalExecutor, make_executor
-from compose.processes.messages import Role
-from compose.processes.needs import Needs
 from compose.processes.worker_process import (
     LocalWorker,
     Worker,
@@ -27,11 +27,13 @@ from compose.processes.worker_process import (
     await_answer,
     worker_environment,
 )
-from compose.store import write_json
 from compose.workers.main import ROLES
 
 ROOT = Path(__file__).resolve().parents[3]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers"))),
+}
 
 
 def soon(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
@@ -55,7 +57,7 @@ def alive(pid: int) -> bool:
 def idle_cell(folder: Path) -> LocalWorker:
     """A worker of role `cell`: it imports nothing heavy and waits for commands."""
     job = folder / "job.json"
-    write_json(job, {"name": "dense"})
+    write_idle_job(job)
     worker = LocalExecutor(threads=3).start("cell", job, folder / "logs" / "cell.log")
     assert isinstance(worker, LocalWorker)
     return worker
@@ -112,10 +114,10 @@ def test_the_error_of_a_killed_worker_has_its_signal_and_the_end_of_its_log(tmp_
 PARENT = """
 import sys, time
 from pathlib import Path
-from compose.store import write_json
 from compose.processes.executors import LocalExecutor
+from jobs import write_idle_job
 folder = Path(sys.argv[1])
-write_json(folder / "job.json", {"name": "dense"})
+write_idle_job(folder / "job.json")
 worker = LocalExecutor().start("cell", folder / "job.json", folder / "cell.log")
 worker.send({"do": "speed", "round": 0, "batch": 1})
 worker.receive()
@@ -144,7 +146,7 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path) -> None:
 # What a stage may do: start a program, fork a child that keeps every pipe open, then block.
 FAMILY = """
 import os, subprocess, sys, time
-from compose.workers.lifetime import die_with_parent
+from compose.workers.protocol import die_with_parent
 from compose.workers.protocol import Channel
 if sys.argv[1] == "without":
     import ctypes  # the guard alone, as where the kernel offers nothing
@@ -286,7 +288,7 @@ def test_the_same_worker_runs_under_ray(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     executor = make_executor("ray", 1)
     try:
-        write_json(tmp_path / "job.json", {"name": "dense"})
+        write_idle_job(tmp_path / "job.json")
         for here in (False, True):
             worker = executor.start(
                 "cell", tmp_path / "job.json", tmp_path / "log", Needs(here=here)
@@ -305,4 +307,15 @@ def test_the_same_worker_runs_under_ray(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_one_off_question_is_answered(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no folder"):
-        ask_once("answer", {"folder": str(tmp_path / "absent"), "prompt": "?"})
+        ask_once(
+            AnswerJob(
+                folder=tmp_path / "absent",
+                prompt="?",
+                max_new_tokens=8,
+                budget=None,
+                speculate=None,
+                sampling={},
+                seed=0,
+                stop=(),
+            )
+        )

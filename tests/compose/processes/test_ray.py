@@ -20,9 +20,9 @@ import chaos
 import psutil
 import pytest
 
+from compose.contract import Allowed, Needs
 from compose.errors import StepError, UserError, WorkerLost
-from compose.processes.endings import Allowed, Ending, ending_of, lost
-from compose.processes.needs import Needs
+from compose.processes.endings import Ending, ending_of, lost
 from compose.processes.ray_nodes import SPEED
 
 ROOT = Path(__file__).resolve().parents[3]

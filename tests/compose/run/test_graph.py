@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from compose.errors import AssetError
-from compose.run.graph import Task, run_graph, thread_pool
+from compose.run.runner import run_graph, thread_pool
+from compose.run.state import Task
 
 
 def test_the_graph_keeps_order_and_uses_its_slots() -> None:

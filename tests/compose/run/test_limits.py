@@ -11,16 +11,18 @@ from typing import Any
 
 import pytest
 import scripted_runs as scripted
+from jobs import write_idle_job
 
+from compose.contract import UNLIMITED, Allowed
 from compose.errors import PipelineError, StepError, WorkerLost
 from compose.language.parse import load_pipeline
+from compose.memory import oom_kills
+from compose.planning.plan import cell_needs, step_needs
 from compose.planning.planner import make_plan
-from compose.processes.endings import UNLIMITED, Allowed, Ending, ending_of, lost, oom_kills
-from compose.processes.failures import is_lasting
-from compose.processes.needs import cell_needs, step_needs
+from compose.processes.endings import Ending, ending_of, is_lasting, lost
 from compose.processes.worker_process import LocalWorker
 from compose.run import runner as runner_module
-from compose.store import Store, write_json
+from compose.store import Store
 
 LIMITS = {"step": {"seconds": 60.0}, "cell": {"memory_mb": 500.0}}
 
@@ -109,7 +111,7 @@ def test_workers_are_asked_for_within_their_limits(tmp_path: Path) -> None:
 
 def idle(folder: Path, allowed: Allowed = UNLIMITED) -> LocalWorker:
     """A worker of role `cell`, which waits for commands."""
-    write_json(folder / "job.json", {"name": "dense"})
+    write_idle_job(folder / "job.json")
     return LocalWorker("cell", folder / "job.json", folder / "cell.log", 1, allowed)
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from compose.analysis.pick import pick
 from compose.artifacts.folder import write_lineage
 from compose.cli import app
+from compose.contract import CellJob, Job, read_job
 from compose.errors import PipelineError, PlanError, StepError, UserError
 from compose.language.parse import load_pipeline
 from compose.language.schema import Pipeline
@@ -41,8 +42,7 @@ from compose.stages.base import ModelShape
 from compose.stages.registry import STAGES
 from compose.terminal.live.progress import Board
 from compose.terminal.search import print_found
-from compose.workers.cell import _Cell
-from compose.workers.main import ROLES
+from compose.workers.main import ROLES, _Cell
 from compose.workers.protocol import answer
 
 Answer = dict[str, Any]
@@ -768,7 +768,7 @@ class Here(TimedHere):
     slots, local, timed_threads, attempts = 1, True, 1, 1
 
     def start(self, role: str, job: Path, log: Path, needs: Any = None) -> WorkerHere:
-        return WorkerHere(role, json.loads(job.read_text()))
+        return WorkerHere(role, read_job(role, job))  # type: ignore[arg-type]
 
     def close(self) -> None:
         pass
@@ -777,10 +777,10 @@ class Here(TimedHere):
 class WorkerHere:
     """A worker's own code, called where it is asked."""
 
-    def __init__(self, role: str, job: Answer) -> None:
+    def __init__(self, role: str, job: Job) -> None:
         self.answers: list[Answer] = []
-        if role == "cell":
-            self.cell = _Cell(job, self.progress)  # type: ignore[arg-type]
+        if isinstance(job, CellJob):
+            self.cell = _Cell(job, self.progress)
         else:
             self.answers = [answer(lambda: ROLES[role](job, self))]  # type: ignore[index,arg-type]
 

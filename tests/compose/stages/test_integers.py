@@ -19,7 +19,7 @@ import gateskip
 from compose.artifacts.bundle import write_loader
 from compose.artifacts.folder import copy_companions, probe_ids, probe_logits
 from compose.bench.quality.text import load_head
-from compose.bench.speed.footprint import held_bytes
+from compose.bench.speed.measure import held_bytes
 from compose.errors import RuleBroken, UserError
 from compose.stages.registry import STAGES, DataSpec, Gate, Int4, ModelShape, StageJob
 from compose.stages.shape import FUSED_QKV

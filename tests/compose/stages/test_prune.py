@@ -33,6 +33,7 @@ from compose.stages.registry import (
     PruneWidth,
     StageJob,
 )
+from compose.stages.text.split_text import split_blocks
 from gateskip.checkpoint import GateFile, load_gates, save_gates
 from gateskip.model.families import backbone
 from gateskip.model.gating import ANCHORS
@@ -101,7 +102,9 @@ def edited(tmp_path: Path) -> Callable[..., Path]:
 def blocks(folder: Path, spec: DataSpec) -> torch.Tensor:
     from transformers import AutoTokenizer
 
-    return job_of(folder, folder, spec).blocks("calibration", AutoTokenizer.from_pretrained(folder))
+    return split_blocks(
+        job_of(folder, folder, spec), "calibration", AutoTokenizer.from_pretrained(folder)
+    )
 
 
 def config(folder: Path) -> dict[str, Any]:

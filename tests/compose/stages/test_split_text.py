@@ -21,7 +21,7 @@ from compose.language.parse import load_pipeline
 from compose.outputs.run_folder import learns_from
 from compose.planning.prepare import load_plan
 from compose.stages.registry import DataSpec, StageJob
-from compose.stages.text.split_text import interleaved
+from compose.stages.text.split_text import interleaved, split_blocks
 from gateskip.decoding import self_generate
 from gateskip.decoding.self_generate import opening
 
@@ -35,7 +35,7 @@ def blocks(tiny_llama: Path, make_job: Callable[..., StageJob], tmp_path: Path) 
 
     def make(spec: DataSpec, count: int) -> torch.Tensor:
         job = make_job(tiny_llama, tmp_path / "made", train=spec)
-        return job.blocks("train", tokenizer, limit=count)
+        return split_blocks(job, "train", tokenizer, limit=count)
 
     return make
 
@@ -97,7 +97,7 @@ def test_the_same_text_is_written_once_for_all_stages(
     def text(source: Path, step: str, seed: int = 0) -> torch.Tensor:
         target = tmp_path / step / "model"
         job = make_job(source, target, train=spec, seed=seed, asset_cache=tmp_path / "cache")
-        return job.blocks("train", tokenizer)
+        return split_blocks(job, "train", tokenizer)
 
     first = text(tiny_llama, "one")
     assert torch.equal(text(tiny_llama, "two"), first) and written == [4]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 import gateskip
 from compose.artifacts.folder import copy_companions
-from compose.bench.speed.footprint import held_bytes
+from compose.bench.speed.measure import held_bytes
 from compose.errors import RuleBroken, UserError
 from compose.stages.registry import (
     DataSpec,

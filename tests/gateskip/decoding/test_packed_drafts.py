@@ -15,7 +15,7 @@ from torch import Tensor
 import gateskip
 from compose.artifacts.folder import copy_companions
 from compose.bench.quality.lossless import check_lossless
-from compose.bench.speed.footprint import held_bytes
+from compose.bench.speed.measure import held_bytes
 from compose.stages.registry import STAGES, DataSpec, StageJob
 from gateskip.decoding import draft_choice
 from gateskip.decoding.decoder import Decoder

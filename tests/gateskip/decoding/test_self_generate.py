@@ -12,6 +12,7 @@ import gateskip
 from compose.assets import SELF_WRITTEN, load_texts
 from compose.errors import AssetError
 from compose.stages.registry import DataSpec, StageJob
+from compose.stages.text.split_text import split_blocks
 from gateskip.decoding.self_generate import TOGETHER, opening, write
 
 
@@ -50,11 +51,11 @@ def test_stages_read_it_like_any_text(
         progress=lambda done, total, note: notes.append(note),
     )
     tokenizer = gateskip.load(folder).tokenizer
-    train = job.blocks("train", tokenizer)
+    train = split_blocks(job, "train", tokenizer)
     assert train.shape == (6, 40) and notes
     notes.clear()
-    assert torch.equal(train, job.blocks("train", tokenizer)) and not notes  # kept
-    assert not torch.equal(train, job.blocks("calibration", tokenizer))
-    assert job.blocks("train", tokenizer, 32, 4).shape == (4, 32)
+    assert torch.equal(train, split_blocks(job, "train", tokenizer)) and not notes  # kept
+    assert not torch.equal(train, split_blocks(job, "calibration", tokenizer))
+    assert split_blocks(job, "train", tokenizer, 32, 4).shape == (4, 32)
     with pytest.raises(AssetError, match="written by the model"):
         load_texts(SELF_WRITTEN)

@@ -12,7 +12,7 @@ import torch
 
 import gateskip
 from compose.artifacts.folder import write_lineage
-from compose.processes.messages import StepRequest
+from compose.contract import DataSpec, StepJob
 from compose.stages.gate import Gate
 from compose.workers.step import run_step
 from gateskip.kernels import autotune
@@ -107,7 +107,7 @@ def test_a_step_makes_the_same_whatever_the_stopwatch_said(
         shutil.copyfile(path, source / path.name)
     write_lineage(source, {"name": "source", "use": "source"}, [])
     gates = Gate(steps=2, length=32, calibration_blocks=2, budgets=(0.8,), shortcut=4)
-    text = {"source": "self-written", "limit": 6, "length": 32}
+    text = DataSpec(source="self-written", limit=6, length=32)
     made = []
     for faster in (True, False):
         autotune._answered.cache_clear()
@@ -115,23 +115,25 @@ def test_a_step_makes_the_same_whatever_the_stopwatch_said(
         pretend(monkeypatch, True, faster)
         assert bfloat16_is_faster() == faster, "and that is what is stored"
         folder = tmp_path / str(faster)
-        request: StepRequest = {
-            "key": "0" * 16,
-            "name": "gates",
-            "stage": gates.model_dump(mode="json"),
-            "model": str(source),
-            "keep_blocks": False,
-            "dtype": "float32",
-            "seed": 0,
-            "data": {"train": text, "calibration": text},
-            "source": str(source),
-            "dense": str(source),
-            "target": str(folder / "model"),
-            "check": str(folder / "check.safetensors"),
-            "work": str(folder / "work"),
-            "asset_cache": str(folder / "cache"),
-        }
-        run_step(request, lambda *_, **__: None)
+        job = StepJob(
+            key="0" * 16,
+            name="gates",
+            stage=gates.model_dump(mode="json"),
+            model=str(source),
+            keep_blocks=False,
+            dtype="float32",
+            seed=0,
+            train=text,
+            calibration=text,
+            source=source,
+            dense=source,
+            target=folder / "model",
+            check=folder / "check.safetensors",
+            work=folder / "work",
+            asset_cache=folder / "cache",
+            tensorboard=None,
+        )
+        run_step(job, lambda *_, **__: None)
         files = ("model/gates.safetensors", "model/gateskip.json", "model/model.safetensors")
         written = sorted((folder / "cache" / "own-text").glob("*/*.safetensors"))
         assert len(written) == 2

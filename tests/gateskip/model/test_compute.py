@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from compose.bench.speed.footprint import dense_work
+from compose.bench.speed.measure import dense_work
 from compose.stages.prune.edit import keep_layers
 from gateskip.decoding.decoder import Decoder
 from gateskip.gates.kinds import make_gates

@@ -9,7 +9,7 @@ import pytest
 import torch
 from random_grids import MIXED, on_grids, random_grid
 
-from compose.bench.speed.footprint import held_bytes
+from compose.bench.speed.measure import held_bytes
 from gateskip.kernels import abi, build, ops
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.grid import Grid

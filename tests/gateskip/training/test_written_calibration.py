@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from compose.contract import DataSpec
 from compose.stages.gate import Gate
-from compose.stages.text.data_spec import DataSpec
 from compose.stages.text.prompts import prompts_to_answer
 from gateskip.calibration.thresholds import Sample, calibrate_everywhere, kept_by
 from gateskip.calibration.warm_start import warm_start

@@ -1,23 +1,31 @@
-"""Failures that are kept as results: crashes, hangs and kills, which would come again.
+"""What becomes of work that failed: tried again where it was taken away, else kept as a result.
 
     runs/NAME/failed/NAME.json    why a step (by its key) or a cell (by its name) failed, and a key
 
 A run passes over what has failed under the same key, until `gateskip run --retry-failed`. The key
 covers what is made or measured, its limits and the code: a raised limit tries again by itself.
+
+What a worker raised, a crash of its own and a limit that it hit are results. Being taken away (its
+node went, it was killed) is none: an executor of many machines starts the work again (`attempted`),
+on another node where there is one, and a step goes on from its checkpoint. The number of attempts
+is bounded: work that needs more memory than any node has is killed on each.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
+from compose.errors import WorkerLost
 from compose.outputs.run_folder import file_name
 from compose.planning.fingerprint import fingerprint
 from compose.planning.keys import digest
 from compose.planning.plan import Cell, Step
-from compose.processes.failures import Failure, failure_of, first_line, is_lasting
-from compose.run.state import RunState
+from compose.processes.endings import Failure, ending_of, failure_of, first_line, is_lasting
+from compose.run.state import Line, RunState
 from compose.store import read_json, write_json
 from compose.units import printable
 
@@ -109,3 +117,23 @@ def _cell_key(run: RunState, cell: Cell) -> str:
             "code": fingerprint(),
         }
     )
+
+
+Made = TypeVar("Made")
+
+
+def attempted(run: RunState, name: str, line: Line, work: Callable[[], Made]) -> Made:
+    """What `work` returns, begun again while its worker is taken away, up to the executor's bound.
+
+    Raises as `work`; the last error where every attempt was lost.
+    """
+    most = run.workers.executor.attempts
+    for attempt in range(1, most + 1):
+        try:
+            return work()
+        except WorkerLost as error:
+            if attempt == most or not ending_of(error).from_outside:
+                raise
+            run.board.print(f"! {name}, attempt {attempt} of {most}: {first_line(error)}")
+            line.update(0, 1, f"attempt {attempt + 1} of {most}")
+    raise AssertionError("an executor allows one attempt at least")
