@@ -16,10 +16,10 @@ from compose.analysis.compare import Change, Outcome, compare, regressions
 from compose.results.schema import Results
 from compose.units import bytes_text
 from reports import html
-from reports.columns import Tone
-from reports.numbers import DASH, THIN, TIMES, number, percent, span
 from reports.render import markdown_of, write
-from reports.run_tables import Lines
+from reports.tables.columns import Tone
+from reports.tables.numbers import DASH, THIN, TIMES, number, percent, span
+from reports.tables.run_tables import Lines
 from reports.text import day
 
 TONES: dict[Outcome, Tone] = {

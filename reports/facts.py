@@ -6,11 +6,12 @@ from typing import Any
 
 from compose.analysis.metrics import retained_basis
 from compose.units import duration_text
-from reports import columns, plots, run_tables, tables, verdicts
+from reports import plots
 from reports.answers import answers
 from reports.load import Report
-from reports.speculation_columns import timed_histogram
 from reports.summary import summary
+from reports.tables import cells, columns, run_tables, verdicts
+from reports.tables.speculation import timed_histogram
 from reports.text import day
 
 PICTURES = "report-files"
@@ -52,15 +53,15 @@ def facts_of(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
 def tables_of(report: Report) -> dict[str, columns.Table]:
     """Every table of cells, by its section."""
     return {
-        "cells": tables.overview(report),
-        "verdicts": tables.verdicts(report),
-        "quality": tables.quality(report),
-        "seeds": tables.seeds(report),
-        "speed": tables.speed(report),
-        "memory": tables.memory(report),
-        "speculation": tables.speculation(report),
-        "lossless": tables.lossless(report),
-        "arithmetic": tables.arithmetic(report),
+        "cells": cells.overview(report),
+        "verdicts": cells.verdicts(report),
+        "quality": cells.quality(report),
+        "seeds": cells.seeds(report),
+        "speed": cells.speed(report),
+        "memory": cells.memory(report),
+        "speculation": cells.speculation(report),
+        "lossless": cells.lossless(report),
+        "arithmetic": cells.arithmetic(report),
     }
 
 

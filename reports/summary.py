@@ -9,9 +9,9 @@ from compose.analysis.metrics import METRICS, gain
 from compose.analysis.pick import fastest_that_keeps, retained_bound
 from compose.analysis.verdicts import KEEP
 from compose.units import bytes_text
-from reports.columns import Tone, gain_note, sure_tone
 from reports.load import Report, Row
-from reports.numbers import DASH, THIN, TIMES, factor, number, percent, ratio, times
+from reports.tables.columns import Tone, gain_note, sure_tone
+from reports.tables.numbers import DASH, THIN, TIMES, factor, number, percent, ratio, times
 
 NO_EVIDENCE = "no evidence"
 _KEEPS = f"{100 * KEEP:.0f}{THIN}%"

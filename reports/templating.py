@@ -5,7 +5,7 @@ from __future__ import annotations
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from compose.units import bytes_text, duration_text
-from reports import numbers
+from reports.tables import numbers
 
 
 def environment(*, autoescape: bool) -> Environment:

@@ -13,10 +13,10 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLoc
 
 from reports.families import NOT_QUANTIZED
 from reports.load import Report, Row
-from reports.numbers import TIMES, number, percent
 from reports.plots.canvas import Frame
 from reports.plots.marks import SHAPES, short
 from reports.plots.theme import Theme
+from reports.tables.numbers import TIMES, number, percent
 
 FURTHEST_RATIO = 10.0  # the axis ends here; cells beyond it stand at the edge, with their number
 FURTHEST_KL = 3.0  # the same in nats

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from compose.results.parts import Estimate
 from reports.load import Report, Row
-from reports.numbers import TIMES, estimate, megabytes, number, share
+from reports.tables.numbers import TIMES, estimate, megabytes, number, share
 
 TITLES = {
     "decode": "Quality against decode speed",

@@ -10,7 +10,6 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from reports.load import Report, Row
-from reports.numbers import THIN, TIMES, megabytes, number, ratio, share
 from reports.plots.canvas import Frame, PictureSpec
 from reports.plots.marks import draw_marks, write_names
 from reports.plots.scatter import (
@@ -22,6 +21,7 @@ from reports.plots.scatter import (
     scale_of,
 )
 from reports.plots.spread import XAxis, x_axis
+from reports.tables.numbers import THIN, TIMES, megabytes, number, ratio, share
 
 _NB = "\u00a0"
 NAMED_MOST = 8  # more names than this on a front, and the caption counts them instead

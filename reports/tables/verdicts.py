@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from compose.results.parts import Outcome
-from reports.columns import Entry, Tone
 from reports.load import Report, Row
+from reports.tables.columns import Entry, Tone
 
 TONES: dict[Outcome, Tone] = {
     "ACCEPT": "good",

@@ -9,7 +9,7 @@ from typing import Any
 from compose.results.parts import SkippingFigures
 from compose.units import bytes_text, duration_text
 from reports.load import Report
-from reports.numbers import DASH, TIMES, count, number, percent
+from reports.tables.numbers import DASH, TIMES, count, number, percent
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from compose.analysis.metrics import half_width, over_seeds, task_retained
 from compose.results.parts import OwnAnswers, Quality, TaskScore, TextCompute
-from reports.columns import Column, Entry, Make, tone
 from reports.load import Report, Row
-from reports.numbers import NO_DIFFERENCE, number, share, span
+from reports.tables.columns import Column, Entry, Make, tone
+from reports.tables.numbers import NO_DIFFERENCE, number, share, span
 
 RATIO_HELP = "Perplexity over the dense model's; 1 is no loss. Below it: the 95 % interval."
 KL_HELP = "Mean KL divergence from the dense model, a token. Below it: the 95 % interval."

@@ -5,10 +5,10 @@ A number that was not measured is an en dash. A column that no cell has is left 
 
 from __future__ import annotations
 
-from reports.columns import Column, Entry, Table, metric_column, retained_help, table_of
 from reports.load import Report, Row
-from reports.numbers import TIMES, megabytes, millis, number, ratio, share, span
-from reports.quality_columns import (
+from reports.tables.columns import Column, Entry, Table, metric_column, retained_help, table_of
+from reports.tables.numbers import TIMES, megabytes, millis, number, ratio, share, span
+from reports.tables.quality import (
     AGREE_HELP,
     KL_HELP,
     OWN_KL_HELP,
@@ -28,7 +28,7 @@ from reports.quality_columns import (
     task_kept_column,
     task_score_column,
 )
-from reports.speculation_columns import (
+from reports.tables.speculation import (
     ACCEPTED_HELP,
     LOSSLESS_HELP,
     MEAN_HELP,
@@ -47,7 +47,7 @@ from reports.speculation_columns import (
     speedup_entry,
     usual_draft_entry,
 )
-from reports.speed_columns import (
+from reports.tables.speed import (
     DECODE_HELP,
     PAIRED_HELP,
     PREFILL_HELP,
@@ -63,7 +63,7 @@ from reports.speed_columns import (
     spread_of,
     timed_entry,
 )
-from reports.verdicts import VERDICT_HELP, verdict_entry, why_entry
+from reports.tables.verdicts import VERDICT_HELP, verdict_entry, why_entry
 
 
 def overview(report: Report) -> Table:

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from compose.results.parts import Estimate, Measured, SpeedNumbers
-from reports.columns import Column, Entry, Make
 from reports.load import Report, Row
-from reports.numbers import NO_DIFFERENCE, TIMES, count, megabytes, number, share, span, times
+from reports.tables.columns import Column, Entry, Make
+from reports.tables.numbers import (
+    NO_DIFFERENCE,
+    TIMES,
+    count,
+    megabytes,
+    number,
+    share,
+    span,
+    times,
+)
 
 DECODE_HELP = (
     "New tokens a second at batch 1, median of the repeats; beside it, over the dense model:"

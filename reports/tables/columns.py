@@ -11,7 +11,7 @@ from compose.analysis.pick import retained_bound
 from compose.analysis.verdicts import KEEP
 from compose.results.parts import Estimate
 from reports.load import Report, Row
-from reports.numbers import DASH, NO_DIFFERENCE, estimate, span, times
+from reports.tables.numbers import DASH, NO_DIFFERENCE, estimate, span, times
 
 Tone = Literal["good", "fair", "poor", "unknown", "same"]
 

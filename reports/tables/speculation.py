@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from reports.columns import Column, Entry, Make
 from reports.load import Report, Row
-from reports.numbers import NO_DIFFERENCE, THIN, count, divergence, share, span, times
+from reports.tables.columns import Column, Entry, Make
+from reports.tables.numbers import NO_DIFFERENCE, THIN, count, divergence, share, span, times
 
 POSITION_HELP = "Accepted at this place of a draft, where all before it was."
 SHOWN_POSITIONS = 6

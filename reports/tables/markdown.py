@@ -6,10 +6,10 @@ import re
 from typing import Any
 
 from compose.units import printable
-from reports import columns, numbers
 from reports.load import Row
-from reports.run_tables import Lines
-from reports.speculation_columns import Histogram
+from reports.tables import columns, numbers
+from reports.tables.run_tables import Lines
+from reports.tables.speculation import Histogram
 
 
 class Raw(str):
