@@ -338,12 +338,12 @@ def gguf(
     ] = None,
 ) -> None:
     """Write a model folder as a GGUF file for llama.cpp; it is loaded back before it stays."""
+    from compose.numbers import bytes_text, metric_text
     from compose.processes.worker_process import ask_once
-    from compose.units import bytes_text
 
     job = {"folder": str(folder.absolute()), "file": str(to.absolute()), "kind": kind}
     written = ask_once("gguf", job)
-    size, kl = bytes_text(written["bytes"]), f"{written['kl']:.2g}"
+    size, kl = bytes_text(written["bytes"]), metric_text("kl", written["kl"])
     said = f"{to}: {size}, {written['kind']}, loads back"
     typer.echo(f"{said}; KL of its predictions to the folder's: {kl}")
 

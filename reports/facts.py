@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from compose.analysis.metrics import retained_basis
-from compose.units import duration_text
+from compose.analysis.verdicts import TONES
+from compose.numbers import duration_text
+from compose.table import Table
 from reports import plots
 from reports.answers import answers
-from reports.load import Report
+from reports.load import Report, Row
 from reports.summary import summary
 from reports.tables import cells, columns, run_tables, verdicts
 from reports.tables.speculation import timed_histogram
@@ -27,7 +29,7 @@ def facts_of(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
         "subtitle": subtitle(report),
         "counts": counts(report),
         "verdict_counts": verdicts.counts(report),
-        "verdict_tones": verdicts.TONES,
+        "verdict_tones": TONES,
         "best": summary(report),
         "choices": choices(report),
         "tables": shown,
@@ -50,7 +52,7 @@ def facts_of(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
     }
 
 
-def tables_of(report: Report) -> dict[str, columns.Table]:
+def tables_of(report: Report) -> dict[str, Table[Row]]:
     """Every table of cells, by its section."""
     return {
         "cells": cells.overview(report),

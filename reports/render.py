@@ -60,8 +60,8 @@ def markdown_of(template: str, facts: Mapping[str, Any]) -> str:
     jinja = environment(autoescape=False)
     jinja.finalize = markdown.escaped_unless_raw
     jinja.filters |= {
+        "cells": markdown.cells_markdown,
         "table": markdown.markdown_table,
-        "lines": markdown.markdown_lines,
         "fenced": markdown.fenced,
         "bars": markdown.bars,
         "raw": markdown.Raw,

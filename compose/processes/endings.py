@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compose.errors import WorkerLost
-from compose.units import bytes_text, duration_text
+from compose.numbers import bytes_text, duration_text
 
 REQUESTS = ("SIGTERM", "SIGINT", "SIGHUP")
 """Signals by which someone asks for an end: they say nothing about the work."""

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from compose.errors import StepError, UserError
+from compose.numbers import bytes_text
 from compose.processes.endings import Ending, lost
 from compose.processes.failures import first_line
 from compose.processes.messages import Message, Role
@@ -24,7 +25,6 @@ from compose.processes.needs import ANYWHERE, Needs
 from compose.processes.ray_nodes import Kind, Node, TimedNodes, accelerator_of
 from compose.processes.worker_process import GRACE_S, LocalWorker, Worker
 from compose.results.environment import capture_environment
-from compose.units import bytes_text
 
 ATTEMPTS = 3
 

@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 
 from compose.errors import ComposeError, StepError
+from compose.numbers import bytes_text
 from compose.planning.plan import Step
 from compose.planning.prepare import model_shape
 from compose.run.state import RunState
 from compose.stages.base import Stage
-from compose.units import bytes_text
 from gateskip.training.recipe import WHOLE
 
 SPARE_BYTES = 64_000_000

@@ -30,7 +30,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("gateskip",),
     # the pipeline around it
     ("compose.errors",),
-    ("compose.hashes",),
+    ("compose.hashes", "compose.numbers"),
+    ("compose.table",),
     ("compose.store", "compose.units", "compose.memory", "compose.extras"),
     ("compose.results", "compose.artifacts", "compose.mirror"),
     ("compose.analysis",),
@@ -58,7 +59,9 @@ ALLOWED = {
         "compose.analysis",
         "compose.results",
         "compose.errors",
+        "compose.numbers",
         "compose.store",
+        "compose.table",
         "compose.units",
     ),
 }

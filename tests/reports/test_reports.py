@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 from report_data import estimate, made_up_cell, made_up_results, many_cells, with_evidence
 
 from compose.errors import UserError
+from compose.numbers import PAGE
 from compose.results.io import save_results
 from compose.results.schema import CellResult, Results
+from compose.table import Entry, Table
 from reports import Report, Row, pareto, render
 from reports.answers import Answer, answers
 from reports.comparison import compare_runs, line
@@ -36,10 +38,9 @@ from reports.plots.svg import inline
 from reports.render import to_html, to_markdown
 from reports.summary import NO_EVIDENCE, summary
 from reports.tables import cells, run_tables
-from reports.tables.columns import Entry, Table, tone
+from reports.tables.columns import tone
 from reports.tables.csv_file import to_csv
 from reports.tables.markdown import escape_markdown, fenced
-from reports.tables.numbers import number
 from reports.tables.speculation import timed_histogram
 from reports.text import breakable
 
@@ -271,7 +272,11 @@ def test_timed_speculation_and_the_lossless_check_are_two_tables(evident: Report
     assert "fell back to plain decoding" in to_markdown(evident, {})
 
 
-def _by_head(table: Table, entries: tuple[Entry, ...]) -> dict[str, Entry]:
+def _texts(table: Table[None]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(entry.text for entry in entries) for _, entries in table.rows)
+
+
+def _by_head(table: Table[Row], entries: tuple[Entry, ...]) -> dict[str, Entry]:
     return {c.label: entry for c, entry in zip(table.columns, entries, strict=True)}
 
 
@@ -353,7 +358,7 @@ def test_what_else_is_known_of_the_run_is_said(evident: Report) -> None:
     ):
         assert known in words
         assert escape_markdown(known) in markdown
-    assert run_tables.curves(evident).rows == (
+    assert _texts(run_tables.curves(evident)) == (
         (
             "gates, likelihood tasks",
             "published",
@@ -680,7 +685,7 @@ def test_pareto_is_what_its_definition_says(points: list[tuple[float, float]]) -
     ],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert number(value) == text
+    assert PAGE.number(value) == text
 
 
 @pytest.mark.parametrize(
