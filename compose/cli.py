@@ -247,11 +247,19 @@ def _settings(
     """Settings of a run under this command line."""
     from compose.assets import default_cache
     from compose.run.state import Settings
+    from compose.terminal.reports import draw_report
     from compose.units import public_path
 
     command = shlex.join(["gateskip", *map(public_path, sys.argv[1:])])
     return Settings(
-        out, default_cache(), command, only, again, tensorboard, retry_failed=retry_failed
+        out,
+        default_cache(),
+        command,
+        only,
+        again,
+        tensorboard,
+        retry_failed=retry_failed,
+        draw=draw_report,
     )
 
 
