@@ -12,7 +12,7 @@ from compose.errors import UserError
 from compose.stages.base import ModelShape, Role, Split, Stage, StageJob
 from compose.stages.memory import AS_STORED, TRAINED, training_bytes
 from compose.stages.on_policy import OnPolicyText, as_settings, require_room
-from compose.stages.text.prompts import prompts_to_answer
+from compose.stages.prompts import prompts_to_answer
 from gateskip.calibration.settings import DEFAULT_BUDGETS, Allocation, PromptOrder
 from gateskip.training.recipe import RECIPES, TrainConfig
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from compose.stages.gate import Gate
+from compose.stages.prompts import prompts_to_answer
 from compose.stages.text.data_spec import DataSpec
-from compose.stages.text.prompts import prompts_to_answer
 from gateskip.calibration.thresholds import Sample, calibrate_everywhere, kept_by
 from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import load_gates
