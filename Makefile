@@ -1,7 +1,7 @@
 # Every target makes its own .venv from nothing but python3 and pip; nothing has to be activated.
 #   make quickstart    the whole way on a real model: matrix, report, export, an answer
 #   make test          every test          make test ARGS="tests/compose/planning/test_plan.py -m 'not real'"
-#   make check         format, lint, types, import guard
+#   make check         format, lint, types, imports
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
 #   make repeatability  equal runs against each other, then planted differences (half an hour)
@@ -58,7 +58,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --quiet tests/guards/test_imports.py
+	$(BIN)/lint-imports
 
 # Needs a C++ compiler with its sanitizers, and nothing of Python. The stack that finds uses after return has no
 # 64-byte alignment, so it is off.

@@ -247,11 +247,19 @@ def _settings(
     """Settings of a run under this command line."""
     from compose.assets import default_cache
     from compose.run.state import Settings
+    from compose.terminal.reports import draw_report
     from compose.units import public_path
 
     command = shlex.join(["gateskip", *map(public_path, sys.argv[1:])])
     return Settings(
-        out, default_cache(), command, only, again, tensorboard, retry_failed=retry_failed
+        out,
+        default_cache(),
+        command,
+        only,
+        again,
+        tensorboard,
+        retry_failed=retry_failed,
+        draw=draw_report,
     )
 
 
@@ -339,11 +347,11 @@ def gguf(
 ) -> None:
     """Write a model folder as a GGUF file for llama.cpp; it is loaded back before it stays."""
     from compose.contract import GgufJob
+    from compose.numbers import bytes_text, metric_text
     from compose.processes.worker_process import ask_once
-    from compose.units import bytes_text
 
     written = ask_once(GgufJob(folder.absolute(), to.absolute(), kind))
-    size, kl = bytes_text(written["bytes"]), f"{written['kl']:.2g}"
+    size, kl = bytes_text(written["bytes"]), metric_text("kl", written["kl"])
     said = f"{to}: {size}, {written['kind']}, loads back"
     typer.echo(f"{said}; KL of its predictions to the folder's: {kl}")
 

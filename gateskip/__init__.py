@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module  # noqa: TID251
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from compose.analysis.compare import Change, Outcome, compare, regressions
+from compose.numbers import DASH, PAGE, THIN, TIMES, bytes_text, three_decimals
 from compose.results.schema import Results
-from compose.units import bytes_text
+from compose.table import Tone, text_table
 from reports import html
-from reports.columns import Tone
-from reports.numbers import DASH, THIN, TIMES, number, percent, span
 from reports.render import markdown_of, write
-from reports.run_tables import Lines
 from reports.text import day
 
 TONES: dict[Outcome, Tone] = {
@@ -90,7 +88,7 @@ def line(pair: Pair) -> str:
 def _facts(pair: Pair) -> dict[str, Any]:
     """A pair for the templates: the telling outcomes as tables, each in the order of the cells."""
     tables = {
-        outcome: Lines(HEADS, tuple(row(c) for c in pair.changes if c.outcome == outcome))
+        outcome: text_table(HEADS, [row(c) for c in pair.changes if c.outcome == outcome])
         for outcome, _ in pair.counts
     }
     return {"after": _name(pair.after), "counts": pair.counts, "tables": tables}
@@ -115,10 +113,10 @@ def _number(change: Change, value: float | None) -> str:
         return DASH
     kind = change.metric.partition(",")[0]
     if kind in ("decode", "prefill"):
-        return f"{TIMES}{value:.2f}"
+        return PAGE.times(value)
     if kind in ("size", "resident"):
         return bytes_text(value)
-    return percent(value) if kind in ("accuracy", "saved") else number(value)
+    return PAGE.percent(value) if kind in ("accuracy", "saved") else PAGE.number(value)
 
 
 def _effect(change: Change) -> str:
@@ -128,8 +126,8 @@ def _effect(change: Change) -> str:
         return DASH
     if change.metric == "accuracy":
         points = [100 * value for value in (own.value, own.low, own.high)]
-        return f"{points[0]:+.1f} ({span(points[1], points[2], '{:+.1f}'.format)}){THIN}points"
-    return f"{TIMES}{own.value:.3f} ({span(own.low, own.high, '{:.3f}'.format)})"
+        return f"{points[0]:+.1f} ({PAGE.span(points[1], points[2], '{:+.1f}'.format)}){THIN}points"
+    return f"{TIMES}{three_decimals(own.value)} ({PAGE.span(*own.ci95, three_decimals)})"
 
 
 def _as_json(pair: Pair) -> dict[str, Any]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from compose.analysis.metrics import retained_basis
-from compose.units import duration_text
-from reports import columns, plots, run_tables, tables, verdicts
+from compose.analysis.verdicts import TONES
+from compose.numbers import duration_text
+from compose.table import Table
+from reports import plots
 from reports.answers import answers
-from reports.load import Report
-from reports.speculation_columns import timed_histogram
+from reports.load import Report, Row
 from reports.summary import summary
+from reports.tables import cells, columns, run_tables, verdicts
+from reports.tables.speculation import timed_histogram
 from reports.text import day
 
 PICTURES = "report-files"
@@ -26,7 +29,7 @@ def facts_of(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
         "subtitle": subtitle(report),
         "counts": counts(report),
         "verdict_counts": verdicts.counts(report),
-        "verdict_tones": verdicts.TONES,
+        "verdict_tones": TONES,
         "best": summary(report),
         "choices": choices(report),
         "tables": shown,
@@ -49,18 +52,18 @@ def facts_of(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
     }
 
 
-def tables_of(report: Report) -> dict[str, columns.Table]:
+def tables_of(report: Report) -> dict[str, Table[Row]]:
     """Every table of cells, by its section."""
     return {
-        "cells": tables.overview(report),
-        "verdicts": tables.verdicts(report),
-        "quality": tables.quality(report),
-        "seeds": tables.seeds(report),
-        "speed": tables.speed(report),
-        "memory": tables.memory(report),
-        "speculation": tables.speculation(report),
-        "lossless": tables.lossless(report),
-        "arithmetic": tables.arithmetic(report),
+        "cells": cells.overview(report),
+        "verdicts": cells.verdicts(report),
+        "quality": cells.quality(report),
+        "seeds": cells.seeds(report),
+        "speed": cells.speed(report),
+        "memory": cells.memory(report),
+        "speculation": cells.speculation(report),
+        "lossless": cells.lossless(report),
+        "arithmetic": cells.arithmetic(report),
     }
 
 

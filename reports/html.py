@@ -14,8 +14,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from reports import columns
 from reports.plots.theme import css_variables
+from reports.tables import columns
 from reports.templating import environment
 from reports.text import anchor, breakable, plain_unless_markup
 

@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from reports.templating import environment
 from reports.text import plain_unless_markup
 
 
 def to_html(insight: dict[str, Any], name: str) -> str:
     """The page, which needs no other file. `insight` is what `gateskip insight --json` prints."""
     shares = [token["compute"] for token in insight["tokens"]]
-    environment = Environment(
-        loader=PackageLoader("reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=plain_unless_markup,
-    )
-    return environment.get_template("insight.html.j2").render(
+    jinja = environment(autoescape=True)
+    jinja.finalize = plain_unless_markup
+    return jinja.get_template("insight.html.j2").render(
         name=name,
         budget=insight["budget"],
         tokens=[

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from compose.store import new_file
-from reports import html, markdown, plots
-from reports.csv_file import to_csv
+from reports import html, plots
 from reports.facts import PICTURES, facts_of
 from reports.load import Report, read
+from reports.tables import markdown
+from reports.tables.csv_file import to_csv
 from reports.templating import environment
 
 
@@ -59,8 +60,8 @@ def markdown_of(template: str, facts: Mapping[str, Any]) -> str:
     jinja = environment(autoescape=False)
     jinja.finalize = markdown.escaped_unless_raw
     jinja.filters |= {
+        "cells": markdown.cells_markdown,
         "table": markdown.markdown_table,
-        "lines": markdown.markdown_lines,
         "fenced": markdown.fenced,
         "bars": markdown.bars,
         "raw": markdown.Raw,

@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from compose.analysis.metrics import METRICS, gain
 from compose.analysis.pick import fastest_that_keeps, retained_bound
 from compose.analysis.verdicts import KEEP
-from compose.units import bytes_text
-from reports.columns import Tone, gain_note, sure_tone
+from compose.numbers import DASH, PAGE, THIN, TIMES, bytes_text, three_decimals
+from compose.table import Tone
 from reports.load import Report, Row
-from reports.numbers import DASH, THIN, TIMES, factor, number, percent, ratio, times
+from reports.tables.columns import gain_note, sure_tone
 
 NO_EVIDENCE = "no evidence"
-_KEEPS = f"{100 * KEEP:.0f}{THIN}%"
+
+
+def _whole_percent(share: float) -> str:
+    return PAGE.whole(100 * share)
+
+
+_KEEPS = f"{_whole_percent(KEEP)}{THIN}%"
 Fact = tuple[str, str, Tone | None]
 
 
@@ -60,11 +66,11 @@ def _dense(report: Report) -> Best:
     speed = row.get("decode")
     facts: list[Fact] = _facts(
         ("Size", row.get("size"), bytes_text),
-        ("Prefill", row.get("prefill"), lambda value: f"{number(value)} tok/s"),
-        ("Mean task score", row.get("accuracy"), percent),
-        ("Perplexity", row.get("perplexity"), number),
+        ("Prefill", row.get("prefill"), lambda value: f"{PAGE.number(value)} tok/s"),
+        ("Mean task score", row.get("accuracy"), PAGE.percent),
+        ("Perplexity", row.get("perplexity"), PAGE.number),
     )
-    figure = DASH if speed is None else number(speed)
+    figure = DASH if speed is None else PAGE.number(speed)
     return Best("Dense model", row, figure, "tokens/s, decode", tuple(facts))
 
 
@@ -92,8 +98,8 @@ def _smallest(report: Report, own: Sequence[Row]) -> Best:
     elif sure != row:
         note = f"Smallest that keeps {_KEEPS}: {sure.cell.name}, {bytes_text(sure.values['size'])}"
     smaller = None if row.is_baseline else gain(report.results, "size", row.cell)
-    unit = "on disk" if smaller is None else f"{times(smaller)} of dense"
-    facts = _facts(("Decode", row.get("decode"), lambda value: f"{number(value)} tok/s"))
+    unit = "on disk" if smaller is None else f"{PAGE.times(smaller)} of dense"
+    facts = _facts(("Decode", row.get("decode"), lambda value: f"{PAGE.number(value)} tok/s"))
     facts += _quality_facts(report, row)
     return Best("Smallest", row, bytes_text(row.values["size"]), unit, tuple(facts), note)
 
@@ -102,7 +108,7 @@ def _winner(report: Report, aim: str, row: Row | None, note: str = "") -> Best:
     if row is None:
         return Best(aim, None, note=note)
     speed = row.get("decode")
-    figure = DASH if speed is None else number(speed)
+    figure = DASH if speed is None else PAGE.number(speed)
     against = gain_note(report, row, "decode")
     unit = "tokens/s, decode" + (f", {against} of dense" if against.startswith(TIMES) else "")
     if against and not against.startswith(TIMES):
@@ -110,7 +116,7 @@ def _winner(report: Report, aim: str, row: Row | None, note: str = "") -> Best:
     facts = _facts(("Size", row.get("size"), bytes_text)) + _quality_facts(report, row)
     own = row.cell.speculation
     if own is not None and own.speedup is not None:
-        facts.append(("Over plain", factor(own.speedup, own.speedup_ci95), None))
+        facts.append(("Over plain", PAGE.ratio(own.speedup, own.speedup_ci95), None))
     return Best(aim, row, figure, unit, tuple(facts), note)
 
 
@@ -120,10 +126,12 @@ def _quality_facts(report: Report, row: Row) -> list[Fact]:
     if kept is not None and not row.is_baseline:
         ends = report.interval(row, "retained")
         known = retained_bound(report.results, row.cell) is not None and ends is not None
-        within = f"{100 * ends[0]:.0f}–{100 * ends[1]:.0f}" if known and ends else NO_EVIDENCE
-        facts.append(("Keeps", f"{percent(kept)} ({within})", sure_tone(report, row, "retained")))
+        within = PAGE.span(*ends, _whole_percent) if known and ends else NO_EVIDENCE
+        facts.append(
+            ("Keeps", f"{PAGE.percent(kept)} ({within})", sure_tone(report, row, "retained"))
+        )
     return facts + _facts(
-        ("Perplexity", row.get("perplexity-ratio"), lambda value: f"{TIMES}{ratio(value)}")
+        ("Perplexity", row.get("perplexity-ratio"), lambda value: f"{TIMES}{three_decimals(value)}")
     )
 
 

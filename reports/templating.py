@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from compose.units import bytes_text, duration_text
-from reports import numbers
+from compose.numbers import PAGE, bytes_text, duration_text, three_decimals
+from reports.tables.speculation import divergence
 
 
 def environment(*, autoescape: bool) -> Environment:
@@ -18,13 +18,13 @@ def environment(*, autoescape: bool) -> Environment:
         lstrip_blocks=True,
     )
     jinja.filters |= {
-        "number": numbers.number,
-        "count": numbers.count,
-        "percent": numbers.percent,
-        "ratio": numbers.ratio,
-        "times": numbers.times,
+        "number": PAGE.number,
+        "count": PAGE.whole,
+        "percent": PAGE.percent,
+        "ratio": three_decimals,
+        "times": PAGE.times,
         "size": bytes_text,
         "duration": duration_text,
-        "divergence": numbers.divergence,
+        "divergence": divergence,
     }
     return jinja

@@ -10,8 +10,8 @@ from compose.analysis.intervals import MIN_QUESTIONS
 from compose.analysis.metrics import METRICS, interval_of, metric_of, retained_basis
 from compose.analysis.verdicts import gives_baselines_predictions, question_count, too_few
 from compose.errors import UserError, suggest
+from compose.numbers import bytes_text, three_decimals
 from compose.results.schema import CellResult, Results
-from compose.units import bytes_text
 
 AIMS = (
     "decode",
@@ -216,7 +216,7 @@ def _quality_bounds(
     max_kl: float | None,
     by_estimate: bool,
 ) -> list[Constraint]:
-    show = "{:.3f}".format
+    show = three_decimals
     bounds = []
     if min_retained is not None:
         value = _reader(results, "retained") if by_estimate else partial(retained_bound, results)
@@ -260,7 +260,7 @@ def _require_evidence(results: Results, cells: list[CellResult], bound: Constrai
     near = ""
     if measured:
         value, cell = max(measured, key=lambda pair: pair[0])
-        near = f"; the nearest by estimate is {cell.name!r}: retained {value:.3f}"
+        near = f"; the nearest by estimate is {cell.name!r}: retained {three_decimals(value)}"
     raise UserError(
         f"no evidence for {bound.required()}: {bound.unknown(others[0])}{near}",
         fix="ask more questions (benchmark.quality.limit), or pass --by-estimate",

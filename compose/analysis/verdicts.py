@@ -36,8 +36,18 @@ from itertools import pairwise
 from typing import Literal
 
 from compose.analysis.intervals import MIN_QUESTIONS
+from compose.numbers import PLAIN, three_decimals, two_places
 from compose.results.parts import Outcome, Quality, SpeedNumbers, Verdict
 from compose.results.schema import CellResult, Results
+from compose.table import Tone
+
+TONES: dict[Outcome, Tone] = {
+    "ACCEPT": "good",
+    "TRADE-OFF": "fair",
+    "REGRESSION": "poor",
+    "NO EVIDENCE": "unknown",
+}
+"""Verdict -> its tone in tables, best first."""
 
 KEEP = 0.95
 """The share of the baseline's quality that a cell must keep to be accepted."""
@@ -151,7 +161,7 @@ def _on_perplexity(results: Results, quality: Quality, keep: float) -> QualityVe
     ends = None if quality.perplexity is None else quality.perplexity.ratio_ci95
     if ends is None:
         return QualityVerdict("unknown", "its perplexity has no interval")
-    seen = f"{ends[0]:.3f} to {ends[1]:.3f} times the baseline's perplexity"
+    seen = f"{PLAIN.span(*ends, three_decimals)} times the baseline's perplexity"
     if not _asks_tasks(results) and ends[1] <= 1 / keep:
         return QualityVerdict("kept", f"it has {seen}, and no tasks were asked")
     return QualityVerdict("lost" if ends[0] > 1 else "unknown", f"it has {seen}")
@@ -172,7 +182,7 @@ def _speeds(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
     slower: list[str] = []
     for verb, ends, than in _speed_intervals(results, cell):
         if ends is not None and not ends[0] <= 1 <= ends[1]:
-            words = f"it {verb} {ends[0]:.2f} to {ends[1]:.2f} times as fast as {than}"
+            words = f"it {verb} {PLAIN.span(*ends, two_places)} times as fast as {than}"
             (faster if ends[0] > 1 else slower).append(words)
     return faster, slower
 
@@ -207,7 +217,7 @@ def _bytes(results: Results, cell: CellResult) -> tuple[list[str], list[str]]:
             continue
         if not ours or not theirs or abs(ours / theirs - 1) < LEAST_BYTES:
             continue
-        words = f"it takes {ours / theirs:.2f} times the bytes {place}"
+        words = f"it takes {two_places(ours / theirs)} times the bytes {place}"
         (smaller if ours < theirs else larger).append(words)
     return smaller, larger
 
@@ -227,4 +237,4 @@ def _listed(facts: list[str]) -> str:
 
 
 def _percents(low: float, high: float) -> str:
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
+    return f"{PLAIN.span(low, high, PLAIN.share)} %"

@@ -22,6 +22,7 @@ from compose.artifacts.folder import (
 )
 from compose.contract import CheckJob, ContinueJob, role_of, write_job
 from compose.errors import ArtifactError, ComposeError, StepError, UserError, suggest
+from compose.numbers import metric_text
 from compose.outputs.run_folder import RunFolder
 from compose.processes.executors import Executor
 from compose.processes.worker_process import await_answer
@@ -29,7 +30,7 @@ from compose.results.io import load_results
 from compose.results.parts import TaskScore
 from compose.results.schema import CellResult, Results
 from compose.store import new_folder, read_json, write_json
-from compose.units import metric_text, printable
+from compose.units import printable
 
 MEASUREMENTS = "measurements.json"
 CARD = "README.md"

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from compose.errors import WorkerLost
-from compose.units import bytes_text, duration_text, printable
+from compose.numbers import bytes_text, duration_text
+from compose.units import printable
 
 REQUESTS = ("SIGTERM", "SIGINT", "SIGHUP")
 """Signals by which someone asks for an end: they say nothing about the work."""

@@ -18,11 +18,11 @@ import psutil
 
 from compose.contract import ANYWHERE, Message, Needs, Role
 from compose.errors import StepError, UserError
+from compose.numbers import bytes_text
 from compose.processes.endings import Ending, first_line, lost
 from compose.processes.ray_nodes import Kind, Node, TimedNodes, accelerator_of
 from compose.processes.worker_process import GRACE_S, LocalWorker, Worker
 from compose.results.environment import capture_environment
-from compose.units import bytes_text
 
 ATTEMPTS = 3
 

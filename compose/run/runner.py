@@ -139,8 +139,8 @@ def _conclude(run: RunState, session: Session | None, environment: dict[str, Any
     if run.worked or not _is_written(results, run):
         run.worked = True
         save_results(results, run.folder.results_file)
-        if run.settings.report:
-            draw_report(run.folder)
+        if run.settings.draw is not None:
+            run.settings.draw(run.folder.results_file, run.folder.root)
     exported = _export(run, results)
     _remove_old_references(run)
     failed = [cell for cell in results.cells if cell.status == "failed"]
@@ -158,19 +158,12 @@ def _remove_old_references(run: RunState) -> None:
 def _is_written(results: Results, run: RunState) -> bool:
     """Whether the folder has just these results, and the report where one is wanted."""
     file, report = run.folder.results_file, run.folder.root / "report.html"
-    if not file.is_file() or (run.settings.report and not report.is_file()):
+    if not file.is_file() or (run.settings.draw is not None and not report.is_file()):
         return False
     try:
         return load_results(file).model_dump() == results.model_dump()
     except UserError:
         return False
-
-
-def draw_report(folder: RunFolder) -> None:
-    """Draw report.html and report.md beside the results."""
-    from reports.render import render
-
-    render(folder.results_file, folder.root)
 
 
 def _export(run: RunState, results: Results) -> bool:

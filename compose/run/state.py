@@ -151,8 +151,8 @@ class Settings:
     """The folder of model folders; that of all runs in `out` where it is None."""
     retry_failed: bool = False
     """Try again what crashed, was killed or hit a limit in an earlier run."""
-    report: bool = True
-    """Whether the report is drawn in the end."""
+    draw: Callable[[Path, Path], object] | None = None
+    """Draws the report of a results file into the run's folder in the end; None draws none."""
     mirror: Mirror | None = None
     """Where finished steps are fetched from and sent to, beside the store."""
 

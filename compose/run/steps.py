@@ -18,6 +18,7 @@ from filelock import Timeout
 
 from compose.contract import CheckJob, StepJob
 from compose.errors import AssetError, ComposeError, StepError
+from compose.numbers import bytes_text
 from compose.planning.plan import Cell, Step, step_needs
 from compose.planning.prepare import model_shape
 from compose.processes.endings import first_line
@@ -25,7 +26,6 @@ from compose.results.record import only_finite
 from compose.run.failures import attempted, pass_over_step, step_failed
 from compose.run.state import Line, RunState, Task
 from compose.stages.base import Stage
-from compose.units import bytes_text
 from gateskip.training.recipe import WHOLE
 
 LOCK_PATIENCE_S = 0.2

@@ -97,7 +97,7 @@ class ProbeRunner:
         name = f"rung{rung.number}-{digest(rung.benchmark.model_dump(mode='json'))}"
         renamed = replace(plan, pipeline=plan.pipeline.model_copy(update={"name": name}))
         settings = replace(
-            self.settings, out=self.folder / "probes", store=self.store.root, report=False
+            self.settings, out=self.folder / "probes", store=self.store.root, draw=None
         )
         results = run(renamed, settings, self._executor, self.board).results
         probes = {}
@@ -127,7 +127,7 @@ class ProbeRunner:
 
     def finish(self, plan: Plan, *, report: bool = True) -> RunResult:
         """Run a plan as `gateskip run` does, in a folder of its own beside the other runs."""
-        settings = replace(self.settings, report=report)
+        settings = self.settings if report else replace(self.settings, draw=None)
         return run(plan, settings, self._executor, self.board)
 
     def plan_finalists(self, chains: Sequence[Chain], name: str) -> Plan:

@@ -16,13 +16,13 @@ from typing import Any, TypeGuard
 from compose.analysis.metrics import METRICS, Interval, interval_of, metric_of
 from compose.analysis.verdicts import gives_baselines_predictions
 from compose.language.schema import Chain
+from compose.numbers import metric_text
 from compose.outputs.run_folder import phase_key, phases_of
 from compose.planning.keys import digest
 from compose.planning.plan import Cell, Plan
 from compose.planning.planner import cell_name
 from compose.results.schema import CellResult, Results
 from compose.store import Store, read_json, write_json
-from compose.units import metric_text
 
 PROBED = (
     *("decode", "prefill", "decode-ratio", "prefill-ratio", "size"),

@@ -15,9 +15,9 @@ from typing import Any, Literal
 from compose.analysis.metrics import METRICS
 from compose.analysis.pick import pick
 from compose.errors import UserError
+from compose.numbers import metric_text
 from compose.results.schema import CellResult, Results
 from compose.search.probes import Probe
-from compose.units import metric_text
 
 Standing = Literal["met", "open", "missed"]
 """Where a measured interval lies: within a bound, on it, or beyond it."""

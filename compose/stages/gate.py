@@ -30,7 +30,7 @@ from compose.stages.gate_settings import (
     without_groups,
 )
 from compose.stages.on_policy import as_settings, require_room
-from compose.stages.text.prompts import prompts_to_answer
+from compose.stages.prompts import prompts_to_answer
 from gateskip.training.recipe import RECIPES, TrainConfig
 
 if TYPE_CHECKING:

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from compose.numbers import DASH, PLAIN, bytes_text, three_decimals
+from compose.results.parts import Estimate, Measured, Perplexity
 from compose.results.schema import CellResult, Results
+from compose.table import Table, text_table
 from compose.terminal.shown import shown
+from compose.terminal.table import rich_table
 
 PROMPTS_CHECKED = 4
 """Prompts on which speculation is compared with plain decoding."""
@@ -65,40 +68,39 @@ def print_bench(out: Console, results: Results) -> None:
     """Speeds beside those of the first system with their intervals, quality where it was scored,
     and what the machine can do at most."""
     measured = results.measured
-    out.print(_speed_table(results, measured))
+    out.print(rich_table(_speed_table(results, measured), "Speed, beside the first row"))
     if any(q.perplexity or q.tasks for cell in measured if (q := results.quality(cell))):
-        out.print(_quality_table(results, measured))
+        out.print(rich_table(_quality_table(results, measured), "Quality, on one text"))
     for cell in measured:
         for line in _remarks(cell):
             out.print(f"{shown(cell.name)}: {shown(line)}", highlight=False, soft_wrap=True)
     roof = results.environment.get("roofline")
     if roof:
         out.print(
-            f"{results.environment.get('threads')} threads read {roof['memory_gb_per_s']:.1f} GB/s"
-            f" and multiply {roof['gemm_float32_gflop_per_s']:.0f} GFLOP/s in float32,"
-            f" {roof['gemm_bfloat16_gflop_per_s']:.0f} in bfloat16",
+            f"{results.environment.get('threads')} threads read"
+            f" {PLAIN.number(roof['memory_gb_per_s'])} GB/s and multiply"
+            f" {PLAIN.number(roof['gemm_float32_gflop_per_s'])} GFLOP/s in float32,"
+            f" {PLAIN.number(roof['gemm_bfloat16_gflop_per_s'])} in bfloat16",
             highlight=False,
         )
 
 
-def _speed_table(results: Results, cells: Sequence[CellResult]) -> Table:
-    table = Table(title="Speed, beside the first row", title_justify="left")
-    for name in ("cell", "on", "prefill tok/s", "x", "decode tok/s", "quartiles", "x (95 %)"):
-        table.add_column(name)
-    for cell in cells:
-        for shape, numbers in _shapes(results, cell):
-            decode, prefill = numbers.decode_tokens_per_s, numbers.prefill_tokens_per_s
-            quartiles = decode.quartiles if decode else None
-            table.add_row(
-                shown(cell.name),
-                shown(shape),
-                f"{prefill.median:.0f}" if prefill else "",
+def _speed_table(results: Results, cells: Sequence[CellResult]) -> Table[None]:
+    return text_table(
+        ("cell", "on", "prefill, tok/s", "x (95 %)", "decode, tok/s", "x (95 %)"),
+        [
+            (
+                cell.name,
+                shape,
+                _median(numbers.prefill_tokens_per_s),
                 _ratio(numbers.prefill_ratio),
-                f"{decode.median:.1f}" if decode else "",
-                f"{quartiles[0]:.1f} to {quartiles[1]:.1f}" if quartiles else "",
+                _median(numbers.decode_tokens_per_s),
                 _ratio(numbers.decode_ratio),
             )
-    return table
+            for cell in cells
+            for shape, numbers in _shapes(results, cell)
+        ],
+    )
 
 
 def _shapes(results: Results, cell: CellResult) -> list[tuple[str, Any]]:
@@ -117,48 +119,50 @@ def _shapes(results: Results, cell: CellResult) -> list[tuple[str, Any]]:
     return shapes + list(categories.items())
 
 
-def _ratio(estimate: Any) -> str:
+def _median(value: Measured | None) -> str:
+    """A median with its quartiles."""
+    return "" if value is None else PLAIN.with_ends(value.median, value.quartiles)
+
+
+def _ratio(estimate: Estimate | None) -> str:
     if estimate is None:
         return ""
-    interval = f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"
-    if estimate.rounds_ci95 is not None:
-        low, high = estimate.rounds_ci95
-        interval += f", in these rounds {low:.2f} to {high:.2f}"
-    return interval if estimate.different else f"{interval}, no difference"
+    text = PLAIN.ratio(estimate.value, estimate.ci95, differs=bool(estimate.different))
+    if estimate.rounds_ci95 is None:
+        return text
+    return f"{text}, in these rounds {PLAIN.span(*estimate.rounds_ci95)}"
 
 
-def _quality_table(results: Results, cells: Sequence[CellResult]) -> Table:
-    table = Table(title="Quality, on one text", title_justify="left")
+def _quality_table(results: Results, cells: Sequence[CellResult]) -> Table[None]:
     scored = [results.quality(cell) for cell in cells]
     tasks = sorted({name for each in scored if each for name in each.tasks or {}})
-    for name in ("cell", "perplexity", "x (95 %)", "KL", "agreement", *map(shown, tasks), "MB"):
-        table.add_column(name)
+    lines = []
     for cell, quality in zip(cells, scored, strict=True):
-        perplexity = quality.perplexity if quality else None
-        size = cell.size.disk_bytes if cell.size else None
+        text = (quality.perplexity if quality else None) or Perplexity(dataset="")
         scores = (quality.tasks or {}) if quality else {}
-        table.add_row(
-            shown(cell.name),
-            _number(perplexity.value if perplexity else None, ".2f"),
-            _with_interval(perplexity),
-            _number(quality.kl_to_baseline if quality else None, ".3f"),
-            _number(quality.greedy_agreement if quality else None, ".3f"),
-            *(_number(scores[name].value if name in scores else None, ".3f") for name in tasks),
-            _number(size / 1e6 if size else None, ".0f"),
+        size = cell.size.disk_bytes if cell.size else None
+        lines.append(
+            (
+                cell.name,
+                PLAIN.with_ends(text.value, None),
+                _perplexity_ratio(text),
+                PLAIN.with_ends(quality.kl_to_baseline if quality else None, None),
+                PLAIN.percent(quality.greedy_agreement if quality else None),
+                *(PLAIN.percent(scores[name].value if name in scores else None) for name in tasks),
+                DASH if size is None else PLAIN.megabytes(size),
+            )
         )
-    return table
+    heads = ("cell", "perplexity", "x (95 %)", "KL", "agreement", *tasks, "MB")
+    return text_table(heads, lines)
 
 
-def _with_interval(perplexity: Any) -> str:
-    ratio = perplexity.ratio_to_baseline if perplexity else None
-    interval = perplexity.ratio_ci95 if perplexity else None
-    if ratio is None:
-        return ""
-    return f"{ratio:.3f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _perplexity_ratio(text: Perplexity) -> str:
+    """Over the first row's, with its interval: to three places, since it is near 1."""
+    if text.ratio_to_baseline is None:
+        return DASH
+    ends = text.ratio_ci95
+    within = "" if ends is None else f" ({PLAIN.span(*ends, three_decimals)})"
+    return three_decimals(text.ratio_to_baseline) + within
 
 
 def _remarks(cell: CellResult) -> list[str]:
@@ -175,16 +179,16 @@ def _remarks(cell: CellResult) -> list[str]:
     spoken = cell.speculation
     if spoken is not None and spoken.acceptance_rate is not None:
         fell_back = "; fell back to plain decoding" if spoken.fell_back else ""
-        lines.append(f"accepts {spoken.acceptance_rate:.2f} of its drafts{fell_back}")
+        lines.append(f"accepts {PLAIN.percent(spoken.acceptance_rate)} of its drafts{fell_back}")
     speed, size = cell.speed, cell.size
     if speed is not None and speed.time_split:
-        parts = (f"{part} {share:.0%}" for part, share in speed.time_split.items())
+        parts = (f"{part} {PLAIN.percent(share)}" for part, share in speed.time_split.items())
         lines.append("decoding is " + ", ".join(parts))
     if size is not None and size.cache_bytes and size.beside_bytes is not None:
         lines.append(
-            f"memory: {(size.resident_bytes or 0) / 1e6:.0f} MB of weights,"
-            f" {size.cache_bytes / 1e6:.0f} MB of cache at most, and"
-            f" {size.beside_bytes / 1e6:.0f} MB beside them at its peak"
+            f"memory: {bytes_text(size.resident_bytes or 0)} of weights,"
+            f" {bytes_text(size.cache_bytes)} of cache at most, and"
+            f" {bytes_text(size.beside_bytes)} beside them at its peak"
         )
     if speed is not None and speed.equal_to_baseline is False:
         lines.append("its text is not that of the first row")

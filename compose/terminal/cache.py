@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
+from compose.numbers import bytes_text
 from compose.outputs import stored
+from compose.table import Entry, text_table
 from compose.terminal.shown import shown
-from compose.units import bytes_text
+from compose.terminal.table import rich_table
 
 cache = typer.Typer(help="Look after the stored model folders of runs.", no_args_is_help=True)
 
@@ -30,15 +31,13 @@ def list_entries(
     if as_json:
         typer.echo(json.dumps([asdict(entry) for entry in found], indent=1))
         return
-    table = Table(box=None, pad_edge=False)
-    for title in ("key", "stages", "size", "made", "runs"):
-        table.add_column(title, overflow="fold", header_style="dim")
-    for entry in found:
-        runs = ", ".join(map(shown, entry.runs)) or "[yellow]none[/]"
-        table.add_row(entry.key, _chain(entry), bytes_text(entry.size), entry.made, runs)
+    lines = [
+        (entry.key, _chain(entry), bytes_text(entry.size), entry.made, _runs(entry))
+        for entry in found
+    ]
     console = Console()
     if found:
-        console.print(table)
+        console.print(rich_table(text_table(("key", "stages", "size", "made", "runs"), lines)))
     total = sum(entry.size for entry in found)
     where = shown(str(out / "store"))
     console.print(f"{len(found)} steps, {bytes_text(total)} in {where}", highlight=False)
@@ -72,7 +71,7 @@ def verify(out: Out = Path("runs")) -> None:
             worst = 1
             line = f"[red]✗[/] {entry.key} {shown(damage)}; the next run makes it again"
         elif stored.hashed(out, entry):
-            line = f"[green]✓[/] {entry.key} {_chain(entry)}"
+            line = f"[green]✓[/] {entry.key} {shown(_chain(entry))}"
         else:
             line = f"[yellow]![/] {entry.key} has sizes alone: it is of an older version"
         console.print(line, highlight=False, soft_wrap=True)
@@ -80,4 +79,9 @@ def verify(out: Out = Path("runs")) -> None:
 
 
 def _chain(entry: stored.Entry) -> str:
-    return shown(" > ".join(entry.chain)) if entry.chain else "unfinished"
+    return " > ".join(entry.chain) or "unfinished"
+
+
+def _runs(entry: stored.Entry) -> Entry:
+    """The runs that name it."""
+    return Entry(", ".join(entry.runs)) if entry.runs else Entry("none", tone="fair")

@@ -15,9 +15,9 @@ import psutil
 from compose.assets import MODELS, default_cache, hub_reachable, is_fetched, model_config
 from compose.contract import ProbeJob
 from compose.errors import ComposeError
+from compose.numbers import bytes_text
 from compose.processes.worker_process import ask_once
 from compose.store import file_sizes
-from compose.units import bytes_text
 
 Status = Literal["ok", "note", "missing"]
 DISK_WANTED = 5_000_000_000

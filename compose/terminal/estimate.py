@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
+from compose.numbers import bytes_text, duration_text
 from compose.run.estimate import Estimate, Estimates
-from compose.terminal.shown import shown
-from compose.units import bytes_text, duration_text
+from compose.table import Table, text_table
+from compose.terminal.table import rich_table
 
 
 def estimate_tables(found: Estimates) -> Group:
@@ -23,21 +23,22 @@ def estimate_tables(found: Estimates) -> Group:
     if found.unknown:
         names = ", ".join(found.unknown)
         lines.append(f"no time is known, for want of a record on this machine: {names}")
-    steps, cells = _table("Steps", found.steps), _table("Cells: loading, scoring", found.cells)
+    steps = rich_table(_table(found.steps), "Steps")
+    cells = rich_table(_table(found.cells), "Cells: loading, scoring")
     return Group(steps, "", cells, "", *(Text(line) for line in lines))
 
 
-def _table(title: str, rows: tuple[Estimate, ...]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in ("", "time", "memory", "disk", "from"):
-        table.add_column(column, overflow="fold", header_style="dim")
-    for row in rows:
-        basis = f"{row.basis}, {row.from_records} records" if row.basis == "scaled" else row.basis
-        table.add_row(
-            shown(row.name),
-            "?" if row.seconds is None else duration_text(row.seconds),
-            "?" if row.peak_bytes is None else bytes_text(row.peak_bytes),
-            "" if row.disk_bytes is None else bytes_text(row.disk_bytes),
-            basis,
-        )
-    return table
+def _table(rows: tuple[Estimate, ...]) -> Table[None]:
+    return text_table(
+        ("", "time", "memory", "disk", "from"),
+        [
+            (
+                row.name,
+                "?" if row.seconds is None else duration_text(row.seconds),
+                "?" if row.peak_bytes is None else bytes_text(row.peak_bytes),
+                "" if row.disk_bytes is None else bytes_text(row.disk_bytes),
+                f"scaled, {row.from_records} records" if row.basis == "scaled" else row.basis,
+            )
+            for row in rows
+        ],
+    )

@@ -11,6 +11,13 @@ from compose.outputs.run_folder import RunFolder
 from compose.results.io import FILE_NAME, load_results
 
 
+def draw_report(results_file: Path, folder: Path) -> None:
+    """Draw report.html, report.md and report.csv of a run's results into a folder."""
+    from reports.render import render
+
+    render(results_file, folder)
+
+
 def draw(run_dir: Path) -> str:
     """Draw a run's report beside its results; what was written, a line a file.
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from compose.errors import UserError
+from compose.numbers import metric_text
 from compose.planning.planner import cell_name
 from compose.processes.executors import Executor
 from compose.results.schema import CellResult
@@ -18,11 +18,12 @@ from compose.run.state import Settings
 from compose.search.probes import interval, number
 from compose.search.search import SearchResult, search
 from compose.search.target import Target
+from compose.table import text_table
 from compose.terminal.live.events import JsonLines, reported, result_event
 from compose.terminal.live.progress import Board
 from compose.terminal.live.stopping import orderly_stop
 from compose.terminal.shown import shown
-from compose.units import metric_text
+from compose.terminal.table import rich_table
 
 COLUMNS = ("decode", "prefill", "size", "kl", "perplexity-ratio", "retained")
 """Metrics of the table, those of the target among them."""
@@ -72,14 +73,12 @@ def print_found(console: Console, found: SearchResult) -> None:
     title = (
         f"Found by {found.probed} probes of {len(found.space.candidates)} chains: {found.target}"
     )
-    table = Table(title=shown(title), title_justify="left", title_style="bold", box=None)
     names = [name for name in COLUMNS if any(_known(found, name, cell) for cell in _cells(found))]
-    for column in ("", "chain", *names):
-        table.add_column(column, overflow="fold", header_style="dim")
-    for cell in _cells(found):
-        row = (_shown(found, name, cell) for name in names)
-        table.add_row(_sign(found, cell), shown(cell.name), *row)
-    console.print(table)
+    lines = [
+        (_sign(found, cell), cell.name, *(_shown(found, name, cell) for name in names))
+        for cell in _cells(found)
+    ]
+    console.print(rich_table(text_table(("", "chain", *names), lines), title))
     console.print("* winner   + on the front, which no chain surpasses", highlight=False)
     if found.winner is not None and not found.winner.chain:
         console.print("No chain meets the bounds, only the baseline itself does.", highlight=False)

@@ -7,30 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from compose.analysis.metrics import METRICS, interval_of, metrics
+from compose.analysis.verdicts import TONES
 from compose.errors import UserError
 from compose.language.limits import Limits
+from compose.numbers import PLAIN, bytes_text, duration_text, four_digits, metric_text
 from compose.outputs.run_folder import RunFolder, is_measured, only_code_changed
 from compose.planning.plan import Plan
-from compose.results.parts import Outcome
 from compose.results.schema import CellResult, Results
 from compose.run.runner import RunResult
+from compose.table import Entry, Table, text_table
 from compose.terminal.doctor import Finding
 from compose.terminal.shown import shown
-from compose.units import bytes_text, duration_text, metric_text, printable
+from compose.terminal.table import rich_table
+from compose.units import printable
 
 CODE_CHANGED = "code or libraries changed"
-VERDICT_STYLES: dict[Outcome, str] = {
-    "ACCEPT": "green",
-    "TRADE-OFF": "yellow",
-    "REGRESSION": "red",
-    "NO EVIDENCE": "dim",
-}
 LONG_S = 0.5
 """What is worth telling apart from the time of an answer."""
+STEP_HEADS = ("step", "stage", "after", "key", "memory", "state")
+CELL_HEADS = ("cell", "weights", "decode", "also called", "state")
 SIGNS = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "missing": "[red]✗[/]"}
 
 
@@ -79,47 +78,36 @@ def limits_text(limits: Limits) -> str:
 def plan_tables(plan: Plan, run: RunFolder) -> Group:
     """Steps, cells, and what is left out by which rule."""
     state = plan_state(plan, run)
-    steps = _table("Steps", "step", "stage", "after", "key", "memory", "state")
     names = {step.key: plan.title(step) for step in plan.steps}
+    steps = []
     for step in state["steps"]:
-        use = step["stage"]["use"] if step["stage"] else shown(plan.pipeline.model.source)
+        use = step["stage"]["use"] if step["stage"] else plan.pipeline.model.source
         after = names.get(step["parent"], "")
         memory = _memory(step["memory"], step["peak_bytes"], plan.pipeline.limits.step.memory_mb)
-        steps.add_row(
-            shown(names[step["key"]]),
-            use,
-            shown(after),
-            step["key"],
-            memory,
-            _state(step["cached"]),
-        )
-    cells = _table("Cells", "cell", "weights", "decode", "also called", "state")
+        state_text = _state(step["cached"])
+        steps.append((names[step["key"]], use, after, step["key"], memory, state_text))
+    cells = []
     for cell in state["cells"]:
         decode = cell["decode"]["use"] if cell["decode"] else "plain"
         also = ", ".join(cell["aliases"])
         state_text = _state(cell["cached"], cell.get("why"))
-        cells.add_row(cell["name"], names[cell["weights"]], decode, also, state_text)
-    parts: list[RenderableType] = [steps, "", cells]
+        cells.append((cell["name"], names[cell["weights"]], decode, also, state_text))
+    parts: list[RenderableType] = [
+        rich_table(text_table(STEP_HEADS, steps), "Steps"),
+        "",
+        rich_table(text_table(CELL_HEADS, cells), "Cells"),
+    ]
     if plan.left_out:
-        left_out = _table("Left out", "chain", "rule", "why")
-        for left in plan.left_out:
-            left_out.add_row(shown(left.name), left.rule, shown(left.message))
-        parts += ["", left_out]
+        left_out = [(left.name, left.rule, left.message) for left in plan.left_out]
+        parts += ["", rich_table(text_table(("chain", "rule", "why"), left_out), "Left out")]
     limits = [Text(text)] if (text := limits_text(plan.pipeline.limits)) else []
     return Group(*parts, "", *limits, Text(plan_counts(plan)))
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold", header_style="dim")
-    return table
-
-
-def _state(cached: bool, why: str | None = None) -> str:
+def _state(cached: bool, why: str | None = None) -> Entry:
     if cached:
-        return "[green]cached[/]"
-    return "to run" if why is None else f"to measure again: {why}"
+        return Entry("cached", tone="good")
+    return Entry("to run" if why is None else f"to measure again: {why}")
 
 
 def print_result(console: Console, result: RunResult) -> None:
@@ -145,27 +133,24 @@ def print_result(console: Console, result: RunResult) -> None:
         console.print(f"  {path}", highlight=False, soft_wrap=True)
 
 
-def verdict_table(cells: Sequence[CellResult]) -> Table:
+def verdict_table(cells: Sequence[CellResult]) -> RichTable:
     """One line a cell: its verdict, and what it rests on."""
-    table = _table("Verdicts", "cell", "verdict", "why")
-    for cell in cells:
-        if cell.verdict is not None:
-            style = VERDICT_STYLES[cell.verdict.verdict]
-            verdict = f"[{style}]{cell.verdict.verdict}[/]"
-            table.add_row(shown(cell.name), verdict, shown(cell.verdict.why))
-    return table
+    judged = [(cell.name, cell.verdict) for cell in cells if cell.verdict is not None]
+    lines = [(name, Entry(own.verdict, tone=TONES[own.verdict]), own.why) for name, own in judged]
+    return rich_table(text_table(("cell", "verdict", "why"), lines), "Verdicts")
 
 
 def cell_text(results: Results, cell: CellResult) -> Group:
     """A picked cell with its numbers, their 95 % intervals, and its verdict."""
-    table = _table(shown(cell.name), "", "this cell", "95 %", shown(results.baseline))
+    lines = []
     baseline = metrics(results, results.cell(results.baseline))
     for name, value in metrics(results, cell).items():
         ends = interval_of(results, name, cell)
         interval = "" if ends is None else " to ".join(metric_text(name, end) for end in ends)
         other = metric_text(name, baseline.get(name))
-        table.add_row(METRICS[name].title, metric_text(name, value), interval, other)
-    parts: list[RenderableType] = [table]
+        lines.append((METRICS[name].title, metric_text(name, value), interval, other))
+    heads = ("", "this cell", "95 %", results.baseline)
+    parts: list[RenderableType] = [rich_table(text_table(heads, lines), cell.name)]
     if cell.verdict is not None:
         parts += ["", Text(printable(f"{cell.verdict.verdict}: {cell.verdict.why}"))]
     return Group(*parts)
@@ -200,13 +185,12 @@ def stats_text(answer: dict[str, Any]) -> str:
     """Tokens a second, settings and counts of an answer, in lines."""
     speed = answer["tokens"] / answer["seconds"] if answer["seconds"] else 0.0
     settings = ", ".join(f"{key} {value}" for key, value in answer["settings"].items())
-    lines = [f"{answer['tokens']} tokens, {speed:.1f} tokens/s, {settings}"]
-    if answer["preparing_s"] > LONG_S:
-        lines.append(f"  what drafts was made in {answer['preparing_s']:.1f} s, once a process")
+    lines = [f"{answer['tokens']} tokens, {PLAIN.number(speed)} tokens/s, {settings}"]
+    if (seconds := answer["preparing_s"]) > LONG_S:
+        lines.append(f"  the draft was made in {duration_text(seconds)}, once a process")
     stats = {key: value for key, value in answer["stats"].items() if value not in (None, {})}
     for key, value in stats.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else value
-        lines.append(f"  {key}: {shown}")
+        lines.append(f"  {key}: {four_digits(value) if isinstance(value, float) else value}")
     return "\n".join(lines)
 
 
@@ -246,12 +230,14 @@ def print_insight(console: Console, found: dict[str, Any]) -> None:
             printable(token["text"]), style=_background(intensity(token["compute"], shares))
         )
     console.print(line)
-    kinds = _table("Compute by kind of token", "kind", "tokens", "share of compute")
-    for kind, use in found["summary"]["kinds"].items():
-        kinds.add_row(shown(kind), str(use["tokens"]), f"{use['compute']:.0%}")
-    console.print(kinds)
-    mean = sum(shares) / len(shares)
-    console.print(f"budget {found['budget']:g}: {mean:.0%} of the branches' compute was spent")
+    kinds = [
+        (kind, str(use["tokens"]), PLAIN.percent(use["compute"]))
+        for kind, use in found["summary"]["kinds"].items()
+    ]
+    heads = ("kind", "tokens", "share of compute")
+    console.print(rich_table(text_table(heads, kinds), "Compute by kind of token"))
+    mean = PLAIN.percent(sum(shares) / len(shares))
+    console.print(f"budget {found['budget']:g}: {mean} of the branches' compute was spent")
 
 
 def _background(level: float) -> str:
@@ -263,47 +249,35 @@ def _background(level: float) -> str:
 
 def print_tuned(out: Console, found: dict[str, Any]) -> None:
     """What `gateskip tune-draft` found."""
-    out.print(_measurements(found["second"]))
+    out.print(rich_table(_measurements(found["second"]), "Bench"))
     tried = {row["system"] for row in found["first"]} - {"plain"}
     done = "now the folder's own way" if found["written"] else "nothing was written"
-    interval = found["speedup_ci95"]
-    between = f" (95 %: {interval[0]:.2f} to {interval[1]:.2f})" if interval else ""
+    gain = PLAIN.ratio(found["speedup"], found["speedup_ci95"])
     out.print(
-        f"{found['best']} decodes {found['speedup']:.2f} times as fast as plain decoding{between},"
-        f" the best of {len(tried)} drafts: {done}"
+        f"{found['best']} over plain decoding: {gain}, the best of {len(tried)} drafts: {done}"
     )
 
 
-def _measurements(rows: list[dict[str, Any]]) -> Table:
+def _measurements(rows: list[dict[str, Any]]) -> Table[None]:
     base = {row["workload"]: row for row in rows if row["system"] == rows[0]["system"]}
-    columns = (
-        "system",
-        "on",
-        "prefill tok/s",
-        "x",
-        "decode tok/s",
-        "spread",
-        "x",
-        "accepted",
-        "same",
+
+    def speed(row: dict[str, Any], part: str) -> tuple[str, str]:
+        """The median with the least and the most, and over that of the first system."""
+        own, first = row[part], base[row["workload"]][part]
+        text = PLAIN.with_ends(own["median"], (own["min"], own["max"]))
+        return text, PLAIN.times(own["median"] / first["median"])
+
+    return text_table(
+        ("system", "on", "prefill, tok/s", "x", "decode, tok/s", "x", "accepted", "same"),
+        [
+            (
+                row["system"],
+                row["workload"],
+                *speed(row, "prefill_tokens_per_s"),
+                *speed(row, "decode_tokens_per_s"),
+                PLAIN.percent(row["acceptance_rate"]),
+                "yes" if row["equal_to_first"] else "no",
+            )
+            for row in rows
+        ],
     )
-    table = _table("Bench", *columns)
-
-    def speedup(row: dict[str, Any], part: str) -> str:
-        return f"{row[part]['median'] / base[row['workload']][part]['median']:.2f}"
-
-    for row in rows:
-        decode, prefill = row["decode_tokens_per_s"], row["prefill_tokens_per_s"]
-        rate = row["acceptance_rate"]
-        table.add_row(
-            shown(row["system"]),
-            shown(row["workload"]),
-            f"{prefill['median']:.0f}",
-            speedup(row, "prefill_tokens_per_s"),
-            f"{decode['median']:.1f}",
-            f"{decode['min']:.1f} to {decode['max']:.1f}",
-            speedup(row, "decode_tokens_per_s"),
-            "" if rate is None else f"{rate:.2f}",
-            "yes" if row["equal_to_first"] else "no",
-        )
-    return table

@@ -416,7 +416,7 @@ def _from_blocks(data: Tensor, state: Any, bias: Tensor | None) -> PackedLinear 
 def bitsandbytes_functions() -> Any:
     """The library's functions. An import statement would make an exported folder ask for it."""
     need("packing weights as NF4", "bitsandbytes")
-    return importlib.import_module("bitsandbytes.functional")
+    return importlib.import_module("bitsandbytes.functional")  # noqa: TID251
 
 
 def quantize_nf4(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from compose.errors import UserError, suggest
+from compose.numbers import PLAIN
 from compose.results.parts import Estimate, Measured
 from compose.results.schema import Results
-from reports.documents.text import digits, factor, measured, spread
+from reports.documents.text import factor, measured
 
 SHAPES = ("auto", "number", "percent", "points", "x", "mb", "text")
 INTERVALS = {"ratio_to_baseline": "ratio_ci95", "kl_to_baseline": "kl_ci95", "value": "ci95"}
@@ -37,11 +38,11 @@ def figure(
     alone = interval == "no"
     if isinstance(value, Estimate):
         if form == "auto":
-            return f"{digits(value.value)}x" if alone else factor(value)
+            return PLAIN.times(value.value) if alone else factor(value)
         return _written(value.value, None if alone else value.ci95, form)
     if isinstance(value, Measured):
         if form == "auto":
-            return digits(value.median) if alone else measured(value)
+            return PLAIN.number(value.median) if alone else measured(value)
         return _written(value.median, None if alone else value.quartiles, form)
     return _written(value, None if alone else ends, form)
 
@@ -66,10 +67,12 @@ def _written(value: Any, ends: tuple[float, float] | None, form: str) -> str:
     if form == "text" or not isinstance(value, int | float):
         return str(value)
     if form == "mb":
-        return f"{value / 1e6:.0f} MB"
-    if form in ("percent", "points"):
-        sign = " %" if form == "percent" else ""
-        return f"{100 * value:.1f}{sign}{spread(ends, 100.0)}"
+        return f"{PLAIN.whole(value / 1e6)} MB"
+    if form == "percent":
+        return PLAIN.percent(value, ends)
+    if form == "points":
+        return f"{PLAIN.share(value)}{PLAIN.within(ends, 100.0)}"
     if isinstance(value, int) and form == "auto":
         return str(value)
-    return f"{digits(value)}{'x' if form == 'x' else ''}{spread(ends)}"
+    text = PLAIN.times(value) if form == "x" else PLAIN.number(value)
+    return f"{text}{PLAIN.within(ends)}"

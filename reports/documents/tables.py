@@ -8,9 +8,10 @@ from statistics import fmean
 from compose.analysis.intervals import paired_speed_ratio
 from compose.analysis.metrics import half_width, over_seeds
 from compose.errors import UserError
+from compose.numbers import DASH, PLAIN
 from compose.results.parts import Estimate, SpeedNumbers, TaskScore
 from compose.results.schema import CellResult, Results
-from reports.documents.text import DASH, factor, measured, megabytes, percent, table, with_ends
+from reports.documents.text import factor, measured, table
 
 
 def chosen(results: Results, cells: str | None) -> list[CellResult]:
@@ -43,7 +44,7 @@ def speed_at_equal_quality(results: Results, cells: str | None = None) -> list[s
                 _perplexity(results, cell),
                 _kl(results, cell),
                 *scores,
-                megabytes(cell.size.disk_bytes if cell.size else None),
+                _megabytes(cell),
                 measured(speed.decode_tokens_per_s),
                 factor(speed.decode_ratio),
             ]
@@ -66,12 +67,12 @@ def quality(results: Results, cells: str | None = None) -> list[str]:
                 f"`{cell.name}`",
                 _perplexity(results, cell),
                 _kl(results, cell),
-                with_ends(scored.kl_median if scored else None, None),
-                with_ends(scored.kl_p90 if scored else None, None),
-                percent(scored.greedy_agreement if scored else None),
+                PLAIN.with_ends(scored.kl_median if scored else None, None),
+                PLAIN.with_ends(scored.kl_p90 if scored else None, None),
+                PLAIN.percent(scored.greedy_agreement if scored else None),
                 *[_task(results, cell, name) for name in tasks],
-                with_ends(own.kl, own.kl_ci95) if own else DASH,
-                with_ends(own.common_prefix, None) if own else DASH,
+                PLAIN.with_ends(own.kl, own.kl_ci95) if own else DASH,
+                PLAIN.with_ends(own.common_prefix, None) if own else DASH,
             ]
         )
     return table(head, lines)
@@ -92,14 +93,14 @@ def speculation(results: Results, cells: str | None = None) -> list[str]:
                 else f"{'yes' if check.lossless else 'NO'}, {check.prompts} prompts,"
                 f" {check.tokens} tokens",
                 _lengths(timed.draft_length_histogram if timed else None),
-                percent(timed.acceptance_rate, timed.acceptance_rate_ci95) if timed else DASH,
-                with_ends(timed.mean_accepted_tokens, timed.mean_accepted_tokens_ci95)
+                PLAIN.percent(timed.acceptance_rate, timed.acceptance_rate_ci95) if timed else DASH,
+                PLAIN.with_ends(timed.mean_accepted_tokens, timed.mean_accepted_tokens_ci95)
                 if timed
                 else DASH,
                 _plain_steps(cell),
                 DASH
                 if timed is None or timed.speedup is None
-                else f"{with_ends(timed.speedup, timed.speedup_ci95)}",
+                else f"{PLAIN.with_ends(timed.speedup, timed.speedup_ci95)}",
             ]
         )
     return table(head, lines)
@@ -122,7 +123,7 @@ def speed(results: Results, cells: str | None = None) -> list[str]:
                 f"`{cell.name}`",
                 measured(own.prefill_tokens_per_s),
                 factor(own.prefill_ratio),
-                with_ends(first.median, first.quartiles, 1000.0) if first else DASH,
+                PLAIN.with_ends(first.median, first.quartiles, 1000.0) if first else DASH,
                 measured(own.decode_tokens_per_s),
                 factor(own.decode_ratio),
                 *[measured(each.decode_tokens_per_s) if each else DASH for each in others],
@@ -171,6 +172,11 @@ def decoding(results: Results, cells: str | None = None) -> list[str]:
     return table(head, lines)
 
 
+def _megabytes(cell: CellResult) -> str:
+    size = cell.size.disk_bytes if cell.size else None
+    return DASH if size is None else PLAIN.whole(size / 1e6)
+
+
 def _sizes(rows: list[CellResult], shapes: str) -> list[int]:
     return sorted({size for cell in rows for size in _by(cell, shapes)})
 
@@ -200,9 +206,9 @@ def skipping(results: Results, cells: str | None = None) -> list[str]:
         lines.append(
             [
                 f"`{cell.name}`",
-                percent(saved.saved_net if saved else None),
-                percent(saved.saved_gross if saved else None),
-                percent(saved.saved_model if saved else None),
+                PLAIN.percent(saved.saved_net if saved else None),
+                PLAIN.percent(saved.saved_gross if saved else None),
+                PLAIN.percent(saved.saved_model if saved else None),
                 _perplexity(results, cell),
                 _kl(results, cell),
                 *[_task(results, cell, name) for name in tasks],
@@ -230,7 +236,7 @@ def written(results: Results, cells: str | None = None) -> list[str]:
                 *[word for name in tasks for word in _kept_and_saved(cell, found.get(name))],
                 _share(scored.written_retained if scored else None),
                 _share(scored.ranked_retained if scored else None),
-                with_ends(own.kl, own.kl_ci95) if own else DASH,
+                PLAIN.with_ends(own.kl, own.kl_ci95) if own else DASH,
                 factor(cell.speed.prefill_ratio if cell.speed else None),
                 factor(cell.speed.decode_ratio if cell.speed else None),
             ]
@@ -278,7 +284,7 @@ def _over_seeds(values: Sequence[float], by: float) -> str:
     if len(values) < 2:
         return DASH
     mean, half = fmean(values), half_width(values)
-    return with_ends(mean, (mean - half, mean + half), by)
+    return PLAIN.with_ends(mean, (mean - half, mean + half), by)
 
 
 TABLES: Mapping[str, Callable[..., list[str]]] = {
@@ -313,14 +319,14 @@ def _perplexity(results: Results, cell: CellResult) -> str:
         return "1"
     scored = results.quality(cell)
     text = scored.perplexity if scored else None
-    return DASH if text is None else with_ends(text.ratio_to_baseline, text.ratio_ci95)
+    return DASH if text is None else PLAIN.with_ends(text.ratio_to_baseline, text.ratio_ci95)
 
 
 def _kl(results: Results, cell: CellResult) -> str:
     if cell.name == results.baseline:
         return "0"
     scored = results.quality(cell)
-    return DASH if scored is None else with_ends(scored.kl_to_baseline, scored.kl_ci95)
+    return DASH if scored is None else PLAIN.with_ends(scored.kl_to_baseline, scored.kl_ci95)
 
 
 def _tasks(results: Results, cell: CellResult) -> dict[str, TaskScore]:
@@ -340,7 +346,7 @@ def _task_names(results: Results, rows: list[CellResult], kind: str | None) -> l
 
 def _task(results: Results, cell: CellResult, name: str) -> str:
     score = _tasks(results, cell).get(name)
-    return DASH if score is None else with_ends(score.value, score.ci95, 100.0)
+    return DASH if score is None else PLAIN.with_ends(score.value, score.ci95, 100.0)
 
 
 def _kept_and_saved(cell: CellResult, score: TaskScore | None) -> tuple[str, str]:
@@ -350,11 +356,11 @@ def _kept_and_saved(cell: CellResult, score: TaskScore | None) -> tuple[str, str
         return DASH, DASH
     cut = (cell.compute.saved_net if cell.compute else None) or None
     saved = score.compute.saved_net if score.compute else cut
-    return percent(score.retained, score.retained_ci95), percent(saved)
+    return PLAIN.percent(score.retained, score.retained_ci95), PLAIN.percent(saved)
 
 
 def _share(value: Estimate | None) -> str:
-    return DASH if value is None else percent(value.value, value.ci95)
+    return DASH if value is None else PLAIN.percent(value.value, value.ci95)
 
 
 def _by(cell: CellResult, shapes: str) -> dict[int, SpeedNumbers]:
@@ -371,4 +377,4 @@ def _plain_steps(cell: CellResult) -> str:
     if timed is None or timed.plain_steps is None:
         return DASH
     fell = ": fell back to plain decoding" if timed.fell_back else ""
-    return f"{percent(timed.plain_steps)}{fell}"
+    return f"{PLAIN.percent(timed.plain_steps)}{fell}"

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
+from compose.numbers import PAGE, TIMES
 from reports.families import NOT_QUANTIZED
 from reports.load import Report, Row
-from reports.numbers import TIMES, number, percent
 from reports.plots.canvas import Frame
 from reports.plots.marks import SHAPES, short
 from reports.plots.theme import Theme
@@ -57,8 +57,8 @@ class Scale:
         if (value <= self.floor) if self.falls else (value >= self.floor):
             return ""
         if self.metric == "perplexity-ratio":
-            return f"{TIMES}{number(value)}"
-        return number(value) if self.metric == "kl" else percent(value)
+            return f"{TIMES}{PAGE.number(value)}"
+        return PAGE.number(value) if self.metric == "kl" else PAGE.percent(value)
 
     def _height(self, value: float) -> float:
         if self.metric == "perplexity-ratio":

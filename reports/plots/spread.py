@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from compose.numbers import PAGE, TIMES
 from compose.results.parts import Estimate
 from reports.load import Report, Row
-from reports.numbers import TIMES, estimate, megabytes, number, share
 
 TITLES = {
     "decode": "Quality against decode speed",
@@ -56,11 +56,13 @@ class XAxis:
         """The row's number in words, with its unit."""
         value = row.values[self.metric]
         if self.metric == "size":
-            return f"{megabytes(value)} MB"
+            return f"{PAGE.megabytes(value)} MB"
         if self.metric == "saved":
-            return f"{share(value)} % saved"
+            return f"{PAGE.share(value)} % saved"
         own = (self.ratios or {}).get(row.number)
-        return f"{number(value)} tok/s" + ("" if own is None else f", {estimate(own)}")
+        return f"{PAGE.number(value)} tok/s" + (
+            "" if own is None else f", {PAGE.ratio(own.value, own.ci95)}"
+        )
 
 
 def x_axis(report: Report, rows: Sequence[Row], metric: str) -> XAxis:
@@ -72,7 +74,7 @@ def x_axis(report: Report, rows: Sequence[Row], metric: str) -> XAxis:
     if not found or any(not row.is_baseline and row.number not in found for row in rows):
         return XAxis(metric, "decode, tokens/s")
     dense = None if report.baseline is None else report.baseline.get("decode")
-    of_dense = "" if dense is None else f" ({TIMES}1 is {number(dense)} tokens/s)"
+    of_dense = "" if dense is None else f" ({TIMES}1 is {PAGE.number(dense)} tokens/s)"
     return XAxis(metric, f"decode speed, {TIMES} dense{of_dense}", found)
 
 

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
+from compose.numbers import PAGE, THIN, TIMES, three_decimals
 from reports.load import Report, Row
-from reports.numbers import THIN, TIMES, megabytes, number, ratio, share
 from reports.plots.canvas import Frame, PictureSpec
 from reports.plots.marks import draw_marks, write_names
 from reports.plots.scatter import (
@@ -81,7 +81,7 @@ def _caption(rows: Sequence[Row], front: Sequence[Row], *, whiskers: bool, beyon
 
 def _says(report: Report, row: Row, xs: XAxis, quality: str) -> str:
     """What a mark says when it is pointed at."""
-    show = ratio if quality == "perplexity-ratio" else share if quality != "kl" else number
+    show = {"perplexity-ratio": three_decimals, "kl": PAGE.number}.get(quality, PAGE.share)
     words = {
         "perplexity-ratio": f"perplexity {TIMES}",
         "kl": "KL ",
@@ -90,7 +90,7 @@ def _says(report: Report, row: Row, xs: XAxis, quality: str) -> str:
     }
     ends = report.interval(row, quality)
     spread = "" if ends is None else f" ({show(ends[0])}–{show(ends[1])})"
-    size = "" if row.get("size") is None else f", {megabytes(row.values['size'])} MB"
+    size = "" if row.get("size") is None else f", {PAGE.megabytes(row.values['size'])} MB"
     return (
         f"{row.number} {row.cell.name}: {xs.says(row)}{size if xs.metric != 'size' else ''}, "
         f"{words[quality]}{show(row.values[quality])}{spread}"

@@ -21,8 +21,8 @@ KEY = "a" * 16
 
 
 def go(out: Path, script: Any, mirror: Mirror | None = None) -> Any:
-    """A run without workers and without a report."""
-    return scripted.go(out, script, mirror=mirror, report=False)
+    """A run without workers."""
+    return scripted.go(out, script, mirror=mirror)
 
 
 @pytest.fixture(params=["file", "memory"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from compose.errors import UserError
-from compose.units import bytes_text, duration_text, metric_text, parse_bytes, progress_text
+from compose.numbers import bytes_text, duration_text, metric_text
+from compose.units import parse_bytes, progress_text
 
 
 @pytest.mark.parametrize(

@@ -22,24 +22,26 @@ from hypothesis import strategies as st
 from report_data import estimate, made_up_cell, made_up_results, many_cells, with_evidence
 
 from compose.errors import UserError
+from compose.numbers import PAGE
 from compose.results.io import save_results
 from compose.results.schema import CellResult, Results
-from reports import Report, Row, pareto, render, run_tables, tables
+from compose.table import Entry, Table
+from reports import Report, Row, pareto, render
 from reports.answers import Answer, answers
-from reports.columns import Entry, Table, tone
 from reports.comparison import compare_runs, line
-from reports.csv_file import to_csv
 from reports.families import NOT_QUANTIZED, family_of, weights_of
-from reports.markdown import escape_markdown, fenced
-from reports.numbers import number
 from reports.plots import Picture, pictures
 from reports.plots.marks import side_by_side
 from reports.plots.scatter import scale_of
 from reports.plots.spread import x_axis
 from reports.plots.svg import inline
 from reports.render import to_html, to_markdown
-from reports.speculation_columns import timed_histogram
 from reports.summary import NO_EVIDENCE, summary
+from reports.tables import cells, run_tables
+from reports.tables.columns import tone
+from reports.tables.csv_file import to_csv
+from reports.tables.markdown import escape_markdown, fenced
+from reports.tables.speculation import timed_histogram
 from reports.text import breakable
 
 NASTY = "<img src=x onerror=alert(1)>&amp;\"'`|$x$*_[a](b)#"
@@ -64,14 +66,14 @@ def drawn(report: Report) -> dict[str, Picture]:
 def test_what_was_spent_on_the_scored_text_is_shown() -> None:
     """Net saved, and below it what each phase kept; unrounded in the CSV; else no such column."""
     data = made_up_results()
-    assert not any("saved" in column.head for column in tables.quality(_report(data)).columns)
+    assert not any("saved" in column.head for column in cells.quality(_report(data)).columns)
     cell = next(c for c in data["cells"] if c["chain"][-1:] == ["skip80"] and "quality" in c)
     answer = {"tokens": 30, "kept": 0.8, "saved_net": 0.1}
     prompt = {"tokens": 90, "kept": 0.743, "saved_net": 0.2}
     spent = {"tokens": 120, "kept": 0.757, "saved_net": 0.175, "prompt": prompt, "answer": answer}
     cell["quality"]["tasks"]["piqa"]["compute"] = spent
     cell["quality"]["own_answers"] = {"kl": 0.1, "compute": {**answer, "answer": answer}}
-    shown = tables.quality(_report(data))
+    shown = cells.quality(_report(data))
     heads = [column.head for column in shown.columns]
     entries = next(made for row, made in shown.rows if row.cell.name == cell["name"])
     piqa = entries[heads.index("piqa saved")]
@@ -243,7 +245,7 @@ def test_what_is_kept_counts_by_its_lower_bound() -> None:
     assert fastest.row is not None
     assert fastest.row.cell.name == "gptq4"
     shown = {
-        row.cell.name: _by_head(tables.overview(report), e)["Keeps (%)"] for row, e in _rows(report)
+        row.cell.name: _by_head(cells.overview(report), e)["Keeps (%)"] for row, e in _rows(report)
     }
     assert shown["nf4"].tone == "fair" and shown["gptq4"].tone == "good"
     assert shown["nf4"].text == "no difference" and shown["nf4"].note == "93.0–100.0"
@@ -256,7 +258,7 @@ def test_a_cell_that_is_not_lossless_shows_where(report: Report) -> None:
 
 
 def test_timed_speculation_and_the_lossless_check_are_two_tables(evident: Report) -> None:
-    timed, check = tables.speculation(evident), tables.lossless(evident)
+    timed, check = cells.speculation(evident), cells.lossless(evident)
     assert {column.label for column in timed.columns}.isdisjoint({"Lossless", "Prompts"})
     accepted = {row.cell.name: _by_head(timed, entries) for row, entries in timed.rows}
     forced = {row.cell.name: _by_head(check, entries) for row, entries in check.rows}
@@ -270,12 +272,16 @@ def test_timed_speculation_and_the_lossless_check_are_two_tables(evident: Report
     assert "fell back to plain decoding" in to_markdown(evident, {})
 
 
-def _by_head(table: Table, entries: tuple[Entry, ...]) -> dict[str, Entry]:
+def _texts(table: Table[None]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(entry.text for entry in entries) for _, entries in table.rows)
+
+
+def _by_head(table: Table[Row], entries: tuple[Entry, ...]) -> dict[str, Entry]:
     return {c.label: entry for c, entry in zip(table.columns, entries, strict=True)}
 
 
 def test_a_ratio_whose_interval_holds_1_is_no_difference(evident: Report) -> None:
-    rows = {row.cell.name: _by_head(tables.overview(evident), e) for row, e in _rows(evident)}
+    rows = {row.cell.name: _by_head(cells.overview(evident), e) for row, e in _rows(evident)}
     assert rows["gates"]["Decode (tok/s)"].note == "no difference (0.94–1.02)"
     assert rows["gates+skip80"]["Decode (tok/s)"].note == "×1.22 (1.17–1.26)"
     assert rows["gates"]["Perplexity (× dense)"].text == "no difference"
@@ -284,7 +290,7 @@ def test_a_ratio_whose_interval_holds_1_is_no_difference(evident: Report) -> Non
 
 
 def _rows(report: Report) -> tuple[tuple[Row, tuple[Entry, ...]], ...]:
-    return tables.overview(report).rows
+    return cells.overview(report).rows
 
 
 def test_spread_is_quartiles_and_not_the_extremes() -> None:
@@ -292,7 +298,7 @@ def test_spread_is_quartiles_and_not_the_extremes() -> None:
     speed = {"median": 20.0, "quartiles": [19.0, 21.0], "repeats": [1.0, 19.0, 20.0, 21.0, 99.0]}
     data["cells"][0]["speed"]["decode_tokens_per_s"] = speed
     report = Report(Results.model_validate(data))
-    table = tables.speed(report)
+    table = cells.speed(report)
     assert _by_head(table, table.rows[0][1])["Decode (tok/s)"].note == "19.0–21.0"
 
 
@@ -352,7 +358,7 @@ def test_what_else_is_known_of_the_run_is_said(evident: Report) -> None:
     ):
         assert known in words
         assert escape_markdown(known) in markdown
-    assert run_tables.curves(evident).rows == (
+    assert _texts(run_tables.curves(evident)) == (
         (
             "gates, likelihood tasks",
             "published",
@@ -433,7 +439,7 @@ def test_the_arithmetic_of_each_cell_is_shown() -> None:
         "scoring_arithmetic": used | {"activations": "bfloat16"},
     }
     report = Report(Results.model_validate(data))
-    ((_, entries), *_) = tables.arithmetic(report).rows
+    ((_, entries), *_) = cells.arithmetic(report).rows
     shown = ["native", "bfloat16", "8 bits in blocks of 32", "bfloat16", "float32"]
     assert [entry.text for entry in entries] == shown
     assert "8 bits in blocks of 32" in to_html(report, {})
@@ -449,7 +455,7 @@ def test_seeds_have_a_mean_and_student_s_interval() -> None:
     ]
     results = made_up_results() | {"cells": [made_up_results()["cells"][0], cell]}
     report = Report(Results.model_validate(results))
-    table = tables.seeds(report)
+    table = cells.seeds(report)
     ((row, entries),) = table.rows
     assert row.cell.name == "gates"
     shown = {column.head: entry for column, entry in zip(table.columns, entries, strict=True)}
@@ -472,7 +478,7 @@ def test_absent_is_a_dash_and_never_zero() -> None:
     data = made_up_results()
     data["cells"][1] = {"name": "nf4", "chain": ["nf4"], "status": "ok"}
     report = Report(Results.model_validate(data))
-    table = tables.overview(report)
+    table = cells.overview(report)
     entries = next(entries for row, entries in table.rows if row.cell.name == "nf4")
     assert {entry.text for entry in entries} == {"–"}
     assert 'title="not measured">–<' in to_html(report, {})
@@ -483,14 +489,14 @@ def test_columns_that_nothing_fills_are_named_once() -> None:
     for cell in data["cells"]:
         cell.get("speed", {}).pop("prefill_tokens_per_s", None)
     report = Report(Results.model_validate(data))
-    table = tables.overview(report)
+    table = cells.overview(report)
     assert "Prefill (tok/s)" in table.absent
     assert all(column.head != "Prefill" for column in table.columns)
 
 
 def test_the_same_numbers_in_both_reports(report: Report) -> None:
     words, markdown = Page(to_html(report, {})).words, to_markdown(report, {})
-    for table in (tables.overview(report), tables.quality(report), tables.speed(report)):
+    for table in (cells.overview(report), cells.quality(report), cells.speed(report)):
         for _, entries in table.rows:
             for entry in entries:
                 assert " ".join(entry.text.split()) in words
@@ -679,7 +685,7 @@ def test_pareto_is_what_its_definition_says(points: list[tuple[float, float]]) -
     ],
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
-    assert number(value) == text
+    assert PAGE.number(value) == text
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from typing import Any
 from compose.assets.fetch import build_once
 from compose.bench.peers.table import Engine
 from compose.errors import UserError
-from compose.units import Progress, duration_text
+from compose.numbers import duration_text
+from compose.units import Progress
 
 POLL_S = 0.5
 LAST_LINES = 12

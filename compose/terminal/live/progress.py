@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from compose.contract import Job
+from compose.numbers import PLAIN, duration_text
 from compose.run.state import show_progress
 from compose.terminal.live.events import JsonLines
 from compose.terminal.live.timing import Smoothed, TimeLeft
 from compose.terminal.shown import shown
-from compose.units import duration_text, printable, progress_text
+from compose.units import printable, progress_text
 
 PLAIN_EVERY_S = 20.0
 """How often a job's progress is printed where there is no terminal."""
@@ -184,9 +185,9 @@ def _text(
     """A report as text, its parts between dots."""
     parts = [f"{phase} {progress_text(done, total)}".strip(), detail]
     if "loss" in numbers:
-        parts.append(f"loss {numbers['loss']:.3f}")
+        parts.append(f"loss {PLAIN.number(numbers['loss'])}")
     if "tokens_per_s" in numbers:
-        parts.append(f"{numbers['tokens_per_s']:.0f} tokens/s")
+        parts.append(f"{PLAIN.number(numbers['tokens_per_s'])} tokens/s")
     if left is not None and done < total:
         parts.append(f"{duration_text(left)} left")
     return " · ".join(part for part in parts if part)

@@ -21,18 +21,9 @@ from compose.planning.plan import cell_needs, step_needs
 from compose.planning.planner import make_plan
 from compose.processes.endings import Ending, ending_of, is_lasting, lost
 from compose.processes.worker_process import LocalWorker
-from compose.run import runner as runner_module
 from compose.store import Store
 
 LIMITS = {"step": {"seconds": 60.0}, "cell": {"memory_mb": 500.0}}
-
-
-@pytest.fixture(autouse=True)
-def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(folder: Any) -> None:
-        (folder.root / "report.html").write_text("report")
-
-    monkeypatch.setattr(runner_module, "draw_report", draw)
 
 
 # --- In the file, in the plan -------------------------------------------------------------------

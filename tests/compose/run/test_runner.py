@@ -45,18 +45,22 @@ from compose.store import Store, read_json
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.fixture(autouse=True)
-def quick_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripted runs draw an empty report: the real one is drawn in the tests with real workers."""
-    if request.node.get_closest_marker("slow") is None:
-
-        def draw(folder: RunFolder) -> None:
-            (folder.root / "report.html").write_text("report")
-
-        monkeypatch.setattr(runner_module, "draw_report", draw)
-
-
 # --- The whole way ------------------------------------------------------------------------------
+
+
+def test_a_report_is_drawn_when_results_are_new_or_it_is_gone(tmp_path: Path) -> None:
+    drawn = []
+
+    def draw(results_file: Path, folder: Path) -> None:
+        assert results_file.is_file()
+        drawn.append(folder)
+        (folder / "report.html").write_text("report")
+
+    for worked in (True, False, True):
+        assert go(tmp_path, Script(), draw=draw).worked is worked
+        if not worked:
+            (tmp_path / "small" / "report.html").unlink()
+    assert drawn == [tmp_path / "small"] * 2
 
 
 def test_a_cell_stays_loaded_between_quality_and_speed(

@@ -21,18 +21,9 @@ from compose import hashes
 from compose.errors import StepError
 from compose.planning.planner import make_plan
 from compose.run import disk
-from compose.run import runner as runner_module
 from compose.store import Store, write_json
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
-
-
-@pytest.fixture(autouse=True)
-def quick_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    def draw(folder: Any) -> None:
-        (folder.root / "report.html").write_text("report")
-
-    monkeypatch.setattr(runner_module, "draw_report", draw)
 
 
 def flip(path: Path) -> None:

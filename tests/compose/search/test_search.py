@@ -24,7 +24,6 @@ from compose.contract import CellJob, Job, read_job
 from compose.errors import PipelineError, PlanError, StepError, UserError
 from compose.language.parse import load_pipeline
 from compose.language.schema import Pipeline
-from compose.outputs.run_folder import RunFolder
 from compose.planning.plan import Plan
 from compose.planning.prepare import load_plan
 from compose.processes.executors import TimedHere
@@ -524,17 +523,6 @@ class Scripted:
 
     def stop(self) -> None:
         pass
-
-
-@pytest.fixture(autouse=True)
-def quick_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripted searches draw an empty report."""
-    if request.node.get_closest_marker("slow") is None:
-
-        def draw(folder: RunFolder) -> None:
-            (folder.root / "report.html").write_text("report")
-
-        monkeypatch.setattr(runner_module, "draw_report", draw)
 
 
 def go(file: Path, target: Target, script: Script, **more: Any) -> SearchResult:

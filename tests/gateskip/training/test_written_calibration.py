@@ -12,7 +12,7 @@ import torch
 
 from compose.contract import DataSpec
 from compose.stages.gate import Gate
-from compose.stages.text.prompts import prompts_to_answer
+from compose.stages.prompts import prompts_to_answer
 from gateskip.calibration.thresholds import Sample, calibrate_everywhere, kept_by
 from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import load_gates

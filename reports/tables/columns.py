@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from compose.analysis.metrics import METRICS, gain, retained_basis
 from compose.analysis.pick import retained_bound
 from compose.analysis.verdicts import KEEP
+from compose.numbers import PAGE, unless_one
 from compose.results.parts import Estimate
+from compose.table import Column as TableColumn
+from compose.table import Entry, Table, Tone
 from reports.load import Report, Row
-from reports.numbers import DASH, NO_DIFFERENCE, estimate, span, times
-
-Tone = Literal["good", "fair", "poor", "unknown", "same"]
 
 SIGNS: dict[Tone, str] = {"good": "●", "fair": "◐", "poor": "○", "unknown": "?", "same": "="}
 """A tone's shape: what it says must not hang on its colour."""
@@ -25,70 +25,20 @@ STEPS: dict[str, tuple[float, float]] = {
 """Where a metric stops being good, and where it starts being poor."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One place in a table: text, a smaller note, what it sorts by, its bar (0 to 1), its tone.
-
-    A badge is drawn as a label in its tone's colour.
-    """
-
-    text: str = DASH
-    note: str = ""
-    sort: float | str | None = None
-    bar: float | None = None
-    tone: Tone | None = None
-    badge: bool = False
-
-    @property
-    def is_absent(self) -> bool:
-        """Whether nothing was measured here."""
-        return self.text == DASH
-
-
 Make = Callable[[Report, Row], Entry]
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column: its heading, its unit, its help, and the function that gives a row's entry.
+class Column(TableColumn):
+    """A column of a table of cells, with the function that gives a row's entry."""
 
-    `words` columns hold sentences: they are set to the left and may break.
-    """
-
-    head: str
-    unit: str
-    help: str
     make: Make
-    words: bool = False
-
-    @property
-    def label(self) -> str:
-        """Heading and unit in one line."""
-        return f"{self.head} ({self.unit})" if self.unit else self.head
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of entries under columns. `absent` names the columns of which nothing was measured."""
-
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Row, tuple[Entry, ...]], ...]
-    absent: tuple[str, ...] = ()
-
-
-def table_of(report: Report, rows: tuple[Row, ...], columns: list[Column]) -> Table:
+def table_of(report: Report, rows: tuple[Row, ...], columns: Sequence[Column]) -> Table[Row]:
     """The table of `rows` under those of `columns` that any row has a number for."""
-    table = [[column.make(report, row) for column in columns] for row in rows]
-    shown = [i for i in range(len(columns)) if any(not entries[i].is_absent for entries in table)]
-    hidden = [columns[i] for i in range(len(columns)) if i not in shown] if rows else []
-    return Table(
-        columns=tuple(columns[i] for i in shown),
-        rows=tuple(
-            (row, tuple(entries[i] for i in shown))
-            for row, entries in zip(rows, table, strict=True)
-        ),
-        absent=tuple(dict.fromkeys(column.label for column in hidden)),
-    )
+    entries = ((row, tuple(column.make(report, row) for column in columns)) for row in rows)
+    return Table(tuple(columns), tuple(entries)).without_absent()
 
 
 def metric_column(
@@ -112,10 +62,9 @@ def metric_column(
         if value is None:
             return Entry()
         ends = None if show_gain or row.is_baseline else report.interval(row, name)
-        same = name in RATIOS and ends is not None and ends[0] <= 1 <= ends[1]
-        note = gain_note(report, row, name) if show_gain else span(*ends, show) if ends else ""
+        note = gain_note(report, row, name) if show_gain else PAGE.span(*ends, show) if ends else ""
         return Entry(
-            text=NO_DIFFERENCE if same else show(value),
+            text=unless_one(show(value), ends if name in RATIOS else None),
             note=note.partition(" (")[0] if show_gain == "short" else note,
             sort=value,
             bar=_bar(report, name, value, bar),
@@ -135,9 +84,9 @@ def gain_note(report: Report, row: Row, name: str) -> str:
         return ""
     paired = paired_ratio(row, name)
     if paired is not None:
-        return estimate(paired)
+        return PAGE.ratio(paired.value, paired.ci95)
     over = gain(report.results, name, row.cell)
-    return "" if over is None else times(over)
+    return "" if over is None else PAGE.times(over)
 
 
 def paired_ratio(row: Row, name: str) -> Estimate | None:

@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Callable
 
 from compose.analysis.metrics import half_width, over_seeds, task_retained
+from compose.numbers import PAGE, unless_one
 from compose.results.parts import OwnAnswers, Quality, TaskScore, TextCompute
-from reports.columns import Column, Entry, Make, tone
+from compose.table import Entry
 from reports.load import Report, Row
-from reports.numbers import NO_DIFFERENCE, number, share, span
+from reports.tables.columns import Column, Make, tone
 
 RATIO_HELP = "Perplexity over the dense model's; 1 is no loss. Below it: the 95 % interval."
 KL_HELP = "Mean KL divergence from the dense model, a token. Below it: the 95 % interval."
@@ -31,8 +32,8 @@ def task_score_column(report: Report, task: str, *, detail: bool) -> Column:
         if score is None or score.value is None:
             return Entry()
         ends = score.ci95 if detail else None
-        note = "" if ends is None else span(*ends, share)
-        return Entry(share(score.value), note, score.value)
+        note = "" if ends is None else PAGE.span(*ends, PAGE.share)
+        return Entry(PAGE.share(score.value), note, score.value)
 
     scores = [score for row in report.rows if (score := _score(report, row, task)) is not None]
     asked = sorted({score.n for score in scores if score.n is not None})
@@ -55,9 +56,8 @@ def task_kept_column(task: str) -> Column:
             return Entry()
         score = _score(report, row, task)
         ends = None if score is None else score.retained_ci95
-        same = ends is not None and ends[0] <= 1 <= ends[1]
-        note = "" if ends is None else span(*ends, share)
-        text = NO_DIFFERENCE if same else share(kept)
+        note = "" if ends is None else PAGE.span(*ends, PAGE.share)
+        text = unless_one(PAGE.share(kept), ends)
         return Entry(text, note, kept, tone=None if ends is None else tone("retained", ends[0]))
 
     help = "The score to its left over the dense model's, with its paired 95 % interval."
@@ -82,8 +82,10 @@ def _spent_column(name: str, read: Callable[[Quality], TextCompute | None]) -> C
         if spent is None:
             return Entry()
         phases = {"prompt": spent.prompt, "answer": spent.answer}
-        kept = [f"{phase} {share(own.kept)}" for phase, own in phases.items() if own is not None]
-        return Entry(share(spent.saved_net), f"kept {', '.join(kept)}", spent.saved_net)
+        kept = [
+            f"{phase} {PAGE.share(own.kept)}" for phase, own in phases.items() if own is not None
+        ]
+        return Entry(PAGE.share(spent.saved_net), f"kept {', '.join(kept)}", spent.saved_net)
 
     help = (
         f"Multiply-adds saved on the prompts and answers of {name} itself, net. Below it: the share"
@@ -123,7 +125,7 @@ def perplexity_entry(report: Report, row: Row) -> Entry:
     if perplexity is None or perplexity.value is None:
         return Entry()
     note = "" if perplexity_text(report) else perplexity.dataset
-    return Entry(number(perplexity.value), note, perplexity.value)
+    return Entry(PAGE.number(perplexity.value), note, perplexity.value)
 
 
 def quality_column(
@@ -148,7 +150,7 @@ def _number_of(read: Callable[[Quality], float | None]) -> Make:
     def make(report: Report, row: Row) -> Entry:
         quality = report.results.quality(row.cell)
         value = None if quality is None else read(quality)
-        return Entry() if value is None else Entry(number(value), sort=value)
+        return Entry() if value is None else Entry(PAGE.number(value), sort=value)
 
     return make
 
@@ -159,8 +161,8 @@ def own_kl_entry(report: Report, row: Row) -> Entry:
     own = None if quality is None else quality.own_answers
     if own is None or own.kl is None:
         return Entry()
-    note = "" if own.kl_ci95 is None or row.is_baseline else span(*own.kl_ci95, number)
-    return Entry(number(own.kl), note, own.kl)
+    note = "" if own.kl_ci95 is None or row.is_baseline else PAGE.span(*own.kl_ci95, PAGE.number)
+    return Entry(PAGE.number(own.kl), note, own.kl)
 
 
 def seed_count_entry(report: Report, row: Row) -> Entry:

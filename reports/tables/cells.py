@@ -5,10 +5,11 @@ A number that was not measured is an en dash. A column that no cell has is left 
 
 from __future__ import annotations
 
-from reports.columns import Column, Entry, Table, metric_column, retained_help, table_of
+from compose.numbers import PAGE, TIMES, milliseconds, three_decimals
+from compose.table import Entry, Table
 from reports.load import Report, Row
-from reports.numbers import TIMES, megabytes, millis, number, ratio, share, span
-from reports.quality_columns import (
+from reports.tables.columns import Column, metric_column, retained_help, table_of
+from reports.tables.quality import (
     AGREE_HELP,
     KL_HELP,
     OWN_KL_HELP,
@@ -28,7 +29,7 @@ from reports.quality_columns import (
     task_kept_column,
     task_score_column,
 )
-from reports.speculation_columns import (
+from reports.tables.speculation import (
     ACCEPTED_HELP,
     LOSSLESS_HELP,
     MEAN_HELP,
@@ -47,7 +48,7 @@ from reports.speculation_columns import (
     speedup_entry,
     usual_draft_entry,
 )
-from reports.speed_columns import (
+from reports.tables.speed import (
     DECODE_HELP,
     PAIRED_HELP,
     PREFILL_HELP,
@@ -63,10 +64,10 @@ from reports.speed_columns import (
     spread_of,
     timed_entry,
 )
-from reports.verdicts import VERDICT_HELP, verdict_entry, why_entry
+from reports.tables.verdicts import VERDICT_HELP, verdict_entry, why_entry
 
 
-def overview(report: Report) -> Table:
+def overview(report: Report) -> Table[Row]:
     """Every measured cell with the numbers that decide."""
     return table_of(
         report,
@@ -74,18 +75,28 @@ def overview(report: Report) -> Table:
         [
             Column("Verdict", "", VERDICT_HELP, verdict_entry),
             metric_column(
-                "size", "Size", "MB", "Weight files on disk.", megabytes, show_gain=True, bar=True
+                "size",
+                "Size",
+                "MB",
+                "Weight files on disk.",
+                PAGE.megabytes,
+                show_gain=True,
+                bar=True,
             ),
             metric_column(
-                "decode", "Decode", "tok/s", DECODE_HELP, number, show_gain=True, bar=True
+                "decode", "Decode", "tok/s", DECODE_HELP, PAGE.number, show_gain=True, bar=True
             ),
-            metric_column("prefill", "Prefill", "tok/s", PREFILL_HELP, number, show_gain="short"),
-            metric_column("saved", "Saved", "net, %", SAVED_HELP, share),
-            metric_column("perplexity-ratio", "Perplexity", TIMES + " dense", RATIO_HELP, ratio),
-            metric_column("kl", "KL", "nats", KL_HELP, number),
-            metric_column("agreement", "Agree", "%", AGREE_HELP, share),
+            metric_column(
+                "prefill", "Prefill", "tok/s", PREFILL_HELP, PAGE.number, show_gain="short"
+            ),
+            metric_column("saved", "Saved", "net, %", SAVED_HELP, PAGE.share),
+            metric_column(
+                "perplexity-ratio", "Perplexity", TIMES + " dense", RATIO_HELP, three_decimals
+            ),
+            metric_column("kl", "KL", "nats", KL_HELP, PAGE.number),
+            metric_column("agreement", "Agree", "%", AGREE_HELP, PAGE.share),
             *(task_score_column(report, task, detail=False) for task in report.tasks),
-            metric_column("retained", "Keeps", "%", retained_help(report), share, bar="unit"),
+            metric_column("retained", "Keeps", "%", retained_help(report), PAGE.share, bar="unit"),
             Column(
                 "Accepted", "%", ACCEPTED_HELP + " Below it: " + MEAN_HELP.lower(), accepted_entry
             ),
@@ -94,17 +105,17 @@ def overview(report: Report) -> Table:
     )
 
 
-def verdicts(report: Report) -> Table:
+def verdicts(report: Report) -> Table[Row]:
     """Every cell that was judged, with the sentence that says why."""
     rows = tuple(row for row in report.rows if row.cell.verdict is not None)
     columns = [
         Column("Verdict", "", VERDICT_HELP, verdict_entry),
-        Column("Why", "", "What the verdict rests on.", why_entry, words=True),
+        Column("Why", "", "What the verdict rests on.", why_entry, align="left"),
     ]
     return table_of(report, rows, columns)
 
 
-def quality(report: Report) -> Table:
+def quality(report: Report) -> Table[Row]:
     """Perplexity, distance to the dense model, and every task with its interval."""
     measured = tuple(row for row in report.rows if report.results.quality(row.cell) is not None)
     tasks = [(task_score_column(report, t, detail=True), task_kept_column(t)) for t in report.tasks]
@@ -113,34 +124,38 @@ def quality(report: Report) -> Table:
         measured,
         [
             Column("Perplexity", perplexity_text(report), "Smaller is better.", perplexity_entry),
-            metric_column("perplexity-ratio", "Perplexity", TIMES + " dense", RATIO_HELP, ratio),
-            metric_column("kl", "KL", "mean", KL_HELP, number),
+            metric_column(
+                "perplexity-ratio", "Perplexity", TIMES + " dense", RATIO_HELP, three_decimals
+            ),
+            metric_column("kl", "KL", "mean", KL_HELP, PAGE.number),
             quality_column("KL", "median", "The same, median of tokens.", lambda q: q.kl_median),
             quality_column("KL", "p90", "The same, 90th percentile.", lambda q: q.kl_p90),
-            metric_column("agreement", "Agree", "%", AGREE_HELP, share),
+            metric_column("agreement", "Agree", "%", AGREE_HELP, PAGE.share),
             Column("Own answers", "KL", OWN_KL_HELP, own_kl_entry),
             answers_column("Common prefix", "tokens", PREFIX_HELP, lambda own: own.common_prefix),
             quality_column("Rounding", "KL", ROUNDING_HELP, lambda q: q.kl_of_rounding),
             *(column for pair in tasks for column in pair),
             *spent_columns(report),
-            metric_column("accuracy", "Tasks", "mean, %", "Unweighted mean of the scores.", share),
-            metric_column("written", "Written", "keeps, %", WRITTEN_HELP, share),
-            metric_column("ranked", "Ranked", "keeps, %", RANKED_HELP, share),
-            metric_column("retained", "Keeps", "%", retained_help(report), share),
+            metric_column(
+                "accuracy", "Tasks", "mean, %", "Unweighted mean of the scores.", PAGE.share
+            ),
+            metric_column("written", "Written", "keeps, %", WRITTEN_HELP, PAGE.share),
+            metric_column("ranked", "Ranked", "keeps, %", RANKED_HELP, PAGE.share),
+            metric_column("retained", "Keeps", "%", retained_help(report), PAGE.share),
         ],
     )
 
 
-def seeds(report: Report) -> Table:
+def seeds(report: Report) -> Table[Row]:
     """Means over seeds, where a cell was run with several, and half their interval's width."""
     rows = tuple(row for row in report.rows if row.cell.seeds)
     shown = [
-        ("saved", "Saved", "net, %", SAVED_HELP, share),
-        ("perplexity-ratio", "Perplexity", TIMES + " dense", RATIO_HELP, ratio),
-        ("kl", "KL", "nats", KL_HELP, number),
-        ("agreement", "Agree", "%", AGREE_HELP, share),
-        ("accuracy", "Tasks", "mean, %", "Unweighted mean of the scores.", share),
-        ("retained", "Keeps", "%", retained_help(report), share),
+        ("saved", "Saved", "net, %", SAVED_HELP, PAGE.share),
+        ("perplexity-ratio", "Perplexity", TIMES + " dense", RATIO_HELP, three_decimals),
+        ("kl", "KL", "nats", KL_HELP, PAGE.number),
+        ("agreement", "Agree", "%", AGREE_HELP, PAGE.share),
+        ("accuracy", "Tasks", "mean, %", "Unweighted mean of the scores.", PAGE.share),
+        ("retained", "Keeps", "%", retained_help(report), PAGE.share),
     ]
     count = Column("Seeds", "", "How many the cell was run with.", seed_count_entry)
     columns = [
@@ -149,7 +164,7 @@ def seeds(report: Report) -> Table:
     return table_of(report, rows, [count, *columns])
 
 
-def speed(report: Report) -> Table:
+def speed(report: Report) -> Table[Row]:
     """Speed with quartiles and paired ratios, other batch sizes and contexts."""
     batches = [
         shape_columns(f"{TIMES}{b}", f"of a batch of {b}, all rows together.", at_batch(b))
@@ -167,43 +182,52 @@ def speed(report: Report) -> Table:
         report,
         report.rows,
         [
-            Column("Decode", "tok/s", DECODE_HELP, spread_of("decode_tokens_per_s", number)),
+            Column("Decode", "tok/s", DECODE_HELP, spread_of("decode_tokens_per_s", PAGE.number)),
             Column("Decode", TIMES + " dense", PAIRED_HELP, ratio_of("decode_ratio")),
-            Column("Prefill", "tok/s", PREFILL_HELP, spread_of("prefill_tokens_per_s", number)),
+            Column(
+                "Prefill", "tok/s", PREFILL_HELP, spread_of("prefill_tokens_per_s", PAGE.number)
+            ),
             Column("Prefill", TIMES + " dense", PAIRED_HELP, ratio_of("prefill_ratio")),
-            Column("First token", "ms", "From prompt to first token.", spread_of("ttft_s", millis)),
+            Column(
+                "First token",
+                "ms",
+                "From prompt to first token.",
+                spread_of("ttft_s", milliseconds),
+            ),
             Column("Repeat", "s, shortest", "How long a timed decode repeat lasted.", timed_entry),
             *(column for shape in (*batches, *contexts, *categories) for column in shape),
         ],
     )
 
 
-def memory(report: Report) -> Table:
+def memory(report: Report) -> Table[Row]:
     """Bytes on disk and in memory, and compute saved by every way to count it."""
     return table_of(
         report,
         report.rows,
         [
-            metric_column("size", "On disk", "MB", "Weight files.", megabytes),
+            metric_column("size", "On disk", "MB", "Weight files.", PAGE.megabytes),
             metric_column(
                 "resident",
                 "In memory",
                 "MB",
                 "The loaded model's tensors; of other engines, their process beyond a bare one.",
-                megabytes,
+                PAGE.megabytes,
             ),
-            metric_column("peak", "Peak", "MB", "Most memory of the cell's process.", megabytes),
+            metric_column(
+                "peak", "Peak", "MB", "Most memory of the cell's process.", PAGE.megabytes
+            ),
             Column("KV cache", "MB", "Of the largest shape that was timed.", cache_entry),
             metric_column(
-                "saved-gross", "Saved", "gross, %", "Gates left out of the count.", share
+                "saved-gross", "Saved", "gross, %", "Gates left out of the count.", PAGE.share
             ),
-            metric_column("saved", "Saved", "net, %", SAVED_HELP, share),
+            metric_column("saved", "Saved", "net, %", SAVED_HELP, PAGE.share),
             Column("Saved", "model, %", "Net, the LM head counted too.", saved_model_entry),
         ],
     )
 
 
-def arithmetic(report: Report) -> Table:
+def arithmetic(report: Report) -> Table[Row]:
     """Backend, weights, activations and accumulation of each cell, decoding and scoring."""
     shown = [
         ("Backend", "", "What runs the model.", arithmetic_entry("backend")),
@@ -223,7 +247,7 @@ def arithmetic(report: Report) -> Table:
         ("Sums", "", "The type in which products are summed.", arithmetic_entry("accumulation")),
         ("Chosen by timing", "", "What a stopwatch chose on this machine.", choices_entry),
     ]
-    return table_of(report, report.rows, [Column(*column, words=True) for column in shown])
+    return table_of(report, report.rows, [Column(*column, align="left") for column in shown])
 
 
 def choices_entry(report: Report, row: Row) -> Entry:
@@ -232,7 +256,7 @@ def choices_entry(report: Report, row: Row) -> Entry:
     return Entry(words, sort=words) if words else Entry()
 
 
-def speculation(report: Report) -> Table:
+def speculation(report: Report) -> Table[Row]:
     """What each speculative cell did in its timed rounds."""
     rows = tuple(row for row in report.rows if row.cell.speculation is not None)
     return table_of(
@@ -244,8 +268,8 @@ def speculation(report: Report) -> Table:
             ),
             *drafted_by_columns(rows),
             Column("Plain steps", "%", PLAIN_HELP, plain_steps_entry),
-            metric_column("acceptance", "Accepted", "%", ACCEPTED_HELP, share, bar="unit"),
-            metric_column("accepted", "Mean", "tokens/pass", MEAN_HELP, number),
+            metric_column("acceptance", "Accepted", "%", ACCEPTED_HELP, PAGE.share, bar="unit"),
+            metric_column("accepted", "Mean", "tokens/pass", MEAN_HELP, PAGE.number),
             Column(
                 "Draft length", "most often", "Tokens drafted before a check.", usual_draft_entry
             ),
@@ -261,7 +285,7 @@ def speculation(report: Report) -> Table:
     )
 
 
-def lossless(report: Report) -> Table:
+def lossless(report: Report) -> Table[Row]:
     """The lossless check of each speculative cell: another measurement, with forced lengths."""
     rows = tuple(row for row in report.rows if row.cell.lossless_check is not None)
     forced = Column(
@@ -297,5 +321,7 @@ def _forced_rate(report: Report, row: Row) -> Entry:
         return Entry()
     ends = check.acceptance_rate_ci95
     return Entry(
-        share(check.acceptance_rate), span(*ends, share) if ends else "", check.acceptance_rate
+        PAGE.share(check.acceptance_rate),
+        PAGE.span(*ends, PAGE.share) if ends else "",
+        check.acceptance_rate,
     )

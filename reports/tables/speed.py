@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from compose.numbers import PAGE, TIMES, unless_one
 from compose.results.parts import Estimate, Measured, SpeedNumbers
-from reports.columns import Column, Entry, Make
+from compose.table import Entry
 from reports.load import Report, Row
-from reports.numbers import NO_DIFFERENCE, TIMES, count, megabytes, number, share, span, times
+from reports.tables.columns import Column, Make
 
 DECODE_HELP = (
     "New tokens a second at batch 1, median of the repeats; beside it, over the dense model:"
@@ -52,7 +53,7 @@ def at_category(category: str) -> Read:
 def cache_entry(report: Report, row: Row) -> Entry:
     """Bytes of the KV cache, in MB."""
     held = None if row.cell.size is None else row.cell.size.cache_bytes
-    return Entry() if held is None else Entry(megabytes(held), sort=held)
+    return Entry() if held is None else Entry(PAGE.megabytes(held), sort=held)
 
 
 def spread_of(name: str, show: Callable[[float], str], read: Read = at_main) -> Make:
@@ -63,7 +64,7 @@ def spread_of(name: str, show: Callable[[float], str], read: Read = at_main) -> 
         measured: Measured | None = None if numbers is None else getattr(numbers, name)
         if measured is None:
             return Entry()
-        note = "" if measured.quartiles is None else span(*measured.quartiles, show)
+        note = "" if measured.quartiles is None else PAGE.span(*measured.quartiles, show)
         return Entry(show(measured.median), note, measured.median)
 
     return make
@@ -77,8 +78,8 @@ def ratio_of(name: str, read: Read = at_main) -> Make:
         own: Estimate | None = None if numbers is None else getattr(numbers, name)
         if own is None or row.is_baseline:
             return Entry()
-        text = NO_DIFFERENCE if own.low <= 1 <= own.high else times(own.value)
-        return Entry(text, span(own.low, own.high, "{:.2f}".format), own.value)
+        text = unless_one(PAGE.times(own.value), own.ci95)
+        return Entry(text, PAGE.span(*own.ci95, PAGE.near_one), own.value)
 
     return make
 
@@ -90,14 +91,14 @@ def shape_columns(head: str, help: str, read: Read) -> list[Column]:
             f"Decode {head}",
             "tok/s",
             f"Decode {help}",
-            spread_of("decode_tokens_per_s", number, read),
+            spread_of("decode_tokens_per_s", PAGE.number, read),
         ),
         Column(f"Decode {head}", f"{TIMES} dense", PAIRED_HELP, ratio_of("decode_ratio", read)),
         Column(
             f"Prefill {head}",
             "tok/s",
             f"Prefill {help}",
-            spread_of("prefill_tokens_per_s", number, read),
+            spread_of("prefill_tokens_per_s", PAGE.number, read),
         ),
     ]
 
@@ -107,7 +108,7 @@ def timed_entry(report: Report, row: Row) -> Entry:
     lasted = None if row.cell.speed is None else row.cell.speed.repeat_s
     if not lasted:
         return Entry()
-    return Entry(number(min(lasted)), f"{count(len(lasted))} repeats", min(lasted))
+    return Entry(PAGE.number(min(lasted)), f"{PAGE.whole(len(lasted))} repeats", min(lasted))
 
 
 def arithmetic_entry(field: str, *, scoring: bool = False) -> Make:
@@ -126,4 +127,4 @@ def arithmetic_entry(field: str, *, scoring: bool = False) -> Make:
 def saved_model_entry(report: Report, row: Row) -> Entry:
     """Net share of the whole model's multiply-adds saved, the LM head counted."""
     saved = None if row.cell.compute is None else row.cell.compute.saved_model
-    return Entry() if saved is None else Entry(share(saved), "", saved)
+    return Entry() if saved is None else Entry(PAGE.share(saved), "", saved)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from reports.columns import Column, Entry, Make
+from compose.numbers import PAGE, THIN, unless_one
+from compose.results.parts import Divergence
+from compose.table import Entry
 from reports.load import Report, Row
-from reports.numbers import NO_DIFFERENCE, THIN, count, divergence, share, span, times
+from reports.tables.columns import Column, Make
 
 POSITION_HELP = "Accepted at this place of a draft, where all before it was."
 SHOWN_POSITIONS = 6
@@ -55,13 +57,13 @@ def accepted_entry(report: Report, row: Row) -> Entry:
     """Acceptance rate of the timed rounds, or that hardly anything was drafted."""
     rate, mean = row.get("acceptance"), row.get("accepted")
     if row.cell.speculation is not None and row.cell.speculation.fell_back:
-        return Entry(FELL_BACK, "" if rate is None else f"{share(rate)} of few", rate or 0.0)
+        return Entry(FELL_BACK, "" if rate is None else f"{PAGE.share(rate)} of few", rate or 0.0)
     if rate is None:
         return Entry()
     ends = report.interval(row, "acceptance")
-    notes = [span(*ends, share)] if ends else []
-    notes += [] if mean is None else [f"{mean:.2f} a pass"]
-    return Entry(share(rate), ", ".join(notes), rate)
+    notes = [PAGE.span(*ends, PAGE.share)] if ends else []
+    notes += [] if mean is None else [f"{PAGE.near_one(mean)} a pass"]
+    return Entry(PAGE.share(rate), ", ".join(notes), rate)
 
 
 def plain_steps_entry(report: Report, row: Row) -> Entry:
@@ -70,7 +72,7 @@ def plain_steps_entry(report: Report, row: Row) -> Entry:
     if own is None or own.plain_steps is None:
         return Entry()
     note = FELL_BACK if own.fell_back else ""
-    return Entry(share(own.plain_steps), note, own.plain_steps, tone="poor" if note else None)
+    return Entry(PAGE.share(own.plain_steps), note, own.plain_steps, tone="poor" if note else None)
 
 
 def drafting_entry(report: Report, row: Row) -> Entry:
@@ -79,13 +81,13 @@ def drafting_entry(report: Report, row: Row) -> Entry:
     if own is None or own.draft_s is None or not own.verify_s:
         return Entry()
     part = own.draft_s / (own.draft_s + own.verify_s)
-    return Entry(share(part), sort=part)
+    return Entry(PAGE.share(part), sort=part)
 
 
 def looked_up_entry(report: Report, row: Row) -> Entry:
     """Share of the drafted tokens that the text itself proposed."""
     part = None if row.cell.speculation is None else row.cell.speculation.looked_up_share
-    return Entry() if part is None else Entry(share(part), sort=part)
+    return Entry() if part is None else Entry(PAGE.share(part), sort=part)
 
 
 def speedup_entry(report: Report, row: Row) -> Entry:
@@ -95,9 +97,9 @@ def speedup_entry(report: Report, row: Row) -> Entry:
         return Entry()
     ends = own.speedup_ci95
     if ends is None:
-        return Entry(times(own.speedup), sort=own.speedup)
-    text = NO_DIFFERENCE if ends[0] <= 1 <= ends[1] else times(own.speedup)
-    return Entry(text, span(*ends, "{:.2f}".format), own.speedup)
+        return Entry(PAGE.times(own.speedup), sort=own.speedup)
+    text = unless_one(PAGE.times(own.speedup), ends)
+    return Entry(text, PAGE.span(*ends, PAGE.near_one), own.speedup)
 
 
 def usual_draft_entry(report: Report, row: Row) -> Entry:
@@ -109,7 +111,7 @@ def usual_draft_entry(report: Report, row: Row) -> Entry:
     usual = max(lengths, key=lambda n: (lengths[n], n))
     return Entry(
         str(usual) if usual else "none",
-        f"{100 * lengths[usual] / total:.0f}{THIN}% of rounds",
+        f"{PAGE.whole(100 * lengths[usual] / total)}{THIN}% of rounds",
         float(usual),
     )
 
@@ -134,7 +136,7 @@ def position_columns(
     def at(place: int) -> Make:
         def make(report: Report, row: Row) -> Entry:
             own = rates(row)
-            return Entry(share(own[place]), sort=own[place]) if place < len(own) else Entry()
+            return Entry(PAGE.share(own[place]), sort=own[place]) if place < len(own) else Entry()
 
         return make
 
@@ -163,13 +165,24 @@ def diverged_entry(report: Report, row: Row) -> Entry:
     return replace(entry, note=divergence(check.first_divergence))
 
 
+def divergence(place: Divergence) -> str:
+    """Where speculation left plain decoding, in words."""
+    parts = [
+        None if place.prompt is None else f"prompt {place.prompt}",
+        None if place.position is None else f"token {place.position}",
+        None if place.margin is None else f"margin {place.margin:.2g}",
+        None if place.margin_share is None else f"{place.margin_share:.1e} of the range",
+    ]
+    return ", ".join(part for part in parts if part) or "place not recorded"
+
+
 def check_count_entry(name: str) -> Make:
     """How many prompts, tokens or divergences the check has."""
 
     def make(report: Report, row: Row) -> Entry:
         value = None if row.cell.lossless_check is None else getattr(row.cell.lossless_check, name)
         value = len(value) if isinstance(value, tuple) else value
-        return Entry() if value is None else Entry(count(value), sort=value)
+        return Entry() if value is None else Entry(PAGE.whole(value), sort=value)
 
     return make
 
@@ -183,7 +196,7 @@ def lengths_entry(name: str) -> Make:
         )
         if not lengths:
             return Entry()
-        words = ", ".join(f"{n}:{THIN}{count(lengths[n])}" for n in sorted(lengths))
+        words = ", ".join(f"{n}:{THIN}{PAGE.whole(lengths[n])}" for n in sorted(lengths))
         return Entry(words, sort=words)
 
     return make

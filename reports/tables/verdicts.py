@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from compose.analysis.verdicts import TONES
 from compose.results.parts import Outcome
-from reports.columns import Entry, Tone
+from compose.table import Entry
 from reports.load import Report, Row
-
-TONES: dict[Outcome, Tone] = {
-    "ACCEPT": "good",
-    "TRADE-OFF": "fair",
-    "REGRESSION": "poor",
-    "NO EVIDENCE": "unknown",
-}
-"""Verdict -> its tone, best first."""
 
 VERDICT_HELP = (
     "From 95 % intervals, against the dense model: ACCEPT, TRADE-OFF, REGRESSION, or NO EVIDENCE"

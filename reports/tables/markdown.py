@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from compose.numbers import THIN
+from compose.table import Align, Column, Entry, Table
 from compose.units import printable
-from reports import columns, numbers
 from reports.load import Row
-from reports.run_tables import Lines
-from reports.speculation_columns import Histogram
+from reports.tables.speculation import Histogram
+
+SIDES: dict[Align, str] = {"left": ":---", "right": "---:", "none": "---"}
 
 
 class Raw(str):
@@ -37,36 +39,34 @@ def fenced(text: str, language: str = "") -> Raw:
     return Raw(f"{fence}{language}\n{text.rstrip()}\n{fence}")
 
 
-def markdown_table(table: columns.Table) -> Raw:
-    """A pipe table: number and name of the cell, then the columns."""
-    heads = ["#", "cell", *(escape_markdown(column.label) for column in table.columns)]
-    sides = [":---" if column.words else "---:" for column in table.columns]
-    lines = [_pipes(heads), _pipes(["---:", ":---", *sides])]
-    for row, entries in table.rows:
-        lines.append(_pipes([*_identity(row), *map(_entry, entries)]))
-    return Raw("\n".join(lines))
+def cells_markdown(table: Table[Row]) -> Raw:
+    """A table of cells: number and name of the cell, then the columns."""
+    columns = (Column(Raw("#"), "", ""), Column("cell", "", "", align="left"), *table.columns)
+    rows = tuple((row, (*_identity(row), *entries)) for row, entries in table.rows)
+    return markdown_table(Table(columns, rows))
 
 
-def markdown_lines(table: Lines) -> Raw:
-    """A pipe table of lines of text."""
-    lines = [_pipes([escape_markdown(head) for head in table.heads])]
-    lines.append(_pipes([":---"] * len(table.heads)))
-    lines += [_pipes([escape_markdown(text) for text in row]) for row in table.rows]
+def markdown_table(table: Table[Any]) -> Raw:
+    """A pipe table; a note follows its entry in brackets."""
+    heads = [str(escaped_unless_raw(column.label)) for column in table.columns]
+    lines = [_pipes(heads), _pipes([SIDES[column.align] for column in table.columns])]
+    lines += [_pipes([_entry(entry) for entry in entries]) for _, entries in table.rows]
     return Raw("\n".join(lines))
 
 
 def bars(histogram: Histogram) -> Raw:
     """A histogram in text: `length: rounds`."""
-    return Raw(" · ".join(f"{n}:{numbers.THIN}{count}" for n, count, _ in histogram.bars))
+    return Raw(" · ".join(f"{n}:{THIN}{count}" for n, count, _ in histogram.bars))
 
 
-def _identity(row: Row) -> list[str]:
+def _identity(row: Row) -> tuple[Entry, Entry]:
     name = escape_markdown(row.cell.name)
-    return [str(row.number), f"**{name}**" if row.is_baseline else name]
+    return Entry(str(row.number)), Entry(Raw(f"**{name}**" if row.is_baseline else name))
 
 
-def _entry(entry: columns.Entry) -> str:
-    return escape_markdown(f"{entry.text} ({entry.note})" if entry.note else entry.text)
+def _entry(entry: Entry) -> str:
+    text = f"{entry.text} ({entry.note})" if entry.note else entry.text
+    return str(escaped_unless_raw(text))
 
 
 def _pipes(parts: list[str]) -> str:

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from compose.numbers import DASH, PAGE, TIMES, bytes_text, duration_text
 from compose.results.parts import SkippingFigures
-from compose.units import bytes_text, duration_text
+from compose.table import Table, text_table
 from reports.load import Report
-from reports.numbers import DASH, TIMES, count, number, percent
 
 
-@dataclass(frozen=True)
-class Lines:
-    """A table that is not of cells: headings and lines of text."""
-
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-def stages(report: Report) -> Lines:
+def stages(report: Report) -> Table[None]:
     """Each step that made weights, once: what it ran on, its time, its peak memory, its cells."""
     steps: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in report.rows:
@@ -44,10 +35,10 @@ def stages(report: Report) -> Lines:
         )
         for chain, step in steps.items()
     ]
-    return Lines(("Made", "Stage", "Time", "Peak memory", "Cells"), tuple(rows))
+    return text_table(("Made", "Stage", "Time", "Peak memory", "Cells"), rows)
 
 
-def peers(report: Report) -> Lines:
+def peers(report: Report) -> Table[None]:
     """Other engines: how each was run."""
     rows = []
     for row in report.peers:
@@ -57,10 +48,10 @@ def peers(report: Report) -> Lines:
         parts = (peer.settings, versions, peer.flags)
         threads = DASH if peer.threads is None else str(peer.threads)
         rows.append((row.cell.name, threads, *(part or DASH for part in parts)))
-    return Lines(("Cell", "Threads", "How it is run", "Versions", "Build"), tuple(rows))
+    return text_table(("Cell", "Threads", "How it is run", "Versions", "Build"), rows)
 
 
-def curves(report: Report) -> Lines:
+def curves(report: Report) -> Table[None]:
     """The paper's figures by its own definition, and beside them by ours."""
     shown = [
         (f"{curve.weights}, {curve.kind} tasks", words, figures)
@@ -74,15 +65,17 @@ def curves(report: Report) -> Lines:
         for name, words, own in shown
     ]
     heads = ("Weights", "Definition", "Saved @90 %", *(f"{step} %" for step in steps))
-    return Lines(heads, tuple(rows))
+    return text_table(heads, rows)
 
 
 def _share_at(figures: SkippingFigures, step: int) -> str:
-    return percent(figures.accuracy_at[step]) if step in figures.accuracy_at else DASH
+    return PAGE.percent(figures.accuracy_at[step]) if step in figures.accuracy_at else DASH
 
 
 def _saved_at_90(figures: SkippingFigures) -> str:
-    return "no point keeps 90 %" if figures.saved_at_90 is None else percent(figures.saved_at_90)
+    return (
+        "no point keeps 90 %" if figures.saved_at_90 is None else PAGE.percent(figures.saved_at_90)
+    )
 
 
 def noise_floor(report: Report) -> str:
@@ -92,9 +85,11 @@ def noise_floor(report: Report) -> str:
     if floor is None:
         return ""
     parts = [
-        None if floor.kl is None else f"KL {number(floor.kl)}",
+        None if floor.kl is None else f"KL {PAGE.number(floor.kl)}",
         None if floor.ratio is None else f"perplexity {TIMES}{floor.ratio:.4f}",
-        None if floor.greedy_agreement is None else f"agreement {percent(floor.greedy_agreement)}",
+        None
+        if floor.greedy_agreement is None
+        else f"agreement {PAGE.percent(floor.greedy_agreement)}",
     ]
     words = ", ".join(part for part in parts if part)
     return f"Noise floor, the dense model in {floor.dtype}: {words}. Less than that is rounding."
@@ -108,20 +103,20 @@ def contamination(report: Report) -> list[tuple[str, int, int]]:
     return [(name, each.rows, each.contaminated) for name, each in (shares or {}).items()]
 
 
-def insight(report: Report) -> Lines:
+def insight(report: Report) -> Table[None]:
     """For every cell that skips: the share of the branches' compute that each kind of token got."""
     rows = [
         (row.cell.name, row.cell.insight) for row in report.rows if row.cell.insight is not None
     ]
     kinds = list(dict.fromkeys(kind for _, own in rows for kind in own.kinds))
     seen = {kind: own.kinds[kind].tokens for _, own in rows for kind in own.kinds}
-    heads = [f"{kind}, {count(seen[kind])} tokens" for kind in kinds]
+    heads = [f"{kind}, {PAGE.whole(seen[kind])} tokens" for kind in kinds]
     shares = [
-        tuple(percent(own.kinds[k].compute) if k in own.kinds else DASH for k in kinds)
+        tuple(PAGE.percent(own.kinds[k].compute) if k in own.kinds else DASH for k in kinds)
         for _, own in rows
     ]
     lines = tuple((name, *own) for (name, _), own in zip(rows, shares, strict=True))
-    return Lines(("Cell", *heads), lines)
+    return text_table(("Cell", *heads), lines)
 
 
 def fingerprints(report: Report) -> list[tuple[str, str]]:
@@ -165,4 +160,4 @@ def _plain_text(key: str, value: Any) -> str:
         return ", ".join(f"{name} {_plain_text('', each)}" for name, each in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_plain_text("", each) for each in value)
-    return number(value) if isinstance(value, float) else str(value)
+    return PAGE.number(value) if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Tables of a report: what is in a cell of them, the columns, and the tables as text."""
