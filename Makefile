@@ -1,6 +1,7 @@
 # Every target makes its own .venv from nothing but python3 and pip; nothing has to be activated.
 #   make quickstart    the whole way on a real model: matrix, report, export, an answer
-#   make test          every test          make test ARGS="tests/compose/planning/test_plan.py -m 'not real'"
+#   make test          all tests but the slow ones: no download    make test ARGS="tests/compose/planning -k keys"
+#   make test-slow     the slow ones: the real model, all chains, killed runs, other engines
 #   make check         format, lint, types, imports
 #   make sanitize      the compiled kernels over odd sizes, under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
@@ -25,7 +26,7 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test check sanitize fuzz chaos peers-test figures publish stale mutants repeatability side-by-side bench clean
+.PHONY: help quickstart test test-slow check sanitize fuzz chaos peers-test figures publish stale mutants repeatability side-by-side bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -51,8 +52,16 @@ quickstart: $(VENV)/.run
 	$(BIN)/gateskip pick runs/quickstart --min-retained 0.95 --maximize decode
 	$(BIN)/gateskip generate exports/quickstart "$$QUESTION" --stats
 
+# Each test runs in one of the two. A file stays in one process, and the next free one takes the next file.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 40
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 40 $(ARGS)
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+# Engines of which pip installs wheels are made (minutes, once); llama.cpp, which it compiles, is for peers-test.
+ENGINES ?= openvino,onnxruntime,compressed-tensors
+test-slow: $(VENV)/.dev
+	GATESKIP_BUILD_PEERS=$(ENGINES) $(PYTEST) -m slow $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -71,7 +80,7 @@ sanitize:
 
 # llama.cpp is compiled here, which needs a C++ compiler; the others are installed.
 peers-test: $(VENV)/.dev
-	GATESKIP_BUILD_PEERS=1 $(BIN)/python -m pytest tests/compose/bench/test_peers.py tests/compose/artifacts/test_readers.py $(ARGS)
+	GATESKIP_BUILD_PEERS=all $(BIN)/python -m pytest tests/compose/bench/test_peers.py tests/compose/artifacts/test_readers.py $(ARGS)
 
 figures: $(VENV)/.run
 	$(BIN)/python -m reports.documents

@@ -2,7 +2,7 @@
 
 Tiny models are saved Hugging Face folders with random weights and a tokenizer trained on the spot;
 they need no network. The real model is downloaded once into the cache that a user would have; a
-test that asks for it is marked `real` by itself, and such tests run last.
+test that asks for it is marked `real` and `slow` by itself, and such tests run last.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,17 +38,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # files run side by side: each has its 
 
 ROOT = Path(__file__).resolve().parents[1]
 
-LONGEST = ("test_chains.py", "test_end_to_end.py")  # minutes each, begun first side by side
+LONGEST = ("test_end_to_end.py", "test_chains.py")  # minutes each, begun first side by side
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what uses the real model as `real`, and run it after everything that is quick.
+    """Mark what uses the real model as `real`, and that and other engines as `slow`.
 
     Where files run side by side, those that take longest come first, so that none is left over.
     """
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker("real")
+        if item.get_closest_marker("real") or item.get_closest_marker("peers"):
+            item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("real") is not None)
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.path.name not in LONGEST)
@@ -58,24 +62,39 @@ KERNELS = ROOT / "build" / "kernels"
 seconds of a core, in each process that has a cache of its own."""
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where each test has its cache. pytest's own folders would be numbered, and a new number is
+    found by reading the names of all before it: of thousands, each time."""
+    return tmp_path_factory.mktemp("caches")
+
+
 @pytest.fixture(autouse=True)
 def _folders_of_its_own(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    caches: Path,
 ) -> Iterator[None]:
     """Keep a test out of the user's caches and away from local data, unless it is `real`."""
     if request.node.get_closest_marker("real") is not None:
         yield
         return
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("GATESKIP_CACHE", str(cache))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    monkeypatch.delenv("GATESKIP_DATA", raising=False)
-    _share_kernels(KERNELS, cache / "native")
-    yield
-    _share_kernels(cache / "native", KERNELS)
+    with tempfile.TemporaryDirectory(dir=caches, ignore_cleanup_errors=True) as cache:
+        native = Path(cache) / "native"
+        monkeypatch.setenv("GATESKIP_CACHE", cache)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        monkeypatch.delenv("GATESKIP_DATA", raising=False)
+        _share_kernels(KERNELS, native)
+        yield
+        _share_kernels(native, KERNELS)
+
+
+def pytest_collection_finish() -> None:
+    """What collecting has compiled, in the user's cache, serves the processes that tests start."""
+    build = sys.modules.get("gateskip.kernels.build")
+    if build is not None and build.library() is not None:
+        _share_kernels(build.cache_folder(), KERNELS)
 
 
 def _share_kernels(source: Path, target: Path) -> None:
@@ -84,8 +103,16 @@ def _share_kernels(source: Path, target: Path) -> None:
         with contextlib.suppress(OSError):  # two tests at once, or a tree that is read-only
             target.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not (target / file.name).exists():
-                shutil.copy2(file, target / f".{os.getpid()}-{file.name}")
-                (target / f".{os.getpid()}-{file.name}").replace(target / file.name)
+                _link(file, target / file.name)
+
+
+def _link(file: Path, name: Path) -> None:
+    """Another name for a file; a copy where that lies on another disk."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copy2(file, name.with_name(f".{os.getpid()}-{name.name}"))
+        name.with_name(f".{os.getpid()}-{name.name}").replace(name)
 
 
 @pytest.fixture(autouse=True)

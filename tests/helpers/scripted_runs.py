@@ -209,12 +209,13 @@ from compose.workers import main, step
 from compose.stages.registry import DropLayers
 
 marks = Path(os.environ["TEST_MARKS"])
-pause = float(os.environ["TEST_PAUSE"])
+pause, hold = float(os.environ["TEST_PAUSE"]), os.environ["TEST_HOLD"]
 
 def mark(name):
     with (marks / name).open("a") as file:
         file.write("x")
     print("printed by a library", flush=True)
+    return 600.0 if name == hold else pause
 
 def slow_run(self, job):
     import torch
@@ -229,9 +230,9 @@ def slow_run(self, job):
         drawn.append(number)
         (job.work / "new").write_text(json.dumps(drawn))
         (job.work / "new").replace(checkpoint)
-        mark(f"train-{step}")
+        rest = mark(f"train-{step}")
         job.progress(step + 1, 6, "")
-        time.sleep(pause)
+        time.sleep(rest)
     tensors = load_file(job.source / "model.safetensors")
     tensors["model.norm.weight"] *= 1 + sum(drawn)
     shutil.copyfile(job.source / "config.json", job.target / "config.json")
@@ -245,16 +246,14 @@ class SlowBench:
         mark(f"load-{self.job.name}")
         return {"size": {"disk_bytes": (self.job.folder / "model.safetensors").stat().st_size}}
     def quality(self, reference):
-        mark(f"quality-{self.job.name}")
-        time.sleep(pause)
+        time.sleep(mark(f"quality-{self.job.name}"))
         if self.job.name == "dense":
             reference.write_text("hidden")
         return {"perplexity": {"dataset": "wikitext2", "value": 10.0, "tokens": 4}}
     def warm(self, which, threads):
         return {}
     def speed(self, which):
-        mark(f"speed-{self.job.name}-{which.round}")
-        time.sleep(pause)
+        time.sleep(mark(f"speed-{self.job.name}-{which.round}"))
         return {
             "prompt_tokens": 8, "prefill_s": 1.0, "ttft_s": 1.0, "tokens": 80, "decode_s": 8.0,
         }
@@ -298,8 +297,9 @@ class SlowRun:
         (folder / "worker.py").write_text(SLOW_WORKER)
         (folder / "run.py").write_text(RUNNER.format(worker=str(folder / "worker.py")))
 
-    def start(self, pause: float) -> subprocess.Popen[str]:
-        environment = {"PYTHONPATH": str(ROOT), "TEST_MARKS": str(self.marks)}
+    def start(self, pause: float, hold: str = "") -> subprocess.Popen[str]:
+        """Begin; workers rest for `pause` seconds at each mark, and at `hold` until ended."""
+        environment = {"PYTHONPATH": str(ROOT), "TEST_MARKS": str(self.marks), "TEST_HOLD": hold}
         return subprocess.Popen(
             [sys.executable, self.folder / "run.py", "run", self.file, "--out", self.out],
             stdout=subprocess.PIPE,
@@ -312,15 +312,15 @@ class SlowRun:
 
     def finish(self) -> str:
         """Run to the end; what it printed."""
-        out, err = (process := self.start(0.0)).communicate(timeout=300)
+        out, err = (process := self.start(0.0)).communicate(timeout=600)
         assert process.returncode == 0, err
         assert "printed by" not in out + err, "what libraries print goes to the log"
         return out
 
     def end_at(self, mark: str, *numbers: signal.Signals) -> tuple[int, str]:
         """Run until `mark` is left, end it by signals in a row; exit code and stderr."""
-        process = self.start(1.0)
-        end = time.monotonic() + 120
+        process = self.start(0.0, hold=mark)
+        end = time.monotonic() + 300
         while not (self.marks / mark).is_file():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < end, f"never came to {mark}"
@@ -330,8 +330,8 @@ class SlowRun:
         for number in numbers:
             process.send_signal(number)
             time.sleep(0.1)  # as fast as a hand is; equal ones at once would be one
-        _, err = process.communicate(timeout=60)
-        _, alive = psutil.wait_procs(family, timeout=15)
+        _, err = process.communicate(timeout=300)
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert alive == [], "no worker outlives the run"
         return process.returncode, err
 

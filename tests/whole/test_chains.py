@@ -166,6 +166,7 @@ def check_reload(folders: list[Path], file: Path) -> None:
         assert float((best - predicted.gather(1, generated)).max()) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", STEPS)
 def test_every_chain_runs_or_names_its_rule(
     first: str, make_tiny: Callable[..., Path], make_job: Callable[..., StageJob], tmp_path: Path
@@ -185,6 +186,7 @@ def test_every_chain_runs_or_names_its_rule(
     assert bool(allowed) == (first not in AFTER), "all others can stand first"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_stage_takes_every_family(
     family: str, make_tiny: Callable[..., Path], make_job: Callable[..., StageJob], tmp_path: Path

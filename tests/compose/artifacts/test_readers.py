@@ -17,22 +17,19 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from peer_environments import USERS_CACHE, environment_of
 from safetensors.torch import load_file, save_file
 
 from compose.artifacts import compressed_tensors
 from compose.artifacts.compressed_tensors import write_compressed
 from compose.artifacts.folder import copy_companions, probe_ids
 from compose.artifacts.packed_folder import IntegerLayer, PackedFolder, packed, unpacked
-from compose.assets import default_cache
-from compose.bench.peers.environment import environment_folder, python_of
+from compose.bench.peers.environment import python_of
 from compose.bench.peers.table import ENGINES, Engine
 from compose.errors import ArtifactError, StepError
 from compose.stages.registry import STAGES, DataSpec, StageJob
 from gateskip.quantization.folders import load_model
 
-BUILD = "GATESKIP_BUILD_PEERS"
-"""Set by `make peers-test`: environments that are missing are made."""
-USERS_CACHE = default_cache()
 SCRIPTS = Path(__file__).with_name("readers")
 
 COMPRESSED_TENSORS = Engine(
@@ -241,9 +238,7 @@ def test_a_folder_that_does_not_read_back_is_not_left(
 
 def read_by(engine: Engine, script: str, *arguments: Path) -> None:
     """Run a script of `readers/` in an engine's environment; skip where that has not been made."""
-    made = environment_folder(engine, USERS_CACHE) / "asset.json"
-    if BUILD not in os.environ and not made.is_file():
-        pytest.skip(f"no environment of {engine.name}: make peers-test")
+    environment_of(engine)
     command = [python_of(engine, USERS_CACHE), SCRIPTS / script, *arguments]
     alone = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     done = subprocess.run(

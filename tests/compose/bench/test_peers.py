@@ -6,7 +6,6 @@ What needs an engine's environment is marked `peers` and skipped where that has 
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,11 +18,11 @@ import pytest
 import torch
 from gguf_files import ARCHITECTURES, SIX_LAYERS
 from gguf_files import converted as written_like_llama_cpp
+from peer_environments import environment_of
 
 from compose.artifacts.gguf.metadata import WRITTEN
 from compose.artifacts.gguf.read import write_folder
 from compose.artifacts.gguf.write import write_gguf
-from compose.assets import default_cache
 from compose.bench.peers.environment import environment_folder, python_of
 from compose.bench.peers.prepare import PreparedPeer, _gguf, prepare
 from compose.bench.peers.process import PeerProcess
@@ -31,27 +30,14 @@ from compose.bench.peers.table import ENGINES, GGUF_TYPES, Engine, is_peer, pars
 from compose.errors import StepError, UserError
 
 STOP = 2
-BUILD = "GATESKIP_BUILD_PEERS"
-"""Set by `make peers-test`: environments that are missing are made."""
-USERS_CACHE = default_cache()
-"""Where environments are kept; tests have caches of their own."""
-
 PROMPTS = [[5, 9, 14, 33, 21, 7, 8, 50], [71, 6, 30, 12, 11, 19, 40, 3]]
 
 
 @pytest.fixture(scope="session")
 def engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache with the user's environments in it, and with converted models of its own."""
+    """A cache with converted models of its own, in which `ready` puts environments."""
     cache = tmp_path_factory.mktemp("peers")
     (cache / "peers").mkdir()
-    for engine in ENGINES.values():
-        place = environment_folder(engine, USERS_CACHE)
-        if not engine.requirements:
-            continue
-        if BUILD in os.environ:
-            python_of(engine, USERS_CACHE)
-        if (place / "asset.json").is_file():
-            (cache / "peers" / place.name).symlink_to(place, target_is_directory=True)
     return cache
 
 
@@ -62,7 +48,8 @@ def ready(engine_cache: Path) -> Callable[[str, Path], PreparedPeer]:
     def make(name: str, folder: Path) -> PreparedPeer:
         engine = parse_peer(name).engine
         if engine.requirements and not environment_folder(engine, engine_cache).exists():
-            pytest.skip(f"no environment of {engine.name}: make peers-test")
+            place = environment_of(engine)
+            (engine_cache / "peers" / place.name).symlink_to(place, target_is_directory=True)
         return prepare(name, folder, engine_cache)
 
     return make

@@ -89,7 +89,7 @@ def test_two_runs_on_one_store_do_each_step_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(600)
     assert {name: result.exit_code for name, result in results.items()} == {"one": 0, "two": 0}
     made = sorted(event[1] for script in scripts for event in script.done("step"))
     assert made == ["drop", "gates", "source"]

@@ -145,6 +145,7 @@ def test_the_next_compiler_is_tried(
     broken = compiler(tmp_path, "clang++", "echo \"'omp.h' file not found\" >&2; exit 1")
     good = compiler(tmp_path, "good++", 'while [ "$1" != -o ]; do shift; done; echo x > "$2"')
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("GATESKIP_CACHE", str(tmp_path))  # conftest shares that of all tests
     monkeypatch.setattr(build, "COMPILERS", (broken, good))
     assert build.compilers() == [broken, good]
     assert build.build().read_text() == "x\n"
