@@ -56,7 +56,7 @@ def test_the_program_that_make_sanitize_runs_fits_the_header() -> None:
 @pytest.mark.parametrize("kind", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "cascadelake"])
 def test_kernels_compile_for_other_processors(kind: str) -> None:
     """Without AVX2, without AVX-512, without its products of bytes, and without bfloat16."""
-    sources = map(str, sorted(build.FOLDER.glob("*.cpp")))
+    sources = map(str, sorted(build.FOLDER.rglob("*.cpp")))
     flags = ["-std=c++17", "-fopenmp", "-fsyntax-only", f"-march={kind}"]
     command = [str(build.compiler()), *flags, *sources]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)

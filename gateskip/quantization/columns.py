@@ -1,7 +1,7 @@
 """Codes of one group of columns of a weight, chosen one column after the other.
 
 Columns [group, n] lie together, and rows do not depend on each other. On the CPU the compiled
-kernels do it (gateskip/kernels/src/rounding.cpp): the results are those of the operators here, to
+kernels do it (gateskip/kernels/src/linear/rounding.cpp): the results are those of the operators here, to
 the bit.
 """
 

@@ -1,6 +1,6 @@
 // Attention of one token a row over the cache, a part of decoder.cpp's pass. Threads share out heads, and parts of
 // the slots where those are many: a row's parts are the same whatever threads and rows there are.
-#include "decoder.h"
+#include "pass.h"
 #include "int8_cache.h"
 
 #ifdef __AVX2__

@@ -1,6 +1,6 @@
 // One row between its products: activations, soft caps, norms and rotary positions.
 #pragma once
-#include "simd.h"
+#include "vectors.h"
 
 #ifdef __AVX2__
 #include <type_traits>

@@ -1,6 +1,6 @@
 // Linear layers and embeddings one by one, for models that run in torch; decoder.cpp runs whole tokens.
-#include "embedding.h"
 #include "matvec.h"
+#include "int8.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 // One parallel region spans the whole pass; threads share out rows of weights, heads, and nothing else. What is
 // small (norms, gates, rounding) every thread computes for itself, which is cheaper than waiting for it. Every
 // row's arithmetic is the same whatever rows are beside it.
-#include "decoder.h"
+#include "pass.h"
 
 #ifdef __AVX2__
 

@@ -1,5 +1,5 @@
 // What lies between a prompt's matrix products: norms, shortcuts, rotary positions, softmax and activations.
-#include "rows.h"
+#include "../simd/rows.h"
 
 #ifdef __AVX2__
 #include <vector>

@@ -6,8 +6,8 @@
 // each other, so that keys and values that were packed once serve all of them. Blocks of keys begin at
 // fixed slots, and a block that hides from a query changes nothing for it: what a token gets does not
 // depend on which others are beside it, nor on how a prompt was cut.
-#include "rows.h"
-#include "tiles.h"
+#include "../simd/rows.h"
+#include "../simd/amx.h"
 
 #ifdef GATESKIP_WIDE
 #include <vector>

@@ -1,7 +1,7 @@
 // Attention over keys and values of 8 bits, where the processor multiplies and adds bytes: queries are rounded to 8
 // bits, shares to 16, and sums are whole numbers, the same in any order.
 #pragma once
-#include "simd.h"
+#include "../simd/vectors.h"
 
 #ifdef __AVX2__
 // Whole numbers up to 127 either way, around `zero`, that times what is returned are about the numbers given; n is a

@@ -14,7 +14,7 @@
 #pragma once
 #include <type_traits>
 
-#include "simd.h"
+#include "vectors.h"
 
 // How codes are stored; of 4 bits a code may stand for one of 16 values in a table, else it is a number
 enum Coding { BITS2, BITS3, BITS4, TABLE, BITS6, BITS8 };

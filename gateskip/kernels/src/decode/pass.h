@@ -1,8 +1,8 @@
 // One thread of a decoder's forward pass over a few tokens: every branch of every layer, with a KV cache.
 #pragma once
-#include "embedding.h"
-#include "products.h"
-#include "rows.h"
+#include "../linear/matvec.h"
+#include "../linear/share.h"
+#include "../simd/rows.h"
 
 #ifdef __AVX2__
 

@@ -1,5 +1,5 @@
 // Several tokens of a row in one call, a draft or the text itself: the steps, and after each the choice of its token.
-#include "decoder.h"
+#include "pass.h"
 #include "sampling.h"
 
 #ifdef __AVX2__

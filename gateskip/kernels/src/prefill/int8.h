@@ -3,7 +3,7 @@
 // Codes of a few tiles are unpacked to bytes, which the second cache holds, and meet all rows, four at a time. A
 // block's products are summed in integers, and blocks in the order of packed_a8_tile, to the same bits.
 #pragma once
-#include "products.h"
+#include "../linear/share.h"
 
 #ifdef GATESKIP_WIDE
 #include <utility>

@@ -1,5 +1,5 @@
 // Rounds of speculation of one row in one call: a draft, the pass that verifies it, and what of it is accepted.
-#include "decoder.h"
+#include "pass.h"
 #include "sampling.h"
 
 #ifdef __AVX2__

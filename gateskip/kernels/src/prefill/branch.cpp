@@ -1,6 +1,6 @@
 // A branch of a prompt in one call: the norm, the gate, the products of the tokens that enter, what lies between them,
 // and what is added. The functions are those of other prompts, and so are the bits.
-#include "rows.h"
+#include "../simd/rows.h"
 
 #ifdef GATESKIP_WIDE
 #include <initializer_list>

@@ -1,5 +1,5 @@
 // Matrix products of every kind of weight, shared out among threads.
-#include "products.h"
+#include "share.h"
 
 #ifdef __AVX2__
 

@@ -1,5 +1,5 @@
 // The likeliest token after each of a few rows in one call: embeddings, the pass, the LM head and the choice.
-#include "decoder.h"
+#include "pass.h"
 
 #ifdef __AVX2__
 

@@ -12,7 +12,7 @@
 #ifdef __FMA__
 #include <immintrin.h>
 #endif
-#include "api.h"
+#include "../api.h"
 
 typedef float F32X8 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t I32X8 __attribute__((vector_size(32)));

@@ -5,8 +5,8 @@
 // activations: the sums of a block stay in registers from the first column to the last. A weight is read once a call, and
 // what a row gets does not depend on which others are beside it.
 #include "panels.h"
-#include "prompt_bytes.h"
-#include "prompt_tiles.h"
+#include "int8.h"
+#include "amx.h"
 
 #ifdef GATESKIP_WIDE
 

@@ -2,7 +2,7 @@
 //
 // Columns lie together ([group, n]), so rows are taken a vector's width at a time, and all that a few rows need stays
 // in the first cache. Nothing is fused: the results are those of torch's operators, bit by bit.
-#include "simd.h"
+#include "../simd/vectors.h"
 
 namespace {
 

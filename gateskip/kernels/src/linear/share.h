@@ -1,12 +1,12 @@
 // A thread's share of a matrix product: some of the weights' rows, all of the activations'.
 #pragma once
-#include "matvec.h"
-#include "tiles.h"
+#include "int8.h"
+#include "../simd/amx.h"
 
 #ifdef __AVX2__
 #include <omp.h>
 #include <utility>
-#include "team.h"
+#include "../simd/team.h"
 
 constexpr int ROWS_AT_ONCE = 8;  // rows of activations that meet a weight at a time
 

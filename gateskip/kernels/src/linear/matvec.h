@@ -1,6 +1,6 @@
 // Rows of an embedding, as the model reads them.
 #pragma once
-#include "codes.h"
+#include "../simd/codes.h"
 
 // Numbers `first` to `last` of row n of a packed table without offsets, each with `use(place, number)`
 template <Coding coding, class Use>

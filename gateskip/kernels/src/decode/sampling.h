@@ -1,6 +1,6 @@
 // Drawing a token: sampling.cpp.
 #pragma once
-#include "simd.h"
+#include "../simd/vectors.h"
 
 #ifdef __AVX2__
 // A token of logits [n], drawn by a number from 0 to 1; `shares` has room for n numbers, rounded up to 8

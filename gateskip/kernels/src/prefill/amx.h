@@ -2,9 +2,9 @@
 // second cache holds, meet all rows of activations, 32 at a time.
 #pragma once
 #include "panels.h"
-#include "prompt_bytes.h"
-#include "rows.h"
-#include "tiles.h"
+#include "int8.h"
+#include "../simd/rows.h"
+#include "../simd/amx.h"
 
 #ifdef GATESKIP_WIDE
 

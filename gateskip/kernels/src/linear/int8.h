@@ -4,7 +4,7 @@
 // Each row's sum runs in the same order whatever the number of rows beside it: a verify pass over several tokens
 // gives bit for bit the linear layers of decoding them one by one.
 #pragma once
-#include "codes.h"
+#include "../simd/codes.h"
 
 // y[r] = w . x[r] for `rows` rows; for any k
 template <int rows>
