@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from gateskip.extras import need
 from gateskip.kernels import build, ops
-from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE, Kind, Matrix, PromptUnits
+from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE, Kind, Matrix, PrefillUnits
 from gateskip.kernels.autotune import Kernel, bfloat16_is_faster, product
 from gateskip.model.families import final_norm
 from gateskip.model.projections import Rows
@@ -53,7 +53,7 @@ def streaming() -> Iterator[None]:
 @contextmanager
 def rounding(asked: bool = True) -> Iterator[None]:
     """Within this context prompts meet packed weights with the scales that the engine decodes with
-    and, in vectors, its activations in bytes (matvec.h), where a kernel of ours multiplies them."""
+    and, in vectors, its activations in bytes (linear/int8.h), where our kernels multiply them."""
     before = _rounds.set(asked)
     try:
         yield
@@ -78,7 +78,7 @@ def prompt_kernel() -> bool:
     """Whether a prompt's rows in bfloat16 meet packed weights in a kernel of ours, which knows any
     number of rows; else torch multiplies by unpacked ones. Within `rounding` that is wherever the
     kernel runs."""
-    return ops.prompt_units() != PromptUnits.NO_UNITS and (_rounds.get() or bfloat16_is_faster())
+    return ops.prefill_units() != PrefillUnits.NO_UNITS and (_rounds.get() or bfloat16_is_faster())
 
 
 class _Widened(torch.autograd.Function):
@@ -246,7 +246,7 @@ class PackedLinear(nn.Module):
         """x [..., in] times a matrix: each tile is unpacked once for all rows."""
         matrix.bias = None if bias is None else bias.data_ptr()
         flat = x.reshape(-1, self.in_features).contiguous()
-        (out,) = ops.prompt_products(matrix, [matrix.n], flat)
+        (out,) = ops.prefill_products(matrix, [matrix.n], flat)
         return out.view(*x.shape[:-1], matrix.n)
 
     def _matrix(self, parts: Parts, rounded: bool) -> Matrix:

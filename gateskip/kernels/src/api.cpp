@@ -1,26 +1,33 @@
-// What this library is, for Python to compare with the header that it reads: version and sizes.
+// What this library is, for Python to compare with the header that it reads, and the memory that its calls share.
 #include <cstring>
 
-#include "api.h"
+#include "simd/memory.h"
+
+#define GATESKIP_SIZE(structure) \
+  if (!std::strcmp(name, #structure)) return sizeof(structure)
 
 extern "C" {
 
 int32_t gateskip_abi_version(void) { return GATESKIP_ABI_VERSION; }
 
 int64_t gateskip_struct_size(const char* name) {
-  static const struct {
-    const char* name;
-    int64_t size;
-  } sizes[] = {
-      {"Matrix", sizeof(Matrix)}, {"Norm", sizeof(Norm)},   {"Shortcut", sizeof(Shortcut)},
-      {"Layer", sizeof(Layer)},   {"Model", sizeof(Model)}, {"CacheView", sizeof(CacheView)},
-      {"Step", sizeof(Step)},     {"Draft", sizeof(Draft)}, {"Sampling", sizeof(Sampling)},
-      {"Embedding", sizeof(Embedding)}, {"DraftNetwork", sizeof(DraftNetwork)},
-      {"Round", sizeof(Round)},   {"Speculation", sizeof(Speculation)}, {"PromptRows", sizeof(PromptRows)},
-      {"Entry", sizeof(Entry)},   {"GroupSteps", sizeof(GroupSteps)},
-  };
-  for (const auto& each : sizes)
-    if (!std::strcmp(each.name, name)) return each.size;
+  GATESKIP_SIZE(Matrix);
+  GATESKIP_SIZE(Norm);
+  GATESKIP_SIZE(Shortcut);
+  GATESKIP_SIZE(Layer);
+  GATESKIP_SIZE(Model);
+  GATESKIP_SIZE(CacheView);
+  GATESKIP_SIZE(Step);
+  GATESKIP_SIZE(Sampling);
+  GATESKIP_SIZE(Embedding);
+  GATESKIP_SIZE(DraftNetwork);
+  GATESKIP_SIZE(Draft);
+  GATESKIP_SIZE(DecodeRequest);
+  GATESKIP_SIZE(Round);
+  GATESKIP_SIZE(Speculation);
+  GATESKIP_SIZE(PrefillRows);
+  GATESKIP_SIZE(Entry);
+  GATESKIP_SIZE(GroupSteps);
   return -1;
 }
 
@@ -31,5 +38,9 @@ int32_t gateskip_has_decoder(void) {
   return 0;
 #endif
 }
+
+Arena* gateskip_arena_new(void) { return new Arena; }
+
+void gateskip_arena_free(Arena* arena) { delete arena; }
 
 }  // extern "C"

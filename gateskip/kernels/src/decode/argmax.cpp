@@ -1,4 +1,4 @@
-// The likeliest token after each of a few rows in one call: embeddings, the pass, the LM head and the choice.
+// The token of the largest logit after each of a few rows in one call: embeddings, the pass, the LM head and the argmax.
 #include "pass.h"
 
 #ifdef __AVX2__
@@ -17,41 +17,38 @@ struct Shared {
       : rows(m, c, count, memory), best(memory.take<Best>(size_t(threads) * count)) {}
 };
 
-struct Inputs {
+struct Rows {
   const Embedding& embedding;
   const int32_t* tokens;  // [rows]
-  int32_t* likeliest;     // [rows]: out
-  float* logits;          // [rows, V rounded up to 8]: out, or null
+  const Matrix& head;
+  int32_t* next;  // [rows]: out
+  float* logits;  // [rows, V rounded up to 8]: out, or null
 };
 
-class Reader {
+class ArgmaxOfRows {
  public:
-  Reader(const Model& model, const CacheView& cache, const Step& step, const Shared& shared, const Matrix& head,
-         const Inputs& inputs, int id, int threads, Slices& own)
-      : pass_(model, cache, step, shared.rows, id, threads, own), rank_(id, threads, step.rows, model.hidden, own),
-        m(model), s(step), head(head), best_(shared.best), in_(inputs), id(id), threads(threads) {}
+  ArgmaxOfRows(const Model& model, const CacheView& cache, const Step& step, const Shared& shared, const Rows& rows,
+               int id, int threads, Slices& scratch)
+      : pass_(model, cache, step, shared.rows, id, threads, scratch),
+        rank_(id, threads, step.rows, model.hidden, scratch), s(step), best_(shared.best), rows_(rows), id(id),
+        threads(threads) {}
 
   void run() {
-    const int first = m.hidden * id / threads, last = m.hidden * (id + 1) / threads;
-    for (int r = 0; r < s.rows; r++)
-      embed(in_.embedding, in_.tokens[r], first, last, s.hidden + int64_t(r) * m.hidden);
-    wait_for_all();
-    pass_.run(&head);
-    wait_for_all();
+    pass_.run_tokens(rows_.embedding, rows_.tokens, &rows_.head);
     rank(best_ + int64_t(id) * s.rows);
     wait_for_all();
-    for (int r = id; r < s.rows; r += threads) in_.likeliest[r] = settle(r);
+    for (int r = id; r < s.rows; r += threads) rows_.next[r] = settle(r);
     pass_.clock(PART_HEAD);
   }
 
  private:
   // The best tokens [rows] of this thread's part of the vocabulary, the first among equals
-  void rank(Best* own) {
-    for (int r = 0; r < s.rows; r++) own[r] = {-INFINITY, 0};
-    const int64_t width = up_to_eights(head.n);
-    rank_.multiply(head, rank_.prepare(head, s.hidden, s.rows), [&](int n, int r, float value) {
-      if (value > own[r].logit) own[r] = {value, n};
-      if (in_.logits) in_.logits[r * width + n] = value;
+  void rank(Best* best) {
+    for (int r = 0; r < s.rows; r++) best[r] = {-INFINITY, 0};
+    const int64_t width = up_to_eights(rows_.head.n);
+    rank_.multiply(rows_.head, rank_.prepare(rows_.head, s.hidden, s.rows), [&](int n, int r, float value) {
+      if (value > best[r].logit) best[r] = {value, n};
+      if (rows_.logits) rows_.logits[r * width + n] = value;
     });
   }
 
@@ -66,26 +63,23 @@ class Reader {
 
   Pass pass_;
   Share rank_;
-  const Model& m;
   const Step& s;
-  const Matrix& head;
   Best* const best_;
-  const Inputs in_;
+  const Rows rows_;
   const int id, threads;
 };
 
 }  // namespace
 
-extern "C" void gateskip_likeliest(const Model* m, const CacheView* c, const Step* s, const Embedding* embedding,
-                                   const int32_t* tokens, const Matrix* head, int32_t* likeliest, float* logits,
-                                   Arena* arena, int32_t threads) {
+extern "C" void gateskip_argmax(const Model* m, const CacheView* c, const Step* s, const Embedding* embedding,
+                                const int32_t* tokens, const Matrix* head, int32_t* next, float* logits, Arena* arena,
+                                int32_t threads) {
   in_passes(*m, *s, [&](const Step& part, int first) {
-    float* all = logits ? logits + int64_t(first) * up_to_eights(head->n) : nullptr;
-    run_threads(*arena, threads,
-                [&](Slices& memory) { return Shared(*m, *c, part.rows, threads, memory); },
-                [&](const Shared& shared, int id, int together, Slices& own) {
-                  const Inputs inputs{*embedding, tokens + first, likeliest + first, all};
-                  return Reader(*m, *c, part, shared, *head, inputs, id, together, own);
+    float* to = logits ? logits + int64_t(first) * up_to_eights(head->n) : nullptr;
+    const Rows rows{*embedding, tokens + first, *head, next + first, to};
+    run_threads(*arena, threads, [&](Slices& memory) { return Shared(*m, *c, part.rows, threads, memory); },
+                [&](const Shared& shared, int id, int threads, Slices& scratch) {
+                  return ArgmaxOfRows(*m, *c, part, shared, rows, id, threads, scratch);
                 });
   });
 }

@@ -1,8 +1,7 @@
 // One thread of a decoder's forward pass over a few tokens: every branch of every layer, with a KV cache.
 #pragma once
-#include "../linear/matvec.h"
 #include "../linear/share.h"
-#include "../simd/rows.h"
+#include "attention.h"
 
 #ifdef __AVX2__
 
@@ -12,26 +11,14 @@ inline bool any(const Model& m, Question question) {
   return std::any_of(m.layer, m.layer + m.layers, question);
 }
 
-constexpr int HEADS_AT_ONCE = 4;            // queries that share one pass over the keys and values
-constexpr int SLOTS_AT_ONCE = 512;          // of a row, whose scores stay in the first cache
-constexpr int STRIDE = SLOTS_AT_ONCE + 16;  // from one head's scores to the next one's
-
 // What all threads of a pass write and read: [rows, ...] each
-struct SharedRows {
-  float *q, *k, *v, *mixed, *inner, *up, *out;  // `out` only for norms after branches
-  float* parts;  // [rows, heads, most_parts, head_dim + 2], where slots come in parts
-  int most_parts;
-  SharedRows(const Model& m, const CacheView& c, int rows, Slices& memory) {
-    most_parts = (c.capacity - 1) / SLOTS_AT_ONCE + 1;
+struct SharedRows : AttentionRows {
+  float *inner, *up, *out;  // `out` only for norms after branches
+  SharedRows(const Model& m, const CacheView& c, int rows, Slices& memory) : AttentionRows(m, c, rows, memory) {
     auto take = [&](int width) { return memory.take<float>(size_t(rows) * width); };
-    q = take(m.heads * m.head_dim);
-    k = take(m.kv_heads * m.head_dim);
-    v = take(m.kv_heads * m.head_dim);
-    mixed = take(m.heads * m.head_dim);
     inner = take(m.inner);
     up = take(m.inner);
     out = take(any(m, [](const Layer& l) { return l.after_attention.weight || l.after_mlp.weight; }) ? m.hidden : 0);
-    parts = take(most_parts > 1 ? m.heads * most_parts * (m.head_dim + 2) : 0);
   }
 };
 
@@ -50,12 +37,15 @@ void in_passes(const Model& m, const Step& step, Use use) {
 
 class Pass : Share {
  public:
-  // Without memory in `own` it only counts what it would take. At most step.rows rows.
+  // Without memory it only counts what it would take. At most step.rows rows.
   Pass(const Model& model, const CacheView& cache, const Step& step, const SharedRows& shared, int id, int threads,
-       Slices& own);
+       Slices& scratch);
 
-  // The step's embeddings become final normed states, which meet an LM head next, if one is given.
+  // The step's embeddings become final normed states, which meet an LM head next, if there is one.
   void run(const Matrix* head = nullptr);
+
+  // The same from the embeddings of `tokens` [rows] on, and not before all threads are done
+  void run_tokens(const Embedding& embedding, const int32_t* tokens, const Matrix* head);
 
   // Time since the last call goes to `part`: the first thread's, which waits for the others at every barrier
   void clock(Part part);
@@ -71,48 +61,15 @@ class Pass : Share {
   void attention(int l);
   void mlp(int l, const Matrix* next);
   void activate(const Layer& a) const;
-  void turn(const Layer& a, const Norm& norm, const float* all, int first, int count, int slot, float* out) const;
-
-  int64_t line(int l, int row, int head, int slot) const;
-  template <class Stored>
-  Stored* entry(void* const* store, int l, int row, int head, int slot) const;
-  template <class Stored>
-  void remember(int l, int r, int head);
-  int first_seen(int l, int row) const;
-  int parts_of(int l, int row) const;
-  template <class Stored>
-  void attend_all(int l);
-  template <class Stored>
-  int attend(int l, int place, int head, int most, int part);
-  template <class Stored, int n>
-  void attend_heads(int l, int place, int head, int part);
-  float* part_of(int place, int head, int part) const;
-  void join(int l, int place, int head) const;
-  bool multiplies_bytes() const;
-  template <int n>
-  void score_bytes(const void* keys, const float* scales, int whole, int around, int seen);
-  template <int n>
-  void mix_bytes(const void* values, int whole, int64_t around, int seen, const float* factor, float* out,
-                 int64_t step);
-  template <class Stored, int n>
-  void score(const float* query, const Stored* keys, int first, int last);
-  template <int n>
-  void scale(const float* scales, int whole, int around, int seen);
-  float softmax(const Layer& a, float* scores, int seen, float& most) const;
-  template <class Stored, int n>
-  void mix(const Stored* values, int whole, int64_t around, int seen, const float* factor, float* out,
-           int64_t step) const;
 
   const Model& m;
-  const CacheView& c;
   const Step& s;
   const SharedRows at;
-  float *x_, *source_, *scores_, *query_, *low_;
-  uint8_t* bytes_;   // [HEADS_AT_ONCE, head_dim]: queries of 8 bits
-  int16_t* shares_;  // [HEADS_AT_ONCE, STRIDE]: of attention, of 16 bits
-  int *kept_, count_ = 0;     // rows that enter the branch at hand
+  Attention attention_;
+  float *x_, *source_, *low_;
+  int *entered_, count_ = 0;  // rows that enter the branch at hand
   int *skipped_, skips_ = 0;  // rows that take its shortcut
-  bool* enters_;
+  bool* enters_;              // [rows]
   double last_;
 };
 #endif

@@ -6,11 +6,11 @@
 
 namespace {
 
-constexpr int LANES = 16;   // rows at a time
-constexpr int WIDEST = 128;  // columns of a group, at most
+constexpr int ROWS_AT_ONCE = 16;
+constexpr int MAX_GROUP = 128;  // columns
 
-struct Lanes {
-  float at[LANES];
+struct Column {
+  float at[ROWS_AT_ONCE];
   float& operator[](int i) { return at[i]; }
   float operator[](int i) const { return at[i]; }
 };
@@ -18,53 +18,54 @@ struct Lanes {
 // `count` of sixteen numbers; a copy of all, whose size the compiler knows, is one instruction
 template <class T>
 void copy_some(const T* from, T* to, int count) {
-  if (count == LANES) std::memcpy(to, from, sizeof(T) * LANES);
+  if (count == ROWS_AT_ONCE) std::memcpy(to, from, sizeof(T) * ROWS_AT_ONCE);
   else std::memcpy(to, from, sizeof(T) * count);
 }
 
-Lanes lanes_of(const float* from, int count) {
-  Lanes v = {};
+Column column_of(const float* from, int count) {
+  Column v = {};
   copy_some(from, v.at, count);
   return v;
 }
 
 // The values of a group for some rows
 struct Steps {
-  Lanes scale, inverse, lowest;
-  float least, most;
+  Column scale, inverse, lowest;
+  float min_code, max_code;
 
   Steps(const GroupSteps& all, int64_t first, int count)
-      : scale(lanes_of(all.scale + first, count)), inverse(lanes_of(all.inverse + first, count)),
-        lowest(lanes_of(all.lowest + first, count)), least(float(all.least)), most(float(all.most)) {}
+      : scale(column_of(all.scale + first, count)), inverse(column_of(all.inverse + first, count)),
+        lowest(column_of(all.lowest + first, count)), min_code(float(all.min_code)),
+        max_code(float(all.max_code)) {}
 
-  void nearest(const Lanes& weight, Lanes& code, Lanes& value) const {
-    for (int i = 0; i < LANES; i++) {
+  void nearest(const Column& weight, Column& code, Column& value) const {
+    for (int i = 0; i < ROWS_AT_ONCE; i++) {
       const float whole = std::nearbyint((weight[i] - lowest[i]) * inverse[i]);
-      code[i] = std::min(std::max(whole, least), most);
+      code[i] = std::min(std::max(whole, min_code), max_code);
       value[i] = code[i] * scale[i] + lowest[i];
     }
   }
 };
 
-// For every column: `choose(column, what it has, code)` gives by how much the later ones change, times factors
+// For every column: `round_column(column, what it has, code)` gives by how much the later ones change, times factors
 // [group, group]; rows [group, n], codes [group, n]: out
-template <class Choose>
-void column_by_column(const GroupSteps& all, const float* factors, const float* rows, uint8_t* codes, Choose choose) {
+template <class RoundColumn>
+void column_by_column(const GroupSteps& all, const float* factors, const float* rows, uint8_t* codes, RoundColumn round_column) {
   const int group = all.group;
 #pragma omp parallel for num_threads(all.threads) schedule(static)
-  for (int64_t first = 0; first < all.n; first += LANES) {
-    const int count = int(std::min<int64_t>(LANES, all.n - first));
+  for (int64_t first = 0; first < all.n; first += ROWS_AT_ONCE) {
+    const int count = int(std::min<int64_t>(ROWS_AT_ONCE, all.n - first));
     const Steps steps(all, first, count);
-    Lanes own[WIDEST], code;
-    for (int i = 0; i < group; i++) own[i] = lanes_of(rows + i * int64_t(all.n) + first, count);
+    Column columns[MAX_GROUP], code;
+    for (int i = 0; i < group; i++) columns[i] = column_of(rows + i * int64_t(all.n) + first, count);
     for (int i = 0; i < group; i++) {
-      const Lanes change = choose(steps, i, first, count, own[i], code);
-      uint8_t bytes[LANES];
-      for (int l = 0; l < LANES; l++) bytes[l] = uint8_t(int(code[l]));
+      const Column change = round_column(steps, i, first, count, columns[i], code);
+      uint8_t bytes[ROWS_AT_ONCE];
+      for (int l = 0; l < ROWS_AT_ONCE; l++) bytes[l] = uint8_t(int(code[l]));
       copy_some(bytes, codes + i * int64_t(all.n) + first, count);
       for (int j = i + 1; j < group; j++) {
         const float factor = factors[i * group + j];
-        for (int l = 0; l < LANES; l++) own[j][l] -= factor * change[l];
+        for (int l = 0; l < ROWS_AT_ONCE; l++) columns[j][l] -= factor * change[l];
       }
     }
   }
@@ -78,11 +79,11 @@ void gateskip_round_columns(const GroupSteps* steps, const float* upper, const f
                             float* errors) {
   const int64_t n = steps->n;
   column_by_column(*steps, upper, left, codes,
-                   [&](const Steps& at, int i, int64_t first, int count, const Lanes& weight, Lanes& code) {
-                     Lanes lost;
+                   [&](const Steps& at, int i, int64_t first, int count, const Column& weight, Column& code) {
+                     Column lost;
                      at.nearest(weight, code, lost);
-                     const float own = upper[i * steps->group + i];
-                     for (int l = 0; l < LANES; l++) lost[l] = (weight[l] - lost[l]) / own;
+                     const float diagonal = upper[i * steps->group + i];
+                     for (int l = 0; l < ROWS_AT_ONCE; l++) lost[l] = (weight[l] - lost[l]) / diagonal;
                      copy_some(lost.at, errors + i * n + first, count);
                      return lost;
                    });
@@ -92,12 +93,12 @@ void gateskip_descend_columns(const GroupSteps* steps, const float* moments, con
                               uint8_t* codes, float* values) {
   const int64_t n = steps->n;
   column_by_column(*steps, moments, want, codes,
-                   [&](const Steps& at, int i, int64_t first, int count, const Lanes& wanted, Lanes& code) {
-                     const Lanes old = lanes_of(values + i * n + first, count);
-                     Lanes best, change;
-                     for (int l = 0; l < LANES; l++) best[l] = old[l] + wanted[l] * curves[i];
+                   [&](const Steps& at, int i, int64_t first, int count, const Column& want, Column& code) {
+                     const Column old = column_of(values + i * n + first, count);
+                     Column best, change;
+                     for (int l = 0; l < ROWS_AT_ONCE; l++) best[l] = old[l] + want[l] * curves[i];
                      at.nearest(best, code, best);
-                     for (int l = 0; l < LANES; l++) change[l] = best[l] - old[l];
+                     for (int l = 0; l < ROWS_AT_ONCE; l++) change[l] = best[l] - old[l];
                      copy_some(best.at, values + i * n + first, count);
                      return change;
                    });

@@ -1,5 +1,6 @@
-// A branch of a prompt in one call: the norm, the gate, the products of the tokens that enter, what lies between them,
+// A branch of a prefill in one call: the norm, the gate, the products of the tokens that enter, what lies between them,
 // and what is added. The functions are those of other prompts, and so are the bits.
+#include "../simd/memory.h"
 #include "../simd/rows.h"
 
 #ifdef GATESKIP_WIDE
@@ -39,13 +40,13 @@ class Who {
   Who(const Reads& reads, const Entry* entry, const uint16_t* hidden, int64_t rows, int64_t width, uint16_t* x,
       int32_t threads)
       : entry_(entry), rows_(rows), width_(width) {
-    const bool asks = entry && reads.weight;
-    std::vector<float> logits(asks ? rows : 0);
-    gateskip_norm(hidden, &reads.norm, rows, int32_t(width), 1, x, asks ? reads.weight : nullptr, reads.bias,
+    const bool gated = entry && reads.weight;
+    std::vector<float> logits(gated ? rows : 0);
+    gateskip_norm(hidden, &reads.norm, rows, int32_t(width), 1, x, gated ? reads.weight : nullptr, reads.bias,
                   logits.data(), threads);
     for (int64_t r = 0; entry && r < rows; r++) {
       const uint8_t token = entry->tokens[r];
-      if (token == ALWAYS || (token == BY_GATE && (!asks || logits[r] >= entry->least))) enter_.push_back(r);
+      if (token == ALWAYS || (token == BY_GATE && (!gated || logits[r] >= entry->threshold))) enter_.push_back(r);
       else if (token != PADDING) skip_.push_back(r);
     }
   }
@@ -91,7 +92,7 @@ void norm_heads(const Norm& norm, uint16_t* x, int64_t numbers, int32_t threads)
 }
 
 // A layer's new keys or values [batch, count, kv_heads, width] into its cache
-void keep(const PromptRows& at, const uint16_t* from, uint16_t* cache, int64_t kv_heads, int64_t width, int32_t threads) {
+void keep(const PrefillRows& at, const uint16_t* from, uint16_t* cache, int64_t kv_heads, int64_t width, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < at.batch * kv_heads; i++) {
     const int64_t row = i / kv_heads, head = i % kv_heads;
@@ -105,24 +106,24 @@ void keep(const PromptRows& at, const uint16_t* from, uint16_t* cache, int64_t k
 
 extern "C" {
 
-int64_t gateskip_prompt_mlp_branch(const Layer* layer, const Entry* entry, uint16_t* hidden, int64_t rows,
+int64_t gateskip_prefill_mlp_branch(const Layer* layer, const Entry* entry, uint16_t* hidden, int64_t rows,
                                    int32_t threads) {
   const int64_t width = layer->down.n, size = rows * width;
   Parts parts{size, size, size};
   uint16_t *x = parts.take(size), *some = parts.take(size), *left = parts.take(size);
   const Who who({layer->norm_mlp, layer->weight_mlp, layer->bias_mlp}, entry, hidden, rows, width, x, threads);
-  if (who.count()) gateskip_prompt_mlp(layer, who.gather(x, width, some), who.count(), left, threads);
+  if (who.count()) gateskip_prefill_mlp(layer, who.gather(x, width, some), who.count(), left, threads);
   add(hidden, left, layer->after_mlp, who, width, threads);
   who.add_shortcuts(hidden, x, threads);
   return who.count();
 }
 
-int64_t gateskip_prompt_attention_branch(const Model* model, const Layer* layer, const PromptRows* at, const Entry* entry,
+int64_t gateskip_prefill_attention_branch(const Model* model, const Layer* layer, const PrefillRows* at, const Entry* entry,
                                          uint16_t* hidden, int32_t threads) {
   const int64_t width = model->hidden, heads = model->heads, kv_heads = model->kv_heads, d = model->head_dim;
   const int64_t rows = int64_t(at->batch) * at->count, turned = layer->rotary_dim;
   const int64_t size = rows * width, all = rows * heads * d, few = rows * kv_heads * d;
-  const int64_t used = (at->first + at->count + SLOTS_TOGETHER - 1) / SLOTS_TOGETHER * SLOTS_TOGETHER;
+  const int64_t used = (at->first + at->count + SLOTS_PER_PACK - 1) / SLOTS_PER_PACK * SLOTS_PER_PACK;
   const int64_t packed_size = 2 * at->batch * kv_heads * used * d;
   Parts parts{size, size, all + 2 * few, all, size, packed_size, rows * turned, rows * turned};
   uint16_t *x = parts.take(size), *some = parts.take(size), *queries = parts.take(all + 2 * few);
@@ -132,11 +133,11 @@ int64_t gateskip_prompt_attention_branch(const Model* model, const Layer* layer,
   const Who who({layer->norm_attention, layer->weight_attention, layer->bias_attention}, entry, hidden, rows, width, x,
                 threads);
   if (who.all()) {
-    gateskip_prompt_products(&layer->q, 3, x, rows, queries, threads);
+    gateskip_prefill_products(&layer->q, 3, x, rows, queries, threads);
   } else {
-    gateskip_prompt_products(&layer->k, 2, x, rows, keys, threads);
+    gateskip_prefill_products(&layer->k, 2, x, rows, keys, threads);
     if (who.count())
-      gateskip_prompt_products(&layer->q, 1, who.gather(x, width, some), who.count(), queries, threads);
+      gateskip_prefill_products(&layer->q, 1, who.gather(x, width, some), who.count(), queries, threads);
   }
   norm_heads(layer->norm_q, queries, who.count() * heads * d, threads);
   norm_heads(layer->norm_k, keys, few, threads);
@@ -155,7 +156,7 @@ int64_t gateskip_prompt_attention_branch(const Model* model, const Layer* layer,
     for (int64_t i = 0; i < who.count(); i++) slots[i] = at->slots[who.place(i)], counts[who.place(i) / at->count]++;
     gateskip_attend(queries, slots.data(), counts.data(), at->batch, heads, kv_heads, d, layer->window, layer->scaling,
                     layer->softcap, used, packed, mixed, threads);
-    gateskip_prompt_products(&layer->o, 1, mixed, who.count(), left, threads);
+    gateskip_prefill_products(&layer->o, 1, mixed, who.count(), left, threads);
     add(hidden, left, layer->after_attention, who, width, threads);
   }
   who.add_shortcuts(hidden, x, threads);

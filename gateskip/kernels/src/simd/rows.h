@@ -105,14 +105,14 @@ static inline Spread spread_of(const Norm& norm, const T* row) {
 template <class T, class Use>
 static inline void norm_part(const Norm& norm, Spread by, const T* row, int first, int last, Use use) {
   const F32X8 scale = broadcast(by.inverse), mean = broadcast(by.mean);
-  auto each = [&](auto value) {
+  auto for_eights = [&](auto value) {
     for (int i = first; i < last; i += 8) use(i, value(i));
   };
   switch (norm.kind) {
-    case RMS_NORM: return each([&](int i) { return rounded_as(row, load(row + i) * scale) * load(norm.weight + i); });
-    case RMS_NORM_FP32: return each([&](int i) { return load(row + i) * scale * load(norm.weight + i); });
+    case RMS_NORM: return for_eights([&](int i) { return rounded_as(row, load(row + i) * scale) * load(norm.weight + i); });
+    case RMS_NORM_FP32: return for_eights([&](int i) { return load(row + i) * scale * load(norm.weight + i); });
     default:
-      return each([&](int i) {
+      return for_eights([&](int i) {
         const F32X8 weighted = (load(row + i) - mean) * scale * load(norm.weight + i);
         return norm.bias ? weighted + load(norm.bias + i) : weighted;
       });
