@@ -6,8 +6,10 @@ import ctypes
 import ctypes.util
 import importlib.util
 import platform
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,22 @@ def test_the_header_is_what_python_has() -> None:
     assert step.arguments[0] is ctypes.POINTER(abi.Model)
     assert header.functions["gateskip_arena_new"].result is ctypes.c_void_p
     assert header.functions["gateskip_struct_size"].arguments == (ctypes.c_char_p,)
+
+
+def test_sources_include_only_what_stands_below_them() -> None:
+    """api.h says the layers: decode and prefill on linear, that on simd, and no circle of files."""
+    below = {"decode": {"linear", "simd"}, "prefill": {"linear", "simd"}, "linear": {"simd"}}
+    includes = {
+        file: [
+            (file.parent / name).resolve()
+            for name in re.findall(r'#include "(.+)"', file.read_text("utf-8"))
+        ]
+        for file in (*build.FOLDER.rglob("*.h"), *build.FOLDER.rglob("*/*.cpp"))
+    }
+    for file, included in includes.items():
+        folders = {name.parent for name in included} - {file.parent, build.FOLDER}
+        assert {folder.name for folder in folders} <= below.get(file.parent.name, set()), file
+    TopologicalSorter(includes).prepare()
 
 
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler here")

@@ -247,9 +247,10 @@ class Address:
     """A pointer among a function's arguments: a tensor's, an address, or null for None."""
 
     @staticmethod
-    def from_param(pointed: Any) -> ctypes.c_void_p:
+    def from_param(pointed: Any) -> Any:
         """What ctypes passes for it."""
-        return Pointer(pointed.data_ptr() if hasattr(pointed, "data_ptr") else pointed)
+        number = pointed is None or type(pointed) is int
+        return Pointer.from_param(pointed if number else pointed.data_ptr())
 
 
 _SCALARS: dict[str, Any] = {

@@ -3,7 +3,7 @@
  * Each folder of C++ sources stands on those below it, and so does each file on those its folder has below it:
  *
  *   decode/   whole tokens: speculate -> decode, argmax -> pass -> attention -> int8_cache; sampling
- *   prefill/  branches of a prompt: branch -> products, attention, rows -> amx -> int8, panels
+ *   prefill/  branches of a prompt: branch -> products, attention, rows; products -> amx -> int8, panels
  *   linear/   weights times rows: layers, share -> matvec, int8; rounding
  *   simd/     one processor: amx, rows, code_vectors -> codes -> memory, team, vectors
  *   api.h     this file
@@ -422,8 +422,8 @@ void gateskip_add_rows(void* hidden, const int64_t* places, int64_t count, int32
 /* hidden [.., width] at `places` += up (down x) + bias; down [width, rank], up [rank, width] */
 void gateskip_shortcut(void* hidden, const void* x, int32_t bf16, const int64_t* places, int64_t count, int32_t width,
                        const float* down, const float* up, const float* bias, int32_t rank, int32_t threads);
-/* rotary positions in place: x [rows, heads, width] by cos and sin [rows, turned] */
-void gateskip_rotate(void* x, int32_t bf16, int64_t rows, int32_t heads, int32_t width, int32_t turned,
+/* rotary positions in place: x [rows, heads, width] by cos and sin [rows, rotary_dim] */
+void gateskip_rotate(void* x, int32_t bf16, int64_t rows, int32_t heads, int32_t width, int32_t rotary_dim,
                      const void* cos, const void* sin, int32_t threads);
 /* causal softmax in place of scores [blocks, rows, width] times `scaling`, then capped where `softcap` is not 0;
  * width a multiple of 8 */

@@ -67,7 +67,8 @@ Attention::Attention(const Model& model, const CacheView& cache, const Step& ste
       shares_(scratch.take<int16_t>(HEADS_PER_PASS * SCORE_STRIDE)) {}
 
 // Heads `first` to `first + count` of a row's queries or keys `all`, normed and rotated, into out [count, D]
-void Attention::turn(const Layer& a, const Norm& norm, const float* all, int first, int count, int slot, float* out) const {
+void Attention::norm_and_rotate(const Layer& a, const Norm& norm, const float* all, int first, int count, int slot,
+                                float* out) const {
   const int d = m.head_dim;
   const float* from = all + first * d;
   if (norm.weight && norm.width != d)  // over all heads
@@ -94,7 +95,7 @@ Stored* Attention::entry(void* const* store, int l, int row, int head, int slot)
 
 // Write a row's key and value of one head, or copy those of the layer below
 template <class Stored>
-void Attention::remember_head(int l, int r, int head, bool copies) {
+void Attention::store_head(int l, int r, int head, bool copies) {
   const int slot = s.slot[r], d = m.head_dim;
   Stored* key = entry<Stored>(c.keys, l, r, head, slot);
   Stored* value = entry<Stored>(c.values, l, r, head, slot);
@@ -106,7 +107,7 @@ void Attention::remember_head(int l, int r, int head, bool copies) {
     return;
   }
   const Layer& a = m.layer[l];
-  turn(a, a.norm_k, at.k + int64_t(r) * m.kv_heads * d, head, 1, slot, query_);
+  norm_and_rotate(a, a.norm_k, at.k + int64_t(r) * m.kv_heads * d, head, 1, slot, query_);
   const float* values = at.v + (int64_t(r) * m.kv_heads + head) * d;
   if constexpr (std::is_same_v<Stored, int8_t>) {
     c.key_scales[l][line(l, r, head, slot)] = to_bytes(query_, d, 0, key);
@@ -117,13 +118,13 @@ void Attention::remember_head(int l, int r, int head, bool copies) {
   }
 }
 
-void Attention::remember(int l, const bool* enters) {
+void Attention::store_kv(int l, const bool* enters) {
   for (int task = id; task < s.rows * m.kv_heads; task += threads) {
     const int row = task / m.kv_heads, head = task % m.kv_heads;
     const bool copies = s.copies && l > 0 && !enters[row];
-    if (c.key_scales) remember_head<int8_t>(l, row, head, copies);
-    else if (c.bf16) remember_head<uint16_t>(l, row, head, copies);
-    else remember_head<float>(l, row, head, copies);
+    if (c.key_scales) store_head<int8_t>(l, row, head, copies);
+    else if (c.bf16) store_head<uint16_t>(l, row, head, copies);
+    else store_head<float>(l, row, head, copies);
   }
 }
 
@@ -192,7 +193,7 @@ template <class Stored, int n>
 void Attention::attend_heads(int l, int place, int head, int part) {
   const int row = rows_[place], d = m.head_dim, slot = s.slot[row], kv = head / (m.heads / m.kv_heads);
   const Layer& a = m.layer[l];
-  turn(a, a.norm_q, at.q + int64_t(row) * m.heads * d, head, n, slot, query_);
+  norm_and_rotate(a, a.norm_q, at.q + int64_t(row) * m.heads * d, head, n, slot, query_);
   const int first = first_seen(l, row) + part * SLOTS_PER_PART, seen = std::min(slot + 1 - first, SLOTS_PER_PART);
   const int whole = std::min(seen, c.slots[l] - first % c.slots[l]);  // those before positions come around
   const Stored* keys = entry<Stored>(c.keys, l, row, kv, first);
@@ -258,8 +259,8 @@ void Attention::mix_bytes([[maybe_unused]] const void* values, [[maybe_unused]] 
   float scaled[n];
   for (int h = 0; h < n; h++)
     scaled[h] = factor[h] * int8_cache::round_shares(scores_ + h * SCORE_STRIDE, seen, shares_ + h * SCORE_STRIDE);
-  int8_cache::mix<n>(static_cast<const int8_t*>(values), m.head_dim, whole, around, seen, shares_, SCORE_STRIDE, scaled, out,
-                     step);
+  int8_cache::mix<n>(static_cast<const int8_t*>(values), m.head_dim, whole, around, seen, shares_, SCORE_STRIDE, scaled,
+                     out, step);
 #endif
 }
 

@@ -31,19 +31,20 @@ class Attention {
 
   // All rows' keys and values of a layer into the cache; under KV rule `copy` those that do not enter take the layer's
   // below
-  void remember(int l, const bool* enters);
+  void store_kv(int l, const bool* enters);
 
   // Attention of the `count` rows whose numbers are in `rows`, one after the other in `mixed`
   void attend(int l, const int* rows, int count);
 
  private:
-  void turn(const Layer& a, const Norm& norm, const float* all, int first, int count, int slot, float* out) const;
+  void norm_and_rotate(const Layer& a, const Norm& norm, const float* all, int first, int count, int slot,
+                       float* out) const;
 
   int64_t line(int l, int row, int head, int slot) const;
   template <class Stored>
   Stored* entry(void* const* store, int l, int row, int head, int slot) const;
   template <class Stored>
-  void remember_head(int l, int r, int head, bool copies);
+  void store_head(int l, int r, int head, bool copies);
   int first_seen(int l, int row) const;
   int parts_of(int l, int row) const;
   template <class Stored>

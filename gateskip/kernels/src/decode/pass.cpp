@@ -141,7 +141,7 @@ void Pass::attention(int l) {
   clock(PART_LINEAR);
   shortcut_up(a.short_attention);
   clock(PART_GATES);
-  attention_.remember(l, enters_);
+  attention_.store_kv(l, enters_);
   wait_for_all();
   clock(PART_ATTENTION);
   if (!count_) return;

@@ -50,7 +50,8 @@ struct Steps {
 // For every column: `round_column(column, what it has, code)` gives by how much the later ones change, times factors
 // [group, group]; rows [group, n], codes [group, n]: out
 template <class RoundColumn>
-void column_by_column(const GroupSteps& all, const float* factors, const float* rows, uint8_t* codes, RoundColumn round_column) {
+void column_by_column(const GroupSteps& all, const float* factors, const float* rows, uint8_t* codes,
+                      RoundColumn round_column) {
   const int group = all.group;
 #pragma omp parallel for num_threads(all.threads) schedule(static)
   for (int64_t first = 0; first < all.n; first += ROWS_AT_ONCE) {

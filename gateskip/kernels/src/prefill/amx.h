@@ -1,5 +1,5 @@
-// Weights times the rows of a prefill in the processor's tiles (simd/amx.h), to bfloat16: panels of 32 rows of weights, which the
-// second cache holds, meet all rows of activations, 32 at a time.
+// Weights times the rows of a prefill in the processor's tiles (simd/amx.h), to bfloat16: panels of 32 rows of weights,
+// which the second cache holds, meet all rows of activations, 32 at a time.
 #pragma once
 #include "int8.h"
 #include "panels.h"

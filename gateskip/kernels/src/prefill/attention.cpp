@@ -231,7 +231,8 @@ class Worker {
         _mm512_storeu_ps(score + t, capped<Sixteen>(_mm512_mul_ps(_mm512_loadu_ps(score + t), _mm512_set1_ps(s.scaling)), s.softcap));
     const float scaling = s.softcap ? 1.0f : s.scaling;
     __m512 highest = _mm512_set1_ps(-INFINITY);
-    for (int64_t t = from; t < to; t += SIMD_WIDTH) highest = _mm512_mask_max_ps(highest, seen(t), highest, _mm512_loadu_ps(score + t));
+    for (int64_t t = from; t < to; t += SIMD_WIDTH)
+      highest = _mm512_mask_max_ps(highest, seen(t), highest, _mm512_loadu_ps(score + t));
     const float top = std::max(top_[r], _mm512_reduce_max_ps(highest) * scaling);
     const __m512 by = _mm512_set1_ps(scaling * LOG2_E), level = _mm512_set1_ps(-top * LOG2_E);
     __m512 mass = _mm512_setzero_ps();

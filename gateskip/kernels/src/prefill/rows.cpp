@@ -10,19 +10,19 @@ namespace {
 // Rows of activations that share one pass over a shortcut's weights, and vectors of columns beside each other: as
 // many sums as registers hold
 #ifdef __AVX512F__
-constexpr int ROWS_PER_WEIGHT = 8, ACROSS = 2;
+constexpr int SHORTCUT_ROWS = 8, ACROSS = 2;
 #else
-constexpr int ROWS_PER_WEIGHT = 4, ACROSS = 2;
+constexpr int SHORTCUT_ROWS = 4, ACROSS = 2;
 #endif
 
-// out [ROWS_PER_WEIGHT, n] = start [n] (or nothing) + x [ROWS_PER_WEIGHT, k] @ w [k, n]: `across` vectors of columns, from
+// out [SHORTCUT_ROWS, n] = start [n] (or nothing) + x [SHORTCUT_ROWS, k] @ w [k, n]: `across` vectors of columns, from
 // column `c` on
 template <class V, int across>
 void product_columns(const float* x, int k, const float* w, int n, const float* start, float* out, int c) {
   constexpr int lanes = sizeof(V) / sizeof(float);
-  V total[ROWS_PER_WEIGHT][across];
+  V total[SHORTCUT_ROWS][across];
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS_PER_WEIGHT; r++)
+  for (int r = 0; r < SHORTCUT_ROWS; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < across; v++) total[r][v] = start ? load_as<V>(start + c + lanes * v) : V{};
   for (int i = 0; i < k; i++) {
@@ -30,14 +30,14 @@ void product_columns(const float* x, int k, const float* w, int n, const float* 
 #pragma GCC unroll 8
     for (int v = 0; v < across; v++) weights[v] = load_as<V>(w + int64_t(i) * n + c + lanes * v);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS_PER_WEIGHT; r++) {
+    for (int r = 0; r < SHORTCUT_ROWS; r++) {
       const V factor = all<V>(x[int64_t(r) * k + i]);
 #pragma GCC unroll 8
       for (int v = 0; v < across; v++) total[r][v] = fma(factor, weights[v], total[r][v]);
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS_PER_WEIGHT; r++)
+  for (int r = 0; r < SHORTCUT_ROWS; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < across; v++) store(out + int64_t(r) * n + c + lanes * v, total[r][v]);
 }
@@ -87,11 +87,11 @@ void gateskip_shortcut(void* hidden, const void* x, int32_t bf16, const int64_t*
   auto run = [&](auto* to, const auto* from) {
 #pragma omp parallel num_threads(threads)
     {
-      std::vector<float> inputs(ROWS_PER_WEIGHT * size_t(width)), sums(ROWS_PER_WEIGHT * size_t(width));
-      std::vector<float> low(ROWS_PER_WEIGHT * size_t(rank));
+      std::vector<float> inputs(SHORTCUT_ROWS * size_t(width)), sums(SHORTCUT_ROWS * size_t(width));
+      std::vector<float> low(SHORTCUT_ROWS * size_t(rank));
 #pragma omp for schedule(static)
-      for (int64_t first = 0; first < count; first += ROWS_PER_WEIGHT) {
-        const int real = int(std::min<int64_t>(ROWS_PER_WEIGHT, count - first));  // rows beyond them are left over
+      for (int64_t first = 0; first < count; first += SHORTCUT_ROWS) {
+        const int real = int(std::min<int64_t>(SHORTCUT_ROWS, count - first));  // rows beyond them are left over
         for (int r = 0; r < real; r++)
           for (int i = 0; i < width; i += 8)
             store(inputs.data() + r * width + i, load(from + places[first + r] * width + i));
@@ -108,13 +108,13 @@ void gateskip_shortcut(void* hidden, const void* x, int32_t bf16, const int64_t*
   else run(static_cast<float*>(hidden), static_cast<const float*>(x));
 }
 
-void gateskip_rotate(void* x, int32_t bf16, int64_t rows, int32_t heads, int32_t width, int32_t turned,
+void gateskip_rotate(void* x, int32_t bf16, int64_t rows, int32_t heads, int32_t width, int32_t rotary_dim,
                      const void* cos, const void* sin, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
     auto rotate = [&](auto* x, const auto* cos, const auto* sin) {
       for (int h = 0; h < heads; h++)
-        rotate_head(x + (r * heads + h) * width, turned, cos + r * turned, sin + r * turned);
+        rotate_head(x + (r * heads + h) * width, rotary_dim, cos + r * rotary_dim, sin + r * rotary_dim);
     };
     if (bf16) rotate(static_cast<uint16_t*>(x), static_cast<const uint16_t*>(cos), static_cast<const uint16_t*>(sin));
     else rotate(static_cast<float*>(x), static_cast<const float*>(cos), static_cast<const float*>(sin));

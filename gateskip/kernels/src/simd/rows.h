@@ -131,11 +131,11 @@ static inline void norm_row(const Norm& norm, const T* from, int width, T* to) {
 
 // -- rotary positions ------------------------------------------------------------------------------
 
-// Rotary positions of one head in place (arXiv 2104.09864): channels i and i + turned / 2 are a pair, for the
-// first `turned` channels. cos and sin [turned].
+// Rotary positions of one head in place (arXiv 2104.09864): channels i and i + rotary_dim / 2 are a pair, for the
+// first `rotary_dim` channels. cos and sin [rotary_dim].
 template <class T, class Table>
-static inline void rotate_head(T* x, int turned, const Table* cos, const Table* sin) {
-  const int half = turned / 2;
+static inline void rotate_head(T* x, int rotary_dim, const Table* cos, const Table* sin) {
+  const int half = rotary_dim / 2;
   auto pair = [&](int i, F32X8 a, F32X8 b, auto read, auto write) {
     write(x + i, a * read(cos + i) - b * read(sin + i));
     write(x + half + i, b * read(cos + half + i) + a * read(sin + half + i));
