@@ -75,7 +75,7 @@ KERNELS := gateskip/kernels/src
 sanitize:
 	mkdir -p build
 	$(CXX) -std=c++17 -O1 -g -march=native -ffp-contract=off -fopenmp -fsanitize=address,undefined \
-	  -fno-sanitize-recover=all -I$(KERNELS) tests/gateskip/kernels/*.cpp $(KERNELS)/*.cpp -o build/odd_sizes
+	  -fno-sanitize-recover=all -I$(KERNELS) tests/gateskip/kernels/*.cpp $(KERNELS)/*.cpp $(KERNELS)/*/*.cpp -o build/odd_sizes
 	ASAN_OPTIONS=detect_leaks=1:detect_stack_use_after_return=0 build/odd_sizes
 
 # llama.cpp is compiled here, which needs a C++ compiler; the others are installed.

@@ -1,13 +1,13 @@
-"""The structures that cross into the compiled kernels, compared with src/api.h and with a library.
+"""The boundary to the compiled kernels: what src/api.h declares, as ctypes.
 
-The boundary is plain C behind ctypes. torch.utils.cpp_extension and nanobind with torch.library
-operators were weighed against it: an extension is compiled against torch's headers (18 s for one
-empty function where all kernels here take 13 s), has to be compiled anew for every version of torch
-and Python, and needs the headers of both; importing cpp_extension alone takes as long as importing
-torch. A dispatcher brings autograd and meta tensors, of which decoding needs neither, and costs
-microseconds a call. What ctypes lacks is a check of types, and that is this module: the header is
-the one declaration, `read_header` reads it, `check` refuses by name structures or a library that
-differ from it, and argument types of every function are set from its prototype.
+The header is the one declaration. Structures here take their fields from it, functions their
+argument types; `check` refuses by name a library that was built from another one. It is plain C
+behind ctypes. torch.utils.cpp_extension and nanobind with torch.library operators were weighed
+against it: an extension is compiled against torch's headers (18 s for one empty function where all
+kernels here take 13 s), has to be compiled anew for every version of torch and Python, and needs
+the headers of both; importing cpp_extension alone takes as long as importing torch. A dispatcher
+brings autograd and meta tensors, of which decoding needs neither, and costs microseconds a call.
+cffi's ABI mode was measured, too: docs/experiments.md.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ import ctypes
 import re
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 HEADER = Path(__file__).parent / "src" / "api.h"
-ROWS_PER_TILE, BLOCK = 16, 32  # rows and columns of packed weights that lie together, as in simd.h
+SIZES = {"MAX_ROWS": 64, "ROWS_PER_TILE": 16, "BLOCK": 32, "SLOTS_PER_PACK": 32}
+"""Those that both sides know, by their name in the header, which says what they are."""
+MAX_ROWS, ROWS_PER_TILE, BLOCK, SLOTS_PER_PACK = SIZES.values()
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_float
 PARTS = ("linear", "attention", "gates", "lm head")
 """What a decoder's time is spent on, in the order of the header's enum `Part`."""
 
 
 class AbiMismatch(RuntimeError):
-    """A library, or a structure here, differs from the header; the message names what does."""
+    """A library, or a number here, differs from the header; the message names what does."""
 
 
 class Kind(IntEnum):
@@ -89,8 +92,8 @@ class Entering(IntEnum):
     ALWAYS = 2
 
 
-class PromptUnits(IntEnum):
-    """What multiplies a prompt's rows."""
+class PrefillUnits(IntEnum):
+    """What multiplies the rows of a prefill."""
 
     NO_UNITS = 0
     VECTORS = 1
@@ -102,17 +105,27 @@ ENUMS: dict[str, type[IntEnum]] = {
     "Activation": Activation,
     "NormKind": NormKind,
     "Entering": Entering,
-    "PromptUnits": PromptUnits,
+    "PrefillUnits": PrefillUnits,
 }
 
 
-class Matrix(ctypes.Structure):
+STRUCTURES: dict[str, type[Structure]] = {}
+
+
+class Structure(ctypes.Structure):
+    """A structure of the header with its fields; other names are refused. What it points to may be
+    `held` with it."""
+
+    __slots__ = ("held",)
+
+    def __init_subclass__(cls) -> None:
+        STRUCTURES[cls.__name__] = cls
+
+
+class Matrix(Structure):
     """A weight [n, k] and its bias, dense or packed."""
 
-    _fields_ = (
-        *((name, Int) for name in ("kind", "n", "k", "group", "zero", "run", "stride")),
-        *((name, Pointer) for name in ("weights", "scale", "offset", "table", "bias")),
-    )
+    __slots__ = ()
 
     def part(self, first: int, count: int, run: int, stride: int) -> Matrix:
         """Rows of a packed weight in runs of `run`, which begin `stride` apart from row `first`:
@@ -129,183 +142,117 @@ class Matrix(ctypes.Structure):
         return part
 
 
-class Norm(ctypes.Structure):
+class Norm(Structure):
     """A norm of rows [width]; without a weight nothing is normed."""
 
-    _fields_ = (
-        *((name, Pointer) for name in ("weight", "bias")),
-        *((name, Int) for name in ("kind", "width")),
-        ("epsilon", Float),
-    )
+    __slots__ = ()
 
 
-class Shortcut(ctypes.Structure):
+class Shortcut(Structure):
     """What a row gets that skips a branch."""
 
-    _fields_ = (*((name, Pointer) for name in ("down", "up", "bias")), ("rank", Int))
+    __slots__ = ()
 
 
-class Layer(ctypes.Structure):
+class Layer(Structure):
     """A decoder layer: its matrices, norms, gates and shortcuts."""
 
-    _fields_ = (
-        *((name, Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, Norm) for name in ("norm_attention", "norm_mlp")),
-        *((name, Norm) for name in ("after_attention", "after_mlp", "norm_q", "norm_k")),
-        *((name, Pointer) for name in ("weight_attention", "weight_mlp")),
-        *((name, Shortcut) for name in ("short_attention", "short_mlp")),
-        *((name, Float) for name in ("bias_attention", "bias_mlp", "scaling", "softcap")),
-        *((name, Int) for name in ("window", "rope", "rotary_dim", "activation", "parallel")),
-    )
+    __slots__ = ()
 
 
-class Model(ctypes.Structure):
+class Model(Structure):
     """A decoder: its sizes, final norm and layers."""
 
-    _fields_ = (
-        *((name, Int) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim")),
-        *((name, Int) for name in ("inner", "anchors", "widest_shortcut")),
-        ("norm_final", Norm),
-        ("layer", ctypes.POINTER(Layer)),
-    )
+    __slots__ = ()
 
 
-class CacheView(ctypes.Structure):
+class CacheView(Structure):
     """Where a KV cache and its rope tables are."""
 
-    _fields_ = (
-        *((name, Pointer) for name in ("keys", "values", "cos", "sin")),
-        *((name, Pointer) for name in ("key_scales", "value_scales", "slots")),
-        *((name, Int) for name in ("capacity", "bf16")),
-    )
+    __slots__ = ()
 
 
-class Step(ctypes.Structure):
+class Step(Structure):
     """Tokens of one forward pass, each a row with its own place in the cache."""
 
-    _fields_ = (
-        *((name, Int) for name in ("rows", "copies")),
-        *((name, Pointer) for name in ("cache_row", "slot", "hidden", "thresholds", "kept")),
-        *((name, Pointer) for name in ("spent", "entered")),
-        ("stride", Int),
-    )
+    __slots__ = ()
 
 
-class Sampling(ctypes.Structure):
+class Sampling(Structure):
     """How a token is drawn from logits."""
 
-    _fields_ = (
-        ("temperature", Float),
-        ("top_k", Int),
-        *((name, Float) for name in ("top_p", "min_p")),
-    )
+    __slots__ = ()
+
+
+class Embedding(Structure):
+    """What tokens are at the input."""
+
+    __slots__ = ()
+
+
+class DraftNetwork(Structure):
+    """A small network that drafts."""
+
+    __slots__ = ()
+
+
+class Draft(Structure):
+    """What a draft has beyond the tokens of a row."""
+
+    __slots__ = ()
+
+
+class DecodeRequest(Structure):
+    """Tokens of one row to decode one after the other."""
+
+    __slots__ = ()
+
+
+class Round(Structure):
+    """A draft of one row, and what became of it."""
+
+    __slots__ = ()
+
+
+class Speculation(Structure):
+    """Rounds of speculation of one row."""
+
+    __slots__ = ()
+
+
+class PrefillRows(Structure):
+    """Where the tokens of a prefill stand."""
+
+    __slots__ = ()
+
+
+class Entry(Structure):
+    """Which tokens of a prompt enter a branch, and what those get that skip it."""
+
+    __slots__ = ()
+
+
+class GroupSteps(Structure):
+    """What one group of columns of a weight can be."""
+
+    __slots__ = ()
 
 
 OnToken = ctypes.CFUNCTYPE(Int, Int)
 Propose = ctypes.CFUNCTYPE(Int, ctypes.POINTER(Int), Int)
+_CALLBACKS = {"OnToken": OnToken, "Propose": Propose}
 
 
-class Embedding(ctypes.Structure):
-    """What tokens are at the input."""
+class Address:
+    """A pointer among a function's arguments: a tensor's, an address, or null for None."""
 
-    _fields_ = (("table", Matrix), ("bf16", Int), ("scale", Float))
-
-
-class DraftNetwork(ctypes.Structure):
-    """A small network that drafts."""
-
-    _fields_ = (
-        *((name, Norm) for name in ("norm_state", "norm_token", "norm_mlp", "norm_final")),
-        *((name, Matrix) for name in ("fuse", "gate", "up", "down")),
-    )
+    @staticmethod
+    def from_param(pointed: Any) -> Any:
+        """What ctypes passes for it."""
+        number = pointed is None or type(pointed) is int
+        return Pointer.from_param(pointed if number else pointed.data_ptr())
 
 
-class Draft(ctypes.Structure):
-    """Tokens of one row, one after the other."""
-
-    _fields_ = (
-        *((name, Int) for name in ("token", "count")),
-        ("least", Float),
-        ("accepted", Pointer),
-        ("levels", Int),
-        ("embedding", Embedding),
-        ("cap", Float),
-        ("draft_head", ctypes.POINTER(Matrix)),
-        ("head_tokens", Pointer),
-        ("rerank_head", ctypes.POINTER(Matrix)),
-        *((name, Pointer) for name in ("tokens", "chances")),
-        ("on_token", OnToken),
-        ("ended", Int),
-        ("sampling", ctypes.POINTER(Sampling)),
-        *((name, Pointer) for name in ("uniform", "distributions")),
-    )
-
-
-class Round(ctypes.Structure):
-    """A draft of one row, and what became of it."""
-
-    _fields_ = (
-        *((name, Int) for name in ("drafted", "accepted", "looked_up")),
-        *((name, Float) for name in ("draft_s", "verify_s")),
-    )
-
-
-class Speculation(ctypes.Structure):
-    """Rounds of speculation of one row."""
-
-    _fields_ = (
-        *((name, Int) for name in ("token", "left", "rounds", "drafts", "length", "longest")),
-        ("embedding", Embedding),
-        ("drafter", ctypes.POINTER(Model)),
-        ("drafting", ctypes.POINTER(Step)),
-        ("network", ctypes.POINTER(DraftNetwork)),
-        ("draft", ctypes.POINTER(Draft)),
-        ("state", Pointer),
-        ("propose", Propose),
-        ("on_token", OnToken),
-        *((name, Pointer) for name in ("logits", "shares", "uniform")),
-        ("round", ctypes.POINTER(Round)),
-        ("chances", Pointer),
-    )
-
-
-class PromptRows(ctypes.Structure):
-    """Where a prompt's tokens stand."""
-
-    _fields_ = (
-        *((name, Int) for name in ("batch", "count", "first", "capacity")),
-        *((name, Pointer) for name in ("slots", "cos", "sin", "keys", "values")),
-    )
-
-
-class Entry(ctypes.Structure):
-    """Which tokens of a prompt enter a branch, and what those get that skip it."""
-
-    _fields_ = (
-        ("tokens", Pointer),
-        ("least", Float),
-        ("rank", Int),
-        *((name, Pointer) for name in ("down", "up", "bias")),
-    )
-
-
-class GroupSteps(ctypes.Structure):
-    """What one group of columns of a weight can be."""
-
-    _fields_ = (
-        *((name, Pointer) for name in ("scale", "inverse", "lowest")),
-        *((name, Int) for name in ("n", "group", "least", "most", "threads")),
-    )
-
-
-STRUCTURES: dict[str, type[ctypes.Structure]] = {
-    each.__name__: each
-    for each in (
-        *(Matrix, Norm, Shortcut, Layer, Model, CacheView),
-        *(Step, Sampling, Embedding, DraftNetwork, Draft, Round, Speculation, PromptRows, Entry),
-        GroupSteps,
-    )
-}
 _SCALARS: dict[str, Any] = {
     "int32_t": ctypes.c_int32,
     "int64_t": ctypes.c_int64,
@@ -328,13 +275,15 @@ class Header:
     """What src/api.h declares."""
 
     version: int
-    structures: dict[str, list[tuple[str, str]]]
-    """Name and C type of each field, by structure."""
+    structures: dict[str, list[tuple[str, Any]]]
+    """Name and ctypes type of each field, by structure."""
     functions: dict[str, Function]
     enums: dict[str, dict[str, int]]
     """Entries of those that `ENUMS` has here, by name."""
+    sizes: dict[str, int]
 
 
+@cache
 def read_header(path: Path = HEADER) -> Header:
     """Parse src/api.h. Raises OSError where it is missing, AbiMismatch for what cannot be read."""
     text = re.sub(r"/\*.*?\*/", " ", path.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -349,51 +298,68 @@ def read_header(path: Path = HEADER) -> Header:
     return Header(
         int(version[1]),
         {name: _fields(body) for name, body in bodies},
-        {name: Function(_type(out), _arguments(given)) for out, name, given in prototypes},
-        {name: _entries(enums[name]) for name in ENUMS},
+        {name: Function(_type(result), _arguments(args)) for result, name, args in prototypes},
+        {name: _numbers(enums[name], r"(\w+) = (\d+)") for name in ENUMS},
+        _numbers(text, r"static const int32_t (\w+) = (\d+)"),
     )
 
 
-def _entries(body: str) -> dict[str, int]:
+def _numbers(text: str, pattern: str) -> dict[str, int]:
     """`FP32 = 0, BF16 = 1,` -> name and value of each."""
-    return {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", body)}
+    return {name: int(value) for name, value in re.findall(pattern, text)}
 
 
-def _fields(body: str) -> list[tuple[str, str]]:
-    """`int32_t n; const void* weights;` -> name and type of each."""
-    declared = [" ".join(part.split()) for part in body.split(";") if part.strip()]
-    pairs = [re.fullmatch(r"(.*?)(\w+)", each) for each in declared]
+def _declared(text: str) -> list[tuple[str, str]]:
+    """`int32_t n; const void* weights;` -> name and C type of each."""
+    declared = [" ".join(part.split()) for part in text.split(";") if part.strip()]
+    pairs = [re.fullmatch(r"(.*?)(\w+)", part) for part in declared]
     return [(pair[2], pair[1].strip()) for pair in pairs if pair is not None]
 
 
-def _arguments(given: str) -> tuple[Any, ...]:
-    return (
-        ()
-        if given.strip() == "void"
-        else tuple(_type(kind) for _, kind in _fields(given.replace(",", ";")))
-    )
+def _fields(body: str) -> list[tuple[str, Any]]:
+    return [(name, _type(declared)) for name, declared in _declared(body)]
+
+
+def _arguments(text: str) -> tuple[Any, ...]:
+    if text.strip() == "void":
+        return ()
+    kinds = [_type(declared) for _, declared in _declared(text.replace(",", ";"))]
+    return tuple(Address if kind is Pointer else kind for kind in kinds)
 
 
 def _type(declared: str) -> Any:
     """The ctypes type of a C type."""
     name = declared.replace("const", "").strip()
     if not name.endswith("*"):
-        if name not in _SCALARS:
+        known: dict[str, Any] = _SCALARS | STRUCTURES
+        if name not in known:
             raise AbiMismatch(f"{HEADER.name}: type {declared!r} has no counterpart in Python")
-        return _SCALARS[name]
+        return known[name]
     pointed = name[:-1].strip()
-    if pointed == "char":
-        return ctypes.c_char_p
-    return ctypes.POINTER(STRUCTURES[pointed]) if pointed in STRUCTURES else ctypes.c_void_p
+    if pointed in STRUCTURES:
+        return ctypes.POINTER(STRUCTURES[pointed])
+    return ctypes.c_char_p if pointed == "char" else _CALLBACKS.get(pointed, Pointer)
+
+
+def _take_fields() -> None:
+    """Give structures the header's fields; where an export carries no sources, none."""
+    if not HEADER.exists():
+        return
+    fields = read_header().structures
+    if set(fields) != set(STRUCTURES):
+        odd = sorted(set(fields) ^ set(STRUCTURES))
+        raise AbiMismatch(f"structures of {HEADER.name} and abi.py differ: {', '.join(odd)}")
+    for name in fields:
+        STRUCTURES[name]._fields_ = fields[name]
+
+
+_take_fields()
 
 
 def check(library: Any, header: Header) -> None:
-    """Raise AbiMismatch where structures here, or the library, differ from the header."""
-    for name, fields in header.structures.items():
-        _check_fields(name, fields)
-    if set(header.structures) != set(STRUCTURES):
-        odd = sorted(set(header.structures) ^ set(STRUCTURES))
-        raise AbiMismatch(f"structures of {HEADER.name} and abi.py differ: {', '.join(odd)}")
+    """Raise AbiMismatch where numbers here, or the library, differ from the header."""
+    if header.sizes != SIZES:
+        raise AbiMismatch(f"sizes in {HEADER.name} are {header.sizes}, in abi.py {SIZES}")
     for name, entries in header.enums.items():
         if entries != {entry.name: entry.value for entry in ENUMS[name]}:
             raise AbiMismatch(f"enum {name} of {HEADER.name} is not {ENUMS[name].__name__}")
@@ -404,32 +370,6 @@ def check(library: Any, header: Header) -> None:
         there, here = library.gateskip_struct_size(name.encode()), ctypes.sizeof(structure)
         if there != here:
             raise AbiMismatch(f"structure {name} has {there} bytes in the library, {here} here")
-
-
-def _check_fields(name: str, fields: list[tuple[str, str]]) -> None:
-    if name not in STRUCTURES:
-        return
-    own = [(field[0], _written(field[1])) for field in STRUCTURES[name]._fields_]
-    declared = [(field, "pointer" if "*" in kind else kind) for field, kind in fields]
-    for mine, theirs in zip(own, declared, strict=False):
-        if mine != theirs:
-            raise AbiMismatch(
-                f"structure {name}: {theirs[1]} {theirs[0]} in {HEADER.name}, "
-                f"{mine[1]} {mine[0]} in abi.py"
-            )
-    if len(own) != len(declared):
-        raise AbiMismatch(
-            f"structure {name} has {len(declared)} fields in {HEADER.name}, {len(own)} in abi.py"
-        )
-
-
-def _written(kind: Any) -> str:
-    """A field's ctypes type as the header writes it; `pointer` for all pointers."""
-    if kind is Int:
-        return "int32_t"
-    if kind is Float:
-        return "float"
-    return str(kind.__name__) if kind in STRUCTURES.values() else "pointer"
 
 
 def declare(library: Any, header: Header) -> None:

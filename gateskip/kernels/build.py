@@ -101,13 +101,13 @@ def build() -> Path:
     Compilers are tried in turn: clang++ may lack OpenMP, or $CXX be too old. Raises BuildError when
     there is none, or none succeeds, or the cache is open to other users.
     """
-    sources = sorted(FOLDER.glob("*.cpp"))
+    sources = sorted(FOLDER.rglob("*.cpp"))
     if not sources:
         raise BuildError("the kernels' sources are not part of this copy of gateskip")
     tools = compilers()
     if not tools:
         raise BuildError("no C++ compiler found: install g++ or clang, or name one in CXX")
-    code = b"".join(path.read_bytes() for path in (*sources, *sorted(FOLDER.glob("*.h"))))
+    code = b"".join(path.read_bytes() for path in (*sources, *sorted(FOLDER.rglob("*.h"))))
     errors = []
     for tool in tools:
         stamp = hashlib.sha256(code + processor() + " ".join((tool, *FLAGS)).encode())

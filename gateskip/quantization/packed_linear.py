@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from gateskip.extras import need
 from gateskip.kernels import build, ops
-from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE, Kind, Matrix, PromptUnits
+from gateskip.kernels.abi import BLOCK, ROWS_PER_TILE, Kind, Matrix, PrefillUnits
 from gateskip.kernels.autotune import Kernel, bfloat16_is_faster, product
 from gateskip.model.families import final_norm
 from gateskip.model.projections import Rows
@@ -53,7 +53,7 @@ def streaming() -> Iterator[None]:
 @contextmanager
 def rounding(enabled: bool = True) -> Iterator[None]:
     """Within this context our kernels multiply prompts by packed weights with the rounded scales of
-    decoding and, in their vector form, with activations in bytes (matvec.h)."""
+    decoding and, in their vector form, with activations in bytes (linear/int8.h)."""
     before = _rounds.set(enabled)
     try:
         yield
@@ -78,7 +78,7 @@ def prompt_kernel() -> bool:
     """Whether a kernel of ours, for any number of rows, multiplies a prompt's rows in bfloat16 by
     packed weights; else torch multiplies by unpacked ones. Within `rounding` our kernel does
     wherever it runs."""
-    return ops.prompt_units() != PromptUnits.NO_UNITS and (_rounds.get() or bfloat16_is_faster())
+    return ops.prefill_units() != PrefillUnits.NO_UNITS and (_rounds.get() or bfloat16_is_faster())
 
 
 class _CastAnew(torch.autograd.Function):
@@ -246,7 +246,7 @@ class PackedLinear(nn.Module):
         """x [..., in] times a matrix: each tile is unpacked once for all rows."""
         matrix.bias = None if bias is None else bias.data_ptr()
         flat = x.reshape(-1, self.in_features).contiguous()
-        (out,) = ops.prompt_products(matrix, [matrix.n], flat)
+        (out,) = ops.prefill_products(matrix, [matrix.n], flat)
         return out.view(*x.shape[:-1], matrix.n)
 
     def _matrix(self, parts: Parts, rounded: bool) -> Matrix:

@@ -1,4 +1,4 @@
-"""Codes and tables in the order that the compiled kernels read them: src/codes.h draws it.
+"""Codes and tables in the order that the compiled kernels read them: src/simd/codes.h draws it.
 
 Sixteen rows of a weight are a tile, 32 columns of it a block, four columns of a block a four: four
 bytes of each of the sixteen rows, row after row.

@@ -37,11 +37,15 @@ class DraftHead:
         rows: int = self.matrix.n
         return rows + -rows % 8
 
-    def rank(self, order: abi.Draft) -> None:
-        """Let this rank what an order drafts, which must not outlive it."""
-        order.draft_head = ctypes.pointer(self.matrix)
-        order.head_tokens = None if self.tokens is None else self.tokens.data_ptr()
-        order.rerank_head = self.rerank and ctypes.pointer(self.rerank)
+    def draft(self, request: abi.DecodeRequest, wanted: tuple[float, Sequence[float]]) -> abi.Draft:
+        """Let a request, which must not outlive this, be a draft ranked by it, until that is as
+        `wanted`."""
+        acceptance = torch.tensor(list(wanted[1]))
+        draft = abi.Draft(wanted[0], acceptance.data_ptr(), len(acceptance), held=acceptance)
+        draft.head_tokens = None if self.tokens is None else self.tokens.data_ptr()
+        draft.rerank_head = self.rerank and ctypes.pointer(self.rerank)
+        request.head, request.draft = ctypes.pointer(self.matrix), ctypes.pointer(draft)
+        return draft
 
     def whole(self, shares: Tensor, vocabulary: int) -> Tensor:
         """Probabilities [rows] as those of all tokens [V]."""
@@ -110,7 +114,7 @@ class DraftingEngine(Engine):
         order.tokens = tokens.data_ptr()
 
         def follow() -> list[int]:
-            ops.draft_by_network(network, moving, order, self._arena)
+            ops.decode_by_network(network, moving, order, self._arena)
             found: list[int] = tokens[: order.count].tolist()
             return found
 
@@ -118,7 +122,7 @@ class DraftingEngine(Engine):
 
     def _drafted(
         self,
-        order: abi.Draft,
+        order: abi.DecodeRequest,
         head: DraftHead,
         wanted: tuple[float, Sequence[float]],
         drawn: Drawn | None,
@@ -126,25 +130,17 @@ class DraftingEngine(Engine):
     ) -> Drafted:
         """What following an order drafts, ranked by a head, with probabilities, until it is as
         `wanted`."""
-        head.rank(order)
-        accepted, chances = self._expect(order, wanted), torch.empty(order.count)
-        order.chances = chances.data_ptr()
+        draft, chances = head.draft(order, wanted), torch.empty(order.count)
+        draft.probabilities = chances.data_ptr()
         kept = torch.empty(0 if drawn is None else order.count, head.padded)
-        held = accepted, self._draw(order, drawn)
+        held = draft, self._draw(order, drawn)
         if drawn is not None:
-            order.distributions = kept.data_ptr()
+            draft.distributions = kept.data_ptr()
         tokens = follow()
         del held
         drawn_from = kept[: len(tokens), : head.matrix.n]
         sources = tokens if drawn is None else [head.whole(p, self.head.n) for p in drawn_from]
         return Drafted(tokens, chances[: len(tokens)].tolist(), sources)
-
-    @staticmethod
-    def _expect(order: abi.Draft, wanted: tuple[float, Sequence[float]]) -> Tensor:
-        """Let an order end where it is as `wanted`; what is returned has to live as long."""
-        accepted = torch.tensor(list(wanted[1]))
-        order.least, order.accepted, order.levels = wanted[0], accepted.data_ptr(), len(accepted)
-        return accepted
 
     def speculate(
         self,
@@ -178,7 +174,7 @@ class DraftingEngine(Engine):
             propose=abi.Propose(propose),
             on_token=abi.OnToken(guarded(asked.on_token, raised, 1)),
             round=(abi.Round * asked.rounds)(),
-            chances=chances.data_ptr(),
+            probabilities=chances.data_ptr(),
         )
         step = self._step(hidden, first, thresholds)
         held = self._thresholds  # which the drafts' may replace, if they are this engine's
@@ -215,21 +211,21 @@ class DraftingEngine(Engine):
             network, head = self._network
             call.network = ctypes.pointer(network)
         order = self._order(asked.token, asked.length)
-        head.rank(order)
-        held: list[Any] = [order, self._expect(order, asked.wanted)]
+        draft = head.draft(order, asked.wanted)
+        held: list[Any] = [order, draft]
         if not by_network:
             moving = torch.empty(1, self.model.hidden)
             where = torch.tensor([[row], [0]], dtype=torch.int32)
             drafting = self._step(moving, where, thresholds)
-            call.drafter, call.drafting = ctypes.pointer(self.model), ctypes.pointer(drafting)
+            call.draft_model, call.draft_step = ctypes.pointer(self.model), ctypes.pointer(drafting)
             held += [moving, where, drafting]
         if asked.draws is not None:
             sampling = abi.Sampling(*asked.draws)
             order.sampling = ctypes.pointer(sampling)
             kept = torch.empty(asked.length, head.padded)
-            order.distributions = kept.data_ptr()
+            draft.distributions = kept.data_ptr()
             held += [sampling, kept]
-        call.draft = ctypes.pointer(order)
+        call.drafting = ctypes.pointer(order)
         return tuple(held)
 
     def _drawn_rounds(self, call: abi.Speculation, asked: Asked, rows: int) -> tuple[Tensor, ...]:

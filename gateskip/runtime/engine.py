@@ -30,8 +30,6 @@ from gateskip.runtime.descriptors import Descriptors
 from gateskip.runtime.kv_cache import KVCache
 from gateskip.runtime.prompt_kernels import PromptKernels
 
-MOST_ROWS = 64  # of one pass over the weights, as MAX_ROWS in simd.h; `step` takes any number
-
 
 class Engine:
     """A model of a supported architecture, ready for `step`.
@@ -88,7 +86,7 @@ class Engine:
         ops.step(self.model, self._view(cache), step, self._arena)
         return out
 
-    def _draw(self, order: abi.Draft, drawn: Drawn | None) -> Tensor | None:
+    def _draw(self, order: abi.DecodeRequest, drawn: Drawn | None) -> Tensor | None:
         """Let an order's tokens be drawn; what is returned has to live as long as the order."""
         if drawn is None:
             return None
@@ -138,28 +136,28 @@ class Engine:
         hidden = torch.empty(len(tokens), self.model.hidden)
         step = self._step(hidden, rows, thresholds)
         inputs = (self._embedding, rows[2])
-        chosen = ops.likeliest(self.model, self._view(cache), step, inputs, self.head, self._arena)
+        chosen = ops.argmax(self.model, self._view(cache), step, inputs, self.head, self._arena)
         found: list[int] = chosen.tolist()
         return found, hidden
 
     def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:
         """A token of logits [V], drawn by a number from 0 to 1."""
         shares = self._buffers.take("shares", (len(logits) + 8,), torch.float32)
-        return ops.choose(logits.contiguous(), abi.Sampling(*draws), uniform, shares)
+        return ops.sample(logits.contiguous(), abi.Sampling(*draws), uniform, shares)
 
-    def _order(self, token: int, count: int) -> abi.Draft:
+    def _order(self, token: int, count: int) -> abi.DecodeRequest:
         """What follows a token, ranked by the LM head."""
-        return abi.Draft(
+        return abi.DecodeRequest(
             token=token,
             count=count,
             embedding=self._embedding,
             cap=self._cap or 0.0,
-            draft_head=ctypes.pointer(self.head),
+            head=ctypes.pointer(self.head),
         )
 
     def _follow(
         self,
-        order: abi.Draft,
+        order: abi.DecodeRequest,
         place: tuple[KVCache, int, int],
         thresholds: Sequence[float] | Tensor | None,
         entered: Tensor | None = None,
@@ -174,7 +172,7 @@ class Engine:
         )
         order.tokens = tokens.data_ptr()
         step = self._step(hidden, where, thresholds, entered)
-        ops.draft(self.model, self._view(cache), step, order, self._arena)
+        ops.decode(self.model, self._view(cache), step, order, self._arena)
         return tokens[: order.count].tolist(), hidden[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

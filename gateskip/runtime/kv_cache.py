@@ -24,7 +24,7 @@ from gateskip.runtime.sizes import EVEN
 
 SLACK = 64
 """Positions that a layer keeps beyond its window. A pass of the kernels writes so many rows before
-the first one attends (MAX_ROWS in simd.h), and so far a row may go back: a rejected draft has
+the first one attends (MAX_ROWS in api.h), and so far a row may go back: a rejected draft has
 overwritten no position that the tokens after it see."""
 TOGETHER = (
     256  # keys that kernels take in at once begin at multiples of this: KEYS in attention.cpp

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gateskip.gates.base import Gates
 from gateskip.kernels import ops
-from gateskip.kernels.abi import PromptUnits
+from gateskip.kernels.abi import PrefillUnits
 from gateskip.kernels.autotune import bfloat16_is_faster
 from gateskip.model.families import Branch, embed
 from gateskip.model.gating import NEVER_SKIP
@@ -48,7 +48,7 @@ from gateskip.runtime.kv_cache import KVCache, Visible
 from gateskip.runtime.sizes import EVEN, equal_sizes, few_sizes
 
 IN_BYTES = "8 bits in blocks of 32, 16 where a value stands out"
-"""What packed weights are multiplied with: see matvec.h."""
+"""What packed weights are multiplied with: see linear/int8.h."""
 
 
 class NativeBackend(GatheredBackend):
@@ -203,16 +203,16 @@ class NativeBackend(GatheredBackend):
         """Whether the kernels multiply prompts: a bfloat16 model's, in units for whole matrices, or
         by packed weights as decoding does, with activations of 8 bits. Weights beside those must be
         multiplied fast in bfloat16."""
-        units = ops.prompt_units()
-        if self.dtype != torch.bfloat16 or units != PromptUnits.VECTORS:
-            return self.dtype == torch.bfloat16 and units == PromptUnits.TILE_UNITS
+        units = ops.prefill_units()
+        if self.dtype != torch.bfloat16 or units != PrefillUnits.VECTORS:
+            return self.dtype == torch.bfloat16 and units == PrefillUnits.TILE_UNITS
         asked = self._packed == "all" or (self._packed == "some" and bfloat16_is_faster())
         return self.engine.rounded and asked
 
     @cached_property
     def _prompts_in_bytes(self) -> bool:
         """Whether packed weights meet activations of 8 bits in prompts, too."""
-        return self._own_products and ops.prompt_units() == PromptUnits.VECTORS
+        return self._own_products and ops.prefill_units() == PrefillUnits.VECTORS
 
     @cached_property
     def _packed(self) -> Literal["all", "some", "none"]:

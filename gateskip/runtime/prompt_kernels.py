@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from gateskip.kernels import ops
-from gateskip.kernels.abi import BLOCK, Entry, Kind, Layer, Matrix, PromptRows, PromptUnits
+from gateskip.kernels.abi import (
+    BLOCK,
+    SLOTS_PER_PACK,
+    Entry,
+    Kind,
+    Layer,
+    Matrix,
+    PrefillRows,
+    PrefillUnits,
+)
 from gateskip.model.families import Branch
 from gateskip.model.projections import AttentionShape, mlp_parts, rotate
 from gateskip.runtime.buffers import Buffers
@@ -17,7 +26,6 @@ from gateskip.runtime.descriptors import Descriptors
 from gateskip.runtime.kv_cache import KVCache, Place
 
 FIELDS = {"queries": "q", "keys": "k", "values": "v", "output": "o"}  # of abi.Layer
-SLOTS_TOGETHER = 32  # of keys and values that attention packs, as in simd.h
 CHANNELS = 16  # what divides those of a head that it knows
 
 
@@ -26,7 +34,7 @@ class PromptKernels:
 
     def __init__(self, parts: Descriptors, buffers: Buffers) -> None:
         self.model, self._parts, self._buffers = parts.model, parts, buffers
-        units = ops.prompt_units()
+        units = ops.prefill_units()
         self._known = [
             _multiplies(layer, mlp, units)
             for layer in parts.model.layer[: parts.model.layers]
@@ -99,7 +107,7 @@ class PromptKernels:
         """Keys and values [B, kv_heads, T, D] of the first `used` slots as `attend` reads them. The
         next call writes over it."""
         batch, kv_heads, _, width = kv[0].shape
-        used += -used % SLOTS_TOGETHER
+        used += -used % SLOTS_PER_PACK
         packed = self._buffers.take("packed", (batch * kv_heads, 2, used, width), kv[0].dtype)
         ops.pack(*kv, used, packed)
         return packed
@@ -140,12 +148,12 @@ class PromptKernels:
         layer = self.model.layer[branch // 2]
         matrices = [getattr(layer, FIELDS[name]) for name in names]
         flat = x.flatten(0, -2).contiguous()
-        found = ops.prompt_products(matrices[0], [each.n for each in matrices], flat)
+        found = ops.prefill_products(matrices[0], [each.n for each in matrices], flat)
         return [each.view(*x.shape[:-1], -1) for each in found]
 
     def packed_mlp(self, branch: int, x: Tensor) -> Tensor:
         """An MLP's output for x [N, H], bfloat16, in one native call."""
-        return ops.prompt_mlp(self.model.layer[branch // 2], x.contiguous())
+        return ops.prefill_mlp(self.model.layer[branch // 2], x.contiguous())
 
     def entry(self, branch: int, tokens: Tensor, least: float) -> Entry:
         """Which tokens enter a branch: those of `tokens` [B, S], an Entering each, whose gate
@@ -160,7 +168,7 @@ class PromptKernels:
     def add_mlp(self, branch: int, hidden: Tensor, entry: Entry | None) -> int:
         """hidden [B, S, H], bfloat16, += an MLP branch, norms and shortcuts included, in one native
         call; how many tokens entered, all without an `entry`."""
-        return ops.prompt_mlp_branch(self.model.layer[branch // 2], entry, hidden)
+        return ops.prefill_mlp_branch(self.model.layer[branch // 2], entry, hidden)
 
     def add_attention(
         self,
@@ -184,11 +192,11 @@ class PromptKernels:
             return None
         batch, count = hidden.shape[:2]
         parts = [part.contiguous() for part in (place.slots, *rope)]
-        at = PromptRows(
+        at = PrefillRows(
             *(batch, count, place.used - count, slots),
             *(part.data_ptr() for part in (*parts, *kept)),
         )
-        return ops.prompt_attention_branch(self.model, layer, at, entry, hidden)
+        return ops.prefill_attention_branch(self.model, layer, at, entry, hidden)
 
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
         """An MLP's output for x [..., H]; what lies between its products is one native pass."""
@@ -199,7 +207,7 @@ class PromptKernels:
         return down(inner)
 
 
-def _multiplies(layer: Layer, mlp: bool, units: PromptUnits) -> bool:
+def _multiplies(layer: Layer, mlp: bool, units: PrefillUnits) -> bool:
     """Whether some units multiply all weights of a layer's branch: those of whole matrices packed
     ones and whole blocks of bfloat16, vectors what meets activations of 8 bits."""
     names = ("gate", "up", "down") if mlp else FIELDS.values()
@@ -207,8 +215,8 @@ def _multiplies(layer: Layer, mlp: bool, units: PromptUnits) -> bool:
 
     def known(matrix: Matrix) -> bool:
         kind = Kind(matrix.kind)
-        if units == PromptUnits.TILE_UNITS:
+        if units == PrefillUnits.TILE_UNITS:
             return kind != Kind.FP32 and matrix.k % BLOCK == 0
-        return units == PromptUnits.VECTORS and kind.rounded
+        return units == PrefillUnits.VECTORS and kind.rounded
 
     return all(known(each) for each in matrices if each.n)

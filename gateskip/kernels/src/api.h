@@ -1,9 +1,17 @@
 /* The boundary between Python and the kernels: every structure and every function that crosses it.
  *
- * The C++ files include this header, so that a definition which differs does not compile. Python reads it
- * too: gateskip/kernels/abi.py compares its structures with the ones below, field by field, takes each
- * function's argument types from its prototype, and asks a loaded library for ABI_VERSION and for the size
- * of every structure. Write one declaration a line and one type a declaration: the parser there is small.
+ * Each folder of C++ sources stands on those below it, and so does each file on those its folder has below it:
+ *
+ *   decode/   whole tokens: speculate -> decode, argmax -> pass -> attention -> int8_cache; sampling
+ *   prefill/  branches of a prompt: branch -> products, attention, rows; products -> amx -> int8, panels
+ *   linear/   weights times rows: layers, share -> matvec, int8; rounding
+ *   simd/     one processor: amx, rows, code_vectors -> codes -> memory, team, vectors
+ *   api.h     this file
+ *
+ * The C++ files include this header, so that a definition which differs does not compile. Python reads it, too:
+ * gateskip/kernels/abi.py takes the fields of its structures and each function's argument types from here, and asks a
+ * loaded library for ABI_VERSION and for the size of every structure. Write one declaration a line and one type a
+ * declaration: the parser there is small.
  *
  * H is the hidden size, D the width of a head, V the vocabulary. A flag `bf16` says that a `void*` points to
  * bfloat16 numbers; else they are float32. `threads` is how many threads of OpenMP share the work.
@@ -11,11 +19,17 @@
 #pragma once
 #include <stdint.h>
 
-#define GATESKIP_ABI_VERSION 14 /* raised with every change of this file */
+#define GATESKIP_ABI_VERSION 15 /* raised with every change of this file */
 
 #ifdef __cplusplus
 extern "C" {
 #endif
+
+/* Sizes that both sides know. */
+static const int32_t MAX_ROWS = 64;       /* rows of activations in one pass over the weights: what fits a second cache */
+static const int32_t ROWS_PER_TILE = 16;  /* rows of packed weights that lie together */
+static const int32_t BLOCK = 32;          /* columns of them */
+static const int32_t SLOTS_PER_PACK = 32; /* keys and values that gateskip_pack takes at a time */
 
 /* How a matrix is stored. A8: activations are rounded to 8 bits, and products are summed in integers. A code of b
  * bits stands for itself less `zero`, which is 2^(b - 1) where activations are float32. */
@@ -58,9 +72,9 @@ enum Entering {
   ALWAYS = 2,
 };
 
-/* What multiplies a prompt's rows: vectors of 512 bits with products of bytes (AVX-512 with VNNI), or units for whole
+/* What multiplies the rows of a prefill: vectors of 512 bits with products of bytes (AVX-512 with VNNI), or units for whole
  * matrices (AMX), which multiply bfloat16. */
-enum PromptUnits {
+enum PrefillUnits {
   NO_UNITS = 0,
   VECTORS = 1,
   TILE_UNITS = 2,
@@ -186,7 +200,7 @@ typedef struct Sampling {
   float temperature; /* above 0 */
   int32_t top_k;     /* 0 is all */
   float top_p;       /* 1 is all */
-  float min_p;       /* of the likeliest token's probability */
+  float min_p;       /* of the largest probability */
 } Sampling;
 
 /* What tokens are at the input. */
@@ -209,29 +223,34 @@ typedef struct DraftNetwork {
   Matrix down; /* [H, inner] */
 } DraftNetwork;
 
-/* Told of each token; a draft ends where it returns 1. */
+/* Told of each token; decoding ends where it returns 1. */
 typedef int32_t OnToken(int32_t token);
 
-/* Tokens of one row, one after the other: a draft, or what follows in its text. */
+/* What a draft has beyond the tokens of a row. */
 typedef struct Draft {
-  int32_t token;         /* the last committed one */
-  int32_t count;         /* tokens wanted; afterwards, tokens drafted */
-  float least;           /* drafting ends once all that is drafted is less likely than this to be accepted */
-  const float* accepted; /* [levels]: how likely a token is accepted, by its probability from 0 to 1 */
+  float min_acceptance;       /* it ends once all of it is less likely than this to be accepted */
+  const float* acceptance;    /* [levels]: how likely a token is accepted, by its probability from 0 to 1 */
   int32_t levels;
-  Embedding embedding;
-  float cap;             /* which logits do not exceed, above or below 0; 0 is none */
-  const Matrix* draft_head;   /* ranks the vocabulary, or some tokens of it */
-  const int32_t* head_tokens; /* [rows of the draft head]: the token that each is of; null where it has all tokens */
-  const Matrix* rerank_head;  /* of all tokens: chooses among the best, or null */
-  int32_t* tokens; /* [count]: out */
-  float* chances;  /* [count]: out, each token's probability as the draft sees it; or null, and `least` is not asked */
-  OnToken* on_token; /* called with each token; or null */
-  int32_t ended;     /* what it returned last */
-  const Sampling* sampling; /* how tokens are drawn; null takes the likeliest */
-  const double* uniform;    /* [count]: a number from 0 to 1 for each token that is drawn */
-  float* distributions;     /* [count, rows of the draft head rounded up to 8]: out, what tokens are drawn from; or null */
+  const int32_t* head_tokens; /* [rows of the head]: the token that each row is of; null where it has all tokens */
+  const Matrix* rerank_head;  /* of all tokens: decides among the head's best, or null */
+  float* probabilities;       /* [count]: out, each token's as the draft sees it */
+  float* distributions;       /* [count, rows of the head rounded up to 8]: out, what tokens are drawn from; or null */
 } Draft;
+
+/* Tokens of one row to decode one after the other: those of its text, or of a draft. */
+typedef struct DecodeRequest {
+  int32_t token;            /* the last committed one */
+  int32_t count;            /* tokens at most; afterwards, tokens decoded */
+  Embedding embedding;
+  float cap;                /* which logits do not exceed, above or below 0; 0 is none */
+  const Matrix* head;       /* the LM head, or what ranks a draft's tokens in its place */
+  int32_t* tokens;          /* [count]: out */
+  OnToken* on_token;        /* called with each token; or null */
+  int32_t stopped;          /* what it returned last */
+  const Sampling* sampling; /* how tokens are drawn; null is greedy */
+  const double* uniform;    /* [count]: a number from 0 to 1 for each token that is drawn */
+  Draft* draft;             /* or null */
+} DecodeRequest;
 
 /* A draft of one row, and what became of it. */
 typedef struct Round {
@@ -246,31 +265,32 @@ typedef struct Round {
 typedef int32_t Propose(int32_t* tokens, int32_t count);
 
 /* Rounds of speculation of one row: in each a draft, out of the text or by a model or network, and a pass over the
- * row's last token and the draft, which accepts the part of it that the model would have chosen. */
+ * row's last token and the draft, which accepts the part of it that the model would have sampled. */
 typedef struct Speculation {
-  int32_t token;  /* the last committed one */
-  int32_t left;   /* tokens that may follow */
-  int32_t rounds; /* at most; afterwards, those that there were */
-  int32_t drafts; /* rounds with a draft, at most */
-  int32_t length; /* tokens that a model or network drafts at most; 0 is none */
-  int32_t longest; /* tokens that the text proposes at most; 0 is none */
+  int32_t token;         /* the last committed one */
+  int32_t remaining;     /* tokens that may follow */
+  int32_t rounds;        /* at most; afterwards, those that there were */
+  int32_t max_drafts;    /* rounds with a draft */
+  int32_t draft_length;  /* tokens that a model or network drafts at most; 0 is none */
+  int32_t lookup_length; /* tokens that the text proposes at most; 0 is none */
   Embedding embedding;         /* of the model that verifies */
-  const Model* drafter;        /* with `drafting`, a step of one row whose slot is moved; or null */
-  const Step* drafting;
+  const Model* draft_model;    /* with `draft_step`, a step of one row whose slot is moved; or null */
+  const Step* draft_step;
   const DraftNetwork* network; /* drafts from `state`; or null */
-  Draft* draft;          /* how either drafts; its token, count and chances are set in every round */
-  float* state;          /* [H]: the final state before the last token, in and out */
+  DecodeRequest* drafting;     /* how either drafts; its token, count and probabilities are set in every round */
+  float* state;                /* [H]: the final state before the last token, in and out */
   Propose* propose;
   OnToken* on_token;     /* called with each token that is committed */
-  float* logits;         /* [1 + max(length, longest), V rounded up to 8] where tokens are drawn, or null */
+  float* logits;         /* [1 + max(draft_length, lookup_length), V rounded up to 8] where tokens are drawn, or null */
   float* shares;         /* [V rounded up to 8], the same */
-  const double* uniform; /* [rounds, 1 + length + max(length, longest)]: a number from 0 to 1 for each that is drawn */
+  const double* uniform; /* [rounds, 1 + draft_length + max(draft_length, lookup_length)], from 0 to 1: for each that is
+                            drawn */
   Round* round;          /* [rounds]: out */
-  float* chances;        /* [rounds, length]: out, each drafted token's probability as the draft sees it */
+  float* probabilities;  /* [rounds, draft_length]: out, each drafted token's as the draft sees it */
 } Speculation;
 
-/* Where a prompt's tokens stand: all rows of a cache, `count` tokens each from position `first` on. */
-typedef struct PromptRows {
+/* Where the tokens of a prefill stand: all rows of a cache, `count` tokens each from position `first` on. */
+typedef struct PrefillRows {
   int32_t batch;
   int32_t count;
   int32_t first;
@@ -280,12 +300,12 @@ typedef struct PromptRows {
   const uint16_t* sin;
   uint16_t* keys;       /* [batch, kv_heads, capacity, D] */
   uint16_t* values;
-} PromptRows;
+} PrefillRows;
 
 /* Which tokens of a prompt enter a branch, and what those get that skip it. */
 typedef struct Entry {
   const uint8_t* tokens; /* [rows]: an Entering each */
-  float least;           /* what a gate's logit must reach */
+  float threshold;       /* which a gate's logit must reach */
   int32_t rank;          /* of the branch's shortcut, a multiple of 8; 0 for none */
   const float* down;     /* [H, rank] */
   const float* up;       /* [rank, H] */
@@ -299,23 +319,25 @@ typedef struct GroupSteps {
   const float* lowest;  /* [n] */
   int32_t n;
   int32_t group; /* columns, at most 128 */
-  int32_t least; /* code */
-  int32_t most;
+  int32_t min_code;
+  int32_t max_code;
   int32_t threads;
 } GroupSteps;
 
 /* Memory that the calls of one model use again and again; not for two calls at a time. */
 typedef struct Arena Arena;
 
-/* -- what this library is: abi.cpp -- */
+/* -- what this library is: api.cpp -- */
 
 int32_t gateskip_abi_version(void);
 /* sizeof a structure of this header; -1 for another name */
 int64_t gateskip_struct_size(const char* name);
-/* whether it has what follows `gateskip_embed` below: it needs AVX2 */
+/* whether it has what follows `gateskip_embed` below, less rounding: it needs AVX2 */
 int32_t gateskip_has_decoder(void);
+Arena* gateskip_arena_new(void);
+void gateskip_arena_free(Arena* arena);
 
-/* -- linear layers one by one, for models that run in torch: linear.cpp -- */
+/* -- linear layers one by one, for models that run in torch: linear/layers.cpp -- */
 
 /* y [m, n] = x [m, k] times w [n, k] transposed */
 void gateskip_dense(const float* w, int32_t n, int32_t k, const float* x, int32_t m, float* y, int32_t threads);
@@ -329,7 +351,10 @@ void gateskip_unpack(const uint8_t* codes, const float* scale, const float* offs
 /* rows [count, H] of tokens */
 void gateskip_embed(const Embedding* embedding, const int32_t* tokens, int32_t count, float* out);
 
-/* -- rounding a group of columns, one after the other: rounding.cpp -- */
+/* y [rows, n] of one matrix, such as the LM head, for any number of rows x [rows, k]: linear/share.cpp */
+void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, Arena* arena, int32_t threads);
+
+/* -- rounding a group of columns, one after the other: linear/rounding.cpp -- */
 
 /* nearest codes [group, n] of columns left [group, n]; what each loses, over upper's diagonal, goes into errors
  * [group, n], and the later columns take it over by upper [group, group] */
@@ -340,54 +365,53 @@ void gateskip_round_columns(const GroupSteps* steps, const float* upper, const f
 void gateskip_descend_columns(const GroupSteps* steps, const float* moments, const float* curves, const float* want,
                               uint8_t* codes, float* values);
 
-/* -- whole tokens: decoder.cpp, draft.cpp, products.cpp -- */
+/* -- whole tokens: decode/ -- */
 
-Arena* gateskip_arena_new(void);
-void gateskip_arena_free(Arena* arena);
-/* any number of rows, at most MAX_ROWS of them in one pass over the weights */
+/* any number of rows, at most MAX_ROWS of them in one pass over the weights: pass.cpp */
 void gateskip_step(const Model* model, const CacheView* cache, const Step* step, Arena* arena, int32_t threads);
-/* drafts for the step's only row, whose slot goes up with the tokens; draft->count becomes their number */
-void gateskip_draft(const Model* model, const CacheView* cache, const Step* step, Draft* draft, Arena* arena,
-                    int32_t threads);
-/* the same by a small network, whose `state` [H] is that before draft->token and becomes that of the last token;
+/* tokens of the step's only row, whose slot goes up with them; request->count becomes their number: decode.cpp */
+void gateskip_decode(const Model* model, const CacheView* cache, const Step* step, DecodeRequest* request, Arena* arena,
+                     int32_t threads);
+/* the same by a small network, whose `state` [H] is that before request->token and becomes that of the last token;
  * nothing is reranked */
-void gateskip_draft_by_network(const DraftNetwork* network, float* state, Draft* draft, Arena* arena, int32_t threads);
-/* the likeliest token after each of a step's rows, whose hidden states come from `tokens` [rows], and where it is not
- * null all their `logits` [rows, V rounded up to 8]: likeliest.cpp */
-void gateskip_likeliest(const Model* model, const CacheView* cache, const Step* step, const Embedding* embedding,
-                        const int32_t* tokens, const Matrix* head, int32_t* likeliest, float* logits, Arena* arena,
-                        int32_t threads);
-/* rounds of speculation; the step has room for 1 + max(length, longest) rows, whose slots it counts up from the first
- * one's: speculate.cpp */
+void gateskip_decode_by_network(const DraftNetwork* network, float* state, DecodeRequest* request, Arena* arena,
+                                int32_t threads);
+/* the token of the largest logit after each of a step's rows, whose hidden states come from `tokens` [rows], and where it
+ * is not null all their `logits` [rows, V rounded up to 8]: argmax.cpp */
+void gateskip_argmax(const Model* model, const CacheView* cache, const Step* step, const Embedding* embedding,
+                     const int32_t* tokens, const Matrix* head, int32_t* next, float* logits, Arena* arena,
+                     int32_t threads);
+/* rounds of speculation; the step has room for 1 + max(draft_length, lookup_length) rows, whose slots it counts up from
+ * the first one's: speculate.cpp */
 void gateskip_speculate(const Model* model, const CacheView* cache, const Step* step, const Matrix* head,
                         Speculation* speculation, Arena* arena, int32_t threads);
 /* a token of logits [n], drawn by a number from 0 to 1; shares has room for n numbers, rounded up to 8: sampling.cpp */
-int32_t gateskip_choose(const float* logits, int32_t n, const Sampling* sampling, double uniform, float* shares);
+int32_t gateskip_sample(const float* logits, int32_t n, const Sampling* sampling, double uniform, float* shares);
 /* the probabilities from which that token is drawn, into `shares` */
 void gateskip_distribution(const float* logits, int32_t n, const Sampling* sampling, float* shares);
-/* y [rows, n] of one matrix, such as the LM head, for any number of rows x [rows, k] */
-void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, Arena* arena, int32_t threads);
+/* one of n shares, zeros behind them up to a multiple of 8, by a number from 0 to 1; they need not add up to 1 */
+int32_t gateskip_draw(const float* shares, int32_t n, double uniform);
 
-/* -- weights times a prompt's rows: prompt_products.cpp, prompt_branch.cpp -- */
+/* -- weights times the rows of a prefill: prefill/products.cpp, prefill/branch.cpp -- */
 
-/* what the functions below multiply with, a PromptUnits; they are there unless it is NO_UNITS */
-int32_t gateskip_prompt_units(void);
+/* what the functions below multiply with, a PrefillUnits; they and those of attention are there unless it is NO_UNITS */
+int32_t gateskip_prefill_units(void);
 /* rows x [rows, k], bfloat16, times each of `count` w [n, k], into out: [rows, n] of the first, then of the next. All are
  * packed or bfloat16, and k is a multiple of 32. In vectors activations are rounded to 8 bits where a matrix's kind says
  * so; else packed weights are rounded to bfloat16. */
-void gateskip_prompt_products(const Matrix* w, int32_t count, const uint16_t* x, int64_t rows, uint16_t* out,
+void gateskip_prefill_products(const Matrix* w, int32_t count, const uint16_t* x, int64_t rows, uint16_t* out,
                               int32_t threads);
 /* out [rows, H] of a layer's MLP for rows x [rows, H], all bfloat16 */
-void gateskip_prompt_mlp(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int32_t threads);
+void gateskip_prefill_mlp(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int32_t threads);
 /* hidden [rows, H], bfloat16, += what a layer's MLP branch adds, norms and shortcuts included; how many tokens entered,
  * all without an `entry` */
-int64_t gateskip_prompt_mlp_branch(const Layer* layer, const Entry* entry, uint16_t* hidden, int64_t rows,
+int64_t gateskip_prefill_mlp_branch(const Layer* layer, const Entry* entry, uint16_t* hidden, int64_t rows,
                                    int32_t threads);
-/* the same of its attention branch, which keeps keys and values of all tokens; where gateskip_attends says 1 */
-int64_t gateskip_prompt_attention_branch(const Model* model, const Layer* layer, const PromptRows* at, const Entry* entry,
+/* the same of its attention branch, which keeps keys and values of all tokens */
+int64_t gateskip_prefill_attention_branch(const Model* model, const Layer* layer, const PrefillRows* at, const Entry* entry,
                                          uint16_t* hidden, int32_t threads);
 
-/* -- between a prompt's matrix products: prefill.cpp -- */
+/* -- between the matrix products of a prefill: prefill/rows.cpp -- */
 
 /* rows x [rows, width], normed, into out; with a gate [width], its logits [rows] of what comes out */
 void gateskip_norm(const void* x, const Norm* norm, int64_t rows, int32_t width, int32_t bf16, void* out,
@@ -398,8 +422,8 @@ void gateskip_add_rows(void* hidden, const int64_t* places, int64_t count, int32
 /* hidden [.., width] at `places` += up (down x) + bias; down [width, rank], up [rank, width] */
 void gateskip_shortcut(void* hidden, const void* x, int32_t bf16, const int64_t* places, int64_t count, int32_t width,
                        const float* down, const float* up, const float* bias, int32_t rank, int32_t threads);
-/* rotary positions in place: x [rows, heads, width] by cos and sin [rows, turned] */
-void gateskip_rotate(void* x, int32_t bf16, int64_t rows, int32_t heads, int32_t width, int32_t turned,
+/* rotary positions in place: x [rows, heads, width] by cos and sin [rows, rotary_dim] */
+void gateskip_rotate(void* x, int32_t bf16, int64_t rows, int32_t heads, int32_t width, int32_t rotary_dim,
                      const void* cos, const void* sin, int32_t threads);
 /* causal softmax in place of scores [blocks, rows, width] times `scaling`, then capped where `softcap` is not 0;
  * width a multiple of 8 */
@@ -409,12 +433,10 @@ void gateskip_softmax(void* scores, int32_t bf16, int64_t blocks, int32_t rows, 
 /* gate [n] = activation(gate), times up [n] where that is not null */
 void gateskip_activate(void* gate, const void* up, int64_t n, int32_t activation, int32_t bf16, int32_t threads);
 
-/* -- attention over a bfloat16 cache: attention.cpp -- */
+/* -- attention of a prefill over a bfloat16 cache: prefill/attention.cpp -- */
 
-/* whether the processor has the instructions for the two functions below */
-int32_t gateskip_attends(void);
 /* keys and values [rows, kv_heads, capacity, width] -> what gateskip_attend reads of `used` slots, a multiple of
- * SLOTS_TOGETHER; width is a multiple of 16 */
+ * SLOTS_PER_PACK; width is a multiple of 16 */
 void gateskip_pack(const uint16_t* keys, const uint16_t* values, int64_t rows, int64_t kv_heads, int64_t width,
                    int64_t row_stride, int64_t head_stride, int64_t capacity, int64_t used, uint32_t* packed,
                    int32_t threads);

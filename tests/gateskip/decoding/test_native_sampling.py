@@ -38,7 +38,7 @@ def logits(size: int, seed: int = 0, spread: float = 3.0) -> Tensor:
 
 def chosen(scores: Tensor, sampler: Sampler, uniform: float) -> int:
     assert sampler.draws is not None
-    return ops.choose(scores, abi.Sampling(*sampler.draws), uniform, torch.empty(len(scores) + 8))
+    return ops.sample(scores, abi.Sampling(*sampler.draws), uniform, torch.empty(len(scores) + 8))
 
 
 def of_transformers(sampler: Sampler, scores: Tensor) -> Tensor:

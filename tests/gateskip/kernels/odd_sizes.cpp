@@ -45,7 +45,7 @@ float to_float(uint16_t v) {
   return out;
 }
 
-std::vector<uint16_t> bf16(const std::vector<float>& v) {
+std::vector<uint16_t> to_bf16(const std::vector<float>& v) {
   std::vector<uint16_t> out;
   for (float each : v) out.push_back(to_bf16(each));
   return out;
@@ -79,11 +79,11 @@ struct Dense {
   std::vector<float> weights;
   std::vector<uint16_t> stored;
   Matrix matrix{};
-  Dense(int n, int k, bool half) : weights(normal(size_t(n) * k, 1 / std::sqrt(float(k)))) {
-    matrix.kind = half ? BF16 : FP32, matrix.n = matrix.run = matrix.stride = n;
+  Dense(int n, int k, bool bf16) : weights(normal(size_t(n) * k, 1 / std::sqrt(float(k)))) {
+    matrix.kind = bf16 ? BF16 : FP32, matrix.n = matrix.run = matrix.stride = n;
     matrix.k = matrix.group = k, matrix.weights = weights.data();
-    if (!half) return;
-    stored = bf16(weights);
+    if (!bf16) return;
+    stored = to_bf16(weights);
     for (size_t i = 0; i < weights.size(); i++) weights[i] = to_float(stored[i]);
     matrix.weights = stored.data();
   }
@@ -127,7 +127,7 @@ struct Packed {
     if (zero < 0) zero = 1 << (bits - 1);
     scale = normal(size_t(tiles) * groups * 16, 0.01f);
     if (shifted) offset = normal(scale.size(), 0.01f);
-    if (rounded) small_scale = bf16(scale), small_offset = bf16(offset);
+    if (rounded) small_scale = to_bf16(scale), small_offset = to_bf16(offset);
     for (size_t i = 0; i < small_scale.size(); i++) scale[i] = to_float(small_scale[i]);
     for (size_t i = 0; i < small_offset.size(); i++) offset[i] = to_float(small_offset[i]);
     if (looked_up) {
@@ -171,12 +171,12 @@ void check_product(const char* what, const Matrix& w, const std::vector<float>& 
 template <class Weights>
 void check_prompt(const Weights& w, int rows, double by) {
   const int n = w.matrix.n, k = w.matrix.k;
-  const std::vector<uint16_t> x = bf16(normal(size_t(rows) * k));
+  const std::vector<uint16_t> x = to_bf16(normal(size_t(rows) * k));
   const std::vector<float> bias = normal(n);
   std::vector<uint16_t> out(size_t(rows) * n);
   Matrix matrix = w.matrix;
   matrix.bias = bias.data();
-  gateskip_prompt_products(&matrix, 1, x.data(), rows, out.data(), 2);
+  gateskip_prefill_products(&matrix, 1, x.data(), rows, out.data(), 2);
   for (int r = 0; r < rows; r++)
     for (int i = 0; i < n; i++) {
       double total = bias[i], size = 1;
@@ -193,11 +193,11 @@ void check_embedded(const Packed& table) {
   const int n = table.matrix.n, k = table.matrix.k;
   const std::vector<int32_t> tokens{n - 1, 0};
   std::vector<float> out(2 * k);
-  for (bool half : {false, true}) {
-    const Embedding embedding{table.matrix, half, 3.0f};
+  for (bool bf16 : {false, true}) {
+    const Embedding embedding{table.matrix, bf16, 3.0f};
     gateskip_embed(&embedding, tokens.data(), 2, out.data());
     for (int i = 0; i < k; i++)
-      check(near(out[i], 3 * table.weights[size_t(n - 1) * k + i], half ? 0.01f : 1e-5f), "embedded", n, k, table.matrix.kind);
+      check(near(out[i], 3 * table.weights[size_t(n - 1) * k + i], bf16 ? 0.01f : 1e-5f), "embedded", n, k, table.matrix.kind);
   }
 }
 
@@ -206,16 +206,16 @@ void products() {
   for (int k : {1, 3, 7, 8, 12, 15, 17, 31, 32, 33, 63, 64, 72, 96, 100, 131, 1531})
     for (int n : {1, 5, 16, 19, 33})
       for (int rows : {1, 3, 8, 9, 65}) {
-        const Dense single(n, k, false), half(n, k, true);
+        const Dense single(n, k, false), bf16(n, k, true);
         check_product("float32", single.matrix, single.weights, rows, 1e-4f, arena.get());
-        check_product("bfloat16", half.matrix, half.weights, rows, 0.01f, arena.get());
+        check_product("bfloat16", bf16.matrix, bf16.weights, rows, 0.01f, arena.get());
         const std::vector<float> x = normal(size_t(rows) * k);
         std::vector<float> y(size_t(rows) * n);
         gateskip_dense(single.weights.data(), n, k, x.data(), rows, y.data(), 2);
         const float last = product(&single.weights[size_t(n - 1) * k], &x[size_t(rows - 1) * k], k);
         check(near(y.back(), last, 1e-4f), "dense", n, k, rows);
-        const bool tiles = gateskip_prompt_units() == TILE_UNITS;
-        if (tiles && k % 32 == 0) check_prompt(half, rows, 0.004);
+        const bool tiles = gateskip_prefill_units() == TILE_UNITS;
+        if (tiles && k % 32 == 0) check_prompt(bf16, rows, 0.004);
       }
   for (int kind : {INT2, INT3, INT4, INT4_TABLE, INT8, INT2_A8, INT3_A8, INT4_A8, INT4_TABLE_A8, INT8_A8})
     for (bool shifted : {false, true})
@@ -227,7 +227,7 @@ void products() {
           for (int rows : {1, 5, 9}) check_product("packed", w.matrix, w.weights, rows, rounded ? 0.03f : 1e-4f, arena.get());
           if (!shifted && w.table.empty()) check_embedded(w);
           for (int rows : {1, 9, 49})
-            if (gateskip_prompt_units() != NO_UNITS) check_prompt(w, rows, rounded ? 0.03 : 0.004);
+            if (gateskip_prefill_units() != NO_UNITS) check_prompt(w, rows, rounded ? 0.03 : 0.004);
           if (rounded) continue;
           const int bits = bits_of(kind), rows = 5, groups = k / w.matrix.group;
           const float *offset = shifted ? w.offset.data() : nullptr, *table = w.table.empty() ? nullptr : w.table.data();
@@ -243,13 +243,13 @@ void products() {
 
 // Numbers in float32 and, rounded, in bfloat16
 struct Both {
-  std::vector<float> wide;
-  std::vector<uint16_t> small;
-  explicit Both(size_t n) : wide(normal(n)), small(bf16(wide)) {
-    for (size_t i = 0; i < n; i++) wide[i] = to_float(small[i]);
+  std::vector<float> fp32;
+  std::vector<uint16_t> stored;
+  explicit Both(size_t n) : fp32(normal(n)), stored(to_bf16(fp32)) {
+    for (size_t i = 0; i < n; i++) fp32[i] = to_float(stored[i]);
   }
-  void* data(bool half) { return half ? static_cast<void*>(small.data()) : wide.data(); }
-  float at(size_t i, bool half) const { return half ? to_float(small[i]) : wide[i]; }
+  void* data(bool bf16) { return bf16 ? static_cast<void*>(stored.data()) : fp32.data(); }
+  float at(size_t i, bool bf16) const { return bf16 ? to_float(stored[i]) : fp32[i]; }
 };
 
 double active(int kind, double x) {
@@ -269,52 +269,52 @@ void extremes() {
 }
 
 void between_products() {
-  for (bool half : {false, true}) {
-    const float by = half ? 0.02f : 1e-4f;
+  for (bool bf16 : {false, true}) {
+    const float by = bf16 ? 0.02f : 1e-4f;
     for (int64_t n : {1, 7, 8, 9, 131, 1531}) {
       Both gate(n), up(n);
-      const std::vector<float> g = gate.wide, u = up.wide;
+      const std::vector<float> g = gate.fp32, u = up.fp32;
       for (int kind : {SILU, GELU_TANH, GELU})
         for (bool gated : {true, false}) {
           Both inner(n);
-          inner.small = bf16(inner.wide = g);
-          gateskip_activate(inner.data(half), gated ? up.data(half) : nullptr, n, kind, half, 2);
+          inner.stored = to_bf16(inner.fp32 = g);
+          gateskip_activate(inner.data(bf16), gated ? up.data(bf16) : nullptr, n, kind, bf16, 2);
           for (int64_t i = 0; i < n; i++)
-            check(near(inner.at(i, half), active(kind, g[i]) * (gated ? u[i] : 1), by), "activation", int(n), kind, half);
+            check(near(inner.at(i, bf16), active(kind, g[i]) * (gated ? u[i] : 1), by), "activation", int(n), kind, bf16);
         }
     }
     for (int width : {8, 24, 72}) {
       const int rows = 3;
       Both x(size_t(rows) * width), out(size_t(rows) * width), added(size_t(2) * width);
-      const std::vector<float> weight = normal(width), gate = normal(width), shift = normal(width), before = x.wide;
+      const std::vector<float> weight = normal(width), gate = normal(width), shift = normal(width), before = x.fp32;
       std::vector<float> logits(rows);
       const Norm centered{weight.data(), shift.data(), LAYER_NORM, width, 1e-5f};
-      gateskip_norm(x.data(half), &centered, rows, width, half, out.data(half), nullptr, 0, nullptr, 2);
+      gateskip_norm(x.data(bf16), &centered, rows, width, bf16, out.data(bf16), nullptr, 0, nullptr, 2);
       float mean = 0, spread = 0;
       for (int i = 0; i < width; i++) mean += before[width + i] / width;
       for (int i = 0; i < width; i++) spread += std::pow(before[width + i] - mean, 2.0f) / width;
       const float wanted = (before[2 * width - 1] - mean) / std::sqrt(spread + 1e-5f) * weight[width - 1] + shift[width - 1];
-      check(near(out.at(2 * width - 1, half), wanted, by), "layer norm", width, 0, half);
+      check(near(out.at(2 * width - 1, bf16), wanted, by), "layer norm", width, 0, bf16);
       const Norm norm{weight.data(), nullptr, width == 24 ? RMS_NORM_FP32 : RMS_NORM, width, 1e-5f};
-      gateskip_norm(x.data(half), &norm, rows, width, half, out.data(half), gate.data(), 0.5f, logits.data(), 2);
+      gateskip_norm(x.data(bf16), &norm, rows, width, bf16, out.data(bf16), gate.data(), 0.5f, logits.data(), 2);
       const float size = std::sqrt(product(&before[width], &before[width], width) / width + 1e-5f);
-      check(near(out.at(2 * width - 1, half), before[2 * width - 1] / size * weight[width - 1], by), "norm", width, 0, half);
+      check(near(out.at(2 * width - 1, bf16), before[2 * width - 1] / size * weight[width - 1], by), "norm", width, 0, bf16);
       const int64_t places[] = {2, 0};
-      gateskip_add_rows(x.data(half), places, 2, width, half, added.data(half), 2);
-      check(near(x.at(3 * width - 1, half), before[3 * width - 1] + added.wide[width - 1], by), "add", width, 0, half);
+      gateskip_add_rows(x.data(bf16), places, 2, width, bf16, added.data(bf16), 2);
+      check(near(x.at(3 * width - 1, bf16), before[3 * width - 1] + added.fp32[width - 1], by), "add", width, 0, bf16);
       const int rank = 8;
       const std::vector<float> down = normal(size_t(width) * rank, 0.1f), up = normal(size_t(rank) * width, 0.1f), bias = normal(width);
-      gateskip_shortcut(x.data(half), out.data(half), half, places, 2, width, down.data(), up.data(), bias.data(), rank, 2);
+      gateskip_shortcut(x.data(bf16), out.data(bf16), bf16, places, 2, width, down.data(), up.data(), bias.data(), rank, 2);
       for (int heads : {1, 3})
         for (int turned : {2, 6, 8, 10, 24}) {
           if (turned > width) continue;
           Both h(size_t(rows) * heads * width), cos(size_t(rows) * turned), sin(size_t(rows) * turned);
-          const std::vector<float> was = h.wide;
-          gateskip_rotate(h.data(half), half, rows, heads, width, turned, cos.data(half), sin.data(half), 2);
+          const std::vector<float> was = h.fp32;
+          gateskip_rotate(h.data(bf16), bf16, rows, heads, width, turned, cos.data(bf16), sin.data(bf16), 2);
           const size_t last = was.size() - width, low = turned / 2 - 1, high = turned - 1, line = size_t(rows - 1) * turned;
-          check(near(h.at(last + low, half), was[last + low] * cos.wide[line + low] - was[last + high] * sin.wide[line + low], by), "rotated low", width, turned, half);
-          check(near(h.at(last + high, half), was[last + high] * cos.wide[line + high] + was[last + low] * sin.wide[line + high], by), "rotated high", width, turned, half);
-          if (turned < width) check(h.at(last + turned, half) == was[last + turned], "not rotated", width, turned, half);
+          check(near(h.at(last + low, bf16), was[last + low] * cos.fp32[line + low] - was[last + high] * sin.fp32[line + low], by), "rotated low", width, turned, bf16);
+          check(near(h.at(last + high, bf16), was[last + high] * cos.fp32[line + high] + was[last + low] * sin.fp32[line + high], by), "rotated high", width, turned, bf16);
+          if (turned < width) check(h.at(last + turned, bf16) == was[last + turned], "not rotated", width, turned, bf16);
         }
     }
     for (int width : {8, 40})
@@ -323,11 +323,11 @@ void between_products() {
         const float cap = window ? 0.7f : 0;
         Both scores(size_t(blocks) * rows * width);
         const int64_t slots[] = {0, 3, 7};
-        gateskip_softmax(scores.data(half), half, blocks, rows, real, group, width, slots, 0, window, 0.5f, cap, 2);
+        gateskip_softmax(scores.data(bf16), bf16, blocks, rows, real, group, width, slots, 0, window, 0.5f, cap, 2);
         float total = 0;
-        for (int t = 0; t < width; t++) total += scores.at(size_t(group) * 2 * width + t, half);
-        check(near(total, 1, by), "softmax", width, window, half);
-        if (width > 8) check(scores.at(size_t(group) * 2 * width + 8, half) == 0, "later keys", width, window, half);
+        for (int t = 0; t < width; t++) total += scores.at(size_t(group) * 2 * width + t, bf16);
+        check(near(total, 1, by), "softmax", width, window, bf16);
+        if (width > 8) check(scores.at(size_t(group) * 2 * width + 8, bf16) == 0, "later keys", width, window, bf16);
       }
   }
 }
@@ -336,11 +336,11 @@ void between_products() {
 enum Form { PRE, SANDWICH, POST, PARALLEL };
 
 // A model of odd sizes: rows of a batch are what they are alone, and a draft is its steps.
-void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool half, bool skips, Form form) {
+void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool bf16, bool skips, Form form) {
   const int layers = 2, vocabulary = 37, capacity = 21, rotary = head_dim - head_dim % 4, rank = 8;
   std::vector<std::unique_ptr<Dense>> weights;
   std::vector<std::vector<float>> vectors;
-  auto dense = [&](int n, int k) { return weights.emplace_back(new Dense(n, k, half))->matrix; };
+  auto dense = [&](int n, int k) { return weights.emplace_back(new Dense(n, k, bf16))->matrix; };
   auto vector = [&](size_t n) { return vectors.emplace_back(normal(n)).data(); };
   vectors.reserve(200);
   auto norm = [&](int width) {
@@ -360,7 +360,7 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
         Matrix& part = *parts[i] = fused;
         part.n = heads * head_dim, part.run = width, part.stride = 3 * width;
         const size_t first = size_t(i) * width * hidden;
-        part.weights = half ? static_cast<const void*>(static_cast<const uint16_t*>(fused.weights) + first)
+        part.weights = bf16 ? static_cast<const void*>(static_cast<const uint16_t*>(fused.weights) + first)
                             : static_cast<const float*>(fused.weights) + first;
       }
       l.gate = Matrix{};
@@ -381,13 +381,13 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
   Memory arena(gateskip_arena_new());
   auto run = [&](int rows, int threads, const std::vector<float>& given, const std::vector<int>& slots) {
     const size_t size = size_t(rows) * kv_heads * capacity * head_dim;
-    std::vector<std::vector<uint16_t>> stores(2 * layers, std::vector<uint16_t>(size * (half ? 1 : 2)));
+    std::vector<std::vector<uint16_t>> stores(2 * layers, std::vector<uint16_t>(size * (bf16 ? 1 : 2)));
     std::vector<void*> keys, values;
     for (int l = 0; l < layers; l++) keys.push_back(stores[2 * l].data()), values.push_back(stores[2 * l + 1].data());
     std::vector<float> turns(size_t(capacity) * rotary, 0.6f);
     const void* tables[] = {turns.data(), turns.data()};
     const std::vector<int32_t> all(layers, capacity);
-    const CacheView cache{keys.data(), values.data(), tables, tables, nullptr, nullptr, all.data(), capacity, half};
+    const CacheView cache{keys.data(), values.data(), tables, tables, nullptr, nullptr, all.data(), capacity, bf16};
     std::vector<int32_t> row, slot(slots.begin(), slots.end());
     for (int r = 0; r < rows; r++) row.push_back(r);
     std::vector<float> states = given, thresholds(2 * layers, 0.1f);
@@ -405,33 +405,34 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
     for (int r : {0, rows / 2, rows - 1}) {
       const std::vector<float> one(given.begin() + size_t(r) * hidden, given.begin() + size_t(r + 1) * hidden);
       const std::vector<float> alone = run(1, 1, one, {slots[r]});
-      check(!std::memcmp(alone.data(), &together[size_t(r) * hidden], sizeof(float) * hidden), "step", rows, inner, half);
-      for (float each : alone) check(std::isfinite(each), "finite", rows, inner, half);
+      check(!std::memcmp(alone.data(), &together[size_t(r) * hidden], sizeof(float) * hidden), "step", rows, inner, bf16);
+      for (float each : alone) check(std::isfinite(each), "finite", rows, inner, bf16);
     }
   }
   const size_t size = size_t(kv_heads) * capacity * head_dim;
-  std::vector<std::vector<uint16_t>> stores(2 * layers, std::vector<uint16_t>(size * (half ? 1 : 2)));
+  std::vector<std::vector<uint16_t>> stores(2 * layers, std::vector<uint16_t>(size * (bf16 ? 1 : 2)));
   std::vector<void*> keys, values;
   for (int l = 0; l < layers; l++) keys.push_back(stores[2 * l].data()), values.push_back(stores[2 * l + 1].data());
-  std::vector<float> turns(size_t(capacity) * rotary, 0.6f), state(hidden), accepted{1.0f};
+  std::vector<float> turns(size_t(capacity) * rotary, 0.6f), state(hidden), acceptance{1.0f};
   const void* tables[] = {turns.data(), turns.data()};
   const std::vector<int32_t> all(layers, capacity);
-  const CacheView cache{keys.data(), values.data(), tables, tables, nullptr, nullptr, all.data(), capacity, half};
+  const CacheView cache{keys.data(), values.data(), tables, tables, nullptr, nullptr, all.data(), capacity, bf16};
   int32_t row = 0, slot = 4;
   std::vector<int64_t> kept(2 * layers);
   std::vector<double> spent(PARTS);
   const Step step{1, 0, &row, &slot, state.data(), nullptr, kept.data(), spent.data()};
-  const Dense rows_of_tokens(vocabulary, hidden, half);
-  const Embedding embedding{rows_of_tokens.matrix, half, 8.5f};
-  const Dense head(vocabulary, hidden, half);
+  const Dense rows_of_tokens(vocabulary, hidden, bf16);
+  const Embedding embedding{rows_of_tokens.matrix, bf16, 8.5f};
+  const Dense head(vocabulary, hidden, bf16);
   const Packed rerank(vocabulary, 32 * ((hidden + 31) / 32), 32, INT8_A8, false);
   std::vector<int32_t> tokens(6);
-  std::vector<float> chances(6);
+  std::vector<float> probabilities(6);
   for (const Matrix* second : {static_cast<const Matrix*>(nullptr), &head.matrix, hidden % 32 ? nullptr : &rerank.matrix}) {
-    Draft draft{5, 6, 0.0f, accepted.data(), 1, embedding, form == SANDWICH ? 3.0f : 0.0f, &head.matrix, nullptr, second, tokens.data(), chances.data()};
+    Draft draft{0.0f, acceptance.data(), 1, nullptr, second, probabilities.data()};
+    DecodeRequest request{5, 6, embedding, form == SANDWICH ? 3.0f : 0.0f, &head.matrix, tokens.data(), nullptr, 0, nullptr, nullptr, &draft};
     slot = 4;
-    gateskip_draft(&m, &cache, &step, &draft, arena.get(), 3);
-    check(draft.count == 6 && tokens[5] >= 0 && tokens[5] < vocabulary, "draft", hidden, inner, half);
+    gateskip_decode(&m, &cache, &step, &request, arena.get(), 3);
+    check(request.count == 6 && tokens[5] >= 0 && tokens[5] < vocabulary, "draft", hidden, inner, bf16);
   }
   const int padded = (vocabulary + 7) / 8 * 8, rounds = 6;
   std::vector<int32_t> plain;
@@ -441,35 +442,37 @@ void decoder(int hidden, int inner, int heads, int kv_heads, int head_dim, bool 
       std::vector<float> read(size_t(rows) * hidden), last(hidden), logits(size_t(rows) * padded), shares(padded);
       std::vector<float> sources(size_t(length) * padded), sure(size_t(rounds) * length);
       std::vector<double> uniform(size_t(rounds) * (length + rows), 0.4);
-      std::vector<Round> made(rounds);
+      std::vector<Round> results(rounds);
       int32_t first = 4;
       const Step verifying{1, 0, &row, &first, read.data(), nullptr, kept.data(), spent.data()};
       const Sampling how{0.8f, 5, 0.9f, 0};
-      Draft draft{5, 0, 0.0f, accepted.data(), 1, embedding, form == SANDWICH ? 3.0f : 0.0f, &head.matrix};
-      if (drawn) draft.sampling = &how, draft.distributions = sources.data();
-      Speculation call{5, 6, rounds, rounds, length, longest, draft.embedding, &m, &step, nullptr, &draft, last.data(), propose, tell,
-                       drawn ? logits.data() : nullptr, shares.data(), uniform.data(), made.data(), sure.data()};
+      Draft draft{0.0f, acceptance.data(), 1};
+      DecodeRequest drafting{5, 0, embedding, form == SANDWICH ? 3.0f : 0.0f, &head.matrix};
+      drafting.draft = &draft;
+      if (drawn) drafting.sampling = &how, draft.distributions = sources.data();
+      Speculation call{5, 6, rounds, rounds, length, longest, embedding, &m, &step, nullptr, &drafting, last.data(), propose, tell,
+                       drawn ? logits.data() : nullptr, shares.data(), uniform.data(), results.data(), sure.data()};
       told.clear();
       gateskip_speculate(&m, &cache, &verifying, &head.matrix, &call, arena.get(), 3);
-      check(told.size() == 6 && call.left == 0 && call.rounds <= rounds, "rounds", hidden, length, longest);
+      check(told.size() == 6 && call.remaining == 0 && call.rounds <= rounds, "rounds", hidden, length, longest);
       if (plain.empty()) plain = told;
       check(drawn || told == plain, "speculation", hidden, length, longest);
     }
 }
 
 void attention() {
-  if (!gateskip_attends()) return;
+  if (gateskip_prefill_units() == NO_UNITS) return;
   for (int width : {16, 48, 64})
     for (int heads : {3, 8}) {
       const int64_t kv_heads = heads == 3 ? 1 : 2, rows = 2, capacity = 70, used = 64;
-      Both keys(size_t(rows * kv_heads * capacity * width)), values(keys.wide.size()), queries(size_t(5) * heads * width);
+      Both keys(size_t(rows * kv_heads * capacity * width)), values(keys.fp32.size()), queries(size_t(5) * heads * width);
       std::vector<uint32_t> packed(size_t(2 * rows * kv_heads * width * used / 2));
-      std::vector<uint16_t> out(queries.wide.size());
-      gateskip_pack(keys.small.data(), values.small.data(), rows, kv_heads, width, kv_heads * capacity * width,
+      std::vector<uint16_t> out(queries.fp32.size());
+      gateskip_pack(keys.stored.data(), values.stored.data(), rows, kv_heads, width, kv_heads * capacity * width,
                     capacity * width, capacity, used, packed.data(), 2);
       const int64_t slots[] = {0, 7, 63, 2, 40}, counts[] = {3, 2};
-      gateskip_attend(queries.small.data(), slots, counts, rows, heads, kv_heads, width, 0, 0.2f, heads == 3 ? 1.5f : 0.0f, used, packed.data(), out.data(), 2);
-      for (int d = 0; d < width; d++) check(near(to_float(out[d]), values.wide[d], 0.01f), "first token", width, heads, d);
+      gateskip_attend(queries.stored.data(), slots, counts, rows, heads, kv_heads, width, 0, 0.2f, heads == 3 ? 1.5f : 0.0f, used, packed.data(), out.data(), 2);
+      for (int d = 0; d < width; d++) check(near(to_float(out[d]), values.fp32[d], 0.01f), "first token", width, heads, d);
     }
 }
 
@@ -502,12 +505,12 @@ int main() {
     products();
     between_products();
     extremes();
-    for (bool half : {false, true})
+    for (bool bf16 : {false, true})
       for (bool skips : {false, true})
         for (Form form : {PRE, SANDWICH, POST, PARALLEL}) {
-          decoder(40, 37, 5, form == PARALLEL ? 5 : 1, 8, half, skips, form);
-          decoder(72, 131, 9, form == PARALLEL ? 9 : 3, 24, half, skips, form);
-          decoder(64, 12, 4, form == PARALLEL ? 4 : 2, form == PARALLEL ? 16 : 40, half, skips, form);
+          decoder(40, 37, 5, form == PARALLEL ? 5 : 1, 8, bf16, skips, form);
+          decoder(72, 131, 9, form == PARALLEL ? 9 : 3, 24, bf16, skips, form);
+          decoder(64, 12, 4, form == PARALLEL ? 4 : 2, form == PARALLEL ? 16 : 40, bf16, skips, form);
         }
     attention();
   }

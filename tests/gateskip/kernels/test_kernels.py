@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import importlib.util
 import platform
+import re
 import subprocess
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,10 @@ import pytest
 from gateskip.kernels import abi, build
 
 OF_WIDE_VECTORS = {
-    "gateskip_prompt_products",
-    "gateskip_prompt_mlp",
-    "gateskip_prompt_mlp_branch",
-    "gateskip_prompt_attention_branch",
+    "gateskip_prefill_products",
+    "gateskip_prefill_mlp",
+    "gateskip_prefill_mlp_branch",
+    "gateskip_prefill_attention_branch",
     "gateskip_pack",
     "gateskip_attend",
 }
@@ -42,6 +46,22 @@ def test_the_header_is_what_python_has() -> None:
     assert header.functions["gateskip_struct_size"].arguments == (ctypes.c_char_p,)
 
 
+def test_sources_include_only_what_stands_below_them() -> None:
+    """api.h says the layers: decode and prefill on linear, that on simd, and no circle of files."""
+    below = {"decode": {"linear", "simd"}, "prefill": {"linear", "simd"}, "linear": {"simd"}}
+    includes = {
+        file: [
+            (file.parent / name).resolve()
+            for name in re.findall(r'#include "(.+)"', file.read_text("utf-8"))
+        ]
+        for file in (*build.FOLDER.rglob("*.h"), *build.FOLDER.rglob("*/*.cpp"))
+    }
+    for file, included in includes.items():
+        folders = {name.parent for name in included} - {file.parent, build.FOLDER}
+        assert {folder.name for folder in folders} <= below.get(file.parent.name, set()), file
+    TopologicalSorter(includes).prepare()
+
+
 @pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler here")
 def test_the_program_that_make_sanitize_runs_fits_the_header() -> None:
     """It is compiled by hand alone, and would fall behind unseen."""
@@ -56,7 +76,7 @@ def test_the_program_that_make_sanitize_runs_fits_the_header() -> None:
 @pytest.mark.parametrize("kind", ["x86-64-v2", "x86-64-v3", "x86-64-v4", "cascadelake"])
 def test_kernels_compile_for_other_processors(kind: str) -> None:
     """Without AVX2, without AVX-512, without its products of bytes, and without bfloat16."""
-    sources = map(str, sorted(build.FOLDER.glob("*.cpp")))
+    sources = map(str, sorted(build.FOLDER.rglob("*.cpp")))
     flags = ["-std=c++17", "-fopenmp", "-fsyntax-only", f"-march={kind}"]
     command = [str(build.compiler()), *flags, *sources]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -70,31 +90,49 @@ def test_a_library_has_every_function_of_the_header() -> None:
     if not library.gateskip_has_decoder():
         pytest.skip("linear layers alone: the processor has no AVX2")
     absent = {name for name in abi.read_header().functions if not hasattr(library, name)}
-    assert absent == (set() if library.gateskip_attends() else OF_WIDE_VECTORS)
+    assert absent == (set() if library.gateskip_prefill_units() else OF_WIDE_VECTORS)
 
 
 @needs_library
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("int32_t window;", "int64_t window;", "structure Layer: int64_t window in api.h, int32_t"),
-        ("int32_t window;", "int32_t span;", "structure Layer: int32_t span in api.h"),
-        ("int32_t capacity;", "", "structure CacheView: int32_t bf16 in api.h, int32_t capacity"),
-        ("double* spent;", "double* spent; int32_t more;", "Step: int32_t more in api.h, pointer"),
-        ("share them */", "share them */ int32_t more;", "Step has 11 fields in api.h, 10 in"),
-        ("ABI_VERSION 14 ", "ABI_VERSION 99 ", "the library has ABI version 14, api.h 99"),
+        ("int32_t window;", "int64_t window;", "structure Layer has 816 bytes in the library, 824"),
+        ("double* spent;", "", "structure Step has 72 bytes in the library, 64 here"),
+        ("share them */", "share them */ int64_t more;", "structure Step has 72 bytes in the"),
+        ("struct Step {", "struct Other {", "structures of api.h and abi.py differ: Other, Step"),
+        ("int32_t window;", "int16_t window;", "api.h: type 'int16_t' has no counterpart"),
+        ("ABI_VERSION 15 ", "ABI_VERSION 99 ", "the library has ABI version 15, api.h 99"),
         ("INT8_A8 = 13", "INT8_A8 = 14", "enum MatrixKind of api.h is not Kind"),
         ("GELU = 2", "GELU = 3", "enum Activation of api.h is not Activation"),
+        ("MAX_ROWS = 64", "MAX_ROWS = 32", "sizes in api.h are .*32"),
     ],
 )
 def test_another_header_is_refused_by_name(
-    tmp_path: Path, before: str, after: str, message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str, message: str
 ) -> None:
+    """Structures take their fields from the header beside abi.py, so they cannot differ from it;
+    the library and numbers can."""
     text = abi.HEADER.read_text("utf-8")
     assert before in text
-    (tmp_path / "api.h").write_text(text.replace(before, after))
-    with pytest.raises(abi.AbiMismatch, match=message):
-        abi.check(build.library(), abi.read_header(tmp_path / "api.h"))
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "api.h").write_text(text.replace(before, after))
+    (tmp_path / "abi.py").write_bytes(Path(abi.__file__).read_bytes())
+    spec = importlib.util.spec_from_file_location("other_abi", tmp_path / "abi.py")
+    assert spec is not None and spec.loader is not None
+    other = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "other_abi", other)
+    with pytest.raises(RuntimeError, match=message):
+        spec.loader.exec_module(other)
+        other.check(build.library(), other.read_header())
+
+
+@pytest.mark.parametrize("name", ["span", "windows"])
+def test_what_the_header_does_not_name_is_refused(name: str) -> None:
+    with pytest.raises(AttributeError, match=name):
+        abi.Layer(**{name: 5})
+    with pytest.raises(AttributeError, match=name):
+        setattr(abi.Layer(), name, 5)
 
 
 @needs_library

@@ -11,7 +11,7 @@ from random_grids import MIXED, on_grids, random_grid
 from torch import Tensor
 
 from gateskip.kernels import ops
-from gateskip.kernels.abi import Kind, PromptUnits
+from gateskip.kernels.abi import Kind, PrefillUnits
 from gateskip.model.projections import Rows
 from gateskip.quantization import packed_linear
 from gateskip.quantization.folders import load_model
@@ -107,7 +107,7 @@ def prompt_layer(bits: int, group: int, offset: bool, n: int = 41) -> PackedLine
 @pytest.fixture
 def prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in bfloat16 go through our kernel, whatever the stopwatch says here."""
-    if ops.prompt_units() == PromptUnits.NO_UNITS:
+    if ops.prefill_units() == PrefillUnits.NO_UNITS:
         pytest.skip("torch multiplies prompts here")
     for module in (packed_linear, native):
         monkeypatch.setattr(module, "bfloat16_is_faster", lambda: True)
@@ -116,7 +116,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def in_bytes(prompts: None) -> None:
     """They meet activations of 8 bits."""
-    if ops.prompt_units() != PromptUnits.VECTORS:
+    if ops.prefill_units() != PrefillUnits.VECTORS:
         pytest.skip("units for whole matrices multiply bfloat16 here")
 
 
@@ -173,7 +173,7 @@ def test_a_prompts_product_with_a_table(prompts: None) -> None:
     wanted = x.double() @ layer.unpacked().bfloat16().double().T
     assert error(layer(x), wanted) < 2.5e-3
     with rounding():
-        if ops.prompt_units() == PromptUnits.VECTORS:
+        if ops.prefill_units() == PrefillUnits.VECTORS:
             assert torch.equal(layer(x), as_decoded(layer, x))
         else:  # scales and the table are those of decoding, activations are not
             assert 0 < error(layer(x), as_decoded(layer, x).double()) < 0.03

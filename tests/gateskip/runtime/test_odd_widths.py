@@ -15,11 +15,12 @@ from gateskip.checkpoint import GateFile, save_gates
 from gateskip.gates.kinds import make_gates
 from gateskip.gates.shortcuts import Shortcuts
 from gateskip.kernels import ops
+from gateskip.kernels.abi import MAX_ROWS
 from gateskip.model.families import UnsupportedModel
 from gateskip.model.gating import NEVER_SKIP
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.packed_linear import PackedLinear
-from gateskip.runtime.engine import MOST_ROWS, Engine
+from gateskip.runtime.engine import Engine
 
 pytestmark = [
     pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here"),
@@ -184,7 +185,7 @@ def test_a_head_without_whole_groups_ranks_drafts_itself(make_tiny: Callable[...
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [6, 25, MOST_ROWS - 1, MOST_ROWS + 1, 3 * MOST_ROWS - 5])
+@pytest.mark.parametrize("rows", [6, 25, MAX_ROWS - 1, MAX_ROWS + 1, 3 * MAX_ROWS - 5])
 def test_any_number_of_rows_has_the_bits_of_one(
     make_tiny: Callable[..., Path], rows: int, dtype: str
 ) -> None:

@@ -17,7 +17,7 @@ from gateskip.decoding import decoder as decode
 from gateskip.gates.kinds import make_gates
 from gateskip.gates.shortcuts import Shortcuts
 from gateskip.kernels import ops
-from gateskip.kernels.abi import PromptUnits
+from gateskip.kernels.abi import PrefillUnits
 from gateskip.model.families import find_branches
 from gateskip.model.projections import AttentionShape, rotate
 from gateskip.model.reference import attend, causal
@@ -225,8 +225,8 @@ def test_a_branch_in_one_call_has_the_bits_of_its_parts(
 ) -> None:
     """Norms after branches, windows that come around, layers without positions, shortcuts, padding;
     from slot 0 on and after other tokens."""
-    needed = PromptUnits.TILE_UNITS if bits == 16 else PromptUnits.VECTORS
-    if ops.prompt_units() < needed:
+    needed = PrefillUnits.TILE_UNITS if bits == 16 else PrefillUnits.VECTORS
+    if ops.prefill_units() < needed:
         pytest.skip("torch multiplies prompts here")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}

@@ -1,10 +1,9 @@
-// Linear layers and embeddings one by one, for models that run in torch; decoder.cpp runs whole tokens.
-#include "embedding.h"
+// Linear layers and embeddings one by one, for models that run in torch; decode/ runs whole tokens.
 #include "matvec.h"
 
 namespace {
 
-constexpr int ROWS_AT_ONCE = 4;  // rows of activations that share one pass over a weight row
+constexpr int ROWS_PER_PASS = 4;  // rows of activations that share one pass over a weight row
 
 // y [m, n] for the rows of x [m, k], some at a time and then one by one
 template <Coding coding>
@@ -13,13 +12,13 @@ void packed_rows(const Packed& w, const Table16& table, const float* x, const fl
   const int groups = w.k / w.group;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int tile = 0; tile < (w.n + ROWS_PER_TILE - 1) / ROWS_PER_TILE; tile++) {
-    float out[ROWS_AT_ONCE][ROWS_PER_TILE];
+    float out[ROWS_PER_PASS][ROWS_PER_TILE];
     const int real = std::min(ROWS_PER_TILE, w.n - tile * ROWS_PER_TILE);
     for (int r = 0; r < m;) {
-      const int count = m - r >= ROWS_AT_ONCE ? ROWS_AT_ONCE : 1;
-      const float *at = x + int64_t(r) * w.k, *own = sums + int64_t(r) * groups;
-      if (count == ROWS_AT_ONCE) packed_tile<ROWS_AT_ONCE, coding>(w, tile, table, at, own, groups, out);
-      else packed_tile<1, coding>(w, tile, table, at, own, groups, out);
+      const int count = m - r >= ROWS_PER_PASS ? ROWS_PER_PASS : 1;
+      const float *at = x + int64_t(r) * w.k, *group_sums = sums + int64_t(r) * groups;
+      if (count == ROWS_PER_PASS) packed_tile<ROWS_PER_PASS, coding>(w, tile, table, at, group_sums, groups, out);
+      else packed_tile<1, coding>(w, tile, table, at, group_sums, groups, out);
       for (int i = 0; i < count; i++, r++)
         std::memcpy(y + int64_t(r) * w.n + tile * ROWS_PER_TILE, out[i], sizeof(float) * real);
     }
@@ -37,8 +36,8 @@ void gateskip_dense(const float* w, int32_t n, int32_t k, const float* x, int32_
   for (int i = 0; i < n; i++) {
     const float* row = w + int64_t(i) * k;
     int r = 0;
-    for (; r + ROWS_AT_ONCE <= m; r += ROWS_AT_ONCE)
-      dense_row<ROWS_AT_ONCE>(row, x + int64_t(r) * k, k, y + int64_t(r) * n + i, n);
+    for (; r + ROWS_PER_PASS <= m; r += ROWS_PER_PASS)
+      dense_row<ROWS_PER_PASS>(row, x + int64_t(r) * k, k, y + int64_t(r) * n + i, n);
     for (; r < m; r++) dense_row<1>(row, x + int64_t(r) * k, k, y + int64_t(r) * n + i, n);
   }
 }
@@ -66,13 +65,13 @@ void gateskip_unpack(const uint8_t* codes, const float* scale, const float* offs
   const Table16 values = table_of(table);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int tile = 0; tile < (n + ROWS_PER_TILE - 1) / ROWS_PER_TILE; tile++) {
-    auto each = [&](auto* to) {
+    auto unpack = [&](auto* to) {
       with_coding(coding_of(bits, table), [&](auto coding) {
         unpack_tile<coding.value>(w, tile, values, to + int64_t(tile) * ROWS_PER_TILE * k);
       });
     };
-    if (bf16) each(static_cast<uint16_t*>(out));
-    else each(static_cast<float*>(out));
+    if (bf16) unpack(static_cast<uint16_t*>(out));
+    else unpack(static_cast<float*>(out));
   }
 }
 

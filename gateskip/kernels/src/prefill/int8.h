@@ -1,9 +1,9 @@
-// Packed weights times many rows of activations of 8 bits: a prompt's products, computed as decoding computes them.
+// Packed weights times many rows of activations of 8 bits: products of a prefill, computed as decoding computes them.
 //
 // Codes of a few tiles are unpacked to bytes, which the second cache holds, and meet all rows, four at a time. A
 // block's products are summed in integers, and blocks in the order of packed_a8_tile, to the same bits.
 #pragma once
-#include "products.h"
+#include "../linear/share.h"
 
 #ifdef GATESKIP_WIDE
 #include <utility>
@@ -89,7 +89,7 @@ void round_beside(const Matrix& w, const uint16_t* x, int64_t m, int64_t first, 
     outlying[r] = outlying_square(row[r], w.k);
   }
   std::fill_n(to.sums, w.k / w.group * ROWS_OF_BYTES, 0.0f);
-  int made = 0;  // parts
+  int parts = 0;
   for (int b = 0; b < w.k / BLOCK; b++) {
     __m256i bytes[2][ROWS_OF_BYTES];
     bool stands_out = false;
@@ -102,7 +102,7 @@ void round_beside(const Matrix& w, const uint16_t* x, int64_t m, int64_t first, 
       auto keep = [&](int part, const __m512i (&whole)[2], float step) {
         bytes[part][r] = _mm256_set_m128i(_mm512_cvtepi32_epi8(whole[1]), _mm512_cvtepi32_epi8(whole[0]));
         const int total = _mm512_reduce_add_epi32(_mm512_add_epi32(whole[0], whole[1]));
-        const int place = (made + part) * ROWS_OF_BYTES + r;
+        const int place = (parts + part) * ROWS_OF_BYTES + r;
         to.scale[place] = step, to.correction[place] = -zero * total;
         to.sums[b / in_group * ROWS_OF_BYTES + r] += step * float(total);
       };
@@ -118,12 +118,12 @@ void round_beside(const Matrix& w, const uint16_t* x, int64_t m, int64_t first, 
       }
       keep(1, rest, scale / FINER);
     }
-    for (int part = 0; part <= stands_out; part++, made++) {
-      put_beside(bytes[part], to.values + made * FOURS * ROWS_OF_BYTES);
-      to.block[made] = b;
+    for (int part = 0; part <= stands_out; part++, parts++) {
+      put_beside(bytes[part], to.values + parts * FOURS * ROWS_OF_BYTES);
+      to.block[parts] = b;
     }
   }
-  *to.parts = made;
+  *to.parts = parts;
 }
 
 // A tile of weights as it meets the rows
@@ -216,10 +216,10 @@ void multiply_panel_of_bytes(const Matrix& w, int n, char* x, int64_t rows, char
       const int64_t tile = place_of(w, n + v * ROWS_PER_TILE) / ROWS_PER_TILE;
       const uint8_t* q = static_cast<const uint8_t*>(w.weights) + tile * (w.k / BLOCK) * (bits_of(coding) * VECTOR_BYTES);
       uint8_t* codes = reinterpret_cast<uint8_t*>(panel);
-      float* own = reinterpret_cast<float*>(panel + w.k * ROWS_PER_TILE);
+      float* floats = reinterpret_cast<float*>(panel + w.k * ROWS_PER_TILE);
       if (coding != BITS8) unpack_bytes<coding.value>(w, q, codes);
-      at[v] = {coding == BITS8 ? q : codes, widened(w.scale, tile * scales, scales, own),
-               w.offset ? widened(w.offset, tile * scales, scales, own + scales) : nullptr};
+      at[v] = {coding == BITS8 ? q : codes, widened(w.scale, tile * scales, scales, floats),
+               w.offset ? widened(w.offset, tile * scales, scales, floats + scales) : nullptr};
     });
   for (int64_t r = 0; r < rows; r += ROWS_OF_BYTES)
     multiply_bytes<tiles>(w, RowsOfBytes::at(w, x, r / ROWS_OF_BYTES), at,

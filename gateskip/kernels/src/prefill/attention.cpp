@@ -6,8 +6,9 @@
 // each other, so that keys and values that were packed once serve all of them. Blocks of keys begin at
 // fixed slots, and a block that hides from a query changes nothing for it: what a token gets does not
 // depend on which others are beside it, nor on how a prompt was cut.
-#include "rows.h"
-#include "tiles.h"
+#include "../simd/amx.h"
+#include "../simd/memory.h"
+#include "../simd/rows.h"
 
 #ifdef GATESKIP_WIDE
 #include <vector>
@@ -188,7 +189,7 @@ class Worker {
 
  private:
   // Whether products fit the processor's tiles
-  static bool tiled(const Shape& s) { return have_tiles() && s.width % SLOTS_TOGETHER == 0; }
+  static bool tiled(const Shape& s) { return have_tiles() && s.width % SLOTS_PER_PACK == 0; }
   static int64_t rows_of(const Shape& s) { return tiled(s) ? TILED_ROWS : QUERY_ROWS; }
   int64_t down() const { return tiled(s) ? TILE_ROWS : VECTORS_DOWN; }
 
@@ -204,7 +205,7 @@ class Worker {
 
   // Take in `width` keys from slot `begin`
   void block(const int64_t* slots, int64_t real, int64_t rows, int64_t begin, int64_t width, Paired kv) {
-    const int64_t vectors = round_up(width, tiled(s) ? SLOTS_TOGETHER : SIMD_WIDTH) / SIMD_WIDTH, half = s.width / 2;
+    const int64_t vectors = round_up(width, tiled(s) ? SLOTS_PER_PACK : SIMD_WIDTH) / SIMD_WIDTH, half = s.width / 2;
     const uint32_t* keys = kv.keys + begin * half;
     multiply(tiled(s), rows, vectors, queries_, half, keys, SIMD_WIDTH, half * SIMD_WIDTH, half, scores_, SCORES,
              false);
@@ -229,17 +230,18 @@ class Worker {
       for (int64_t t = from; t < to; t += SIMD_WIDTH)
         _mm512_storeu_ps(score + t, capped<Sixteen>(_mm512_mul_ps(_mm512_loadu_ps(score + t), _mm512_set1_ps(s.scaling)), s.softcap));
     const float scaling = s.softcap ? 1.0f : s.scaling;
-    __m512 most = _mm512_set1_ps(-INFINITY);
-    for (int64_t t = from; t < to; t += SIMD_WIDTH) most = _mm512_mask_max_ps(most, seen(t), most, _mm512_loadu_ps(score + t));
-    const float top = std::max(top_[r], _mm512_reduce_max_ps(most) * scaling);
+    __m512 highest = _mm512_set1_ps(-INFINITY);
+    for (int64_t t = from; t < to; t += SIMD_WIDTH)
+      highest = _mm512_mask_max_ps(highest, seen(t), highest, _mm512_loadu_ps(score + t));
+    const float top = std::max(top_[r], _mm512_reduce_max_ps(highest) * scaling);
     const __m512 by = _mm512_set1_ps(scaling * LOG2_E), level = _mm512_set1_ps(-top * LOG2_E);
     __m512 mass = _mm512_setzero_ps();
     std::memset(share, 0, from * sizeof *share);
     for (int64_t t = from; t < to; t += SIMD_WIDTH) {
       const __m512 v = two_to(_mm512_fmadd_ps(_mm512_loadu_ps(score + t), by, level));
-      const __m512 own = _mm512_maskz_mov_ps(seen(t), v);
-      mass = _mm512_add_ps(mass, own);
-      _mm256_storeu_si256((__m256i*)(share + t), to_bf16(own));
+      const __m512 seen_only = _mm512_maskz_mov_ps(seen(t), v);
+      mass = _mm512_add_ps(mass, seen_only);
+      _mm256_storeu_si256((__m256i*)(share + t), to_bf16(seen_only));
     }
     std::memset(share + to, 0, (width - to) * sizeof *share);
     if (top > top_[r]) fade(r, std::exp(top_[r] - top));
@@ -271,8 +273,6 @@ struct Tile {
 }  // namespace
 
 extern "C" {
-
-int32_t gateskip_attends(void) { return 1; }
 
 // Keys and values [rows, kv_heads, capacity, width], whose rows and heads lie `row_stride` and `head_stride`
 // apart, all bfloat16 -> what gateskip_attend reads: 2 * rows * kv_heads * width * used / 2 numbers, `used` slots
@@ -317,6 +317,4 @@ void gateskip_attend(const uint16_t* queries, const int64_t* slots, const int64_
 }
 
 }  // extern "C"
-#else
-extern "C" int gateskip_attends(void) { return 0; }
 #endif

@@ -1,7 +1,7 @@
-// A tile of a matrix' rows as pairs of bfloat16 columns, which is how products of a prompt's rows read weights: of all 16
+// A tile of a matrix' rows as pairs of bfloat16 columns, which is how products of a prefill read weights: of all 16
 // rows the first two columns, then the next two.
 #pragma once
-#include "products.h"
+#include "../linear/share.h"
 
 #ifdef GATESKIP_WIDE
 

@@ -1,5 +1,6 @@
-// What lies between a prompt's matrix products: norms, shortcuts, rotary positions, softmax and activations.
-#include "rows.h"
+// What lies between the matrix products of a prefill: norms, shortcuts, rotary positions, softmax and activations.
+#include "../simd/memory.h"
+#include "../simd/rows.h"
 
 #ifdef __AVX2__
 #include <vector>
@@ -9,19 +10,19 @@ namespace {
 // Rows of activations that share one pass over a shortcut's weights, and vectors of columns beside each other: as
 // many sums as registers hold
 #ifdef __AVX512F__
-constexpr int ROWS_AT_ONCE = 8, ACROSS = 2;
+constexpr int SHORTCUT_ROWS = 8, ACROSS = 2;
 #else
-constexpr int ROWS_AT_ONCE = 4, ACROSS = 2;
+constexpr int SHORTCUT_ROWS = 4, ACROSS = 2;
 #endif
 
-// out [ROWS_AT_ONCE, n] = start [n] (or nothing) + x [ROWS_AT_ONCE, k] @ w [k, n]: `across` vectors of columns, from
+// out [SHORTCUT_ROWS, n] = start [n] (or nothing) + x [SHORTCUT_ROWS, k] @ w [k, n]: `across` vectors of columns, from
 // column `c` on
 template <class V, int across>
 void product_columns(const float* x, int k, const float* w, int n, const float* start, float* out, int c) {
   constexpr int lanes = sizeof(V) / sizeof(float);
-  V total[ROWS_AT_ONCE][across];
+  V total[SHORTCUT_ROWS][across];
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS_AT_ONCE; r++)
+  for (int r = 0; r < SHORTCUT_ROWS; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < across; v++) total[r][v] = start ? load_as<V>(start + c + lanes * v) : V{};
   for (int i = 0; i < k; i++) {
@@ -29,14 +30,14 @@ void product_columns(const float* x, int k, const float* w, int n, const float* 
 #pragma GCC unroll 8
     for (int v = 0; v < across; v++) weights[v] = load_as<V>(w + int64_t(i) * n + c + lanes * v);
 #pragma GCC unroll 8
-    for (int r = 0; r < ROWS_AT_ONCE; r++) {
-      const V given = all<V>(x[int64_t(r) * k + i]);
+    for (int r = 0; r < SHORTCUT_ROWS; r++) {
+      const V factor = all<V>(x[int64_t(r) * k + i]);
 #pragma GCC unroll 8
-      for (int v = 0; v < across; v++) total[r][v] = fma(given, weights[v], total[r][v]);
+      for (int v = 0; v < across; v++) total[r][v] = fma(factor, weights[v], total[r][v]);
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < ROWS_AT_ONCE; r++)
+  for (int r = 0; r < SHORTCUT_ROWS; r++)
 #pragma GCC unroll 8
     for (int v = 0; v < across; v++) store(out + int64_t(r) * n + c + lanes * v, total[r][v]);
 }
@@ -58,12 +59,12 @@ void gateskip_norm(const void* x, const Norm* norm, int64_t rows, int32_t width,
                    const float* gate, float bias, float* logits, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
-    auto each = [&](auto* from, auto* to) {
+    auto norm_one = [&](auto* from, auto* to) {
       norm_row(*norm, from, width, to);
       if (gate) logits[r] = dot(gate, to, width) + bias;
     };
-    if (bf16) each(static_cast<const uint16_t*>(x) + r * width, static_cast<uint16_t*>(out) + r * width);
-    else each(static_cast<const float*>(x) + r * width, static_cast<float*>(out) + r * width);
+    if (bf16) norm_one(static_cast<const uint16_t*>(x) + r * width, static_cast<uint16_t*>(out) + r * width);
+    else norm_one(static_cast<const float*>(x) + r * width, static_cast<float*>(out) + r * width);
   }
 }
 
@@ -71,30 +72,30 @@ void gateskip_add_rows(void* hidden, const int64_t* places, int64_t count, int32
                        const void* added, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < count; r++) {
-    auto each = [&](auto* to, const auto* from) {
+    auto add = [&](auto* to, const auto* from) {
       for (int i = 0; i < width; i += 8) store(to + i, load(to + i) + load(from + i));
     };
     const int64_t to = places[r] * width, from = r * width;
-    if (bf16) each(static_cast<uint16_t*>(hidden) + to, static_cast<const uint16_t*>(added) + from);
-    else each(static_cast<float*>(hidden) + to, static_cast<const float*>(added) + from);
+    if (bf16) add(static_cast<uint16_t*>(hidden) + to, static_cast<const uint16_t*>(added) + from);
+    else add(static_cast<float*>(hidden) + to, static_cast<const float*>(added) + from);
   }
 }
 
 void gateskip_shortcut(void* hidden, const void* x, int32_t bf16, const int64_t* places, int64_t count,
                        int32_t width, const float* down, const float* up, const float* bias, int32_t rank,
                        int32_t threads) {
-  auto each = [&](auto* to, const auto* from) {
+  auto run = [&](auto* to, const auto* from) {
 #pragma omp parallel num_threads(threads)
     {
-      std::vector<float> given(ROWS_AT_ONCE * size_t(width)), sums(ROWS_AT_ONCE * size_t(width));
-      std::vector<float> low(ROWS_AT_ONCE * size_t(rank));
+      std::vector<float> inputs(SHORTCUT_ROWS * size_t(width)), sums(SHORTCUT_ROWS * size_t(width));
+      std::vector<float> low(SHORTCUT_ROWS * size_t(rank));
 #pragma omp for schedule(static)
-      for (int64_t first = 0; first < count; first += ROWS_AT_ONCE) {
-        const int real = int(std::min<int64_t>(ROWS_AT_ONCE, count - first));  // rows beyond them are left over
+      for (int64_t first = 0; first < count; first += SHORTCUT_ROWS) {
+        const int real = int(std::min<int64_t>(SHORTCUT_ROWS, count - first));  // rows beyond them are left over
         for (int r = 0; r < real; r++)
           for (int i = 0; i < width; i += 8)
-            store(given.data() + r * width + i, load(from + places[first + r] * width + i));
-        product(given.data(), width, down, rank, nullptr, low.data());
+            store(inputs.data() + r * width + i, load(from + places[first + r] * width + i));
+        product(inputs.data(), width, down, rank, nullptr, low.data());
         product(low.data(), rank, up, width, bias, sums.data());
         for (int r = 0; r < real; r++) {
           auto* row = to + places[first + r] * width;
@@ -103,20 +104,20 @@ void gateskip_shortcut(void* hidden, const void* x, int32_t bf16, const int64_t*
       }
     }
   };
-  if (bf16) each(static_cast<uint16_t*>(hidden), static_cast<const uint16_t*>(x));
-  else each(static_cast<float*>(hidden), static_cast<const float*>(x));
+  if (bf16) run(static_cast<uint16_t*>(hidden), static_cast<const uint16_t*>(x));
+  else run(static_cast<float*>(hidden), static_cast<const float*>(x));
 }
 
-void gateskip_rotate(void* x, int32_t bf16, int64_t rows, int32_t heads, int32_t width, int32_t turned,
+void gateskip_rotate(void* x, int32_t bf16, int64_t rows, int32_t heads, int32_t width, int32_t rotary_dim,
                      const void* cos, const void* sin, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
-    auto each = [&](auto* x, const auto* cos, const auto* sin) {
+    auto rotate = [&](auto* x, const auto* cos, const auto* sin) {
       for (int h = 0; h < heads; h++)
-        rotate_head(x + (r * heads + h) * width, turned, cos + r * turned, sin + r * turned);
+        rotate_head(x + (r * heads + h) * width, rotary_dim, cos + r * rotary_dim, sin + r * rotary_dim);
     };
-    if (bf16) each(static_cast<uint16_t*>(x), static_cast<const uint16_t*>(cos), static_cast<const uint16_t*>(sin));
-    else each(static_cast<float*>(x), static_cast<const float*>(cos), static_cast<const float*>(sin));
+    if (bf16) rotate(static_cast<uint16_t*>(x), static_cast<const uint16_t*>(cos), static_cast<const uint16_t*>(sin));
+    else rotate(static_cast<float*>(x), static_cast<const float*>(cos), static_cast<const float*>(sin));
   }
 }
 
@@ -129,19 +130,18 @@ void gateskip_softmax(void* scores, int32_t bf16, int64_t blocks, int32_t rows, 
   {
     Arena memory;
     float* seen = reinterpret_cast<float*>(memory.reserve(sizeof(float) * width));
-    auto each = [&](auto* row, int first, int last) {  // columns `first` to `last` are in sight
+    auto softmax_row = [&](auto* row, int first, int last) {  // columns `first` to `last` are in sight
       const int from = first / 8 * 8, to = last / 8 * 8 + 8;
-      F32X8 most = broadcast(-INFINITY), mass = {};
+      F32X8 highest = broadcast(-INFINITY), mass = {};
       for (int t = from; t < to; t += 8) {
         F32X8 v = load(row + t) * broadcast(scaling);
         if (softcap) v = capped(v, softcap);
         if (t < first || t + 7 > last)
           for (int i = 0; i < 8; i++) v[i] = t + i < first || t + i > last ? -INFINITY : v[i];
         store(seen + t, v);
-        most = (F32X8)_mm256_max_ps((__m256)most, (__m256)v);
+        highest = larger(highest, v);
       }
-      float top = most[0];
-      for (int i = 1; i < 8; i++) top = std::max(top, most[i]);
+      const float top = largest(highest);
       for (int t = from; t < to; t += 8) {
         const F32X8 share = exp_of(load(seen + t) - broadcast(top));
         store(seen + t, share);
@@ -158,15 +158,15 @@ void gateskip_softmax(void* scores, int32_t bf16, int64_t blocks, int32_t rows, 
       if (q >= real) continue;
       const int last = std::min<int64_t>(slots[q] - begin, width - 1);
       const int first = window ? std::max<int64_t>(slots[q] - window + 1 - begin, 0) : 0;
-      if (bf16) each(static_cast<uint16_t*>(scores) + place * width, first, last);
-      else each(static_cast<float*>(scores) + place * width, first, last);
+      if (bf16) softmax_row(static_cast<uint16_t*>(scores) + place * width, first, last);
+      else softmax_row(static_cast<float*>(scores) + place * width, first, last);
     }
   }
 }
 
 // Rounded as a bfloat16 model does
 void gateskip_activate(void* gate, const void* up, int64_t n, int32_t activation, int32_t bf16, int32_t threads) {
-  auto every = [&](auto* g, const auto* u, auto act) {
+  auto activate = [&](auto* g, const auto* u, auto act) {
     auto product = [&](auto gates, auto times) { return rounded_as(g, act.of(gates)) * times; };
     constexpr int lanes = SIMD_WIDTH;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -181,8 +181,8 @@ void gateskip_activate(void* gate, const void* up, int64_t n, int32_t activation
     }
   };
   with_activation(activation, [&](auto act) {
-    if (bf16) every(static_cast<uint16_t*>(gate), static_cast<const uint16_t*>(up), act);
-    else every(static_cast<float*>(gate), static_cast<const float*>(up), act);
+    if (bf16) activate(static_cast<uint16_t*>(gate), static_cast<const uint16_t*>(up), act);
+    else activate(static_cast<float*>(gate), static_cast<const float*>(up), act);
   });
 }
 

@@ -6,7 +6,7 @@
 // round: weights are read once, so they are multiplied as they lie in memory, and activations are put in pairs. What a
 // row of activations gets does not depend on which others are beside it.
 #pragma once
-#include "simd.h"
+#include "vectors.h"
 
 constexpr int TILE_ROWS = 16;
 constexpr int TILE_PAIRS = 16;  // pairs of columns that one product takes in

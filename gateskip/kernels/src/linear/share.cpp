@@ -1,5 +1,5 @@
 // Matrix products of every kind of weight, shared out among threads.
-#include "products.h"
+#include "share.h"
 
 #ifdef __AVX2__
 
@@ -78,7 +78,7 @@ void Share::tile(const Matrix& w, int n, int count, const Input& in, int r, int6
     case 5: rows_of_tile<5>(w, n, in, r, ahead, y); break;
     case 6: rows_of_tile<6>(w, n, in, r, ahead, y); break;
     case 7: rows_of_tile<7>(w, n, in, r, ahead, y); break;
-    default: rows_of_tile<ROWS_AT_ONCE>(w, n, in, r, ahead, y);
+    default: rows_of_tile<ROWS_PER_WEIGHT>(w, n, in, r, ahead, y);
   }
 }
 
@@ -134,21 +134,17 @@ void Share::dense(const Matrix& w, int n, int count, const Input& in, int r, int
 
 extern "C" {
 
-Arena* gateskip_arena_new(void) { return new Arena; }
-
-void gateskip_arena_free(Arena* arena) { delete arena; }
-
 void gateskip_multiply(const Matrix* w, const float* x, int32_t rows, float* y, Arena* arena, int32_t threads) {
-  const int most = rows_of_part(rows, MAX_ROWS);
+  const int at_once = rows_of_part(rows, MAX_ROWS);
   Slices size{nullptr};
-  Share(0, threads, most, w->k, size);
+  Share(0, threads, at_once, w->k, size);
   char* memory = arena->reserve(size.used * threads);
 #pragma omp parallel num_threads(threads)
   {
-    Slices own{memory + size.used * omp_get_thread_num()};
-    Share share(omp_get_thread_num(), omp_get_num_threads(), most, w->k, own);
-    for (int first = 0; first < rows; first += most) {
-      const Input in = share.prepare(*w, x + int64_t(first) * w->k, std::min(most, rows - first));
+    Slices scratch{memory + size.used * omp_get_thread_num()};
+    Share share(omp_get_thread_num(), omp_get_num_threads(), at_once, w->k, scratch);
+    for (int first = 0; first < rows; first += at_once) {
+      const Input in = share.prepare(*w, x + int64_t(first) * w->k, std::min(at_once, rows - first));
       share.multiply(*w, in, [&](int n, int r, float value) { y[int64_t(first + r) * w->n + n] = value; });
     }
   }

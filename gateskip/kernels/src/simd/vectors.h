@@ -1,4 +1,4 @@
-// Vectors of floats: eight and sixteen lanes, bfloat16 in and out of them, and what all kernels share.
+// Vectors of floats: eight and sixteen lanes, and bfloat16 in and out of them.
 //
 // Products and sums are spelled out as fused where they are meant to be: a compiler left to fuse on its own
 // fuses differently with the number of rows, and a row would not give the same bits alone and in a batch.
@@ -7,20 +7,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <new>
 #include <type_traits>
 #ifdef __FMA__
 #include <immintrin.h>
 #endif
-#include "api.h"
+#include "../api.h"
 
 typedef float F32X8 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t I32X8 __attribute__((vector_size(32)));
 
-constexpr int MAX_ROWS = 64;       // rows of activations in one pass over the weights: what fits a second cache
-constexpr int ROWS_PER_TILE = 16;  // rows of packed weights that lie together
-constexpr int BLOCK = 32;          // columns of them
-constexpr int SLOTS_TOGETHER = 32;  // of keys and values that attention packs
 // Sixteen lanes, and products of bytes in them
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define GATESKIP_WIDE
@@ -308,50 +303,3 @@ static inline Widest larger(Widest a, Widest b) { return (Widest)_mm512_max_ps((
 static inline Widest smaller(Widest a, Widest b) { return (Widest)_mm512_min_ps((__m512)a, (__m512)b); }
 #endif
 #endif
-
-#ifdef __AVX2__
-constexpr int AHEAD = 8192;  // bytes: what the processor fetches ahead by itself ends with a page of 4 KiB
-
-// Fetch what a stream of keys or values will reach soon, as much of it as `count` numbers at p are
-template <class T>
-static inline void fetch_ahead(const T* p, int count) {
-  const char* begin = reinterpret_cast<const char*>(p) + AHEAD;
-  for (int i = 0; i < count * int(sizeof(T)); i += 64) _mm_prefetch(begin + i, _MM_HINT_T0);
-}
-#endif
-
-// -- memory ----------------------------------------------------------------------------------------
-
-// Memory that calls use again: a pass asks for megabytes, and what the system gives anew has to be cleared first.
-struct Arena {
-  char* start = nullptr;
-  size_t size = 0;
-  ~Arena() { release(); }
-  // At least `bytes`, from the beginning of a cache line on; what was there before is gone.
-  char* reserve(size_t bytes) {
-    if (bytes <= size) return start;
-    release();
-    start = static_cast<char*>(::operator new(bytes, std::align_val_t(64)));
-    size = bytes;
-    return start;
-  }
-
- private:
-  void release() {
-    if (start) ::operator delete(start, std::align_val_t(64));
-    start = nullptr, size = 0;
-  }
-};
-
-// Parts of some memory, one after the other, each from the beginning of a cache line on. Without memory it
-// counts what they would take.
-struct Slices {
-  char* start;
-  size_t used = 0;
-  template <class T>
-  T* take(size_t count) {
-    T* taken = start ? reinterpret_cast<T*>(start + used) : nullptr;
-    used = (used + count * sizeof(T) + 63) / 64 * 64;
-    return taken;
-  }
-};

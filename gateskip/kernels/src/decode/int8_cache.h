@@ -1,17 +1,18 @@
 // Attention over keys and values of 8 bits, where the processor multiplies and adds bytes: queries are rounded to 8
 // bits, shares to 16, and sums are whole numbers, the same in any order.
 #pragma once
-#include "simd.h"
+#include "../simd/memory.h"
+#include "../simd/vectors.h"
 
 #ifdef __AVX2__
 // Whole numbers up to 127 either way, around `zero`, that times what is returned are about the numbers given; n is a
 // multiple of 8
 template <class Byte>
 float to_bytes(const float* from, int n, int zero, Byte* to) {
-  F32X8 most = {};
+  F32X8 sizes = {};
   for (int i = 0; i < n; i += 8)
-    most = (F32X8)_mm256_max_ps((__m256)most, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), (__m256)load(from + i)));
-  const float highest = largest(most);
+    sizes = (F32X8)_mm256_max_ps((__m256)sizes, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), (__m256)load(from + i)));
+  const float highest = largest(sizes);
   const F32X8 inverse = broadcast(highest > 0 ? 127.0f / highest : 0.0f);
   for (int i = 0; i < n; i += 8) {
     const I32X8 codes = (I32X8)_mm256_cvtps_epi32((__m256)(load(from + i) * inverse));
@@ -29,18 +30,18 @@ namespace int8_cache {
 
 constexpr int CHANNELS = 64;             // of a vector
 constexpr float LARGEST_SHARE = 32767;   // of 16 bits
-constexpr int MOST_SLOTS = 512;          // so many of the largest share times 127 do not exceed 32 bits
-static_assert(double(MOST_SLOTS) * LARGEST_SHARE * 127 < 2147483647.0);
+constexpr int MAX_SLOTS = 512;          // so many of the largest share times 127 do not exceed 32 bits
+static_assert(double(MAX_SLOTS) * LARGEST_SHARE * 127 < 2147483647.0);
 
 // The first `count` of sixteen lanes, or all
 inline __mmask16 some(int count) { return __mmask16(count < 16 ? (1 << count) - 1 : 0xffff); }
 
 // The largest size of n numbers
 inline float largest_of(const float* x, int n) {
-  __m512 most = _mm512_setzero_ps();
+  __m512 sizes = _mm512_setzero_ps();
   for (int i = 0; i < n; i += 16)
-    most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(some(n - i), x + i)));
-  return _mm512_reduce_max_ps(most);
+    sizes = _mm512_max_ps(sizes, _mm512_abs_ps(_mm512_maskz_loadu_ps(some(n - i), x + i)));
+  return _mm512_reduce_max_ps(sizes);
 }
 
 // y[j] = sum(v[j])
@@ -65,16 +66,16 @@ void score_four(const uint8_t* query, const float* step, const int8_t* keys, con
   const __m512i ones = _mm512_set1_epi8(1);
   __m512i total[n][4] = {}, sums[4] = {};
   for (int i = 0; i < d; i += CHANNELS) {
-    __m512i each[n];
+    __m512i queries[n];
 #pragma GCC unroll 4
-    for (int h = 0; h < n; h++) each[h] = _mm512_loadu_si512(query + h * d + i);
+    for (int h = 0; h < n; h++) queries[h] = _mm512_loadu_si512(query + h * d + i);
 #pragma GCC unroll 4
     for (int j = 0; j < count; j++) {
       const __m512i key = _mm512_loadu_si512(keys + ptrdiff_t(j) * d + i);
       fetch_ahead(keys + ptrdiff_t(j) * d + i, CHANNELS);
       sums[j] = _mm512_dpbusd_epi32(sums[j], ones, key);
 #pragma GCC unroll 4
-      for (int h = 0; h < n; h++) total[h][j] = _mm512_dpbusd_epi32(total[h][j], each[h], key);
+      for (int h = 0; h < n; h++) total[h][j] = _mm512_dpbusd_epi32(total[h][j], queries[h], key);
     }
   }
   constexpr __mmask8 real = (1 << count) - 1;
@@ -102,8 +103,8 @@ inline float round_shares(const float* shares, int seen, int16_t* rounded) {
   const float largest = largest_of(shares, seen);
   const __m512 inverse = _mm512_set1_ps(largest > 0 ? LARGEST_SHARE / largest : 0);
   for (int t = 0; t < seen; t += 16) {
-    const __m512 own = _mm512_mul_ps(_mm512_maskz_loadu_ps(some(seen - t), shares + t), inverse);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + t), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(own)));
+    const __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(some(seen - t), shares + t), inverse);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + t), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(scaled)));
   }
   if (seen % 16 == 0) rounded[seen] = 0;
   return largest / LARGEST_SHARE;

@@ -1,6 +1,6 @@
 // One row between its products: activations, soft caps, norms and rotary positions.
 #pragma once
-#include "simd.h"
+#include "vectors.h"
 
 #ifdef __AVX2__
 #include <type_traits>
@@ -105,14 +105,14 @@ static inline Spread spread_of(const Norm& norm, const T* row) {
 template <class T, class Use>
 static inline void norm_part(const Norm& norm, Spread by, const T* row, int first, int last, Use use) {
   const F32X8 scale = broadcast(by.inverse), mean = broadcast(by.mean);
-  auto each = [&](auto value) {
+  auto for_eights = [&](auto value) {
     for (int i = first; i < last; i += 8) use(i, value(i));
   };
   switch (norm.kind) {
-    case RMS_NORM: return each([&](int i) { return rounded_as(row, load(row + i) * scale) * load(norm.weight + i); });
-    case RMS_NORM_FP32: return each([&](int i) { return load(row + i) * scale * load(norm.weight + i); });
+    case RMS_NORM: return for_eights([&](int i) { return rounded_as(row, load(row + i) * scale) * load(norm.weight + i); });
+    case RMS_NORM_FP32: return for_eights([&](int i) { return load(row + i) * scale * load(norm.weight + i); });
     default:
-      return each([&](int i) {
+      return for_eights([&](int i) {
         const F32X8 weighted = (load(row + i) - mean) * scale * load(norm.weight + i);
         return norm.bias ? weighted + load(norm.bias + i) : weighted;
       });
@@ -131,11 +131,11 @@ static inline void norm_row(const Norm& norm, const T* from, int width, T* to) {
 
 // -- rotary positions ------------------------------------------------------------------------------
 
-// Rotary positions of one head in place (arXiv 2104.09864): channels i and i + turned / 2 are a pair, for the
-// first `turned` channels. cos and sin [turned].
+// Rotary positions of one head in place (arXiv 2104.09864): channels i and i + rotary_dim / 2 are a pair, for the
+// first `rotary_dim` channels. cos and sin [rotary_dim].
 template <class T, class Table>
-static inline void rotate_head(T* x, int turned, const Table* cos, const Table* sin) {
-  const int half = turned / 2;
+static inline void rotate_head(T* x, int rotary_dim, const Table* cos, const Table* sin) {
+  const int half = rotary_dim / 2;
   auto pair = [&](int i, F32X8 a, F32X8 b, auto read, auto write) {
     write(x + i, a * read(cos + i) - b * read(sin + i));
     write(x + half + i, b * read(cos + half + i) + a * read(sin + half + i));

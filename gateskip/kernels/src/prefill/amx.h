@@ -1,10 +1,10 @@
-// Weights times a prompt's rows in the processor's tiles (tiles.h), to bfloat16: panels of 32 rows of weights, which the
-// second cache holds, meet all rows of activations, 32 at a time.
+// Weights times the rows of a prefill in the processor's tiles (simd/amx.h), to bfloat16: panels of 32 rows of weights,
+// which the second cache holds, meet all rows of activations, 32 at a time.
 #pragma once
+#include "int8.h"
 #include "panels.h"
-#include "prompt_bytes.h"
-#include "rows.h"
-#include "tiles.h"
+#include "../simd/rows.h"
+#include "../simd/amx.h"
 
 #ifdef GATESKIP_WIDE
 
@@ -70,7 +70,7 @@ void multiply_panel_in_tiles(const TiledRows& x, const uint32_t* panel, Fetch fe
 }
 
 // Panels that a thread makes of weights of `k` columns, in memory of its own
-uint32_t* own_panel(int64_t k, int across) {
+uint32_t* panel_of(int64_t k, int across) {
   static thread_local Arena memory;
   return reinterpret_cast<uint32_t*>(memory.reserve(sizeof(uint32_t) * k / 2 * across * ROWS_PER_TILE));
 }
@@ -78,7 +78,7 @@ uint32_t* own_panel(int64_t k, int across) {
 template <int across>
 void multiply_rows_in_tiles(const Matrix& w, int n, const TiledRows& x, uint16_t* out) {
   constexpr int WIDTH = across * ROWS_PER_TILE;
-  uint32_t* panel = own_panel(w.k, across);
+  uint32_t* panel = panel_of(w.k, across);
   for (int v = 0; v < across; v++)
     pairs_of(w, n + v * ROWS_PER_TILE, panel + v * (w.k / 2) * ROWS_PER_TILE, ROWS_PER_TILE);
   const int next = n + omp_get_num_threads() * WIDTH;
@@ -103,7 +103,7 @@ void multiply_in_tiles(const Matrix& w, const TiledRows& x, uint16_t* out) {
 // gateskip_activate
 void activate_in_tiles(const Matrix& gate, const Matrix& up, int32_t activation, const TiledRows& x, uint16_t* out) {
   const TilesInUse tiles;
-  uint32_t* panel = own_panel(x.k, 2);
+  uint32_t* panel = panel_of(x.k, 2);
   with_activation(activation, [&](auto act) {
 #pragma omp for schedule(dynamic) nowait
     for (int n = 0; n < gate.n; n += ROWS_PER_TILE) {

@@ -1,14 +1,15 @@
 // A thread's share of a matrix product: some of the weights' rows, all of the activations'.
 #pragma once
+#include "../simd/amx.h"
+#include "../simd/team.h"
+#include "int8.h"
 #include "matvec.h"
-#include "tiles.h"
 
 #ifdef __AVX2__
 #include <omp.h>
 #include <utility>
-#include "team.h"
 
-constexpr int ROWS_AT_ONCE = 8;  // rows of activations that meet a weight at a time
+constexpr int ROWS_PER_WEIGHT = 8;  // rows of activations that meet a weight at a time
 
 inline bool is_packed(const Matrix& w) { return w.kind >= INT2; }
 
@@ -73,14 +74,14 @@ class Share {
   // asked for the weights of the `next` product, if it is known.
   template <class Use>
   void multiply(const Matrix& w, const Input& in, Use use, const Matrix* next = nullptr) const {
-    const auto [first, last] = own(w.n);
+    const auto [first, last] = part(w.n);
     const int64_t tile_bytes = ROWS_PER_TILE * row_bytes(w);
     const int tiled = takes_tiles(w) ? first + (last - first) / TILE_ROWS * TILE_ROWS : first;
     if (tiled > first) multiply_tiles_of(w, in, first, tiled, use, next);
     for (int n = tiled; n < last; n += ROWS_PER_TILE)
-      for (int r = 0; r < in.rows; r += ROWS_AT_ONCE) {
-        float y[ROWS_AT_ONCE][ROWS_PER_TILE];
-        const int count = std::min(ROWS_AT_ONCE, in.rows - r), real = std::min(ROWS_PER_TILE, last - n);
+      for (int r = 0; r < in.rows; r += ROWS_PER_WEIGHT) {
+        float y[ROWS_PER_WEIGHT][ROWS_PER_TILE];
+        const int count = std::min(ROWS_PER_WEIGHT, in.rows - r), real = std::min(ROWS_PER_TILE, last - n);
         const int64_t left = (last - n + ROWS_PER_TILE - 1) / ROWS_PER_TILE * tile_bytes;
         const bool ends = next && left <= AHEAD;
         tile(w, n, count, in, r, ends ? AHEAD + (beginning(*next) - start_of(w, n) - left) : AHEAD, y);
@@ -92,7 +93,7 @@ class Share {
   float single(const Matrix& w, int n, const Input& in, int r) const;
 
   // This thread's part of n rows of weights: whole tiles
-  std::pair<int, int> own(int n) const {
+  std::pair<int, int> part(int n) const {
     const int64_t tiles = (n + ROWS_PER_TILE - 1) / ROWS_PER_TILE;
     return {int(tiles * id / threads) * ROWS_PER_TILE, std::min(n, int(tiles * (id + 1) / threads) * ROWS_PER_TILE)};
   }
@@ -125,7 +126,7 @@ class Share {
   }
 
   // Where this thread's part of a weight begins
-  const char* beginning(const Matrix& w) const { return start_of(w, own(w.n).first); }
+  const char* beginning(const Matrix& w) const { return start_of(w, part(w.n).first); }
 
   // y[j] [ROWS_PER_TILE] for rows r to r + count of the input, times rows n and on of the weights, a whole tile
   void tile(const Matrix& w, int n, int count, const Input& in, int r, int64_t ahead, float (*y)[ROWS_PER_TILE]) const;
@@ -145,22 +146,22 @@ class Share {
   float* sums_;           // [rows, k / group]: of activations in float32
 };
 
-// Run `threads` threads: `share(memory)` makes what they share, and `make(shared, id, threads, own)` each one's part,
+// Run `threads` threads: `share(memory)` makes what they share, and `make(shared, id, threads, scratch)` each one's part,
 // whose run() is called. Without memory both only count what they would take.
 template <class MakeShared, class MakePart>
 void run_threads(Arena& arena, int threads, MakeShared share, MakePart make) {
-  Slices counted{nullptr}, each{nullptr};
-  const auto nothing = share(counted);
-  make(nothing, 0, threads, each);
-  Slices memory{arena.reserve(counted.used + each.used * threads)};
+  Slices shared_size{nullptr}, scratch_size{nullptr};
+  const auto nothing = share(shared_size);
+  make(nothing, 0, threads, scratch_size);
+  Slices memory{arena.reserve(shared_size.used + scratch_size.used * threads)};
   const auto shared = share(memory);
   Team team;
 #pragma omp parallel num_threads(threads)
   {
-    const int id = omp_get_thread_num(), all = omp_get_num_threads();
-    membership = {&team, all};
-    Slices own{memory.start + memory.used + each.used * id};
-    make(shared, id, all, own).run();
+    const int id = omp_get_thread_num(), members = omp_get_num_threads();
+    membership = {&team, members};
+    Slices scratch{memory.start + memory.used + scratch_size.used * id};
+    make(shared, id, members, scratch).run();
   }
 }
 #endif

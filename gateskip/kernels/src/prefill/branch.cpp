@@ -1,6 +1,7 @@
-// A branch of a prompt in one call: the norm, the gate, the products of the tokens that enter, what lies between them,
+// A branch of a prefill in one call: the norm, the gate, the products of the tokens that enter, what lies between them,
 // and what is added. The functions are those of other prompts, and so are the bits.
-#include "rows.h"
+#include "../simd/memory.h"
+#include "../simd/rows.h"
 
 #ifdef GATESKIP_WIDE
 #include <initializer_list>
@@ -26,26 +27,26 @@ class Parts {
 };
 
 // A branch's norm and gate
-struct Reads {
+struct NormAndGate {
   const Norm& norm;
   const float* weight;
   float bias;
 };
 
 // Places of the tokens that enter a branch, and of those that its shortcut stands in for
-class Who {
+class BranchRows {
  public:
   // x [rows, width] becomes what the branch reads of hidden [rows, width]
-  Who(const Reads& reads, const Entry* entry, const uint16_t* hidden, int64_t rows, int64_t width, uint16_t* x,
+  BranchRows(const NormAndGate& how, const Entry* entry, const uint16_t* hidden, int64_t rows, int64_t width, uint16_t* x,
       int32_t threads)
       : entry_(entry), rows_(rows), width_(width) {
-    const bool asks = entry && reads.weight;
-    std::vector<float> logits(asks ? rows : 0);
-    gateskip_norm(hidden, &reads.norm, rows, int32_t(width), 1, x, asks ? reads.weight : nullptr, reads.bias,
+    const bool gated = entry && how.weight;
+    std::vector<float> logits(gated ? rows : 0);
+    gateskip_norm(hidden, &how.norm, rows, int32_t(width), 1, x, gated ? how.weight : nullptr, how.bias,
                   logits.data(), threads);
     for (int64_t r = 0; entry && r < rows; r++) {
       const uint8_t token = entry->tokens[r];
-      if (token == ALWAYS || (token == BY_GATE && (!asks || logits[r] >= entry->least))) enter_.push_back(r);
+      if (token == ALWAYS || (token == BY_GATE && (!gated || logits[r] >= entry->threshold))) enter_.push_back(r);
       else if (token != PADDING) skip_.push_back(r);
     }
   }
@@ -75,11 +76,11 @@ class Who {
   std::vector<int64_t> enter_, skip_;
 };
 
-// hidden [.., width] of those that enter += what a branch left [count, width], after its norm where there is one
-void add(uint16_t* hidden, uint16_t* left, const Norm& after, const Who& who, int64_t width, int32_t threads) {
+// hidden [.., width] of those that enter += what a branch added [count, width], after its norm where there is one
+void add(uint16_t* hidden, uint16_t* added, const Norm& after, const BranchRows& in, int64_t width, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < who.count(); i++) {
-    uint16_t *to = hidden + who.place(i) * width, *from = left + i * width;
+  for (int64_t i = 0; i < in.count(); i++) {
+    uint16_t *to = hidden + in.place(i) * width, *from = added + i * width;
     norm_row(after, from, int(width), from);
     for (int64_t c = 0; c < width; c += 8) store(to + c, load(to + c) + load(from + c));
   }
@@ -91,7 +92,7 @@ void norm_heads(const Norm& norm, uint16_t* x, int64_t numbers, int32_t threads)
 }
 
 // A layer's new keys or values [batch, count, kv_heads, width] into its cache
-void keep(const PromptRows& at, const uint16_t* from, uint16_t* cache, int64_t kv_heads, int64_t width, int32_t threads) {
+void keep(const PrefillRows& at, const uint16_t* from, uint16_t* cache, int64_t kv_heads, int64_t width, int32_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < at.batch * kv_heads; i++) {
     const int64_t row = i / kv_heads, head = i % kv_heads;
@@ -105,61 +106,61 @@ void keep(const PromptRows& at, const uint16_t* from, uint16_t* cache, int64_t k
 
 extern "C" {
 
-int64_t gateskip_prompt_mlp_branch(const Layer* layer, const Entry* entry, uint16_t* hidden, int64_t rows,
+int64_t gateskip_prefill_mlp_branch(const Layer* layer, const Entry* entry, uint16_t* hidden, int64_t rows,
                                    int32_t threads) {
   const int64_t width = layer->down.n, size = rows * width;
   Parts parts{size, size, size};
-  uint16_t *x = parts.take(size), *some = parts.take(size), *left = parts.take(size);
-  const Who who({layer->norm_mlp, layer->weight_mlp, layer->bias_mlp}, entry, hidden, rows, width, x, threads);
-  if (who.count()) gateskip_prompt_mlp(layer, who.gather(x, width, some), who.count(), left, threads);
-  add(hidden, left, layer->after_mlp, who, width, threads);
-  who.add_shortcuts(hidden, x, threads);
-  return who.count();
+  uint16_t *x = parts.take(size), *gathered = parts.take(size), *added = parts.take(size);
+  const BranchRows in({layer->norm_mlp, layer->weight_mlp, layer->bias_mlp}, entry, hidden, rows, width, x, threads);
+  if (in.count()) gateskip_prefill_mlp(layer, in.gather(x, width, gathered), in.count(), added, threads);
+  add(hidden, added, layer->after_mlp, in, width, threads);
+  in.add_shortcuts(hidden, x, threads);
+  return in.count();
 }
 
-int64_t gateskip_prompt_attention_branch(const Model* model, const Layer* layer, const PromptRows* at, const Entry* entry,
+int64_t gateskip_prefill_attention_branch(const Model* model, const Layer* layer, const PrefillRows* at, const Entry* entry,
                                          uint16_t* hidden, int32_t threads) {
   const int64_t width = model->hidden, heads = model->heads, kv_heads = model->kv_heads, d = model->head_dim;
-  const int64_t rows = int64_t(at->batch) * at->count, turned = layer->rotary_dim;
+  const int64_t rows = int64_t(at->batch) * at->count, rotary_dim = layer->rotary_dim;
   const int64_t size = rows * width, all = rows * heads * d, few = rows * kv_heads * d;
-  const int64_t used = (at->first + at->count + SLOTS_TOGETHER - 1) / SLOTS_TOGETHER * SLOTS_TOGETHER;
+  const int64_t used = (at->first + at->count + SLOTS_PER_PACK - 1) / SLOTS_PER_PACK * SLOTS_PER_PACK;
   const int64_t packed_size = 2 * at->batch * kv_heads * used * d;
-  Parts parts{size, size, all + 2 * few, all, size, packed_size, rows * turned, rows * turned};
-  uint16_t *x = parts.take(size), *some = parts.take(size), *queries = parts.take(all + 2 * few);
-  uint16_t *keys = queries + all, *values = keys + few, *mixed = parts.take(all), *left = parts.take(size);
+  Parts parts{size, size, all + 2 * few, all, size, packed_size, rows * rotary_dim, rows * rotary_dim};
+  uint16_t *x = parts.take(size), *gathered = parts.take(size), *queries = parts.take(all + 2 * few);
+  uint16_t *keys = queries + all, *values = keys + few, *mixed = parts.take(all), *added = parts.take(size);
   uint32_t* packed = reinterpret_cast<uint32_t*>(parts.take(packed_size));
-  uint16_t *cos = parts.take(rows * turned), *sin = parts.take(rows * turned);
-  const Who who({layer->norm_attention, layer->weight_attention, layer->bias_attention}, entry, hidden, rows, width, x,
-                threads);
-  if (who.all()) {
-    gateskip_prompt_products(&layer->q, 3, x, rows, queries, threads);
+  uint16_t *cos = parts.take(rows * rotary_dim), *sin = parts.take(rows * rotary_dim);
+  const BranchRows in({layer->norm_attention, layer->weight_attention, layer->bias_attention}, entry, hidden, rows,
+                      width, x, threads);
+  if (in.all()) {
+    gateskip_prefill_products(&layer->q, 3, x, rows, queries, threads);
   } else {
-    gateskip_prompt_products(&layer->k, 2, x, rows, keys, threads);
-    if (who.count())
-      gateskip_prompt_products(&layer->q, 1, who.gather(x, width, some), who.count(), queries, threads);
+    gateskip_prefill_products(&layer->k, 2, x, rows, keys, threads);
+    if (in.count())
+      gateskip_prefill_products(&layer->q, 1, in.gather(x, width, gathered), in.count(), queries, threads);
   }
-  norm_heads(layer->norm_q, queries, who.count() * heads * d, threads);
+  norm_heads(layer->norm_q, queries, in.count() * heads * d, threads);
   norm_heads(layer->norm_k, keys, few, threads);
   if (layer->rope >= 0) {
-    gateskip_rotate(queries, 1, who.count(), int32_t(heads), int32_t(d), int32_t(turned), who.gather(at->cos, turned, cos),
-                    who.gather(at->sin, turned, sin), threads);
-    gateskip_rotate(keys, 1, rows, int32_t(kv_heads), int32_t(d), int32_t(turned), at->cos, at->sin, threads);
+    gateskip_rotate(queries, 1, in.count(), int32_t(heads), int32_t(d), int32_t(rotary_dim),
+                    in.gather(at->cos, rotary_dim, cos), in.gather(at->sin, rotary_dim, sin), threads);
+    gateskip_rotate(keys, 1, rows, int32_t(kv_heads), int32_t(d), int32_t(rotary_dim), at->cos, at->sin, threads);
   }
   keep(*at, keys, at->keys, kv_heads, d, threads);
   keep(*at, values, at->values, kv_heads, d, threads);
-  if (who.count()) {
+  if (in.count()) {
     const int64_t head_stride = int64_t(at->capacity) * d;
     gateskip_pack(at->keys, at->values, at->batch, kv_heads, d, kv_heads * head_stride, head_stride, at->capacity, used,
                   packed, threads);
-    std::vector<int64_t> slots(who.count()), counts(at->batch);
-    for (int64_t i = 0; i < who.count(); i++) slots[i] = at->slots[who.place(i)], counts[who.place(i) / at->count]++;
+    std::vector<int64_t> slots(in.count()), counts(at->batch);
+    for (int64_t i = 0; i < in.count(); i++) slots[i] = at->slots[in.place(i)], counts[in.place(i) / at->count]++;
     gateskip_attend(queries, slots.data(), counts.data(), at->batch, heads, kv_heads, d, layer->window, layer->scaling,
                     layer->softcap, used, packed, mixed, threads);
-    gateskip_prompt_products(&layer->o, 1, mixed, who.count(), left, threads);
-    add(hidden, left, layer->after_attention, who, width, threads);
+    gateskip_prefill_products(&layer->o, 1, mixed, in.count(), added, threads);
+    add(hidden, added, layer->after_attention, in, width, threads);
   }
-  who.add_shortcuts(hidden, x, threads);
-  return who.count();
+  in.add_shortcuts(hidden, x, threads);
+  return in.count();
 }
 
 }  // extern "C"

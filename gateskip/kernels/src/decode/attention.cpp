@@ -1,6 +1,9 @@
-// Attention of one token a row over the cache, a part of decoder.cpp's pass. Threads share out heads, and parts of
-// the slots where those are many: a row's parts are the same whatever threads and rows there are.
-#include "decoder.h"
+// Attention of one token a row over the cache. Threads share out heads, and parts of the slots where those are many: a
+// row's parts are the same whatever threads and rows there are.
+#include "attention.h"
+
+#include "../simd/rows.h"
+#include "../simd/team.h"
 #include "int8_cache.h"
 
 #ifdef __AVX2__
@@ -27,26 +30,26 @@ using Count = std::integral_constant<int, count>;
 
 // total [n, count]: queries [n, d] times keys [count, d], not summed up yet; the same for a key alone and beside others
 template <int n, int count, class Stored>
-void products(const float* query, const Stored* keys, int d, F32X8 (*total)[count]) {
+void dot_keys(const float* query, const Stored* keys, int d, F32X8 (*total)[count]) {
   typedef Widest V;
   constexpr int width = sizeof(V) / sizeof(float);
-  V wide[n][count] = {};
+  V sums[n][count] = {};
   int i = 0;
   for (; i + width <= d; i += width) {
-    V each[n];
+    V queries[n];
 #pragma GCC unroll 4
-    for (int h = 0; h < n; h++) each[h] = load_as<V>(query + h * d + i);
+    for (int h = 0; h < n; h++) queries[h] = load_as<V>(query + h * d + i);
 #pragma GCC unroll 4
     for (int j = 0; j < count; j++) {
       const V key = load_as<V>(keys + j * d + i);
 #pragma GCC unroll 4
-      for (int h = 0; h < n; h++) wide[h][j] = fma(each[h], key, wide[h][j]);
+      for (int h = 0; h < n; h++) sums[h][j] = fma(queries[h], key, sums[h][j]);
     }
   }
 #pragma GCC unroll 4
   for (int h = 0; h < n; h++)
 #pragma GCC unroll 4
-    for (int j = 0; j < count; j++) total[h][j] = in_eight(wide[h][j]);
+    for (int j = 0; j < count; j++) total[h][j] = in_eight(sums[h][j]);
   for (; i < d; i += 8)  // what is less than the widest vector
     for (int h = 0; h < n; h++)
       for (int j = 0; j < count; j++)
@@ -55,8 +58,17 @@ void products(const float* query, const Stored* keys, int d, F32X8 (*total)[coun
 
 }  // namespace
 
+Attention::Attention(const Model& model, const CacheView& cache, const Step& step, const AttentionRows& shared, int id,
+                     int threads, Slices& scratch)
+    : m(model), c(cache), s(step), at(shared), id(id), threads(threads),
+      scores_(scratch.take<float>(HEADS_PER_PASS * SCORE_STRIDE)),
+      query_(scratch.take<float>(HEADS_PER_PASS * m.head_dim)),
+      bytes_(scratch.take<uint8_t>(HEADS_PER_PASS * m.head_dim)),
+      shares_(scratch.take<int16_t>(HEADS_PER_PASS * SCORE_STRIDE)) {}
+
 // Heads `first` to `first + count` of a row's queries or keys `all`, normed and rotated, into out [count, D]
-void Pass::turn(const Layer& a, const Norm& norm, const float* all, int first, int count, int slot, float* out) const {
+void Attention::norm_and_rotate(const Layer& a, const Norm& norm, const float* all, int first, int count, int slot,
+                                float* out) const {
   const int d = m.head_dim;
   const float* from = all + first * d;
   if (norm.weight && norm.width != d)  // over all heads
@@ -72,22 +84,22 @@ void Pass::turn(const Layer& a, const Norm& norm, const float* all, int first, i
 }
 
 // Where the position `slot` of a row lies in a layer's cache, counted in vectors
-int64_t Pass::line(int l, int row, int head, int slot) const {
+int64_t Attention::line(int l, int row, int head, int slot) const {
   return (int64_t(s.cache_row[row]) * m.kv_heads + head) * c.slots[l] + slot % c.slots[l];
 }
 
 template <class Stored>
-Stored* Pass::entry(void* const* store, int l, int row, int head, int slot) const {
+Stored* Attention::entry(void* const* store, int l, int row, int head, int slot) const {
   return static_cast<Stored*>(store[l]) + line(l, row, head, slot) * m.head_dim;
 }
 
-// Write a row's key and value of one head, its own or, where it skips, those of the layer below.
+// Write a row's key and value of one head, or copy those of the layer below
 template <class Stored>
-void Pass::remember(int l, int r, int head) {
+void Attention::store_head(int l, int r, int head, bool copies) {
   const int slot = s.slot[r], d = m.head_dim;
   Stored* key = entry<Stored>(c.keys, l, r, head, slot);
   Stored* value = entry<Stored>(c.values, l, r, head, slot);
-  if (s.copies && l > 0 && !enters_[r]) {
+  if (copies) {
     std::memcpy(key, entry<Stored>(c.keys, l - 1, r, head, slot), sizeof(Stored) * d);
     std::memcpy(value, entry<Stored>(c.values, l - 1, r, head, slot), sizeof(Stored) * d);
     for (float* const* scales : {c.key_scales, c.value_scales})
@@ -95,92 +107,67 @@ void Pass::remember(int l, int r, int head) {
     return;
   }
   const Layer& a = m.layer[l];
-  turn(a, a.norm_k, at.k + int64_t(r) * m.kv_heads * d, head, 1, slot, query_);
-  const float* own = at.v + (int64_t(r) * m.kv_heads + head) * d;
+  norm_and_rotate(a, a.norm_k, at.k + int64_t(r) * m.kv_heads * d, head, 1, slot, query_);
+  const float* values = at.v + (int64_t(r) * m.kv_heads + head) * d;
   if constexpr (std::is_same_v<Stored, int8_t>) {
     c.key_scales[l][line(l, r, head, slot)] = to_bytes(query_, d, 0, key);
-    c.value_scales[l][line(l, r, head, slot)] = to_bytes(own, d, 0, value);
+    c.value_scales[l][line(l, r, head, slot)] = to_bytes(values, d, 0, value);
   } else {
     put(query_, key, d);
-    put(own, value, d);
+    put(values, value, d);
   }
 }
 
-void Pass::attention(int l) {
-  const Layer& a = m.layer[l];
-  if (a.parallel) std::memcpy(source_, s.hidden, sizeof(float) * s.rows * m.hidden);  // what the MLP will read
-  prepare_branch(2 * l, s.hidden, a.norm_attention, a.weight_attention, a.bias_attention, a.short_attention);
-  clock(PART_GATES);
-  const bool copies = s.copies && l > 0;
-  if (!copies) {
-    const Input every = prepare(a.k, x_, s.rows);
-    write(a.k, every, nullptr, at.k, &a.v);
-    write(a.v, again(a.v, a.k, every), nullptr, at.v, &a.q);
-  }
-  if (count_) {
-    gather();
-    const Input entering = prepare(a.q, x_, count_);
-    write(a.q, entering, kept_, at.q, copies ? &a.k : &a.o);
-    if (copies) {
-      write(a.k, again(a.k, a.q, entering), kept_, at.k, &a.v);
-      write(a.v, again(a.v, a.k, entering), kept_, at.v, &a.o);
-    }
-  }
-  wait_for_all();
-  clock(PART_LINEAR);
-  shortcut_up(a.short_attention);
-  clock(PART_GATES);
+void Attention::store_kv(int l, const bool* enters) {
   for (int task = id; task < s.rows * m.kv_heads; task += threads) {
-    if (c.key_scales) remember<int8_t>(l, task / m.kv_heads, task % m.kv_heads);
-    else if (c.bf16) remember<uint16_t>(l, task / m.kv_heads, task % m.kv_heads);
-    else remember<float>(l, task / m.kv_heads, task % m.kv_heads);
+    const int row = task / m.kv_heads, head = task % m.kv_heads;
+    const bool copies = s.copies && l > 0 && !enters[row];
+    if (c.key_scales) store_head<int8_t>(l, row, head, copies);
+    else if (c.bf16) store_head<uint16_t>(l, row, head, copies);
+    else store_head<float>(l, row, head, copies);
   }
-  wait_for_all();
-  clock(PART_ATTENTION);
-  if (!count_) return;
+}
+
+void Attention::attend(int l, const int* rows, int count) {
+  rows_ = rows, count_ = count;
   if (c.key_scales) attend_all<int8_t>(l);
   else if (c.bf16) attend_all<uint16_t>(l);
   else attend_all<float>(l);
-  wait_for_all();
-  clock(PART_ATTENTION);
-  add(a.o, prepare(a.o, at.mixed, count_), a.after_attention, a.gate.n ? &a.gate : &a.up);
-  wait_for_all();
-  clock(PART_LINEAR);
 }
 
 // The first position that a row sees in a layer
-int Pass::first_seen(int l, int row) const {
+int Attention::first_seen(int l, int row) const {
   const int window = m.layer[l].window;
   return window ? std::max(0, s.slot[row] + 1 - window) : 0;
 }
 
 // In how many parts a row's slots are attended to
-int Pass::parts_of(int l, int row) const {
-  return (s.slot[row] - first_seen(l, row)) / SLOTS_AT_ONCE + 1;
+int Attention::parts_of(int l, int row) const {
+  return (s.slot[row] - first_seen(l, row)) / SLOTS_PER_PART + 1;
 }
 
 // This thread's share of all rows' heads, or of their parts, which are then put together
 template <class Stored>
-void Pass::attend_all(int l) {
-  int most = 1, every = 0;
+void Attention::attend_all(int l) {
+  int max_parts = 1, all_parts = 0;
   for (int i = 0; i < count_; i++) {
-    const int parts = parts_of(l, kept_[i]);
-    most = std::max(most, parts), every += parts;
+    const int parts = parts_of(l, rows_[i]);
+    max_parts = std::max(max_parts, parts), all_parts += parts;
   }
-  if (most == 1) {
+  if (max_parts == 1) {
     const int tasks = count_ * m.heads, last = tasks * (id + 1) / threads;
     for (int task = tasks * id / threads; task < last;)
-      task += attend<Stored>(l, task / m.heads, task % m.heads, last - task, 0);
+      task += attend_some<Stored>(l, task / m.heads, task % m.heads, last - task, 0);
     return;
   }
-  const int group = m.heads / m.kv_heads, runs = (group + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE;
-  every *= m.kv_heads * runs;
+  const int group = m.heads / m.kv_heads, runs = (group + HEADS_PER_PASS - 1) / HEADS_PER_PASS;
+  const int tasks = all_parts * m.kv_heads * runs;
   int task = 0;
   for (int i = 0; i < count_; i++)
     for (int run = 0; run < m.kv_heads * runs; run++)
-      for (int part = 0; part < parts_of(l, kept_[i]); part++, task++)
-        if (task >= every * id / threads && task < every * (id + 1) / threads)
-          attend<Stored>(l, i, run / runs * group + run % runs * HEADS_AT_ONCE, HEADS_AT_ONCE, part);
+      for (int part = 0; part < parts_of(l, rows_[i]); part++, task++)
+        if (task >= tasks * id / threads && task < tasks * (id + 1) / threads)
+          attend_some<Stored>(l, i, run / runs * group + run % runs * HEADS_PER_PASS, HEADS_PER_PASS, part);
   wait_for_all();
   for (task = id; task < count_ * m.heads; task += threads) join(l, task / m.heads, task % m.heads);
 }
@@ -188,14 +175,14 @@ void Pass::attend_all(int l) {
 // One part of the slots of the row at a place, from a head on, for as many heads as share keys and values, at most so
 // many; returns how many.
 template <class Stored>
-int Pass::attend(int l, int place, int head, int most, int part) {
+int Attention::attend_some(int l, int place, int head, int max_heads, int part) {
   const int group = m.heads / m.kv_heads;
-  const int together = std::min({group - head % group, most, HEADS_AT_ONCE});
+  const int together = std::min({group - head % group, max_heads, HEADS_PER_PASS});
   switch (together) {
     case 1: attend_heads<Stored, 1>(l, place, head, part); break;
     case 2: attend_heads<Stored, 2>(l, place, head, part); break;
     case 3: attend_heads<Stored, 3>(l, place, head, part); break;
-    default: attend_heads<Stored, HEADS_AT_ONCE>(l, place, head, part);
+    default: attend_heads<Stored, HEADS_PER_PASS>(l, place, head, part);
   }
   return together;
 }
@@ -203,11 +190,11 @@ int Pass::attend(int l, int place, int head, int most, int part) {
 // Heads `head` to `head + n` over a part of the slots up to the row's own. The result goes to `mixed`, or to `parts`
 // where there are several: not yet divided by the sum of its shares, with that and the largest score behind it.
 template <class Stored, int n>
-void Pass::attend_heads(int l, int place, int head, int part) {
-  const int row = kept_[place], d = m.head_dim, slot = s.slot[row], kv = head / (m.heads / m.kv_heads);
+void Attention::attend_heads(int l, int place, int head, int part) {
+  const int row = rows_[place], d = m.head_dim, slot = s.slot[row], kv = head / (m.heads / m.kv_heads);
   const Layer& a = m.layer[l];
-  turn(a, a.norm_q, at.q + int64_t(row) * m.heads * d, head, n, slot, query_);
-  const int first = first_seen(l, row) + part * SLOTS_AT_ONCE, seen = std::min(slot + 1 - first, SLOTS_AT_ONCE);
+  norm_and_rotate(a, a.norm_q, at.q + int64_t(row) * m.heads * d, head, n, slot, query_);
+  const int first = first_seen(l, row) + part * SLOTS_PER_PART, seen = std::min(slot + 1 - first, SLOTS_PER_PART);
   const int whole = std::min(seen, c.slots[l] - first % c.slots[l]);  // those before positions come around
   const Stored* keys = entry<Stored>(c.keys, l, row, kv, first);
   const Stored* values = entry<Stored>(c.values, l, row, kv, first);
@@ -226,10 +213,10 @@ void Pass::attend_heads(int l, int place, int head, int part) {
   const int64_t step = alone ? d : part_of(place, head + 1, part) - out;
   float factor[n];
   for (int i = 0; i < n; i++) {
-    float most;
-    const float mass = softmax(a, scores_ + i * STRIDE, seen, most);
+    float highest;
+    const float mass = softmax(a, scores_ + i * SCORE_STRIDE, seen, highest);
     factor[i] = alone ? 1.0f / mass : 1.0f;
-    if (!alone) out[i * step + d] = most, out[i * step + d + 1] = mass;
+    if (!alone) out[i * step + d] = highest, out[i * step + d + 1] = mass;
   }
   if (c.value_scales) scale<n>(c.value_scales[l] + at_scale, whole, c.slots[l], seen);
   if (bytes) mix_bytes<n>(values, whole, around, seen, factor, out, step);
@@ -237,7 +224,7 @@ void Pass::attend_heads(int l, int place, int head, int part) {
 }
 
 // Whether a cache of 8 bits is multiplied as it is
-bool Pass::multiplies_bytes() const {
+bool Attention::multiplies_bytes() const {
 #ifdef GATESKIP_INT8_CACHE
   return m.head_dim % int8_cache::CHANNELS == 0;
 #else
@@ -247,7 +234,7 @@ bool Pass::multiplies_bytes() const {
 
 // As `score`, with queries of 8 bits, and the keys' scales: from place `whole` on, both lie `around` slots earlier
 template <int n>
-void Pass::score_bytes([[maybe_unused]] const void* keys, [[maybe_unused]] const float* scales,
+void Attention::score_bytes([[maybe_unused]] const void* keys, [[maybe_unused]] const float* scales,
                        [[maybe_unused]] int whole, [[maybe_unused]] int around, [[maybe_unused]] int seen) {
 #ifdef GATESKIP_INT8_CACHE
   const int d = m.head_dim;
@@ -255,7 +242,7 @@ void Pass::score_bytes([[maybe_unused]] const void* keys, [[maybe_unused]] const
   int8_cache::round_queries<n>(query_, d, bytes_, step);
   auto some = [&](int first, int count, int back) {
     const int8_t* from = static_cast<const int8_t*>(keys) + int64_t(first - back) * d;
-    int8_cache::score<n>(bytes_, step, from, scales + first - back, d, count, scores_ + first, STRIDE);
+    int8_cache::score<n>(bytes_, step, from, scales + first - back, d, count, scores_ + first, SCORE_STRIDE);
   };
   some(0, whole, 0);
   some(whole, seen - whole, around);
@@ -264,32 +251,32 @@ void Pass::score_bytes([[maybe_unused]] const void* keys, [[maybe_unused]] const
 
 // As `mix`, with shares of 16 bits
 template <int n>
-void Pass::mix_bytes([[maybe_unused]] const void* values, [[maybe_unused]] int whole, [[maybe_unused]] int64_t around,
+void Attention::mix_bytes([[maybe_unused]] const void* values, [[maybe_unused]] int whole, [[maybe_unused]] int64_t around,
                      [[maybe_unused]] int seen, [[maybe_unused]] const float* factor, [[maybe_unused]] float* out,
                      [[maybe_unused]] int64_t step) {
 #ifdef GATESKIP_INT8_CACHE
-  static_assert(SLOTS_AT_ONCE <= int8_cache::MOST_SLOTS);
+  static_assert(SLOTS_PER_PART <= int8_cache::MAX_SLOTS);
   float scaled[n];
   for (int h = 0; h < n; h++)
-    scaled[h] = factor[h] * int8_cache::round_shares(scores_ + h * STRIDE, seen, shares_ + h * STRIDE);
-  int8_cache::mix<n>(static_cast<const int8_t*>(values), m.head_dim, whole, around, seen, shares_, STRIDE, scaled, out,
-                     step);
+    scaled[h] = factor[h] * int8_cache::round_shares(scores_ + h * SCORE_STRIDE, seen, shares_ + h * SCORE_STRIDE);
+  int8_cache::mix<n>(static_cast<const int8_t*>(values), m.head_dim, whole, around, seen, shares_, SCORE_STRIDE, scaled,
+                     out, step);
 #endif
 }
 
 // Where a part of a head of the row at a place is kept: [D] and two numbers
-float* Pass::part_of(int place, int head, int part) const {
-  return at.parts + ((int64_t(place) * m.heads + head) * at.most_parts + part) * (m.head_dim + 2);
+float* Attention::part_of(int place, int head, int part) const {
+  return at.parts + ((int64_t(place) * m.heads + head) * at.max_parts + part) * (m.head_dim + 2);
 }
 
 // A head's parts, put together in `mixed`
-void Pass::join(int l, int place, int head) const {
-  const int d = m.head_dim, parts = parts_of(l, kept_[place]);
+void Attention::join(int l, int place, int head) const {
+  const int d = m.head_dim, parts = parts_of(l, rows_[place]);
   if (parts == 1) return;
-  float most = -INFINITY, mass = 0, *out = at.mixed + (int64_t(place) * m.heads + head) * d;
-  for (int p = 0; p < parts; p++) most = std::max(most, part_of(place, head, p)[d]);
+  float highest = -INFINITY, mass = 0, *out = at.mixed + (int64_t(place) * m.heads + head) * d;
+  for (int p = 0; p < parts; p++) highest = std::max(highest, part_of(place, head, p)[d]);
   for (int p = 0; p < parts; p++) {
-    const float *part = part_of(place, head, p), weight = std::exp(part[d] - most);
+    const float *part = part_of(place, head, p), weight = std::exp(part[d] - highest);
     mass += weight * part[d + 1];
     for (int i = 0; i < d; i += 8)
       store(out + i, fma(broadcast(weight), load(part + i), p ? load(out + i) : F32X8{}));
@@ -297,46 +284,46 @@ void Pass::join(int l, int place, int head) const {
   for (int i = 0; i < d; i += 8) store(out + i, load(out + i) * broadcast(1.0f / mass));
 }
 
-// scores_ [n, STRIDE] from place `first` to `last`: queries [n, d] times keys [last, d], four at a time
+// scores_ [n, SCORE_STRIDE] from place `first` to `last`: queries [n, d] times keys [last, d], four at a time
 template <class Stored, int n>
-void Pass::score(const float* query, const Stored* keys, int first, int last) {
+void Attention::score(const float* query, const Stored* keys, int first, int last) {
   const int d = m.head_dim;
   int t = first;
   for (; t + 4 <= last; t += 4) {
     F32X8 total[n][4];
     fetch_ahead(keys + int64_t(t) * d, 4 * d);
-    products<n, 4>(query, keys + int64_t(t) * d, d, total);
-    for (int h = 0; h < n; h++) sum_four(total[h], scores_ + h * STRIDE + t);
+    dot_keys<n, 4>(query, keys + int64_t(t) * d, d, total);
+    for (int h = 0; h < n; h++) sum_four(total[h], scores_ + h * SCORE_STRIDE + t);
   }
   for (; t < last; t++) {
     F32X8 total[n][1];
-    products<n, 1>(query, keys + int64_t(t) * d, d, total);
-    for (int h = 0; h < n; h++) scores_[h * STRIDE + t] = sum(total[h][0]);
+    dot_keys<n, 1>(query, keys + int64_t(t) * d, d, total);
+    for (int h = 0; h < n; h++) scores_[h * SCORE_STRIDE + t] = sum(total[h][0]);
   }
 }
 
 // scores_ [n, seen] times the scales of their positions, which from place `whole` on lie `around` earlier
 template <int n>
-void Pass::scale(const float* scales, int whole, int around, int seen) {
+void Attention::scale(const float* scales, int whole, int around, int seen) {
   for (int h = 0; h < n; h++) {
-    float* own = scores_ + h * STRIDE;
-    for (int t = 0; t < whole; t++) own[t] *= scales[t];
-    for (int t = whole; t < seen; t++) own[t] *= scales[t - around];
+    float* scores = scores_ + h * SCORE_STRIDE;
+    for (int t = 0; t < whole; t++) scores[t] *= scales[t];
+    for (int t = whole; t < seen; t++) scores[t] *= scales[t - around];
   }
 }
 
 // Scores [seen] become shares before they are divided by what is returned: their sum. `highest` was the largest score.
-float Pass::softmax(const Layer& a, float* scores, int seen, float& highest) const {
+float Attention::softmax(const Layer& a, float* scores, int seen, float& highest) const {
   const F32X8 scaling = broadcast(a.scaling);
-  F32X8 most = broadcast(-INFINITY), mass = {};
+  F32X8 top = broadcast(-INFINITY), mass = {};
   for (int t = seen; t % 8; t++) scores[t] = scores[0];  // so that the largest is one of those that are seen
   for (int t = 0; t < seen; t += 8) {
     const F32X8 score = load(scores + t) * scaling;
     store(scores + t, a.softcap ? capped(score, a.softcap) : score);
-    most = (F32X8)_mm256_max_ps((__m256)most, (__m256)load(scores + t));
+    top = larger(top, load(scores + t));
   }
   for (int t = seen; t % 8; t++) scores[t] = -INFINITY;
-  highest = largest(most);
+  highest = largest(top);
   for (int t = 0; t < seen; t += 8) {
     const F32X8 share = exp_of(load(scores + t) - broadcast(highest));
     store(scores + t, share);
@@ -348,12 +335,12 @@ float Pass::softmax(const Layer& a, float* scores, int seen, float& highest) con
 // out [n, step], d of each: values [seen, d] weighted by scores_ and `factor` [n]; from place `whole` on they lie
 // `around` earlier
 template <class Stored, int n>
-void Pass::mix(const Stored* values, int whole, int64_t around, int seen, const float* factor, float* out,
+void Attention::mix(const Stored* values, int whole, int64_t around, int seen, const float* factor, float* out,
                int64_t step) const {
   const int d = m.head_dim;
   int i = 0;
-  auto some = [&](auto vectors, auto wide) {  // of so many vectors' channels, a sum over all places
-    typedef decltype(wide) V;
+  auto some = [&](auto vectors, auto vector) {  // of so many vectors' channels, a sum over all places
+    typedef decltype(vector) V;
     constexpr int count = decltype(vectors)::value, width = sizeof(V) / sizeof(float);
     for (; i + count * width <= d; i += count * width) {
       V total[n][count] = {};
@@ -362,7 +349,7 @@ void Pass::mix(const Stored* values, int whole, int64_t around, int seen, const 
           fetch_ahead(value, count * width);
           V share[n];
 #pragma GCC unroll 4
-          for (int h = 0; h < n; h++) share[h] = all<V>(scores_[h * STRIDE + t]);
+          for (int h = 0; h < n; h++) share[h] = all<V>(scores_[h * SCORE_STRIDE + t]);
 #pragma GCC unroll 4
           for (int j = 0; j < count; j++) {
             const V v = load_as<V>(value + width * j);

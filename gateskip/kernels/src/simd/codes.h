@@ -14,7 +14,7 @@
 #pragma once
 #include <type_traits>
 
-#include "simd.h"
+#include "vectors.h"
 
 // How codes are stored; of 4 bits a code may stand for one of 16 values in a table, else it is a number
 enum Coding { BITS2, BITS3, BITS4, TABLE, BITS6, BITS8 };
@@ -133,7 +133,7 @@ struct Table16 {
 
 // What codes stand for: a table's entries, or the codes less half of their range
 template <Coding coding>
-static inline F32X8 decode(I32X8 code, const Table16& table) {
+static inline F32X8 values_of(I32X8 code, const Table16& table) {
   if (coding != TABLE) return __builtin_convertvector(code - (1 << (bits_of(coding) - 1)), F32X8);
 #ifdef __clang__
   F32X8 out;

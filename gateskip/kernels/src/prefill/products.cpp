@@ -1,12 +1,10 @@
-// Weights times many rows of activations: a prompt's products, in bfloat16, or with activations of 8 bits
-// (prompt_bytes.h) where the weights' kind says so and the processor has no tiles (prompt_tiles.h), which are faster still.
+// Weights times many rows of activations: products of a prefill, in bfloat16, or with activations of 8 bits (int8.h) where
+// the weights' kind says so and the processor has no tiles (amx.h), which are faster still.
 //
 // In bfloat16 some rows of weights become pairs of columns (panels.h), which the second cache holds, and meet all rows of
 // activations: the sums of a block stay in registers from the first column to the last. A weight is read once a call, and
 // what a row gets does not depend on which others are beside it.
-#include "panels.h"
-#include "prompt_bytes.h"
-#include "prompt_tiles.h"
+#include "amx.h"
 
 #ifdef GATESKIP_WIDE
 
@@ -109,7 +107,7 @@ void lay_out(const Matrix& w, const uint16_t* x, int64_t rows, char* to) {
 void multiply(const Matrix& w, const uint16_t* x, char* laid_out, int64_t rows, uint16_t* out) {
   if (form_of(w) == IN_TILES) return multiply_in_tiles(w, {x, laid_out, rows, w.k}, out);
   constexpr int WIDTH = TILES * ROWS_PER_TILE;
-  static thread_local Arena memory;  // of a prompt's many calls
+  static thread_local Arena memory;  // of many calls
   char* panel = memory.reserve(rounds(w) ? TILES * Bytes::bytes(w) : int64_t(sizeof(uint32_t)) * w.k / 2 * WIDTH);
 #pragma omp for schedule(dynamic) nowait
   for (int n = 0; n < w.n; n += WIDTH)
@@ -123,14 +121,14 @@ void multiply(const Matrix& w, const uint16_t* x, char* laid_out, int64_t rows, 
 
 extern "C" {
 
-int32_t gateskip_prompt_units(void) { return have_tiles() ? TILE_UNITS : VECTORS; }
+int32_t gateskip_prefill_units(void) { return have_tiles() ? TILE_UNITS : VECTORS; }
 
-void gateskip_prompt_products(const Matrix* w, int32_t count, const uint16_t* x, int64_t rows, uint16_t* out,
+void gateskip_prefill_products(const Matrix* w, int32_t count, const uint16_t* x, int64_t rows, uint16_t* out,
                               int32_t threads) {
   static thread_local Arena memory;  // of all threads of this call
-  int64_t most = 0;
-  for (int i = 0; i < count; i++) most = std::max(most, bytes_of(w[i], rows));
-  char* laid_out = memory.reserve(most);
+  int64_t bytes = 0;
+  for (int i = 0; i < count; i++) bytes = std::max(bytes, bytes_of(w[i], rows));
+  char* laid_out = memory.reserve(bytes);
 #pragma omp parallel num_threads(threads)
   {
     uint16_t* to = out;
@@ -144,7 +142,7 @@ void gateskip_prompt_products(const Matrix* w, int32_t count, const uint16_t* x,
   }
 }
 
-void gateskip_prompt_mlp(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int32_t threads) {
+void gateskip_prefill_mlp(const Layer* layer, const uint16_t* x, int64_t rows, uint16_t* out, int32_t threads) {
   static thread_local Arena memory, last;
   const bool gated = layer->gate.n, fused = gated && form_of(layer->gate) == IN_TILES;
   const int64_t inner = rows * layer->up.n;
@@ -157,13 +155,13 @@ void gateskip_prompt_mlp(const Layer* layer, const uint16_t* x, int64_t rows, ui
       activate_in_tiles(layer->gate, layer->up, layer->activation, {x, rest, rows, layer->gate.k}, first);
     }
   } else {
-    gateskip_prompt_products(gated ? &layer->gate : &layer->up, 1 + gated, x, rows, first, threads);
+    gateskip_prefill_products(gated ? &layer->gate : &layer->up, 1 + gated, x, rows, first, threads);
     gateskip_activate(first, gated ? first + inner : nullptr, inner, layer->activation, 1, threads);
   }
-  gateskip_prompt_products(&layer->down, 1, first, rows, out, threads);
+  gateskip_prefill_products(&layer->down, 1, first, rows, out, threads);
 }
 
 }  // extern "C"
 #else
-extern "C" int gateskip_prompt_units(void) { return NO_UNITS; }
+extern "C" int gateskip_prefill_units(void) { return NO_UNITS; }
 #endif

@@ -1,0 +1,171 @@
+// Matrix times a few rows of activations of 8 bits.
+//
+// Activations are rounded to 8 bits in blocks of 32 with a scale each, so that a block's products
+// are summed in integers: four times the arithmetic of float32 in one instruction, at an error of
+// about 0.4 % of a block's largest value. llama.cpp computes its 4-bit formats in the same way.
+// Where that value stands out from its row, the error is large for the row's other values: such a
+// block is rounded to 16 bits, in two parts of 8. A tenth of the blocks causes three quarters of
+// what rounding activations costs (docs/experiments.md).
+#pragma once
+#include "../simd/code_vectors.h"
+#include "../simd/memory.h"
+
+#ifdef __AVX2__
+constexpr float OUTLYING = 8;  // times the root mean square of its row is a value that stands out
+constexpr float FINER = 254;   // steps of the second part in one of the first
+
+// Rows of activations. Of the two parts the second is 0 but in blocks that stand out.
+struct Activations8 {
+  int8_t* values[2];       // [rows, k]
+  float* scale[2];         // [rows, k / BLOCK]
+  int32_t* correction[2];  // [rows, k / BLOCK]: what a block's sum of products starts from
+  float* sums;             // [rows, k / group]: what the rounded activations of a group add up to
+  uint8_t* stands_out;     // [k / BLOCK]: whether a block of any row does
+  int32_t* order;          // of all parts that are not 0: twice the block, and 1 more for a second part
+  int count;               // of them
+
+  Activations8 row(int64_t r, int k, int group) const {
+    const int64_t blocks = r * (k / BLOCK);
+    return {{values[0] + r * k, values[1] + r * k},
+            {scale[0] + blocks, scale[1] + blocks},
+            {correction[0] + blocks, correction[1] + blocks},
+            sums + r * (k / group), stands_out, order, count};
+  }
+
+  // Before and after rows are rounded
+  void begin(int blocks) { std::fill_n(stands_out, blocks, uint8_t(0)); }
+  void end(int blocks) {
+    count = 0;
+    for (int b = 0; b < blocks; b++)
+      for (int part = 0; part <= stands_out[b]; part++) order[count++] = 2 * b + part;
+  }
+};
+
+template <class T>
+static inline float sum_of_squares(const T* x, int k) {
+  F32X8 total = {};
+  for (int i = 0; i < k; i += 8) total = fma(load(x + i), load(x + i), total);
+  return sum(total);
+}
+
+// What the square of a value exceeds that stands out from its row x [k]
+template <class T>
+static inline float outlying_square(const T* x, int k) {
+  return OUTLYING * OUTLYING * sum_of_squares(x, k) / float(k);
+}
+
+// A block's whole numbers as bytes; what they add up to
+static inline int as_bytes(const __m256i (&part)[4], int8_t* to) {
+  const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(part[0], part[1]),
+                                           _mm256_packs_epi32(part[2], part[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packing works half by half
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(words, order));
+  const I32X8 added = (I32X8)part[0] + (I32X8)part[1] + (I32X8)part[2] + (I32X8)part[3];
+  int total = 0;
+  for (int i = 0; i < 8; i++) total += added[i];
+  return total;
+}
+
+// A row x [k]. Codes are `zero` larger than what they stand for: `correction` takes it off a block's products.
+static inline void round_to_int8(const float* x, int k, int group, int zero, const Activations8& to) {
+  const float outlying = outlying_square(x, k);
+  std::fill_n(to.sums, k / group, 0.0f);
+  for (int b = 0; b < k / BLOCK; b++, x += BLOCK) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 most = _mm256_setzero_ps();
+    for (int i = 0; i < BLOCK; i += 8)
+      most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    const float largest = _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+    const float inverse = largest > 0 ? 127.0f / largest : 0.0f, scale = largest / 127.0f;
+    __m256i part[4];
+    for (int i = 0; i < 4; i++)
+      part[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(inverse)));
+    auto keep = [&](int of, float step, int total) {
+      to.scale[of][b] = step, to.correction[of][b] = -zero * total;
+      to.sums[b * BLOCK / group] += step * float(total);
+    };
+    keep(0, scale, as_bytes(part, to.values[0] + b * BLOCK));
+    if (largest * largest <= outlying) {
+      std::memset(to.values[1] + b * BLOCK, 0, BLOCK);
+      to.scale[1][b] = 0, to.correction[1][b] = 0;
+      continue;
+    }
+    for (int i = 0; i < 4; i++) {
+      const F32X8 lost = fma((F32X8)_mm256_cvtepi32_ps(part[i]), broadcast(-scale), load(x + 8 * i));
+      part[i] = _mm256_cvtps_epi32((__m256)(lost * broadcast(inverse * FINER)));
+    }
+    keep(1, scale / FINER, as_bytes(part, to.values[1] + b * BLOCK));
+    to.stands_out[b] = 1;
+  }
+}
+
+// Codes are 0 or more, since the instructions multiply unsigned with signed bytes.
+struct PackedA8 {
+  const uint8_t* weights;  // codes, [tiles, k / BLOCK, bits, ROWS_PER_TILE, 4]
+  const uint16_t* scale;   // [tiles, k / group, ROWS_PER_TILE] bfloat16
+  const uint16_t* offset;  // the same, or null: what a group adds for each unit of activation
+  const uint8_t* table;    // [16] for TABLE
+  int n, k, group;
+};
+
+// y[r] [ROWS_PER_TILE] for `rows` rows of activations. What is added in which order does not depend on `rows`. What
+// lies `ahead` bytes from codes that are read is asked for.
+template <int rows, Coding coding>
+static void packed_a8_tile(const PackedA8& w, int tile, const Activations8& x, int64_t ahead,
+                           float (*y)[ROWS_PER_TILE]) {
+  constexpr int bits = bits_of(coding);
+  const int groups = w.k / w.group, blocks = w.k / BLOCK, in_group = w.group / BLOCK;
+  const __m128i table = coding == TABLE ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.table)) : __m128i{};
+  for (int half = 0; half < ROWS_PER_TILE; half += SIMD_WIDTH) {
+    const uint8_t* codes_of_tile = w.weights + int64_t(tile) * blocks * (bits * VECTOR_BYTES) + half * 4;
+    const int64_t scales_of_tile = int64_t(tile) * groups * ROWS_PER_TILE + half;
+    FloatV total[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) total[r] = zero_v();
+    for (int p = 0; p < x.count; p++) {
+      const int b = x.order[p] / 2, part = x.order[p] % 2;
+      const uint8_t* q = codes_of_tile + int64_t(b) * (bits * VECTOR_BYTES);
+      const int8_t* values = x.values[part] + b * BLOCK;
+      const float* steps = x.scale[part] + b;
+      const int32_t* correction = x.correction[part] + b;
+      const FloatV scale = load_bf16_v(w.scale + scales_of_tile + b / in_group * ROWS_PER_TILE);
+      IntV sum[rows], vectors[bits];
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; r++) sum[r] = repeat_v(correction[r * blocks]);
+#pragma GCC unroll 8
+      for (int i = 0; i < FOURS; i++) {
+        const int own = piece(coding, i).vector;
+        if (opens_vector(coding, i)) {
+          if (half == 0) prefetch(q + own * VECTOR_BYTES, ahead);
+          vectors[own] = load_bytes_v(q + own * VECTOR_BYTES);
+        }
+        if (opens_rest(coding, i)) {
+          const int upper = rest(coding, i).vector;
+          if (half == 0) prefetch(q + upper * VECTOR_BYTES, ahead);
+          vectors[upper] = load_bytes_v(q + upper * VECTOR_BYTES);
+        }
+        IntV codes = four_v<coding>(vectors, i);
+        if (coding == TABLE) codes = look_up_v(codes, table);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+          int32_t four;
+          std::memcpy(&four, values + int64_t(r) * w.k + i * 4, sizeof four);
+          sum[r] = dot_bytes<coding>(sum[r], codes, repeat_v(four));
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; r++)
+        total[r] = fma_v(to_floats_v(sum[r]), multiply_v(scale, repeat_v(steps[r * blocks])), total[r]);
+    }
+    for (int g = 0; w.offset && g < groups; g++) {
+      const FloatV offset = load_bf16_v(w.offset + scales_of_tile + g * ROWS_PER_TILE);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; r++) total[r] = fma_v(offset, repeat_v(x.sums[r * groups + g]), total[r]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) store_v(y[r] + half, total[r]);
+  }
+}
+#endif
