@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 
 from compose.cli import app
 from compose.results.io import load_results
-from reports.csv_file import to_csv
 from reports.documents.markers import DOCUMENTS, PUBLISHED, ROOT, fill, markers, outside, unfinished
 from reports.documents.provenance import missing_provenance
 from reports.documents.publish import linked_pictures, publish
 from reports.load import read
-from reports.markdown import escape_markdown
 from reports.render import to_html, to_markdown
+from reports.tables.csv_file import to_csv
+from reports.tables.markdown import escape_markdown
 
 RUNS = sorted(file.parent for file in (ROOT / PUBLISHED).glob("*/results.json"))
 SMALLEST = min(RUNS, key=lambda run: (run / "results.json").stat().st_size)

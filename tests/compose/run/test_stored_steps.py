@@ -20,7 +20,7 @@ import scripted_runs as scripted
 from compose import hashes
 from compose.errors import StepError
 from compose.planning.planner import make_plan
-from compose.run import disk
+from compose.run import steps as steps_module
 from compose.store import Store, write_json
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
@@ -98,7 +98,7 @@ def test_two_runs_on_one_store_do_each_step_once(tmp_path: Path) -> None:
 def test_a_step_without_space_fails_before_it_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = disk.needed_bytes
+    whole = steps_module.needed_bytes
 
     def needed(run: Any, step: Any) -> int:
         return 10**18 if step.name == "gates" else whole(run, step)
@@ -115,9 +115,9 @@ def test_a_step_without_space_fails_before_it_begins(
 
 
 def test_what_fits_is_let_through(tmp_path: Path) -> None:
-    disk.require_space(tmp_path / "not" / "yet" / "there", 1, "a step")
+    steps_module.require_space(tmp_path / "not" / "yet" / "there", 1, "a step")
     with pytest.raises(StepError, match="a step writes about"):
-        disk.require_space(tmp_path, 10**18, "a step")
+        steps_module.require_space(tmp_path, 10**18, "a step")
 
 
 def test_the_estimate_follows_what_a_step_starts_from(tmp_path: Path) -> None:
@@ -128,14 +128,16 @@ def test_the_estimate_follows_what_a_step_starts_from(tmp_path: Path) -> None:
     state.settings = scripted.Settings(tmp_path, tmp_path / "cache")
     steps = {step.name: step for step in plan.steps}
     parent = sum(state.store.manifest(steps["source"].key)["files"].values())
-    assert disk.needed_bytes(state, steps["source"]) == pytest.approx(4 * 134.5e6, rel=0.01)
-    assert disk.needed_bytes(state, steps["drop"]) == parent
+    assert steps_module.needed_bytes(state, steps["source"]) == pytest.approx(4 * 134.5e6, rel=0.01)
+    assert steps_module.needed_bytes(state, steps["drop"]) == parent
     trained = scripted.pipeline(stages={"gates": {"use": "gate", "steps": 5}}, pipelines={},
                                 matrix={"gate": ("none", "gates")})  # fmt: skip
     state.plan = make_plan(trained)
     state.store = Store(tmp_path / "store")
     gates = next(step for step in state.plan.steps if step.name == "gates")
-    assert disk.needed_bytes(state, gates) == parent * (1 + 24 / 4), "checkpoints of all weights"
+    assert steps_module.needed_bytes(state, gates) == parent * (1 + 24 / 4), (
+        "checkpoints of all weights"
+    )
 
 
 @pytest.mark.slow
