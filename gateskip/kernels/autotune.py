@@ -179,7 +179,7 @@ def kernel_times(pairs: Mapping[str, tuple[int, Kernel, Kernel]]) -> Times:
 
 def own_are_faster(times: Times) -> bool:
     """Whether the libraries' own kernels are clearly faster, one layer of each shape together."""
-    ours, own = (sum(each[whose] for each in times.values()) for whose in ("ours", "own"))
+    ours, own = (sum(layer[whose] for layer in times.values()) for whose in ("ours", "own"))
     faster = ours > CLEARLY * own
     if times:
         _made["packed weights run on"] = "the library's own kernels" if faster else "our kernels"
