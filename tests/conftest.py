@@ -12,6 +12,7 @@ import gc
 import hashlib
 import json
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -113,6 +114,16 @@ def _link(file: Path, name: Path) -> None:
     except OSError:
         shutil.copy2(file, name.with_name(f".{os.getpid()}-{name.name}"))
         name.with_name(f".{os.getpid()}-{name.name}").replace(name)
+
+
+@pytest.fixture(autouse=True)
+def _draws_as_alone() -> None:
+    """Have a test draw the same numbers whatever ran before it in its process."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:  # torch.manual_seed also notes a call stack for CUDA: a millisecond
+        sys.modules["torch"].default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

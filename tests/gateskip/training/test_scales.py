@@ -29,7 +29,7 @@ PACKINGS: dict[str, dict[str, Any]] = {
     "whole rows": {"use": "gptq", "group_size": -1, "sym": True},
     "mixed": {"use": "gptq", "group_size": 32, "mixed": {"down_proj": 8}},
 }
-HEALED = {"use": "heal", "backbone": "scales", "steps": 12, "lr": 3e-3, "validate_every": 6}
+HEALED = {"use": "heal", "backbone": "scales", "steps": 30, "lr": 3e-3, "validate_every": 15}
 Run = Callable[..., tuple[Path, dict[str, Any]]]
 
 
