@@ -12,7 +12,13 @@ from compose.stages.base import UNPACKED, ModelShape, Role, Split, Stage, StageJ
 from compose.stages.gate_transfer import carry_gates
 from compose.stages.memory import AS_STORED
 from compose.stages.quantize.gptq_rules import WHOLE_ROW, refuse_cut_groups, refuse_odd_tiles
-from compose.stages.quantize.linears import Bits, linear_names, matching, refuse_tied_head
+from compose.stages.quantize.linears import (
+    Bits,
+    linear_names,
+    matching,
+    packed_widths,
+    refuse_tied_head,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,11 +104,7 @@ class Gptq(Stage):
         super().check(shape, before)
         if shape is None:
             return
-        widths = {
-            name: width
-            for name, width in shape.linear_in_features().items()
-            if not any(skipped.endswith(name) for skipped in self.skip)
-        }
+        widths = packed_widths(shape, self.skip)
         refuse_odd_tiles(shape)
         if self.beyond_optimum() and shape.model_type in UNKNOWN:
             raise self._unknown(shape.model_type)

@@ -23,7 +23,13 @@ from compose.stages.quantize.grid_folder import (
     gptq_config,
     write_grids,
 )
-from compose.stages.quantize.linears import Bits, linear_names, matching, value_projections
+from compose.stages.quantize.linears import (
+    Bits,
+    linear_names,
+    matching,
+    packed_widths,
+    value_projections,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,11 +123,7 @@ class Integers(Stage):
         super().check(shape, before)
         if shape is None:
             return
-        widths = {
-            name: width
-            for name, width in shape.linear_in_features().items()
-            if not any(skipped.endswith(name) for skipped in self.skip)
-        }
+        widths = packed_widths(shape, self.skip)
         cut = {name: width for name, width in widths.items() if width % self.group_size}
         if cut:
             name, width = next(iter(cut.items()))

@@ -28,6 +28,16 @@ def linear_names(job: StageJob) -> tuple[list[str], list[str]]:
     return list(linears), [name for name, part in linears.items() if part is head]
 
 
+def packed_widths(shape: ModelShape, skip: Iterable[str]) -> dict[str, int]:
+    """Name of each linear layer that is packed -> its inputs."""
+    kept = tuple(skip)
+    return {
+        name: width
+        for name, width in shape.linear_in_features().items()
+        if not any(skipped.endswith(name) for skipped in kept)
+    }
+
+
 def refuse_tied_head(shape: ModelShape) -> None:
     """Raises RuleBroken where the LM head shares the embedding's weights."""
     if shape.tie_embeddings:
