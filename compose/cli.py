@@ -36,6 +36,10 @@ app.add_typer(cache, name="cache")
 PipelineFile = Annotated[Path, typer.Argument(help="The pipeline file (YAML).", metavar="FILE")]
 RunDir = Annotated[Path, typer.Argument(help="A run's folder: runs/NAME.", metavar="RUN_DIR")]
 Out = Annotated[Path, typer.Option(help="Where runs and model folders are kept.")]
+ExecutorName = Annotated[str, typer.Option(help="Where work runs: local or ray.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Steps and cells side by side; 1 gives each all cores.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show only what failed, and the end.")]
 AsEvents = Annotated[
     bool,
@@ -126,7 +130,7 @@ def plan(
 def run(
     file: PipelineFile,
     out: Out = Path("runs"),
-    executor: Annotated[str, typer.Option(help="Where work runs: local or ray.")] = "local",
+    executor: ExecutorName = "local",
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="CELL", help="Measure this cell and what it is compared with."),
@@ -138,10 +142,7 @@ def run(
         bool,
         typer.Option("--retry-failed", help="Try again what crashed, hung or hit a limit before."),
     ] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Steps and cells side by side; 1 gives each all cores."),
-    ] = None,
+    workers: Workers = None,
     quiet: Quiet = False,
     json_lines: AsEvents = False,
     tensorboard: Annotated[
@@ -198,11 +199,8 @@ def search(
         float | None, typer.Option(min=0, help="When to stop proposing, and finish.")
     ] = None,
     out: Out = Path("runs"),
-    executor: Annotated[str, typer.Option(help="Where work runs: local or ray.")] = "local",
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, help="Steps and cells side by side; 1 gives each all cores."),
-    ] = None,
+    executor: ExecutorName = "local",
+    workers: Workers = None,
     quiet: Quiet = False,
     json_lines: AsEvents = False,
 ) -> None:

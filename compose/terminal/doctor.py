@@ -155,23 +155,23 @@ def _accelerator(facts: dict[str, Any]) -> Finding:
 
 
 def _bitsandbytes(facts: dict[str, Any]) -> Finding:
-    state = facts.get("bitsandbytes")
-    if state is None:
-        return _absent("bitsandbytes", facts, "pip install bitsandbytes; stage bnb needs it")
-    if "error" in state:
-        fix = "stage bnb cannot run: pip install --upgrade bitsandbytes"
-        return Finding("bitsandbytes", "missing", state["error"], fix)
-    return Finding("bitsandbytes", "ok", f"{state['version']}, NF4 kernel works")
+    mend = "pip install --upgrade bitsandbytes"
+    return _library("bitsandbytes", "bnb", facts, mend, ", NF4 kernel works")
 
 
 def _gptqmodel(facts: dict[str, Any]) -> Finding:
-    state = facts.get("gptqmodel")
+    mend = "install a C compiler, then pip install --upgrade gptqmodel"
+    return _library("gptqmodel", "gptq", facts, mend)
+
+
+def _library(name: str, stage: str, facts: dict[str, Any], mend: str, works: str = "") -> Finding:
+    """A library that a stage needs: absent, broken (and what mends it), or there."""
+    state = facts.get(name)
     if state is None:
-        return _absent("gptqmodel", facts, "pip install gptqmodel; stage gptq needs it")
+        return _absent(name, facts, f"pip install {name}; stage {stage} needs it")
     if "error" in state:
-        fix = "stage gptq cannot run: install a C compiler, then pip install --upgrade gptqmodel"
-        return Finding("gptqmodel", "missing", state["error"], fix)
-    return Finding("gptqmodel", "ok", f"{state['version']}")
+        return Finding(name, "missing", state["error"], f"stage {stage} cannot run: {mend}")
+    return Finding(name, "ok", f"{state['version']}{works}")
 
 
 def _absent(name: str, facts: dict[str, Any], fix: str) -> Finding:

@@ -110,3 +110,35 @@ def stored_as(source: Path, dtype: str, folder: Path) -> Path:
 
     load_model(source, "float32").to(getattr(torch, dtype)).save_pretrained(folder)
     return folder
+
+
+def save_gated(
+    source: Path,
+    target: Path,
+    budgets: tuple[float, ...],
+    *,
+    shortcuts: bool = False,
+    decode: dict[str, Any] | None = None,
+) -> Path:
+    """A tiny model's folder with warm-started gates, calibrated at some budgets."""
+    import torch
+
+    from gateskip.calibration.fit_shortcuts import fit_shortcuts
+    from gateskip.calibration.thresholds import calibrate
+    from gateskip.calibration.warm_start import warm_start
+    from gateskip.checkpoint import GateFile, grid_of, save_gates
+    from gateskip.quantization.folders import load_model
+
+    model = load_model(source, "float32")
+    blocks = torch.randint(3, 512, (6, 48), generator=torch.Generator().manual_seed(2))
+    gates, sensitivity = warm_start(model, blocks)
+    if shortcuts:
+        gates.shortcuts = fit_shortcuts(model, blocks, 8)
+        gates.shortcuts.settle()
+    grid, kept = grid_of(calibrate(model, gates.requires_grad_(False), blocks, budgets))
+    model.save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (target / name).write_bytes((source / name).read_bytes())
+    file = GateFile(gates, "project", grid, kept, sensitivity, decode=decode or {})
+    save_gates(target, file)
+    return target

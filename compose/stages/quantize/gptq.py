@@ -20,7 +20,12 @@ from compose.stages.base import (
 )
 from compose.stages.gate_transfer import carry_gates
 from compose.stages.quantize.gptq_rules import WHOLE_ROW, refuse_cut_groups, refuse_odd_tiles
-from compose.stages.quantize.linears import Bits, linear_names, matching, refuse_tied_head
+from compose.stages.quantize.linears import (
+    Bits,
+    linear_names,
+    matching,
+    refuse_tied_head,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

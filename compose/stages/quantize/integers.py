@@ -31,7 +31,12 @@ from compose.stages.quantize.grid_folder import (
     gptq_config,
     write_grids,
 )
-from compose.stages.quantize.linears import Bits, linear_names, matching, value_projections
+from compose.stages.quantize.linears import (
+    Bits,
+    linear_names,
+    matching,
+    value_projections,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

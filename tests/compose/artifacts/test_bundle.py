@@ -11,16 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from tiny_models import save_gated
 
 import gateskip
 from compose.artifacts.bundle import ROOTS, sources, write_bundle
 from compose.errors import ArtifactError
-from gateskip.calibration.fit_shortcuts import fit_shortcuts
-from gateskip.calibration.thresholds import calibrate
-from gateskip.calibration.warm_start import warm_start
-from gateskip.checkpoint import GateFile, grid_of, save_gates
-from gateskip.quantization.folders import load_model
 
 SCRIPT = """
 import json, sys
@@ -45,17 +40,8 @@ for settings in asked:
 def folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export, as far as decoding looks at it."""
     target = tmp_path_factory.mktemp("bundle") / "shipped"
-    model = load_model(tiny_llama, "float32")
-    blocks = torch.randint(3, 512, (6, 48), generator=torch.Generator().manual_seed(2))
-    gates, sensitivity = warm_start(model, blocks)
-    gates.shortcuts = fit_shortcuts(model, blocks, 8)
-    gates.shortcuts.settle()
-    grid, kept = grid_of(calibrate(model, gates.requires_grad_(False), blocks, (0.8, 0.5)))
-    model.save_pretrained(target)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (target / name).write_bytes((tiny_llama / name).read_bytes())
     decode = {"mode": "skip", "budget": 0.8}
-    save_gates(target, GateFile(gates, "project", grid, kept, sensitivity, decode=decode))
+    save_gated(tiny_llama, target, (0.8, 0.5), shortcuts=True, decode=decode)
     write_bundle(target)
     return target
 

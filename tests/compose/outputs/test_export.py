@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny_models import save_gated
 
 from compose.artifacts.folder import LINEAGE, lineage, write_lineage
 from compose.errors import StepError, UserError
@@ -215,22 +216,11 @@ def test_an_export_that_is_decoded_in_another_way_gives_other_tokens(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     """Gates that skip at half the compute: the settings that the export states are what it runs."""
-    import torch
 
     from compose.bench.generate import continue_probe
-    from gateskip.calibration.thresholds import calibrate
-    from gateskip.calibration.warm_start import warm_start
-    from gateskip.checkpoint import GateFile, grid_of, save_gates
-    from gateskip.quantization.folders import load_model
 
-    folder = tmp_path / "gated"
-    shutil.copytree(tiny_llama, folder)
-    model = load_model(tiny_llama, "float32")
-    blocks = torch.randint(3, 512, (6, 48), generator=torch.Generator().manual_seed(2))
-    gates, sensitivity = warm_start(model, blocks)
-    grid, kept = grid_of(calibrate(model, gates.requires_grad_(False), blocks, (0.5,)))
     decode = {"mode": "skip", "budget": 0.5}
-    save_gates(folder, GateFile(gates, "project", grid, kept, sensitivity, decode=decode))
+    folder = save_gated(tiny_llama, tmp_path / "gated", (0.5,), decode=decode)
     tokens = continue_probe(folder, 32)
     assert len(tokens) == 32
     assert tokens == continue_probe(folder, 32, decode)

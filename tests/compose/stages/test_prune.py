@@ -656,6 +656,18 @@ def test_gates_that_were_calibrated_by_decoding_move_beside_weights_in_float32(
     assert not thresholds_from_decoding(make_tiny("llama"))
 
 
+def speculated_and_skipped(folder: Path) -> Any:
+    """A decoder that drafts losslessly, and has counted what it enters at a budget of one half."""
+    decoder = gateskip.load(folder)
+    ids = decoder.tokenizer("Subject to the terms and conditions").input_ids
+    plain = decoder.generate([ids], 24).tokens
+    drafted = decoder.generate([ids], 24, "speculate", draft_length=3, **SKIPPING).tokens
+    assert drafted == plain
+    decoder.skipping.usage.clear()
+    decoder.generate([ids], 24, "skip", budget=0.5)
+    return decoder
+
+
 def test_thresholds_after_a_layer_drop_are_calibrated_anew_and_decode(
     run: Run, make_tiny: Tiny
 ) -> None:
@@ -664,13 +676,7 @@ def test_thresholds_after_a_layer_drop_are_calibrated_anew_and_decode(
     rows = gates_of(folder).training["branches"]
     kept_old = [gates_of(before).grid[0.5][row] for row in rows]
     assert gates_of(folder).grid[0.5] != kept_old
-    decoder = gateskip.load(folder)
-    ids = decoder.tokenizer("Subject to the terms and conditions").input_ids
-    plain = decoder.generate([ids], 24).tokens
-    drafted = decoder.generate([ids], 24, "speculate", draft_length=3, **SKIPPING).tokens
-    assert drafted == plain
-    decoder.skipping.usage.clear()
-    decoder.generate([ids], 24, "skip", budget=0.5)
+    decoder = speculated_and_skipped(folder)
     assert 0.2 < sum(decoder.skipping.usage.shares()) / 6 < 0.9
 
 
@@ -737,13 +743,7 @@ def test_a_single_branch_that_went_is_never_entered_while_the_others_keep_the_bu
     assert all(max(row[:3] + row[4:]) < math.inf for row in file.grid.values())
     assert file.kept[0.5] == pytest.approx(0.5, abs=0.06)
     assert torch.equal(file.gates.weight[4], gates_of(learned).gates.weight[6])
-    decoder = gateskip.load(folder)
-    ids = decoder.tokenizer("Subject to the terms and conditions").input_ids
-    plain = decoder.generate([ids], 24).tokens
-    drafted = decoder.generate([ids], 24, "speculate", draft_length=3, **SKIPPING).tokens
-    assert drafted == plain
-    decoder.skipping.usage.clear()
-    decoder.generate([ids], 24, "skip", budget=0.5)
+    decoder = speculated_and_skipped(folder)
     assert decoder.skipping.usage.kept[3] == ANCHORS
     assert min(decoder.skipping.usage.kept[:3]) > ANCHORS
 

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from drafts import SKIPPING
+from tiny_models import save_gated
 
 import gateskip
 from compose.bench.quality.lossless import check_lossless
-from gateskip.calibration.thresholds import calibrate
-from gateskip.calibration.warm_start import warm_start
-from gateskip.checkpoint import GateFile, grid_of, load_gates, save_gates
+from gateskip.checkpoint import load_gates, save_gates
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.lookup import Lookup
@@ -36,17 +35,8 @@ def folder(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A tiny model with warm-started, calibrated gates."""
-    source = make_tiny(request.param)
     target = tmp_path_factory.mktemp("gated") / request.param
-    model = load_model(source, "float32")
-    blocks = torch.randint(3, 512, (6, 48), generator=torch.Generator().manual_seed(2))
-    gates, sensitivity = warm_start(model, blocks)
-    grid, kept = grid_of(calibrate(model, gates.requires_grad_(False), blocks, BUDGETS))
-    model.save_pretrained(target)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (target / name).write_bytes((source / name).read_bytes())
-    save_gates(target, GateFile(gates, "project", grid, kept, sensitivity))
-    return target
+    return save_gated(make_tiny(request.param), target, BUDGETS)
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from pretend_device import DEVICE, PretendTensor, onto_device, pretend_device
+from tiny_models import save_gated
 
 import gateskip
 from gateskip.calibration.fit_shortcuts import fit_shortcuts
 from gateskip.calibration.thresholds import calibrate
 from gateskip.calibration.warm_start import warm_start
-from gateskip.checkpoint import GateFile, grid_of, save_gates
 from gateskip.decoding.decoder import Decoder
 from gateskip.kernels import build
 from gateskip.model.families import FAMILIES, UnsupportedModel
@@ -42,18 +42,8 @@ def gated(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A gated folder of a family."""
-    source, target = make_tiny(request.param), tmp_path_factory.mktemp(request.param) / "gated"
-    model = load_model(source, "float32")
-    blocks = torch.randint(3, 512, (6, 48), generator=torch.Generator().manual_seed(2))
-    gates, sensitivity = warm_start(model, blocks)
-    gates.shortcuts = fit_shortcuts(model, blocks, 8)
-    gates.shortcuts.settle()
-    grid, kept = grid_of(calibrate(model, gates.requires_grad_(False), blocks, (0.8, 0.6)))
-    model.save_pretrained(target)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (target / name).write_bytes((source / name).read_bytes())
-    save_gates(target, GateFile(gates, "project", grid, kept, sensitivity))
-    return target
+    target = tmp_path_factory.mktemp(request.param) / "gated"
+    return save_gated(make_tiny(request.param), target, (0.8, 0.6), shortcuts=True)
 
 
 @pytest.fixture(scope="module")
