@@ -24,8 +24,8 @@ from compose.stages.registry import (
     StageJob,
 )
 from gateskip.decoding.decoder import Decoder
-from gateskip.decoding.drafting import Drafting
 from gateskip.decoding.sampling import Sampler
+from gateskip.decoding.speculation import Drafting
 from gateskip.errors import FormatError
 from gateskip.kernels import ops
 from gateskip.model.draft_network import NETWORK_FILE, frequent, load_network, save_network
@@ -165,7 +165,7 @@ def test_a_network_drafts_on_from_each_rounds_state(
     together = [each for call in calls for each in call]
     few = len(calls)
     calls.clear()
-    monkeypatch.setattr("gateskip.decoding.drafting.MOST_ROUNDS", 1)
+    monkeypatch.setattr("gateskip.decoding.speculation.MOST_ROUNDS", 1)
     assert decoder.generate([[5, 9, 13]], 120, "speculate", **settings).tokens == whole.tokens
     assert [each for (each,) in calls] == together and len(calls) > 5 * few
     assert any(each.accepted for each in together) and any(each.probabilities for each in together)

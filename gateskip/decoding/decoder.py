@@ -19,7 +19,6 @@ from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.decoding.draft_choice import fastest
 from gateskip.decoding.draft_length import DraftLengthController
 from gateskip.decoding.draft_models import Weights, make_draft, reads_text
-from gateskip.decoding.drafting import Draft, Drafting, Row, StopConditions
 from gateskip.decoding.phases import FULL, Compute, Phase, Phases, check_phases
 from gateskip.decoding.sampling import (
     GREEDY,
@@ -29,6 +28,7 @@ from gateskip.decoding.sampling import (
     draw,
 )
 from gateskip.decoding.self_generate import write
+from gateskip.decoding.speculation import Draft, Drafting, Row, StopConditions
 from gateskip.decoding.stats import Generation, Stats
 from gateskip.model.compute import Saving, Usage, Work, branch_costs, kept_share, saving
 from gateskip.model.gating import NEVER_SKIP
@@ -41,7 +41,7 @@ from gateskip.runtime.backend import (
     Thresholds,
     Verified,
 )
-from gateskip.runtime.governor import STEPS, Hold
+from gateskip.runtime.budget_control import STEPS, Hold
 from gateskip.runtime.kv_cache import KVFormat
 from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import Limits, SkippingModel
@@ -289,7 +289,7 @@ class Decoder:
                 thresholds that keep what answers need of them: see calibration/reading.py. Without
                 it prompts are computed at `budget`.
             hold: let every row hold the budget by thresholds that move with its own past: see
-                runtime/governor.py.
+                runtime/budget_control.py.
             sampler, seed: how tokens are drawn; each row has a random stream of its own.
             eos: token ids that end a row; the ending token is part of the result.
             stop: strings that end a row as soon as its text holds one.

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from gateskip.runtime.governor import Hold
+from gateskip.runtime.budget_control import Hold
 from gateskip.runtime.skipping import Limits, is_full
 
 Phase = Literal["prompt", "answer"]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gateskip.model.compute import Usage
-from gateskip.runtime.governor import RowThresholds
+from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.kv_cache import KVFormat
 
 BackendName = Literal["reference", "gathered", "native"]
@@ -60,7 +60,7 @@ class Cache(Protocol):
     """
 
     drift: Tensor | None
-    """What the governor knows of each position: see `governor.Tracked`."""
+    """What the governor knows of each position: see `budget_control.Tracked`."""
 
     @property
     def capacity(self) -> int:

@@ -28,7 +28,7 @@ from gateskip.runtime.backend import Drawn, Draws
 from gateskip.runtime.buffers import Buffers
 from gateskip.runtime.descriptors import Descriptors
 from gateskip.runtime.kv_cache import KVCache
-from gateskip.runtime.prompt_kernels import PromptKernels
+from gateskip.runtime.native_prefill import PromptKernels
 
 MOST_ROWS = 64  # of one pass over the weights, as MAX_ROWS in simd.h; `step` takes any number
 

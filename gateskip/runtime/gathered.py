@@ -36,7 +36,7 @@ from gateskip.quantization.formats import has_packed, weight_format
 from gateskip.quantization.packed_linear import streaming
 from gateskip.runtime.attention import attend_padded, attend_rows
 from gateskip.runtime.backend import Arithmetic, BackendName, PassThresholds, dtype_name
-from gateskip.runtime.governor import RowThresholds
+from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.kv_cache import SCALE_BYTES, KVCache, KVFormat, Place, Visible, slots_of
 from gateskip.runtime.sizes import EVEN, few_sizes, filled
 

@@ -86,7 +86,7 @@ class KVCache:
     reached: list[int]  # positions that each row was written up to
     scales: tuple[Scales, Scales]  # of keys, and of values
     dtype: torch.dtype  # of what is attended to
-    drift: Tensor | None = None  # see governor.Tracked
+    drift: Tensor | None = None  # see budget_control.Tracked
 
     @classmethod
     def empty(

@@ -41,9 +41,9 @@ from gateskip.runtime.backend import (
     Verified,
     dtype_name,
 )
+from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.drafting_engine import DraftingEngine
 from gateskip.runtime.gathered import Attend, Batch, GatheredBackend
-from gateskip.runtime.governor import RowThresholds
 from gateskip.runtime.kv_cache import KVCache, Visible
 from gateskip.runtime.sizes import EVEN, equal_sizes, few_sizes
 

@@ -20,7 +20,7 @@ from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.model.reference import masked_forward
 from gateskip.quantization.formats import weight_format
 from gateskip.runtime.backend import Arithmetic, BackendName, PassThresholds, dtype_name
-from gateskip.runtime.governor import RowThresholds
+from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.kv_cache import KVFormat
 
 TOKEN_BYTES = 8
@@ -36,7 +36,7 @@ class TokenCache:
     thresholds: list[list[Tensor | None]] = field(default_factory=list)
     """[branches] of each token of each row; None is full compute."""
     drift: Tensor | None = None
-    """See `governor.Tracked`."""
+    """See `budget_control.Tracked`."""
 
     def __post_init__(self) -> None:
         self.thresholds = self.thresholds or [[None] * len(own) for own in self.tokens]

@@ -27,9 +27,9 @@ from gateskip.runtime.backend import (
     RowDecoder,
     Thresholds,
 )
+from gateskip.runtime.budget_control import Hold, is_narrow, next_width
 from gateskip.runtime.drafting_engine import DraftingEngine
 from gateskip.runtime.gathered import GatheredBackend
-from gateskip.runtime.governor import Hold, is_narrow, next_width
 from gateskip.runtime.kv_cache import KV_FORMATS, KVFormat
 from gateskip.runtime.native import NativeBackend
 from gateskip.runtime.reference import ReferenceBackend
