@@ -12,18 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gateskip.checkpoint import load
+    from gateskip.decoding.config import DraftConfig, SkipConfig
     from gateskip.decoding.decoder import Decoder
     from gateskip.decoding.hf_generate import custom_generate
     from gateskip.decoding.sampling import Sampler
     from gateskip.decoding.stats import Generation
 
-__all__ = ["Decoder", "Generation", "Sampler", "custom_generate", "load"]
+__all__ = [
+    "Decoder",
+    "DraftConfig",
+    "Generation",
+    "Sampler",
+    "SkipConfig",
+    "custom_generate",
+    "load",
+]
 
 
 _HOMES = {
     "Decoder": "decoding.decoder",
+    "DraftConfig": "decoding.config",
     "Generation": "decoding.stats",
     "Sampler": "decoding.sampling",
+    "SkipConfig": "decoding.config",
     "custom_generate": "decoding.hf_generate",
     "load": "checkpoint",
 }

@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.thresholds import Calibration
 from gateskip.decoding.decoder import Decoder
+from gateskip.decoding.draft_models import LearnedDraft
 from gateskip.errors import FormatError
 from gateskip.gates.base import Gates
 from gateskip.gates.kinds import GATE_KINDS, make_gates
@@ -35,7 +36,6 @@ from gateskip.quantization.head import INT8, head_format, round_head
 from gateskip.quantization.packed_embedding import pack_embedding
 from gateskip.quantization.packed_linear import Samples, accelerate_linears, timed_pairs
 from gateskip.runtime.backend import BackendName
-from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import SkippingModel
 
 GATES_FILE = "gates.safetensors"

@@ -17,7 +17,7 @@ from compose.bench.workloads import TurnText, categories, rows_of, running_text
 from compose.language.schema import Benchmark
 from compose.results.schema import CellResult
 from compose.results.speculation import LosslessCheck
-from gateskip.decoding.decoder import MAX_DRAFT
+from gateskip.decoding.config import MAX_DRAFT
 from gateskip.decoding.draft_length import DraftLengthController
 
 OWN: dict[str, Any] = {"draft_weights": "own", "draft_budget": 1.0, "lookup": False}

@@ -17,7 +17,7 @@ from gateskip.calibration.warm_start import warm_start
 from gateskip.checkpoint import GateFile, grid_of, load_gates, save_gates
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.draft_length import DraftLengthController
-from gateskip.decoding.lookup import Lookup
+from gateskip.decoding.rows import Lookup
 from gateskip.decoding.sampling import Sampler
 from gateskip.gates.kinds import make_gates
 from gateskip.kernels import ops
@@ -240,7 +240,7 @@ def test_drafts_verified_at_a_budget_are_checked_against_skipping(decoder: Decod
 def test_a_wrong_verifier_is_noticed(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The losslessness tests can fail: accepting every draft changes the text of a batch."""
     monkeypatch.setattr(
-        "gateskip.decoding.decoder.accept_or_resample",
+        "gateskip.decoding.speculation.accept_or_resample",
         lambda draft, drawn, wanted, generator: (len(draft), list(wanted)[-1]),
     )
     shut = {0.5: [float("inf")] * len(decoder.skipping.branches)}

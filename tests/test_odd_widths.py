@@ -19,7 +19,7 @@ from gateskip.model.families import UnsupportedModel
 from gateskip.model.gating import NEVER_SKIP
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.packed_linear import PackedLinear
-from gateskip.runtime.engine import MOST_ROWS, Engine
+from gateskip.runtime.engine import MAX_ROWS, Engine
 
 pytestmark = [
     pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here"),
@@ -184,7 +184,7 @@ def test_a_head_without_whole_groups_ranks_drafts_itself(make_tiny: Callable[...
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [6, 25, MOST_ROWS - 1, MOST_ROWS + 1, 3 * MOST_ROWS - 5])
+@pytest.mark.parametrize("rows", [6, 25, MAX_ROWS - 1, MAX_ROWS + 1, 3 * MAX_ROWS - 5])
 def test_any_number_of_rows_has_the_bits_of_one(
     make_tiny: Callable[..., Path], rows: int, dtype: str
 ) -> None:
@@ -197,7 +197,7 @@ def test_any_number_of_rows_has_the_bits_of_one(
     slots = [4 + row % 9 for row in range(rows)]
     found = engine.step(hidden, together, range(rows), slots, None)
     logits = engine.logits(found)
-    assert engine.kept.tolist() == [rows] * len(engine.kept)
+    assert engine.entered.tolist() == [rows] * len(engine.entered)
     for row in (0, 5, rows // 2, rows - 1):
         one = engine.step(hidden[row : row + 1], alone, [row], slots[row : row + 1], None)
         assert torch.equal(one[0], found[row])

@@ -311,7 +311,9 @@ class TestSpeed:
     ) -> dict[str, Any]:
         """What a turn of two prompts of six tokens is measured at."""
         decoder = gateskip.load(folder, backend="reference")
-        monkeypatch.setattr("gateskip.decoding.decoder.time", SimpleNamespace(perf_counter=clock))
+        for module in ("decoder", "prefill", "speculation"):
+            timer = SimpleNamespace(perf_counter=clock)
+            monkeypatch.setattr(f"gateskip.decoding.{module}.time", timer)
         rows = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]][: wanted.get("rows", 2)]
         monkeypatch.setattr("compose.bench.workloads.rows_of", lambda *of: [rows] * wanted["times"])
         settings = {} if mode == "plain" else OWN

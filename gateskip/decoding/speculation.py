@@ -1,102 +1,39 @@
-"""Drafts for self-speculation: rows in the making, and where their drafted tokens come from."""
+"""Self-speculation: rounds in which tokens are drafted and verified.
+
+Drafts are cheap: of an aggressive skip budget, of copies of the weights in fewer bits, of a small
+network, or of what the text said before. Verification is a pass at full compute. Both write the
+cache: drafts attend to the committed, fully computed entries, a verify pass overwrites what the
+drafts left, and what it rejects lies beyond the row's length and is overwritten in turn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gateskip.decoding.draft_length import MOST_ROUNDS, DraftLengthController
-from gateskip.decoding.lookup import Lookup
-from gateskip.decoding.sampling import Distribution, Sampler, draw
-from gateskip.runtime.backend import Cache, Drafted, Drawn, Round
-from gateskip.runtime.learned_draft import LearnedDraft
-from gateskip.runtime.skipping import SkippingModel
+from gateskip.decoding.draft_length import MAX_ROUNDS, DraftLengthController
+from gateskip.decoding.draft_models import LearnedDraft
+from gateskip.decoding.rows import Row, Tokens
+from gateskip.decoding.sampling import GREEDY, Distribution, Sampler, accept_or_resample, draw
+from gateskip.decoding.stats import Stats
+from gateskip.runtime.backend import (
+    Cache,
+    DraftLimit,
+    Round,
+    SampledTokens,
+    SampleRequest,
+    SpeculationRequest,
+    Verified,
+)
+from gateskip.runtime.skipping import Limits, SkippingModel
 
-Tokens = list[int]
-
-
-@dataclass(frozen=True)
-class StopConditions:
-    """What ends a row."""
-
-    tokens: frozenset[int]
-    strings: tuple[str, ...]
-    tokenizer: Any
-    limit: int
-    criteria: tuple[Any, ...] = ()
-    """StoppingCriteria of transformers: (ids [1, S], None) -> bool [1]."""
-
-    def reached(self, tokens: Tokens, text: Tokens) -> bool:
-        """Whether a row of new tokens, the end of its text, ends here."""
-        if len(tokens) >= self.limit or tokens[-1] in self.tokens:
-            return True
-        if self.criteria:
-            ids = torch.tensor([text])
-            if any(bool(each(ids, None).all()) for each in self.criteria):
-                return True
-        if not self.strings:
-            return False
-        longest = max(map(len, self.strings))
-        tail = self.tokenizer.decode(tokens[-longest - 4 :])  # most tokens have a character or more
-        return any(string in tail for string in self.strings)
-
-
-class Row:
-    """One text in the making."""
-
-    def __init__(
-        self,
-        number: int,
-        prompt: Tokens,
-        stops: StopConditions,
-        seed: int,
-        on_token: Callable[[int, int], None] | None,
-    ) -> None:
-        self.number, self.prompt, self.stops, self.on_token = number, prompt, stops, on_token
-        self.tokens: Tokens = []
-        self.text = list(prompt)
-        self.ended = False
-        self.lookup = Lookup()
-        self.state: Tensor | None = None  # final state [H] before the last token
-        self.generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-
-    def uniform(self) -> float:
-        """A number from 0 to 1 of the row's own random stream."""
-        return float(self.uniforms(1))
-
-    def uniforms(self, count: int) -> Tensor:
-        """So many of them [count]."""
-        return torch.rand(count, generator=self.generator, dtype=torch.float64)
-
-    @property
-    def last(self) -> int:
-        """The last committed token."""
-        return self.text[-1]
-
-    @property
-    def slot(self) -> int:
-        """Its position: it is in the text, but not yet in the cache."""
-        return len(self.text) - 1
-
-    def commit(self, tokens: Tokens) -> None:
-        """Append tokens up to the first that ends the row."""
-        for token in tokens:
-            if self.ended:
-                return
-            self.tokens.append(token)
-            self.text.append(token)
-            self.ended = self.stops.reached(self.tokens, self.text)
-            if self.on_token is not None:
-                self.on_token(self.number, token)
-
-    def commit_one(self, token: int) -> bool:
-        """Append a token; whether the row ends with it."""
-        self.commit([token])
-        return self.ended
+Passed = tuple[list[list[int]], Cache, list[int], list[int], Limits]
+"""What `SkippingModel.decode` takes: tokens of each row, where they go, and under which limits."""
 
 
 class Draft:
@@ -110,10 +47,10 @@ class Draft:
         self.probabilities: list[float] = []  # of each token, by the drafting model
         self.acceptance = 1.0  # how likely all of it is accepted
 
-    def take(self, drafted: Drafted) -> None:
+    def take(self, sampled: SampledTokens) -> None:
         """Become what a backend drafted."""
-        self.tokens, self.probabilities = drafted.tokens, drafted.probabilities
-        self.drawn_from = list(drafted.drawn_from)
+        self.tokens, self.probabilities = sampled.tokens, sampled.probabilities
+        self.drawn_from = list(sampled.drawn_from)
 
     def extend(
         self, logits: Tensor, row: Row, sampler: Sampler, controller: DraftLengthController | None
@@ -125,7 +62,7 @@ class Draft:
         if controller is not None:
             self.probabilities.append(float(torch.softmax(logits.float(), -1)[self.tokens[-1]]))
             self.acceptance *= controller.expected(self.probabilities[-1])
-            if self.acceptance <= controller.least():
+            if self.acceptance <= controller.min_acceptance():
                 self.limit = len(self.tokens)
 
 
@@ -181,29 +118,27 @@ class Drafting:
         if draft.looked_up or not draft.limit:
             return
         assert self.model.row_decoder is not None
-        place, drawn = (cache, row.number, row.slot), self._drawn(draft, row, sampler)
-        decoder, limits = self.model.row_decoder, self.thresholds
-        draft.take(decoder.draft(row.last, draft.limit, self.wanted(), place, limits, drawn))
+        request, place = self._request(draft, row, sampler), (cache, row.number, row.slot)
+        draft.take(self.model.row_decoder.sample(request, place, self.thresholds))
 
     def _by_network(self, network: LearnedDraft, draft: Draft, row: Row, sampler: Sampler) -> None:
         """A draft that a network makes; greedily where it does not know the sampler."""
         if draft.looked_up or not draft.limit:
             return
         assert row.state is not None, "a row's state is kept for its network"
-        drawn = self._drawn(draft, row, sampler)
-        draft.take(network.draft(row.last, draft.limit, self.wanted(), row.state, drawn))
+        draft.take(network.draft(self._request(draft, row, sampler), row.state))
 
-    def wanted(self) -> tuple[float, Sequence[float]]:
-        """Where a draft ends: see `RowDecoder.draft`."""
+    def _request(self, draft: Draft, row: Row, sampler: Sampler) -> SampleRequest:
+        """What a backend is asked to draft."""
+        drawn = draft.limit if sampler.draws is not None else 0
+        uniform = [row.uniform() for _ in range(drawn)]
+        return SampleRequest(row.last, draft.limit, sampler.draws, uniform, self.limit())
+
+    def limit(self) -> DraftLimit:
+        """Where a draft ends."""
         if self.controller is None:
-            return 0.0, [1.0]  # draft on, whatever it is
-        return self.controller.least(), self.controller.acceptance_by_bin
-
-    def _drawn(self, draft: Draft, row: Row, sampler: Sampler) -> Drawn | None:
-        """How a backend draws a draft's tokens; None greedily."""
-        if sampler.draws is None:
-            return None
-        return sampler.draws, [row.uniform() for _ in range(draft.limit)]
+            return DraftLimit(0.0, [1.0])  # draft on, whatever it is
+        return DraftLimit(self.controller.min_acceptance(), self.controller.acceptance_by_bin)
 
     def _begin(self, rows: list[Row]) -> list[Draft]:
         left = [row.stops.limit - len(row.tokens) - 1 for row in rows]  # verifying adds one more
@@ -229,38 +164,155 @@ class Drafting:
         there are, and how many with a draft, until this is asked again."""
         if self.controller is None or self.lookup_controller is None:
             length = 0 if self.weights == "none" else self._length(None)
-            return length, self._length(None) if self.lookup else 0, MOST_ROUNDS, MOST_ROUNDS
-        asked = self._asked()
-        timed = [each for each in asked if each.times_plain()]
-        chosen = {id(each): each.draft_length() for each in asked}
-        if timed:
-            return 0, 0, DraftLengthController.TIMED, MOST_ROUNDS
-        rounds = min([MOST_ROUNDS, *(each.rounds() for each in asked)])
-        length, longest = (
-            chosen.get(id(each), 0) for each in (self.controller, self.lookup_controller)
+            return length, self._length(None) if self.lookup else 0, MAX_ROUNDS, MAX_ROUNDS
+        used = self._used_controllers()
+        plain_is_timed = any(controller.times_plain() for controller in used)
+        chosen = {id(controller): controller.draft_length() for controller in used}
+        if plain_is_timed:
+            return 0, 0, DraftLengthController.TIMED, MAX_ROUNDS
+        rounds = min([MAX_ROUNDS, *(controller.rounds() for controller in used)])
+        drafted, looked_up = (
+            chosen.get(id(controller), 0)
+            for controller in (self.controller, self.lookup_controller)
         )
-        drafts = min([MOST_ROUNDS, *(each.drafts() for each in asked)])
-        return length, longest, rounds, drafts
+        drafts = min([MAX_ROUNDS, *(controller.drafts() for controller in used)])
+        return drafted, looked_up, rounds, drafts
 
-    def _asked(self) -> list[DraftLengthController]:
+    def _used_controllers(self) -> list[DraftLengthController]:
         """The controllers whose drafts this call can have."""
-        wanted = (self.weights != "none", self.controller), (self.lookup, self.lookup_controller)
-        return [each for has, each in wanted if has and each is not None]
+        used = (self.weights != "none", self.controller), (self.lookup, self.lookup_controller)
+        return [controller for drafts, controller in used if drafts and controller is not None]
 
-    def observe(self, made: Round) -> None:
+    def observe(self, done: Round) -> None:
         """Tell the controllers what a round cost and how much was accepted, or how many plain
         steps it had."""
         if self.controller is None or self.lookup_controller is None:
             return
-        longest = max(row.drafted for row in made.rows)
-        accepted = [row.accepted for row in made.rows]
-        for row in made.rows:
+        longest = max(row.drafted for row in done.rows)
+        accepted = [row.accepted for row in done.rows]
+        for row in done.rows:
             self.controller.learn(row.probabilities, row.accepted)
-        kinds = {row.looked_up for row in made.rows if row.drafted}
-        for looked_up, own in ((False, self.controller), (True, self.lookup_controller)):
+        kinds = {row.looked_up for row in done.rows if row.drafted}
+        controllers = ((False, self.controller), (True, self.lookup_controller))
+        for looked_up, controller in controllers:
             if longest == 0:
-                own.observe(0, [], 0.0, made.verify_s, made.steps)
+                controller.observe(0, [], 0.0, done.verify_s, done.steps)
             elif kinds == {looked_up}:  # the times of a mixed round belong to neither
-                own.observe(longest, accepted, made.draft_s, made.verify_s)
+                controller.observe(longest, accepted, done.draft_s, done.verify_s)
             else:
-                own.waited()
+                controller.waited()
+
+
+def speculate(
+    model: SkippingModel,
+    rows: list[Row],
+    drafting: Drafting,
+    sampler: Sampler,
+    cache: Cache,
+    limits: Limits,
+    stats: Stats,
+) -> None:
+    """Draft, verify, commit, each row by its own number of tokens, until all have ended."""
+    in_one_call = sampler.native and model.speculates(limits) and drafting.native()
+    while live := [row for row in rows if not row.ended]:
+        if in_one_call and len(live) == 1:
+            rounds = _rounds_of(model, live[0], drafting, sampler, cache, limits)
+        else:
+            rounds = [_round(model, live, drafting, sampler, cache, limits)]
+        for done in rounds:
+            drafting.observe(done)
+            stats.add_round(done)
+
+
+def _rounds_of(
+    model: SkippingModel,
+    row: Row,
+    drafting: Drafting,
+    sampler: Sampler,
+    cache: Cache,
+    limits: Limits,
+) -> list[Round]:
+    """Some rounds of one row in one native call."""
+    assert row.state is not None, "prefill keeps each row's state"
+    drafted, looked_up, rounds, drafts = drafting.lengths()
+    request = SpeculationRequest(
+        token=row.last,
+        state=row.state,
+        left=row.stops.limit - len(row.tokens),
+        max_rounds=rounds,
+        max_drafts=drafts,
+        draft_length=drafted,
+        limit=drafting.limit(),
+        lookup_length=looked_up,
+        propose=lambda count: row.lookup.propose(row.text, count),
+        on_token=row.commit_one,
+        sampling=sampler.draws,
+        uniform=row.uniforms,
+    )
+    drafter = None if drafting.network is not None else drafting.model
+    place = (cache, row.number, row.slot)
+    done, row.state = model.speculate(request, drafter, place, limits, drafting.thresholds)
+    return done
+
+
+def _round(
+    model: SkippingModel,
+    rows: list[Row],
+    drafting: Drafting,
+    sampler: Sampler,
+    cache: Cache,
+    limits: Limits,
+) -> Round:
+    """One round of some rows."""
+    begun = time.perf_counter()
+    drafts = drafting.make(rows, sampler, cache)
+    drafted = time.perf_counter()
+    accepted = _verify(model, rows, drafts, sampler, cache, limits)
+    verified = [
+        Verified(len(draft.tokens), count, draft.looked_up, draft.probabilities)
+        for draft, count in zip(drafts, accepted, strict=True)
+    ]
+    return Round(verified, drafted - begun, time.perf_counter() - drafted)
+
+
+def _verify(
+    model: SkippingModel,
+    rows: list[Row],
+    drafts: list[Draft],
+    sampler: Sampler,
+    cache: Cache,
+    limits: Limits,
+) -> list[int]:
+    """One pass over each row's last token and draft; commits, counts accepted tokens."""
+    tokens = [[row.last, *draft.tokens] for row, draft in zip(rows, drafts, strict=True)]
+    numbers, slots = [row.number for row in rows], [row.slot for row in rows]
+    targets, states = _targets(
+        model, rows, drafts, sampler, (tokens, cache, numbers, slots, limits)
+    )
+    counts = []
+    for row, draft, target, of_row in zip(rows, drafts, targets, states, strict=True):
+        accepted, following = accept_or_resample(
+            draft.tokens, draft.drawn_from, target, row.generator
+        )
+        row.commit([*draft.tokens[:accepted], following])
+        row.state = of_row[accepted]
+        counts.append(accepted)
+    return counts
+
+
+def _targets(
+    model: SkippingModel, rows: list[Row], drafts: list[Draft], sampler: Sampler, passed: Passed
+) -> tuple[Sequence[Iterable[Distribution]], Sequence[Tensor]]:
+    """Of each row, what follows its last token and each token of its draft, and the final
+    states [K + 1, H] there."""
+    counts = [len(ids) for ids in passed[0]]
+    if sampler == GREEDY:
+        chosen, states = model.argmax(*passed)
+        return chosen, states.split(counts)
+    states = model.decode(*passed)
+    logits = model.head(states).split(counts)
+    targets = [
+        sampler.distributions(part, row.text, draft.tokens)
+        for row, draft, part in zip(rows, drafts, logits, strict=True)
+    ]
+    return targets, states.split(counts)
