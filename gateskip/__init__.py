@@ -2,7 +2,8 @@
 
 >>> decoder = gateskip.load("exports/shipped")                          # doctest: +SKIP
 >>> ids = decoder.tokenizer("The capital of France is").input_ids       # doctest: +SKIP
->>> decoder.generate([ids], 16, mode="skip", budget=0.8).tokens         # doctest: +SKIP
+>>> skip = gateskip.SkipConfig(budget=0.8)                              # doctest: +SKIP
+>>> decoder.generate([ids], 16, mode="skip", skip=skip).tokens          # doctest: +SKIP
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from gateskip.model.families import FAMILIES, UnsupportedModel, backbone, find_b
 from gateskip.model.gating import NEVER_SKIP
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.packed_linear import PackedLinear
-from gateskip.runtime.backend import SampleRequest
+from gateskip.runtime.backend import DraftLimit, SampleRequest
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.skipping import SkippingModel
 

@@ -6,7 +6,6 @@ gates, and rows of fused weights that lie neither together nor in whole tiles.
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,12 +75,6 @@ class TokenHead:
         """Rows, rounded up to a multiple of 8."""
         rows: int = self.matrix.n
         return rows + -rows % 8
-
-    def rank(self, order: abi.Draft) -> None:
-        """Let this rank the tokens of an order, which must not outlive it."""
-        order.draft_head = ctypes.pointer(self.matrix)
-        order.head_tokens = None if self.tokens is None else self.tokens.data_ptr()
-        order.rerank_head = self.rerank and ctypes.pointer(self.rerank)
 
     def of_all(self, probabilities: Tensor, vocabulary: int) -> Tensor:
         """Probabilities [rows] as those of all tokens [V]."""

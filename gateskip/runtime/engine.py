@@ -206,8 +206,10 @@ class Engine:
             count=request.count,
             embedding=self.parts.embedding,
             cap=self._cap or 0.0,
+            draft_head=ctypes.pointer(head.matrix),
+            head_tokens=None if head.tokens is None else head.tokens.data_ptr(),
+            rerank_head=head.rerank and ctypes.pointer(head.rerank),
         )
-        head.rank(order)
         distributions, pointed = None, list[Tensor]()
         if request.limit is not None:
             accepted = torch.tensor(list(request.limit.acceptance_by_bin))
@@ -224,7 +226,7 @@ class Engine:
             uniform = torch.tensor(list(request.uniform), dtype=torch.float64)
             order.uniform = uniform.data_ptr()
             pointed.append(uniform)
-        order.held = pointed  # which live as long as the order
+        order.held = (head, pointed)  # which live as long as the order
         return order, distributions
 
     def draw(self, logits: Tensor, sampling: Sampling, uniform: float) -> int:

@@ -116,7 +116,7 @@ class NativeBackend:
             thresholds.entered += (entered * weights).sum(1).view(-1, width)
         else:
             states = self.engine.step(hidden, cache, cache_rows, slots, thresholds)
-        self._count(slots)
+        self._count(*((slot, 1) for slot in slots))
         return states
 
     def argmax(
@@ -132,7 +132,7 @@ class NativeBackend:
             return argmax_after(self, tokens, cache, rows, starts, thresholds)
         flat, cache_rows, slots = _begin(tokens, cache, rows, starts)
         chosen, states = self.engine.argmax(flat, cache, cache_rows, slots, thresholds)
-        self._count(slots)
+        self._count(*((slot, 1) for slot in slots))
         following = iter(chosen)
         return [list(islice(following, len(ids))) for ids in tokens], states
 
@@ -149,7 +149,7 @@ class NativeBackend:
             thresholds.entered += (entered * thresholds.weights).sum(1)
         else:
             sampled = self.engine.sample(request, place, thresholds)
-        self._count(range(slot, slot + len(sampled.tokens)))
+        self._count((slot, len(sampled.tokens)))
         return sampled
 
     def speculate(
@@ -165,20 +165,20 @@ class NativeBackend:
         cache.begin([row], [slot], [1])
         engine = None if drafter is None else drafter.engine
         rounds, state = self.engine.speculate(request, engine, place, thresholds, draft_thresholds)
-        verified_slots, drafted_slots = list[int](), list[int]()
+        verified, drafted = list[tuple[int, int]](), list[tuple[int, int]]()
         first, end = slot, slot + 1
         for (draft,) in (one.rows for one in rounds):
-            verified_slots += range(slot, slot + draft.drafted + 1)
-            if not draft.looked_up:
-                drafted_slots += range(slot, slot + draft.drafted)
+            verified.append((slot, draft.drafted + 1))
+            if draft.drafted and not draft.looked_up:
+                drafted.append((slot, draft.drafted))
             end = max(end, slot + draft.drafted + 1)
             slot += draft.accepted + 1
         cache.begin([row], [first], [end - first])
         if drafter is self:
-            verified_slots, drafted_slots = verified_slots + drafted_slots, []
-        self._count(verified_slots)
-        if drafter is not None and drafted_slots:
-            drafter._count(drafted_slots)
+            verified, drafted = verified + drafted, []
+        self._count(*verified)
+        if drafter is not None and drafted:
+            drafter._count(*drafted)
         return plain_steps_as_one(rounds), state
 
     def draw(self, logits: Tensor, sampling: Sampling, uniform: float) -> int:
@@ -193,9 +193,10 @@ class NativeBackend:
         """See `Backend.scores`."""
         return head(self.model, hidden.to(self._pass.dtype))
 
-    def _count(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self.usage.saw(slot)
+    def _count(self, *spans: tuple[int, int]) -> None:
+        """Count tokens by position and number, and what they entered in the last call."""
+        for start, count in spans:
+            self.usage.saw(start, count)
         entered = self.engine.entered.tolist()
         self.usage.kept = [a + b for a, b in zip(self.usage.kept, entered, strict=True)]
 

@@ -274,8 +274,8 @@ class SkippingModel:
         assert not isinstance(thresholds, BudgetControl), "ask `speculates`"
         by = None if drafter is None else drafter.row_decoder
         rounds, state = self.row_decoder.speculate(request, by, place, thresholds, draft_thresholds)
-        verified = sum((one.rows[0].drafted + 1) * one.steps for one in rounds)
-        self._count_full(thresholds, verified)
+        passed = sum((one.rows[0].drafted + 1) * one.steps for one in rounds)
+        self._count_full(thresholds, passed)
         return rounds, state
 
     def _count_full(self, thresholds: Thresholds, tokens: int) -> None:
