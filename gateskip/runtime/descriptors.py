@@ -306,7 +306,7 @@ class Descriptors:
         module, scale = model.get_input_embeddings(), embedding_scale(model)
         if isinstance(module, PackedEmbedding):
             table, parts = module.table.exact_matrix()
-            self._held += [each for each in parts if isinstance(each, Tensor)]
+            self._held += [part for part in parts if isinstance(part, Tensor)]
             return abi.Embedding(table, int(module.dtype == torch.bfloat16), scale)
         (n, k), kind = module.weight.shape, DENSE_KINDS[module.weight.dtype]
         table = Matrix(kind, n, k, k, 0, n, n, self._at(module.weight))
