@@ -335,8 +335,11 @@ def test_mistakes_are_named(decoder: Decoder, arguments: dict[str, Any], message
         ),
         (
             "speculate",
-            {"verify_budget": 0.8, "answer": "budget", "draft_weights": "own", "draft_budget": 0.5},
-            {"draft": DraftConfig(verify_budget=0.8, weights="own", budget=0.5)},
+            {"verify_budget": 0.8, "draft_length": 4, "prompt": "full", **SKIPPING},
+            {
+                "draft": DraftConfig(verify_budget=0.8, length=4, budget=0.5, weights="own"),
+                "skip": SkipConfig(prompt="full"),
+            },
         ),
     ],
 )

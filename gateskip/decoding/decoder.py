@@ -47,7 +47,7 @@ class Decoder:
         kernels: how many linear layers run on which compiled kernel.
         kernel_times: microseconds that chose them, by shape: `ours`, and the library's `own`.
         fallback: why the backend `native` was not taken, where it was to be taken if it can.
-        network: what drafts under the name `learned`, where the folder has it.
+        network: the draft network, named `learned`, where the folder has one.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Decoder:
             ValueError: it was not calibrated, and would keep something else.
         """
         thresholds = self.skipping.limits(self._budgets, budget)
-        assert not isinstance(thresholds, BudgetControl), "of no row alone"
+        assert not isinstance(thresholds, BudgetControl), "asked for without per-row control"
         return thresholds
 
     def kept(self, budget: float) -> float:
@@ -143,8 +143,8 @@ class Decoder:
         return list(self._drafters.values())
 
     def tensors(self) -> Iterator[Tensor]:
-        """What is loaded: weights and gates, what the engine made of them, and what drafts as far
-        as it was made. Some share their memory."""
+        """Weights and gates, what the engine made of them, and drafts as far as they were made.
+        Some share their memory."""
         for skipping in self.models():
             for part in (skipping.model, skipping.gates):
                 if part is not None:
@@ -155,7 +155,7 @@ class Decoder:
             yield from self.network.network.state_dict().values()
 
     def prepare_drafts(self, weights: Weights = "auto", budget: float = 1.0) -> None:
-        """Make what drafts, or choose it for `auto`, which the first call would do else.
+        """Make the draft model, or choose it for `auto`, as the first call would.
 
         Raises ValueError as `drafter`, and for `learned` in a folder without a network.
         """
@@ -169,8 +169,8 @@ class Decoder:
             self.network.prepare()
 
     def drafter(self, weights: Weights, budget: float = 1.0) -> SkippingModel:
-        """What drafts: the model itself, or its quantized copy, which is made on first use; `auto`
-        is the fastest draft at a budget.
+        """The draft model: the model itself, or its quantized copy, made on first use; `auto` is
+        the fastest draft at a budget.
 
         Raises ValueError where there can be no copy, and for a network, which is no such model.
         """
