@@ -337,7 +337,9 @@ def test_mistakes_are_named(decoder: Decoder, arguments: dict[str, Any], message
             "speculate",
             {"verify_budget": 0.8, "draft_length": 4, "prompt": "full", **SKIPPING},
             {
-                "draft": DraftConfig(verify_budget=0.8, length=4, budget=0.5, weights="own"),
+                "draft": DraftConfig(
+                    verify_budget=0.8, length=4, budget=0.5, weights="own", lookup=False
+                ),
                 "skip": SkipConfig(prompt="full"),
             },
         ),
