@@ -2,7 +2,8 @@
 
 >>> decoder = gateskip.load("exports/shipped")                          # doctest: +SKIP
 >>> ids = decoder.tokenizer("The capital of France is").input_ids       # doctest: +SKIP
->>> decoder.generate([ids], 16, mode="skip", budget=0.8).tokens         # doctest: +SKIP
+>>> skip = gateskip.SkipConfig(budget=0.8)                              # doctest: +SKIP
+>>> decoder.generate([ids], 16, mode="skip", skip=skip).tokens          # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -12,18 +13,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gateskip.checkpoint import load
+    from gateskip.decoding.config import DraftConfig, SkipConfig
     from gateskip.decoding.decoder import Decoder
     from gateskip.decoding.hf_generate import custom_generate
     from gateskip.decoding.sampling import Sampler
     from gateskip.decoding.stats import Generation
 
-__all__ = ["Decoder", "Generation", "Sampler", "custom_generate", "load"]
+__all__ = [
+    "Decoder",
+    "DraftConfig",
+    "Generation",
+    "Sampler",
+    "SkipConfig",
+    "custom_generate",
+    "load",
+]
 
 
 _HOMES = {
     "Decoder": "gateskip.decoding.decoder",
+    "DraftConfig": "gateskip.decoding.config",
     "Generation": "gateskip.decoding.stats",
     "Sampler": "gateskip.decoding.sampling",
+    "SkipConfig": "gateskip.decoding.config",
     "custom_generate": "gateskip.decoding.hf_generate",
     "load": "gateskip.checkpoint",
 }

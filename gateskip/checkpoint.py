@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gateskip.calibration.budgets import CalibratedBudgets
 from gateskip.calibration.thresholds import Calibration
 from gateskip.decoding.decoder import Decoder
+from gateskip.decoding.draft_models import LearnedDraft
 from gateskip.errors import FormatError
 from gateskip.gates.base import Gates
 from gateskip.gates.kinds import GATE_KINDS, make_gates
@@ -35,7 +36,6 @@ from gateskip.quantization.head import INT8, head_format, round_head
 from gateskip.quantization.packed_embedding import pack_embedding
 from gateskip.quantization.packed_linear import Samples, accelerate_linears, timed_pairs
 from gateskip.runtime.backend import BackendName
-from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import SkippingModel
 
 GATES_FILE = "gates.safetensors"
@@ -165,9 +165,9 @@ def write_gates(path: Path, gates: Gates) -> None:
     }
     ranks = _ranks(gates)
     if not isinstance(ranks, int):
-        state[DOWN] = torch.cat([own[:rank] for own, rank in zip(state[DOWN], ranks, strict=True)])
-        wide = [own[:, :rank].T for own, rank in zip(state[UP], ranks, strict=True)]
-        state[UP] = torch.cat(wide)
+        of_branches = zip(state[DOWN], state[UP], ranks, strict=True)
+        cut = [(down[:rank], up[:, :rank].T) for down, up, rank in of_branches]
+        state[DOWN], state[UP] = (torch.cat(parts) for parts in zip(*cut, strict=True))
         state[RANKS] = torch.tensor(ranks, dtype=torch.int32)
     shape = f"{gates.kind} {gates.branches} {gates.hidden_size}{' folded' if gates.folded else ''}"
     save_file(state, str(path), metadata={"gates": shape})  # one key: equal bytes
@@ -200,17 +200,18 @@ def read_gates(path: Path, kind: str = "scalar", **settings: Any) -> Gates:
     """
     try:
         with safe_open(str(path), "pt") as file:
-            found = (file.metadata() or {}).get("gates", "nothing").split()
+            stated = (file.metadata() or {}).get("gates", "nothing").split()
         state = load_file(str(path))
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} cannot be read as gates: {error}") from error
-    if not found or found[0] != kind:
-        raise FormatError(f"{path} holds no {kind} gates: found {' '.join(found[:1]) or 'nothing'}")
+    if not stated or stated[0] != kind:
+        holds = " ".join(stated[:1]) or "nothing"
+        raise FormatError(f"{path} holds no {kind} gates: found {holds}")
     try:
-        branches, hidden = int(found[1]), int(found[2])
+        branches, hidden = int(stated[1]), int(stated[2])
         _require_as_large(state, kind, branches, hidden, settings)
         gates = make_gates(kind, branches, hidden, **settings)
-        gates.folded = "folded" in found[3:]
+        gates.folded = "folded" in stated[3:]
         if DOWN in state:
             gates.shortcuts = Shortcuts(branches, hidden, _take_ranks(state))
         if HARM in state:
@@ -247,9 +248,9 @@ def _require_as_large(
 ) -> None:
     """ValueError where a file states more gates than it holds: they would fill the memory."""
     with torch.device("meta"):
-        wanted = make_gates(kind, branches, hidden, **settings).state_dict()
+        complete = make_gates(kind, branches, hidden, **settings).state_dict()
     held = sum(value.numel() for value in state.values())
-    if sum(value.numel() for value in wanted.values()) > held:
+    if sum(value.numel() for value in complete.values()) > held:
         raise ValueError(f"{branches} branches of {hidden} inputs are stated, {held} numbers held")
 
 
@@ -261,8 +262,8 @@ def load_gates(folder: Path) -> GateFile | None:
     if not (folder / META_FILE).exists() or not (folder / GATES_FILE).exists():
         return None
     meta = _meta(folder)
-    known = isinstance(meta.get("kind"), str) and meta["kind"] in GATE_KINDS
-    if not known or meta.get("format") != FORMAT:
+    supported = isinstance(meta.get("kind"), str) and meta["kind"] in GATE_KINDS
+    if not supported or meta.get("format") != FORMAT:
         raise FormatError(
             f"{folder}: gates of kind {meta.get('kind')!r}, format {meta.get('format')!r}; this"
             f" version reads format {FORMAT}"

@@ -27,6 +27,7 @@ from torch import nn
 from gateskip.quantization.grid import Grid, exact_minimum, exact_scale
 from gateskip.quantization.grid_linear import GridEmbedding, SharedHead, stored
 from gateskip.quantization.packed_linear import PackedLinear
+from gateskip.runtime.backend import SampleRequest
 from gateskip.runtime.kv_cache import KVFormat
 from gateskip.runtime.skipping import SkippingModel
 
@@ -128,7 +129,7 @@ def speed(
     done, begin = 0, time.perf_counter()
     while time.perf_counter() - begin < options.seconds:
         if rows == 1 and not options.step_by_step:
-            model.continue_row(5, AT_ONCE, (cache, 0, context), None, lambda _: False)
+            model.sample(SampleRequest(5, AT_ONCE), (cache, 0, context), None)
         else:
             step_by_step(model, cache, rows, context)
         done += rows * AT_ONCE
@@ -141,7 +142,7 @@ def step_by_step(model: SkippingModel, cache: Any, rows: int, context: int) -> N
     """Tokens of several rows."""
     tokens = [[5]] * rows
     for slot in range(context, context + AT_ONCE):
-        tokens, _ = model.likeliest(tokens, cache, range(rows), [slot] * rows)
+        tokens, _ = model.argmax(tokens, cache, range(rows), [slot] * rows)
 
 
 def fill(cache: Any) -> None:

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 
 import torch
 
-from gateskip.decoding.draft_models import Weights, candidates
+from gateskip.decoding.config import DraftConfig
+from gateskip.decoding.draft_models import LearnedDraft, Weights, candidates
 from gateskip.decoding.self_generate import asked_ids
 from gateskip.decoding.stats import Generation
 from gateskip.kernels import autotune
 from gateskip.quantization.formats import weight_format
 from gateskip.runtime.backend import Thresholds
-from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import SkippingModel
 
 PROMPTS = (
@@ -35,7 +35,7 @@ PROMPTS = (
 guesses it better than answers to others (docs/experiments.md)."""
 TURNS = 2  # of each prompt, the faster of which counts: another process may have run in one
 SECONDS = 0.7  # that a turn of plain decoding lasts, within
-LEAST, MOST = 16, 128  # tokens
+MIN_TOKENS, MAX_TOKENS = 16, 128  # of a turn
 CLEARLY = 1.03  # times as fast as plain decoding a draft must be: noise must not choose
 SAMPLED = 32  # numbers of each tensor by which a model is known again
 PLAIN = "plain"
@@ -69,23 +69,23 @@ def fastest(decoder: Decodes, budget: float) -> tuple[Weights | None, bool]:
     if not names:
         return None, False
     model, threads = decoder.skipping.model, torch.get_num_threads()
-    known = f"{weight_format(model)} {fingerprint(model, decoder.thresholds(budget))}"
+    identity = f"{weight_format(model)} {fingerprint(model, decoder.thresholds(budget))}"
     if decoder.network is not None:
-        known += f" {fingerprint(decoder.network.network, None)}"
+        identity += f" {fingerprint(decoder.network.network, None)}"
     drafts = f"drafted by {', '.join(names)}, {threads} threads"
-    question = f"times as fast as plain decoding of {known} {drafts}"
-    found: Speeds | None = autotune.choice(question, partial(speeds, decoder, names, budget))
-    if found is None:
+    question = f"times as fast as plain decoding of {identity} {drafts}"
+    measured: Speeds | None = autotune.choice(question, partial(speeds, decoder, names, budget))
+    if measured is None:
         return names[0], True
     # A stored answer has another order, which must not decide between two that are equal.
-    return best({name: found[name] for name in (PLAIN, *names)})
+    return best({name: measured[name] for name in (PLAIN, *names)})
 
 
-def best(found: Speeds) -> tuple[Weights | None, bool]:
+def best(measured: Speeds) -> tuple[Weights | None, bool]:
     """The fastest draft, and whether it is clearly faster than plain decoding."""
-    drafts: dict[Any, float] = {name: rate for name, rate in found.items() if name != PLAIN}
-    name: Weights = max(drafts, key=lambda each: drafts[each])
-    return name, drafts[name] > CLEARLY * found[PLAIN]
+    drafts: dict[Any, float] = {name: rate for name, rate in measured.items() if name != PLAIN}
+    name: Weights = max(drafts, key=lambda draft: drafts[draft])
+    return name, drafts[name] > CLEARLY * measured[PLAIN]
 
 
 def speeds(decoder: Decodes, names: Sequence[Weights], budget: float) -> Speeds:
@@ -94,16 +94,16 @@ def speeds(decoder: Decodes, names: Sequence[Weights], budget: float) -> Speeds:
     Turns alternate. The first prompt is not counted: copies are made, and draft lengths learned.
     """
     ratios: dict[str, list[float]] = {name: [] for name in (PLAIN, *names)}
-    count = LEAST
+    count = MIN_TOKENS
     for prompt in PROMPTS:
         ids = asked_ids(decoder.tokenizer, prompt)
-        turn = partial(_turn, decoder, ids, count, list(ratios), budget)
-        turns = [turn() for _ in range(TURNS)]
-        rates = {name: max(each[name] for each in turns) for name in ratios}
+        run = partial(_turn, decoder, ids, count, list(ratios), budget)
+        turns = [run() for _ in range(TURNS)]
+        rates = {name: max(turn[name] for turn in turns) for name in ratios}
         for name, rate in rates.items():
             ratios[name].append(rate / rates[PLAIN])
-        count = min(MOST, max(LEAST, round(SECONDS * rates[PLAIN])))
-    return {name: round(statistics.median(each[1:]), 3) for name, each in ratios.items()}
+        count = min(MAX_TOKENS, max(MIN_TOKENS, round(SECONDS * rates[PLAIN])))
+    return {name: round(statistics.median(of_draft[1:]), 3) for name, of_draft in ratios.items()}
 
 
 def _turn(
@@ -112,9 +112,11 @@ def _turn(
     """Tokens a second of each way to answer one prompt."""
     rates = {}
     for name in names:
-        settings = {"draft_weights": name, "draft_budget": budget, "lookup": False}
-        way = {} if name == PLAIN else {"mode": "speculate", **settings}
-        rates[name] = _rate(decoder.generate([ids], count, **way))
+        if name == PLAIN:
+            rates[name] = _rate(decoder.generate([ids], count))
+        else:
+            draft = DraftConfig(budget=budget, weights=name, lookup=False)
+            rates[name] = _rate(decoder.generate([ids], count, "speculate", draft=draft))
     return rates
 
 

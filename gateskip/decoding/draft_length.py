@@ -6,19 +6,20 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
-from gateskip.decoding.draft_gain import expected_rounds
-
-MOST_ROUNDS = 32
+MAX_ROUNDS = 32
 """Of one native call. After some passes over all weights no cache holds what Python needs, so that
 a call takes it about a millisecond: a third of a plain step of a small model in 4 bits."""
+
+
+LEVELS = 16  # of a draft's acceptance: states that differ by less are one
 
 
 class DraftLengthController:
     """Chooses the draft length that measured costs and acceptance promise most tokens a second for.
 
-    Drafts end early where they grow unlikely, which draft_gain.py expects from what was drafted so
-    far. Until enough was, and for drafts that do not say how sure they are, acceptance a counts: k
-    drafted tokens yield (1 - a^(k + 1)) / (1 - a) tokens a pass (arXiv
+    Drafts end early where they grow unlikely, which `expected_rounds` takes into account, from what
+    was drafted so far. Until enough was, and for drafts that do not say how sure they are,
+    acceptance a counts: k drafted tokens yield (1 - a^(k + 1)) / (1 - a) tokens a pass (arXiv
     2211.17192, equation 1) for the time of k draft steps and one verify pass. Length 0 is plain
     decoding; while it is best, drafting is tried again after ever longer pauses. A decoder keeps
     its controllers from one call to the next: what speculation costs does not change with the
@@ -69,14 +70,14 @@ class DraftLengthController:
         if self.times_plain():
             return self.TIMED
         if self.last:
-            return MOST_ROUNDS
+            return MAX_ROUNDS
         return max(1, self.pause - 1 - self.wait)
 
     def drafts(self) -> int:
         """How many rounds with a draft may be among them."""
         if self.trying:
             return self.TRIED
-        return min(self.TOGETHER, self.FRESH - self.since_plain) if self.last else MOST_ROUNDS
+        return min(self.TOGETHER, self.FRESH - self.since_plain) if self.last else MAX_ROUNDS
 
     def times_plain(self) -> bool:
         """Whether plain steps are timed next."""
@@ -109,7 +110,7 @@ class DraftLengthController:
         self.trying = True
         return self.TRIAL
 
-    def least(self) -> float:
+    def min_acceptance(self) -> float:
         """How likely a whole draft must be accepted for one more token to be worth its cost: the
         cost of drafting and verifying it, over the plain step that it may save."""
         if self.plain is None or self.draft_step is None or self.per_row is None:
@@ -150,7 +151,7 @@ class DraftLengthController:
             total = sum(self.share_by_bin)
             shares = [share / total for share in self.share_by_bin]
             self.expected_rounds = expected_rounds(
-                shares, self.acceptance_by_bin, self.least(), self.LONGEST
+                shares, self.acceptance_by_bin, self.min_acceptance(), self.LONGEST
             )
         return self.expected_rounds[k]
 
@@ -176,10 +177,42 @@ class DraftLengthController:
             self.expected_rounds = []
         self.draft_step = self._draft_step.add(draft_s / count)
         self.per_row = self._per_row.add(max(0.0, verify_s - (self.plain or verify_s)) / count)
-        for each in accepted:
-            tried = min(each + 1, count)  # drafts after the first rejected one say nothing
-            for outcome in (1.0,) * each + (0.0,) * (tried - each):
+        for right in accepted:
+            tried = min(right + 1, count)  # drafts after the first rejected one say nothing
+            for outcome in (1.0,) * right + (0.0,) * (tried - right):
                 self.acceptance += 0.1 * (outcome - self.acceptance)
+
+
+def expected_rounds(
+    shares: Sequence[float], accepted: Sequence[float], min_acceptance: float, longest: int
+) -> list[tuple[float, float]]:
+    """(tokens a round yields, tokens it drafts) for limits of 0 to `longest` drafted tokens.
+
+    A draft goes on while all of it is likely enough to be accepted, so its length differs from
+    round to round, and a mean acceptance rate says too little: sure tokens come in long drafts,
+    unsure ones end them. Drafted tokens are taken as independent, each from a bin of probability
+    with a share and an acceptance rate of its own.
+
+    `shares` and `accepted` are each bin's share of drafted tokens and acceptance rate; a draft ends
+    once its acceptance, the product over its tokens, is `min_acceptance` or
+    lower.
+    """
+    going = {LEVELS: 1.0}  # how likely the draft still goes on, by its acceptance
+    tokens, drafted = 1.0, 0.0  # verifying yields one by itself
+    rounds = [(tokens, drafted)]
+    for _ in range(longest):
+        following: dict[int, float] = {}
+        for level, likely in going.items():
+            drafted += likely
+            for share, rate in zip(shares, accepted, strict=True):
+                whole = rate * level / LEVELS
+                tokens += likely * share * whole
+                if whole > min_acceptance:
+                    place = round(whole * LEVELS)
+                    following[place] = following.get(place, 0.0) + likely * share
+        going = following
+        rounds.append((tokens, drafted))
+    return rounds
 
 
 class Recent:

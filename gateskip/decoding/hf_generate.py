@@ -45,12 +45,12 @@ def custom_generate(
             raise ValueError("num_beams: beams are not decoded here, leave it at 1")
         mask = inputs.get("attention_mask")  # named above, it would come twice
         real = torch.ones_like(input_ids) if mask is None else mask
-        prompts = [ids[own.bool()].tolist() for ids, own in zip(input_ids, real, strict=True)]
+        prompts = [ids[of_row.bool()].tolist() for ids, of_row in zip(input_ids, real, strict=True)]
         emit = None
         if streamer is not None:
             streamer.put(input_ids.cpu())
             emit = lambda _, token: streamer.put(torch.tensor([token]))  # noqa: E731
-        found = decoder.generate(
+        written = decoder.generate(
             prompts,
             generation_config.max_length - input_ids.shape[1],
             mode,
@@ -67,8 +67,8 @@ def custom_generate(
         if streamer is not None:
             streamer.end()
         pad = next(iter(_ids(generation_config.pad_token_id)), 0)
-        longest = max(map(len, found.tokens))
-        new = torch.tensor([row + [pad] * (longest - len(row)) for row in found.tokens])
+        longest = max(map(len, written.tokens))
+        new = torch.tensor([row + [pad] * (longest - len(row)) for row in written.tokens])
         return torch.cat((input_ids, new.to(input_ids)), 1)
 
     return run
@@ -86,5 +86,5 @@ def _ids(stated: Any) -> list[int]:
     if stated is None:
         return []
     if isinstance(stated, Tensor):
-        return [int(each) for each in stated.flatten()]
+        return [int(token) for token in stated.flatten()]
     return list(stated) if isinstance(stated, list | tuple) else [int(stated)]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from gateskip.runtime.governor import Hold
+from gateskip.runtime.budget_control import BudgetControl
 from gateskip.runtime.skipping import Limits, is_full
 
 Phase = Literal["prompt", "answer"]
@@ -41,8 +41,8 @@ class Phases:
     @property
     def apart(self) -> bool:
         """Whether a prompt's last token needs a pass of its own: where it is computed differently
-        from the others, and either skips or follows a prompt that holds a budget."""
-        return self.differ and (not is_full(self.answer) or isinstance(self.prompt, Hold))
+        from the others, and either skips or follows a prompt under per-row control."""
+        return self.differ and (not is_full(self.answer) or isinstance(self.prompt, BudgetControl))
 
     def read(self, length: int) -> int:
         """How many of a prompt's tokens pass together: all, or all but the last."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gateskip.kernels import abi, ops
-from gateskip.runtime.backend import Draws
+from gateskip.runtime.backend import Sampling
 
 Distribution = int | Tensor
 """Next-token distribution: probabilities [V], or one token id (greedy)."""
@@ -48,11 +48,11 @@ class Sampler:
             raise ValueError("top_p must lie in (0, 1] and min_p in [0, 1]")
 
     @cached_property
-    def draws(self) -> Draws | None:
+    def draws(self) -> Sampling | None:
         """What a backend has to know to draw tokens itself; None where that is not all."""
         if self.temperature == 0 or self.processors or self.repetition_penalty != 1.0:
             return None
-        return self.temperature, self.top_k, self.top_p, self.min_p
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
 
     @cached_property
     def native(self) -> bool:

@@ -69,10 +69,10 @@ def go_on(
     rows: list[list[int]] = []
     for some in given.split(TOGETHER):
         prompts = some.tolist()
-        found = decoder.generate(
+        written = decoder.generate(
             prompts, length - given.shape[1], sampler=SAMPLER, seed=seed * 1_000_003 + len(rows)
         )
-        rows += [[*prompt, *row] for prompt, row in zip(prompts, found.tokens, strict=True)]
+        rows += [[*prompt, *row] for prompt, row in zip(prompts, written.tokens, strict=True)]
         if progress is not None:
             progress(len(rows), len(given))
     return torch.tensor(rows)
@@ -97,13 +97,13 @@ def answer(
     end = getattr(decoder.tokenizer, "eos_token_id", None)
     stops = [] if end is None else [end]
     for start in range(0, len(prompts), TOGETHER):
-        asked = [asked_ids(decoder.tokenizer, each) for each in prompts[start : start + TOGETHER]]
-        found = decoder.generate(
-            asked, ANSWER, sampler=SAMPLER, seed=seed * 1_000_003 + start, eos=stops
+        some = [asked_ids(decoder.tokenizer, text) for text in prompts[start : start + TOGETHER]]
+        written = decoder.generate(
+            some, ANSWER, sampler=SAMPLER, seed=seed * 1_000_003 + start, eos=stops
         )
-        for prompt, own in zip(asked, found.tokens, strict=True):
-            closing = stops if own[-1:] != stops else []
-            stream += [*prompt, *own, *closing]
+        for prompt, answered in zip(some, written.tokens, strict=True):
+            closing = stops if answered[-1:] != stops else []
+            stream += [*prompt, *answered, *closing]
         if progress is not None:
             progress(min(count, len(stream) // length), count)
         if len(stream) >= count * length:
@@ -124,8 +124,8 @@ def ask(
     while len(prompts) < count:
         some = [first] * min(TOGETHER, count - len(prompts))
         drawn = seed * 1_000_003 + len(prompts)
-        found = decoder.generate(some, length, sampler=SAMPLER, seed=drawn, eos=stops)
-        words = (tokenizer.decode(own, skip_special_tokens=True).strip() for own in found.tokens)
+        written = decoder.generate(some, length, sampler=SAMPLER, seed=drawn, eos=stops)
+        words = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written.tokens)
         prompts += [asked_ids(tokenizer, text) for text in words]
     return prompts
 
@@ -144,9 +144,9 @@ def opening(tokenizer: Any) -> list[int]:
     """What every text of this model begins with: a chat up to the user's words, or one token."""
     if getattr(tokenizer, "chat_template", None):
         chat = tokenizer.apply_chat_template([{"role": "user", "content": PLACE}], tokenize=False)
-        before, found, _ = chat.partition(PLACE)
+        before, place, _ = chat.partition(PLACE)
         ids: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
-        if found and ids:
+        if place and ids:
             return ids
     first = getattr(tokenizer, "bos_token_id", None)
     return [0 if first is None else first]

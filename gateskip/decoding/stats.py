@@ -69,16 +69,16 @@ class Stats:
         self.positions[position][0] += tried
         self.positions[position][1] += accepted
 
-    def add_round(self, made: Round) -> None:
+    def add_round(self, done: Round) -> None:
         """Count one round of drafting and verifying, or its plain steps."""
-        self.draft_s += made.draft_s
-        self.verify_s += made.verify_s
-        for row in made.rows:
+        self.draft_s += done.draft_s
+        self.verify_s += done.verify_s
+        for row in done.rows:
             self.drafted += row.drafted
             self.accepted += row.accepted
-            self.passes += made.steps
+            self.passes += done.steps
             self.looked_up += row.drafted if row.looked_up else 0
-            self.draft_lengths[row.drafted] = self.draft_lengths.get(row.drafted, 0) + made.steps
+            self.draft_lengths[row.drafted] = self.draft_lengths.get(row.drafted, 0) + done.steps
             for position in range(min(row.accepted + 1, row.drafted)):
                 self.count(position, 1, position < row.accepted)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from gateskip.kernels import abi, build
 
 
+@cache
 def _library() -> Any:
     library = build.library()
     assert library is not None, "callers ask build.library() first"

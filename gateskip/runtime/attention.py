@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gateskip.model.projections import AttentionShape
 from gateskip.model.reference import attend, causal
-from gateskip.runtime.sizes import EVEN, evened
+from gateskip.runtime.kv_cache import EVEN
 
 QUERIES = 128  # that meet their keys at once; half as many where the keys are
 LONG = 4096
@@ -103,6 +103,14 @@ def attend_padded(
     out = queries.new_zeros(len(queries), shape.heads * shape.head_dim)
     out[: len(row)] = mixed.transpose(1, 2)[row, column].flatten(1)
     return out
+
+
+def evened(count: int) -> int:
+    """Keys to compute with for `count` in sight: a number out of few, at most an eighth more."""
+    step = EVEN
+    while 8 * step < count:
+        step *= 2
+    return -(-count // step) * step
 
 
 def _together(furthest: int) -> int:

@@ -4,23 +4,25 @@
     gathered   torch on any device, each branch computed for the tokens that enter it
     native     compiled kernels on a CPU
 
-A backend runs tokens in two phases. A prompt brings many tokens at once, and what is scored is a
-prompt too: matrix products of many rows. Decoding brings the next token of each row, or a few of
-them to be verified: weights are streamed once for all. The phase is the caller's, so no arithmetic
-depends on how many rows there happen to be.
+All have the same verbs. `prefill` takes many tokens at once, of prompts and of what is scored:
+matrix products of many rows. `decode` takes the next token of each row, or a few of them to be
+verified: weights are streamed once for all. `sample` chooses the tokens that follow in one row. The
+verb is the caller's, so no arithmetic depends on how many rows there happen to be. A backend with
+`speculate` also drafts and verifies in one call; the others do so step by step
+(decoding/speculation.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal, Protocol, Self, TypeVar, get_args, runtime_checkable
+from dataclasses import asdict, dataclass, field
+from typing import Literal, NamedTuple, Protocol, Self, TypeVar, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from gateskip.model.compute import Usage
-from gateskip.runtime.governor import RowThresholds
+from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.kv_cache import KVFormat
 
 BackendName = Literal["reference", "gathered", "native"]
@@ -60,7 +62,7 @@ class Cache(Protocol):
     """
 
     drift: Tensor | None
-    """What the governor knows of each position: see `governor.Tracked`."""
+    """What per-row budget control knows of each position: see `budget_control.Tracked`."""
 
     @property
     def capacity(self) -> int:
@@ -81,21 +83,54 @@ class Cache(Protocol):
         ...
 
 
-Draws = tuple[float, int, float, float]
-"""How tokens are drawn: temperature, top-k, top-p and min-p, as in `Sampler`."""
-Drawn = tuple[Draws, Sequence[float]]
-"""How tokens are drawn, and a number from 0 to 1 for each of them."""
+class Sampling(NamedTuple):
+    """How tokens are drawn, as in `Sampler`."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+
+class DraftLimit(NamedTuple):
+    """Where a draft ends before it has all its tokens."""
+
+    min_acceptance: float
+    """It ends once it is this likely or less that all of it is accepted."""
+    acceptance_by_bin: Sequence[float]
+    """How likely a token is accepted by its probability, in equal steps from 0 to 1."""
 
 
 @dataclass(frozen=True)
-class Drafted:
-    """What a backend drafted for a row."""
+class SampleRequest:
+    """Tokens that follow each other in one row."""
+
+    token: int
+    """The last committed one."""
+    count: int
+    """Tokens that may follow."""
+    sampling: Sampling | None = None
+    """How they are drawn; None takes the argmax."""
+    uniform: Sequence[float] = ()
+    """A number from 0 to 1 for each token that is drawn."""
+    limit: DraftLimit | None = None
+    """Given, the tokens are a draft: ranked by the draft head, with their probabilities."""
+    on_token: Callable[[int], bool] | None = None
+    """Told of each token; they end where it returns true, or raises."""
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """The tokens that followed."""
 
     tokens: list[int]
-    probabilities: list[float]
-    """Of each token, as the draft sees it."""
-    drawn_from: Sequence[int | Tensor]
-    """Of each token, the probabilities [V] that it was drawn from; greedily, the token itself."""
+    state: Tensor | None = None
+    """The final state [H] before the last one; None of a draft by a network."""
+    probabilities: list[float] = field(default_factory=list)
+    """Of each token of a draft, as the draft sees it."""
+    drawn_from: Sequence[int | Tensor] = ()
+    """Of each token of a draft, the probabilities [V] that it was drawn from; greedily, the token
+    itself."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +156,8 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What rounds of speculation of one row are asked for."""
+class SpeculationRequest:
+    """Rounds of speculation of one row."""
 
     token: int
     """The last committed one."""
@@ -130,22 +165,20 @@ class Asked:
     """The final state [H] before it."""
     left: int
     """Tokens that may follow."""
-    rounds: int
-    """At most."""
-    drafts: int
+    max_rounds: int
+    max_drafts: int
     """Rounds with a draft, at most."""
-    length: int
+    draft_length: int
     """Tokens of a draft at most; 0 drafts none."""
-    wanted: tuple[float, Sequence[float]]
-    """Where a draft ends, as in `RowDecoder.draft`."""
-    longest: int
+    limit: DraftLimit
+    lookup_length: int
     """Tokens that the text proposes at most; 0 looks nothing up."""
     propose: Callable[[int], Sequence[int]]
     """Up to so many tokens that the text proposes."""
     on_token: Callable[[int], bool]
     """Told of each token; the rounds end where it returns true, or raises."""
-    draws: Draws | None
-    """How tokens are drawn; None is greedily."""
+    sampling: Sampling | None
+    """How tokens are drawn; None takes the argmax."""
     uniform: Callable[[int], Tensor]
     """So many numbers from 0 to 1, float64."""
 
@@ -179,7 +212,7 @@ class Backend(Protocol[CacheT]):
         """What `new_cache` takes, in bytes."""
         ...
 
-    def prompt(
+    def prefill(
         self,
         input_ids: Tensor,
         cache: CacheT,
@@ -210,6 +243,28 @@ class Backend(Protocol[CacheT]):
         thresholds of their own are continued by equally many tokens."""
         ...
 
+    def argmax(
+        self,
+        tokens: Sequence[Sequence[int]],
+        cache: CacheT,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        thresholds: PassThresholds = None,
+    ) -> tuple[list[list[int]], Tensor]:
+        """As `decode`: the argmax token after each of `tokens`, and the states [N, H]."""
+        ...
+
+    def sample(
+        self, request: SampleRequest, place: tuple[CacheT, int, int], thresholds: PassThresholds
+    ) -> SampledTokens:
+        """One token or more that follow each other in a row: as many as the backend runs in one
+        call, up to those requested. A backend that is no RowDecoder takes the argmax alone, drafts
+        nothing, and gives one token.
+
+        `place` is the last committed token's: a cache, the row in it, and the position.
+        """
+        ...
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Final states [N, H] -> logits [N, V], in the arithmetic of decoding."""
         ...
@@ -220,67 +275,54 @@ class Backend(Protocol[CacheT]):
 
 
 @runtime_checkable
-class RowDecoder(Protocol[CacheT]):
-    """A backend that chooses tokens itself, and runs several steps of a row in one call."""
-
-    def draft(
-        self,
-        token: int,
-        count: int,
-        wanted: tuple[float, Sequence[float]],
-        place: tuple[CacheT, int, int],
-        thresholds: Thresholds,
-        drawn: Drawn | None = None,
-    ) -> Drafted:
-        """Up to `count` tokens that follow `token`, greedily or `drawn`.
-
-        `place` is token's: a cache, the row in it, and the position. `wanted` ends a draft early:
-        the least probability that it is accepted as a whole, and how likely a token is accepted by
-        its probability, in equal steps from 0 to 1.
-        """
-        ...
-
-    def continue_row(
-        self,
-        token: int,
-        count: int,
-        place: tuple[CacheT, int, int],
-        thresholds: PassThresholds,
-        on_token: Callable[[int], bool],
-        drawn: Drawn | None = None,
-    ) -> tuple[int, Tensor]:
-        """Call `on_token` with up to `count` tokens that follow `token`, greedily or `drawn`, until
-        it returns true or raises: how many there were, and the final state [H] before the last one.
-        `place` is token's, as in `draft`."""
-        ...
-
-    def likeliest(
-        self,
-        tokens: Sequence[Sequence[int]],
-        cache: CacheT,
-        rows: Sequence[int],
-        starts: Sequence[int],
-        thresholds: Thresholds = None,
-    ) -> tuple[list[list[int]], Tensor]:
-        """The likeliest token after each of `tokens`, and the states [N, H] of `Backend.decode`."""
-        ...
+class RowDecoder(Backend[CacheT], Protocol[CacheT]):
+    """A backend that draws tokens itself, drafts, and runs many steps of a row in one call."""
 
     def speculate(
         self,
-        asked: Asked,
-        drafter: RowDecoder[CacheT] | None,
+        request: SpeculationRequest,
+        drafter: Self | None,
         place: tuple[CacheT, int, int],
         thresholds: Thresholds = None,
         draft_thresholds: Thresholds = None,
     ) -> tuple[list[Round], Tensor]:
         """Rounds of speculation of one row, drafted by a model, or without one by the network that
         this backend's engine has taken; and the final state [H] before the last token. `place` is
-        the token's, as in `draft`. Plain steps that follow each other are one round."""
+        as in `sample`. Plain steps that follow each other are one round."""
         ...
 
-    def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:
-        """A token of logits [V] as `continue_row` draws it."""
+    def draw(self, logits: Tensor, sampling: Sampling, uniform: float) -> int:
+        """A token of logits [V], as `sample` draws it by a number from 0 to 1."""
         ...
+
+
+def argmax_after(
+    backend: Backend[CacheT],
+    tokens: Sequence[Sequence[int]],
+    cache: CacheT,
+    rows: Sequence[int],
+    starts: Sequence[int],
+    thresholds: PassThresholds,
+) -> tuple[list[list[int]], Tensor]:
+    """`Backend.argmax` by a pass and the LM head."""
+    states = backend.decode(tokens, cache, rows, starts, thresholds)
+    chosen = backend.logits(states).argmax(-1)
+    return [part.tolist() for part in chosen.split([len(ids) for ids in tokens])], states
+
+
+def sample_one(
+    backend: Backend[CacheT],
+    request: SampleRequest,
+    place: tuple[CacheT, int, int],
+    thresholds: PassThresholds,
+) -> SampledTokens:
+    """`Backend.sample`: the argmax, of one step."""
+    assert request.sampling is None and request.limit is None, "only a RowDecoder draws and drafts"
+    cache, row, slot = place
+    chosen, states = backend.argmax([[request.token]], cache, [row], [slot], thresholds)
+    if request.on_token is not None:
+        request.on_token(chosen[0][0])
+    return SampledTokens(chosen[0], states[0])
 
 
 def dtype_name(dtype: torch.dtype) -> str:

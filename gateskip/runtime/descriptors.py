@@ -6,6 +6,9 @@ gates, and rows of fused weights that lie neither together nor in whole tiles.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,6 +58,45 @@ ACTIVATIONS = {
 """What configs call them."""
 DENSE_KINDS = {torch.float32: Kind.FP32, torch.bfloat16: Kind.BF16}
 CHANNELS = 8  # what divides hidden states and heads
+
+
+@dataclass(frozen=True)
+class TokenHead:
+    """What ranks tokens: the LM head, or what takes its place in drafts."""
+
+    matrix: Matrix
+    tokens: Tensor | None = None
+    """int32 [rows of the matrix]: the token that each row is of; None where they are all."""
+    rerank: Matrix | None = None
+    """An LM head of all tokens, which chooses among the best."""
+
+    @property
+    def padded(self) -> int:
+        """Rows, rounded up to a multiple of 8."""
+        rows: int = self.matrix.n
+        return rows + -rows % 8
+
+    def of_all(self, probabilities: Tensor, vocabulary: int) -> Tensor:
+        """Probabilities [rows] as those of all tokens [V]."""
+        if self.tokens is None:
+            return probabilities
+        return torch.zeros(vocabulary).index_copy_(0, self.tokens.long(), probabilities)
+
+
+class Buffers:
+    """Memory by name and type, as large as the largest that was asked for: what the system gives
+    anew it has to clear first, page by page."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of a shape, which the next one of that name and type lies over."""
+        size, held = math.prod(shape), self._held.get((name, dtype))
+        if held is None or len(held) < size:
+            with torch.inference_mode(False):
+                held = self._held[name, dtype] = torch.empty(size, dtype=dtype)
+        return held[:size].view(*shape)
 
 
 class Descriptors:
@@ -264,7 +306,7 @@ class Descriptors:
         module, scale = model.get_input_embeddings(), embedding_scale(model)
         if isinstance(module, PackedEmbedding):
             table, parts = module.table.exact_matrix()
-            self._held += [each for each in parts if isinstance(each, Tensor)]
+            self._held += [part for part in parts if isinstance(part, Tensor)]
             return abi.Embedding(table, int(module.dtype == torch.bfloat16), scale)
         (n, k), kind = module.weight.shape, DENSE_KINDS[module.weight.dtype]
         table = Matrix(kind, n, k, k, 0, n, n, self._at(module.weight))

@@ -19,17 +19,15 @@ import torch
 from torch import Tensor
 
 from gateskip.model.families import Rope, final_norm, rope_at
+from gateskip.model.projections import AttentionShape
 from gateskip.runtime.huge_pages import prefer
-from gateskip.runtime.sizes import EVEN
 
+EVEN = 64  # keys, and gathered rows, come in multiples of this
 SLACK = 64
 """Positions that a layer keeps beyond its window. A pass of the kernels writes so many rows before
 the first one attends (MAX_ROWS in api.h), and so far a row may go back: a rejected draft has
 overwritten no position that the tokens after it see."""
-TOGETHER = (
-    256  # keys that kernels take in at once begin at multiples of this: KEYS in attention.cpp
-)
-
+TOGETHER = 256  # keys that kernels take at once begin at multiples of it: KEYS in attention.cpp
 
 KVFormat = Literal["model", "int8"]
 """How keys and values are kept: in the model's float type, or in 8 bits."""
@@ -42,6 +40,51 @@ Scales = list[Tensor] | None
 def slots_of(window: int | None, capacity: int) -> int:
     """Slots that a layer needs of a row of `capacity` positions."""
     return capacity if window is None else min(capacity, -(-(window + SLACK) // EVEN) * EVEN)
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """How the caches of a model lie in memory."""
+
+    model: Any
+    shapes: tuple[AttentionShape, ...]  # of each layer
+    kv_rule: str
+
+    def empty(self, batch: int, capacity: int, kind: KVFormat) -> KVCache:
+        """A cache for `batch` rows of at most `capacity` tokens.
+
+        Raises ValueError where the model has fewer positions.
+        """
+        limit = self.model.config.max_position_embeddings
+        if capacity > limit:
+            raise ValueError(f"{capacity} tokens do not fit: the model has {limit} positions")
+        sizes, positions = self._sizes(batch, capacity), self._positions(capacity)
+        windows = [shape.window for shape in self.shapes]
+        return KVCache.empty(self.model, sizes, positions, windows, kind)
+
+    def nbytes(self, batch: int, capacity: int, kind: KVFormat) -> int:
+        """What `empty` takes, in bytes."""
+        sizes = self._sizes(batch, capacity)
+        if kind == "model":
+            itemsize: int = final_norm(self.model).weight.dtype.itemsize
+            return sum(map(math.prod, sizes)) * itemsize
+        return sum(math.prod(size) + SCALE_BYTES * math.prod(size[:3]) for size in sizes)
+
+    def _sizes(self, batch: int, capacity: int) -> list[tuple[int, ...]]:
+        """[B, kv_heads, slots, D] of every layer's keys, then of its values. Under the KV rule
+        `copy` a layer's slots are those of the one below."""
+        positions = self._positions(capacity)
+        windowed = self.kv_rule != "copy"
+        return [
+            (batch, s.kv_heads, slots_of(s.window if windowed else None, positions), s.head_dim)
+            for s in self.shapes
+            for _ in range(2)
+        ]
+
+    def _positions(self, capacity: int) -> int:
+        """Positions of a cache for `capacity` tokens: aligned, where the model has as many."""
+        limit: int = self.model.config.max_position_embeddings
+        return max(capacity, min(capacity + -capacity % EVEN, limit))
 
 
 @dataclass(frozen=True)
@@ -86,7 +129,7 @@ class KVCache:
     reached: list[int]  # positions that each row was written up to
     scales: tuple[Scales, Scales]  # of keys, and of values
     dtype: torch.dtype  # of what is attended to
-    drift: Tensor | None = None  # see governor.Tracked
+    drift: Tensor | None = None  # see budget_control.Tracked
 
     @classmethod
     def empty(

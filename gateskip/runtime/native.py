@@ -1,58 +1,48 @@
 """The backend `native`: compiled kernels on a CPU.
 
 Decoding is one native call for all tokens of a pass: where a step in torch spends most of its time
-between operators, a skipped branch costs its gate alone. In prompts a branch is one native call, or
-a few: with packed weights, which meet the same activations as in decoding, and with all in bfloat16
-where the processor has units for whole matrices (AMX). Others torch multiplies, as in `gathered`,
-and what lies between its products is native.
+between operators, a skipped branch costs its gate alone. Several steps of one row, and rounds of
+speculation, are one call, too. Prompts: see native_prefill.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cached_property
+from collections.abc import Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gateskip.gates.base import Gates
-from gateskip.kernels import ops
-from gateskip.kernels.abi import PrefillUnits
-from gateskip.kernels.autotune import bfloat16_is_faster
-from gateskip.model.families import Branch, embed
-from gateskip.model.gating import NEVER_SKIP
-from gateskip.model.projections import AttentionShape, Steps, by_modules
+from gateskip.model.families import embed, head
 from gateskip.quantization.formats import weight_format
-from gateskip.quantization.packed_linear import DenseLinear, PackedLinear, prompt_kernel, rounding
-from gateskip.runtime.attention import attend_rows, causal_softmax
+from gateskip.quantization.packed_linear import rounding
 from gateskip.runtime.backend import (
     Arithmetic,
-    Asked,
     BackendName,
-    Drafted,
-    Drawn,
-    Draws,
     PassThresholds,
     Round,
+    SampledTokens,
+    SampleRequest,
+    Sampling,
+    SpeculationRequest,
     Thresholds,
-    Verified,
+    argmax_after,
     dtype_name,
 )
-from gateskip.runtime.drafting_engine import DraftingEngine
-from gateskip.runtime.gathered import Attend, Batch, GatheredBackend
-from gateskip.runtime.governor import RowThresholds
-from gateskip.runtime.kv_cache import KVCache, Visible
-from gateskip.runtime.sizes import EVEN, equal_sizes, few_sizes
+from gateskip.runtime.budget_control import RowThresholds
+from gateskip.runtime.engine import Engine
+from gateskip.runtime.gathering import Batch, GatheredPass
+from gateskip.runtime.kv_cache import KVCache, KVFormat, KVLayout
+from gateskip.runtime.native_prefill import NativeOperations
 
 IN_BYTES = "8 bits in blocks of 32, 16 where a value stands out"
 """What packed weights are multiplied with: see linear/int8.h."""
 
 
-class NativeBackend(GatheredBackend):
-    """See `Backend`. `rounded` lets packed weights be multiplied with activations of 8 bits."""
+class NativeBackend:
+    """See `RowDecoder`. `rounded` lets packed weights be multiplied with activations of 8 bits."""
 
     name: BackendName = "native"
 
@@ -64,18 +54,47 @@ class NativeBackend(GatheredBackend):
         rounded: bool = True,
     ) -> None:
         """Raises UnsupportedModel when the kernels cannot run this model here."""
-        super().__init__(model, gates, kv_rule)
-        self.engine = DraftingEngine(model, gates, kv_rule, rounded)
+        self.model = model
+        self.engine = Engine(model, gates, kv_rule, rounded)
+        self.operations = NativeOperations(model, self.engine.parts, kv_rule)
+        self._pass = GatheredPass(model, gates, kv_rule, self.operations)
+        self._layout = KVLayout(model, tuple(self.operations.shapes.values()), kv_rule)
+        self.usage = self._pass.usage
+        self.gated = True  # changes nothing: gates that scale do not run natively
+        self.kv_cache: KVFormat = "model"
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """Decoding keeps float32 between products; packed weights may meet 8-bit activations."""
-        if scoring and not self._prompts_in_bytes:
-            activations = "float32" if self.fp32_activations else dtype_name(self.dtype)
+        if scoring and not self.operations.int8_activations:
+            fp32 = self.operations.fp32_activations
+            activations = "float32" if fp32 else dtype_name(self._pass.dtype)
         else:
             activations = IN_BYTES if self.engine.rounded else "float32"
         return Arithmetic(self.name, weight_format(self.model), activations, "float32")
 
-    # -- decoding: one native call --------------------------------------------------------------
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty KV cache. Raises ValueError where the model has fewer positions."""
+        return self._layout.empty(batch, capacity, self.kv_cache)
+
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        """What `new_cache` takes, in bytes."""
+        return self._layout.nbytes(batch, capacity, self.kv_cache)
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        cache: KVCache,
+        starts: Sequence[int],
+        thresholds: PassThresholds = None,
+        lengths: Sequence[int] | None = None,
+        rows: Sequence[int] | None = None,
+        full_from: Sequence[int] | None = None,
+    ) -> Tensor:
+        """See `Backend.prefill`."""
+        some = None if rows is None else tuple(rows)
+        batch = Batch.of(input_ids, starts, lengths, some, full_from=full_from)
+        with rounding(self.operations.native_products and self.engine.rounded):
+            return self._pass.run(input_ids, cache, batch, thresholds)
 
     def decode(
         self,
@@ -97,69 +116,45 @@ class NativeBackend(GatheredBackend):
             thresholds.entered += (entered * weights).sum(1).view(-1, width)
         else:
             states = self.engine.step(hidden, cache, cache_rows, slots, thresholds)
-        self._count(slots)
+        self._count(*((slot, 1) for slot in slots))
         return states
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """See `Backend.logits`."""
-        return self.engine.logits(hidden)
-
-    def draft(
-        self,
-        token: int,
-        count: int,
-        wanted: tuple[float, Sequence[float]],
-        place: tuple[KVCache, int, int],
-        thresholds: Thresholds,
-        drawn: Drawn | None = None,
-    ) -> Drafted:
-        """See `RowDecoder.draft`."""
-        cache, row, slot = place
-        cache.begin([row], [slot], [count])
-        drafted = self.engine.draft(token, count, wanted, place, thresholds, drawn)
-        self._count(range(slot, slot + len(drafted.tokens)))
-        return drafted
-
-    def continue_row(
-        self,
-        token: int,
-        count: int,
-        place: tuple[KVCache, int, int],
-        thresholds: PassThresholds,
-        on_token: Callable[[int], bool],
-        drawn: Drawn | None = None,
-    ) -> tuple[int, Tensor]:
-        """See `RowDecoder.continue_row`."""
-        cache, row, slot = place
-        cache.begin([row], [slot], [count])
-        if isinstance(thresholds, RowThresholds):
-            values = thresholds.values
-            entered = torch.zeros(count, values.shape[1], dtype=torch.uint8)
-            found = self.engine.continue_row(token, count, place, values, on_token, drawn, entered)
-            thresholds.entered += (entered * thresholds.weights).sum(1)
-        else:
-            found = self.engine.continue_row(token, count, place, thresholds, on_token, drawn)
-        self._count(range(slot, slot + found[0]))
-        return found
-
-    def likeliest(
+    def argmax(
         self,
         tokens: Sequence[Sequence[int]],
         cache: KVCache,
         rows: Sequence[int],
         starts: Sequence[int],
-        thresholds: Thresholds = None,
+        thresholds: PassThresholds = None,
     ) -> tuple[list[list[int]], Tensor]:
-        """See `RowDecoder.likeliest`."""
+        """See `Backend.argmax`; one native call where all rows have the same thresholds."""
+        if isinstance(thresholds, RowThresholds):
+            return argmax_after(self, tokens, cache, rows, starts, thresholds)
         flat, cache_rows, slots = _begin(tokens, cache, rows, starts)
-        found, states = self.engine.likeliest(flat, cache, cache_rows, slots, thresholds)
-        self._count(slots)
-        each = iter(found)
-        return [list(islice(each, len(ids))) for ids in tokens], states
+        chosen, states = self.engine.argmax(flat, cache, cache_rows, slots, thresholds)
+        self._count(*((slot, 1) for slot in slots))
+        following = iter(chosen)
+        return [list(islice(following, len(ids))) for ids in tokens], states
+
+    def sample(
+        self, request: SampleRequest, place: tuple[KVCache, int, int], thresholds: PassThresholds
+    ) -> SampledTokens:
+        """See `Backend.sample`: all steps in one native call."""
+        cache, row, slot = place
+        cache.begin([row], [slot], [request.count])
+        if isinstance(thresholds, RowThresholds):
+            values = thresholds.values
+            entered = torch.zeros(request.count, values.shape[1], dtype=torch.uint8)
+            sampled = self.engine.sample(request, place, values, entered)
+            thresholds.entered += (entered * thresholds.weights).sum(1)
+        else:
+            sampled = self.engine.sample(request, place, thresholds)
+        self._count((slot, len(sampled.tokens)))
+        return sampled
 
     def speculate(
         self,
-        asked: Asked,
+        request: SpeculationRequest,
         drafter: NativeBackend | None,
         place: tuple[KVCache, int, int],
         thresholds: Thresholds = None,
@@ -168,208 +163,42 @@ class NativeBackend(GatheredBackend):
         """See `RowDecoder.speculate`."""
         cache, row, slot = place
         cache.begin([row], [slot], [1])
-        other = None if drafter is None else drafter.engine
-        made, state = self.engine.speculate(asked, other, place, thresholds, draft_thresholds)
-        read, drafted = list[int](), list[int]()
+        engine = None if drafter is None else drafter.engine
+        rounds, state = self.engine.speculate(request, engine, place, thresholds, draft_thresholds)
+        verified, drafted = list[tuple[int, int]](), list[tuple[int, int]]()
         first, end = slot, slot + 1
-        for each, _, _ in made:
-            read += range(slot, slot + each.drafted + 1)
-            if not each.looked_up:
-                drafted += range(slot, slot + each.drafted)
-            end = max(end, slot + each.drafted + 1)
-            slot += each.accepted + 1
+        for (draft,) in (one.rows for one in rounds):
+            verified.append((slot, draft.drafted + 1))
+            if draft.drafted and not draft.looked_up:
+                drafted.append((slot, draft.drafted))
+            end = max(end, slot + draft.drafted + 1)
+            slot += draft.accepted + 1
         cache.begin([row], [first], [end - first])
         if drafter is self:
-            read, drafted = read + drafted, []
-        self._count(read)
+            verified, drafted = verified + drafted, []
+        self._count(*verified)
         if drafter is not None and drafted:
-            drafter._count(drafted)
-        return as_rounds(made), state
+            drafter._count(*drafted)
+        return plain_steps_as_one(rounds), state
 
-    def choose(self, logits: Tensor, draws: Draws, uniform: float) -> int:
-        """See `RowDecoder.choose`."""
-        return self.engine.choose(logits, draws, uniform)
+    def draw(self, logits: Tensor, sampling: Sampling, uniform: float) -> int:
+        """See `RowDecoder.draw`."""
+        return self.engine.draw(logits, sampling, uniform)
 
-    def _count(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self.usage.saw(slot)
-        kept = self.engine.kept.tolist()
-        self.usage.kept = [a + b for a, b in zip(self.usage.kept, kept, strict=True)]
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `Backend.logits`."""
+        return self.engine.logits(hidden)
 
-    # -- prompts: what lies between the products ------------------------------------------------
+    def scores(self, hidden: Tensor) -> Tensor:
+        """See `Backend.scores`."""
+        return head(self.model, hidden.to(self._pass.dtype))
 
-    @cached_property
-    def _own_products(self) -> bool:
-        """Whether the kernels multiply prompts: a bfloat16 model's, in units for whole matrices, or
-        by packed weights as decoding does, with activations of 8 bits. Weights beside those must be
-        multiplied fast in bfloat16."""
-        units = ops.prefill_units()
-        if self.dtype != torch.bfloat16 or units != PrefillUnits.VECTORS:
-            return self.dtype == torch.bfloat16 and units == PrefillUnits.TILE_UNITS
-        asked = self._packed == "all" or (self._packed == "some" and bfloat16_is_faster())
-        return self.engine.rounded and asked
-
-    @cached_property
-    def _prompts_in_bytes(self) -> bool:
-        """Whether packed weights meet activations of 8 bits in prompts, too."""
-        return self._own_products and ops.prefill_units() == PrefillUnits.VECTORS
-
-    @cached_property
-    def _packed(self) -> Literal["all", "some", "none"]:
-        """How many of the branches' weights are packed."""
-        packed = [isinstance(part, PackedLinear) for part in self._linears]
-        return "all" if all(packed) else "some" if any(packed) else "none"
-
-    @cached_property
-    def _linears(self) -> list[nn.Module]:
-        """What multiplies in the branches."""
-        parts = (part for branch in self.branches for part in branch.module.modules())
-        return [part for part in parts if hasattr(part, "in_features")]
-
-    def prompt(
-        self,
-        input_ids: Tensor,
-        cache: KVCache,
-        starts: Sequence[int],
-        thresholds: PassThresholds = None,
-        lengths: Sequence[int] | None = None,
-        rows: Sequence[int] | None = None,
-        full_from: Sequence[int] | None = None,
-    ) -> Tensor:
-        """See `Backend.prompt`."""
-        with rounding(self._own_products and self.engine.rounded):
-            return super().prompt(input_ids, cache, starts, thresholds, lengths, rows, full_from)
-
-    @cached_property
-    def fp32_activations(self) -> bool:  # type: ignore[override]
-        """Whether prompts pass in float32 though the weights are bfloat16: where that is
-        multiplied faster. Decoding does so anyway."""
-        if self.dtype != torch.bfloat16 or bfloat16_is_faster() or self._own_products:
-            return False
-        return not any(type(part) is nn.Linear for part in self._linears)
-
-    @cached_property
-    def _any_size(self) -> bool:
-        """Whether a prompt's products take any number of rows as it is: in float32, and where all
-        are a kernel of ours."""
-        if self.fp32_activations or all(map(self._multiplies, self.branches)):
-            return True
-        return prompt_kernel() and self._packed == "all"
-
-    @property
-    def even(self) -> int:
-        """One where products take any number of rows."""
-        return 1 if self._any_size else EVEN
-
-    def sizes(self, count: int) -> list[int]:
-        """Equal parts where products take any number of rows, few sizes else."""
-        return equal_sizes(count) if self._any_size else few_sizes(count)
-
-    def entering(self, branch: Branch, tokens: int) -> AbstractContextManager[None]:
-        """Where several parts of `tokens` enter in float32, the weights are converted once."""
-        return self._fp32_weights(branch, tokens)
-
-    @contextmanager
-    def _fp32_weights(self, branch: Branch, tokens: int) -> Iterator[None]:
-        with ExitStack() as stack:
-            again = self.fp32_activations and len(equal_sizes(tokens)) > 1
-            for part in branch.module.modules() if again else ():
-                if isinstance(part, DenseLinear):
-                    stack.enter_context(part.fp32_weight())
-            yield
-
-    @cached_property
-    def steps(self) -> Steps:
-        """Norms of queries and keys, and rotary embedding, in one native pass each; projections of
-        one input in one native call, where it has all of a branch."""
-        return Steps(self._project, self.engine.prompts.norm_heads, self.engine.prompts.rotate)
-
-    def _multiplies(self, branch: Branch) -> bool:
-        """Whether a branch's products are native calls, each of several matrices."""
-        return self._own_products and self.engine.prompts.multiplies(branch.index)
-
-    def _project(self, branch: Branch, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
-        if not self._multiplies(branch):
-            return by_modules(branch, names, x)
-        return self.engine.prompts.project(branch.index, names, x)
-
-    def add_branch(
-        self,
-        branch: Branch,
-        hidden: Tensor,
-        ropes: Mapping[str, tuple[Tensor, Tensor]],
-        cache: KVCache,
-        batch: Batch,
-        least: float | Tensor | None,
-    ) -> int | None:
-        """One native call, where the kernels have all products, thresholds are those of all rows,
-        and skipped tokens have keys and values of their own."""
-        prompts, count = self.engine.prompts, batch.slots.numel()
-        if hidden.dtype != torch.bfloat16 or not self._multiplies(branch):
-            return None
-        if isinstance(least, Tensor) or self.sizes(count) != [count]:
-            return None
-        entry = None
-        if least is not None or batch.real is not None:
-            entry = prompts.entry(
-                branch.index, batch.entering, NEVER_SKIP if least is None else least
-            )
-        if branch.kind == "mlp":
-            return prompts.add_mlp(branch.index, hidden, entry)
-        if self.kv_rule != "project" and least is not None:
-            return None
-        rope = ropes[branch.rope]
-        return prompts.add_attention(branch.index, hidden, rope, cache, batch.place, entry)
-
-    def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The norm and the gate in one native pass."""
-        return self.engine.prompts.normed(branch.index, hidden)
-
-    def final(self, hidden: Tensor) -> Tensor:
-        """The norm before the LM head."""
-        return self.engine.prompts.final(hidden)
-
-    def mlp(self, branch: Branch, x: Tensor) -> Tensor:
-        """One native call where the kernels have all products; else torch's with a native
-        activation between them."""
-        prompts = self.engine.prompts
-        if self._multiplies(branch):
-            return self.leave(branch, prompts.packed_mlp(branch.index, x))
-        return self.leave(branch, prompts.mlp(branch, x))
-
-    def leave(self, branch: Branch, output: Tensor) -> Tensor:
-        """The norm after a branch in one native pass."""
-        return self.engine.prompts.left(branch.index, output)
-
-    def attention(self, branch: Branch, seen: Visible, batch: Batch, whole: bool) -> Attend:
-        """In bfloat16 one native call; else torch's products with a native softmax between them."""
-        prompts, shape = self.engine.prompts, self.shapes[branch.index]
-        kv, rows = seen.kv, seen.rows
-        packed: list[Tensor] = []  # keys and values as the kernel reads them, made once a branch
-
-        def attend(queries: Tensor, counts: Sequence[int], slots: Tensor) -> Tensor:
-            if rows is not None or not prompts.attends(queries, shape):
-                return attend_rows(queries, counts, slots, kv, shape, rows, self._softmax)
-            if not packed:
-                packed.append(prompts.pack(kv, seen.used))
-            return prompts.attend(queries, counts, slots, packed[0], shape)
-
-        return attend
-
-    def _softmax(self, scores: Tensor, slots: Tensor, begin: int, shape: AttentionShape) -> Tensor:
-        if scores.shape[2] % 8:
-            return causal_softmax(scores, slots, begin, shape)
-        self.engine.prompts.soften(scores, slots, begin, shape)
-        return scores
-
-    def add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
-        """hidden [B, S, H] at flat places [N] += added [N, H], in place."""
-        self.engine.prompts.add_rows(hidden, places, added.to(hidden.dtype))
-
-    def add_shortcuts(self, branch: Branch, hidden: Tensor, x: Tensor, skip: Tensor) -> None:
-        """One native pass over the rows that skip."""
-        places = skip.flatten().nonzero().squeeze(1)
-        self.engine.prompts.add_shortcuts(branch.index, hidden, x, places)
+    def _count(self, *spans: tuple[int, int]) -> None:
+        """Count tokens by position and number, and what they entered in the last call."""
+        for start, count in spans:
+            self.usage.saw(start, count)
+        entered = self.engine.entered.tolist()
+        self.usage.kept = [a + b for a, b in zip(self.usage.kept, entered, strict=True)]
 
 
 def _begin(
@@ -384,15 +213,14 @@ def _begin(
     return flat, cache_rows, slots
 
 
-def as_rounds(made: Sequence[tuple[Verified, float, float]]) -> list[Round]:
-    """Passes of one row, each with the seconds of its draft and of verifying it, as rounds: plain
-    steps that follow each other are one."""
-    found = list[Round]()
-    for each, draft_s, verify_s in made:
-        before = found[-1] if found else None
-        if each.drafted or before is None or before.rows[0].drafted:
-            found.append(Round([each], draft_s, verify_s))
+def plain_steps_as_one(rounds: Sequence[Round]) -> list[Round]:
+    """Rounds of one row, in which plain steps that follow each other are one."""
+    merged = list[Round]()
+    for one in rounds:
+        before = merged[-1] if merged else None
+        if one.rows[0].drafted or before is None or before.rows[0].drafted:
+            merged.append(one)
         else:
-            times = before.draft_s + draft_s, before.verify_s + verify_s
-            found[-1] = Round([each], *times, before.steps + 1)
-    return found
+            times = before.draft_s + one.draft_s, before.verify_s + one.verify_s
+            merged[-1] = Round(one.rows, *times, before.steps + 1)
+    return merged

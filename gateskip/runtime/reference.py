@@ -19,8 +19,17 @@ from gateskip.model.families import Branch, UnsupportedModel, final_norm, find_b
 from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.model.reference import masked_forward
 from gateskip.quantization.formats import weight_format
-from gateskip.runtime.backend import Arithmetic, BackendName, PassThresholds, dtype_name
-from gateskip.runtime.governor import RowThresholds
+from gateskip.runtime.backend import (
+    Arithmetic,
+    BackendName,
+    PassThresholds,
+    SampledTokens,
+    SampleRequest,
+    argmax_after,
+    dtype_name,
+    sample_one,
+)
+from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.kv_cache import KVFormat
 
 TOKEN_BYTES = 8
@@ -36,10 +45,10 @@ class TokenCache:
     thresholds: list[list[Tensor | None]] = field(default_factory=list)
     """[branches] of each token of each row; None is full compute."""
     drift: Tensor | None = None
-    """See `governor.Tracked`."""
+    """See `budget_control.Tracked`."""
 
     def __post_init__(self) -> None:
-        self.thresholds = self.thresholds or [[None] * len(own) for own in self.tokens]
+        self.thresholds = self.thresholds or [[None] * len(row) for row in self.tokens]
 
     @property
     def batch(self) -> int:
@@ -96,7 +105,7 @@ class ReferenceBackend:
         """What `new_cache` takes, in bytes."""
         return TOKEN_BYTES * batch * capacity
 
-    def prompt(
+    def prefill(
         self,
         input_ids: Tensor,
         cache: TokenCache,
@@ -106,16 +115,15 @@ class ReferenceBackend:
         rows: Sequence[int] | None = None,
         full_from: Sequence[int] | None = None,
     ) -> Tensor:
-        """See `Backend.prompt`."""
+        """See `Backend.prefill`."""
         columns = input_ids.shape[1]
         lengths = [columns] * len(input_ids) if lengths is None else lengths
         tokens = [ids[:n].tolist() for ids, n in zip(input_ids, lengths, strict=True)]
         rows = range(len(tokens)) if rows is None else rows
-        found = self._rows(tokens, cache, rows, starts, thresholds, full_from)
-        padded = [
-            torch.cat((own, own.new_zeros(columns - len(own), own.shape[1]))) for own in found
-        ]
-        return torch.stack(padded)
+        states = self._rows(tokens, cache, rows, starts, thresholds, full_from)
+        return torch.stack(
+            [torch.cat((row, row.new_zeros(columns - len(row), row.shape[1]))) for row in states]
+        )
 
     def decode(
         self,
@@ -127,6 +135,23 @@ class ReferenceBackend:
     ) -> Tensor:
         """See `Backend.decode`."""
         return torch.cat(self._rows(tokens, cache, rows, starts, thresholds))
+
+    def argmax(
+        self,
+        tokens: Sequence[Sequence[int]],
+        cache: TokenCache,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        thresholds: PassThresholds = None,
+    ) -> tuple[list[list[int]], Tensor]:
+        """See `Backend.argmax`."""
+        return argmax_after(self, tokens, cache, rows, starts, thresholds)
+
+    def sample(
+        self, request: SampleRequest, place: tuple[TokenCache, int, int], thresholds: PassThresholds
+    ) -> SampledTokens:
+        """See `Backend.sample`."""
+        return sample_one(self, request, place, thresholds)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Backend.logits`."""
@@ -146,22 +171,22 @@ class ReferenceBackend:
         full_from: Sequence[int] | None = None,
     ) -> list[Tensor]:
         """States [n, H] of each row's tokens at positions from its start on."""
-        found = []
-        for number, (own, row, start) in enumerate(zip(tokens, rows, starts, strict=True)):
+        states_of_rows = []
+        for number, (ids, row, start) in enumerate(zip(tokens, rows, starts, strict=True)):
             limits: Tensor | None = None
             if isinstance(thresholds, RowThresholds):
                 limits = thresholds.values[number]
             elif thresholds is not None:
                 limits = torch.tensor(list(thresholds), device=self.device)
-            cache.tokens[row][start:] = own
-            skipping = len(own) if full_from is None else min(max(full_from[number], 0), len(own))
+            cache.tokens[row][start:] = ids
+            skipping = len(ids) if full_from is None else min(max(full_from[number], 0), len(ids))
             never = None if limits is None else torch.full_like(limits, NEVER_SKIP)
-            cache.thresholds[row][start:] = [limits] * skipping + [never] * (len(own) - skipping)
+            cache.thresholds[row][start:] = [limits] * skipping + [never] * (len(ids) - skipping)
             states, entered = self._row(cache, row, start)
             if isinstance(thresholds, RowThresholds):
                 thresholds.entered[number] += (entered.long() * thresholds.weights[number]).sum(1)
-            found.append(states)
-        return found
+            states_of_rows.append(states)
+        return states_of_rows
 
     def _row(self, cache: TokenCache, row: int, start: int) -> tuple[Tensor, Tensor]:
         """States [n, H] of a row's tokens from position `start` on, and what they entered, bool
@@ -174,20 +199,20 @@ class ReferenceBackend:
             return torch.zeros(0, width, dtype=self.dtype, device=self.device), entered[start:]
         batch = torch.tensor([ids], device=self.device)
         self.usage.saw(start, count)
-        skipping = [each is not None for each in limits]
+        skipping = [row is not None for row in limits]
         gates = self.gates if skipping[-1] or self.gated else None
         rule = None
         if any(skipping) and gates is not None:
             full = torch.full((branches,), NEVER_SKIP, device=self.device)
-            least = torch.stack([full if each is None else each for each in limits])
+            thresholds = torch.stack([full if row is None else row for row in limits])
 
             def rule(branch: Branch, logits: Tensor) -> Tensor:
-                keep = logits >= least[:, branch.index]
+                keep = logits >= thresholds[:, branch.index]
                 entered[:, branch.index] = keep[0]
                 return keep.to(logits.dtype)
 
         states = masked_forward(self.model, batch, gates, rule, self.kv_rule)[0, start:]
         entered[:ANCHORS] = True
-        kept = entered[start:].sum(0).tolist()
-        self.usage.kept = [a + b for a, b in zip(self.usage.kept, kept, strict=True)]
+        counts = entered[start:].sum(0).tolist()
+        self.usage.kept = [a + b for a, b in zip(self.usage.kept, counts, strict=True)]
         return states, entered[start:]

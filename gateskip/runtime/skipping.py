@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,30 +19,32 @@ from gateskip.runtime.backend import (
     BACKENDS,
     KV_RULES,
     Arithmetic,
-    Asked,
     Backend,
     BackendName,
     Cache,
-    Drawn,
     Round,
     RowDecoder,
+    SampledTokens,
+    SampleRequest,
+    Sampling,
+    SpeculationRequest,
     Thresholds,
 )
-from gateskip.runtime.drafting_engine import DraftingEngine
+from gateskip.runtime.budget_control import BudgetControl, Budgets, is_narrow, next_width
+from gateskip.runtime.engine import Engine
 from gateskip.runtime.gathered import GatheredBackend
-from gateskip.runtime.governor import Hold, is_narrow, next_width
 from gateskip.runtime.kv_cache import KV_FORMATS, KVFormat
 from gateskip.runtime.native import NativeBackend
 from gateskip.runtime.reference import ReferenceBackend
 
-Limits = Thresholds | Hold
-"""What decides which tokens enter a branch: thresholds, one a branch; a budget that every row holds
-by thresholds of its own; or None, full compute."""
+Limits = Thresholds | BudgetControl
+"""What decides which tokens enter a branch: thresholds, one a branch; per-row budget control, by
+thresholds of each row's own; or None, full compute."""
 
 
 def is_full(limits: Limits) -> bool:
     """Whether every token enters every branch."""
-    return limits is None or (not isinstance(limits, Hold) and max(limits) == NEVER_SKIP)
+    return limits is None or (not isinstance(limits, BudgetControl) and max(limits) == NEVER_SKIP)
 
 
 def make_backend(
@@ -85,7 +88,7 @@ class SkippingModel:
     `model` is a transformers causal LM of a supported architecture, `gates` its gates or None.
     Thresholds are one number a branch: a token enters where its gate's logit reaches it. Without
     thresholds every token enters every branch, unscaled, so the result is the model's own.
-    `row_decoder` is the backend, if it chooses tokens itself.
+    `row_decoder` is the backend, if it draws and drafts tokens itself.
     """
 
     def __init__(
@@ -146,9 +149,22 @@ class SkippingModel:
             self.kv_cache = before
 
     @property
-    def engine(self) -> DraftingEngine | None:
+    def engine(self) -> Engine | None:
         """The compiled kernels' view of the model, where the backend is `native`."""
         return self.backend.engine if isinstance(self.backend, NativeBackend) else None
+
+    def limits(self, budgets: Budgets, budget: float, per_row: bool = False) -> Limits:
+        """What keeps one of some calibrated budgets, in each row where that is asked for; None for
+        full compute.
+
+        Raises ValueError where there are no gates, or the budget was not calibrated.
+        """
+        if budget < 1.0 and self.gates is None:
+            raise ValueError("this model has no gates, so it cannot skip")
+        thresholds = budgets.at(budget)
+        if thresholds is None or not per_row:
+            return thresholds
+        return BudgetControl.of(budgets, budget, self.model, self.device)
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """The arithmetic of decoding, or of prompts and scoring."""
@@ -178,14 +194,14 @@ class SkippingModel:
     ) -> Tensor:
         """Prompts, and what is scored: input_ids [B, S] -> final states [B, S, H].
 
-        See `Backend.prompt`. A held budget takes passes of at most a governor's block, and has no
+        See `Backend.prefill`. Budget control takes passes of at most one of its blocks, and has no
         tokens at full compute.
         """
-        if isinstance(thresholds, Hold):
-            assert full_from is None, "a budget is held by all tokens of a pass"
-            return self._hold_prompt(input_ids, cache, starts, thresholds, lengths)
+        if isinstance(thresholds, BudgetControl):
+            assert full_from is None, "a row's budget is kept by all tokens of a pass"
+            return self._control_prefill(input_ids, cache, starts, thresholds, lengths)
         self._count_full(thresholds, input_ids.numel() if lengths is None else sum(lengths))
-        return self.backend.prompt(
+        return self.backend.prefill(
             input_ids, cache, starts, thresholds, lengths, full_from=full_from
         )
 
@@ -202,39 +218,13 @@ class SkippingModel:
 
         See `Backend.decode`.
         """
-        if isinstance(thresholds, Hold):
-            return self._hold_decode(tokens, cache, rows, starts, thresholds)
+        if isinstance(thresholds, BudgetControl):
+            return self._control_decode(tokens, cache, rows, starts, thresholds)
         self._count_full(thresholds, sum(map(len, tokens)))
         return self.backend.decode(tokens, cache, rows, starts, thresholds)
 
-    def speculates(self, thresholds: Limits) -> bool:
-        """Whether `speculate` can be asked."""
-        return self.row_decoder is not None and not isinstance(thresholds, Hold)
-
     @torch.inference_mode()
-    def continue_row(
-        self,
-        token: int,
-        count: int,
-        place: tuple[Cache, int, int],
-        thresholds: Limits,
-        on_token: Callable[[int], bool],
-        drawn: Drawn | None = None,
-    ) -> Tensor:
-        """Up to `count` steps of one row in one call -> the final state [H] before the last token.
-
-        See `RowDecoder`, without which this cannot be asked. A held budget takes a call for each of
-        the governor's blocks."""
-        decoder = self.row_decoder
-        assert decoder is not None, "no steps of a row in one call"
-        if isinstance(thresholds, Hold):
-            return self._hold_row(decoder, token, count, place, thresholds, on_token, drawn)
-        followed, state = decoder.continue_row(token, count, place, thresholds, on_token, drawn)
-        self._count_full(thresholds, followed)
-        return state
-
-    @torch.inference_mode()
-    def likeliest(
+    def argmax(
         self,
         tokens: Sequence[Sequence[int]],
         cache: Cache,
@@ -242,48 +232,70 @@ class SkippingModel:
         starts: Sequence[int],
         thresholds: Limits = None,
     ) -> tuple[list[list[int]], Tensor]:
-        """As `decode`: the likeliest token after each, and the states [N, H], in one call where the
-        backend can."""
-        if self.row_decoder is not None and not isinstance(thresholds, Hold):
-            self._count_full(thresholds, sum(map(len, tokens)))
-            return self.row_decoder.likeliest(tokens, cache, rows, starts, thresholds)
-        states = self.decode(tokens, cache, rows, starts, thresholds)
-        chosen = self.head(states).argmax(-1)
-        return [part.tolist() for part in chosen.split([len(ids) for ids in tokens])], states
+        """As `decode`: the argmax token after each, and the states [N, H]."""
+        if isinstance(thresholds, BudgetControl):
+            states = self._control_decode(tokens, cache, rows, starts, thresholds)
+            chosen = self.head(states).argmax(-1)
+            return [part.tolist() for part in chosen.split([len(ids) for ids in tokens])], states
+        self._count_full(thresholds, sum(map(len, tokens)))
+        return self.backend.argmax(tokens, cache, rows, starts, thresholds)
+
+    @torch.inference_mode()
+    def sample(
+        self, request: SampleRequest, place: tuple[Cache, int, int], thresholds: Limits
+    ) -> SampledTokens:
+        """One token or more that follow each other in a row: see `Backend.sample`. Budget control
+        takes calls of at most one of its blocks."""
+        if isinstance(thresholds, BudgetControl):
+            return self._control_sample(request, place, thresholds)
+        sampled = self.backend.sample(request, place, thresholds)
+        self._count_full(thresholds, len(sampled.tokens))
+        return sampled
+
+    def draws(self, sampling: Sampling | None) -> bool:
+        """Whether `sample` draws tokens like this; None stands for what it does not know."""
+        return self.row_decoder is not None and sampling is not None
+
+    def speculates(self, thresholds: Limits) -> bool:
+        """Whether `speculate` can be asked."""
+        return self.row_decoder is not None and not isinstance(thresholds, BudgetControl)
 
     @torch.inference_mode()
     def speculate(
         self,
-        asked: Asked,
+        request: SpeculationRequest,
         drafter: SkippingModel | None,
         place: tuple[Cache, int, int],
         thresholds: Limits = None,
         draft_thresholds: Thresholds = None,
     ) -> tuple[list[Round], Tensor]:
         """Rounds of speculation of one row in one call: see `RowDecoder`."""
-        assert self.row_decoder is not None and not isinstance(thresholds, Hold), "ask `speculates`"
+        assert self.row_decoder is not None, "ask `speculates`"
+        assert not isinstance(thresholds, BudgetControl), "ask `speculates`"
         by = None if drafter is None else drafter.row_decoder
-        found, state = self.row_decoder.speculate(asked, by, place, thresholds, draft_thresholds)
-        read = sum((each.rows[0].drafted + 1) * each.steps for each in found)
-        self._count_full(thresholds, read)
-        return found, state
+        rounds, state = self.row_decoder.speculate(request, by, place, thresholds, draft_thresholds)
+        passed = sum((one.rows[0].drafted + 1) * one.steps for one in rounds)
+        self._count_full(thresholds, passed)
+        return rounds, state
 
     def _count_full(self, thresholds: Thresholds, tokens: int) -> None:
         """Count tokens of which no gate is asked; gates that scale are asked even then."""
-        asked = self.gated or thresholds is not None  # as every backend asks gates that scale
-        scales = self.gates is not None and self.gates.scales and asked
+        scaled = self.gated or thresholds is not None  # as every backend asks gates that scale
+        scales = self.gates is not None and self.gates.scales and scaled
         if not scales and is_full(thresholds):
             self.usage.ungated += tokens
 
-    def _hold_prompt(
+    # -- per-row budget control ------------------------------------------------------------------
+
+    def _control_prefill(
         self,
         input_ids: Tensor,
         cache: Cache,
         starts: Sequence[int],
-        hold: Hold,
+        control: BudgetControl,
         lengths: Sequence[int] | None,
     ) -> Tensor:
-        """As `forward`, in passes that end where any row comes to a new block of the governor.
+        """As `forward`, in passes that end where any row comes to a new block.
 
         Narrow blocks pass as in decoding, where few tokens take less than half as long in `native`;
         a block is narrow by its place alone, so a row's path does not depend on others or chunks.
@@ -296,75 +308,72 @@ class SkippingModel:
             live = narrow or live
             places = [starts[row] + done[row] for row in live]
             width = next_width(places, [counts[row] - done[row] for row in live])
-            own = torch.tensor(live, device=input_ids.device).unsqueeze(1)
+            row_index = torch.tensor(live, device=input_ids.device).unsqueeze(1)
             first = torch.tensor([done[row] for row in live], device=input_ids.device)
             index = first.unsqueeze(1) + torch.arange(width, device=input_ids.device)
-            limits, part = hold.rows(cache, live, places, width), input_ids[own, index]
+            limits = control.thresholds(cache, live, places, width)
+            part = input_ids[row_index, index]
             if narrow:
                 states = self.backend.decode(part.tolist(), cache, live, places, limits)
                 states = states.view(*part.shape, -1)
             else:
                 some = None if len(live) == cache.batch else live
-                states = self.backend.prompt(part, cache, places, limits, None, some)
-            hold.record(cache, live, places, limits)
+                states = self.backend.prefill(part, cache, places, limits, None, some)
+            control.record(cache, live, places, limits)
             if not len(out):
                 out = states.new_zeros(batch, columns, states.shape[-1])
-            out[own, index] = states.to(out.dtype)
+            out[row_index, index] = states.to(out.dtype)
             for row in live:
                 done[row] += width
         return out
 
-    def _hold_decode(
+    def _control_decode(
         self,
         tokens: Sequence[Sequence[int]],
         cache: Cache,
         rows: Sequence[int],
         starts: Sequence[int],
-        hold: Hold,
+        control: BudgetControl,
     ) -> Tensor:
-        """As `decode`, in passes that end where any row comes to a new block of the governor."""
+        """As `decode`, in passes that end where any row comes to a new block."""
         done = [0] * len(tokens)
         parts: list[list[Tensor]] = [[] for _ in tokens]
-        while live := [i for i, own in enumerate(tokens) if done[i] < len(own)]:
+        while live := [i for i, ids in enumerate(tokens) if done[i] < len(ids)]:
             places, cache_rows = [starts[i] + done[i] for i in live], [rows[i] for i in live]
             width = next_width(places, [len(tokens[i]) - done[i] for i in live])
-            limits = hold.rows(cache, cache_rows, places, width)
+            limits = control.thresholds(cache, cache_rows, places, width)
             some = [list(tokens[i][done[i] : done[i] + width]) for i in live]
             states = self.backend.decode(some, cache, cache_rows, places, limits)
-            hold.record(cache, cache_rows, places, limits)
-            for i, own in zip(live, states.split(width), strict=True):
-                parts[i].append(own)
+            control.record(cache, cache_rows, places, limits)
+            for i, of_row in zip(live, states.split(width), strict=True):
+                parts[i].append(of_row)
                 done[i] += width
-        return torch.cat([part for own in parts for part in own])
+        return torch.cat([part for of_row in parts for part in of_row])
 
-    def _hold_row(
-        self,
-        decoder: RowDecoder[Any],
-        token: int,
-        count: int,
-        place: tuple[Cache, int, int],
-        hold: Hold,
-        on_token: Callable[[int], bool],
-        drawn: Drawn | None,
-    ) -> Tensor:
-        """As `continue_row`, in calls that end where the row comes to a governor's new block."""
-        (cache, row, slot), end, ended = place, place[2] + count, False
+    def _control_sample(
+        self, request: SampleRequest, place: tuple[Cache, int, int], control: BudgetControl
+    ) -> SampledTokens:
+        """As `sample`, in calls that end where the row comes to a new block."""
+        (cache, row, slot), token, ended = place, request.token, False
+        first, tokens, on_token = slot, list[int](), request.on_token
 
-        def told(following: int) -> bool:
+        def tell(following: int) -> bool:
             nonlocal token, ended
-            token, ended = following, on_token(following)
+            token, ended = following, on_token is not None and on_token(following)
             return ended
 
-        while not ended and slot < end:
-            width = next_width([slot], [end - slot])
-            limits = hold.rows(cache, [row], [slot], width)
-            first = slot - place[2]
-            part = drawn and (drawn[0], drawn[1][first : first + width])
-            here = (cache, row, slot)
-            followed, state = decoder.continue_row(token, width, here, limits, told, part)
-            hold.record(cache, [row], [slot], limits)
-            slot += followed
-        return state
+        while not ended and (left := request.count - len(tokens)):
+            slot = first + len(tokens)
+            width = 1 if self.row_decoder is None else next_width([slot], [left])
+            limits = control.thresholds(cache, [row], [slot], width)
+            uniform = request.uniform[len(tokens) : len(tokens) + width]
+            part = replace(request, token=token, count=width, uniform=uniform, on_token=tell)
+            sampled = self.backend.sample(part, (cache, row, slot), limits)
+            control.record(cache, [row], [slot], limits)
+            tokens += sampled.tokens
+        return SampledTokens(tokens, sampled.state)
+
+    # -- LM heads --------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:

@@ -310,7 +310,9 @@ class TestSpeed:
     ) -> dict[str, Any]:
         """What a turn of two prompts of six tokens is measured at."""
         decoder = gateskip.load(folder, backend="reference")
-        monkeypatch.setattr("gateskip.decoding.decoder.time", SimpleNamespace(perf_counter=clock))
+        for module in ("decoder", "prefill", "speculation"):
+            timer = SimpleNamespace(perf_counter=clock)
+            monkeypatch.setattr(f"gateskip.decoding.{module}.time", timer)
         rows = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]][: wanted.get("rows", 2)]
         times = wanted["times"]
         monkeypatch.setattr("compose.bench.speed.workloads.rows_of", lambda *of: [rows] * times)

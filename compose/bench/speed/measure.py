@@ -22,8 +22,9 @@ from compose.bench.generate import stop_token_ids
 from compose.bench.quality.scored import added
 from compose.bench.speed.workloads import Rows, TurnText, TurnTexts
 from compose.memory import peak_bytes, reset_peak, resident_bytes
-from gateskip.decoding.decoder import Decoder, Mode, cache_capacity
+from gateskip.decoding.decoder import Decoder, Mode
 from gateskip.decoding.phases import Phase
+from gateskip.decoding.prefill import cache_capacity
 from gateskip.decoding.sampling import GREEDY, Sampler
 from gateskip.decoding.stats import Generation, Stats
 from gateskip.model.compute import Saving, Usage, Work

@@ -16,7 +16,7 @@ from compose.contract import CellJob
 from compose.language.schema import Benchmark
 from compose.results.schema import CellResult
 from compose.results.speculation import LosslessCheck
-from gateskip.decoding.decoder import MAX_DRAFT
+from gateskip.decoding.config import MAX_DRAFT
 from gateskip.decoding.draft_length import DraftLengthController
 
 OWN: dict[str, Any] = {"draft_weights": "own", "draft_budget": 1.0, "lookup": False}

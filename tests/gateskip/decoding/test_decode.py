@@ -14,9 +14,10 @@ from tiny_models import save_gated
 import gateskip
 from compose.bench.quality.lossless import check_lossless
 from gateskip.checkpoint import load_gates, save_gates
+from gateskip.decoding.config import DraftConfig, SkipConfig
 from gateskip.decoding.decoder import Decoder
 from gateskip.decoding.draft_length import DraftLengthController
-from gateskip.decoding.lookup import Lookup
+from gateskip.decoding.rows import Lookup
 from gateskip.decoding.sampling import Sampler
 from gateskip.gates.kinds import make_gates
 from gateskip.kernels import ops
@@ -230,7 +231,7 @@ def test_drafts_verified_at_a_budget_are_checked_against_skipping(decoder: Decod
 def test_a_wrong_verifier_is_noticed(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The losslessness tests can fail: accepting every draft changes the text of a batch."""
     monkeypatch.setattr(
-        "gateskip.decoding.decoder.accept_or_resample",
+        "gateskip.decoding.speculation.accept_or_resample",
         lambda draft, drawn, wanted, generator: (len(draft), list(wanted)[-1]),
     )
     shut = {0.5: [float("inf")] * len(decoder.skipping.branches)}
@@ -306,6 +307,69 @@ def test_skipping_really_skips(decoder: Decoder) -> None:
 def test_mistakes_are_named(decoder: Decoder, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decoder.generate(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("mode", "keywords", "groups"),
+    [
+        ("skip", {"budget": 0.5}, {"skip": SkipConfig(budget=0.5)}),
+        (
+            "skip",
+            {"budget": 0.5, "prompt": "full", "hold": True},
+            {"skip": SkipConfig(budget=0.5, prompt="full", hold=True)},
+        ),
+        (
+            "speculate",
+            {"draft_length": 3, "lookup": False, **SKIPPING},
+            {"draft": DraftConfig(length=3, lookup=False, budget=0.5, weights="own")},
+        ),
+        (
+            "speculate",
+            {"verify_budget": 0.8, "draft_length": 4, "prompt": "full", **SKIPPING},
+            {
+                "draft": DraftConfig(
+                    verify_budget=0.8, length=4, budget=0.5, weights="own", lookup=False
+                ),
+                "skip": SkipConfig(prompt="full"),
+            },
+        ),
+    ],
+)
+def test_settings_one_by_one_and_in_groups_are_the_same(
+    decoder: Decoder, mode: Any, keywords: dict[str, Any], groups: dict[str, Any]
+) -> None:
+    wanted = decoder.generate(prompts(2), 16, mode, **keywords)
+    written = decoder.generate(prompts(2), 16, mode, **groups)
+    assert written.tokens == wanted.tokens
+    if mode == "speculate":  # the drafts were the same, not only what they come to
+        assert written.stats.drafted == wanted.stats.drafted > 0
+    else:
+        assert written.usage == wanted.usage
+    both = decoder.generate(prompts(2), 16, mode, **groups, **keywords)
+    assert both.tokens == wanted.tokens, "what is said twice is no contradiction"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (
+            {"skip": SkipConfig(budget=0.5), "budget": 0.8},
+            ValueError,
+            "budget=0.8 contradicts skip=SkipConfig.*give one of them",
+        ),
+        (
+            {"draft": DraftConfig(), "draft_weights": "own"},
+            ValueError,
+            "draft_weights='own' contradicts draft=DraftConfig",
+        ),
+        ({"drafts": 3}, TypeError, "unexpected keyword argument 'drafts'"),
+    ],
+)
+def test_contradicting_settings_are_named(
+    decoder: Decoder, given: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        decoder.generate(prompts(1), 4, "skip", **given)
 
 
 def test_a_model_without_gates_cannot_skip(tiny_llama: Path) -> None:

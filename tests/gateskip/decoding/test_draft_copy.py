@@ -11,9 +11,8 @@ from torch.nn import functional as F
 
 import gateskip
 from gateskip.decoding.decoder import Decoder
-from gateskip.decoding.draft_gain import LEVELS, expected_rounds
-from gateskip.decoding.draft_length import DraftLengthController
-from gateskip.decoding.draft_models import MOST_DRAFTED, drafted_tokens
+from gateskip.decoding.draft_length import LEVELS, DraftLengthController, expected_rounds
+from gateskip.decoding.draft_models import MAX_DRAFTED, drafted_tokens
 from gateskip.decoding.sampling import Sampler
 from gateskip.model.inputs import input_squares
 from gateskip.quantization import rounding
@@ -27,7 +26,10 @@ from gateskip.quantization.draft_copy import (
 from gateskip.quantization.grid import Offset
 from gateskip.quantization.packed_linear import PackedLinear
 from gateskip.quantization.rounding import GROUP, round_to_grid
-from gateskip.runtime.drafting_engine import DraftHead
+from gateskip.runtime.backend import DraftLimit, SampleRequest
+from gateskip.runtime.descriptors import TokenHead
+
+ALL = DraftLimit(0.0, [1.0])
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +131,11 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
         assert head is not None and decoder.skipping.engine is not None
         drafter.engine.use_draft_head(head, decoder.skipping.engine.head, None)
     else:
-        drafter.engine.draft_head = DraftHead(drafter.engine.head)
+        drafter.engine.draft_head = TokenHead(drafter.engine.head)
     prompt, cache = torch.randint(3, 512, (1, 12)), decoder.skipping.new_cache(1, 40)
     decoder.skipping.forward(prompt, cache, [0])
     assert drafter.row_decoder is not None
-    drafted = drafter.row_decoder.draft(9, 6, (0.0, [1.0]), (cache, 0, 12), None)
+    drafted = drafter.row_decoder.sample(SampleRequest(9, 6, limit=ALL), (cache, 0, 12), None)
     tokens, chances = drafted.tokens, drafted.probabilities
     last, stepped, seen = 9, [], []
     for slot in range(12, 18):
@@ -144,7 +146,9 @@ def test_a_draft_in_one_call_is_its_steps(decoder: Decoder, weights: str, exact:
         seen.append(float(logits.softmax(-1)[last]))
     assert tokens == stepped
     assert chances == pytest.approx(seen, abs=0.05 if exact else 1e-4)
-    unsure = drafter.row_decoder.draft(9, 6, (0.3, [0.6]), (cache, 0, 12), None)
+    unsure = drafter.row_decoder.sample(
+        SampleRequest(9, 6, limit=DraftLimit(0.3, [0.6])), (cache, 0, 12), None
+    )
     assert unsure.tokens == stepped[:3]  # 0.6 to the third is less than 0.3
 
 
@@ -161,7 +165,7 @@ def test_a_head_of_some_tokens_drafts_these(decoder: Decoder) -> None:
     cache = decoder.skipping.new_cache(1, 40)
     decoder.skipping.forward(torch.randint(3, 512, (1, 12)), cache, [0])
     place = (cache, 0, 12)
-    drafted = drafter.row_decoder.draft(9, 6, (0.0, [1.0]), place, None)
+    drafted = drafter.row_decoder.sample(SampleRequest(9, 6, limit=ALL), place, None)
     last = 9
     for slot, token in zip(range(12, 18), drafted.tokens, strict=True):
         logits = decoder.skipping.head(drafter.decode([[last]], cache, [0], [slot]))[0]
@@ -169,8 +173,8 @@ def test_a_head_of_some_tokens_drafts_these(decoder: Decoder) -> None:
         assert token == last
     sampler = Sampler(temperature=1.0)
     assert sampler.draws is not None
-    drawn = (sampler.draws, [0.3, 0.6])
-    for share in drafter.row_decoder.draft(9, 2, (0.0, [1.0]), place, None, drawn).drawn_from:
+    request = SampleRequest(9, 2, sampler.draws, [0.3, 0.6], ALL)
+    for share in drafter.row_decoder.sample(request, place, None).drawn_from:
         assert isinstance(share, torch.Tensor) and share.shape == (512,)
         assert float(share[tokens].sum()) == pytest.approx(1, abs=1e-5)
         assert float(share.sum()) == pytest.approx(1, abs=1e-5)
@@ -178,9 +182,9 @@ def test_a_head_of_some_tokens_drafts_these(decoder: Decoder) -> None:
 
 def test_the_tokens_that_copies_draft() -> None:
     blocks = torch.tensor([[70000, 5, 70000]])
-    assert drafted_tokens(blocks, MOST_DRAFTED) is None
+    assert drafted_tokens(blocks, MAX_DRAFTED) is None
     some = drafted_tokens(blocks, 80000)
-    assert some is not None and some.tolist() == [*range(MOST_DRAFTED - 1), 70000]
+    assert some is not None and some.tolist() == [*range(MAX_DRAFTED - 1), 70000]
 
 
 def test_acceptance_is_learned_by_chance() -> None:

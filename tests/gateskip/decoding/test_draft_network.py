@@ -24,19 +24,26 @@ from compose.stages.registry import (
     StageJob,
 )
 from gateskip.decoding.decoder import Decoder
-from gateskip.decoding.drafting import Drafting
+from gateskip.decoding.draft_models import LearnedDraft
 from gateskip.decoding.sampling import Sampler
+from gateskip.decoding.speculation import Drafting
 from gateskip.errors import FormatError
 from gateskip.kernels import ops
 from gateskip.model.draft_network import NETWORK_FILE, frequent, load_network, save_network
 from gateskip.model.draft_network import DraftNetwork as Network
-from gateskip.runtime.backend import Asked, Drafted, Round, Verified
-from gateskip.runtime.learned_draft import LearnedDraft
+from gateskip.runtime.backend import (
+    DraftLimit,
+    Round,
+    SampledTokens,
+    SampleRequest,
+    SpeculationRequest,
+    Verified,
+)
 from gateskip.runtime.skipping import SkippingModel
 from gateskip.training.draft_network import DraftConfig, train_draft_network
 
 native = pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here")
-ALL = (0.0, [1.0])  # draft on, whatever it is
+ALL = DraftLimit(0.0, [1.0])  # draft on, whatever it is
 
 
 def random_network(hidden: int, tokens: int = 100, seed: int = 0) -> Network:
@@ -92,7 +99,7 @@ def test_natively_as_in_torch(make_tiny: Callable[..., Path], family: str, size:
     same = 0
     for seed in range(12):
         state = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-        wanted, found = (each.draft(7, 5, ALL, state) for each in drafts)
+        wanted, found = (each.draft(SampleRequest(7, 5, limit=ALL), state) for each in drafts)
         if size == 40:
             assert found.tokens == wanted.tokens
             assert found.probabilities == pytest.approx(wanted.probabilities, rel=1e-4)
@@ -107,7 +114,7 @@ def test_an_unlikely_draft_ends(make_tiny: Callable[..., Path]) -> None:
     size = fast.skipping.model.config.hidden_size
     slow = LearnedDraft(decoders(make_tiny("llama"))[0].skipping, random_network(size))
     for draft in (slow, LearnedDraft(fast.skipping, random_network(size))):
-        found = draft.draft(7, 8, (0.3, [0.6]), torch.ones(size))
+        found = draft.draft(SampleRequest(7, 8, limit=DraftLimit(0.3, [0.6])), torch.ones(size))
         assert len(found.tokens) == 3  # 0.6 to the third is less than 0.3
 
 
@@ -118,8 +125,8 @@ def test_drawn_drafts_come_with_what_they_were_drawn_from(make_tiny: Callable[..
     assert sampler.draws is not None
     counts = torch.zeros(512)
     for i in range(400):
-        drawn = (sampler.draws, [(i + 0.5) / 400, 0.5])
-        found = draft.draft(7, 2, ALL, torch.ones(40), drawn)
+        request = SampleRequest(7, 2, sampler.draws, [(i + 0.5) / 400, 0.5], ALL)
+        found = draft.draft(request, torch.ones(40))
         assert float(found.drawn_from[0].sum()) == pytest.approx(1, abs=1e-5)  # type: ignore[union-attr]
         assert found.probabilities[0] == pytest.approx(
             float(found.drawn_from[0][found.tokens[0]])  # type: ignore[index]
@@ -153,7 +160,9 @@ def test_a_network_drafts_on_from_each_rounds_state(
     decoder, speculate = gateskip.load(with_network, dtype="float32"), SkippingModel.speculate
     calls: list[list[Verified]] = []
 
-    def watched(model: SkippingModel, asked: Asked, *others: Any) -> tuple[list[Round], Any]:
+    def watched(
+        model: SkippingModel, asked: SpeculationRequest, *others: Any
+    ) -> tuple[list[Round], Any]:
         assert int(model.head(asked.state.unsqueeze(0)).argmax()) == asked.token
         made, state = speculate(model, asked, *others)
         calls.append([each.rows[0] for each in made])
@@ -165,7 +174,7 @@ def test_a_network_drafts_on_from_each_rounds_state(
     together = [each for call in calls for each in call]
     few = len(calls)
     calls.clear()
-    monkeypatch.setattr("gateskip.decoding.drafting.MOST_ROUNDS", 1)
+    monkeypatch.setattr("gateskip.decoding.speculation.MAX_ROUNDS", 1)
     assert decoder.generate([[5, 9, 13]], 120, "speculate", **settings).tokens == whole.tokens
     assert [each for (each,) in calls] == together and len(calls) > 5 * few
     assert any(each.accepted for each in together) and any(each.probabilities for each in together)
@@ -179,7 +188,9 @@ def test_a_call_ends_after_so_many_drafts(
     calls: list[list[bool]] = []
     most = 32
 
-    def watched(model: SkippingModel, asked: Asked, *others: Any) -> tuple[list[Round], Any]:
+    def watched(
+        model: SkippingModel, asked: SpeculationRequest, *others: Any
+    ) -> tuple[list[Round], Any]:
         made, state = speculate(model, asked, *others)
         calls.append([row.drafted > 0 for each in made for row in each.rows * each.steps])
         return made, state
@@ -206,14 +217,14 @@ def test_a_network_is_given_the_state_before_the_last_token(
     plain = decoder.generate([[5, 9, 13]], 30).tokens[0]
     asked = 0
 
-    def draft(token: int, count: int, wanted: Any, state: torch.Tensor, drawn: Any) -> Drafted:
+    def draft(request: SampleRequest, state: torch.Tensor) -> SampledTokens:
         nonlocal asked
         said = int(decoder.skipping.head(state.unsqueeze(0)).argmax())
-        assert said == token, "the state before a token is the one that says it"
+        assert said == request.token, "the state before a token is the one that says it"
         asked += 1
-        at = next(i for i in range(asked - 1, 30) if plain[i] == token)
-        known = plain[at + 1 : at + 1 + count]
-        return Drafted(known, [0.5] * len(known), known)
+        at = next(i for i in range(asked - 1, 30) if plain[i] == request.token)
+        known = plain[at + 1 : at + 1 + request.count]
+        return SampledTokens(known, None, [0.5] * len(known), known)
 
     assert decoder.network is not None
     monkeypatch.setattr(decoder.network, "draft", draft)

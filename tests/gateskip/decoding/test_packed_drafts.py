@@ -195,7 +195,7 @@ def test_a_wrong_verifier_of_a_packed_model_is_noticed(
     settings: Any = {"draft_weights": "int2", "draft_length": 4, "lookup": False}
     plain = decoder.generate(prompts(), 32).tokens
     monkeypatch.setattr(
-        "gateskip.decoding.decoder.accept_or_resample",
+        "gateskip.decoding.speculation.accept_or_resample",
         lambda draft, drawn, wanted, generator: (len(draft), list(wanted)[-1]),
     )
     assert decoder.generate(prompts(), 32, "speculate", **settings).tokens != plain

@@ -21,7 +21,7 @@ from gateskip.kernels import build
 from gateskip.model.compute import kept_share
 from gateskip.quantization.folders import load_model
 from gateskip.runtime.backend import BACKENDS, BackendName
-from gateskip.runtime.governor import NARROWEST, block_of
+from gateskip.runtime.budget_control import NARROWEST, block_of
 from gateskip.runtime.skipping import SkippingModel
 
 BUDGETS = (0.9, 0.7, 0.5)

@@ -25,6 +25,7 @@ from drafts import SKIPPING
 
 from gateskip.decoding import sampling
 from gateskip.decoding.decoder import Decoder
+from gateskip.decoding.draft_models import LearnedDraft
 from gateskip.decoding.sampling import Distribution, Sampler, accept_or_resample, draw
 from gateskip.decoding.stats import Stats
 from gateskip.gates.learned import ScalarGates
@@ -32,7 +33,6 @@ from gateskip.kernels import ops
 from gateskip.model.draft_network import DraftNetwork
 from gateskip.quantization.draft_copy import CopyFormat, integer_copy, read_text
 from gateskip.quantization.folders import load_model
-from gateskip.runtime.learned_draft import LearnedDraft
 from gateskip.runtime.skipping import SkippingModel
 
 native = pytest.mark.skipif(not ops.has_decoder(), reason="no native engine here")
@@ -339,7 +339,7 @@ def test_generate_with_a_wrong_rule_is_rejected(
     name: str,
     kind: str,
 ) -> None:
-    monkeypatch.setattr("gateskip.decoding.decoder.accept_or_resample", RULES[name])
+    monkeypatch.setattr("gateskip.decoding.speculation.accept_or_resample", RULES[name])
     assert furthest(written(decoder, kind), probabilities, SPANS) > FAR
 
 
@@ -450,7 +450,7 @@ def test_a_packed_model_is_drawn_from(packed: Decoder) -> None:
 def test_a_packed_model_with_a_wrong_rule_is_rejected(
     packed: Decoder, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("gateskip.decoding.decoder.accept_or_resample", RULES[name])
+    monkeypatch.setattr("gateskip.decoding.speculation.accept_or_resample", RULES[name])
     made = packed.generate(
         [PROMPT] * ROWS, NEW, "speculate", draft_length=3, sampler=SAMPLER, **BY_COPY
     )

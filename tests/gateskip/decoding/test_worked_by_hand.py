@@ -127,12 +127,12 @@ class TestDraftLength:
             assert part.draft_length() == 1
 
     def test_what_a_draft_must_be_worth(self) -> None:
-        assert measured(0.5, plain=2.0).least() == pytest.approx(0.075)
-        assert DraftLengthController().least() == 0.0
+        assert measured(0.5, plain=2.0).min_acceptance() == pytest.approx(0.075)
+        assert DraftLengthController().min_acceptance() == 0.0
         for unknown in ("plain", "draft_step", "per_row"):
             part = measured(0.5)
             setattr(part, unknown, None)
-            assert part.least() == 0.0
+            assert part.min_acceptance() == 0.0
 
     def test_acceptance_by_the_drafts_own_probability(self) -> None:
         controller = DraftLengthController()

@@ -22,7 +22,8 @@ from gateskip.quantization.packed_linear import (
     streaming,
 )
 from gateskip.quantization.rounding import round_to_grid
-from gateskip.runtime import native
+from gateskip.runtime import native, native_prefill
+from gateskip.runtime.backend import DraftLimit, SampleRequest
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.skipping import SkippingModel
 
@@ -109,7 +110,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts in bfloat16 go through our kernel, whatever the stopwatch says here."""
     if ops.prefill_units() == PrefillUnits.NO_UNITS:
         pytest.skip("torch multiplies prompts here")
-    for module in (packed_linear, native):
+    for module in (packed_linear, native_prefill):
         monkeypatch.setattr(module, "bfloat16_is_faster", lambda: True)
 
 
@@ -314,7 +315,7 @@ def test_packed_prompts_are_in_bytes_where_bfloat16_is_slow(
         return found, skipping.arithmetic(scoring=True).activations
 
     wanted, _ = states(whole=True)
-    for module in (packed_linear, native):
+    for module in (packed_linear, native_prefill):
         monkeypatch.setattr(module, "bfloat16_is_faster", lambda: False)
     found, activations = states(whole=True)
     assert torch.equal(found, wanted) and activations == native.IN_BYTES
@@ -345,7 +346,9 @@ def test_a_draft_looks_tokens_up_in_the_embedding(tiny_llama: Path) -> None:
     cache = fast.new_cache(1, 40)
     fast.forward(ids, cache, [0])
     assert fast.engine is not None
-    drafted = fast.engine.draft(9, 5, (0.0, [1.0]), (cache, 0, 12), None)
+    drafted = fast.engine.sample(
+        SampleRequest(9, 5, limit=DraftLimit(0.0, [1.0])), (cache, 0, 12), None
+    )
     last, stepped = 9, []
     for slot in range(12, 17):
         last = int(fast.head(fast.decode([[last]], cache, [0], [slot]))[0].argmax())

@@ -17,6 +17,7 @@ from gateskip.quantization.grid_linear import GridEmbedding, stored
 from gateskip.quantization.packed_embedding import pack_embedding
 from gateskip.quantization.packed_linear import PackedLinear, accelerate_linears
 from gateskip.quantization.tiles import tiles
+from gateskip.runtime.backend import DraftLimit, SampleRequest
 from gateskip.runtime.skipping import SkippingModel
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no kernels here")
@@ -96,8 +97,10 @@ def decoded(model: Any) -> tuple[torch.Tensor, ...]:
     prompt = fast.forward(ids, cache, [0])
     states = fast.decode([[9]], cache, [0], [12])
     assert fast.engine is not None
-    drafted = fast.engine.draft(9, 5, (0.0, [1.0]), (cache, 0, 12), None)
-    chosen, _ = fast.engine.likeliest([9, 8], cache, [0, 0], [12, 13], None)
+    drafted = fast.engine.sample(
+        SampleRequest(9, 5, limit=DraftLimit(0.0, [1.0])), (cache, 0, 12), None
+    )
+    chosen, _ = fast.engine.argmax([9, 8], cache, [0, 0], [12, 13], None)
     tokens = torch.tensor([*drafted.tokens, *chosen])
     return prompt, states, fast.head(states), tokens
 

@@ -21,6 +21,7 @@ from gateskip.model.families import FAMILIES, UnsupportedModel
 from gateskip.quantization.folders import load_model
 from gateskip.runtime.backend import BACKENDS
 from gateskip.runtime.gathered import GatheredBackend
+from gateskip.runtime.gathering import GatheredPass
 from gateskip.runtime.native import NativeBackend
 from gateskip.runtime.skipping import SkippingModel, require_one_device
 
@@ -101,7 +102,7 @@ def test_the_phase_decides_the_path_not_the_number_of_rows(
     def refuse(*_: Any) -> None:
         raise AssertionError("decoding took the path of prompts")
 
-    monkeypatch.setattr(GatheredBackend, "_run", refuse)
+    monkeypatch.setattr(GatheredPass, "run", refuse)
     states = skipping.decode(ids.tolist(), cache, range(rows), [2] * rows)
     assert steps >= 1 and states.shape == (rows, 64)
 
@@ -181,17 +182,17 @@ def test_the_gathered_backend_keeps_to_its_device(
 
     def run(backend: GatheredBackend, ids: torch.Tensor) -> list[torch.Tensor]:
         cache = backend.new_cache(3, 40)
-        found = [backend.prompt(ids, cache, [0] * 3, thresholds, lengths)[0]]
+        found = [backend.prefill(ids, cache, [0] * 3, thresholds, lengths)[0]]
         found.append(backend.decode([[5], [6, 7], [8]], cache, [0, 1, 2], lengths, thresholds))
         found.append(backend.decode([[9, 3]], cache, [1], [9]))
-        found.append(backend.prompt(ids, backend.new_cache(3, 20), [0] * 3)[1])
+        found.append(backend.prefill(ids, backend.new_cache(3, 20), [0] * 3)[1])
         return [*found, backend.logits(found[-1])]
 
     with torch.no_grad():
         wanted = run(GatheredBackend(model, gates, rule), ids)
     with pretend_device():
         there = GatheredBackend(onto_device(model), onto_device(gates), rule)
-        assert there.device == DEVICE
+        assert there.operations.device == DEVICE
         found = run(there, PretendTensor(ids))
     for each, other in zip(found, wanted, strict=True):
         assert isinstance(each, PretendTensor)

@@ -19,6 +19,7 @@ from gateskip.model.families import FAMILIES, UnsupportedModel, backbone, find_b
 from gateskip.model.gating import NEVER_SKIP
 from gateskip.quantization.folders import load_model
 from gateskip.quantization.packed_linear import PackedLinear
+from gateskip.runtime.backend import DraftLimit, SampleRequest
 from gateskip.runtime.engine import Engine
 from gateskip.runtime.skipping import SkippingModel
 
@@ -50,6 +51,8 @@ ODD: dict[str, dict[str, Any]] = {
     "gpt_neox": {"hidden_size": 96, "use_parallel_residual": False, "hidden_act": "gelu_fast"},
 }
 """Settings that a family's other models have."""
+
+ALL = DraftLimit(0.0, [1.0])
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -139,7 +142,7 @@ def test_a_draft_is_its_steps(after_a_prompt: Any) -> None:
     """Its tokens, and how likely each is, are what decoding one by one says."""
     fast, levels, together, alone = after_a_prompt
     assert fast.row_decoder is not None
-    drafted = fast.row_decoder.draft(7, 8, (0.0, [1.0]), (together, 0, 40), levels)
+    drafted = fast.row_decoder.sample(SampleRequest(7, 8, limit=ALL), (together, 0, 40), levels)
     assert drafted.drawn_from == drafted.tokens
     token, both = 7, zip(drafted.tokens, drafted.probabilities, strict=True)
     for place, (found, chance) in enumerate(both):
@@ -157,8 +160,8 @@ def test_a_drawn_draft_is_its_steps(after_a_prompt: Any) -> None:
     fast, levels, together, alone = after_a_prompt
     sampler, uniform = Sampler(temperature=0.8, top_p=0.9), [0.1, 0.95, 0.5, 0.7, 0.02]
     assert fast.row_decoder is not None and sampler.draws is not None
-    drawn = (sampler.draws, uniform)
-    drafted = fast.row_decoder.draft(7, 5, (0.0, [1.0]), (together, 0, 40), levels, drawn)
+    request = SampleRequest(7, 5, sampler.draws, uniform, ALL)
+    drafted = fast.row_decoder.sample(request, (together, 0, 40), levels)
     token, shares = 7, drafted.drawn_from
     for place, (found, chance) in enumerate(
         zip(drafted.tokens, drafted.probabilities, strict=True)
@@ -166,7 +169,7 @@ def test_a_drawn_draft_is_its_steps(after_a_prompt: Any) -> None:
         logits = fast.head(fast.decode([[token]], alone, [0], [40 + place], levels))[0]
         wanted = sampler.distribution(logits, [])
         torch.testing.assert_close(shares[place], wanted, atol=1e-5, rtol=1e-3)
-        token = fast.row_decoder.choose(logits, sampler.draws, uniform[place])
+        token = fast.row_decoder.draw(logits, sampler.draws, uniform[place])
         assert found == token and chance == pytest.approx(float(shares[place][found]))
     assert len(drafted.tokens) == 5
 
@@ -174,13 +177,13 @@ def test_a_drawn_draft_is_its_steps(after_a_prompt: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("skips", [False, True])
-def test_the_likeliest_tokens_are_those_of_the_logits(after_a_prompt: Any) -> None:
+def test_the_argmax_tokens_are_those_of_the_logits(after_a_prompt: Any) -> None:
     """Of one row and of many, what is left in the cache, and who entered: as step by step."""
     fast, levels, together, alone = after_a_prompt
     for begin, count in ((40, 1), (41, 5), (46, 17)):
         ids = tokens(1, count, seed=begin).tolist()
         before = fast.usage.copy()
-        found, states = fast.likeliest(ids, together, [0], [begin], levels)
+        found, states = fast.argmax(ids, together, [0], [begin], levels)
         in_one_call, before = fast.usage.since(before), fast.usage.copy()
         wanted = fast.decode(ids, alone, [0], [begin], levels)
         assert found == [fast.head(wanted).argmax(-1).tolist()] and torch.equal(states, wanted)
@@ -189,7 +192,7 @@ def test_the_likeliest_tokens_are_those_of_the_logits(after_a_prompt: Any) -> No
         assert torch.equal(keys, own)
 
 
-def test_the_likeliest_tokens_of_more_rows_than_a_pass_takes(
+def test_the_argmax_tokens_of_more_rows_than_a_pass_takes(
     make_tiny: Callable[..., Path],
 ) -> None:
     """Rows of several texts, unequally many of each."""
@@ -199,7 +202,7 @@ def test_the_likeliest_tokens_of_more_rows_than_a_pass_takes(
         fast.forward(tokens(5, 8), cache, [0] * 5)
     ids = [tokens(1, 11 + 3 * row, seed=row)[0].tolist() for row in range(5)]
     rows, starts = [3, 0, 4, 1, 2], [8, 5, 8, 7, 8]
-    found, _ = fast.likeliest(ids, together, rows, starts, levels)
+    found, _ = fast.argmax(ids, together, rows, starts, levels)
     logits = fast.head(fast.decode(ids, alone, rows, starts, levels))
     wanted = [part.argmax(-1).tolist() for part in logits.split([len(own) for own in ids])]
     assert found == wanted and sum(map(len, found)) == 85
@@ -212,7 +215,8 @@ def test_a_continuation_is_its_steps(after_a_prompt: Any) -> None:
     """Greedy tokens of one call, what it leaves in the cache, and who entered: as one by one."""
     fast, levels, together, alone = after_a_prompt
     before, found = fast.usage.copy(), []
-    fast.continue_row(7, 9, (together, 0, 40), levels, lambda x: found.append(x) or x < 0)
+    request = SampleRequest(7, 9, on_token=lambda x: found.append(x) or x < 0)
+    fast.sample(request, (together, 0, 40), levels)
     in_one_call, before = fast.usage.since(before), fast.usage.copy()
     wanted = [7]
     for place in range(9):
@@ -234,10 +238,10 @@ def test_a_continuation_ends_where_it_is_told_to(make_tiny: Callable[..., Path])
             raise KeyboardInterrupt
         return len(found) == 3
 
-    fast.continue_row(7, 9, (cache, 0, 40), None, third)
+    fast.sample(SampleRequest(7, 9, on_token=third), (cache, 0, 40), None)
     assert len(found) == 3
     with pytest.raises(KeyboardInterrupt):
-        fast.continue_row(found[-1], 9, (cache, 0, 43), None, third)
+        fast.sample(SampleRequest(found[-1], 9, on_token=third), (cache, 0, 43), None)
     assert len(found) == 5 and fast.usage.ungated == 40 + 3
 
 

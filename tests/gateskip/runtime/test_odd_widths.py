@@ -198,7 +198,7 @@ def test_any_number_of_rows_has_the_bits_of_one(
     slots = [4 + row % 9 for row in range(rows)]
     found = engine.step(hidden, together, range(rows), slots, None)
     logits = engine.logits(found)
-    assert engine.kept.tolist() == [rows] * len(engine.kept)
+    assert engine.entered.tolist() == [rows] * len(engine.entered)
     for row in (0, 5, rows // 2, rows - 1):
         one = engine.step(hidden[row : row + 1], alone, [row], slots[row : row + 1], None)
         assert torch.equal(one[0], found[row])

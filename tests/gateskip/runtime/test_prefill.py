@@ -13,7 +13,7 @@ import torch
 
 import gateskip
 from gateskip.calibration.thresholds import mean_logits
-from gateskip.decoding import decoder as decode
+from gateskip.decoding import prefill as decode
 from gateskip.gates.kinds import make_gates
 from gateskip.gates.shortcuts import Shortcuts
 from gateskip.kernels import ops
@@ -23,10 +23,12 @@ from gateskip.model.projections import AttentionShape, rotate
 from gateskip.model.reference import attend, causal
 from gateskip.quantization.draft_copy import CopyFormat, integer_copy, read_text
 from gateskip.quantization.folders import load_model
-from gateskip.runtime.attention import attend_padded, attend_rows
-from gateskip.runtime.engine import Engine
+from gateskip.runtime.attention import attend_padded, attend_rows, evened
+from gateskip.runtime.gathered import few_sizes
+from gateskip.runtime.gathering import TOGETHER, filled
+from gateskip.runtime.kv_cache import EVEN
 from gateskip.runtime.native import NativeBackend
-from gateskip.runtime.sizes import EVEN, TOGETHER, evened, few_sizes, filled
+from gateskip.runtime.native_prefill import NativeOperations
 from gateskip.runtime.skipping import SkippingModel
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 16
@@ -73,8 +75,8 @@ def backend(make_tiny: Callable[..., Path]) -> NativeBackend:
 
 
 @pytest.fixture
-def engine(backend: NativeBackend) -> Engine:
-    return backend.engine
+def operations(backend: NativeBackend) -> NativeOperations:
+    return backend.operations
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -90,7 +92,7 @@ def test_a_native_softmax_is_torchs(
     queries = torch.randn(len(slots), HEADS, WIDTH, dtype=kind)
     found = [
         attend_rows(queries, [7], slots, (keys, values), shape, softmax=softmax)
-        for softmax in (None, backend._softmax)
+        for softmax in (None, backend.operations._softmax)
     ]
     torch.testing.assert_close(*found)
 
@@ -99,7 +101,10 @@ def test_a_native_softmax_is_torchs(
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("sizes", [(9, 3, 64), (14, 2, 64), (8, 8, 128), (32, 1, 96), (6, 2, 16)])
 def test_native_attention_is_nearer_to_float32_than_torchs(
-    engine: Engine, sizes: tuple[int, int, int], window: int | None, softcap: float | None
+    operations: NativeOperations,
+    sizes: tuple[int, int, int],
+    window: int | None,
+    softcap: float | None,
 ) -> None:
     heads, kv_heads, width = sizes
     torch.manual_seed(0)
@@ -109,35 +114,34 @@ def test_native_attention_is_nearer_to_float32_than_torchs(
     keep = (torch.rand(4, 300) < 0.5) & (slots < lengths.unsqueeze(1))
     kv = [torch.randn(4, kv_heads, capacity, width).bfloat16() for _ in range(2)]
     queries = torch.randn(int(keep.sum()) + 3, heads, width).bfloat16()  # three only fill up
-    if not engine.prompts.attends(queries, shape):
+    if not operations.attends(queries, shape):
         pytest.skip("this processor does not multiply pairs of bfloat16")
     counts, places = keep.sum(1).tolist(), slots[keep]
     exact = attend_rows(queries.float(), counts, places, (kv[0].float(), kv[1].float()), shape)
     torchs = attend_rows(queries, counts, places, (kv[0], kv[1]), shape)
-    found = engine.prompts.attend(
-        queries, counts, places, engine.prompts.pack((kv[0], kv[1]), 300), shape
-    )
+    packed = operations.pack((kv[0], kv[1]), 300)
+    found = operations.attend(queries, counts, places, packed, shape)
     assert (found - exact).abs().max() < (torchs - exact).abs().max()
     assert not found[-3:].any()
     alone = counts[0] - 5  # a row's last tokens by themselves: the same bits
     some = slice(5, counts[0])
-    first = engine.prompts.pack((kv[0][:1], kv[1][:1]), 300)
-    rest = engine.prompts.attend(queries[some], [alone], places[some], first, shape)
+    first = operations.pack((kv[0][:1], kv[1][:1]), 300)
+    rest = operations.attend(queries[some], [alone], places[some], first, shape)
     assert torch.equal(rest, found[some])
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_native_passes_over_rows(make_tiny: Callable[..., Path], kind: torch.dtype) -> None:
     torch.manual_seed(0)
-    decoder = gateskip.load(make_tiny("llama"))
-    engine, x = decoder.skipping.engine, torch.randn(5, 3, 32, dtype=kind)
+    backend = gateskip.load(make_tiny("llama"), backend="native").skipping.backend
+    operations, x = backend.operations, torch.randn(5, 3, 32, dtype=kind)
     rope = (torch.randn(5, 16, dtype=kind), torch.randn(5, 16, dtype=kind))
     near = {"rtol": 0.02, "atol": 0.02} if kind == torch.bfloat16 else {}
-    torch.testing.assert_close(engine.prompts.rotate(x.clone(), rope), rotate(x, rope), **near)
+    torch.testing.assert_close(operations.rotate(x.clone(), rope), rotate(x, rope), **near)
     hidden, added = torch.randn(9, 64, dtype=kind), torch.randn(3, 64, dtype=kind)
     places = torch.tensor([7, 0, 3])
     wanted = hidden.index_add(0, places, added)
-    engine.prompts.add_rows(hidden, places, added)
+    operations.add_rows(hidden, places, added)
     torch.testing.assert_close(hidden, wanted)
 
 
@@ -152,12 +156,13 @@ def test_native_shortcuts_are_torchs(
     gates.shortcuts = Shortcuts(gates.branches, gates.hidden_size, rank)
     for part in gates.shortcuts.parameters():
         torch.nn.init.normal_(part, std=0.3)
-    engine = Engine(model, gates)
+    operations = NativeBackend(model, gates).operations
     hidden, x = (torch.randn(2, 10, gates.hidden_size, dtype=kind) for _ in range(2))
     places = torch.tensor([1, 2, 3, 6, 9, 11, 12, 13, 16, 18, 19])
+    skip = torch.zeros(20, dtype=torch.bool).index_fill_(0, places, True).view(2, 10)
     wanted = hidden.clone().view(20, -1).float()
     wanted[places] += gates.shortcuts(1, x.view(20, -1)[places].float()).detach()
-    engine.prompts.add_shortcuts(1, hidden, x, places)
+    operations.add_shortcuts(find_branches(model)[1], hidden, x, skip)
     near = {"rtol": 0.01, "atol": 0.02} if kind == torch.bfloat16 else {}
     torch.testing.assert_close(hidden.view(20, -1), wanted.to(kind), **near)
 
@@ -242,11 +247,10 @@ def test_a_branch_in_one_call_has_the_bits_of_its_parts(
     means = mean_logits(model, gates, second, "project").tolist()
     # Of four layers: all enter, some do, all do though gates were asked, and none does
     limits = [-math.inf, -math.inf, *means[2:4], -1e9, -1e9, math.inf, math.inf]
-    native = type(skipping.backend)
-    calls, whole = {"mlp": 0, "attention": 0}, native.add_branch
+    calls, whole = {"mlp": 0, "attention": 0}, NativeOperations.add_branch
 
-    def counted(backend: Any, branch: Any, *others: Any) -> int | None:
-        found = whole(backend, branch, *others)
+    def counted(operations: Any, branch: Any, *others: Any) -> int | None:
+        found = whole(operations, branch, *others)
         calls[branch.kind] += found is not None
         return found
 
@@ -264,10 +268,10 @@ def test_a_branch_in_one_call_has_the_bits_of_its_parts(
         ]
         return found, real, skipping.usage.kept
 
-    monkeypatch.setattr(native, "add_branch", counted)
+    monkeypatch.setattr(NativeOperations, "add_branch", counted)
     found, kept, entered = states()
     assert calls == {"mlp": 8, "attention": 8}
-    monkeypatch.setattr(native, "add_branch", lambda *_: None)
+    monkeypatch.setattr(NativeOperations, "add_branch", lambda *_: None)
     wanted, kept_too, counts = states()
     assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(found, wanted, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(kept, kept_too, strict=True))

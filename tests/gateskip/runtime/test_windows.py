@@ -13,7 +13,7 @@ from torch import Tensor
 import gateskip
 from gateskip.kernels import ops
 from gateskip.quantization.folders import load_model
-from gateskip.runtime import gathered
+from gateskip.runtime import kv_cache
 from gateskip.runtime.backend import BackendName
 from gateskip.runtime.kv_cache import SLACK, KVCache, slots_of
 from gateskip.runtime.skipping import SkippingModel
@@ -113,7 +113,7 @@ def test_slots_change_no_bit(
         return [*prompts, *steps]
 
     around = states()
-    monkeypatch.setattr(gathered, "slots_of", lambda window, capacity: capacity)
+    monkeypatch.setattr(kv_cache, "slots_of", lambda window, capacity: capacity)
     assert all(map(torch.equal, around, states()))
 
 

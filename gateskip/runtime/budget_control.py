@@ -1,7 +1,7 @@
 """A budget that every row holds: thresholds that move with what the row's own past kept.
 
 Thresholds are calibrated on some text, and other text keeps another share under them (prompts full
-of digits kept 0.743 of the multiply-adds where 0.8 was asked). The governor is an integral
+of digits kept 0.743 of the multiply-adds where 0.8 was asked). `BudgetControl` is an integral
 controller for each row. Where a block of positions begins, it adds up how far the row's earlier
 tokens were from the budget, and moves along the calibrated thresholds by that:
 
@@ -22,12 +22,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from gateskip.model.compute import BranchCost
+from gateskip.model.compute import BranchCost, branch_costs
 from gateskip.model.gating import ANCHORS, NEVER_SKIP
 
 NARROWEST, WIDEST = 16, 64  # positions between two updates
@@ -37,7 +37,7 @@ UNIT = 1 << 20  # a token's multiply-adds at all branches together, as an intege
 
 
 class Tracked(Protocol):
-    """A cache, as far as the governor knows it."""
+    """A cache, as far as budget control knows it."""
 
     drift: Tensor | None
     """int64 [B, capacity]: budget - kept share of the token at each position, in UNITs; 0 where
@@ -51,6 +51,18 @@ class Tracked(Protocol):
     @property
     def batch(self) -> int:
         """Rows."""
+        ...
+
+
+class Budgets(Protocol):
+    """Calibrated budgets: see calibration/budgets.py."""
+
+    def at(self, budget: float) -> list[float] | None:
+        """Thresholds of a budget, one a branch; None for full compute."""
+        ...
+
+    def curve(self, steps: int) -> tuple[float, float, list[list[float]]]:
+        """The lowest and the highest budget, and thresholds of so many in equal steps."""
         ...
 
 
@@ -69,9 +81,9 @@ class RowThresholds:
 
 
 @dataclass(frozen=True)
-class Hold:
-    """Hold `budget` in every row, by thresholds `curve` [STEPS, branches] of budgets in equal steps
-    from `low` to `high`."""
+class BudgetControl:
+    """Keeps every row at `budget`, by thresholds `curve` [STEPS, branches] of budgets in equal
+    steps from `low` to `high`."""
 
     budget: float
     low: float
@@ -79,7 +91,14 @@ class Hold:
     curve: Tensor
     costs: tuple[BranchCost, ...] = field(repr=False)
 
-    def rows(
+    @classmethod
+    def of(cls, budgets: Budgets, budget: float, model: Any, device: torch.device) -> BudgetControl:
+        """Of a calibrated budget. Raises ValueError where too few were calibrated."""
+        low, high, rows = budgets.curve(STEPS)
+        curve = torch.tensor(rows, device=device)
+        return cls(budget, low, high, curve, tuple(branch_costs(model)))
+
+    def thresholds(
         self, cache: Tracked, rows: Sequence[int], starts: Sequence[int], width: int
     ) -> RowThresholds:
         """Thresholds of `width` tokens of cache rows, from positions `starts` on, which are in one
@@ -90,34 +109,35 @@ class Hold:
         blocks = [block_of(start) for start in starts]
         firsts, widths = torch.tensor(blocks, device=device).unbind(1)  # [rows]
         places = torch.arange(cache.capacity, device=device)
-        own = cache.drift[torch.tensor(list(rows), device=device)]
-        past = own.masked_fill(places >= firsts.unsqueeze(1), 0).sum(1).double() / UNIT  # in tokens
-        asked = self.budget + past / widths.clamp(min=MADE_UP)
-        step = ((asked - self.low) / (self.high - self.low) * (STEPS - 1)).round()
+        drift = cache.drift[torch.tensor(list(rows), device=device)]
+        past = drift.masked_fill(places >= firsts.unsqueeze(1), 0).sum(1)
+        tokens = past.double() / UNIT
+        requested = self.budget + tokens / widths.clamp(min=MADE_UP)
+        step = ((requested - self.low) / (self.high - self.low) * (STEPS - 1)).round()
         values = self.curve[step.clamp(0, STEPS - 1).long()]
-        values[asked >= 1] = NEVER_SKIP
+        values[requested >= 1] = NEVER_SKIP
         weights = torch.tensor([shares(self.costs, block) for block in blocks], device=device)
         entered = torch.zeros(len(blocks), width, dtype=torch.long, device=device)
         return RowThresholds(values, weights, entered)
 
     def record(
-        self, cache: Tracked, rows: Sequence[int], starts: Sequence[int], found: RowThresholds
+        self, cache: Tracked, rows: Sequence[int], starts: Sequence[int], done: RowThresholds
     ) -> None:
         """Store what the tokens of a pass kept."""
-        assert cache.drift is not None, "`rows` made it"
-        wanted = round(self.budget * UNIT) * found.weights.sum(1, keepdim=True) // UNIT
-        drift, width = wanted - found.entered, found.entered.shape[1]
-        for row, start, own in zip(rows, starts, drift, strict=True):
-            own[: max(0, ANCHORS - start)] = 0  # anchors enter whatever the thresholds are
-            cache.drift[row, start : start + width] = own
+        assert cache.drift is not None, "`thresholds` came first"
+        target = round(self.budget * UNIT) * done.weights.sum(1, keepdim=True) // UNIT
+        drift, width = target - done.entered, done.entered.shape[1]
+        for row, start, of_row in zip(rows, starts, drift, strict=True):
+            of_row[: max(0, ANCHORS - start)] = 0  # anchors enter whatever the thresholds are
+            cache.drift[row, start : start + width] = of_row
 
 
 @lru_cache(maxsize=4096)
 def shares(costs: tuple[BranchCost, ...], block: tuple[int, int]) -> list[int]:
     """Each branch's share of a token's multiply-adds in the middle of a block, in UNITs."""
     middle = block[0] + block[1] // 2
-    each = [cost.at(min(middle, cost.window or middle)) for cost in costs]
-    return [round(cost / sum(each) * UNIT) for cost in each]
+    macs = [cost.at(min(middle, cost.window or middle)) for cost in costs]
+    return [round(branch / sum(macs) * UNIT) for branch in macs]
 
 
 def block_of(position: int) -> tuple[int, int]:
