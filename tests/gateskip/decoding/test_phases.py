@@ -195,7 +195,7 @@ def test_phases_that_cannot_be(decoder: Decoder, made: Any) -> None:
         one.generate(PROMPTS, 4, "skip", 0.5, hold=True)
 
 
-# -- the governor -----------------------------------------------------------------------------
+# -- per-row budget control -------------------------------------------------------------------
 
 
 def states(decoder: Decoder, text: list[int], cuts: list[int], decode_from: int) -> torch.Tensor:
