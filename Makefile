@@ -119,5 +119,5 @@ bench: $(VENV)/.run
 	$(BIN)/gateskip run $(PIPELINE)
 
 clean:
-	rm -rf $(VENV) runs exports build mutants dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs exports build mutants dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find compose gateskip reports tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
