@@ -84,6 +84,7 @@ def files_passed() -> list[str]:
             [sys.executable, "-m", "compose", "run", "small.yaml", "--out", "runs", "--quiet"],
             cwd=folder,
             env={**os.environ, **traced, "PYTHONPATH": paths},
+            stdout=subprocess.DEVNULL,
             check=True,
         )
         return sorted(set((folder / "files.txt").read_text(encoding="utf-8").split("\n")) - {""})
