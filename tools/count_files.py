@@ -19,11 +19,11 @@ import gateskip
 PACKAGE = Path(gateskip.__file__).parent
 DOOR = "checkpoint.py"  # `gateskip.load`, which is not entered again for each token
 SOURCES = (  # of a token of one row, in the order in which it enters them
-    "kernels/src/draft.cpp",
-    "kernels/src/decoder.cpp",
-    "kernels/src/products.cpp",
-    "kernels/src/matvec.h",
-    "kernels/src/decode_attention.cpp",
+    "kernels/src/decode/decode.cpp",
+    "kernels/src/decode/pass.cpp",
+    "kernels/src/linear/share.cpp",
+    "kernels/src/linear/matvec.h",
+    "kernels/src/decode/attention.cpp",
 )
 """What does a token's work. Not among them: headers that declare (api.h, decoder.h, products.h) or
 hold primitives that these include (simd.h, rows.h, codes.h, embedding.h, team.h)."""
