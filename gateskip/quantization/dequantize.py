@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from gateskip.model.families import backbone
-from gateskip.quantization.packed_linear import PackedLinear, bitsandbytes_functions, int8_parts
+from gateskip.quantization.packed_linear import (
+    PackedLinear,
+    bitsandbytes_functions,
+    gptq_weight,
+    int8_parts,
+)
 
 
 def linear_layers(model: Any) -> list[Any]:
@@ -44,7 +49,7 @@ def dense_weight(layer: Any) -> Tensor:
         codes, scale = int8_parts(layer)
         weight = codes.float() * scale
     elif hasattr(layer, "qweight"):
-        weight = layer.dequantize_weight().T[:, : layer.in_features]
+        weight = gptq_weight(layer).T[:, : layer.in_features]
     else:
         weight = layer.weight
     return weight.detach().float()

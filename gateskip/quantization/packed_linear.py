@@ -429,6 +429,15 @@ def quantize_nf4(weight: Tensor, bias: Tensor | None) -> PackedLinear | None:
     return _from_blocks(codes, state, bias)
 
 
+def gptq_weight(layer: Any) -> Tensor:
+    """The weights [in, out] of gptqmodel's layer, by the function of its class.
+
+    Some instances have one of torch.compile, which asks a C++ compiler for what is called once.
+    """
+    weight: Tensor = type(layer).dequantize_weight(layer)
+    return weight
+
+
 def int8_parts(module: Any) -> tuple[Tensor, Tensor]:
     """Codes [n, k], -127 to 127, and scales [n, 1] of bitsandbytes' LLM.int8 layer."""
     codes, scale = module.weight.CB, module.weight.SCB
@@ -461,7 +470,7 @@ def _from_gptq(module: Any) -> PackedLinear | None:
     # Two stored formats of zero points differ by one, and a module does not say which it holds by
     # now: its own dequantized weights tell, at the first row of each group.
     first = torch.arange(0, k, group)
-    weights = module.dequantize_weight().float()[first]  # [groups, n]
+    weights = gptq_weight(module).float()[first]  # [groups, n]
     steps = torch.where(scale == 0, torch.ones_like(scale), scale)  # auto-round has negative ones
     zeros = (codes[first] - weights / steps).round()
     offset = (2 ** (bits - 1) - zeros) * scale

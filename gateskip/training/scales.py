@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from gateskip.model.families import backbone
 from gateskip.quantization.grid_linear import GridLinear
-from gateskip.quantization.packed_linear import bitsandbytes_functions, int8_parts
+from gateskip.quantization.packed_linear import bitsandbytes_functions, gptq_weight, int8_parts
 from gateskip.training.grids import LearnedGrid, ScaledGrid
 
 
@@ -177,7 +177,7 @@ def _learned(name: str, module: nn.Module, weights: dict[str, Tensor]) -> Opened
 
 def _from_gptq(module: Any) -> ScaledLinear:
     """scales [G, out]; a column's group stands in g_idx."""
-    weight = module.dequantize_weight().T[:, : module.in_features]
+    weight = gptq_weight(module).T[:, : module.in_features]
     groups = module.g_idx[: module.in_features].long()
     return ScaledLinear(weight, module.scales.T, groups, "scales", module.bias)
 

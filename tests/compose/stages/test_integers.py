@@ -247,7 +247,7 @@ def test_scales_and_minima_learn_and_codes_where_asked(
 
 
 def test_codes_bring_more_than_scales_alone(round_it: Callable[..., Made]) -> None:
-    folder, _ = round_it(use="int2")
+    folder, _ = round_it(use="int2", compensate=False)
     settings = {"use": "heal", "steps": 40, "lr": 3e-3, "validate_every": 20}
     scales, codes = (
         round_it(folder, backbone=learning, **settings)[1]["held_out"]
