@@ -323,8 +323,12 @@ def _fields(body: str) -> list[tuple[str, Any]]:
 def _arguments(text: str) -> tuple[Any, ...]:
     if text.strip() == "void":
         return ()
-    kinds = [_type(declared) for _, declared in _declared(text.replace(",", ";"))]
-    return tuple(Address if kind is Pointer else kind for kind in kinds)
+    types = [(declared, _type(declared)) for _, declared in _declared(text.replace(",", ";"))]
+    # An arena is an address already; numbers are what may come as a tensor.
+    return tuple(
+        Address if kind is Pointer and not declared.startswith("Arena") else kind
+        for declared, kind in types
+    )
 
 
 def _type(declared: str) -> Any:
