@@ -170,9 +170,9 @@ def _texts_of(plan: Plan, cell: Cell, phase: Phase) -> list[str]:
     if phase != "quality":
         return []
     own_answers = benchmark.quality.own_answers
-    asked = [] if own_answers is None else [own_answers.source]
+    prompts = [] if own_answers is None else [own_answers.source]
     learned = [source for source, _ in learns_from(plan)] if cell is plan.cells[0] else []
-    return [*benchmark.quality.perplexity, *asked, *learned]
+    return [*benchmark.quality.perplexity, *prompts, *learned]
 
 
 def learns_from(plan: Plan) -> list[tuple[str, int | None]]:
