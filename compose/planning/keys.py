@@ -44,13 +44,13 @@ def digest(recipe: Mapping[str, Any]) -> str:
 
 
 class StepKeys:
-    """Computes the keys of a pipeline's steps; files that `known` lacks are hashed once."""
+    """Computes the keys of a pipeline's steps; files that `hashes` lacks are hashed once."""
 
-    def __init__(self, pipeline: Pipeline, known: InputHashes) -> None:
+    def __init__(self, pipeline: Pipeline, hashes: InputHashes) -> None:
         self._pipeline = pipeline
-        self._model_sha256 = known.get("model_sha256")
-        self._files = dict(known.get("file_sha256", {}))
-        self._data = dict(known.get("data_sha256", {}))
+        self._model_sha256 = hashes.get("model_sha256")
+        self._files = dict(hashes.get("file_sha256", {}))
+        self._data = dict(hashes.get("data_sha256", {}))
 
     def source(self) -> str:
         """The key of the step that stores the source model."""
@@ -109,8 +109,8 @@ class StepKeys:
     def _text_identity(self, source: str, loc: Loc) -> dict[str, Any]:
         """What stands for a text: the hash of a file, or a name and its pin."""
         if Path(source).is_absolute():
-            known = self._data.get(source)
-            return {"sha256": known or self._file_sha256(Path(source), loc)}
+            sha256 = self._data.get(source)
+            return {"sha256": sha256 or self._file_sha256(Path(source), loc)}
         return {"source": source, "sha256": self._data.get(source)}
 
     def _file_sha256(self, path: Path, loc: Loc) -> str:

@@ -74,8 +74,8 @@ def _inputs(pipeline: Pipeline) -> Iterator[tuple[Loc, Callable[[], None]]]:
         yield (*place, "perplexity", index), partial(require_text_name, source)
     for index, name in enumerate(quality.tasks):
         yield (*place, "tasks", index), partial(require_task_name, name)
-    if (asked := quality.own_answers) is not None:
-        yield (*place, "own_answers", "source"), partial(require_text_name, asked.source)
+    if (answers := quality.own_answers) is not None:
+        yield (*place, "own_answers", "source"), partial(require_text_name, answers.source)
     lossless = pipeline.benchmark.lossless.source
     yield ("benchmark", "lossless", "source"), partial(require_text_name, lossless)
     if (prompts := pipeline.benchmark.speed.prompts) is not None:

@@ -33,7 +33,7 @@ def draw(run_dir: Path) -> str:
 
 
 def compare_and_tell(
-    run_dirs: Sequence[Path], *, asked: bool, tell: Callable[[str], object]
+    run_dirs: Sequence[Path], *, fail_on_regression: bool, tell: Callable[[str], object]
 ) -> bool:
     """Compare the first run with each other; whether any number became worse beyond chance.
 
@@ -44,13 +44,13 @@ def compare_and_tell(
             the last folder.
     """
     if len(run_dirs) < 2:
-        if asked:
+        if fail_on_regression:
             fix = "name two: what was before, and what is to be judged"
             raise UserError("one run has nothing to regress from", fix=fix)
         return False
     from reports.comparison import compare_runs, in_words, line
 
-    runs = [load_results(folder_of_results(each)) for each in run_dirs]
+    runs = [load_results(folder_of_results(folder)) for folder in run_dirs]
     with _held(run_dirs[-1]):
         done = compare_runs(runs, run_dirs[-1])
     tell("\n".join(str(run_dirs[-1] / path.name) for path in (done.html, done.markdown, done.json)))
