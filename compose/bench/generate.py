@@ -64,7 +64,7 @@ def answer(
 ) -> dict[str, Any]:
     """Answer a prompt: {"text", "tokens", "seconds", "preparing_s", "settings", "stats"}.
 
-    `seconds` are those of the answer; before it what drafts was made, or chosen, in `preparing_s`.
+    `seconds` is the answer's time; `preparing_s`, before it, that of making or choosing the draft.
     `sampling` are fields of gateskip.Sampler; without them the most likely token is taken. A folder
     with a chat template is asked as a chat. Raises ArtifactError as `decode_settings`.
     """

@@ -1,7 +1,7 @@
 """Records on disk, and what failed in this run -> the typed result.
 
-What was measured is collected here and in `gather_speed`; what relates cells to the baseline
-(intervals, verdicts, curves) is `compose.analysis.relate`.
+This module and `gather_speed` collect the measurements; `compose.analysis.relate` compares cells
+with the baseline (intervals, verdicts, curves).
 """
 
 from __future__ import annotations

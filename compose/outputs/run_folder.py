@@ -10,7 +10,7 @@
     runs/store/KEY                      model folders, shared by all runs in `runs`
 
 A phase's key covers all that decides what it measures, the code and the libraries among it, so a
-record under another key is out of date. What a worker raised is not kept: the next run tries again.
+record under another key is out of date. An error that a worker raised is not kept.
 """
 
 from __future__ import annotations

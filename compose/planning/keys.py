@@ -25,7 +25,7 @@ SOURCE_VERSION = 1  # raised when the same source begins to be stored in another
 
 
 class InputHashes(TypedDict, total=False):
-    """SHA-256 of a pipeline's inputs, where they are known. What is absent is left out of keys."""
+    """SHA-256 of a pipeline's inputs, where they are known; keys leave out the others."""
 
     model_sha256: str
     """The pinned hash of the source model; it replaces the path of a local folder in keys."""
@@ -125,10 +125,10 @@ class StepKeys:
 
 def text_hashes(sources: Iterable[str], tasks: Iterable[str] = ()) -> dict[str, str]:
     """Source -> SHA-256 of every text that is a file of this machine, and `task NAME` -> that of
-    every task whose questions are one; empty where none is.
+    every task whose questions are such a file; empty where there is none.
 
-    What comes from a wheel or the hub is known by its name. A file that cannot be read is left out:
-    who reads it says why.
+    A text from a wheel or the hub has no entry: its name identifies it. A file that cannot be read
+    has none either; the step that reads it reports the error.
     """
     files = {source: text_file(source) for source in sources}
     files |= {f"task {name}": task_file(name) for name in tasks}

@@ -45,7 +45,7 @@ def load_plan(file: Path, asset_cache: Path) -> Plan:
 def require_inputs(pipeline: Pipeline) -> None:
     """Refuse the first model, text or task that does not exist or cannot be read, at its line.
 
-    What only the hub knows is not refused: `owner/name` may be there when it is read.
+    A name `owner/name` of the hub is not refused: the hub may have it when it is read.
 
     Raises:
         AssetError: there is no text or task of that name, or the model's folder is not whole.

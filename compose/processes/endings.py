@@ -48,7 +48,7 @@ class Ending:
 
     @property
     def from_outside(self) -> bool:
-        """Whether the worker was taken away: what it did may well succeed elsewhere."""
+        """Whether the worker was taken away: its task may well succeed in another attempt."""
         return self.limit is None and (self.node_lost or self.signal in UNASKED)
 
     def as_text(self) -> str:
@@ -128,8 +128,8 @@ def failure_of(error: Exception, failed_in: str) -> Failure:
 def is_lasting(error: Exception) -> bool:
     """Whether an exception is likely to come again, at the same cost: a crash, or a limit hit.
 
-    What a worker raised is not: a full disk or a missing library may be put right, and it costs
-    little to ask.
+    An error that a worker raised is not: the user may free the disk or install the library, and
+    another attempt costs little.
     """
     return isinstance(error, WorkerLost) and ending_of(error).lasting
 

@@ -125,7 +125,7 @@ class RayExecutor:
             timed = self._timed.choose(self._nodes())
             options |= {"num_cpus": 0, "scheduling_strategy": self._on(timed, soft=False)}
         else:
-            options |= self._asked(needs)
+            options |= self._request(needs)
             if (other := self._other_node(job, options)) is not None:
                 options["scheduling_strategy"] = self._on(other, soft=True)
         actor = self.ray.remote(HostedWorker).options(**options)
@@ -157,7 +157,7 @@ class RayExecutor:
         if self.started:
             self.ray.shutdown()
 
-    def _asked(self, needs: Needs) -> dict[str, Any]:
+    def _request(self, needs: Needs) -> dict[str, Any]:
         """What an actor asks of its node: CPUs, memory and a GPU, where the cluster has any.
 
         Raises:

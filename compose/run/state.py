@@ -122,7 +122,7 @@ class RunWorkers:
 class Task:
     """Something to do after all that it needs was tried.
 
-    `work` keeps failures to itself: what it raises ends the whole graph.
+    `work` handles its failures itself: an exception that it raises ends the whole graph.
     """
 
     name: str

@@ -120,6 +120,6 @@ def _shown(result: SearchResult, metric: str, cell: CellResult) -> str:
 
 
 def require_found(result: SearchResult) -> None:
-    """Raise why there is no winner, where there is none."""
+    """Raise the search's error where it has no winner."""
     if result.why_none is not None:
         raise result.why_none

@@ -306,7 +306,7 @@ TABLES: Mapping[str, Callable[..., list[str]]] = {
 
 
 def _loss(results: Results, cell: CellResult) -> tuple[float, float]:
-    """Order of rows: perplexity over dense, then the faster first; what was not scored is last."""
+    """Order of rows: perplexity over dense, then the faster first; cells without scores last."""
     scored = results.quality(cell)
     text = scored.perplexity if scored else None
     ratio = text.ratio_to_baseline if text else None
