@@ -37,11 +37,11 @@ def compare_and_tell(
 ) -> bool:
     """Compare the first run with each other; whether any number became worse beyond chance.
 
-    `asked` says that the caller insists on a comparison. It is written into the last run's folder.
+    The comparison is written into the last run's folder. One run alone compares with nothing.
 
     Raises:
-        UserError: a comparison was insisted on, and there is one run only; or a run is at work on
-            the last folder.
+        UserError: there is one run only, under `fail_on_regression`; or a run is at work on the
+            last folder.
     """
     if len(run_dirs) < 2:
         if fail_on_regression:
