@@ -14,11 +14,11 @@ def main() -> None:
 
         run()
     except ModuleNotFoundError as error:
-        known = missing_extra(error)
-        if known is None:
+        missing = missing_extra(error)
+        if missing is None:
             raise
-        print(f"error: {known}", file=sys.stderr)
-        sys.exit(known.exit_code)
+        print(f"error: {missing}", file=sys.stderr)
+        sys.exit(missing.exit_code)
     except KeyboardInterrupt:  # before a command began, which would say how it goes on
         sys.exit(130)
 

@@ -60,8 +60,8 @@ def console(*, err: bool = False) -> Console:
     return Console(stderr=err)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         try:
             version = metadata.version("gateskip-compose")
         except metadata.PackageNotFoundError:
@@ -115,11 +115,11 @@ def plan(
         from compose.run.estimate import estimate as estimate_of
         from compose.terminal.estimate import estimate_tables
 
-        found = estimate_of(planned, folder, model_shape(planned.pipeline, default_cache()))
+        estimates = estimate_of(planned, folder, model_shape(planned.pipeline, default_cache()))
         if as_json:
-            typer.echo(json.dumps(found.to_json(), indent=1))
+            typer.echo(json.dumps(estimates.to_json(), indent=1))
         else:
-            console().print(estimate_tables(found))
+            console().print(estimate_tables(estimates))
     elif as_json:
         typer.echo(json.dumps(plan_state(planned, folder), indent=1))
     else:
@@ -221,7 +221,7 @@ def search(
     )
     benchmark = load_pipeline(file).benchmark
     require("report", *(["eval"] if benchmark.quality.tasks else []))
-    found = search_shown(
+    result = search_shown(
         file,
         target,
         _settings(out, again=False),
@@ -231,7 +231,7 @@ def search(
         json_lines=json_lines,
         echo=typer.echo,
     )
-    require_found(found)
+    require_found(result)
 
 
 def _settings(
@@ -279,7 +279,7 @@ def report(
 
     for run_dir in run_dirs:
         typer.echo(draw(run_dir))
-    worse = compare_and_tell(run_dirs, asked=fail_on_regression, tell=typer.echo)
+    worse = compare_and_tell(run_dirs, fail_on_regression=fail_on_regression, tell=typer.echo)
     raise typer.Exit(worse and fail_on_regression)
 
 
@@ -382,7 +382,7 @@ def generate(
         bool | None, typer.Option(help="Draft and verify, or do not; else as the folder states.")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest; 0 is all.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k most likely; 0 is all.")] = 0,
     top_p: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Sample from this probability mass.")
     ] = 1.0,

@@ -154,18 +154,18 @@ def context(
         raise
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, candidates: Iterable[str]) -> str:
     """A hint for an unknown `name`: the nearest known one, if any is near, then all of them.
 
     >>> suggest("gatess", ["gates", "heal"])
     "did you mean 'gates'? known: gates, heal"
     """
-    names = list(known)
+    names = list(candidates)
     if not names:
         return "none are known here"
     more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
     names = names[:MOST_LISTED]
-    lowered = {each.lower(): each for each in names}
+    lowered = {option.lower(): option for option in names}
     near = difflib.get_close_matches(name[:MOST_LISTED].lower(), lowered, n=1, cutoff=0.6)
     listing = f"known: {', '.join(names)}{more}"
     return f"did you mean {lowered[near[0]]!r}? {listing}" if near else listing

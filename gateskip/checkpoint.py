@@ -81,8 +81,8 @@ class GateFile:
         grid = {budget: list(row) for budget, row in budgets.thresholds.items()}
         kept, between = dict(budgets.kept), dict(budgets.between)
         phases = {budget: dict(shares) for budget, shares in budgets.phases.items()}
-        given = (training or {}, decode or {}, between, phases, budgets.prompts)
-        return cls(gates, kv_rule, grid, kept, sensitivity, *given)
+        rest = (training or {}, decode or {}, between, phases, budgets.prompts)
+        return cls(gates, kv_rule, grid, kept, sensitivity, *rest)
 
     @property
     def budgets(self) -> CalibratedBudgets:

@@ -15,7 +15,7 @@ class Answer:
     names: tuple[str, ...]
     same: str
     """How it begins, as long as that is what the dense model says."""
-    own: str
+    rest: str
     """How it goes on."""
 
 
@@ -38,12 +38,12 @@ def answers(report: Report) -> tuple[Question, ...]:
         return ()
     texts = {baseline.name: base.texts}
     for row in report.rows:
-        own = row.cell.quality.own_answers if row.cell.quality else None
-        if own is not None and own.texts:
-            texts.setdefault(row.cell.name, own.texts)
+        written = row.cell.quality.own_answers if row.cell.quality else None
+        if written is not None and written.texts:
+            texts.setdefault(row.cell.name, written.texts)
     return tuple(
-        Question(asked, _answers({name: own[i] for name, own in texts.items() if i < len(own)}))
-        for i, asked in enumerate(base.questions)
+        Question(text, _answers({name: rows[i] for name, rows in texts.items() if i < len(rows)}))
+        for i, text in enumerate(base.questions)
     )
 
 
@@ -52,5 +52,5 @@ def _answers(texts: dict[str, str]) -> tuple[Answer, ...]:
     for name, text in texts.items():
         names.setdefault(text, []).append(name)
     dense = next(iter(names), "")
-    parts = [(tuple(own), text, common_prefix(dense, text)) for text, own in names.items()]
-    return tuple(Answer(own, text[:shared], text[shared:]) for own, text, shared in parts)
+    parts = [(tuple(cells), text, common_prefix(dense, text)) for text, cells in names.items()]
+    return tuple(Answer(cells, text[:shared], text[shared:]) for cells, text, shared in parts)

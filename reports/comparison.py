@@ -121,13 +121,13 @@ def _number(change: Change, value: float | None) -> str:
 
 def _effect(change: Change) -> str:
     """What the second run has over the first, with its own 95 % interval."""
-    own = change.effect
-    if own is None:
+    effect = change.effect
+    if effect is None:
         return DASH
     if change.metric == "accuracy":
-        points = [100 * value for value in (own.value, own.low, own.high)]
+        points = [100 * value for value in (effect.value, effect.low, effect.high)]
         return f"{points[0]:+.1f} ({PAGE.span(points[1], points[2], '{:+.1f}'.format)}){THIN}points"
-    return f"{TIMES}{three_decimals(own.value)} ({PAGE.span(*own.ci95, three_decimals)})"
+    return f"{TIMES}{three_decimals(effect.value)} ({PAGE.span(*effect.ci95, three_decimals)})"
 
 
 def _as_json(pair: Pair) -> dict[str, Any]:
@@ -145,5 +145,5 @@ def _name(results: Results) -> str:
     env = results.environment
     commit = env.get("git_commit")
     parts = [str(commit)[:10] if commit else None, day(env.get("date"))]
-    known = ", ".join(part for part in parts if part)
-    return f"{results.run} ({known})" if known else results.run
+    details = ", ".join(part for part in parts if part)
+    return f"{results.run} ({details})" if details else results.run

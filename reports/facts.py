@@ -105,8 +105,8 @@ def choices(report: Report) -> dict[str, list[str]]:
 
 def cell_notes(report: Report) -> dict[str, list[str]]:
     """Note -> the cells that bear it; a note that all bear stands once."""
-    found: dict[str, list[str]] = {}
+    by_note: dict[str, list[str]] = {}
     for cell in report.results.cells:
         for note in cell.notes or ():
-            found.setdefault(note, []).append(cell.name)
-    return found
+            by_note.setdefault(note, []).append(cell.name)
+    return by_note

@@ -140,12 +140,12 @@ class Report:
         quality = self.quality_axis
         if quality is None:
             return ()
-        known = [row for row in self.rows if {metric, quality} <= row.values.keys()]
+        measured = [row for row in self.rows if {metric, quality} <= row.values.keys()]
         points = [
             (METRICS[metric].rank(row.values[metric]), METRICS[quality].rank(row.values[quality]))
-            for row in known
+            for row in measured
         ]
-        return tuple(known[index] for index in pareto(points))
+        return tuple(measured[index] for index in pareto(points))
 
     @cached_property
     def on_a_front(self) -> frozenset[int]:

@@ -29,7 +29,7 @@ class Rendered:
 def render(results_path: str | Path, out_dir: str | Path) -> Rendered:
     """Read results and write `report.html`, `.md`, `.csv` and `report-files/` into `out_dir`.
 
-    `results_path` is a results.json or a run's folder. What an earlier report left is replaced.
+    `results_path` is a results.json or a run's folder. Files of an earlier report are replaced.
     JSON with the same numbers is results.json itself.
 
     Raises:

@@ -38,12 +38,12 @@ class Best:
 
 def summary(report: Report) -> tuple[Best, ...]:
     """The dense model and the winners. Other engines do not compete: they cannot be exported."""
-    own = [row for row in report.rows if row.cell.peer is None]
-    lossless = [r for r in own if r.cell.lossless_check and r.cell.lossless_check.lossless]
+    ours = [row for row in report.rows if row.cell.peer is None]
+    lossless = [r for r in ours if r.cell.lossless_check and r.cell.lossless_check.lossless]
     return (
         _dense(report),
-        _fastest_that_keeps(report, own),
-        _smallest(report, own),
+        _fastest_that_keeps(report, ours),
+        _smallest(report, ours),
         _winner(
             report,
             "Fastest lossless speculation",
@@ -74,24 +74,24 @@ def _dense(report: Report) -> Best:
     return Best("Dense model", row, figure, "tokens/s, decode", tuple(facts))
 
 
-def _fastest_that_keeps(report: Report, own: Sequence[Row]) -> Best:
+def _fastest_that_keeps(report: Report, ours: Sequence[Row]) -> Best:
     aim = f"Fastest that keeps {_KEEPS}"
-    if all(keeps(report, row) is None for row in own if not row.is_baseline):
+    if all(keeps(report, row) is None for row in ours if not row.is_baseline):
         note = "What other cells keep is not known: too few questions, or none, were asked."
         return Best(aim, None, NO_EVIDENCE, note=note)
     cell = fastest_that_keeps(report.results, KEEP)
-    row = next((row for row in own if row.cell is cell), None)
+    row = next((row for row in ours if row.cell is cell), None)
     if row is None or row.is_baseline:
         note = f"No cell faster than the dense model keeps {_KEEPS} at its lower bound."
         return Best(aim, None, "none", note=note)
     return _winner(report, aim, row)
 
 
-def _smallest(report: Report, own: Sequence[Row]) -> Best:
-    row = _top(own, "size")
+def _smallest(report: Report, ours: Sequence[Row]) -> Best:
+    row = _top(ours, "size")
     if row is None:
         return Best("Smallest", None, note="No size was measured.")
-    sure = _top([each for each in own if keeps(report, each)], "size")
+    sure = _top([candidate for candidate in ours if keeps(report, candidate)], "size")
     note = ""
     if sure is None or sure.is_baseline:
         note = f"Whether any smaller cell keeps {_KEEPS}: {NO_EVIDENCE}."
@@ -114,21 +114,21 @@ def _winner(report: Report, aim: str, row: Row | None, note: str = "") -> Best:
     if against and not against.startswith(TIMES):
         unit += f", {against} to dense"
     facts = _facts(("Size", row.get("size"), bytes_text)) + _quality_facts(report, row)
-    own = row.cell.speculation
-    if own is not None and own.speedup is not None:
-        facts.append(("Over plain", PAGE.ratio(own.speedup, own.speedup_ci95), None))
+    record = row.cell.speculation
+    if record is not None and record.speedup is not None:
+        facts.append(("Over plain", PAGE.ratio(record.speedup, record.speedup_ci95), None))
     return Best(aim, row, figure, unit, tuple(facts), note)
 
 
 def _quality_facts(report: Report, row: Row) -> list[Fact]:
     facts: list[Fact] = []
-    kept = row.get("retained")
-    if kept is not None and not row.is_baseline:
+    retained = row.get("retained")
+    if retained is not None and not row.is_baseline:
         ends = report.interval(row, "retained")
-        known = retained_bound(report.results, row.cell) is not None and ends is not None
-        within = PAGE.span(*ends, _whole_percent) if known and ends else NO_EVIDENCE
+        bounded = retained_bound(report.results, row.cell) is not None and ends is not None
+        within = PAGE.span(*ends, _whole_percent) if bounded and ends else NO_EVIDENCE
         facts.append(
-            ("Keeps", f"{PAGE.percent(kept)} ({within})", sure_tone(report, row, "retained"))
+            ("Keeps", f"{PAGE.percent(retained)} ({within})", sure_tone(report, row, "retained"))
         )
     return facts + _facts(
         ("Perplexity", row.get("perplexity-ratio"), lambda value: f"{TIMES}{three_decimals(value)}")

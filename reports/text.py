@@ -27,7 +27,7 @@ def anchor(name: str) -> str:
 
 
 def day(date: Any) -> str | None:
-    """`24 November 2026` of an ISO date; what is no date stays as it is."""
+    """`24 November 2026` of an ISO date; another text stays as it is."""
     if not isinstance(date, str):
         return None
     try:

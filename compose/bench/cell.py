@@ -103,23 +103,23 @@ class CellBench:
 
     def lossless(self) -> dict[str, Any]:
         """Speculation against plain decoding, token for token, one prompt at a time."""
-        wanted = self.job.benchmark["lossless"]
+        settings = self.job.benchmark["lossless"]
         prompts = load_prompts(
-            self.decoder.tokenizer, wanted["source"], wanted["prompts"], self.job.asset_cache
+            self.decoder.tokenizer, settings["source"], settings["prompts"], self.job.asset_cache
         )
         return check_lossless(
-            self.decoder, self.settings, prompts, wanted["new_tokens"], self.progress
+            self.decoder, self.settings, prompts, settings["new_tokens"], self.progress
         )
 
     @cached_property
     def _turns(self) -> SpeedTurns:
-        job, wanted = self.job, self.job.benchmark["speed"]
+        job, speed = self.job, self.job.benchmark["speed"]
         return SpeedTurns(
             self.decoder,
             self.mode,
             self.settings,
             self._saving,
-            wanted,
+            speed,
             job.threads,
             job.asset_cache,
         )

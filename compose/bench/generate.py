@@ -30,7 +30,7 @@ def decode_settings(
     """
     require_model(folder)
     stored = (read_json(folder / "gateskip.json") or {}).get("decode") or {"mode": "plain"}
-    kept = {key: value for key, value in stored.items() if key == "kv_cache"}
+    kv_cache = {key: value for key, value in stored.items() if key == "kv_cache"}
     if not is_gated(folder):
         if budget is not None:
             raise ArtifactError(
@@ -38,14 +38,14 @@ def decode_settings(
                 fix="leave --budget out, or name a folder made with a gate stage",
             )
         if stored["mode"] == "skip" or stored.get("draft_budget", 1) < 1:
-            stored = {"mode": "plain", **kept}
+            stored = {"mode": "plain", **kv_cache}
     mode: Mode = stored["mode"]
     if speculate is not None:
         mode = "speculate" if speculate else "skip" if budget is not None else "plain"
     elif budget is not None and mode == "plain":
         mode = "skip"
-    own = {key: value for key, value in stored.items() if stored["mode"] == mode}
-    settings: dict[str, Any] = {**kept, **own, "mode": mode}
+    of_mode = {key: value for key, value in stored.items() if stored["mode"] == mode}
+    settings: dict[str, Any] = {**kv_cache, **of_mode, "mode": mode}
     if budget is not None:
         settings["draft_budget" if mode == "speculate" else "budget"] = budget
     return settings
@@ -64,24 +64,24 @@ def answer(
 ) -> dict[str, Any]:
     """Answer a prompt: {"text", "tokens", "seconds", "preparing_s", "settings", "stats"}.
 
-    `seconds` are those of the answer; before it what drafts was made, or chosen, in `preparing_s`.
-    `sampling` are fields of gateskip.Sampler; without them the likeliest token is taken. A folder
+    `seconds` is the answer's time; `preparing_s`, before it, that of making or choosing the draft.
+    `sampling` are fields of gateskip.Sampler; without them the most likely token is taken. A folder
     with a chat template is asked as a chat. Raises ArtifactError as `decode_settings`.
     """
     import gateskip
 
     settings = decode_settings(folder, budget=budget, speculate=speculate)
     decoder = gateskip.load(folder)
-    asked = settings.get("draft_budget", settings.get("budget"))
-    if settings["mode"] != "plain" and asked is not None:
+    share = settings.get("draft_budget", settings.get("budget"))
+    if settings["mode"] != "plain" and share is not None:
         try:
-            decoder.thresholds(asked)
+            decoder.thresholds(share)
         except ValueError as error:
-            raise ArtifactError(f"{folder} cannot be decoded at budget {asked}: {error}") from error
+            raise ArtifactError(f"{folder} cannot be decoded at budget {share}: {error}") from error
     ids = prompt_ids(decoder.tokenizer, prompt)
     begun = time.perf_counter()
     if settings["mode"] == "speculate":
-        decoder.prepare_drafts(settings.get("draft_weights", "auto"), asked or 1.0)
+        decoder.prepare_drafts(settings.get("draft_weights", "auto"), share or 1.0)
     started = time.perf_counter()
     generation = decoder.generate(
         [ids],
@@ -107,18 +107,19 @@ def answer(
 def continue_probe(
     folder: Path, tokens: int, settings: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """The `tokens` likeliest ids after the probe text, decoded by `settings` or as the folder says.
+    """The most likely `tokens` ids after the probe text, decoded by `settings`, else as the
+    folder says.
 
     Nothing here depends on the clock: a draft length of `auto`, which is timed, becomes 4.
     """
     import gateskip
 
     decoder = gateskip.load(folder)
-    asked = dict(decoder.defaults if settings is None else settings)
-    if asked.get("draft_length", "auto") == "auto" and asked.get("mode") == "speculate":
-        asked["draft_length"] = 4
+    keywords = dict(decoder.defaults if settings is None else settings)
+    if keywords.get("draft_length", "auto") == "auto" and keywords.get("mode") == "speculate":
+        keywords["draft_length"] = 4
     ids: list[int] = probe_ids(folder)[0].tolist()
-    continuation: list[int] = decoder.generate([ids], tokens, **asked).tokens[0]
+    continuation: list[int] = decoder.generate([ids], tokens, **keywords).tokens[0]
     return continuation
 
 
@@ -126,7 +127,7 @@ def stop_token_ids(decoder: Decoder) -> list[int]:
     """Ids that end an answer: the tokenizer's, and those of the generation config."""
     stated = decoder.skipping.model.generation_config.eos_token_id
     listed = stated if isinstance(stated, list) else [stated]
-    return sorted({each for each in (*listed, decoder.tokenizer.eos_token_id) if each is not None})
+    return sorted({stop for stop in (*listed, decoder.tokenizer.eos_token_id) if stop is not None})
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

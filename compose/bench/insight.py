@@ -27,9 +27,9 @@ def insight(folder: Path, text: str, budget: float | None = None) -> dict[str, A
         raise ArtifactError(
             f"{folder} has no gates", fix="name the folder of a chain with a gate stage"
         )
-    wanted = budget or decoder.defaults.get("budget") or DEFAULT_BUDGET
+    chosen = budget or decoder.defaults.get("budget") or DEFAULT_BUDGET
     try:
-        thresholds = decoder.thresholds(wanted)
+        thresholds = decoder.thresholds(chosen)
     except ValueError as error:
         raise ArtifactError(str(error), fix="choose another --budget") from error
     ids = tokenizer(text).input_ids
@@ -43,4 +43,4 @@ def insight(folder: Path, text: str, budget: float | None = None) -> dict[str, A
         {"text": tokenizer.decode([token]), "kind": kind, "compute": round(share, 4)}
         for token, kind, share in zip(ids, seen.kinds, seen.compute.tolist(), strict=True)
     ]
-    return {"budget": wanted, "tokens": tokens, "summary": summarize([seen])}
+    return {"budget": chosen, "tokens": tokens, "summary": summarize([seen])}

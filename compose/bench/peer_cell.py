@@ -116,29 +116,31 @@ class PeerBench:
     def quality(self, reference: Path) -> dict[str, Any]:
         """What `QualityBench` measures, as far as an engine shows it: text and answers from its own
         logits, and those tasks whose answers are written."""
-        wanted, cache = self.job.benchmark["quality"], self.job.asset_cache
+        settings, cache = self.job.benchmark["quality"], self.job.asset_cache
         record: dict[str, Any] = {}
-        asked = wanted["own_answers"]
-        if wanted["perplexity"] or asked:
+        own_answers = settings["own_answers"]
+        if settings["perplexity"] or own_answers:
             stored, head = load_stored(reference), load_head(self.job.baseline_folder)
-        if wanted["perplexity"]:
-            texts = first_available(wanted["perplexity"], None, cache)
-            count = max(1, wanted["perplexity_tokens"] // BLOCK)
+        if settings["perplexity"]:
+            texts = first_available(settings["perplexity"], None, cache)
+            count = max(1, settings["perplexity_tokens"] // BLOCK)
             blocks = token_blocks(texts, self.tokenizer, BLOCK, count)
             dense = load_blocks(stored, blocks), head
             record |= text_record(texts, score_blocks(self, blocks, dense, progress=self.progress))
-        if asked:
-            prompts = load_prompts(self.tokenizer, asked["source"], asked["prompts"], cache)
+        if own_answers:
+            prompts = load_prompts(
+                self.tokenizer, own_answers["source"], own_answers["prompts"], cache
+            )
             answers = DenseAnswers.of(stored, prompts)
             record["own_answers"] = score_answers(
-                *(self, answers, head, asked["new_tokens"], self._stops),
+                *(self, answers, head, own_answers["new_tokens"], self._stops),
                 *(self.tokenizer, self.progress),
             )
-        written = [name for name in wanted["tasks"] if name in TASKS and TASKS[name].writes]
+        written = [name for name in settings["tasks"] if name in TASKS and TASKS[name].writes]
         if written:
             from compose.bench.quality.tasks import run_tasks  # loads lm-eval
 
-            limit, batch = wanted["limit"], wanted["batch_size"]
+            limit, batch = settings["limit"], settings["batch_size"]
             scores = run_tasks(
                 self, written, limit=limit, batch_size=batch, cache=cache, progress=self.progress
             )
@@ -242,4 +244,4 @@ def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if ends is not None:
             stated += ends if isinstance(ends, list) else [ends]
             break
-    return sorted({each for each in stated if each is not None})
+    return sorted({token for token in stated if token is not None})

@@ -180,13 +180,13 @@ class Sampling(_Section):
     """Divides the logits."""
 
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Only the k likeliest tokens; 0 is all."""
+    """Only the k most likely tokens; 0 is all."""
 
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Only the likeliest tokens that together have this probability."""
+    """Only the most likely tokens that together have this probability."""
 
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Only tokens at least this likely, relative to the likeliest."""
+    """Only tokens at least this likely, relative to the most likely."""
 
 
 class Speed(_Section):

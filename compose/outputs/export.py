@@ -156,7 +156,7 @@ def measurements(results: Results, cell: CellResult, planned: dict[str, Any]) ->
     """The cell's numbers, those of the cells it is compared with, and where they were taken."""
     named = {"cell": cell, "baseline": results.find(results.baseline)}
     named["quality_of"] = results.find(cell.quality_of)
-    rows = {role: each.model_dump(mode="json") for role, each in named.items() if each is not None}
+    rows = {role: row.model_dump(mode="json") for role, row in named.items() if row is not None}
     head = {"schema_version": results.schema_version, "run": results.run}
     where = {"environment": results.environment, "benchmark": results.benchmark}
     return {**head, "weights": planned["weights"], **where, **rows}
@@ -274,11 +274,11 @@ def base_model(source: dict[str, Any]) -> str | None:
 def card_rows(results: Results, cell: CellResult) -> list[tuple[str, str, str]]:
     """(what, this cell, baseline) for every number that this cell has."""
     baseline = results.cell(results.baseline)
-    own, base = metrics(results, cell), metrics(results, baseline)
+    values, base = metrics(results, cell), metrics(results, baseline)
     rows = [
-        (METRICS[name].title, metric_text(name, own[name]), metric_text(name, base.get(name)))
+        (METRICS[name].title, metric_text(name, values[name]), metric_text(name, base.get(name)))
         for name in CARD_METRICS
-        if name in own
+        if name in values
     ]
     before = _tasks(results, baseline)
     for task, score in _tasks(results, cell).items():

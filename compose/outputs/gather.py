@@ -1,7 +1,7 @@
 """Records on disk, and what failed in this run -> the typed result.
 
-What was measured is collected here and in `gather_speed`; what relates cells to the baseline
-(intervals, verdicts, curves) is `compose.analysis.relate`.
+This module and `gather_speed` collect the measurements; `compose.analysis.relate` compares cells
+with the baseline (intervals, verdicts, curves).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def gather(
     measured nor tried is missing, and a note names it.
     """
     parts = {cell.name: _cell_parts(run, plan, cell, failures, session) for cell in plan.cells}
-    known = {name: part for name, part in parts.items() if part is not None}
-    _fold_repeats(plan, known)
+    present = {name: part for name, part in parts.items() if part is not None}
+    _fold_repeats(plan, present)
     left_out = [
         CellResult(
             name=left.name, chain=left.chain, status="left-out", reason=left.message, rule=left.rule
@@ -71,9 +71,9 @@ def gather(
         seed=plan.pipeline.seed,
         pipeline=_text(source_map.file) if source_map else None,
         benchmark=plan.pipeline.benchmark.model_dump(mode="json"),
-        seconds=_seconds(run, plan, known, session),
+        seconds=_seconds(run, plan, present, session),
         notes=tuple(notes) or None,
-        cells=(*(CellResult.model_validate(part) for part in known.values()), *left_out),
+        cells=(*(CellResult.model_validate(part) for part in present.values()), *left_out),
     )
     return relate(results)
 
@@ -181,7 +181,7 @@ def _step_records(folder: Path) -> dict[str, Any]:
         return {}
     records = {entry["name"]: entry.get("record") or {} for entry in entries}
     curves = {name: curve for name, record in records.items() if (curve := _curve(record))}
-    errors = {name: each for name, record in records.items() if (each := _errors(record))}
+    errors = {name: layers for name, record in records.items() if (layers := _errors(record))}
     peaks = {entry["name"]: entry["peak_bytes"] for entry in entries if "peak_bytes" in entry}
     seconds = {entry["name"]: entry["wall_s"] for entry in entries if "wall_s" in entry}
     return {

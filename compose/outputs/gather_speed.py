@@ -39,19 +39,19 @@ def timed_parts(
     if not main:
         return {}
     parts: dict[str, dict[str, Any]] = {"speed": _speed(session, name, baseline)}
-    every = [own for repeats in session.of_cell(name).values() for own in repeats]
+    every = [numbers for repeats in session.of_cell(name).values() for numbers in repeats]
     size = {field: _largest(every, field) for field in SIZES}
     parts["size"] = {field: value for field, value in size.items() if value}
-    saved = [own["compute"] for own in main if "compute" in own]
+    saved = [numbers["compute"] for numbers in main if "compute" in numbers]
     if saved:
         parts["compute"] = mean_compute(saved)
     if "speculation" in main[0]:
-        rounds = [own["speculation"] for own in main]
+        rounds = [numbers["speculation"] for numbers in main]
         parts["speculation"] = speculation_of(add_speculation(rounds)) | _by_round(rounds)
         if plain is not None:
             pairs, spread = session.main_paired(name, plain), spread_in(session.environment)
-            found = _ratio(pairs, "decode", "decode_tokens_per_s", spread)
-            parts["speculation"] |= _speedup(session, name, plain, found)
+            ratio = _ratio(pairs, "decode", "decode_tokens_per_s", spread)
+            parts["speculation"] |= _speedup(session, name, plain, ratio)
     return parts
 
 
@@ -83,29 +83,29 @@ def speculation_of(counts: dict[str, Any]) -> dict[str, Any]:
 def _by_round(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What was drafted, accepted and passed in each round, and intervals over rounds."""
     drafted, accepted, passes = (
-        [each[name] for each in rounds] for name in ("drafted", "accepted", "passes")
+        [counts[name] for counts in rounds] for name in ("drafted", "accepted", "passes")
     )
-    found: dict[str, Any] = {"drafts_by_round": list(zip(drafted, accepted, passes, strict=True))}
+    fields: dict[str, Any] = {"drafts_by_round": list(zip(drafted, accepted, passes, strict=True))}
     if rate := ratio_of_sums(accepted, drafted, most=1.0):
-        found["acceptance_rate_ci95"] = rate.ci95
+        fields["acceptance_rate_ci95"] = rate.ci95
     if gained := ratio_of_sums(accepted, passes):
-        found["mean_accepted_tokens_ci95"] = (1 + gained.low, 1 + gained.high)
-    return found
+        fields["mean_accepted_tokens_ci95"] = (1 + gained.low, 1 + gained.high)
+    return fields
 
 
-def _speedup(session: Session, name: str, plain: str, found: Estimate | None) -> dict[str, Any]:
-    if found is not None:
-        return {"speedup": found.value, "speedup_ci95": found.ci95}
-    own, other = (_median(session.main(each), "decode_tokens_per_s") for each in (name, plain))
-    return {"speedup": own / other} if own and other else {}
+def _speedup(session: Session, name: str, plain: str, ratio: Estimate | None) -> dict[str, Any]:
+    if ratio is not None:
+        return {"speedup": ratio.value, "speedup_ci95": ratio.ci95}
+    speed, other = (_median(session.main(cell), "decode_tokens_per_s") for cell in (name, plain))
+    return {"speedup": speed / other} if speed and other else {}
 
 
 def _speed(session: Session, name: str, baseline: str) -> dict[str, Any]:
     """The main shape, and the others by batch, context or category."""
     related, spread = name != baseline, spread_in(session.environment)
     by_shape = {
-        shape: _numbers(own, session.paired(name, baseline).get(shape, []), related, spread)
-        for shape, own in session.of_cell(name).items()
+        shape: _numbers(repeats, session.paired(name, baseline).get(shape, []), related, spread)
+        for shape, repeats in session.of_cell(name).items()
     }
     main, pairs = session.main_shape, session.main_paired(name, baseline)
     speed: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def _speed(session: Session, name: str, baseline: str) -> dict[str, Any]:
         speed = _numbers(session.main(name), pairs, related, spread)
     if main is not None and main.batch == 1:
         del by_shape[main]
-    texts = [own["digest"] == base["digest"] for own, base in pairs if own.get("digest")]
+    texts = [repeat["digest"] == base["digest"] for repeat, base in pairs if repeat.get("digest")]
     for field in ("threads", "affinity"):
         if (most := _largest(session.main(name), field)) is not None:
             speed[field] = most
@@ -138,37 +138,37 @@ def _numbers(
     """The fields of `compose.results.parts.SpeedNumbers` from the repeats of one shape."""
     numbers: dict[str, Any] = {}
     for name in SPEED_NUMBERS:
-        values = [own[name] for own in repeats if own.get(name) is not None]
+        values = [repeat[name] for repeat in repeats if repeat.get(name) is not None]
         if values:
             numbers[name] = measured(values)
-    lasted = [own["decode_s"] for own in repeats if own.get("decode_s") is not None]
+    lasted = [repeat["decode_s"] for repeat in repeats if repeat.get("decode_s") is not None]
     if lasted:
         numbers["repeat_s"] = lasted
-    if spent := [own["spent"] for own in repeats if "spent" in own]:
+    if spent := [repeat["spent"] for repeat in repeats if "spent" in repeat]:
         numbers["time_split"] = _time_split(add_counts(spent), sum(lasted))
     if related:
         ratios = {field: _ratio(pairs, *what, spread) for field, what in RATIOS.items()}
-        numbers |= {field: each for field, each in ratios.items() if each is not None}
+        numbers |= {field: ratio for field, ratio in ratios.items() if ratio is not None}
     return numbers
 
 
 def measured(values: Sequence[float]) -> dict[str, Any]:
     """The fields of `compose.results.parts.Measured`: median, quartiles and the repeats."""
-    found: dict[str, Any] = {"median": statistics.median(values), "repeats": list(values)}
+    fields: dict[str, Any] = {"median": statistics.median(values), "repeats": list(values)}
     if len(values) > 1:
         first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-        found["quartiles"] = (first, third)
-    return found
+        fields["quartiles"] = (first, third)
+    return fields
 
 
 def _ratio(pairs: Pairs, kind: Kind, name: str, spread: Spread | None) -> Estimate | None:
     """Speed over the other cell's, where both have it in at least two rounds."""
-    both = [(own[name], base[name]) for own, base in pairs if own.get(name) and base.get(name)]
+    both = [(row[name], base[name]) for row, base in pairs if row.get(name) and base.get(name)]
     if len(both) < 2:
         return None
-    own, base = zip(*both, strict=True)
-    found = paired_speed_ratio(own, base)
-    return None if found is None else widened(found, kind, spread)
+    speeds, base = zip(*both, strict=True)
+    ratio = paired_speed_ratio(speeds, base)
+    return None if ratio is None else widened(ratio, kind, spread)
 
 
 def _time_split(spent: dict[str, float], decode_s: float) -> dict[str, float]:
@@ -180,9 +180,9 @@ def _time_split(spent: dict[str, float], decode_s: float) -> dict[str, float]:
 
 
 def _median(repeats: Sequence[Numbers], name: str) -> float | None:
-    values = [own[name] for own in repeats if own.get(name) is not None]
+    values = [repeat[name] for repeat in repeats if repeat.get(name) is not None]
     return statistics.median(values) if values else None
 
 
 def _largest(repeats: Sequence[Numbers], name: str) -> Any:
-    return max((own[name] for own in repeats if own.get(name) is not None), default=None)
+    return max((repeat[name] for repeat in repeats if repeat.get(name) is not None), default=None)

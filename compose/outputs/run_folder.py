@@ -10,7 +10,7 @@
     runs/store/KEY                      model folders, shared by all runs in `runs`
 
 A phase's key covers all that decides what it measures, the code and the libraries among it, so a
-record under another key is out of date. What a worker raised is not kept: the next run tries again.
+record under another key is out of date. An error that a worker raised is not kept.
 """
 
 from __future__ import annotations
@@ -170,9 +170,9 @@ def _texts_of(plan: Plan, cell: Cell, phase: Phase) -> list[str]:
     if phase != "quality":
         return []
     own_answers = benchmark.quality.own_answers
-    asked = [] if own_answers is None else [own_answers.source]
+    prompts = [] if own_answers is None else [own_answers.source]
     learned = [source for source, _ in learns_from(plan)] if cell is plan.cells[0] else []
-    return [*benchmark.quality.perplexity, *asked, *learned]
+    return [*benchmark.quality.perplexity, *prompts, *learned]
 
 
 def learns_from(plan: Plan) -> list[tuple[str, int | None]]:

@@ -83,8 +83,8 @@ class Session:
                 session._keep(Round(line["group"], shape, line["round"]), line)
         return session
 
-    def _keep(self, each: Round, line: Mapping[str, Any]) -> None:
-        self.rounds[each] = line["cells"]
+    def _keep(self, timed_round: Round, line: Mapping[str, Any]) -> None:
+        self.rounds[timed_round] = line["cells"]
         self.seconds += line["seconds"]
         if line.get("load_average") is not None:
             self.load_averages.append(line["load_average"])
@@ -103,18 +103,18 @@ class Session:
 
     def add(
         self,
-        each: Round,
+        timed_round: Round,
         cells: dict[str, Numbers],
         seconds: float,
         load_average: float | None = None,
     ) -> None:
         """Keep a round: the numbers of its cells by name, the time that it took, and the load of
         the machine before it."""
-        group, shape, number = each
+        group, shape, number = timed_round
         line = {"group": group, **shape._asdict(), "round": number, "seconds": round(seconds, 3)}
         line |= {"load_average": load_average, "cells": cells}
         self._append(line)
-        self._keep(each, line)
+        self._keep(timed_round, line)
 
     def add_roofline(self, roofline: dict[str, float]) -> None:
         """Keep what the machine can do at most."""
@@ -139,7 +139,10 @@ class Session:
         main = speed["prompt_tokens"]
         batches = sorted(speed["batch_sizes"], key=lambda batch: batch != 1)
         others = [context for context in speed["contexts"] if context != main]
-        return [*(Shape(each, main) for each in batches), *(Shape(1, each) for each in others)]
+        return [
+            *(Shape(n, main) for n in batches),
+            *(Shape(1, length) for length in others),
+        ]
 
     @property
     def main_shape(self) -> Shape | None:
@@ -155,9 +158,9 @@ class Session:
             for number in range(self.settings["speed"]["repeats"])
         ]
 
-    def complete(self, each: Round) -> bool:
+    def complete(self, timed_round: Round) -> bool:
         """Whether a round has the numbers of every cell of its group."""
-        return set(self.rounds.get(each, {})) >= set(self.groups[each.group])
+        return set(self.rounds.get(timed_round, {})) >= set(self.groups[timed_round.group])
 
     def finished(self) -> bool:
         """Whether every round is complete."""
@@ -165,7 +168,9 @@ class Session:
 
     def of_cell(self, name: str) -> dict[Shape, list[Numbers]]:
         """Shape -> the cell's numbers, round by round."""
-        return {shape: [own for own, _ in pairs] for shape, pairs in self.paired(name).items()}
+        return {
+            shape: [numbers for numbers, _ in pairs] for shape, pairs in self.paired(name).items()
+        }
 
     def paired(
         self, name: str, other: str | None = None
@@ -175,16 +180,16 @@ class Session:
         Without another cell, the cell is paired with itself.
         """
         by_shape: dict[Shape, list[tuple[Numbers, Numbers]]] = {}
-        for each in self.planned():
-            cells = self.rounds.get(each, {})
+        for timed_round in self.planned():
+            cells = self.rounds.get(timed_round, {})
             pair = cells.get(name), cells.get(other or name)
             if pair[0] is not None and pair[1] is not None:
-                by_shape.setdefault(each.shape, []).append((pair[0], pair[1]))
+                by_shape.setdefault(timed_round.shape, []).append((pair[0], pair[1]))
         return by_shape
 
     def main(self, name: str) -> list[Numbers]:
         """The numbers that stand for a cell, round by round."""
-        return [own for own, _ in self.main_paired(name, name)]
+        return [numbers for numbers, _ in self.main_paired(name, name)]
 
     def main_paired(self, name: str, other: str) -> list[tuple[Numbers, Numbers]]:
         """Two cells in the main shape, round by round; with categories, all of them together."""
@@ -193,14 +198,14 @@ class Session:
             return by_shape.get(self.main_shape, [])
         rounds = zip(*by_shape.values(), strict=False)
         return [
-            (_together([own for own, _ in pairs]), _together([base for _, base in pairs]))
+            (_together([numbers for numbers, _ in pairs]), _together([base for _, base in pairs]))
             for pairs in rounds
         ]
 
 
 def _together(numbers: list[Numbers]) -> Numbers:
     """The repeats of all categories in one round, as one."""
-    digests = [each["digest"] for each in numbers]
+    digests = [repeat["digest"] for repeat in numbers]
     texts = None if None in digests else "-".join(digests)
     return add_turns(numbers) | {"digest": texts}
 

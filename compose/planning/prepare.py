@@ -45,7 +45,7 @@ def load_plan(file: Path, asset_cache: Path) -> Plan:
 def require_inputs(pipeline: Pipeline) -> None:
     """Refuse the first model, text or task that does not exist or cannot be read, at its line.
 
-    What only the hub knows is not refused: `owner/name` may be there when it is read.
+    A name `owner/name` of the hub is not refused: the hub may have it when it is read.
 
     Raises:
         AssetError: there is no text or task of that name, or the model's folder is not whole.
@@ -74,8 +74,8 @@ def _inputs(pipeline: Pipeline) -> Iterator[tuple[Loc, Callable[[], None]]]:
         yield (*place, "perplexity", index), partial(require_text_name, source)
     for index, name in enumerate(quality.tasks):
         yield (*place, "tasks", index), partial(require_task_name, name)
-    if (asked := quality.own_answers) is not None:
-        yield (*place, "own_answers", "source"), partial(require_text_name, asked.source)
+    if (answers := quality.own_answers) is not None:
+        yield (*place, "own_answers", "source"), partial(require_text_name, answers.source)
     lossless = pipeline.benchmark.lossless.source
     yield ("benchmark", "lossless", "source"), partial(require_text_name, lossless)
     if (prompts := pipeline.benchmark.speed.prompts) is not None:

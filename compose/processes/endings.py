@@ -48,7 +48,7 @@ class Ending:
 
     @property
     def from_outside(self) -> bool:
-        """Whether the worker was taken away: what it did may well succeed elsewhere."""
+        """Whether the worker was taken away: its task may well succeed in another attempt."""
         return self.limit is None and (self.node_lost or self.signal in UNASKED)
 
     def as_text(self) -> str:
@@ -85,8 +85,8 @@ class Ending:
 def lost(ending: Ending, log: str = "") -> WorkerLost:
     """The error of a worker that ended; `log` is the end of what it printed."""
     text = f"the worker {ending.as_text()}"
-    known = {k: v for k, v in asdict(ending).items() if v is not None and v is not False}
-    return WorkerLost(f"{text}{log}", known)
+    fields = {k: v for k, v in asdict(ending).items() if v is not None and v is not False}
+    return WorkerLost(f"{text}{log}", fields)
 
 
 def ending_of(error: WorkerLost) -> Ending:
@@ -94,14 +94,14 @@ def ending_of(error: WorkerLost) -> Ending:
     return Ending(**error.ending)
 
 
-def ending_of_code(code: int, **known: Any) -> Ending:
+def ending_of_code(code: int, **details: Any) -> Ending:
     """An ending from the return code of a process, which is negative after a signal."""
     if code >= 0:
-        return Ending(exit_code=code, **known)
+        return Ending(exit_code=code, **details)
     name = f"signal {-code}"
     with contextlib.suppress(ValueError):
         name = signal.Signals(-code).name
-    return Ending(signal=name, **known)
+    return Ending(signal=name, **details)
 
 
 @dataclass(frozen=True)
@@ -120,16 +120,16 @@ class Failure:
 def failure_of(error: Exception, failed_in: str) -> Failure:
     """An exception as data. A worker's traceback is a note of the exception."""
     notes = getattr(error, "__notes__", [])
-    told = printable("\n".join(notes) or str(error))
+    text = printable("\n".join(notes) or str(error))
     ending = error.ending if isinstance(error, WorkerLost) else None
-    return Failure(first_line(error), failed_in, told, ending)
+    return Failure(first_line(error), failed_in, text, ending)
 
 
 def is_lasting(error: Exception) -> bool:
     """Whether an exception is likely to come again, at the same cost: a crash, or a limit hit.
 
-    What a worker raised is not: a full disk or a missing library may be put right, and it costs
-    little to ask.
+    An error that a worker raised is not: the user may free the disk or install the library, and
+    another attempt costs little.
     """
     return isinstance(error, WorkerLost) and ending_of(error).lasting
 

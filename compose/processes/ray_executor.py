@@ -125,7 +125,7 @@ class RayExecutor:
             timed = self._timed.choose(self._nodes())
             options |= {"num_cpus": 0, "scheduling_strategy": self._on(timed, soft=False)}
         else:
-            options |= self._asked(needs)
+            options |= self._request(needs)
             if (other := self._other_node(job, options)) is not None:
                 options["scheduling_strategy"] = self._on(other, soft=True)
         actor = self.ray.remote(HostedWorker).options(**options)
@@ -137,10 +137,10 @@ class RayExecutor:
         timed = self._timed.choose(self._nodes())
         if timed == self._own:
             return capture_environment(threads)
-        found = dict(self._ask_node(timed, capture_environment, threads))
+        machine = dict(self._ask_node(timed, capture_environment, threads))
         (node,) = (node for node in self._nodes() if node["NodeID"] == timed)
-        accelerator = found.get("accelerator") or accelerator_of(node)
-        return found | ({"accelerator": accelerator} if accelerator else {})
+        accelerator = machine.get("accelerator") or accelerator_of(node)
+        return machine | ({"accelerator": accelerator} if accelerator else {})
 
     def free_bytes(self) -> int:
         """Free memory of that machine."""
@@ -157,19 +157,19 @@ class RayExecutor:
         if self.started:
             self.ray.shutdown()
 
-    def _asked(self, needs: Needs) -> dict[str, Any]:
+    def _request(self, needs: Needs) -> dict[str, Any]:
         """What an actor asks of its node: CPUs, memory and a GPU, where the cluster has any.
 
         Raises:
             StepError: no node has as much, so that Ray would wait for ever.
         """
-        asked: dict[str, Any] = {"num_cpus": self.threads}
+        request: dict[str, Any] = {"num_cpus": self.threads}
         if needs.memory is not None:
-            asked["memory"] = needs.memory
+            request["memory"] = needs.memory
         nodes = self._nodes()
         if needs.gpu and any(node["Resources"].get("GPU", 0) >= 1 for node in nodes):
-            asked["num_gpus"] = 1
-        if not any(_fits(node, asked) for node in nodes):
+            request["num_gpus"] = 1
+        if not any(_fits(node, request) for node in nodes):
             most = max((node["Resources"].get("memory", 0) for node in nodes), default=0)
             memory = "" if needs.memory is None else f" and {bytes_text(needs.memory)} of memory"
             raise StepError(
@@ -178,12 +178,12 @@ class RayExecutor:
                 fix="add a larger node (`ray start --memory=...`), or set a lower "
                 "limits.step.memory_mb or limits.cell.memory_mb",
             )
-        return asked
+        return request
 
-    def _other_node(self, job: Path, asked: Mapping[str, Any]) -> str | None:
+    def _other_node(self, job: Path, request: Mapping[str, Any]) -> str | None:
         """A node that is alive and large enough, where a job was lost on others; else None."""
         left = self._left.get(job, set())
-        fit = [node["NodeID"] for node in self._nodes() if left and _fits(node, asked)]
+        fit = [node["NodeID"] for node in self._nodes() if left and _fits(node, request)]
         return next((node for node in fit if node not in left), None)
 
     def _nodes(self) -> list[dict[str, Any]]:
@@ -199,8 +199,8 @@ class RayExecutor:
         return str(self.ray.get_runtime_context().get_node_id())
 
     def _kind_of(self, node: Node) -> Kind:
-        found = self._ask_node(node["NodeID"], capture_environment, self.threads)
-        return Kind(found.get("processor", "unknown"), accelerator_of(node))
+        machine = self._ask_node(node["NodeID"], capture_environment, self.threads)
+        return Kind(machine.get("processor", "unknown"), accelerator_of(node))
 
     def _ask_node(self, node: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """What a function returns on a node."""
@@ -217,11 +217,11 @@ def available_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _fits(node: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+def _fits(node: Mapping[str, Any], request: Mapping[str, Any]) -> bool:
     """Whether a node could ever give what is asked."""
     has = node["Resources"]
     return all(
-        has.get(name, 0) >= asked.get(key, 0)
+        has.get(name, 0) >= request.get(key, 0)
         for name, key in (("CPU", "num_cpus"), ("memory", "memory"), ("GPU", "num_gpus"))
     )
 

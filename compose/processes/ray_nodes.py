@@ -45,8 +45,8 @@ def accelerator_of(node: Node) -> str:
 class TimedNodes:
     """Chooses the node that timed workers run on, and stays with it and its kind."""
 
-    def __init__(self, own: str, kind_of: Callable[[Node], Kind]) -> None:
-        self._own, self._kind_of = own, kind_of
+    def __init__(self, this_node: str, kind_of: Callable[[Node], Kind]) -> None:
+        self._own, self._kind_of = this_node, kind_of
         self._kinds: dict[str, Kind] = {}
         self._kind: Kind | None = None
         self._chosen: str | None = None
@@ -79,14 +79,15 @@ class TimedNodes:
 
 
 def _only(kinds: Mapping[str, Kind]) -> Kind:
-    found = sorted(set(kinds.values()))
-    if len(found) == 1:
-        return found[0]
+    distinct = sorted(set(kinds.values()))
+    if len(distinct) == 1:
+        return distinct[0]
     listed = "; ".join(
-        f"{kind} ({sum(each == kind for each in kinds.values())} nodes)" for kind in found
+        f"{kind} ({sum(node_kind == kind for node_kind in kinds.values())} nodes)"
+        for kind in distinct
     )
     raise UserError(
-        f"the nodes that are marked {SPEED} are of {len(found)} kinds, and speeds on them cannot "
-        f"be compared: {listed}",
+        f"the nodes that are marked {SPEED} are of {len(distinct)} kinds, and speeds on them "
+        f"cannot be compared: {listed}",
         fix="mark nodes of one kind alone",
     )

@@ -29,7 +29,7 @@ def _as_folder(source: Path, cache: Path, *, keep_blocks: bool) -> Path:
     if not is_gguf(source):
         return source
     check_gguf_source(source, keep_blocks=keep_blocks)  # refuses what cannot be read, at once
-    made = converted(source, cache, keep_blocks=keep_blocks)
-    if made is not None:
-        return made
+    folder = converted(source, cache, keep_blocks=keep_blocks)
+    if folder is not None:
+        return folder
     return Path(ask_once(ConvertJob(source.absolute(), cache, keep_blocks)))

@@ -289,7 +289,7 @@ def await_answer(worker: Worker, on_message: Callable[[Message], None] | None = 
 def raised_by_worker(message: Message) -> ComposeError:
     """The exception in a worker's answer that is not ok."""
     kinds: dict[str, type[ComposeError]] = {
-        each.__name__: each for each in (AssetError, ArtifactError, UserError)
+        error_type.__name__: error_type for error_type in (AssetError, ArtifactError, UserError)
     }
     error = kinds.get(message["kind"], StepError)(message["error"])
     error.add_note(message["traceback"])

@@ -21,8 +21,8 @@ class Record(BaseModel):
     @model_serializer(mode="wrap")
     def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         written: dict[str, Any] = handler(self)
-        kept = {k: v for k, v in written.items() if v is not None or k in self.always}
-        return kept | {k: None for k in self.always if k not in kept}
+        present = {k: v for k, v in written.items() if v is not None or k in self.always}
+        return present | {k: None for k in self.always if k not in present}
 
 
 class Estimate(Record):
@@ -61,7 +61,7 @@ def only_finite(data: dict[str, Any], place: str = "") -> dict[str, Any]:
     dropped: list[str] = []
     clean: dict[str, Any] = _finite(data, place, dropped)
     if dropped:
-        lost = [f"{each} was not a finite number" for each in dropped]
+        lost = [f"{name} was not a finite number" for name in dropped]
         clean["notes"] = [*(clean.get("notes") or ()), *lost]
     return clean
 
@@ -75,12 +75,12 @@ def _finite(value: Any, place: str, dropped: list[str]) -> Any:
         return [_finite(item, f"{place}[{i}]", dropped) for i, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    kept: dict[Any, Any] = {}
+    finite: dict[Any, Any] = {}
     for key, item in value.items():
         inner = f"{place}.{key}" if place else str(key)
         numbers = item if isinstance(item, list | tuple) else [item]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             dropped.append(inner)
         else:
-            kept[key] = _finite(item, inner, dropped)
-    return kept
+            finite[key] = _finite(item, inner, dropped)
+    return finite

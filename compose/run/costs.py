@@ -90,8 +90,8 @@ def cell_passes(weights: int, benchmark: Mapping[str, Any], kind: str = SCORED) 
         tokens += float(quality.get("perplexity_tokens", 0))
     questions = len(quality.get("tasks") or ()) * int(quality.get("limit", 0))
     tokens += questions * TOKENS_A_QUESTION
-    if own := quality.get("own_answers"):
-        tokens += int(own["prompts"]) * int(own["new_tokens"])
+    if answers := quality.get("own_answers"):
+        tokens += int(answers["prompts"]) * int(answers["new_tokens"])
     return weights * (1.0 + tokens)
 
 
@@ -99,9 +99,9 @@ def step_costs(store: Store) -> Iterator[Cost]:
     """The costs of all steps in a store whose records say enough."""
     for key in store.all_keys():
         manifest = store.manifest(key) or {}
-        told, config = read_json(store.model(key) / LINEAGE), store.model(key) / "config.json"
+        lineage, config = read_json(store.model(key) / LINEAGE), store.model(key) / "config.json"
         seconds = (manifest.get("record") or {}).get("wall_s")
-        entries = told.get("stages") if isinstance(told, dict) else None
+        entries = lineage.get("stages") if isinstance(lineage, dict) else None
         if not isinstance(seconds, int | float) or not isinstance(entries, list) or not entries:
             continue
         try:

@@ -60,46 +60,46 @@ class Estimates:
     @property
     def seconds(self) -> float:
         """All known seconds, one after another."""
-        known = (each.seconds for each in (*self.steps, *self.cells))
-        return sum(each for each in known if each is not None) + self.speed_seconds
+        times = (row.seconds for row in (*self.steps, *self.cells))
+        return sum(seconds for seconds in times if seconds is not None) + self.speed_seconds
 
     @property
     def unknown(self) -> list[str]:
         """Names of steps and cells without a time."""
-        return [each.name for each in (*self.steps, *self.cells) if each.seconds is None]
+        return [row.name for row in (*self.steps, *self.cells) if row.seconds is None]
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON, with the sums."""
         everything = (*self.steps, *self.cells)
         return {
-            "steps": [asdict(each) for each in self.steps],
-            "cells": [asdict(each) for each in self.cells],
+            "steps": [asdict(step) for step in self.steps],
+            "cells": [asdict(cell) for cell in self.cells],
             "speed_seconds": self.speed_seconds,
             "seconds": round(self.seconds, 1),
             "without_seconds": self.unknown,
-            "peak_bytes": max((each.peak_bytes or 0 for each in everything), default=0),
-            "disk_bytes": sum(each.disk_bytes or 0 for each in self.steps),
-            "scratch_bytes": max((each.scratch_bytes for each in self.steps), default=0),
+            "peak_bytes": max((row.peak_bytes or 0 for row in everything), default=0),
+            "disk_bytes": sum(step.disk_bytes or 0 for step in self.steps),
+            "scratch_bytes": max((step.scratch_bytes for step in self.steps), default=0),
         }
 
 
 def estimate(plan: Plan, run: RunFolder, shape: ModelShape | None) -> Estimates:
     """What a plan takes, on a source model of `shape`, from the records beside `run`."""
-    known = list(step_costs(run.store))
+    measured = list(step_costs(run.store))
     shapes = plan.shapes(shape)
-    steps = tuple(_step(plan, run, step, shapes[step.key], known) for step in plan.steps)
-    sizes = {step.key: each.disk_bytes for step, each in zip(plan.steps, steps, strict=True)}
+    steps = tuple(_step(plan, run, step, shapes[step.key], measured) for step in plan.steps)
+    sizes = {step.key: row.disk_bytes for step, row in zip(plan.steps, steps, strict=True)}
     costs = list(cell_costs(run.root.parent))
     benchmark = plan.pipeline.benchmark.model_dump(mode="json")
     cells = []
     for cell in plan.cells:
-        own = shapes.get(cell.weights)
+        cell_shape = shapes.get(cell.weights)
         size = sizes.get(cell.weights)
         seconds, count = None, 0
-        if own is not None and cell.peer is None:
+        if cell_shape is not None and cell.peer is None:
             kind = COMPARED if speculates(cell.decode) else SCORED
             same = [cost for cost in costs if cost.kind == kind]
-            seconds, count = seconds_of(cell_passes(own.weights, benchmark, kind), same)
+            seconds, count = seconds_of(cell_passes(cell_shape.weights, benchmark, kind), same)
         peak = None if size is None else PROCESS_BYTES + FOLDERS_HELD * size
         basis: Basis = "shape" if seconds is None else "scaled"
         cells.append(Estimate(cell.name, seconds, peak, None, 0, basis, count))
@@ -107,17 +107,17 @@ def estimate(plan: Plan, run: RunFolder, shape: ModelShape | None) -> Estimates:
 
 
 def _step(
-    plan: Plan, run: RunFolder, step: Step, shape: ModelShape | None, known: Sequence[Cost]
+    plan: Plan, run: RunFolder, step: Step, shape: ModelShape | None, costs: Sequence[Cost]
 ) -> Estimate:
     title = plan.title(step)
-    for cost in known:
+    for cost in costs:
         if cost.where == f"store/{step.key}":
             return Estimate(title, cost.seconds, cost.peak_bytes, cost.disk_bytes, 0, "measured", 1)
     if shape is None:
         return Estimate(title, None, None, None, 0, "shape")
     kind = SOURCE if step.stage is None else step.stage.use
     data = {"train": plan.pipeline.data.train, "calibration": plan.pipeline.data.calibration}
-    same = [cost for cost in known if cost.kind == kind]
+    same = [cost for cost in costs if cost.kind == kind]
     seconds, count = seconds_of(step_passes(step.stage, shape, data), same)
     width = WIDTHS[plan.pipeline.model.dtype]
     disk = folder_size(plan, step, shape)
@@ -130,8 +130,8 @@ def _step(
 def folder_size(plan: Plan, step: Step, shape: ModelShape) -> int:
     """Bytes of a step's model folder: weights in the pipeline's type, or as its quantizers pack."""
     size = float(shape.weights * WIDTHS[plan.pipeline.model.dtype])
-    for each in plan.lineage(step.key):
-        size *= 1.0 if each.stage is None else _share(each.stage, shape, plan)
+    for ancestor in plan.lineage(step.key):
+        size *= 1.0 if ancestor.stage is None else _share(ancestor.stage, shape, plan)
     return round(size)
 
 
@@ -164,6 +164,6 @@ def seconds_of(passes: float, costs: Sequence[Cost]) -> tuple[float | None, int]
 def speed_seconds(plan: Plan) -> float:
     """What the timed rounds take at least: every cell decodes so long in each round and shape."""
     speed = plan.pipeline.benchmark.speed
-    shapes = len(speed.batch_sizes) + sum(each != speed.prompt_tokens for each in speed.contexts)
+    shapes = len(speed.batch_sizes) + sum(n != speed.prompt_tokens for n in speed.contexts)
     timed = sum(cell.repeats is None for cell in plan.cells)
     return round(timed * shapes * speed.repeats * speed.min_seconds, 1)

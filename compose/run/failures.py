@@ -5,10 +5,10 @@
 A run passes over what has failed under the same key, until `gateskip run --retry-failed`. The key
 covers what is made or measured, its limits and the code: a raised limit tries again by itself.
 
-What a worker raised, a crash of its own and a limit that it hit are results. Being taken away (its
-node went, it was killed) is none: an executor of many machines starts the work again (`attempted`),
-on another node where there is one, and a step goes on from its checkpoint. The number of attempts
-is bounded: work that needs more memory than any node has is killed on each.
+A worker's error, its own crash and a limit that it hit are results. A worker that was taken away
+(its node went, it was killed) leaves none: an executor of many machines starts the work again
+(`attempted`), on another node where there is one, and a step goes on from its checkpoint. The
+number of attempts is bounded: work that needs more memory than any node has is killed on each.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Runs a plan: what is on disk is kept, the rest is made, one process a step or cell.
+"""Runs a plan: keeps what is on disk and makes the rest, in one process a step or cell.
 
     steps     in the plan's order; each is made in one process and loaded again in another
     quality   of every cell, one process each
     speed     rounds interleaved over the processes of all cells, the baseline in every group
     result    results.json, the report, and the exports that the pipeline names
 
-A failure becomes data: what depends on it fails with the same reason, everything else goes on.
+A failure becomes data: steps and cells that need it fail with the same reason, others go on.
 Crashes and limits that were hit are kept (`failures`); other failures are tried again.
 After an end of this process, the next run goes on from the last finished step, phase or round.
 """

@@ -102,12 +102,12 @@ def memory_groups(run: RunState, cells: list[Cell]) -> list[list[str]]:
     for cell in cells:
         if cell.name in groups[-1]:
             continue
-        wanted = [name for name in (cell.plain, cell.name) if name in sizes]
-        if not _fits(groups[-1], wanted, sizes, limit) and len(groups[-1]) > len(first):
+        pair = [name for name in (cell.plain, cell.name) if name in sizes]
+        if not _fits(groups[-1], pair, sizes, limit) and len(groups[-1]) > len(first):
             groups.append(list(first))
-            if not _fits(groups[-1], wanted, sizes, limit):
-                wanted = [cell.name]
-        groups[-1] += [name for name in wanted if name not in groups[-1]]
+            if not _fits(groups[-1], pair, sizes, limit):
+                pair = [cell.name]
+        groups[-1] += [name for name in pair if name not in groups[-1]]
     return groups
 
 
@@ -141,7 +141,9 @@ class _Measurement:
         """Run the group's rounds that are missing, with all its processes loaded at once."""
         session = self.session
         missing = [
-            each for each in session.planned() if each.group == group and not session.complete(each)
+            timed_round
+            for timed_round in session.planned()
+            if timed_round.group == group and not session.complete(timed_round)
         ]
         if not missing:
             return
@@ -149,10 +151,10 @@ class _Measurement:
         try:
             self._load_all(cells)
             self._measure_roofline()
-            for count, each in enumerate(missing):
+            for count, timed_round in enumerate(missing):
                 if count and self.together:
-                    self._load_anew(_rotated(cells, each.number))
-                self._measure_round(each, cells)
+                    self._load_anew(_rotated(cells, timed_round.number))
+                self._measure_round(timed_round, cells)
         finally:
             self._end_all()
 
@@ -179,9 +181,9 @@ class _Measurement:
         able = baseline.name in self.workers and self._goes_on(baseline.name)
         if self.session.roofline is None and able:
             threads = self.run.workers.executor.timed_threads
-            found = self._ask(baseline, {"do": "roofline", "threads": threads})
-            if found is not None:
-                self.session.add_roofline(found)
+            roofline = self._ask(baseline, {"do": "roofline", "threads": threads})
+            if roofline is not None:
+                self.session.add_roofline(roofline)
 
     def _join(self, cells: list[Cell]) -> None:
         """Load cells one after the other in the process that all of ours share."""
@@ -228,30 +230,30 @@ class _Measurement:
                 worker = self.workers[cell.name]
                 self._guarded(cell, partial(self.run.workers.answer, worker, self.line))
 
-    def _measure_round(self, each: Round, cells: list[Cell]) -> None:
+    def _measure_round(self, timed_round: Round, cells: list[Cell]) -> None:
         """Turns of all cells until each has decoded for long enough.
 
         The cell that decoded least goes next. Each round begins with another cell, so that none is
         favoured.
         """
-        rotated = _rotated(cells, each.number)
+        rotated = _rotated(cells, timed_round.number)
         load_average = _load_average()
         started = time.monotonic()
         for cell in rotated:
-            self._warm_up(cell, each)
+            self._warm_up(cell, timed_round)
         turns: dict[str, list[dict[str, Any]]] = {cell.name: [] for cell in rotated}
         while waiting := [cell for cell in rotated if self._wants_a_turn(cell, turns[cell.name])]:
             cell = min(waiting, key=lambda cell: _decoded_s(turns[cell.name]))
-            note = f"{_shown(each.shape)}, round {each.number + 1}, {cell.name}"
-            answer = self._ask(cell, self._command("speed", each), each, note)
+            note = f"{_shown(timed_round.shape)}, round {timed_round.number + 1}, {cell.name}"
+            answer = self._ask(cell, self._command("speed", timed_round), timed_round, note)
             if answer is not None:
                 if self.together and cell.peer is None:  # what a process holds is not one cell's
                     answer |= {"peak_bytes": None, "beside_bytes": None}
                 turns[cell.name].append(answer)
         numbers = {
-            name: add_turns(own) for name, own in turns.items() if own and self._goes_on(name)
+            name: add_turns(timed) for name, timed in turns.items() if timed and self._goes_on(name)
         }
-        self.session.add(each, numbers, time.monotonic() - started, load_average)
+        self.session.add(timed_round, numbers, time.monotonic() - started, load_average)
 
     def _goes_on(self, name: str) -> bool:
         return name not in self.run.failed_cells
@@ -265,18 +267,18 @@ class _Measurement:
         decodes: int = turns[-1]["tokens"]  # none with one new token: nothing to go on with
         return decodes > 0 and _decoded_s(turns) < enough
 
-    def _warm_up(self, cell: Cell, each: Round) -> None:
+    def _warm_up(self, cell: Cell, timed_round: Round) -> None:
         """A turn that is not counted, before the first of a shape."""
-        if (cell.name, each.shape) not in self.warm and self._goes_on(cell.name):
-            self.warm.add((cell.name, each.shape))
-            note = f"{_shown(each.shape)}, warming up {cell.name}"
-            self._ask(cell, self._command("warm", each), each, note)
+        if (cell.name, timed_round.shape) not in self.warm and self._goes_on(cell.name):
+            self.warm.add((cell.name, timed_round.shape))
+            note = f"{_shown(timed_round.shape)}, warming up {cell.name}"
+            self._ask(cell, self._command("warm", timed_round), timed_round, note)
 
-    def _command(self, do: Literal["warm", "speed"], each: Round) -> CellCommand:
-        shape = each.shape
+    def _command(self, do: Literal["warm", "speed"], timed_round: Round) -> CellCommand:
+        shape = timed_round.shape
         return {
             "do": do,
-            "round": each.number,
+            "round": timed_round.number,
             "batch": shape.batch,
             "context": shape.context,
             "category": shape.category,
@@ -284,11 +286,15 @@ class _Measurement:
         }
 
     def _ask(
-        self, cell: Cell, command: CellCommand, each: Round | None = None, note: str = "roofline"
+        self,
+        cell: Cell,
+        command: CellCommand,
+        timed_round: Round | None = None,
+        note: str = "roofline",
     ) -> dict[str, Any] | None:
         """The answer of a cell's process; None where it fails, and then the cell has failed."""
         planned = self.session.planned()
-        done = planned.index(each) if each else 0
+        done = planned.index(timed_round) if timed_round else 0
         self.line.update(done, len(planned), "speed", detail=note)
         command["cell"] = cell.name
         ask = partial(self.run.workers.ask, self.workers[cell.name], command, self.line)

@@ -112,17 +112,17 @@ class RunWorkers:
             self._ending = True
             left = list(self._live)
         stopping = [threading.Thread(target=worker.stop) for worker in left]
-        for each in stopping:  # one that does not listen keeps no other waiting
-            each.start()
-        for each in stopping:
-            each.join()
+        for thread in stopping:  # one that does not listen keeps no other waiting
+            thread.start()
+        for thread in stopping:
+            thread.join()
 
 
 @dataclass
 class Task:
     """Something to do after all that it needs was tried.
 
-    `work` keeps failures to itself: what it raises ends the whole graph.
+    `work` handles its failures itself: an exception that it raises ends the whole graph.
     """
 
     name: str
@@ -197,7 +197,7 @@ class RunState:
         """
         if not self.settings.only:
             return list(self.plan.cells)
-        asked = [self.plan.cell(name) for name in self.settings.only]
+        selected = [self.plan.cell(name) for name in self.settings.only]
         names = {self.baseline.name}
-        names |= {name for cell in asked for name in (cell.name, cell.plain) if name is not None}
+        names |= {name for cell in selected for name in (cell.name, cell.plain) if name is not None}
         return [cell for cell in self.plan.cells if {cell.name, cell.repeats} & names]

@@ -34,8 +34,8 @@ LOCK_PATIENCE_S = 0.2
 
 def step_tasks(run: RunState, cells: list[Cell]) -> list[Task]:
     """A task for every model folder that the cells need; the source is also the teacher."""
-    made = [cell for cell in cells if cell.folder is None]
-    needed = {step.key for cell in made for step in run.plan.lineage(cell.weights)}
+    to_build = [cell for cell in cells if cell.folder is None]
+    needed = {step.key for cell in to_build for step in run.plan.lineage(cell.weights)}
     return [
         Task(
             step.key,

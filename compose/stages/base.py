@@ -89,19 +89,19 @@ class Stage(BaseModel):
     ) -> JsonSchemaValue:
         """The parameters, behind the groups that they may also be written in."""
         schema = handler.resolve_ref_schema(handler(core_schema))
-        known = schema["properties"]
+        properties = schema["properties"]
         grouped = {
             key: {
                 "type": "object",
                 "description": group.__doc__,
                 "additionalProperties": False,
-                "properties": {name: known[name] for name in group.model_fields},
+                "properties": {name: properties[name] for name in group.model_fields},
             }
             for key, group in cls.groups.items()
         }
         inside = {name for group in cls.groups.values() for name in group.model_fields}
-        own = {name: each for name, each in known.items() if name not in inside}
-        schema["properties"] = {**own, **grouped, **known}
+        flat = {name: entry for name, entry in properties.items() if name not in inside}
+        schema["properties"] = {**flat, **grouped, **properties}
         return schema
 
     def stored_as(self) -> str | None:

@@ -85,9 +85,9 @@ class Skip(DecodeStage):
 
     @model_validator(mode="before")
     @classmethod
-    def _answers_are_whole(cls, given: Any) -> Any:
-        alone = isinstance(given, dict) and given.get("prompt_budget") is not None
-        return {"budget": 1.0, **given} if alone else given
+    def _answers_are_whole(cls, data: Any) -> Any:
+        alone = isinstance(data, dict) and data.get("prompt_budget") is not None
+        return {"budget": 1.0, **data} if alone else data
 
     @model_validator(mode="after")
     def _some_phase_skips(self) -> Self:
@@ -145,16 +145,14 @@ class Speculate(DecodeStage):
 
     @model_validator(mode="before")
     @classmethod
-    def _budgets_fit(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        if given.get("draft_weights") == "learned":
-            if given.get("draft_budget", 1) != 1:
+    def _budgets_fit(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        if data.get("draft_weights") == "learned":
+            if data.get("draft_budget", 1) != 1:
                 raise ValueError("a draft network skips nothing: leave draft_budget out")
-            return given | {"draft_budget": 1.0}
-        return (
-            {"draft_budget": given["verify_budget"], **given} if "verify_budget" in given else given
-        )
+            return data | {"draft_budget": 1.0}
+        return {"draft_budget": data["verify_budget"], **data} if "verify_budget" in data else data
 
     @model_validator(mode="after")
     def _the_original_skips_nothing(self) -> Self:
@@ -183,7 +181,7 @@ class Speculate(DecodeStage):
         `draft-of-packed`, `original-is-gone`."""
         super().check(shape, before)
         require_prompt_budgets(self.prompt_budget, before)
-        if self.draft_weights == "learned" and not any(each.role == "draft" for each in before):
+        if self.draft_weights == "learned" and not any(stage.role == "draft" for stage in before):
             raise RuleBroken(
                 "learned-needs-network",
                 "draft_weights: learned, and no draft-network stage comes before",
@@ -210,9 +208,9 @@ def require_prompt_budgets(budget: float | None, before: tuple[Stage, ...]) -> N
     gates = [stage for stage in before if stage.role == "gate"]
     if budget is None or budget == 1 or not gates:
         return
-    known: tuple[float, ...] = getattr(gates[-1], "prompt_budgets", ())
-    if min(known, default=1.0) > budget:
-        stated = f"down to {min(known):g}" if known else "for none"
+    budgets: tuple[float, ...] = getattr(gates[-1], "prompt_budgets", ())
+    if min(budgets, default=1.0) > budget:
+        stated = f"down to {min(budgets):g}" if budgets else "for none"
         raise RuleBroken(
             "budget-calibrated",
             f"prompt_budget: {budget:g}, and the gates are calibrated {stated}",

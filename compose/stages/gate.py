@@ -109,10 +109,10 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         and sums of all branches; or states and a layer's sums that shortcuts are fitted to; and an
         LM head that is widened."""
         logits = 4.0 * LOGITS * self.length * shape.vocab_size
-        kept = training_bytes(shape, self.batch * self.length, self.length)
+        saved = training_bytes(shape, self.batch * self.length, self.length)
         sums_of_layer = 4.0 * 2 * shape.hidden_size**2
         warm = shape.num_layers * sums_of_layer if self.init == WARM else 0.0
-        step = logits + warm + (kept / shape.num_layers if self.checkpointing else kept)
+        step = logits + warm + (saved / shape.num_layers if self.checkpointing else saved)
         states = 4.0 * SHORTCUT_BLOCKS * self.length * shape.hidden_size
         sums = states + SUMS * sums_of_layer
         head = 4.0 * shape.vocab_size * shape.hidden_size if self._computes_as_stored() else 0.0
@@ -143,21 +143,23 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         if gates.shortcuts is not None:
             gates.shortcuts.settle()
         gates.folded = has_folded_norms(model)  # a full backbone trains its norms, too
-        found = self.calibrate(job, model, gates, calibration, sensitivity)
+        budgets = self.calibrate(job, model, gates, calibration, sensitivity)
         self._save_backbone(job, model)
         record: dict[str, Any] = {
             "training": curve,
-            "kept": {str(budget): round(share, 4) for budget, share in sorted(found.kept.items())},
+            "kept": {
+                str(budget): round(share, 4) for budget, share in sorted(budgets.kept.items())
+            },
             "train_tokens": self.steps * self.accumulate * self.batch * self.length,
         }
-        if found.prompts is not None:
-            shares = sorted(found.prompts.kept.items())
+        if budgets.prompts is not None:
+            shares = sorted(budgets.prompts.kept.items())
             record["kept_of_prompts"] = {str(budget): round(share, 4) for budget, share in shares}
-        if found.phases:
-            apart = sorted(found.phases.items())
+        if budgets.phases:
+            apart = sorted(budgets.phases.items())
             record["kept_phases"] = {str(budget): dict(shares) for budget, shares in apart}
         training = {"parameters": self.model_dump(mode="json") | {"init": Path(self.init).name}}
-        file = GateFile.of(gates, self.kv, found, sensitivity, training)
+        file = GateFile.of(gates, self.kv, budgets, sensitivity, training)
         save_gates(job.target, file)
         return record
 
@@ -173,11 +175,11 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
         from compose.stages.text.split_text import split_blocks
 
         tokenizer = AutoTokenizer.from_pretrained(job.source)
-        wanted = max(self.steps * self.accumulate * self.batch, SHORTCUT_BLOCKS)
+        count = max(self.steps * self.accumulate * self.batch, SHORTCUT_BLOCKS)
         calibration = split_blocks(
             job, "calibration", tokenizer, self.length, self.calibration_blocks
         )
-        train = split_blocks(job, "train", tokenizer, self.length, wanted + len(calibration))
+        train = split_blocks(job, "train", tokenizer, self.length, count + len(calibration))
         return unseen(train, calibration), calibration
 
     def _start(self, job: StageJob, model: Any, train: Tensor) -> tuple[Gates, list[float] | None]:
@@ -220,10 +222,10 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
 
     def _ranks(self, kinds: list[str]) -> list[int]:
         """The rank of each branch's shortcut, by the branches' kinds."""
-        asked = self.shortcut
-        if isinstance(asked, int):
-            return [asked] * len(kinds)
-        return [asked.mlp if kind == "mlp" else asked.attention for kind in kinds]
+        shortcut = self.shortcut
+        if isinstance(shortcut, int):
+            return [shortcut] * len(kinds)
+        return [shortcut.mlp if kind == "mlp" else shortcut.attention for kind in kinds]
 
     def _read(self, sizes: dict[str, int], model: Any) -> Gates:
         """The gates of the file that `init` names, made to fit the model's norms."""
@@ -297,15 +299,19 @@ class Gate(CalibrateSettings, TrainSettings, GateSettings, Stage):
             "closed": frozenset(i for i, kind in enumerate(kinds) if kind not in skippable),
             "progress": job.progress,
         }
-        found = calibrate_everywhere(model, gates, blocks, self.budgets, self.kv, gone, **settings)
-        found = replace(found, prompts=self._for_prompts(job, model, gates, blocks, gone, settings))
+        budgets = calibrate_everywhere(
+            model, gates, blocks, self.budgets, self.kv, gone, **settings
+        )
+        budgets = replace(
+            budgets, prompts=self._for_prompts(job, model, gates, blocks, gone, settings)
+        )
         if self.calibrate_on == "text":
-            return found
+            return budgets
         prompts, stops = prompts_to_answer(job, model, blocks, self.written_prompts)
         return calibrate_written(
             model,
             gates,
-            found,
+            budgets,
             prompts,
             self.budgets,
             new_tokens=self.written_tokens,

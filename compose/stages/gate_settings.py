@@ -246,7 +246,7 @@ def _home_of(name: str) -> str | None:
     if name in ("use", "recipe"):
         return "beside the groups"
     return next(
-        (f"in {group}" for group, each in GROUPS.items() if name in each.model_fields), None
+        (f"in {group}" for group, settings in GROUPS.items() if name in settings.model_fields), None
     )
 
 

@@ -22,7 +22,7 @@ def require_gates_that_move(stage: Stage, before: tuple[Stage, ...]) -> None:
     Raises:
         RuleBroken: `prune-after-gate`.
     """
-    if any(isinstance(each, Gate) and each.kind == "router" for each in before):
+    if any(isinstance(earlier, Gate) and earlier.kind == "router" for earlier in before):
         raise RuleBroken(
             "prune-after-gate",
             f"{stage.use} cannot come after router gates: they sit at every second layer",
@@ -71,10 +71,10 @@ def keep_gates(
     sensitivity = file.sensitivity and [file.sensitivity[row] for row in rows]
     tokenizer = AutoTokenizer.from_pretrained(job.source)
     blocks = split_blocks(job, "calibration", tokenizer, stage.length, stage.calibration_blocks)
-    found = stage.calibrate(job, model, gates, blocks, sensitivity, gone)
+    budgets = stage.calibrate(job, model, gates, blocks, sensitivity, gone)
     training = {**file.training, "branches": rows}
     save_gates(
-        job.target, GateFile.of(gates, file.kv_rule, found, sensitivity, training, file.decode)
+        job.target, GateFile.of(gates, file.kv_rule, budgets, sensitivity, training, file.decode)
     )
 
 

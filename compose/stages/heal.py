@@ -136,9 +136,9 @@ class Heal(Stage):
 
     def worked_on(self, shape: ModelShape, length: int) -> float:
         """A training step, logits of a few tokens, and an LM head that is widened."""
-        kept = training_bytes(shape, self.batch * (self.length or length))
+        saved = training_bytes(shape, self.batch * (self.length or length))
         head = IN_FLOAT32 * shape.vocab_size * shape.hidden_size
-        return head + (kept / shape.num_layers if self.checkpointing else kept)
+        return head + (saved / shape.num_layers if self.checkpointing else saved)
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Distil on the training text; resumes from its own checkpoint after a kill."""

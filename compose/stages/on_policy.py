@@ -52,10 +52,10 @@ def as_settings(text: OnPolicyText | None) -> OnPolicy | None:
 
 
 def require_room(text: OnPolicyText | None, length: int) -> None:
-    """Refuse to write all of a block.
+    """Refuse a setting by which the model would write the whole block.
 
     Raises:
-        UserError: `length` tokens of a block are no more than what is written of it.
+        UserError: `length`, the tokens of a block, is not above the number that the model writes.
     """
     if text is not None and text.tokens >= length:
         raise UserError(

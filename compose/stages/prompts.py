@@ -33,9 +33,10 @@ def prompts_to_answer(
     stops = [] if end is None else [end]
     for spec in (job.calibration, job.train):
         stated = [] if spec is None else _stated(spec, job)
-        found = [ids for prompt in stated if len(ids := asked_ids(tokenizer, prompt)) <= length]
-        if found:
-            return found[:: max(1, len(found) // count)][:count], stops  # of every part of a mix
+        fitting = [ids for prompt in stated if len(ids := asked_ids(tokenizer, prompt)) <= length]
+        if fitting:
+            step = max(1, len(fitting) // count)  # from every part of a mix
+            return fitting[::step][:count], stops
     if getattr(tokenizer, "chat_template", None):
         from gateskip.decoding.decoder import Decoder
         from gateskip.training.rollouts import runnable

@@ -49,7 +49,7 @@ CLASSES: tuple[type[Stage], ...] = (
 )
 """All stages, in the order in which pages list them."""
 
-STAGES: dict[str, type[Stage]] = {each.model_fields["use"].default: each for each in CLASSES}
+STAGES: dict[str, type[Stage]] = {stage.model_fields["use"].default: stage for stage in CLASSES}
 """What a YAML file's `use` may name."""
 
 if TYPE_CHECKING:

@@ -48,14 +48,14 @@ class ModelShape:
             PlanError: the config names no size that a decoder of the Llama family has.
         """
         text = _mapping(config.get("text_config")) or config
-        wanted = (
+        required = (
             "hidden_size",
             "intermediate_size",
             "num_hidden_layers",
             "num_attention_heads",
             "vocab_size",
         )
-        absent = [key for key in wanted if _count(text, key) is None]
+        absent = [key for key in required if _count(text, key) is None]
         if absent:
             kind = text.get("model_type", "unknown")
             raise PlanError(
@@ -150,8 +150,10 @@ def _packed_bits(quantization: Mapping[str, Any]) -> int | None:
     if quantization.get("load_in_8bit") or quantization.get("load_in_4bit"):
         return 8 if quantization.get("load_in_8bit") else 4
     layers = [_mapping(quantization.get(key)) for key in ("dynamic", "layers")]
-    own = [_mapping(each) for named in layers for name, each in named.items() if not is_value(name)]
-    stated = [_count(each, "bits") for each in (quantization, *own)]
+    entries = [
+        _mapping(value) for named in layers for name, value in named.items() if not is_value(name)
+    ]
+    stated = [_count(entry, "bits") for entry in (quantization, *entries)]
     return max((bits for bits in stated if bits is not None), default=None)
 
 

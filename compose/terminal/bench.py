@@ -105,17 +105,17 @@ def _speed_table(results: Results, cells: Sequence[CellResult]) -> Table[None]:
 
 def _shapes(results: Results, cell: CellResult) -> list[tuple[str, Any]]:
     """Each shape that a cell was timed in, in words, and its numbers."""
-    speed, asked = cell.speed, (results.benchmark or {}).get("speed", {})
+    speed, settings = cell.speed, (results.benchmark or {}).get("speed", {})
     if speed is None:
         return []
-    main, batches = asked.get("prompt_tokens", 0), asked.get("batch_sizes", [1])
+    main, batches = settings.get("prompt_tokens", 0), settings.get("batch_sizes", [1])
     first = 1 if 1 in batches else min(batches)
     categories = speed.by_category or {}
     name = "all prompts" if categories else f"{first} x {main}"
     shapes: list[tuple[str, Any]]
     shapes = [(name, speed)] if speed.decode_tokens_per_s or speed.prefill_tokens_per_s else []
-    shapes += [(f"{batch} x {main}", each) for batch, each in (speed.by_batch or {}).items()]
-    shapes += [(f"1 x {context}", each) for context, each in (speed.by_context or {}).items()]
+    shapes += [(f"{batch} x {main}", numbers) for batch, numbers in (speed.by_batch or {}).items()]
+    shapes += [(f"1 x {context}", numbers) for context, numbers in (speed.by_context or {}).items()]
     return shapes + list(categories.items())
 
 
@@ -135,7 +135,7 @@ def _ratio(estimate: Estimate | None) -> str:
 
 def _quality_table(results: Results, cells: Sequence[CellResult]) -> Table[None]:
     scored = [results.quality(cell) for cell in cells]
-    tasks = sorted({name for each in scored if each for name in each.tasks or {}})
+    tasks = sorted({name for record in scored if record for name in record.tasks or {}})
     lines = []
     for cell, quality in zip(cells, scored, strict=True):
         text = (quality.perplexity if quality else None) or Perplexity(dataset="")

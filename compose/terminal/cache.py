@@ -27,20 +27,20 @@ def list_entries(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show every stored step: its stages, size, and the runs that name it."""
-    found = stored.entries(out)
+    entries = stored.entries(out)
     if as_json:
-        typer.echo(json.dumps([asdict(entry) for entry in found], indent=1))
+        typer.echo(json.dumps([asdict(entry) for entry in entries], indent=1))
         return
     lines = [
         (entry.key, _chain(entry), bytes_text(entry.size), entry.made, _runs(entry))
-        for entry in found
+        for entry in entries
     ]
     console = Console()
-    if found:
+    if entries:
         console.print(rich_table(text_table(("key", "stages", "size", "made", "runs"), lines)))
-    total = sum(entry.size for entry in found)
+    total = sum(entry.size for entry in entries)
     where = shown(str(out / "store"))
-    console.print(f"{len(found)} steps, {bytes_text(total)} in {where}", highlight=False)
+    console.print(f"{len(entries)} steps, {bytes_text(total)} in {where}", highlight=False)
 
 
 @cache.command()

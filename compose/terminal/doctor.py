@@ -74,8 +74,8 @@ def _disk(cache: Path) -> Finding:
 def _compiler() -> Finding:
     from gateskip.kernels.build import compilers
 
-    if found := compilers():
-        return Finding("C++ compiler", "ok", ", ".join(Path(name).name for name in found))
+    if available := compilers():
+        return Finding("C++ compiler", "ok", ", ".join(Path(name).name for name in available))
     fix = "install g++ or clang: compiled decoding and building gptqmodel need it"
     return Finding("C++ compiler", "note", "none on the path", fix)
 

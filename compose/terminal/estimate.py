@@ -11,20 +11,20 @@ from compose.table import Table, text_table
 from compose.terminal.table import rich_table
 
 
-def estimate_tables(found: Estimates) -> Group:
+def estimate_tables(estimates: Estimates) -> Group:
     """Steps and cells with time, memory and disk, and what all of them take."""
-    told = found.to_json()
+    totals = estimates.to_json()
     lines = [
-        f"one after another: {duration_text(found.seconds)}, of it speed rounds "
-        f"{duration_text(found.speed_seconds)} at least",
-        f"at most {bytes_text(told['peak_bytes'])} of memory; {bytes_text(told['disk_bytes'])} of "
-        f"model folders, and {bytes_text(told['scratch_bytes'])} of checkpoints meanwhile",
+        f"one after another: {duration_text(estimates.seconds)}, of it speed rounds "
+        f"{duration_text(estimates.speed_seconds)} at least",
+        f"at most {bytes_text(totals['peak_bytes'])} of memory; {bytes_text(totals['disk_bytes'])} "
+        f"of model folders, and {bytes_text(totals['scratch_bytes'])} of checkpoints meanwhile",
     ]
-    if found.unknown:
-        names = ", ".join(found.unknown)
+    if estimates.unknown:
+        names = ", ".join(estimates.unknown)
         lines.append(f"no time is known, for want of a record on this machine: {names}")
-    steps = rich_table(_table(found.steps), "Steps")
-    cells = rich_table(_table(found.cells), "Cells: loading, scoring")
+    steps = rich_table(_table(estimates.steps), "Steps")
+    cells = rich_table(_table(estimates.cells), "Cells: loading, scoring")
     return Group(steps, "", cells, "", *(Text(line) for line in lines))
 
 

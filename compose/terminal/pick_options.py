@@ -59,15 +59,17 @@ class PickOptions:
 def with_pick_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of `PickOptions`; it gets their values as `options`."""
     fields = inspect.signature(PickOptions, eval_str=True).parameters
-    own = inspect.signature(command, eval_str=True).parameters.values()
+    declared = inspect.signature(command, eval_str=True).parameters.values()
 
     @wraps(command)
     def call(**values: Any) -> None:
         options = PickOptions(**{name: values.pop(name) for name in fields})
         command(**values, options=options)
 
-    parameters = [each for each in own if each.name != "options"]
-    keyword_only = [each.replace(kind=each.KEYWORD_ONLY) for each in parameters]
+    parameters = [parameter for parameter in declared if parameter.name != "options"]
+    keyword_only = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in parameters]
     call.__signature__ = inspect.Signature([*keyword_only, *fields.values()])  # type: ignore[attr-defined]
-    call.__annotations__ = {each.name: each.annotation for each in [*parameters, *fields.values()]}
+    call.__annotations__ = {
+        parameter.name: parameter.annotation for parameter in [*parameters, *fields.values()]
+    }
     return call

@@ -33,24 +33,24 @@ def draw(run_dir: Path) -> str:
 
 
 def compare_and_tell(
-    run_dirs: Sequence[Path], *, asked: bool, tell: Callable[[str], object]
+    run_dirs: Sequence[Path], *, fail_on_regression: bool, tell: Callable[[str], object]
 ) -> bool:
     """Compare the first run with each other; whether any number became worse beyond chance.
 
-    `asked` says that the caller insists on a comparison. It is written into the last run's folder.
+    The comparison is written into the last run's folder. One run alone compares with nothing.
 
     Raises:
-        UserError: a comparison was insisted on, and there is one run only; or a run is at work on
-            the last folder.
+        UserError: there is one run only, under `fail_on_regression`; or a run is at work on the
+            last folder.
     """
     if len(run_dirs) < 2:
-        if asked:
+        if fail_on_regression:
             fix = "name two: what was before, and what is to be judged"
             raise UserError("one run has nothing to regress from", fix=fix)
         return False
     from reports.comparison import compare_runs, in_words, line
 
-    runs = [load_results(folder_of_results(each)) for each in run_dirs]
+    runs = [load_results(folder_of_results(folder)) for folder in run_dirs]
     with _held(run_dirs[-1]):
         done = compare_runs(runs, run_dirs[-1])
     tell("\n".join(str(run_dirs[-1] / path.name) for path in (done.html, done.markdown, done.json)))

@@ -56,70 +56,70 @@ def search_shown(
     budget_s = None if budget_minutes is None else 60 * budget_minutes
     shown_board = Board(console, quiet=quiet, events=events).shown()
     with reported(events), orderly_stop(), shown_board as board:
-        found = search(file, target, settings, executor, board, budget_s=budget_s)
-    print_found(console, found)
+        result = search(file, target, settings, executor, board, budget_s=budget_s)
+    print_found(console, result)
     if events is None:
-        echo(json.dumps(found.to_json()))
+        echo(json.dumps(result.to_json()))
     else:
-        outcome = result_event(found.run) | {
-            "exit_code": 0 if found.winner else UserError.exit_code
+        outcome = result_event(result.run) | {
+            "exit_code": 0 if result.winner else UserError.exit_code
         }
-        events.emit("result", **outcome, search=found.to_json())
-    return found
+        events.emit("result", **outcome, search=result.to_json())
+    return result
 
 
-def print_found(console: Console, found: SearchResult) -> None:
+def print_found(console: Console, result: SearchResult) -> None:
     """The finalists in a table, why others were dropped, and where the pipeline file is."""
     title = (
-        f"Found by {found.probed} probes of {len(found.space.candidates)} chains: {found.target}"
+        f"Found by {result.probed} probes of {len(result.space.candidates)} chains: {result.target}"
     )
-    names = [name for name in COLUMNS if any(_known(found, name, cell) for cell in _cells(found))]
+    names = [name for name in COLUMNS if any(_known(result, name, cell) for cell in _cells(result))]
     lines = [
-        (_sign(found, cell), cell.name, *(_shown(found, name, cell) for name in names))
-        for cell in _cells(found)
+        (_sign(result, cell), cell.name, *(_shown(result, name, cell) for name in names))
+        for cell in _cells(result)
     ]
     console.print(rich_table(text_table(("", "chain", *names), lines), title))
     console.print("* winner   + on the front, which no chain surpasses", highlight=False)
-    if found.winner is not None and not found.winner.chain:
+    if result.winner is not None and not result.winner.chain:
         console.print("No chain meets the bounds, only the baseline itself does.", highlight=False)
-    for chain, why in list(found.fates.items())[:FATES_SHOWN]:
+    for chain, why in list(result.fates.items())[:FATES_SHOWN]:
         line = f"  {cell_name(chain)}: {why}"
         console.print(shown(line), highlight=False, soft_wrap=True)
-    if len(found.fates) > FATES_SHOWN:
-        console.print(f"  and {len(found.fates) - FATES_SHOWN} others", highlight=False)
-    console.print(f"gateskip run {shown(str(found.file))}", highlight=False, soft_wrap=True)
-    report = found.run.folder.root / "report.html"
+    if len(result.fates) > FATES_SHOWN:
+        console.print(f"  and {len(result.fates) - FATES_SHOWN} others", highlight=False)
+    console.print(f"gateskip run {shown(str(result.file))}", highlight=False, soft_wrap=True)
+    report = result.run.folder.root / "report.html"
     console.print(f"  {shown(str(report))}", highlight=False, soft_wrap=True)
 
 
-def _cells(found: SearchResult) -> list[CellResult]:
+def _cells(result: SearchResult) -> list[CellResult]:
     """The measured finalists: the winner, the front, then the others."""
-    first = [*([] if found.winner is None else [found.winner]), *found.front]
-    cells = [*first, *found.last.measured]
+    first = [*([] if result.winner is None else [result.winner]), *result.front]
+    cells = [*first, *result.last.measured]
     return list({cell.name: cell for cell in cells}.values())
 
 
-def _sign(found: SearchResult, cell: CellResult) -> str:
-    if found.winner is not None and cell.name == found.winner.name:
+def _sign(result: SearchResult, cell: CellResult) -> str:
+    if result.winner is not None and cell.name == result.winner.name:
         return "*"
-    return "+" if cell.name in {each.name for each in found.front} else ""
+    return "+" if cell.name in {candidate.name for candidate in result.front} else ""
 
 
-def _known(found: SearchResult, metric: str, cell: CellResult) -> bool:
-    return number(found.last, metric, cell) is not None
+def _known(result: SearchResult, metric: str, cell: CellResult) -> bool:
+    return number(result.last, metric, cell) is not None
 
 
-def _shown(found: SearchResult, metric: str, cell: CellResult) -> str:
+def _shown(result: SearchResult, metric: str, cell: CellResult) -> str:
     """A number, with its interval where the target bounds it."""
-    text = metric_text(metric, number(found.last, metric, cell))
-    bounded = any(bound.metric == metric for bound in found.target.bounds)
-    ends = interval(found.last, metric, cell)
+    text = metric_text(metric, number(result.last, metric, cell))
+    bounded = any(bound.metric == metric for bound in result.target.bounds)
+    ends = interval(result.last, metric, cell)
     if not bounded or ends is None or ends[0] == ends[1]:
         return text
     return f"{text} ({metric_text(metric, ends[0])} to {metric_text(metric, ends[1])})"
 
 
-def require_found(found: SearchResult) -> None:
-    """Raise why there is no winner, where there is none."""
-    if found.why_none is not None:
-        raise found.why_none
+def require_found(result: SearchResult) -> None:
+    """Raise the search's error where it has no winner."""
+    if result.why_none is not None:
+        raise result.why_none

@@ -57,11 +57,11 @@ def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
 def _memory(estimated: int | None, measured: int | None, limit: float | None) -> str:
     """A step's peak memory: as it was measured, else as it is estimated; and whether that is more
     than the limit, in megabytes."""
-    known = measured if measured is not None else estimated
-    if known is None:
+    size = measured if measured is not None else estimated
+    if size is None:
         return ""
-    text = bytes_text(known) if measured is not None else f"~{bytes_text(known)}"
-    return f"{text}, over the limit" if limit is not None and known > limit * 1e6 else text
+    text = bytes_text(size) if measured is not None else f"~{bytes_text(size)}"
+    return f"{text}, over the limit" if limit is not None and size > limit * 1e6 else text
 
 
 def limits_text(limits: Limits) -> str:
@@ -136,7 +136,10 @@ def print_result(console: Console, result: RunResult) -> None:
 def verdict_table(cells: Sequence[CellResult]) -> RichTable:
     """One line a cell: its verdict, and what it rests on."""
     judged = [(cell.name, cell.verdict) for cell in cells if cell.verdict is not None]
-    lines = [(name, Entry(own.verdict, tone=TONES[own.verdict]), own.why) for name, own in judged]
+    lines = [
+        (name, Entry(verdict.verdict, tone=TONES[verdict.verdict]), verdict.why)
+        for name, verdict in judged
+    ]
     return rich_table(text_table(("cell", "verdict", "why"), lines), "Verdicts")
 
 
@@ -164,7 +167,7 @@ def cell_json(results: Results, cell: CellResult) -> dict[str, Any]:
         "run": results.run,
         "cell": cell.model_dump(mode="json"),
         "metrics": values,
-        "ci95": {name: each for name, each in ends.items() if each is not None},
+        "ci95": {name: bounds for name, bounds in ends.items() if bounds is not None},
     }
 
 
@@ -219,25 +222,25 @@ def read_text(text: str) -> str:
         raise UserError(f"cannot read {text[1:]}: {error}") from error
 
 
-def print_insight(console: Console, found: dict[str, Any]) -> None:
+def print_insight(console: Console, record: dict[str, Any]) -> None:
     """A text with each token's background the darker, the more compute it got; and the means."""
     from reports.insight import intensity
 
-    shares = [token["compute"] for token in found["tokens"]]
+    shares = [token["compute"] for token in record["tokens"]]
     line = Text()
-    for token in found["tokens"]:
+    for token in record["tokens"]:
         line.append(
             printable(token["text"]), style=_background(intensity(token["compute"], shares))
         )
     console.print(line)
     kinds = [
         (kind, str(use["tokens"]), PLAIN.percent(use["compute"]))
-        for kind, use in found["summary"]["kinds"].items()
+        for kind, use in record["summary"]["kinds"].items()
     ]
     heads = ("kind", "tokens", "share of compute")
     console.print(rich_table(text_table(heads, kinds), "Compute by kind of token"))
     mean = PLAIN.percent(sum(shares) / len(shares))
-    console.print(f"budget {found['budget']:g}: {mean} of the branches' compute was spent")
+    console.print(f"budget {record['budget']:g}: {mean} of the branches' compute was spent")
 
 
 def _background(level: float) -> str:
@@ -247,14 +250,14 @@ def _background(level: float) -> str:
     return f"{ink} on rgb({red},{green},{blue})"
 
 
-def print_tuned(out: Console, found: dict[str, Any]) -> None:
+def print_tuned(out: Console, tuned: dict[str, Any]) -> None:
     """What `gateskip tune-draft` found."""
-    out.print(rich_table(_measurements(found["second"]), "Bench"))
-    tried = {row["system"] for row in found["first"]} - {"plain"}
-    done = "now the folder's own way" if found["written"] else "nothing was written"
-    gain = PLAIN.ratio(found["speedup"], found["speedup_ci95"])
+    out.print(rich_table(_measurements(tuned["second"]), "Bench"))
+    tried = {row["system"] for row in tuned["first"]} - {"plain"}
+    done = "now the folder's own way" if tuned["written"] else "nothing was written"
+    gain = PLAIN.ratio(tuned["speedup"], tuned["speedup_ci95"])
     out.print(
-        f"{found['best']} over plain decoding: {gain}, the best of {len(tried)} drafts: {done}"
+        f"{tuned['best']} over plain decoding: {gain}, the best of {len(tried)} drafts: {done}"
     )
 
 
@@ -263,9 +266,9 @@ def _measurements(rows: list[dict[str, Any]]) -> Table[None]:
 
     def speed(row: dict[str, Any], part: str) -> tuple[str, str]:
         """The median with the least and the most, and over that of the first system."""
-        own, first = row[part], base[row["workload"]][part]
-        text = PLAIN.with_ends(own["median"], (own["min"], own["max"]))
-        return text, PLAIN.times(own["median"] / first["median"])
+        numbers, first = row[part], base[row["workload"]][part]
+        text = PLAIN.with_ends(numbers["median"], (numbers["min"], numbers["max"]))
+        return text, PLAIN.times(numbers["median"] / first["median"])
 
     return text_table(
         ("system", "on", "prefill, tok/s", "x", "decode, tok/s", "x", "accepted", "same"),

@@ -72,8 +72,8 @@ def serve_cell(job: CellJob, channel: Channel) -> None:
             channel.send(answer(dict))
             continue
         if command["do"] == "drop":
-            for each in cells.values():
-                each.drop()
+            for loaded in cells.values():
+                loaded.drop()
             channel.send(answer(return_memory))
             continue
         cell = cells[command.get("cell", job.name)]

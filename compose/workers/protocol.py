@@ -30,7 +30,7 @@ PROGRESS_EVERY_S = 0.2
 class Channel:
     """The worker's own copies of its pipes.
 
-    What else reads stdin finds it empty; what else is written to stdout goes to stderr, the log.
+    Other code that reads stdin finds it empty; its output to stdout goes to stderr, the log.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Channel:
         self._phase = ""
 
     def send(self, message: Message) -> None:
-        """Send one message; that the parent is gone is no error."""
+        """Send one message; nothing is raised where the parent has ended."""
         with contextlib.suppress(BrokenPipeError):
             self._messages.write(json.dumps(message, default=str) + "\n")
             self._messages.flush()

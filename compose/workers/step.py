@@ -23,7 +23,7 @@ from gateskip.errors import FormatError
 def run_step(job: StepJob, progress: Progress) -> dict[str, Any]:
     """Make the step's model folder with its lineage and probe logits; returns the record.
 
-    No stopwatch decides anything here: what it says is no part of the step's key.
+    Nothing here depends on measured time, which is not part of the step's key.
 
     Raises as the stage, or as fetching the source model, does.
     """

@@ -335,10 +335,10 @@ def _type(declared: str) -> Any:
     """The ctypes type of a C type."""
     name = declared.replace("const", "").strip()
     if not name.endswith("*"):
-        known: dict[str, Any] = _SCALARS | STRUCTURES
-        if name not in known:
+        types: dict[str, Any] = _SCALARS | STRUCTURES
+        if name not in types:
             raise AbiMismatch(f"{HEADER.name}: type {declared!r} has no counterpart in Python")
-        return known[name]
+        return types[name]
     pointed = name[:-1].strip()
     if pointed in STRUCTURES:
         return ctypes.POINTER(STRUCTURES[pointed])

@@ -151,8 +151,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     whole, biases = x.float(), [None] if bias is None else bias.float().split(ROWS_AT_ONCE)
     parts = [
-        F.linear(whole, rows.float(), own).to(x.dtype)
-        for rows, own in zip(weight.split(ROWS_AT_ONCE), cycle(biases))
+        F.linear(whole, rows.float(), part_bias).to(x.dtype)
+        for rows, part_bias in zip(weight.split(ROWS_AT_ONCE), cycle(biases))
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
@@ -166,9 +166,9 @@ def kernel_times(pairs: Mapping[str, tuple[int, Kernel, Kernel]]) -> Times:
     if not _timing:
         return {}
 
-    def both(inputs: int, ours: Kernel, own: Kernel) -> dict[str, float]:
+    def both(inputs: int, ours: Kernel, theirs: Kernel) -> dict[str, float]:
         x = torch.randn(1, inputs)
-        return {"ours": _microseconds(ours, x), "own": _microseconds(own, x)}
+        return {"ours": _microseconds(ours, x), "own": _microseconds(theirs, x)}
 
     threads = torch.get_num_threads()
     return {
@@ -179,8 +179,8 @@ def kernel_times(pairs: Mapping[str, tuple[int, Kernel, Kernel]]) -> Times:
 
 def own_are_faster(times: Times) -> bool:
     """Whether the libraries' own kernels are clearly faster, one layer of each shape together."""
-    ours, own = (sum(layer[whose] for layer in times.values()) for whose in ("ours", "own"))
-    faster = ours > CLEARLY * own
+    ours, theirs = (sum(layer[whose] for layer in times.values()) for whose in ("ours", "own"))
+    faster = ours > CLEARLY * theirs
     if times:
         _made["packed weights run on"] = "the library's own kernels" if faster else "our kernels"
     return faster

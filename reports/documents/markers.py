@@ -54,8 +54,8 @@ class Marker:
         parts = text.split()
         options = dict(part.split("=", 1) for part in parts if "=" in part)
         run, *words = [part for part in parts if "=" not in part] or [""]
-        wanted = {"table": 1, "figure": 2}[kind]
-        if len(words) != wanted:
+        expected = {"table": 1, "figure": 2}[kind]
+        if len(words) != expected:
             form = "table: RUN KIND" if kind == "table" else "figure: RUN CELL PATH"
             raise UserError(f"the marker {kind}: {text!r} is not of the form {form}")
         return cls(kind, run, tuple(words), options)
@@ -67,13 +67,13 @@ def fill(text: str, document: Path, root: Path = ROOT) -> str:
     Raises:
         UserError: a marker names a run, a table, a cell or a number that there is not.
     """
-    return MARKED.sub(lambda found: _filled(found, document, root), text)
+    return MARKED.sub(lambda match: _filled(match, document, root), text)
 
 
 def unfinished(text: str) -> list[str]:
     """Markers without an end, which `fill` does not see."""
     begun = re.findall(r"<!-- (?:table|figure): .*?-->", text)
-    whole = [found[1] for found in MARKED.finditer(text)]
+    whole = [match[1] for match in MARKED.finditer(text)]
     return begun[len(whole) :] if len(begun) != len(whole) else []
 
 
@@ -84,12 +84,12 @@ def outside(text: str) -> str:
 
 def markers(text: str) -> Iterator[Marker]:
     """Every marker of a document."""
-    for found in MARKED.finditer(text):
-        yield Marker.read(found[2], found[3])
+    for match in MARKED.finditer(text):
+        yield Marker.read(match[2], match[3])
 
 
-def _filled(found: re.Match[str], document: Path, root: Path) -> str:
-    begin, kind, words, _, end = found.groups()
+def _filled(match: re.Match[str], document: Path, root: Path) -> str:
+    begin, kind, words, _, end = match.groups()
     marker = Marker.read(kind, words)
     results = _results(root / PUBLISHED / marker.run)
     if kind == "figure":

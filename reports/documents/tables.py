@@ -22,11 +22,11 @@ def chosen(results: Results, cells: str | None) -> list[CellResult]:
     """
     if cells is None:
         return list(results.measured)
-    asked = [results.cell(name) for name in cells.split(",")]
-    for cell in asked:
+    named = [results.cell(name) for name in cells.split(",")]
+    for cell in named:
         if cell.status != "ok":
             raise UserError(f"cell {cell.name!r} of {results.run} was not measured")
-    return asked
+    return named
 
 
 def speed_at_equal_quality(results: Results, cells: str | None = None) -> list[str]:
@@ -61,7 +61,7 @@ def quality(results: Results, cells: str | None = None) -> list[str]:
     lines = []
     for cell in rows:
         scored = results.quality(cell)
-        own = scored.own_answers if scored else None
+        answers = scored.own_answers if scored else None
         lines.append(
             [
                 f"`{cell.name}`",
@@ -71,8 +71,8 @@ def quality(results: Results, cells: str | None = None) -> list[str]:
                 PLAIN.with_ends(scored.kl_p90 if scored else None, None),
                 PLAIN.percent(scored.greedy_agreement if scored else None),
                 *[_task(results, cell, name) for name in tasks],
-                PLAIN.with_ends(own.kl, own.kl_ci95) if own else DASH,
-                PLAIN.with_ends(own.common_prefix, None) if own else DASH,
+                PLAIN.with_ends(answers.kl, answers.kl_ci95) if answers else DASH,
+                PLAIN.with_ends(answers.common_prefix, None) if answers else DASH,
             ]
         )
     return table(head, lines)
@@ -114,19 +114,19 @@ def speed(results: Results, cells: str | None = None) -> list[str]:
     head += [f"batch {b}" for b in batches] + [f"context {c}" for c in contexts]
     lines = []
     for cell in rows:
-        own = cell.speed or SpeedNumbers()
-        first = own.ttft_s
+        numbers = cell.speed or SpeedNumbers()
+        first = numbers.ttft_s
         others = [_by(cell, "by_batch").get(b) for b in batches]
         others += [_by(cell, "by_context").get(c) for c in contexts]
         lines.append(
             [
                 f"`{cell.name}`",
-                measured(own.prefill_tokens_per_s),
-                factor(own.prefill_ratio),
+                measured(numbers.prefill_tokens_per_s),
+                factor(numbers.prefill_ratio),
                 PLAIN.with_ends(first.median, first.quartiles, 1000.0) if first else DASH,
-                measured(own.decode_tokens_per_s),
-                factor(own.decode_ratio),
-                *[measured(each.decode_tokens_per_s) if each else DASH for each in others],
+                measured(numbers.decode_tokens_per_s),
+                factor(numbers.decode_ratio),
+                *[measured(other.decode_tokens_per_s) if other else DASH for other in others],
             ]
         )
     return table(head, lines)
@@ -146,9 +146,9 @@ def prompts(results: Results, cells: str | None = None) -> list[str]:
         line = [f"`{cell.name}`"]
         plain = None if cell.plain is None else results.cell(cell.plain)
         for context in (None, *contexts):
-            own, base = _after(cell, context), _after(plain, context)
-            line.append(measured(own.prefill_tokens_per_s))
-            line += [factor(own.prefill_ratio), factor(_prompt_ratio(own, base))]
+            after, base = _after(cell, context), _after(plain, context)
+            line.append(measured(after.prefill_tokens_per_s))
+            line += [factor(after.prefill_ratio), factor(_prompt_ratio(after, base))]
         lines.append(line)
     return table(head, lines)
 
@@ -166,8 +166,8 @@ def decoding(results: Results, cells: str | None = None) -> list[str]:
         numbers = [cell.speed or SpeedNumbers()]
         numbers += [_by(cell, by).get(n) or SpeedNumbers() for by, n, _ in shapes]
         line = [f"`{cell.name}`"]
-        for each in numbers:
-            line += [measured(each.decode_tokens_per_s), factor(each.decode_ratio)]
+        for at_shape in numbers:
+            line += [measured(at_shape.decode_tokens_per_s), factor(at_shape.decode_ratio)]
         lines.append(line)
     return table(head, lines)
 
@@ -188,11 +188,13 @@ def _after(cell: CellResult | None, context: int | None) -> SpeedNumbers:
     return cell.speed if context is None else _by(cell, "by_context")[context]
 
 
-def _prompt_ratio(own: SpeedNumbers, base: SpeedNumbers) -> Estimate | None:
+def _prompt_ratio(numbers: SpeedNumbers, base: SpeedNumbers) -> Estimate | None:
     """How much faster prompts are read than by another cell in the same rounds."""
-    if own.prefill_tokens_per_s is None or base.prefill_tokens_per_s is None:
+    if numbers.prefill_tokens_per_s is None or base.prefill_tokens_per_s is None:
         return None
-    return paired_speed_ratio(own.prefill_tokens_per_s.repeats, base.prefill_tokens_per_s.repeats)
+    return paired_speed_ratio(
+        numbers.prefill_tokens_per_s.repeats, base.prefill_tokens_per_s.repeats
+    )
 
 
 def skipping(results: Results, cells: str | None = None) -> list[str]:
@@ -228,15 +230,15 @@ def written(results: Results, cells: str | None = None) -> list[str]:
     for cell in rows:
         if cell.name == results.baseline:
             continue
-        scored, found = results.quality(cell), _tasks(results, cell)
-        own = scored.own_answers if scored else None
+        scored, scores = results.quality(cell), _tasks(results, cell)
+        answers = scored.own_answers if scored else None
         lines.append(
             [
                 f"`{cell.name}`",
-                *[word for name in tasks for word in _kept_and_saved(cell, found.get(name))],
+                *[word for name in tasks for word in _kept_and_saved(cell, scores.get(name))],
                 _share(scored.written_retained if scored else None),
                 _share(scored.ranked_retained if scored else None),
-                PLAIN.with_ends(own.kl, own.kl_ci95) if own else DASH,
+                PLAIN.with_ends(answers.kl, answers.kl_ci95) if answers else DASH,
                 factor(cell.speed.prefill_ratio if cell.speed else None),
                 factor(cell.speed.decode_ratio if cell.speed else None),
             ]
@@ -304,7 +306,7 @@ TABLES: Mapping[str, Callable[..., list[str]]] = {
 
 
 def _loss(results: Results, cell: CellResult) -> tuple[float, float]:
-    """Order of rows: perplexity over dense, then the faster first; what was not scored is last."""
+    """Order of rows: perplexity over dense, then the faster first; cells without scores last."""
     scored = results.quality(cell)
     text = scored.perplexity if scored else None
     ratio = text.ratio_to_baseline if text else None
@@ -335,13 +337,13 @@ def _tasks(results: Results, cell: CellResult) -> dict[str, TaskScore]:
 
 
 def _task_names(results: Results, rows: list[CellResult], kind: str | None) -> list[str]:
-    found = {
+    names = {
         name: None
         for cell in rows
         for name, score in _tasks(results, cell).items()
         if kind is None or score.kind == kind
     }
-    return list(found)
+    return list(names)
 
 
 def _task(results: Results, cell: CellResult, name: str) -> str:

@@ -98,9 +98,9 @@ def _curves(report: Report) -> Iterator[tuple[str, tuple[TrainingPoint, ...]]]:
     for row in report.rows:
         for stage, curve in (row.cell.training or {}).items():
             chain = row.cell.chain
-            known = chain[: chain.index(stage) + 1] if stage in chain else (stage,)
+            stages = chain[: chain.index(stage) + 1] if stage in chain else (stage,)
             if curve:
-                yield "+".join(known), curve
+                yield "+".join(stages), curve
 
 
 def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:

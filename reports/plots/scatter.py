@@ -46,10 +46,10 @@ class Scale:
 
     def ends(self, row: Row) -> tuple[float, float] | None:
         """The ends of a row's whisker, or None: not measured, or beyond the scale."""
-        own = self.intervals.get(row.number)
-        if own is None or self.beyond(row):
+        interval = self.intervals.get(row.number)
+        if interval is None or self.beyond(row):
             return None
-        return self._height(own[0]), self._height(own[1])
+        return self._height(interval[0]), self._height(interval[1])
 
     def beyond(self, row: Row) -> str:
         """The number of a row that stands at the edge, or nothing."""
@@ -70,7 +70,7 @@ class Scale:
 
 def scale_of(report: Report, metric: str, rows: Sequence[Row], front: Sequence[Row]) -> Scale:
     """An axis on which the front fills the picture, whatever ruined cells there are."""
-    ends = {row.number: own for row in rows if (own := report.interval(row, metric)) is not None}
+    ends = {row.number: span for row in rows if (span := report.interval(row, metric)) is not None}
     values = [row.values[metric] for row in rows]
     worst = max((row.values[metric] for row in front), default=1.0)
     if metric == "perplexity-ratio":
@@ -108,11 +108,11 @@ def quality_axis(axes: Axes, quality: str, heights: Sequence[float]) -> None:
 
 def _spaced(ticks: Sequence[float], least: float) -> list[float]:
     """Ticks that stand at least so far apart on a log axis, the first one kept."""
-    kept: list[float] = []
+    spaced: list[float] = []
     for tick in ticks:
-        if not kept or math.log(tick) - math.log(kept[-1]) >= least:
-            kept.append(tick)
-    return kept
+        if not spaced or math.log(tick) - math.log(spaced[-1]) >= least:
+            spaced.append(tick)
+    return spaced
 
 
 def colours_of(report: Report, theme: Theme) -> dict[str, str]:
@@ -155,13 +155,13 @@ def better_corner(axes: Axes, frame: Frame, *, left: bool) -> None:
 def legend(figure: Figure, frame: Frame, report: Report, rows: Sequence[Row]) -> None:
     """Colours for weights, shapes for decoding; an encoding with one value is not explained."""
     colours = colours_of(report, frame.theme)
-    own = [row for row in rows if row.cell.peer is None]
-    weights = [kind for kind in colours if any(row.weights == kind for row in own)]
-    modes = [mode for mode in SHAPES if any(row.decode == mode for row in own)]
+    ours = [row for row in rows if row.cell.peer is None]
+    weights = [kind for kind in colours if any(row.weights == kind for row in ours)]
+    modes = [mode for mode in SHAPES if any(row.decode == mode for row in ours)]
     marks = [_key("o", colours[k], short(k, 24)) for k in weights] if len(weights) > 1 else []
     if len(modes) > 1:
         marks += [_key(SHAPES[m], frame.theme.muted, m, hollow=True) for m in modes]
-    if len(own) < len(rows):
+    if len(ours) < len(rows):
         marks.append(_key(SHAPES["peer"], frame.theme.peer, "other engines"))
     if marks:
         figure.legend(

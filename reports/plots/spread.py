@@ -49,8 +49,8 @@ class XAxis:
 
     def ends(self, row: Row) -> tuple[float, float] | None:
         """Its 95 % interval; sizes and counts of compute have none."""
-        own = (self.ratios or {}).get(row.number)
-        return None if own is None else (own.low, own.high)
+        ratio = (self.ratios or {}).get(row.number)
+        return None if ratio is None else (ratio.low, ratio.high)
 
     def says(self, row: Row) -> str:
         """The row's number in words, with its unit."""
@@ -59,9 +59,9 @@ class XAxis:
             return f"{PAGE.megabytes(value)} MB"
         if self.metric == "saved":
             return f"{PAGE.share(value)} % saved"
-        own = (self.ratios or {}).get(row.number)
+        ratio = (self.ratios or {}).get(row.number)
         return f"{PAGE.number(value)} tok/s" + (
-            "" if own is None else f", {PAGE.ratio(own.value, own.ci95)}"
+            "" if ratio is None else f", {PAGE.ratio(ratio.value, ratio.ci95)}"
         )
 
 
@@ -70,12 +70,12 @@ def x_axis(report: Report, rows: Sequence[Row], metric: str) -> XAxis:
     labels = {"size": "size on disk, MB", "saved": "compute saved, net, %"}
     if metric != "decode":
         return XAxis(metric, labels[metric])
-    found = {row.number: own for row in rows if (own := _ratio(row)) is not None}
-    if not found or any(not row.is_baseline and row.number not in found for row in rows):
+    ratios = {row.number: ratio for row in rows if (ratio := _ratio(row)) is not None}
+    if not ratios or any(not row.is_baseline and row.number not in ratios for row in rows):
         return XAxis(metric, "decode, tokens/s")
     dense = None if report.baseline is None else report.baseline.get("decode")
     of_dense = "" if dense is None else f" ({TIMES}1 is {PAGE.number(dense)} tokens/s)"
-    return XAxis(metric, f"decode speed, {TIMES} dense{of_dense}", found)
+    return XAxis(metric, f"decode speed, {TIMES} dense{of_dense}", ratios)
 
 
 def _ratio(row: Row) -> Estimate | None:

@@ -132,7 +132,7 @@ def quality(report: Report) -> Table[Row]:
             quality_column("KL", "p90", "The same, 90th percentile.", lambda q: q.kl_p90),
             metric_column("agreement", "Agree", "%", AGREE_HELP, PAGE.share),
             Column("Own answers", "KL", OWN_KL_HELP, own_kl_entry),
-            answers_column("Common prefix", "tokens", PREFIX_HELP, lambda own: own.common_prefix),
+            answers_column("Common prefix", "tokens", PREFIX_HELP, lambda a: a.common_prefix),
             quality_column("Rounding", "KL", ROUNDING_HELP, lambda q: q.kl_of_rounding),
             *(column for pair in tasks for column in pair),
             *spent_columns(report),

@@ -68,8 +68,8 @@ def _measured(report: Report, row: Row) -> dict[str, Any]:
         record |= {f"{task}-low": low, f"{task}-high": high}
         record |= {f"{task}-n": None if score is None else score.n}
         record |= _spent(task, None if score is None else score.compute)
-    own = None if quality is None else quality.own_answers
-    return record | _spent("own-answers", None if own is None else own.compute)
+    answers = None if quality is None else quality.own_answers
+    return record | _spent("own-answers", None if answers is None else answers.compute)
 
 
 def _spent(name: str, compute: TextCompute | None) -> dict[str, float]:
@@ -77,9 +77,9 @@ def _spent(name: str, compute: TextCompute | None) -> dict[str, float]:
     if compute is None:
         return {}
     phases = {"prompt": compute.prompt, "answer": compute.answer}
-    kept = {phase: own.kept for phase, own in phases.items() if own is not None}
+    shares = {phase: use.kept for phase, use in phases.items() if use is not None}
     return {f"{name}-saved": compute.saved_net, f"{name}-kept": compute.kept} | {
-        f"{name}-{phase}-kept": share for phase, share in kept.items()
+        f"{name}-{phase}-kept": share for phase, share in shares.items()
     }
 
 

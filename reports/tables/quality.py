@@ -36,14 +36,14 @@ def task_score_column(report: Report, task: str, *, detail: bool) -> Column:
         return Entry(PAGE.share(score.value), note, score.value)
 
     scores = [score for row in report.rows if (score := _score(report, row, task)) is not None]
-    asked = sorted({score.n for score in scores if score.n is not None})
+    counts = sorted({score.n for score in scores if score.n is not None})
     metric = ", ".join(dict.fromkeys(score.metric for score in scores))
     kinds = ", ".join(dict.fromkeys(score.kind for score in scores if score.kind))
     help = f"{task}, {metric} of lm-eval{f', {kinds}' if kinds else ''}."
     if not detail:
         name, _, kind = task.partition("_")
         return Column(name, f"{kind}, %" if kind else "%", help, make)
-    unit = f"%, n {asked[0]}" if len(asked) == 1 else "%"
+    unit = f"%, n {counts[0]}" if len(counts) == 1 else "%"
     return Column(task, unit, f"{help} Below it: the 95 % interval.", make)
 
 
@@ -51,14 +51,14 @@ def task_kept_column(task: str) -> Column:
     """A task's score over the dense model's, for the column beside its score."""
 
     def make(report: Report, row: Row) -> Entry:
-        kept = None if row.is_baseline else task_retained(report.results, row.cell, task)
-        if kept is None:
+        retained = None if row.is_baseline else task_retained(report.results, row.cell, task)
+        if retained is None:
             return Entry()
         score = _score(report, row, task)
         ends = None if score is None else score.retained_ci95
         note = "" if ends is None else PAGE.span(*ends, PAGE.share)
-        text = unless_one(PAGE.share(kept), ends)
-        return Entry(text, note, kept, tone=None if ends is None else tone("retained", ends[0]))
+        text = unless_one(PAGE.share(retained), ends)
+        return Entry(text, note, retained, tone=None if ends is None else tone("retained", ends[0]))
 
     help = "The score to its left over the dense model's, with its paired 95 % interval."
     return Column("Keeps", "%", help, make)
@@ -67,12 +67,12 @@ def task_kept_column(task: str) -> Column:
 def spent_columns(report: Report) -> list[Column]:
     """What cells that skip saved on the very text that was scored: a column a written task, and
     one of the dense model's own answers."""
-    found = [_spent_column(task, _of_task(task)) for task in report.tasks]
-    found.append(_spent_column("Own answers", _of_answers))
+    columns = [_spent_column(task, _of_task(task)) for task in report.tasks]
+    columns.append(_spent_column("Own answers", _of_answers))
     filled = [
-        any(not column.make(report, row).is_absent for row in report.rows) for column in found
+        any(not column.make(report, row).is_absent for row in report.rows) for column in columns
     ]
-    return [column for column, has in zip(found, filled, strict=True) if has]
+    return [column for column, has in zip(columns, filled, strict=True) if has]
 
 
 def _spent_column(name: str, read: Callable[[Quality], TextCompute | None]) -> Column:
@@ -82,10 +82,10 @@ def _spent_column(name: str, read: Callable[[Quality], TextCompute | None]) -> C
         if spent is None:
             return Entry()
         phases = {"prompt": spent.prompt, "answer": spent.answer}
-        kept = [
-            f"{phase} {PAGE.share(own.kept)}" for phase, own in phases.items() if own is not None
+        parts = [
+            f"{phase} {PAGE.share(use.kept)}" for phase, use in phases.items() if use is not None
         ]
-        return Entry(PAGE.share(spent.saved_net), f"kept {', '.join(kept)}", spent.saved_net)
+        return Entry(PAGE.share(spent.saved_net), f"kept {', '.join(parts)}", spent.saved_net)
 
     help = (
         f"Multiply-adds saved on the prompts and answers of {name} itself, net. Below it: the share"
@@ -158,11 +158,15 @@ def _number_of(read: Callable[[Quality], float | None]) -> Make:
 def own_kl_entry(report: Report, row: Row) -> Entry:
     """KL on the dense model's own answers, with its interval."""
     quality = report.results.quality(row.cell)
-    own = None if quality is None else quality.own_answers
-    if own is None or own.kl is None:
+    answers = None if quality is None else quality.own_answers
+    if answers is None or answers.kl is None:
         return Entry()
-    note = "" if own.kl_ci95 is None or row.is_baseline else PAGE.span(*own.kl_ci95, PAGE.number)
-    return Entry(PAGE.number(own.kl), note, own.kl)
+    note = (
+        ""
+        if answers.kl_ci95 is None or row.is_baseline
+        else PAGE.span(*answers.kl_ci95, PAGE.number)
+    )
+    return Entry(PAGE.number(answers.kl), note, answers.kl)
 
 
 def seed_count_entry(report: Report, row: Row) -> Entry:

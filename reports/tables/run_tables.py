@@ -22,9 +22,9 @@ def stages(report: Report) -> Table[None]:
         for place, name in enumerate(cell.chain, 1):
             if name not in seconds and name not in peaks:
                 continue
-            known = steps.setdefault(cell.chain[:place], {"use": uses.get(name, ""), "cells": 0})
-            known |= {"seconds": seconds.get(name), "peak": peaks.get(name)}
-            known["cells"] += 1
+            entry = steps.setdefault(cell.chain[:place], {"use": uses.get(name, ""), "cells": 0})
+            entry |= {"seconds": seconds.get(name), "peak": peaks.get(name)}
+            entry["cells"] += 1
     rows = [
         (
             "+".join(chain),
@@ -61,8 +61,8 @@ def curves(report: Report) -> Table[None]:
     ]
     steps = sorted({step for _, _, figures in shown for step in figures.accuracy_at})
     rows = [
-        (name, words, _saved_at_90(own), *(_share_at(own, step) for step in steps))
-        for name, words, own in shown
+        (name, words, _saved_at_90(figures), *(_share_at(figures, step) for step in steps))
+        for name, words, figures in shown
     ]
     heads = ("Weights", "Definition", "Saved @90 %", *(f"{step} %" for step in steps))
     return text_table(heads, rows)
@@ -100,7 +100,7 @@ def contamination(report: Report) -> list[tuple[str, int, int]]:
     baseline = report.results.find(report.results.baseline)
     quality = None if baseline is None else baseline.quality
     shares = None if quality is None else quality.contamination
-    return [(name, each.rows, each.contaminated) for name, each in (shares or {}).items()]
+    return [(name, counts.rows, counts.contaminated) for name, counts in (shares or {}).items()]
 
 
 def insight(report: Report) -> Table[None]:
@@ -108,27 +108,27 @@ def insight(report: Report) -> Table[None]:
     rows = [
         (row.cell.name, row.cell.insight) for row in report.rows if row.cell.insight is not None
     ]
-    kinds = list(dict.fromkeys(kind for _, own in rows for kind in own.kinds))
-    seen = {kind: own.kinds[kind].tokens for _, own in rows for kind in own.kinds}
+    kinds = list(dict.fromkeys(kind for _, record in rows for kind in record.kinds))
+    seen = {kind: record.kinds[kind].tokens for _, record in rows for kind in record.kinds}
     heads = [f"{kind}, {PAGE.whole(seen[kind])} tokens" for kind in kinds]
     shares = [
-        tuple(PAGE.percent(own.kinds[k].compute) if k in own.kinds else DASH for k in kinds)
-        for _, own in rows
+        tuple(PAGE.percent(record.kinds[k].compute) if k in record.kinds else DASH for k in kinds)
+        for _, record in rows
     ]
-    lines = tuple((name, *own) for (name, _), own in zip(rows, shares, strict=True))
+    lines = tuple((name, *texts) for (name, _), texts in zip(rows, shares, strict=True))
     return text_table(("Cell", *heads), lines)
 
 
 def fingerprints(report: Report) -> list[tuple[str, str]]:
     """Phase -> the fingerprints of code and versions that measured it, most frequent first."""
-    found: dict[str, dict[str, int]] = {}
+    phases: dict[str, dict[str, int]] = {}
     for row in report.rows:
         for phase, digits in (row.cell.fingerprint or {}).items():
-            seen = found.setdefault(phase, {})
+            seen = phases.setdefault(phase, {})
             seen[digits] = seen.get(digits, 0) + 1
     return [
         (phase, ", ".join(sorted(seen, key=lambda digits: -seen[digits])))
-        for phase, seen in found.items()
+        for phase, seen in phases.items()
     ]
 
 
@@ -157,7 +157,7 @@ def _plain_text(key: str, value: Any) -> str:
     if key == "memory_bytes" and isinstance(value, int | float):
         return bytes_text(value)
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_plain_text('', each)}" for name, each in value.items())
+        return ", ".join(f"{name} {_plain_text('', item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_plain_text("", each) for each in value)
+        return ", ".join(_plain_text("", item) for item in value)
     return PAGE.number(value) if isinstance(value, float) else str(value)

@@ -49,8 +49,8 @@ def drafted_by_columns(rows: tuple[Row, ...]) -> list[Column]:
         name = None if row.cell.speculation is None else row.cell.speculation.draft_weights
         return Entry(name, sort=name) if name else Entry()
 
-    known = any(row.cell.speculation and row.cell.speculation.draft_weights for row in rows)
-    return [Column("Drafted by", "weights", DRAFTED_BY_HELP, make)] if known else []
+    stated = any(row.cell.speculation and row.cell.speculation.draft_weights for row in rows)
+    return [Column("Drafted by", "weights", DRAFTED_BY_HELP, make)] if stated else []
 
 
 def accepted_entry(report: Report, row: Row) -> Entry:
@@ -68,19 +68,21 @@ def accepted_entry(report: Report, row: Row) -> Entry:
 
 def plain_steps_entry(report: Report, row: Row) -> Entry:
     """Share of the timed steps that were plain; more than half is a fall-back."""
-    own = row.cell.speculation
-    if own is None or own.plain_steps is None:
+    record = row.cell.speculation
+    if record is None or record.plain_steps is None:
         return Entry()
-    note = FELL_BACK if own.fell_back else ""
-    return Entry(PAGE.share(own.plain_steps), note, own.plain_steps, tone="poor" if note else None)
+    note = FELL_BACK if record.fell_back else ""
+    return Entry(
+        PAGE.share(record.plain_steps), note, record.plain_steps, tone="poor" if note else None
+    )
 
 
 def drafting_entry(report: Report, row: Row) -> Entry:
     """Share of the decoding time that went into drafts."""
-    own = row.cell.speculation
-    if own is None or own.draft_s is None or not own.verify_s:
+    record = row.cell.speculation
+    if record is None or record.draft_s is None or not record.verify_s:
         return Entry()
-    part = own.draft_s / (own.draft_s + own.verify_s)
+    part = record.draft_s / (record.draft_s + record.verify_s)
     return Entry(PAGE.share(part), sort=part)
 
 
@@ -92,14 +94,14 @@ def looked_up_entry(report: Report, row: Row) -> Entry:
 
 def speedup_entry(report: Report, row: Row) -> Entry:
     """Decode speed over that of the plain cell, paired; "no difference" where that holds 1."""
-    own = row.cell.speculation
-    if own is None or own.speedup is None:
+    record = row.cell.speculation
+    if record is None or record.speedup is None:
         return Entry()
-    ends = own.speedup_ci95
+    ends = record.speedup_ci95
     if ends is None:
-        return Entry(PAGE.times(own.speedup), sort=own.speedup)
-    text = unless_one(PAGE.times(own.speedup), ends)
-    return Entry(text, PAGE.span(*ends, PAGE.near_one), own.speedup)
+        return Entry(PAGE.times(record.speedup), sort=record.speedup)
+    text = unless_one(PAGE.times(record.speedup), ends)
+    return Entry(text, PAGE.span(*ends, PAGE.near_one), record.speedup)
 
 
 def usual_draft_entry(report: Report, row: Row) -> Entry:
@@ -118,14 +120,14 @@ def usual_draft_entry(report: Report, row: Row) -> Entry:
 
 def timed_rates(row: Row) -> tuple[float, ...]:
     """Acceptance by position of the timed rounds."""
-    own = row.cell.speculation
-    return () if own is None else own.acceptance_by_position or ()
+    record = row.cell.speculation
+    return () if record is None else record.acceptance_by_position or ()
 
 
 def forced_rates(row: Row) -> tuple[float, ...]:
     """The same of the lossless check, under its forced draft length."""
-    own = row.cell.lossless_check
-    return () if own is None else own.acceptance_by_position or ()
+    check = row.cell.lossless_check
+    return () if check is None else check.acceptance_by_position or ()
 
 
 def position_columns(
@@ -135,8 +137,10 @@ def position_columns(
 
     def at(place: int) -> Make:
         def make(report: Report, row: Row) -> Entry:
-            own = rates(row)
-            return Entry(PAGE.share(own[place]), sort=own[place]) if place < len(own) else Entry()
+            curve = rates(row)
+            if place >= len(curve):
+                return Entry()
+            return Entry(PAGE.share(curve[place]), sort=curve[place])
 
         return make
 

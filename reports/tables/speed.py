@@ -75,11 +75,11 @@ def ratio_of(name: str, read: Read = at_main) -> Make:
 
     def make(report: Report, row: Row) -> Entry:
         numbers = read(row)
-        own: Estimate | None = None if numbers is None else getattr(numbers, name)
-        if own is None or row.is_baseline:
+        ratio: Estimate | None = None if numbers is None else getattr(numbers, name)
+        if ratio is None or row.is_baseline:
             return Entry()
-        text = unless_one(PAGE.times(own.value), own.ci95)
-        return Entry(text, PAGE.span(*own.ci95, PAGE.near_one), own.value)
+        text = unless_one(PAGE.times(ratio.value), ratio.ci95)
+        return Entry(text, PAGE.span(*ratio.ci95, PAGE.near_one), ratio.value)
 
     return make
 

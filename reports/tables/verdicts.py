@@ -17,17 +17,17 @@ VERDICT_HELP = (
 
 def verdict_entry(report: Report, row: Row) -> Entry:
     """The verdict as a badge; sorted by name, best first."""
-    own = row.cell.verdict
-    if own is None:
+    verdict = row.cell.verdict
+    if verdict is None:
         return Entry()
-    place = list(TONES).index(own.verdict)
-    return Entry(own.verdict, "", -place, tone=TONES[own.verdict], badge=True)
+    place = list(TONES).index(verdict.verdict)
+    return Entry(verdict.verdict, "", -place, tone=TONES[verdict.verdict], badge=True)
 
 
 def why_entry(report: Report, row: Row) -> Entry:
     """The sentence that a verdict rests on."""
-    own = row.cell.verdict
-    return Entry() if own is None else Entry(own.why, sort=own.why)
+    verdict = row.cell.verdict
+    return Entry() if verdict is None else Entry(verdict.why, sort=verdict.why)
 
 
 def counts(report: Report) -> list[tuple[Outcome, int]]:

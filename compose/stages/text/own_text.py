@@ -47,14 +47,14 @@ class OwnText:
             lambda decoder: write(decoder, count, self.length, self.seed, self.progress),
         )
 
-    def continued(self, given: Tensor) -> Tensor:
-        """Blocks [N, length] that begin as `given` [N, P] and go on as the model does."""
+    def continued(self, prefixes: Tensor) -> Tensor:
+        """Blocks [N, length] that begin as `prefixes` [N, P] and go on as the model does."""
         from gateskip.decoding.self_generate import go_on
 
         return self._once(
-            {"how": "continued", "given": given.tolist()},
-            len(given),
-            lambda decoder: go_on(decoder, given, self.length, self.seed, self.progress),
+            {"how": "continued", "given": prefixes.tolist()},
+            len(prefixes),
+            lambda decoder: go_on(decoder, prefixes, self.length, self.seed, self.progress),
         )
 
     def answered(self, prompts: Sequence[str], count: int) -> Tensor:
@@ -71,7 +71,9 @@ class OwnText:
             lambda decoder: answer(decoder, prompts, count, self.length, self.seed, self.progress),
         )
 
-    def _once(self, asked: dict[str, Any], count: int, make: Callable[[Writer], Tensor]) -> Tensor:
+    def _once(
+        self, request: dict[str, Any], count: int, make: Callable[[Writer], Tensor]
+    ) -> Tensor:
         """The blocks that the cache has of this text; they are made where it has none.
 
         Another process that makes them is waited for.
@@ -84,16 +86,16 @@ class OwnText:
             self.progress(0, count)
             blocks = make(gateskip.load(self.dense))
             save_file({"blocks": blocks}, folder / BLOCKS)
-            return {"how": asked["how"], "blocks": len(blocks), "length": self.length}
+            return {"how": request["how"], "blocks": len(blocks), "length": self.length}
 
-        target = self.cache / "own-text" / self._key(asked, count)
+        target = self.cache / "own-text" / self._key(request, count)
         build_once(target, build, note="text that the model writes")
         return load_file(target / BLOCKS)["blocks"]
 
-    def _key(self, asked: dict[str, Any], count: int) -> str:
+    def _key(self, request: dict[str, Any], count: int) -> str:
         """A hash over the model's files and all that decides what it writes."""
         files = sorted(file for file in self.dense.iterdir() if file.is_file())
-        recipe = asked | {
+        recipe = request | {
             "version": VERSION,
             "model": {file.name: remembered_hash(file) for file in files},
             "count": count,

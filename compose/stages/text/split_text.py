@@ -49,9 +49,9 @@ class SplitText:
         total = sum(weights.values())
         parts = []
         for source, weight in weights.items():
-            wanted = math.ceil(count * weight / total)
-            part = self._of(source, wanted)
-            parts.append(part.repeat(math.ceil(wanted / len(part)), 1)[:wanted])
+            share = math.ceil(count * weight / total)
+            part = self._of(source, share)
+            parts.append(part.repeat(math.ceil(share / len(part)), 1)[:share])
         return interleaved(parts)[:count]
 
     def _of(self, source: str, count: int) -> Tensor:
@@ -62,11 +62,11 @@ class SplitText:
         texts = load_texts(source, limit, self.cache)
         if source not in self.spec.answered:
             return token_blocks(texts, self.tokenizer, self.length, count)
-        own = self._own("answering")
+        own_text = self._own("answering")
         if texts.prompts is not None:
-            return own.answered(texts.prompts, count)
-        given = token_blocks(texts, self.tokenizer, self.length, count)
-        return own.continued(given[:, : self.length // GIVEN])
+            return own_text.answered(texts.prompts, count)
+        prefixes = token_blocks(texts, self.tokenizer, self.length, count)
+        return own_text.continued(prefixes[:, : self.length // GIVEN])
 
     def _own(self, doing: str) -> OwnText:
         return OwnText(

@@ -35,17 +35,17 @@ class Commands(TyperGroup):
                 raise  # --help, an option that does not exist
             if ctx.params.get("debug"):
                 traceback.print_exc()
-            text, code = told(error)
+            text, code = message_and_code(error)
             typer.secho(f"error: {printable(text)}", err=True, fg=None)
             raise typer.Exit(code) from None
 
 
-def told(error: Exception) -> tuple[str, int]:
+def message_and_code(error: Exception) -> tuple[str, int]:
     """The message and the exit code of what ended a command."""
     missing = missing_extra(error) if isinstance(error, ModuleNotFoundError) else None
-    known = missing or error
-    if isinstance(known, ComposeError):
-        return str(known), known.exit_code
+    cause = missing or error
+    if isinstance(cause, ComposeError):
+        return str(cause), cause.exit_code
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}", StepError.exit_code

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 from compose.run.runner import RunResult
-from compose.terminal.live.commands import told
+from compose.terminal.live.commands import message_and_code
 from compose.terminal.live.stopping import exit_code, resuming_command
 
 
@@ -38,7 +38,7 @@ def reported(events: JsonLines | None) -> Iterator[None]:
         yield
     except Exception as error:  # also one that nobody foresaw: a last line is promised
         if events is not None:
-            message, code = told(error)
+            message, code = message_and_code(error)
             events.emit("error", message=message, exit_code=code)
         raise
     except KeyboardInterrupt as stop:

@@ -57,9 +57,9 @@ class Line:
         elif now - self._last_printed >= self._board.plain_every_s:
             self._last_printed = now
             self._board.remark(f"  {self.name}: {text}")
-        known = {name: numbers.get(name) for name in SMOOTHED}
+        values = {name: numbers.get(name) for name in SMOOTHED}
         place = {"phase": phase, "done": done, "total": total, "detail": detail}
-        self._tell("progress", **place, **known, eta_s=left)
+        self._tell("progress", **place, **values, eta_s=left)
 
     def done(self, note: str = "") -> None:
         """The job ended well."""
@@ -152,8 +152,8 @@ class Board:
     def move(self, task: TaskID, done: int, total: int, text: str) -> None:
         """Move a live line."""
         if self._live is not None:
-            known = total if total > 1 else None  # the progress of a job of one part is not known
-            self._live.update(task, completed=done, total=known, note=shown(text))
+            shown_total = total if total > 1 else None  # one part has no progress to show
+            self._live.update(task, completed=done, total=shown_total, note=shown(text))
 
     def close(self, task: TaskID) -> None:
         """Take a live line away."""

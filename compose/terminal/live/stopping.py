@@ -37,13 +37,15 @@ def orderly_stop() -> Iterator[None]:
 
     def stop(number: int, _: object) -> None:
         before.update(dict.fromkeys(numbers, signal.SIG_IGN))  # holds to the interpreter's own end
-        for each in numbers:
-            signal.signal(each, _nothing)
+        for stop_signal in numbers:
+            signal.signal(stop_signal, _nothing)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    before: dict[signal.Signals, Any] = {each: signal.getsignal(each) for each in numbers}
-    for each in numbers:
-        signal.signal(each, stop)
+    before: dict[signal.Signals, Any] = {
+        stop_signal: signal.getsignal(stop_signal) for stop_signal in numbers
+    }
+    for stop_signal in numbers:
+        signal.signal(stop_signal, stop)
     try:
         yield
     finally:

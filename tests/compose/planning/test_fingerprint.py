@@ -162,7 +162,7 @@ def test_a_move_and_a_mended_sentence_leave_cells_measured_and_an_operator_does_
 
 
 def test_a_constant_in_cpp_counts_and_its_comment_does_not(sources: Path) -> None:
-    file = sources / "gateskip" / "kernels" / "src" / "codes.h"
+    file = sources / "gateskip" / "kernels" / "src" / "simd" / "codes.h"
     text, before = file.read_text("utf-8"), fingerprint_of(sources, {})
     file.write_text(
         "/* BLOCK / 5 */\n" + text.replace("BLOCK / 4;  ", "BLOCK  /\n  4; // changed ")
