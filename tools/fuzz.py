@@ -195,7 +195,9 @@ def _small_results() -> bytes:
 def targets() -> dict[str, Target]:
     """All targets by name."""
     folder = ROOT / "pipelines"
-    pipelines = [file.read_bytes() for file in sorted(folder.rglob("*.yaml"))]
+    pipelines = [  # a study names the files beside its folder
+        file.read_bytes().replace(b"../", b"") for file in sorted(folder.rglob("*.yaml"))
+    ]
     named = {file.relative_to(folder).as_posix(): b"" for file in folder.glob("*/*.safetensors")}
     anchors = (
         b"name: x\nmodel: &m {source: a}\nstages:\n  a: &a {use: heal}\n  b: {<<: *a, steps: 3}\n"

@@ -261,7 +261,7 @@ def test_what_pruning_measures(
         assert len(norm_factors(model, torch.arange(32, device=CARD), blocks, JOB)) == 9
         shape = ModelShape.from_config(model.config.to_dict())
         stage = PruneHeads(count=2)
-        heads = stage._kept(torch.ones(shape.num_kv_heads, 2, device=CARD))
+        heads = stage._left(torch.ones(shape.num_kv_heads, 2, device=CARD))
         assert heads.device.type == CARD
         file = SimpleNamespace(
             gates=make_gates("scalar", BRANCHES, HIDDEN),
