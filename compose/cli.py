@@ -88,9 +88,12 @@ def validate(file: PipelineFile) -> None:
     """Check a pipeline file; print the first mistake with its line."""
     from compose.assets import default_cache
     from compose.planning.prepare import load_plan
-    from compose.terminal.show import plan_counts
+    from compose.terminal.show import default_matrix_text, plan_counts
 
-    typer.echo(f"{file}: valid: {plan_counts(load_plan(file, default_cache()))}")
+    planned = load_plan(file, default_cache())
+    typer.echo(f"{file}: valid: {plan_counts(planned)}")
+    if text := default_matrix_text(planned.pipeline):
+        typer.echo(text)
 
 
 @app.command()

@@ -94,6 +94,26 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_model_runs(tmp_path
         assert code == 2 and f"{place} cannot be written" in err
 
 
+def test_the_default_matrix_says_what_it_stands_for(file: Path, tmp_path: Path) -> None:
+    text = "name: small\nmodel: {source: smollm2-135m-instruct}\nmatrix: default\n"
+    file.write_text(text + "stages: {int8: {use: int8, embedding: null}}\n")
+    code, out, _ = call("validate", file)
+    assert code == 0
+    head, *lines = out.split(": valid: ")[1].splitlines()[1:]
+    assert head.startswith("matrix: default combines these stages")
+    assert [line.partition("  #")[0].split(maxsplit=1) for line in lines] == [
+        ["gate", "gates: {use: gate, prompt_budgets: [0.9, 0.8, 0.68]}"],
+        ["quantize", "int8: {use: int8, embedding: null}"],
+        ["quantize", "int4: {use: int4}"],
+        ["decode", "read80: {use: skip, budget: 1.0, prompt_budget: 0.8}"],
+        ["decode", "spec: {use: speculate}"],
+    ]
+    _, out, _ = call("plan", file, "--out", tmp_path / "runs")
+    assert out.startswith(head)
+    file.write_text(GOOD)
+    assert "matrix" not in call("validate", file)[1]
+
+
 def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
     for command in ("validate", "plan", "run"):
         code, _, err = call(command, tmp_path / "absent.yaml")
