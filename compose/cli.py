@@ -15,6 +15,7 @@ from rich.console import Console
 
 from compose.terminal.cache import cache
 from compose.terminal.live.commands import Commands
+from compose.terminal.meant import refuse_model
 from compose.terminal.pick_options import PickOptions, with_pick_options
 from compose.units import printable
 
@@ -33,7 +34,16 @@ app = typer.Typer(
 )
 app.add_typer(cache, name="cache")
 
-PipelineFile = Annotated[Path, typer.Argument(help="The pipeline file (YAML).", metavar="FILE")]
+
+def _no_model(ctx: typer.Context, file: Path) -> Path:
+    """The pipeline file. UserError, with what to do, where a model is named instead."""
+    refuse_model(str(file), f"`gateskip {ctx.info_name}` takes a pipeline file")
+    return file
+
+
+PipelineFile = Annotated[
+    Path, typer.Argument(help="The pipeline file (YAML).", metavar="FILE", callback=_no_model)
+]
 RunDir = Annotated[Path, typer.Argument(help="A run's folder: runs/NAME.", metavar="RUN_DIR")]
 Out = Annotated[Path, typer.Option(help="Where runs and model folders are kept.")]
 ExecutorName = Annotated[str, typer.Option(help="Where work runs: local or ray.")]
@@ -81,6 +91,21 @@ def main_options(
     ] = False,
 ) -> None:
     """Take the options before the command."""
+
+
+@app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE")],
+    model: Annotated[
+        str, typer.Option(help="An alias, a hub id, a folder or a GGUF file.", metavar="MODEL")
+    ],
+) -> None:
+    """Write a pipeline file to start from, with each line explained."""
+    from compose.planning.new_file import write_new_file
+
+    write_new_file(file, model)
+    word = shlex.quote(str(file))
+    typer.echo(f"{file} is written. Next:\n  gateskip plan {word}\n  gateskip run {word}")
 
 
 @app.command()

@@ -86,7 +86,8 @@ def _text_of(file: Path) -> str:
         with file.open("rb") as stream:
             data = stream.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        beside = sorted(path.name for path in file.absolute().parent.glob("*.yaml"))
+        folder = file.absolute().parent
+        beside = sorted(path.name for path in folder.glob("[!.]*.yaml"))
         hint = suggest(file.name, beside) if beside else None
         raise PipelineError("there is no such file", file=file, fix=hint) from None
     except OSError as error:

@@ -128,8 +128,9 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
         left_out = [(left.name, left.rule, left.message) for left in plan.left_out]
         parts += ["", rich_table(text_table(("chain", "rule", "why"), left_out), "Left out")]
     limits = [Text(text)] if (text := limits_text(plan.pipeline.limits)) else []
-    default = [Text(text), ""] if (text := default_matrix_text(plan.pipeline)) else []
-    return Group(*default, *parts, "", *limits, Text(plan_counts(plan)))
+    if text := default_matrix_text(plan.pipeline):
+        parts = [Text(text), "", *parts]
+    return Group(*parts, "", *limits, Text(plan_counts(plan)))
 
 
 def _state(cached: bool, why: str | None = None) -> Entry:

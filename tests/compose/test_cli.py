@@ -111,7 +111,73 @@ def test_the_default_matrix_says_what_it_stands_for(file: Path, tmp_path: Path) 
     _, out, _ = call("plan", file, "--out", tmp_path / "runs")
     assert out.startswith(head)
     file.write_text(GOOD)
-    assert "matrix" not in call("validate", file)[1]
+    assert "matrix:" not in call("validate", file)[1]
+
+
+def test_new_names_the_next_two_commands(tmp_path: Path) -> None:
+    file = tmp_path / "my first.yaml"
+    code, out, _ = call("new", file, "--model", "gemma-3-270m")
+    assert code == 0
+    assert out.splitlines() == [
+        f"{file} is written. Next:",
+        f"  gateskip plan '{file}'",
+        f"  gateskip run '{file}'",
+    ]
+    assert call("validate", file)[0] == 0
+    code, _, err = call("new", file, "--model", "gemma-3-270m")
+    assert code == 2 and "exists already" in err
+
+
+def test_a_model_in_place_of_a_file_is_answered_with_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my model").mkdir()
+    (tmp_path / "my model" / "config.json").write_text("{}")
+    (tmp_path / "q.gguf").touch()
+    models = {
+        "smollm2-135m-instruct": ("smollm2-135m-instruct", "a model"),
+        "my model": ("'my model'", "a model folder"),
+        "q.gguf": ("q", "a GGUF file"),
+        "owner/name": ("name", "perhaps a model of the hub"),
+    }
+    for model, (stem, kind) in models.items():
+        new = f"'{stem[1:-1]}.yaml'" if stem.startswith("'") else f"{stem}.yaml"
+        quoted = f"'{model}'" if " " in model else model
+        for command in ("run", "plan", "validate", "search"):
+            code, out, err = call(command, model)
+            assert (code, out) == (2, "")
+            assert f"{model} is {kind}, and `gateskip {command}` takes a pipeline file" in err
+            assert f"    gateskip new {new} --model {quoted}\n    gateskip run {new}\n" in err
+    code, _, err = call("smollm2-135m-instruct")
+    assert code == 2 and "gateskip new smollm2-135m-instruct.yaml --model" in err
+    (tmp_path / "smollm2-135m-instruct").write_text(GOOD)
+    assert call("validate", "smollm2-135m-instruct")[0] == 0, "a file of this name is the pipeline"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("rnu", "did you mean `gateskip run`?"),
+        ("validte", "did you mean `gateskip validate`?"),
+        ("stage", "did you mean `gateskip stages`?"),
+        ("insi", "did you mean `gateskip insight`?"),
+        ("help", "did you mean `gateskip --help`?"),
+        ("compare", "did you mean `gateskip report`?"),
+        ("first.yaml", "gateskip run first.yaml"),
+        ("xyzzy", "`gateskip --help` lists all commands"),
+    ],
+)
+def test_an_unknown_command_is_answered_with_the_one_that_was_meant(typed: str, meant: str) -> None:
+    code, out, err = call(typed)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.endswith(f"  fix: {meant}\n")
+
+
+def test_an_option_of_another_command_names_that_command(file: Path) -> None:
+    code, _, err = call("run", file, "--at-most-kl", "0.1")
+    assert code == 2
+    assert "It is an option of `gateskip search`" in " ".join(re.findall(r"[^\s│]+", err))
 
 
 def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
@@ -417,6 +483,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
     drawn = ["--temperature", "--top-k", "--top-p", "--seed", "--stop"]
     asked = ["--keep-blocks", "--stats", "folder", "prompt"]
     assert options == {
+        "new": ["--model", "file"],
         "validate": ["file"],
         "plan": ["--estimate", "--json", "--out", "file"],
         "run": [
