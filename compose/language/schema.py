@@ -337,7 +337,8 @@ DEFAULT_MATRIX = Matrix.model_validate(
 
 
 class Pipeline(_Section):
-    """A whole pipeline file."""
+    """A whole pipeline file. One that a program builds may name no variant; then its plan has the
+    dense model and the other engines alone."""
 
     schema_version: Annotated[Literal[1], BeforeValidator(_no_bool)] = Field(
         default=1, alias="schema"
