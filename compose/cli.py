@@ -15,6 +15,7 @@ from rich.console import Console
 
 from compose.terminal.cache import cache
 from compose.terminal.live.commands import Commands
+from compose.terminal.meant import refuse_model
 from compose.terminal.pick_options import PickOptions, with_pick_options
 from compose.units import printable
 
@@ -33,7 +34,16 @@ app = typer.Typer(
 )
 app.add_typer(cache, name="cache")
 
-PipelineFile = Annotated[Path, typer.Argument(help="The pipeline file (YAML).", metavar="FILE")]
+
+def _no_model(ctx: typer.Context, file: Path) -> Path:
+    """The pipeline file. UserError, with what to do, where a model is named instead."""
+    refuse_model(str(file), f"`gateskip {ctx.info_name}` takes a pipeline file")
+    return file
+
+
+PipelineFile = Annotated[
+    Path, typer.Argument(help="The pipeline file (YAML).", metavar="FILE", callback=_no_model)
+]
 RunDir = Annotated[Path, typer.Argument(help="A run's folder: runs/NAME.", metavar="RUN_DIR")]
 Out = Annotated[Path, typer.Option(help="Where runs and model folders are kept.")]
 ExecutorName = Annotated[str, typer.Option(help="Where work runs: local or ray.")]
@@ -84,13 +94,31 @@ def main_options(
 
 
 @app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE")],
+    model: Annotated[
+        str, typer.Option(help="An alias, a hub id, a folder or a GGUF file.", metavar="MODEL")
+    ],
+) -> None:
+    """Write a pipeline file to start from, with each line explained."""
+    from compose.planning.new_file import write_new_file
+
+    write_new_file(file, model)
+    word = shlex.quote(str(file))
+    typer.echo(f"{file} is written. Next:\n  gateskip plan {word}\n  gateskip run {word}")
+
+
+@app.command()
 def validate(file: PipelineFile) -> None:
     """Check a pipeline file; print the first mistake with its line."""
     from compose.assets import default_cache
     from compose.planning.prepare import load_plan
-    from compose.terminal.show import plan_counts
+    from compose.terminal.show import default_matrix_text, plan_counts
 
-    typer.echo(f"{file}: valid: {plan_counts(load_plan(file, default_cache()))}")
+    planned = load_plan(file, default_cache())
+    typer.echo(f"{file}: valid: {plan_counts(planned)}")
+    if text := default_matrix_text(planned.pipeline):
+        typer.echo(text)
 
 
 @app.command()

@@ -201,6 +201,7 @@ def targets() -> dict[str, Target]:
     named = {file.relative_to(folder).as_posix(): b"" for file in folder.glob("*/*.safetensors")}
     anchors = (
         b"name: x\nmodel: &m {source: a}\nstages:\n  a: &a {use: heal}\n  b: {<<: *a, steps: 3}\n"
+        b"pipelines: {b: [b]}\n"
     )
     gates, meta = _gate_files()
     rows = [

@@ -1,19 +1,22 @@
-"""Turns pydantic's errors in a pipeline into problems in plain words, at the key or value at
-fault."""
+"""Mistakes in a pipeline file as problems in plain words, at the key or value at fault: what
+pydantic refuses, and a file that names no variant to make."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from compose.errors import PipelineError, shortened, suggest
+from compose.errors import PipelineError, RuleBroken, shortened, suggest
 from compose.language.positions import Loc, Problem, SourceMap
-from compose.language.schema import Export, Pipeline
+from compose.language.schema import Chain, Export, Pipeline
 from compose.stages.registry import STAGES
+
+MOST_SUGGESTED = 5
+"""Stages for which a fix writes a line."""
 
 
 def first_mistake(problems: Iterable[Problem], source_map: SourceMap) -> PipelineError:
@@ -61,6 +64,44 @@ def refusals(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem
     ]
     for loc, group in groupby(sorted(details, key=lambda detail: str(place(detail))), key=place):
         yield _refusal(loc, list(group), raw)
+
+
+def no_variants(pipeline: Pipeline) -> Iterator[Problem]:
+    """The problem of a file without `pipelines`, `matrix` and `search`, with the lines to add."""
+    if pipeline.pipelines or pipeline.matrix is not None or pipeline.search is not None:
+        return
+    default = "`matrix: default` (gates, 8 or 4 bits and ways of decoding, in every combination)"
+    if not pipeline.stages:
+        message = "the file names a model, and no variant of it to make"
+        fix = f"add the line {default}, or name `stages` and `pipelines`"
+        yield Problem(("model",), message, fix=fix, at_key=True)
+        return
+    message = "the file names stages, and no variant to make with them"
+    lines = [f"\n      {chain[-1]}: [{', '.join(chain)}]" for chain in _short_chains(pipeline)]
+    if lines:
+        fix = f"add these lines, one a variant:\n    pipelines:{''.join(lines)}\n  or add {default}"
+    else:
+        fix = f"name chains of stages under `pipelines`, or add {default}"
+    yield Problem(("stages",), message, fix=fix, at_key=True)
+
+
+def _short_chains(pipeline: Pipeline) -> Iterator[Chain]:
+    """The shortest chain that ends in a stage, for each of the first stages that have one."""
+    for name in islice(pipeline.stages, MOST_SUGGESTED):
+        chains: list[Chain] = [(name,), *((other, name) for other in pipeline.stages)]
+        if chain := next((each for each in chains if _is_allowed(pipeline, each)), None):
+            yield chain
+
+
+def _is_allowed(pipeline: Pipeline, chain: Chain) -> bool:
+    """Whether a chain breaks no order rule, as far as is known without the model."""
+    stages = [pipeline.stages[name] for name in chain]
+    try:
+        for index, stage in enumerate(stages):
+            stage.check(None, tuple(stages[:index]))
+    except RuleBroken:
+        return False
+    return True
 
 
 def _only_counts_the_good(detail: ErrorDetails) -> bool:

@@ -26,7 +26,7 @@ from ruamel.yaml.reader import ReaderError
 from compose.artifacts.gguf.file import is_gguf
 from compose.contract import DataSpec
 from compose.errors import PipelineError, shortened, suggest
-from compose.language.mistakes import first_mistake, kind_of, refusals
+from compose.language.mistakes import first_mistake, kind_of, no_variants, refusals
 from compose.language.positions import Loc, Mark, Problem, SourceMap
 from compose.language.schema import Pipeline
 from compose.stages.registry import STAGES
@@ -56,7 +56,7 @@ def load_pipeline(path: str | Path) -> Pipeline:
     source_map = _without_groups(source_map, raw.get("stages", {}))
     resolved, missing = _resolve_paths(pipeline, file.absolute().parent)
     problems = [*islice(pipeline.problems(), MOST_PROBLEMS), *missing]
-    if problems:
+    if problems := problems or list(no_variants(pipeline)):
         raise first_mistake(problems, source_map)
     return resolved.with_source_map(source_map)
 
@@ -77,7 +77,8 @@ def _without_groups(source_map: SourceMap, stages: Mapping[str, Any]) -> SourceM
 def to_json_schema() -> dict[str, Any]:
     """The language as JSON Schema, for editors."""
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return dialect | Pipeline.model_json_schema(by_alias=True)
+    variants = {"anyOf": [{"required": [key]} for key in ("pipelines", "matrix", "search")]}
+    return dialect | Pipeline.model_json_schema(by_alias=True) | variants
 
 
 def _text_of(file: Path) -> str:
@@ -85,7 +86,8 @@ def _text_of(file: Path) -> str:
         with file.open("rb") as stream:
             data = stream.read(MOST_BYTES + 1)
     except FileNotFoundError:
-        beside = sorted(path.name for path in file.absolute().parent.glob("*.yaml"))
+        folder = file.absolute().parent
+        beside = sorted(path.name for path in folder.glob("[!.]*.yaml"))
         hint = suggest(file.name, beside) if beside else None
         raise PipelineError("there is no such file", file=file, fix=hint) from None
     except OSError as error:

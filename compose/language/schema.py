@@ -337,7 +337,8 @@ DEFAULT_MATRIX = Matrix.model_validate(
 
 
 class Pipeline(_Section):
-    """A whole pipeline file."""
+    """A whole pipeline file. One that a program builds may name no variant; then its plan has the
+    dense model and the other engines alone."""
 
     schema_version: Annotated[Literal[1], BeforeValidator(_no_bool)] = Field(
         default=1, alias="schema"
@@ -371,8 +372,8 @@ class Pipeline(_Section):
         Matrix | None,
         BeforeValidator(_matrix, json_schema_input_type=Literal["default"] | Matrix | None),
     ] = None
-    """Every combination; those that break a rule are left out. `default`: gates, quantizers and
-    decoders, which is also what a file without matrix, pipelines and search means."""
+    """Every combination of one choice an axis; those that break a rule are left out. `default`
+    stands for gates, quantizers and decoders: `gateskip validate` lists them."""
 
     search: Search | None = None
     """The chains that `gateskip search` may build; `gateskip run` ignores it."""
@@ -394,10 +395,8 @@ class Pipeline(_Section):
         """Write `matrix: default` out, with its stages."""
         if not isinstance(raw, Mapping):
             return raw
-        matrix, stages = raw.get("matrix"), raw.get("stages", {})
-        named = raw.get("pipelines") or raw.get("search") is not None
-        expands = matrix == "default" or (matrix is None and not named)
-        if not expands or not isinstance(stages, Mapping):
+        stages = raw.get("stages", {})
+        if raw.get("matrix") != "default" or not isinstance(stages, Mapping):
             return raw
         return {**raw, "matrix": DEFAULT_MATRIX, "stages": {**DEFAULT_STAGES, **stages}}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,13 @@ from compose.analysis.metrics import METRICS, interval_of, metrics
 from compose.analysis.verdicts import TONES
 from compose.errors import UserError
 from compose.language.limits import Limits
+from compose.language.schema import DEFAULT_MATRIX, Pipeline
 from compose.numbers import PLAIN, bytes_text, duration_text, four_digits, metric_text
 from compose.outputs.run_folder import RunFolder, is_measured, only_code_changed
 from compose.planning.plan import Plan
 from compose.results.schema import CellResult, Results
 from compose.run.runner import RunResult
+from compose.stages.base import Stage
 from compose.table import Entry, Table, text_table
 from compose.terminal.doctor import Finding
 from compose.terminal.shown import shown
@@ -38,6 +42,29 @@ def plan_counts(plan: Plan) -> str:
     return (
         f"{len(plan.steps)} steps, {len(plan.cells)} cells, {len(plan.left_out)} left out by a rule"
     )
+
+
+def default_matrix_text(pipeline: Pipeline) -> str:
+    """What `matrix: default` stands for in a file, one line a stage; empty where it has another."""
+    if pipeline.matrix is not DEFAULT_MATRIX:
+        return ""
+    lines = ["matrix: default combines these stages, at most one of each kind:"]
+    for axis, chains in DEFAULT_MATRIX.axes.items():
+        for name in chain.from_iterable(chains):
+            stage = pipeline.stages[name]
+            summary = " ".join((stage.__doc__ or "").split(".")[0].split())
+            lines.append(f"  {axis:<10}{name}: {_stage_text(stage)}  # {summary}")
+    return "\n".join(lines)
+
+
+def _stage_text(stage: Stage) -> str:
+    """A stage as a pipeline file has it: `{use: heal, steps: 7}`."""
+    settings = {"use": stage.use, **stage.model_dump(mode="json", exclude_unset=True)}
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in settings.items()
+    }
+    return "{" + ", ".join(f"{key}: {text}" for key, text in texts.items()) + "}"
 
 
 def plan_state(plan: Plan, run: RunFolder) -> dict[str, Any]:
@@ -101,6 +128,8 @@ def plan_tables(plan: Plan, run: RunFolder) -> Group:
         left_out = [(left.name, left.rule, left.message) for left in plan.left_out]
         parts += ["", rich_table(text_table(("chain", "rule", "why"), left_out), "Left out")]
     limits = [Text(text)] if (text := limits_text(plan.pipeline.limits)) else []
+    if text := default_matrix_text(plan.pipeline):
+        parts = [Text(text), "", *parts]
     return Group(*parts, "", *limits, Text(plan_counts(plan)))
 
 

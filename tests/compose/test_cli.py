@@ -94,6 +94,92 @@ def test_a_page_that_cannot_be_written_is_refused_before_the_model_runs(tmp_path
         assert code == 2 and f"{place} cannot be written" in err
 
 
+def test_the_default_matrix_says_what_it_stands_for(file: Path, tmp_path: Path) -> None:
+    text = "name: small\nmodel: {source: smollm2-135m-instruct}\nmatrix: default\n"
+    file.write_text(text + "stages: {int8: {use: int8, embedding: null}}\n")
+    code, out, _ = call("validate", file)
+    assert code == 0
+    head, *lines = out.split(": valid: ")[1].splitlines()[1:]
+    assert head.startswith("matrix: default combines these stages")
+    assert [line.partition("  #")[0].split(maxsplit=1) for line in lines] == [
+        ["gate", "gates: {use: gate, prompt_budgets: [0.9, 0.8, 0.68]}"],
+        ["quantize", "int8: {use: int8, embedding: null}"],
+        ["quantize", "int4: {use: int4}"],
+        ["decode", "read80: {use: skip, budget: 1.0, prompt_budget: 0.8}"],
+        ["decode", "spec: {use: speculate}"],
+    ]
+    _, out, _ = call("plan", file, "--out", tmp_path / "runs")
+    assert out.startswith(head)
+    file.write_text(GOOD)
+    assert "matrix:" not in call("validate", file)[1]
+
+
+def test_new_names_the_next_two_commands(tmp_path: Path) -> None:
+    file = tmp_path / "my first.yaml"
+    code, out, _ = call("new", file, "--model", "gemma-3-270m")
+    assert code == 0
+    assert out.splitlines() == [
+        f"{file} is written. Next:",
+        f"  gateskip plan '{file}'",
+        f"  gateskip run '{file}'",
+    ]
+    assert call("validate", file)[0] == 0
+    code, _, err = call("new", file, "--model", "gemma-3-270m")
+    assert code == 2 and "exists already" in err
+
+
+def test_a_model_in_place_of_a_file_is_answered_with_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my model").mkdir()
+    (tmp_path / "my model" / "config.json").write_text("{}")
+    (tmp_path / "q.gguf").touch()
+    models = {
+        "smollm2-135m-instruct": ("smollm2-135m-instruct", "a model"),
+        "my model": ("'my model'", "a model folder"),
+        "q.gguf": ("q", "a GGUF file"),
+        "owner/name": ("name", "perhaps a model of the hub"),
+    }
+    for model, (stem, kind) in models.items():
+        new = f"'{stem[1:-1]}.yaml'" if stem.startswith("'") else f"{stem}.yaml"
+        quoted = f"'{model}'" if " " in model else model
+        for command in ("run", "plan", "validate", "search"):
+            code, out, err = call(command, model)
+            assert (code, out) == (2, "")
+            assert f"{model} is {kind}, and `gateskip {command}` takes a pipeline file" in err
+            assert f"    gateskip new {new} --model {quoted}\n    gateskip run {new}\n" in err
+    code, _, err = call("smollm2-135m-instruct")
+    assert code == 2 and "gateskip new smollm2-135m-instruct.yaml --model" in err
+    (tmp_path / "smollm2-135m-instruct").write_text(GOOD)
+    assert call("validate", "smollm2-135m-instruct")[0] == 0, "a file of this name is the pipeline"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("rnu", "did you mean `gateskip run`?"),
+        ("validte", "did you mean `gateskip validate`?"),
+        ("stage", "did you mean `gateskip stages`?"),
+        ("insi", "did you mean `gateskip insight`?"),
+        ("help", "did you mean `gateskip --help`?"),
+        ("compare", "did you mean `gateskip report`?"),
+        ("first.yaml", "gateskip run first.yaml"),
+        ("xyzzy", "`gateskip --help` lists all commands"),
+    ],
+)
+def test_an_unknown_command_is_answered_with_the_one_that_was_meant(typed: str, meant: str) -> None:
+    code, out, err = call(typed)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.endswith(f"  fix: {meant}\n")
+
+
+def test_an_option_of_another_command_names_that_command(file: Path) -> None:
+    code, _, err = call("run", file, "--at-most-kl", "0.1")
+    assert code == 2
+    assert "It is an option of `gateskip search`" in " ".join(re.findall(r"[^\s│]+", err))
+
+
 def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
     for command in ("validate", "plan", "run"):
         code, _, err = call(command, tmp_path / "absent.yaml")
@@ -397,6 +483,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
     drawn = ["--temperature", "--top-k", "--top-p", "--seed", "--stop"]
     asked = ["--keep-blocks", "--stats", "folder", "prompt"]
     assert options == {
+        "new": ["--model", "file"],
         "validate": ["file"],
         "plan": ["--estimate", "--json", "--out", "file"],
         "run": [

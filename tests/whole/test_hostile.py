@@ -276,7 +276,7 @@ def test_a_pipeline_in_a_hostile_place_runs_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "$(touch x);`touch y`"
     folder.mkdir()
     file = folder / "p.yaml"
-    file.write_text("schema: 1\nname: x\nmodel: {source: smollm2-135m-instruct}\n")
+    file.write_text("schema: 1\nname: x\nmodel: {source: smollm2-135m-instruct}\nmatrix: default\n")
     done = CliRunner().invoke(app, ["validate", str(file)])
     assert done.exit_code == 0, done.output
     assert [path.name for path in folder.iterdir()] == ["p.yaml"]

@@ -153,7 +153,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
         "p.yaml:5:1: the file asks for 262144 chains",
     ),
     "too many seeds": (
-        HEAD + f"more_seeds: [{', '.join(map(str, range(1, 4000)))}]\n",
+        HEAD + f"more_seeds: [{', '.join(map(str, range(1, 4000)))}]\nmatrix: default\n",
         "p.yaml:4:1: ",
     ),
     "a long chain": (
@@ -294,7 +294,7 @@ VALUES: list[tuple[str, str]] = [
     ("benchmark: {threads: 0}", "benchmark.threads: expected a number of at least 1"),
     ("benchmark: {threads: .inf}", f"benchmark.threads: {WHOLE}inf"),
     ("benchmark: {baseline: ''}", "benchmark.baseline: expected text that is not empty"),
-    ("benchmark: {baseline: gone}", "no cell is named 'gone'"),
+    ("benchmark: {baseline: gone}\nmatrix: default", "no cell is named 'gone'"),
     ("benchmark: {against: [x, x]}", "benchmark.against: 'x' is listed twice"),
     ("benchmark: {against: vllm}", "4:13: peer 'vllm': known: llama.cpp"),
     ("benchmark: {speed: {repeats: 0}}", "speed.repeats: expected a number of at least 1"),
@@ -320,7 +320,7 @@ VALUES: list[tuple[str, str]] = [
     ("export: {dense: x}", "export.dense: expected a mapping, not 'x'"),
     ("export: {dense: {}}", "export.dense lacks the key 'to'"),
     ("export: {dense: {to: ''}}", "export.dense.to: expected text that is not empty"),
-    ("export: {gone: {to: x}}", "no cell is named 'gone'"),
+    ("export: {gone: {to: x}}\nmatrix: default", "no cell is named 'gone'"),
 ]
 HEADS: list[tuple[str, str]] = [
     ("schema: 1\n", "1:1: the file lacks the key 'model'"),
@@ -488,7 +488,7 @@ def test_a_pipeline_on_such_a_folder_is_refused_at_its_line(model: Path, tmp_pat
     from compose.planning.prepare import load_plan
 
     file = tmp_path / "p.yaml"
-    file.write_text(f"schema: 1\nname: x\nmodel:\n  source: {model}\n")
+    file.write_text(f"schema: 1\nname: x\nmodel:\n  source: {model}\nmatrix: default\n")
     load_plan(file, tmp_path / "cache")
     _cut(0.5)(model)
     with pytest.raises(AssetError, match=r"p\.yaml:4:11: .*cut short"):
@@ -659,7 +659,9 @@ def test_what_is_longer_than_the_context_is_refused_at_its_line(
     from compose.planning.prepare import load_plan
 
     file = tmp_path / "p.yaml"
-    file.write_text(f"schema: 1\nname: x\nmodel: {{source: {tiny_llama}}}\n{line}\n")
+    file.write_text(
+        f"schema: 1\nname: x\nmodel: {{source: {tiny_llama}}}\n{line}\nmatrix: default\n"
+    )
     with pytest.raises(PlanError) as caught:
         load_plan(file, tmp_path / "cache")
     assert message in str(caught.value)

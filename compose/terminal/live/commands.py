@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from compose.errors import ComposeError, StepError
 from compose.extras import missing_extra
 from compose.terminal.live.stopping import exit_code, resuming_command
+from compose.terminal.meant import refuse_command, with_commands
 from compose.units import printable
 
 
@@ -32,12 +33,29 @@ class Commands(TyperGroup):
             raise
         except Exception as error:
             if type(error).__module__.partition(".")[0] in ("click", "typer"):
+                self._name_commands(ctx, error)
                 raise  # --help, an option that does not exist
             if ctx.params.get("debug"):
                 traceback.print_exc()
             text, code = message_and_code(error)
             typer.secho(f"error: {printable(text)}", err=True, fg=None)
             raise typer.Exit(code) from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that was named. UserError, with the one that was meant, if there is none."""
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            refuse_command(args[0], self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
+
+    def _name_commands(self, ctx: Any, error: Any) -> None:
+        """Add the commands that have it to the refusal of an option, instead of near options."""
+        option = getattr(error, "option_name", None)
+        options = {
+            name: [word for parameter in command.params for word in parameter.opts]
+            for name, command in self.commands.items()
+        }
+        if option is not None and (sentence := with_commands(option, options)):
+            error.message, error.possibilities = f"{error.message}. {sentence}", None
 
 
 def message_and_code(error: Exception) -> tuple[str, int]:

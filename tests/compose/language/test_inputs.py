@@ -22,6 +22,7 @@ benchmark:
     perplexity: {perplexity}
     tasks: {tasks}
   lossless: {{source: {lossless}}}
+matrix: default
 """
 GOOD = {
     "train": "calibration-text",

@@ -103,10 +103,36 @@ def test_five_lines_mean_gates_quantizers_and_decoders(tmp_path: Path) -> None:
     assert list(pipeline.matrix.axes) == ["gate", "quantize", "decode"]
     assert pipeline.stages == DEFAULT_STAGES
     assert pipeline.benchmark.quality.perplexity == ("wikitext2", "heldout-text")
-    assert (
-        load(tmp_path, FIVE_LINES.replace("matrix: default\n", "")).model_dump()
-        == pipeline.model_dump()
+
+
+def test_a_file_that_names_no_variant_is_refused_with_the_lines_to_add(tmp_path: Path) -> None:
+    model = FIVE_LINES.replace("matrix: default\n", "")
+    alone = refusal(tmp_path, model)
+    assert alone.startswith("p.yaml:3:1: the file names a model, and no variant of it to make")
+    assert "fix: add the line `matrix: default`" in alone
+    stages = model + "stages:\n  int4: {use: int4}\n  gates: {use: gate}\n  low: {use: skip}\n"
+    said = refusal(tmp_path, stages)
+    assert said.startswith("p.yaml:5:1: the file names stages, and no variant to make with them")
+    assert said.endswith(
+        "or add `matrix: default` (gates, 8 or 4 bits and ways of decoding, in every combination)"
     )
+    block = "pipelines:\n  int4: [int4]\n  gates: [gates]\n  low: [gates, low]\n"
+    assert block in said.replace("\n    ", "\n") and "pipelines:" in said
+    plan = make_plan(load(tmp_path, stages + block))
+    assert [cell.name for cell in plan.cells] == ["dense", "int4", "gates", "low"]
+    for empty in ("pipelines: {}\n", "matrix: null\n", "search: null\n"):
+        assert "no variant to make" in refusal(tmp_path, stages + empty)
+    assert load(tmp_path, stages + "search: {}\n").matrix is None
+
+
+def test_a_stage_that_fits_no_short_chain_has_no_line_in_the_fix(tmp_path: Path) -> None:
+    text = FIVE_LINES.replace("matrix: default", "stages: {low: {use: skip}}")
+    assert "fix: name chains of stages under `pipelines`, or add" in refusal(tmp_path, text)
+
+
+def test_other_mistakes_are_told_before_missing_variants(tmp_path: Path) -> None:
+    text = FIVE_LINES.replace("matrix: default", "stages: {g: {use: gate, init: none.bin}}")
+    assert "there is no file" in refusal(tmp_path, text)
 
 
 def test_named_chains_alone_mean_no_matrix(tmp_path: Path) -> None:
@@ -363,6 +389,7 @@ name: local
 model: {source: model}
 data: {train: {source: a.txt}, calibration: {source: ./b.jsonl}}
 stages: {gates: {use: gate, init: g.safetensors}}
+pipelines: {gated: [gates]}
 benchmark:
   quality: {perplexity: [c.txt, wikitext2]}
   lossless: {source: d.json}
@@ -409,6 +436,8 @@ def test_json_schema_describes_every_key() -> None:
         for key, info in part.get("properties", {}).items():
             assert info.get("description") or "$ref" in info, f"{name}.{key}"
     assert {"const": "default", "type": "string"} in schema["properties"]["matrix"]["anyOf"]
+    variants = [each["required"] for each in schema["anyOf"]]
+    assert variants == [["pipelines"], ["matrix"], ["search"]]
 
 
 def test_language_and_planner_leave_torch_unloaded() -> None:

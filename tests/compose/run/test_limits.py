@@ -32,6 +32,7 @@ LIMITS = {"step": {"seconds": 60.0}, "cell": {"memory_mb": 500.0}}
 def parsed(folder: Path, limits: str) -> Any:
     file = folder / "a.yaml"
     text = f"schema: 1\nname: a\nmodel: {{source: smollm2-135m-instruct}}\nlimits: {limits}\n"
+    text += "matrix: default\n"
     file.write_text(text)
     return load_pipeline(file)
 

@@ -1,0 +1,104 @@
+"""What someone meant who typed a model instead of a file, or a command or option that we lack."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from compose.errors import UserError, shortened
+
+PIPELINES = (".yaml", ".yml")
+OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
+    "ask": ("chat", "generate"),
+    "benchmark": ("bench",),
+    "chat": ("generate",),
+    "check": ("validate",),
+    "compare": ("report",),
+    "compress": ("new",),
+    "convert": ("export", "gguf"),
+    "create": ("new",),
+    "estimate": ("plan",),
+    "help": ("--help",),
+    "init": ("new",),
+    "quantize": ("compress", "new"),
+    "serve": ("generate",),
+    "version": ("--version",),
+}
+"""Words of other tools, and the commands that do this here; those that exist are suggested."""
+
+
+def refuse_command(name: str, commands: Iterable[str]) -> None:
+    """Refuse a command that does not exist, with the one that was meant.
+
+    Raises:
+        UserError: always.
+    """
+    known = list(commands)
+    if Path(name).suffix in PIPELINES:
+        fix = f"gateskip run {shlex.quote(name)}"
+        raise UserError(f"{name} is a file, and no command", fix=fix)
+    refuse_model(name, "no command")
+    words = {each: (each,) for each in known} | {
+        word: tuple(each for each in commands if each in known or each.startswith("-"))
+        for word, commands in OTHER_WORDS.items()
+        if word not in known
+    }
+    begun = [word for word in words if word.startswith(name)]
+    cutoff = 0.0 if begun else 0.65
+    close = difflib.get_close_matches(name.lower(), begun or words, n=1, cutoff=cutoff)
+    near = words[close[0]] if close else ()
+    meant = " or ".join(f"`gateskip {each}`" for each in near)
+    fix = f"did you mean {meant}?" if near else "`gateskip --help` lists all commands"
+    raise UserError(f"there is no command {shortened(repr(name))}", fix=fix)
+
+
+def refuse_model(source: str, instead_of: str) -> None:
+    """Refuse a model, with the commands that write and run a pipeline of it; else do nothing.
+
+    Raises:
+        UserError: `source` is a model; `instead_of` ends the message.
+    """
+    what = _kind_of_model(source)
+    if what is None:
+        return
+    stem = Path(source.partition("@")[0]).name.removesuffix(".gguf")
+    file = shlex.quote(f"{stem}.yaml")
+    raise UserError(
+        f"{source} is {what}, and {instead_of}",
+        fix="write a pipeline for it, then run that:\n"
+        f"    gateskip new {file} --model {shlex.quote(source)}\n"
+        f"    gateskip run {file}",
+    )
+
+
+def _kind_of_model(source: str) -> str | None:
+    """What kind of a model it is, if it is one: an alias, a folder, a GGUF file, or what looks like
+    a hub id while no folder here has the owner's name."""
+    from compose.artifacts.gguf.file import is_gguf
+    from compose.assets import MODELS
+    from compose.assets.models.hub import is_hub_id
+
+    path = Path(source).expanduser()
+    if path.is_file():
+        return "a GGUF file" if is_gguf(source) else None
+    if source in MODELS:
+        return "a model"
+    if (path / "config.json").is_file():
+        return "a model folder"
+    owner, slash, name = source.partition("/")
+    named = bool(slash and owner and name) and Path(name).suffix not in PIPELINES
+    if named and is_hub_id(source) and not Path(owner).exists():
+        return "perhaps a model of the hub"
+    return None
+
+
+def with_commands(option: str, options: Mapping[str, Iterable[str]]) -> str:
+    """A sentence on the commands that have an option; empty where none has it.
+
+    >>> with_commands("--speculate", {"run": ["--out"], "generate": ["--speculate"]})
+    'It is an option of `gateskip generate`.'
+    """
+    having = [f"`gateskip {name}`" for name, known in options.items() if option in known]
+    return f"It is an option of {', '.join(having)}." if having else ""
