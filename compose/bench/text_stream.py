@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tokenizers.decoders import DecodeStream
     from transformers import PreTrainedTokenizerBase
 
 
@@ -21,25 +22,30 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        from tokenizers.decoders import DecodeStream
-
         self.tokens: list[int] = []
         self._shown, self._space = "", ""
         self._on_text = on_text
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = _decode_stream()
 
     def add(self, token: int) -> None:
         """Take the next token, and give the text that it completes."""
         self.tokens.append(token)
         if self._backend is None:  # a tokenizer in Python: the text comes as a whole
             return
-        piece = self._space + (self._stream.step(self._backend, token) or "")
+        piece = self._space + self._decoded(token)
         if not self._shown:
             piece = piece.lstrip()
         whole = piece.rstrip()
         self._space = piece[len(whole) :]  # until it is known whether something follows
         self._give(whole)
+
+    def _decoded(self, token: int) -> str:
+        try:
+            return self._stream.step(self._backend, token) or ""
+        except Exception:  # bytes before it are no character, and their tokenizer gives up
+            self._stream = _decode_stream()
+            return self._stream.step(self._backend, token) or ""
 
     def finish(self, text: str) -> None:
         """Give what is missing of the whole answer: a character that was never completed, say."""
@@ -50,3 +56,9 @@ class TextStream:
         if piece:
             self._shown += piece
             self._on_text(piece)
+
+
+def _decode_stream() -> DecodeStream:
+    from tokenizers.decoders import DecodeStream
+
+    return DecodeStream(skip_special_tokens=True)

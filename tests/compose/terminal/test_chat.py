@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny_models import save_gated
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import gateskip
 from compose.bench.conversation import Conversation, StopRequest
@@ -80,6 +81,31 @@ def test_pieces_of_any_tokens_are_their_text(load: Callable[..., Conversation]) 
     for _ in range(200):
         tokens = [draw.randrange(512) for _ in range(draw.randrange(1, 40))]
         assert "".join(_pieces(tokenizer, tokens)) == answer_text(tokenizer, tokens)
+
+
+def _byte_fallback() -> Any:
+    """A tokenizer as Llama 2 and Gemma have one: bytes are tokens, spaces are part of words."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the", "▁a", "b", ",", "日"]
+    vocabulary = {word: place for place, word in enumerate(words)}
+    model = models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def test_bytes_that_are_no_character_end_no_answer() -> None:
+    tokenizer, draw = _byte_fallback(), random.Random(0)
+    size = len(tokenizer)
+    smile = [1 + byte for byte in "😀".encode()]
+    words = [size - 5, *smile, size - 4, size - 3, size - 2, size - 1, *smile]
+    assert _pieces(tokenizer, words) == ["the", "😀", " a", "b", ",", "日", "😀"]
+    broken = [size - 3, *smile[:2], size - 2, size - 4]
+    assert _pieces(tokenizer, broken) == ["b", "\N{REPLACEMENT CHARACTER}" * 2 + ",", " a"]
+    for _ in range(300):
+        tokens = [draw.randrange(1, size) for _ in range(20)] + words
+        assert "".join(_pieces(tokenizer, tokens)).endswith("the😀 ab,日😀")
 
 
 def test_an_answer_is_given_while_it_is_written(tiny: Path) -> None:
