@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tokenizers.decoders import DecodeStream
@@ -25,7 +25,7 @@ class TextStream:
         self.tokens: list[int] = []
         self._shown, self._space = "", ""
         self._on_text = on_text
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         self._stream = _decode_stream()
 
     def add(self, token: int) -> None:
