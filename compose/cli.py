@@ -17,7 +17,6 @@ from compose.terminal.cache import cache
 from compose.terminal.live.commands import Commands
 from compose.terminal.meant import refuse_model
 from compose.terminal.pick_options import PickOptions, with_pick_options
-from compose.units import printable
 
 if TYPE_CHECKING:
     from compose.results.schema import Results
@@ -63,6 +62,15 @@ KeepBlocks = Annotated[
     bool,
     typer.Option("--keep-blocks", help="Run a GGUF file's Q4_0, Q4_1 and Q8_0 blocks as they are."),
 ]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")]
+Budget = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Share of branches computed.")]
+Speculate = Annotated[
+    bool | None, typer.Option(help="Draft and verify, or do not; else as the folder states.")
+]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")]
+TopK = Annotated[int, typer.Option(min=0, help="Sample from the k most likely; 0 is all.")]
+TopP = Annotated[float, typer.Option(min=0.01, max=1.0, help="Sample from this probability mass.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
 
 
 def console(*, err: bool = False) -> Console:
@@ -399,22 +407,39 @@ def compressed_tensors(
 
 
 @app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(help="A model folder, or a GGUF file.")],
+    max_new_tokens: MaxNewTokens = 1024,
+    budget: Budget = None,
+    speculate: Speculate = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    keep_blocks: KeepBlocks = False,
+) -> None:
+    """Chat with a model folder."""
+    from compose.assets import default_cache
+    from compose.contract import ChatJob
+    from compose.processes.source_folder import as_folders
+    from compose.terminal.chat import chat as chat_with
+
+    (folder,) = as_folders([folder], default_cache(), keep_blocks=keep_blocks)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    chat_with(ChatJob(folder, max_new_tokens, budget, speculate, sampling, seed))
+
+
+@app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="A model folder, or a GGUF file.")],
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
-    budget: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Share of branches computed.")
-    ] = None,
-    speculate: Annotated[
-        bool | None, typer.Option(help="Draft and verify, or do not; else as the folder states.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy decoding.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k most likely; 0 is all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Sample from this probability mass.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    max_new_tokens: MaxNewTokens = 128,
+    budget: Budget = None,
+    speculate: Speculate = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer.")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print speed and counts.")] = False,
     keep_blocks: KeepBlocks = False,
@@ -424,9 +449,11 @@ def generate(
     from compose.contract import AnswerJob
     from compose.processes.source_folder import as_folders
     from compose.processes.worker_process import ask_once
+    from compose.terminal.chat import show_text
     from compose.terminal.show import stats_text
 
     (folder,) = as_folders([folder], default_cache(), keep_blocks=keep_blocks)
+    streams = sys.stdout.isatty()
     answer = ask_once(
         AnswerJob(
             folder=folder,
@@ -437,9 +464,10 @@ def generate(
             sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
             seed=seed,
             stop=tuple(stop or ()),
-        )
+        ),
+        show_text if streams else None,
     )
-    typer.echo(printable(answer["text"]) if sys.stdout.isatty() else answer["text"])
+    typer.echo("" if streams else answer["text"])
     if stats:
         typer.echo(stats_text(answer), err=True)
 

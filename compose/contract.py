@@ -27,6 +27,7 @@ Role = Literal[
     "continue",
     "cell",
     "answer",
+    "chat",
     "insight",
     "tune",
     "gguf",
@@ -40,8 +41,9 @@ Backend = Literal["auto", "reference", "gathered", "native"]
 """What runs a model; `auto` lets the folder decide."""
 
 Message = dict[str, Any]
-"""From a worker: `progress` [done, total, phase, {detail, numbers}], or an answer: `ok` with
-`result`, else with `error`, `kind` (a class of `compose.errors`) and `traceback`."""
+"""From a worker: `progress` [done, total, phase, {detail, numbers}], a piece of `text` that a model
+writes, or an answer: `ok` with `result`, else with `error`, `kind` (a class of `compose.errors`)
+and `traceback`."""
 
 
 Weight = Annotated[float, Field(gt=0)]
@@ -203,6 +205,19 @@ class AnswerJob:
 
 
 @dataclass(frozen=True)
+class ChatJob:
+    """Hold a conversation; see `compose.bench.conversation.Conversation`."""
+
+    folder: Path
+    max_new_tokens: int
+    """Of one answer."""
+    budget: float | None
+    speculate: bool | None
+    sampling: Mapping[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True)
 class InsightJob:
     """Show what each token of a text costs; see `compose.bench.insight.insight`."""
 
@@ -260,6 +275,7 @@ Job = (
     | ContinueJob
     | CellJob
     | AnswerJob
+    | ChatJob
     | InsightJob
     | TuneJob
     | GgufJob
@@ -274,6 +290,7 @@ JOBS: Mapping[Role, type[Job]] = {
     "continue": ContinueJob,
     "cell": CellJob,
     "answer": AnswerJob,
+    "chat": ChatJob,
     "insight": InsightJob,
     "tune": TuneJob,
     "gguf": GgufJob,
@@ -302,6 +319,14 @@ class CellCommand(TypedDict, total=False):
     """Of `warm` and `speed`: the shape; see `compose.outputs.sessions.Shape`."""
     threads: int
     """Of `warm` and `roofline`: with how many threads is timed."""
+
+
+class ChatCommand(TypedDict, total=False):
+    """A command to a worker of role `chat`."""
+
+    do: Literal["say", "reset"]
+    text: str
+    """Of `say`: the user's message."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compose.artifacts.folder import is_gated, probe_ids, require_model
 from compose.assets import load_texts
+from compose.bench.text_stream import TextStream, silent
 from compose.errors import ArtifactError, AssetError
 from compose.store import read_json
 
@@ -61,12 +62,37 @@ def answer(
     sampling: Mapping[str, Any] | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
+    on_text: Callable[[str], None] = silent,
 ) -> dict[str, Any]:
-    """Answer a prompt: {"text", "tokens", "seconds", "preparing_s", "settings", "stats"}.
+    """Answer a prompt: what `answer_ids` gives.
 
-    `seconds` is the answer's time; `preparing_s`, before it, that of making or choosing the draft.
     `sampling` are fields of gateskip.Sampler; without them the most likely token is taken. A folder
-    with a chat template is asked as a chat. Raises ArtifactError as `decode_settings`.
+    with a chat template is asked as a chat. `on_text` is given the text piece by piece as it is
+    written. Raises ArtifactError as `decode_settings`.
+    """
+    decoder, settings = open_decoder(folder, budget=budget, speculate=speculate)
+    ids = prompt_ids(decoder.tokenizer, prompt)
+    stream = TextStream(decoder.tokenizer, on_text)
+    answered = answer_ids(
+        decoder,
+        settings,
+        ids,
+        stream.add,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        seed=seed,
+        stop=stop,
+    )
+    stream.finish(answered["text"])
+    return answered
+
+
+def open_decoder(
+    folder: Path, *, budget: float | None = None, speculate: bool | None = None
+) -> tuple[Decoder, dict[str, Any]]:
+    """A folder's decoder, and how it decodes: see `decode_settings`.
+
+    Raises ArtifactError as `decode_settings`, and where the budget was not calibrated.
     """
     import gateskip
 
@@ -78,10 +104,38 @@ def answer(
             decoder.thresholds(share)
         except ValueError as error:
             raise ArtifactError(f"{folder} cannot be decoded at budget {share}: {error}") from error
-    ids = prompt_ids(decoder.tokenizer, prompt)
+    return decoder, settings
+
+
+def prepare(decoder: Decoder, settings: Mapping[str, Any]) -> float:
+    """Make or choose the draft that `settings` ask for; how long it took, in seconds."""
     begun = time.perf_counter()
     if settings["mode"] == "speculate":
-        decoder.prepare_drafts(settings.get("draft_weights", "auto"), share or 1.0)
+        budget = settings.get("draft_budget") or 1.0
+        decoder.prepare_drafts(settings.get("draft_weights", "auto"), budget)
+    return time.perf_counter() - begun
+
+
+def answer_ids(
+    decoder: Decoder,
+    settings: Mapping[str, Any],
+    ids: Sequence[int],
+    on_token: Callable[[int], None],
+    *,
+    max_new_tokens: int,
+    sampling: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Answer token ids: {"text", "tokens", "seconds", "preparing_s", "settings", "stats", "kept"}.
+
+    `seconds` is the answer's time; `preparing_s`, before it, that of making or choosing the draft.
+    `kept` is the share of the branches' multiply-adds that the answer computed; None where it
+    skipped nothing. `on_token` is given each token.
+    """
+    import gateskip
+
+    preparing_s = prepare(decoder, settings)
     started = time.perf_counter()
     generation = decoder.generate(
         [ids],
@@ -90,18 +144,26 @@ def answer(
         seed=seed,
         eos=stop_token_ids(decoder),
         stop=stop,
+        on_token=lambda _, token: on_token(token),
         **settings,
     )
     seconds = time.perf_counter() - started
-    tokens = generation.tokens[0]
+    tokens, used = generation.tokens[0], generation.usage.get("answer")
+    skipped = settings["mode"] == "skip" and used is not None and used.seen
     return {
-        "text": decoder.tokenizer.decode(tokens, skip_special_tokens=True).strip(),
+        "text": answer_text(decoder.tokenizer, tokens),
         "tokens": len(tokens),
         "seconds": seconds,
-        "preparing_s": started - begun,
-        "settings": settings,
+        "preparing_s": preparing_s,
+        "settings": dict(settings),
         "stats": generation.stats.to_dict(),
+        "kept": decoder.kept_of(used) if skipped and used is not None else None,
     }
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """An answer's tokens as text, without special tokens and without space at its ends."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
 def continue_probe(
@@ -133,11 +195,15 @@ def stop_token_ids(decoder: Decoder) -> list[int]:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of the prompt, as a user's message where the tokenizer has a chat template."""
     if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": prompt}]
-        chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        ids: list[int] = tokenizer(chat, add_special_tokens=False).input_ids
-        return ids
+        return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
     return list(tokenizer(prompt).input_ids)
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation {"role", "content"}, up to where the model's answer begins."""
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = tokenizer(chat, add_special_tokens=False).input_ids
+    return ids
 
 
 def load_prompts(

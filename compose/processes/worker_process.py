@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -193,6 +193,11 @@ class LocalWorker:
         if held is not None:
             self.most_bytes = max(self.most_bytes or 0, held)
 
+    def interrupt(self) -> None:
+        """Send the worker SIGINT: what it does then is up to its role."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGINT)  # not the group, to which its guard belongs
+
     def stop(self) -> None:
         """End the worker's whole process group, by SIGTERM and then by SIGKILL."""
         if self.stopped:
@@ -296,16 +301,23 @@ def raised_by_worker(message: Message) -> ComposeError:
     return error
 
 
-def ask_once(job: Job, on_message: Callable[[Message], None] | None = None) -> Any:
-    """Run one worker on this machine, in a temporary folder, and return its result.
-
-    Raises as `await_answer`.
-    """
+@contextlib.contextmanager
+def one_worker(job: Job) -> Iterator[LocalWorker]:
+    """A worker on this machine, in a temporary folder, for as long as the context lasts."""
     with tempfile.TemporaryDirectory(prefix="gateskip-") as folder:
         file = Path(folder) / "job.json"
         role = write_job(file, job)
         worker = LocalWorker(role, file, file.with_suffix(".log"), None)
         try:
-            return await_answer(worker, on_message)
+            yield worker
         finally:
             worker.stop()
+
+
+def ask_once(job: Job, on_message: Callable[[Message], None] | None = None) -> Any:
+    """Run one worker on this machine, in a temporary folder, and return its result.
+
+    Raises as `await_answer`.
+    """
+    with one_worker(job) as worker:
+        return await_answer(worker, on_message)

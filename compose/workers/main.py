@@ -4,7 +4,9 @@
     check     load the folder again and compare                   one answer
     continue  decode greedily after the probe text                one answer
     cell      measure: load, quality, speed turns, ...            one answer a command
-    answer    generate an answer to a prompt                      one answer
+    answer    generate an answer to a prompt                      pieces of text, then one answer
+    chat      hold a conversation: say, reset                     one answer a command, the first
+                                                                  one when the model is loaded
     insight   the compute of each token under a folder's gates    one answer
     tune      find the draft that decodes a folder fastest        progress, then one answer
     gguf      write a folder as a GGUF file and load it back      one answer
@@ -23,6 +25,7 @@ import ctypes
 import gc
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -35,6 +38,8 @@ from compose.contract import (
     AnswerJob,
     CellCommand,
     CellJob,
+    ChatCommand,
+    ChatJob,
     CheckJob,
     CompressedTensorsJob,
     ContinueJob,
@@ -62,6 +67,7 @@ if TYPE_CHECKING:
 def serve_cell(job: CellJob, channel: Channel) -> None:
     """Answer the commands of the parent until `quit`, or until the parent closes the pipe."""
     cells = {job.name: _Cell(job, channel.progress)}
+    command: CellCommand
     for command in channel.receive():
         if command["do"] == "quit":
             return
@@ -78,6 +84,21 @@ def serve_cell(job: CellJob, channel: Channel) -> None:
             continue
         cell = cells[command.get("cell", job.name)]
         channel.send(answer(partial(cell.measure, command)))
+
+
+def serve_chat(job: ChatJob, channel: Channel) -> None:
+    """Answer the user's messages until the parent closes the pipe. SIGINT stops an answer."""
+    from compose.bench.conversation import Conversation
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between answers there is nothing to stop
+    conversation = Conversation(**vars(job))
+    channel.send(answer(conversation.load))
+    command: ChatCommand
+    for command in channel.receive():
+        if command["do"] == "reset":
+            channel.send(answer(conversation.reset))
+        else:
+            channel.send(answer(partial(conversation.say, command["text"], channel.text)))
 
 
 class _Cell:
@@ -166,7 +187,7 @@ def _continue(job: ContinueJob, channel: Channel) -> list[int]:
 def _answer(job: AnswerJob, channel: Channel) -> dict[str, Any]:
     from compose.bench.generate import answer as generate
 
-    return generate(**vars(job))
+    return generate(**vars(job), on_text=channel.text)
 
 
 def _insight(job: InsightJob, channel: Channel) -> dict[str, Any]:
@@ -216,7 +237,7 @@ ROLES: dict[Role, Callable[[Any, Channel], Any]] = {
     "compressed-tensors": _compressed,
     "probe": _probe,
 }
-"""The roles that give one answer. `cell` gives one a command."""
+"""The roles that give one answer. `cell` and `chat` give one a command."""
 
 
 def main(role: Role, job_file: str) -> int:
@@ -234,6 +255,9 @@ def main(role: Role, job_file: str) -> int:
         return error.exit_code
     if isinstance(job, CellJob):
         serve_cell(job, channel)
+        return 0
+    if isinstance(job, ChatJob):
+        serve_chat(job, channel)
         return 0
     message = answer(lambda: ROLES[role](job, channel))
     channel.send(message)

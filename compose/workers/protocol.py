@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from compose.contract import CellCommand, Message
+from compose.contract import Message
 from compose.errors import ArtifactError, ComposeError, StepError
 from compose.extras import missing_extra
 from gateskip.errors import FormatError
@@ -60,8 +60,12 @@ class Channel:
             self._reported = now
             self.send({"progress": [done, total, phase, {"detail": detail, **numbers}]})
 
-    def receive(self) -> Iterator[CellCommand]:
-        """Commands, until the parent closes its end."""
+    def text(self, piece: str) -> None:
+        """Send a piece of text that a model writes."""
+        self.send({"text": piece})
+
+    def receive(self) -> Iterator[Any]:
+        """Commands of the worker's role, until the parent closes its end."""
         for line in self._commands:
             yield json.loads(line)
 

@@ -481,6 +481,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
         *("--by-estimate", "--maximize", "--min-retained", "--require-lossless"),
     ]
     drawn = ["--temperature", "--top-k", "--top-p", "--seed", "--stop"]
+    spoken = [*drawn[:-1], "--budget", "--max-new-tokens", "--speculate"]
     asked = ["--keep-blocks", "--stats", "folder", "prompt"]
     assert options == {
         "new": ["--model", "file"],
@@ -509,6 +510,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "export": sorted([*wanted, "--cell", "--to", "--verify", "run_dir"]),
         "gguf": ["--to", "--type", "folder"],
         "compressed-tensors": ["--to", "folder"],
+        "chat": sorted([*spoken, "--keep-blocks", "folder"]),
         "generate": sorted([*drawn, "--budget", "--max-new-tokens", "--speculate", *asked]),
         "bench": [
             *(

@@ -269,7 +269,7 @@ def test_a_worker_raises_here_what_it_raised_there() -> None:
 
 
 def test_every_role_is_served() -> None:
-    assert {*ROLES, "cell"} == set(get_args(Role))
+    assert {*ROLES, "cell", "chat"} == set(get_args(Role))
 
 
 def test_unknown_executors_are_refused() -> None:
