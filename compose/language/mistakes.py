@@ -89,7 +89,7 @@ def _short_chains(pipeline: Pipeline) -> Iterator[Chain]:
     """The shortest chain that ends in a stage, for each of the first stages that have one."""
     for name in islice(pipeline.stages, MOST_SUGGESTED):
         chains: list[Chain] = [(name,), *((other, name) for other in pipeline.stages)]
-        if chain := next((each for each in chains if _is_allowed(pipeline, each)), None):
+        if chain := next((c for c in chains if _is_allowed(pipeline, c)), None):
             yield chain
 
 

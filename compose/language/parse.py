@@ -316,23 +316,23 @@ class _Reader:
                 )
             if isinstance(node, MappingNode):
                 return self._mapping(node, loc)
-            return tuple(self.value(each, (*loc, i)) for i, each in enumerate(node.value))
+            return tuple(self.value(item, (*loc, i)) for i, item in enumerate(node.value))
         finally:
             self._open.pop()
 
     def _mapping(self, node: MappingNode, loc: Loc) -> dict[str, Any]:
-        merged, own = {}, {}
+        merged, stated = {}, {}
         for key, value in node.value:
             if str(key.tag) == _TAG + "merge":
                 merged.update(self._merged(value, loc))
                 continue
             name = self._key(key)
-            if name in own:
+            if name in stated:
                 first, shown = self._keys[(*loc, name)][0], shortened(repr(name))
                 raise self._refuse(key, f"the key {shown} stands here again (first: line {first})")
             self._keys[(*loc, name)] = _mark(key)
-            own[name] = self.value(value, (*loc, name))
-        return merged | own
+            stated[name] = self.value(value, (*loc, name))
+        return merged | stated
 
     def _merged(self, node: Node, loc: Loc) -> dict[str, Any]:
         """What `<<: *base` brings in; the first of several bases wins."""
@@ -363,8 +363,8 @@ class _Reader:
 
     def _text(self, node: Node) -> str:
         text = str(node.value)
-        if (found := _NO_TEXT.search(text)) is not None:
-            raise self._refuse(node, f"this text holds the character U+{ord(found[0]):04X}")
+        if (match := _NO_TEXT.search(text)) is not None:
+            raise self._refuse(node, f"this text holds the character U+{ord(match[0]):04X}")
         return text
 
     def _refuse(self, node: Node, message: str) -> PipelineError:

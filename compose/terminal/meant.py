@@ -13,7 +13,6 @@ PIPELINES = (".yaml", ".yml")
 OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
     "ask": ("chat", "generate"),
     "benchmark": ("bench",),
-    "chat": ("generate",),
     "check": ("validate",),
     "compare": ("report",),
     "compress": ("new",),
@@ -23,7 +22,7 @@ OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
     "help": ("--help",),
     "init": ("new",),
     "quantize": ("compress", "new"),
-    "serve": ("generate",),
+    "serve": ("chat", "generate"),
     "version": ("--version",),
 }
 """Words of other tools, and the commands that do this here; those that exist are suggested."""
@@ -35,22 +34,22 @@ def refuse_command(name: str, commands: Iterable[str]) -> None:
     Raises:
         UserError: always.
     """
-    known = list(commands)
+    existing = list(commands)
     if Path(name).suffix in PIPELINES:
         fix = f"gateskip run {shlex.quote(name)}"
         raise UserError(f"{name} is a file, and no command", fix=fix)
     refuse_model(name, "no command")
-    words = {each: (each,) for each in known} | {
-        word: tuple(each for each in commands if each in known or each.startswith("-"))
-        for word, commands in OTHER_WORDS.items()
-        if word not in known
+    words = {command: (command,) for command in existing} | {
+        word: tuple(name for name in meant if name in existing or name.startswith("-"))
+        for word, meant in OTHER_WORDS.items()
+        if word not in existing
     }
     begun = [word for word in words if word.startswith(name)]
     cutoff = 0.0 if begun else 0.65
     close = difflib.get_close_matches(name.lower(), begun or words, n=1, cutoff=cutoff)
     near = words[close[0]] if close else ()
-    meant = " or ".join(f"`gateskip {each}`" for each in near)
-    fix = f"did you mean {meant}?" if near else "`gateskip --help` lists all commands"
+    suggested = " or ".join(f"`gateskip {command}`" for command in near)
+    fix = f"did you mean {suggested}?" if near else "`gateskip --help` lists all commands"
     raise UserError(f"there is no command {shortened(repr(name))}", fix=fix)
 
 
@@ -100,5 +99,5 @@ def with_commands(option: str, options: Mapping[str, Iterable[str]]) -> str:
     >>> with_commands("--speculate", {"run": ["--out"], "generate": ["--speculate"]})
     'It is an option of `gateskip generate`.'
     """
-    having = [f"`gateskip {name}`" for name, known in options.items() if option in known]
+    having = [f"`gateskip {name}`" for name, takes in options.items() if option in takes]
     return f"It is an option of {', '.join(having)}." if having else ""

@@ -410,9 +410,9 @@ def guarded(called: Callable[..., Any], raised: list[BaseException], instead: An
     """A function whose exceptions, which may not pass through the kernels, are kept in a list; it
     returns something else where it raised."""
 
-    def call(*given: Any) -> Any:
+    def call(*arguments: Any) -> Any:
         try:
-            return called(*given)
+            return called(*arguments)
         except BaseException as error:
             raised.append(error)
             return instead

@@ -173,7 +173,7 @@ def disk_bytes(folder: Path) -> int:
 def held_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors, each storage counted once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @lru_cache
