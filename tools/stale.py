@@ -16,8 +16,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from compose.planning.code_parts import PACKAGES, code_parts, project_modules
-from compose.planning.fingerprint import ROOT, measuring_files
+from compose.planning.fingerprint import (
+    PACKAGES,
+    ROOT,
+    code_parts,
+    measuring_files,
+    project_modules,
+)
 from compose.results.environment import library_versions
 from compose.results.io import load_results
 from compose.results.schema import Results

@@ -66,23 +66,20 @@ def refusals(error: ValidationError, raw: Mapping[str, Any]) -> Iterator[Problem
         yield _refusal(loc, list(group), raw)
 
 
-def no_variants(pipeline: Pipeline) -> Iterator[Problem]:
+def no_variants(pipeline: Pipeline) -> Problem:
     """The problem of a file without `pipelines`, `matrix` and `search`, with the lines to add."""
-    if pipeline.pipelines or pipeline.matrix is not None or pipeline.search is not None:
-        return
     default = "`matrix: default` (gates, 8 or 4 bits and ways of decoding, in every combination)"
     if not pipeline.stages:
         message = "the file names a model, and no variant of it to make"
         fix = f"add the line {default}, or name `stages` and `pipelines`"
-        yield Problem(("model",), message, fix=fix, at_key=True)
-        return
+        return Problem(("model",), message, fix=fix, at_key=True)
     message = "the file names stages, and no variant to make with them"
     lines = [f"\n      {chain[-1]}: [{', '.join(chain)}]" for chain in _short_chains(pipeline)]
     if lines:
         fix = f"add these lines, one a variant:\n    pipelines:{''.join(lines)}\n  or add {default}"
     else:
         fix = f"name chains of stages under `pipelines`, or add {default}"
-    yield Problem(("stages",), message, fix=fix, at_key=True)
+    return Problem(("stages",), message, fix=fix, at_key=True)
 
 
 def _short_chains(pipeline: Pipeline) -> Iterator[Chain]:

@@ -56,7 +56,10 @@ def load_pipeline(path: str | Path) -> Pipeline:
     source_map = _without_groups(source_map, raw.get("stages", {}))
     resolved, missing = _resolve_paths(pipeline, file.absolute().parent)
     problems = [*islice(pipeline.problems(), MOST_PROBLEMS), *missing]
-    if problems := problems or list(no_variants(pipeline)):
+    named = (pipeline.pipelines, pipeline.matrix is not None, pipeline.search is not None)
+    if not problems and not any(named):
+        problems = [no_variants(pipeline)]
+    if problems:
         raise first_mistake(problems, source_map)
     return resolved.with_source_map(source_map)
 

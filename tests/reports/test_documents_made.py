@@ -11,7 +11,7 @@ from stale import changed_since
 
 from compose import store
 from compose.errors import UserError
-from compose.planning.code_parts import PACKAGES
+from compose.planning.fingerprint import PACKAGES
 from compose.results.io import save_results
 from compose.results.parts import (
     Compute,

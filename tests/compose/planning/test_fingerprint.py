@@ -24,8 +24,14 @@ from compose.outputs.run_folder import (
 )
 from compose.outputs.sessions import speed_settings
 from compose.planning import fingerprint as module
-from compose.planning.code_parts import cpp_tokens, python_parts
-from compose.planning.fingerprint import MEASURING, ROOT, fingerprint, fingerprint_of
+from compose.planning.fingerprint import (
+    MEASURING,
+    ROOT,
+    cpp_tokens,
+    fingerprint,
+    fingerprint_of,
+    python_parts,
+)
 from compose.planning.keys import digest
 from compose.planning.plan import Plan
 from compose.planning.planner import make_plan

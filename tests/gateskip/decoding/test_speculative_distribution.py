@@ -405,12 +405,12 @@ def test_a_row_alone_that_accepts_everything_is_rejected(
     real = ops.speculate
 
     def careless(model: Any, cache: Any, step: Any, head: Any, rounds: Any, arena: Any) -> None:
-        most = 1 + max(rounds.length, rounds.longest)
-        given = (ctypes.c_double * (rounds.rounds * (rounds.length + most))).from_address(
+        most = 1 + max(rounds.draft_length, rounds.lookup_length)
+        given = (ctypes.c_double * (rounds.rounds * (rounds.draft_length + most))).from_address(
             rounds.uniform
         )
         for number in range(rounds.rounds):
-            first = number * (rounds.length + most) + rounds.length
+            first = number * (rounds.draft_length + most) + rounds.draft_length
             for i in range(first, first + most - 1):
                 given[i] = 0.0
         real(model, cache, step, head, rounds, arena)
