@@ -131,7 +131,7 @@ def test_a_url_that_is_none_is_the_users_mistake(url: str, told: str) -> None:
 
 def test_the_command_line_refuses_such_a_url(tmp_path: Path) -> None:
     file = tmp_path / "p.yaml"
-    file.write_text("schema: 1\nname: x\nmodel: {source: smollm2-135m-instruct}\n")
+    file.write_text("schema: 1\nname: x\nmodel: {source: smollm2-135m-instruct}\nmatrix: default\n")
     done = CliRunner().invoke(app, ["run", str(file), "--mirror", "nosuch://a"])
     assert done.exit_code == 2 and "is no URL of a mirror" in done.output
 
