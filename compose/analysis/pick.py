@@ -143,17 +143,6 @@ def pick(
     return max(fit, key=lambda cell: _rank(results, cell, aim))
 
 
-def fastest_that_keeps(results: Results, keep: float) -> CellResult | None:
-    """The fastest decoding cell that keeps at least this share of quality; None where none does.
-
-    The same bound as `pick`'s: the lower end of the interval, and lossless speculation only.
-    """
-    try:
-        return pick(results, min_retained=keep)
-    except UserError:
-        return None
-
-
 def retained_bound(results: Results, cell: CellResult) -> float | None:
     """The share of the baseline's quality that a cell keeps at least, at 95 % confidence.
 

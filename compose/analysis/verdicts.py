@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from compose.analysis.families import lossless_to
 from compose.analysis.intervals import MIN_QUESTIONS
 from compose.numbers import PLAIN, three_decimals, two_places
 from compose.results.parts import Outcome, Quality, SpeedNumbers, Verdict
@@ -55,6 +56,8 @@ KEEP = 0.95
 LEAST_BYTES = 0.01
 """Share of bytes below which sizes count as equal: gates alone add some kilobytes."""
 
+WITHOUT_DRAFTS = "the same weights without drafts"
+
 SAME_KL = 1e-6
 """Nats a token: below, predictions are the same but for the order of float32 sums."""
 
@@ -73,9 +76,10 @@ def verdict_of(results: Results, cell: CellResult, keep: float = KEEP) -> Verdic
         return None
     check = cell.lossless_check
     if cell.speculates and (check is None or check.lossless is None):
-        return Verdict(verdict="NO EVIDENCE", why="Its losslessness was not measured.")
+        why = "Whether its drafts change tokens was not measured."
+        return Verdict(verdict="NO EVIDENCE", why=why)
     if check is not None and check.lossless is False:
-        why = "Its tokens are not those of plain decoding."
+        why = f"Not lossless to {lossless_to(results, cell)}: its drafts change tokens."
         return Verdict(verdict="REGRESSION", why=why)
     quality = judge_quality(results, cell, keep)
     faster, slower = _speeds(results, cell)
@@ -91,7 +95,7 @@ def verdict_of(results: Results, cell: CellResult, keep: float = KEEP) -> Verdic
         return _verdict("REGRESSION", [*worse, *slower, *larger, "it gains nothing"])
     if quality.state == "unknown":
         return _verdict("NO EVIDENCE", [quality.why, *gains], larger)
-    other = "its plain cell" if _is_compared_with_plain(results, cell) else "the baseline"
+    other = WITHOUT_DRAFTS if _is_compared_with_plain(results, cell) else "the baseline"
     return _verdict("NO EVIDENCE", [quality.why], [f"no gain over {other} is shown"])
 
 
@@ -104,7 +108,7 @@ def judge_quality(results: Results, cell: CellResult, keep: float = KEEP) -> Qua
     if quality is None:
         return QualityVerdict("unknown", "its quality was not measured")
     if gives_baselines_predictions(results, quality):
-        return QualityVerdict("kept", "it gives the baseline's predictions")
+        return QualityVerdict("kept", "its predictions are identical to the baseline's")
     tasks, perplexity = _on_tasks(results, quality, keep), _on_perplexity(results, quality, keep)
     if tasks.state == "kept" and perplexity.state == "lost":
         return QualityVerdict("kept", f"{tasks.why}, {perplexity.why}")
@@ -133,7 +137,7 @@ def gives_baselines_predictions(results: Results, quality: Quality) -> bool:
 def _on_tasks(results: Results, quality: Quality, keep: float) -> QualityVerdict:
     tasks = quality.tasks or {}
     if not tasks:
-        return QualityVerdict("unknown", "no tasks were asked")
+        return QualityVerdict("unknown", "no questions were asked")
     if question_count(quality) < MIN_QUESTIONS:
         return QualityVerdict("unknown", too_few(quality))
     retained = quality.retained
@@ -153,18 +157,20 @@ def _on_tasks(results: Results, quality: Quality, keep: float) -> QualityVerdict
     if retained.high < 1:
         return QualityVerdict("lost", f"it keeps {seen}")
     if not written:
-        return QualityVerdict("unknown", f"it keeps {seen}, but was asked to write no answer")
-    return QualityVerdict("unknown", f"it keeps {seen}, which holds both")
+        return QualityVerdict(
+            "unknown", f"it keeps {seen}, but no question asked for a written answer"
+        )
+    return QualityVerdict("unknown", f"it keeps {seen}, too wide an interval to tell")
 
 
 def _on_perplexity(results: Results, quality: Quality, keep: float) -> QualityVerdict:
     ends = None if quality.perplexity is None else quality.perplexity.ratio_ci95
     if ends is None:
         return QualityVerdict("unknown", "its perplexity has no interval")
-    seen = f"{PLAIN.span(*ends, three_decimals)} times the baseline's perplexity"
+    seen = f"its perplexity is {PLAIN.span(*ends, three_decimals)} times the baseline's"
     if not _asks_tasks(results) and ends[1] <= 1 / keep:
-        return QualityVerdict("kept", f"it has {seen}, and no tasks were asked")
-    return QualityVerdict("lost" if ends[0] > 1 else "unknown", f"it has {seen}")
+        return QualityVerdict("kept", f"{seen}, and no questions were asked")
+    return QualityVerdict("lost" if ends[0] > 1 else "unknown", seen)
 
 
 def _asks_tasks(results: Results) -> bool:
@@ -192,7 +198,7 @@ def _speed_intervals(
 ) -> Iterable[tuple[str, tuple[float, float] | None, str]]:
     if _is_compared_with_plain(results, cell):
         ends = None if cell.speculation is None else cell.speculation.speedup_ci95
-        yield "decodes", ends, "its plain cell"
+        yield "decodes", ends, WITHOUT_DRAFTS
         return
     numbers: SpeedNumbers | None = cell.speed
     if cell.speed is not None and cell.speed.decode_tokens_per_s is None and cell.speed.by_batch:
@@ -233,7 +239,7 @@ def _listed(facts: list[str]) -> str:
     clauses = facts[:1]
     for before, fact in pairwise(facts):
         clauses.append(fact.removeprefix("it ") if before.startswith("it ") else fact)
-    return ", ".join(clauses)
+    return ", and ".join(filter(None, (", ".join(clauses[:-1]), clauses[-1])))
 
 
 def _percents(low: float, high: float) -> str:

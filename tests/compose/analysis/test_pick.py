@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compose.analysis.metrics import METRICS, metric_of
-from compose.analysis.pick import AIMS, fastest_that_keeps, pick, retained_bound
+from compose.analysis.pick import AIMS, pick, retained_bound
 from compose.analysis.relate import relate
 from compose.errors import UserError
 from compose.results.schema import Results
@@ -139,7 +139,6 @@ def test_the_lower_end_of_what_is_retained_decides() -> None:
     assert pick(results, min_retained=0.95).name == "fast"
     assert pick(results, min_retained=0.965).name == "dense", "the estimate keeps it, the end not"
     assert pick(results, min_retained=0.965, by_estimate=True).name == "fast"
-    assert fastest_that_keeps(results, 0.95) == results.cell("fast")
 
 
 def test_too_few_questions_are_no_evidence() -> None:
@@ -152,7 +151,6 @@ def test_too_few_questions_are_no_evidence() -> None:
     assert "--by-estimate" in text
     assert pick(results, min_retained=0.95, by_estimate=True).name == "fast"
     assert pick(results).name == "fast", "without a bound of quality nothing is claimed"
-    assert fastest_that_keeps(results, 0.95) is None
 
 
 def test_the_upper_end_of_the_perplexity_ratio_decides() -> None:

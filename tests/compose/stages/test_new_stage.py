@@ -24,7 +24,7 @@ from compose.outputs.gather import _step_infos
 from compose.planning.composition import as_markdown
 from compose.planning.planner import make_plan
 from compose.results.schema import CellResult
-from reports.families import family_of, weights_of
+from compose.analysis.families import family_of, weights_of
 plan = make_plan(load_pipeline(sys.argv[1]))
 found = {}
 for planned in plan.cells:

@@ -1,0 +1,297 @@
+"""The answer of a run: which variant to take for speed, for size, for exactness, and its price.
+
+A variant is recommended where a gain is shown and no loss of more than 1 - `KEEP` of the quality is
+shown. What the evidence does not exclude stands in the variant's sentence.
+
+| aim | among variants that | the best by |
+|---|---|---|
+| speed | decode faster than the baseline | decode speed |
+| size | take fewer bytes on disk | bytes on disk |
+| exactness | are faster or smaller | identical predictions and speed, else the lowest KL |
+
+Other engines are not recommended: this project cannot export them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from compose.analysis.families import lossless_to
+from compose.analysis.intervals import MIN_QUESTIONS
+from compose.analysis.metrics import gain, interval_of, metric_of
+from compose.analysis.verdicts import (
+    KEEP,
+    LEAST_BYTES,
+    gives_baselines_predictions,
+    question_count,
+    too_few,
+)
+from compose.numbers import PLAIN
+from compose.results.parts import Quality
+from compose.results.schema import CellResult, Results
+
+Aim = Literal["speed", "size", "exactness"]
+AIMS: tuple[Aim, ...] = ("speed", "size", "exactness")
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The answer to one aim. Without a cell, the sentence says why nothing is recommended."""
+
+    aim: Aim
+    cell: CellResult | None
+    sentence: str
+    because: str = ""
+    """Why there is no cell, as a clause."""
+
+
+def recommendations(results: Results) -> tuple[Recommendation, ...]:
+    """One answer for each of `AIMS`, in their order."""
+    return tuple(_recommended(results, aim) for aim in AIMS)
+
+
+def sentence(results: Results, cell: CellResult) -> str:
+    """A variant's gains and its price in one plain sentence, without its name.
+
+    What was not measured is not mentioned, except that nothing is known of the quality:
+
+        4.4x as fast, 36 % of the size; on 200 questions no loss was found, a loss of up to 6 % of
+        the score cannot be excluded; perplexity 1 % higher.
+    """
+    if cell.name == results.baseline:
+        return "The model that the others are compared with."
+    if cell.status != "ok":
+        return f"It was not measured: {cell.reason or 'no reason was recorded'}."
+    gains = ", ".join([*_speed(results, cell), *_size(results, cell)])
+    return "; ".join(filter(None, (gains, *quality_words(results, cell)))) + "."
+
+
+def quality_words(results: Results, cell: CellResult) -> list[str]:
+    """What is known of the quality, as clauses."""
+    check, quality = cell.lossless_check, results.quality(cell)
+    if check is not None and check.lossless is False:
+        return [f"its tokens differ: not lossless to {lossless_to(results, cell)}"]
+    if quality is not None and gives_baselines_predictions(results, quality):
+        return ["identical predictions"]
+    lossless = check is not None and bool(check.lossless)
+    words = [f"lossless to {lossless_to(results, cell)}"] if lossless else []
+    measured = [] if quality is None else [*_tasks(quality), *_perplexity(results, cell)]
+    kl = metric_of(results, "kl", cell)
+    if not measured and kl is not None:
+        measured = [f"its KL to the original is {PLAIN.number(kl)} nats a token"]
+    return [*words, *(measured or ["its quality was not measured"])]
+
+
+def _recommended(results: Results, aim: Aim) -> Recommendation:
+    baseline = results.find(results.baseline)
+    if baseline is None or baseline.status != "ok":
+        return _nothing(aim, "the original model was not measured")
+    others = [c for c in results.measured if c.peer is None and c is not baseline]
+    if not others:
+        return _nothing(aim, "no variant was measured beside the original model")
+    gaining = [cell for cell in others if GAINS[aim](results, cell)]
+    if not gaining:
+        return _nothing(aim, f"no variant is shown to be {WORDS[aim]} than the original")
+    known = [cell for cell in gaining if _unknown(results, cell) is None]
+    if not known:
+        reasons = dict.fromkeys(str(_unknown(results, cell)) for cell in gaining)
+        return _nothing(aim, ", and ".join(reasons))
+    fit = [cell for cell in known if not _shown_to_lose(results, cell)]
+    if not fit:
+        return _nothing(aim, f"every {WORDS[aim]} variant is shown to lose quality")
+    best = max(fit, key=lambda cell: _rank(results, cell, aim))
+    return Recommendation(aim, best, sentence(results, best))
+
+
+def _nothing(aim: Aim, because: str) -> Recommendation:
+    words = f"Nothing is recommended for {aim}, because {because}."
+    return Recommendation(aim, None, words, because)
+
+
+# --- which variants are recommended --------------------------------------------------------------
+
+
+def _is_faster(results: Results, cell: CellResult) -> bool:
+    """Whether a higher decode speed is shown."""
+    ends = interval_of(results, "decode-ratio", cell)
+    return ends is not None and ends[0] > 1
+
+
+def _is_smaller(results: Results, cell: CellResult) -> bool:
+    share = gain(results, "size", cell)
+    return share is not None and share <= 1 - LEAST_BYTES
+
+
+def _is_faster_or_smaller(results: Results, cell: CellResult) -> bool:
+    return _is_faster(results, cell) or _is_smaller(results, cell)
+
+
+GAINS: dict[Aim, Callable[[Results, CellResult], bool]] = {
+    "speed": _is_faster,
+    "size": _is_smaller,
+    "exactness": _is_faster_or_smaller,
+}
+"""Aim -> what a variant has to gain before it is recommended."""
+
+WORDS: dict[Aim, str] = {
+    "speed": "faster",
+    "size": "smaller",
+    "exactness": "faster or smaller",
+}
+
+
+def _unknown(results: Results, cell: CellResult) -> str | None:
+    """Why nothing can be said of the quality, or None where something can."""
+    check = cell.lossless_check
+    if cell.speculates and (check is None or not check.lossless):
+        refuted = check is not None and check.lossless is False
+        return (
+            "drafts change tokens" if refuted else "drafts were not checked against plain decoding"
+        )
+    quality = results.quality(cell)
+    if quality is None:
+        return "quality was not measured"
+    asked = quality.retained is not None and question_count(quality) >= MIN_QUESTIONS
+    bounded = any(interval_of(results, name, cell) for name in ("perplexity-ratio", "kl"))
+    if asked or bounded or gives_baselines_predictions(results, quality):
+        return None
+    if quality.tasks:
+        return too_few(quality)
+    measured = quality.perplexity is not None or quality.kl_to_baseline is not None
+    return "quality has no interval" if measured else "quality was not measured"
+
+
+def _shown_to_lose(results: Results, cell: CellResult) -> bool:
+    """Whether a loss of quality is shown that `KEEP` does not allow."""
+    quality = results.quality(cell)
+    if quality is None or gives_baselines_predictions(results, quality):
+        return False
+    if question_count(quality) >= MIN_QUESTIONS:
+        kept = quality.retained
+        if kept is not None and kept.high < 1 and kept.low < KEEP:
+            return True
+        if _lost_tasks(quality):
+            return True
+    ends = interval_of(results, "perplexity-ratio", cell)
+    if ends is not None:
+        return ends[0] > 1 / KEEP
+    ends = interval_of(results, "kl", cell)
+    return ends is not None and ends[0] > -math.log(KEEP)
+
+
+def _rank(results: Results, cell: CellResult, aim: Aim) -> tuple[float, ...]:
+    """Higher is better."""
+    speed = metric_of(results, "decode-ratio", cell) or 0.0
+    if aim == "speed":
+        return (speed,)
+    share = gain(results, "size", cell)
+    smaller = -math.inf if share is None else -round(share, 2)
+    if aim == "size":
+        return (smaller, speed)
+    quality = results.quality(cell)
+    if quality is not None and gives_baselines_predictions(results, quality):
+        return (0.0, speed)
+    ends, kl = interval_of(results, "kl", cell), metric_of(results, "kl", cell)
+    furthest = ends[1] if ends is not None else math.inf if kl is None else kl
+    return (-float(f"{max(furthest, 1e-12):.1e}"), smaller, speed)
+
+
+# --- the parts of a sentence ---------------------------------------------------------------------
+
+
+def _speed(results: Results, cell: CellResult) -> list[str]:
+    ratio = metric_of(results, "decode-ratio", cell)
+    ends = interval_of(results, "decode-ratio", cell)
+    if ratio is None:
+        ratio = gain(results, "decode", cell)
+    words = []
+    if ratio is not None:
+        same = ends is not None and ends[0] <= 1 <= ends[1]
+        words.append("no difference in speed" if same else f"{_times(ratio)} as fast")
+    slower = interval_of(results, "prefill-ratio", cell)
+    prompts = metric_of(results, "prefill-ratio", cell)
+    if prompts is not None and slower is not None and slower[1] < 1:
+        words.append(f"{_times(prompts)} as fast with prompts")
+    return words
+
+
+def _size(results: Results, cell: CellResult) -> list[str]:
+    """Bytes on disk; bytes in memory where they are more. Other engines' memory is that of their
+    process, so it is not compared."""
+    share, memory = gain(results, "size", cell), gain(results, "resident", cell)
+    words = []
+    if share is not None:
+        same = abs(share - 1) < LEAST_BYTES
+        words.append("the same size" if same else f"{PLAIN.whole(100 * share)} % of the size")
+    if memory is not None and memory >= 1 + LEAST_BYTES and cell.peer is None:
+        words.append(f"{_times(memory)} the memory")
+    return words
+
+
+def _tasks(quality: Quality) -> list[str]:
+    count, kept = question_count(quality), quality.retained
+    if not count:
+        return []
+    if count < MIN_QUESTIONS:
+        return [f"{count} questions were asked, too few to judge by"]
+    if kept is None:
+        return []
+    chosen = all(score.kind == "likelihood" for score in (quality.tasks or {}).values())
+    asked = f"on {count} {'multiple-choice ' if chosen else ''}questions"
+    words = [f"{asked} {_loss(kept.value, kept.low, kept.high)}"]
+    if len(quality.tasks or {}) > 1:
+        words += [f"on {name} it lost {_percents(ends)}" for name, ends in _lost_tasks(quality)]
+    return words
+
+
+def _lost_tasks(quality: Quality) -> Sequence[tuple[str, tuple[float, float]]]:
+    """Tasks that are shown to keep less than `KEEP`, with the interval of the share kept."""
+    scores = (quality.tasks or {}).items()
+    ends = ((name, score.retained_ci95) for name, score in scores)
+    return [(name, span) for name, span in ends if span is not None and span[1] < KEEP]
+
+
+def _loss(kept: float, low: float, high: float) -> str:
+    """What was lost of the score, and what cannot be excluded."""
+    if low > 1:
+        return f"it scored {_percent(kept - 1)} higher"
+    if high < 1:
+        return f"it lost {_percent(1 - kept)} of the score ({_percents((low, high))})"
+    excluded = f"a loss of up to {_percent(1 - low)} of the score cannot be excluded"
+    if 1 - low < 0.0005:
+        return "no loss was found"
+    if 1 - kept < 0.005:
+        return f"no loss was found, {excluded}"
+    chance = f"a loss of up to {_percent(1 - low)} cannot be excluded"
+    return f"it lost {_percent(1 - kept)} of the score, which can be chance ({chance})"
+
+
+def _perplexity(results: Results, cell: CellResult) -> list[str]:
+    ratio = metric_of(results, "perplexity-ratio", cell)
+    ends = interval_of(results, "perplexity-ratio", cell)
+    if ratio is None:
+        return []
+    if ends is not None and ends[0] <= 1 <= ends[1]:
+        return ["no difference in perplexity"]
+    if ratio >= 2:
+        return [f"{_times(ratio)} the perplexity"]
+    return [f"perplexity {_percent(abs(ratio - 1))} {'higher' if ratio > 1 else 'lower'}"]
+
+
+def _times(ratio: float) -> str:
+    """4.4x, 1.05x."""
+    return f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x" if ratio < 100 else f"{ratio:.0f}x"
+
+
+def _percent(share: float) -> str:
+    """6 %, 0.4 %."""
+    return f"{100 * share:.{0 if share >= 0.0095 else 1}f} %"
+
+
+def _percents(kept: tuple[float, float]) -> str:
+    """The interval of a loss, from that of the share kept: 4 to 31 %."""
+    low, high = (100 * max(0.0, 1 - end) for end in reversed(kept))
+    return f"{PLAIN.span(low, high, PLAIN.whole)} %"
