@@ -1,5 +1,5 @@
 # Every target makes its own .venv from nothing but python3 and pip; nothing has to be activated.
-#   make quickstart    the whole way on a real model: matrix, report, export, an answer
+#   make quickstart    a real model made smaller and faster: variants, report, export, an answer
 #   make test          all tests but the slow ones: no download    make test ARGS="tests/compose/planning -k keys"
 #   make test-slow     the slow ones: the real model, all chains, killed runs, other engines
 #   make check         format, lint, types, imports
@@ -48,8 +48,7 @@ $(VENV)/.dev: $(VENV)/.run
 	@touch $@
 
 quickstart: $(VENV)/.run
-	$(BIN)/gateskip run pipelines/quickstart.yaml
-	$(BIN)/gateskip pick runs/quickstart --min-retained 0.95 --maximize decode
+	$(BIN)/gateskip compress smollm2-135m-instruct --to exports/quickstart
 	$(BIN)/gateskip generate exports/quickstart "$$QUESTION" --stats
 
 # Each test runs in one of the two. A file stays in one process, and the next free one takes the next file.

@@ -102,6 +102,64 @@ def main_options(
 
 
 @app.command()
+def compress(
+    model: Annotated[
+        str, typer.Argument(help="An alias, a hub id, a folder or a GGUF file.", metavar="MODEL")
+    ],
+    to: Annotated[Path, typer.Option(help="The folder to export to.", metavar="DIR")],
+    bits: Annotated[
+        int | None, typer.Option(help="Bits of a weight: 8, 4 or 3. Without it, 8 and 4 are tried.")
+    ] = None,
+    at_most_mb: Annotated[
+        float | None, typer.Option(help="Bound of the size on disk, in megabytes.", metavar="MB")
+    ] = None,
+    at_most_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Bound of the loss: KL to the model as it is, in nats a token.", metavar="KL"
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Round each weight by itself: minutes, more loss.")
+    ] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Train what was rounded: the least loss, up to hours.")
+    ] = False,
+    drafts: Annotated[
+        bool, typer.Option(help="Try decoding with drafts, which never change a token.")
+    ] = True,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Also write DIR.gguf, for llama.cpp.")
+    ] = False,
+    compressed_tensors: Annotated[
+        bool, typer.Option("--compressed-tensors", help="Also write a folder for vLLM.")
+    ] = False,
+    out: Out = Path("runs"),
+    workers: Workers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make a model smaller and faster, and show what it cost.
+
+    Without a bound the fastest variant is exported of which no loss of quality is shown.
+    """
+    from compose.recipes.compress import Formats, source_of
+    from compose.recipes.recipe import Request, effort_of
+    from compose.terminal.compress import compress_shown
+
+    request = Request(
+        model=source_of(model),
+        to=to,
+        bits=bits,
+        at_most_mb=at_most_mb,
+        at_most_kl=at_most_kl,
+        effort=effort_of(quick=quick, best=best),
+        drafts=drafts,
+    )
+    formats = Formats(gguf, compressed_tensors)
+    compress_shown(request, formats, _settings(out, again=False), workers, quiet=quiet)
+
+
+@app.command()
 def new(
     file: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE")],
     model: Annotated[

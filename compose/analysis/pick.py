@@ -105,14 +105,16 @@ def pick(
     require_lossless: bool = True,
     by_estimate: bool = False,
     maximize: str = "decode",
+    baseline: bool = True,
 ) -> CellResult:
     """The best measured cell by `maximize` (one of `AIMS`) among those that meet all constraints.
 
     `min_retained` is a share of the baseline's quality, 0 to 1 (`metrics.retained_basis` says of
     what), and bounds the lower end of the interval; `max_perplexity_ratio` and `max_kl` (nats a
     token from the baseline) bound the upper end. With `by_estimate` they bound the estimates
-    themselves. Sizes are in bytes. Other engines are not picked; the baseline may be. Ties are
-    broken by quality, speed, size and at last by their place in the results.
+    themselves. Sizes are in bytes. Other engines are not picked; the baseline may be, unless
+    `baseline` is False. Ties are broken by quality, speed, size and at last by their place in the
+    results.
 
     Raises:
         UserError: unknown aim, nothing measured, no cell whose quality is known well enough for a
@@ -123,6 +125,8 @@ def pick(
     if aim not in AIMS:
         raise UserError(f"cannot maximize {maximize!r}", fix=suggest(maximize, AIMS))
     ours = [cell for cell in results.measured if cell.peer is None]
+    if not baseline:
+        ours = [cell for cell in ours if cell.name != results.baseline]
     cells = [cell for cell in ours if metric_of(results, aim, cell) is not None]
     if not cells:
         raise UserError(

@@ -57,6 +57,15 @@ def _free_name(name: str) -> str:
     return _name(name)
 
 
+def _variant_name(name: str) -> str:
+    """Names joined by `+`, as the matrix names its variants: `int4-healed+drafts`."""
+    if name in RESERVED:
+        return _free_name(name)
+    for part in name.split("+"):
+        _name(part)
+    return name
+
+
 def _no_repeats(values: tuple[Any, ...]) -> tuple[Any, ...]:
     twice = [value for index, value in enumerate(values) if value in values[:index]]
     if twice:
@@ -90,6 +99,7 @@ def _no_bool(value: object) -> object:
 
 Name = Annotated[str, AfterValidator(_name)]
 FreeName = Annotated[str, AfterValidator(_free_name)]
+VariantName = Annotated[str, AfterValidator(_variant_name)]
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 Choice = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -365,7 +375,7 @@ class Pipeline(_Section):
     stages: dict[FreeName, AnyStage] = {}
     """The stages of chains: a name for each stage with its parameters."""
 
-    pipelines: dict[FreeName, tuple[Text, ...]] = {}
+    pipelines: dict[VariantName, tuple[Text, ...]] = {}
     """Named chains; one that breaks a rule is an error."""
 
     matrix: Annotated[

@@ -6,6 +6,7 @@ each rounding error (gateskip/rounding/compensate.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from gateskip.quantization.grid import Grid
     from gateskip.rounding.allocation import Costs
     from gateskip.rounding.compensate import Rounding
+    from gateskip.rounding.layerwise import Choose, Rounded
 
 MOMENTS = 5 * 4  # bytes for each number of second moments: them, their order, and their inverse
 WORKED = 6 * 4  # bytes for each weight of the linear layers that are rounded together
@@ -87,7 +89,6 @@ class Integers(Stage):
 
     version: ClassVar[int] = 4
     role: ClassVar[Role] = "quantize"
-    reads_data: ClassVar[tuple[Split, ...]] = ("calibration",)
     bits: ClassVar[Bits]
     """Bits of one weight."""
 
@@ -97,6 +98,11 @@ class Integers(Stage):
     compensate: bool = True
     """Whether errors are compensated, layer after layer, on calibration text; without it each
     weight is rounded by itself, which takes seconds."""
+
+    calibrate: bool = True
+    """Whether calibration text says how much each input of a layer weighs. Without it all inputs
+    weigh alike and no text is read; `compensate` and `allocate` need it. 8 bits lose nothing by
+    that, 4 bits do."""
 
     damp: float = Field(default=0.01, gt=0, lt=1)
     """Share of the inputs' mean second moment that is added to all."""
@@ -116,6 +122,30 @@ class Integers(Stage):
     embedding: Literal[4, 6, 8] | None = 8
     """Bits of the embedding, and of the LM head, in groups of 32 without a minimum; null leaves
     both as they are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_text_nothing_is_compensated(cls, data: Any) -> Any:
+        alone = isinstance(data, dict) and data.get("calibrate") is False
+        return {"compensate": False, **data} if alone else data
+
+    @model_validator(mode="after")
+    def _text_for_what_needs_it(self) -> Self:
+        if not self.calibrate and (self.compensate or self.allocate):
+            raise ValueError("compensate and allocate need calibrate: leave calibrate: false out")
+        return self
+
+    @property
+    def reads_data(self) -> tuple[Split, ...]:  # type: ignore[override]
+        """Calibration text, unless the weights alone decide."""
+        return ("calibration",) if self.calibrate else ()
+
+    def identity(self, file_sha256: Mapping[str, str]) -> dict[str, Any]:
+        """As of every stage; `calibrate` is part of it only where it is off, so that keys stay."""
+        identity = super().identity(file_sha256)
+        if self.calibrate:
+            del identity["params"]["calibrate"]
+        return identity
 
     def grid_offset(self, bits: int) -> Literal["real", "integer", "none"]:
         """The offset of groups of that many bits, beside their scale."""
@@ -189,15 +219,11 @@ class Integers(Stage):
 
     def run(self, job: StageJob) -> dict[str, Any]:
         """Round layer after layer, and save the folder."""
-        from transformers import AutoTokenizer
-
         from compose.artifacts.packed_folder import stored_dtype
-        from compose.stages.text.split_text import split_blocks
         from gateskip.quantization.folders import load_model
         from gateskip.rounding.allocation import distribution, mean_kl
-        from gateskip.rounding.layerwise import round_layers
 
-        blocks = split_blocks(job, "calibration", AutoTokenizer.from_pretrained(job.source))
+        blocks = self._blocks(job)
         grids = self._embedding(job)  # first: a refusal comes before minutes of work
         whole = self.allocate is not None  # which measures the rounded model
         model = load_model(job.source, "float32" if whole else stored_dtype(job.source))
@@ -209,14 +235,7 @@ class Integers(Stage):
             measured = blocks[: self.allocate.blocks]
         dense = distribution(model, measured) if len(measured) else None
         errors = {}
-        for name, rounded in round_layers(
-            model,
-            blocks,
-            how.get,
-            self.compensate,
-            lambda done, total: job.progress(done, total, f"rounding to {self.bits} bits"),
-            let_go=not whole,
-        ):
+        for name, rounded in self._round(job, model, blocks, how.get, let_go=not whole):
             grids[name] = self._stored(rounded.grid)
             errors[name] = float(f"{rounded.error:.4g}")
         if dense is not None:
@@ -225,6 +244,31 @@ class Integers(Stage):
         write_grids(job, grids, self._quantization(job, {name: how[name] for name in errors}))
         carry_gates(job)
         return record | {"layer_errors": errors}
+
+    def _blocks(self, job: StageJob) -> Tensor:
+        """Token ids [N, S] of the calibration text; N is 0 where the weights alone decide."""
+        import torch
+        from transformers import AutoTokenizer
+
+        from compose.stages.text.split_text import split_blocks
+
+        if not self.calibrate:
+            return torch.empty(0, 1, dtype=torch.long)
+        return split_blocks(job, "calibration", AutoTokenizer.from_pretrained(job.source))
+
+    def _round(
+        self, job: StageJob, model: Any, blocks: Tensor, choose: Choose, *, let_go: bool
+    ) -> Iterator[tuple[str, Rounded]]:
+        """Every layer on its grid, by name, as soon as it is rounded."""
+        from gateskip.rounding.layerwise import round_layers
+        from gateskip.rounding.weights_alone import round_weights_alone
+
+        def progress(done: int, total: int) -> None:
+            job.progress(done, total, f"rounding to {self.bits} bits")
+
+        if not self.calibrate:
+            return round_weights_alone(model, choose, progress, let_go)
+        return round_layers(model, blocks, choose, self.compensate, progress, let_go)
 
     def _stored(self, grid: Grid) -> Stored:
         """A grid as the folder's format has it."""

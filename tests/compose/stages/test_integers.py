@@ -136,6 +136,30 @@ def test_compensation_lowers_errors_in_the_model(round_it: Callable[..., Made]) 
     assert errors[1] < 0.9 * errors[0]
 
 
+def test_weights_alone_are_rounded_without_text(
+    round_it: Callable[..., Made], tiny_llama: Path
+) -> None:
+    """No text is read, and every weight is within half a step of its grid, whatever reads it."""
+    alone, record = round_it(use="int8", calibrate=False)
+    weighed, _ = round_it(use="int8", compensate=False)
+    assert record["blocks"] == 0 and max(record["layer_errors"].values()) < 0.01
+    assert kl(alone, tiny_llama) < 2 * kl(weighed, tiny_llama) < 0.01
+    assert grids_of(load_model(alone)).keys() == grids_of(load_model(weighed)).keys()
+
+
+def test_keys_of_calibrated_stages_are_as_before() -> None:
+    """A step that was made before `calibrate` came is found again."""
+    assert "calibrate" not in Int4().identity({})["params"]
+    assert Int4(calibrate=False).identity({})["params"]["calibrate"] is False
+    assert Int4().reads_data == ("calibration",) and Int4(calibrate=False).reads_data == ()
+
+
+@pytest.mark.parametrize("wish", [{"compensate": True}, {"allocate": {"size_mb": 1}}])
+def test_what_needs_text_is_refused_without_it(wish: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="need calibrate"):
+        Int4.model_validate({"use": "int4", "calibrate": False, **wish})
+
+
 def test_the_native_engine_multiplies_these_weights(round_it: Callable[..., Made]) -> None:
     folder, _ = round_it(use="int4")
     decoder = gateskip.load(folder, backend="native", rounded=False)

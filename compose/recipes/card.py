@@ -1,0 +1,112 @@
+"""The card of a compressed model: before and after, answers side by side, and what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+from compose.analysis.metrics import METRICS, interval_of, metric_of
+from compose.analysis.recommend import sentence
+from compose.numbers import PLAIN, metric_text
+from compose.recipes.compress import Compressed
+from compose.results.parts import OwnAnswers
+from compose.results.schema import CellResult, Results
+from compose.table import Table, text_table
+
+ROWS = ("size", "resident", "decode", "prefill", "perplexity", "kl", "accuracy")
+SHOWN = 3
+"""Answers side by side."""
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One question and two answers."""
+
+    question: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """The parts of the card, for whatever shows them."""
+
+    title: str
+    numbers: Table[None]
+    sentence: str
+    answers: tuple[SideBySide, ...]
+    next: tuple[tuple[str, str], ...]
+    """Command, and what it does."""
+
+
+def card_of(done: Compressed) -> Card:
+    """The card of a compressed model."""
+    results, cell = done.results, done.cell
+    return Card(
+        f"{results.model} as {cell.name}: {done.folder}",
+        _numbers(results, cell),
+        sentence(results, cell),
+        side_by_side(results, cell)[:SHOWN],
+        tuple(_next(done)),
+    )
+
+
+def _numbers(results: Results, cell: CellResult) -> Table[None]:
+    """Before, after, and their ratio, of each number that was measured."""
+    dense = results.cell(results.baseline)
+    lines = []
+    for name in ROWS:
+        before, after = metric_of(results, name, dense), metric_of(results, name, cell)
+        if after is not None:
+            shown = [metric_text(name, value) for value in (before, after)]
+            lines.append((METRICS[name].title, *shown, _change(results, cell, name, before, after)))
+    return text_table(("", "before", "after", "change"), lines)
+
+
+def _change(
+    results: Results, cell: CellResult, name: str, before: float | None, after: float
+) -> str:
+    """After over before; of the KL, which starts at 0, its interval."""
+    if name == "kl":
+        ends = interval_of(results, name, cell)
+        return "" if ends is None else PLAIN.span(*ends)
+    return PLAIN.times(after / before) if before else ""
+
+
+def side_by_side(results: Results, cell: CellResult) -> tuple[SideBySide, ...]:
+    """The questions that both were asked, with both answers."""
+    before, after = (_answers(results, row) for row in (results.cell(results.baseline), cell))
+    if before is None or after is None:
+        return ()
+    texts = (before.questions or (), before.texts or (), after.texts or ())
+    return tuple(SideBySide(*three) for three in zip(*texts, strict=False))
+
+
+def _answers(results: Results, cell: CellResult) -> OwnAnswers | None:
+    quality = results.quality(cell)
+    return None if quality is None else quality.own_answers
+
+
+def _next(done: Compressed) -> list[tuple[str, str]]:
+    """What to do with the folder: commands that work as they stand."""
+    folder = shlex.quote(str(done.folder))
+    steps = [
+        (f"gateskip chat {folder}", "chat with it"),
+        (f"gateskip bench {folder}", "measure its speed here"),
+    ]
+    if done.gguf is not None:
+        steps.append((f"llama-cli -m {shlex.quote(str(done.gguf))}", "the same in llama.cpp"))
+    else:
+        file = shlex.quote(f"{done.folder}.gguf")
+        steps.append((f"gateskip export {folder} --format gguf --to {file}", "for llama.cpp"))
+    if done.compressed_tensors is not None:
+        target = shlex.quote(str(done.compressed_tensors))
+        steps.append((f"vllm serve {target}", "the same in vLLM"))
+    else:
+        target = shlex.quote(f"{done.folder}-compressed-tensors")
+        command = f"gateskip export {folder} --format compressed-tensors --to {target}"
+        steps.append((command, "for vLLM"))
+    run = shlex.quote(str(done.run_folder))
+    steps.append((f"gateskip pick {run} --maximize size", "the smallest variant of this run"))
+    steps.append((str(done.report), "the report: every variant, every number"))
+    return steps

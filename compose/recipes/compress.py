@@ -1,0 +1,175 @@
+"""One model, compressed: its recipe is run, the best variant within the bounds is exported."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from compose.analysis.pick import pick
+from compose.analysis.recommend import recommendations
+from compose.artifacts.gguf.file import is_gguf
+from compose.assets import MODELS, model_config
+from compose.contract import CompressedTensorsJob, GgufJob
+from compose.errors import UserError
+from compose.outputs.export import export_cell, is_current, refuse_foreign
+from compose.planning.plan import Plan
+from compose.planning.prepare import load_plan
+from compose.processes.executors import make_executor
+from compose.processes.worker_process import ask_once
+from compose.recipes.recipe import Request, pipeline_of, pipeline_text
+from compose.results.schema import CellResult, Results
+from compose.run.runner import run
+from compose.run.state import Board, Settings
+from compose.stages.base import ModelShape
+from compose.store import private_folder, require_writable
+
+RECIPE = "pipeline.yaml"
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed model: where it lies, and all that was measured of it and of its rivals."""
+
+    folder: Path
+    """The exported model folder."""
+    variant: str
+    """The variant that was exported, as `results` names it."""
+    results: Results
+    """Every variant's numbers; those of the source model are the baseline's."""
+    run_folder: Path
+    """The run: its report, its recipe as a pipeline file, its logs."""
+    gguf: Path | None = None
+    """The same weights as a GGUF file for llama.cpp."""
+    compressed_tensors: Path | None = None
+    """The same weights as a folder for vLLM."""
+
+    @property
+    def cell(self) -> CellResult:
+        """The numbers of the exported variant."""
+        return self.results.cell(self.variant)
+
+    @property
+    def report(self) -> Path:
+        """The page that compares all variants."""
+        return self.run_folder / "report.html"
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The further formats to write, beside the model folder."""
+
+    gguf: bool = False
+    compressed_tensors: bool = False
+
+    def targets(self, to: Path) -> tuple[Path | None, Path | None]:
+        """The GGUF file and the folder for vLLM, where they are wanted."""
+        file = to.with_name(f"{to.name}.gguf") if self.gguf else None
+        folder = to.with_name(f"{to.name}-compressed-tensors") if self.compressed_tensors else None
+        return file, folder
+
+
+def plan_of(request: Request, settings: Settings) -> Plan:
+    """The plan of a request; its pipeline is written into the folder of its run.
+
+    Raises:
+        UserError: the target is in use or may not be written to, or the model cannot be had.
+    """
+    refuse_foreign(request.to)
+    require_writable(request.to)
+    name = run_name(request.to)
+    folder = settings.out.absolute() / name
+    private_folder(folder)
+    recipe = pipeline_of(request, name, _weights(request.model, settings.asset_cache))
+    text = pipeline_text(recipe, settings.command or "compose.compress")
+    (folder / RECIPE).write_text(text, encoding="utf-8")
+    return load_plan(folder / RECIPE, settings.asset_cache)
+
+
+def _weights(model: str, cache: Path) -> int | None:
+    """How many weights the model has; None where its config is not here yet."""
+    config = model_config(model, cache)
+    return None if config is None else ModelShape.from_config(config).weights
+
+
+def run_name(to: Path) -> str:
+    """The name of the run that fills a folder.
+
+    >>> run_name(Path("exports/my model"))
+    'compress-my-model'
+    """
+    return "compress-" + re.sub(r"[^A-Za-z0-9_.-]+", "-", to.absolute().name)
+
+
+def source_of(model: str) -> str:
+    """The model as a pipeline in any folder names it: a path becomes absolute."""
+    path = Path(model).expanduser()
+    is_path = model not in MODELS and (is_gguf(model) or path.is_dir())
+    return str(path.absolute()) if is_path else model
+
+
+def compress(
+    request: Request,
+    formats: Formats,
+    plan: Plan,
+    settings: Settings,
+    board: Board,
+    workers: int | None,
+) -> Compressed:
+    """Run the plan of a request, and export the fastest variant within its bounds.
+
+    Raises:
+        UserError: no variant meets the bounds; the message names the nearest. The run stays.
+        StepError: an export does not load as it should.
+    """
+    executor = make_executor("local", plan.pipeline.benchmark.threads, workers)
+    result = run(plan, settings, executor, board)
+    cell = choose(result.results, request)
+    if not is_current(result.folder, cell.name, request.to):
+        line = board.line(f"export {cell.name} to {request.to}")
+        with result.folder.locked():
+            export_cell(result.folder, cell.name, request.to, make_executor("local", None))
+        line.done()
+    done = Compressed(request.to, cell.name, result.results, result.folder.root)
+    return _in_formats(done, formats, board)
+
+
+def choose(results: Results, request: Request) -> CellResult:
+    """The variant that decodes fastest within the bounds of a request.
+
+    Without bounds, the one that the report recommends: for speed, else for size or exactness.
+
+    Raises:
+        UserError: none meets the bounds, none is recommended, or none was measured.
+    """
+    if request.is_bounded:
+        most_bytes = None if request.at_most_mb is None else request.at_most_mb * 1e6
+        return pick(results, max_kl=request.at_most_kl, max_bytes=most_bytes, baseline=False)
+    answers = recommendations(results)
+    for answer in answers:
+        if answer.cell is not None:
+            return answer.cell
+    raise UserError(
+        f"nothing is exported. {answers[0].sentence}",
+        fix="accept a loss by --bits 8, --bits 4 or --at-most-kl",
+    )
+
+
+def _in_formats(done: Compressed, formats: Formats, board: Board) -> Compressed:
+    """Write the further formats of an exported folder."""
+    file, folder = formats.targets(done.folder)
+    if file is not None:
+        _convert(GgufJob(done.folder.absolute(), file.absolute(), None), file, board)
+    if folder is not None:
+        _convert(CompressedTensorsJob(done.folder.absolute(), folder.absolute()), folder, board)
+    return replace(done, gguf=file, compressed_tensors=folder)
+
+
+def _convert(job: GgufJob | CompressedTensorsJob, target: Path, board: Board) -> None:
+    line = board.line(f"write {target}")
+    try:
+        ask_once(job)
+    except BaseException:
+        line.failed("")
+        raise
+    line.done()

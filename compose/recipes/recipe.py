@@ -1,0 +1,167 @@
+"""A wish for a smaller model -> the pipeline that makes and measures its variants.
+
+The choices rest on published runs (docs/performance.md):
+
+    8 bits  each weight rounded by itself: text changes the KL of 8 bits by less than 0.001
+    4 bits  fitted to text, layer after layer; the embedding in 6 bits, which costs no quality
+    3 bits  the same, and always trained afterwards: untrained, 3 bits lose too much
+    drafts  tried beside each of them, and kept where they are faster: they never change a token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ruamel.yaml import YAML
+
+from compose.errors import UserError
+
+Effort = Literal["quick", "normal", "best"]
+Bits = Literal[8, 4, 3]
+
+TASK = "arithmetic"
+"""Sums, whose answers are written: the task that shows first what rounding loses."""
+QUESTIONS = 200
+PROMPTS = 10
+LARGE = 300_000_000
+"""Weights above which a recipe reads 12,000 calibration tokens instead of 33,000. Below 10,000
+tokens compensated rounding does not pay (docs/experiments/rounding.md)."""
+DRAFTS = "drafts"
+HEALED = "healed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a user asks for.
+
+    Raises:
+        UserError: two wishes exclude each other, or one has no such value.
+    """
+
+    model: str
+    """An alias, a hub id, or the absolute path of a folder or a GGUF file."""
+    to: Path
+    """The folder to export to."""
+    bits: int | None = None
+    """Bits of a weight; None tries 8 and 4, and 3 where the size is bounded."""
+    at_most_mb: float | None = None
+    """Bound of the exported folder's size on disk, in units of 10^6 bytes."""
+    at_most_kl: float | None = None
+    """Bound of the loss: KL to the source model in nats a token, upper end of its interval."""
+    effort: Effort = "normal"
+    """`quick` rounds each weight by itself, `best` trains what was rounded."""
+    drafts: bool = True
+    """Whether decoding with drafts is tried."""
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and self.bits not in get_args(Bits):
+            raise UserError(f"{self.bits} bits are not supported", fix="take 8, 4 or 3")
+        for name, bound in (("at_most_mb", self.at_most_mb), ("at_most_kl", self.at_most_kl)):
+            if bound is not None and not bound > 0:
+                raise UserError(f"{name} is {bound:g}", fix="take a number above 0")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits of the variants to make, the widest first."""
+        if self.bits is not None:
+            return (self.bits,)
+        return (8, 4, 3) if self.at_most_mb is not None else (8, 4)
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether the user said what may be lost, so that a recommendation is not asked for."""
+        return (self.bits, self.at_most_mb, self.at_most_kl) != (None, None, None)
+
+
+def effort_of(*, quick: bool, best: bool) -> Effort:
+    """The effort that two flags name.
+
+    Raises:
+        UserError: both are given.
+    """
+    if quick and best:
+        raise UserError("--quick and --best exclude each other", fix="leave one of them out")
+    return "quick" if quick else "best" if best else "normal"
+
+
+def pipeline_of(request: Request, name: str, weights: int | None = None) -> dict[str, Any]:
+    """The pipeline that makes and measures the variants of a request, as plain values.
+
+    `weights` is the number of the model's weights, where it is known.
+    """
+    stages, chains = _stages(request), _chains(request)
+    used = {stage for chain in chains.values() for stage in chain}
+    return {
+        "schema": 1,
+        "name": name,
+        "model": {"source": request.model, "dtype": "bfloat16"},
+        "data": _data(used, weights),
+        "stages": {key: stage for key, stage in stages.items() if key in used},
+        "pipelines": chains,
+        "benchmark": {
+            "speed": {"prompt_tokens": 128, "new_tokens": 64, "repeats": 5},
+            "quality": {
+                "perplexity": ["wikitext2", "heldout-text"],
+                "perplexity_tokens": 4096,
+                "tasks": [TASK],
+                "limit": QUESTIONS,
+                "own_answers": {"prompts": PROMPTS, "new_tokens": 48},
+            },
+            "lossless": {"prompts": 4, "new_tokens": 48},
+        },
+    }
+
+
+def pipeline_text(pipeline: Mapping[str, Any], command: str) -> str:
+    """A pipeline as a YAML file that says where it comes from."""
+    yaml: Any = YAML(typ="safe")
+    text = StringIO()
+    yaml.default_flow_style = None
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(dict(pipeline), text)
+    return (
+        f"# Written by `{command}`. Copy it to change it: `gateskip run FILE`.\n{text.getvalue()}"
+    )
+
+
+def _stages(request: Request) -> dict[str, dict[str, Any]]:
+    """Every stage that a recipe may take."""
+    alone: dict[str, Any] = {"calibrate": False}
+    fitted: dict[str, Any] = alone if request.effort == "quick" else {}
+    heal = {"use": "heal", "backbone": "codes", "batch": 4, "lr": 1e-3, "patience": 0}
+    return {
+        "int8": {"use": "int8", **alone},
+        "int4": {"use": "int4", "embedding": 6, **fitted},
+        "int3": {"use": "int3", "embedding": 6, **fitted},
+        HEALED: heal | {"steps": 100, "precision": "bf16"},
+        DRAFTS: {"use": "speculate"},
+    }
+
+
+def _chains(request: Request) -> dict[str, list[str]]:
+    """Variant -> its stages: each width, trained where that pays, without drafts and with them."""
+    chains = {}
+    for bits in request.widths:
+        healed = bits < 8 and (
+            request.effort == "best" or (bits == 3 and request.effort != "quick")
+        )
+        name = f"int{bits}-{HEALED}" if healed else f"int{bits}"
+        chains[name] = [f"int{bits}", *([HEALED] if healed else [])]
+        if request.drafts:
+            chains[f"{name}+{DRAFTS}"] = [*chains[name], DRAFTS]
+    return chains
+
+
+def _data(used: set[str], weights: int | None) -> dict[str, Any]:
+    """The texts that the stages read: less where each token takes longer."""
+    is_large = weights is not None and weights > LARGE
+    rows = {"limit": 48, "length": 256} if is_large else {"limit": 64, "length": 512}
+    data: dict[str, Any] = {"calibration": {"source": "calibration-text", **rows}}
+    if HEALED in used:
+        mix = {"calibration-text": 2, "self-written": 1, "sums": 1}
+        data["train"] = {"mix": mix, "limit": 1200, "length": 256}
+    return data
