@@ -56,7 +56,7 @@ def compress(
         StepError: an export does not load as it should.
     """
     from compose.assets import default_cache
-    from compose.recipes.compress import Formats, source_of
+    from compose.recipes.compress import source_of
     from compose.recipes.recipe import Request
     from compose.run.state import Settings
     from compose.terminal.compress import compress_shown
@@ -70,8 +70,8 @@ def compress(
         at_most_kl=at_most_kl,
         effort=effort,
         drafts=drafts,
+        gguf=gguf,
+        compressed_tensors=compressed_tensors,
     )
     settings = Settings(Path(out), default_cache(), draw=draw_report)
-    return compress_shown(
-        request, Formats(gguf, compressed_tensors), settings, workers, quiet=quiet
-    )
+    return compress_shown(request, settings, workers, quiet=quiet)

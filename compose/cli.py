@@ -142,7 +142,7 @@ def compress(
 
     Without a bound the fastest variant is exported of which no loss of quality is shown.
     """
-    from compose.recipes.compress import Formats, source_of
+    from compose.recipes.compress import source_of
     from compose.recipes.recipe import Request, effort_of
     from compose.terminal.compress import compress_shown
 
@@ -154,9 +154,10 @@ def compress(
         at_most_kl=at_most_kl,
         effort=effort_of(quick=quick, best=best),
         drafts=drafts,
+        gguf=gguf,
+        compressed_tensors=compressed_tensors,
     )
-    formats = Formats(gguf, compressed_tensors)
-    compress_shown(request, formats, _settings(out, again=False), workers, quiet=quiet)
+    compress_shown(request, _settings(out, again=False), workers, quiet=quiet)
 
 
 @app.command()

@@ -55,20 +55,6 @@ class Compressed:
         return self.run_folder / "report.html"
 
 
-@dataclass(frozen=True)
-class Formats:
-    """The further formats to write, beside the model folder."""
-
-    gguf: bool = False
-    compressed_tensors: bool = False
-
-    def targets(self, to: Path) -> tuple[Path | None, Path | None]:
-        """The GGUF file and the folder for vLLM, where they are wanted."""
-        file = to.with_name(f"{to.name}.gguf") if self.gguf else None
-        folder = to.with_name(f"{to.name}-compressed-tensors") if self.compressed_tensors else None
-        return file, folder
-
-
 def plan_of(request: Request, settings: Settings) -> Plan:
     """The plan of a request; its pipeline is written into the folder of its run.
 
@@ -110,7 +96,6 @@ def source_of(model: str) -> str:
 
 def compress(
     request: Request,
-    formats: Formats,
     plan: Plan,
     settings: Settings,
     board: Board,
@@ -131,7 +116,7 @@ def compress(
             export_cell(result.folder, cell.name, request.to, make_executor("local", None))
         line.done()
     done = Compressed(request.to, cell.name, result.results, result.folder.root)
-    return _in_formats(done, formats, board)
+    return _in_formats(done, request, board)
 
 
 def choose(results: Results, request: Request) -> CellResult:
@@ -155,9 +140,9 @@ def choose(results: Results, request: Request) -> CellResult:
     )
 
 
-def _in_formats(done: Compressed, formats: Formats, board: Board) -> Compressed:
+def _in_formats(done: Compressed, request: Request, board: Board) -> Compressed:
     """Write the further formats of an exported folder."""
-    file, folder = formats.targets(done.folder)
+    file, folder = request.gguf_file, request.vllm_folder
     if file is not None:
         _convert(GgufJob(done.folder.absolute(), file.absolute(), None), file, board)
     if folder is not None:

@@ -56,10 +56,16 @@ class Request:
     """`quick` rounds each weight by itself, `best` trains what was rounded."""
     drafts: bool = True
     """Whether decoding with drafts is tried."""
+    gguf: bool = False
+    """Whether the export is also written as a GGUF file."""
+    compressed_tensors: bool = False
+    """Whether the export is also written as a folder for vLLM, which has no minima in 4 bits."""
 
     def __post_init__(self) -> None:
         if self.bits is not None and self.bits not in get_args(Bits):
             raise UserError(f"{self.bits} bits are not supported", fix="take 8, 4 or 3")
+        if self.bits == 3 and self.compressed_tensors:
+            raise UserError("compressed-tensors has no 3 bits", fix="take --bits 4 or 8")
         for name, bound in (("at_most_mb", self.at_most_mb), ("at_most_kl", self.at_most_kl)):
             if bound is not None and not bound > 0:
                 raise UserError(f"{name} is {bound:g}", fix="take a number above 0")
@@ -69,7 +75,18 @@ class Request:
         """Bits of the variants to make, the widest first."""
         if self.bits is not None:
             return (self.bits,)
-        return (8, 4, 3) if self.at_most_mb is not None else (8, 4)
+        return (8, 4, 3) if self.at_most_mb and not self.compressed_tensors else (8, 4)
+
+    @property
+    def gguf_file(self) -> Path | None:
+        """The GGUF file to write, beside the exported folder."""
+        return self.to.with_name(f"{self.to.name}.gguf") if self.gguf else None
+
+    @property
+    def vllm_folder(self) -> Path | None:
+        """The folder for vLLM to write, beside the exported one."""
+        name = f"{self.to.name}-compressed-tensors"
+        return self.to.with_name(name) if self.compressed_tensors else None
 
     @property
     def is_bounded(self) -> bool:
@@ -132,14 +149,20 @@ def _stages(request: Request) -> dict[str, dict[str, Any]]:
     """Every stage that a recipe may take."""
     alone: dict[str, Any] = {"calibrate": False}
     fitted: dict[str, Any] = alone if request.effort == "quick" else {}
-    heal = {"use": "heal", "backbone": "codes", "batch": 4, "lr": 1e-3, "patience": 0}
+    learns = "scales" if request.compressed_tensors else "codes"
+    heal = {"use": "heal", "backbone": learns, "batch": 4, "lr": 1e-3, "patience": 0}
     return {
         "int8": {"use": "int8", **alone},
-        "int4": {"use": "int4", "embedding": 6, **fitted},
+        "int4": {"use": "int4", **_form_of_4_bits(request), **fitted},
         "int3": {"use": "int3", "embedding": 6, **fitted},
         HEALED: heal | {"steps": 100, "precision": "bf16"},
         DRAFTS: {"use": "speculate"},
     }
+
+
+def _form_of_4_bits(request: Request) -> dict[str, Any]:
+    """Minima cost a bit and save a third of the KL; vLLM's format has integer zero points alone."""
+    return {"offset": "integer"} if request.compressed_tensors else {"embedding": 6}
 
 
 def _chains(request: Request) -> dict[str, list[str]]:

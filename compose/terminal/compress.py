@@ -10,7 +10,7 @@ from rich.text import Text
 from compose.outputs.run_folder import RunFolder, is_measured
 from compose.planning.plan import Plan
 from compose.recipes.card import Card, SideBySide, card_of
-from compose.recipes.compress import Compressed, Formats, compress, plan_of
+from compose.recipes.compress import Compressed, compress, plan_of
 from compose.recipes.recipe import Request
 from compose.run.state import Settings
 from compose.terminal.live.progress import Board, Line
@@ -20,14 +20,14 @@ from compose.units import printable
 
 
 def compress_shown(
-    request: Request, formats: Formats, settings: Settings, workers: int | None, *, quiet: bool
+    request: Request, settings: Settings, workers: int | None, *, quiet: bool
 ) -> Compressed:
     """Compress a model; show progress and a card on stdout unless `quiet`. Raises as `compress`."""
     console = Console()
     plan = plan_of(request, settings)
-    jobs = _jobs(plan, settings, formats)
+    jobs = _jobs(plan, settings, request)
     with orderly_stop(), Board(console, quiet=quiet).shown() as board:
-        done = compress(request, formats, plan, settings, Numbered(board, jobs), workers)
+        done = compress(request, plan, settings, Numbered(board, jobs), workers)
     if not quiet:
         print_card(console, card_of(done))
     return done
@@ -50,12 +50,12 @@ class Numbered:
         self._board.print(text)
 
 
-def _jobs(plan: Plan, settings: Settings, formats: Formats) -> int:
+def _jobs(plan: Plan, settings: Settings, request: Request) -> int:
     """Lines that a run will open: folders to make, variants to score, speed, what is written."""
     folder = RunFolder.of(plan, settings.out, settings.store)
     steps = sum(not folder.store.has(step.key) for step in plan.steps)
     cells = sum(not is_measured(folder, plan, cell) for cell in plan.cells)
-    return steps + cells + (1 if cells else 0) + 1 + formats.gguf + formats.compressed_tensors
+    return steps + cells + (1 if cells else 0) + 1 + request.gguf + request.compressed_tensors
 
 
 def print_card(console: Console, card: Card) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from compose.errors import UserError
 from compose.recipes.card import card_of, side_by_side
-from compose.recipes.compress import Compressed, Formats, choose, run_name, source_of
+from compose.recipes.compress import Compressed, choose, run_name, source_of
 from compose.recipes.recipe import Request
 from compose.results.schema import Results
 from compose.terminal.compress import print_card
@@ -112,7 +112,8 @@ def test_the_card_has_numbers_answers_and_next_commands(results: Results) -> Non
 
 def test_names_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_tiny: Any) -> None:
     assert run_name(Path("exports/my model")) == "compress-my-model"
-    assert Formats(gguf=True).targets(Path("a/b")) == (Path("a/b.gguf"), None)
+    wish = Request(model="m", to=Path("a/b"), gguf=True)
+    assert (wish.gguf_file, wish.vllm_folder) == (Path("a/b.gguf"), None)
     monkeypatch.chdir(make_tiny("llama").parent)
     assert source_of(make_tiny("llama").name) == str(make_tiny("llama"))
     assert source_of("owner/name") == "owner/name"

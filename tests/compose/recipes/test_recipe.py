@@ -47,6 +47,15 @@ def test_every_recipe_is_a_valid_pipeline_file(
     assert plan.pipeline.model.source == model
 
 
+@pytest.mark.parametrize("effort", ["quick", "normal", "best"])
+def test_four_bits_for_vllm_have_no_minima(effort: Any, make_tiny: Any, tmp_path: Path) -> None:
+    wish = request(model=str(make_tiny("llama")), effort=effort, compressed_tensors=True)
+    recipe = pipeline_of(wish, "small")
+    assert recipe["stages"]["int4"]["offset"] == "integer"
+    (tmp_path / "pipeline.yaml").write_text(pipeline_text(recipe, "gateskip compress"))
+    assert load_plan(tmp_path / "pipeline.yaml", tmp_path / "cache").steps
+
+
 def test_quick_fits_nothing_to_text() -> None:
     stages = pipeline_of(request(effort="quick"), "small")["stages"]
     assert stages["int4"]["calibrate"] is False
@@ -64,7 +73,14 @@ def test_bits_and_bounds_say_what_may_be_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    "wishes", [{"bits": 5}, {"at_most_mb": 0}, {"at_most_kl": -1.0}, {"at_most_kl": float("nan")}]
+    "wishes",
+    [
+        {"bits": 5},
+        {"bits": 3, "compressed_tensors": True},
+        {"at_most_mb": 0},
+        {"at_most_kl": -1.0},
+        {"at_most_kl": float("nan")},
+    ],
 )
 def test_a_wish_that_cannot_be_met_is_refused_at_once(wishes: dict[str, Any]) -> None:
     with pytest.raises(UserError):
