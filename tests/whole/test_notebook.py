@@ -21,7 +21,9 @@ def code_cells(notebook: Path) -> list[str]:
 def test_the_notebook_runs(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a tiny model in place of the one that it names."""
+    """On a tiny model in place of the one that it names, with few questions."""
+    monkeypatch.setattr("compose.recipes.recipe.QUESTIONS", 4)
+    monkeypatch.setattr("compose.recipes.recipe.PROMPTS", 2)
     monkeypatch.chdir(tmp_path)
     first, *others = code_cells(ROOT / "docs/notebooks/compress.ipynb")
     assert MODEL in first
