@@ -88,7 +88,7 @@ peers-test: $(VENV)/.dev
 	GATESKIP_BUILD_PEERS=all $(BIN)/python -m pytest tests/compose/bench/test_peers.py tests/compose/artifacts/test_readers.py $(ARGS)
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 figures: $(VENV)/.run
 	$(BIN)/python -m reports.documents

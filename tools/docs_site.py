@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import posixpath
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[#)])|(?<=src=\")([^\"]+)|(?<=srcset=\")([^\"]+)")
 TO_FOLDER = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s:]+)\)")

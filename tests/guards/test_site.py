@@ -18,7 +18,8 @@ PAGES = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").
 
 def test_every_page_is_in_the_navigation() -> None:
     _, _, navigation = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:\n")
-    assert set(re.findall(r"[\w/-]+\.md", navigation)) == PAGES | {"index.md"}
+    others = {"index.md", "repository/CONTRIBUTING.md", "repository/CHANGELOG.md"}
+    assert set(re.findall(r"[\w/-]+\.md", navigation)) == PAGES | others
 
 
 def test_the_reference_has_each_setting_of_each_stage() -> None:
