@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[#)])|(?<=src=\")([^\"]+)|(?<=srcset=\")([^\"]+)")
 TO_FOLDER = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)#\s:]+)\)")
+COMMENT = re.compile(r"<!-- .*? -->")
 MARK = re.compile(r"^<!-- reference: (\w+) -->$", re.MULTILINE)
 ALONG = "repository"
 """Folder of the site that holds files from outside docs/."""
@@ -193,8 +194,9 @@ PARTS = {"commands": commands, "settings": settings, "families": families, "comp
 
 
 def filled(text: str) -> str:
-    """A page's Markdown with what its marks ask for."""
-    return MARK.sub(lambda match: PARTS[match[1]](), text)
+    """A page's Markdown with what its marks ask for. Comments, such as the markers of tables and
+    figures, are left out: one that begins a line would end a paragraph."""
+    return COMMENT.sub("", MARK.sub(lambda match: PARTS[match[1]](), text))
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -41,6 +41,7 @@ def test_every_mark_of_a_page_is_filled() -> None:
         marks = re.findall(r"<!-- reference: (.+?) -->", text)
         assert set(marks) <= set(PARTS), page
     assert filled("a\n<!-- reference: families -->\nb").count("- `") > 5
+    assert filled("at\n<!-- figure: a b c -->2x<!-- end --> of") == "at\n2x of"
 
 
 @pytest.mark.parametrize(
