@@ -7,6 +7,7 @@
 #   make peers-test    the environments of other engines, made once (minutes), and their tests
 #   make repeatability  equal runs against each other, then planted differences (half an hour)
 #   make side-by-side FOLDER=DIR  a model against its copy, then 5 % slower (20 minutes)
+#   make docs          the documentation as a site in build/site; a broken link is an error
 #   make figures       tables and figures of README and docs anew, from reports/published
 #   make publish RUN=runs/peers    a run's results beside the code, in reports/published: NAME=peers
 #   make stale         what has changed since each published run, in what it measured
@@ -26,13 +27,13 @@ export QUESTION
 
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart test test-slow check sanitize fuzz chaos peers-test figures publish stale mutants repeatability side-by-side bench clean
+.PHONY: help quickstart test test-slow check sanitize fuzz chaos peers-test docs figures publish stale mutants repeatability side-by-side bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
 
-# Three stamps in one chain, so that `make -j` never runs two installs in one environment.
+# Four stamps in one chain, so that `make -j` never runs two installs in one environment.
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, " + sys.argv[1] + " is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)' '$(PYTHON)'
 	$(PYTHON) -m venv $(VENV)
@@ -43,7 +44,11 @@ $(VENV)/.run: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[compress,eval,report]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.run
+$(VENV)/.docs: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.docs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
@@ -80,6 +85,9 @@ sanitize:
 # llama.cpp is compiled here, which needs a C++ compiler; the others are installed.
 peers-test: $(VENV)/.dev
 	GATESKIP_BUILD_PEERS=all $(BIN)/python -m pytest tests/compose/bench/test_peers.py tests/compose/artifacts/test_readers.py $(ARGS)
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 figures: $(VENV)/.run
 	$(BIN)/python -m reports.documents

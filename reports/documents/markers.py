@@ -26,7 +26,7 @@ from reports.documents.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = Path("reports/published")
-DOCUMENTS = (Path("README.md"), Path("docs/performance.md"))
+DOCUMENTS = (Path("README.md"), Path("docs/performance.md"), Path("docs/gates.md"))
 """Documents whose every number comes from a results file."""
 
 MARKED = re.compile(r"(<!-- (table|figure): (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)

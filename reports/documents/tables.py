@@ -52,6 +52,27 @@ def speed_at_equal_quality(results: Results, cells: str | None = None) -> list[s
     return table(head, lines)
 
 
+def glance(results: Results, cells: str | None = None) -> list[str]:
+    """Quality, size and decode speed in one row, without intervals: for a first look."""
+    head = ["", "perplexity, x dense", "KL", "MB", "decode, tok/s", "decode, x dense"]
+    lines = []
+    for cell in sorted(chosen(results, cells), key=lambda cell: _loss(results, cell)):
+        scored, speed = results.quality(cell), cell.speed or SpeedNumbers()
+        text = scored.perplexity if scored else None
+        decode, faster = speed.decode_tokens_per_s, speed.decode_ratio
+        numbers = [
+            text.ratio_to_baseline if text else None,
+            scored.kl_to_baseline if scored else None,
+            decode.median if decode else None,
+            faster.value if faster else None,
+        ]
+        ratio, kl, rate, times = (DASH if n is None else PLAIN.number(n) for n in numbers)
+        if cell.name == results.baseline:
+            ratio, kl, times = "1", "0", "1"
+        lines.append([f"`{cell.name}`", ratio, kl, _megabytes(cell), rate, times])
+    return table(head, lines)
+
+
 def quality(results: Results, cells: str | None = None) -> list[str]:
     """Everything that was scored: text, tasks, answers."""
     rows = chosen(results, cells)
@@ -291,6 +312,7 @@ def _over_seeds(values: Sequence[float], by: float) -> str:
 
 TABLES: Mapping[str, Callable[..., list[str]]] = {
     "decoding": decoding,
+    "glance": glance,
     "peers": peers,
     "prompts": prompts,
     "quality": quality,

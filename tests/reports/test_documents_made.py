@@ -145,6 +145,17 @@ def test_speed_stands_beside_quality_and_falls_with_it(results: Results) -> None
     ]
 
 
+def test_a_glance_has_no_intervals(results: Results) -> None:
+    lines = TABLES["glance"](results, cells="dense,nf4,llama.cpp:q4_k_m")
+    assert lines == [
+        "|  | perplexity, x dense | KL | MB | decode, tok/s | decode, x dense |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| `dense` | 1 | 0 | 269 | 96.0 | 1 |",
+        "| `llama.cpp:q4_k_m` | 1.09 | 0.104 | 105 | 140 | 3.90 |",
+        "| `nf4` | 1.44 | 0.415 | 117 | 375 | 3.90 |",
+    ]
+
+
 def test_what_is_written_stands_beside_what_it_saved(results: Results) -> None:
     task = TaskScore(
         metric="f1",
