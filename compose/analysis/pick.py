@@ -97,6 +97,24 @@ class Lossless:
         return words[None if cell.lossless_check is None else cell.lossless_check.lossless]
 
 
+def aim_of(maximize: str | None, minimize: str | None) -> str:
+    """The metric to aim for. `maximize` also takes those of which less is better, as it always did.
+
+    Raises:
+        UserError: both are given, or there is no such aim.
+    """
+    if maximize is not None and minimize is not None:
+        raise UserError("two aims are given", fix="pass --maximize or --minimize, not both")
+    if minimize is not None:
+        verb, name, able = "minimize", minimize, MINIMIZED
+    else:
+        verb, name, able = "maximize", maximize or "decode", AIMS
+    aim = name.replace("_", "-")
+    if aim not in able:
+        raise UserError(f"cannot {verb} {name!r}", fix=suggest(name, able))
+    return aim
+
+
 def pick(
     results: Results,
     *,
@@ -145,24 +163,6 @@ def pick(
     if not fit:
         raise _nothing_left(results, cells, constraints, aim)
     return max(fit, key=lambda cell: _rank(results, cell, aim))
-
-
-def aim_of(maximize: str | None, minimize: str | None) -> str:
-    """The metric to aim for. `maximize` also takes those of which less is better, as it always did.
-
-    Raises:
-        UserError: both are given, or there is no such aim.
-    """
-    if maximize is not None and minimize is not None:
-        raise UserError("two aims are given", fix="pass --maximize or --minimize, not both")
-    if minimize is not None:
-        verb, name, able = "minimize", minimize, MINIMIZED
-    else:
-        verb, name, able = "maximize", maximize or "decode", AIMS
-    aim = name.replace("_", "-")
-    if aim not in able:
-        raise UserError(f"cannot {verb} {name!r}", fix=suggest(name, able))
-    return aim
 
 
 def fastest_that_keeps(results: Results, keep: float) -> CellResult | None:

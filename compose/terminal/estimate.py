@@ -18,7 +18,7 @@ def estimate_tables(estimates: Estimates) -> Group:
     speed = duration_text(estimates.speed_seconds)
     lines = [
         f"time: {_or_unknown(estimates.seconds, duration_text)} for all steps and cells, one after"
-        f" another; {speed} or more of it are speed rounds",
+        f" another; speed rounds alone take {speed} or more",
         f"memory: {_or_unknown(estimates.peak_bytes, bytes_text)} at most",
         f"disk: {_or_unknown(estimates.disk_bytes, bytes_text)} of model folders, and"
         f" {_or_unknown(estimates.scratch_bytes, bytes_text)} of checkpoints during training",

@@ -71,7 +71,7 @@ def export_cell_as(
             return f"{name} exported to {to}{same}"
         planned, source = stored_cell(run, load_results(run.results_file).cell(name))
         with context(cell=name):
-            text = convert(source, place_of(to, output_format, name), output_format, kind)
+            text = convert(source, place_of(to, output_format, name), output_format, kind, name)
     if planned["decode"] is None:
         return text
     return f"{text}\nthe weights alone: {name} decodes by {planned['decode']['use']} in gateskip"
@@ -88,8 +88,12 @@ def place_of(to: Path, output_format: str, name: str) -> Path:
     return to
 
 
-def convert(folder: Path, to: Path, output_format: str, kind: str | None) -> str:
+def convert(
+    folder: Path, to: Path, output_format: str, kind: str | None, name: str | None = None
+) -> str:
     """Write a model folder as a GGUF file or for vLLM, and say in one line what was written.
+
+    A GGUF file also holds the `name` of its model, that of the folder by default.
 
     Raises:
         ArtifactError: the folder cannot be written in this format.
@@ -98,7 +102,7 @@ def convert(folder: Path, to: Path, output_format: str, kind: str | None) -> str
     folder, target = folder.absolute(), to.absolute()
     if output_format == COMPRESSED:
         return compressed_text(to, ask_once(CompressedTensorsJob(folder, target)))
-    written = ask_once(GgufJob(folder, target, kind))
+    written = ask_once(GgufJob(folder, target, kind, name))
     size, kl = bytes_text(written["bytes"]), metric_text("kl", written["kl"])
     said = f"{to}: {size}, {written['kind']}, loads back"
     return f"{said}; KL of its predictions to the folder's: {kl}"
