@@ -153,6 +153,9 @@ def test_a_model_in_place_of_a_file_is_answered_with_the_commands(
             assert (code, out) == (2, "")
             assert f"{model} is {kind}, and `gateskip {command}` takes a pipeline file" in err
             assert f"    gateskip new {new} --model {quoted}\n    gateskip run {new}\n" in err
+    for words in (("pick", "owner/name"), ("export", "q.gguf", "--to", "x")):
+        code, _, err = call(*words)
+        assert code == 2 and f"and `gateskip {words[0]}` takes the folder of a run" in err
     code, _, err = call("smollm2-135m-instruct")
     assert code == 2 and "gateskip new smollm2-135m-instruct.yaml --model" in err
     (tmp_path / "smollm2-135m-instruct").write_text(GOOD)

@@ -22,10 +22,22 @@ def no_model(ctx: typer.Context, file: Path) -> Path:
     return file
 
 
+def no_model_name(ctx: typer.Context, folder: Path) -> Path:
+    """The folder of a run. UserError, with what to do, where a model is named instead."""
+    if not folder.is_dir():
+        refuse_model(str(folder), f"`gateskip {ctx.info_name}` takes the folder of a run")
+    return folder
+
+
 PipelineFile = Annotated[
     Path, typer.Argument(help="The pipeline file (YAML).", metavar="FILE", callback=no_model)
 ]
-RunDir = Annotated[Path, typer.Argument(help="The folder of a run: runs/NAME.", metavar="RUN_DIR")]
+RunDir = Annotated[
+    Path,
+    typer.Argument(
+        help="The folder of a run: runs/NAME.", metavar="RUN_DIR", callback=no_model_name
+    ),
+]
 ModelFolder = Annotated[
     Path, typer.Argument(help="A model folder, or a GGUF file.", metavar="FOLDER")
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from compose.terminal.commands.options import AsJson, RunDir, words
+from compose.terminal.commands.options import AsJson, RunDir, no_model_name, words
 from compose.terminal.commands.pick_options import PickOptions, with_pick_options
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ def export(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SOURCE", help="The folder of a run (runs/NAME), or a model folder."
+            metavar="SOURCE",
+            help="The folder of a run (runs/NAME), or a model folder.",
+            callback=no_model_name,
         ),
     ],
     to: Annotated[
