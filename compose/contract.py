@@ -245,6 +245,7 @@ class GgufJob:
     folder: Path
     file: Path
     kind: str | None
+    name: str | None = None
 
 
 @dataclass(frozen=True)

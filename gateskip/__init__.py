@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module  # noqa: TID251
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,17 @@ _HOMES = {
     "custom_generate": "gateskip.decoding.hf_generate",
     "load": "gateskip.checkpoint",
 }
+
+
+def _drop_messages(logger: str, start: str) -> None:
+    """Drop the messages of a logger that begin so."""
+    logging.getLogger(logger).addFilter(lambda record: not record.getMessage().startswith(start))
+
+
+# transformers imports torchao where it is installed, of which we use nothing: its extensions for
+# GPUs do not load on every machine, and it registers enums in a way that torch calls deprecated.
+_drop_messages("torchao", "Failed to load ")
+_drop_messages("torch.utils._pytree", "<enum ")
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 MOST = 30
 WAY = (
-    *("compose/cli.py", "compose/contract.py", "compose/language/", "compose/planning/"),
+    *("compose/terminal/commands/pipelines.py", "compose/contract.py"),
+    *("compose/language/", "compose/planning/"),
     *("compose/run/", "compose/outputs/", "compose/processes/", "compose/workers/"),
     *("compose/stages/", "compose/bench/"),
 )

@@ -71,7 +71,7 @@ def _measure(options: argparse.Namespace, number: int) -> Results:
         for copy in copies:
             shutil.copytree(options.folder, copy, dirs_exist_ok=True)
         shutil.rmtree(options.out / "run", ignore_errors=True)
-        shape = ["--context", "64", "--new-tokens", "64", "--repeats", str(options.rounds)]
+        shape = ["--prompt-tokens", "64", "--new-tokens", "64", "--repeats", str(options.rounds)]
         shape += ["--min-seconds", str(options.seconds), "--one-process"]
         command = [sys.executable, "-m", "compose", "bench", *map(str, copies), *shape]
         command += ["--out", str(options.out / "run"), "--name", "pair", "--quiet"]

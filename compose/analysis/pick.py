@@ -29,6 +29,9 @@ AIMS = (
 )
 """Metrics that may be aimed for; each knows whether higher or lower is better."""
 
+MINIMIZED = tuple(name for name in AIMS if METRICS[name].better == "lower")
+"""The aims of which less is better."""
+
 TIE_BREAKS = ("retained", "agreement", "decode", "size")
 NOT_MEASURED = 10.0  # shortfall of a cell that lacks the number; worse than any near miss
 
@@ -94,6 +97,24 @@ class Lossless:
         return words[None if cell.lossless_check is None else cell.lossless_check.lossless]
 
 
+def aim_of(maximize: str | None, minimize: str | None) -> str:
+    """The metric to aim for. `maximize` also takes those of which less is better, as it always did.
+
+    Raises:
+        UserError: both are given, or there is no such aim.
+    """
+    if maximize is not None and minimize is not None:
+        raise UserError("two aims are given", fix="pass --maximize or --minimize, not both")
+    if minimize is not None:
+        verb, name, able = "minimize", minimize, MINIMIZED
+    else:
+        verb, name, able = "maximize", maximize or "decode", AIMS
+    aim = name.replace("_", "-")
+    if aim not in able:
+        raise UserError(f"cannot {verb} {name!r}", fix=suggest(name, able))
+    return aim
+
+
 def pick(
     results: Results,
     *,
@@ -104,10 +125,13 @@ def pick(
     max_resident: float | None = None,
     require_lossless: bool = True,
     by_estimate: bool = False,
-    maximize: str = "decode",
+    maximize: str | None = None,
+    minimize: str | None = None,
     baseline: bool = True,
 ) -> CellResult:
-    """The best measured cell by `maximize` (one of `AIMS`) among those that meet all constraints.
+    """The best measured cell by one aim of `AIMS` among those that meet all constraints.
+
+    The aim is named by `maximize` or by `minimize` (`aim_of`), and is `decode` without either.
 
     `min_retained` is a share of the baseline's quality, 0 to 1 (`metrics.retained_basis` says of
     what), and bounds the lower end of the interval; `max_perplexity_ratio` and `max_kl` (nats a
@@ -121,9 +145,7 @@ def pick(
             bound, or no cell meets the constraints; the message says which of them left none and
             which cell comes nearest.
     """
-    aim = maximize.replace("_", "-")
-    if aim not in AIMS:
-        raise UserError(f"cannot maximize {maximize!r}", fix=suggest(maximize, AIMS))
+    aim = aim_of(maximize, minimize)
     ours = [cell for cell in results.measured if cell.peer is None]
     if not baseline:
         ours = [cell for cell in ours if cell.name != results.baseline]
@@ -217,8 +239,14 @@ def _quality_bounds(
         why = partial(_why_unknown, results)
         bounds.append(Constraint(words, "--min-retained", value, min_retained, True, show, why))
     at_most = [
-        ("perplexity-ratio", "perplexity ratio", "--max-perplexity-ratio", max_ratio, _ratio_bound),
-        ("kl", "KL", "--max-kl", max_kl, _kl_bound),
+        (
+            "perplexity-ratio",
+            "perplexity ratio",
+            "--at-most-perplexity-ratio",
+            max_ratio,
+            _ratio_bound,
+        ),
+        ("kl", "KL", "--at-most-kl", max_kl, _kl_bound),
     ]
     for metric, words, option, limit, upper in at_most:
         if limit is not None:
@@ -232,8 +260,8 @@ def _size_bounds(
     results: Results, max_bytes: float | None, max_resident: float | None
 ) -> list[Constraint]:
     rows = [
-        ("size", "disk", "--max-bytes", max_bytes),
-        ("resident", "memory", "--max-resident", max_resident),
+        ("size", "disk", "--at-most-mb", max_bytes),
+        ("resident", "memory", "--at-most-memory-mb", max_resident),
     ]
     return [
         Constraint(words, option, _reader(results, metric), limit, False, bytes_text)

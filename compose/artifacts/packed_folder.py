@@ -134,8 +134,8 @@ class PackedFolder:
             raise ArtifactError(
                 f"{self.folder} holds a real minimum for each group (offset: real), and the format"
                 " holds integer zero points alone",
-                fix="make the folder with offset: integer, or write it with `gateskip gguf --type"
-                " q4_1`, whose blocks hold real minima",
+                fix="make the folder with offset: integer, or write it with `gateskip export FOLDER"
+                " --format gguf`, whose blocks hold real minima",
             )
         from gateskip.quantization.grid import unpack_bits
 

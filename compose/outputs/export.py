@@ -56,17 +56,7 @@ def export_cell(
     """
     results = load_results(run.results_file)
     cell = results.cell(name)
-    if cell.status != "ok":
-        raise UserError(f"cell {name!r} cannot be exported: it is {cell.status} ({cell.reason})")
-    planned = planned_cell(run, cell.name)
-    source = run.store.model(planned["weights"])
-    damage = run.store.damage(planned["weights"])
-    if damage is not None or not run.store.has(planned["weights"]):
-        state = "no longer" if damage is None else f"damaged ({damage})"
-        raise ArtifactError(
-            f"the model folder of cell {cell.name!r} is {state} in the store {run.store.root}",
-            fix="run the pipeline again: only what is missing is made",
-        )
+    planned, source = stored_cell(run, cell)
     refuse_foreign(target)
     target = target.absolute()
     with new_folder(target) as folder:
@@ -75,6 +65,28 @@ def export_cell(
         if compare_tokens:
             verify_tokens(folder, run, planned, executor)
     return target
+
+
+def stored_cell(run: RunFolder, cell: CellResult) -> tuple[dict[str, Any], Path]:
+    """A measured cell's row of plan.json, and its model folder in the store.
+
+    Raises:
+        UserError: the cell was not measured.
+        ArtifactError: its folder is no longer in the store, or is damaged.
+    """
+    if cell.status != "ok":
+        raise UserError(
+            f"cell {cell.name!r} cannot be exported: it is {cell.status} ({cell.reason})"
+        )
+    planned = planned_cell(run, cell.name)
+    damage = run.store.damage(planned["weights"])
+    if damage is not None or not run.store.has(planned["weights"]):
+        state = "no longer" if damage is None else f"damaged ({damage})"
+        raise ArtifactError(
+            f"the model folder of cell {cell.name!r} is {state} in the store {run.store.root}",
+            fix="run the pipeline again: only what is missing is made",
+        )
+    return planned, run.store.model(planned["weights"])
 
 
 def is_current(run: RunFolder, name: str, target: Path) -> bool:

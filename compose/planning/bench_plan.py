@@ -28,7 +28,7 @@ PLAIN = "plain"
 OPTIONS = {
     "name": "--name",
     "batch_sizes": "--batch",
-    "contexts": "--context",
+    "contexts": "--prompt-tokens",
     "tasks": "--task",
     "perplexity": "--text",
 }

@@ -107,6 +107,6 @@ def _next(done: Compressed) -> list[tuple[str, str]]:
         command = f"gateskip export {folder} --format compressed-tensors --to {target}"
         steps.append((command, "for vLLM"))
     run = shlex.quote(str(done.run_folder))
-    steps.append((f"gateskip pick {run} --maximize size", "the smallest variant of this run"))
+    steps.append((f"gateskip pick {run} --minimize size", "the smallest variant of this run"))
     steps.append((str(done.report), "the report: every variant, every number"))
     return steps

@@ -5,7 +5,7 @@
                them, or by their ratio where all have one size; `from_records` says how many
     shape      no such record: memory and disk from the model's sizes alone, no time
 
-Nothing is invented: where there is no record there is no time, and the total says what it lacks.
+Nothing is invented: where there is no record there is no time, and then there is no total either.
 """
 
 from __future__ import annotations
@@ -58,10 +58,35 @@ class Estimates:
     """What the timed rounds take at least, from the file's own settings."""
 
     @property
-    def seconds(self) -> float:
-        """All known seconds, one after another."""
+    def seconds(self) -> float | None:
+        """All seconds, one after another; None where those of any step or cell are unknown."""
+        return None if self.unknown else self.known_seconds
+
+    @property
+    def known_seconds(self) -> float:
+        """The seconds that are known, one after another."""
         times = (row.seconds for row in (*self.steps, *self.cells))
         return sum(seconds for seconds in times if seconds is not None) + self.speed_seconds
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Memory of the largest step or cell; None where that of any is unknown."""
+        peaks = [row.peak_bytes for row in (*self.steps, *self.cells)]
+        known = [peak for peak in peaks if peak is not None]
+        return max(known, default=0) if len(known) == len(peaks) else None
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """All model folders; None where the size of any is unknown."""
+        sizes = [step.disk_bytes for step in self.steps]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
+
+    @property
+    def scratch_bytes(self) -> int | None:
+        """The largest checkpoints of a training; None where a step's model is unknown."""
+        unknown = self.disk_bytes is None
+        return None if unknown else max((step.scratch_bytes for step in self.steps), default=0)
 
     @property
     def unknown(self) -> list[str]:
@@ -69,17 +94,17 @@ class Estimates:
         return [row.name for row in (*self.steps, *self.cells) if row.seconds is None]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON, with the sums."""
-        everything = (*self.steps, *self.cells)
+        """As plain JSON, with the sums; null is unknown."""
         return {
             "steps": [asdict(step) for step in self.steps],
             "cells": [asdict(cell) for cell in self.cells],
             "speed_seconds": self.speed_seconds,
-            "seconds": round(self.seconds, 1),
+            "seconds": None if self.seconds is None else round(self.seconds, 1),
+            "known_seconds": round(self.known_seconds, 1),
             "without_seconds": self.unknown,
-            "peak_bytes": max((row.peak_bytes or 0 for row in everything), default=0),
-            "disk_bytes": sum(step.disk_bytes or 0 for step in self.steps),
-            "scratch_bytes": max((step.scratch_bytes for step in self.steps), default=0),
+            "peak_bytes": self.peak_bytes,
+            "disk_bytes": self.disk_bytes,
+            "scratch_bytes": self.scratch_bytes,
         }
 
 

@@ -25,14 +25,14 @@ Standing = Literal["met", "open", "missed"]
 AIMS: dict[str, str] = {
     "decode": "decode-ratio",
     "prefill": "prefill-ratio",
-    "size_mb": "size",
+    "size": "size",
     "kl": "kl",
     "perplexity": "perplexity",
 }
 """Aim -> the metric by which probes are ranked. For speeds it is the ratio to the baseline in the
 same rounds, since probes are timed at different times."""
 
-MAXIMIZED, MINIMIZED = ("decode", "prefill"), ("size_mb", "kl", "perplexity")
+MAXIMIZED, MINIMIZED = ("decode", "prefill"), ("size", "kl", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,7 @@ class Target:
     def pick(self, results: Results) -> CellResult:
         """The best measured cell within the bounds. Raises as `compose.analysis.pick.pick`."""
         limits: dict[str, Any] = {bound.pick: bound.limit for bound in self.bounds}
-        aim = "size" if self.aim == "size_mb" else self.aim
-        return pick(results, **limits, maximize=aim)
+        return pick(results, **limits, maximize=self.aim)
 
     def __str__(self) -> str:
         verb = "maximize" if self.aim in MAXIMIZED else "minimize"
@@ -155,6 +154,7 @@ def make_target(
     *, maximize: str | None = None, minimize: str | None = None, **limits: float | None
 ) -> Target:
     """A target from a command's options; `limits` are named as in `BOUNDS`, megabytes as such.
+    `minimize` also takes `size_mb`, the old name of `size`.
 
     Raises:
         UserError: no bound, no aim or two of them, or an unknown aim.
@@ -174,6 +174,7 @@ def make_target(
             "a target needs one aim",
             fix=f"pass --maximize {' or '.join(MAXIMIZED)}, or --minimize {' or '.join(MINIMIZED)}",
         )
+    minimize = "size" if minimize == "size_mb" else minimize
     aim = maximize or minimize or ""
     able, verb = (MINIMIZED, "minimize") if maximize is None else (MAXIMIZED, "maximize")
     if aim not in able:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.console import Group
 from rich.text import Text
 
@@ -13,19 +15,24 @@ from compose.terminal.table import rich_table
 
 def estimate_tables(estimates: Estimates) -> Group:
     """Steps and cells with time, memory and disk, and what all of them take."""
-    totals = estimates.to_json()
+    speed = duration_text(estimates.speed_seconds)
     lines = [
-        f"one after another: {duration_text(estimates.seconds)}, of it speed rounds "
-        f"{duration_text(estimates.speed_seconds)} at least",
-        f"at most {bytes_text(totals['peak_bytes'])} of memory; {bytes_text(totals['disk_bytes'])} "
-        f"of model folders, and {bytes_text(totals['scratch_bytes'])} of checkpoints meanwhile",
+        f"time: {_or_unknown(estimates.seconds, duration_text)} for all steps and cells, one after"
+        f" another; speed rounds alone take {speed} or more",
+        f"memory: {_or_unknown(estimates.peak_bytes, bytes_text)} at most",
+        f"disk: {_or_unknown(estimates.disk_bytes, bytes_text)} of model folders, and"
+        f" {_or_unknown(estimates.scratch_bytes, bytes_text)} of checkpoints during training",
     ]
     if estimates.unknown:
         names = ", ".join(estimates.unknown)
-        lines.append(f"no time is known, for want of a record on this machine: {names}")
+        lines.append(f"this machine has no record of the time of: {names}")
     steps = rich_table(_table(estimates.steps), "Steps")
     cells = rich_table(_table(estimates.cells), "Cells: loading, scoring")
     return Group(steps, "", cells, "", *(Text(line) for line in lines))
+
+
+def _or_unknown(value: float | None, text: Callable[[float], str]) -> str:
+    return "unknown" if value is None else text(value)
 
 
 def _table(rows: tuple[Estimate, ...]) -> Table[None]:
@@ -34,8 +41,8 @@ def _table(rows: tuple[Estimate, ...]) -> Table[None]:
         [
             (
                 row.name,
-                "?" if row.seconds is None else duration_text(row.seconds),
-                "?" if row.peak_bytes is None else bytes_text(row.peak_bytes),
+                _or_unknown(row.seconds, duration_text),
+                _or_unknown(row.peak_bytes, bytes_text),
                 "" if row.disk_bytes is None else bytes_text(row.disk_bytes),
                 f"scaled, {row.from_records} records" if row.basis == "scaled" else row.basis,
             )

@@ -1,13 +1,14 @@
-"""What someone meant who typed a model instead of a file, or a command or option that we lack."""
+"""The command or option that someone meant who typed a model, or a name that does not exist."""
 
 from __future__ import annotations
 
 import difflib
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from compose.errors import UserError, shortened
+from compose.terminal.renamed import RENAMED
 
 PIPELINES = (".yaml", ".yml")
 OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
@@ -16,7 +17,8 @@ OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
     "check": ("validate",),
     "compare": ("report",),
     "compress": ("new",),
-    "convert": ("export", "gguf"),
+    "convert": ("export",),
+    "evaluate": ("bench",),
     "create": ("new",),
     "estimate": ("plan",),
     "help": ("--help",),
@@ -54,7 +56,7 @@ def refuse_command(name: str, commands: Iterable[str]) -> None:
 
 
 def refuse_model(source: str, instead_of: str) -> None:
-    """Refuse a model, with the commands that write and run a pipeline of it; else do nothing.
+    """Refuse a model, with the commands that compress it or write its pipeline; else do nothing.
 
     Raises:
         UserError: `source` is a model; `instead_of` ends the message.
@@ -66,9 +68,9 @@ def refuse_model(source: str, instead_of: str) -> None:
     file = shlex.quote(f"{stem}.yaml")
     raise UserError(
         f"{source} is {what}, and {instead_of}",
-        fix="write a pipeline for it, then run that:\n"
-        f"    gateskip new {file} --model {shlex.quote(source)}\n"
-        f"    gateskip run {file}",
+        fix="compress it, or write a pipeline for it:\n"
+        f"    gateskip compress {shlex.quote(source)} --to {shlex.quote(f'exports/{stem}')}\n"
+        f"    gateskip new {file} --model {shlex.quote(source)}",
     )
 
 
@@ -93,11 +95,26 @@ def _kind_of_model(source: str) -> str | None:
     return None
 
 
-def with_commands(option: str, options: Mapping[str, Iterable[str]]) -> str:
-    """A sentence on the commands that have an option; empty where none has it.
+def fix_of_option(
+    option: str, near: Sequence[str], others: Mapping[str, Sequence[str]]
+) -> str | None:
+    """How to put right an option that a command lacks: the commands that have it, else the options
+    of the command that are `near` it, else the nearest option of another command; None without any.
 
-    >>> with_commands("--speculate", {"run": ["--out"], "generate": ["--speculate"]})
-    'It is an option of `gateskip generate`.'
+    `others` has the options of every command.
+
+    >>> others = {"run": ["--out"], "generate": ["--speculate"]}
+    >>> fix_of_option("--speculate", [], others)
+    'it is an option of `gateskip generate`'
+    >>> fix_of_option("--speculat", [], others)
+    'did you mean `gateskip generate --speculate`?'
     """
-    having = [f"`gateskip {name}`" for name, takes in options.items() if option in takes]
-    return f"It is an option of {', '.join(having)}." if having else ""
+    option = RENAMED[option][0] if option in RENAMED else option
+    having = [f"`gateskip {name}`" for name, options in others.items() if option in options]
+    if having:
+        return f"it is an option of {', '.join(having)}"
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    typed = {word: name for name, options in reversed(list(others.items())) for word in options}
+    close = difflib.get_close_matches(option, typed, n=1, cutoff=0.75)
+    return f"did you mean `gateskip {typed[close[0]]} {close[0]}`?" if close else None

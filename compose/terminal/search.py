@@ -38,7 +38,7 @@ def search_shown(
     settings: Settings,
     executor: Executor,
     *,
-    budget_minutes: float | None,
+    minutes: float | None,
     quiet: bool,
     json_lines: bool,
     echo: Callable[[str], None],
@@ -53,7 +53,7 @@ def search_shown(
     """
     console = Console(stderr=json_lines)
     events = JsonLines(sys.stdout) if json_lines else None
-    budget_s = None if budget_minutes is None else 60 * budget_minutes
+    budget_s = None if minutes is None else 60 * minutes
     shown_board = Board(console, quiet=quiet, events=events).shown()
     with reported(events), orderly_stop(), shown_board as board:
         result = search(file, target, settings, executor, board, budget_s=budget_s)

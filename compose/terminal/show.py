@@ -26,6 +26,7 @@ from compose.stages.base import Stage
 from compose.table import Entry, Table, text_table
 from compose.terminal.doctor import Finding
 from compose.terminal.shown import shown
+from compose.terminal.stages import first_sentence
 from compose.terminal.table import rich_table
 from compose.units import printable
 
@@ -52,7 +53,7 @@ def default_matrix_text(pipeline: Pipeline) -> str:
     for axis, chains in DEFAULT_MATRIX.axes.items():
         for name in chain.from_iterable(chains):
             stage = pipeline.stages[name]
-            summary = " ".join((stage.__doc__ or "").split(".")[0].split())
+            summary = first_sentence(stage.__doc__).removesuffix(".")
             lines.append(f"  {axis:<10}{name}: {_stage_text(stage)}  # {summary}")
     return "\n".join(lines)
 

@@ -205,7 +205,7 @@ def _tune(job: TuneJob, channel: Channel) -> dict[str, Any]:
 def _gguf(job: GgufJob, channel: Channel) -> dict[str, Any]:
     from compose.artifacts.gguf.write import write_gguf
 
-    return write_gguf(job.folder, job.file, job.kind)
+    return write_gguf(job.folder, job.file, job.kind, job.name)
 
 
 def _convert(job: ConvertJob, channel: Channel) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from compose.cli import _settings, app
+from compose.cli import ADVANCED, FIRST, OLD, app
 from compose.errors import StepError, UserError
 from compose.language.schema import Pipeline
 from compose.planning.planner import make_plan
@@ -21,7 +22,10 @@ from compose.planning.prepare import load_plan
 from compose.results.io import save_results
 from compose.results.schema import CellResult, Results
 from compose.store import write_json
+from compose.terminal.commands.group import options_of
+from compose.terminal.commands.pipelines import settings_of_run
 from compose.terminal.doctor import Finding
+from compose.terminal.renamed import RENAMED
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = """\
@@ -143,12 +147,17 @@ def test_a_model_in_place_of_a_file_is_answered_with_the_commands(
     }
     for model, (stem, kind) in models.items():
         new = f"'{stem[1:-1]}.yaml'" if stem.startswith("'") else f"{stem}.yaml"
+        to = f"'exports/{stem[1:-1]}'" if stem.startswith("'") else f"exports/{stem}"
         quoted = f"'{model}'" if " " in model else model
         for command in ("run", "plan", "validate", "search"):
             code, out, err = call(command, model)
             assert (code, out) == (2, "")
             assert f"{model} is {kind}, and `gateskip {command}` takes a pipeline file" in err
-            assert f"    gateskip new {new} --model {quoted}\n    gateskip run {new}\n" in err
+            assert f"    gateskip compress {quoted} --to {to}\n" in err
+            assert f"    gateskip new {new} --model {quoted}\n" in err
+    for words in (("pick", "owner/name"), ("export", "q.gguf", "--to", "x")):
+        code, _, err = call(*words)
+        assert code == 2 and f"and `gateskip {words[0]}` takes the folder of a run" in err
     code, _, err = call("smollm2-135m-instruct")
     assert code == 2 and "gateskip new smollm2-135m-instruct.yaml --model" in err
     (tmp_path / "smollm2-135m-instruct").write_text(GOOD)
@@ -164,6 +173,7 @@ def test_a_model_in_place_of_a_file_is_answered_with_the_commands(
         ("insi", "did you mean `gateskip insight`?"),
         ("help", "did you mean `gateskip --help`?"),
         ("compare", "did you mean `gateskip report`?"),
+        ("convert", "did you mean `gateskip export`?"),
         ("first.yaml", "gateskip run first.yaml"),
         ("xyzzy", "`gateskip --help` lists all commands"),
     ],
@@ -175,9 +185,10 @@ def test_an_unknown_command_is_answered_with_the_one_that_was_meant(typed: str, 
 
 
 def test_an_option_of_another_command_names_that_command(file: Path) -> None:
-    code, _, err = call("run", file, "--at-most-kl", "0.1")
-    assert code == 2
-    assert "It is an option of `gateskip search`" in " ".join(re.findall(r"[^\s│]+", err))
+    for typed in ("--minutes", "--budget-minutes"):
+        code, _, err = call("run", file, typed, "1")
+        assert code == 2
+        assert err.endswith("  fix: it is an option of `gateskip search`\n")
 
 
 def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
@@ -215,7 +226,7 @@ def test_the_schema_is_json_schema(file: Path) -> None:
 LIGHT = """
 import sys
 from typer.testing import CliRunner
-from compose.cli import _settings, app
+from compose.cli import app
 for arguments in {commands!r}:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, (arguments, done.output, done.exception)
@@ -273,19 +284,32 @@ def test_pick_finds_the_best_under_constraints(finished: Path) -> None:
         name: json.loads(call("pick", finished, "--json", *options)[1])["cell"]["name"]
         for name, options in {
             "fastest": (),
-            "good": ("--max-perplexity-ratio", "1.5", "--by-estimate"),
-            "small": ("--maximize", "size"),
-            "fits": ("--max-bytes", "0.3kB", "--maximize", "decode"),
+            "good": ("--at-most-perplexity-ratio", "1.5", "--by-estimate"),
+            "small": ("--minimize", "size"),
+            "fits": ("--at-most-mb", "0.0003", "--maximize", "decode"),
+            "just fits": ("--at-most-mb", "0.0004"),
         }.items()
     }
-    assert picked == {"fastest": "drop", "good": "nf4", "small": "nf4", "fits": "nf4"}
+    assert picked == {
+        **{"fastest": "drop", "good": "nf4", "small": "nf4", "fits": "nf4"},
+        "just fits": "drop",
+    }
+    old = {
+        "good": ("--max-perplexity-ratio", "1.5", "--by-estimate"),
+        "small": ("--maximize", "size"),
+        "fits": ("--max-bytes=0.3kB", "--maximize", "decode"),
+        "just fits": ("--max-bytes", "400"),
+    }
+    for name, options in old.items():
+        _, out, _ = call("pick", finished, "--json", *options)
+        assert json.loads(out)["cell"]["name"] == picked[name], "an old spelling"
     code, out, _ = call("pick", finished)
     assert code == 0
     assert "drop" in out
 
 
 def test_a_bound_of_quality_without_evidence_is_refused(finished: Path) -> None:
-    code, _, err = call("pick", finished, "--max-perplexity-ratio", "1.5")
+    code, _, err = call("pick", finished, "--at-most-perplexity-ratio", "1.5")
     assert code == 2
     assert "no evidence for perplexity ratio (at most) <= 1.500" in err
     assert "--by-estimate" in err
@@ -295,11 +319,20 @@ def test_pick_names_the_constraint_that_left_nothing(finished: Path) -> None:
     code, _, err = call("pick", finished, "--max-bytes", "5")
     assert code == 2
     assert "nf4" in err
+    assert "loosen --at-most-mb" in err
     assert "Traceback" not in err
-    for wrong in (("--max-bytes", "much"), ("--maximize", "sped")):
+    for wrong in (
+        ("--max-bytes", "much"),
+        ("--maximize", "sped"),
+        ("--minimize", "decode"),
+    ):
         code, _, err = call("pick", finished, *wrong)
         assert code == 2
         assert wrong[1] in err
+    code, _, err = call("pick", finished, "--at-most-mb", "much")
+    assert code == 2 and "'--at-most-mb'" in err and "valid number" in err
+    code, _, err = call("pick", finished, "--maximize", "decode", "--minimize", "size")
+    assert code == 2 and "two aims" in err
 
 
 def test_a_report_is_drawn_again(finished: Path) -> None:
@@ -365,6 +398,100 @@ def test_exports_that_cannot_be_made_are_refused(finished: Path, tmp_path: Path)
     assert "no longer in the store" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--format", "onnx"], "there is no format 'onnx'"),
+        (["--format", "ggfu"], "did you mean 'gguf'?"),
+        (["--type", "q8_0"], "--type is an option of GGUF files"),
+        (["--format", "gguf", "--verify"], "--verify is an option of hf folders"),
+        (["--format", "gguf", "--cell", "gptq"], "no compiler"),
+        (["--format", "compressed-tensors", "--cell", "dense"], "no longer in the store"),
+    ],
+)
+def test_formats_that_cannot_be_written_are_refused(
+    finished: Path, tmp_path: Path, words: list[str], message: str
+) -> None:
+    code, _, err = call("export", finished, "--to", tmp_path / "x", *words)
+    assert code == 2 and message in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_model_folder_has_no_cells_and_is_in_the_format_of_transformers(
+    make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_tiny("llama")
+    code, _, err = call("export", folder, "--to", tmp_path / "x")
+    assert code == 2 and "is a model folder already" in err and "--format gguf" in err
+    for words in (["--cell", "int4"], ["--at-most-mb", "5"], ["--no-require-lossless"]):
+        code, _, err = call("export", folder, "--to", tmp_path / "x", "--format", "gguf", *words)
+        assert code == 2 and "has no cells to pick from" in err
+    assert not (tmp_path / "x").exists()
+
+
+def _stored(finished: Path, cell: str, folder: Path, decode: dict[str, str]) -> None:
+    """Put a model folder into the store as the weights of a cell of the run."""
+    key = "0123456789abcdef"
+    row = {"name": cell, "weights": key, "decode": decode}
+    write_json(finished / "plan.json", {"cells": [row]})
+    entry = finished.parent / "store" / key
+    shutil.copytree(folder, entry / "model")
+    files = {f"model/{file.name}": file.stat().st_size for file in (entry / "model").iterdir()}
+    write_json(entry / "manifest.json", {"key": key, "files": files})
+
+
+@pytest.mark.slow
+def test_a_cell_and_a_folder_become_the_same_gguf_file(
+    finished: Path, make_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "nf4"
+    shutil.copytree(make_tiny("llama"), folder)
+    _stored(finished, "nf4", folder, {"use": "speculate"})
+    words = ["--format", "gguf", "--type", "q8_0", "--to", tmp_path / "out"]
+    code, out, err = call("export", finished, "--cell", "nf4", *words)
+    assert code == 0, err
+    assert out.startswith(f"{tmp_path / 'out' / 'nf4.gguf'}: ") and "loads back" in out
+    assert out.endswith("the weights alone: nf4 decodes by speculate in gateskip\n")
+    words[-1] = tmp_path / "b.gguf"
+    code, out, err = call("export", folder, *words)
+    assert code == 0 and "the weights alone" not in out, err
+    code, _, err = call("gguf", folder, "--to", tmp_path / "c.gguf", "--type", "q8_0")
+    assert code == 0, err
+    first, *others = [tmp_path / name for name in ("out/nf4.gguf", "b.gguf", "c.gguf")]
+    assert all(other.read_bytes() == first.read_bytes() for other in others), "name included"
+
+
+# --- Silence -------------------------------------------------------------------------------------
+
+
+def silent(*arguments: str | Path) -> str:
+    """What a program prints on stdout; the test fails where it prints on stderr."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_importing_prints_nothing() -> None:
+    assert silent("-c", "import gateskip") == ""
+    whole = "import gateskip; gateskip.load; import gateskip.quantization.hf_quantizer"
+    assert silent("-c", whole) == "", "with all that transformers imports"
+
+
+def test_a_command_prints_nothing_of_other_libraries(file: Path) -> None:
+    assert "valid" in silent("-m", "compose", "validate", file)
+
+
+@pytest.mark.slow
+def test_an_answer_comes_without_notices_of_libraries(make_tiny: Callable[..., Path]) -> None:
+    silent("-m", "compose", "generate", make_tiny("llama"), "Hi", "--max-new-tokens", "2")
+
+
 # --- The rest -----------------------------------------------------------------------------------
 
 
@@ -412,9 +539,41 @@ def test_no_traceback_without_debug(
     assert code == 1 and "Traceback" in err and words in err
 
 
-def test_a_misspelt_option_is_clicks_own_message(file: Path) -> None:
-    code, _, err = call("run", file, "--agian")
-    assert code == 2 and "No such option" in err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["run", "FILE", "--agian"],
+            "gateskip run: No such option: --agian\n  fix: did you mean --again?",
+        ),
+        (
+            ["run", "FILE", "--minutez", "5"],
+            "gateskip run: No such option: --minutez\n"
+            "  fix: did you mean `gateskip search --minutes`?",
+        ),
+        (
+            ["run", "FILE", "--xyzzy"],
+            "gateskip run: No such option: --xyzzy\n"
+            "  fix: `gateskip run --help` explains its arguments",
+        ),
+        (["--verson"], "gateskip: No such option: --verson\n  fix: did you mean --version?"),
+        (
+            ["cache", "prune", "--dry"],
+            "gateskip cache prune: No such option: --dry\n  fix: did you mean --dry-run?",
+        ),
+        (
+            ["export", "FILE"],
+            "gateskip export: Missing option '--to'.\n"
+            "  fix: `gateskip export --help` explains its arguments",
+        ),
+    ],
+)
+def test_wrong_arguments_are_one_message_with_its_fix(
+    file: Path, words: list[str], message: str
+) -> None:
+    code, out, err = call(*(str(file) if word == "FILE" else word for word in words))
+    assert (code, out) == (2, "")
+    assert err == f"error: {message}\n"
 
 
 def test_a_result_names_no_folder_of_the_machine(
@@ -422,7 +581,9 @@ def test_a_result_names_no_folder_of_the_machine(
 ) -> None:
     words = ["gateskip", "run", "pipelines/a.yaml", "--out", str(tmp_path / "runs")]
     monkeypatch.setattr("sys.argv", words)
-    assert _settings(tmp_path, again=False).command == "gateskip run pipelines/a.yaml --out runs"
+    assert (
+        settings_of_run(tmp_path, again=False).command == "gateskip run pipelines/a.yaml --out runs"
+    )
 
 
 def test_an_unknown_executor_or_cell_is_the_users_mistake(file: Path, tmp_path: Path) -> None:
@@ -477,13 +638,20 @@ def test_the_options_of_every_command_are_frozen() -> None:
         for name, sub in command.commands.items()  # type: ignore[attr-defined]
     }
     wanted = [
-        *("--max-bytes", "--max-kl", "--max-perplexity-ratio", "--max-resident"),
-        *("--by-estimate", "--maximize", "--min-retained", "--require-lossless"),
+        *("--at-most-mb", "--at-most-kl", "--at-most-perplexity-ratio", "--at-most-memory-mb"),
+        *("--by-estimate", "--maximize", "--min-retained", "--minimize", "--require-lossless"),
     ]
     drawn = ["--temperature", "--top-k", "--top-p", "--seed", "--stop"]
     spoken = [*drawn[:-1], "--budget", "--max-new-tokens", "--speculate"]
     asked = ["--keep-blocks", "--stats", "folder", "prompt"]
     assert options == {
+        "compress": sorted(
+            [
+                *("--at-most-kl", "--at-most-mb", "--best", "--bits", "--compressed-tensors"),
+                *("--drafts", "--gguf", "--out", "--quick", "--quiet", "--to", "--workers"),
+                "model",
+            ]
+        ),
         "new": ["--model", "file"],
         "validate": ["file"],
         "plan": ["--estimate", "--json", "--out", "file"],
@@ -501,13 +669,14 @@ def test_the_options_of_every_command_are_frozen() -> None:
             *("--tensorboard", "--workers", "file"),
         ],
         "search": [
-            *("--at-most-kl", "--at-most-mb", "--at-most-perplexity-ratio", "--budget-minutes"),
+            *("--at-most-kl", "--at-most-mb", "--at-most-perplexity-ratio"),
             *("--executor", "--json-lines", "--maximize", "--min-retained", "--minimize"),
+            "--minutes",
             *("--out", "--quiet", "--workers", "file"),
         ],
         "report": ["--fail-on-regression", "run_dirs"],
         "pick": sorted([*wanted, "--json", "run_dir"]),
-        "export": sorted([*wanted, "--cell", "--to", "--verify", "run_dir"]),
+        "export": sorted([*wanted, "--cell", "--format", "--to", "--type", "--verify", "source"]),
         "gguf": ["--to", "--type", "folder"],
         "compressed-tensors": ["--to", "folder"],
         "chat": sorted([*spoken, "--keep-blocks", "folder"]),
@@ -516,13 +685,13 @@ def test_the_options_of_every_command_are_frozen() -> None:
             *(
                 "--against",
                 "--batch",
-                "--context",
                 "--json-lines",
                 "--keep-blocks",
                 "--limit",
             ),
             "--min-seconds",
-            *("--name", "--new-tokens", "--one-process", "--out", "--prompts", "--quality"),
+            *("--name", "--new-tokens", "--one-process", "--out", "--prompt-tokens"),
+            *("--prompts", "--quality"),
             "--questions",
             *("--quiet", "--repeats"),
             *("--system", "--task", "--temperature", "--text", "--threads", "--tokens"),
@@ -537,7 +706,7 @@ def test_the_options_of_every_command_are_frozen() -> None:
         "insight": ["--budget", "--html", "--json", "--text", "folder"],
         "cache": [],
         "doctor": [],
-        "stages": [],
+        "stages": ["--rules", "name"],
         "schema": [],
     }
     assert {
@@ -546,8 +715,113 @@ def test_the_options_of_every_command_are_frozen() -> None:
     } == {"list": ["--json", "--out"], "prune": ["--dry-run", "--out"], "verify": ["--out"]}
     assert sorted(option for each in command.params for option in each.opts) == [
         "--debug",
+        "--install-completion",
+        "--show-completion",
         "--version",
     ]
+
+
+def test_old_spellings_stand_for_options_that_exist() -> None:
+    import typer.main
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    options = {name: options_of(command) for name, command in commands.items()}
+    new = {option for option, _ in RENAMED.values()}
+    assert new <= {option for takes in options.values() for option in takes}
+    assert not any(old in takes for old in RENAMED for takes in options.values())
+    assert RENAMED["--context"][0] in options["bench"]
+    assert RENAMED["--budget-minutes"][0] in options["search"]
+
+
+def helps() -> dict[str, str]:
+    """What `--help` prints, of the program and of every command."""
+    listed = [[], *([name] for name in {**FIRST, **ADVANCED, **OLD}), ["cache"]]
+    listed += [["cache", name] for name in ("list", "prune", "verify")]
+    return {" ".join(words): call(*words, "--help")[1] for words in listed}
+
+
+def test_help_names_values_by_nouns_and_flags_without_a_type(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 200)
+    for name, text in helps().items():
+        types = re.findall(r"<[A-Za-z][\w\[\] ]*>|BOOLEAN|INTEGER|FLOAT", text)
+        assert not types, (name, types)
+        for line in text.splitlines():
+            if re.match(r"│ \*? *--", line):  # an option: it ends its one sentence
+                assert re.search(r"\w", line.partition("  ")[2]), (name, line)
+
+
+def test_help_lists_the_first_commands_and_the_others_below(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 200)
+    _, out, _ = call("--help")
+    first, _, advanced = out.partition("Commands ─")[2].partition("Advanced ─")
+    assert re.findall(r"^│ ([\w-]+)", first, re.MULTILINE) == list(FIRST)
+    assert re.findall(r"^│ ([\w-]+)", advanced, re.MULTILINE) == [*ADVANCED, "cache"]
+    for old in OLD:
+        assert call(old, "--help")[0] == 0
+
+
+def test_completion_offers_commands_options_and_words() -> None:
+    def completed(line: str, word: int) -> list[str]:
+        variables = {"_GATESKIP_COMPLETE": "complete_bash", "COMP_WORDS": line}
+        done = subprocess.run(
+            [sys.executable, "-c", "from compose.cli import app; app(prog_name='gateskip')"],
+            env={**os.environ, **variables, "COMP_CWORD": str(word), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.split()
+
+    assert "export" in completed("gateskip ex", 1)
+    assert "--minutes" in completed("gateskip search --mi", 2)
+    assert completed("gateskip export a --format g", 4) == ["gguf"]
+    assert completed("gateskip stages prune-w", 2) == ["prune-width"]
+
+
+# --- stages --------------------------------------------------------------------------------------
+
+
+def test_stages_are_listed_with_a_line_each() -> None:
+    from compose.stages.registry import STAGES
+
+    code, out, _ = call("stages")
+    lines = out.partition("\n\n")[0].splitlines()
+    assert code == 0
+    assert [line.split()[0] for line in lines] == list(STAGES)
+    assert all(len(line.split()) > 2 for line in lines)
+
+
+def test_a_stage_is_explained_by_its_schema() -> None:
+    code, out, _ = call("stages", "int4")
+    assert code == 0
+    assert "  group_size: 32, 64 or 128, default 32\n      Weights that share a scale" in out
+    assert "  embedding: 4, 6 or 8, or null, default 8\n" in out
+    assert "  allocate.among: list of 2, 3, 4 or 8, default [2, 3, 4, 8]\n" in out
+    assert "  ratio: number, above 0, below 1, required\n" in call("stages", "prune-width")[1]
+    assert "  train.steps: integer, at least 0" in call("stages", "gate")[1]
+    code, _, err = call("stages", "int5")
+    assert code == 2 and "did you mean 'int" in err
+
+
+def test_every_stage_is_explained_in_full() -> None:
+    from compose.stages.registry import STAGES
+
+    for use, stage in STAGES.items():
+        _, out, _ = call("stages", use)
+        for name in set(stage.model_fields) - {"use"}:
+            told = rf"^  (\w+\.)?{name}: \S.*\n(    \S.*\n)*      \S"
+            assert re.search(told, out, re.MULTILINE), (use, name)
+        assert "any value" not in out, use
+
+
+def test_the_rules_of_composition_stay_reachable() -> None:
+    from compose.planning.composition import as_markdown
+
+    assert call("stages", "--rules")[1] == f"{as_markdown()}\n"
 
 
 def test_generate_refuses_what_is_no_model(tmp_path: Path) -> None:

@@ -48,15 +48,14 @@ def _ropes(config: dict[str, Any]) -> list[dict[str, Any]]:
     return by_kind or [stated]
 
 
-def add_metadata(writer: Any, folder: Path, config: dict[str, Any], file_type: str) -> None:
-    """Give a GGUFWriter the sizes of the model in `folder`."""
+def add_metadata(writer: Any, config: dict[str, Any], file_type: str) -> None:
+    """Give a GGUFWriter the sizes of a model."""
     import gguf
 
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     stated = config.get("rope_parameters") or {}
     rope = stated.get("full_attention", stated)
-    writer.add_name(folder.resolve().name)
     writer.add_file_type(getattr(gguf.LlamaFileType, file_type))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config["vocab_size"])

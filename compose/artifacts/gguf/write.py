@@ -49,10 +49,13 @@ SAME = 1e-3  # largest difference of two logits, over their range, for equal wei
 FLOATS = {"torch.float32": "f32", "torch.float16": "f16", "torch.bfloat16": "bf16"}
 
 
-def write_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, Any]:
+def write_gguf(
+    folder: Path, file: Path, kind: str | None, name: str | None = None
+) -> dict[str, Any]:
     """Write the model in `folder` to `file`, load it back, compare.
 
-    Without a `kind`, float weights are stored as f16, and integer grids as they are. Returns the
+    Without a `kind`, float weights are stored as f16, and integer grids as they are. `name` is the
+    model's name in the file, that of the folder by default. Returns the
     result of `check_gguf`, `bytes`, and the `kind` that most weights are stored in.
 
     Raises:
@@ -71,7 +74,7 @@ def write_gguf(folder: Path, file: Path, kind: str | None) -> dict[str, Any]:
         raise ArtifactError(f"there is no GGUF type {kind!r}: {suggest(kind or USUAL, KINDS)}")
     main = main_kind(config) if grids else kind or USUAL
     with new_file(file) as unfinished:
-        _write(folder, config, unfinished, main)
+        _write(folder, config, unfinished, main, name or folder.resolve().name)
         require_stated(folder, unfinished)
         differences = check_gguf(folder, unfinished, None if grids else main)
     return {**differences, "bytes": float(file.stat().st_size), "kind": main}
@@ -105,13 +108,14 @@ def refuse(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _write(folder: Path, config: dict[str, Any], file: Path, kind: str) -> None:
+def _write(folder: Path, config: dict[str, Any], file: Path, kind: str, title: str) -> None:
     from gguf import GGUFWriter
 
     layers = config["num_hidden_layers"]
     architecture = ARCHITECTURES[config["model_type"]]
     writer = GGUFWriter(file, architecture, use_temp_file=True)  # tensors need not fit in memory
-    add_metadata(writer, folder, config, KINDS[kind])
+    writer.add_name(title)
+    add_metadata(writer, config, KINDS[kind])
     add_tokenizer(writer, folder, config)
     for name, stored, data in _stored(folder, config, kind):
         data = paired(name, data, config) if architecture in PAIRED else data

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 from compose.run.runner import RunResult
-from compose.terminal.live.commands import message_and_code
+from compose.terminal.live.messages import message_and_code
 from compose.terminal.live.stopping import exit_code, resuming_command
 
 

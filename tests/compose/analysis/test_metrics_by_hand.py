@@ -209,7 +209,7 @@ class TestRatios:
 
 
 def bound(limit: float, at_least: bool, value: float | None) -> Constraint:
-    return Constraint("size", "--max-bytes", lambda cell: value, limit, at_least, "{:.1f}".format)
+    return Constraint("size", "--at-most-mb", lambda cell: value, limit, at_least, "{:.1f}".format)
 
 
 CELL = CellResult(name="x", chain=(), status="ok")
@@ -234,7 +234,7 @@ class TestConstraints:
         assert (own.required(), own.seen(CELL)) == ("size >= 4.0", "size 3.0")
         assert bound(4.0, False, None).required() == "size <= 4.0"
         assert bound(4.0, False, None).seen(CELL) == "size not measured"
-        assert own.remedy == "loosen --max-bytes"
+        assert own.remedy == "loosen --at-most-mb"
 
     @pytest.mark.parametrize(
         ("more", "missing", "words"),
@@ -271,7 +271,9 @@ class TestPick:
             "no cell meets disk <= 200 B and memory <= 500 B (3 were measured); "
             "the nearest is 'small': disk 300 B, memory 600 B, not lossless"
         ), message
-        assert "loosen --max-bytes, loosen --max-resident, pass --no-require-lossless" in message
+        assert (
+            "loosen --at-most-mb, loosen --at-most-memory-mb, pass --no-require-lossless" in message
+        )
         with pytest.raises(UserError) as caught:
             pick(results, max_bytes=300)
         assert str(caught.value).startswith(
@@ -424,12 +426,12 @@ class TestBoundsInWords:
             (
                 {"max_perplexity_ratio": 0.5},
                 "perplexity ratio (at most) <= 0.500",
-                "--max-perplexity-ratio",
+                "--at-most-perplexity-ratio",
             ),
             (
                 {"max_perplexity_ratio": 0.5, "by_estimate": True},
                 "perplexity ratio <= 0.500",
-                "--max-perplexity-ratio",
+                "--at-most-perplexity-ratio",
             ),
         ):
             message = self.bound(**limits)

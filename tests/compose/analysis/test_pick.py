@@ -60,10 +60,19 @@ def results() -> Results:
         ({"maximize": "size", "require_lossless": False}, "gates+gptq4+spec"),
         ({"maximize": "perplexity"}, "gates+spec"),
         ({"maximize": "retained", "max_bytes": 200e6}, "nf4"),
+        ({"minimize": "size", "require_lossless": False}, "gates+gptq4+spec"),
+        ({"minimize": "perplexity"}, "gates+spec"),
     ],
 )
 def test_picks(results: Results, options: dict[str, Any], winner: str) -> None:
     assert pick(results, **options).name == winner
+
+
+def test_one_aim_is_named_and_less_of_a_speed_is_none(results: Results) -> None:
+    with pytest.raises(UserError, match="two aims are given"):
+        pick(results, maximize="decode", minimize="size")
+    with pytest.raises(UserError, match="cannot minimize 'decode'"):
+        pick(results, minimize="decode")
 
 
 def test_the_dense_model_may_win(results: Results) -> None:
@@ -77,7 +86,7 @@ def test_a_constraint_that_nothing_meets_is_named(results: Results) -> None:
     text = str(caught.value)
     assert "no cell meets disk <= 50.0 MB (6 were measured)" in text
     assert "the nearest is 'nf4': disk 110.0 MB" in text
-    assert "loosen --max-bytes" in text
+    assert "loosen --at-most-mb" in text
     assert caught.value.exit_code == 2
 
 

@@ -112,7 +112,7 @@ def test_what_cannot_be_compared_is_refused(tiny_llama: Path, tmp_path: Path) ->
     [
         ("a/b", {}, "--name: 'a/b' is not a name"),
         ("b", {"speed": {"batch_sizes": [1, 1]}}, "--batch: 1 is listed twice"),
-        ("b", {"speed": {"contexts": [64, 64]}}, "--context: 64 is listed twice"),
+        ("b", {"speed": {"contexts": [64, 64]}}, "--prompt-tokens: 64 is listed twice"),
         ("b", {"quality": {"tasks": ["piqa", "piqa"]}}, "--task: 'piqa' is listed twice"),
     ],
 )
@@ -263,7 +263,7 @@ def test_the_command_measures_all_in_one_table(
     arguments = ["bench", folder, "--system", "plain", "--system", "draft:1+4"]
     arguments += ["--system", "gathered:plain", "--system", "skip:0.8", "--against", "transformers"]
     arguments += ["--quality", "--text", "heldout-text", "--tokens", 512, "--questions", 2]
-    arguments += ["--context", 16, "--context", 32, "--batch", 1, "--batch", 2]
+    arguments += ["--prompt-tokens", 16, "--context", 32, "--batch", 1, "--batch", 2]
     arguments += ["--new-tokens", 8, "--repeats", 2, "--min-seconds", 0, "--threads", 1]
     arguments += ["--out", tmp_path, "--name", "small"]
     done = CliRunner().invoke(app, list(map(str, arguments)))
@@ -302,7 +302,7 @@ def test_folders_take_turns_in_one_process_and_sample(
 
     folder = make_tiny("llama", max_position_embeddings=1024)
     arguments = ["bench", folder, "--system", "plain", "--system", "draft:1+4", "--one-process"]
-    arguments += ["--temperature", 0.7, "--top-p", 0.9, "--context", 16, "--new-tokens", 8]
+    arguments += ["--temperature", 0.7, "--top-p", 0.9, "--prompt-tokens", 16, "--new-tokens", 8]
     arguments += ["--repeats", 3, "--min-seconds", 0.1, "--threads", 1, "--out", tmp_path]
     done = CliRunner().invoke(app, list(map(str, [*arguments, "--name", "small"])))
     assert done.exit_code == 0, done.output

@@ -20,7 +20,7 @@ from compose.run.costs import (
     step_costs,
     step_passes,
 )
-from compose.run.estimate import estimate, folder_size, seconds_of, speed_seconds
+from compose.run.estimate import Estimates, estimate, folder_size, seconds_of, speed_seconds
 from compose.stages.registry import STAGES, DataSpec, ModelShape
 from compose.store import Store, write_json
 
@@ -145,13 +145,17 @@ def test_what_is_stored_is_measured_what_is_like_it_is_scaled_the_rest_is_unknow
     assert "drop" in found.unknown and "dense" in found.unknown
     assert found.speed_seconds == speed_seconds(made) == 3 * 2 * 3 * 2.0
     told = found.to_json()
-    assert told["seconds"] == pytest.approx(2.0 + 10.0 * ratio + 36.0, abs=0.1)
+    assert told["seconds"] is None, "drop has no record"
+    assert told["known_seconds"] == pytest.approx(2.0 + 10.0 * ratio + 36.0, abs=0.1)
+    whole = Estimates((by_name["source"], scaled), (), found.speed_seconds)
+    assert whole.to_json()["seconds"] == told["known_seconds"]
 
 
 def test_without_a_shape_nothing_is_made_up(tmp_path: Path) -> None:
     found = estimate(plan(), RunFolder.of(plan(), tmp_path), None)
     assert all(each.seconds is None and each.disk_bytes is None for each in found.steps)
-    assert found.seconds == found.speed_seconds
+    assert found.known_seconds == found.speed_seconds
+    assert found.seconds is found.peak_bytes is found.disk_bytes is found.scratch_bytes is None
 
 
 def test_packed_folders_are_smaller() -> None:
@@ -175,7 +179,7 @@ def test_the_page_has_the_numbers_of_now() -> None:
 def test_the_command_shows_a_table_and_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from compose.cli import plan as command
+    from compose.terminal.commands.pipelines import plan as command
 
     file = tmp_path / "a.yaml"
     file.write_text(
@@ -188,4 +192,7 @@ def test_the_command_shows_a_table_and_json(
     assert told["without_seconds"] == ["source", "small", "dense", "p"]
     assert told["disk_bytes"] > 4 * 134_000_000
     command(file, tmp_path, as_json=False, estimate=True)
-    assert "no time is known" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "time: unknown for all steps and cells" in out
+    assert "no record of the time of: source, small, dense, p" in out
+    assert out.count("unknown") == 5, "one in each row, and the total"

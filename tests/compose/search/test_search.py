@@ -297,6 +297,12 @@ def test_a_target_has_bounds_and_one_aim(options: Answer, message: str) -> None:
         make_target(**options)
 
 
+def test_the_old_name_of_size_is_the_same_target() -> None:
+    target = make_target(at_most_kl=0.1, minimize="size_mb")
+    assert target == make_target(at_most_kl=0.1, minimize="size")
+    assert (target.metric, target.to_json()["aim"]) == ("size", "size")
+
+
 def test_what_reaches_the_bound_is_never_dropped_for_it() -> None:
     target = decode_within(0.05)
     probes = [
@@ -814,7 +820,7 @@ def test_a_tiny_model_is_searched(
     text = file.read_text().replace(section, matrix)
     whole.write_text(text.replace("name: tiny", "name: whole"))
     assert call("run", whole, "--out", runs).exit_code == 0
-    options = ["--max-bytes", "0.6MB", "--maximize", "kl", "--json"]
+    options = ["--at-most-mb", "0.6", "--minimize", "kl", "--json"]
     best = json.loads(call("pick", runs / "whole", *options).stdout)
     assert told["winner"] == best["cell"]["name"]
     found = next(each for each in told["front"] if each["cell"] == told["winner"])

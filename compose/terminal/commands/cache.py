@@ -1,4 +1,4 @@
-"""`gateskip cache`: what the store of runs holds, whether it is whole, and what may go."""
+"""`gateskip cache`: the model folders that runs have stored: list, prune, verify."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from rich.console import Console
 from compose.numbers import bytes_text
 from compose.outputs import stored
 from compose.table import Entry, text_table
+from compose.terminal.commands.group import Command, Group
+from compose.terminal.commands.options import AsJson, Out
 from compose.terminal.shown import shown
 from compose.terminal.table import rich_table
 
-cache = typer.Typer(help="Look after the stored model folders of runs.", no_args_is_help=True)
+cache = typer.Typer(
+    cls=Group, help="List, check and remove the stored model folders of runs.", no_args_is_help=True
+)
 
-Out = Annotated[Path, typer.Option(help="Where runs and model folders are kept.")]
 
-
-@cache.command("list")
-def list_entries(
-    out: Out = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Show every stored step: its stages, size, and the runs that name it."""
+@cache.command("list", cls=Command)
+def list_entries(out: Out = Path("runs"), as_json: AsJson = False) -> None:
+    """Show every stored step: its stages, its size, and the runs that use it."""
     entries = stored.entries(out)
     if as_json:
         typer.echo(json.dumps([asdict(entry) for entry in entries], indent=1))
@@ -43,14 +42,14 @@ def list_entries(
     console.print(f"{len(entries)} steps, {bytes_text(total)} in {where}", highlight=False)
 
 
-@cache.command()
+@cache.command(cls=Command)
 def prune(
     out: Out = Path("runs"),
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show what would be removed.")
+        bool, typer.Option("--dry-run", help="Show the steps that would be removed, and keep them.")
     ] = False,
 ) -> None:
-    """Remove the steps that no run in the folder names, and scratch of unfinished ones."""
+    """Remove the steps that no run in the folder uses, and files of unfinished steps."""
     freed = 0
     for entry in stored.prunable(out):
         if not dry_run and not stored.remove(out, entry):
@@ -62,9 +61,9 @@ def prune(
     typer.echo(f"{bytes_text(freed)} {done} freed")
 
 
-@cache.command()
+@cache.command(cls=Command)
 def verify(out: Out = Path("runs")) -> None:
-    """Read every stored file again and compare it with its hash; exit with 1 where one differs."""
+    """Compare every stored file with its hash; exit with 1 where one differs."""
     console, worst = Console(), 0
     for entry, damage in stored.damaged(out):
         if damage is not None:

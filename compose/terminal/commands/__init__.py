@@ -1,0 +1,1 @@
+"""The commands: each reads arguments, calls one function and shows the result."""

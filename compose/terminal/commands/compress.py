@@ -1,0 +1,66 @@
+"""The command `compress`: one model, made smaller and faster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compose.terminal.commands.options import AtMostKl, AtMostMb, Out, Quiet, Workers
+from compose.terminal.commands.pipelines import settings_of_run
+
+
+def compress(
+    model: Annotated[
+        str, typer.Argument(help="An alias, a hub id, a folder or a GGUF file.", metavar="MODEL")
+    ],
+    to: Annotated[Path, typer.Option(help="The folder to export to.", metavar="DIR")],
+    bits: Annotated[
+        int | None,
+        typer.Option(metavar="BITS", help="Bits of a weight: 8, 4 or 3. By default 8 and 4."),
+    ] = None,
+    at_most_mb: AtMostMb = None,
+    at_most_kl: AtMostKl = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Round without text: faster, and more is lost.")
+    ] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Train the rounded weights: slower, and less is lost.")
+    ] = False,
+    drafts: Annotated[
+        bool, typer.Option(help="Try decoding with drafts, which never change a token.")
+    ] = True,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Also write DIR.gguf, for llama.cpp.")
+    ] = False,
+    compressed_tensors: Annotated[
+        bool,
+        typer.Option(
+            "--compressed-tensors", help="Also write DIR-compressed-tensors, a folder for vLLM."
+        ),
+    ] = False,
+    out: Out = Path("runs"),
+    workers: Workers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make a model smaller and faster, and show what it cost.
+
+    Without a bound the fastest variant is exported of which no loss of quality is shown.
+    """
+    from compose.recipes.compress import source_of
+    from compose.recipes.recipe import Request, effort_of
+    from compose.terminal.compress import compress_shown
+
+    request = Request(
+        model=source_of(model),
+        to=to,
+        bits=bits,
+        at_most_mb=at_most_mb,
+        at_most_kl=at_most_kl,
+        effort=effort_of(quick=quick, best=best),
+        drafts=drafts,
+        gguf=gguf,
+        compressed_tensors=compressed_tensors,
+    )
+    compress_shown(request, settings_of_run(out, again=False), workers, quiet=quiet)

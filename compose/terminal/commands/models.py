@@ -1,0 +1,162 @@
+"""The commands on a model folder: `chat`, `generate`, `insight`, `tune-draft`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from compose.terminal.commands.options import (
+    AsJson,
+    Budget,
+    KeepBlocks,
+    MaxNewTokens,
+    ModelFolder,
+    Quiet,
+    Seed,
+    Speculate,
+    Temperature,
+    TopK,
+    TopP,
+)
+
+
+def chat(
+    folder: ModelFolder,
+    max_new_tokens: MaxNewTokens = 1024,
+    budget: Budget = None,
+    speculate: Speculate = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    keep_blocks: KeepBlocks = False,
+) -> None:
+    """Chat with a model in the terminal."""
+    from compose.assets import default_cache
+    from compose.contract import ChatJob
+    from compose.processes.source_folder import as_folders
+    from compose.terminal.chat import chat as chat_with
+
+    (folder,) = as_folders([folder], default_cache(), keep_blocks=keep_blocks)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    chat_with(ChatJob(folder, max_new_tokens, budget, speculate, sampling, seed))
+
+
+def generate(
+    folder: ModelFolder,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question or task.")],
+    max_new_tokens: MaxNewTokens = 128,
+    budget: Budget = None,
+    speculate: Speculate = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End the answer at this text.")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Also print speed and counts.")] = False,
+    keep_blocks: KeepBlocks = False,
+) -> None:
+    """Answer one prompt with a model."""
+    from compose.assets import default_cache
+    from compose.contract import AnswerJob
+    from compose.processes.source_folder import as_folders
+    from compose.processes.worker_process import ask_once
+    from compose.terminal.chat import show_text
+    from compose.terminal.show import stats_text
+
+    (folder,) = as_folders([folder], default_cache(), keep_blocks=keep_blocks)
+    streams = sys.stdout.isatty()
+    answer = ask_once(
+        AnswerJob(
+            folder=folder,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            budget=budget,
+            speculate=speculate,
+            sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+            seed=seed,
+            stop=tuple(stop or ()),
+        ),
+        show_text if streams else None,
+    )
+    typer.echo("" if streams else answer["text"])
+    if stats:
+        typer.echo(stats_text(answer), err=True)
+
+
+def insight(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model folder with gates.")],
+    text: Annotated[
+        str, typer.Option(metavar="TEXT", help="The text to show; @FILE reads it from a file.")
+    ],
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            min=0.0,
+            max=1.0,
+            help="Compute this share of the branches and skip the rest; 0.8 by default.",
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the colours as a page.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Colour the tokens of a text by the share of compute that each gets."""
+    from compose.contract import InsightJob
+    from compose.processes.worker_process import ask_once
+    from compose.store import require_writable, write_text
+    from compose.terminal.show import print_insight, read_text
+    from reports.insight import to_html
+
+    if html is not None:
+        require_writable(html)
+    shares = ask_once(InsightJob(folder, read_text(text), budget))
+    if html is not None:
+        write_text(html, to_html(shares, folder.name))
+    if as_json:
+        typer.echo(json.dumps(shares))
+    else:
+        print_insight(Console(), shares)
+
+
+def tune_draft(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A model folder, such as an export.")
+    ],
+    prompts: Annotated[
+        str,
+        typer.Option(metavar="PROMPTS", help="Prompts like yours: an alias, or a JSON Lines file."),
+    ] = "prompts",
+    limit: Annotated[
+        int | None, typer.Option(metavar="COUNT", min=1, help="Prompts of each category.")
+    ] = 1,
+    new_tokens: Annotated[
+        int, typer.Option(metavar="COUNT", min=2, help="Tokens that are decoded after a prompt.")
+    ] = 64,
+    repeats: Annotated[
+        int, typer.Option(metavar="COUNT", min=1, help="Rounds of the final comparison.")
+    ] = 5,
+    write: Annotated[
+        bool,
+        typer.Option(help="Store the best draft in the folder; on by default.", show_default=False),
+    ] = True,
+    quiet: Quiet = False,
+) -> None:
+    """Find the draft that decodes a folder fastest, and make it the folder's default."""
+    from compose.contract import TuneJob
+    from compose.terminal.live.progress import ask_shown
+    from compose.terminal.show import print_tuned
+
+    job = TuneJob(folder, prompts, limit, new_tokens, repeats, write)
+    tuned = ask_shown(job, f"tune-draft {folder}", quiet=quiet)
+    print_tuned(Console(), tuned)
+    typer.echo(json.dumps(tuned))

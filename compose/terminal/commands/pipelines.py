@@ -1,0 +1,231 @@
+"""The commands on a pipeline file: `new`, `validate`, `plan`, `run`, `search`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from compose.terminal.commands.options import (
+    AsEvents,
+    AsJson,
+    AtMostKl,
+    AtMostMb,
+    AtMostPerplexityRatio,
+    ExecutorName,
+    MinRetained,
+    Out,
+    PipelineFile,
+    Quiet,
+    Workers,
+    words,
+)
+
+if TYPE_CHECKING:
+    from compose.run.state import Settings
+
+
+def new(
+    file: Annotated[Path, typer.Argument(help="The file to write.", metavar="FILE")],
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="An alias, a hub id, a folder or a GGUF file.")
+    ],
+) -> None:
+    """Write a pipeline file for a model, with a comment on each line."""
+    from compose.planning.new_file import write_new_file
+
+    write_new_file(file, model)
+    word = shlex.quote(str(file))
+    typer.echo(f"{file} is written. Next:\n  gateskip plan {word}\n  gateskip run {word}")
+
+
+def validate(file: PipelineFile) -> None:
+    """Check a pipeline file and show the first mistake with its line."""
+    from compose.assets import default_cache
+    from compose.planning.prepare import load_plan
+    from compose.terminal.show import default_matrix_text, plan_counts
+
+    planned = load_plan(file, default_cache())
+    typer.echo(f"{file}: valid: {plan_counts(planned)}")
+    if text := default_matrix_text(planned.pipeline):
+        typer.echo(text)
+
+
+def plan(
+    file: PipelineFile,
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate", help="Show time, memory and disk, estimated from records of this machine."
+        ),
+    ] = False,
+) -> None:
+    """Show the steps and cells of a pipeline file, and which of them are cached."""
+    from compose.assets import default_cache
+    from compose.outputs.run_folder import RunFolder
+    from compose.planning.prepare import load_plan, model_shape
+    from compose.terminal.show import plan_state, plan_tables
+
+    planned = load_plan(file, default_cache())
+    folder = RunFolder.of(planned, out)
+    if estimate:
+        from compose.run.estimate import estimate as estimate_of
+        from compose.terminal.estimate import estimate_tables
+
+        estimates = estimate_of(planned, folder, model_shape(planned.pipeline, default_cache()))
+        if as_json:
+            typer.echo(json.dumps(estimates.to_json(), indent=1))
+        else:
+            Console().print(estimate_tables(estimates))
+    elif as_json:
+        typer.echo(json.dumps(plan_state(planned, folder), indent=1))
+    else:
+        Console().print(plan_tables(planned, folder))
+
+
+def run(
+    file: PipelineFile,
+    out: Out = Path("runs"),
+    executor: ExecutorName = "local",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CELL", help="Measure this cell and the cells it is compared with."),
+    ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure every cell again; model folders stay.")
+    ] = False,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Try again what crashed, hung or hit a limit before."),
+    ] = False,
+    workers: Workers = None,
+    quiet: Quiet = False,
+    json_lines: AsEvents = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write training curves for TensorBoard.")
+    ] = False,
+    mirror: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Fetch finished steps from this URL, and send new ones to it."
+        ),
+    ] = None,
+) -> None:
+    """Make and measure every cell (a combination of stages) of a pipeline file."""
+    from compose.assets import default_cache
+    from compose.extras import require
+    from compose.mirror import Mirror
+    from compose.planning.prepare import load_plan
+    from compose.processes.executors import make_executor
+    from compose.terminal.live.run_shown import run_shown
+
+    planned = load_plan(file, default_cache())
+    require("report", *(["eval"] if planned.pipeline.benchmark.quality.tasks else []))
+    require(*(["tensorboard"] if tensorboard else []))
+    stages = {step.stage.use for step in planned.steps if step.stage is not None}
+    require(*(["autoround"] if "autoround" in stages else []))
+    settings = settings_of_run(
+        out, tuple(only or ()), again=again, tensorboard=tensorboard, retry_failed=retry_failed
+    )
+    if mirror is not None:
+        settings = replace(settings, mirror=Mirror.at(mirror))
+    where = make_executor(executor, planned.pipeline.benchmark.threads, workers)
+    result = run_shown(planned, settings, where, quiet=quiet, json_lines=json_lines)
+    raise typer.Exit(result.exit_code)
+
+
+def search(
+    file: PipelineFile,
+    at_most_kl: AtMostKl = None,
+    at_most_mb: AtMostMb = None,
+    at_most_perplexity_ratio: AtMostPerplexityRatio = None,
+    min_retained: MinRetained = None,
+    maximize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC",
+            help="Find the chain with the most of: decode or prefill.",
+            autocompletion=words("decode", "prefill"),
+        ),
+    ] = None,
+    minimize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC",
+            help="Find the chain with the least of: size, kl or perplexity.",
+            autocompletion=words("size", "kl", "perplexity"),
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", min=0, help="Propose chains for this long, then finish."),
+    ] = None,
+    out: Out = Path("runs"),
+    executor: ExecutorName = "local",
+    workers: Workers = None,
+    quiet: Quiet = False,
+    json_lines: AsEvents = False,
+) -> None:
+    """Find the chain of stages that is best in one metric within bounds (docs/search.md)."""
+    from compose.extras import require
+    from compose.language.parse import load_pipeline
+    from compose.processes.executors import make_executor
+    from compose.search.target import make_target
+    from compose.terminal.search import require_found, search_shown
+
+    target = make_target(
+        maximize=maximize,
+        minimize=minimize,
+        at_most_kl=at_most_kl,
+        at_most_perplexity_ratio=at_most_perplexity_ratio,
+        at_most_mb=at_most_mb,
+        min_retained=min_retained,
+    )
+    benchmark = load_pipeline(file).benchmark
+    require("report", *(["eval"] if benchmark.quality.tasks else []))
+    result = search_shown(
+        file,
+        target,
+        settings_of_run(out, again=False),
+        make_executor(executor, benchmark.threads, workers),
+        minutes=minutes,
+        quiet=quiet,
+        json_lines=json_lines,
+        echo=typer.echo,
+    )
+    require_found(result)
+
+
+def settings_of_run(
+    out: Path,
+    only: tuple[str, ...] = (),
+    *,
+    again: bool,
+    tensorboard: bool = False,
+    retry_failed: bool = False,
+) -> Settings:
+    """Settings of a run under this command line."""
+    from compose.assets import default_cache
+    from compose.run.state import Settings
+    from compose.terminal.reports import draw_report
+    from compose.units import public_path
+
+    command = shlex.join(["gateskip", *map(public_path, sys.argv[1:])])
+    return Settings(
+        out,
+        default_cache(),
+        command,
+        only,
+        again,
+        tensorboard,
+        retry_failed=retry_failed,
+        draw=draw_report,
+    )

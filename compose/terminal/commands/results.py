@@ -1,0 +1,152 @@
+"""The commands on a run's results: `report`, `pick`, `export`; and on a folder: its conversions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from compose.terminal.commands.options import AsJson, RunDir, no_model_name, words
+from compose.terminal.commands.pick_options import PickOptions, with_pick_options
+
+if TYPE_CHECKING:
+    from compose.results.schema import Results
+
+GgufType = Annotated[
+    str | None,
+    typer.Option(
+        "--type",
+        metavar="TYPE",
+        help="The type of floats in a GGUF file: f32, f16 (the default), bf16, q8_0, q4_1 or q4_0;"
+        " integers stay as they are.",
+        autocompletion=words("f32", "f16", "bf16", "q8_0", "q4_1", "q4_0"),
+    ),
+]
+
+
+def report(
+    run_dirs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN_DIR", help="The folder of a run; further runs are compared with the first."
+        ),
+    ],
+    fail_on_regression: Annotated[
+        bool,
+        typer.Option(
+            "--fail-on-regression", help="Exit with 1 where a number became worse beyond chance."
+        ),
+    ] = False,
+) -> None:
+    """Draw the report of a run again, or compare runs."""
+    from compose.terminal.reports import compare_and_tell, draw
+
+    for run_dir in run_dirs:
+        typer.echo(draw(run_dir))
+    worse = compare_and_tell(run_dirs, fail_on_regression=fail_on_regression, tell=typer.echo)
+    raise typer.Exit(worse and fail_on_regression)
+
+
+@with_pick_options
+def pick(run_dir: RunDir, *, options: PickOptions, as_json: AsJson = False) -> None:
+    """Show the best cell of a run within bounds."""
+    from compose.terminal.show import cell_json, cell_text
+
+    results = _results_of(run_dir)
+    cell = options.pick(results)
+    if as_json:
+        typer.echo(json.dumps(cell_json(results, cell), indent=1))
+    else:
+        Console().print(cell_text(results, cell))
+
+
+@with_pick_options
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            help="The folder of a run (runs/NAME), or a model folder.",
+            callback=no_model_name,
+        ),
+    ],
+    to: Annotated[
+        Path,
+        typer.Option(metavar="PATH", help="The folder to fill, or for gguf the file to write."),
+    ],
+    *,
+    output_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="hf (transformers), gguf (llama.cpp) or compressed-tensors (vLLM).",
+            autocompletion=words("hf", "gguf", "compressed-tensors"),
+        ),
+    ] = "hf",
+    kind: GgufType = None,
+    cell: Annotated[
+        str | None,
+        typer.Option(metavar="CELL", help="Export this cell; without it, the best one is picked."),
+    ] = None,
+    options: PickOptions,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Also compare 32 tokens of an hf folder with its source's."),
+    ] = False,
+) -> None:
+    """Write a cell of a run, or a model folder, for transformers, llama.cpp or vLLM."""
+    from compose.terminal.export import (
+        convert,
+        export_cell_as,
+        is_model,
+        place_of,
+        require_convertible,
+        require_format,
+    )
+
+    require_format(output_format, kind, verify=verify)
+    if is_model(source):
+        picks = cell is not None or options != PickOptions()
+        require_convertible(source, output_format, picks=picks)
+        place = place_of(to, output_format, source.absolute().name)
+        typer.echo(convert(source, place, output_format, kind))
+        return
+    name = cell or options.pick(_results_of(source)).name
+    typer.echo(export_cell_as(source, name, to, output_format, kind, verify=verify))
+
+
+def gguf(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model folder without gates.")],
+    to: Annotated[Path, typer.Option(metavar="FILE.gguf", help="The file to write.")],
+    kind: GgufType = None,
+) -> None:
+    """Do as `gateskip export FOLDER --format gguf` does."""
+    from compose.terminal.export import convert
+
+    typer.echo(convert(folder, to, "gguf", kind))
+
+
+def compressed_tensors(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A model folder packed by int4, int8, gptq or autoround."
+        ),
+    ],
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to make.")],
+) -> None:
+    """Do as `gateskip export FOLDER --format compressed-tensors` does."""
+    from compose.terminal.export import convert
+
+    typer.echo(convert(folder, to, "compressed-tensors", None))
+
+
+def _results_of(run_dir: Path) -> Results:
+    from compose.results.io import load_results
+    from compose.terminal.reports import folder_of_results
+
+    return load_results(folder_of_results(run_dir))
