@@ -31,7 +31,7 @@ def summary(report: Report) -> tuple[Card, ...]:
     rows = {row.cell.name: row for row in report.rows}
     by_answer: dict[tuple[str | None, str], list[Recommendation]] = {}
     for answer in recommendations(report.results):
-        same = (answer.cell and answer.cell.name, answer.because)
+        same = (None if answer.cell is None else answer.cell.name, answer.because)
         by_answer.setdefault(same, []).append(answer)
     return tuple(
         _card(answers, rows.get(answers[0].cell.name) if answers[0].cell else None)

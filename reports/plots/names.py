@@ -41,7 +41,7 @@ class Place(NamedTuple):
 class Name(NamedTuple):
     """A name to be placed: the index of its mark, and its width and height in pixels."""
 
-    index: int
+    mark: int
     width: float
     height: float
 
@@ -113,13 +113,13 @@ def best_places(
     """
 
     def crowd(name: Name) -> float:
-        mark = centres[name.index]
+        mark = centres[name.mark]
         return sum(1 / (1 + math.dist(mark, other)) for other in centres)
 
     orders = [
         sorted(names, key=lambda name: name.width),
         sorted(names, key=crowd, reverse=True),
-        sorted(names, key=lambda name: centres[name.index][0]),
+        sorted(names, key=lambda name: centres[name.mark][0]),
     ]
     chance = random.Random(0)  # the same orders each time, so the same picture
     orders += [chance.sample(names, len(names)) for _ in range(ORDERS)]
@@ -131,7 +131,7 @@ def best_places(
                 best = placed
             if len(best) == len(names):
                 return best
-            order = sorted(order, key=lambda name: name.index in placed)  # what was left out first
+            order = sorted(order, key=lambda name: name.mark in placed)  # what was left out first
     return best
 
 
@@ -144,18 +144,18 @@ def _placed(
     placed: dict[int, Place] = {}
     for places in (NEAR, FAR):
         for name in order:
-            if name.index in placed:
+            if name.mark in placed:
                 continue
-            others = [*marks[: name.index], *marks[name.index + 1 :], *taken]
+            others = [*marks[: name.mark], *marks[name.mark + 1 :], *taken]
             for place in places:
-                x, y = centres[name.index]
+                x, y = centres[name.mark]
                 box = _aligned(x + place.dx * pixels, y + place.dy * pixels, name, place)
                 line = _between((x, y), box, place) if place.leader else []
                 if not _is_within(box, limits) or not _is_clear([box, *line], others):
                     continue
-                if place.leader or _is_nearest(box, centres, name.index):
+                if place.leader or _is_nearest(box, centres, name.mark):
                     taken += [box, *line]
-                    placed[name.index] = place
+                    placed[name.mark] = place
                     break
     return placed
 
