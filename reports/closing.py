@@ -60,7 +60,7 @@ def next_commands(report: Report) -> tuple[tuple[str, str], ...]:
     names = [printable(answer.cell.name) for answer in answers if answer.cell is not None]
     name = quote(names[0]) if names else "NAME"
     return (
-        ("gateskip pick RUN --maximize size", "finds the smallest variant within your limits"),
+        ("gateskip pick RUN --minimize size", "finds the smallest variant within your limits"),
         (f"gateskip export RUN --cell {name} --to my-model", "writes a variant as a model folder"),
         (
             f"gateskip export RUN --cell {name} --format gguf --to my-model.gguf",

@@ -240,7 +240,7 @@ def _listed(facts: list[str]) -> str:
     for before, fact in pairwise(facts):
         clauses.append(fact.removeprefix("it ") if before.startswith("it ") else fact)
     *others, last = clauses
-    short = len(others) == 1 and not last.startswith("it")
+    short = len(others) == 1 and "," not in others[0] and not last.startswith("it")
     return f"{', '.join(others)}{' and ' if short else ', and '}{last}" if others else last
 
 

@@ -98,7 +98,9 @@ def side_by_side(spots: Sequence[Sequence[float]], apart: float = 14.0) -> list[
     shifts = [0.0] * len(spots)
     left = list(range(len(spots)))
     while left:
-        near = [i for i in left if math.dist(spots[i], spots[left[0]]) < apart]
+        near = [left[0]]
+        for at in near:  # grows: those near to one that is near are near, too
+            near += [i for i in left if i not in near and math.dist(spots[i], spots[at]) < apart]
         near.sort(key=lambda i: spots[i][0])
         middle = sum(spots[i][0] for i in near) / len(near)
         for place, index in enumerate(near):

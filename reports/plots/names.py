@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
@@ -22,7 +22,7 @@ Box = tuple[float, float, float, float]
 
 ORDERS, TURNS = 3, 5
 """Orders by chance that are tried after those by width, crowd and position, and how often each is
-tried again with the names first that were left out."""
+tried again with those names first that found no place."""
 
 MARK = 9.0
 """Half of a mark's width, in pixels."""
@@ -125,26 +125,28 @@ def best_places(
     orders += [chance.sample(names, len(names)) for _ in range(ORDERS)]
     best: dict[int, Place] = {}
     for order in orders:
+        hard: set[int] = set()
         for _ in range(TURNS):
-            placed = _placed(order, centres, limits, pixels)
+            placed = _placed(order, hard, centres, limits, pixels)
             if len(placed) > len(best):
                 best = placed
             if len(best) == len(names):
                 return best
-            order = sorted(order, key=lambda name: name.mark in placed)  # what was left out first
+            hard |= {name.mark for name in names} - placed.keys()
     return best
 
 
 def _placed(
-    order: Sequence[Name], centres: Sequence[Spot], limits: Box, pixels: float
+    order: Sequence[Name], hard: Set[int], centres: Sequence[Spot], limits: Box, pixels: float
 ) -> dict[int, Place]:
-    """Near places first, for all names; then farther ones for those that are left."""
+    """Names in the order given: the hard ones at any place, the others at a near place, and what is
+    left at a farther one."""
     marks = [_box(x, y, MARK, MARK) for x, y in centres]
     taken: list[Box] = []
     placed: dict[int, Place] = {}
-    for places in (NEAR, FAR):
+    for places, first in (((*NEAR, *FAR), True), (NEAR, False), (FAR, False)):
         for name in order:
-            if name.mark in placed:
+            if name.mark in placed or (first and name.mark not in hard):
                 continue
             others = [*marks[: name.mark], *marks[name.mark + 1 :], *taken]
             for place in places:

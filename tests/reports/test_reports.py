@@ -32,7 +32,8 @@ from reports.answers import Answer, answers
 from reports.closing import GLOSSARY
 from reports.comparison import compare_runs, line
 from reports.plots import Picture, dark_pngs, pictures
-from reports.plots.marks import side_by_side
+from reports.plots.marks import apart, side_by_side
+from reports.plots.names import Name, best_places
 from reports.plots.scatter import scale_of
 from reports.plots.spread import x_axis
 from reports.plots.svg import inline
@@ -849,6 +850,33 @@ def test_a_histogram_has_no_gaps() -> None:
     report = Report(Results.model_validate(data))
     row = next(row for row in report.rows if row.cell.name == "gates+spec")
     assert timed_histogram(row).bars == ((1, 2, 0.25), (2, 0, 0.0), (3, 0, 0.0), (4, 8, 1.0))
+
+
+def test_names_cover_neither_marks_nor_each_other() -> None:
+    """Six marks in a heap and one alone; a name without a line stands at its own mark."""
+    centres = [(200.0 + 15 * k, 150.0 + 4 * (k % 2)) for k in range(6)] + [(60.0, 60.0)]
+    wanted = [Name(mark, 70.0, 11.0) for mark in range(7)]
+    limits = (0.0, 0.0, 500.0, 300.0)
+    placed = best_places(wanted, centres, limits, 4 / 3)
+    assert placed.keys() == set(range(7)) and not placed[6].leader
+    boxes = []
+    for mark, place in placed.items():
+        x, y = centres[mark]
+        left = x + place.dx * 4 / 3 - 70 * {"left": 0, "center": 0.5, "right": 1}[place.ha]
+        low = y + place.dy * 4 / 3 - 11 * {"bottom": 0, "center": 0.5, "top": 1}[place.va]
+        boxes.append((left, low, left + 70, low + 11))
+        assert all(not (left < a < left + 70 and low < b < low + 11) for a, b in centres)
+        assert left >= 0 and left + 70 <= 500 and low >= 0 and low + 11 <= 300
+    for place, a in enumerate(boxes):
+        for b in boxes[:place]:
+            assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
+    assert best_places(wanted, centres, (0.0, 0.0, 60.0, 300.0), 4 / 3) == {}, "no room at all"
+
+
+def test_marks_that_coincide_in_a_chain_are_all_apart() -> None:
+    spots = [(100.0, 50.0), (110.0, 50.0), (120.0, 50.0), (131.0, 50.0)]
+    moved = sorted(x + shift for (x, _), shift in zip(spots, apart(spots), strict=True))
+    assert all(right - left >= 13 for left, right in pairwise(moved))
 
 
 def test_marks_that_coincide_stand_side_by_side_in_their_order() -> None:
