@@ -28,7 +28,7 @@ TONES: dict[Outcome, Tone] = {
 }
 """Outcome -> its tone, in the order in which a reader wants them."""
 
-HEADS = ("Cell", "Metric", "Before", "After", "Change", "Outcome", "Why")
+HEADS = ("Variant", "Metric", "Before", "After", "Change", "Outcome", "Why")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from compose.numbers import duration_text
 from compose.table import Table
 from reports import plots
 from reports.answers import answers
+from reports.closing import GLOSSARY, next_commands
 from reports.load import Report, Row
-from reports.summary import summary
+from reports.summary import original, summary
 from reports.tables import cells, columns, run_tables, verdicts
 from reports.tables.speculation import timed_histogram
 from reports.text import day
@@ -31,6 +32,7 @@ def facts_of(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
         "verdict_counts": verdicts.counts(report),
         "verdict_tones": TONES,
         "best": summary(report),
+        "original": original(report),
         "choices": choices(report),
         "tables": shown,
         "columns": {c.label: c.help for table in shown.values() for c in table.columns if c.help},
@@ -46,7 +48,10 @@ def facts_of(report: Report, drawn: dict[str, plots.Picture]) -> dict[str, Any]:
         "pictures": drawn,
         "folder": PICTURES,
         "environment": run_tables.environment(results.environment),
-        "notes": cell_notes(report),
+        "notes": notes(report),
+        "glossary": GLOSSARY,
+        "next": next_commands(report),
+        "commands": "\n".join(f"{line}  # {use}" for line, use in next_commands(report)),
         "retained_basis": retained_basis(results),
         "retained_help": columns.retained_help(report),
     }
@@ -68,10 +73,10 @@ def tables_of(report: Report) -> dict[str, Table[Row]]:
 
 
 def counts(report: Report) -> str:
-    """How many cells were measured, failed and left out."""
+    """How many variants were measured, failed and left out."""
     left_out = sum(len(group.cells) for group in report.left_out)
-    cells = "cell" if len(report.rows) == 1 else "cells"
-    parts = [f"{len(report.rows)} {cells} measured"]
+    noun = "variant" if len(report.rows) == 1 else "variants"
+    parts = [f"{len(report.rows)} {noun} measured"]
     parts += [f"{len(report.failed)} failed"] if report.failed else []
     parts += [f"{left_out} left out"] if left_out else []
     return ", ".join(parts)
@@ -103,10 +108,12 @@ def choices(report: Report) -> dict[str, list[str]]:
     }
 
 
-def cell_notes(report: Report) -> dict[str, list[str]]:
-    """Note -> the cells that bear it; a note that all bear stands once."""
+def notes(report: Report) -> dict[str, str]:
+    """Note -> the variants that bear it, in words: nothing for a note of the whole run."""
     by_note: dict[str, list[str]] = {}
     for cell in report.results.cells:
         for note in cell.notes or ():
             by_note.setdefault(note, []).append(cell.name)
-    return by_note
+    every = len(report.rows)
+    names = {n: "all variants" if len(c) == every else ", ".join(c) for n, c in by_note.items()}
+    return dict.fromkeys(report.results.notes or (), "") | names

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from compose.analysis.families import NOT_QUANTIZED, Decode, decode_of, family_of, weights_of
 from compose.analysis.metrics import METRICS, interval_of, metrics
 from compose.results.io import load_results
 from compose.results.schema import CellResult, Results
-from reports.families import NOT_QUANTIZED, Decode, decode_of, family_of, weights_of
 
 FRONTS = ("decode", "size", "saved")
 """What quality is drawn against."""

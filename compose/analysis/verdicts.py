@@ -239,7 +239,9 @@ def _listed(facts: list[str]) -> str:
     clauses = facts[:1]
     for before, fact in pairwise(facts):
         clauses.append(fact.removeprefix("it ") if before.startswith("it ") else fact)
-    return ", and ".join(filter(None, (", ".join(clauses[:-1]), clauses[-1])))
+    *others, last = clauses
+    short = len(others) == 1 and "," not in others[0] and not last.startswith("it")
+    return f"{', '.join(others)}{' and ' if short else ', and '}{last}" if others else last
 
 
 def _percents(low: float, high: float) -> str:

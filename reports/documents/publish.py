@@ -1,7 +1,8 @@
 """`python -m reports.documents.publish RUN_FOLDER [NAME]`: publish a run beside the code.
 
 reports/published/NAME/ gets `results.json` without line ends, `report.md`, and of the pictures
-those that a document shows. `gateskip report` and `gateskip pick` read it as they read a run.
+those that a document shows, `KEY-dark.png` for a dark page. `gateskip report` and `gateskip pick`
+read it as they read a run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from reports.facts import PICTURES
 from reports.load import Report
 from reports.render import to_markdown, write
 
+DARK = "-dark"
+"""What the name of a picture for a dark page ends with."""
+
 
 def publish(run: Path, name: str, root: Path = ROOT) -> Path:
     """Publish the results of a run's folder under this name; the folder that it made.
@@ -35,6 +39,7 @@ def publish(run: Path, name: str, root: Path = ROOT) -> Path:
     shown = {file.stem for file in linked_pictures(root) if file.parent == pictures.resolve()}
     drawn = plots.pictures(report) if shown else {}
     drawn = {key: picture for key, picture in drawn.items() if key in shown}
+    dark = plots.dark_pngs(report, [stem.removesuffix(DARK) for stem in shown if DARK in stem])
     shutil.rmtree(pictures, ignore_errors=True)
     for old in folder.glob("report.*"):
         old.unlink()
@@ -43,6 +48,8 @@ def publish(run: Path, name: str, root: Path = ROOT) -> Path:
     write_text(folder / "report.md", to_markdown(report, drawn))
     for key, picture in drawn.items():
         write(pictures / f"{key}.png", picture.png)
+    for key, png in dark.items():
+        write(pictures / f"{key}{DARK}.png", png)
     return folder
 
 
@@ -70,7 +77,7 @@ def linked_pictures(root: Path = ROOT) -> set[Path]:
         (page.parent / link).resolve()
         for page in pages
         if page.is_file()
-        for link in re.findall(r"\]\(([^)]+\.png)\)", page.read_text("utf-8"))
+        for link in re.findall(r"""(?:\]\(|src(?:set)?=")([^)"]+\.png)""", page.read_text("utf-8"))
         if PUBLISHED.as_posix() in link
     }
 

@@ -7,18 +7,29 @@ number in each mark is the cell's number in the tables, so that nothing depends 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from reports.load import Report
-from reports.plots.canvas import Picture, render
+from reports.plots.canvas import Picture, PictureSpec, dark_png, render
 from reports.plots.curves import curves
 from reports.plots.gates import gates
 from reports.plots.lines import repeats, training
 from reports.plots.tradeoffs import front
 
-__all__ = ["Picture", "pictures"]
+__all__ = ["Picture", "dark_pngs", "pictures"]
 
 
 def pictures(report: Report) -> dict[str, Picture]:
     """Every picture that the results have numbers for, by key."""
+    return {key: render(spec) for key, spec in _specs(report).items()}
+
+
+def dark_pngs(report: Report, keys: Iterable[str]) -> dict[str, bytes]:
+    """The pictures of these keys as PNG files for a dark page."""
+    return {key: dark_png(spec) for key, spec in _specs(report).items() if key in set(keys)}
+
+
+def _specs(report: Report) -> dict[str, PictureSpec]:
     specs = (
         front(report, "decode"),
         front(report, "size"),
@@ -28,4 +39,4 @@ def pictures(report: Report) -> dict[str, Picture]:
         training(report),
         gates(report),
     )
-    return {spec.key: render(spec) for spec in specs if spec is not None}
+    return {spec.key: spec for spec in specs if spec is not None}

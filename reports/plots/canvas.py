@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from html import unescape
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -13,9 +15,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from reports.plots.svg import inline, whole
-from reports.plots.theme import LIGHT, Theme
+from reports.plots.theme import DARK, LIGHT, Theme
 
 Width = Literal["wide", "narrow"]
+
+NAME = 34
+"""Letters of a name in a wide picture; longer ones are cut."""
+
+
+def short(name: str, most: int) -> str:
+    """A name of at most so many letters, without what an SVG cannot hold."""
+    clean = "".join(letter if letter.isprintable() else "\ufffd" for letter in name)
+    return clean if len(clean) <= most else f"{clean[: most - 1]}…"
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,8 @@ class Picture:
     inline: dict[Width, str]
     svg: bytes
     png: bytes
+    names: tuple[str, ...] = ()
+    """Number and name of each mark, where marks are numbered."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +75,40 @@ def render(spec: PictureSpec) -> Picture:
     """Draw a picture in both widths for the page, and once each as SVG and PNG file."""
     wide, narrow = Frame(LIGHT, 560, narrow=False), Frame(LIGHT, 340, narrow=True)
     drawn = {w: _text(spec, frame) for w, frame in (("wide", wide), ("narrow", narrow))}
+    unnamed = _unnamed(spec, drawn["wide"])
+    more = f" Without room for their names: {', '.join(unnamed)}." if unnamed else ""
     return Picture(
         key=spec.key,
         title=spec.title,
         alt=spec.alt,
-        caption=spec.caption,
+        caption=spec.caption + more,
         inline={
             "wide": inline(drawn["wide"], f"{spec.key}-w-", spec.marks),
             "narrow": inline(drawn["narrow"], f"{spec.key}-n-", spec.marks),
         },
         svg=whole(drawn["wide"]).encode("utf-8"),
         png=_draw(spec, wide, "png", dpi=192, ground=LIGHT.ground),
+        names=tuple(_numbered(number, name) for number, (name, _) in spec.marks.items()),
     )
+
+
+def _numbered(number: int, name: str) -> str:
+    return f"{number}\u00a0{name}"
+
+
+def _unnamed(spec: PictureSpec, svg: str) -> list[str]:
+    """Number and name of the marks whose names are not in the picture."""
+    texts = {unescape(text).partition(" ↓ ")[0] for text in re.findall(r">([^<>]+)</text>", svg)}
+    return [
+        _numbered(number, name)
+        for number, (name, _) in spec.marks.items()
+        if short(name, NAME) not in texts
+    ]
+
+
+def dark_png(spec: PictureSpec) -> bytes:
+    """The picture as a PNG file for a dark page."""
+    return _draw(spec, Frame(DARK, 560, narrow=False), "png", dpi=192, ground=DARK.ground)
 
 
 def _text(spec: PictureSpec, frame: Frame) -> str:

@@ -6,8 +6,7 @@ from matplotlib.figure import Figure
 
 from compose.results.parts import SkippingFigures
 from reports.load import Report
-from reports.plots.canvas import Frame, PictureSpec
-from reports.plots.marks import short
+from reports.plots.canvas import Frame, PictureSpec, short
 
 MOST = 6  # curves in one picture: as many as there are colours
 
@@ -22,8 +21,8 @@ def curves(report: Report) -> PictureSpec | None:
     if not shown:
         return None
     caption = (
-        "Full: net compute saved. Dashed: as the paper counts it, gates free of charge."
-        " The line across keeps 90 % of the first one's dense model."
+        "Full lines: net compute saved. Dashed lines: without the cost of gates, as in the paper."
+        " The horizontal line is 90 % of the dense model's score, for the first curve."
     )
 
     def draw(figure: Figure, frame: Frame) -> None:

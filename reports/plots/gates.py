@@ -23,7 +23,7 @@ def gates(report: Report) -> PictureSpec | None:
     shares = [[use.kept for use in insight.branches]]
     shares += [list(group.kept) for group in insight.kinds.values()]
     caption = (
-        f"Share of tokens of each kind that enter a branch, in cell {row.number} "
+        f"Share of tokens of each kind that enter a branch, in variant {row.number} "
         f"({row.cell.name}): full colour is all of them, empty is none."
     )
 

@@ -9,12 +9,14 @@ from matplotlib.ticker import MaxNLocator
 
 from compose.results.parts import TrainingPoint
 from reports.load import Report, Row
-from reports.plots.canvas import Frame, PictureSpec
-from reports.plots.marks import short
+from reports.plots.canvas import Frame, PictureSpec, short
 from reports.plots.scatter import colour_of
 
 MOST_CURVES = 12
 """Training curves in one picture."""
+
+FEWEST_STEPS = 20
+"""Training of fewer steps makes no curve."""
 
 MOST = 40
 """Cells of which every repeat is drawn; of a larger run, those on a front and other engines."""
@@ -28,7 +30,7 @@ def repeats(report: Report) -> PictureSpec | None:
     caption = "Each repeat is a dot, the median a bar."
     if len(rows) > MOST:
         rows = [r for r in rows if r.is_baseline or r.cell.peer or r.number in report.on_a_front]
-        caption += " Only the baseline, other engines and cells on a front are drawn."
+        caption += " Only the baseline, other engines and variants on a front are drawn."
 
     def draw(figure: Figure, frame: Frame) -> None:
         axes = figure.add_subplot()
@@ -51,7 +53,7 @@ def repeats(report: Report) -> PictureSpec | None:
 
     title = "Spread of the repeats"
     height = 76 + 19 * len(rows)
-    return PictureSpec("repeats", title, f"{title}, {len(rows)} cells.", caption, height, draw)
+    return PictureSpec("repeats", title, f"{title}, {len(rows)} variants.", caption, height, draw)
 
 
 def _runs(row: Row) -> tuple[float, ...]:
@@ -99,7 +101,7 @@ def _curves(report: Report) -> Iterator[tuple[str, tuple[TrainingPoint, ...]]]:
         for stage, curve in (row.cell.training or {}).items():
             chain = row.cell.chain
             stages = chain[: chain.index(stage) + 1] if stage in chain else (stage,)
-            if curve:
+            if curve and curve[-1].step >= FEWEST_STEPS:
                 yield "+".join(stages), curve
 
 

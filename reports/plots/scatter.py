@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
+from compose.analysis.families import NOT_QUANTIZED
 from compose.numbers import PAGE, TIMES
-from reports.families import NOT_QUANTIZED
 from reports.load import Report, Row
-from reports.plots.canvas import Frame
-from reports.plots.marks import SHAPES, short
+from reports.plots.canvas import Frame, short
+from reports.plots.marks import SHAPES
 from reports.plots.theme import Theme
 
 FURTHEST_RATIO = 10.0  # the axis ends here; cells beyond it stand at the edge, with their number
@@ -85,7 +85,7 @@ def quality_axis(axes: Axes, quality: str, heights: Sequence[float]) -> None:
     """Set the vertical axis of a quality metric: limits, label and ticks."""
     low, high = min(heights), max(heights)
     pad = 0.1 * (high - low or 0.1)
-    axes.set_ylim(low - pad, high + pad)
+    axes.set_ylim(low - pad, high + 1.6 * pad)  # names stand above the best
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.tick_params(length=0)

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from compose.numbers import PAGE, THIN, TIMES, three_decimals
 from reports.load import Report, Row
 from reports.plots.canvas import Frame, PictureSpec
-from reports.plots.marks import draw_marks, write_names
+from reports.plots.marks import CROWD, draw_marks
+from reports.plots.names import write_names
 from reports.plots.scatter import (
     better_corner,
     colour_of,
@@ -55,15 +56,17 @@ def front(report: Report, metric: str) -> PictureSpec | None:
         inks = [colours[row.number] for row in rows]
         _whiskers(axes, inks, points, [xs.ends(r) for r in rows], [scale.ends(r) for r in rows])
         strong = {row.number for row in front}
-        shifts = draw_marks(axes, frame, rows, points, colours, strong, beyond)
-        named = [row for row in rows if row in front or row.is_baseline or row.cell.peer]
-        write_names(axes, frame, rows, points, shifts, [] if frame.narrow else named)
+        shifts = draw_marks(axes, frame, rows, points, colours, strong)
+        named = rows
+        if len(rows) >= CROWD:
+            named = [row for row in rows if row in front or row.is_baseline or row.cell.peer]
+        write_names(axes, frame, rows, points, shifts, named, beyond)
 
     whiskers = any(xs.ends(row) or scale.ends(row) for row in rows)
     caption = _caption(rows, front, whiskers=whiskers, beyond=bool(beyond))
-    alt = f"{xs.title}, {len(rows)} cells. {caption}"
+    alt = f"{xs.title}, {len(rows)} variants. {caption}"
     marks = {row.number: (row.cell.name, _says(report, row, xs, quality)) for row in rows}
-    return PictureSpec(f"front-{metric}", xs.title, alt, caption, 400, draw, marks)
+    return PictureSpec(f"front-{metric}", xs.title, alt, caption, 440, draw, marks)
 
 
 def _caption(rows: Sequence[Row], front: Sequence[Row], *, whiskers: bool, beyond: bool) -> str:
@@ -71,11 +74,13 @@ def _caption(rows: Sequence[Row], front: Sequence[Row], *, whiskers: bool, beyon
     more = len(front) - NAMED_MOST
     parts = [f"On the front: {names}{f' and {more} more' if more > 0 else ''}."]
     if whiskers:
-        parts.append(f"Whiskers are 95{THIN}% intervals: cells whose whiskers overlap may swap.")
+        parts.append(
+            f"Whiskers are 95{THIN}% intervals: variants whose whiskers overlap may not differ."
+        )
     if any(row.cell.peer for row in rows):
         parts.append("Pentagons are other engines.")
     if beyond:
-        parts.append("An arrow marks cells beyond the scale.")
+        parts.append("An arrow marks variants beyond the scale.")
     return " ".join(parts)
 
 

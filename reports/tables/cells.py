@@ -31,17 +31,17 @@ from reports.tables.quality import (
 )
 from reports.tables.speculation import (
     ACCEPTED_HELP,
+    DRAFTED_BY_HELP,
     LOSSLESS_HELP,
     MEAN_HELP,
     PLAIN_HELP,
     accepted_entry,
     check_count_entry,
     diverged_entry,
-    drafted_by_columns,
+    drafted_by_entry,
     drafting_entry,
     forced_rates,
     lengths_entry,
-    looked_up_entry,
     lossless_entry,
     plain_steps_entry,
     position_columns,
@@ -110,7 +110,7 @@ def verdicts(report: Report) -> Table[Row]:
     rows = tuple(row for row in report.rows if row.cell.verdict is not None)
     columns = [
         Column("Verdict", "", VERDICT_HELP, verdict_entry),
-        Column("Why", "", "What the verdict rests on.", why_entry, align="left"),
+        Column("Why", "", "The evidence for the verdict.", why_entry, align="left"),
     ]
     return table_of(report, rows, columns)
 
@@ -123,13 +123,20 @@ def quality(report: Report) -> Table[Row]:
         report,
         measured,
         [
-            Column("Perplexity", perplexity_text(report), "Smaller is better.", perplexity_entry),
+            Column(
+                "Perplexity",
+                perplexity_text(report),
+                "Perplexity. Lower is better.",
+                perplexity_entry,
+            ),
             metric_column(
                 "perplexity-ratio", "Perplexity", TIMES + " dense", RATIO_HELP, three_decimals
             ),
             metric_column("kl", "KL", "mean", KL_HELP, PAGE.number),
-            quality_column("KL", "median", "The same, median of tokens.", lambda q: q.kl_median),
-            quality_column("KL", "p90", "The same, 90th percentile.", lambda q: q.kl_p90),
+            quality_column(
+                "KL", "median", "The median over tokens instead of the mean.", lambda q: q.kl_median
+            ),
+            quality_column("KL", "p90", "The 90th percentile over tokens.", lambda q: q.kl_p90),
             metric_column("agreement", "Agree", "%", AGREE_HELP, PAGE.share),
             Column("Own answers", "KL", OWN_KL_HELP, own_kl_entry),
             answers_column("Common prefix", "tokens", PREFIX_HELP, lambda a: a.common_prefix),
@@ -137,7 +144,11 @@ def quality(report: Report) -> Table[Row]:
             *(column for pair in tasks for column in pair),
             *spent_columns(report),
             metric_column(
-                "accuracy", "Tasks", "mean, %", "Unweighted mean of the scores.", PAGE.share
+                "accuracy",
+                "Tasks",
+                "mean, %",
+                "Mean of the task scores, each task weighed alike.",
+                PAGE.share,
             ),
             metric_column("written", "Written", "keeps, %", WRITTEN_HELP, PAGE.share),
             metric_column("ranked", "Ranked", "keeps, %", RANKED_HELP, PAGE.share),
@@ -154,10 +165,16 @@ def seeds(report: Report) -> Table[Row]:
         ("perplexity-ratio", "Perplexity", TIMES + " dense", RATIO_HELP, three_decimals),
         ("kl", "KL", "nats", KL_HELP, PAGE.number),
         ("agreement", "Agree", "%", AGREE_HELP, PAGE.share),
-        ("accuracy", "Tasks", "mean, %", "Unweighted mean of the scores.", PAGE.share),
+        (
+            "accuracy",
+            "Tasks",
+            "mean, %",
+            "Mean of the task scores, each task weighed alike.",
+            PAGE.share,
+        ),
         ("retained", "Keeps", "%", retained_help(report), PAGE.share),
     ]
-    count = Column("Seeds", "", "How many the cell was run with.", seed_count_entry)
+    count = Column("Seeds", "", "Number of seeds that the variant was run with.", seed_count_entry)
     columns = [
         Column(head, unit, help, seeds_mean(name, show)) for name, head, unit, help, show in shown
     ]
@@ -191,10 +208,15 @@ def speed(report: Report) -> Table[Row]:
             Column(
                 "First token",
                 "ms",
-                "From prompt to first token.",
+                "Time from the prompt to the first token.",
                 spread_of("ttft_s", milliseconds),
             ),
-            Column("Repeat", "s, shortest", "How long a timed decode repeat lasted.", timed_entry),
+            Column(
+                "Repeat",
+                "s, shortest",
+                "Duration of the shortest timed decode repeat.",
+                timed_entry,
+            ),
             *(column for shape in (*batches, *contexts, *categories) for column in shape),
         ],
     )
@@ -211,18 +233,27 @@ def memory(report: Report) -> Table[Row]:
                 "resident",
                 "In memory",
                 "MB",
-                "The loaded model's tensors; of other engines, their process beyond a bare one.",
+                "Tensors of the loaded model; for other engines, their process's memory.",
                 PAGE.megabytes,
             ),
             metric_column(
-                "peak", "Peak", "MB", "Most memory of the cell's process.", PAGE.megabytes
+                "peak", "Peak", "MB", "Most memory that the variant's process held.", PAGE.megabytes
             ),
-            Column("KV cache", "MB", "Of the largest shape that was timed.", cache_entry),
+            Column("KV cache", "MB", "KV cache of the largest shape that was timed.", cache_entry),
             metric_column(
-                "saved-gross", "Saved", "gross, %", "Gates left out of the count.", PAGE.share
+                "saved-gross",
+                "Saved",
+                "gross, %",
+                "Compute saved, without subtracting the cost of gates.",
+                PAGE.share,
             ),
             metric_column("saved", "Saved", "net, %", SAVED_HELP, PAGE.share),
-            Column("Saved", "model, %", "Net, the LM head counted too.", saved_model_entry),
+            Column(
+                "Saved",
+                "model, %",
+                "Net, counted over the whole model with its LM head.",
+                saved_model_entry,
+            ),
         ],
     )
 
@@ -230,22 +261,27 @@ def memory(report: Report) -> Table[Row]:
 def arithmetic(report: Report) -> Table[Row]:
     """Backend, weights, activations and accumulation of each cell, decoding and scoring."""
     shown = [
-        ("Backend", "", "What runs the model.", arithmetic_entry("backend")),
-        ("Weights", "", "How weights are stored.", arithmetic_entry("weights")),
+        ("Backend", "", "The backend that runs the model.", arithmetic_entry("backend")),
+        ("Weights", "", "The format in which weights are stored.", arithmetic_entry("weights")),
         (
             "Activations",
             "decoding",
-            "What weights are multiplied with in decoding.",
+            "Type of the activations in decoding.",
             arithmetic_entry("activations"),
         ),
         (
             "Activations",
             "scoring",
-            "What weights are multiplied with in prompts and scoring.",
+            "Type of the activations in prompts and scoring.",
             arithmetic_entry("activations", scoring=True),
         ),
         ("Sums", "", "The type in which products are summed.", arithmetic_entry("accumulation")),
-        ("Chosen by timing", "", "What a stopwatch chose on this machine.", choices_entry),
+        (
+            "Chosen by timing",
+            "",
+            "Choices that were made by timing on this machine.",
+            choices_entry,
+        ),
     ]
     return table_of(report, report.rows, [Column(*column, align="left") for column in shown])
 
@@ -264,21 +300,26 @@ def speculation(report: Report) -> Table[Row]:
         rows,
         [
             Column(
-                "Speed-up", "over plain", "Over the same weights, decoded plainly.", speedup_entry
+                "Speed-up",
+                "over plain",
+                "Decode speed over that of the same weights without drafts.",
+                speedup_entry,
             ),
-            *drafted_by_columns(rows),
+            Column("Drafted by", "% of drafts", DRAFTED_BY_HELP, drafted_by_entry),
             Column("Plain steps", "%", PLAIN_HELP, plain_steps_entry),
             metric_column("acceptance", "Accepted", "%", ACCEPTED_HELP, PAGE.share, bar="unit"),
             metric_column("accepted", "Mean", "tokens/pass", MEAN_HELP, PAGE.number),
             Column(
-                "Draft length", "most often", "Tokens drafted before a check.", usual_draft_entry
+                "Draft length",
+                "most often",
+                "Tokens that are drafted before a verification.",
+                usual_draft_entry,
             ),
             *position_columns(rows),
-            Column("Looked up", "%", "Drafted tokens that the text proposed.", looked_up_entry),
             Column(
                 "Drafting",
                 "% of time",
-                "Where decoding's time goes; the rest verifies.",
+                "Share of the decoding time spent on drafts. The rest verifies.",
                 drafting_entry,
             ),
         ],
@@ -289,25 +330,42 @@ def lossless(report: Report) -> Table[Row]:
     """The lossless check of each speculative cell: another measurement, with forced lengths."""
     rows = tuple(row for row in report.rows if row.cell.lossless_check is not None)
     forced = Column(
-        "Draft length", "forced", "What the check forces.", check_count_entry("forced_draft_length")
+        "Draft length",
+        "forced",
+        "Draft length that the check forces.",
+        check_count_entry("forced_draft_length"),
     )
     accepted = Column(
-        "Accepted", "%, forced", "Under the forced length, not while timed.", _forced_rate
+        "Accepted",
+        "%, forced",
+        "Share of drafts accepted under the forced length, not in the timed rounds.",
+        _forced_rate,
     )
     return table_of(
         report,
         rows,
         [
             Column("Lossless", "", LOSSLESS_HELP, diverged_entry),
-            Column("Prompts", "", "Prompts compared.", check_count_entry("prompts")),
-            Column("Tokens", "", "New tokens compared.", check_count_entry("tokens")),
-            Column("Diverged", "prompts", "Whose texts differ.", check_count_entry("divergences")),
+            Column("Prompts", "", "Number of prompts compared.", check_count_entry("prompts")),
+            Column("Tokens", "", "Number of new tokens compared.", check_count_entry("tokens")),
+            Column(
+                "Diverged",
+                "prompts",
+                "Number of prompts whose texts differ.",
+                check_count_entry("divergences"),
+            ),
             forced,
             Column(
-                "Passes", "forced", "By length.", lengths_entry("forced_draft_length_histogram")
+                "Passes",
+                "forced",
+                "Passes by draft length.",
+                lengths_entry("forced_draft_length_histogram"),
             ),
             Column(
-                "Passes", "own lengths", "By length.", lengths_entry("own_draft_length_histogram")
+                "Passes",
+                "own lengths",
+                "Passes by draft length.",
+                lengths_entry("own_draft_length_histogram"),
             ),
             accepted,
             *position_columns(rows, forced_rates),

@@ -1,4 +1,4 @@
-"""Columns of a report's tables: what they are, and those that one metric fills."""
+"""Columns of a report's tables, and those that one metric fills."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from compose.analysis.metrics import METRICS, gain, retained_basis
 from compose.analysis.pick import retained_bound
-from compose.analysis.verdicts import KEEP
+from compose.analysis.verdicts import KEEP, gives_baselines_predictions
 from compose.numbers import PAGE, unless_one
 from compose.results.parts import Estimate
 from compose.table import Column as TableColumn
@@ -54,13 +54,15 @@ def metric_column(
     """A column of one metric. A bar is drawn against the table's largest value, or against 1.
 
     Below the number stands the gain over the baseline (`show_gain`; "short" leaves its interval
-    out), else its 95 % interval. A ratio whose interval holds 1 is written "no difference".
+    out), else its 95 % interval. A ratio whose interval includes 1 is written "no difference".
     """
 
     def make(report: Report, row: Row) -> Entry:
         value = row.get(name)
         if value is None:
             return Entry()
+        if name == "retained" and predicts_like_baseline(report, row):
+            return Entry(IDENTICAL, sort=value, tone="good")
         ends = None if show_gain or row.is_baseline else report.interval(row, name)
         note = gain_note(report, row, name) if show_gain else PAGE.span(*ends, show) if ends else ""
         return Entry(
@@ -72,6 +74,19 @@ def metric_column(
         )
 
     return Column(head, unit, help, make)
+
+
+IDENTICAL = "identical predictions"
+
+
+def predicts_like_baseline(report: Report, row: Row) -> bool:
+    """Whether a variant's predictions are the baseline's, so that no question can tell them
+    apart."""
+    quality = report.results.quality(row.cell)
+    check = row.cell.lossless_check
+    if row.is_baseline or quality is None or (check is not None and check.lossless is False):
+        return False
+    return gives_baselines_predictions(report.results, quality)
 
 
 RATIOS = frozenset({"retained", "perplexity-ratio", "speedup"})
@@ -127,5 +142,5 @@ def sure_tone(report: Report, row: Row, metric: str) -> Tone | None:
 def retained_help(report: Report) -> str:
     """What the share retained is a share of, in this run."""
     if retained_basis(report.results) == "tasks":
-        return "Task scores over the dense model's, mean over the tasks."
-    return "The dense model's perplexity over the cell's: no tasks were asked in this run."
+        return "Task score over the dense model's, mean over the tasks."
+    return "The dense model's perplexity over the variant's, because this run asked no questions."

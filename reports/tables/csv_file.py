@@ -6,11 +6,11 @@ import csv
 import io
 from typing import Any
 
+from compose.analysis.families import family_of, weights_of
 from compose.analysis.metrics import METRICS
 from compose.results.parts import Speculation, TextCompute
 from compose.results.schema import CellResult
 from compose.units import printable
-from reports.families import family_of, weights_of
 from reports.load import Report, Row
 
 WITH_INTERVALS = ("decode-ratio", "retained", "perplexity-ratio", "kl")

@@ -41,7 +41,7 @@ def fenced(text: str, language: str = "") -> Raw:
 
 def cells_markdown(table: Table[Row]) -> Raw:
     """A table of cells: number and name of the cell, then the columns."""
-    columns = (Column(Raw("#"), "", ""), Column("cell", "", "", align="left"), *table.columns)
+    columns = (Column(Raw("#"), "", ""), Column("variant", "", "", align="left"), *table.columns)
     rows = tuple((row, (*_identity(row), *entries)) for row, entries in table.rows)
     return markdown_table(Table(columns, rows))
 

@@ -10,18 +10,19 @@ from compose.numbers import PAGE, unless_one
 from compose.results.parts import OwnAnswers, Quality, TaskScore, TextCompute
 from compose.table import Entry
 from reports.load import Report, Row
-from reports.tables.columns import Column, Make, tone
+from reports.tables.columns import IDENTICAL, Column, Make, predicts_like_baseline, tone
 
-RATIO_HELP = "Perplexity over the dense model's; 1 is no loss. Below it: the 95 % interval."
-KL_HELP = "Mean KL divergence from the dense model, a token. Below it: the 95 % interval."
-AGREE_HELP = "Positions where the dense model puts the same token first."
+RATIO_HELP = "Perplexity over the dense model's. At 1 nothing is lost. Below it: the 95 % interval."
+KL_HELP = "Mean KL divergence from the dense model, nats a token. Below it: the 95 % interval."
+AGREE_HELP = "Share of positions where the most probable token is that of the dense model."
 ROUNDING_HELP = (
-    "Mean KL, a token, of decoding with activations rounded to 8 bits to scoring without."
+    "Mean KL, nats a token, between decoding, which rounds activations to 8 bits, and scoring,"
+    " which does not."
 )
-OWN_KL_HELP = "Mean KL from the dense model on the dense model's own greedy answers."
-WRITTEN_HELP = "Mean share kept of the scores of tasks whose answers the cell writes."
-RANKED_HELP = "The same of the tasks whose given answers are ranked by likelihood."
-PREFIX_HELP = "Tokens that the cell's and the dense model's greedy answers share from the start."
+OWN_KL_HELP = "Mean KL from the dense model on the greedy answers of the dense model."
+WRITTEN_HELP = "Share kept of the scores of tasks with written answers, mean over these tasks."
+RANKED_HELP = "The same for multiple-choice tasks, whose answers are ranked by likelihood."
+PREFIX_HELP = "Number of tokens for which the greedy answer is the dense model's, from its start."
 
 
 def task_score_column(report: Report, task: str, *, detail: bool) -> Column:
@@ -54,13 +55,15 @@ def task_kept_column(task: str) -> Column:
         retained = None if row.is_baseline else task_retained(report.results, row.cell, task)
         if retained is None:
             return Entry()
+        if predicts_like_baseline(report, row):
+            return Entry(IDENTICAL, sort=retained, tone="good")
         score = _score(report, row, task)
         ends = None if score is None else score.retained_ci95
         note = "" if ends is None else PAGE.span(*ends, PAGE.share)
         text = unless_one(PAGE.share(retained), ends)
         return Entry(text, note, retained, tone=None if ends is None else tone("retained", ends[0]))
 
-    help = "The score to its left over the dense model's, with its paired 95 % interval."
+    help = "The score to the left over the dense model's, with its paired 95 % interval."
     return Column("Keeps", "%", help, make)
 
 
@@ -88,8 +91,8 @@ def _spent_column(name: str, read: Callable[[Quality], TextCompute | None]) -> C
         return Entry(PAGE.share(spent.saved_net), f"kept {', '.join(parts)}", spent.saved_net)
 
     help = (
-        f"Multiply-adds saved on the prompts and answers of {name} itself, net. Below it: the share"
-        " of the branches' multiply-adds that each phase kept."
+        f"Multiply-adds saved, net, on the prompts and answers of {name}. Below it: the share of"
+        " the branches' multiply-adds that each phase kept."
     )
     return Column(f"{name} saved", "net, %", help, make)
 
@@ -170,7 +173,7 @@ def own_kl_entry(report: Report, row: Row) -> Entry:
 
 
 def seed_count_entry(report: Report, row: Row) -> Entry:
-    """How many seeds the cell was run with."""
+    """How many seeds the variant was run with."""
     number = 1 + len(row.cell.seeds or ())
     return Entry(str(number), "", number)
 

@@ -35,7 +35,7 @@ def stages(report: Report) -> Table[None]:
         )
         for chain, step in steps.items()
     ]
-    return text_table(("Made", "Stage", "Time", "Peak memory", "Cells"), rows)
+    return text_table(("Chain", "Stage", "Time", "Peak memory", "Variants"), rows)
 
 
 def peers(report: Report) -> Table[None]:
@@ -48,7 +48,7 @@ def peers(report: Report) -> Table[None]:
         parts = (peer.settings, versions, peer.flags)
         threads = DASH if peer.threads is None else str(peer.threads)
         rows.append((row.cell.name, threads, *(part or DASH for part in parts)))
-    return text_table(("Cell", "Threads", "How it is run", "Versions", "Build"), rows)
+    return text_table(("Variant", "Threads", "How it is run", "Versions", "Build"), rows)
 
 
 def curves(report: Report) -> Table[None]:
@@ -92,7 +92,8 @@ def noise_floor(report: Report) -> str:
         else f"agreement {PAGE.percent(floor.greedy_agreement)}",
     ]
     words = ", ".join(part for part in parts if part)
-    return f"Noise floor, the dense model in {floor.dtype}: {words}. Less than that is rounding."
+    noise = f"Noise floor: the dense model in {floor.dtype} has {words}."
+    return f"{noise} Smaller differences are rounding."
 
 
 def contamination(report: Report) -> list[tuple[str, int, int]]:
@@ -116,7 +117,7 @@ def insight(report: Report) -> Table[None]:
         for _, record in rows
     ]
     lines = tuple((name, *texts) for (name, _), texts in zip(rows, shares, strict=True))
-    return text_table(("Cell", *heads), lines)
+    return text_table(("Variant", *heads), lines)
 
 
 def fingerprints(report: Report) -> list[tuple[str, str]]:

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from compose.analysis.families import lossless_to
 from compose.numbers import PAGE, THIN, unless_one
 from compose.results.parts import Divergence
 from compose.table import Entry
 from reports.load import Report, Row
 from reports.tables.columns import Column, Make
 
-POSITION_HELP = "Accepted at this place of a draft, where all before it was."
+POSITION_HELP = (
+    "Share accepted at this position of a draft, where all drafts before it were accepted."
+)
 SHOWN_POSITIONS = 6
-ACCEPTED_HELP = "Drafted tokens that the whole model confirmed, in the timed rounds."
-MEAN_HELP = "Tokens gained by one pass of the whole model; plain decoding has 1."
-PLAIN_HELP = "Timed steps in which nothing was drafted."
-LOSSLESS_HELP = "Whether speculative greedy decoding gave plain decoding's tokens, every one."
+ACCEPTED_HELP = "Share of drafted tokens that the whole model accepted in the timed rounds."
+MEAN_HELP = "Tokens gained by one pass of the whole model. Without drafts it is 1."
+PLAIN_HELP = "Share of the timed steps in which nothing was drafted."
+LOSSLESS_HELP = "Whether each greedy token is the one that the named weights give without drafts."
 FELL_BACK = "fell back to plain decoding"
-DRAFTED_BY_HELP = "What made the drafts: a copy of the weights in fewer bits, or the model itself."
+DRAFTED_BY_HELP = "Share of the drafted tokens by their source: look-up in the text, and a model."
 
 
 @dataclass(frozen=True)
@@ -42,27 +45,51 @@ def timed_histogram(row: Row) -> Histogram:
     return histogram(row.cell.speculation.draft_length_histogram if row.cell.speculation else None)
 
 
-def drafted_by_columns(rows: tuple[Row, ...]) -> list[Column]:
-    """What drafted in the timed rounds, where any cell recorded it."""
+def drafted_by_entry(report: Report, row: Row) -> Entry:
+    """Who proposed the drafted tokens of the timed rounds: `look-up 69 %, learned 31 %`.
 
-    def make(report: Report, row: Row) -> Entry:
-        name = None if row.cell.speculation is None else row.cell.speculation.draft_weights
-        return Entry(name, sort=name) if name else Entry()
+    Look-up is named by what it proposed, and the draft model by the rest.
+    """
+    record = row.cell.speculation
+    copied = None if record is None else record.looked_up_share
+    if copied is None:
+        return Entry()
+    shares = sorted([(copied, "look-up"), (1 - copied, _draft_model(row))], reverse=True)
+    words = ", ".join(f"{name} {_near(part)}{THIN}%" for part, name in shares if part)
+    return Entry(words, sort=copied)
 
-    stated = any(row.cell.speculation and row.cell.speculation.draft_weights for row in rows)
-    return [Column("Drafted by", "weights", DRAFTED_BY_HELP, make)] if stated else []
+
+def _draft_model(row: Row) -> str:
+    """The weights that drafted beside look-up: those chosen by timing, or those of the settings."""
+    record = row.cell.speculation
+    if record is not None and record.draft_weights:
+        return record.draft_weights
+    steps = [step for step in row.cell.steps or () if step.use == "speculate"]
+    name = str((steps[-1].model_extra or {}).get("draft_weights")) if steps else "auto"
+    return {"own": "the model itself", "auto": "a draft model", "None": "a draft model"}.get(
+        name, name
+    )
+
+
+def _near(part: float) -> str:
+    """A share in percent: whole, but with a place where that would be 0 or 100."""
+    return PAGE.whole(100 * part) if 0.005 <= part < 0.995 or part == 1 else PAGE.share(part)
 
 
 def accepted_entry(report: Report, row: Row) -> Entry:
     """Acceptance rate of the timed rounds, or that hardly anything was drafted."""
     rate, mean = row.get("acceptance"), row.get("accepted")
+    by = drafted_by_entry(report, row)
+    source = [] if by.is_absent else [by.text]
     if row.cell.speculation is not None and row.cell.speculation.fell_back:
-        return Entry(FELL_BACK, "" if rate is None else f"{PAGE.share(rate)} of few", rate or 0.0)
+        notes = [] if rate is None else [f"{PAGE.percent(rate)} of the few drafts", *source]
+        return Entry(FELL_BACK, ", ".join(notes), rate or 0.0)
     if rate is None:
         return Entry()
     ends = report.interval(row, "acceptance")
     notes = [PAGE.span(*ends, PAGE.share)] if ends else []
     notes += [] if mean is None else [f"{PAGE.near_one(mean)} a pass"]
+    notes += source
     return Entry(PAGE.share(rate), ", ".join(notes), rate)
 
 
@@ -86,14 +113,8 @@ def drafting_entry(report: Report, row: Row) -> Entry:
     return Entry(PAGE.share(part), sort=part)
 
 
-def looked_up_entry(report: Report, row: Row) -> Entry:
-    """Share of the drafted tokens that the text itself proposed."""
-    part = None if row.cell.speculation is None else row.cell.speculation.looked_up_share
-    return Entry() if part is None else Entry(PAGE.share(part), sort=part)
-
-
 def speedup_entry(report: Report, row: Row) -> Entry:
-    """Decode speed over that of the plain cell, paired; "no difference" where that holds 1."""
+    """Decode speed over that of the plain cell; "no difference" where the interval includes 1."""
     record = row.cell.speculation
     if record is None or record.speedup is None:
         return Entry()
@@ -152,13 +173,14 @@ def position_columns(
 
 
 def lossless_entry(report: Report, row: Row) -> Entry:
-    """Whether speculation gave plain decoding's tokens."""
+    """Whether drafts change no token, and of which weights."""
     check = row.cell.lossless_check
     if check is None or check.lossless is None:
         return Entry()
+    note = f"to {lossless_to(report.results, row.cell)}"
     if check.lossless:
-        return Entry("yes", "", 1.0, tone="good")
-    return Entry("no", "", 0.0, tone="poor")
+        return Entry("yes", note, 1.0, tone="good")
+    return Entry("no", note, 0.0, tone="poor")
 
 
 def diverged_entry(report: Report, row: Row) -> Entry:
@@ -166,7 +188,7 @@ def diverged_entry(report: Report, row: Row) -> Entry:
     entry, check = lossless_entry(report, row), row.cell.lossless_check
     if check is None or check.first_divergence is None or check.lossless:
         return entry
-    return replace(entry, note=divergence(check.first_divergence))
+    return replace(entry, note=f"{entry.note}: {divergence(check.first_divergence)}")
 
 
 def divergence(place: Divergence) -> str:

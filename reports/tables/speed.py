@@ -11,15 +11,15 @@ from reports.load import Report, Row
 from reports.tables.columns import Column, Make
 
 DECODE_HELP = (
-    "New tokens a second at batch 1, median of the repeats; beside it, over the dense model:"
-    " paired round by round, with the 95 % interval."
+    "New tokens a second at batch 1, median of the repeats. Beside it: the ratio to the dense"
+    " model, paired round by round, with its 95 % interval."
 )
-PREFILL_HELP = "Prompt tokens read a second at batch 1; beside it, over the dense model."
+PREFILL_HELP = "Prompt tokens a second at batch 1. Beside it: the ratio to the dense model."
 SAVED_HELP = (
-    "Multiply-adds of the dense model's layers not computed: cut off, or skipped with gates,"
-    " shortcuts and kept keys/values paid for."
+    "Share of the multiply-adds of the dense model's layers that is not computed: pruned, or"
+    " skipped. The cost of gates, shortcuts and kept keys and values is subtracted."
 )
-PAIRED_HELP = "Paired round by round to the dense model; below it, the 95 % interval."
+PAIRED_HELP = "The ratio to the dense model, paired round by round. Below it: the 95 % interval."
 
 Read = Callable[[Row], SpeedNumbers | None]
 

@@ -58,14 +58,14 @@ if (form && main) {
       shown += fits;
       for (const each of inside.get(data.cell)) each.classList.toggle("out", !fits);
     }
-    const count = `${shown} of ${mainRows.length} cells`;
+    const count = `${shown} of ${mainRows.length} variants`;
     form.elements.shown.value = count;
     live.textContent = count;
   };
   form.addEventListener("input", filter);
   form.addEventListener("reset", () => setTimeout(filter));
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.elements.shown.value = `${mainRows.length} of ${mainRows.length} cells`;
+  form.elements.shown.value = `${mainRows.length} of ${mainRows.length} variants`;
 }
 
 // --- a cell's panel: report.html#cell=NAME opens it
@@ -137,7 +137,7 @@ function openCell() {
     return failed.querySelector("summary").focus();
   }
   const row = find(name);
-  if (!row) return (live.textContent = `No cell is called ${name}`);
+  if (!row) return (live.textContent = `No variant is called ${name}`);
   all("tr[data-cell]").filter((each) => each.dataset.cell === row.dataset.cell)
     .forEach((each) => each.classList.add("here"));
   row.scrollIntoView({ block: "center", behavior: "instant" });

@@ -153,7 +153,7 @@ def test_filters_hold_in_every_table_and_picture(
     shown = opened.names()
     wanted = page.locator(f'#all-cells tr[data-{attribute}="{choice}"]')
     assert shown == wanted.evaluate_all("rows => rows.map(row => row.dataset.cell)") != []
-    assert f"{len(shown)} of 19 cells" in page.locator(".filters output").inner_text()
+    assert f"{len(shown)} of 19 variants" in page.locator(".filters output").inner_text()
     assert set(opened.names("#speed table")) == set(shown)
     clear = page.locator(".drawn.wide .mark:not(.out)")
     assert set(clear.evaluate_all("marks => marks.map(mark => mark.dataset.cell)")) == set(shown)
@@ -182,7 +182,7 @@ def test_a_deep_link_to_a_failure_opens_its_traceback(opened: Opened, folder: Pa
 @pytest.mark.parametrize("hash", ["#cell=nobody", "#cell=%"])
 def test_a_deep_link_to_nothing_says_so(opened: Opened, folder: Path, hash: str) -> None:
     page = opened.open(folder, hash)
-    assert "No cell is called" in page.locator("#status").inner_text()
+    assert "No variant is called" in page.locator("#status").inner_text()
     assert page.locator("dialog[open]").count() == 0
 
 
@@ -193,6 +193,47 @@ def test_a_mark_opens_its_cell_and_the_panel_says_why(opened: Opened, folder: Pa
     assert page.locator("dialog[open] h2").inner_text() == "nf4"
     assert page.locator("dialog[open] .verdict").count() == 1
     assert page.locator("dialog[open] .why").inner_text().endswith(".")
+
+
+@pytest.mark.parametrize("width", [1400, 400])
+def test_the_first_screen_holds_the_answer(chromium: Any, folder: Path, width: int) -> None:
+    own = Opened(chromium, width)
+    page = own.open(folder)
+    cards = page.locator(".card")
+    assert cards.count() >= 1
+    for place in range(cards.count()):
+        box = cards.nth(place).bounding_box()
+        assert box is not None and box["y"] + box["height"] <= 900
+        assert cards.nth(place).locator(".price").inner_text().endswith(".")
+    assert page.locator("main section").first.get_attribute("class") == "summary"
+    page.close()
+
+
+def test_on_a_phone_a_verdict_s_reason_is_whole_and_as_wide_as_the_screen(
+    chromium: Any, folder: Path
+) -> None:
+    own = Opened(chromium, 400)
+    page = own.open(folder)
+    reasons = page.locator("#verdicts td.words")
+    assert reasons.count() == 15
+    for place in range(reasons.count()):
+        reasons.nth(place).scroll_into_view_if_needed()
+        box = reasons.nth(place).bounding_box()
+        assert box is not None and box["width"] > 300
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 400
+    size = reasons.first.evaluate("cell => parseFloat(getComputedStyle(cell).fontSize)")
+    assert size >= 14
+    page.close()
+
+
+def test_on_a_phone_the_marks_of_a_picture_are_named_below_it(chromium: Any, folder: Path) -> None:
+    for width, shown in ((400, True), (1400, False)):
+        own = Opened(chromium, width)
+        page = own.open(folder)
+        key = page.locator("#plot-front-decode .key")
+        assert key.is_visible() == shown
+        assert "gates+nf4+spec" in key.inner_text() if shown else True
+        page.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390])

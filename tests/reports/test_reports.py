@@ -21,22 +21,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_data import estimate, made_up_cell, made_up_results, many_cells, with_evidence
 
+from compose.analysis.families import NOT_QUANTIZED, family_of, weights_of
 from compose.errors import UserError
 from compose.numbers import PAGE
 from compose.results.io import save_results
 from compose.results.schema import CellResult, Results
 from compose.table import Entry, Table
-from reports import Report, Row, pareto, render
+from reports import Report, Row, pareto, read, render
 from reports.answers import Answer, answers
+from reports.closing import GLOSSARY
 from reports.comparison import compare_runs, line
-from reports.families import NOT_QUANTIZED, family_of, weights_of
-from reports.plots import Picture, pictures
-from reports.plots.marks import side_by_side
+from reports.plots import Picture, dark_pngs, pictures
+from reports.plots.marks import apart, side_by_side
+from reports.plots.names import Name, best_places
 from reports.plots.scatter import scale_of
 from reports.plots.spread import x_axis
 from reports.plots.svg import inline
 from reports.render import to_html, to_markdown
-from reports.summary import NO_EVIDENCE, summary
+from reports.summary import summary
 from reports.tables import cells, run_tables
 from reports.tables.columns import tone
 from reports.tables.csv_file import to_csv
@@ -44,6 +46,7 @@ from reports.tables.markdown import escape_markdown, fenced
 from reports.tables.speculation import timed_histogram
 from reports.text import breakable
 
+PUBLISHED = Path(__file__).resolve().parents[2] / "reports" / "published"
 NASTY = "<img src=x onerror=alert(1)>&amp;\"'`|$x$*_[a](b)#"
 
 
@@ -222,34 +225,171 @@ def test_missing_results_are_the_user_s_mistake(tmp_path: Path) -> None:
 # --- what is shown -------------------------------------------------------------------------------
 
 
-def test_the_summary_claims_nothing_without_intervals(report: Report) -> None:
-    dense, fastest, smallest, lossless = summary(report)
-    assert dense.row is report.baseline
-    assert fastest.row is None
-    assert fastest.figure == NO_EVIDENCE
-    assert smallest.row is not None and smallest.row.cell.size is not None
-    assert smallest.row.cell.size.disk_bytes == 98_700_000
-    assert "no evidence" in smallest.note
-    assert lossless.row is not None
-    assert lossless.row.cell.name == "narrow+heal+gates+gptq4+spec"
-    assert all(label != "Keeps" or NO_EVIDENCE in value for label, value, _ in lossless.facts)
+def test_nothing_is_recommended_for_speed_without_intervals(report: Report) -> None:
+    speed, *others = summary(report)
+    assert speed.row is None
+    assert "Nothing is recommended for speed" in speed.price
+    assert "no variant is shown to be faster" in speed.price
+    assert all(card.row is None for card in others)
 
 
-def test_what_is_kept_counts_by_its_lower_bound() -> None:
-    data = with_evidence(made_up_results())
+def with_kept(data: dict[str, Any]) -> dict[str, Any]:
+    """nf4 and gptq4 with shares kept, over 1500 questions; and one with dense's predictions."""
+    data = with_evidence(data)
     for place, (low, high) in {1: (0.93, 1.0), 2: (0.96, 1.0)}.items():  # nf4, gptq4
         kept = {"value": 0.98, "low": low, "high": high, "n": 1500}
         data["cells"][place]["quality"]["retained"] = kept
-    report = Report(Results.model_validate(data))
-    fastest = summary(report)[1]
-    assert fastest.row is not None
-    assert fastest.row.cell.name == "gptq4"
+        data["cells"][place]["quality"]["perplexity"]["ratio_ci95"] = [0.99, 1.02]
+    return data
+
+
+def test_the_report_opens_with_the_answer_and_its_price() -> None:
+    data = with_kept(made_up_results())
+    data["cells"][5]["quality_of"] = "dense"
+    data["cells"][5]["speed"]["decode_ratio"] = estimate(1.2)
+    data["cells"][1]["size"]["disk_bytes"] = 50_000_000
+    report = _report(data)
+    speed, size, exact = summary(report)
+    assert (speed.aim, size.aim, exact.aim) == ("For speed", "For size", "For exactness")
+    assert speed.row is not None and speed.row.cell.name == "gates+gptq4+spec"
+    assert size.row is not None and size.row.cell.name == "nf4" and "of the size" in size.price
+    assert exact.row is not None and exact.row.cell.name == "gates+spec"
+    assert exact.price.endswith("identical predictions.")
+    words, markdown = Page(to_html(report, {})).words, to_markdown(report, {})
+    for text in (words, markdown):
+        place = text.index("Recommended")
+        for card in (speed, size, exact):
+            assert card.row is not None
+            line = card.price if text is words else escape_markdown(card.price)
+            assert place < text.index(line) < text.index("variants measured")
+        assert "one combination of stages, measured" in text[: text.index("variants measured")]
+
+
+def test_one_variant_for_all_aims_is_one_card_and_so_is_one_reason() -> None:
+    data = with_kept(made_up_results())
+    cells = [data["cells"][0], data["cells"][2]]
+    (card,) = summary(_report(data | {"cells": cells}))
+    assert card.aim == "For speed, size and exactness"
+    assert card.row is not None and card.row.cell.name == "gptq4"
+    (nothing,) = summary(_report(data | {"cells": cells[:1]}))
+    assert nothing.price == (
+        "Nothing is recommended, because no variant was measured beside the original model."
+    )
+    assert nothing.price in Page(to_html(_report(data | {"cells": cells[:1]}), {})).words
+
+
+def test_what_is_kept_counts_by_its_lower_bound() -> None:
+    report = _report(with_kept(made_up_results()))
     shown = {
         row.cell.name: _by_head(cells.overview(report), e)["Keeps (%)"] for row, e in _rows(report)
     }
     assert shown["nf4"].tone == "fair" and shown["gptq4"].tone == "good"
     assert shown["nf4"].text == "no difference" and shown["nf4"].note == "93.0–100.0"
     assert shown["drop3"].tone is None
+
+
+def test_the_baseline_s_predictions_are_called_identical() -> None:
+    """They were "keeps 100 % (no evidence)"."""
+    data = with_evidence(made_up_results())
+    data["cells"][5]["quality_of"] = "dense"
+    report = _report(data)
+    for table in (cells.overview(report), cells.quality(report)):
+        entries = next(made for row, made in table.rows if row.cell.name == "gates+spec")
+        shown = _by_head(table, entries)
+        assert shown["Keeps (%)"].text == "identical predictions"
+        assert shown["Keeps (%)"].note == ""
+    for text in (Page(to_html(report, {})).words, to_markdown(report, {})):
+        assert "identical predictions" in text and "(no evidence)" not in text
+
+
+def test_lossless_names_its_weights_everywhere(evident: Report) -> None:
+    for table in (cells.overview(evident), cells.lossless(evident)):
+        for row, entries in table.rows:
+            entry = _by_head(table, entries)["Lossless"]
+            assert entry.is_absent or entry.note.startswith("to its "), row.cell.name
+    shown = {
+        row.cell.name: _by_head(cells.lossless(evident), e)
+        for row, e in cells.lossless(evident).rows
+    }
+    assert shown["gates+gptq4+spec"]["Lossless"].note == "to its gptq 4-bit weights"
+    assert shown["gates+spec"]["Lossless"].note == "to its bfloat16 weights"
+
+
+@pytest.mark.parametrize(
+    ("share", "settings", "words"),
+    [
+        (0.69, {"draft_weights": "learned"}, "look-up 69\u202f%, learned 31\u202f%"),
+        (0.3, {"draft_weights": "int4"}, "int4 70\u202f%, look-up 30\u202f%"),
+        (0.9952, {"draft_weights": "int4-head"}, "look-up 99.5\u202f%, int4-head 0.5\u202f%"),
+        (1.0, {"draft_weights": "auto"}, "look-up 100\u202f%"),
+        (0.0, {"draft_weights": "own"}, "the model itself 100\u202f%"),
+    ],
+)
+def test_drafts_that_were_looked_up_are_credited_to_look_up(
+    share: float, settings: dict[str, Any], words: str
+) -> None:
+    data = with_evidence(made_up_results())
+    data["cells"][11]["steps"][-1] |= settings
+    data["cells"][11]["speculation"]["looked_up_share"] = share
+    report = _report(data)
+    for table, head in (
+        (cells.speculation(report), "Drafted by (% of drafts)"),
+        (cells.overview(report), "Accepted (%)"),
+    ):
+        entries = next(e for row, e in table.rows if row.cell.name == "gates+gptq4+spec")
+        entry = _by_head(table, entries)[head]
+        assert words in (entry.text, *entry.note.split("pass, ")[-1:])
+
+
+def test_training_of_under_20_steps_makes_no_curve() -> None:
+    data = made_up_results()
+    for cell in data["cells"]:
+        for name, curve in cell.get("training", {}).items():
+            cell["training"][name] = [point for point in curve if point["step"] < 20]
+    report = _report(data)
+    assert "training" not in pictures(report)
+    assert 'id="plot-training"' not in to_html(report, pictures(report))
+
+
+def test_every_point_of_a_front_has_its_name(drawn: dict[str, Picture], report: Report) -> None:
+    """In the picture itself, and on a phone in a list below it."""
+    for picture in drawn.values():
+        if not picture.key.startswith("front-"):
+            assert picture.names == ()
+            continue
+        marked = set(re.findall(r'data-cell="([^"]+)"', picture.inline["wide"]))
+        assert {name.split("\u00a0", 1)[1] for name in picture.names} == marked
+        labels = re.findall(r">([^<>]+)</text>", picture.inline["wide"])
+        written = {label.partition(" ↓ ")[0] for label in labels}  # with its number off the scale
+        left = [name for name in picture.names if name.split("\u00a0", 1)[1] not in written]
+        assert len(left) <= 2 and all(name in picture.caption for name in left), picture.key
+
+
+def test_the_picture_of_the_readme_names_every_point_in_light_and_dark() -> None:
+    report = read(PUBLISHED / "peers")
+    light = pictures(report)["front-decode"]
+    assert "Without room" not in light.caption
+    dark = dark_pngs(report, ["front-decode"])["front-decode"]
+    assert dark.startswith(b"\x89PNG") and dark != light.png
+
+
+def test_the_report_closes_with_terms_and_commands(evident: Report) -> None:
+    assert 3 <= len(GLOSSARY) <= 12
+    words, markdown = Page(to_html(evident, {})).words, to_markdown(evident, {})
+    for text in (words, markdown):
+        glossary, after = text.rindex("Glossary"), text.rindex("What next")
+        assert text.rindex("Environment") < glossary < after
+        for term, _ in GLOSSARY:
+            assert glossary < text.index(term, glossary) < after
+        for command in ("chat", "generate", "report", "pick", "export", "--format gguf"):
+            assert command in text[after:]
+
+
+def test_a_reader_meets_variants_and_not_cells(evident: Report) -> None:
+    words = Page(to_html(evident, pictures(evident))).words
+    assert not re.search(r"\bcells?\b", words.replace("--cell ", ""), re.IGNORECASE)
+    markdown = to_markdown(evident, {}).replace("--cell ", "")
+    assert not re.search(r"\bcells?\b", markdown, re.IGNORECASE)
 
 
 def test_a_cell_that_is_not_lossless_shows_where(report: Report) -> None:
@@ -341,10 +481,11 @@ def test_whiskers_end_where_the_intervals_end(evident: Report) -> None:
     assert up == pytest.approx((-math.log(1.082 * 0.98), -math.log(1.082 * 1.02)))
 
 
-def test_notes_on_the_weights_stand_before_everything(evident: Report) -> None:
-    text = to_html(evident, {})
-    assert text.index("once were Q4_1") < text.index('class="summary"')
-    assert to_markdown(evident, {}).index("once were Q4") < 900
+def test_the_origin_of_the_weights_stands_in_the_notes(evident: Report) -> None:
+    text, markdown = to_html(evident, {}), to_markdown(evident, {})
+    assert text.index('id="notes"') < text.index("once were Q4_1") < text.index('id="environment"')
+    assert markdown.index("## Notes") < markdown.index("once were Q4") < len(markdown)
+    assert text.count("once were Q4_1") == 1 and 'href="#notes"' in text
 
 
 def test_what_else_is_known_of_the_run_is_said(evident: Report) -> None:
@@ -354,7 +495,7 @@ def test_what_else_is_known_of_the_run_is_said(evident: Report) -> None:
         "900.0 MB",
         "0123456789abcdef",
         "prompts: bfloat16",
-        "Noise floor, the dense model in float32",
+        "Noise floor: the dense model in float32",
     ):
         assert known in words
         assert escape_markdown(known) in markdown
@@ -428,7 +569,7 @@ def test_failures_and_left_out_cells_say_why(report: Report) -> None:
         assert "decode-needs-gates" in text
         assert "stage.run(job)" in text
     assert len(report.left_out) == 2
-    assert "16 cells measured, 1 failed, 7 left out" in words
+    assert "16 variants measured, 1 failed, 7 left out" in words
 
 
 def test_the_arithmetic_of_each_cell_is_shown() -> None:
@@ -542,7 +683,7 @@ def test_without_tasks_quality_is_judged_by_perplexity() -> None:
     report = Report(Results.model_validate(data))
     row = next(row for row in report.rows if row.cell.name == "gptq4")
     assert row.values["retained"] == pytest.approx(1 / 1.061)
-    assert "no tasks were asked" in to_html(report, {})
+    assert "this run asked no questions" in to_html(report, {})
 
 
 # --- comparing runs ------------------------------------------------------------------------------
@@ -709,6 +850,33 @@ def test_a_histogram_has_no_gaps() -> None:
     report = Report(Results.model_validate(data))
     row = next(row for row in report.rows if row.cell.name == "gates+spec")
     assert timed_histogram(row).bars == ((1, 2, 0.25), (2, 0, 0.0), (3, 0, 0.0), (4, 8, 1.0))
+
+
+def test_names_cover_neither_marks_nor_each_other() -> None:
+    """Six marks in a heap and one alone; a name without a line stands at its own mark."""
+    centres = [(200.0 + 15 * k, 150.0 + 4 * (k % 2)) for k in range(6)] + [(60.0, 60.0)]
+    wanted = [Name(mark, 70.0, 11.0) for mark in range(7)]
+    limits = (0.0, 0.0, 500.0, 300.0)
+    placed = best_places(wanted, centres, limits, 4 / 3)
+    assert placed.keys() == set(range(7)) and not placed[6].leader
+    boxes = []
+    for mark, place in placed.items():
+        x, y = centres[mark]
+        left = x + place.dx * 4 / 3 - 70 * {"left": 0, "center": 0.5, "right": 1}[place.ha]
+        low = y + place.dy * 4 / 3 - 11 * {"bottom": 0, "center": 0.5, "top": 1}[place.va]
+        boxes.append((left, low, left + 70, low + 11))
+        assert all(not (left < a < left + 70 and low < b < low + 11) for a, b in centres)
+        assert left >= 0 and left + 70 <= 500 and low >= 0 and low + 11 <= 300
+    for place, a in enumerate(boxes):
+        for b in boxes[:place]:
+            assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
+    assert best_places(wanted, centres, (0.0, 0.0, 60.0, 300.0), 4 / 3) == {}, "no room at all"
+
+
+def test_marks_that_coincide_in_a_chain_are_all_apart() -> None:
+    spots = [(100.0, 50.0), (110.0, 50.0), (120.0, 50.0), (131.0, 50.0)]
+    moved = sorted(x + shift for (x, _), shift in zip(spots, apart(spots), strict=True))
+    assert all(right - left >= 13 for left, right in pairwise(moved))
 
 
 def test_marks_that_coincide_stand_side_by_side_in_their_order() -> None:
