@@ -1,7 +1,7 @@
 """The numbers of docs/scale.md: 1,000 cells on a model of 70B weights, from published costs.
 
 `python tools/scale.py` prints the tables; `--write` puts them into the page, between its markers.
-Costs are those of reports/published/quickstart/results.json, taken to other sizes as
+Costs are those of reports/published/small-matrix/results.json, taken to other sizes as
 `gateskip plan --estimate` does it; nothing is timed here.
 """
 
@@ -31,7 +31,7 @@ from compose.run.estimate import folder_size, seconds_of  # noqa: E402
 from compose.run.steps import WIDTHS  # noqa: E402
 from compose.stages.registry import STAGES, ModelShape  # noqa: E402
 
-PUBLISHED = ROOT / "reports" / "published" / "quickstart" / "results.json"
+PUBLISHED = ROOT / "reports" / "published" / "small-matrix" / "results.json"
 PAGE = ROOT / "docs" / "scale.md"
 BEGIN, END = "<!-- scale -->", "<!-- end -->"
 
@@ -39,14 +39,14 @@ SMALL = ModelShape("llama", 576, 1536, 30, 9, 3, 64, 49152, tie_embeddings=True)
 """SmolLM2-135M, on which the costs were measured."""
 LARGE = ModelShape("llama", 8192, 28672, 80, 64, 8, 128, 128256, tie_embeddings=False)
 """The sizes of Llama 3 70B."""
-DATA = load_pipeline(ROOT / "pipelines" / "quickstart.yaml").data
-"""As much text as quickstart has."""
+DATA = load_pipeline(ROOT / "pipelines" / "small-matrix.yaml").data
+"""As much text as the small matrix has."""
 
 
 def published_costs(results: Results) -> list[Cost]:
     """What each step and cell of the published run took."""
     found: dict[str, Cost] = {}
-    assert DATA.train is not None and DATA.calibration is not None, "quickstart has both"
+    assert DATA.train is not None and DATA.calibration is not None, "the small matrix has both"
     data = {"train": DATA.train, "calibration": DATA.calibration}
     for cell in results.measured:
         uses = {step.name: step for step in cell.steps or ()}

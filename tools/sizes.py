@@ -32,7 +32,7 @@ from compose.results.io import load_results
 from gateskip.decoding.decoder import Decoder
 
 ROOT = Path(__file__).resolve().parents[1]
-ACCEPTED = (ROOT / "reports/published/peers/results.json", "bf16-drafts")
+ACCEPTED = (ROOT / "reports/published/peers/results.json", "bf16+int4-draft")
 """An int4 copy and look-up, whose drafts are accepted less often than the copy's alone."""
 LENGTHS = range(1, 9)
 PIPELINE = """\

@@ -51,7 +51,7 @@ def _plan(path: Path, cache: Path) -> Plan:
 
 
 def test_there_are_pipelines() -> None:
-    assert {"quickstart.yaml", "from-scratch.yaml", "smollm2-matrix.yaml"} <= {
+    assert {"small-matrix.yaml", "from-scratch.yaml", "smollm2-matrix.yaml"} <= {
         path.name for path in _shipped()
     }
 

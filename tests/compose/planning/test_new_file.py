@@ -19,7 +19,7 @@ def test_the_file_validates_and_plans_as_it_is(tmp_path: Path) -> None:
     write_new_file(file, "smollm2-135m-instruct")
     plan = load_plan(file, tmp_path / "cache")
     assert plan.pipeline.name == "first-model-"
-    assert [cell.name for cell in plan.cells] == ["dense", "int8", "int4", "int4-drafts"]
+    assert [cell.name for cell in plan.cells] == ["dense", "int8", "int4", "int4+drafts"]
     assert plan.left_out == ()
     assert plan.pipeline.export["int4"].to == "exports/first-model-"
 
