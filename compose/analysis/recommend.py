@@ -1,7 +1,8 @@
 """The answer of a run: which variant to take for speed, for size, for exactness, and its price.
 
-A variant is recommended where a gain is shown and no loss of more than 1 - `KEEP` of the quality is
-shown. What the evidence does not exclude stands in the variant's sentence.
+A variant is recommended where a gain is shown, no loss of task score is shown (or it is surely
+under 1 - `KEEP`), and perplexity is not shown to be more than 1 / `KEEP` times the baseline's. What
+the evidence does not exclude stands in the variant's sentence.
 
 | aim | among variants that | the best by |
 |---|---|---|
@@ -64,7 +65,7 @@ def sentence(results: Results, cell: CellResult) -> str:
     if cell.name == results.baseline:
         return "The model that the others are compared with."
     if cell.status != "ok":
-        return f"It was not measured: {cell.reason or 'no reason was recorded'}."
+        return f"It was not measured: {(cell.reason or 'no reason was recorded').rstrip('.')}."
     gains = ", ".join([*_speed(results, cell), *_size(results, cell)])
     return "; ".join(filter(None, (gains, *quality_words(results, cell)))) + "."
 

@@ -67,6 +67,8 @@ def test_what_was_not_measured_is_not_mentioned() -> None:
     assert said(bare) == "its quality was not measured."
     assert said(bare, "fast") == "4.4x as fast; its quality was not measured."
     assert said(bare, "dense") == "The model that the others are compared with."
+    failed = bare.cell("cell").model_copy(update={"status": "failed", "reason": "It ended."})
+    assert sentence(bare, failed) == "It was not measured: It ended."
     small = run_of({}, cell={"size": SMALLER, "quality": {"kl_to_baseline": 0.0213}})
     assert said(small) == "36 % of the size; its KL to the original is 0.021 nats a token."
 
