@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from compose.analysis.metrics import METRICS, interval_of, metric_of
+from compose.analysis.metrics import METRICS, gain, interval_of, metric_of, task_retained
 from compose.analysis.recommend import sentence
 from compose.numbers import PLAIN, metric_text
 from compose.recipes.compress import Compressed
-from compose.results.parts import OwnAnswers
+from compose.results.parts import OwnAnswers, TaskScore
 from compose.results.schema import CellResult, Results
 from compose.table import Table, text_table
 
-ROWS = ("size", "resident", "decode", "prefill", "perplexity", "kl", "accuracy")
+ROWS = ("size", "resident", "decode", "prefill", "perplexity", "kl")
+PAIRED = {"decode": "decode-ratio", "prefill": "prefill-ratio"}
+"""Metrics whose ratio is measured in pairs: after over before in the same round."""
 SHOWN = 3
 """Answers side by side."""
 
@@ -59,18 +62,37 @@ def _numbers(results: Results, cell: CellResult) -> Table[None]:
         before, after = metric_of(results, name, dense), metric_of(results, name, cell)
         if after is not None:
             shown = [metric_text(name, value) for value in (before, after)]
-            lines.append((METRICS[name].title, *shown, _change(results, cell, name, before, after)))
+            lines.append((METRICS[name].title, *shown, _change(results, cell, name)))
+    lines += _scores(results, dense, cell)
     return text_table(("", "before", "after", "change"), lines)
 
 
-def _change(
-    results: Results, cell: CellResult, name: str, before: float | None, after: float
-) -> str:
-    """After over before; of the KL, which starts at 0, its interval."""
+def _change(results: Results, cell: CellResult, name: str) -> str:
+    """After over before, as tables have it; of the KL, which starts at 0, its interval."""
+    ends = interval_of(results, name, cell)
     if name == "kl":
-        ends = interval_of(results, name, cell)
         return "" if ends is None else PLAIN.span(*ends)
-    return PLAIN.times(after / before) if before else ""
+    paired = metric_of(results, PAIRED[name], cell) if name in PAIRED else None
+    ratio = paired if paired is not None else gain(results, name, cell)
+    return "" if ratio is None else PLAIN.times(ratio)
+
+
+def _scores(
+    results: Results, dense: CellResult, cell: CellResult
+) -> Iterator[tuple[str, str, str, str]]:
+    """The score of each task, with the number of its questions."""
+    before, after = (_tasks(results, row) for row in (dense, cell))
+    for task, score in after.items():
+        values = [before[task].value if task in before else None, score.value]
+        ratio = task_retained(results, cell, task)
+        change = "" if ratio is None else PLAIN.times(ratio)
+        old, new = (PLAIN.percent(value) for value in values)
+        yield f"{task}, {score.n} questions", old, new, change
+
+
+def _tasks(results: Results, cell: CellResult) -> Mapping[str, TaskScore]:
+    quality = results.quality(cell)
+    return (quality.tasks if quality else None) or {}
 
 
 def side_by_side(results: Results, cell: CellResult) -> tuple[SideBySide, ...]:
