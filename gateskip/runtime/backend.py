@@ -187,7 +187,10 @@ CacheT = TypeVar("CacheT", bound=Cache)
 
 
 class Backend(Protocol[CacheT]):
-    """A model that runs tokens at positions against a cache of its own, under thresholds."""
+    """A model that runs tokens at positions against a cache, under thresholds.
+
+    `argmax` and `sample` have a body here, for backends whose kernels choose no tokens.
+    """
 
     name: BackendName
     usage: Usage
@@ -252,7 +255,9 @@ class Backend(Protocol[CacheT]):
         thresholds: PassThresholds = None,
     ) -> tuple[list[list[int]], Tensor]:
         """As `decode`: the argmax token after each of `tokens`, and the states [N, H]."""
-        ...
+        states = self.decode(tokens, cache, rows, starts, thresholds)
+        chosen = self.logits(states).argmax(-1)
+        return [part.tolist() for part in chosen.split([len(ids) for ids in tokens])], states
 
     def sample(
         self, request: SampleRequest, place: tuple[CacheT, int, int], thresholds: PassThresholds
@@ -263,7 +268,14 @@ class Backend(Protocol[CacheT]):
 
         `place` is the last committed token's: a cache, the row in it, and the position.
         """
-        ...
+        assert request.sampling is None and request.limit is None, (
+            "only a RowDecoder draws and drafts"
+        )
+        cache, row, slot = place
+        chosen, states = self.argmax([[request.token]], cache, [row], [slot], thresholds)
+        if request.on_token is not None:
+            request.on_token(chosen[0][0])
+        return SampledTokens(chosen[0], states[0])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final states [N, H] -> logits [N, V], in the arithmetic of decoding."""
@@ -294,35 +306,6 @@ class RowDecoder(Backend[CacheT], Protocol[CacheT]):
     def draw(self, logits: Tensor, sampling: Sampling, uniform: float) -> int:
         """A token of logits [V], as `sample` draws it by a number from 0 to 1."""
         ...
-
-
-def argmax_after(
-    backend: Backend[CacheT],
-    tokens: Sequence[Sequence[int]],
-    cache: CacheT,
-    rows: Sequence[int],
-    starts: Sequence[int],
-    thresholds: PassThresholds,
-) -> tuple[list[list[int]], Tensor]:
-    """`Backend.argmax` by a pass and the LM head."""
-    states = backend.decode(tokens, cache, rows, starts, thresholds)
-    chosen = backend.logits(states).argmax(-1)
-    return [part.tolist() for part in chosen.split([len(ids) for ids in tokens])], states
-
-
-def sample_one(
-    backend: Backend[CacheT],
-    request: SampleRequest,
-    place: tuple[CacheT, int, int],
-    thresholds: PassThresholds,
-) -> SampledTokens:
-    """`Backend.sample`: the argmax, of one step."""
-    assert request.sampling is None and request.limit is None, "only a RowDecoder draws and drafts"
-    cache, row, slot = place
-    chosen, states = backend.argmax([[request.token]], cache, [row], [slot], thresholds)
-    if request.on_token is not None:
-        request.on_token(chosen[0][0])
-    return SampledTokens(chosen[0], states[0])
 
 
 def dtype_name(dtype: torch.dtype) -> str:

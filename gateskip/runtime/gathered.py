@@ -12,20 +12,17 @@ import torch
 from torch import Tensor
 
 from gateskip.gates.base import Gates
-from gateskip.model.families import Branch, final_norm, head
+from gateskip.model.families import Branch, final_norm
 from gateskip.model.projections import BY_TORCH, Steps
 from gateskip.quantization.formats import has_packed, weight_format
 from gateskip.quantization.packed_linear import streaming
 from gateskip.runtime.attention import attend_padded, attend_rows
 from gateskip.runtime.backend import (
     Arithmetic,
+    Backend,
     BackendName,
     PassThresholds,
-    SampledTokens,
-    SampleRequest,
-    argmax_after,
     dtype_name,
-    sample_one,
 )
 from gateskip.runtime.gathering import (
     TOGETHER,
@@ -37,7 +34,7 @@ from gateskip.runtime.gathering import (
     parts_of,
     rows_at,
 )
-from gateskip.runtime.kv_cache import EVEN, KVCache, KVFormat, KVLayout, Visible
+from gateskip.runtime.kv_cache import EVEN, KVCache, Visible
 
 
 class TorchOperations:
@@ -115,57 +112,21 @@ class TorchOperations:
             self.add_rows(hidden, places, instead[: len(places)])
 
 
-class GatheredBackend:
+class GatheredBackend(GatheredPass, Backend[KVCache]):
     """A causal LM of a supported architecture, `gates` its gates or None: see `Backend`."""
 
     name: BackendName = "gathered"
+    operations: TorchOperations
 
     def __init__(self, model: Any, gates: Gates | None = None, kv_rule: str = "project") -> None:
-        self.model = model
-        self.operations = TorchOperations(model, gates)
-        self._pass = GatheredPass(model, gates, kv_rule, self.operations)
-        self._layout = KVLayout(model, tuple(self.operations.shapes.values()), kv_rule)
-        self.usage = self._pass.usage
-        self.kv_cache: KVFormat = "model"
-
-    @property
-    def gated(self) -> bool:
-        """Whether gates that scale do so at full compute, too."""
-        return self._pass.gated
-
-    @gated.setter
-    def gated(self, value: bool) -> None:
-        self._pass.gated = value
+        super().__init__(model, gates, kv_rule, TorchOperations(model, gates))
 
     def arithmetic(self, scoring: bool = False) -> Arithmetic:
         """torch multiplies with activations of the model's own type; packed weights are unpacked
         for prompts and meet activations in float32 in decoding."""
         packed = has_packed(self.model) and not scoring
-        activations = "float32" if packed else dtype_name(self._pass.dtype)
+        activations = "float32" if packed else dtype_name(self.dtype)
         return Arithmetic(self.name, weight_format(self.model), activations, "float32")
-
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty KV cache. Raises ValueError where the model has fewer positions."""
-        return self._layout.empty(batch, capacity, self.kv_cache)
-
-    def cache_bytes(self, batch: int, capacity: int) -> int:
-        """What `new_cache` takes, in bytes."""
-        return self._layout.nbytes(batch, capacity, self.kv_cache)
-
-    def prefill(
-        self,
-        input_ids: Tensor,
-        cache: KVCache,
-        starts: Sequence[int],
-        thresholds: PassThresholds = None,
-        lengths: Sequence[int] | None = None,
-        rows: Sequence[int] | None = None,
-        full_from: Sequence[int] | None = None,
-    ) -> Tensor:
-        """See `Backend.prefill`."""
-        some = None if rows is None else tuple(rows)
-        batch = Batch.of(input_ids, starts, lengths, some, full_from=full_from)
-        return self._pass.run(input_ids, cache, batch, thresholds)
 
     def decode(
         self,
@@ -184,34 +145,13 @@ class GatheredBackend:
         some = None if list(rows) == list(range(cache.batch)) else tuple(rows)
         batch = Batch.of(ids, starts, lengths, some, decoding=True)
         with streaming():
-            hidden = self._pass.run(ids, cache, batch, thresholds)
+            hidden = self.run(ids, cache, batch, thresholds)
         return hidden.flatten(0, 1) if batch.real is None else hidden[batch.real]
-
-    def argmax(
-        self,
-        tokens: Sequence[Sequence[int]],
-        cache: KVCache,
-        rows: Sequence[int],
-        starts: Sequence[int],
-        thresholds: PassThresholds = None,
-    ) -> tuple[list[list[int]], Tensor]:
-        """See `Backend.argmax`."""
-        return argmax_after(self, tokens, cache, rows, starts, thresholds)
-
-    def sample(
-        self, request: SampleRequest, place: tuple[KVCache, int, int], thresholds: PassThresholds
-    ) -> SampledTokens:
-        """See `Backend.sample`."""
-        return sample_one(self, request, place, thresholds)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Backend.logits`."""
         with streaming():
             return self.scores(hidden)
-
-    def scores(self, hidden: Tensor) -> Tensor:
-        """See `Backend.scores`."""
-        return head(self.model, hidden.to(self._pass.dtype))
 
 
 def few_sizes(count: int) -> list[int]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from gateskip.gates.base import Gates
 from gateskip.kernels.abi import Entering
 from gateskip.model.compute import Usage
-from gateskip.model.families import Branch, embed, final_norm, find_branches
+from gateskip.model.families import Branch, embed, final_norm, find_branches, head
 from gateskip.model.gating import ANCHORS, NEVER_SKIP
 from gateskip.model.projections import (
     AttentionShape,
@@ -34,7 +34,7 @@ from gateskip.model.projections import (
 )
 from gateskip.runtime.backend import PassThresholds
 from gateskip.runtime.budget_control import RowThresholds
-from gateskip.runtime.kv_cache import EVEN, KVCache, Place, Visible
+from gateskip.runtime.kv_cache import EVEN, KVCache, KVFormat, KVLayout, Place, Visible
 
 Attend = Callable[[Tensor, Sequence[int], Tensor], Tensor]
 """(queries [N, heads, D], how many a row, their slots [N]) -> [N, heads * D]."""
@@ -56,6 +56,11 @@ class Operations(Protocol):
 
     def sizes(self, count: int) -> list[int]:
         """Sizes of the parts in which `count` tokens enter a branch."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[int, AttentionShape]:
+        """The sizes of every attention branch, by its index."""
         ...
 
     @property
@@ -113,7 +118,8 @@ class Operations(Protocol):
 
 
 class GatheredPass:
-    """Passes over a causal LM of a supported architecture, `gates` its gates or None.
+    """Passes over a causal LM of a supported architecture, `gates` its gates or None: the part that
+    the backends `gathered` and `native` share.
 
     `usage` counts the tokens that entered each branch; `gated` says whether gates that scale do so
     at full compute, too.
@@ -124,8 +130,37 @@ class GatheredPass:
         self.operations = operations
         self.dtype: torch.dtype = final_norm(model).weight.dtype
         self.branches = find_branches(model)
+        self.layout = KVLayout(model, tuple(operations.shapes.values()), kv_rule)
+        self.kv_cache: KVFormat = "model"
         self.usage = Usage.of(model)
         self.gated = True
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty KV cache. Raises ValueError where the model has fewer positions."""
+        return self.layout.empty(batch, capacity, self.kv_cache)
+
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        """The size of `new_cache`'s result, in bytes."""
+        return self.layout.nbytes(batch, capacity, self.kv_cache)
+
+    def prefill(
+        self,
+        input_ids: Tensor,
+        cache: KVCache,
+        starts: Sequence[int],
+        thresholds: PassThresholds = None,
+        lengths: Sequence[int] | None = None,
+        rows: Sequence[int] | None = None,
+        full_from: Sequence[int] | None = None,
+    ) -> Tensor:
+        """See `Backend.prefill`."""
+        some = None if rows is None else tuple(rows)
+        batch = Batch.of(input_ids, starts, lengths, some, full_from=full_from)
+        return self.run(input_ids, cache, batch, thresholds)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """See `Backend.scores`."""
+        return head(self.model, hidden.to(self.dtype))
 
     def run(
         self, input_ids: Tensor, cache: KVCache, batch: Batch, thresholds: PassThresholds

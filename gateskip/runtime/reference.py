@@ -21,13 +21,10 @@ from gateskip.model.reference import masked_forward
 from gateskip.quantization.formats import weight_format
 from gateskip.runtime.backend import (
     Arithmetic,
+    Backend,
     BackendName,
     PassThresholds,
-    SampledTokens,
-    SampleRequest,
-    argmax_after,
     dtype_name,
-    sample_one,
 )
 from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.kv_cache import KVFormat
@@ -67,7 +64,7 @@ class TokenCache:
         return TOKEN_BYTES * self.capacity * len(self.tokens)
 
 
-class ReferenceBackend:
+class ReferenceBackend(Backend[TokenCache]):
     """See `Backend`."""
 
     name: BackendName = "reference"
@@ -135,23 +132,6 @@ class ReferenceBackend:
     ) -> Tensor:
         """See `Backend.decode`."""
         return torch.cat(self._rows(tokens, cache, rows, starts, thresholds))
-
-    def argmax(
-        self,
-        tokens: Sequence[Sequence[int]],
-        cache: TokenCache,
-        rows: Sequence[int],
-        starts: Sequence[int],
-        thresholds: PassThresholds = None,
-    ) -> tuple[list[list[int]], Tensor]:
-        """See `Backend.argmax`."""
-        return argmax_after(self, tokens, cache, rows, starts, thresholds)
-
-    def sample(
-        self, request: SampleRequest, place: tuple[TokenCache, int, int], thresholds: PassThresholds
-    ) -> SampledTokens:
-        """See `Backend.sample`."""
-        return sample_one(self, request, place, thresholds)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `Backend.logits`."""
