@@ -95,8 +95,8 @@ def test_a_file_that_is_cut_short(share: float, save: Save) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "it is no GGUF file"),
-        (b"PK\x03\x04 a zip", "it is no GGUF file"),
+        (b"", "it is not a GGUF file"),
+        (b"PK\x03\x04 a zip", "it is not a GGUF file"),
         (raw_gguf(GOOD, [EMBEDDING], version=1), "GGUF version 1"),
         (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1 << 60), "cut short"),
@@ -122,10 +122,10 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"tokenizer.ggml.model": None}, "it carries no tokenizer"),
+        ({"tokenizer.ggml.model": None}, "it has no tokenizer"),
         ({"tokenizer.ggml.model": "rwkv"}, "its tokenizer is 'rwkv'"),
         ({"tokenizer.ggml.pre": None}, "its pre-tokenizer is 'default'"),
-        ({"tokenizer.ggml.pre": "viking"}, "its pre-tokenizer is 'viking' (read are gpt-2"),
+        ({"tokenizer.ggml.pre": "viking"}, "its pre-tokenizer is 'viking' (supported: gpt-2"),
         ({"general.architecture": None}, "does not state its architecture"),
         ({"general.architecture": "lama"}, "did you mean 'llama'?"),
         ({"general.architecture": "mamba"}, "known: llama, qwen2"),

@@ -120,7 +120,7 @@ LOCAL = Engine(
 
 def test_a_failed_installation_is_one_clear_message(tmp_path: Path) -> None:
     notes: list[str] = []
-    with pytest.raises(UserError, match="peer local cannot be had on this machine") as caught:
+    with pytest.raises(UserError, match="peer local cannot be installed on this machine") as caught:
         python_of(LOCAL, tmp_path, lambda done, total, note: notes.append(note))
     place = environment_folder(LOCAL, tmp_path)
     log = place.with_name(f"{place.name}.log")
