@@ -1,4 +1,5 @@
-"""The backend `gathered`: torch on any device; of a branch, the tokens that enter it."""
+"""The backend `gathered`: torch on any device, each branch computed for the tokens that enter
+it."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ class TorchOperations:
 
     @property
     def even(self) -> int:
-        """oneDNN compiles bfloat16's products for each number of rows."""
+        """oneDNN compiles a bfloat16 product for each number of rows, so their number is rounded up
+        on a CPU."""
         return EVEN if self.device.type == "cpu" else 1
 
     def sizes(self, count: int) -> list[int]:
@@ -68,11 +70,11 @@ class TorchOperations:
         batch: Batch,
         threshold: float | Tensor | None,
     ) -> int | None:
-        """No branch is one call."""
+        """None: no branch is one call."""
         return None
 
     def entering(self, branch: Branch, tokens: int) -> AbstractContextManager[None]:
-        """Nothing is made ready."""
+        """Nothing to prepare."""
         return nullcontext()
 
     def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -84,7 +86,7 @@ class TorchOperations:
         return self.norm(hidden)  # type: ignore[no-any-return]
 
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
-        """What an MLP branch adds to tokens x [N, H]."""
+        """The output of an MLP branch for tokens x [N, H]."""
         return self.leave(branch, branch.module(x))
 
     def leave(self, branch: Branch, output: Tensor) -> Tensor:
@@ -92,7 +94,8 @@ class TorchOperations:
         return branch.leave(output)
 
     def attention(self, branch: Branch, seen: Visible, batch: Batch, whole: bool) -> Attend:
-        """On a CPU the pairs that may see each other, elsewhere torch's attention under a mask."""
+        """Attention of a branch: on a CPU only over pairs of tokens that may see each other,
+        elsewhere torch's attention under a mask."""
         kv, rows, shape = seen.kv, seen.rows, self.shapes[branch.index]
         if self.device.type == "cpu":
             return partial(attend_rows, kv=kv, shape=shape, rows=rows)
@@ -104,7 +107,7 @@ class TorchOperations:
         hidden.view(-1, hidden.shape[-1]).index_add_(0, places, added.to(hidden.dtype))
 
     def add_shortcuts(self, branch: Branch, hidden: Tensor, x: Tensor, skip: Tensor) -> None:
-        """See `Operations`; in the parts in which tokens enter."""
+        """See `Operations`; in parts, as for tokens that enter."""
         assert self.shortcuts is not None
         for places in parts_of(skip, self.sizes):
             chosen = filled(places, self.even) if len(places) >= self.even else places
@@ -155,11 +158,11 @@ class GatheredBackend(GatheredPass, Backend[KVCache]):
 
 
 def few_sizes(count: int) -> list[int]:
-    """Sizes of the parts in which `count` tokens enter: TOGETHER or half of it but for the last,
-    which is no larger than that half.
+    """Sizes of the parts in which `count` tokens enter: TOGETHER or half of it, except for the last
+    part, which is at most that half.
 
-    oneDNN compiles a bfloat16 product for each new size, for milliseconds, and keeps half a
-    megabyte of code; gates leave another number of tokens at every branch of every prompt.
+    oneDNN compiles a bfloat16 product for each new size, which takes milliseconds, and keeps half a
+    megabyte of code. Gates leave another number of tokens at every branch of every prompt.
     """
     whole, rest = divmod(count, TOGETHER)
     half = TOGETHER // 2

@@ -1,9 +1,9 @@
 """One pass over the tokens of a prompt, or the next ones of some rows, branch by branch.
 
-A branch is computed for the tokens that enter it. What a skipped token gets instead is nothing, or
-a shortcut where the gates have them. The tokens that enter are gathered, run, and added back. Rows
-of different lengths share a batch without a padding mask, since a cache is indexed by position, and
-a prompt may come in chunks. How norms, products and attention are computed is a backend's own:
+A branch is computed for the tokens that enter it; a skipped token gets a shortcut where the gates
+have them, otherwise nothing. The tokens that enter are gathered, run, and added back. Rows of
+different lengths share a batch without a padding mask, since a cache is indexed by position, and a
+prompt may come in chunks. Each backend computes norms, products and attention in its own way:
 `Operations`.
 """
 
@@ -37,21 +37,21 @@ from gateskip.runtime.budget_control import RowThresholds
 from gateskip.runtime.kv_cache import EVEN, KVCache, KVFormat, KVLayout, Place, Visible
 
 Attend = Callable[[Tensor, Sequence[int], Tensor], Tensor]
-"""(queries [N, heads, D], how many a row, their slots [N]) -> [N, heads * D]."""
+"""(queries [N, heads, D], number of queries in each row, their slots [N]) -> [N, heads * D]."""
 TOGETHER = 1024  # tokens that enter a branch at once
 
 
 class Operations(Protocol):
-    """What a backend computes in its own way."""
+    """The operations that a backend computes in its own way."""
 
     @property
     def fp32_activations(self) -> bool:
-        """Whether prompts pass in float32 though the weights are bfloat16."""
+        """Whether prompts pass in float32 although the weights are bfloat16."""
         ...
 
     @property
     def even(self) -> int:
-        """What divides the number of gathered rows."""
+        """The number of gathered rows is a multiple of this."""
         ...
 
     def sizes(self, count: int) -> list[int]:
@@ -77,9 +77,9 @@ class Operations(Protocol):
         batch: Batch,
         threshold: float | Tensor | None,
     ) -> int | None:
-        """hidden [B, S, H] += a branch, in place: norms, gate, cache and shortcuts in one. How many
-        tokens entered, or None where that was not done; rows with thresholds of their own have
-        every token enter a branch that is."""
+        """hidden [B, S, H] += a branch, in place: norms, gate, cache and shortcuts in one call.
+        Returns how many tokens entered, or None where that was not done. With separate thresholds
+        for rows it does only branches that every token enters."""
         ...
 
     def entering(self, branch: Branch, tokens: int) -> AbstractContextManager[None]:
@@ -87,7 +87,7 @@ class Operations(Protocol):
         ...
 
     def read(self, branch: Branch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The norm before a branch, and its gate's logits where they come for nothing with it."""
+        """The norm before a branch, and its gate's logits where they come at no further cost."""
         ...
 
     def final(self, hidden: Tensor) -> Tensor:
@@ -95,16 +95,17 @@ class Operations(Protocol):
         ...
 
     def mlp(self, branch: Branch, x: Tensor) -> Tensor:
-        """What an MLP branch adds to tokens x [N, H]."""
+        """The output of an MLP branch for tokens x [N, H]."""
         ...
 
     def leave(self, branch: Branch, output: Tensor) -> Tensor:
-        """What a branch adds, of its module's output [..., H]: the norm after it, if any."""
+        """The term that a branch adds, from its module's output [..., H]: the norm after it, if
+        any."""
         ...
 
     def attention(self, branch: Branch, seen: Visible, batch: Batch, whole: bool) -> Attend:
-        """Attention of a branch over what its tokens see; `whole` says that every token of the
-        batch enters."""
+        """Attention of a branch over the visible keys of its tokens; `whole` says that every token
+        of the batch enters."""
         ...
 
     def add_rows(self, hidden: Tensor, places: Tensor, added: Tensor) -> None:
@@ -112,8 +113,8 @@ class Operations(Protocol):
         ...
 
     def add_shortcuts(self, branch: Branch, hidden: Tensor, x: Tensor, skip: Tensor) -> None:
-        """hidden [B, S, H] where `skip` [B, S], padding among it, += what the branch's shortcut
-        makes of x [B, S, H], in place."""
+        """hidden [B, S, H] where `skip` [B, S] is set, including padding, += the branch's shortcut
+        of x [B, S, H], in place."""
         ...
 
 
@@ -169,7 +170,7 @@ class GatheredPass:
         cache.begin(batch.place.row_numbers, *zip(*batch.spans, strict=True))
         hidden = embed(self.model, input_ids)
         hidden = hidden.float() if self.operations.fp32_activations else hidden
-        ropes = {  # two of [B, S, D] a kind of layer
+        ropes = {  # two of [B, S, D] per kind of layer
             key: (cos[batch.slots].to(hidden.dtype), sin[batch.slots].to(hidden.dtype))
             for key, (cos, sin) in cache.rope.items()
         }
@@ -222,7 +223,7 @@ class GatheredPass:
     def _note(
         self, branch: Branch, thresholds: PassThresholds, count: int, keep: Tensor | None
     ) -> None:
-        """Count that so many tokens enter a branch: those of keep [B, S], or all."""
+        """Add `count` tokens to a branch's usage: those of keep [B, S], or all."""
         self.usage.kept[branch.index] += count
         if isinstance(thresholds, RowThresholds):
             thresholds.count(branch.index, keep)
@@ -230,7 +231,7 @@ class GatheredPass:
     def _scaled(
         self, branch: Branch, x: Tensor, thresholds: PassThresholds
     ) -> tuple[Tensor, Tensor | None]:
-        """What the branch reads, and what multiplies its output: gates that scale do either."""
+        """The branch's input, and the factor of its output: gates that scale change one of them."""
         if self.gates is None or not self.gates.scales:
             return x, None
         if thresholds is None and not self.gated:
@@ -319,7 +320,8 @@ class GatheredPass:
         batch: Batch,
         keep: Tensor | None,
     ) -> Visible:
-        """Keep keys and values of all tokens, by the KV rule: what they see then."""
+        """Store keys and values of all tokens by the KV rule; returns the keys and values that they
+        see."""
         if keep is None or self.kv_rule == "project" or branch.layer == 0:
             keys, values = project_keys_values(branch, x, rope, self.operations.steps)
             return cache.store(branch.layer, batch.place, keys, values)
@@ -338,7 +340,7 @@ class GatheredPass:
     # -- gathering ------------------------------------------------------------------------------
 
     def _filled(self, places: Tensor, batch: Batch) -> Tensor:
-        """The same places, filled up to a size that products know; decoding takes any."""
+        """The same places, filled up to a size that products know; decoding takes any size."""
         return places if batch.decoding else filled(places, self.operations.even)
 
     def _gathered(
@@ -369,7 +371,7 @@ class Batch:
 
     @cached_property
     def entering(self) -> Tensor:
-        """Of each token an Entering, uint8 [B, S]."""
+        """For each token an Entering, uint8 [B, S]."""
         entering = self.always.to(torch.uint8) + Entering.BY_GATE
         return entering if self.real is None else entering * self.real
 
@@ -413,7 +415,8 @@ class Batch:
 
 
 def thresholds_at(thresholds: PassThresholds, branch: int) -> float | Tensor | None:
-    """What a gate's logits must reach: a number, or [rows, 1]; None where every token enters."""
+    """The threshold of a branch's gate logits: a number, or [rows, 1]; None where every token
+    enters."""
     if thresholds is None:
         return None
     if isinstance(thresholds, RowThresholds):

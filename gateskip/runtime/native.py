@@ -1,8 +1,8 @@
 """The backend `native`: compiled kernels on a CPU.
 
-Decoding is one native call for all tokens of a pass: where a step in torch spends most of its time
-between operators, a skipped branch costs its gate alone. Several steps of one row, and rounds of
-speculation, are one call, too. Prompts: see native_prefill.py.
+Decoding is one native call for all tokens of a pass. A step in torch spends most of its time
+between operators; here a skipped branch costs only its gate. Several steps of one row, and rounds
+of speculation, are one call, too. Prompts: see native_prefill.py.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from gateskip.runtime.kv_cache import KVCache
 from gateskip.runtime.native_prefill import NativeOperations
 
 IN_BYTES = "8 bits in blocks of 32, 16 where a value stands out"
-"""What packed weights are multiplied with: see linear/int8.h."""
+"""Activations in products with packed weights: see linear/int8.h."""
 
 
 class NativeBackend(GatheredPass, RowDecoder[KVCache]):
-    """See `RowDecoder`. `rounded` lets packed weights be multiplied with activations of 8 bits."""
+    """See `RowDecoder`. With `rounded`, packed weights may be multiplied with 8-bit activations."""
 
     name: BackendName = "native"
     operations: NativeOperations
@@ -176,7 +176,8 @@ class NativeBackend(GatheredPass, RowDecoder[KVCache]):
         return self.engine.logits(hidden)
 
     def _count(self, *spans: tuple[int, int]) -> None:
-        """Count tokens by position and number, and what they entered in the last call."""
+        """Count tokens by position and number, and the branches that they entered in the last
+        call."""
         for start, count in spans:
             self.usage.saw(start, count)
         entered = self.engine.entered.tolist()
@@ -186,7 +187,8 @@ class NativeBackend(GatheredPass, RowDecoder[KVCache]):
 def _begin(
     tokens: Sequence[Sequence[int]], cache: KVCache, rows: Sequence[int], starts: Sequence[int]
 ) -> tuple[list[int], list[int], list[int]]:
-    """Token ids, cache rows and slots, one of each a token, once the cache knows that they come."""
+    """Token ids, cache rows and slots, one of each a token, after telling the cache that they
+    come."""
     counts = [len(ids) for ids in tokens]
     cache.begin(rows, starts, counts)
     flat = [token for ids in tokens for token in ids]
@@ -196,7 +198,7 @@ def _begin(
 
 
 def plain_steps_as_one(rounds: Sequence[Round]) -> list[Round]:
-    """Rounds of one row, in which plain steps that follow each other are one."""
+    """Rounds of one row, with consecutive plain steps merged into one."""
     merged = list[Round]()
     for one in rounds:
         before = merged[-1] if merged else None
