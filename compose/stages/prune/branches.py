@@ -221,7 +221,7 @@ def entered_shares(job: StageJob, model: Any, blocks: Tensor, budget: float) -> 
     with torch.inference_mode():
         for done, block in enumerate(blocks.split(1)):
             masked_forward(model, block, gates, rule, file.kv_rule)
-            job.progress(done + 1, len(blocks), "asking the gates")
+            job.progress(done + 1, len(blocks), "evaluating the gates")
     shares: list[float] = (entered / len(blocks)).tolist()
     return shares
 

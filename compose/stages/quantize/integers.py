@@ -299,7 +299,7 @@ class Integers(Stage):
             return options.get(name, [])
 
         def progress(done: int, total: int) -> None:
-            job.progress(done, total, "what bits cost")
+            job.progress(done, total, "measuring the cost of bits")
 
         if self.allocate.by == "gradients":
             return estimate_costs(model, blocks, of, job.seed, progress)
