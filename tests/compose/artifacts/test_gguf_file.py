@@ -130,7 +130,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         ({"general.architecture": "lama"}, "did you mean 'llama'?"),
         ({"general.architecture": "mamba"}, "known: llama, qwen2"),
         ({"llama.context_length": None}, "does not state llama.context_length"),
-        ({"llama.logit_scale": 2.0}, "states llama.logit_scale, which is not read here"),
+        ({"llama.logit_scale": 2.0}, "states llama.logit_scale, which is not supported"),
         ({"llama.expert_count": 8}, "a mixture of experts"),
         ({"llama.attention.value_length": 8}, "16 channels a head, and values 8"),
         ({"llama.rope.dimension_count": 8, "llama.attention.key_length": 16}, "8 of a head's 16"),

@@ -426,5 +426,5 @@ def relative(logits: Any, wanted: Any) -> float:
 def test_llama_cpp_does_not_quantize_integers(
     tiny_llama: Path, grid_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"(?s)holds integers.*gateskip gguf"):
+    with pytest.raises(UserError, match=r"(?s)are integers.*gateskip gguf"):
         _gguf(grid_folder(tiny_llama, "int4"), tmp_path, "content", "q4_0", None)

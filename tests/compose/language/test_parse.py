@@ -227,11 +227,11 @@ def test_settings_in_groups_mean_what_they_mean_without(tmp_path: Path) -> None:
         ("kind: mlp,", "kind: none,", "7:18: stages.gates.gate.kind: expected 'scalar', 'vector'"),
         ("mlp: 16", "mpl: 16", "7:48: unknown key 'mpl' in stages.gates.gate.shortcut: did you"),
         ("steps: 30", "kind: mlp", "8:13: stages.gates.train.kind: kind belongs in gate"),
-        ("steps: 30", "recipe: ours", "8:13: stages.gates.train.recipe: recipe belongs beside"),
+        ("steps: 30", "recipe: ours", "8:13: stages.gates.train.recipe: recipe belongs outside"),
         (
             "use: gate",
             "use: gate\n    steps: 1",
-            "9:13: stages.gates.train.steps: steps stands twi",
+            "9:13: stages.gates.train.steps: steps is given twice",
         ),
         ("{budgets: [0.8]}", "7", "9:5: stages.gates.calibrate: expected a mapping of settings"),
         ("kind: mlp,", "init: gone.safetensors,", "7:18: there is no file "),

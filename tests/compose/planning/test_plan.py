@@ -276,7 +276,7 @@ def test_further_seeds_repeat_what_has_weights_of_its_own(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("seeds", ["[1, 1]", "[0]"])
 def test_a_seed_named_twice_is_refused_at_its_place(tmp_path: Path, seeds: str) -> None:
-    with pytest.raises(PipelineError, match=r"p\.yaml:13:\d+: seed \d is named twice"):
+    with pytest.raises(PipelineError, match=r"p\.yaml:13:\d+: seed \d is listed twice"):
         plan_of(tmp_path, f"more_seeds: {seeds}\npipelines: {{a: [gates]}}\n")
 
 

@@ -48,7 +48,7 @@ def test_what_would_keep_something_else_is_refused() -> None:
         ValueError, match=r"0\.9 would keep 0\.80 .* calibrated budget \(0\.7, 0\.8"
     ):
         two().at(0.9)
-    with pytest.raises(ValueError, match=r"name 0\.9 in the gate stage's budgets"):
+    with pytest.raises(ValueError, match=r"add 0\.9 to the gate stage's budgets"):
         two().at(0.9)
     with pytest.raises(ValueError, match=r"the lowest is 0\.7"):
         two().at(0.69)
