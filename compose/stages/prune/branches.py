@@ -183,7 +183,8 @@ class PruneBranches(Pruning):
         nearest = _most(shares, unit)
         return UserError(
             f"more than {self.share:.3g} of the tokens enter each {what} at budget "
-            f"{self.budget}: {' and '.join(map(_name, unit))} has the fewest, {nearest:.3g}",
+            f"{self.budget}; the smallest share, {nearest:.3g}, enters"
+            f" {' and '.join(map(_name, unit))}",
             fix=f"set share: {_above(nearest)}, or a lower budget",
         )
 

@@ -775,7 +775,7 @@ def test_nothing_to_remove_is_an_error_that_names_the_nearest(
     share = float(str(caught.value.fix).split("share: ")[1].split(",")[0])
     run(plain, use="prune-branches", budget=0.8, share=share, rise=99)
     never_enter(learned, [3])
-    with pytest.raises(UserError, match=r"no layer with both branches .* attention 0 and mlp 0"):
+    with pytest.raises(UserError, match=r"each layer with both branches .* attention 0 and mlp 0"):
         run(learned, use="prune-branches", single="keep")
     never_enter(learned, [0])
     with pytest.raises(UserError, match="attention 0 raises it least, by") as missed:
